@@ -1,0 +1,319 @@
+"""The one registry: a name and its options are a value, and what they build is found by looking the name up.
+
+learners = Catalogue("learners")
+
+@learners.record(name="MLP", formula="x W1 ... Wn", source="Sun et al. 2024, 2.7")
+def mlp(depth=2, expand=4): ...          # options are the keyword parameters; returns dim -> nn.Module
+
+learners.MLP(depth=3)                    # a bound record: frozen, hashable, JSON-able
+learners.MLP(depth=3)(64)                # what mlp(depth=3)(64) returns
+learners.build({"name": "mlp", "depth": 3})
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Never, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CatalogueError(ValueError):
+    """A record, an option or a spec that the catalogue cannot use."""
+
+
+class UnknownNameError(CatalogueError, AttributeError):
+    """A name that the catalogue does not hold; the message lists its neighbours."""
+
+
+def normalise(name: str) -> str:
+    """Reduce a name to what its spellings share: `LowRank`, `low_rank` and `low-rank` are one name.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    Example:
+        >>> normalise("Low-Rank") == normalise("low_rank")
+        True
+    """
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def near_misses(wrong: str, known: list[str]) -> str:
+    """Say what `wrong` may have meant, as the tail of an error message."""
+    by_key = {normalise(name): name for name in known}
+    close = difflib.get_close_matches(normalise(wrong), by_key, n=3, cutoff=0.5)
+    if close:
+        return "Did you mean " + " or ".join(repr(by_key[key]) for key in close) + "?"
+    return f"Known: {', '.join(known)}." if known else "There are none."
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A hashable mapping, for options that are dictionaries."""
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def _freeze(where: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, Bound, FrozenMapping)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(where, item) for item in value)
+    if isinstance(value, Mapping):
+        return FrozenMapping({str(key): _freeze(where, item) for key, item in value.items()})
+    if callable(value):
+        return value
+    raise CatalogueError(
+        f"{where} is a {type(value).__name__}; expected a number, string, list, mapping, spec or callable. "
+        "Tensors and other objects are arguments of what the record builds, not its options."
+    )
+
+
+def _thaw(where: str, value: Any) -> Any:
+    if isinstance(value, Bound):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_thaw(where, item) for item in value]
+    if isinstance(value, FrozenMapping):
+        return {key: _thaw(where, item) for key, item in value.items()}
+    if callable(value):
+        raise CatalogueError(
+            f"{where} is the Python object {value!r}, which JSON cannot hold; expected the name of a record. "
+            "Register it in the catalogue with `record` to save it."
+        )
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One variant: its name, its formula, its source, and the function that builds it from options."""
+
+    kind: str
+    name: str
+    function: Callable[..., Any]
+    formula: str = ""
+    source: str = ""
+    domain: str = ""
+    aliases: tuple[str, ...] = ()
+    nested: Mapping[str, Catalogue] = field(default_factory=dict[str, "Catalogue"])
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names with their defaults (`inspect.Parameter.empty` where one must be given)."""
+        return {name: parameter.default for name, parameter in self.signature.parameters.items()}
+
+    @property
+    def __doc__(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]: per record, not per class
+        return self.function.__doc__
+
+    def __call__(self, *args: Any, **options: Any) -> Bound:
+        known = list(self.signature.parameters)
+        for wrong in options.keys() - set(known):
+            raise CatalogueError(f"{self.kind}.{self.name}: unknown option {wrong!r}. {near_misses(wrong, known)}")
+        try:
+            bound = self.signature.bind(*args, **options)
+        except TypeError as error:
+            raise CatalogueError(f"{self.kind}.{self.name}: {error}; expected {self.name}{self.signature}.") from None
+        bound.apply_defaults()
+        return Bound(self, tuple((key, self._option(key, value)) for key, value in bound.arguments.items()))
+
+    def _option(self, key: str, value: Any) -> Any:
+        inner = self.nested.get(key)
+        is_spec = isinstance(value, (str, Mapping, list, tuple, Bound))
+        if inner is not None and is_spec:
+            return inner.build(value)
+        return _freeze(f"{self.kind}.{self.name}: option {key!r}", value)
+
+    def __repr__(self) -> str:
+        return f"{self.kind}.{self.name}{self.signature}"
+
+
+@dataclass(frozen=True, repr=False)
+class Bound:
+    """A record with its options: a frozen value that hashes, compares, prints as code and goes to JSON and back.
+
+    Calling it calls what it builds; attributes it lacks are those of what it builds. What a record builds is
+    made once and shared, so a record's function must return something immutable (a function, a frozen dataclass).
+    """
+
+    record: Record
+    items: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.items)
+
+    @cached_property
+    def _built(self) -> Any:
+        return self.record.function(**self.options)
+
+    def build(self) -> Any:
+        return self._built
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._built(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):
+            raise AttributeError(attribute)
+        return getattr(self._built, attribute)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `{"name": ..., **options}` of plain JSON values, every option present."""
+        where = f"{self.record.kind}.{self.name}: option"
+        return {"name": self.name} | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
+
+    def __copy__(self) -> Bound:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+        return self
+
+    def __repr__(self) -> str:
+        defaults = self.record.options
+        shown = [f"{key}={value!r}" for key, value in self.items if value != defaults[key]]
+        return f"{self.record.kind}.{self.name}({', '.join(shown)})"
+
+
+class Catalogue:
+    """Named records of one kind, found by any spelling of their names.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: UnknownNameError for a name it lacks, CatalogueError for a duplicate, an unknown option or a bad spec.
+    Example:
+        >>> shapes = Catalogue("shapes")
+        >>> @shapes.record(name="Ball", formula="|x| < r")
+        ... def ball(radius=1.0):
+        ...     return lambda x: abs(x) < radius
+        >>> shapes.ball(radius=2.0), shapes["BALL"](2.0)(1.5)
+        (shapes.Ball(radius=2.0), True)
+        >>> shapes.build({"name": "ball"}) == shapes.Ball()
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._records: dict[str, Record] = {}
+        self._keys: dict[str, str] = {}
+
+    def record(
+        self,
+        *,
+        name: str,
+        formula: str = "",
+        source: str = "",
+        domain: str = "",
+        aliases: tuple[str, ...] = (),
+        nested: Mapping[str, Catalogue] | None = None,
+    ) -> Callable[[F], F]:
+        """Register the decorated function or dataclass; its parameters are the record's options.
+
+        `nested` names the options that are specs themselves, and the catalogue each belongs to.
+        """
+
+        def register(function: F) -> F:
+            made = Record(self.kind, name, function, formula, source, domain, tuple(aliases), dict(nested or {}))
+            self._check_options(made)
+            keys = {normalise(spelling): spelling for spelling in (name, *aliases)}
+            for key, spelling in keys.items():
+                if key in self._keys:
+                    raise CatalogueError(f"{self.kind}: {spelling!r} is already the name of {self._keys[key]!r}.")
+                if not key or hasattr(type(self), spelling) or spelling == "kind":
+                    raise CatalogueError(f"{self.kind}: {spelling!r} cannot name a record. Choose another name.")
+            self._records[name] = made
+            self._keys.update(dict.fromkeys(keys, name))
+            return function
+
+        return register
+
+    def _check_options(self, made: Record) -> None:
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        for parameter in made.signature.parameters.values():
+            if parameter.kind in variadic or parameter.name == "name":
+                raise CatalogueError(
+                    f"{self.kind}.{made.name}: parameter {parameter} cannot be an option; "
+                    "expected parameters with names of their own, none called 'name'."
+                )
+        for wrong in made.nested.keys() - made.options.keys():
+            raise CatalogueError(f"{self.kind}.{made.name}: nested option {wrong!r} is not a parameter.")
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._records)
+
+    def build(self, spec: Any) -> Bound:
+        """Make a bound record of a bound record, a name, `(name, options)` or `{"name": ..., **options}`."""
+        if isinstance(spec, Bound):
+            if spec.name not in self._records or self._records[spec.name] is not spec.record:
+                raise CatalogueError(f"{self.kind}.build: {spec!r} belongs to the catalogue {spec.record.kind!r}.")
+            return spec
+        if isinstance(spec, str):
+            return self[spec]()
+        if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+            return self[spec["name"]](**{key: value for key, value in spec.items() if key != "name"})
+        if isinstance(spec, (list, tuple)) and len(spec) == 2:
+            name, options = spec
+            if isinstance(name, str) and isinstance(options, Mapping):
+                return self[name](**options)
+        raise CatalogueError(
+            f"{self.kind}.build: {spec!r} is not a spec; expected a bound record, a name, (name, {{options}}) "
+            f'or {{"name": ..., options}}. Known names: {", ".join(self.names())}.'
+        )
+
+    def __getitem__(self, name: str) -> Record:
+        key = self._keys.get(normalise(name)) if isinstance(name, str) else None
+        return self._records[key] if key is not None else self._unknown(name)
+
+    def __getattr__(self, name: str) -> Record:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self[name]
+
+    def _unknown(self, name: str) -> Never:
+        raise UnknownNameError(
+            f"{self.kind}: no record is called {name!r}. {near_misses(str(name), list(self._records))}"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and normalise(name) in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._records]
+
+    def __repr__(self) -> str:
+        return f"Catalogue({self.kind!r}: {', '.join(self._records)})"

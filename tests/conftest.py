@@ -1,0 +1,13 @@
+"""What every test run shares: the hypothesis profile (HYPOTHESIS_PROFILE=long for a night) and one thread per worker."""
+
+import os
+
+import hypothesis
+import torch
+
+hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
