@@ -140,7 +140,9 @@ class Record:
         except TypeError as error:
             raise CatalogueError(f"{self.kind}.{self.name}: {error}; expected {self.name}{self.signature}.") from None
         bound.apply_defaults()
-        return Bound(self, tuple((key, self._option(key, value)) for key, value in bound.arguments.items()))
+        made = Bound(self, tuple((key, self._option(key, value)) for key, value in bound.arguments.items()))
+        made.build()  # the function checks the values of its options; let it do so now
+        return made
 
     def _option(self, key: str, value: Any) -> Any:
         inner = self.nested.get(key)

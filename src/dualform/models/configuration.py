@@ -1,0 +1,129 @@
+"""What a model is: a strict configuration whose learner, objective and rule are JSON values."""
+
+# No `from __future__ import annotations` here: @strict does not check the type of a field whose annotation is a string.
+import difflib
+from dataclasses import MISSING, fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from dualform.learning.learners import learners
+from dualform.learning.objectives import objectives
+from dualform.learning.rules import rules
+from dualform.models.presets import inner, presets
+
+layer_kinds = ("test_time", "full_attention", "sliding_attention")
+specs = {"learner": learners, "objective": objectives, "rule": rules}
+# Integers that a JSON or TOML file may write for a number that is not whole by nature.
+_floats = ("rope_theta", "rms_norm_eps", "initializer_range")
+
+
+@strict
+class DualformConfig(PreTrainedConfig):
+    """Describe a causal language model whose layers learn while they read.
+
+    Any field of a preset can be overridden; `layer_types` (one kind per layer, or a single kind for all) is derived
+    after the overrides. A spec left out is that of TTT-MLP.
+    Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
+    Dtype:  none.
+    Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
+            that do not fit, kinds that are unknown and names that are nearly a field's.
+    Source: Sun et al. 2024; field names as in their published models. Differs: `learner`, `objective`, `rule` are specs.
+    Example:
+        >>> config = DualformConfig(preset="tiny-ttt-mlp", num_hidden_layers=2)
+        >>> config.layer_types, config.rule["lr"]
+        (['test_time', 'test_time'], 0.1)
+    """
+
+    model_type = "dualform"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    learner: Any = None
+    objective: Any = None
+    rule: Any = None
+    chunk: int = 16
+    use_gate: bool = False
+    share_qk: bool = False
+    pre_conv: bool = False
+    conv_kernel: int = 4
+    rope_theta: float = 1e4
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+
+    def __init__(self, *, preset: str | None = None, **given: Any) -> None:
+        # transformers' own init cannot tell a field that was given from one left at its default, and a preset must.
+        if preset is not None:
+            given = dict(presets.build(preset).build()) | given
+        known = {f.name: f for f in fields(self)}
+        _refuse_near_misses(given.keys() - known.keys(), list(known))
+        for name, f in known.items():
+            default = f.default if f.default is not MISSING else f.default_factory and f.default_factory()
+            value = given.pop(name, default)
+            setattr(self, name, float(value) if name in _floats and type(value) is int else value)
+        self.__post_init__(**given)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, catalogue in specs.items():
+            spec = getattr(self, name)
+            setattr(self, name, catalogue.build(inner["mlp"].get(name, "Squared") if spec is None else spec).to_json())
+        kinds = self.layer_types or ["test_time"]
+        self.layer_types = list(kinds) * self.num_hidden_layers if len(kinds) == 1 else list(kinds)
+        # Before super's: @strict wraps what the validators raise in an error that is no ValueError.
+        self.validate_architecture()
+        self.validate_layer_type()
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_layer_type(self) -> None:
+        kinds = self.layer_types or []
+        for wrong in set(kinds) - set(layer_kinds):
+            raise ValueError(
+                f"DualformConfig: layer_types holds {wrong!r}; expected {', '.join(map(repr, layer_kinds))}. "
+                "Choose one of these for each layer."
+            )
+        if len(kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"DualformConfig: layer_types has {len(kinds)} entries; expected num_hidden_layers = "
+                f"{self.num_hidden_layers}. Give one kind per layer, or one for all."
+            )
+        if "sliding_attention" in kinds and not (self.sliding_window and self.sliding_window > 0):
+            raise ValueError(
+                f"DualformConfig: sliding_window is {self.sliding_window}; expected a number of tokens > 0 for "
+                "sliding_attention layers. Set sliding_window."
+            )
+
+    def validate_architecture(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "chunk")
+        for name in (*sizes, "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a whole number >= 1.")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"DualformConfig: hidden_size is {self.hidden_size} with num_attention_heads = "
+                f"{self.num_attention_heads}; expected an even number of channels per head, a multiple of "
+                f"2 * {self.num_attention_heads} = {2 * self.num_attention_heads}. Change one of the two."
+            )
+
+
+def _refuse_near_misses(unknown: set[str], known: list[str]) -> None:
+    # transformers keeps keywords it does not know as attributes; a typo must not vanish that way.
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, n=2, cutoff=0.85)
+        if close:
+            raise ValueError(f"DualformConfig: unknown field {name!r}. Did you mean {' or '.join(map(repr, close))}?")
