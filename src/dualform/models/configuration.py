@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: @strict does not check the type of a field whose annotation is a string.
 import difflib
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -66,7 +67,7 @@ class DualformConfig(PreTrainedConfig):
     def __init__(self, *, preset: str | None = None, **given: Any) -> None:
         # transformers' own init cannot tell a field that was given from one left at its default, and a preset must.
         if preset is not None:
-            given = dict(presets.build(preset).build()) | given
+            given = _over(presets.build(preset).build(), given)
         known = {f.name: f for f in fields(self)}
         _refuse_near_misses(given.keys() - known.keys(), list(known))
         for name, f in known.items():
@@ -119,6 +120,16 @@ class DualformConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}; expected an even number of channels per head, a multiple of "
                 f"2 * {self.num_attention_heads} = {2 * self.num_attention_heads}. Change one of the two."
             )
+
+
+def _over(preset: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Lay what was given over a preset; options without a name, as in rule={"lr": 0.5}, are laid over its spec."""
+    merged = dict(preset) | given
+    for name, value in given.items():
+        below = preset.get(name)
+        if isinstance(value, Mapping) and "name" not in value and isinstance(below, Mapping):
+            merged[name] = _over(below, dict(value))
+    return merged
 
 
 def _refuse_near_misses(unknown: set[str], known: list[str]) -> None:

@@ -1,0 +1,57 @@
+"""The command line: one verb per file. Exit status 0, 1 (failed), 2 (bad usage)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cyclopts import App, CycloptsError
+from transformers.utils import logging
+
+from dualform.catalogue import CatalogueError
+from dualform.cli.evaluate import evaluate
+from dualform.cli.explain import explain
+from dualform.cli.generate import generate
+from dualform.cli.output import UsageError
+from dualform.cli.presets import list_presets
+from dualform.cli.train import train
+from dualform.train.loop import TrainingDiverged
+from dualform.train.settings import SettingsError
+
+app = App(
+    name="dualform",
+    help="Sequence layers that learn at test time: train, generate, evaluate, explain.",
+    version_flags=[],
+)
+for verb in (train, generate, explain, evaluate):
+    app.command(verb)
+app.command(list_presets, name="presets")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status; errors go to stderr as one line, never as a traceback."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except (UsageError, SettingsError, CatalogueError) as error:
+        return _report(error, 2)
+    except (ValueError, OSError, TrainingDiverged, ModuleNotFoundError) as error:
+        return _report(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    return 0
+
+
+def _report(error: BaseException, status: int) -> int:
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("matplotlib", "plotille"):
+        text = f"plots need the package {error.name!r}; expected the extra 'viz'. Run `pip install \"dualform[viz]\"`."
+    print(f"dualform: {text}", file=sys.stderr)
+    return status

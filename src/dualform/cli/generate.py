@@ -1,0 +1,65 @@
+"""`dualform generate`: continue a text, and keep what was learnt from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from dualform.cli.output import UsageError, load_model
+from dualform.models.state_file import load_state, save_state
+
+
+def generate(
+    model: str,
+    /,
+    *,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+    state: Path | None = None,
+) -> None:
+    """Continue a prompt, printing as it goes.
+
+    Parameters
+    ----------
+    model
+        A folder that `train` wrote.
+    prompt
+        The text to continue.
+    max_new_tokens
+        How many tokens to add at most.
+    temperature
+        0 takes the likeliest token each time.
+    seed
+        Of the sampling.
+    state
+        A file that carries what the layers have learnt: read if it is there, and written at the end.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise UsageError(
+            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1 and >= 0."
+        )
+    lm, tokenizer = load_model(model)
+    set_seed(seed)
+    cache, past = None, torch.full((1, 1), lm.config.bos_token_id or 0, dtype=torch.long)
+    if state is not None and state.exists():
+        cache, past = load_state(state, lm.config)
+    new = tokenizer(prompt, return_tensors="pt")["input_ids"].long().reshape(1, -1)
+    ids = torch.cat([past, new], 1)
+    print(prompt, end="", flush=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    result = lm.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=lm.config.pad_token_id or 0,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    if state is not None:
+        save_state(state, lm.config, result.past_key_values, result.sequences)

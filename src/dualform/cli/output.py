@@ -1,0 +1,54 @@
+"""What every verb shares: tables for people or JSON for machines, and where a model comes from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from dualform.models import DualformForCausalLM
+
+
+class UsageError(ValueError):
+    """An argument that names nothing, or does not fit another."""
+
+
+def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = False) -> None:
+    """Print rows as a table, or as a JSON list of objects; numbers with four digits in the table."""
+    if as_json:
+        print(json.dumps(list(rows), indent=2))
+        return
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        numeric = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFast]:
+    """Read a model and its tokenizer from the folder that `train` wrote."""
+    path = Path(folder)
+    path = path / "model" if (path / "model" / "config.json").exists() else path
+    if not (path / "config.json").exists():
+        raise UsageError(
+            f"{folder} is no model; expected a folder with config.json. Pass the folder that `train` wrote."
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    if not isinstance(model, DualformForCausalLM):
+        raise UsageError(f"{folder} holds a {type(model).__name__}; expected a model of this package.")
+    return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
