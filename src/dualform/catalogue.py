@@ -15,10 +15,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Never, TypeVar
+from typing import Any, Never, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,9 +79,10 @@ def _freeze(where: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, Bound, FrozenMapping)):
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(_freeze(where, item) for item in value)
+        return tuple(_freeze(where, item) for item in cast("Sequence[Any]", value))
     if isinstance(value, Mapping):
-        return FrozenMapping({str(key): _freeze(where, item) for key, item in value.items()})
+        items = cast("Mapping[str, Any]", value).items()
+        return FrozenMapping({str(key): _freeze(where, item) for key, item in items})
     if callable(value):
         return value
     raise CatalogueError(
@@ -94,7 +95,7 @@ def _thaw(where: str, value: Any) -> Any:
     if isinstance(value, Bound):
         return value.to_json()
     if isinstance(value, tuple):
-        return [_thaw(where, item) for item in value]
+        return [_thaw(where, item) for item in cast("tuple[Any, ...]", value)]
     if isinstance(value, FrozenMapping):
         return {key: _thaw(where, item) for key, item in value.items()}
     if callable(value):
@@ -194,6 +195,10 @@ class Bound:
         where = f"{self.record.kind}.{self.name}: option"
         return {"name": self.name} | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The function goes by reference, so that its module is imported, and its record registered, where this is read.
+        return _restore, (self.record.function, self.record.kind, self.name, self.items)
+
     def __copy__(self) -> Bound:
         return self
 
@@ -204,6 +209,13 @@ class Bound:
         defaults = self.record.options
         shown = [f"{key}={value!r}" for key, value in self.items if value != defaults[key]]
         return f"{self.record.kind}.{self.name}({', '.join(shown)})"
+
+
+def _restore(function: Callable[..., Any], kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+    return _of_kind[kind][name](**dict(items))
+
+
+_of_kind: dict[str, Catalogue] = {}
 
 
 class Catalogue:
@@ -225,6 +237,7 @@ class Catalogue:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        _of_kind[kind] = self
         self._records: dict[str, Record] = {}
         self._keys: dict[str, str] = {}
 
@@ -280,20 +293,23 @@ class Catalogue:
             return spec
         if isinstance(spec, str):
             return self[spec]()
-        if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
-            return self[spec["name"]](**{key: value for key, value in spec.items() if key != "name"})
-        if isinstance(spec, (list, tuple)) and len(spec) == 2:
-            name, options = spec
-            if isinstance(name, str) and isinstance(options, Mapping):
+        if isinstance(spec, Mapping):
+            options = dict(cast("Mapping[str, Any]", spec))
+            name = options.pop("name", None)
+            if isinstance(name, str):
                 return self[name](**options)
+        if isinstance(spec, (list, tuple)):
+            parts = cast("Sequence[Any]", spec)
+            if len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], Mapping):
+                return self[parts[0]](**cast("Mapping[str, Any]", parts[1]))
         raise CatalogueError(
             f"{self.kind}.build: {spec!r} is not a spec; expected a bound record, a name, (name, {{options}}) "
             f'or {{"name": ..., options}}. Known names: {", ".join(self.names())}.'
         )
 
     def __getitem__(self, name: str) -> Record:
-        key = self._keys.get(normalise(name)) if isinstance(name, str) else None
-        return self._records[key] if key is not None else self._unknown(name)
+        key = self._keys.get(normalise(str(name)))
+        return self._records[key] if key is not None else self._unknown(str(name))
 
     def __getattr__(self, name: str) -> Record:
         if name.startswith("_"):
@@ -301,9 +317,7 @@ class Catalogue:
         return self[name]
 
     def _unknown(self, name: str) -> Never:
-        raise UnknownNameError(
-            f"{self.kind}: no record is called {name!r}. {near_misses(str(name), list(self._records))}"
-        )
+        raise UnknownNameError(f"{self.kind}: no record is called {name!r}. {near_misses(name, list(self._records))}")
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and normalise(name) in self._keys
