@@ -1,0 +1,171 @@
+"""Keep sums of terms small: merge equal ones, contract what shrinks, and meet the delta patterns of too many.
+
+A delta holds in a sum of terms if it holds in each of them: the pattern of the sum is the meet of the patterns, and the
+sum is one stored factor over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dualform.calculus.contract import contract
+from dualform.calculus.place import scatter
+from dualform.calculus.terms import Factor, Label, Select, Term, atoms, one_hot, substitute, volume
+
+# Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
+MAX_TERMS = 8
+
+
+def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
+    """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
+    small = merged([shrunk(term, like) for term in terms])
+    return small if len(small) <= MAX_TERMS else merged(collapsed(small, like))
+
+
+def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Add the coefficients of terms that are equal but for them; drop zeros."""
+    groups: dict[tuple, list[Term]] = {}
+    for term in terms:
+        groups.setdefault(_key(term), []).append(term)
+    sums = [replace(group[0], coef=sum(t.coef for t in group)) for group in groups.values()]
+    return tuple(term for term in sums if term.coef != 0)
+
+
+def _key(term: Term) -> tuple:
+    number = {label: k for k, label in enumerate([*term.visible, *term.hidden])}
+
+    def axes(side: tuple) -> tuple:
+        return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
+
+    def factor(f: Factor | Select) -> tuple:
+        tags = tuple(number[x] for x in f.labels)
+        return (id(f.tensor), *tags) if isinstance(f, Factor) else (0, f.start, f.step, *tags)
+
+    return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
+
+
+def shrunk(term: Term, like: Tensor) -> Term:
+    """Contract groups of factors where the result stores fewer numbers than the group."""
+    term = _joined(term)
+    hidden = set(term.hidden)
+    bulk = sum(f.tensor.numel() for f in term.tensors)
+    linked = [f for f in term.factors if any(label in hidden for label in f.labels)]
+    if linked and any(isinstance(f, Factor) for f in linked):
+        keep = list(dict.fromkeys(x for f in linked for x in f.labels if x not in hidden))
+        stored = sum(f.tensor.numel() for f in linked if isinstance(f, Factor))
+        # A Select that reaches an axis is worth more as a Select: the factor stays small.
+        if not any(isinstance(f, Select) for f in linked) and volume(keep) <= stored:
+            name = "·".join(f.name for f in linked if isinstance(f, Factor) and f.name)
+            new = Factor(contract(linked, keep), tuple(keep), name)
+            term = replace(term, factors=(*(f for f in term.factors if f not in linked), new))
+    keep = [x for x in term.visible if any(x in f.labels for f in term.tensors)]
+    if bulk > volume(keep) and len(term.tensors) > 1 and not term.selects:
+        name = "·".join(f.name for f in term.tensors if f.name)
+        term = replace(term, factors=(Factor(contract(term.tensors, keep), tuple(keep), name),))
+    return term
+
+
+def _joined(term: Term) -> Term:
+    """Multiply factors that have the same labels."""
+    groups: dict[frozenset[Label], list[Factor]] = {}
+    for f in term.tensors:
+        groups.setdefault(frozenset(f.labels), []).append(f)
+    if len(groups) == len(term.tensors):
+        return term
+    factors: list[Factor | Select] = list(term.selects)
+    for group in groups.values():
+        first = group[0]
+        if len(group) > 1:
+            name = "·".join(f.name for f in group if f.name)
+            first = Factor(contract(group, first.labels), first.labels, name)
+        factors.append(first)
+    return replace(term, factors=tuple(factors))
+
+
+def collapsed(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
+    """Add terms into one: a stored factor over the meet of their delta patterns."""
+    terms = _refined(terms, like)
+    positions = len(atoms(terms[0].out)) + len(atoms(terms[0].inn))
+    columns = [(*atoms(t.out), *atoms(t.inn)) for t in terms]
+    classes: dict[tuple[Label, ...], list[int]] = {}
+    for k in range(positions):
+        classes.setdefault(tuple(column[k] for column in columns), []).append(k)
+    label_at: dict[int, Label] = {}
+    loose: set[Label] = set()
+    for key, members in classes.items():
+        label = Label(key[0].size, key[0].name)
+        label_at.update(dict.fromkeys(members, label))
+        alone = all(
+            _is_free(t, x, column.count(x) == len(members)) for t, x, column in zip(terms, key, columns, strict=True)
+        )
+        if alone:
+            loose.add(label)
+    stored = [label for label in dict.fromkeys(label_at[k] for k in range(positions)) if label not in loose]
+    dense = torch.zeros([label.size for label in stored], dtype=like.dtype, device=like.device)
+    for term, column in zip(terms, columns, strict=True):
+        first = {label_at[k]: column[k] for k in reversed(range(positions))}
+        scatter(term, [(first[label],) for label in stored], dense)
+    labels = iter(label_at[k] for k in range(positions))
+    out = tuple(tuple(next(labels) for _ in axis) for axis in terms[0].out)
+    inn = tuple(tuple(next(labels) for _ in axis) for axis in terms[0].inn)
+    name = "+".join(dict.fromkeys("·".join(f.name for f in t.tensors if f.name) or "δ" for t in terms))
+    return (Term(1.0, (Factor(dense, tuple(stored), name if len(name) < 40 else "sum"),), out, inn),)
+
+
+def _is_free(term: Term, label: Label, whole: bool) -> bool:
+    """Does the term neither store this label nor tie it to one outside its class?"""
+    return whole and not any(label in f.labels for f in term.factors)
+
+
+def _refined(terms: Sequence[Term], like: Tensor) -> list[Term]:
+    """Split the axes of all terms into common atoms; an axis whose radices do not nest becomes whole in each term."""
+    result = list(terms)
+    # A split label may stand on an axis that was already done, hence until nothing changes.
+    while True:
+        before = result
+        for side in ("out", "inn"):
+            for axis in range(len(getattr(terms[0], side))):
+                cuts = sorted(set().union(*(_cuts(getattr(t, side)[axis]) for t in result)))
+                nested = all(b % a == 0 for a, b in zip(cuts, cuts[1:], strict=False))
+                result = [_recut(t, side, axis, cuts if nested else None, like) for t in result]
+        if all(a is b for a, b in zip(before, result, strict=True)):
+            return result
+
+
+def _cuts(axis: Sequence[Label]) -> set[int]:
+    """The strides of an axis's atoms, and its size."""
+    strides, step = {1}, 1
+    for label in reversed(axis):
+        step *= label.size
+        strides.add(step)
+    return strides
+
+
+def _recut(term: Term, side: str, axis: int, cuts: list[int] | None, like: Tensor) -> Term:
+    labels = getattr(term, side)[axis]
+    if cuts is None:
+        if len(labels) < 2:
+            return term
+        whole = Label(volume(labels))
+        eye = torch.eye(whole.size, dtype=like.dtype, device=like.device)
+        tie = Factor(eye.reshape([x.size for x in labels] + [whole.size]), (*labels, whole), "reshape")
+        axes = tuple((whole,) if k == axis else a for k, a in enumerate(getattr(term, side)))
+        term = replace(term, factors=(*term.factors, tie))
+        return replace(term, out=axes) if side == "out" else replace(term, inn=axes)
+    change: dict[Label, tuple[Label, ...]] = {}
+    step = 1
+    for label in reversed(labels):
+        inside = [c for c in cuts if step <= c <= step * label.size]
+        parts = [Label(b // a, label.name) for a, b in zip(inside, inside[1:], strict=False)]
+        if len(parts) > 1 and label not in change:
+            change[label] = tuple(reversed(parts))
+        step *= label.size
+    if not change:
+        return term
+    cut = [isinstance(f, Select) and any(x in change for x in f.labels) for f in term.factors]
+    factors = [one_hot(f, like) if c and isinstance(f, Select) else f for f, c in zip(term.factors, cut, strict=True)]
+    return substitute(replace(term, factors=tuple(factors)), change)

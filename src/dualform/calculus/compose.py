@@ -1,0 +1,201 @@
+"""The chain rule on terms: the inner axes of one meet the outer axes of the other, label by label.
+
+    (J2 J1)[out..., in...] = sum over mid of J2[out..., mid...] J1[mid..., in...]
+
+Two labels of one size become one label (a delta eliminated by renaming); where sizes differ, as (12,) with (3, 4), the
+longer label is split; where no split exists, that axis alone gets a stored permutation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dualform.calculus.terms import (
+    Axis,
+    Factor,
+    Label,
+    Select,
+    Term,
+    make_factor,
+    one_hot,
+    renewed,
+    substitute,
+    volume,
+)
+
+
+def compose_terms(outer: Term, inner: Term, like: Tensor) -> Term | None:
+    """Compose two terms, or None if their product is zero. `like` gives the dtype of any stored permutation."""
+    outer, inner = renewed(outer), renewed(inner)
+    meeting = _Meeting(outer, inner, like)
+    for left, right in zip(outer.inn, inner.out, strict=True):
+        meeting.unify(left, right)
+    joined = Term(outer.coef * inner.coef, tuple(meeting.factors), outer.out, inner.inn)
+    middle = [label for axis in (*outer.inn, *inner.out) for label in axis]
+    joined = substitute(joined, meeting.change)
+    middle = list(dict.fromkeys(x for label in middle for x in meeting.final(label)))
+    settled = settle_selects(joined)
+    if settled is None:
+        return None
+    present = {*settled.visible, *settled.hidden, *meeting.absorbed(joined, settled)}
+    free = volume(label for label in middle if label not in present)
+    return replace(settled, coef=settled.coef * free)
+
+
+class _Meeting:
+    """The labels of two terms while their middle axes are matched."""
+
+    def __init__(self, outer: Term, inner: Term, like: Tensor) -> None:
+        self.factors: list[Factor | Select] = [*outer.factors, *inner.factors]
+        self.like = like
+        self.change: dict[Label, Axis] = {}
+
+    def final(self, label: Label) -> Axis:
+        if label not in self.change:
+            return (label,)
+        return tuple(x for part in self.change[label] for x in self.final(part))
+
+    @staticmethod
+    def absorbed(before: Term, after: Term) -> set[Label]:
+        """Labels that a Select consumed: their sum is in the Select's meaning, not in the coefficient."""
+        gone = {label for s in before.selects for label in s.labels}
+        return gone - {label for s in after.selects for label in s.labels}
+
+    def unify(self, left: Axis, right: Axis) -> None:
+        a = [x for label in left for x in self.final(label)]
+        b = [x for label in right for x in self.final(label)]
+        while a and b:
+            # A label that the other axis has renamed or split since it was read is read again.
+            if (fresh := self.final(a[-1])) != (a[-1],):
+                a[-1:] = fresh
+                continue
+            if (fresh := self.final(b[-1])) != (b[-1],):
+                b[-1:] = fresh
+                continue
+            x, y = a[-1], b[-1]
+            if x.size == y.size:
+                if x is not y:
+                    self.change[y] = (x,)
+                    x.name = x.name or y.name
+                a.pop()
+                b.pop()
+            elif x.size % y.size == 0:
+                self.split(x, y.size)
+            elif y.size % x.size == 0:
+                self.split(y, x.size)
+            else:
+                self.permute(a, b)
+                return
+
+    def split(self, label: Label, low: int) -> None:
+        """Replace a label by (high, low), and split the partners that Selects tie it to, where they align."""
+        low_label = Label(low)
+        self.change[label] = (Label(label.size // low), low_label)
+        pending = [label]
+        while pending:
+            current = pending.pop()
+            for k, f in enumerate(self.factors):
+                if not isinstance(f, Select):
+                    continue
+                f = replace(f, small=self._renamed(f.small), big=self._renamed(f.big))
+                if current not in f.labels:
+                    self.factors[k] = f
+                    continue
+                other = f.big if f.small is current else f.small
+                aligned = f.step == 1 and f.start % low == 0 and other.size % low == 0 and f.small is not f.big
+                if not aligned or (other in self.change and self.change[other][-1] is not low_label):
+                    self.factors[k] = one_hot(f, self.like)
+                    continue
+                if other not in self.change:
+                    self.change[other] = (Label(other.size // low), low_label)
+                    pending.append(other)
+                high = {x: self.change[x][0] for x in f.labels}
+                self.factors[k] = Select(high[f.small], high[f.big], f.start // low, 1)
+
+    def _renamed(self, label: Label) -> Label:
+        while label in self.change and len(self.change[label]) == 1:
+            (label,) = self.change[label]
+        return label
+
+    def permute(self, a: list[Label], b: list[Label]) -> None:
+        """Tie two groups of labels with equal volume and radices that do not fit, by a stored permutation."""
+        n = math.prod(label.size for label in a)
+        eye = torch.eye(n, dtype=self.like.dtype, device=self.like.device)
+        self.factors.append(make_factor(eye, [tuple(a), tuple(b)], "reshape"))
+
+
+def settle_selects(term: Term) -> Term | None:
+    """Remove every Select that a renaming, a slice or an intersection of ranges can replace; None if the term is zero."""
+    progress = True
+    while progress:
+        progress = False
+        for s in term.selects:
+            step = _settled(term, s)
+            if step is None:
+                return None
+            if step is not term:
+                term, progress = step, True
+                break
+    return term
+
+
+def _settled(term: Term, s: Select) -> Term | None:
+    rest = tuple(f for f in term.factors if f is not s)
+    bare = replace(term, factors=rest)
+    if s.is_identity:
+        # Keep the label that an axis shows.
+        return (
+            substitute(bare, {s.big: (s.small,)})
+            if s.big not in term.visible
+            else substitute(bare, {s.small: (s.big,)})
+        )
+    others = [f for f in rest if isinstance(f, Select)]
+    twin = next((o for o in others if o.big is s.big), None)
+    if twin is not None and s.big not in term.visible and not any(o.small is s.big for o in others):
+        return _intersected(term, s, twin)
+    if any(s.big in f.labels for f in bare.tensors):
+        # The relation lets the tensor be read at start + step * small only.
+        sliced = tuple(_slice(f, s) if isinstance(f, Factor) else f for f in rest)
+        return replace(term, factors=(*sliced, s))
+    if s.big in term.visible or twin is not None:
+        return term
+    chained = next((o for o in others if o.small is s.big), None)
+    if chained is not None:
+        through = Select(s.small, chained.big, chained.start + chained.step * s.start, chained.step * s.step)
+        kept = tuple(f for f in rest if f is not chained)
+        return replace(term, factors=(*kept, through))
+    # Nothing else reads big: the sum over it is one for each value of small.
+    free = 1 if s.small in {*bare.visible, *bare.hidden} else s.small.size
+    return replace(bare, coef=bare.coef * free)
+
+
+def _slice(f: Factor, s: Select) -> Factor:
+    if s.big not in f.labels:
+        return f
+    axis = f.labels.index(s.big)
+    window = slice(s.start, s.start + s.step * (s.small.size - 1) + 1, s.step)
+    tensor = f.tensor[(slice(None),) * axis + (window,)]
+    return make_factor(tensor, [(s.small if x is s.big else x,) for x in f.labels], f.name)
+
+
+def _intersected(term: Term, s: Select, t: Select) -> Term | None:
+    """Two ranges of one summed index: sum over big of [big in s][big in t] is a relation between the small ones."""
+    rest = tuple(f for f in term.factors if f is not s and f is not t)
+    common = sorted(set(s.indices) & set(t.indices))
+    if not common:
+        return None
+    step = common[1] - common[0] if len(common) > 1 else 1
+    meet = Label(len(common), s.small.name)
+    tied = [
+        Select(meet, x.small, (common[0] - x.start) // x.step, step // x.step if len(common) > 1 else 1) for x in (s, t)
+    ]
+    # A tensor that reads big reads it on the common range only.
+    shared = Select(meet, s.big, common[0], step)
+    sliced = [_slice(f, shared) if isinstance(f, Factor) else f for f in rest]
+    if any(s.big in f.labels for f in sliced):
+        tied.append(shared)
+    return replace(term, factors=(*sliced, *tied))

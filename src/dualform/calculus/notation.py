@@ -1,0 +1,184 @@
+"""Index notation of terms, as plain text and as LaTeX, and back to numbers.
+
+    2 Σ_h W2[h,j] gelu'(h)[i,h] X[i,k]        J[i,j,k,l]        δ(j,l)
+
+`Line` is the data: the text is printed from it and a test evaluates it, so a printed formula cannot lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from dualform.calculus.terms import Axis, Factor, Label, Select, Term
+
+LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
+
+
+def letters(taken: Sequence[str] = ()) -> Iterator[str]:
+    """Index names in the order in which people use them: i j k ... then i1 j1 ..."""
+    for round_ in count():
+        for letter in LETTERS:
+            name = letter + (str(round_) if round_ else "")
+            if name not in taken:
+                yield name
+
+
+@dataclass(frozen=True)
+class Line:
+    """One product in index notation.
+
+    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums: indices summed over.
+    An index of an axis that is a composite of labels is written as a polynomial of its atoms: "4*a+b".
+    """
+
+    coef: float
+    factors: tuple[tuple[str, tuple[str, ...]], ...]
+    deltas: tuple[tuple[str, str], ...]
+    selects: tuple[tuple[str, int, int, str], ...]
+    sums: tuple[str, ...]
+
+    def text(self) -> str:
+        body = [f"Σ_{s}" for s in self.sums]
+        body += [f"{name}[{','.join(labels)}]" if labels else name for name, labels in self.factors]
+        body += [f"δ({a},{b})" for a, b in self.deltas]
+        body += [f"δ({big},{_affine(start, step, small)})" for big, start, step, small in self.selects]
+        return _coefficient(self.coef, bool(self.factors or self.deltas or self.selects)) + " ".join(body)
+
+    def latex(self) -> str:
+        body = [rf"\sum_{{{s}}}" for s in self.sums]
+        body += [rf"{_tex(name)}_{{{','.join(labels)}}}" for name, labels in self.factors]
+        body += [rf"\delta_{{{a},{b}}}" for a, b in self.deltas]
+        body += [rf"\delta_{{{big},{_affine(start, step, small)}}}" for big, start, step, small in self.selects]
+        return _coefficient(self.coef, bool(self.factors or self.deltas or self.selects)) + r"\,".join(body)
+
+
+def _affine(start: int, step: int, small: str) -> str:
+    scaled = small if step == 1 else f"{step}*{small}"
+    return scaled if start == 0 else f"{start}+{scaled}"
+
+
+def _coefficient(coef: float, follows: bool) -> str:
+    if follows and coef in (1, -1):
+        return "" if coef == 1 else "-"
+    shown = f"{coef:.6g}"
+    return shown + (" " if follows else "")
+
+
+def _tex(name: str) -> str:
+    escaped = name.replace("_", r"\_").replace("·", r"\cdot ").replace("δ", r"\delta ")
+    if len(name) == 1 or "\\" in escaped:
+        return escaped if len(name) == 1 else rf"({escaped})"
+    return rf"\mathrm{{{escaped}}}"
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A derivative as a sum of lines: J[out, in] = line + line + ..."""
+
+    symbol: str
+    out: tuple[str, ...]
+    inn: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def left(self) -> str:
+        return f"{self.symbol}[{','.join((*self.out, *self.inn))}]" if self.out or self.inn else self.symbol
+
+    def right(self) -> str:
+        joined = " + ".join(line.text() for line in self.lines) or "0"
+        return joined.replace("+ -", "- ")
+
+    def __str__(self) -> str:
+        return f"{self.left} = {self.right()}"
+
+    def latex(self) -> str:
+        right = " + ".join(line.latex() for line in self.lines) or "0"
+        above, _, below = self.symbol.partition("/")
+        left = rf"\frac{{\partial {_tex(above[1:])}_{{{','.join(self.out)}}}}}{{\partial {_tex(below[1:])}_{{{','.join(self.inn)}}}}}"
+        return f"{left} = {right.replace('+ -', '- ')}"
+
+
+def formula(terms: Sequence[Term], out_shape: Sequence[int], in_shape: Sequence[int], symbol: str = "J") -> Formula:
+    """Write terms in index notation: one letter for each axis, an axis of size 1 is index 0.
+
+    Letters are given by position, so that all lines of one formula speak of the same indices.
+    """
+    names = letters()
+    out = tuple("0" if n == 1 else next(names) for n in out_shape)
+    inn = tuple("0" if n == 1 else next(names) for n in in_shape)
+    lines = []
+    for term in terms:
+        lines.append(_line(term, out, inn))
+    return Formula(symbol, out, inn, tuple(lines))
+
+
+def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...]) -> Line:
+    names = letters([*out, *inn])
+    name: dict[Label, str] = {}
+    deltas: list[tuple[str, str]] = []
+    sums: list[str] = []
+    axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
+    # Plain axes name their label first; a composite axis is then a relation to the names of its atoms.
+    for letter, axis in axes:
+        if len(axis) == 1:
+            if axis[0] in name:
+                deltas.append((name[axis[0]], letter))
+            else:
+                name[axis[0]] = letter
+    for letter, axis in axes:
+        if len(axis) > 1:
+            for label in axis:
+                if label not in name:
+                    name[label] = next(names)
+                    sums.append(name[label])
+            deltas.append((letter, _polynomial(axis, name)))
+    for label in term.hidden:
+        name[label] = next(names)
+        sums.append(name[label])
+    return Line(
+        term.coef,
+        tuple((f.name or f"F{k + 1}", tuple(name[x] for x in f.labels)) for k, f in enumerate(term.tensors)),
+        tuple(deltas),
+        tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
+        tuple(sums),
+    )
+
+
+def _polynomial(axis: Axis, name: dict[Label, str]) -> str:
+    parts, stride = [], 1
+    for label in reversed(axis):
+        parts.append(name[label] if stride == 1 else f"{stride}*{name[label]}")
+        stride *= label.size
+    return "+".join(reversed(parts))
+
+
+def axis_names(term: Term, out: Sequence[str], inn: Sequence[str]) -> dict[Label, str]:
+    """Name labels by the axes that show them alone."""
+    pairs = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
+    return {axis[0]: letter for letter, axis in reversed(pairs) if len(axis) == 1}
+
+
+def describe_factor(f: Factor | Select) -> str:
+    """A factor's name, shape and storage, for a person."""
+    if isinstance(f, Select):
+        return f"select {f.start}:{f.indices.stop}:{f.step} of {f.big.size} (stores nothing)"
+    return f"{f.name or 'factor'} {tuple(f.tensor.shape)}"
+
+
+def stored_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes that tensors occupy, each storage once, and no more of a storage than its views show."""
+    shown: dict[int, dict[tuple, int]] = {}
+    total: dict[int, int] = {}
+    for t in tensors:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        view = (t.storage_offset(), tuple(t.shape), tuple(t.stride()))
+        seen = torch.Size([n for n, s in zip(t.shape, t.stride(), strict=True) if s != 0]).numel()
+        shown.setdefault(key, {})[view] = seen * t.element_size()
+        total[key] = storage.nbytes()
+    return sum(min(total[key], sum(views.values())) for key, views in shown.items())

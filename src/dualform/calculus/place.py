@@ -1,0 +1,80 @@
+"""From a term to a tensor: contract its factors, then put the values where its deltas and selections say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dualform.calculus.contract import contract
+from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, sizes, volume
+
+
+def spread(term: Term, axes: Sequence[Axis], seeds: Sequence[Factor], like: Tensor) -> Tensor:
+    """Contract a term with seed factors into a tensor whose axes are `axes`, with pure ops only (traces, vmaps)."""
+    shape = [volume(axis) for axis in axes]
+    labels = atoms(axes)
+    unique = list(dict.fromkeys(labels))
+    factors = [*seeds, *term.factors]
+    value, have = gather(factors, unique, like)
+    if term.coef != 1:
+        value = -value if term.coef == -1 else value * term.coef
+    for axis, label in enumerate(unique):
+        if label not in have:
+            value = value.unsqueeze(axis)
+    if len(have) < len(unique):
+        value = value.expand(sizes(unique))
+    while len(unique) < len(labels):
+        repeated = next(label for k, label in enumerate(labels) if label in labels[:k])
+        value, unique, labels = _embedded(value, unique, labels, repeated)
+    if unique != list(labels):
+        value = value.permute([unique.index(label) for label in labels])
+    return value if list(value.shape) == shape else value.reshape(shape)
+
+
+def _embedded(
+    value: Tensor, unique: list[Label], labels: tuple[Label, ...], repeated: Label
+) -> tuple[Tensor, list[Label], tuple[Label, ...]]:
+    """Give the second occurrence of a repeated label an axis of its own, zero off the diagonal."""
+    twin = Label(repeated.size, repeated.name)
+    axis = unique.index(repeated)
+    value = torch.diag_embed(value.movedim(axis, -1))
+    rest = [label for label in unique if label is not repeated]
+    second = [k for k, label in enumerate(labels) if label is repeated][1]
+    return value, [*rest, repeated, twin], (*labels[:second], twin, *labels[second + 1 :])
+
+
+def gather(factors: Sequence[Factor | Select], wanted: Sequence[Label], like: Tensor) -> tuple[Tensor, list[Label]]:
+    """Contract factors onto those of the wanted labels that they have; no factor at all is the number 1."""
+    have = [label for label in wanted if any(label in f.labels for f in factors)]
+    factors = list(factors)
+    if not any(isinstance(f, Factor) for f in factors):
+        factors.append(Factor(torch.ones((), dtype=like.dtype, device=like.device), (), "1"))
+    return contract(factors, have), have
+
+
+def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
+    """Add a term into a fresh contiguous tensor: a delta is a stride, a selection a stride and an offset."""
+    strides: dict[Label, int] = {}
+    offset = 0
+    step = 1
+    for label in reversed(atoms(axes)):
+        strides[label] = strides.get(label, 0) + step
+        step *= label.size
+    factors: list[Factor | Select] = list(term.factors)
+    bound = [label for f in term.tensors for label in f.labels]
+    for s in term.selects:
+        shared = [f for f in term.selects if f is not s and s.big in f.labels]
+        if s.big in strides and s.big not in bound and not shared:
+            outer = strides.pop(s.big)
+            strides[s.small] = strides.get(s.small, 0) + outer * s.step
+            offset += outer * s.start
+            factors.remove(s)
+    value, have = gather(factors, list(strides), result)
+    labels = list(strides)
+    for axis, label in enumerate(labels):
+        if label not in have:
+            value = value.unsqueeze(axis)
+    view = result.as_strided(sizes(labels), [strides[label] for label in labels], offset)
+    view.add_(value, alpha=term.coef)

@@ -1,0 +1,228 @@
+"""The structured derivative: a sum of terms that keeps deltas, broadcasts and selections instead of storing them.
+
+J[out..., in...] = d f[out...] / d x[in...] = sum over terms of coef * prod factors * prod deltas
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from dualform.calculus.collapse import merged
+from dualform.calculus.compose import compose_terms
+from dualform.calculus.notation import formula, stored_bytes
+from dualform.calculus.place import scatter, spread
+from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, fresh_axes, make_factor
+from dualform.shapes import ShapeError, fail
+
+if TYPE_CHECKING:
+    from dualform.calculus.explain import Explanation
+
+__all__ = ["Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "fresh_axes", "make_factor"]
+
+
+class Route(Protocol):
+    """A cheaper way to apply a derivative than its terms: a program of local derivatives; and its account."""
+
+    def vjp(self, g: Tensor) -> Tensor: ...
+    def jvp(self, v: Tensor) -> Tensor: ...
+    def explain(self, derivative: Derivative, level: str) -> Explanation: ...
+
+
+class Derivative:
+    """Hold d f / d x with its structure: nothing is materialised unless asked.
+
+    J[out..., in...]; `terms` is the sum, made on first use when given as a function
+    Shape:  shape = out_shape + in_shape.
+    Dtype:  that of the function's result; sums are in that dtype.
+    Raises: ShapeError when a vector or another derivative does not fit.
+    Example:
+        >>> J = jacobian(lambda x, y: x + y, torch.ones(2), torch.ones(2, 2))
+        >>> J.shape, J.nbytes, J.dense_nbytes
+        ((2, 2, 2), 0, 32)
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term] | Callable[[], Sequence[Term]],
+        out_shape: Sequence[int],
+        in_shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        route: Route | None = None,
+    ) -> None:
+        self._terms = terms if callable(terms) else tuple(terms)
+        self.out_shape = tuple(out_shape)
+        self.in_shape = tuple(in_shape)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.route = route
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The products whose sum is the derivative."""
+        if callable(self._terms):
+            self._terms = tuple(self._terms())
+        return self._terms
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """out_shape + in_shape."""
+        return self.out_shape + self.in_shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers stored, each storage counted once."""
+        return stored_bytes([f.tensor for term in self.terms for f in term.tensors])
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the materialised derivative."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def structure(self) -> str:
+        """The derivative in index notation, as `J[i,j,k] = δ(j,k)`."""
+        return str(formula(self.terms, self.out_shape, self.in_shape))
+
+    @property
+    def T(self) -> Derivative:
+        """Swap output and input: the adjoint map."""
+        terms = [replace(t, out=t.inn, inn=t.out) for t in self.terms]
+        return Derivative(terms, self.in_shape, self.out_shape, self.dtype, self.device)
+
+    def dense(self) -> Tensor:
+        """Materialise the derivative.
+
+        Shape:  -> out_shape + in_shape.
+        Dtype:  the derivative's.
+        Raises: nothing; `dense_nbytes` says beforehand what it costs.
+        """
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if result.numel():
+            for term in self.terms:
+                scatter(term, (*term.out, *term.inn), result)
+        return result
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """Apply the adjoint to a gradient of the output.
+
+        x_bar[in] = sum over out of g[out] J[out, in]
+        Shape:  g out_shape -> in_shape.
+        Dtype:  the derivative's.
+        Raises: ShapeError if g is not shaped like the output.
+        """
+        self._expect("vjp", "g", g, self.out_shape)
+        if self.route is not None:
+            return self.route.vjp(g)
+        return self._apply(g, "out", "inn", self.in_shape)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Apply the derivative to a direction in the input.
+
+        y_dot[out] = sum over in of J[out, in] v[in]
+        Shape:  v in_shape -> out_shape.
+        Dtype:  the derivative's.
+        Raises: ShapeError if v is not shaped like the input.
+        """
+        self._expect("jvp", "v", v, self.in_shape)
+        if self.route is not None:
+            return self.route.jvp(v)
+        return self._apply(v, "inn", "out", self.out_shape)
+
+    def _expect(self, method: str, argument: str, value: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(value.shape) != shape:
+            side = "output" if argument == "g" else "input"
+            fail(
+                method,
+                argument,
+                f"has shape {tuple(value.shape)}",
+                f"the {side}'s shape = {shape}",
+                "Reshape or slice it.",
+            )
+
+    def _apply(self, seed: Tensor, side: str, other: str, shape: tuple[int, ...]) -> Tensor:
+        total: Tensor | None = None
+        if math.prod(self.shape):
+            for term in self.terms:
+                part = spread(term, getattr(term, other), [make_factor(seed, getattr(term, side), "g")], seed)
+                total = part if total is None else total + part
+        return torch.zeros(shape, dtype=self.dtype, device=self.device) if total is None else total
+
+    def __matmul__(self, inner: Derivative) -> Derivative:
+        return compose(self, inner)
+
+    def __add__(self, other: Derivative) -> Derivative:
+        if not isinstance(other, Derivative):
+            return NotImplemented
+        if self.shape != other.shape or self.out_shape != other.out_shape:
+            fail(
+                "Derivative +",
+                "the second summand",
+                f"is {other.out_shape} by {other.in_shape}",
+                f"{self.out_shape} by {self.in_shape}",
+                "Add derivatives of one function space only.",
+            )
+        return self._with(merged([*self.terms, *other.terms]))
+
+    def __mul__(self, scale: float) -> Derivative:
+        if not isinstance(scale, int | float):
+            return NotImplemented
+        return self._with([replace(t, coef=t.coef * scale) for t in self.terms if scale != 0])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Derivative:
+        return self * -1.0
+
+    def __sub__(self, other: Derivative) -> Derivative:
+        return self + -other
+
+    def _with(self, terms: Sequence[Term]) -> Derivative:
+        return Derivative(terms, self.out_shape, self.in_shape, self.dtype, self.device)
+
+    def explain(self, level: str = "steps") -> Explanation:
+        """Say how the derivative comes about and how to use it: level "one-line", "steps" or "proof".
+
+        Shape:  none.
+        Dtype:  none.
+        Raises: ValueError for another level, or for a derivative that no program made.
+        """
+        if self.route is None:
+            raise ValueError(
+                "explain: the derivative is a composition; expected one that df.jacobian made. Read J.structure instead."
+            )
+        return self.route.explain(self, level)
+
+    def __repr__(self) -> str:
+        return f"Derivative({self.out_shape} by {self.in_shape}: {self.structure}; {self.nbytes} of {self.dense_nbytes} bytes)"
+
+
+def compose(outer: Derivative, inner: Derivative) -> Derivative:
+    """Compose two derivatives by the chain rule.
+
+    J[out, in] = sum over mid of J2[out, mid] J1[mid, in]; deltas vanish by renaming labels
+    Shape:  outer (out, mid), inner (mid, in) -> (out, in).
+    Dtype:  the outer's.
+    Raises: ShapeError if the shapes in the middle differ.
+    """
+    if outer.in_shape != inner.out_shape:
+        raise ShapeError(
+            f"compose: inner has output shape {inner.out_shape}; expected the outer's input shape = {outer.in_shape}. "
+            "Write J2 @ J1 for J2 after J1."
+        )
+    empty = 0 in (math.prod(outer.shape), math.prod(inner.shape))
+    like = torch.empty((), dtype=outer.dtype, device=outer.device)
+    pairs = [] if empty else [compose_terms(a, b, like) for a in outer.terms for b in inner.terms]
+    terms = merged([t for t in pairs if t is not None])
+    return Derivative(terms, outer.out_shape, inner.in_shape, outer.dtype, outer.device)
+
+
+def zero(out: Tensor, operand: Tensor) -> Derivative:
+    """The derivative of a function that does not depend on its operand."""
+    return Derivative((), out.shape, operand.shape, out.dtype, out.device)

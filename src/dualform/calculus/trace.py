@@ -1,0 +1,225 @@
+"""The one tracer: a function of tensors becomes a graph of the functional aten ops that a person wrote.
+
+linear, einsum, layer_norm, softmax and scaled_dot_product_attention stay single nodes; in-place ops are rewritten;
+randomness, data-dependent control flow and writes to inputs or buffers are refused with the caller's line.
+"""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import operator
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from dualform.calculus.functional import functionalized
+from dualform.shapes import TraceError
+
+aten = torch.ops.aten
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+    """Trace a function of flat tensors into a graph of functional aten ops.
+
+    gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
+    that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
+    The graph is for these shapes, dtypes and devices. `f` must not take gradients inside. A module goes through
+    torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
+    Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
+    Dtype:  any; nothing is computed.
+    Raises: TraceError for randomness, control flow that reads values, writes to inputs or closed-over tensors, and for
+            anything else that cannot be traced.
+    Example:
+        >>> print(trace(lambda x: x.clone().relu_(), torch.ones(2)).code.strip().splitlines()[-1].strip())
+        return relu
+    """
+    inputs = [_standin(a) for a in args]
+    fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
+    mode = "real" if fake else "fake"
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _quiet("torch._subclasses.fake_tensor"):
+        try:
+            gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
+        except TraceError:
+            raise
+        except Exception as error:
+            _reraise(error)
+    _refuse_values(gm)
+    _refuse_randomness(gm)
+    return functionalized(gm, _blame)
+
+
+def _standin(value: Tensor) -> Tensor:
+    """A tensor object of its own (make_fx merges identical ones) that no caller can see being written to."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class _Lines(TorchFunctionMode):
+    """Write the caller's line into the nodes that a torch call makes, and refuse transforms inside the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = _transforms()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None and _is_ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            code = frame.f_code
+            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+            text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
+            fx_traceback.current_meta["stack_trace"] = text
+            if _transforms() != self.depth:
+                _refuse_transform(_shown(code.co_filename, frame.f_lineno, line))
+        return func(*args, **(kwargs or {}))
+
+
+def _transforms() -> int:
+    """How many torch.func transforms are active."""
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+def _with_lines(f: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(f)  # the graph's inputs are named after f's
+    def run(*args: Tensor) -> Any:
+        with _Lines():
+            return f(*args)
+
+    return run
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Fake tensors log an error before they raise it; the caller sees it once, as a TraceError."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def source_line(node: fx.Node) -> str:
+    """Name the line of the caller's code that made a node, as `h = x @ w   (mine.py:12)`; empty if it is not known.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    for file, line, _, text in reversed(frames):
+        if not _is_ours(file):
+            return _shown(file, int(line), text)
+    return ""
+
+
+def _is_ours(file: str) -> bool:
+    return (
+        file.startswith((_TORCH, _HERE)) or "/site-packages/opt_einsum/" in file or file.startswith("<eval_with_key>")
+    )
+
+
+def _shown(file: str, line: int, text: str) -> str:
+    code = (text or linecache.getline(file, line)).strip()
+    return f"{code}   ({Path(file).name}:{line})" if code else f"({Path(file).name}:{line})"
+
+
+def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+    where = source_line(node) or str(node.target)
+    raise TraceError(f"trace: `{where}` {what}; expected a pure function of its inputs. {advice}")
+
+
+def _refuse_transform(where: str) -> NoReturn:
+    raise TraceError(
+        f"trace: `{where}` runs inside a gradient or a torch.func transform; expected plain tensor ops. "
+        "Differentiate the function from outside."
+    )
+
+
+def _refuse_data(where: str) -> NoReturn:
+    raise TraceError(
+        f"trace: `{where}` reads a tensor's values (control flow, .item(), or a shape that depends on data); expected a "
+        "graph that is the same for all values. Use torch.where or a mask instead."
+    )
+
+
+def _reraise(error: Exception) -> NoReturn:
+    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename)]
+    where = _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
+    reads = ("DataDependent", "DynamicOutputShape")
+    text = str(error)
+    if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
+        _refuse_data(where)
+    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    raise TraceError(
+        f"trace: `{where}` failed with {reason}; expected a function that runs on these shapes. "
+        "Run it on real tensors to see the whole error."
+    ) from error
+
+
+def _refuse_values(gm: fx.GraphModule) -> None:
+    """A number that came out of a tensor, or a shape that depends on its values, is control flow in disguise."""
+    for node in gm.graph.nodes:
+        made = node.meta.get("val")
+        parts = made if isinstance(made, (list, tuple)) else (made,)
+        for part in parts:
+            loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
+            if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                _refuse_data(source_line(node) or str(node.target))
+
+
+_DROPOUT = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+
+
+def _refuse_randomness(gm: fx.GraphModule) -> None:
+    """Random ops are refused; dropout that is switched off is the identity."""
+    for node in list(gm.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+            continue
+        if target in _DROPOUT and (not node.args[2] or node.args[1] == 0):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif not _is_quiet(node):
+            what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
+            _blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
+
+
+def _is_quiet(node: fx.Node) -> bool:
+    """A random op whose random part is switched off by its arguments."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema}
+    given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
+    given.update(node.kwargs)
+    return given.get("dropout_p") == 0 or given.get("training") is False or given.get("train") is False
+
+
+def tensor_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that make tensors or tuples of tensors, in order."""
+    return [n for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Does the node only unpack a result of several tensors?"""
+    return node.op == "call_function" and node.target is operator.getitem
