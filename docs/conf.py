@@ -1,0 +1,17 @@
+"""Sphinx: every page is executed; a failing cell fails the build; nothing is fetched."""
+
+import dualform
+
+project = "dualform"
+author = "the dualform authors"
+release = version = dualform.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+html_theme = "furo"
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_preserve_defaults = True
+exclude_patterns = ["_build", "jupyter_execute"]

@@ -1,0 +1,1 @@
+"""Learners, objectives and rules; the derivation of chunk programs from them; the layer around one."""

@@ -1,0 +1,207 @@
+"""From a learner to its chunk program: trace, find sites, emit one block for one head, trace that.
+
+Everything here works for any module; the sizes of a block (`Variant`) are the only thing a trace is specialised to.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree
+
+from dualform.calculus.trace import source_line
+from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
+from dualform.learning.grid import Variant
+from dualform.learning.reassociate import reassociate
+from dualform.learning.simplify import tidy
+from dualform.learning.sites import Analysis, DerivationError, analyse
+
+aten = torch.ops.aten
+# vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13): trace norms as arithmetic.
+_norms = [
+    aten.native_layer_norm, aten.native_layer_norm_backward, aten.native_group_norm, aten.native_group_norm_backward,
+    aten._fused_rms_norm, aten._fused_rms_norm_backward,
+]  # fmt: skip
+_as_arithmetic = get_decompositions(_norms)
+
+
+class Parts(NamedTuple):
+    """A learner's tensors by role."""
+
+    fast: dict[str, Tensor]
+    slow: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def split_parameters(learner: nn.Module, slow: tuple[str, ...]) -> Parts:
+    """Sort a learner's parameters into fast and slow by the patterns given and the module's own attribute `slow`."""
+    patterns = (*slow, *getattr(learner, "slow", ()))
+    named = dict(learner.named_parameters())
+    for pattern in patterns:
+        if not fnmatch.filter(named, pattern):
+            raise DerivationError(
+                f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an fnmatch "
+                "pattern of one. Correct or drop it."
+            )
+    is_slow = {name: any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
+    fast = {name: p for name, p in named.items() if not is_slow[name]}
+    if not fast:
+        raise DerivationError(
+            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}); expected at least "
+            "one. A learner without weights cannot learn: give it an nn.Parameter."
+        )
+    return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()))
+
+
+class Step(NamedTuple):
+    """A traced block: the graph, the tree of its inputs and what was chosen per site."""
+
+    graph: fx.GraphModule
+    inputs: StepInputs  # examples, for shapes and names
+    choices: list[Choice]
+
+
+@dataclass(eq=False)
+class Derivation:
+    """A learner with its objective and rule, at one width, dtype and device; steps are traced as they are asked for."""
+
+    learner: nn.Module
+    inner: Inner
+    chunk: int
+    parts: Parts
+    K: int
+    dtype: torch.dtype
+    device: torch.device
+    V: int = 0
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    analyses: dict[int, Analysis] = field(default_factory=dict)
+    steps: dict[Variant, Step] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        proof = self.analysis(max(2, self.chunk))  # with one token nothing can be seen to mix
+        self.V = proof.output.meta["val"].shape[-1]
+        if self.inner.target == "v-k" and self.V != self.K:
+            raise DerivationError(
+                f"derive: the objective's target is v - k with K = {self.K}, V = {self.V}; expected K = V. Use target='v'."
+            )
+        if self.inner.form == "dual":
+            bad = next((site for site in proof.sites if not site.admissible), None)
+            if bad is not None:
+                raise DerivationError(
+                    f"derive: form='dual' does not exist at {source_line(bad.node)}: {bad.why}; expected weights that enter "
+                    "affinely, or as a product that can be re-associated. Use form='auto' (weights per token there)."
+                )
+
+    def analysis(self, W: int) -> Analysis:
+        """Trace and mark the learner at W tokens, re-associated where that is better."""
+        if W not in self.analyses:
+            fast = {n: self._example(p) for n, p in self.parts.fast.items()}
+            rest = {n: self._example(p) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+            x = torch.randn(W, self.K, dtype=self.dtype, device=self.device)
+            names = [*fast, *rest]
+
+            def run(*tensors: Tensor) -> Tensor:
+                return functional_call(self.learner, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
+
+            a = analyse(run, fast, rest, x)
+            self.constants |= a.constants
+            self.analyses[W] = reassociate(a, W, always=self.inner.form == "dual")
+        return self.analyses[W]
+
+    def _example(self, p: Tensor) -> Tensor:
+        return p.detach().to(self.device, self.dtype if p.is_floating_point() else p.dtype)
+
+    def step(self, variant: Variant) -> Step:
+        """Trace one block for one head."""
+        if variant not in self.steps:
+            many = self.analysis(variant.width)
+            needs_one = variant.width > 1 and any(not site.admissible for site in many.sites)
+            emitter = Emitter(self.inner, many, self.analysis(1) if needs_one else many, variant, self.chunk)
+            example = self.example(variant)
+            self.steps[variant] = Step(trace_flat(emitter, example), example, emitter.choices)
+        return self.steps[variant]
+
+    def slow_values(self) -> dict[str, Tensor]:
+        return {**self.parts.slow, **self.parts.buffers, **self.constants}
+
+    def example(self, variant: Variant) -> StepInputs:
+        """Make inputs of a block's shapes, for tracing."""
+        self.analysis(variant.width)
+        rule, W = self.inner.rule, variant.width
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        th = {n: self._example(p) for n, p in self.parts.fast.items()}
+        known = variant.fresh and all(rule.resets) and not variant.opens
+        return StepInputs(
+            th=th,
+            R=None if known else {n: new(rule.num_registers, *w.shape) for n, w in th.items()},
+            q=new(W, self.K),
+            k=new(W, self.K),
+            v=new(W, self.V),
+            gates={name: new(W) for name in rule.gates},
+            slow={n: self._example(p) for n, p in self.slow_values().items()},
+            i=None if variant.fresh else new(W),
+            valid=None if variant.dense else new(W),
+            full=None if variant.completes(self.chunk) else torch.empty((), dtype=torch.bool, device=self.device),
+            opens=torch.empty((), dtype=torch.bool, device=self.device) if variant.opens else None,
+            init={n: new(*w.shape) for n, w in th.items()} if variant.opens else None,
+        )
+
+
+def names_of(inputs: StepInputs) -> list[str]:
+    """Name every tensor of a step's inputs as the printed program does."""
+    found: list[str] = []
+    for part, value in inputs._asdict().items():
+        if isinstance(value, dict):
+            prefix = {"R": "R_", "init": "init_", "gates": "", "th": "", "slow": ""}[part]
+            found += [prefix + name.replace(".", "_") for name in value]
+        elif value is not None:
+            found.append(part)
+    return found
+
+
+def flatten(inputs: Any) -> list[Tensor]:
+    """List a tree's tensors."""
+    return [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+
+
+def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
+    """Put tensors back into the tree of `like`."""
+    leaves, spec = _pytree.tree_flatten(like)
+    source = iter(tensors)
+    return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
+
+
+def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.GraphModule:
+    """Trace a function of `StepInputs` into a graph over its tensors, cleaned."""
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        return flatten(step(rebuild(example, list(tensors))))
+
+    return tidy(trace_fake(flat, flatten(example)))
+
+
+def trace_fake(f: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
+    """Trace on shapes alone, outside any autocast or grad mode of the caller."""
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        return make_fx(f, decomposition_table=_as_arithmetic, tracing_mode="fake")(*tensors)
+
+
+def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
+    """Copy a graph with some of its outputs and without what the others needed."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, values)
+    graph.output(list(outputs)[keep])  # type: ignore[call-overload]
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)

@@ -1,0 +1,464 @@
+"""One mini-batch, for one head: key pass, query pass and state update, from the sites of a learner.
+
+    y_t = y0(xq_t) + J(xq_t)[c_t th + d_t . R_0] - sum_{s<=t} C[t,s] J(xq_t) sum_sites J(x_s)^T delta_s
+    R_n = (A_n ... A_1) R_0 - sum_s (A_n ... A_{s+1} b_s) sum_sites J(x_s)^T delta_s
+
+Each sum is a contraction of C, J at the query, J at the keys and delta; its order is the form. Tokens first: weights per
+token. Query with key first: scores. Nothing here is traced or knows a learner; `derive` traces it.
+
+Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient, delta d loss / d y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from dualform.calculus import rules as table
+from dualform.calculus.contract import plan
+from dualform.calculus.structure import Derivative, Factor, Term, compose, identity
+from dualform.learning.grid import Variant
+from dualform.learning.rules import Coefficients, Rule, Scalar, unroll
+from dualform.learning.sites import Analysis, Place, Site, operand_nodes
+
+# Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
+FLOPS_PER_BYTE = 16.0
+
+
+class Price(NamedTuple):
+    """What a contraction costs: flops and bytes moved, and their sum in flops."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def total(self) -> float:
+        return self.flops + FLOPS_PER_BYTE * self.bytes
+
+    def __add__(self, other: object) -> Price:
+        assert isinstance(other, tuple)
+        return Price(self.flops + other[0], self.bytes + other[1])
+
+
+@dataclass
+class Choice:
+    """How one site's correction is computed, and what the other way would have cost."""
+
+    site: str
+    leaf: str
+    form: str  # "scores" | "state" | "scan"
+    scores: Price
+    state: Price
+    formula: str
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Everything about a layer's inner problem that does not depend on sizes."""
+
+    rule: Rule
+    objective: Callable[[Tensor, Tensor], Tensor]
+    target: str
+    form: str
+
+
+class StepInputs(NamedTuple):
+    """One block for one head. R is None when every register is at its start; i, valid, full as `Grid` says."""
+
+    th: dict[str, Tensor]
+    R: dict[str, Tensor] | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: dict[str, Tensor]
+    slow: dict[str, Tensor]
+    i: Tensor | None = None
+    valid: Tensor | None = None
+    full: Tensor | None = None
+    opens: Tensor | None = None
+    init: dict[str, Tensor] | None = None
+
+
+@dataclass
+class _Keys:
+    """What the key pass leaves behind: values, and per leaf the sites' derivatives with their deltas."""
+
+    env: dict[fx.Node, Any]
+    derivatives: dict[str, list[tuple[Derivative, int, Tensor]]]  # leaf -> (J, token axis, delta)
+    par: dict[tuple[fx.Node, str], Derivative] = field(default_factory=dict)
+
+
+class Emitter:
+    """Run one block of a learner whose trace is `many` (W tokens) and, for leaf sites, `one` (a single token)."""
+
+    def __init__(self, inner: Inner, many: Analysis, one: Analysis | None, variant: Variant, chunk: int) -> None:
+        self.inner, self.many, self.variant, self.chunk = inner, many, variant, chunk
+        self.sites = {site.node: site for site in many.sites}
+        self.cut = sorted({leaf for site in many.sites if not site.admissible for leaf in site.leaves})
+        self.twin = dict(zip(many.graph.graph.nodes, one.graph.graph.nodes, strict=True)) if one else {}
+        self.one = one
+        self.choices: list[Choice] = []
+        self.section = ""
+
+    def begin(self, section: str) -> None:
+        """While tracing, file what was recorded so far under its heading and start another."""
+        mode = get_proxy_mode()
+        if mode is not None:
+            for node in mode.tracer.graph.nodes:  # type: ignore[union-attr]
+                node.meta.setdefault("section", self.section)
+        self.section = section
+
+    def __call__(self, x: StepInputs) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
+        """Return (o, th', R'); R' is None when every register is certain to start anew."""
+        W, rule = self.variant.width, self.inner.rule
+        self.begin("the rule's coefficients: theta_t = c_t th + d_t R_0 - sum_{s<=t} C[t,s] g_s")
+        x = self._opened(x)
+        i = torch.arange(1, W + 1, dtype=x.q.dtype, device=x.q.device) if x.i is None else x.i
+        coef = unroll(rule, i, x.gates, x.valid)
+        self.begin("key pass: the learner at the anchor")
+        keys = self._key_pass(x)
+        self.begin("query pass: the learner with each token's own weights, corrected at every site")
+        o = self._query_pass(x, coef, keys)
+        self.begin("state: the weights that the next mini-batch starts from")
+        after = self._advance(x, coef, keys)
+        self.begin("")
+        return o, *after
+
+    def _opened(self, x: StepInputs) -> StepInputs:
+        if x.opens is None or x.init is None:
+            return x
+        opens = x.opens
+        th = {leaf: torch.where(opens, x.init[leaf], w) for leaf, w in x.th.items()}
+        R = x.R and {leaf: torch.where(opens, self._start(x.init[leaf]), r) for leaf, r in x.R.items()}
+        return x._replace(th=th, R=R)
+
+    def _start(self, th: Tensor) -> Tensor:
+        return torch.stack([s * th for s in self.inner.rule.start])
+
+    # -- key pass ------------------------------------------------------------------------------------------------
+
+    def _key_pass(self, x: StepInputs) -> _Keys:
+        a, W = self.many, self.variant.width
+        with torch.enable_grad():
+            th = {leaf: w.detach().requires_grad_() for leaf, w in x.th.items()}
+            env = self._inputs(x, th)
+            env[a.x] = x.k.detach().requires_grad_()
+            copies = {leaf: th[leaf].expand(W, *th[leaf].shape) for leaf in self.cut}
+            for node in a.nodes:
+                site = self.sites.get(node)
+                if site is None or site.admissible:
+                    env[node] = a.value(node, env)
+                else:
+                    env[node] = self._per_token(site, copies, env)
+            target = x.v - x.k if self.inner.target == "v-k" else x.v
+            loss = self.inner.objective(env[a.output], target).sum()
+            proper = [site for site in a.sites if site.admissible]
+            ends = [env[site.node] for site in proper] + list(copies.values())
+            self.begin("gradients of the inner loss with respect to the site outputs: no gradient of a weight is formed")
+            deltas = torch.autograd.grad(loss, ends, allow_unused=True, materialize_grads=True)
+        env = {node: value.detach() if isinstance(value, Tensor) else value for node, value in env.items()}
+        keys = _Keys(env, {leaf: [] for leaf in x.th})
+        for site, delta in zip(proper, deltas, strict=False):
+            for leaf, (J, axis) in self._site_derivatives(site, env, keys).items():
+                keys.derivatives[leaf].append((J, axis, delta.detach().reshape(J.out_shape)))
+        for leaf, delta in zip(self.cut, deltas[len(proper) :], strict=True):
+            keys.derivatives[leaf].append((self._copied(x.th[leaf]), 0, delta.detach()))
+        return keys
+
+    def _inputs(self, x: StepInputs, th: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+        a = self.many
+        return {a.leaf_nodes[n]: w for n, w in th.items()} | {a.slow_nodes[n]: w for n, w in x.slow.items()}
+
+    def _copied(self, w: Tensor) -> Derivative:
+        """Derivative of W copies of a leaf: a delta on its own axes, a broadcast along the tokens."""
+        J = identity(w)
+        (term,) = J.terms
+        (token,) = identity(w.new_empty(self.variant.width)).terms
+        return Derivative(
+            (replace(term, out=token.out + term.out),), (self.variant.width, *w.shape), J.in_shape, J.dtype, J.device
+        )
+
+    def _site_derivatives(
+        self, site: Site, env: Mapping[fx.Node, Any], keys: _Keys
+    ) -> dict[str, tuple[Derivative, int]]:
+        """Give d y / d leaf for every leaf behind a site, with the token axis of y by itself."""
+        a, call, found = self.many, self.many.call(site.node, env), {}
+        operands = call.operands
+        nodes = operand_nodes(site.node)
+        for j, node in enumerate(nodes):
+            if node not in site.pars:
+                continue
+            assert len(operands) == len(nodes)
+            local = table.derivative(call, j)
+            for leaf in a.leaves[node]:
+                J = compose(local, self._par_derivative(node, leaf, keys))
+                found[leaf] = found[leaf] + J if leaf in found else J
+        if self.variant.width == 1:
+            return {leaf: (J, 0) for leaf, J in found.items()}
+        return {
+            leaf: _separated(J, a.places[site.node], self.variant.width, env[site.node]) for leaf, J in found.items()
+        }
+
+    def _par_derivative(self, node: fx.Node, leaf: str, keys: _Keys) -> Derivative:
+        """Differentiate a par node with respect to a leaf; constant, since the par subgraph is affine."""
+        if (node, leaf) not in keys.par:
+            if node is self.many.leaf_nodes[leaf]:
+                J = identity(keys.env[node])
+            else:
+                call, J = self.many.call(node, keys.env), None
+                for j, source in enumerate(operand_nodes(node)):
+                    if leaf in self.many.leaves[source]:
+                        part = compose(table.derivative(call, j), self._par_derivative(source, leaf, keys))
+                        J = part if J is None else J + part
+                assert J is not None
+            keys.par[node, leaf] = J
+        return keys.par[node, leaf]
+
+    # -- query pass ----------------------------------------------------------------------------------------------
+
+    def _query_pass(self, x: StepInputs, coef: Coefficients, keys: _Keys) -> Tensor:
+        a = self.many
+        env = {node: value for node, value in keys.env.items() if node not in a.tok}
+        env[a.x] = x.q
+        copies = {}
+        for leaf in self.cut:
+            J = self._copied(x.th[leaf])
+            base = x.th[leaf].expand(self.variant.width, *x.th[leaf].shape)
+            copies[leaf] = self._corrected(f"{leaf} per token", leaf, base, J, 0, x, coef, keys)
+        for node in a.nodes:
+            if node not in a.tok:
+                continue
+            site = self.sites.get(node)
+            if site is None:
+                env[node] = a.value(node, env)
+            elif site.admissible:
+                env[node] = y = a.value(node, env)
+                for leaf, (J, axis) in self._site_derivatives(site, env, keys).items():
+                    y = self._corrected(node.name, leaf, y.reshape(J.out_shape), J, axis, x, coef, keys).reshape(
+                        y.shape
+                    )
+                env[node] = y
+            else:
+                env[node] = self._per_token(site, copies, env)
+        return env[a.output]
+
+    def _corrected(
+        self, name: str, leaf: str, y: Tensor, J: Derivative, axis: int, x: StepInputs, coef: Coefficients, keys: _Keys
+    ) -> Tensor:
+        """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
+        for weight, tensor in self._starting_point(leaf, x, coef):
+            y = y + (J.jvp(tensor) if _is(weight, 1.0) else _weighted(J, axis, weight).jvp(tensor))
+        sources = keys.derivatives[leaf]
+        kernels = [(_masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
+        scores = sum((_price(K, delta) for K, delta in kernels), Price(0, 0))
+        per_token = [(_per_source(K, other), delta) for K, other, delta in sources]
+        spread = _per_target(J, axis)
+        size = self.variant.width * math.prod(x.th[leaf].shape)
+        state = sum((_price(K, delta) for K, delta in per_token), self._prefix_price(coef, size, y.element_size()))
+        state = state + _price_shape(spread, (self.variant.width, *x.th[leaf].shape), y)
+        if size <= y.numel():
+            form = "scan"
+        else:
+            form = "scores" if self.inner.form == "dual" or scores.total <= state.total else "state"
+        self.choices.append(Choice(name, leaf, form, scores, state, str(J.structure)))
+        if form == "scores":
+            for K, delta in kernels:
+                y = y - K.jvp(delta)
+            return y
+        g = [K.jvp(delta) for K, delta in per_token]
+        return y - spread.jvp(_prefix(sum(g[1:], g[0]), coef))
+
+    def _starting_point(self, leaf: str, x: StepInputs, coef: Coefficients) -> list[tuple[Scalar, Tensor]]:
+        """List (weight, tensor) whose J is to be added to the value at the anchor, zeros left out."""
+        c: Scalar = coef.c - 1.0
+        parts: list[tuple[Scalar, Tensor]] = []
+        for k, d in enumerate(coef.d):
+            if x.R is not None:
+                parts.append((d, x.R[leaf][k]))
+            elif self.inner.rule.start[k] != 0.0:
+                c = c + d * self.inner.rule.start[k]
+        return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not _is(w, 0.0)]
+
+    def _prefix_price(self, coef: Coefficients, size: int, itemsize: int) -> Price:
+        if coef.row is not None:
+            return Price(3 * size, 6 * size * itemsize)
+        return Price(2 * self.variant.width * size, 2 * size * itemsize)
+
+    def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Tensor:
+        """Run an inadmissible site with each token's own weights: the traced op at one token, mapped over tokens."""
+        assert self.one is not None
+        a, one, W = self.many, self.one, self.variant.width
+        toks = [n for n in site.node.all_input_nodes if n in a.tok]
+
+        def run(weights: dict[str, Tensor], tokens: list[Tensor]) -> Tensor:
+            local: dict[fx.Node, Any] = {one.leaf_nodes[n]: w for n, w in weights.items()}
+            local |= {one.slow_nodes[n]: env[a.slow_nodes[n]] for n in one.slow_nodes}
+            local |= {
+                self.twin[n]: x.reshape(self.twin[n].meta["val"].shape) for n, x in zip(toks, tokens, strict=True)
+            }
+            return _evaluate(one, self.twin[site.node], local)
+
+        weights = {leaf: copies[leaf] for leaf in site.leaves}
+        if W == 1:
+            return run({leaf: w[0] for leaf, w in weights.items()}, [env[n] for n in toks])
+        fronts = [_token_first(env[n], a.places[n], W) for n in toks]
+        return _token_back(torch.vmap(run)(weights, fronts), a.places[site.node], site.node.meta["val"].shape)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _advance(
+        self, x: StepInputs, coef: Coefficients, keys: _Keys
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        rule, certain = self.inner.rule, self.variant.completes(self.chunk)
+        after: dict[str, Tensor] = {}
+        registers: dict[str, Tensor] = {}
+        a, u = coef.end
+        for leaf, th in x.th.items():
+            R0 = list(x.R[leaf]) if x.R is not None else [s * th if s else None for s in rule.start]
+            R = [self._register(k, leaf, R0, coef, keys, th) for k in range(rule.num_registers)]
+            parts = [m * r for m, r in zip(u, R, strict=True) if not _is(m, 0.0)]
+            end = sum(parts[1:], parts[0]) if _is(a, 0.0) else sum(parts, th if _is(a, 1.0) else a * th)
+            if certain:
+                after[leaf] = end
+                if not all(rule.resets):
+                    registers[leaf] = torch.stack(
+                        [s * end if new else r for s, new, r in zip(rule.start, rule.resets, R, strict=True)]
+                    )
+            else:
+                assert x.full is not None
+                after[leaf] = torch.where(x.full, end, th)
+                registers[leaf] = torch.stack(
+                    [
+                        torch.where(x.full, s * end, r) if new else r
+                        for s, new, r in zip(rule.start, rule.resets, R, strict=True)
+                    ]
+                )
+        return after, registers or None
+
+    def _register(
+        self, k: int, leaf: str, R0: Sequence[Tensor | None], coef: Coefficients, keys: _Keys, th: Tensor
+    ) -> Tensor:
+        carried = [
+            m if _is(w, 1.0) else w * m
+            for w, m in zip(coef.carry[k], R0, strict=True)
+            if m is not None and not _is(w, 0.0)
+        ]
+        value = sum(carried[1:], carried[0]) if carried else None
+        for K, axis, delta in keys.derivatives[leaf]:
+            written = _weighted(K, axis, coef.write[k]).T.jvp(delta)
+            value = -written if value is None else value - written
+        return torch.zeros_like(th) if value is None else value
+
+
+def _is(x: Scalar, number: float) -> bool:
+    return not isinstance(x, Tensor) and float(x) == number
+
+
+def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """Run what `goal` needs on top of `env`."""
+    if goal not in env:
+        for source in goal.all_input_nodes:
+            _evaluate(a, source, env)
+        env[goal] = a.value(goal, env)
+    return env[goal]
+
+
+def _token_first(x: Tensor, place: Place, W: int) -> Tensor:
+    axis, outer, inner = place
+    x = x.reshape(*x.shape[:axis], outer, W, inner, *x.shape[axis + 1 :])
+    return x.movedim(axis + 1, 0)
+
+
+def _token_back(x: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
+    axis, outer, inner = place
+    x = x.reshape(x.shape[0], *shape[:axis], outer, inner, *shape[axis + 1 :])
+    return x.movedim(0, axis + 1).reshape(shape)
+
+
+def _separated(J: Derivative, place: Place, W: int, y: Tensor) -> tuple[Derivative, int]:
+    """View y so that its token index is an axis of its own."""
+    if place.outer == 1 and place.inner == 1:
+        return J, place.axis
+    shape = [*y.shape[: place.axis], place.outer, W, place.inner, *y.shape[place.axis + 1 :]]
+    view = table.Call(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
+    return compose(table.derivative(view, 0), J), place.axis + 1
+
+
+def _edit(J: Derivative, change: Callable[[Term], Term], out: Sequence[int], inn: Sequence[int]) -> Derivative:
+    return Derivative(tuple(change(term) for term in J.terms), tuple(out), tuple(inn), J.dtype, J.device)
+
+
+def _sizes(*axes: Sequence[Any]) -> list[int]:
+    return [label.size for axis in axes for label in axis]
+
+
+def _masked(kernel: Derivative, q: int, k: int, C: Tensor) -> Derivative:
+    """Multiply a kernel [t.., s..] by C[t, s]."""
+
+    def change(term: Term) -> Term:
+        t, s = term.out[q], term.inn[k]
+        return replace(term, factors=(*term.factors, Factor(C.reshape(_sizes(t, s)), (*t, *s), "C")))
+
+    return _edit(kernel, change, kernel.out_shape, kernel.in_shape)
+
+
+def _weighted(J: Derivative, axis: int, w: Scalar) -> Derivative:
+    """Multiply J by a weight per token of its output."""
+    if not isinstance(w, Tensor):
+        return w * J
+
+    def change(term: Term) -> Term:
+        t = term.out[axis]
+        return replace(term, factors=(*term.factors, Factor(w.reshape(_sizes(t)), t, "w")))
+
+    return _edit(J, change, J.out_shape, J.in_shape)
+
+
+def _per_source(J: Derivative, axis: int) -> Derivative:
+    """Turn J into the map delta -> each token's own gradient: J^T with the token kept as the first output axis."""
+    T = J.T
+
+    def change(term: Term) -> Term:
+        return replace(term, out=(term.inn[axis], *term.out))
+
+    return _edit(T, change, (J.out_shape[axis], *T.out_shape), T.in_shape)
+
+
+def _per_target(J: Derivative, axis: int) -> Derivative:
+    """Turn J into the map (weights per token) -> y."""
+
+    def change(term: Term) -> Term:
+        return replace(term, inn=(term.out[axis], *term.inn))
+
+    return _edit(J, change, J.out_shape, (J.out_shape[axis], *J.in_shape))
+
+
+def _prefix(g: Tensor, coef: Coefficients) -> Tensor:
+    """sum_{s<=t} C[t,s] g_s: a running sum where C is tril(row x col)."""
+    shape = (-1, *[1] * (g.ndim - 1))
+    if coef.row is not None and coef.col is not None:
+        return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
+    return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
+
+
+def _price(J: Derivative, v: Tensor) -> Price:
+    return _price_shape(J, J.in_shape, v)
+
+
+def _price_shape(J: Derivative, shape: Sequence[int], like: Tensor) -> Price:
+    """Price J[v] without computing it: every term's contraction, as planned."""
+    total = Price(0, 0)
+    for term in J.terms:
+        labels = tuple(label for axis in term.inn for label in axis)
+        v = Factor(like.new_empty(_sizes(*term.inn)), labels, "v")
+        present = {label for f in (*term.factors, v) for label in getattr(f, "labels", ())}
+        out = [label for axis in term.out for label in axis if label in present]
+        p = plan((*term.factors, v), tuple(dict.fromkeys(out)))
+        total = total + (p.flops, p.bytes)
+    return total

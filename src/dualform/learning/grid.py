@@ -1,0 +1,173 @@
+"""Where each token goes: a row's valid tokens, cut into mini-batches and these into blocks of slots.
+
+A block holds tokens of one mini-batch, left-aligned; empty slots are identity updates. Padding vanishes, a reset opens a
+new mini-batch, and a call may begin and end anywhere inside one, so every split of a sequence is the same computation.
+
+Legend: B batch, T time, N blocks, W slots of a block, b the mini-batch (chunk).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Variant(NamedTuple):
+    """What is known about a block before it runs; each variant is its own traced program."""
+
+    width: int  # slots
+    fresh: bool  # every row begins a mini-batch here: positions are 1..W, resetting registers are at their start
+    dense: bool  # every slot holds a token
+    opens: bool  # some row starts a document here
+
+    def completes(self, chunk: int) -> bool:
+        """Is it certain that every row's mini-batch ends with this block?"""
+        return self.fresh and self.dense and self.width == chunk
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A layout of B rows of T tokens: per block its variant, and per row positions, validity, completion, resets."""
+
+    variants: list[Variant]
+    spans: list[tuple[int, int]] | None  # every row alike: block n is these tokens
+    index: Tensor | None  # (N, B, W) token of each slot, T where empty
+    i: Tensor | None  # (N, B, W) position in the mini-batch, from 1
+    valid: Tensor | None  # (N, B, W)
+    full: Tensor | None  # (N, B)
+    opens: Tensor | None  # (N, B)
+    position: Tensor  # (B,) after the call
+
+    def lay(self, x: Tensor) -> Tensor:
+        """Bring token-major (B, T, H, ...) to what `block` reads: (B, H, T, ...), or (N, B, H, W, ...) when ragged."""
+        x = x.transpose(1, 2)
+        if self.index is None:
+            return x.contiguous()
+        x = torch.cat([x, x.new_zeros(*x.shape[:2], 1, *x.shape[3:])], 2)
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        return x.transpose(1, 2)[rows, self.index].movedim(3, 2).contiguous()  # (N, B, W, H, ...) -> (N, B, H, W, ...)
+
+    def lift(self, y: Tensor, T: int) -> Tensor:
+        """Undo `lay`: back to (B, T, H, ...), zero where there is no token."""
+        if self.index is None:
+            return y.transpose(1, 2).contiguous()
+        N, B, H, W = y.shape[:4]
+        flat = y.permute(1, 0, 3, 2, *range(4, y.ndim)).reshape(B, N * W, H, *y.shape[4:])
+        out = y.new_zeros(B, T + 1, H, *y.shape[4:])
+        rows = torch.arange(B, device=y.device)[:, None]
+        out[rows, self.index.transpose(0, 1).reshape(B, N * W)] = flat
+        return out[:, :T]
+
+    def block(self, laid: Tensor, n: int) -> Tensor:
+        """Return block n, (B, H, W, ...); the slots past a short block's end are zero."""
+        if self.spans is None:
+            return laid[n]
+        start, stop = self.spans[n]
+        part, missing = laid[:, :, start:stop], self.variants[n].width - (stop - start)
+        return torch.cat([part, part.new_zeros(*part.shape[:2], missing, *part.shape[3:])], 2) if missing else part
+
+    def write(self, laid: Tensor, n: int, value: Tensor) -> None:
+        """Store block n's value."""
+        if self.spans is None:
+            laid[n] = value
+        else:
+            start, stop = self.spans[n]
+            laid[:, :, start:stop] = value[:, :, : stop - start]
+
+
+def bucket(width: int, chunk: int) -> int:
+    """Round a block's width up to a power of two (at most the mini-batch), so that few programs are traced."""
+    return min(chunk, 1 << (width - 1).bit_length())
+
+
+def arrange(
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+) -> Grid:
+    """Lay out a call: rows that stand alike are cut by slicing, others go through one gather."""
+    first = int(position[0])
+    alike = mask is None and reset is None and bool((position == first).all())
+    return _sliced(T, chunk, first, position, dtype) if alike else _gathered(T, chunk, position, mask, reset, dtype)
+
+
+def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give each token its document in this call (0 continues) and its position there, from 0: (B, T) each.
+
+    A padding token has the position of the valid token before it. position (B,): tokens of document 0 read before.
+    """
+    B, device = position.shape[0], position.device
+    valid = torch.ones(B, T, dtype=torch.long, device=device) if mask is None else mask.long()
+    rank = valid.cumsum(1)
+    if reset is None:
+        return torch.zeros_like(rank), rank - 1 + position[:, None]
+    segment = reset.long().cumsum(1)
+    first = torch.where(reset, rank - valid, 0).cummax(1).values
+    return segment, rank - 1 - first + torch.where(segment == 0, position[:, None], 0)
+
+
+def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype) -> Grid:
+    B, device = position.shape[0], position.device
+    edges = [0, *range(chunk - first, T, chunk), T]
+    spans = list(zip(edges, edges[1:], strict=False))
+    width = max(bucket(stop - start, chunk) for start, stop in spans)
+    slot = torch.arange(width, device=device)
+    variants, i, valid, full = [], [], [], []
+    for n, (start, stop) in enumerate(spans):
+        begin = first if n == 0 else 0
+        size = stop - start
+        variants.append(Variant(bucket(size, chunk), begin == 0, bucket(size, chunk) == size, False))
+        i.append((begin + 1 + slot).expand(B, width))
+        valid.append((slot < size).expand(B, width))
+        full.append(torch.full((B,), begin + size == chunk, device=device))
+    return Grid(
+        variants, spans, None, torch.stack(i).to(dtype), torch.stack(valid).to(dtype), torch.stack(full), None,
+        (position + T) % chunk,
+    )  # fmt: skip
+
+
+def _gathered(
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+) -> Grid:
+    B, device = position.shape[0], position.device
+    true = torch.ones(B, T, dtype=torch.bool, device=device)
+    mask = true if mask is None else mask
+    reset = ~true if reset is None else reset
+    rows = torch.arange(B, device=device)[:, None].expand(B, T)
+    segment, place = places(T, position, mask, reset)
+    counts = torch.zeros(B, T + 1, dtype=torch.long, device=device).index_put(
+        (rows, segment), mask.long(), accumulate=True
+    )
+    carried = torch.zeros_like(counts)
+    carried[:, 0] = position
+    exists = torch.zeros_like(counts).scatter(1, segment, 1)  # a document that ends at once still takes a block
+    exists[:, 0] = 0
+    blocks = torch.maximum((carried + counts + chunk - 1) // chunk * (counts > 0), exists)
+    offset = blocks.cumsum(1) - blocks
+    first = offset.gather(1, segment)
+    n, within = first + place // chunk, place % chunk
+    slot = within - torch.where(place < chunk, carried.gather(1, segment), 0)
+    N = max(1, int(blocks.sum(1).max()))
+    W = bucket(int(slot[mask].max()) + 1 if bool(mask.any()) else 1, chunk)
+    where = (n[mask], rows[mask], slot[mask])
+
+    def scatter(values: Tensor, empty: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((N, B, W), empty, dtype=dtype, device=device).index_put(where, values[mask].to(dtype))
+
+    tokens = torch.arange(T, device=device).expand(B, T)
+    valid = scatter(true, 0, dtype)
+    ends = mask & (within == chunk - 1)
+    full = torch.zeros(N, B, dtype=torch.bool, device=device)
+    full[n[ends], rows[ends]] = True
+    opens = torch.zeros_like(full)
+    opens[first[reset], rows[reset]] = True
+    begins = opens | torch.cat([(position == 0)[None], full[:-1]])
+    starts = begins.all(1)
+    variants = [Variant(W, bool(starts[j]), bool(valid[j].all()), bool(opens[j].any())) for j in range(N)]
+    last = segment[:, -1:]
+    after = ((carried + counts).gather(1, last) % chunk)[:, 0]
+    return Grid(
+        variants, None, scatter(tokens, T, torch.long), scatter(within + 1, 1, dtype), valid, full,
+        opens if bool(opens.any()) else None, after,
+    )  # fmt: skip

@@ -1,0 +1,203 @@
+"""A sequence layer around a chunk program: projections, rotary positions, gates, norms, short convolutions.
+
+Legend: B batch, T time, H heads, d model width, f head width, b mini-batch (chunk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree
+
+from dualform.learning.grid import places
+from dualform.learning.learners import learners
+from dualform.learning.program import derive
+from dualform.learning.state import Carried, State
+from dualform.shapes import ShapeError
+
+
+@dataclass(frozen=True)
+class LayerState(Carried):
+    """What a layer carries: the fast weights, the tails of its short convolutions, and tokens read of each document."""
+
+    memory: State
+    conv: dict[str, Tensor]
+    position: Tensor
+
+
+_pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
+
+
+class TestTimeTraining(nn.Module):
+    """Map a sequence with a model that learns while it reads.
+
+    q, k, v = x W_q, x W_k, x W_v;  RoPE(q, k) at position mod b;  z = program(q, k, v, lr = sigmoid(x w_h + c_h) / f)
+    y = W_o norm(z)      (use_gate: W_o (gelu(x W_g) * norm(z)))
+    Shape:  x, y (B, T, dim); attention_mask, reset (B, T) bool.
+    Dtype:  y has x's dtype; fast weights float32 or float64.
+    Raises: ShapeError if heads does not divide dim or the head width is odd.
+    Source: Sun et al. 2024 (TTT), sections 2.6-2.7 and code. Differs: pairs are rotated where they lie (same function).
+    Example:
+        >>> import dualform as df, torch
+        >>> layer = df.TestTimeTraining(32, 2, learner="linear", objective="squared", rule=("sgd", {"averaged": True}))
+        >>> y, state = layer(torch.randn(1, 20, 32))
+        >>> y.shape, state.position
+        (torch.Size([1, 20, 32]), tensor([20]))
+    """
+
+    __test__ = False  # the name is not a test's
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        learner: Any,
+        objective: Any = "squared",
+        rule: Any = "sgd",
+        chunk: int = 16,
+        rope_theta: float = 1e4,
+        share_qk: bool = False,
+        use_gate: bool = False,
+        post_norm: bool = True,
+        conv_kernel: int = 4,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ShapeError(f"TestTimeTraining: dim is {dim} with heads = {heads}; expected dim % heads = 0, here {dim % max(heads, 1)}. Change one of them.")
+        f = dim // heads
+        if f % 2:
+            raise ShapeError(f"TestTimeTraining: the head width is dim / heads = {f}; expected an even number, RoPE turns pairs. Change dim or heads.")
+        self.dim, self.heads, self.head_dim, self.chunk, self.rope_theta = dim, heads, f, chunk, float(rope_theta)
+        self.conv_kernel = conv_kernel
+        recipe: Callable[[int], nn.Module] = learners.build(learner) if isinstance(learner, str | tuple | list | dict) else learner
+        with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
+            models = [recipe(f) for _ in range(heads)]
+        self.program = derive(models[0], objective, rule, chunk=chunk)
+        parts = self.program.parts
+        self.leaves = {name: "initial_" + name.replace(".", "_") for name in (*parts.fast, *parts.slow)}
+        for name, own in self.leaves.items():
+            stacked = torch.stack([m.get_parameter(name).detach() for m in models])
+            self.register_parameter(own, nn.Parameter(stacked.to(torch.get_default_device())))
+        self.tables = {name: "learner_" + name.replace(".", "_") for name in parts.buffers}
+        for name, own in self.tables.items():
+            self.register_buffer(own, parts.buffers[name].clone().to(torch.get_default_device()))
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = None if share_qk else nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.g_proj = nn.Linear(dim, dim, bias=False) if use_gate else None
+        self.conv_q = nn.Conv1d(dim, dim, conv_kernel, groups=dim) if share_qk else None
+        self.conv_k = nn.Conv1d(dim, dim, conv_kernel, groups=dim) if share_qk else None
+        self.post_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else None
+        gates = self.program.rule.gates
+        self.rate_weight = nn.Parameter(0.02 * torch.randn(heads, dim)) if "lr" in gates else None
+        self.rate_bias = nn.Parameter(torch.zeros(heads)) if "lr" in gates else None
+        self.offset = nn.Parameter(torch.zeros(chunk)) if "offset" in gates else None
+        self.register_buffer("rate_scale", torch.ones(()))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """Return (y, state); any split of x over calls with the state carried gives the same y."""
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ShapeError(f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim.")
+        B, T, _ = x.shape
+        mask = None if attention_mask is None else attention_mask.bool()
+        reset = None if reset is None else reset.bool()
+        document = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.position
+        segment, place = places(T, document, mask, reset)
+        q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
+        v = self._heads(self.v_proj(x))
+        q, k = rotate(self._heads(q), place % self.chunk, self.rope_theta), rotate(self._heads(k), place % self.chunk, self.rope_theta)
+        gates = {}
+        if self.rate_weight is not None and self.rate_bias is not None:
+            logits = (x @ self.rate_weight.to(x.dtype).T).to(self.rate_weight.dtype) + self.rate_bias
+            gates["lr"] = logits.sigmoid() / self.head_dim * self.rate_scale
+        if self.offset is not None:
+            gates["offset"] = self.offset
+        params = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
+        z, memory = self.program(q, k, v, gates, state=state and state.memory, mask=mask, reset=reset, params=params)
+        z = z.flatten(2)
+        z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
+        z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
+        last = place[:, -1] + 1 if T else document
+        return self.o_proj(z), LayerState(memory, tails, last)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+    def _queries_and_keys(
+        self, x: Tensor, state: LayerState | None, mask: Tensor | None, reset: Tensor | None, segment: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        shared = self.q_proj(x)
+        if self.k_proj is not None:
+            return shared, self.k_proj(x), {}
+        assert self.conv_q is not None and self.conv_k is not None
+        tail = shared.new_zeros(x.shape[0], self.conv_kernel - 1, self.dim) if state is None else state.conv["qk"].to(shared.dtype)
+        window, tail = causal_windows(shared, tail, mask, reset)
+        return depthwise(window, self.conv_q), depthwise(window, self.conv_k), {"qk": tail}
+
+    def explain(self, level: str = "steps") -> Any:
+        """Explain the derivation of this layer's program: sites, structured derivatives, forms, costs, code."""
+        return self.program.explain(level)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}, chunk={self.chunk}, learner={type(self.program.learner).__name__}, rule={self.program.rule.name}"
+
+
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of x (B, T, H, f) by position theta^(-2i/f), computed in float32 at least."""
+    f = x.shape[-1]
+    dtype = torch.promote_types(torch.float32, x.dtype)
+    frequency = theta ** (-torch.arange(0, f, 2, dtype=dtype, device=x.device) / f)
+    angle = position[..., None].to(dtype) * frequency
+    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+    even, odd = x[..., ::2].to(dtype), x[..., 1::2].to(dtype)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give each token its last n valid tokens of the same document, (B, T, n, d), and the next call's tail (B, n-1, d).
+
+    Slot n - 1 is the token itself; what lies before a document's start is zero. tail (B, n-1, d) holds the tokens before.
+    """
+    B, T, d = x.shape
+    n = tail.shape[1] + 1
+    device = x.device
+    valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
+    joined = torch.cat([tail, x, x.new_zeros(B, 1, d)], 1)  # the last row is the zero that empty places read
+    rank = valid.cumsum(1)  # 1-based rank among this call's valid tokens
+    first = torch.zeros_like(rank) if reset is None else torch.where(reset, rank - valid.long(), 0).cummax(1).values
+    began = torch.zeros_like(valid) if reset is None else reset.cumsum(1) > 0
+    token = torch.full((B, T + 1), T + n - 1, dtype=torch.long, device=device)
+    token = token.scatter(1, torch.where(valid, rank - 1, T), torch.arange(T, device=device).expand(B, T) + n - 1)
+    token[:, T] = T + n - 1
+
+    def at(wanted: Tensor, first: Tensor, began: Tensor) -> Tensor:
+        here = token.gather(1, (wanted - 1).clamp(min=0).flatten(1)).view_as(wanted)
+        before = torch.where(began, T + n - 1, (wanted + n - 2).clamp(min=0))
+        index = torch.where(wanted > first, here, torch.where(wanted > -(n - 1), before, T + n - 1))
+        index = torch.where((wanted <= first) & (wanted > 0), T + n - 1, index)
+        return joined[torch.arange(B, device=device)[:, None], index.flatten(1)].view(*wanted.shape, d)
+
+    back = torch.arange(n - 1, -1, -1, device=device)
+    windows = at(rank[..., None] - back, first[..., None], began[..., None])
+    after = at(rank[:, -1:] - back[1:], first[:, -1:], began[:, -1:])
+    return windows, after
+
+
+def depthwise(windows: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Apply a depthwise causal convolution to windows (B, T, n, d)."""
+    out = torch.einsum("btnd,dn->btd", windows, conv.weight[:, 0].to(windows.dtype))
+    return out if conv.bias is None else out + conv.bias.to(windows.dtype)

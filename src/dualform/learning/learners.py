@@ -1,0 +1,158 @@
+"""Built-in inner models. Each is an ordinary module on token rows (..., K) -> (..., V): nothing here knows how it learns.
+
+A record `learners.X(**options)` is a recipe: called with a width it builds the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dualform.catalogue import Catalogue
+
+learners = Catalogue("learners")
+Recipe = Callable[[int], nn.Module]
+
+activations: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(*shape))
+
+
+class AffineStack(nn.Module):
+    """x -> act(... act(x W1 + b1) ...) W_depth + b_depth, row convention, W N(0, 0.02), b 0."""
+
+    def __init__(self, widths: list[int], activation: str, bias: bool) -> None:
+        super().__init__()
+        self.depth = len(widths) - 1
+        self.activation = activations[activation]
+        for j, (m, n) in enumerate(zip(widths, widths[1:], strict=False), 1):
+            self.register_parameter(f"W{j}", _weight(m, n))
+            self.register_parameter(f"b{j}", nn.Parameter(torch.zeros(n)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for j in range(1, self.depth + 1):
+            x = x @ getattr(self, f"W{j}")
+            bias = getattr(self, f"b{j}")
+            x = x if bias is None else x + bias
+            x = self.activation(x) if j < self.depth else x
+        return x
+
+
+@learners.record(name="Linear", formula="x W + b", source="Sun et al. 2024, TTT-Linear")
+def Linear(bias: bool = True) -> Recipe:
+    """Build a linear map.
+
+    f(x) = x W1 + b1
+    Shape:  (..., K) -> (..., K); W1 (K, K), b1 (K,).
+    Source: Sun et al. 2024 (TTT-Linear, without its residual and norm: see residual_norm).
+    """
+    return lambda dim: AffineStack([dim, dim], "identity", bias)
+
+
+@learners.record(name="MLP", formula="act(x W1 + b1) W2 + b2, ...", source="Sun et al. 2024, TTT-MLP")
+def MLP(depth: int = 2, expand: float = 4, activation: str = "gelu_tanh", bias: bool = True) -> Recipe:
+    """Build a multi-layer perceptron with `depth` weight matrices.
+
+    f(x) = act(x W1 + b1) W2 + b2, and so on
+    Shape:  (..., K) -> (..., K); hidden width expand K.
+    Raises: ValueError if depth < 1 or the activation is unknown.
+    Source: Sun et al. 2024 (TTT-MLP): depth 2, expand 4, gelu with the tanh approximation.
+    """
+    if depth < 1:
+        raise ValueError(
+            f"MLP: depth is {depth}; expected at least one weight matrix, depth >= 1. Use depth=1 for Linear."
+        )
+    if activation not in activations:
+        raise ValueError(
+            f"MLP: activation is {activation!r}; expected one of {sorted(activations)}. Pick one of these."
+        )
+    return lambda dim: AffineStack([dim, *[round(expand * dim)] * (depth - 1), dim], activation, bias)
+
+
+class GatedUnit(nn.Module):
+    """x -> (silu(x W_gate) * (x W_up)) W_down."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.W_gate, self.W_up, self.W_down = _weight(dim, hidden), _weight(dim, hidden), _weight(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.silu(x @ self.W_gate) * (x @ self.W_up)) @ self.W_down
+
+
+@learners.record(name="SwiGLU", formula="(silu(x W_gate) * (x W_up)) W_down", source="Shazeer 2020; LaCT 2025")
+def SwiGLU(expand: float = 4) -> Recipe:
+    """Build a gated linear unit without biases.
+
+    f(x) = (silu(x W_gate) * (x W_up)) W_down
+    Shape:  (..., K) -> (..., K); hidden width expand K.
+    Source: Shazeer 2020; the hidden state of LaCT (Zhang et al. 2025).
+    """
+    return lambda dim: GatedUnit(dim, round(expand * dim))
+
+
+class Factored(nn.Module):
+    """x -> x (A B)."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(dim, rank) * dim**-0.5)
+        self.B = _weight(rank, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.A @ self.B)
+
+
+@learners.record(name="LowRank", formula="x (A B)", source="Hu et al. 2021, as a hidden state")
+def LowRank(rank: int) -> Recipe:
+    """Build a linear map of low rank, written as the product it is; the derivation re-associates it.
+
+    f(x) = x (A B)
+    Shape:  (..., K) -> (..., K); A (K, rank), B (rank, K).
+    Raises: ValueError if rank < 1.
+    """
+    if rank < 1:
+        raise ValueError(f"LowRank: rank is {rank}; expected rank >= 1. Pass a positive rank.")
+    return lambda dim: Factored(dim, rank)
+
+
+class ResidualNorm(nn.Module):
+    """x -> x + LN(f(x)); the norm's gain and bias are slow."""
+
+    slow = ("norm.*",)
+
+    def __init__(self, inner: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.slow = ("norm.*", *(f"inner.{name}" for name in getattr(inner, "slow", ())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.inner(x))
+
+
+@learners.record(
+    name="residual_norm", formula="x + LN(f(x))", source="Sun et al. 2024, section 2.7", nested={"spec": learners}
+)
+def residual_norm(spec: Recipe) -> Recipe:
+    """Wrap a learner in a residual connection and a layer norm whose gain and bias are slow.
+
+    f(x) = x + LN(f_res(x)), eps 1e-6, biased variance
+    Shape:  (..., K) -> (..., K).
+    Source: Sun et al. 2024 (TTT), section 2.7.
+    """
+    return lambda dim: ResidualNorm(spec(dim), dim)

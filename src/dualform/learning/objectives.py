@@ -1,0 +1,71 @@
+"""Inner objectives: the per-token loss that a learner takes a gradient of while it reads.
+
+An objective is any callable (prediction (..., V), target (..., V)) -> (...,). `target` says what the target is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from dualform.catalogue import Catalogue
+
+objectives = Catalogue("objectives")
+Target = Literal["v", "v-k"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Pair a per-token loss with what it compares the prediction to: v, or v - k."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    target: Target = "v"
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.loss(prediction, target)
+
+
+@objectives.record(
+    name="Squared",
+    formula="1/2 || f(k) - v ||^2  (or v - k)",
+    source="Sun et al. 2024 (TTT); the code has the factor 1/2, the paper does not",
+    aliases=("mse",),
+)
+def Squared(target: Target = "v") -> Objective:
+    """Build the squared loss with the factor 1/2, so that its gradient is f(k) - v.
+
+    l = 1/2 || f(k) - target ||^2
+    Shape:  (..., V), (..., V) -> (...,), one number per token.
+    Raises: ValueError if target is neither "v" nor "v-k".
+    Source: Sun et al. 2024 (TTT), as in its code.
+    """
+    if target not in ("v", "v-k"):
+        raise ValueError(f"Squared: target is {target!r}; expected 'v' or 'v-k'. Choose one of the two.")
+    return Objective(half_squared_error, target)
+
+
+@objectives.record(
+    name="DotProduct",
+    formula="- <f(k), v>",
+    source="linear attention and LaCT (Zhang et al. 2025)",
+    aliases=("dot",),
+)
+def DotProduct() -> Objective:
+    """Build the negative inner product with the value: the objective of linear attention.
+
+    l = - <f(k), v>
+    Shape:  (..., V), (..., V) -> (...,), one number per token.
+    Source: Katharopoulos et al. 2020 in the reading of Sun et al. 2024; LaCT, 2025.
+    """
+    return Objective(negative_dot, "v")
+
+
+def half_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (prediction - target).square().sum(-1)
+
+
+def negative_dot(prediction: Tensor, target: Tensor) -> Tensor:
+    return -(prediction * target).sum(-1)

@@ -1,0 +1,130 @@
+"""A traced step as Python that a person reads and that runs when pasted, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from dualform.learning.derive import Derivation, Step, flatten, names_of
+
+aten = torch.ops.aten
+
+
+class Cost(NamedTuple):
+    """Work and memory of one mini-batch for one head, forward.
+
+    Units: flops of matrix products (2 per multiply-add, as torch counts them); bytes written by all operations; bytes of
+    fast state (anchor and registers).
+    """
+
+    flops: int
+    bytes: int
+    state_bytes: int
+
+
+def cost_of(step: Step, registers: int) -> Cost:
+    """Count a step's cost from its graph."""
+    nodes = [n for n in step.graph.graph.nodes if n.op == "call_function"]
+    leaves = sum(w.numel() * w.element_size() for w in step.inputs.th.values())
+    return Cost(
+        flops=sum(_flops(n) for n in nodes),
+        bytes=sum(x.numel() * x.element_size() for n in nodes if isinstance(x := n.meta.get("val"), Tensor)),
+        state_bytes=leaves * (1 + registers),
+    )
+
+
+def _flops(node: fx.Node) -> int:
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    return int(formula(*args, **node.kwargs, out_val=node.meta["val"]))
+
+
+_infix: dict[Any, str] = {
+    aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/", aten.mm.default: "@",
+    aten.add.Scalar: "+", aten.sub.Scalar: "-", aten.mul.Scalar: "*", aten.div.Scalar: "/", aten.bmm.default: "@",
+    aten.mv.default: "@", aten.pow.Tensor_Scalar: "**", aten.gt.Scalar: ">", aten.ge.Scalar: ">=", aten.lt.Scalar: "<",
+    aten.le.Scalar: "<=", aten.gt.Tensor: ">", aten.ge.Tensor: ">=", aten.lt.Tensor: "<", aten.le.Tensor: "<=",
+    aten.eq.Scalar: "==", aten.ne.Scalar: "!=",
+}  # fmt: skip
+_methods = {
+    "unsqueeze", "squeeze", "transpose", "permute", "expand", "cumsum", "tril", "triu", "view", "reshape", "select", "clone",
+    "flatten", "clamp",
+}  # fmt: skip
+_functions = {
+    "tanh", "exp", "sigmoid", "relu", "rsqrt", "sqrt", "log", "abs", "sin", "cos", "reciprocal", "where", "maximum", "minimum",
+    "outer", "stack", "cat", "erf",
+}  # fmt: skip
+_spelled: dict[Any, Callable[..., str]] = {
+    aten.t.default: lambda a: f"{a}.T",
+    aten.neg.default: lambda a: f"-{a}",
+    aten.addmm.default: lambda c, a, b: f"{c} + {a} @ {b}",
+    aten.square.default: lambda a: f"{a} ** 2",
+    aten._unsafe_view.default: lambda a, shape: f"{a}.view({shape})",
+}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_text(x) for x in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def statement(node: fx.Node) -> str:
+    """Spell one node: an operator, a method or torch function where Python has one, the op itself elsewhere."""
+    target, args = node.target, [_text(x) for x in node.args]
+    name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
+    plain = not node.kwargs
+    if target in _infix and plain and len(args) == 2:
+        return f"{args[0]} {_infix[target]} {args[1]}"
+    if target in _spelled and plain and (target != aten.addmm.default or len(args) == 3):
+        return _spelled[target](*args)
+    kwargs = [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    if name in _methods and str(target).startswith("aten."):
+        return f"{args[0]}.{name}({', '.join([*args[1:], *kwargs])})"
+    if name == "sum" and len(args) > 1:
+        keep = ", keepdim=True" if len(args) > 2 and args[2] == "True" else ""
+        return f"{args[0]}.sum({args[1]}{keep})"
+    if name in _functions and plain:
+        return f"torch.{name}({', '.join(args)})"
+    if callable(target) and getattr(target, "__module__", "") == "_operator" and target.__name__ == "getitem":
+        return f"{args[0]}[{args[1]}]"
+    return f"torch.ops.{target}({', '.join([*args, *kwargs])})"
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return f"({', '.join(map(str, value.shape))})" if isinstance(value, Tensor) else ""
+
+
+def print_step(step: Step, derivation: Derivation) -> str:
+    """Print a step with a shape behind every line and a heading above every part."""
+    names = names_of(step.inputs)
+    inputs = [n for n in step.graph.graph.nodes if n.op == "placeholder"]
+    for node, name in zip(inputs, names, strict=True):
+        node.name = name if name.isidentifier() else node.name
+    leaves = [name.replace(".", "_") for name in step.inputs.th]
+    (output,) = [n for n in step.graph.graph.nodes if n.op == "output"]
+    returned = ["o", *(f"{name}_next" for name in leaves)]
+    returned += [f"R_{name}_next" for name in leaves][: len(output.args[0]) - len(returned)]
+    lines = ["import torch", "", "", f"def mini_batch({', '.join(n.name for n in inputs)}):"]
+    lines.append(f'    """{derivation.chunk} tokens, one head: {", ".join(f"{n.name} {_shape(n)}" for n in inputs)}."""')
+    section = None
+    for node in step.graph.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.meta.get("section") != section:
+            section = node.meta.get("section")
+            lines.append(f"    # {section}")
+        text = f"    {node.name} = {statement(node)}"
+        lines.append(f"{text:<64}  # {_shape(node)}")
+    lines.append(f"    return {', '.join(_text(x) for x in output.args[0])}  # {', '.join(returned)}")
+    return "\n".join(lines)

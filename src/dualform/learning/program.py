@@ -1,0 +1,378 @@
+"""The chunk program: what `derive` returns. Called on a sequence it runs the learner at test time.
+
+Legend: B batch, T time, H heads, K key width, V value width, r registers, b the mini-batch (chunk).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dualform.learning import scan as scan_module
+from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters
+from dualform.learning.emit import Choice, Inner
+from dualform.learning.grid import Variant
+from dualform.learning.objectives import objectives
+from dualform.learning.primal import primal
+from dualform.learning.printer import Cost, cost_of, print_step
+from dualform.learning.rules import Rule, rules
+from dualform.learning.state import State
+from dualform.shapes import ShapeError
+
+forms = ("auto", "dual", "primal")
+backends = ("auto", "eager")
+
+
+class Inputs(NamedTuple):
+    """A call, checked and cast: what every form takes."""
+
+    learner: nn.Module
+    objective: Callable[[Tensor, Tensor], Tensor]
+    target: str
+    rule: Rule
+    chunk: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: dict[str, Tensor]  # (B, T, H); offset (chunk,)
+    state: State
+    mask: Tensor | None
+    reset: Tensor | None
+    slow: dict[str, Tensor]  # (H, ...)
+    init: dict[str, Tensor]  # (H, ...)
+    buffers: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class ChunkProgram:
+    """A learner, an objective and a rule, ready to run over sequences; `print` it to read one mini-batch's code.
+
+    Shape:  q, k (B, T, H, K), v, o (B, T, H, V), gates {name: (B, T, H)}, offset (chunk,), mask, reset (B, T) bool.
+    Dtype:  computes in float32, or float64 if q or the learner is; o has q's dtype, the state never less than float32.
+    Raises: ShapeError for inputs that do not fit; DerivationError for a form that does not exist.
+    Source: DESIGN sections 1 and 2 of this project.
+    """
+
+    learner: nn.Module
+    objective: Callable[[Tensor, Tensor], Tensor]
+    rule: Rule
+    chunk: int
+    slow: tuple[str, ...] = ()
+    block: int | None = None
+    parts: Parts = field(init=False)
+    width: int | None = field(init=False, default=None)
+    derivations: dict[Any, Derivation] = field(init=False, default_factory=dict)
+    plans: dict[Any, scan_module.Plan] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parts = split_parameters(self.learner, self.slow)
+        self.width = infer_width(self.learner)
+        if self.width is not None:
+            self._plan(self.width, *self._kind(), "auto")
+
+    def _kind(self) -> tuple[torch.dtype, torch.device]:
+        p = next(iter(self.parts.fast.values()))
+        return torch.promote_types(torch.float32, p.dtype), p.device
+
+    @property
+    def target(self) -> str:
+        return getattr(self.objective, "target", "v")
+
+    def _plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> scan_module.Plan:
+        key = (K, dtype, device, form)
+        if key not in self.plans:
+            inner = Inner(self.rule, self.objective, self.target, form)
+            self.plans[key] = scan_module.Plan(Derivation(self.learner, inner, self.chunk, self.parts, K, dtype, device))
+        return self.plans[key]
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Mapping[str, Tensor] | None = None,
+        *,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        params: Mapping[str, Tensor] | None = None,
+        form: str = "auto",
+        backend: str = "auto",
+        remat: str | int | None = "auto",
+    ) -> tuple[Tensor, State]:
+        """Run over a sequence and return (o, state).
+
+        Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
+        Raises: ShapeError, DerivationError.
+        """
+        if form not in forms:
+            raise DerivationError(f"program: form is {form!r}; expected one of {forms}. Choose one of these.")
+        if backend not in backends:
+            raise DerivationError(f"program: backend is {backend!r}; expected one of {backends}. Choose one of these.")
+        call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
+        if q.shape[1] == 0:
+            return v, call.state
+        if form == "primal":
+            o, after = primal(call)
+            return o.to(q.dtype), after
+        plan = self._plan(q.shape[-1], call.q.dtype, q.device, form)
+        derivation = plan.derivation
+        constants = {name: x.to(q.device) for name, x in derivation.constants.items()}
+        tensors = scan_module.Call(
+            q=call.q,
+            k=call.k,
+            v=call.v,
+            gates={name: x for name, x in call.gates.items() if name != "offset"},
+            slow=call.slow | call.buffers | constants,
+            anchor=call.state.anchor,
+            registers=call.state.registers,
+            position=call.state.position,
+            init=call.init,
+            offset=call.gates.get("offset"),
+            mask=mask,
+            reset=reset,
+        )
+        o, *held = scan_module.scan(plan, tensors, self.chunk, remat)
+        L = len(self.parts.fast)
+        names = list(self.parts.fast)
+        after = State(dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True)), held[2 * L])
+        return o.to(q.dtype), after
+
+    def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
+        """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
+        dtype, device = self._kind()
+        fast, _ = self._parameters(params or {}, heads, dtype, device)
+        return self._start(fast, batch)
+
+    def _start(self, fast: Mapping[str, Tensor], B: int) -> State:
+        anchor = {name: w.expand(B, *w.shape) for name, w in fast.items()}
+        registers = {name: torch.stack([s * w for s in self.rule.start], 2) for name, w in anchor.items()}
+        device = next(iter(fast.values())).device
+        return State(anchor, registers, torch.zeros(B, dtype=torch.long, device=device))
+
+    def _parameters(
+        self, params: Mapping[str, Tensor], H: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return fast and slow parameters with a head axis."""
+        own = {**self.parts.fast, **self.parts.slow}
+        for name in params:
+            if name not in own:
+                raise ShapeError(f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter names.")
+
+        def lift(name: str, p: Tensor) -> Tensor:
+            shape, given = own[name].shape, params.get(name, p)
+            if given.shape == shape:
+                given = given.expand(H, *shape)
+            elif given.shape != (H, *shape):
+                raise ShapeError(
+                    f"program: params[{name!r}] has shape {tuple(given.shape)}; expected {tuple(shape)} or (heads, ...) = "
+                    f"{(H, *shape)}. Pass one of the two."
+                )
+            return given.to(device, dtype)
+
+        return {n: lift(n, p) for n, p in self.parts.fast.items()}, {n: lift(n, p) for n, p in self.parts.slow.items()}
+
+    def _inputs(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Mapping[str, Tensor],
+        state: State | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        params: Mapping[str, Tensor],
+    ) -> Inputs:
+        if q.ndim != 4:
+            raise ShapeError(f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing axes.")
+        B, T, H, _ = q.shape
+        if k.shape != q.shape:
+            raise ShapeError(f"program: k has shape {tuple(k.shape)}; expected q's = {tuple(q.shape)}. Make them agree.")
+        if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+            raise ShapeError(f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make them agree.")
+        for name, x in (("mask", mask), ("reset", reset)):
+            if x is not None and (x.shape != (B, T) or x.dtype != torch.bool):
+                raise ShapeError(
+                    f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = {(B, T)} of "
+                    f"torch.bool. Pass {name}.bool() of that shape."
+                )
+        dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
+        fast, slow = self._parameters(params, H, dtype, q.device)
+        start = self._start(fast, B)
+        if state is not None:
+            state = check_state(state, start)
+        return Inputs(
+            learner=self.learner,
+            objective=self.objective,
+            target=self.target,
+            rule=self.rule,
+            chunk=self.chunk,
+            q=q.to(dtype),
+            k=k.to(dtype),
+            v=v.to(dtype),
+            gates=self._gates(gates, (B, T, H), dtype, q.device),
+            state=start if state is None else state,
+            mask=mask,
+            reset=reset,
+            slow=slow,
+            init=fast,
+            buffers={n: x.to(q.device, dtype) if x.is_floating_point() else x for n, x in self.parts.buffers.items()},
+        )
+
+    def _gates(self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        for name in gates:
+            if name not in self.rule.gates:
+                raise ShapeError(
+                    f"program: gates has {name!r}; expected gates of the rule ({self.rule.name}) = {self.rule.gates}. Drop it, or "
+                    "use a rule that has it (momentum and decay: give SGD a nonzero constant)."
+                )
+        found = {}
+        for name in self.rule.gates:
+            wanted = (self.chunk,) if name == "offset" else shape
+            x = gates.get(name)
+            x = torch.full(wanted, self.rule.default(name), dtype=dtype, device=device) if x is None else x.to(dtype)
+            if x.shape != wanted:
+                raise ShapeError(f"program: gates[{name!r}] has shape {tuple(x.shape)}; expected {wanted}. Pass one value each.")
+            found[name] = x
+        return found
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def derivation(self) -> Derivation:
+        """The derivation that is printed: at the inferred width, in the learner's dtype."""
+        if self.width is None:
+            raise DerivationError(
+                "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` or a call. "
+                "Set learner.dim = K, or call the program once."
+            )
+        return self._plan(self.width, *self._kind(), "auto").derivation
+
+    @property
+    def step(self) -> Step:
+        return self.derivation.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
+
+    @property
+    def code(self) -> str:
+        """One whole mini-batch for one head as Python that runs when pasted."""
+        return print_step(self.step, self.derivation)
+
+    def __str__(self) -> str:
+        return self.code
+
+    def __repr__(self) -> str:
+        return f"ChunkProgram({type(self.learner).__name__}, rule={self.rule.name!r}, chunk={self.chunk})"
+
+    @property
+    def sites(self) -> list[Choice]:
+        """Where the weights meet the data, with the form that each took and what the others cost."""
+        return self.step.choices
+
+    @property
+    def cost(self) -> Cost:
+        """Work and memory of one mini-batch for one head, forward."""
+        return cost_of(self.step, self.rule.num_registers)
+
+
+def check_state(state: State, like: State) -> State:
+    """Refuse a state of another model, shape or dtype; cast nothing."""
+    if set(state.anchor) != set(like.anchor):
+        raise ShapeError(
+            f"program: state holds the leaves {sorted(state.anchor)}; expected the learner's = {sorted(like.anchor)}. It belongs "
+            "to another model: pass a state that this program returned."
+        )
+    for (name, x), y in zip(state.tensors().items(), like.tensors().values(), strict=False):
+        wanted = like.tensors()[name]
+        if x.shape != wanted.shape or x.dtype != wanted.dtype:
+            raise ShapeError(
+                f"program: state's {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected {tuple(wanted.shape)} and "
+                f"{wanted.dtype}. Pass a state of this batch and these heads (state.select, state.fork, state.to)."
+            )
+    return replace(state, anchor={n: state.anchor[n] for n in like.anchor}, registers={n: state.registers[n] for n in like.anchor})
+
+
+def infer_width(learner: nn.Module) -> int | None:
+    """Find the width of the rows that a learner takes: its own word, or the one size that runs."""
+    for attribute in ("dim", "in_features", "K"):
+        found = getattr(learner, attribute, None)
+        if isinstance(found, int):
+            return found
+    sizes = [n for p in learner.parameters() for n in p.shape]
+    for K in itertools.chain(dict.fromkeys(sizes), range(1, 513)):
+        if _runs(learner, K):
+            return K
+    return None
+
+
+def _runs(learner: nn.Module, K: int) -> bool:
+    p = next(learner.parameters(), torch.empty(()))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return learner(torch.zeros(3, K, dtype=p.dtype, device=p.device)).shape[:1] == (3,)
+    except Exception:  # noqa: BLE001  any refusal of this width is an answer
+        return False
+
+
+_programs: dict[Any, ChunkProgram] = {}
+
+
+def derive(
+    learner: nn.Module,
+    objective: Any = "squared",
+    rule: Any = "sgd",
+    *,
+    chunk: int = 16,
+    slow: tuple[str, ...] = (),
+    block: int | None = None,
+) -> ChunkProgram:
+    """Derive a chunk program from an inner model: its gradients, its dual form where one exists, its state.
+
+    th <- mini-batch of `chunk` tokens <- gradients at th; outputs with each token's own weights
+    Shape:  learner maps rows (..., K) -> (..., V), K != V allowed; its parameters are fast unless `slow` (fnmatch) or the
+            module's own attribute `slow` names them.
+    Dtype:  see ChunkProgram.
+    Raises: DerivationError if tokens mix, randomness is active or buffers are written, naming the learner's line.
+    Source: DESIGN section 1 of this project.
+    Example:
+        >>> import dualform as df, torch
+        >>> program = df.derive(df.learners.MLP(depth=2)(8), chunk=4)
+        >>> x = torch.randn(2, 10, 3, 8)
+        >>> o, state = program(x, x, x)
+        >>> o.shape, state.position
+        (torch.Size([2, 10, 3, 8]), tensor([2, 2]))
+    """
+    if not isinstance(learner, nn.Module):
+        raise DerivationError(f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: spec(dim).")
+    if chunk < 1:
+        raise DerivationError(f"derive: chunk is {chunk}; expected the size of a mini-batch, chunk >= 1. Pass a positive number.")
+    loss = objectives.build(objective).build() if isinstance(objective, str | tuple | list | dict) else getattr(objective, "build", lambda: objective)()
+    built = rule if isinstance(rule, Rule) else rules.build(rule).build()
+    key = _fingerprint(learner, loss, built, chunk, tuple(slow))
+    if key not in _programs:
+        _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block)
+    return _programs[key]
+
+
+def _fingerprint(learner: nn.Module, *rest: Any) -> Any:
+    """Key the cache by what a trace bakes in: shapes, dtypes, devices, plain attributes, mode; never by identity alone."""
+    modules = tuple(
+        (type(m), m.training, tuple((n, x) for n, x in sorted(vars(m).items()) if isinstance(x, int | float | str | bool | tuple) and _hashable(x)))
+        for m in learner.modules()
+    )
+    tensors = tuple((n, p.shape, p.dtype, p.device) for n, p in itertools.chain(learner.named_parameters(), learner.named_buffers()))
+    return (id(learner), modules, tensors, *(x if _hashable(x) else id(x) for x in rest))
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True

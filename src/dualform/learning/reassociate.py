@@ -1,0 +1,339 @@
+"""Token first: rewrite a product of weights that meets the tokens so that every pairwise product has a token operand.
+
+    x @ (A @ B) -> (x @ A) @ B        einsum(x, A, B) pairwise        x @ (A @ A.T) -> two tied sites
+
+The same function, so exact. A par node is written as a sum of products of affine par nodes over labelled axes, read off
+the one table of derivative rules (a multilinear op is its own derivative times its operand); the site then becomes a
+chain of contractions that starts at the tokens.
+
+Legend: labels are axes' atoms (calculus.terms); a product is a Term without input axes whose factors are named by nodes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dualform.calculus import rules
+from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
+from dualform.learning.sites import Analysis, Site, first_crooked, mark, operand_nodes
+
+aten = torch.ops.aten
+
+
+class _NoProduct(Exception):
+    """The par subgraph is not a sum of products of leaves."""
+
+
+@dataclass
+class _Chain:
+    """One product, in the order in which its factors meet the tokens."""
+
+    term: Term
+    tokens: list[Factor]
+    weights: list[Factor]
+    largest: int  # elements of the largest intermediate
+
+
+def reassociate(a: Analysis, W: int, *, always: bool) -> Analysis:
+    """Rewrite inadmissible sites where every intermediate is smaller than what it replaces, or wherever possible."""
+    refused: set[str] = set()
+    while True:
+        site = next((s for s in a.sites if not s.admissible and s.node.name not in refused), None)
+        if site is None:
+            return a
+        if _split_bias(a, site):
+            mark(a, W)
+            continue
+        chains = _chains(a, site)
+        limit = W * sum(p.meta["val"].numel() for p in site.pars)
+        if chains is None or not (always or all(chain.largest < limit for chain in chains)):
+            refused.add(site.node.name)
+            continue
+        _emit(a, site, chains)
+        mark(a, W)
+
+
+def _split_bias(a: Analysis, site: Site) -> bool:
+    """Separate the bias of linear and addmm, so that the product stands alone."""
+    node, graph = site.node, a.graph.graph
+    with graph.inserting_before(node):
+        if node.target == aten.linear.default and len(node.args) == 3 and node.args[2] is not None:
+            x, weight, bias = node.args
+            product = _node(graph, aten.linear.default, x, weight)
+        elif node.target == aten.addmm.default and not node.kwargs:
+            bias, x, weight = node.args
+            product = _node(graph, aten.mm.default, x, weight)
+        else:
+            return False
+        total = _node(graph, aten.add.Tensor, product, bias)
+    _replace(a, node, total)
+    return True
+
+
+def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """Insert a call and give it a value to read shapes from."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
+    new.meta.setdefault("stack_trace", old.meta.get("stack_trace"))
+    new.stack_trace = old.stack_trace
+    old.replace_all_uses_with(new)
+    if a.output is old:
+        a.output = new
+    a.graph.graph.erase_node(old)
+    for node in reversed(list(a.graph.graph.nodes)):
+        if not node.users and node.op == "call_function":
+            a.graph.graph.erase_node(node)
+
+
+# -- reading a product -------------------------------------------------------------------------------------------
+
+
+def _chains(a: Analysis, site: Site) -> list[_Chain] | None:
+    try:
+        return [_chain(a, term) for term in _site_terms(a, site)]
+    except _NoProduct:
+        return None
+
+
+def _site_terms(a: Analysis, site: Site) -> list[Term]:
+    if not rules.multilinear(site.node.target):
+        raise _NoProduct
+    return _product_of(a, site.node)
+
+
+def _expand(a: Analysis, node: fx.Node) -> list[Term]:
+    """Write a node as a sum of products of tokens, affine par nodes and constants."""
+    if node in a.tok or first_crooked(a, node) is None:
+        axes = fresh_axes(node.meta["val"].shape)
+        return [Term(1.0, (_factor(node, axes),), axes, ())]
+    weights = [s for s in node.all_input_nodes if a.leaves[s]]
+    if rules.multilinear(node.target):
+        return _product_of(a, node)
+    if len(weights) == 1 and weights[0] in operand_nodes(node) and _is_linear(node, weights[0]):
+        return _through(a, node, weights[0])
+    if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
+        return _sum_of(a, node)
+    raise _NoProduct
+
+
+def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
+    labels = atoms(axes)
+    return Factor(torch.empty(sizes(labels), device="meta"), labels, node.name)
+
+
+def _is_linear(node: fx.Node, operand: fx.Node) -> bool:
+    """Is the op affine in this operand, with no offset? Then it is a view, a sum, a scaling."""
+    return rules.affine(node.target, frozenset({operand_nodes(node).index(operand)})) and len(operand_nodes(node)) == 1
+
+
+def _meta_call(node: fx.Node) -> tuple[rules.Call, list[Tensor]]:
+    """Describe an op on fresh meta tensors, so that a factor can be told by its storage."""
+    stand_in = {n: torch.empty_like(n.meta["val"], device="meta") for n in node.all_input_nodes}
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_in.__getitem__)
+    out = torch.empty_like(node.meta["val"], device="meta")
+    return rules.Call(node.target, args, kwargs, out), [stand_in[n] for n in operand_nodes(node)]
+
+
+def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
+    """A multilinear op: its derivative in the first operand, the operand put back, the other factors named."""
+    operands = operand_nodes(node)
+    call, values = _meta_call(node)
+    if len(operands) < 2 or len(call.operands) != len(operands):
+        raise _NoProduct
+    found: list[Term] = []
+    for term in rules.derivative(call, 0).terms:
+        term = renewed(term)
+        named = [_named(f, operands, values) if isinstance(f, Factor) else None for f in term.factors]
+        if any(f is None for f in named):
+            raise _NoProduct
+        whole = Factor(torch.empty(sizes(atoms(term.inn)), device="meta"), atoms(term.inn), operands[0].name)
+        pieces: list[tuple[Factor, fx.Node, tuple[Axis, ...]]] = [(whole, operands[0], term.inn)]
+        for f in named:
+            assert f is not None
+            source = next(n for n in operands if n.name == f.name)
+            rest = iter(f.labels)
+            axes = tuple(() if n == 1 else (next(rest),) for n in source.meta["val"].shape)
+            pieces.append((f, source, axes))
+        found += _combine(a, Term(term.coef, (), term.out, ()), pieces)
+    return found
+
+
+def _named(f: Factor, operands: list[fx.Node], values: list[Tensor]) -> Factor | None:
+    """Tell which operand a factor is, and label that operand's own axes."""
+    for node, value in zip(operands, values, strict=True):
+        if f.tensor.untyped_storage()._cdata != value.untyped_storage()._cdata:
+            continue
+        plain = value.squeeze()
+        if f.tensor.numel() != plain.numel():
+            return None
+        order = [k for k in itertools.permutations(range(f.tensor.ndim)) if _same(f.tensor.permute(k), plain)]
+        return replace(f, labels=tuple(f.labels[k] for k in order[0]), name=node.name) if order else None
+    return None
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.stride() == y.stride()
+
+
+def _combine(a: Analysis, term: Term, pieces: list[tuple[Factor, fx.Node, tuple[Axis, ...]]]) -> list[Term]:
+    """Put each operand's own expansion in its place."""
+    terms = [term]
+    for _, node, axes in pieces:
+        grown: list[Term] = []
+        for inner in _expand(a, node):
+            inner = renewed(inner)
+            for t in terms:
+                # the operand's axes ride along as extra output axes while labels are unified
+                carrier = Term(t.coef * inner.coef, (*t.factors, *inner.factors), (*t.out, *axes, *inner.out), ())
+                carrier, axes_now = _unified(carrier, len(t.out), len(axes)), len(t.out)
+                grown.append(replace(carrier, out=carrier.out[:axes_now]))
+        terms = grown
+        if len(pieces) > 1 and len(terms) > 8:
+            raise _NoProduct
+    return terms
+
+
+def _unified(term: Term, start: int, count: int) -> Term:
+    """Make output axes [start, start + count) and the `count` after them the same labels."""
+    for k in range(count):
+        while True:
+            left, right = list(term.out[start + k]), list(term.out[start + count + k])
+            clash = None
+            while left and right:
+                x, y = left.pop(), right.pop()
+                if x is not y:
+                    clash = (x, y)
+                    break
+            if clash is None:
+                if left or right:
+                    raise _NoProduct
+                break
+            x, y = clash
+            if x.size == y.size:
+                term = substitute(term, {y: (x,)})
+            elif x.size % y.size == 0:
+                term = substitute(term, {x: (Label(x.size // y.size), y)})
+            elif y.size % x.size == 0:
+                term = substitute(term, {y: (Label(y.size // x.size), x)})
+            else:
+                raise _NoProduct
+    return term
+
+
+def _through(a: Analysis, node: fx.Node, source: fx.Node) -> list[Term]:
+    """A view, sum or scaling of a product."""
+    call, _ = _meta_call(node)
+    found = []
+    for term in rules.derivative(call, operand_nodes(node).index(source)).terms:
+        if term.factors:
+            raise _NoProduct
+        term = renewed(term)
+        found += _combine(a, Term(term.coef, (), term.out, ()), [(_factor(source, term.inn), source, term.inn)])
+    return found
+
+
+def _sum_of(a: Analysis, node: fx.Node) -> list[Term]:
+    call, _ = _meta_call(node)
+    found: list[Term] = []
+    for j, source in enumerate(operand_nodes(node)):
+        for term in rules.derivative(call, j).terms:
+            if term.factors:
+                raise _NoProduct
+            term = renewed(term)
+            found += _combine(a, Term(term.coef, (), term.out, ()), [(_factor(source, term.inn), source, term.inn)])
+    return found
+
+
+# -- writing a chain ---------------------------------------------------------------------------------------------
+
+
+def _chain(a: Analysis, term: Term) -> _Chain:
+    """Order a product's weights so that the largest intermediate, from the tokens on, is smallest."""
+    if not all(isinstance(f, Factor) for f in term.factors):
+        raise _NoProduct
+    by_name = {n.name: n for n in a.graph.graph.nodes}
+    tokens = [f for f in term.tensors if by_name[f.name] in a.tok]
+    weights = [f for f in term.tensors if by_name[f.name] not in a.tok]
+    if len(tokens) != 1 or any(f.tensor.numel() != by_name[f.name].meta["val"].numel() for f in term.tensors):
+        raise _NoProduct
+    if len(weights) > 6:
+        raise _NoProduct
+    best = min(itertools.permutations(weights), key=lambda order: _largest(tokens[0], order, term))
+    return _Chain(term, tokens, list(best), _largest(tokens[0], best, term))
+
+
+def _steps(start: Factor, order: tuple[Factor, ...] | list[Factor], term: Term) -> list[tuple[tuple[Label, ...], Factor, tuple[Label, ...]]]:
+    """List (labels before, weight, labels after) of every pairwise product."""
+    labels, steps = start.labels, []
+    for k, f in enumerate(order):
+        later = {label for g in order[k + 1 :] for label in g.labels} | set(atoms(term.out))
+        union = tuple(dict.fromkeys([*labels, *f.labels]))
+        after = tuple(label for label in union if label in later)
+        steps.append((labels, f, after))
+        labels = after
+    return steps
+
+
+def _largest(start: Factor, order: Any, term: Term) -> int:
+    steps = _steps(start, order, term)
+    return max([volume(after) for _, _, after in steps[:-1]], default=0)
+
+
+def _emit(a: Analysis, site: Site, chains: list[_Chain]) -> None:
+    graph, node = a.graph.graph, site.node
+    by_name = {n.name: n for n in graph.nodes}
+    shape = list(node.meta["val"].shape)
+    with graph.inserting_before(node):
+        total: fx.Node | None = None
+        for chain in chains:
+            value = _viewed(graph, by_name[chain.tokens[0].name], sizes(chain.tokens[0].labels))
+            for labels, f, after in _steps(chain.tokens[0], chain.weights, chain.term):
+                value = _product(graph, value, labels, _viewed(graph, by_name[f.name], sizes(f.labels)), f.labels, after)
+                final = after
+            if not chain.weights:
+                final = chain.tokens[0].labels
+            value = _finished(graph, value, final, chain.term, shape)
+            total = value if total is None else _node(graph, aten.add.Tensor, total, value)
+    assert total is not None
+    _replace(a, node, total)
+
+
+def _viewed(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
+    return node if list(node.meta["val"].shape) == shape else _node(graph, aten.reshape.default, node, shape)
+
+
+def _product(
+    graph: fx.Graph, x: fx.Node, left: tuple[Label, ...], w: fx.Node, right: tuple[Label, ...], out: tuple[Label, ...]
+) -> fx.Node:
+    if len(left) == len(right) == len(out) == 2 and out == (left[0], *[l for l in right if l is not left[1]]):
+        if right[0] is left[1]:
+            return _node(graph, aten.mm.default, x, w)
+        if right[1] is left[1]:
+            return _node(graph, aten.mm.default, x, _node(graph, aten.t.default, w))
+    letters = {label: chr(97 + k) for k, label in enumerate(dict.fromkeys([*left, *right]))}
+    spec = ["".join(letters[label] for label in labels) for labels in (left, right, out)]
+    return _node(graph, aten.einsum.default, f"{spec[0]},{spec[1]}->{spec[2]}", [x, w])
+
+
+def _finished(graph: fx.Graph, value: fx.Node, labels: tuple[Label, ...], term: Term, shape: list[int]) -> fx.Node:
+    """Bring a chain's result to the site's shape: order, repeats, broadcast axes, coefficient."""
+    wanted = atoms(term.out)
+    if len(set(wanted)) != len(wanted):
+        raise _NoProduct
+    present = tuple(label for label in wanted if label in labels)
+    if present != labels:
+        value = _node(graph, aten.permute.default, value, [labels.index(label) for label in present])
+    if present != wanted:
+        value = _node(graph, aten.reshape.default, value, [label.size if label in labels else 1 for label in wanted])
+        value = _node(graph, aten.expand.default, value, sizes(wanted))
+    value = _viewed(graph, value, shape)
+    return value if term.coef == 1.0 else _node(graph, aten.mul.Tensor, value, term.coef)

@@ -1,0 +1,230 @@
+"""Update rules as register recurrences.
+
+A rule keeps r registers R beside the anchor `th` (where a mini-batch's gradients g are taken):
+
+    R_t = A_t R_{t-1} - b_t g_t          theta_t = a_t th + u_t . R_t
+
+with scalars A (r x r), b (r), u (r), a computed from the gates at token t and from its position i in the mini-batch
+(from 1). At the mini-batch's end `th <- theta_b`, and a register marked in `resets` starts anew. That is all a rule is.
+
+Legend: r registers, n tokens in a block, t query token, s source token, k, l registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.catalogue import Catalogue
+
+Scalar = float | Tensor
+
+rules = Catalogue("rules")
+
+
+class Step(NamedTuple):
+    """One token's coefficients: A (r rows of r), b (r), u (r), a. Entries are numbers or tensors shaped like a gate."""
+
+    A: tuple[tuple[Scalar, ...], ...]
+    b: tuple[Scalar, ...]
+    u: tuple[Scalar, ...]
+    a: Scalar
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Describe an optimiser that is linear in its gradients, as a register recurrence.
+
+    R_t = A_t R_{t-1} - b_t g_t,  theta_t = a_t th + u_t . R_t
+    Shape:  step(i, **gates) gets i and every gate as tensors of one shape and returns `Step` entries of that shape.
+    Dtype:  the state's (float32 or float64).
+    Raises: ValueError if the record's sizes disagree.
+    Source: DESIGN section 1 of this project; covers SGD, TTT's averaged rule, momentum, weight decay, Titans.
+    Example:
+        >>> import dualform as df
+        >>> lion_free = df.Rule(step=lambda i, lr: df.Step(A=((1.0,),), b=(0.5 * lr,), u=(1.0,), a=1.0), gates=("lr",))
+        >>> lion_free.num_registers
+        1
+    """
+
+    step: Callable[..., Step]
+    gates: tuple[str, ...] = ("lr",)
+    constants: Mapping[str, float] = field(default_factory=dict)  # a gate's value when the caller gives none
+    start: tuple[float, ...] = (0.0,)  # R_0 = start * th: 0 an empty register, 1 a copy of the weights
+    resets: tuple[bool, ...] = (True,)  # does the register start anew at each mini-batch?
+    name: str = "rule"
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.resets):
+            raise ValueError(
+                f"Rule: start has {len(self.start)} entries and resets has {len(self.resets)}; expected one of each "
+                "per register. Give both the same length."
+            )
+        got = self.step(torch.ones(()), **{gate: torch.ones(()) for gate in self.gates})
+        sizes = {
+            "A": len(got.A),
+            "b": len(got.b),
+            "u": len(got.u),
+            **{f"A[{k}]": len(row) for k, row in enumerate(got.A)},
+        }
+        for part, size in sizes.items():
+            if size != self.num_registers:
+                raise ValueError(
+                    f"Rule: step returns {part} with {size} entries; expected one per register = {self.num_registers} "
+                    f"(start = {self.start}). Make start, resets, A, b and u agree."
+                )
+
+    @property
+    def num_registers(self) -> int:
+        return len(self.start)
+
+    def default(self, gate: str) -> float:
+        """Return the value of a gate that the caller leaves out: the rule's constant, or 1 for lr and 0 for offset."""
+        return self.constants.get(gate, {"lr": 1.0, "offset": 0.0}.get(gate, 0.0))
+
+
+@rules.record(
+    name="SGD",
+    formula="S_t = momentum S_{t-1} - lr_t g_t; theta_t = (1 - decay_t) theta_{t-1} + S_t | averaged: "
+    "theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j",
+    source="Sun et al. 2024 (TTT), code: eta_ij = tok_i lr_j; Behrouz et al. 2024 (Titans), eq. 13-14",
+    aliases=("gradient_descent",),
+)
+def SGD(lr: float = 1.0, *, averaged: bool = False, momentum: float = 0.0, decay: float = 0.0) -> Rule:
+    """Build (averaged) stochastic gradient descent with per-token, per-head rates, momentum and weight decay.
+
+    S_t = momentum S_{t-1} - lr_t g_t;  theta_t = (1 - decay_t) theta_{t-1} + S_t
+    averaged: theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j, i from 1 in the mini-batch
+    Shape:  gates lr, momentum, decay (batch, time, head); offset (chunk,). Effective rate = lr * gates["lr"].
+    Raises: ValueError if averaged is combined with momentum or decay.
+    Source: Sun et al. 2024 (TTT); Behrouz et al. 2024 (Titans). Differs: nothing.
+    Example:
+        >>> import dualform as df
+        >>> df.rules.SGD(lr=0.1, momentum=0.9).gates
+        ('lr', 'momentum')
+    """
+    if averaged and (momentum or decay):
+        raise ValueError(
+            f"SGD: averaged=True with momentum = {momentum}, decay = {decay}; expected both = 0, the average has no "
+            "memory across mini-batches. Drop averaged, or write a Rule of your own."
+        )
+    if averaged:
+
+        def average(i: Tensor, lr: Tensor, offset: Tensor, rate: float = lr) -> Step:
+            return Step(A=((1.0,),), b=(rate * lr,), u=((1 / i + offset).clamp(min=0),), a=1.0)
+
+        return Rule(average, ("lr", "offset"), name="averaged SGD")
+    if momentum:
+        gates = ("lr", "momentum", "decay") if decay else ("lr", "momentum")
+
+        def heavy_ball(i: Tensor, lr: Tensor, momentum: Tensor, decay: Scalar = 0.0, rate: float = lr) -> Step:
+            keep = 1.0 - decay
+            return Step(A=((keep, momentum), (0.0, momentum)), b=(rate * lr, rate * lr), u=(1.0, 0.0), a=0.0)
+
+        constants = {"momentum": momentum, "decay": decay}
+        return Rule(heavy_ball, gates, constants, start=(1.0, 0.0), resets=(False, False), name="SGD with momentum")
+    if decay:
+
+        def forget(i: Tensor, lr: Tensor, decay: Tensor, rate: float = lr) -> Step:
+            return Step(A=((1.0 - decay,),), b=(rate * lr,), u=(1.0,), a=0.0)
+
+        return Rule(forget, ("lr", "decay"), {"decay": decay}, (1.0,), (False,), name="SGD with decay")
+
+    def plain(i: Tensor, lr: Tensor, rate: float = lr) -> Step:
+        return Step(A=((1.0,),), b=(rate * lr,), u=(1.0,), a=1.0)
+
+    return Rule(plain, name="SGD")
+
+
+class Coefficients(NamedTuple):
+    """A rule unrolled over a block: theta_t = c_t th + d_t . R_0 - sum_{s<=t} C[t,s] g_s, and the same for R at the end.
+
+    `row`, `col` are set when C = tril(row x col): then a sum over s <= t is a running sum.
+    """
+
+    C: Tensor  # (n, n), lower triangular
+    row: Tensor | None  # (n,)
+    col: Tensor | None  # (n,)
+    c: Scalar  # (n,) or a number
+    d: tuple[Scalar, ...]  # r of (n,) or a number
+    carry: tuple[tuple[Scalar, ...], ...]  # A_n ... A_1
+    write: tuple[Tensor, ...]  # r of (n,): (A_n ... A_{s+1} b_s)_k
+    end: tuple[Scalar, tuple[Scalar, ...]]  # a and u at the last token: theta_n = a th + u . R_n
+
+
+def unroll(rule: Rule, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | None) -> Coefficients:
+    """Unroll the recurrence over a block of n tokens at positions i (n,); invalid tokens have A = I, b = 0."""
+    A, b, u, a = rule.step(i, **gates)
+    r, ones = rule.num_registers, torch.ones_like(i)
+    sources = [vector(x, ones) if valid is None else vector(x, ones) * valid for x in b]
+    last = (_last(a), tuple(_last(x) for x in u))
+    if all(_is(A[k][l], float(k == l)) for k in range(r) for l in range(r)):
+        outer = [(vector(x, ones)[:, None] * y).tril() for x, y in zip(u, sources, strict=True) if not _is(x, 0.0)]
+        separable = r == 1
+        return Coefficients(
+            C=sum(outer[1:], outer[0]),
+            row=vector(u[0], ones) if separable else None,
+            col=sources[0] if separable else None,
+            c=a,
+            d=u,
+            carry=tuple(tuple(float(k == l) for l in range(r)) for k in range(r)),
+            write=tuple(sources),
+            end=last,
+        )
+    matrix = torch.stack([torch.stack([vector(x, ones) for x in row], -1) for row in A], -2)  # (n, r, r)
+    if valid is not None:
+        eye = torch.eye(r, dtype=i.dtype, device=i.device)
+        matrix = eye + valid[:, None, None] * (matrix - eye)
+    product, prefix = segment_products(matrix)
+    reach = torch.einsum("tskl,sl->tsk", product, torch.stack(sources, -1))  # A_t ... A_{s+1} b_s
+    mix = torch.stack([vector(x, ones) for x in u], -1)
+    start = torch.einsum("tk,tkl->tl", mix, prefix)
+    return Coefficients(
+        C=torch.einsum("tk,tsk->ts", mix, reach),
+        row=None,
+        col=None,
+        c=a,
+        d=start.unbind(-1),
+        carry=tuple(row.unbind(-1) for row in prefix[-1].unbind(-2)),
+        write=reach[-1].unbind(-1),
+        end=last,
+    )
+
+
+def segment_products(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply along every segment: P[t,s] = A_t ... A_{s+1} (I at s = t, 0 above) and A_t ... A_1, by doubling.
+
+    Two neighbouring blocks of length m join as P[t,s] = (A_t ... A_first) P_left[last, s]: log2(n) rounds, no division,
+    so zeros and negative numbers are exact. Shape: A (n, r, r) -> (n, n, r, r), (n, r, r).
+    """
+    n, r = A.shape[0], A.shape[-1]
+    size = 1 << (n - 1).bit_length()
+    eye = torch.eye(r, dtype=A.dtype, device=A.device)
+    prefix = torch.cat([A, eye.expand(size - n, r, r)]) if size > n else A
+    prefix = prefix[:, None]  # (blocks, m, r, r)
+    product = eye.expand(size, 1, 1, r, r)
+    m = 1
+    while m < size:
+        left, right, first, second = product[::2], product[1::2], prefix[::2], prefix[1::2]
+        cross = second[:, :, None] @ left[:, None, m - 1]
+        product = torch.cat([torch.cat([left, torch.zeros_like(cross)], 2), torch.cat([cross, right], 2)], 1)
+        prefix = torch.cat([first, second @ first[:, m - 1 : m]], 1)
+        m *= 2
+    return product[0, :n, :n], prefix[0, :n]
+
+
+def vector(x: Scalar, ones: Tensor) -> Tensor:
+    """Return x as a vector shaped like `ones`."""
+    return x.expand_as(ones) if isinstance(x, Tensor) else x * ones
+
+
+def _last(x: Scalar) -> Scalar:
+    return x if not isinstance(x, Tensor) or x.ndim == 0 else x[-1]
+
+
+def _is(x: Scalar, number: float) -> bool:
+    return not isinstance(x, Tensor) and float(x) == number

@@ -1,0 +1,92 @@
+"""Clean a traced graph: what does nothing goes, what is computed twice is shared, constants meet their neighbours.
+
+Exact in real arithmetic and in floating point up to the order of scalar products; every rewrite removes an operation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
+
+aten = torch.ops.aten
+_same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
+_same_if_shape = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
+_filled = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
+_reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.squeeze.dim, aten.reshape.default}
+
+
+def tidy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Simplify a graph; inputs, outputs and their order stay."""
+    _Folder(gm.graph).run()
+    graph = fx_graph_cse(gm.graph)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
+
+
+class _Folder:
+    """One pass in graph order; `constant` maps nodes to the number that fills them."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.constant: dict[fx.Node, float] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+                self.visit(node)
+
+    def visit(self, node: fx.Node) -> None:
+        target, args, value = node.target, node.args, node.meta["val"]
+        first = args[0] if args else None
+        before = first.meta.get("val") if isinstance(first, fx.Node) else None
+        if not isinstance(first, fx.Node) or not isinstance(before, Tensor) or not value.is_floating_point():
+            return
+        unchanged = before.shape == value.shape and before.dtype == value.dtype
+        if target in _same_value or (target in _same_if_shape and unchanged):
+            self.replace(node, first)
+        elif target in _filled:
+            self.constant[node] = _filled[target]
+        elif first in self.constant and target in _reshaping:
+            self.constant[node] = self.constant[first]
+        elif target == aten.mul.Tensor and not node.kwargs:
+            self.product(node, first, args[1])
+        elif target == aten.pow.Tensor_Scalar and args[1] == 1.0 and unchanged:
+            self.replace(node, first)
+        elif target == aten.add.Tensor and not node.kwargs and isinstance(args[1], fx.Node):
+            self.sum(node, first, args[1])
+
+    def product(self, node: fx.Node, x: fx.Node, y: Any) -> None:
+        """x * number: fold into a product with another number, drop a factor of 1; a filled tensor is a number."""
+        if x in self.constant and isinstance(y, fx.Node):
+            x, y = y, x
+        scale = self.constant.get(y) if isinstance(y, fx.Node) else y
+        if scale is None or isinstance(scale, complex):
+            return
+        if x in self.constant:
+            self.constant[node] = self.constant[x] * scale
+            return
+        if x.meta["val"].shape != node.meta["val"].shape or x.meta["val"].dtype != node.meta["val"].dtype:
+            return
+        if x.target == aten.mul.Tensor and isinstance(x.args[1], int | float) and not x.kwargs:
+            scale, x = scale * x.args[1], x.args[0]  # type: ignore[assignment]
+            if not isinstance(x, fx.Node) or x.meta["val"].shape != node.meta["val"].shape:
+                return
+        if scale == 1.0:
+            self.replace(node, x)
+        elif math.isfinite(scale):
+            node.args = (x, scale)
+
+    def sum(self, node: fx.Node, x: fx.Node, y: fx.Node) -> None:
+        """x + (-y) = x - y."""
+        for left, right in ((x, y), (y, x)):
+            if right.target == aten.neg.default and right not in self.constant:
+                node.target, node.args = aten.sub.Tensor, (left, right.args[0])
+                return
+
+    def replace(self, node: fx.Node, by: fx.Node) -> None:
+        node.replace_all_uses_with(by)
+        self.graph.erase_node(node)

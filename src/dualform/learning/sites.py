@@ -1,0 +1,283 @@
+"""Where the weights meet the data: reading a learner's trace.
+
+A node is *par* if it depends on fast leaves only and *tok* if it depends on the tokens. A *site* is a tok node with a par
+operand. It is admissible if, its tok operands held fixed, it is jointly affine in the leaves behind its par operands; the
+op table says so. This file marks nodes, proves that tokens do not mix, and lists the sites.
+
+Legend: W tokens in the trace, K key width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree
+
+from dualform.calculus import rules
+from dualform.calculus.structure import Axis, Derivative, Label
+from dualform.calculus.trace import source_line, trace
+
+
+class DerivationError(ValueError):
+    """A learner, objective or rule for which the asked form does not exist."""
+
+
+class Place(NamedTuple):
+    """Where the token index sits: axis `axis` is (outer, W, inner), row-major."""
+
+    axis: int
+    outer: int
+    inner: int
+
+
+@dataclass(eq=False)
+class Site:
+    """A node where fast weights meet tokens."""
+
+    node: fx.Node
+    pars: tuple[fx.Node, ...]  # its par operands
+    leaves: tuple[str, ...]  # the fast leaves behind them
+    admissible: bool
+    why: str = ""  # why not
+
+
+@dataclass(eq=False)
+class Analysis:
+    """A learner's trace at W tokens, marked."""
+
+    graph: fx.GraphModule
+    leaf_nodes: dict[str, fx.Node]
+    slow_nodes: dict[str, fx.Node]
+    x: fx.Node
+    output: fx.Node
+    constants: dict[str, Tensor]  # tensors that the learner closes over, as inputs
+    leaves: dict[fx.Node, frozenset[str]]  # fast leaves a node depends on
+    tok: set[fx.Node]
+    places: dict[fx.Node, Place]
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [node for node in self.graph.graph.nodes if node.op == "call_function"]
+
+    def is_par(self, node: fx.Node) -> bool:
+        return node not in self.tok and bool(self.leaves[node])
+
+    def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """Run one node on the values in `env`."""
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def call(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> rules.Call:
+        """Describe a node and its values for the op table."""
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+        return rules.Call(node.target, args, kwargs, env[node])  # type: ignore[arg-type]
+
+
+def operand_nodes(node: fx.Node) -> list[fx.Node]:
+    """List the nodes behind `Call.operands`: the floating tensor arguments, lists flattened."""
+    flat, _ = _pytree.tree_flatten((node.args, dict(node.kwargs)))
+    return [x for x in flat if isinstance(x, fx.Node) and is_floating(x.meta["val"])]
+
+
+def is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+# Ops whose value does not depend on their tensor argument's numbers.
+_shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+
+
+def analyse(
+    run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], x: Tensor) -> Analysis:
+    """Trace `run(*fast, *slow, x)` and mark it; raise if tokens mix or the learner ignores its input."""
+    graph = trace(run, *fast.values(), *slow.values(), x)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    result = output.args[0]
+    result = result[0] if isinstance(result, tuple | list) else result
+    if not isinstance(result, fx.Node):
+        raise DerivationError(
+            f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
+        )
+    constants, lifted = _lift_constants(graph)
+    got = Analysis(
+        graph=graph,
+        leaf_nodes=dict(zip(fast, inputs, strict=False)),
+        slow_nodes=dict(zip(slow, inputs[len(fast) :], strict=False)) | lifted,
+        x=inputs[-1],
+        output=result,
+        constants=constants,
+        leaves={},
+        tok=set(),
+        places={},
+    )
+    mark(got, x.shape[0])
+    return got
+
+
+def _lift_constants(graph: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, fx.Node]]:
+    """Make inputs of the tensors that a trace has baked in, so that nothing is held but by name."""
+    constants: dict[str, Tensor] = {}
+    lifted: dict[str, fx.Node] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        name = f"constant_{len(constants)}"
+        constants[name] = getattr(graph, str(node.target))
+        with graph.graph.inserting_after(last):
+            last = lifted[name] = graph.graph.placeholder(name)
+        lifted[name].meta["val"] = constants[name]
+        node.replace_all_uses_with(lifted[name])
+        graph.graph.erase_node(node)
+    return constants, lifted
+
+
+def mark(a: Analysis, W: int) -> None:
+    """Fill in leaves, tok, places (proving that tokens stay apart) and sites."""
+    a.leaves, a.tok, a.places, a.sites = {}, {a.x}, {a.x: Place(0, 1, 1)}, []
+    names = {node: name for name, node in a.leaf_nodes.items()}
+    env = {node: node.meta.get("val") for node in a.graph.graph.nodes}
+    for node in a.graph.graph.nodes:
+        if node.op == "placeholder":
+            a.leaves[node] = frozenset({names[node]} if node in names else ())
+            continue
+        if node.op == "output":
+            continue
+        sources = [] if _is_shape_only(node) else node.all_input_nodes
+        a.leaves[node] = frozenset().union(*(a.leaves[s] for s in sources))
+        if any(s in a.tok for s in sources):
+            a.tok.add(node)
+            if W > 1:
+                a.places[node] = _place(a, node, env, W)
+            pars = tuple(s for s in sources if a.is_par(s))
+            if pars:
+                a.sites.append(_site(a, node, pars))
+    if a.output not in a.tok:
+        raise DerivationError(
+            "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. Use x in forward."
+        )
+    if W > 1 and a.places[a.output] != Place(0, 1, 1):
+        raise DerivationError(
+            f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as in its input: "
+            "(..., K) -> (..., V). Transpose back before returning."
+        )
+
+
+def _is_shape_only(node: fx.Node) -> bool:
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    return name in _shape_only
+
+
+def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
+    leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
+    operands = operand_nodes(node)
+    if not all(p in operands for p in pars):
+        return Site(node, pars, leaves, False, "a weight decides a branch or an index")
+    if not rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
+        return Site(node, pars, leaves, False, f"{op_name(node)} is not jointly affine in its weights")
+    crooked = next((bad for p in pars if (bad := first_crooked(a, p)) is not None), None)
+    if crooked is not None:
+        return Site(
+            node, pars, leaves, False, f"the weights pass through {op_name(crooked)}, which is not affine in them"
+        )
+    return Site(node, pars, leaves, True)
+
+
+def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
+    """Find the first node behind a par node that is not jointly affine in the leaves; None if there is none."""
+    if node.op == "placeholder" or not a.leaves[node]:
+        return None
+    operands = operand_nodes(node)
+    pars = [s for s in node.all_input_nodes if a.leaves[s]]
+    for p in pars:
+        found = first_crooked(a, p)
+        if found is not None:
+            return found
+    straight = all(p in operands for p in pars) and rules.affine(
+        node.target, frozenset(j for j, s in enumerate(operands) if a.leaves[s])
+    )
+    return None if straight else node
+
+
+def op_name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return getattr(packet, "__name__", str(packet))
+
+
+def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
+    """Prove that a node keeps tokens apart and say where its token index sits."""
+    value = node.meta["val"]
+    if isinstance(value, list | tuple):  # split, chunk, unbind: the parts are read off one by one
+        found = {_place_of(a, node, env, W, part, j) for j, part in enumerate(value)}
+    else:
+        found = {_place_of(a, node, env, W, value, None)}
+    if len(found) != 1:
+        raise _mixes(node)
+    return found.pop()
+
+
+def _place_of(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, value: Tensor, part: int | None) -> Place:
+    tags = getattr(node.target, "tags", ())
+    found: set[Place] = set()
+    for j, source in enumerate(operand_nodes(node) if is_floating(value) else node.all_input_nodes):
+        if source not in a.tok:
+            continue
+        if torch.Tag.pointwise in tags:
+            place = a.places[source]
+            found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
+        elif not is_floating(value):
+            raise _mixes(node)
+        else:
+            call = a.call(node, env)
+            found |= carried_places(rules.derivative(call, j), a.places[source], W) or {None}  # type: ignore[arg-type]
+    if len(found) != 1 or None in found:
+        raise _mixes(node)
+    return found.pop()
+
+
+def _mixes(node: fx.Node) -> DerivationError:
+    return DerivationError(
+        f"derive: the learner mixes tokens at {source_line(node)}: {op_name(node)} makes one row depend on others; expected a "
+        "function of each row alone, (..., K) -> (..., V). Remove the operation over the token axis."
+    )
+
+
+def carried_places(J: Derivative, place: Place, W: int) -> set[Place]:
+    """Follow the token index of an input axis to the output: one place per term; empty if a term loses it."""
+    found: set[Place] = set()
+    for term in J.terms:
+        hit = find_label(term.inn[place.axis], place.inner, W)
+        if hit is None:
+            return set()
+        label, inner = hit
+        where = [
+            (axis, stride)
+            for axis, labels in enumerate(term.out)
+            for other, stride in strides(labels)
+            if other is label
+        ]
+        if len(where) != 1:
+            return set()
+        axis, stride = where[0]
+        inner *= stride
+        found.add(Place(axis, math.prod(l.size for l in term.out[axis]) // (inner * W), inner))
+    return found
+
+
+def strides(labels: Axis) -> list[tuple[Label, int]]:
+    """List an axis' labels with their strides, outermost first."""
+    return [(label, math.prod(l.size for l in labels[n + 1 :])) for n, label in enumerate(labels)]
+
+
+def find_label(labels: Axis, inner: int, W: int) -> tuple[Label, int] | None:
+    """Find the one label that holds the digits [inner, inner W) of an axis, and where in it they begin."""
+    for label, stride in strides(labels):
+        if stride <= inner and inner * W <= stride * label.size and inner % stride == 0:
+            return label, inner // stride
+    return None

@@ -1,0 +1,110 @@
+"""What a layer carries from one call to the next: (anchor, registers, position) and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils import _pytree
+
+
+class Carried:
+    """Methods shared by everything that is carried: every field is a tensor, a mapping or another `Carried`, batch first."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        def over(value: Any) -> Any:
+            if isinstance(value, Carried):
+                return value._map(function)
+            return {name: function(x) for name, x in value.items()} if isinstance(value, dict) else function(value)
+
+        return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var]
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return every tensor by its dotted name."""
+        found: dict[str, Tensor] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Carried):
+                found |= value.tensors(f"{prefix}{f.name}.")
+            elif isinstance(value, dict):
+                found |= {f"{prefix}{f.name}.{name}": x for name, x in value.items()}
+            else:
+                found[prefix + f.name] = value
+        return found
+
+    def detach(self) -> Self:
+        """Cut the state from the graph that made it."""
+        return self._map(Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast; a dtype changes floating tensors only."""
+        device_only = {name: x for name, x in kwargs.items() if name == "device"}
+        places = [x for x in args if not isinstance(x, torch.dtype)]
+        return self._map(
+            lambda x: (
+                x.to(*args, **kwargs)
+                if x.is_floating_point()
+                else x.to(*places, **device_only)
+                if places or device_only
+                else x
+            )
+        )
+
+    def fork(self, n: int) -> Self:
+        """Repeat every row n times, copies beside each other, as beam search wants."""
+        return self._map(lambda x: x.repeat_interleave(n, 0))
+
+    def select(self, rows: Tensor) -> Self:
+        """Keep the given rows of the batch, in that order."""
+        return self._map(lambda x: x.index_select(0, torch.as_tensor(rows, device=x.device)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as a safetensors file."""
+        save_file({name: x.detach().contiguous().cpu() for name, x in self.tensors().items()}, str(path))
+
+
+@dataclass(frozen=True)
+class State(Carried):
+    """Hold the fast weights between calls.
+
+    Shape:  anchor {leaf: (B, H, *shape)}, registers {leaf: (B, H, r, *shape)}, position (B,) = tokens since the
+            mini-batch began.
+    Dtype:  float32, or float64 when the program computes in it; position int64.
+    Source: DESIGN section 1 of this project.
+    """
+
+    anchor: dict[str, Tensor]
+    registers: dict[str, Tensor]
+    position: Tensor
+
+    @classmethod
+    def load(cls, path: str | Path) -> State:
+        """Read what `save` wrote."""
+        return from_tensors(cls, load_file(str(path)), path)
+
+
+def from_tensors(kind: type[State], tensors: dict[str, Tensor], path: str | Path) -> State:
+    """Build a State from dotted names; refuse a file that holds something else."""
+    parts: dict[str, dict[str, Tensor]] = {"anchor": {}, "registers": {}}
+    for name, x in tensors.items():
+        head, _, leaf = name.partition(".")
+        if head in parts and leaf:
+            parts[head][leaf] = x
+        elif name != "position":
+            raise ValueError(
+                f"State.load: {path} holds a tensor named {name!r}; expected names 'anchor.*', 'registers.*', 'position'. "
+                "Pass a file that State.save wrote."
+            )
+    if "position" not in tensors or not parts["anchor"]:
+        raise ValueError(
+            f"State.load: {path} holds no position or no anchor; expected both. Pass a file that State.save wrote."
+        )
+    return kind(**parts, position=tensors["position"])
+
+
+_pytree.register_dataclass(State, field_names=["anchor", "registers", "position"], drop_field_names=[])

@@ -1,0 +1,76 @@
+"""A rule unrolled over a block is its recurrence, token by token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualform.learning.rules import Rule, Step, rules, segment_products, unroll, vector
+
+
+def nesterov(i, lr, momentum):
+    return Step(A=((1.0, momentum), (0.0, momentum)), b=(lr * (1 + momentum), lr), u=(1.0, 0.5), a=0.25)
+
+
+catalogue = {
+    "sgd": rules.SGD(lr=0.3).build(),
+    "averaged": rules.SGD(lr=0.3, averaged=True).build(),
+    "momentum": rules.SGD(lr=0.3, momentum=0.9).build(),
+    "decay": rules.SGD(lr=0.3, decay=0.1).build(),
+    "titans": rules.SGD(lr=0.3, momentum=0.9, decay=0.1).build(),
+    "own": Rule(nesterov, ("lr", "momentum"), {"momentum": 0.5}, (1.0, 0.0), (False, True)),
+}
+
+
+@pytest.mark.parametrize("name", catalogue)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), n=st.integers(1, 9), padded=st.booleans())
+def test_unrolled_is_recurrence(name, seed, n, padded):
+    rule, g = catalogue[name], torch.Generator().manual_seed(seed)
+    r = rule.num_registers
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    valid = (torch.rand(n, generator=g) > 0.4).double() if padded else None
+    keep = torch.ones(n, dtype=torch.float64) if valid is None else valid
+    i = keep.cumsum(0).clamp(min=1)
+    gates = {gate: draw(n) for gate in rule.gates}
+    th, R0, grads = draw(()), draw(r), draw(n)
+    got = unroll(rule, i, gates, valid)
+    ones = torch.ones(n, dtype=torch.float64)
+    R = R0.clone()
+    for t in range(n):
+        if keep[t]:
+            A, b, u, a = rule.step(i[t], **{gate: x[t] for gate, x in gates.items()})
+            R = torch.stack([sum(A[k][l] * R[l] for l in range(r)) - b[k] * grads[t] for k in range(r)])
+            theta = a * th + sum(u[k] * R[k] for k in range(r))
+            c, d = vector(got.c, ones)[t], [vector(x, ones)[t] for x in got.d]
+            closed = c * th + sum(d[k] * R0[k] for k in range(r)) - (got.C[t] * grads).sum()
+            torch.testing.assert_close(closed, theta, rtol=1e-11, atol=1e-11)
+    for k in range(r):
+        closed = sum(got.carry[k][l] * R0[l] for l in range(r)) - (got.write[k] * grads).sum()
+        torch.testing.assert_close(closed, R[k], rtol=1e-11, atol=1e-11)
+    if got.row is not None:
+        torch.testing.assert_close(torch.outer(got.row, got.col).tril(), got.C)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_segment_products(n):
+    A = torch.randn(n, 2, 2, dtype=torch.float64)
+    A[0] = 0
+    product, prefix = segment_products(A)
+    for t in range(n):
+        total = torch.eye(2, dtype=torch.float64)
+        for s in range(t, -1, -1):
+            torch.testing.assert_close(product[t, s], total)
+            total = total @ A[s]
+        torch.testing.assert_close(prefix[t], total)
+        assert not product[t, t + 1 :].any()
+
+
+def test_a_rule_must_agree_with_itself():
+    with pytest.raises(ValueError, match="A with 1 entries.*per register = 2"):
+        Rule(lambda i, lr: Step(((1.0,),), (lr,), (1.0,), 1.0), ("lr",), start=(0.0, 0.0), resets=(True, True))
+    with pytest.raises(ValueError, match="momentum = 0.9"):
+        rules.SGD(averaged=True, momentum=0.9).build()
