@@ -97,8 +97,8 @@ class DocumentCache(DynamicLayer):
 
     def extend(self, keys: Tensor, values: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Append the new columns; return all keys and values that the new queries may look at."""
-        if self.is_initialized and (keys.shape[0], *keys.shape[1::2]) != (self.keys.shape[0], *self.keys.shape[1::2]):
-            B, H, _, D = self.keys.shape
+        B, H, _, D = (keys if self.keys is None else self.keys).shape
+        if (B, H, D) != (*keys.shape[:2], keys.shape[3]):
             raise ValueError(
                 f"past_key_values: holds keys of batch {B}, heads {H}, head_dim {D}; expected batch {keys.shape[0]}, heads "
                 f"{keys.shape[1]}, head_dim {keys.shape[3]}. Pass the cache that this model returned for these rows."
@@ -124,19 +124,20 @@ class DocumentCache(DynamicLayer):
         self.documents, self.seen = None, 0
 
     def _rows(self, rows: Tensor) -> None:
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
+            rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
             self.documents = None if self.documents is None else self.documents.index_select(0, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(beam_idx.to(self.keys.device) if self.keys is not None else beam_idx)
+        self._rows(beam_idx)
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self._rows(rows.repeat_interleave(repeats))
+        if self.keys is not None:
+            self._rows(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
 
 def joined_documents(past: DocumentCache | None, new: Tensor | None, like: Tensor) -> Tensor | None:
@@ -169,7 +170,7 @@ def adopt(cache: Cache, kinds: list[str], window: int | None) -> None:
         held = cache.layers[i] if i < len(cache.layers) else None
         if isinstance(held, wanted):
             continue
-        if held is not None and held.get_seq_length():
+        if held is not None and getattr(held, "get_seq_length", lambda: True)():
             raise ValueError(
                 f"past_key_values: layer {i} is a filled {type(held).__name__}; expected {wanted.__name__} for a layer of "
                 f"kind {kind!r}. Pass a cache that this model returned, or none."

@@ -5,7 +5,7 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -114,7 +114,7 @@ class DualformBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(dim, config.intermediate_size)
 
     def forward(self, h: Tensor, inputs: dict[str, Any], past_key_values: Cache | None = None) -> Tensor:
-        cache = None if past_key_values is None else past_key_values.layers[self.index]
+        cache: Any = None if past_key_values is None else past_key_values.layers[self.index]
         h = self._learn(h, inputs, cache) if self.kind == "test_time" else self._attend(h, inputs, cache)
         return h + self.mlp(self.ffn_norm(h))
 
@@ -150,7 +150,7 @@ class DualformPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv1d):
             bound = module.kernel_size[0] ** -0.5  # torch's own initial values, as the published code keeps them
-            for tensor in (module.weight, module.bias):
+            for tensor in module.parameters(recurse=False):
                 init.uniform_(tensor, -bound, bound)
         elif isinstance(module, TestTimeTraining):
             missing = {n: x for n, x in own_tensors(module).items() if not getattr(x, "_is_hf_initialized", False)}
@@ -295,10 +295,12 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=body.past_key_values, hidden_states=body.hidden_states
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]: names, not positions
+        self, input_ids: Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
         # `reset` speaks of the prompt; generated tokens belong to its last document.
         reset, cache = kwargs.pop("reset", None), kwargs.get("past_key_values")
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, **kwargs)
         if reset is not None:
             new = inputs.get("input_ids")
             T = (new if new is not None else inputs["inputs_embeds"]).shape[1]

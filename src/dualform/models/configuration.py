@@ -71,7 +71,7 @@ class DualformConfig(PreTrainedConfig):
         known = {f.name: f for f in fields(self)}
         _refuse_near_misses(given.keys() - known.keys(), list(known))
         for name, f in known.items():
-            default = f.default if f.default is not MISSING else f.default_factory and f.default_factory()
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
             value = given.pop(name, default)
             setattr(self, name, float(value) if name in _floats and type(value) is int else value)
         self.__post_init__(**given)

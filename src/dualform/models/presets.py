@@ -13,7 +13,7 @@ from typing import Any
 from dualform.catalogue import Catalogue
 
 presets = Catalogue("presets")
-Fields = Mapping[str, Any]
+Fields = dict[str, Any]
 
 # size: (hidden_size, intermediate_size, num_hidden_layers, num_attention_heads)
 published = {
@@ -42,20 +42,20 @@ byte_vocabulary: Fields = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id":
 tiny = (128, 344, 4, 4)
 
 
-def _sizes(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+def _sizes(sizes: tuple[int, int, int, int]) -> Fields:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return dict(zip(names, sizes, strict=True))
 
 
 def _preset(name: str, formula: str, fields: Fields) -> None:
-    def build() -> Fields:
+    def build() -> Mapping[str, Any]:
         return MappingProxyType(dict(fields))
 
     source = "Sun et al. 2024, table 3" if not name.startswith("tiny") else "this project"
     presets.record(name=name, formula=formula, source=source)(_named(build, name))
 
 
-def _named(function: Callable[[], Fields], name: str) -> Callable[[], Fields]:
+def _named(function: Callable[[], Mapping[str, Any]], name: str) -> Callable[[], Mapping[str, Any]]:
     function.__doc__ = f"Return the fields of the preset {name}."
     return function
 
