@@ -66,8 +66,10 @@ class DualformConfig(PreTrainedConfig):
 
     def __init__(self, *, preset: str | None = None, **given: Any) -> None:
         # transformers' own init cannot tell a field that was given from one left at its default, and a preset must.
+        base = {**inner["mlp"], "objective": {"name": "Squared"}}
         if preset is not None:
-            given = _over(presets.build(preset).build(), given)
+            base |= presets.build(preset).build()
+        given = _over(base, {name: value for name, value in given.items() if not (name in specs and value is None)})
         known = {f.name: f for f in fields(self)}
         _refuse_near_misses(given.keys() - known.keys(), list(known))
         for name, f in known.items():
@@ -78,8 +80,7 @@ class DualformConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, catalogue in specs.items():
-            spec = getattr(self, name)
-            setattr(self, name, catalogue.build(inner["mlp"].get(name, "Squared") if spec is None else spec).to_json())
+            setattr(self, name, catalogue.build(getattr(self, name)).to_json())
         kinds = self.layer_types or ["test_time"]
         self.layer_types = list(kinds) * self.num_hidden_layers if len(kinds) == 1 else list(kinds)
         # Before super's: @strict wraps what the validators raise in an error that is no ValueError.
