@@ -6,7 +6,8 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,6 +181,13 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     leaves, spec = _pytree.tree_flatten(like)
     source = iter(tensors)
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
+
+
+def undisturbed(make: Callable[[], Any]) -> Any:
+    """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
+    nothing is real."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.GraphModule:

@@ -120,7 +120,8 @@ class Emitter:
         self.begin("the rule's coefficients: theta_t = c_t th + d_t R_0 - sum_{s<=t} C[t,s] g_s")
         x = self._opened(x)
         i = torch.arange(1, W + 1, dtype=x.q.dtype, device=x.q.device) if x.i is None else x.i
-        coef = unroll(rule, i, x.gates, x.valid)
+        last = None if self.variant.completes(self.chunk) else (i == self.chunk).to(i.dtype)
+        coef = unroll(rule, i, x.gates, x.valid, last if last is None or x.valid is None else last * x.valid)
         self.begin("key pass: the learner at the anchor")
         keys = self._key_pass(x)
         self.begin("query pass: the learner with each token's own weights, corrected at every site")

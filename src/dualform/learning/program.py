@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dualform.learning import scan as scan_module
-from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters
+from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
@@ -65,15 +66,16 @@ class ChunkProgram:
     slow: tuple[str, ...] = ()
     block: int | None = None
     parts: Parts = field(init=False)
+    name: str = field(init=False, default="")
     width: int | None = field(init=False, default=None)
-    derivations: dict[Any, Derivation] = field(init=False, default_factory=dict)
     plans: dict[Any, scan_module.Plan] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parts = split_parameters(self.learner, self.slow)
+        self.name = scan_module.register(self)
         self.width = infer_width(self.learner)
         if self.width is not None:
-            self._plan(self.width, *self._kind(), "auto")
+            self.plan(self.width, *self._kind(), "auto")
 
     def _kind(self) -> tuple[torch.dtype, torch.device]:
         p = next(iter(self.parts.fast.values()))
@@ -83,12 +85,20 @@ class ChunkProgram:
     def target(self) -> str:
         return getattr(self.objective, "target", "v")
 
-    def _plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> scan_module.Plan:
+    def plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> scan_module.Plan:
+        """Return the derivation for a width, dtype, device and form, with its batched graphs; made once."""
         key = (K, dtype, device, form)
         if key not in self.plans:
             inner = Inner(self.rule, self.objective, self.target, form)
-            self.plans[key] = scan_module.Plan(Derivation(self.learner, inner, self.chunk, self.parts, K, dtype, device))
+            make = partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, device)
+            self.plans[key] = scan_module.Plan(undisturbed(make))
         return self.plans[key]
+
+    @property
+    def tensor_names(self) -> tuple[list[str], list[str], list[str]]:
+        """Names of the gates with a time axis, of the fast leaves, and of slow parameters and buffers."""
+        gates = [name for name in self.rule.gates if name != "offset"]
+        return gates, list(self.parts.fast), [*self.parts.slow, *self.parts.buffers]
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -122,15 +132,12 @@ class ChunkProgram:
         if form == "primal":
             o, after = primal(call)
             return o.to(q.dtype), after
-        plan = self._plan(q.shape[-1], call.q.dtype, q.device, form)
-        derivation = plan.derivation
-        constants = {name: x.to(q.device) for name, x in derivation.constants.items()}
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
             v=call.v,
             gates={name: x for name, x in call.gates.items() if name != "offset"},
-            slow=call.slow | call.buffers | constants,
+            slow=call.slow | call.buffers,
             anchor=call.state.anchor,
             registers=call.state.registers,
             position=call.state.position,
@@ -139,7 +146,7 @@ class ChunkProgram:
             mask=mask,
             reset=reset,
         )
-        o, *held = scan_module.scan(plan, tensors, self.chunk, remat)
+        o, *held = scan_module.scan(self.name, form, tensors, self.chunk, remat)
         L = len(self.parts.fast)
         names = list(self.parts.fast)
         after = State(dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True)), held[2 * L])
@@ -253,7 +260,7 @@ class ChunkProgram:
                 "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` or a call. "
                 "Set learner.dim = K, or call the program once."
             )
-        return self._plan(self.width, *self._kind(), "auto").derivation
+        return self.plan(self.width, *self._kind(), "auto").derivation
 
     @property
     def step(self) -> Step:

@@ -153,15 +153,20 @@ class Coefficients(NamedTuple):
     d: tuple[Scalar, ...]  # r of (n,) or a number
     carry: tuple[tuple[Scalar, ...], ...]  # A_n ... A_1
     write: tuple[Tensor, ...]  # r of (n,): (A_n ... A_{s+1} b_s)_k
-    end: tuple[Scalar, tuple[Scalar, ...]]  # a and u at the last token: theta_n = a th + u . R_n
+    end: tuple[Scalar, tuple[Scalar, ...]]  # a and u at the last token: theta_b = a th + u . R_b
 
 
-def unroll(rule: Rule, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | None) -> Coefficients:
-    """Unroll the recurrence over a block of n tokens at positions i (n,); invalid tokens have A = I, b = 0."""
+def unroll(
+    rule: Rule, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | None, last: Tensor | None = None
+) -> Coefficients:
+    """Unroll the recurrence over a block of n tokens at positions i (n,); invalid tokens have A = I, b = 0.
+
+    `last` (n,) is 1 at the token that ends the mini-batch, if one does; None: the block's last token does.
+    """
     A, b, u, a = rule.step(i, **gates)
     r, ones = rule.num_registers, torch.ones_like(i)
     sources = [vector(x, ones) if valid is None else vector(x, ones) * valid for x in b]
-    last = (_last(a), tuple(_last(x) for x in u))
+    end = (_at(a, last), tuple(_at(x, last) for x in u))
     if all(_is(A[k][l], float(k == l)) for k in range(r) for l in range(r)):
         outer = [(vector(x, ones)[:, None] * y).tril() for x, y in zip(u, sources, strict=True) if not _is(x, 0.0)]
         separable = r == 1
@@ -173,7 +178,7 @@ def unroll(rule: Rule, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | N
             d=u,
             carry=tuple(tuple(float(k == l) for l in range(r)) for k in range(r)),
             write=tuple(sources),
-            end=last,
+            end=end,
         )
     matrix = torch.stack([torch.stack([vector(x, ones) for x in row], -1) for row in A], -2)  # (n, r, r)
     if valid is not None:
@@ -191,7 +196,7 @@ def unroll(rule: Rule, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | N
         d=start.unbind(-1),
         carry=tuple(row.unbind(-1) for row in prefix[-1].unbind(-2)),
         write=reach[-1].unbind(-1),
-        end=last,
+        end=end,
     )
 
 
@@ -222,8 +227,10 @@ def vector(x: Scalar, ones: Tensor) -> Tensor:
     return x.expand_as(ones) if isinstance(x, Tensor) else x * ones
 
 
-def _last(x: Scalar) -> Scalar:
-    return x if not isinstance(x, Tensor) or x.ndim == 0 else x[-1]
+def _at(x: Scalar, last: Tensor | None) -> Scalar:
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return x
+    return x[-1] if last is None else (x * last).sum()
 
 
 def _is(x: Scalar, number: float) -> bool:

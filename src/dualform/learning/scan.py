@@ -8,18 +8,16 @@ Legend: B batch, T time, H heads, N blocks, G blocks per checkpoint, th anchor, 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree
 
-from dualform.learning.derive import Derivation, flatten, only_outputs, rebuild, trace_fake
+from dualform.learning.derive import Derivation, flatten, only_outputs, rebuild, trace_fake, undisturbed
 from dualform.learning.emit import StepInputs
 from dualform.learning.grid import Grid, Variant, arrange
 from dualform.learning.simplify import tidy
@@ -28,7 +26,7 @@ Leaves = dict[str, Tensor]
 
 
 class Call(NamedTuple):
-    """The tensors of one call, as the op takes them; the tree is rebuilt from a flat list by its key."""
+    """The tensors of one call; the op takes them as a flat list."""
 
     q: Tensor
     k: Tensor
@@ -63,9 +61,7 @@ class Plan:
     def batched(self, variant: Variant, B: int, H: int, backward: bool) -> Batched:
         key = (variant, B, H, backward)
         if key not in self.compiled:
-            # On a thread of its own no mode of the caller reaches the trace: inside an op autograd is switched off.
-            with ThreadPoolExecutor(1) as thread:
-                self.compiled[key] = thread.submit(_batch, self.derivation, variant, B, H, backward).result()
+            self.compiled[key] = undisturbed(lambda: _batch(self.derivation, variant, B, H, backward))
         return self.compiled[key]
 
 
@@ -151,6 +147,7 @@ class _Run:
         self.B, self.T, self.H = c.q.shape[:3]
         d = self.plan.derivation
         self.rule, self.leaves = d.inner.rule, list(c.anchor)
+        self.constants = {name: x.to(c.q.device) for name, x in d.constants.items()}
         self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype)
         self.laid = {name: self.grid.lay(x) for name, x in (("q", c.q), ("k", c.k), ("v", c.v))}
         self.gates = {name: self.grid.lay(x) for name, x in c.gates.items()}
@@ -182,7 +179,7 @@ class _Run:
             k=g.block(self.laid["k"], n),
             v=g.block(self.laid["v"], n),
             gates={name: gates[name] for name in self.rule.gates},
-            slow=c.slow,
+            slow=c.slow | self.constants,
             i=None if v.fresh else i,
             valid=None if v.dense else g.valid[n][:, :W],  # type: ignore[index]
             full=None if self.certain(n) else g.full[n],  # type: ignore[index]
@@ -207,6 +204,11 @@ class _Run:
         return -(-self.blocks // checkpoints) if checkpoints else self.blocks
 
 
+def packed(inputs: StepInputs) -> list[Tensor]:
+    """List a block's tensors with the strides that its graph was traced for."""
+    return [x.contiguous() for x in flatten(inputs)]
+
+
 def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
     run = _Run(plan, call, backward=False)
@@ -219,7 +221,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
             held = (*state[0].values(), *(state[1] or run.start(state[0])).values())
             for buffer, x in zip(saved, held, strict=True):
                 buffer[n // G] = x
-        o, *rest = run.batched(n).forward(*flatten(run.inputs(n, *state)))
+        o, *rest = run.batched(n).forward(*packed(run.inputs(n, *state)))
         if laid is None:
             lead = run.laid["v"].shape[:-1]
             laid = o.new_zeros(*lead, d.V)
@@ -247,7 +249,7 @@ def run_backward(plan: Plan, call: Call, saved: list[Tensor], cotangents: list[T
         states: list[tuple[Leaves, Leaves | None]] = [run.state(held)]
         stop = min(group + G, run.blocks)
         for n in range(group, stop - 1):
-            states.append(run.state(run.batched(n).advance(*flatten(run.inputs(n, *states[-1])))))
+            states.append(run.state(run.batched(n).advance(*packed(run.inputs(n, *states[-1])))))
         for n in reversed(range(group, stop)):
             th, R = states[n - group]
             inputs, step = run.inputs(n, th, R), run.batched(n)
@@ -255,8 +257,8 @@ def run_backward(plan: Plan, call: Call, saved: list[Tensor], cotangents: list[T
             if not returns_R:
                 dth = {w: dth[w] + sum(s * dR[w][:, :, k] for k, s in enumerate(run.rule.start)) for w in dth} if any(run.rule.start) else dth
             cots = [run.grid.block(do, n), *dth.values(), *(dR.values() if returns_R else ())]
-            flat = flatten(inputs)
-            got = iter(step.vjp(*flat, *cots))
+            flat = packed(inputs)
+            got = iter(step.vjp(*flat, *(x.contiguous() for x in cots)))
             back = rebuild(inputs, [next(got) if w else x for w, x in zip(step.wants, flat, strict=True)])
             dth = back.th
             if run.known(n):
@@ -295,32 +297,49 @@ def run_backward(plan: Plan, call: Call, saved: list[Tensor], cotangents: list[T
         mask=call.mask,
         reset=call.reset,
     )
-    return [x for x, y in zip(flatten(tree), flatten(call), strict=True) if y.is_floating_point()]
+    return [x for x, y in zip(_flat(tree), _flat(call), strict=True) if y.is_floating_point()]
 
 
 # -- the op ------------------------------------------------------------------------------------------------------
-# The op takes a flat list and a key: what stands behind the key never changes, so compiled code may hold it.
-
-_registry: dict[str, tuple[Plan, Any, list[bool]]] = {}
-_keys: dict[tuple[int, Any], str] = {}
-_count = itertools.count()
+# The op takes a flat list and a key, "program|form|optional tensors": plain strings, so that compiled code may hold them.
 
 
-def register(plan: Plan, call: Call) -> str:
-    """Name a plan together with the tree of its call, once."""
-    leaves, spec = _pytree.tree_flatten(call)
-    present = [isinstance(x, Tensor) for x in leaves]
-    key = (id(plan), (spec, tuple(present)))
-    if key not in _keys:
-        _keys[key] = f"scan{next(_count)}"
-        _registry[_keys[key]] = (plan, spec, present)
-    return _keys[key]
+class Source(Protocol):
+    """What stands behind a key: a program, which knows its names and makes its plans."""
+
+    @property
+    def tensor_names(self) -> tuple[list[str], list[str], list[str]]: ...  # gates of (B, T, H), leaves, slow
+    def plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> Plan: ...
+
+
+_sources: dict[str, Source] = {}
+
+
+def register(source: Source) -> str:
+    """Name a program, for keys."""
+    name = f"program{len(_sources)}"
+    _sources[name] = source
+    return name
+
+
+def _flat(call: Call) -> list[Tensor]:
+    optional = [x for x in (call.offset, call.mask, call.reset) if x is not None]
+    named = [*call.gates.values(), *call.slow.values(), *call.anchor.values(), *call.registers.values(), *call.init.values()]
+    return [call.q, call.k, call.v, call.position, *named, *optional]
 
 
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
-    plan, spec, present = _registry[key]
-    source = iter(tensors)
-    return plan, _pytree.tree_unflatten([next(source) if p else None for p in present], spec)
+    name, form, optional = key.split("|")
+    source, rest = _sources[name], iter(tensors)
+    gates, leaves, slow = source.tensor_names
+    q, k, v, position = (next(rest) for _ in range(4))
+
+    def take(names: list[str]) -> Leaves:
+        return {n: next(rest) for n in names}
+
+    named = {"gates": take(gates), "slow": take(slow), "anchor": take(leaves), "registers": take(leaves), "init": take(leaves)}
+    extra = {n: next(rest) for n in optional.split(",") if n}
+    return source.plan(q.shape[-1], q.dtype, q.device, form), Call(q=q, k=k, v=v, position=position, **named, **extra)
 
 
 @torch.library.custom_op("dualform::scan", mutates_args=())
@@ -382,10 +401,12 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None) -> int:
     return math.isqrt(N - 1) + 1
 
 
-def scan(plan: Plan, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
-    """Run the op: [o, *anchor, *registers, position]."""
-    tensors = flatten(call)
+def scan(name: str, form: str, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
+    """Run the op for a registered program: [o, *anchor, *registers, position]."""
+    tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat) if learns else 0
     held = len(call.anchor) + len(call.registers)
-    return scan_op(tensors, register(plan, call), checkpoints)[: 2 + held]
+    given = {"offset": call.offset, "mask": call.mask, "reset": call.reset}
+    key = f"{name}|{form}|{','.join(n for n, x in given.items() if x is not None)}"
+    return scan_op(tensors, key, checkpoints)[: 2 + held]
