@@ -8,6 +8,8 @@ from __future__ import annotations
 import gzip
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
+from dualform.learning.layer import TestTimeTraining
 from dualform.train.data import Document, PackedRows
 
 
@@ -72,6 +75,20 @@ def evaluate(
         tokens_per_second=n * rows.seq_len / seconds,
         loss_by_position=tuple((total / count.clamp(min=1)).tolist()),
     )
+
+
+@contextmanager
+def without_learning(model: torch.nn.Module) -> Iterator[None]:
+    """Set the inner learning rate of every test-time layer to 0 for a while: what is left is what was learnt before."""
+    scales = [m.rate_scale for m in model.modules() if isinstance(m, TestTimeTraining)]
+    before = [scale.clone() for scale in scales]
+    try:
+        for scale in scales:
+            scale.zero_()
+        yield
+    finally:
+        for scale, value in zip(scales, before, strict=True):
+            scale.copy_(value)
 
 
 def baselines(train: tuple[Document, ...], test: tuple[Document, ...], smoothing: float = 0.1) -> dict[str, float]:

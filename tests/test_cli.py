@@ -1,0 +1,245 @@
+"""The command line: what each verb prints, and that every failure is one line and the right exit status."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dualform.cli import main
+from dualform.cli.expression import compile_expression, functions, parse_shapes
+from dualform.cli.output import UsageError
+
+small = "model.hidden_size=16 model.intermediate_size=24 model.num_hidden_layers=1 model.num_attention_heads=2 model.chunk=4"
+tiny = [word for assignment in small.split() for word in ("--set", assignment)]
+
+
+def run(capfd, *arguments):
+    status = main([str(a) for a in arguments])
+    captured = capfd.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 30)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    few = ["--max-steps", "2", "--seq-len", "16", "--batch-size", "2"]
+    status = main(["train", "--preset", "tiny-ttt-linear", "--data", str(text), "--output", str(folder), *few, *tiny])
+    assert status == 0
+    return folder
+
+
+def test_train_writes_its_folder_and_a_table(capfd, tmp_path, text):
+    config = tmp_path / "run.toml"
+    config.write_text(f'data = "{text}"\nmax_steps = 9\nseq_len = 16\nbatch_size = 2\n')
+    folder = tmp_path / "run"
+    status, out, err = run(
+        capfd, "train", config, "--preset", "tiny-attention", "--output", folder, "--max-steps", 2, *tiny
+    )
+    assert status == 0, err
+    assert re.search(r"tiny-attention +[\d,]+ +2 ", out)
+    assert "held-out loss by position" in out
+    for name in (
+        "metrics.json",
+        "loss_by_position.png",
+        "settings.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    ):
+        assert (folder / name).exists(), name
+    assert json.loads((folder / "settings.json").read_text())["max_steps"] == 2
+    status, out, err = run(capfd, "train", config, "--output", folder, "--max-steps", 2)
+    assert (status, out) == (2, "")
+    assert "already holds a run" in err
+
+
+def test_train_json_is_json(capfd, tmp_path, text):
+    few = ["--max-steps", 1, "--seq-len", 16, "--batch-size", 2, "--preset", "tiny-attention"]
+    status, out, _ = run(capfd, "train", "--data", text, "--output", tmp_path / "run", *few, *tiny, "--json")
+    assert status == 0
+    (row,) = json.loads(out)
+    assert row["steps"] == 1
+    assert 0 < row["bits per byte"] < 10
+
+
+def test_generate_is_seeded_and_carries_its_state(capfd, trained, tmp_path):
+    few = ["--max-new-tokens", 8, "--seed", 3]
+    status, out, err = run(capfd, "generate", trained, "--prompt", "the quick", *few)
+    assert status == 0, err
+    assert out.startswith("the quick")
+    assert run(capfd, "generate", trained / "model", "--prompt", "the quick", *few)[1] == out
+    greedy = ["--temperature", 0, "--max-new-tokens", 6]
+    state = tmp_path / "state.safetensors"
+    assert run(capfd, "generate", trained, "--prompt", "the quick", *greedy, "--state", state)[0] == 0
+    before = state.read_bytes()
+    status, _, err = run(capfd, "generate", trained, "--prompt", " brown", *greedy, "--state", state)
+    assert status == 0, err
+    assert state.read_bytes() != before
+
+
+def test_evaluate_stands_beside_counting(capfd, trained, text):
+    status, out, err = run(capfd, "evaluate", trained, "--data", text, "--seq-len", 16, "--json")
+    assert status == 0, err
+    table = {row["model"]: row["bits per byte"] for row in json.loads(out)}
+    assert list(table) == ["unigram", "bigram", "gzip -9", str(trained)]
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert table[str(trained)] == pytest.approx(metrics["held_out"]["bits_per_byte"], rel=1e-5)
+    assert "bits per byte" in run(capfd, "evaluate", trained, "--data", text)[1]
+
+
+def test_presets(capfd):
+    status, out, _ = run(capfd, "presets")
+    assert status == 0
+    assert "ttt-linear-125m-mamba" in out
+    assert {row["name"] for row in json.loads(run(capfd, "presets", "--json")[1])} >= {"tiny-ttt-mlp"}
+    assert json.loads(run(capfd, "presets", "tiny_ttt_mlp", "--json")[1])["rule"]["lr"] == 0.1
+    assert "tie_word_embeddings" not in run(capfd, "presets", "tiny-ttt-mlp")[2]
+
+
+LEARNER = """
+import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(dim, dim) / dim)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.W)
+
+def outer(a, b):
+    return a[:, None] * b[None, :]
+"""
+
+
+def test_explain_a_preset_a_model_and_a_learner(capfd, trained, tmp_path):
+    (tmp_path / "mine.py").write_text(LEARNER)
+    texts = {}
+    for target in ("tiny-ttt-linear", trained, f"{tmp_path / 'mine.py'}:Mine"):
+        status, texts[target], err = run(capfd, "explain", target, "--dim", 8)
+        assert status == 0, err
+        assert len(texts[target].splitlines()) > 3
+    assert "tanh" in texts[f"{tmp_path / 'mine.py'}:Mine"]
+    for form, mark in (("latex", "\\"), ("html", "<")):
+        assert mark in run(capfd, "explain", f"{tmp_path / 'mine.py'}:Mine", "--dim", 8, "--format", form)[1]
+
+
+def test_explain_a_formula_and_a_function(capfd, tmp_path):
+    (tmp_path / "mine.py").write_text(LEARNER)
+    status, out, err = run(capfd, "explain", "x + y", "--shapes", "x=2", "y=2,2")
+    assert status == 0, err
+    assert "(2, 2, 2)" in out
+    status, other, err = run(capfd, "explain", "x + y", "--shapes", "x=2", "y=2,2", "--wrt", "y")
+    assert status == 0, err
+    assert "(2, 2, 2, 2)" in other
+    status, out, err = run(capfd, "explain", f"{tmp_path / 'mine.py'}:outer", "--shapes", "a=2", "b=3")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train", "--preset", "tiny-ttt-mpl"], 2, "Did you mean 'tiny-ttt-mlp'"),
+        (["train", "--max-steps", "many"], 2, "many"),
+        (["train", "--max-step", "3"], 2, "max-step"),
+        (["train", "nowhere.toml"], 2, "nowhere.toml cannot be read"),
+        (["train", "--set", "steps=3"], 2, "there is no setting 'steps'"),
+        (["train", "--data", "nowhere", "--output", "nowhere"], 1, "nowhere does not exist"),
+        (["train", "--resume", "--output", "nowhere"], 2, "no checkpoint"),
+        (["generate", "nowhere", "--prompt", "a"], 2, "nowhere is no model"),
+        (["generate", "nowhere"], 2, "prompt"),
+        (["generate", "nowhere", "--prompt", "a", "--temperature", "-1"], 2, "temperature -1"),
+        (["evaluate", "nowhere"], 2, "nowhere is no model"),
+        (["presets", "tiny"], 2, "presets: no record is called 'tiny'"),
+        (["explain", "tiny-ttt-mpl"], 2, "Did you mean 'tiny-ttt-mlp'"),
+        (["explain", "x + y"], 2, "for a formula pass --shapes"),
+        (["explain", "nowhere.py:Mine"], 2, "nowhere.py is no file"),
+        (["explain", "x + y", "--shapes", "x=2"], 2, "'y' in 'x + y' has no shape"),
+        (["explain", "x", "--shapes", "x=a"], 2, "'x=a' is no shape"),
+        (["explain", "x", "--shapes", "x=2", "--wrt", "z"], 2, "--wrt is 'z'; expected one of x"),
+        (["explain", "x", "--shapes", "x=2", "--format", "pdf"], 2, "pdf"),
+        (["bench"], 2, "bench"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_failures_are_one_line_and_a_status(capfd, tmp_path, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(capfd, *arguments)
+    assert got == status, err
+    assert message in re.sub(r"\s*[│╭╰─╮╯]+\s*", " ", err)
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+    assert out == ""
+
+
+@pytest.mark.parametrize("verb", [None, "train", "generate", "explain", "evaluate", "presets"])
+def test_help_everywhere(capfd, verb):
+    status, out, _ = run(capfd, *([verb] if verb else []), "--help")
+    assert status == 0
+    assert "Usage: dualform" in out
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "dualform", "presets", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) > 10
+    assert (
+        subprocess.run([sys.executable, "-m", "dualform", "no-such-verb"], capture_output=True, timeout=120).returncode
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("formula", "want"),
+    [
+        ("x + y * 2", lambda x, y: x + y * 2),
+        ("-x @ y.T", lambda x, y: -x @ y.mT),
+        ("softmax(x, dim=-1) / y ** 2", lambda x, y: x.softmax(-1) / y**2),
+        (
+            "sum(layer_norm(x), -1)",
+            lambda x, y: ((x - x.mean(-1, True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()).sum(-1),
+        ),
+        ("einsum('ij,kj->ik', x, y)", lambda x, y: x @ y.mT),
+        ("transpose(gelu(x, approximate='tanh'))", lambda x, y: functions["gelu"](x, approximate="tanh").mT),
+    ],
+)
+def test_formulas_are_functions(formula, want):
+    import torch
+
+    x, y = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64) + 1
+    torch.testing.assert_close(compile_expression(formula, ["x", "y"])(x, y), want(x, y))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "__import__('os')",
+        "x.__class__",
+        "(lambda: 1)()",
+        "[i for i in x]",
+        "exec('1')",
+        "x[0]",
+        "x if x else x",
+        "x +",
+        "f'{x}'",
+        "sum(**x)",
+    ],
+)
+def test_a_formula_runs_nobodys_code(formula):
+    with pytest.raises(UsageError, match="explain:"):
+        compile_expression(formula, ["x"])
+
+
+def test_shapes():
+    assert parse_shapes(["x=2", "s=", "y=2,3"]) == {"x": (2,), "s": (), "y": (2, 3)}

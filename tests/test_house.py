@@ -1,0 +1,175 @@
+"""The house keeps its own rules: imports go one way, the README's tree is the disk's, the wheel stands alone."""
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "dualform"
+# Each imports only from those before it (DESIGN, section 4); files of one folder may import each other, without cycles.
+floors = ["shapes", "catalogue", "calculus", "functions", "learning", "kernels", "models", "train", "cli", "testing"]
+extras = ["transformers", "accelerate", "cyclopts", "rich", "sklearn", "matplotlib", "plotille"]
+modules = sorted(SOURCE.rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def internal_imports(path):
+    """Yield (imported module, is it inside a function) for every import of our own."""
+    tree = ast.parse(path.read_text())
+    known = {module_name(p) for p in modules}
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else node.module for name in below]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "dualform":
+                yield name, id(node) in inside
+
+
+def floor_of(name):
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", modules, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_one_way(path):
+    own = floor_of(module_name(path))
+    for name, is_inside in internal_imports(path):
+        assert not is_inside, f"{path} imports {name} inside a function"
+        if own is None or own == "__main__":
+            continue  # the front doors see every floor but the roof
+        assert own in floors, f"{path} is on no floor"
+        assert floor_of(name) in floors, f"{path} imports {name}, which is on no floor"
+        assert floors.index(floor_of(name)) <= floors.index(own), f"{path} imports upwards: {name}"
+        assert floor_of(name) != "testing", f"{path} imports the roof"
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {module_name(p): {name for name, _ in internal_imports(p)} for p in modules}
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            raise AssertionError(" -> ".join([*path[path.index(name) :], name]))
+        if name not in done:
+            path.append(name)
+            for other in sorted(graph.get(name, ())):
+                visit(other)
+            done.add(path.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def readme_tree():
+    """Read the README's tree: a fenced block whose first line is `src/dualform/`.
+
+    Below it a line is `folder/ a.py b.py` or `a.py b.py`; what follows two spaces after the files, or a #, is a comment.
+    """
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    trees = [block for block in blocks if block.lstrip().startswith("src/dualform/")]
+    assert len(trees) == 1, "README.md has no single fenced block that begins with src/dualform/"
+    listed = set()
+    for line in trees[0].strip().splitlines()[1:]:
+        words = line.split("#")[0].split()
+        folder = words.pop(0) if words and words[0].endswith("/") else ""
+        listed |= {folder + word for word in words if re.fullmatch(r"\w+\.py", word)}
+    return listed
+
+
+def test_the_readme_shows_the_tree_on_disk():
+    on_disk = {str(p.relative_to(SOURCE)) for p in modules if p.name not in ("__init__.py", "__main__.py")}
+    assert readme_tree() - {"__main__.py"} == on_disk
+
+
+def test_no_file_is_empty_and_none_names_this_machine():
+    for path in modules:
+        assert path.read_text().strip(), f"{path} is empty"
+        assert "/work/" not in path.read_text(), f"{path} names a machine's path"
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f'__version__ = "{project["version"]}"' in (SOURCE / "__init__.py").read_text()
+    assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
+    assert set(project["optional-dependencies"]) == {"models", "sklearn", "viz", "triton", "dev"}
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    assert pinned["torch"] == "2.13.0"
+    assert "hatchling" in pinned
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Build a wheel and install it, without extras, into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    target = folder / "target"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, capture_output=True)
+    return target
+
+
+def run_without_extras(target, code):
+    """Run code where the wheel is installed and no extra is."""
+    refuse = f"""
+        import sys
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {extras!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        sys.meta_path.insert(0, Refuse())
+    """
+    program = textwrap.dedent(refuse) + textwrap.dedent(code)
+    env = {"PYTHONPATH": str(target), "PATH": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_the_wheel_stands_alone(installed):
+    done = run_without_extras(
+        installed,
+        """
+        import dualform as df
+        assert df.__file__.startswith(sys.path[1]), df.__file__
+        layer = df.TestTimeTraining(8, 2, learner="linear", chunk=4)
+        import torch
+        y, state = layer(torch.randn(1, 5, 8))
+        print(tuple(y.shape))
+        try:
+            df.DualformConfig
+        except ImportError as error:
+            print(error)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(1, 5, 8)\ndualform.DualformConfig: the package 'transformers' is not installed")
+    assert "the extra 'models'" in done.stdout
+    assert (installed / "dualform" / "py.typed").exists()
+
+
+def test_the_script_names_a_missing_extra(installed):
+    done = run_without_extras(installed, "import runpy; runpy.run_module('dualform', run_name='__main__')")
+    assert done.returncode == 1
+    assert "expected the extra 'models'" in done.stderr
+
+
+def test_import_is_light(installed):
+    done = run_without_extras(installed, f"import dualform; print([m for m in {extras!r} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
