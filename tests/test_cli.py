@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dualform.cli import main
 from dualform.cli.expression import compile_expression, functions, parse_shapes

@@ -31,7 +31,8 @@ def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = Fal
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
-    Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty()).print(table)
+    # A pipe or a file has no width to fold a name at.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def _cell(value: Any) -> str:
