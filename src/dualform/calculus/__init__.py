@@ -1,0 +1,1 @@
+"""Structured derivatives of tensor functions: traced, composed and contracted with their deltas kept."""

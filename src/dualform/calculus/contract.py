@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import count
 
 import opt_einsum
@@ -115,8 +115,16 @@ def _prepare(factors: Sequence[Factor | Select], out: Sequence[Label]) -> _Task:
             operands[0] = Factor(first.tensor.unsqueeze(0), (s.small, *first.labels), first.name)
         else:
             operands.append(Factor(torch.ones(s.small.size, dtype=like.dtype, device=like.device), (s.small,), "1"))
-    operands = [_summed(f, _lonely(k, operands, result)) for k, f in enumerate(operands)]
+    operands = _one_dtype([_summed(f, _lonely(k, operands, result)) for k, f in enumerate(operands)])
     return _Task(operands, tuple(result), pads[::-1])
+
+
+def _one_dtype(operands: list[Factor]) -> list[Factor]:
+    """Promote factors to their common dtype, as an elementwise op would."""
+    common = (
+        reduce(torch.promote_types, (f.tensor.dtype for f in operands), operands[0].tensor.dtype) if operands else None
+    )
+    return [f if f.tensor.dtype == common else Factor(f.tensor.to(common), f.labels, f.name) for f in operands]
 
 
 def _chained(outer: Select, inner: Select) -> Select:
@@ -224,7 +232,7 @@ def contract(factors: Sequence[Factor | Select], out: Sequence[Label]) -> Tensor
 
     out[labels] = sum over all other labels of prod factors (a Select counts as a 0/1 factor, and stores nothing)
     Shape:  factors, each one label per axis -> (sizes of `out`); a label that repeats inside a factor is a diagonal.
-    Dtype:  that of the factors, which must agree.
+    Dtype:  that of the factors, promoted to one.
     Raises: ValueError if a label of `out` is in no factor.
     Example:
         >>> i, j, k = Label(2), Label(3), Label(4)

@@ -23,7 +23,20 @@ from dualform.shapes import ShapeError, fail
 if TYPE_CHECKING:
     from dualform.calculus.explain import Explanation
 
-__all__ = ["Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "fresh_axes", "make_factor"]
+__all__ = [
+    "Axis",
+    "Derivative",
+    "Factor",
+    "Label",
+    "Select",
+    "Term",
+    "atoms",
+    "compose",
+    "fresh_axes",
+    "identity",
+    "make_factor",
+    "zero",
+]
 
 
 class Route(Protocol):
@@ -226,3 +239,9 @@ def compose(outer: Derivative, inner: Derivative) -> Derivative:
 def zero(out: Tensor, operand: Tensor) -> Derivative:
     """The derivative of a function that does not depend on its operand."""
     return Derivative((), out.shape, operand.shape, out.dtype, out.device)
+
+
+def identity(x: Tensor) -> Derivative:
+    """d x / d x: one delta per axis, nothing stored."""
+    axes = fresh_axes(x.shape)
+    return Derivative((Term(1.0, (), axes, axes),), x.shape, x.shape, x.dtype, x.device)

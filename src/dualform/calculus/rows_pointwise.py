@@ -1,0 +1,206 @@
+"""Rows of the ops that act entry by entry, and of the ops through which nothing flows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.calculus.table import ALL, EACH, FIRST, ROWS, Call, Product, Row, broadcast_axes, diagonal_terms, row
+from dualform.calculus.terms import Term, fresh_axes
+
+
+def pointwise(call: Call, operand: int) -> list[Term]:
+    """The generic entry-by-entry rule: one pass of the op's own backward over ones gives the diagonal."""
+    x = call.operands[operand]
+    spread = x if x.shape == call.out.shape else x.expand(call.out.shape).contiguous()
+    out, pull = torch.func.vjp(lambda t: call.run(operand, t), spread)
+    (slope,) = pull(torch.ones_like(out))
+    return diagonal_terms(call, operand, slope, _slope_name(call, operand))
+
+
+def _slope_name(call: Call, operand: int) -> str:
+    op = call.target._schema.name.split("::")[1]
+    mark = "'" if len(call.operands) == 1 else f"'{operand + 1}"
+    return f"{op}{mark}({','.join(call.operand_name(k) for k in range(len(call.operands)))})"
+
+
+@row("aten::add", affine=ALL)
+def _add(call: Call, operand: int) -> list[Term]:
+    scaled = call.places[operand][0] == "other"
+    return diagonal_terms(call, operand, coef=float(call.bound.get("alpha", 1)) if scaled else 1.0)
+
+
+@row("aten::sub", "aten::subtract", affine=ALL)
+def _sub(call: Call, operand: int) -> list[Term]:
+    scaled = call.places[operand][0] == "other"
+    return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
+
+
+@row("aten::rsub", affine=ALL)
+def _rsub(call: Call, operand: int) -> list[Term]:
+    scaled = call.places[operand][0] == "self"
+    return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
+
+
+@row("aten::neg", "aten::negative", affine=ALL)
+def _neg(call: Call, operand: int) -> list[Term]:
+    return diagonal_terms(call, operand, coef=-1.0)
+
+
+def _mul_form(call: Call) -> Product:
+    out = fresh_axes(call.out.shape)
+    other = call.bound["other"]
+    axes = tuple(broadcast_axes(out, x.shape) for x in call.operands)
+    return Product(out, axes, float(other) if isinstance(other, (int, float)) else 1.0)
+
+
+def _mul(call: Call, operand: int) -> list[Term]:
+    """The factor is the other side on its own axes; a mask of integers or bools is one too."""
+    other = call.bound["other" if call.places[operand][0] == "self" else "self"]
+    if not isinstance(other, Tensor):
+        return diagonal_terms(call, operand, coef=float(other))
+    return diagonal_terms(call, operand, other.to(call.out.dtype), _called(call, other))
+
+
+for _op in ("aten::mul", "aten::multiply"):
+    ROWS[_op] = Row(_op, _mul, EACH, multilinear=True, form=_mul_form)
+
+
+@row("aten::mul.Scalar", affine=ALL)
+def _scale(call: Call, operand: int) -> list[Term]:
+    return diagonal_terms(call, operand, coef=float(call.bound["other"]))
+
+
+@row("aten::div", "aten::divide", "aten::true_divide", affine=FIRST)
+def _div(call: Call, operand: int) -> list[Term]:
+    if call.bound.get("rounding_mode") is not None:
+        return []
+    x, y = call.bound["self"], call.bound["other"]
+    if call.places[operand][0] == "self":
+        if not isinstance(y, Tensor):
+            return diagonal_terms(call, operand, coef=1 / float(y))
+        return diagonal_terms(call, operand, 1 / y.to(call.out.dtype), f"(1/{_called(call, y)})")
+    name = f"({_called(call, x)}/{_called(call, y)}²)"
+    return diagonal_terms(call, operand, x / (y * y), name, -1.0)
+
+
+def _called(call: Call, value: Any) -> str:
+    for k, x in enumerate(call.operands):
+        if x is value:
+            return call.operand_name(k)
+    return "c" if isinstance(value, Tensor) else f"{value:g}"
+
+
+@row("aten::where", affine=ALL)
+def _where(call: Call, operand: int) -> list[Term]:
+    chosen = call.bound["condition"]
+    mask = chosen if call.places[operand][0] == "self" else ~chosen
+    name = "[c]" if call.places[operand][0] == "self" else "[not c]"
+    return diagonal_terms(call, operand, mask.to(call.out.dtype), name)
+
+
+@row("aten::masked_fill", affine=ALL)
+def _masked_fill(call: Call, operand: int) -> list[Term]:
+    mask = call.bound["mask"]
+    keeps = call.places[operand][0] == "self"
+    return diagonal_terms(call, operand, (~mask if keeps else mask).to(call.out.dtype), "[kept]" if keeps else "[mask]")
+
+
+@row("aten::tril", "aten::triu", affine=ALL)
+def _triangle(call: Call, operand: int) -> list[Term]:
+    x = call.operands[operand]
+    ones = torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
+    kept = call.target(ones, call.bound["diagonal"])
+    return diagonal_terms(call, operand, kept, call.target._schema.name.split("::")[1])
+
+
+@row(
+    "aten::to", "aten::_to_copy", "aten::type_as", "aten::clone", "aten::contiguous", "aten::alias", "aten::lift_fresh",
+    "aten::lift_fresh_copy", "aten::positive", "aten::view_as", "aten::dropout", "aten::requires_grad_", affine=ALL,
+)  # fmt: skip
+def _same(call: Call, operand: int) -> list[Term]:
+    return diagonal_terms(call, operand) if operand == 0 else []
+
+
+@row("aten::copy", affine=ALL)
+def _copy(call: Call, operand: int) -> list[Term]:
+    return diagonal_terms(call, operand) if call.places[operand][0] == "src" else []
+
+
+@row("aten::fill", affine=ALL)
+def _fill(call: Call, operand: int) -> list[Term]:
+    return diagonal_terms(call, operand) if call.places[operand][0] == "value" else []
+
+
+@row(
+    "aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros",
+    "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::sign", "aten::sgn", "aten::floor", "aten::ceil",
+    "aten::round", "aten::trunc", "aten::heaviside", "aten::argmax", "aten::argmin", "aten::floor_divide",
+)  # fmt: skip
+def _nothing(call: Call, operand: int) -> list[Term]:
+    return []
+
+
+# Slopes that are cheap in terms of the result, or plainer to read than the generic rule.
+def _unary(slope: Any, shown: str) -> Any:
+    def rule(call: Call, operand: int) -> list[Term]:
+        x = call.operands[operand]
+        return diagonal_terms(call, operand, slope(x, call.out), shown.format(x=call.operand_name(operand)))
+
+    return rule
+
+
+for _name, _slope, _shown in (
+    ("exp", lambda x, y: y, "exp({x})"),
+    ("log", lambda x, y: 1 / x, "(1/{x})"),
+    ("sqrt", lambda x, y: 0.5 / y, "(1/2√{x})"),
+    ("rsqrt", lambda x, y: -0.5 * y * y * y, "rsqrt'({x})"),
+    ("reciprocal", lambda x, y: -y * y, "(-1/{x}²)"),
+    ("sin", lambda x, y: x.cos(), "cos({x})"),
+    ("cos", lambda x, y: -x.sin(), "(-sin({x}))"),
+    ("tanh", lambda x, y: 1 - y * y, "tanh'({x})"),
+    ("sigmoid", lambda x, y: y * (1 - y), "sigmoid'({x})"),
+    ("relu", lambda x, y: (x > 0).to(x.dtype), "[{x}>0]"),
+    ("square", lambda x, y: 2 * x, "2{x}"),
+):
+    row(f"aten::{_name}")(_unary(_slope, _shown))
+
+
+@row("aten::pow.Tensor_Scalar")
+def _power(call: Call, operand: int) -> list[Term]:
+    x, p, name = call.operands[0], call.bound["exponent"], call.operand_name(0)
+    if p == 0:
+        return []
+    if p == 1:
+        return diagonal_terms(call, operand)
+    if p == 2:
+        return diagonal_terms(call, operand, x, name, 2.0)
+    return diagonal_terms(call, operand, x ** (p - 1), f"{name}^{p - 1:g}", float(p))
+
+
+@row("aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})))
+def _addcmul(call: Call, operand: int) -> list[Term]:
+    where = call.places[operand][0]
+    if where == "self":
+        return diagonal_terms(call, operand)
+    other = "tensor2" if where == "tensor1" else "tensor1"
+    value = float(call.bound["value"])
+    return diagonal_terms(call, operand, call.bound[other], _called(call, call.bound[other]), value)
+
+
+@row("aten::lerp.Tensor", "aten::lerp.Scalar", affine=(frozenset({0, 1}),))
+def _lerp(call: Call, operand: int) -> list[Term]:
+    where, w = call.places[operand][0], call.bound["weight"]
+    if where == "weight":
+        return diagonal_terms(call, operand, call.bound["end"] - call.bound["self"], "(end-start)")
+    share = w if where == "end" else 1 - w
+    if isinstance(w, Tensor):
+        return diagonal_terms(call, operand, share, "w" if where == "end" else "(1-w)")
+    return diagonal_terms(call, operand, coef=float(share))
+
+
+def is_pointwise(target: Any) -> bool:
+    """Does torch tag the op as entry by entry?"""
+    return torch.Tag.pointwise in getattr(target, "tags", ())

@@ -1,0 +1,133 @@
+"""The one table of derivative rules: look an op up, differentiate it, ask in which operands it is affine.
+
+The rows are in rows_*.py, a row per op. What has no row: entry-by-entry ops have one rule for all; composite ops are
+differentiated through their own definition; the rest gets a dense derivative of that op alone, and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from dualform.calculus import rows_pointwise, rows_products, rows_reductions, rows_views
+from dualform.calculus.program import Program
+from dualform.calculus.rows_pointwise import is_pointwise, pointwise
+from dualform.calculus.structure import Derivative, zero
+from dualform.calculus.table import (
+    ALL,
+    EACH,
+    ROWS,
+    Call,
+    Product,
+    Row,
+    Target,
+    as_derivative,
+    find_row,
+    product_row,
+    row,
+)
+from dualform.calculus.terms import Term, fresh_axes, make_factor
+from dualform.calculus.trace import trace
+
+__all__ = [
+    "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
+    "product_row", "row",
+]  # fmt: skip
+
+_modules = (rows_pointwise, rows_products, rows_reductions, rows_views)  # importing them fills the table
+_warned: set[str] = set()
+
+
+def derivative(call: Call, operand: int) -> Derivative:
+    """Differentiate one op with respect to one of its floating operands, exactly and with its structure.
+
+    J[out..., in...] = d call.out / d call.operands[operand]
+    Shape:  call.out.shape + operand.shape.
+    Dtype:  that of call.out. Works on concrete, fake, meta and traced tensors.
+    Raises: IndexError if there is no such operand. Warns once for an op that has only a dense derivative.
+    """
+    x = call.operands[operand]
+    if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
+        return zero(call.out, x)
+    found = find_row(call.target)
+    terms: list[Term] | None = None
+    if found is not None:
+        terms = found.rule(call, operand)
+    if found is None or terms is NotImplemented:
+        terms = pointwise(call, operand) if is_pointwise(call.target) else _dense(call, operand)
+    assert terms is not None
+    return as_derivative(terms, call, operand)
+
+
+def _dense(call: Call, operand: int) -> list[Term]:
+    name = call.target._schema.name
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=4)
+    x = call.operands[operand]
+    full = torch.func.jacrev(lambda t: call.run(operand, t))(x)
+    out, inn = fresh_axes(call.out.shape), fresh_axes(x.shape)
+    return [Term(1.0, (make_factor(full, (*out, *inn), f"d{name.split('::')[1]}"),), out, inn)]
+
+
+def affine(target: Call | Target, operands: frozenset[int]) -> bool:
+    """Tell whether an op is jointly affine in these operands, the others held fixed.
+
+    op(a + s) - op(a) is linear in s = changes of the operands; what the row says, never probed
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing; an op without a row is affine in no operand.
+    """
+    found = find_row(target.target if isinstance(target, Call) else target)
+    return not operands if found is None else found.is_affine(operands)
+
+
+def multilinear(target: Call | Target) -> bool:
+    """Tell whether an op is a product: homogeneous and linear in each operand by itself.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing; an op without a row is not.
+    """
+    found = find_row(target.target if isinstance(target, Call) else target)
+    return found is not None and found.multilinear
+
+
+def is_structured(target: Target) -> bool:
+    """Tell whether an op's derivative keeps its structure: it has a row, or acts entry by entry.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    return find_row(target) is not None or is_pointwise(target)
+
+
+@row("aten::scaled_dot_product_attention")
+def _attention(call: Call, operand: int) -> list[Term]:
+    """Differentiated through its definition softmax(q k^T scale + mask) v."""
+    b = call.bound
+    q, mask, causal = b["query"], b["attn_mask"], b["is_causal"]
+    scale = q.shape[-1] ** -0.5 if b["scale"] is None else b["scale"]
+    extra = [mask] if mask is not None else []
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+        if b.get("enable_gqa"):
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        scores = q @ k.transpose(-2, -1) * scale
+        if causal:
+            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~keep, float("-inf"))
+        for m in masks:
+            scores = scores.masked_fill(~m, float("-inf")) if m.dtype == torch.bool else scores + m
+        return scores.softmax(-1) @ v
+
+    return _through(call, operand, definition, [q, b["key"], b["value"], *extra])
+
+
+def _through(call: Call, operand: int, definition: object, args: list[Tensor]) -> list[Term]:
+    """Differentiate an op through a definition in ops that have rows."""
+    wrt = next(k for k, a in enumerate(args) if a is call.operands[operand])
+    return list(Program(trace(definition, *args), args, wrt, derivative).terms())  # type: ignore[arg-type]
