@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer
 
 from dualform.learning.layer import LayerState
 from dualform.learning.state import Carried
@@ -80,6 +80,10 @@ class FastWeightCache(CacheLayerMixin):
         """Stay where the state is: it is as small after a million tokens as after one."""
 
     prefetch = offload
+
+
+# Subclassing registered the class for dynamic caches; a state of fixed size is as good a layer of a static one.
+STATIC_LAYER_TYPE_MAPPING["test_time"] = FastWeightCache
 
 
 class DocumentCache(DynamicLayer):
