@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dualform.calculus.compose import compose_terms
-from dualform.calculus.table import ALL, FIRST, Call, Row, dims_of, index_terms, row, window_terms, without_axis
-from dualform.calculus.table import ROWS as _ROWS
+from dualform.calculus.table import ALL, FIRST, Call, dims_of, index_terms, row, window_terms, without_axis
 from dualform.calculus.terms import Axis, Label, Select, Term, atoms, fresh_axes, make_factor
 
 
@@ -281,19 +280,3 @@ def _permuted_axes(call: Call, order: Callable[[int], Tensor], dims: list[int]) 
         hit = (order(n).to(x.device).unsqueeze(1) == torch.arange(n, device=x.device)).to(x.dtype)
         factors.append(make_factor(hit, (out[k], inn[k]), "flip"))
     return [Term(1.0, tuple(factors), tuple(out), inn)]
-
-
-def _part(call: Call, operand: int) -> list[Term]:
-    """One part of split, chunk or unbind."""
-    x = call.operands[0]
-    dim = call.bound["dim"] % x.ndim
-    assert call.part is not None
-    if call.target._schema.name == "aten::unbind":
-        return without_axis(window_terms(x.shape, dim, call.part, 1, 1, into=False), dim, "out")
-    parts = call.target(torch.empty(x.shape, device="meta"), *call.args[1:], **call.kwargs)
-    start = sum(p.shape[dim] for p in parts[: call.part])
-    return window_terms(x.shape, dim, start, 1, call.out.shape[dim], into=False)
-
-
-for _name in ("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split"):
-    _ROWS[f"aten::{_name}"] = Row(f"aten::{_name}", _part, ALL)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import linecache
 import logging
-import operator
 import re
 import sys
 import traceback
@@ -25,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from dualform.calculus.functional import functionalized
+from dualform.calculus.normal import normalised
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -38,6 +38,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
 
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
+    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather.
     The graph is for these shapes, dtypes and devices. `f` must not take gradients inside. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
@@ -60,7 +61,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
             _reraise(error)
     _refuse_values(gm)
     _refuse_randomness(gm)
-    return functionalized(gm, _blame)
+    return normalised(functionalized(gm, _blame))
 
 
 def _standin(value: Tensor) -> Tensor:
@@ -213,13 +214,3 @@ def _is_quiet(node: fx.Node) -> bool:
     given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
     given.update(node.kwargs)
     return given.get("dropout_p") == 0 or given.get("training") is False or given.get("train") is False
-
-
-def tensor_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that make tensors or tuples of tensors, in order."""
-    return [n for n in gm.graph.nodes if n.op == "call_function"]
-
-
-def is_getitem(node: fx.Node) -> bool:
-    """Does the node only unpack a result of several tensors?"""
-    return node.op == "call_function" and node.target is operator.getitem
