@@ -15,6 +15,7 @@ from torch import nn
 from dualform.calculus import explain as explain_function
 from dualform.cli.expression import compile_expression, parse_shapes
 from dualform.cli.output import UsageError, load_model
+from dualform.learning.layer import TestTimeTraining
 from dualform.learning.program import derive
 from dualform.learning.rules import rules
 from dualform.models import DualformConfig, presets
@@ -79,9 +80,9 @@ def _of_learner(target: str, dim: int) -> Any:
         return learning_layer(DualformConfig(preset=target, layer_types=["test_time"])).explain()
     if Path(target).is_dir():
         model, _ = load_model(target)
-        for block in model.model.layers:
-            if getattr(block, "kind", None) == "test_time":
-                return block.mixer.explain()
+        for layer in model.modules():
+            if isinstance(layer, TestTimeTraining):
+                return layer.explain()
         raise UsageError(f"explain: no layer of {target} learns at test time; expected a 'test_time' layer.")
     if not target.replace("-", "").replace("_", "").isalnum():
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -51,7 +52,7 @@ def generate(
     ids = torch.cat([past, new], 1)
     print(prompt, end="", flush=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    result = lm.generate(
+    result: Any = cast("Any", lm).generate(  # its protocol asks for attributes that only some models have
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

@@ -80,7 +80,7 @@ def evaluate(
 @contextmanager
 def without_learning(model: torch.nn.Module) -> Iterator[None]:
     """Set the inner learning rate of every test-time layer to 0 for a while: what is left is what was learnt before."""
-    scales = [m.rate_scale for m in model.modules() if isinstance(m, TestTimeTraining)]
+    scales = [m.get_buffer("rate_scale") for m in model.modules() if isinstance(m, TestTimeTraining)]
     before = [scale.clone() for scale in scales]
     try:
         for scale in scales:
