@@ -23,7 +23,13 @@ MAX_TERMS = 8
 def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
     small = merged([shrunk(term, like) for term in terms])
-    return small if len(small) <= MAX_TERMS else merged(collapsed(small, like))
+    stored = {id(f.tensor): f.tensor.numel() for term in small for f in term.tensors}
+    wasteful = len(small) > 1 and sum(stored.values()) > _full_volume(small[0])
+    return merged(collapsed(small, like)) if wasteful or len(small) > MAX_TERMS else small
+
+
+def _full_volume(term: Term) -> int:
+    return volume(atoms(term.out)) * volume(atoms(term.inn))
 
 
 def merged(terms: Sequence[Term]) -> tuple[Term, ...]:

@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from dualform.calculus.terms import Axis, Factor, Label, Select, Term
+from dualform.calculus.terms import Axis, Factor, Label, Term
 
 LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
@@ -78,18 +78,22 @@ def _tex(name: str) -> str:
 
 @dataclass(frozen=True)
 class Formula:
-    """A derivative as a sum of lines: J[out, in] = line + line + ..."""
+    """A derivative as a sum of lines: symbol[out, inn] = line + line + ...; `tensors` are the values of the names."""
 
     symbol: str
     out: tuple[str, ...]
     inn: tuple[str, ...]
     lines: tuple[Line, ...]
+    tensors: Mapping[str, Tensor]
 
     @property
     def left(self) -> str:
-        return f"{self.symbol}[{','.join((*self.out, *self.inn))}]" if self.out or self.inn else self.symbol
+        """The entry that the formula gives."""
+        indices = (*self.out, *self.inn)
+        return f"{self.symbol}[{','.join(indices)}]" if indices else self.symbol
 
     def right(self) -> str:
+        """The sum of products."""
         joined = " + ".join(line.text() for line in self.lines) or "0"
         return joined.replace("+ -", "- ")
 
@@ -97,29 +101,67 @@ class Formula:
         return f"{self.left} = {self.right()}"
 
     def latex(self) -> str:
+        """The formula with fractions of partials and subscripts."""
         right = " + ".join(line.latex() for line in self.lines) or "0"
         above, _, below = self.symbol.partition("/")
-        left = rf"\frac{{\partial {_tex(above[1:])}_{{{','.join(self.out)}}}}}{{\partial {_tex(below[1:])}_{{{','.join(self.inn)}}}}}"
+        if below:
+            indexed = [
+                rf"\partial {_tex(above[1:])}_{{{','.join(self.out)}}}",
+                rf"\partial {_tex(below[1:])}_{{{','.join(self.inn)}}}",
+            ]
+            left = rf"\frac{{{indexed[0]}}}{{{indexed[1]}}}"
+        else:
+            left = rf"{_tex(self.symbol)}_{{{','.join((*self.out, *self.inn))}}}"
         return f"{left} = {right.replace('+ -', '- ')}"
 
 
-def formula(terms: Sequence[Term], out_shape: Sequence[int], in_shape: Sequence[int], symbol: str = "J") -> Formula:
-    """Write terms in index notation: one letter for each axis, an axis of size 1 is index 0.
+def formula(
+    terms: Sequence[Term],
+    out_shape: Sequence[int],
+    in_shape: Sequence[int],
+    symbol: str = "J",
+    axes: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> Formula:
+    """Write terms in index notation: one name for each axis, an axis of size 1 is index 0.
 
-    Letters are given by position, so that all lines of one formula speak of the same indices.
+    Names are given by position, so that all lines of one formula speak of the same indices; `axes` gives the caller's.
     """
     names = letters()
-    out = tuple("0" if n == 1 else next(names) for n in out_shape)
-    inn = tuple("0" if n == 1 else next(names) for n in in_shape)
-    lines = []
-    for term in terms:
-        lines.append(_line(term, out, inn))
-    return Formula(symbol, out, inn, tuple(lines))
+    if axes is None:
+        out = tuple("0" if n == 1 else next(names) for n in out_shape)
+        inn = tuple("0" if n == 1 else next(names) for n in in_shape)
+    else:
+        out = tuple(axes[0])
+        inn = tuple(f"{name}'" if name in out else name for name in axes[1])
+    tensors = _Names()
+    lines = tuple(_line(term, out, inn, tensors) for term in terms)
+    return Formula(symbol, out, inn, lines, tensors.found)
 
 
-def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...]) -> Line:
+class _Names:
+    """One name for one tensor: equal views share it, a second tensor of the same name gets a number."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        self.owner: dict[tuple, str] = {}
+
+    def of(self, f: Factor) -> str:
+        t = f.tensor
+        # Meta and fake tensors have no numbers: the object is all there is to tell them by.
+        where = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" else id(t)
+        key = (where, tuple(t.shape), tuple(t.stride()), f.name)
+        if key not in self.owner:
+            base = f.name or "F"
+            name = next(n for k in count(1) if (n := base if k == 1 else f"{base}#{k}") not in self.found)
+            self.owner[key] = name
+            self.found[name] = t
+        return self.owner[key]
+
+
+def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: _Names) -> Line:
     names = letters([*out, *inn])
     name: dict[Label, str] = {}
+    whole: dict[Axis, str] = {}
     deltas: list[tuple[str, str]] = []
     sums: list[str] = []
     axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
@@ -131,18 +173,27 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...]) -> Line:
             else:
                 name[axis[0]] = letter
     for letter, axis in axes:
-        if len(axis) > 1:
-            for label in axis:
-                if label not in name:
-                    name[label] = next(names)
-                    sums.append(name[label])
-            deltas.append((letter, _polynomial(axis, name)))
+        if len(axis) < 2:
+            continue
+        if axis in whole:
+            deltas.append((whole[axis], letter))
+            continue
+        whole[axis] = letter
+        inside = [x for x in axis if any(x in f.labels for f in term.factors)]
+        shared = any(x in other for x in axis for _, other in axes if other != axis)
+        if not inside and not shared:
+            continue
+        for label in axis:
+            if label not in name:
+                name[label] = next(names)
+                sums.append(name[label])
+        deltas.append((letter, _polynomial(axis, name)))
     for label in term.hidden:
         name[label] = next(names)
         sums.append(name[label])
     return Line(
         term.coef,
-        tuple((f.name or f"F{k + 1}", tuple(name[x] for x in f.labels)) for k, f in enumerate(term.tensors)),
+        tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
         tuple(deltas),
         tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
         tuple(sums),
@@ -155,19 +206,6 @@ def _polynomial(axis: Axis, name: dict[Label, str]) -> str:
         parts.append(name[label] if stride == 1 else f"{stride}*{name[label]}")
         stride *= label.size
     return "+".join(reversed(parts))
-
-
-def axis_names(term: Term, out: Sequence[str], inn: Sequence[str]) -> dict[Label, str]:
-    """Name labels by the axes that show them alone."""
-    pairs = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
-    return {axis[0]: letter for letter, axis in reversed(pairs) if len(axis) == 1}
-
-
-def describe_factor(f: Factor | Select) -> str:
-    """A factor's name, shape and storage, for a person."""
-    if isinstance(f, Select):
-        return f"select {f.start}:{f.indices.stop}:{f.step} of {f.big.size} (stores nothing)"
-    return f"{f.name or 'factor'} {tuple(f.tensor.shape)}"
 
 
 def stored_bytes(tensors: Sequence[Tensor]) -> int:

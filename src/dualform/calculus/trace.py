@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
-from dualform.shapes import TraceError
+from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
@@ -55,7 +55,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     with torch.enable_grad(), fx_traceback.preserve_node_meta(), _quiet("torch._subclasses.fake_tensor"):
         try:
             gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
-        except TraceError:
+        except (ShapeError, TraceError):
             raise
         except Exception as error:
             _reraise(error)
