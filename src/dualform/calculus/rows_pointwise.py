@@ -86,6 +86,11 @@ def _div(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x / (y * y), name, -1.0)
 
 
+@row("aten::div.Tensor_mode", "aten::div.Scalar_mode", "aten::divide.Tensor_mode", "aten::divide.Scalar_mode")
+def _rounded_div(call: Call, operand: int) -> list[Term]:
+    return _div(call, operand)
+
+
 def _called(call: Call, value: Any) -> str:
     for k, x in enumerate(call.operands):
         if x is value:
@@ -141,6 +146,10 @@ def _fill(call: Call, operand: int) -> list[Term]:
 )  # fmt: skip
 def _nothing(call: Call, operand: int) -> list[Term]:
     return []
+
+
+# Entry by entry too, though torch does not tag them.
+row("aten::hardswish", "aten::log_sigmoid", "aten::absolute")(pointwise)
 
 
 # Slopes that are cheap in terms of the result, or plainer to read than the generic rule.
