@@ -1,7 +1,80 @@
 """dualform: write a learner, get a sequence layer that learns at test time."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dualform.calculus import Derivative, Explanation, explain, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
+from dualform.learning.layer import LayerState, TestTimeTraining
+from dualform.learning.learners import learners
+from dualform.learning.objectives import objectives
+from dualform.learning.program import ChunkProgram, DerivationError, backends, derive
+from dualform.learning.rules import Rule, Step, rules
+from dualform.learning.state import State
+from dualform.shapes import ShapeError, TraceError
+
+if TYPE_CHECKING:
+    from dualform import models
+    from dualform.models import DualformConfig, DualformForCausalLM, DualformModel, presets
 
 __version__ = "0.1.0"
 
-__all__ = ["Bound", "Catalogue", "CatalogueError", "__version__"]
+# Names that need more than the core: where each is, and the extra that brings what it needs.
+_with_extras = {
+    "DualformConfig": ("dualform.models", "models"),
+    "DualformForCausalLM": ("dualform.models", "models"),
+    "DualformModel": ("dualform.models", "models"),
+    "models": ("dualform.models", "models"),
+    "presets": ("dualform.models", "models"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _with_extras:
+        raise AttributeError(f"module 'dualform' has no attribute {name!r}")
+    place, extra = _with_extras[name]
+    try:
+        module = import_module(place)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("dualform"):
+            raise
+        raise ImportError(
+            f"dualform.{name}: the package {missing.name!r} is not installed; expected the extra {extra!r}. "
+            f'Run `pip install "dualform[{extra}]"`.'
+        ) from None
+    return module if place == f"dualform.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_with_extras})
+
+
+__all__ = [
+    "Bound",
+    "Catalogue",
+    "CatalogueError",
+    "ChunkProgram",
+    "DerivationError",
+    "Derivative",
+    "DualformConfig",
+    "DualformForCausalLM",
+    "DualformModel",
+    "Explanation",
+    "LayerState",
+    "Rule",
+    "ShapeError",
+    "State",
+    "Step",
+    "TestTimeTraining",
+    "TraceError",
+    "__version__",
+    "backends",
+    "derive",
+    "explain",
+    "jacobian",
+    "learners",
+    "models",
+    "objectives",
+    "presets",
+    "rules",
+]
