@@ -27,6 +27,8 @@ def internal_imports(path):
     """Yield (imported module, is it inside a function) for every import of our own."""
     tree = ast.parse(path.read_text())
     known = {module_name(p) for p in modules}
+    for branch in [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]:
+        branch.body = []  # for type checkers only: nothing is imported
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
