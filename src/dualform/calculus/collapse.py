@@ -22,7 +22,7 @@ MAX_TERMS = 8
 
 def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
-    small = merged([shrunk(term, like) for term in terms])
+    small = added(merged([shrunk(term, like) for term in terms]))
     stored = {id(f.tensor): f.tensor.numel() for term in small for f in term.tensors}
     wasteful = len(small) > 1 and sum(stored.values()) > _full_volume(small[0])
     return merged(collapsed(small, like)) if wasteful or len(small) > MAX_TERMS else small
@@ -39,6 +39,30 @@ def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
         groups.setdefault(_key(term), []).append(term)
     sums = [replace(group[0], coef=sum(t.coef for t in group)) for group in groups.values()]
     return tuple(term for term in sums if term.coef != 0)
+
+
+def added(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Add the factors of terms that have one factor each on the same labels of the same pattern."""
+    groups: dict[tuple, list[tuple[Term, list[Label]]]] = {}
+    for k, term in enumerate(terms):
+        order = [x for x in term.visible if any(x in f.labels for f in term.factors)]
+        single = len(term.factors) == len(term.tensors) == 1 and len(order) == len(term.tensors[0].labels)
+        key = (_key(replace(term, factors=())), tuple(term.visible.index(x) for x in order)) if single else (k,)
+        groups.setdefault(key, []).append((term, order))
+    result = []
+    for group in groups.values():
+        first, order = group[0]
+        if len(group) > 1:
+            parts = [contract(t.factors, labels) * t.coef for t, labels in group]
+            name = _sum_name([t.tensors[0].name for t, _ in group])
+            first = replace(first, coef=1.0, factors=(Factor(sum(parts[1:], parts[0]), tuple(order), name),))
+        result.append(first)
+    return tuple(result)
+
+
+def _sum_name(names: Sequence[str]) -> str:
+    name = "+".join(dict.fromkeys(n or "1" for n in names))
+    return f"({name})" if len(name) < 40 else "sum"
 
 
 def _key(term: Term) -> tuple:
@@ -118,8 +142,8 @@ def collapsed(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     labels = iter(label_at[k] for k in range(positions))
     out = tuple(tuple(next(labels) for _ in axis) for axis in terms[0].out)
     inn = tuple(tuple(next(labels) for _ in axis) for axis in terms[0].inn)
-    name = "+".join(dict.fromkeys("·".join(f.name for f in t.tensors if f.name) or "δ" for t in terms))
-    return (Term(1.0, (Factor(dense, tuple(stored), name if len(name) < 40 else "sum"),), out, inn),)
+    name = _sum_name(["·".join(f.name for f in t.tensors if f.name) for t in terms])
+    return (Term(1.0, (Factor(dense, tuple(stored), name),), out, inn),)
 
 
 def _is_free(term: Term, label: Label, whole: bool) -> bool:
