@@ -23,13 +23,22 @@ MAX_TERMS = 8
 def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
     small = added(merged([shrunk(term, like) for term in terms]))
-    stored = {id(f.tensor): f.tensor.numel() for term in small for f in term.tensors}
-    wasteful = len(small) > 1 and sum(stored.values()) > _full_volume(small[0])
-    return merged(collapsed(small, like)) if wasteful or len(small) > MAX_TERMS else small
+    if len(small) <= MAX_TERMS and not _is_wasteful(small):
+        return small
+    meet = _Meet(small, like)
+    if len(small) <= MAX_TERMS and volume(meet.stored) >= _numbers(small):
+        return small
+    return (meet.sum(like),)
 
 
-def _full_volume(term: Term) -> int:
-    return volume(atoms(term.out)) * volume(atoms(term.inn))
+def _numbers(terms: Sequence[Term]) -> int:
+    return sum({id(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
+
+
+def _is_wasteful(terms: Sequence[Term]) -> bool:
+    """May one factor over the meet store less? It stores no less than the labels of any one term's factors span."""
+    least = max((volume({x for f in term.factors for x in f.labels if x in term.visible}) for term in terms), default=0)
+    return len(terms) > 1 and _numbers(terms) > least
 
 
 def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -116,34 +125,37 @@ def _joined(term: Term) -> Term:
     return replace(term, factors=tuple(factors))
 
 
-def collapsed(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
-    """Add terms into one: a stored factor over the meet of their delta patterns."""
-    terms = _refined(terms, like)
-    positions = len(atoms(terms[0].out)) + len(atoms(terms[0].inn))
-    columns = [(*atoms(t.out), *atoms(t.inn)) for t in terms]
-    classes: dict[tuple[Label, ...], list[int]] = {}
-    for k in range(positions):
-        classes.setdefault(tuple(column[k] for column in columns), []).append(k)
-    label_at: dict[int, Label] = {}
-    loose: set[Label] = set()
-    for key, members in classes.items():
-        label = Label(key[0].size, key[0].name)
-        label_at.update(dict.fromkeys(members, label))
-        alone = all(
-            _is_free(t, x, column.count(x) == len(members)) for t, x, column in zip(terms, key, columns, strict=True)
-        )
-        if alone:
-            loose.add(label)
-    stored = [label for label in dict.fromkeys(label_at[k] for k in range(positions)) if label not in loose]
-    dense = torch.zeros([label.size for label in stored], dtype=like.dtype, device=like.device)
-    for term, column in zip(terms, columns, strict=True):
-        first = {label_at[k]: column[k] for k in reversed(range(positions))}
-        scatter(term, [(first[label],) for label in stored], dense)
-    labels = iter(label_at[k] for k in range(positions))
-    out = tuple(tuple(next(labels) for _ in axis) for axis in terms[0].out)
-    inn = tuple(tuple(next(labels) for _ in axis) for axis in terms[0].inn)
-    name = _sum_name(["·".join(f.name for f in t.tensors if f.name) for t in terms])
-    return (Term(1.0, (Factor(dense, tuple(stored), name),), out, inn),)
+class _Meet:
+    """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every term."""
+
+    def __init__(self, terms: Sequence[Term], like: Tensor) -> None:
+        self.terms = _refined(terms, like)
+        self.columns = [(*atoms(t.out), *atoms(t.inn)) for t in self.terms]
+        self.count = len(self.columns[0])
+        classes: dict[tuple[Label, ...], list[int]] = {}
+        for k in range(self.count):
+            classes.setdefault(tuple(column[k] for column in self.columns), []).append(k)
+        self.label_at: dict[int, Label] = {}
+        loose: set[Label] = set()
+        for key, members in classes.items():
+            label = Label(key[0].size, key[0].name)
+            self.label_at.update(dict.fromkeys(members, label))
+            each = zip(self.terms, key, self.columns, strict=True)
+            if all(_is_free(t, x, column.count(x) == len(members)) for t, x, column in each):
+                loose.add(label)
+        self.stored = [x for x in dict.fromkeys(self.label_at[k] for k in range(self.count)) if x not in loose]
+
+    def sum(self, like: Tensor) -> Term:
+        """Add the terms into one factor over the pattern."""
+        dense = torch.zeros([x.size for x in self.stored], dtype=like.dtype, device=like.device)
+        for term, column in zip(self.terms, self.columns, strict=True):
+            first = {self.label_at[k]: column[k] for k in reversed(range(self.count))}
+            scatter(term, [(first[label],) for label in self.stored], dense)
+        labels = iter(self.label_at[k] for k in range(self.count))
+        out = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].out)
+        inn = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].inn)
+        name = _sum_name(["·".join(f.name for f in t.tensors if f.name) for t in self.terms])
+        return Term(1.0, (Factor(dense, tuple(self.stored), name),), out, inn)
 
 
 def _is_free(term: Term, label: Label, whole: bool) -> bool:
