@@ -32,7 +32,7 @@ def letters(taken: Sequence[str] = ()) -> Iterator[str]:
 class Line:
     """One product in index notation.
 
-    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums: indices summed over.
+    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums (index, size).
     An index of an axis that is a composite of labels is written as a polynomial of its atoms: "4*a+b".
     """
 
@@ -40,17 +40,17 @@ class Line:
     factors: tuple[tuple[str, tuple[str, ...]], ...]
     deltas: tuple[tuple[str, str], ...]
     selects: tuple[tuple[str, int, int, str], ...]
-    sums: tuple[str, ...]
+    sums: tuple[tuple[str, int], ...]
 
     def text(self) -> str:
-        body = [f"Σ_{s}" for s in self.sums]
+        body = [f"Σ_{s}" for s, _ in self.sums]
         body += [f"{name}[{','.join(labels)}]" if labels else name for name, labels in self.factors]
         body += [f"δ({a},{b})" for a, b in self.deltas]
         body += [f"δ({big},{_affine(start, step, small)})" for big, start, step, small in self.selects]
         return _coefficient(self.coef, bool(self.factors or self.deltas or self.selects)) + " ".join(body)
 
     def latex(self) -> str:
-        body = [rf"\sum_{{{s}}}" for s in self.sums]
+        body = [rf"\sum_{{{s}}}" for s, _ in self.sums]
         body += [rf"{_tex(name)}_{{{','.join(labels)}}}" for name, labels in self.factors]
         body += [rf"\delta_{{{a},{b}}}" for a, b in self.deltas]
         body += [rf"\delta_{{{big},{_affine(start, step, small)}}}" for big, start, step, small in self.selects]
@@ -163,7 +163,7 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: _Name
     name: dict[Label, str] = {}
     whole: dict[Axis, str] = {}
     deltas: list[tuple[str, str]] = []
-    sums: list[str] = []
+    sums: list[tuple[str, int]] = []
     axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
     # Plain axes name their label first; a composite axis is then a relation to the names of its atoms.
     for letter, axis in axes:
@@ -186,11 +186,11 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: _Name
         for label in axis:
             if label not in name:
                 name[label] = next(names)
-                sums.append(name[label])
+                sums.append((name[label], label.size))
         deltas.append((letter, _polynomial(axis, name)))
     for label in term.hidden:
         name[label] = next(names)
-        sums.append(name[label])
+        sums.append((name[label], label.size))
     return Line(
         term.coef,
         tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
