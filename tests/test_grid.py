@@ -35,7 +35,7 @@ def test_grid_is_the_walk(data):
     mask = torch.tensor(data.draw(bits)) if masked else torch.ones(B, T, dtype=torch.bool)
     reset = torch.tensor(data.draw(bits)) if resets else torch.zeros(B, T, dtype=torch.bool)
     position = torch.tensor(data.draw(st.lists(st.integers(0, chunk - 1), min_size=B, max_size=B)))
-    grid = arrange(T, chunk, position, mask if masked else None, reset if resets else None, torch.float64)
+    grid = arrange(T, chunk, position, mask if masked else None, reset if resets else None, torch.float64, data.draw(st.booleans()))
     rows, after = walk(T, chunk, position, mask, reset)
     assert grid.position.tolist() == after
 
@@ -51,7 +51,7 @@ def test_grid_is_the_walk(data):
             tokens, W = grid.block(laid, n)[b, 0, :, 0], variant.width
             valid = grid.valid[n][b, :W].bool()
             assert not variant.dense or valid.all()
-            assert variant.opens == (grid.opens is not None and bool(grid.opens[n].any()))
+            assert variant.opens or grid.opens is None or not grid.opens[n].any()
             if variant.fresh:
                 assert torch.equal(grid.i[n][b, :W][valid], torch.arange(1, W + 1).double()[valid])
             here = list(zip(tokens[valid].tolist(), grid.i[n][b, :W][valid].tolist(), strict=True))

@@ -206,13 +206,11 @@ rules = {
 names = list(rules)
 
 
-def built_in():
-    for spec in (
-        df.learners.Linear(), df.learners.MLP(depth=2, expand=2), df.learners.MLP(depth=3, expand=1.5, activation="silu"),
-        df.learners.SwiGLU(expand=1.5), df.learners.LowRank(rank=2),
-        df.learners.residual_norm(df.learners.MLP(depth=2, expand=2)), df.learners.residual_norm(df.learners.Linear()),
-    ):  # fmt: skip
-        yield spec
+built_in = [
+    df.learners.Linear(), df.learners.MLP(depth=2, expand=2), df.learners.MLP(depth=3, expand=1.5, activation="silu"),
+    df.learners.SwiGLU(expand=1.5), df.learners.LowRank(rank=2),
+    df.learners.residual_norm(df.learners.MLP(depth=2, expand=2)), df.learners.residual_norm(df.learners.Linear()),
+]  # fmt: skip
 
 
 def wobble(prediction, target):
@@ -231,14 +229,14 @@ def test_learners_of_ones_own(kind, chunk):
 
 
 @pytest.mark.parametrize("rule", rules)
-@pytest.mark.parametrize("spec", built_in(), ids=repr)
+@pytest.mark.parametrize("spec", built_in, ids=repr)
 def test_built_in_learners(spec, rule):
     program = df.derive(spec(4).double(), df.objectives.Squared(), rules[rule], chunk=4)
     laws.check_forms(program, ["auto", "dual"], time=9)
     laws.check_forms(program, ["auto"], time=9, carried=True, ragged=True, resets=True, seed=3)
 
 
-@pytest.mark.parametrize("objective", [df.objectives.Squared("v-k"), df.objectives.DotProduct(), wobble], ids=str)
+@pytest.mark.parametrize("objective", [df.objectives.Squared("v-k"), df.objectives.DotProduct(), wobble], ids=["v-k", "dot", "own"])
 def test_objectives(objective):
     program = df.derive(df.learners.MLP(depth=2, expand=2)(4).double(), objective, rules["titans"], chunk=3)
     laws.check_forms(program, ["auto", "dual"], time=8, carried=True)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualform.calculus.jacobian import jacobian
+try:
+    from dualform.calculus.jacobian import jacobian
+except ImportError:
+    jacobian = None
 from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.state import State
 

@@ -104,18 +104,22 @@ class Derivation:
     def analysis(self, W: int) -> Analysis:
         """Trace and mark the learner at W tokens, re-associated where that is better."""
         if W not in self.analyses:
-            fast = {n: self._example(p) for n, p in self.parts.fast.items()}
-            rest = {n: self._example(p) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
-            x = torch.randn(W, self.K, dtype=self.dtype, device=self.device)
-            names = [*fast, *rest]
-
-            def run(*tensors: Tensor) -> Tensor:
-                return functional_call(self.learner, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
-
-            a = analyse(run, fast, rest, x)
-            self.constants |= a.constants
-            self.analyses[W] = reassociate(a, W, always=self.inner.form == "dual")
+            self.analyses[W] = reassociate(self.as_written(W), W, always=self.inner.form == "dual")
         return self.analyses[W]
+
+    def as_written(self, W: int) -> Analysis:
+        """Trace and mark the learner at W tokens."""
+        fast = {n: self._example(p) for n, p in self.parts.fast.items()}
+        rest = {n: self._example(p) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+        x = torch.randn(W, self.K, dtype=self.dtype, device=self.device)
+        names = [*fast, *rest]
+
+        def run(*tensors: Tensor) -> Tensor:
+            return functional_call(self.learner, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
+
+        a = analyse(run, fast, rest, x)
+        self.constants |= a.constants
+        return a
 
     def _example(self, p: Tensor) -> Tensor:
         return p.detach().to(self.device, self.dtype if p.is_floating_point() else p.dtype)
@@ -124,8 +128,8 @@ class Derivation:
         """Trace one block for one head."""
         if variant not in self.steps:
             many = self.analysis(variant.width)
-            needs_one = variant.width > 1 and any(not site.admissible for site in many.sites)
-            emitter = Emitter(self.inner, many, self.analysis(1) if needs_one else many, variant, self.chunk)
+            needs_one = any(not site.admissible for site in many.sites)
+            emitter = Emitter(self.inner, many, self.as_written(1) if needs_one else None, variant, self.chunk)
             example = self.example(variant)
             self.steps[variant] = Step(trace_flat(emitter, example), example, emitter.choices)
         return self.steps[variant]

@@ -22,10 +22,13 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dualform.calculus import rules as table
 from dualform.calculus.contract import plan
-from dualform.calculus.structure import Derivative, Factor, Term, compose, identity
+from dualform.calculus.notation import Formula, formula
+from dualform.calculus.program import identity
+from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
+from dualform.calculus.trace import source_line
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, unroll
-from dualform.learning.sites import Analysis, Place, Site, operand_nodes
+from dualform.learning.sites import Analysis, Place, Site, op_name, operand_nodes
 
 # Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
 FLOPS_PER_BYTE = 16.0
@@ -50,12 +53,22 @@ class Price(NamedTuple):
 class Choice:
     """How one site's correction is computed, and what the other way would have cost."""
 
-    site: str
+    site: str  # the op
+    line: str  # the learner's line
     leaf: str
     form: str  # "scores" | "state" | "scan"
     scores: Price
     state: Price
-    formula: str
+    derivative: Formula  # d y / d leaf
+    kernels: tuple[Formula, ...]  # y -= sum over the source axes of kernel * delta, one per site that the leaf reaches
+    why: str = ""  # why the leaf is materialised per token
+
+    @property
+    def op_text(self) -> str:
+        return f"`{self.line}`" if self.line else self.site
+
+    def __str__(self) -> str:
+        return f"{self.leaf} in {self.op_text}: {self.form}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class _Keys:
     """What the key pass leaves behind: values, and per leaf the sites' derivatives with their deltas."""
 
     env: dict[fx.Node, Any]
-    derivatives: dict[str, list[tuple[Derivative, int, Tensor]]]  # leaf -> (J, token axis, delta)
+    derivatives: dict[str, list[tuple[Derivative, int | None, Tensor]]]  # leaf -> (J, token axis, delta)
     par: dict[tuple[fx.Node, str], Derivative] = field(default_factory=dict)
 
 
@@ -101,7 +114,7 @@ class Emitter:
         self.inner, self.many, self.variant, self.chunk = inner, many, variant, chunk
         self.sites = {site.node: site for site in many.sites}
         self.cut = sorted({leaf for site in many.sites if not site.admissible for leaf in site.leaves})
-        self.twin = dict(zip(many.graph.graph.nodes, one.graph.graph.nodes, strict=True)) if one else {}
+        self.twin = twins(many, one) if one else {}
         self.one = one
         self.choices: list[Choice] = []
         self.section = ""
@@ -162,11 +175,11 @@ class Emitter:
             proper = [site for site in a.sites if site.admissible]
             ends = [env[site.node] for site in proper] + list(copies.values())
             self.begin("gradients of the inner loss with respect to the site outputs: no gradient of a weight is formed")
-            deltas = torch.autograd.grad(loss, ends, allow_unused=True, materialize_grads=True)
+            deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
         env = {node: value.detach() if isinstance(value, Tensor) else value for node, value in env.items()}
         keys = _Keys(env, {leaf: [] for leaf in x.th})
         for site, delta in zip(proper, deltas, strict=False):
-            for leaf, (J, axis) in self._site_derivatives(site, env, keys).items():
+            for leaf, (J, axis) in self._site_derivatives(site, env, keys, "k").items():
                 keys.derivatives[leaf].append((J, axis, delta.detach().reshape(J.out_shape)))
         for leaf, delta in zip(self.cut, deltas[len(proper) :], strict=True):
             keys.derivatives[leaf].append((self._copied(x.th[leaf]), 0, delta.detach()))
@@ -186,10 +199,10 @@ class Emitter:
         )
 
     def _site_derivatives(
-        self, site: Site, env: Mapping[fx.Node, Any], keys: _Keys
-    ) -> dict[str, tuple[Derivative, int]]:
+        self, site: Site, env: Mapping[fx.Node, Any], keys: _Keys, row: str
+    ) -> dict[str, tuple[Derivative, int | None]]:
         """Give d y / d leaf for every leaf behind a site, with the token axis of y by itself."""
-        a, call, found = self.many, self.many.call(site.node, env), {}
+        a, call, found = self.many, self.many.call(site.node, env, row), {}
         operands = call.operands
         nodes = operand_nodes(site.node)
         for j, node in enumerate(nodes):
@@ -201,7 +214,7 @@ class Emitter:
                 J = compose(local, self._par_derivative(node, leaf, keys))
                 found[leaf] = found[leaf] + J if leaf in found else J
         if self.variant.width == 1:
-            return {leaf: (J, 0) for leaf, J in found.items()}
+            return {leaf: (J, None) for leaf, J in found.items()}  # the one token has no label
         return {
             leaf: _separated(J, a.places[site.node], self.variant.width, env[site.node]) for leaf, J in found.items()
         }
@@ -231,7 +244,7 @@ class Emitter:
         for leaf in self.cut:
             J = self._copied(x.th[leaf])
             base = x.th[leaf].expand(self.variant.width, *x.th[leaf].shape)
-            copies[leaf] = self._corrected(f"{leaf} per token", leaf, base, J, 0, x, coef, keys)
+            copies[leaf] = self._corrected(None, leaf, base, J, 0, x, coef, keys)
         for node in a.nodes:
             if node not in a.tok:
                 continue
@@ -240,8 +253,8 @@ class Emitter:
                 env[node] = a.value(node, env)
             elif site.admissible:
                 env[node] = y = a.value(node, env)
-                for leaf, (J, axis) in self._site_derivatives(site, env, keys).items():
-                    y = self._corrected(node.name, leaf, y.reshape(J.out_shape), J, axis, x, coef, keys).reshape(
+                for leaf, (J, axis) in self._site_derivatives(site, env, keys, "q").items():
+                    y = self._corrected(node, leaf, y.reshape(J.out_shape), J, axis, x, coef, keys).reshape(
                         y.shape
                     )
                 env[node] = y
@@ -250,7 +263,7 @@ class Emitter:
         return env[a.output]
 
     def _corrected(
-        self, name: str, leaf: str, y: Tensor, J: Derivative, axis: int, x: StepInputs, coef: Coefficients, keys: _Keys
+        self, node: fx.Node | None, leaf: str, y: Tensor, J: Derivative, axis: int, x: StepInputs, coef: Coefficients, keys: _Keys
     ) -> Tensor:
         """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
         for weight, tensor in self._starting_point(leaf, x, coef):
@@ -267,13 +280,22 @@ class Emitter:
             form = "scan"
         else:
             form = "scores" if self.inner.form == "dual" or scores.total <= state.total else "state"
-        self.choices.append(Choice(name, leaf, form, scores, state, str(J.structure)))
+        self.choices.append(self._choice(node, leaf, form, scores, state, J, [K for K, _ in kernels]))
         if form == "scores":
             for K, delta in kernels:
                 y = y - K.jvp(delta)
             return y
         g = [K.jvp(delta) for K, delta in per_token]
         return y - spread.jvp(_prefix(sum(g[1:], g[0]), coef))
+
+    def _choice(
+        self, node: fx.Node | None, leaf: str, form: str, scores: Price, state: Price, J: Derivative, kernels: list[Derivative]
+    ) -> Choice:
+        at = node or next(site.node for site in self.many.sites if not site.admissible and leaf in site.leaves)
+        why = "" if node else self.sites[at].why
+        derivative = formula(J.terms, J.out_shape, J.in_shape, f"dy/d{leaf}")
+        shown = tuple(formula(K.terms, K.out_shape, K.in_shape, "K") for K in kernels)
+        return Choice(op_name(at), source_line(at), leaf, form, scores, state, derivative, shown, why)
 
     def _starting_point(self, leaf: str, x: StepInputs, coef: Coefficients) -> list[tuple[Scalar, Tensor]]:
         """List (weight, tensor) whose J is to be added to the value at the anchor, zeros left out."""
@@ -361,6 +383,12 @@ def _is(x: Scalar, number: float) -> bool:
     return not isinstance(x, Tensor) and float(x) == number
 
 
+def twins(many: Analysis, one: Analysis) -> dict[fx.Node, fx.Node]:
+    """Match the nodes of two traces of one learner; a rewritten node stands for the one it replaced."""
+    ordinals = {node.meta["ordinal"]: node for node in one.graph.graph.nodes}
+    return {n: ordinals[n.meta["ordinal"]] for n in many.graph.graph.nodes if n.meta.get("ordinal") in ordinals}
+
+
 def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """Run what `goal` needs on top of `env`."""
     if goal not in env:
@@ -399,45 +427,53 @@ def _sizes(*axes: Sequence[Any]) -> list[int]:
     return [label.size for axis in axes for label in axis]
 
 
-def _masked(kernel: Derivative, q: int, k: int, C: Tensor) -> Derivative:
+def _tokens(axes: tuple[Axis, ...], axis: int | None) -> Axis:
+    return () if axis is None else axes[axis]
+
+
+def _count(J: Derivative, axis: int | None) -> int:
+    return 1 if axis is None else J.out_shape[axis]
+
+
+def _masked(kernel: Derivative, q: int | None, k: int | None, C: Tensor) -> Derivative:
     """Multiply a kernel [t.., s..] by C[t, s]."""
 
     def change(term: Term) -> Term:
-        t, s = term.out[q], term.inn[k]
+        t, s = _tokens(term.out, q), _tokens(term.inn, k)
         return replace(term, factors=(*term.factors, Factor(C.reshape(_sizes(t, s)), (*t, *s), "C")))
 
     return _edit(kernel, change, kernel.out_shape, kernel.in_shape)
 
 
-def _weighted(J: Derivative, axis: int, w: Scalar) -> Derivative:
+def _weighted(J: Derivative, axis: int | None, w: Scalar) -> Derivative:
     """Multiply J by a weight per token of its output."""
     if not isinstance(w, Tensor):
         return w * J
 
     def change(term: Term) -> Term:
-        t = term.out[axis]
+        t = _tokens(term.out, axis)
         return replace(term, factors=(*term.factors, Factor(w.reshape(_sizes(t)), t, "w")))
 
     return _edit(J, change, J.out_shape, J.in_shape)
 
 
-def _per_source(J: Derivative, axis: int) -> Derivative:
+def _per_source(J: Derivative, axis: int | None) -> Derivative:
     """Turn J into the map delta -> each token's own gradient: J^T with the token kept as the first output axis."""
     T = J.T
 
     def change(term: Term) -> Term:
-        return replace(term, out=(term.inn[axis], *term.out))
+        return replace(term, out=(_tokens(term.inn, axis), *term.out))
 
-    return _edit(T, change, (J.out_shape[axis], *T.out_shape), T.in_shape)
+    return _edit(T, change, (_count(J, axis), *T.out_shape), T.in_shape)
 
 
-def _per_target(J: Derivative, axis: int) -> Derivative:
+def _per_target(J: Derivative, axis: int | None) -> Derivative:
     """Turn J into the map (weights per token) -> y."""
 
     def change(term: Term) -> Term:
-        return replace(term, inn=(term.out[axis], *term.inn))
+        return replace(term, inn=(_tokens(term.out, axis), *term.inn))
 
-    return _edit(J, change, J.out_shape, (J.out_shape[axis], *J.in_shape))
+    return _edit(J, change, J.out_shape, (_count(J, axis), *J.in_shape))
 
 
 def _prefix(g: Tensor, coef: Coefficients) -> Tensor:

@@ -84,12 +84,17 @@ def bucket(width: int, chunk: int) -> int:
 
 
 def arrange(
-    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype, carried: bool = True
 ) -> Grid:
-    """Lay out a call: rows that stand alike are cut by slicing, others go through one gather."""
+    """Lay out a call: rows that stand alike are cut by slicing, others go through one gather.
+
+    `carried`: the caller gave a state, whose registers count (and have gradients) even where a mini-batch begins.
+    """
     first = int(position[0])
     alike = mask is None and reset is None and bool((position == first).all())
-    return _sliced(T, chunk, first, position, dtype) if alike else _gathered(T, chunk, position, mask, reset, dtype)
+    if alike:
+        return _sliced(T, chunk, first, position, dtype, carried)
+    return _gathered(T, chunk, position, mask, reset, dtype, carried)
 
 
 def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,7 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
     return segment, rank - 1 - first + torch.where(segment == 0, position[:, None], 0)
 
 
-def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype) -> Grid:
+def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype, carried: bool) -> Grid:
     B, device = position.shape[0], position.device
     edges = [0, *range(chunk - first, T, chunk), T]
     spans = list(zip(edges, edges[1:], strict=False))
@@ -117,7 +122,8 @@ def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype
     for n, (start, stop) in enumerate(spans):
         begin = first if n == 0 else 0
         size = stop - start
-        variants.append(Variant(bucket(size, chunk), begin == 0, bucket(size, chunk) == size, False))
+        fresh = begin == 0 and (n > 0 or not carried)
+        variants.append(Variant(bucket(size, chunk), fresh, bucket(size, chunk) == size, False))
         i.append((begin + 1 + slot).expand(B, width))
         valid.append((slot < size).expand(B, width))
         full.append(torch.full((B,), begin + size == chunk, device=device))
@@ -128,7 +134,7 @@ def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype
 
 
 def _gathered(
-    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype, held: bool
 ) -> Grid:
     B, device = position.shape[0], position.device
     true = torch.ones(B, T, dtype=torch.bool, device=device)
@@ -162,12 +168,14 @@ def _gathered(
     full[n[ends], rows[ends]] = True
     opens = torch.zeros_like(full)
     opens[first[reset], rows[reset]] = True
-    begins = opens | torch.cat([(position == 0)[None], full[:-1]])
-    starts = begins.all(1)
-    variants = [Variant(W, bool(starts[j]), bool(valid[j].all()), bool(opens[j].any())) for j in range(N)]
+    first_begins = (position == 0) & (not held)
+    begins = opens | torch.cat([first_begins[None], full[:-1]])
+    steady = begins.all(1) & valid.bool().all(2).all(1) & ~opens.any(1)  # everything else is the general program
+    resets = bool(opens.any())
+    variants = [Variant(W, True, True, False) if bool(s) else Variant(W, False, False, resets) for s in steady]
     last = segment[:, -1:]
     after = ((carried + counts).gather(1, last) % chunk)[:, 0]
     return Grid(
         variants, None, scatter(tokens, T, torch.long), scatter(within + 1, 1, dtype), valid, full,
-        opens if bool(opens.any()) else None, after,
+        opens if resets else None, after,
     )  # fmt: skip

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualform.catalogue import Catalogue
 from dualform.learning import scan as scan_module
 from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters, undisturbed
 from dualform.learning.emit import Choice, Inner
+from dualform.learning.explain import Account, account
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.primal import primal
@@ -26,7 +28,14 @@ from dualform.learning.state import State
 from dualform.shapes import ShapeError
 
 forms = ("auto", "dual", "primal")
-backends = ("auto", "eager")
+backends = Catalogue("backends")
+
+
+@backends.record(name="eager", formula="the traced graphs, run op by op", source="the reference: any device, any dtype")
+def eager() -> None:
+    """Run a program's graphs as they are."""
+
+
 
 
 class Inputs(NamedTuple):
@@ -124,8 +133,10 @@ class ChunkProgram:
         """
         if form not in forms:
             raise DerivationError(f"program: form is {form!r}; expected one of {forms}. Choose one of these.")
-        if backend not in backends:
-            raise DerivationError(f"program: backend is {backend!r}; expected one of {backends}. Choose one of these.")
+        if backend != "auto" and backend not in backends.names():
+            raise DerivationError(
+                f"program: backend is {backend!r}; expected 'auto' or one of {backends.names()}. Choose one of these."
+            )
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
         if q.shape[1] == 0:
             return v, call.state
@@ -145,6 +156,7 @@ class ChunkProgram:
             offset=call.gates.get("offset"),
             mask=mask,
             reset=reset,
+            carried=state is not None,
         )
         o, *held = scan_module.scan(self.name, form, tensors, self.chunk, remat)
         L = len(self.parts.fast)
@@ -281,6 +293,13 @@ class ChunkProgram:
     def sites(self) -> list[Choice]:
         """Where the weights meet the data, with the form that each took and what the others cost."""
         return self.step.choices
+
+    def explain(self, level: str = "steps") -> Account:
+        """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms, costs) or "proof" (and the code)."""
+        return account(self.learner, self.derivation, self.step, self.cost, self.code, level)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkProgram:
+        return self  # immutable: weights are arguments, or the learner's own
 
     @property
     def cost(self) -> Cost:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dualform.calculus import rules
+from dualform.calculus.table import find_row
 from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
 from dualform.learning.sites import Analysis, Site, first_crooked, mark, operand_nodes
 
@@ -83,7 +84,7 @@ def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
 
 
 def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
-    new.meta.setdefault("stack_trace", old.meta.get("stack_trace"))
+    new.meta |= {"stack_trace": old.meta.get("stack_trace"), "ordinal": old.meta.get("ordinal")}
     new.stack_trace = old.stack_trace
     old.replace_all_uses_with(new)
     if a.output is old:
@@ -135,59 +136,27 @@ def _is_linear(node: fx.Node, operand: fx.Node) -> bool:
     return rules.affine(node.target, frozenset({operand_nodes(node).index(operand)})) and len(operand_nodes(node)) == 1
 
 
-def _meta_call(node: fx.Node) -> tuple[rules.Call, list[Tensor]]:
-    """Describe an op on fresh meta tensors, so that a factor can be told by its storage."""
-    stand_in = {n: torch.empty_like(n.meta["val"], device="meta") for n in node.all_input_nodes}
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_in.__getitem__)
-    out = torch.empty_like(node.meta["val"], device="meta")
-    return rules.Call(node.target, args, kwargs, out), [stand_in[n] for n in operand_nodes(node)]
+def _meta_call(node: fx.Node) -> rules.Call:
+    """Describe an op on meta tensors: only its labels are asked for."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
+    return rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
 
 
 def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
-    """A multilinear op: its derivative in the first operand, the operand put back, the other factors named."""
-    operands = operand_nodes(node)
-    call, values = _meta_call(node)
-    if len(operands) < 2 or len(call.operands) != len(operands):
+    """A multilinear op as the table writes it: out[axes] = coef * sum prod operand_k[axes_k]."""
+    row, operands = find_row(node.target), operand_nodes(node)
+    if row is None or row.form is None:
         raise _NoProduct
-    found: list[Term] = []
-    for term in rules.derivative(call, 0).terms:
-        term = renewed(term)
-        named = [_named(f, operands, values) if isinstance(f, Factor) else None for f in term.factors]
-        if any(f is None for f in named):
-            raise _NoProduct
-        whole = Factor(torch.empty(sizes(atoms(term.inn)), device="meta"), atoms(term.inn), operands[0].name)
-        pieces: list[tuple[Factor, fx.Node, tuple[Axis, ...]]] = [(whole, operands[0], term.inn)]
-        for f in named:
-            assert f is not None
-            source = next(n for n in operands if n.name == f.name)
-            rest = iter(f.labels)
-            axes = tuple(() if n == 1 else (next(rest),) for n in source.meta["val"].shape)
-            pieces.append((f, source, axes))
-        found += _combine(a, Term(term.coef, (), term.out, ()), pieces)
-    return found
+    product = row.form(_meta_call(node))
+    if len(product.axes) != len(operands):
+        raise _NoProduct
+    return _combine(a, Term(product.coef, (), product.out, ()), list(zip(operands, product.axes, strict=True)))
 
 
-def _named(f: Factor, operands: list[fx.Node], values: list[Tensor]) -> Factor | None:
-    """Tell which operand a factor is, and label that operand's own axes."""
-    for node, value in zip(operands, values, strict=True):
-        if f.tensor.untyped_storage()._cdata != value.untyped_storage()._cdata:
-            continue
-        plain = value.squeeze()
-        if f.tensor.numel() != plain.numel():
-            return None
-        order = [k for k in itertools.permutations(range(f.tensor.ndim)) if _same(f.tensor.permute(k), plain)]
-        return replace(f, labels=tuple(f.labels[k] for k in order[0]), name=node.name) if order else None
-    return None
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.stride() == y.stride()
-
-
-def _combine(a: Analysis, term: Term, pieces: list[tuple[Factor, fx.Node, tuple[Axis, ...]]]) -> list[Term]:
+def _combine(a: Analysis, term: Term, pieces: list[tuple[fx.Node, tuple[Axis, ...]]]) -> list[Term]:
     """Put each operand's own expansion in its place."""
     terms = [term]
-    for _, node, axes in pieces:
+    for node, axes in pieces:
         grown: list[Term] = []
         for inner in _expand(a, node):
             inner = renewed(inner)
@@ -231,25 +200,24 @@ def _unified(term: Term, start: int, count: int) -> Term:
 
 def _through(a: Analysis, node: fx.Node, source: fx.Node) -> list[Term]:
     """A view, sum or scaling of a product."""
-    call, _ = _meta_call(node)
-    found = []
+    call, found = _meta_call(node), []
     for term in rules.derivative(call, operand_nodes(node).index(source)).terms:
         if term.factors:
             raise _NoProduct
         term = renewed(term)
-        found += _combine(a, Term(term.coef, (), term.out, ()), [(_factor(source, term.inn), source, term.inn)])
+        found += _combine(a, Term(term.coef, (), term.out, ()), [(source, term.inn)])
     return found
 
 
 def _sum_of(a: Analysis, node: fx.Node) -> list[Term]:
-    call, _ = _meta_call(node)
+    call = _meta_call(node)
     found: list[Term] = []
     for j, source in enumerate(operand_nodes(node)):
         for term in rules.derivative(call, j).terms:
             if term.factors:
                 raise _NoProduct
             term = renewed(term)
-            found += _combine(a, Term(term.coef, (), term.out, ()), [(_factor(source, term.inn), source, term.inn)])
+            found += _combine(a, Term(term.coef, (), term.out, ()), [(source, term.inn)])
     return found
 
 

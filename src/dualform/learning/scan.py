@@ -40,6 +40,7 @@ class Call(NamedTuple):
     offset: Tensor | None = None  # (chunk,)
     mask: Tensor | None = None  # (B, T)
     reset: Tensor | None = None  # (B, T)
+    carried: bool = False  # did the caller give a state?
 
 
 class Batched(NamedTuple):
@@ -148,7 +149,7 @@ class _Run:
         d = self.plan.derivation
         self.rule, self.leaves = d.inner.rule, list(c.anchor)
         self.constants = {name: x.to(c.q.device) for name, x in d.constants.items()}
-        self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype)
+        self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype, c.carried)
         self.laid = {name: self.grid.lay(x) for name, x in (("q", c.q), ("k", c.k), ("v", c.v))}
         self.gates = {name: self.grid.lay(x) for name, x in c.gates.items()}
 
@@ -338,8 +339,10 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
         return {n: next(rest) for n in names}
 
     named = {"gates": take(gates), "slow": take(slow), "anchor": take(leaves), "registers": take(leaves), "init": take(leaves)}
-    extra = {n: next(rest) for n in optional.split(",") if n}
-    return source.plan(q.shape[-1], q.dtype, q.device, form), Call(q=q, k=k, v=v, position=position, **named, **extra)
+    given = optional.split(",")
+    extra = {n: next(rest) for n in given if n not in ("", "carried")}
+    call = Call(q=q, k=k, v=v, position=position, carried="carried" in given, **named, **extra)
+    return source.plan(q.shape[-1], q.dtype, q.device, form), call
 
 
 @torch.library.custom_op("dualform::scan", mutates_args=())
@@ -407,6 +410,6 @@ def scan(name: str, form: str, call: Call, chunk: int, remat: str | int | None) 
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat) if learns else 0
     held = len(call.anchor) + len(call.registers)
-    given = {"offset": call.offset, "mask": call.mask, "reset": call.reset}
+    given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
     key = f"{name}|{form}|{','.join(n for n, x in given.items() if x is not None)}"
     return scan_op(tensors, key, checkpoints)[: 2 + held]

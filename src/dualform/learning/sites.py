@@ -24,6 +24,9 @@ from dualform.calculus.structure import Axis, Derivative, Label
 from dualform.calculus.trace import source_line, trace
 
 
+aten = torch.ops.aten
+
+
 class DerivationError(ValueError):
     """A learner, objective or rule for which the asked form does not exist."""
 
@@ -34,6 +37,17 @@ class Place(NamedTuple):
     axis: int
     outer: int
     inner: int
+
+
+@torch.library.custom_op("dualform::stop_gradient", mutates_args=())
+def stop_gradient(x: Tensor) -> Tensor:
+    """A learner's own detach: the identity, with no gradient in either loop. (A trace drops aten's, autograd makes many.)"""
+    return x.clone()
+
+
+stop_gradient.register_fake(torch.empty_like)
+stop_gradient.register_autograd(lambda ctx, g: None)
+stop_gradient.register_vmap(lambda info, dims, x: (stop_gradient(x), dims[0]))
 
 
 @dataclass(eq=False)
@@ -72,12 +86,13 @@ class Analysis:
     def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values in `env`."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return stop_gradient(*args) if is_detach(node) else node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def call(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> rules.Call:
-        """Describe a node and its values for the op table."""
+    def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> rules.Call:
+        """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-        return rules.Call(node.target, args, kwargs, env[node])  # type: ignore[arg-type]
+        names = tuple(row if s is self.x else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(node))
+        return rules.Call(node.target, args, kwargs, env[node], names=names)  # type: ignore[arg-type]
 
 
 def operand_nodes(node: fx.Node) -> list[fx.Node]:
@@ -107,6 +122,9 @@ def analyse(
             f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
         )
     constants, lifted = _lift_constants(graph)
+    _unpack(graph)
+    for n, node in enumerate(graph.graph.nodes):
+        node.meta["ordinal"] = n
     got = Analysis(
         graph=graph,
         leaf_nodes=dict(zip(fast, inputs, strict=False)),
@@ -136,6 +154,33 @@ def _lift_constants(graph: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str,
         node.replace_all_uses_with(lifted[name])
         graph.graph.erase_node(node)
     return constants, lifted
+
+
+_packs = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
+
+
+def _unpack(graph: fx.GraphModule) -> None:
+    """Write the parts of a split as slices and those of an unbind as selections, so that every node is one tensor."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or op_name(node) not in _packs:
+            continue
+        x, parts = node.args[0], node.meta["val"]
+        dim = node.kwargs.get("dim", node.args[-1] if op_name(node) == "unbind" and len(node.args) > 1 else 0)
+        if op_name(node) != "unbind" and len(node.args) > 2:
+            dim = node.args[2]
+        sizes = [part.shape[dim] if op_name(node) != "unbind" else 1 for part in parts]
+        for get in list(node.users):
+            k = get.args[1] % len(parts)
+            with graph.graph.inserting_before(get):
+                if op_name(node) == "unbind":
+                    part = graph.graph.call_function(aten.select.int, (x, dim, k))
+                else:
+                    start = sum(sizes[:k])
+                    part = graph.graph.call_function(aten.slice.Tensor, (x, dim, start, start + sizes[k]))
+            part.meta = dict(node.meta, val=parts[k])
+            get.replace_all_uses_with(part)
+            graph.graph.erase_node(get)
+        graph.graph.erase_node(node)
 
 
 def mark(a: Analysis, W: int) -> None:
@@ -199,10 +244,14 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
         found = first_crooked(a, p)
         if found is not None:
             return found
-    straight = all(p in operands for p in pars) and rules.affine(
-        node.target, frozenset(j for j, s in enumerate(operands) if a.leaves[s])
-    )
+    joint = frozenset(j for j, s in enumerate(operands) if a.leaves[s])
+    straight = all(p in operands for p in pars) and rules.affine(node.target, joint) and not is_detach(node)
     return None if straight else node
+
+
+def is_detach(node: fx.Node) -> bool:
+    """Is it a detach? Its derivative is zero, so the value of weights behind one must be carried, not differentiated."""
+    return node.target == aten.detach.default
 
 
 def op_name(node: fx.Node) -> str:
@@ -228,7 +277,9 @@ def _place_of(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, va
     for j, source in enumerate(operand_nodes(node) if is_floating(value) else node.all_input_nodes):
         if source not in a.tok:
             continue
-        if torch.Tag.pointwise in tags:
+        if is_detach(node):
+            found.add(a.places[source])
+        elif torch.Tag.pointwise in tags:
             place = a.places[source]
             found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
         elif not is_floating(value):
