@@ -7,7 +7,7 @@ bare words (dim=-1) as keywords.
 from __future__ import annotations
 
 import ast
-import operator
+import linecache
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,16 +18,7 @@ from torch.nn import functional as F
 from dualform.catalogue import near_misses
 from dualform.cli.output import UsageError
 
-operators: Mapping[type[ast.AST], Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.MatMult: operator.matmul,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+operators = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.MatMult, ast.Pow, ast.USub, ast.UAdd)
 functions: Mapping[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in "exp log sqrt sin cos tanh sigmoid abs relu softmax sum mean".split()},
     **{name: getattr(torch, name) for name in "outer matmul einsum where maximum minimum tril square rsqrt".split()},
@@ -75,19 +66,30 @@ def compile_expression(text: str, names: list[str]) -> Callable[..., Tensor]:
             f"explain: {text!r} is no formula ({error.msg}); expected one as in 'softmax(x @ y, dim=-1)'."
         ) from None
     _check(body, set(names), text)
+    # Only now, when nothing but names with shapes, numbers, operators and the functions above is left, is it compiled.
+    arguments = ast.arguments(
+        posonlyargs=[], args=[ast.arg(n) for n in names], kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    function = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, _MatrixT().visit(body))))
+    linecache.cache[_FILE] = (len(text), None, [text + "\n"], _FILE)  # so that explanations can quote it
+    return eval(compile(function, _FILE, "eval"), {"__builtins__": {}, **functions})
 
-    def f(*tensors: Tensor) -> Tensor:
-        return _evaluate(body, dict(zip(names, tensors, strict=True)))
 
-    f.__name__ = f.__qualname__ = text
-    return f
+_FILE = "formula"
+
+
+class _MatrixT(ast.NodeTransformer):
+    """Read `.T` as the transpose of the last two axes."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
+        return ast.Attribute(self.visit(node.value), "mT", node.ctx)
 
 
 def _check(node: ast.AST, names: set[str], text: str) -> None:
     match node:
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in operators:
+        case ast.BinOp(left=left, op=op, right=right) if isinstance(op, operators):
             parts = [left, right]
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in operators:
+        case ast.UnaryOp(op=op, operand=operand) if isinstance(op, operators):
             parts = [operand]
         case ast.Name(id=name) if name in names:
             parts = []
@@ -112,24 +114,3 @@ def _check(node: ast.AST, names: set[str], text: str) -> None:
             )
     for part in parts:
         _check(part, names, text)
-
-
-def _evaluate(node: ast.AST, values: Mapping[str, Tensor]) -> Any:
-    match node:
-        case ast.BinOp(left=left, op=op, right=right):
-            return operators[type(op)](_evaluate(left, values), _evaluate(right, values))
-        case ast.UnaryOp(op=op, operand=operand):
-            return operators[type(op)](_evaluate(operand, values))
-        case ast.Name(id=name):
-            return values[name]
-        case ast.Constant(value=value):
-            return value
-        case ast.Attribute(value=value):
-            return _evaluate(value, values).mT
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            named = {str(k.arg): _evaluate(k.value, values) for k in keywords}
-            return functions[name](*(_evaluate(arg, values) for arg in args), **named)
-        case ast.Tuple(elts=elements) | ast.List(elts=elements):
-            return tuple(_evaluate(element, values) for element in elements)
-        case _:
-            raise AssertionError(ast.dump(node))
