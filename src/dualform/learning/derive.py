@@ -101,6 +101,15 @@ class Derivation:
                     "affinely, or as a product that can be re-associated. Use form='auto' (weights per token there)."
                 )
 
+    @property
+    def structure(self) -> Any:
+        """What decides a trace: the learner's graph, shapes, and the inner problem; equal for layers that are alike."""
+        proof = self.analyses[max(2, self.chunk)]
+        named = [(n, tuple(x.shape), x.dtype) for n, x in (*self.parts.fast.items(), *self.slow_values().items())]
+        return (
+            proof.graph.code, tuple(named), len(self.parts.fast), self.inner, self.chunk, self.K, self.dtype, self.device,
+        )  # fmt: skip
+
     def analysis(self, W: int) -> Analysis:
         """Trace and mark the learner at W tokens, re-associated where that is better."""
         if W not in self.analyses:

@@ -6,15 +6,16 @@ Legend: B batch, T time, H heads, K key width, V value width, r registers, b the
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dualform.catalogue import Catalogue
+from dualform.catalogue import Bound, Catalogue
 from dualform.learning import scan as scan_module
 from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters, undisturbed
 from dualform.learning.emit import Choice, Inner
@@ -27,6 +28,7 @@ from dualform.learning.rules import Rule, rules
 from dualform.learning.state import State
 from dualform.shapes import ShapeError
 
+T = TypeVar("T")
 forms = ("auto", "dual", "primal")
 backends = Catalogue("backends")
 
@@ -36,6 +38,19 @@ def eager() -> None:
     """Run a program's graphs as they are."""
 
 
+
+
+class Bounded(OrderedDict[Any, T]):
+    """A dictionary that forgets what was made first once it is full."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def __setitem__(self, key: Any, value: T) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.size:
+            self.popitem(last=False)
 
 
 class Inputs(NamedTuple):
@@ -99,8 +114,10 @@ class ChunkProgram:
         key = (K, dtype, device, form)
         if key not in self.plans:
             inner = Inner(self.rule, self.objective, self.target, form)
-            make = partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, device)
-            self.plans[key] = scan_module.Plan(undisturbed(make))
+            made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, device))
+            twin = _structures.setdefault(made.structure, scan_module.Plan(made))
+            made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
+            self.plans[key] = scan_module.Plan(made, twin.compiled)
         return self.plans[key]
 
     @property
@@ -346,7 +363,9 @@ def _runs(learner: nn.Module, K: int) -> bool:
         return False
 
 
-_programs: dict[Any, ChunkProgram] = {}
+# Programs by learner, and traced steps by structure; the oldest go first.
+_programs: Bounded[ChunkProgram] = Bounded(256)
+_structures: Bounded[scan_module.Plan] = Bounded(256)
 
 
 def derive(
@@ -378,12 +397,24 @@ def derive(
         raise DerivationError(f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: spec(dim).")
     if chunk < 1:
         raise DerivationError(f"derive: chunk is {chunk}; expected the size of a mini-batch, chunk >= 1. Pass a positive number.")
-    loss = objectives.build(objective).build() if isinstance(objective, str | tuple | list | dict) else getattr(objective, "build", lambda: objective)()
-    built = rule if isinstance(rule, Rule) else rules.build(rule).build()
+    loss = _resolved(objectives, objective, Callable)
+    built = _resolved(rules, rule, Rule)
     key = _fingerprint(learner, loss, built, chunk, tuple(slow))
     if key not in _programs:
         _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block)
     return _programs[key]
+
+
+def _resolved(catalogue: Catalogue, spec: Any, kind: Any) -> Any:
+    """Return what a spec builds, the same object for equal specs; pass on what is built already."""
+    if isinstance(spec, kind) and not isinstance(spec, Bound):
+        return spec
+    return _built(catalogue.build(spec))
+
+
+@lru_cache(maxsize=256)
+def _built(bound: Bound) -> Any:
+    return bound.build()
 
 
 def _fingerprint(learner: nn.Module, *rest: Any) -> Any:

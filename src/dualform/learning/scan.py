@@ -8,10 +8,13 @@ Legend: B batch, T time, H heads, N blocks, G blocks per checkpoint, th anchor, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
@@ -43,26 +46,34 @@ class Call(NamedTuple):
     carried: bool = False  # did the caller give a state?
 
 
-class Batched(NamedTuple):
-    """A step for (B, H) at once: forward, its state outputs alone, and its vjp."""
+@dataclass(eq=False)
+class Batched:
+    """A step for (B, H) at once: forward, its state outputs alone, and, when first asked for, its vjp."""
 
-    forward: Callable[..., Sequence[Tensor]]
-    advance: Callable[..., Sequence[Tensor]]
-    vjp: Callable[..., Sequence[Tensor]]
+    forward: fx.GraphModule
+    shapes: list[Tensor]  # examples of the inputs
     wants: list[bool]  # which inputs have gradients
+
+    @cached_property
+    def advance(self) -> fx.GraphModule:
+        return only_outputs(self.forward, slice(1, None))
+
+    @cached_property
+    def vjp(self) -> fx.GraphModule:
+        return undisturbed(lambda: _transpose(self))
 
 
 @dataclass(eq=False)
 class Plan:
-    """A derivation with its batched graphs, and the trees behind flat argument lists."""
+    """A derivation with its batched graphs."""
 
     derivation: Derivation
-    compiled: dict[tuple[Variant, int, int, bool], Batched] = field(default_factory=dict)
+    compiled: dict[tuple[Variant, int, int], Batched] = field(default_factory=dict)
 
-    def batched(self, variant: Variant, B: int, H: int, backward: bool) -> Batched:
-        key = (variant, B, H, backward)
+    def batched(self, variant: Variant, B: int, H: int) -> Batched:
+        key = (variant, B, H)
         if key not in self.compiled:
-            self.compiled[key] = undisturbed(lambda: _batch(self.derivation, variant, B, H, backward))
+            self.compiled[key] = undisturbed(lambda: _batch(self.derivation, variant, B, H))
         return self.compiled[key]
 
 
@@ -87,7 +98,7 @@ def _axes(like: StepInputs, buffers: frozenset[str]) -> tuple[StepInputs, StepIn
     return tree(batch), tree(heads)
 
 
-def _batch(derivation: Derivation, variant: Variant, B: int, H: int, backward: bool) -> Batched:
+def _batch(derivation: Derivation, variant: Variant, B: int, H: int) -> Batched:
     step = derivation.step(variant)
     like = step.inputs
     buffers = frozenset({*derivation.parts.buffers, *derivation.constants})
@@ -103,25 +114,24 @@ def _batch(derivation: Derivation, variant: Variant, B: int, H: int, backward: b
         x.new_empty((*((B,) if i == 0 else ()), *((H,) if j == 0 else ()), *x.shape))
         for x, i, j in zip(flatten(like), b, h, strict=True)
     ]
-    f = torch.vmap(torch.vmap(step.graph, in_dims=h), in_dims=b)
-    forward = tidy(trace_fake(f, shapes))
+    forward = tidy(trace_fake(torch.vmap(torch.vmap(step.graph, in_dims=h), in_dims=b), shapes))
     wants = [x.is_floating_point() and not _is_mark(n, like) for n, x in enumerate(shapes)]
-    vjp: Callable[..., Any] = forward
-    if backward:
-        with torch.no_grad():
-            outputs = [torch.empty(o.meta["val"].shape, dtype=derivation.dtype, device=derivation.device) for o in _outputs(forward)]
+    return Batched(forward, shapes, wants)
 
-        def reverse(*tensors: Tensor) -> list[Tensor]:
-            inputs = [x.detach().requires_grad_(w) for x, w in zip(tensors[: len(shapes)], wants, strict=True)]
-            leaves = [x for x, w in zip(inputs, wants, strict=True) if w]
-            return list(
-                torch.autograd.grad(
-                    forward(*inputs), leaves, list(tensors[len(shapes) :]), allow_unused=True, materialize_grads=True
-                )
-            )
 
-        vjp = tidy(trace_fake(reverse, shapes + outputs))
-    return Batched(forward, only_outputs(forward, slice(1, None)), vjp, wants)
+def _transpose(step: Batched) -> fx.GraphModule:
+    """Trace the vjp of a batched step: (inputs, cotangents) -> gradients of the inputs that have one."""
+    n = len(step.shapes)
+    like = step.shapes[0]
+    cotangents = [like.new_empty(o.meta["val"].shape) for o in _outputs(step.forward)]
+
+    def reverse(*tensors: Tensor) -> list[Tensor]:
+        inputs = [x.detach().requires_grad_(w) for x, w in zip(tensors[:n], step.wants, strict=True)]
+        leaves = [x for x, w in zip(inputs, step.wants, strict=True) if w]
+        outputs = step.forward(*inputs)
+        return list(torch.autograd.grad(outputs, leaves, list(tensors[n:]), allow_unused=True, materialize_grads=True))
+
+    return tidy(trace_fake(reverse, step.shapes + cotangents))
 
 
 def _is_mark(n: int, like: StepInputs) -> bool:
@@ -141,7 +151,6 @@ class _Run:
 
     plan: Plan
     call: Call
-    backward: bool
 
     def __post_init__(self) -> None:
         c = self.call
@@ -193,7 +202,7 @@ class _Run:
         return {name: torch.stack([s * w for s in self.rule.start], 2) for name, w in th.items()}
 
     def batched(self, n: int) -> Batched:
-        return self.plan.batched(self.grid.variants[n], self.B, self.H, self.backward)
+        return self.plan.batched(self.grid.variants[n], self.B, self.H)
 
     def state(self, out: Sequence[Tensor]) -> tuple[Leaves, Leaves | None]:
         """Split a step's state outputs into (th, R)."""
@@ -212,7 +221,7 @@ def packed(inputs: StepInputs) -> list[Tensor]:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _Run(plan, call, backward=False)
+    run = _Run(plan, call)
     d, th, R = plan.derivation, dict(call.anchor), dict(call.registers)
     saved = [x.new_empty(checkpoints, *x.shape) for x in (*th.values(), *R.values())]
     G, laid = run.group(checkpoints), None
@@ -235,7 +244,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
 
 def run_backward(plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    run = _Run(plan, call, backward=True)
+    run = _Run(plan, call)
     L, G = len(run.leaves), run.group(checkpoints)
     do = run.grid.lay(cotangents[0])
     dth: Leaves = dict(zip(run.leaves, cotangents[1 : 1 + L], strict=True))
@@ -313,12 +322,13 @@ class Source(Protocol):
     def plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> Plan: ...
 
 
-_sources: dict[str, Source] = {}
+_sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
+_count = itertools.count()
 
 
 def register(source: Source) -> str:
     """Name a program, for keys."""
-    name = f"program{len(_sources)}"
+    name = f"program{next(_count)}"
     _sources[name] = source
     return name
 
