@@ -127,6 +127,22 @@ def chain() -> list[Derivative]:
     return found
 
 
+def test_long_sums_of_unlike_radices_collapse() -> None:
+    """(3, 4) and (4, 3) have no common atoms on an axis of 12: the sum is exact all the same."""
+
+    def f(x: Tensor) -> Tensor:
+        parts = [x * x, x.flip(0) * x, x.roll(2), x.view(2, 6).T.reshape(12), x.view(6, 2).T.reshape(12), x.cumsum(0)]
+        parts += [
+            x.view(3, 4).T.reshape(12) * x,
+            x.view(4, 3).T.reshape(12).sin(),
+            torch.cat([x[4:], x[:4]]),
+            x.sum() * x,
+        ]
+        return torch.stack(parts).sum(0)
+
+    assert len(check(f, (rand(12),)).terms) == 1
+
+
 def test_composition_is_the_chain_rule_and_associates() -> None:
     a, b, c, d = chain()
     left = ((d @ c) @ b) @ a

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualform.calculus.contract import contract
-from dualform.calculus.place import scatter
+from dualform.calculus.place import spread
 from dualform.calculus.terms import Factor, Label, Select, Term, atoms, one_hot, substitute, volume
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
@@ -147,10 +147,11 @@ class _Meet:
 
     def sum(self, like: Tensor) -> Term:
         """Add the terms into one factor over the pattern."""
-        dense = torch.zeros([x.size for x in self.stored], dtype=like.dtype, device=like.device)
+        parts = []
         for term, column in zip(self.terms, self.columns, strict=True):
             first = {self.label_at[k]: column[k] for k in reversed(range(self.count))}
-            scatter(term, [(first[label],) for label in self.stored], dense)
+            parts.append(spread(term, [(first[label],) for label in self.stored], (), like))
+        dense = sum(parts[1:], parts[0])
         labels = iter(self.label_at[k] for k in range(self.count))
         out = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].out)
         inn = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].inn)

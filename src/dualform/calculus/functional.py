@@ -128,7 +128,8 @@ class _Rewriter:
     @staticmethod
     def is_view(node: fx.Node) -> bool:
         if node.target is operator.getitem:
-            return node.args[0].target in _MULTI_VIEWS
+            pieces: Any = node.args[0]
+            return pieces.target in _MULTI_VIEWS
         return node.target in _SCATTER or node.target in _MULTI_VIEWS or node.target in _OPAQUE_VIEWS
 
     def read(self, node: fx.Node) -> fx.Node:
@@ -155,9 +156,11 @@ class _Rewriter:
         self.parent[node] = dst
 
     def functional(self, node: fx.Node) -> fx.Node:
-        packet, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
+        target: Any = node.target
+        first: Any = node.args[0]
+        packet, overload = target._schema.name.split("::")[1], target._overloadname
         if packet == "detach_":
-            return self.emit(aten.detach.default, (self.read(node.args[0]),), node)
+            return self.emit(aten.detach.default, (self.read(first),), node)
         base = getattr(aten, packet.removesuffix("_"), None)
         twin = getattr(base, overload, None) if base is not None else None
         if not packet.endswith("_") or packet.endswith("__") or twin is None:

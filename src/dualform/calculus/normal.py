@@ -29,7 +29,8 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op != "call_function":
             continue
         if node.target in _COPIES:
-            node.replace_all_uses_with(node.args[0])
+            original: Any = node.args[0]
+            node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
     gm.graph.eliminate_dead_code()
@@ -38,7 +39,8 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _part(graph: fx.Graph, node: fx.Node) -> None:
-    source, position = node.args
+    source: Any = node.args[0]
+    position: Any = node.args[1]
     name = getattr(getattr(source.target, "_schema", None), "name", "")
 
     def emit(target: Any, *args: Any) -> fx.Node:
@@ -54,7 +56,7 @@ def _part(graph: fx.Graph, node: fx.Node) -> None:
         node.replace_all_uses_with(_piece(emit, source, name, position))
 
 
-def _extremum(emit: Emit, source: fx.Node, position: int) -> fx.Node:
+def _extremum(emit: Emit, source: Any, position: int) -> fx.Node:
     x, dim, *rest = source.args
     keep = bool(rest and rest[0]) or bool(source.kwargs.get("keepdim"))
     if position == 1:
@@ -66,7 +68,7 @@ def _extremum(emit: Emit, source: fx.Node, position: int) -> fx.Node:
     return best if keep else emit(aten.squeeze.dim, best, dim)
 
 
-def _piece(emit: Emit, source: fx.Node, name: str, position: int) -> fx.Node:
+def _piece(emit: Emit, source: Any, name: str, position: int) -> fx.Node:
     x, value = source.args[0], source.args[0].meta["val"]
     parts: list[Tensor] = list(source.meta["val"])
     position %= len(parts)

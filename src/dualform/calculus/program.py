@@ -34,7 +34,7 @@ class Program:
         self.values: dict[fx.Node, Any] = {}
         self._run(args)
         output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-        self.output: fx.Node = output[0] if isinstance(output, (list, tuple)) else output
+        self.output: Any = output[0] if isinstance(output, (list, tuple)) else output
         self.active = self._active()
 
     def _run(self, args: Sequence[Tensor]) -> None:
@@ -71,7 +71,8 @@ class Program:
         value = self.values[node]
         if not isinstance(value, Tensor):
             return None
-        source, part = node, None
+        source: Any = node
+        part: Any = None
         if node.target is operator.getitem:
             source, part = node.args[0], node.args[1]
         args, kwargs = fx.map_arg((source.args, dict(source.kwargs)), lambda n: self.values[n])
@@ -80,7 +81,7 @@ class Program:
 
     def operand_nodes(self, node: fx.Node) -> list[fx.Node]:
         """The nodes behind `Call.operands`."""
-        source = node.args[0] if node.target is operator.getitem else node
+        source: Any = node.args[0] if node.target is operator.getitem else node
         flat: list[fx.Node] = []
         fx.map_arg((source.args, dict(source.kwargs)), lambda n: flat.append(n))
         return [n for n in flat if isinstance(self.values[n], Tensor) and self.values[n].is_floating_point()]

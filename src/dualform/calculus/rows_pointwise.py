@@ -15,8 +15,8 @@ def pointwise(call: Call, operand: int) -> list[Term]:
     """The generic entry-by-entry rule: one pass of the op's own backward over ones gives the diagonal."""
     x = call.operands[operand]
     spread = x if x.shape == call.out.shape else x.expand(call.out.shape).contiguous()
-    out, pull = torch.func.vjp(lambda t: call.run(operand, t), spread)
-    (slope,) = pull(torch.ones_like(out))
+    pulled: Any = torch.func.vjp(lambda t: call.run(operand, t), spread)
+    (slope,) = pulled[1](torch.ones_like(pulled[0]))
     return diagonal_terms(call, operand, slope, _slope_name(call, operand))
 
 

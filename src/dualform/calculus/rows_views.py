@@ -252,6 +252,7 @@ def _flip(call: Call, operand: int) -> list[Term]:
 def _roll(call: Call, operand: int) -> list[Term]:
     """A roll is two windows: what stays and what wraps around."""
     x, dims = call.operands[0], call.bound["dims"]
+    dims = [0] if x.ndim == 1 and not dims else dims
     if len(dims) != 1:
         return NotImplemented
     dim = dims[0] % x.ndim

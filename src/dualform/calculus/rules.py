@@ -9,10 +9,9 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor
 
 from dualform.calculus import rows_pointwise, rows_products, rows_reductions, rows_views
-from dualform.calculus.program import Program
+from dualform.calculus.rows_attention import attention_row
 from dualform.calculus.rows_pointwise import is_pointwise, pointwise
 from dualform.calculus.structure import Derivative, zero
 from dualform.calculus.table import (
@@ -29,7 +28,6 @@ from dualform.calculus.table import (
     row,
 )
 from dualform.calculus.terms import Term, fresh_axes, make_factor
-from dualform.calculus.trace import trace
 
 __all__ = [
     "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
@@ -105,29 +103,4 @@ def is_structured(target: Target) -> bool:
     return find_row(target) is not None or is_pointwise(target)
 
 
-@row("aten::scaled_dot_product_attention")
-def _attention(call: Call, operand: int) -> list[Term]:
-    """Differentiated through its definition softmax(q k^T scale + mask) v."""
-    b = call.bound
-    q, mask, causal = b["query"], b["attn_mask"], b["is_causal"]
-    scale = q.shape[-1] ** -0.5 if b["scale"] is None else b["scale"]
-    extra = [mask] if mask is not None else []
-
-    def definition(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
-        if b.get("enable_gqa"):
-            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-        scores = q @ k.transpose(-2, -1) * scale
-        if causal:
-            keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~keep, float("-inf"))
-        for m in masks:
-            scores = scores.masked_fill(~m, float("-inf")) if m.dtype == torch.bool else scores + m
-        return scores.softmax(-1) @ v
-
-    return _through(call, operand, definition, [q, b["key"], b["value"], *extra])
-
-
-def _through(call: Call, operand: int, definition: object, args: list[Tensor]) -> list[Term]:
-    """Differentiate an op through a definition in ops that have rows."""
-    wrt = next(k for k, a in enumerate(args) if a is call.operands[operand])
-    return list(Program(trace(definition, *args), args, wrt, derivative).terms())  # type: ignore[arg-type]
+attention_row(derivative)

@@ -55,9 +55,9 @@ class Derivative:
     Dtype:  that of the function's result; sums are in that dtype.
     Raises: ShapeError when a vector or another derivative does not fit.
     Example:
-        >>> J = jacobian(lambda x, y: x + y, torch.ones(2), torch.ones(2, 2))
-        >>> J.shape, J.nbytes, J.dense_nbytes
-        ((2, 2, 2), 0, 32)
+        >>> J = identity(torch.ones(3))
+        >>> J.shape, J.nbytes, J.dense_nbytes, J.structure
+        ((3, 3), 0, 36, 'J[i,j] = δ(i,j)')
     """
 
     def __init__(

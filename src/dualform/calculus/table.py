@@ -6,7 +6,7 @@ A row is added with the decorator:  @row("aten::mm", affine=EACH, multilinear=Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -118,7 +118,7 @@ class Row:
     def is_affine(self, operands: frozenset[int]) -> bool:
         if not operands or self.affine == "all":
             return True
-        if self.affine == "each":
+        if isinstance(self.affine, str):  # "each"
             return len(operands) == 1
         return any(operands <= group for group in self.affine)
 
@@ -196,7 +196,7 @@ def as_derivative(terms: list[Term], call: Call, operand: int) -> Derivative:
 # -- pieces that rules are made of
 
 
-def broadcast_axes(out: tuple[Axis, ...], shape: torch.Size) -> tuple[Axis, ...]:
+def broadcast_axes(out: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...]:
     """The axes of an operand that is broadcast to `out`: aligned at the right, size 1 is the empty axis."""
     shown = out[len(out) - len(shape) :] if len(shape) else ()
     return tuple(() if n == 1 else axis for n, axis in zip(shape, shown, strict=True))
@@ -259,8 +259,3 @@ def without_axis(terms: list[Term], axis: int, side: str) -> list[Term]:
 
 def volume_of(shape: torch.Size, dims: list[int]) -> int:
     return math.prod(shape[d] for d in dims)
-
-
-def each_name() -> Iterator[str]:
-    """Every op that has a row, in order."""
-    return iter(sorted(ROWS))
