@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.calculus import rules
 from dualform.calculus.rules import ROWS, Call, affine, derivative, multilinear
@@ -321,3 +322,22 @@ def test_a_user_adds_an_op_with_one_row() -> None:
         assert affine(call, frozenset({0}))
     finally:
         del ROWS["aten::frac"]
+
+
+@pytest.mark.parametrize(
+    "name", ["aten::linear", "aten::softmax", "aten::layer_norm", "aten::scaled_dot_product_attention", "aten::cat"]
+)
+def test_rows_work_inside_a_trace_and_a_vmap(name: str) -> None:
+    call = make_call(name, 0)
+    x, g = call.operands[0], torch.randn_like(call.out)
+
+    def pull(g: Tensor, x: Tensor) -> Tensor:
+        args, kwargs = call.with_operand(0, x)
+        return derivative(Call(call.target, args, kwargs, call.target(*args, **kwargs)), 0).vjp(g)
+
+    expected = derivative(call, 0).vjp(g)
+    for mode in ("real", "fake"):
+        gm = make_fx(pull, tracing_mode=mode, _allow_non_fake_inputs=True)(g, x)
+        torch.testing.assert_close(gm(g, x), expected)
+    batched = torch.vmap(pull)(torch.stack([g, 2 * g]), torch.stack([x, x]))
+    torch.testing.assert_close(batched[1], 2 * expected)
