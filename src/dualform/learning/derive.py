@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
-from torch.func import functional_call
+from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 
@@ -213,9 +213,17 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
 
 
 def trace_fake(f: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
-    """Trace on shapes alone, outside any autocast or grad mode of the caller."""
+    """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        return make_fx(f, decomposition_table=_as_arithmetic, tracing_mode="fake")(*tensors)
+        gm = make_fx(f, decomposition_table=_as_arithmetic, tracing_mode="fake")(*tensors)
+        if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
+            with torch.no_grad():
+                gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)
+    return gm
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from dualform.calculus import rules as table
 from dualform.calculus.contract import plan
@@ -107,6 +107,16 @@ class _Keys:
     par: dict[tuple[fx.Node, str], Derivative] = field(default_factory=dict)
 
 
+def called(x: Tensor, name: str) -> Tensor:
+    """While tracing, name the node of a value, for the reader of the printed program."""
+    mode = get_proxy_mode()
+    held = None if mode is None else get_proxy_slot(x, mode.tracer, None)  # type: ignore[arg-type]
+    node = getattr(getattr(held, "proxy", None), "node", None)
+    if node is not None and node.op == "call_function":
+        node._rename(name)
+    return x
+
+
 class Emitter:
     """Run one block of a learner whose trace is `many` (W tokens) and, for leaf sites, `one` (a single token)."""
 
@@ -135,6 +145,7 @@ class Emitter:
         i = torch.arange(1, W + 1, dtype=x.q.dtype, device=x.q.device) if x.i is None else x.i
         last = None if self.variant.completes(self.chunk) else (i == self.chunk).to(i.dtype)
         coef = unroll(rule, i, x.gates, x.valid, last if last is None or x.valid is None else last * x.valid)
+        called(coef.C, "C")
         self.begin("key pass: the learner at the anchor")
         keys = self._key_pass(x)
         self.begin("query pass: the learner with each token's own weights, corrected at every site")
@@ -167,15 +178,17 @@ class Emitter:
             for node in a.nodes:
                 site = self.sites.get(node)
                 if site is None or site.admissible:
-                    env[node] = a.value(node, env)
+                    env[node] = called(a.value(node, env), f"{node.name}_k" if node in a.tok else node.name)
                 else:
-                    env[node] = self._per_token(site, copies, env)
+                    env[node] = called(self._per_token(site, copies, env), f"{node.name}_k")
             target = x.v - x.k if self.inner.target == "v-k" else x.v
             loss = self.inner.objective(env[a.output], target).sum()
             proper = [site for site in a.sites if site.admissible]
             ends = [env[site.node] for site in proper] + list(copies.values())
             self.begin("gradients of the inner loss with respect to the site outputs: no gradient of a weight is formed")
             deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
+        for site, delta in zip(proper, deltas, strict=False):
+            called(delta, f"delta_{site.node.name}")
         env = {node: value.detach() if isinstance(value, Tensor) else value for node, value in env.items()}
         keys = _Keys(env, {leaf: [] for leaf in x.th})
         for site, delta in zip(proper, deltas, strict=False):
@@ -250,16 +263,16 @@ class Emitter:
                 continue
             site = self.sites.get(node)
             if site is None:
-                env[node] = a.value(node, env)
+                env[node] = called(a.value(node, env), f"{node.name}_q")
             elif site.admissible:
                 env[node] = y = a.value(node, env)
                 for leaf, (J, axis) in self._site_derivatives(site, env, keys, "q").items():
-                    y = self._corrected(node, leaf, y.reshape(J.out_shape), J, axis, x, coef, keys).reshape(
-                        y.shape
-                    )
-                env[node] = y
+                    apart = y if y.shape == J.out_shape else y.reshape(J.out_shape)
+                    corrected = self._corrected(node, leaf, apart, J, axis, x, coef, keys)
+                    y = corrected if apart is y else corrected.reshape(y.shape)
+                env[node] = called(y, f"{node.name}_q")
             else:
-                env[node] = self._per_token(site, copies, env)
+                env[node] = called(self._per_token(site, copies, env), f"{node.name}_q")
         return env[a.output]
 
     def _corrected(

@@ -58,15 +58,19 @@ _methods = {
 }  # fmt: skip
 _functions = {
     "tanh", "exp", "sigmoid", "relu", "rsqrt", "sqrt", "log", "abs", "sin", "cos", "reciprocal", "where", "maximum", "minimum",
-    "outer", "stack", "cat", "erf",
+    "outer", "stack", "cat", "erf", "var_mean", "addmm", "softmax", "arange",
 }  # fmt: skip
 _spelled: dict[Any, Callable[..., str]] = {
     aten.t.default: lambda a: f"{a}.T",
     aten.neg.default: lambda a: f"-{a}",
     aten.addmm.default: lambda c, a, b: f"{c} + {a} @ {b}",
     aten.square.default: lambda a: f"{a} ** 2",
+    aten.sum.default: lambda a: f"{a}.sum()",
     aten._unsafe_view.default: lambda a, shape: f"{a}.view({shape})",
 }
+
+
+_defaults = {("pin_memory", False), ("device", torch.device("cpu"))}
 
 
 def _text(value: Any) -> str:
@@ -75,26 +79,27 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         inner = ", ".join(_text(x) for x in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
-    return repr(value)
+    return f"torch.{value!r}" if isinstance(value, torch.device) else repr(value)
 
 
 def statement(node: fx.Node) -> str:
     """Spell one node: an operator, a method or torch function where Python has one, the op itself elsewhere."""
     target, args = node.target, [_text(x) for x in node.args]
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
-    plain = not node.kwargs
+    given = {k: v for k, v in node.kwargs.items() if v is not None and (k, v) not in _defaults}
+    plain = not given
     if target in _infix and plain and len(args) == 2:
         return f"{args[0]} {_infix[target]} {args[1]}"
     if target in _spelled and plain and (target != aten.addmm.default or len(args) == 3):
         return _spelled[target](*args)
-    kwargs = [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    kwargs = [f"{k}={_text(v)}" for k, v in given.items()]
     if name in _methods and str(target).startswith("aten."):
         return f"{args[0]}.{name}({', '.join([*args[1:], *kwargs])})"
     if name == "sum" and len(args) > 1:
         keep = ", keepdim=True" if len(args) > 2 and args[2] == "True" else ""
         return f"{args[0]}.sum({args[1]}{keep})"
-    if name in _functions and plain:
-        return f"torch.{name}({', '.join(args)})"
+    if name in _functions:
+        return f"torch.{name}({', '.join([*args, *kwargs])})"
     if callable(target) and getattr(target, "__module__", "") == "_operator" and target.__name__ == "getitem":
         return f"{args[0]}[{args[1]}]"
     return f"torch.ops.{target}({', '.join([*args, *kwargs])})"
@@ -115,6 +120,9 @@ def print_step(step: Step, derivation: Derivation) -> str:
     (output,) = [n for n in step.graph.graph.nodes if n.op == "output"]
     returned = ["o", *(f"{name}_next" for name in leaves)]
     returned += [f"R_{name}_next" for name in leaves][: len(output.args[0]) - len(returned)]
+    for node, name in zip(output.args[0], returned, strict=True):  # type: ignore[arg-type]
+        if isinstance(node, fx.Node) and node.op != "placeholder" and not any(n.name == name for n in step.graph.graph.nodes):
+            node.name = name
     lines = ["import torch", "", "", f"def mini_batch({', '.join(n.name for n in inputs)}):"]
     lines.append(f'    """{derivation.chunk} tokens, one head: {", ".join(f"{n.name} {_shape(n)}" for n in inputs)}."""')
     section = None
@@ -126,5 +134,5 @@ def print_step(step: Step, derivation: Derivation) -> str:
             lines.append(f"    # {section}")
         text = f"    {node.name} = {statement(node)}"
         lines.append(f"{text:<64}  # {_shape(node)}")
-    lines.append(f"    return {', '.join(_text(x) for x in output.args[0])}  # {', '.join(returned)}")
+    lines.append(f"    return {', '.join(_text(x) for x in output.args[0])}")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 aten = torch.ops.aten
 _same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
 _same_if_shape = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
+_products = {aten.mul.Tensor, aten.mul.Scalar}
 _filled = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 _reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.squeeze.dim, aten.reshape.default}
 
@@ -52,17 +53,22 @@ class _Folder:
             self.constant[node] = _filled[target]
         elif first in self.constant and target in _reshaping:
             self.constant[node] = self.constant[first]
-        elif target == aten.mul.Tensor and not node.kwargs:
+        elif target in _products and not node.kwargs:
             self.product(node, first, args[1])
         elif target == aten.pow.Tensor_Scalar and args[1] == 1.0 and unchanged:
             self.replace(node, first)
         elif target == aten.add.Tensor and not node.kwargs and isinstance(args[1], fx.Node):
             self.sum(node, first, args[1])
+        elif target == aten.neg.default and first.target == aten.neg.default:
+            self.replace(node, first.args[0])  # type: ignore[arg-type]
 
     def product(self, node: fx.Node, x: fx.Node, y: Any) -> None:
         """x * number: fold into a product with another number, drop a factor of 1; a filled tensor is a number."""
-        if x in self.constant and isinstance(y, fx.Node):
+        if isinstance(y, fx.Node) and (x in self.constant or y.target == aten.neg.default):
             x, y = y, x
+        if isinstance(y, fx.Node) and x.target == aten.neg.default and y not in self.constant:
+            self.negate(node, x.args[0], y)  # type: ignore[arg-type]
+            return
         scale = self.constant.get(y) if isinstance(y, fx.Node) else y
         if scale is None or isinstance(scale, complex):
             return
@@ -71,14 +77,21 @@ class _Folder:
             return
         if x.meta["val"].shape != node.meta["val"].shape or x.meta["val"].dtype != node.meta["val"].dtype:
             return
-        if x.target == aten.mul.Tensor and isinstance(x.args[1], int | float) and not x.kwargs:
+        if x.target in _products and isinstance(x.args[1], int | float) and not x.kwargs:
             scale, x = scale * x.args[1], x.args[0]  # type: ignore[assignment]
             if not isinstance(x, fx.Node) or x.meta["val"].shape != node.meta["val"].shape:
                 return
         if scale == 1.0:
             self.replace(node, x)
         elif math.isfinite(scale):
-            node.args = (x, scale)
+            node.target, node.args = aten.mul.Tensor, (x, scale)
+
+    def negate(self, node: fx.Node, x: fx.Node, y: fx.Node) -> None:
+        """(-x) * y = -(x * y): the sign moves on, until a sum takes it up."""
+        with self.graph.inserting_before(node):
+            product = self.graph.call_function(aten.mul.Tensor, (x, y))
+        product.meta = dict(node.meta)
+        node.target, node.args = aten.neg.default, (product,)
 
     def sum(self, node: fx.Node, x: fx.Node, y: fx.Node) -> None:
         """x + (-y) = x - y."""
