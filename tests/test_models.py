@@ -16,14 +16,19 @@ kinds = {
     "mlp": {"preset": "tiny-ttt-mlp"},
     "mamba": {"preset": "tiny-ttt-linear", "use_gate": True, "share_qk": True, "pre_conv": True},
     "attention": {"preset": "tiny-attention"},
-    "hybrid": {"preset": "tiny-ttt-mlp", "layer_types": ["test_time", "sliding_attention"], "sliding_window": 5},
+    "hybrid": {
+        "preset": "tiny-ttt-mlp",
+        "pre_conv": True,
+        "layer_types": ["test_time", "sliding_attention"],
+        "sliding_window": 5,
+    },
 }
 
 
 def build(kind, **fields):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "chunk": 4}
     torch.manual_seed(0)
-    return DualformForCausalLM(DualformConfig(**{**sizes, **kinds[kind], **fields}))
+    return DualformForCausalLM(DualformConfig(**{**sizes, "pre_conv": False, **kinds[kind], **fields}))
 
 
 @pytest.fixture(scope="module", params=kinds)

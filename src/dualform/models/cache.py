@@ -97,6 +97,7 @@ class DocumentCache(DynamicLayer):
         self.window = window
         self.is_sliding = window is not None  # pyright: ignore[reportIncompatibleVariableOverride]: per layer here
         self.documents: Tensor | None = None
+        self.conv: Tensor | None = None  # the tail of the convolution before the layer
         self.seen = 0
 
     def extend(self, keys: Tensor, values: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,13 +126,14 @@ class DocumentCache(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.documents, self.seen = None, 0
+        self.documents, self.conv, self.seen = None, None, 0
 
     def _rows(self, rows: Tensor) -> None:
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
             self.documents = None if self.documents is None else self.documents.index_select(0, rows)
+            self.conv = None if self.conv is None else self.conv.index_select(0, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)

@@ -98,7 +98,7 @@ def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 class DualformBlock(GradientCheckpointingLayer):
-    """h + conv(norm(h)) if asked for before a test-time layer, h + mixer(norm(h)), h + ffn(norm(h))."""
+    """h + conv(norm(h)) if asked for, h + mixer(norm(h)), h + ffn(norm(h))."""
 
     def __init__(self, config: DualformConfig, index: int) -> None:
         super().__init__()
@@ -107,10 +107,10 @@ class DualformBlock(GradientCheckpointingLayer):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.seq_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         if self.kind == "test_time":
-            self.conv = ShortConv(config) if config.pre_conv else None
             self.mixer: nn.Module = learning_layer(config)
         else:
             self.mixer = Attention(dim, config.num_attention_heads, config.rope_theta)
+        self.conv = ShortConv(config) if config.pre_conv else None
         self.mlp = SwiGLU(dim, config.intermediate_size)
 
     def forward(self, h: Tensor, inputs: dict[str, Any], past_key_values: Cache | None = None) -> Tensor:
@@ -119,19 +119,25 @@ class DualformBlock(GradientCheckpointingLayer):
         return h + self.mlp(self.ffn_norm(h))
 
     def _learn(self, h: Tensor, inputs: dict[str, Any], cache: FastWeightCache | None) -> Tensor:
-        mask, reset = inputs["attention_mask"], inputs["reset"]
         past = None if cache is None else cache.state
-        conv: dict[str, Tensor] = {}
-        if self.conv is not None:
-            mixed, conv["pre"] = self.conv(h, past and past.conv["pre"], mask, reset)
-            h = h + mixed
+        h, tail = self._convolve(h, inputs, past and past.conv.get("pre"))
+        mask, reset = inputs["attention_mask"], inputs["reset"]
         y, state = self.mixer(self.seq_norm(h), past and past.layer, attention_mask=mask, reset=reset)
         if cache is not None:
-            cache.advance(BlockState(state, conv), h.shape[1])
+            cache.advance(BlockState(state, {} if tail is None else {"pre": tail}), h.shape[1])
         return h + y
 
     def _attend(self, h: Tensor, inputs: dict[str, Any], cache: DocumentCache | None) -> Tensor:
+        h, tail = self._convolve(h, inputs, cache and cache.conv)
+        if cache is not None:
+            cache.conv = tail
         return h + self.mixer(self.seq_norm(h), inputs["positions"], inputs[self.kind], inputs["documents"], cache)
+
+    def _convolve(self, h: Tensor, inputs: dict[str, Any], tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.conv is None:
+            return h, None
+        y, tail = self.conv(h, tail, inputs["attention_mask"], inputs["reset"])
+        return h + y, tail
 
 
 class DualformPreTrainedModel(PreTrainedModel):

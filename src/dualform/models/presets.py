@@ -39,7 +39,7 @@ backbones: dict[str, Fields] = {
 }
 # Bytes: three special tokens (pad, begin, end), then the 256 values.
 byte_vocabulary: Fields = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-tiny = (128, 344, 4, 4)
+tiny = (128, 344, 2, 4)
 
 
 def _sizes(sizes: tuple[int, int, int, int]) -> Fields:
@@ -64,7 +64,7 @@ for _kind, _fields in inner.items():
     _preset(
         f"tiny-{'ttt-' if _kind != 'attention' else ''}{_kind}",
         f"{_kind}, bytes",
-        _sizes(tiny) | byte_vocabulary | _fields,
+        _sizes(tiny) | byte_vocabulary | _fields | {"pre_conv": True},
     )
 for _size, _shape in published.items():
     for _kind, _fields in inner.items():

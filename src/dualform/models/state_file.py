@@ -43,7 +43,8 @@ def save_state(path: Path, config: DualformConfig, cache: Cache, ids: Tensor) ->
             assert layer.keys is not None
             assert layer.values is not None
             tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
-            tensors |= {} if layer.documents is None else {f"{i}.documents": layer.documents}
+            rest = {f"{i}.documents": layer.documents, f"{i}.conv": layer.conv}
+            tensors |= {name: x for name, x in rest.items() if x is not None}
     about = {"identity": json.dumps(_identify(config)), "seen": str(cache.get_seq_length())}
     save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=about)
 
@@ -81,7 +82,7 @@ def load_state(path: Path, config: DualformConfig, device: torch.device | str = 
             layer.advance(_block_state(own), seen)
         elif isinstance(layer, DocumentCache):
             layer.extend(own["keys"], own["values"], own.get("documents"))
-            layer.seen = seen
+            layer.seen, layer.conv = seen, own.get("conv")
     return cache, tensors["ids"]
 
 
