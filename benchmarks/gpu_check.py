@@ -1,0 +1,119 @@
+"""The same programs on a GPU: equal to the CPU's in float64, and how long a layer's step takes.
+
+    python benchmarks/gpu_check.py [--output FILE]      writes benchmarks/results/gpu_check.json; needs CUDA
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import dualform as df
+
+RESULT = Path(__file__).parent / "results" / "gpu_check.json"
+LEARNERS = {
+    "TTT-Linear": df.learners.residual_norm(df.learners.Linear()),
+    "TTT-MLP": df.learners.residual_norm(df.learners.MLP(depth=2, expand=4)),
+    "SwiGLU": df.learners.SwiGLU(expand=2),
+    "low rank": df.learners.LowRank(rank=4),
+}
+RULES = {
+    "averaged": df.rules.SGD(lr=0.1, averaged=True),
+    "Titans": df.rules.SGD(lr=0.1, momentum=0.8, decay=0.05),
+}
+
+
+def agreement(spec, rule, dtype):
+    """Compare outputs, state and gradients on CUDA with the CPU's, padding, resets and a carried state included."""
+    torch.manual_seed(0)
+    learner = spec(16).to(dtype)
+    program = df.derive(learner, df.objectives.Squared(), rule, chunk=8)
+    B, T, H = 2, 37, 3
+    x = {name: torch.randn(B, T, H, 16, dtype=dtype) for name in "qkv"}
+    mask, reset = torch.rand(B, T) > 0.2, torch.rand(B, T) > 0.9
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = {n: t.to(device).requires_grad_() for n, t in x.items()}
+        o, state = program(**inputs, mask=mask.to(device), reset=reset.to(device))
+        o2, state = program(**inputs, state=state)
+        scalar = (o.sin().sum() + o2.sin().sum() + sum(w.square().sum() for w in state.anchor.values())).sum()
+        grads = torch.autograd.grad(scalar, [*inputs.values(), *learner.parameters()])
+        results.append([t.detach().cpu() for t in (o, o2, *state.anchor.values(), *grads)])
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(*results, strict=True))
+
+
+def timings(spec, T, dtype):
+    """Milliseconds of a layer's inner program, forward and forward + backward, B 8, H 12, d 64, mini-batch 16."""
+    learner = spec(64).cuda()
+    program = df.derive(learner, df.objectives.Squared(), RULES["averaged"], chunk=16)
+    q, k, v = (torch.randn(8, T, 12, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def forward():
+        with torch.no_grad():
+            program(q, k, v)
+
+    def both():
+        o, _ = program(q, k, v)
+        torch.autograd.grad(o.float().square().sum(), [q, k, v, *program.parts.fast.values()])
+
+    samples = {}
+    for name, f in (("forward", forward), ("forward_backward", both)):
+        f()
+        samples[name] = []
+        for _ in range(5):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            f()
+            stop.record()
+            torch.cuda.synchronize()
+            samples[name].append(round(start.elapsed_time(stop), 3))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    samples["peak_bytes_forward_backward"] = torch.cuda.max_memory_allocated() - before
+    return samples
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, default=RESULT)
+    output = parser.parse_args().output
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check: no CUDA device; expected one. Run this where there is a GPU.")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    errors = {}
+    for name, spec in LEARNERS.items():
+        for rule_name, rule in RULES.items():
+            for dtype in (torch.float64, torch.float32):
+                errors[f"{name}, {rule_name}, {dtype}"] = agreement(spec, rule, dtype)
+                print(name, rule_name, dtype, errors[f"{name}, {rule_name}, {dtype}"], flush=True)
+    assert all(e < (1e-10 if "float64" in n else 1e-3) for n, e in errors.items()), errors
+    times = {}
+    for name in ("TTT-Linear", "TTT-MLP"):
+        for T in (512, 2048):
+            times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"] = timings(LEARNERS[name], T, torch.bfloat16)
+            print(name, T, times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"], flush=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    output.write_text(
+        json.dumps(
+            {
+                "machine": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "commit": commit,
+                "relative_error_cuda_against_cpu": errors,
+                "milliseconds": times,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
