@@ -41,9 +41,9 @@ def sample(outcome: Outcome, prompt: str, num_bytes: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -61,6 +61,7 @@ def main() -> None:
             max_steps=options.steps,
             seq_len=options.seq_len,
             batch_size=options.batch_size,
+            learning_rate=5e-3,
             save_steps=options.steps,
         )
         print(

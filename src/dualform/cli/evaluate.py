@@ -17,7 +17,7 @@ def evaluate(
     /,
     *,
     data: str = "shakespeare",
-    seq_len: int = 256,
+    seq_len: int = 128,
     batch_size: int = 16,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:

@@ -47,11 +47,11 @@ def train(
     max_steps
         Optimiser steps. Default 400.
     seq_len
-        Tokens per row. Default 256.
+        Tokens per row. Default 128.
     batch_size
         Rows per step. Default 16.
     learning_rate
-        Peak of the cosine schedule. Default 0.003.
+        Peak of the cosine schedule. Default 0.005.
     seed
         Of weights and order. Default 0.
     resume

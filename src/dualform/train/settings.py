@@ -23,9 +23,9 @@ class Settings:
     data: str = "shakespeare"
     output: str = ""
     max_steps: int = 400
-    seq_len: int = 256
+    seq_len: int = 128
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     seed: int = 0
     warmup_steps: int = 20
     weight_decay: float = 0.1
