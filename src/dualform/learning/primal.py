@@ -6,16 +6,20 @@ Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini
 
 from __future__ import annotations
 
+from itertools import product
+from operator import mul
+
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad
+from torch.utils._pytree import tree_map
 
 from dualform.learning.state import State
 
 
 def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `call` is program.Inputs, checked and cast
     """Run the rule token by token: gradients at the mini-batch's anchor, outputs with each token's own weights."""
-    rule, chunk, leaves = call.rule, call.chunk, list(call.state.anchor)
+    rule, kinds = call.rule, list(zip(call.rule.start, call.rule.resets, strict=True))
     (B, T, H), rows = call.q.shape[:3], []
 
     def predict(theta: dict[str, Tensor], h: int, x: Tensor) -> Tensor:
@@ -25,15 +29,14 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
         return call.objective(predict(theta, h, k), v - k if call.target == "v-k" else v)
 
-    for n in range(B * H):
-        row, h = divmod(n, H)
-        th = {leaf: call.state.anchor[leaf][row, h] for leaf in leaves}
-        R = {leaf: list(call.state.registers[leaf][row, h]) for leaf in leaves}
+    for row, h in product(range(B), range(H)):
+        th = {w: x[row, h] for w, x in call.state.anchor.items()}
+        R = {w: list(x[row, h]) for w, x in call.state.registers.items()}
         i, outputs = int(call.state.position[row]), []
         for t in range(T):
             if call.reset is not None and call.reset[row, t]:
-                th, i = {leaf: call.init[leaf][h] for leaf in leaves}, 0
-                R = {leaf: [s * th[leaf] for s in rule.start] for leaf in leaves}
+                th, i = {w: x[h] for w, x in call.init.items()}, 0
+                R = {w: [s * x for s in rule.start] for w, x in th.items()}
             if call.mask is not None and not call.mask[row, t]:
                 outputs.append(torch.zeros_like(call.v[row, t, h]))
                 continue
@@ -41,23 +44,12 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
             gates = {name: x[i - 1] if name == "offset" else x[row, t, h] for name, x in call.gates.items()}
             A, b, u, a = rule.step(call.q.new_tensor(float(i)), **gates)
             g = grad(loss)(th, h, call.k[row, t, h], call.v[row, t, h])
-            R = {
-                w: [sum(A[m][l] * R[w][l] for l in range(len(b))) - b[m] * g[w] for m in range(len(b))] for w in leaves
-            }
-            theta = {w: a * th[w] + sum(u[m] * R[w][m] for m in range(len(b))) for w in leaves}
+            R = {w: [sum(map(mul, A[m], R[w])) - b[m] * g[w] for m in range(len(b))] for w in th}
+            theta = {w: a * th[w] + sum(map(mul, u, R[w])) for w in th}
             outputs.append(predict(theta, h, call.q[row, t, h]))
-            if i == chunk:
+            if i == call.chunk:
                 th, i = theta, 0
-                R = {
-                    w: [s * th[w] if new else x for s, new, x in zip(rule.start, rule.resets, R[w], strict=True)]
-                    for w in leaves
-                }
-        rows.append((torch.stack(outputs), th, {w: torch.stack(R[w]) for w in leaves}, i))
-
-    def gather(values: list[Tensor]) -> Tensor:
-        return torch.stack(values).unflatten(0, (B, H))
-
-    o = gather([x[0] for x in rows]).transpose(1, 2)
-    anchor = {w: gather([x[1][w] for x in rows]) for w in leaves}
-    registers = {w: gather([x[2][w] for x in rows]) for w in leaves}
-    return o, State(anchor, registers, torch.tensor([x[3] for x in rows[::H]], device=o.device))
+                R = {w: [s * th[w] if new else x for (s, new), x in zip(kinds, R[w], strict=True)] for w in th}
+        rows.append((torch.stack(outputs), th, {w: torch.stack(x) for w, x in R.items()}, torch.tensor(i)))
+    o, anchor, registers, i = tree_map(lambda *x: torch.stack(x).unflatten(0, (B, H)), *rows)
+    return o.transpose(1, 2), State(anchor, registers, i[:, 0].to(o.device))
