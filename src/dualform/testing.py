@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:
-    from dualform.calculus.jacobian import jacobian
-except ImportError:
-    jacobian = None
+from dualform.calculus.jacobian import jacobian
+from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.state import State
 
@@ -35,6 +33,7 @@ def agree(name: str, got: Tensor, expected: Tensor) -> None:
         if not torch.equal(got, expected):
             raise LawBroken(f"{name}: {got.tolist()}; expected {expected.tolist()}.")
         return
+    got, expected = got.detach(), expected.detach()
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     error = float((got - expected).abs().max()) / scale if got.numel() else 0.0
     if not error <= tolerances[got.dtype]:
@@ -57,7 +56,9 @@ class Problem:
     def state(self) -> State | None:
         return None if self.position is None else State(self.part("anchor."), self.part("register."), self.position)
 
-    def run(self, form: str, time: slice = slice(None), state: State | None = None, **options: Any) -> tuple[Tensor, State]:
+    def run(
+        self, form: str, time: slice = slice(None), state: State | None = None, **options: Any
+    ) -> tuple[Tensor, State]:
         """Call the program on part of the sequence."""
         gates = {name: x if name == "offset" else x[:, time] for name, x in self.part("gate.").items()}
         q, k, v = (self.tensors[name][:, time] for name in "qkv")
@@ -101,7 +102,9 @@ def draw(
     if carried:
         position = torch.randint(0, program.chunk, (batch,), generator=g)
         for name, p in parts.fast.items():
-            x[f"anchor.{name}"] = x[f"param.{name}"].expand(batch, heads, *p.shape) + 0.1 * normal(batch, heads, *p.shape)
+            x[f"anchor.{name}"] = x[f"param.{name}"].expand(batch, heads, *p.shape) + 0.1 * normal(
+                batch, heads, *p.shape
+            )
             registers = 0.1 * normal(batch, heads, rule.num_registers, *p.shape)
             start = torch.stack([s * x[f"anchor.{name}"] for s in rule.start], 2)
             fresh = (position == 0)[:, None, None] & torch.tensor(rule.resets)
@@ -114,16 +117,18 @@ def draw(
 
 def outcome(problem: Problem, run: Callable[[], tuple[Tensor, State]], seed: int = 1) -> dict[str, Tensor]:
     """Collect outputs, final state, and the gradients of a random scalar of both with respect to every input."""
-    o, state = run()
+    return _scalar_and_grads(*run(), problem.tensors, seed)
+
+
+def _scalar_and_grads(o: Tensor, state: State | LayerState, inputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     results = {"o": o, **{f"state {name}": x for name, x in state.tensors().items()}}
     g = torch.Generator().manual_seed(seed)
     scalar = torch.zeros((), dtype=torch.float64)
     for x in results.values():
         if x.is_floating_point():
             scalar = scalar + (x.double() * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum()
-    names = list(problem.tensors)
-    grads = torch.autograd.grad(scalar, [problem.tensors[n] for n in names], allow_unused=True, materialize_grads=True)
-    return {n: x.detach() for n, x in results.items()} | {f"d {n}": x for n, x in zip(names, grads, strict=True)}
+    grads = torch.autograd.grad(scalar, list(inputs.values()), allow_unused=True, materialize_grads=True)
+    return {n: x.detach() for n, x in results.items()} | {f"d {n}": x for n, x in zip(inputs, grads, strict=True)}
 
 
 def same_outcome(got: dict[str, Tensor], expected: dict[str, Tensor], where: str = "") -> None:
@@ -185,7 +190,10 @@ def check_padding(program: ChunkProgram, form: str = "auto", seed: int = 0, time
         y[torch.arange(B)[:, None], places] = x.detach()
         return y
 
-    moved = {n: spread(x) if n in "qkv" or (n.startswith("gate.") and n != "gate.offset") else x for n, x in problem.tensors.items()}
+    moved = {
+        n: spread(x) if n in "qkv" or (n.startswith("gate.") and n != "gate.offset") else x
+        for n, x in problem.tensors.items()
+    }
     got, after = replace(problem, tensors=moved, mask=mask, reset=None).run(form)
     agree("o of valid tokens", got[torch.arange(B)[:, None], places], o)
     agree("o of padding", got[~mask], torch.zeros_like(got[~mask]))
@@ -208,7 +216,11 @@ def check_reset(program: ChunkProgram, at: int, form: str = "auto", **drawn: Any
 def check_static(program: ChunkProgram, learner: nn.Module, form: str = "auto", **drawn: Any) -> None:
     """Law: with a rate of zero (and no decay) the layer is the learner itself."""
     problem = draw(program, **drawn)
-    tensors = {n: torch.zeros_like(x) if n == "gate.lr" else x for n, x in problem.tensors.items() if not n.startswith("param.")}
+    tensors = {
+        n: torch.zeros_like(x) if n == "gate.lr" else x
+        for n, x in problem.tensors.items()
+        if not n.startswith("param.")
+    }
     o, _ = replace(problem, tensors=tensors, position=None).run(form)
     agree("o", o, learner(problem.tensors["q"]))
 
@@ -226,8 +238,55 @@ def check_derivative(f: Callable[..., Tensor], *args: Tensor, wrt: int = 0) -> N
     agree("jvp", J.jvp(w), torch.tensordot(expected, w, w.ndim))
 
 
+def check_layer(
+    layer: TestTimeTraining,
+    cuts: Sequence[int],
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    time: int = 11,
+    ragged: bool = False,
+    resets: bool = False,
+) -> None:
+    """Law: a layer cut anywhere, its state carried, is the layer in one call, in y, state and gradients; y ignores the future."""
+    g = torch.Generator().manual_seed(seed)
+    dtype = layer.o_proj.weight.dtype
+    x = torch.randn(batch, time, layer.dim, generator=g, dtype=dtype).requires_grad_()
+    mask = torch.rand(batch, time, generator=g) > 0.3 if ragged else None
+    reset = torch.rand(batch, time, generator=g) > 0.8 if resets else None
+    tensors = {"x": x, **dict(layer.named_parameters())}
+    edges = sorted({0, time, *(c for c in cuts if 0 < c < time)})
+
+    def run(edges: Sequence[int]) -> tuple[Tensor, LayerState]:
+        outputs: list[Tensor] = []
+        state: LayerState | None = None
+        for start, stop in zip(edges, edges[1:], strict=False):
+            marks = {
+                name: None if m is None else m[:, start:stop]
+                for name, m in (("attention_mask", mask), ("reset", reset))
+            }
+            y, state = layer(x[:, start:stop], state, **marks)
+            outputs.append(y)
+        assert state is not None
+        return torch.cat(outputs, 1), state
+
+    whole = run([0, time])
+    found = [_scalar_and_grads(*out, tensors, seed) for out in (whole, run(edges))]
+    same_outcome(found[1], found[0], f"cut at {edges[1:-1]}")
+    later = x.detach().clone()
+    later[:, time // 2 :] = torch.randn(later[:, time // 2 :].shape, generator=g, dtype=dtype)
+    y, _ = layer(later, attention_mask=mask, reset=reset)
+    agree(f"y before {time // 2}", y[:, : time // 2], whole[0][:, : time // 2])
+
+
 def check_learner(
-    learner: nn.Module, objective: Any = "squared", rule: Any = "sgd", *, chunk: int = 4, forms: Sequence[str] = ("auto",), seed: int = 0
+    learner: nn.Module,
+    objective: Any = "squared",
+    rule: Any = "sgd",
+    *,
+    chunk: int = 4,
+    forms: Sequence[str] = ("auto",),
+    seed: int = 0,
 ) -> None:
     """Every law of sequence layers for one learner: forms, splits, causality, padding, resets."""
     program = derive(learner, objective, rule, chunk=chunk)
