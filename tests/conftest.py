@@ -16,3 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_terminal_summary(terminalreporter):
     """Say how many tests were skipped, also when none was; `-ra` lists their reasons."""
     terminalreporter.write_line(f"skipped: {len(terminalreporter.stats.get('skipped', []))}")
+    found = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, count in getattr(report, "user_properties", []):
+                if getattr(report, "when", "") == "call" and name.startswith("learners drawn: "):
+                    found[name.removeprefix("learners drawn: ")] = count
+    if found:
+        rate = found["refused"] / max(1, found["examples"])
+        terminalreporter.write_line(
+            f"learners drawn: {found['examples']} ({found['dual']} in dual form too); refused: {found['refused']} ({rate:.0%})"
+        )
