@@ -90,7 +90,10 @@ class Drawn(nn.Module):
                 h = x.unflatten(-1, (op.detail, n // op.detail))
                 return ((h @ p[0]) @ h.transpose(-1, -2)).softmax(-1).matmul(h).flatten(-2)
             case "gain":
-                return x * {"plain": p[0], "one": 1 + p[0], "exp": (0.5 * p[0]).exp(), "sigmoid": p[0].sigmoid()}[op.detail]
+                return (
+                    x
+                    * {"plain": p[0], "one": 1 + p[0], "exp": (0.5 * p[0]).exp(), "sigmoid": p[0].sigmoid()}[op.detail]
+                )
             case "bias":
                 return x + p[0]
             case "scalar":
@@ -100,7 +103,13 @@ class Drawn(nn.Module):
             case "norm":
                 return F.layer_norm(x, (n,), *p) if op.detail == "layer" else F.rms_norm(x, (n,), *p[:1])
             case "residual":
-                return {"add": x + y, "sub": y - x, "mul": x * y.tanh(), "max": torch.maximum(x, y), "gate": x * F.silu(y)}[op.detail]
+                return {
+                    "add": x + y,
+                    "sub": y - x,
+                    "mul": x * y.tanh(),
+                    "max": torch.maximum(x, y),
+                    "gate": x * F.silu(y),
+                }[op.detail]
             case "cat":
                 return torch.cat([x, y], -1)
             case "slice":
@@ -177,7 +186,10 @@ def learners(draw):
             case "norm":
                 add(Op(kind, draw(st.sampled_from(["layer", "rms"])), 0, (new(n), new(n))), n)
             case "residual":
-                add(Op(kind, draw(st.sampled_from(["add", "sub", "mul", "max", "gate"])), draw(st.sampled_from(same))), n)
+                add(
+                    Op(kind, draw(st.sampled_from(["add", "sub", "mul", "max", "gate"])), draw(st.sampled_from(same))),
+                    n,
+                )
             case "cat":
                 add(Op(kind, None, j), n + widths[j])
             case "slice":
