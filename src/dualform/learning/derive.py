@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Derivation:
-    """A learner with its objective and rule, at one width, dtype and device; steps are traced as they are asked for."""
+    """A learner with its objective and rule, at one width and dtype; steps are traced as they are asked for."""
 
     learner: nn.Module
     inner: Inner
@@ -80,7 +80,6 @@ class Derivation:
     parts: Parts
     K: int
     dtype: torch.dtype
-    device: torch.device
     V: int = 0
     constants: dict[str, Tensor] = field(default_factory=dict)
     analyses: dict[int, Analysis] = field(default_factory=dict)
@@ -107,7 +106,7 @@ class Derivation:
         proof = self.analyses[max(2, self.chunk)]
         named = [(n, tuple(x.shape), x.dtype) for n, x in (*self.parts.fast.items(), *self.slow_values().items())]
         return (
-            proof.graph.code, tuple(named), len(self.parts.fast), self.inner, self.chunk, self.K, self.dtype, self.device,
+            proof.graph.code, tuple(named), len(self.parts.fast), self.inner, self.chunk, self.K, self.dtype,
         )  # fmt: skip
 
     def analysis(self, W: int) -> Analysis:
@@ -120,7 +119,7 @@ class Derivation:
         """Trace and mark the learner at W tokens."""
         fast = {n: self._example(p) for n, p in self.parts.fast.items()}
         rest = {n: self._example(p) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
-        x = torch.randn(W, self.K, dtype=self.dtype, device=self.device)
+        x = torch.empty(W, self.K, dtype=self.dtype, device="cpu")
         names = [*fast, *rest]
 
         def run(*tensors: Tensor) -> Tensor:
@@ -131,7 +130,8 @@ class Derivation:
         return a
 
     def _example(self, p: Tensor) -> Tensor:
-        return p.detach().to(self.device, self.dtype if p.is_floating_point() else p.dtype)
+        """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
+        return torch.empty(p.shape, dtype=self.dtype if p.is_floating_point() else p.dtype, device="cpu")
 
     def step(self, variant: Variant) -> Step:
         """Trace one block for one head."""
@@ -152,7 +152,7 @@ class Derivation:
         rule, W = self.inner.rule, variant.width
 
         def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
+            return torch.empty(shape, dtype=self.dtype, device="cpu")
 
         th = {n: self._example(p) for n, p in self.parts.fast.items()}
         known = variant.fresh and all(rule.resets) and not variant.opens
@@ -166,8 +166,8 @@ class Derivation:
             slow={n: self._example(p) for n, p in self.slow_values().items()},
             i=None if variant.fresh else new(W),
             valid=None if variant.dense else new(W),
-            full=None if variant.completes(self.chunk) else torch.empty((), dtype=torch.bool, device=self.device),
-            opens=torch.empty((), dtype=torch.bool, device=self.device) if variant.opens else None,
+            full=None if variant.completes(self.chunk) else torch.empty((), dtype=torch.bool, device="cpu"),
+            opens=torch.empty((), dtype=torch.bool, device="cpu") if variant.opens else None,
             init={n: new(*w.shape) for n, w in th.items()} if variant.opens else None,
         )
 

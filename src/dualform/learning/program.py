@@ -99,7 +99,7 @@ class ChunkProgram:
         self.name = scan_module.register(self)
         self.width = infer_width(self.learner)
         if self.width is not None:
-            self.plan(self.width, *self._kind(), "auto")
+            self.plan(self.width, self._kind()[0], "auto")
 
     def _kind(self) -> tuple[torch.dtype, torch.device]:
         p = next(iter(self.parts.fast.values()))
@@ -109,12 +109,12 @@ class ChunkProgram:
     def target(self) -> str:
         return getattr(self.objective, "target", "v")
 
-    def plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> scan_module.Plan:
-        """Return the derivation for a width, dtype, device and form, with its batched graphs; made once."""
-        key = (K, dtype, device, form)
+    def plan(self, K: int, dtype: torch.dtype, form: str) -> scan_module.Plan:
+        """Return the derivation for a width, dtype and form, with its batched graphs; made once."""
+        key = (K, dtype, form)
         if key not in self.plans:
             inner = Inner(self.rule, self.objective, self.target, form)
-            made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, device))
+            made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype))
             twin = _structures.setdefault(made.structure, scan_module.Plan(made))
             made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
             self.plans[key] = scan_module.Plan(made, twin.compiled)
@@ -259,7 +259,7 @@ class ChunkProgram:
             reset=reset,
             slow=slow,
             init=fast,
-            buffers={n: x.to(q.device, dtype) if x.is_floating_point() else x for n, x in self.parts.buffers.items()},
+            buffers={n: x.to(q.device, dtype) if x.is_floating_point() else x.to(q.device) for n, x in self.parts.buffers.items()},
         )
 
     def _gates(self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -289,7 +289,7 @@ class ChunkProgram:
                 "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` or a call. "
                 "Set learner.dim = K, or call the program once."
             )
-        return self.plan(self.width, *self._kind(), "auto").derivation
+        return self.plan(self.width, self._kind()[0], "auto").derivation
 
     @property
     def step(self) -> Step:

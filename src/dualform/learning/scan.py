@@ -48,11 +48,20 @@ class Call(NamedTuple):
 
 @dataclass(eq=False)
 class Batched:
-    """A step for (B, H) at once: forward, its state outputs alone, and, when first asked for, its vjp."""
+    """A step for (B, H) at once: forward, its state outputs alone, and, when first asked for, its vjp.
 
-    forward: fx.GraphModule
+    Traced on the CPU whatever the device: in a CUDA backward, autograd's own thread is taken, and a trace that needs it
+    would wait for ever.
+    """
+
+    traced: fx.GraphModule
     shapes: list[Tensor]  # examples of the inputs
     wants: list[bool]  # which inputs have gradients
+    device: torch.device
+
+    @cached_property
+    def forward(self) -> fx.GraphModule:
+        return placed(self.traced, self.device)
 
     @cached_property
     def advance(self) -> fx.GraphModule:
@@ -60,7 +69,7 @@ class Batched:
 
     @cached_property
     def vjp(self) -> fx.GraphModule:
-        return undisturbed(lambda: _transpose(self))
+        return placed(undisturbed(lambda: _transpose(self)), self.device)
 
 
 @dataclass(eq=False)
@@ -68,13 +77,25 @@ class Plan:
     """A derivation with its batched graphs."""
 
     derivation: Derivation
-    compiled: dict[tuple[Variant, int, int], Batched] = field(default_factory=dict)
+    compiled: dict[tuple[Variant, int, int, torch.device], Batched] = field(default_factory=dict)
 
-    def batched(self, variant: Variant, B: int, H: int) -> Batched:
-        key = (variant, B, H)
+    def batched(self, variant: Variant, B: int, H: int, device: torch.device) -> Batched:
+        key = (variant, B, H, device)
         if key not in self.compiled:
-            self.compiled[key] = undisturbed(lambda: _batch(self.derivation, variant, B, H))
+            self.compiled[key] = undisturbed(lambda: _batch(self.derivation, variant, B, H, device))
         return self.compiled[key]
+
+
+def placed(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Copy a graph so that what it creates is created on a device."""
+    if device.type == "cpu":
+        return gm
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+    return fx.GraphModule(gm, graph)
 
 
 def _axes(like: StepInputs, buffers: frozenset[str]) -> tuple[StepInputs, StepInputs]:
@@ -98,7 +119,7 @@ def _axes(like: StepInputs, buffers: frozenset[str]) -> tuple[StepInputs, StepIn
     return tree(batch), tree(heads)
 
 
-def _batch(derivation: Derivation, variant: Variant, B: int, H: int) -> Batched:
+def _batch(derivation: Derivation, variant: Variant, B: int, H: int, device: torch.device) -> Batched:
     step = derivation.step(variant)
     like = step.inputs
     buffers = frozenset({*derivation.parts.buffers, *derivation.constants})
@@ -116,19 +137,19 @@ def _batch(derivation: Derivation, variant: Variant, B: int, H: int) -> Batched:
     ]
     forward = tidy(trace_fake(torch.vmap(torch.vmap(step.graph, in_dims=h), in_dims=b), shapes))
     wants = [x.is_floating_point() and not _is_mark(n, like) for n, x in enumerate(shapes)]
-    return Batched(forward, shapes, wants)
+    return Batched(forward, shapes, wants, device)
 
 
 def _transpose(step: Batched) -> fx.GraphModule:
     """Trace the vjp of a batched step: (inputs, cotangents) -> gradients of the inputs that have one."""
     n = len(step.shapes)
     like = step.shapes[0]
-    cotangents = [like.new_empty(o.meta["val"].shape) for o in _outputs(step.forward)]
+    cotangents = [like.new_empty(o.meta["val"].shape) for o in _outputs(step.traced)]
 
     def reverse(*tensors: Tensor) -> list[Tensor]:
         inputs = [x.detach().requires_grad_(w) for x, w in zip(tensors[:n], step.wants, strict=True)]
         leaves = [x for x, w in zip(inputs, step.wants, strict=True) if w]
-        outputs = step.forward(*inputs)
+        outputs = step.traced(*inputs)
         return list(torch.autograd.grad(outputs, leaves, list(tensors[n:]), allow_unused=True, materialize_grads=True))
 
     return tidy(trace_fake(reverse, step.shapes + cotangents))
@@ -202,7 +223,7 @@ class _Run:
         return {name: torch.stack([s * w for s in self.rule.start], 2) for name, w in th.items()}
 
     def batched(self, n: int) -> Batched:
-        return self.plan.batched(self.grid.variants[n], self.B, self.H)
+        return self.plan.batched(self.grid.variants[n], self.B, self.H, self.call.q.device)
 
     def state(self, out: Sequence[Tensor]) -> tuple[Leaves, Leaves | None]:
         """Split a step's state outputs into (th, R)."""
@@ -319,7 +340,7 @@ class Source(Protocol):
 
     @property
     def tensor_names(self) -> tuple[list[str], list[str], list[str]]: ...  # gates of (B, T, H), leaves, slow
-    def plan(self, K: int, dtype: torch.dtype, device: torch.device, form: str) -> Plan: ...
+    def plan(self, K: int, dtype: torch.dtype, form: str) -> Plan: ...
 
 
 _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
@@ -352,7 +373,7 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
     given = optional.split(",")
     extra = {n: next(rest) for n in given if n not in ("", "carried")}
     call = Call(q=q, k=k, v=v, position=position, carried="carried" in given, **named, **extra)
-    return source.plan(q.shape[-1], q.dtype, q.device, form), call
+    return source.plan(q.shape[-1], q.dtype, form), call
 
 
 @torch.library.custom_op("dualform::scan", mutates_args=())
