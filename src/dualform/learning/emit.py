@@ -25,6 +25,7 @@ from dualform.calculus.contract import plan
 from dualform.calculus.notation import Formula, formula
 from dualform.calculus.program import identity
 from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
+from dualform.calculus.terms import atoms, sizes
 from dualform.calculus.trace import source_line
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, unroll
@@ -283,13 +284,13 @@ class Emitter:
             y = y + (J.jvp(tensor) if _is(weight, 1.0) else _weighted(J, axis, weight).jvp(tensor))
         sources = keys.derivatives[leaf]
         kernels = [(_masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
-        scores = sum((_price(K, delta) for K, delta in kernels), Price(0, 0))
+        scores = sum((_kernel_first(K, delta) for K, delta in kernels), Price(0, 0))
         per_token = [(_per_source(K, other), delta) for K, other, delta in sources]
         spread = _per_target(J, axis)
         size = self.variant.width * math.prod(x.th[leaf].shape)
         state = sum((_price(K, delta) for K, delta in per_token), self._prefix_price(coef, size, y.element_size()))
         state = state + _price_shape(spread, (self.variant.width, *x.th[leaf].shape), y)
-        if size <= y.numel():
+        if _is_elementwise(J):
             form = "scan"
         else:
             form = "scores" if self.inner.form == "dual" or scores.total <= state.total else "state"
@@ -495,6 +496,24 @@ def _prefix(g: Tensor, coef: Coefficients) -> Tensor:
     if coef.row is not None and coef.col is not None:
         return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
     return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
+
+
+def _is_elementwise(J: Derivative) -> bool:
+    """Does each entry of y meet one entry of the leaf, so that a leaf per token is no larger than y?"""
+    return all(set(atoms(term.inn)) <= set(atoms(term.out)) for term in J.terms)
+
+
+def _kernel_first(K: Derivative, v: Tensor) -> Price:
+    """Price K[v] with the kernel made before it meets v: query with key first."""
+    total = Price(0, 0)
+    for term in K.terms:
+        present = {label for f in term.factors for label in getattr(f, "labels", ())}
+        kept = tuple(label for label in dict.fromkeys(atoms((*term.out, *term.inn))) if label in present)
+        p = plan(term.factors, kept)
+        made = Factor(v.new_empty(sizes(kept)), kept, "K")
+        alone = Derivative((replace(term, factors=(made,)),), K.out_shape, K.in_shape, K.dtype, K.device)
+        total = total + (p.flops, p.bytes) + _price(alone, v)
+    return total
 
 
 def _price(J: Derivative, v: Tensor) -> Price:

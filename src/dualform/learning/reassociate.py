@@ -84,6 +84,9 @@ def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
 
 
 def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
+    for node in a.graph.graph.nodes:
+        if "ordinal" not in node.meta:  # made here: it stands for the same line
+            node.meta.setdefault("stack_trace", old.meta.get("stack_trace"))
     new.meta |= {"stack_trace": old.meta.get("stack_trace"), "ordinal": old.meta.get("ordinal")}
     new.stack_trace = old.stack_trace
     old.replace_all_uses_with(new)
