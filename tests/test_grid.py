@@ -29,7 +29,7 @@ def walk(T, chunk, position, mask, reset):
 @given(st.data())
 def test_grid_is_the_walk(data):
     B, T = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
-    chunk = data.draw(st.sampled_from([1, 2, 3, 4, 7]))
+    chunk = data.draw(st.sampled_from([1, 2, 3, 4, 7, 8]))
     bits = st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=B, max_size=B)
     masked, resets = data.draw(st.booleans()), data.draw(st.booleans())
     mask = torch.tensor(data.draw(bits)) if masked else torch.ones(B, T, dtype=torch.bool)
@@ -54,6 +54,7 @@ def test_grid_is_the_walk(data):
             assert variant.opens or grid.opens is None or not grid.opens[n].any()
             if variant.fresh:
                 assert torch.equal(grid.i[n][b, :W][valid], torch.arange(1, W + 1).double()[valid])
+            assert grid.i[n].min() >= 1 and grid.i[n].max() <= chunk
             here = list(zip(tokens[valid].tolist(), grid.i[n][b, :W][valid].tolist(), strict=True))
             if here:
                 found.append(here)

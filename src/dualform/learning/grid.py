@@ -124,7 +124,7 @@ def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype
         size = stop - start
         fresh = begin == 0 and (n > 0 or not carried)
         variants.append(Variant(bucket(size, chunk), fresh, bucket(size, chunk) == size, False))
-        i.append((begin + 1 + slot).expand(B, width))
+        i.append((begin + 1 + slot).clamp(max=chunk).expand(B, width))  # empty slots stay in the mini-batch
         valid.append((slot < size).expand(B, width))
         full.append(torch.full((B,), begin + size == chunk, device=device))
     return Grid(
