@@ -25,7 +25,7 @@ LEARNERS = {
 }
 RULES = {
     "averaged": df.rules.SGD(lr=0.1, averaged=True),
-    "Titans": df.rules.SGD(lr=0.1, momentum=0.8, decay=0.05),
+    "Titans": df.rules.SGD(lr=0.01, momentum=0.5, decay=0.05),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dualform.catalogue import Bound, Catalogue
 from dualform.learning import scan as scan_module
@@ -92,6 +93,7 @@ class ChunkProgram:
     parts: Parts = field(init=False)
     name: str = field(init=False, default="")
     width: int | None = field(init=False, default=None)
+    out_width: int | None = field(init=False, default=None)
     plans: dict[Any, scan_module.Plan] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class ChunkProgram:
         self.name = scan_module.register(self)
         self.width = infer_width(self.learner)
         if self.width is not None:
-            self.plan(self.width, self._kind()[0], "auto")
+            self.out_width = self.plan(self.width, self._kind()[0], "auto").derivation.V
 
     def _kind(self) -> tuple[torch.dtype, torch.device]:
         p = next(iter(self.parts.fast.values()))
@@ -154,11 +156,16 @@ class ChunkProgram:
             raise DerivationError(
                 f"program: backend is {backend!r}; expected 'auto' or one of {backends.names()}. Choose one of these."
             )
+        if not (remat in ("auto", None) or (isinstance(remat, int) and remat > 0)):
+            raise ShapeError(
+                f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one of these."
+            )
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
         if q.shape[1] == 0:
-            return v, call.state
+            return v.to(q.dtype), call.state
         if form == "primal":
-            o, after = primal(call)
+            with torch.autocast(q.device.type, enabled=False):
+                o, after = primal(call)
             return o.to(q.dtype), after
         tensors = scan_module.Call(
             q=call.q,
@@ -233,6 +240,10 @@ class ChunkProgram:
             raise ShapeError(f"program: k has shape {tuple(k.shape)}; expected q's = {tuple(q.shape)}. Make them agree.")
         if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
             raise ShapeError(f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make them agree.")
+        if q.shape[3] == self.width and v.shape[3] != self.out_width:
+            raise ShapeError(
+                f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them agree."
+            )
         for name, x in (("mask", mask), ("reset", reset)):
             if x is not None and (x.shape != (B, T) or x.dtype != torch.bool):
                 raise ShapeError(
@@ -343,22 +354,22 @@ def check_state(state: State, like: State) -> State:
 
 def infer_width(learner: nn.Module) -> int | None:
     """Find the width of the rows that a learner takes: its own word, or the one size that runs."""
-    for attribute in ("dim", "in_features", "K"):
-        found = getattr(learner, attribute, None)
-        if isinstance(found, int):
-            return found
+    said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
     sizes = [n for p in learner.parameters() for n in p.shape]
-    for K in itertools.chain(dict.fromkeys(sizes), range(1, 513)):
+    for K in itertools.chain(dict.fromkeys(said + sizes), range(1, 513)):
         if _runs(learner, K):
             return K
-    return None
+    return said[0] if said else None
 
 
 def _runs(learner: nn.Module, K: int) -> bool:
     p = next(learner.parameters(), torch.empty(()))
     try:
+        x = torch.zeros(3, K, dtype=p.dtype, device=p.device)
+        buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return learner(torch.zeros(3, K, dtype=p.dtype, device=p.device)).shape[:1] == (3,)
+            found = functional_call(learner, buffers, (x,))
+            return not isinstance(found, Tensor) or found.shape[:1] == (3,)
     except Exception:  # noqa: BLE001  any refusal of this width is an answer
         return False
 

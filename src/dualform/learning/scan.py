@@ -415,7 +415,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
-    tensors, saved = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
+    held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
+    tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
     found = iter(scan_backward_op(tensors, saved, list(grads[: 1 + ctx.held]), ctx.key, ctx.checkpoints))
     return [next(found) if x.is_floating_point() else None for x in tensors], None, None
 

@@ -51,6 +51,9 @@ class _Folder:
             self.replace(node, first)
         elif target in _filled:
             self.constant[node] = _filled[target]
+        elif target == aten.fill.Scalar and isinstance(args[1], int | float):
+            self.constant[node] = args[1]
+            node.target = aten.full_like.default  # which vmap knows how to batch
         elif first in self.constant and target in _reshaping:
             self.constant[node] = self.constant[first]
         elif target in _products and not node.kwargs:

@@ -116,7 +116,6 @@ def analyse(
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
     result = output.args[0]
-    result = result[0] if isinstance(result, tuple | list) else result
     if not isinstance(result, fx.Node):
         raise DerivationError(
             f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
