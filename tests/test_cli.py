@@ -101,7 +101,7 @@ def test_presets(capfd):
     assert status == 0
     assert "ttt-linear-125m-mamba" in out
     assert {row["name"] for row in json.loads(run(capfd, "presets", "--json")[1])} >= {"tiny-ttt-mlp"}
-    assert json.loads(run(capfd, "presets", "tiny_ttt_mlp", "--json")[1])["rule"]["lr"] == 0.1
+    assert json.loads(run(capfd, "presets", "tiny_ttt_mlp", "--json")[1])["rule"]["lr"] == 1.0
     assert "tie_word_embeddings" not in run(capfd, "presets", "tiny-ttt-mlp")[2]
 
 

@@ -34,7 +34,7 @@ class DualformConfig(PreTrainedConfig):
     Example:
         >>> config = DualformConfig(preset="tiny-ttt-mlp", num_hidden_layers=2)
         >>> config.layer_types, config.rule["lr"]
-        (['test_time', 'test_time'], 0.1)
+        (['test_time', 'test_time'], 1.0)
     """
 
     model_type = "dualform"
