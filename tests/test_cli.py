@@ -216,8 +216,6 @@ def test_the_module_runs_as_a_program():
     ],
 )
 def test_formulas_are_functions(formula, want):
-    import torch
-
     x, y = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64) + 1
     torch.testing.assert_close(compile_expression(formula, ["x", "y"])(x, y), want(x, y))
 
