@@ -9,11 +9,11 @@ import fnmatch
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._decomp import get_decompositions
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
@@ -26,12 +26,15 @@ from dualform.learning.simplify import tidy
 from dualform.learning.sites import Analysis, DerivationError, analyse
 
 aten = torch.ops.aten
-# vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13): trace norms as arithmetic.
-_norms = [
-    aten.native_layer_norm, aten.native_layer_norm_backward, aten.native_group_norm, aten.native_group_norm_backward,
-    aten._fused_rms_norm, aten._fused_rms_norm_backward,
-]  # fmt: skip
-_as_arithmetic = get_decompositions(_norms)
+
+
+@cache
+def norms_as_arithmetic() -> dict[Any, Callable[..., Any]]:
+    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13)."""
+    from torch._decomp import get_decompositions  # slow: not at `import dualform`
+
+    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm"]
+    return get_decompositions([getattr(aten, name + part) for name in norms for part in ("", "_backward")])
 
 
 class Parts(NamedTuple):
@@ -215,7 +218,7 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
 def trace_fake(f: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
     """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        gm = make_fx(f, decomposition_table=_as_arithmetic, tracing_mode="fake")(*tensors)
+        gm = make_fx(f, decomposition_table=norms_as_arithmetic(), tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)

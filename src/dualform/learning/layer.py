@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
@@ -17,7 +19,7 @@ from torch.utils import _pytree
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
 from dualform.learning.program import derive
-from dualform.learning.state import Carried, State
+from dualform.learning.state import Carried, State, from_tensors
 from dualform.shapes import ShapeError
 
 
@@ -28,6 +30,20 @@ class LayerState(Carried):
     memory: State
     conv: dict[str, Tensor]
     position: Tensor
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerState:
+        """Read what `save` wrote."""
+        parts: dict[str, dict[str, Tensor]] = {"memory": {}, "conv": {}, "": {}}
+        for name, x in load_file(str(path)).items():
+            head, _, rest = name.partition(".")
+            parts[head if rest and head in parts else ""][rest if rest and head in parts else name] = x
+        if set(parts[""]) != {"position"}:
+            raise ValueError(
+                f"LayerState.load: {path} holds tensors named {sorted(parts[''])}; expected 'memory.*', 'conv.*' and "
+                "'position'. Pass a file that LayerState.save wrote."
+            )
+        return cls(from_tensors(State, parts["memory"], path), parts["conv"], parts[""]["position"])
 
 
 _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
@@ -113,6 +129,14 @@ class TestTimeTraining(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim.")
         B, T, _ = x.shape
+        for name, given in (("attention_mask", attention_mask), ("reset", reset)):
+            if given is not None and given.shape != (B, T):
+                raise ShapeError(f"TestTimeTraining: {name} has shape {tuple(given.shape)}; expected (batch, time) = {(B, T)}. Pass one value per token.")
+        if state is not None and (state.position.shape != (B,) or ("qk" in state.conv) != (self.conv_q is not None)):
+            raise ShapeError(
+                f"TestTimeTraining: state has {state.position.shape[0]} rows and convolutions {sorted(state.conv)}; expected batch = "
+                f"{B} rows and {['qk'] if self.conv_q is not None else []}. Pass a state of this layer (state.select, state.fork)."
+            )
         mask = None if attention_mask is None else attention_mask.bool()
         reset = None if reset is None else reset.bool()
         document = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.position
@@ -174,6 +198,8 @@ def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor |
     """
     B, T, d = x.shape
     n = tail.shape[1] + 1
+    if T == 0:
+        return x.new_zeros(B, 0, n, d), tail
     device = x.device
     valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
     joined = torch.cat([tail, x, x.new_zeros(B, 1, d)], 1)  # the last row is the zero that empty places read

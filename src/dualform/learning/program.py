@@ -206,7 +206,7 @@ class ChunkProgram:
         """Return fast and slow parameters with a head axis."""
         own = {**self.parts.fast, **self.parts.slow}
         for name in params:
-            if name not in own:
+            if name not in own and name not in self.parts.buffers:
                 raise ShapeError(f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter names.")
 
         def lift(name: str, p: Tensor) -> Tensor:
@@ -270,8 +270,17 @@ class ChunkProgram:
             reset=reset,
             slow=slow,
             init=fast,
-            buffers={n: x.to(q.device, dtype) if x.is_floating_point() else x.to(q.device) for n, x in self.parts.buffers.items()},
+            buffers={n: self._buffer(n, params.get(n, x), dtype, q.device) for n, x in self.parts.buffers.items()},
         )
+
+    def _buffer(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        wanted = self.parts.buffers[name].shape
+        if x.shape != wanted:
+            raise ShapeError(
+                f"program: params[{name!r}] has shape {tuple(x.shape)}; expected the buffer's {tuple(wanted)}, shared by heads. "
+                "Pass that."
+            )
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
     def _gates(self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         for name in gates:

@@ -78,7 +78,7 @@ def _split_bias(a: Analysis, site: Site) -> bool:
 
 def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     """Insert a call and give it a value to read shapes from."""
-    node = graph.call_function(target, args)
+    node = graph.create_node("call_function", target, args, name=target.overloadpacket.__name__)
     node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
     return node
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
 
 aten = torch.ops.aten
 _same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
@@ -22,6 +21,8 @@ _reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, at
 
 def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     """Simplify a graph; inputs, outputs and their order stay."""
+    from torch._functorch.compile_utils import fx_graph_cse  # half a second: not at `import dualform`
+
     _Folder(gm.graph).run()
     graph = fx_graph_cse(gm.graph)
     graph.eliminate_dead_code()

@@ -1,0 +1,21 @@
+"""Every code block of the README and of the docs runs, page by page, in order."""
+
+import os
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parents[1]
+matplotlib.use("Agg")
+pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", pages, ids=lambda p: p.name)
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    source = tmp_path / "page.py"
+    source.write_text(os.linesep.join(blocks))  # a file, so that messages can name lines
+    exec(compile(source.read_text(), str(source), "exec"), {"__name__": "page"})
