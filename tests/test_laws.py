@@ -183,6 +183,19 @@ class SoftmaxWeights(nn.Module):
         return x @ self.L.softmax(0) + x.exp().log1p() @ self.W.exp()
 
 
+class SharedModules(nn.Module):
+    """Two names for one parameter, and one layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.dec = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.dec.weight = self.enc.weight
+        self.double()
+
+    def forward(self, x):
+        return self.dec(self.enc(self.enc(x)).sigmoid()) - x
+
+
 class GatedRms(nn.Module):
     def __init__(self):
         super().__init__()
@@ -195,7 +208,7 @@ class GatedRms(nn.Module):
 
 
 own = [Tied, Product, Gram, ThreeOperands, OnePlusGain, Hadamard, WeightNorm, Maximum, InPlaceRelu, Buffer, Rectangular,
-       FastNorm, Stopped, Heads, Kronecker, SoftmaxWeights, GatedRms]  # fmt: skip
+       FastNorm, Stopped, Heads, Kronecker, SoftmaxWeights, GatedRms, SharedModules]  # fmt: skip
 needs_tokens = [
     WeightNorm,
     Maximum,

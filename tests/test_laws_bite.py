@@ -39,8 +39,8 @@ class Linear(nn.Module):
         return torch.tanh(x @ self.W) * self.g
 
 
-def derive(rule=df.rules.SGD(lr=0.5), chunk=2, objective="squared"):
-    return df.derive(Linear(), objective, rule, chunk=chunk)
+def derive(rule=("sgd", {"lr": 0.5}), chunk=2):
+    return df.derive(Linear(), "squared", rule, chunk=chunk)
 
 
 class Wrong:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -211,9 +211,15 @@ def learners(draw):
 
 
 rules = {
-    "sgd": df.rules.SGD(lr=0.3), "averaged": df.rules.SGD(lr=0.3, averaged=True), "momentum": df.rules.SGD(lr=0.2, momentum=0.7),
-    "decay": df.rules.SGD(lr=0.2, decay=0.2), "titans": df.rules.SGD(lr=0.2, momentum=0.6, decay=0.1),
+    "sgd": df.rules.SGD(lr=0.1), "averaged": df.rules.SGD(lr=0.1, averaged=True), "momentum": df.rules.SGD(lr=0.05, momentum=0.7),
+    "decay": df.rules.SGD(lr=0.1, decay=0.2), "titans": df.rules.SGD(lr=0.05, momentum=0.6, decay=0.1),
 }  # fmt: skip
+
+
+def is_tame(problem):
+    """Does the definition itself neither diverge nor amplify rounding beyond any tolerance?"""
+    found = laws.outcome(problem, lambda: problem.run("primal"))
+    return all(x.isfinite().all() and x.abs().max() < 1e4 for x in found.values() if x.is_floating_point())
 
 
 def test_learners_drawn(record_property):
@@ -242,7 +248,9 @@ def test_learners_drawn(record_property):
         except df.DerivationError:
             seen["refused"] += 1
             raise
-        laws.check_forms(program, time=2 * chunk + 2, carried=True, ragged=True, resets=True, seed=seed)
+        drawn = {"time": 2 * chunk + 2, "carried": True, "ragged": True, "resets": True, "seed": seed}
+        assume(is_tame(laws.draw(program, **drawn)))
+        laws.check_forms(program, **drawn)
         if seen["examples"] % 3 == 0 and all(site.why == "" for site in program.sites):
             seen["dual"] += 1
             laws.check_forms(program, ["dual"], time=2 * chunk, seed=seed)

@@ -143,7 +143,7 @@ def test_printed_formulas_are_the_derivatives():
     assert [site.leaf for site in program.sites] == list(ops)
     for site in program.sites:
         op, at_q, at_k = ops[site.leaf]
-        J, J_k = (torch.func.jacrev(lambda w, h=h: op(w, h))(th[site.leaf]) for h in (at_q, at_k))
+        J, J_k = (torch.func.jacrev(lambda w, h=h, op=op: op(w, h))(th[site.leaf]) for h in (at_q, at_k))
         laws.agree(str(site.derivative), evaluate(valued(site.derivative, seen), tuple(J.shape)), J)
         (kernel,) = site.kernels
         K = torch.einsum("tjw,skw,ts->tjsk", J.flatten(2), J_k.flatten(2), C)
@@ -396,11 +396,11 @@ def test_learners_without_weights_or_input_are_refused():
         df.derive(mlp(), chunk=2, slow=("gain",))
     with pytest.raises(df.DerivationError, match="does not depend on its input"):
         df.derive(bad(lambda m, x: m.W), chunk=4)
-    with pytest.raises(df.DerivationError, match="expected one tensor|does not depend|returns"):
+    with pytest.raises(df.DerivationError, match=r"returns tuple; expected one tensor"):
         df.derive(bad(lambda m, x: (x @ m.W, x)), chunk=4)
     with pytest.raises(df.DerivationError, match=r"chunk is 0"):
         df.derive(mlp(), chunk=0)
-    with pytest.raises(df.DerivationError, match="expected a built nn.Module"):
+    with pytest.raises(df.DerivationError, match=r"expected a built nn\.Module"):
         df.derive(df.learners.Linear(), chunk=2)
     with pytest.raises(df.DerivationError, match=r"K = 4, V = 3"):
         df.derive(nn.Linear(4, 3), Squared("v-k"), chunk=2)
