@@ -35,7 +35,8 @@ def test_grid_is_the_walk(data):
     mask = torch.tensor(data.draw(bits)) if masked else torch.ones(B, T, dtype=torch.bool)
     reset = torch.tensor(data.draw(bits)) if resets else torch.zeros(B, T, dtype=torch.bool)
     position = torch.tensor(data.draw(st.lists(st.integers(0, chunk - 1), min_size=B, max_size=B)))
-    grid = arrange(T, chunk, position, mask if masked else None, reset if resets else None, torch.float64, data.draw(st.booleans()))
+    grid = arrange(T, chunk, position, mask if masked else None, reset if resets else None, torch.float64, data.draw(st.booleans()),
+                   data.draw(st.sampled_from([None, None, 1, 2, 3])))  # fmt: skip
     rows, after = walk(T, chunk, position, mask, reset)
     assert grid.position.tolist() == after
 
@@ -61,4 +62,5 @@ def test_grid_is_the_walk(data):
                 assert bool(grid.full[n][b]) == (here[-1][1] == chunk)
             else:
                 assert not grid.full[n][b]
-        assert found == list(blocks.values())
+        assert sum(found, []) == sum(blocks.values(), [])
+        assert all(len({i for _, i in part}) == len(part) for part in found)  # no block spans two mini-batches

@@ -83,6 +83,7 @@ class Derivation:
     parts: Parts
     K: int
     dtype: torch.dtype
+    block: int | None = None
     V: int = 0
     constants: dict[str, Tensor] = field(default_factory=dict)
     analyses: dict[int, Analysis] = field(default_factory=dict)

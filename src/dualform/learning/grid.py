@@ -84,16 +84,18 @@ def bucket(width: int, chunk: int) -> int:
 
 
 def arrange(
-    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype, carried: bool = True
-) -> Grid:
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype, carried: bool = True,
+    block: int | None = None,
+) -> Grid:  # fmt: skip
     """Lay out a call: rows that stand alike are cut by slicing, others go through one gather.
 
+    `block`: at most so many tokens at once, where rows stand alike; it never changes a result.
     `carried`: the caller gave a state, whose registers count (and have gradients) even where a mini-batch begins.
     """
     first = int(position[0])
     alike = mask is None and reset is None and bool((position == first).all())
     if alike:
-        return _sliced(T, chunk, first, position, dtype, carried)
+        return _sliced(T, chunk, first, position, dtype, carried, min(chunk, block or chunk))
     return _gathered(T, chunk, position, mask, reset, dtype, carried)
 
 
@@ -112,20 +114,25 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
     return segment, rank - 1 - first + torch.where(segment == 0, position[:, None], 0)
 
 
-def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype, carried: bool) -> Grid:
+def _sliced(
+    T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype, carried: bool, block: int
+) -> Grid:
     B, device = position.shape[0], position.device
     edges = [0, *range(chunk - first, T, chunk), T]
-    spans = list(zip(edges, edges[1:], strict=False))
-    width = max(bucket(stop - start, chunk) for start, stop in spans)
-    slot = torch.arange(width, device=device)
+    spans = [
+        (cut, min(cut + block, stop))
+        for start, stop in zip(edges, edges[1:], strict=False)
+        for cut in range(start, stop, block)
+    ]
+    slot = torch.arange(max(bucket(stop - start, block) for start, stop in spans), device=device)
     variants, i, valid, full = [], [], [], []
     for n, (start, stop) in enumerate(spans):
-        begin = first if n == 0 else 0
-        size = stop - start
+        begin, size = (first + start) % chunk, stop - start
+        width = bucket(size, block)
         fresh = begin == 0 and (n > 0 or not carried)
-        variants.append(Variant(bucket(size, chunk), fresh, bucket(size, chunk) == size, False))
-        i.append((begin + 1 + slot).clamp(max=chunk).expand(B, width))  # empty slots stay in the mini-batch
-        valid.append((slot < size).expand(B, width))
+        variants.append(Variant(width, fresh, width == size, False))
+        i.append((begin + 1 + slot).clamp(max=chunk).expand(B, -1))  # empty slots stay in the mini-batch
+        valid.append((slot < size).expand(B, -1))
         full.append(torch.full((B,), begin + size == chunk, device=device))
     return Grid(
         variants, spans, None, torch.stack(i).to(dtype), torch.stack(valid).to(dtype), torch.stack(full), None,

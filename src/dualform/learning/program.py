@@ -116,7 +116,7 @@ class ChunkProgram:
         key = (K, dtype, form)
         if key not in self.plans:
             inner = Inner(self.rule, self.objective, self.target, form)
-            made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype))
+            made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, self.block))
             twin = _structures.setdefault(made.structure, scan_module.Plan(made))
             made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
             self.plans[key] = scan_module.Plan(made, twin.compiled)
@@ -401,7 +401,8 @@ def derive(
 
     th <- mini-batch of `chunk` tokens <- gradients at th; outputs with each token's own weights
     Shape:  learner maps rows (..., K) -> (..., V), K != V allowed; its parameters are fast unless `slow` (fnmatch) or the
-            module's own attribute `slow` names them.
+            module's own attribute `slow` names them. block: at most so many tokens are computed at once (any value gives
+            the same results).
     Dtype:  see ChunkProgram.
     Raises: DerivationError if tokens mix, randomness is active or buffers are written, naming the learner's line.
     Source: DESIGN section 1 of this project.
@@ -419,7 +420,7 @@ def derive(
         raise DerivationError(f"derive: chunk is {chunk}; expected the size of a mini-batch, chunk >= 1. Pass a positive number.")
     loss = _resolved(objectives, objective, Callable)
     built = _resolved(rules, rule, Rule)
-    key = _fingerprint(learner, loss, built, chunk, tuple(slow))
+    key = _fingerprint(learner, loss, built, chunk, tuple(slow), block)
     if key not in _programs:
         _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block)
     return _programs[key]

@@ -179,7 +179,7 @@ class _Run:
         d = self.plan.derivation
         self.rule, self.leaves = d.inner.rule, list(c.anchor)
         self.constants = {name: x.to(c.q.device) for name, x in d.constants.items()}
-        self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype, c.carried)
+        self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype, c.carried, d.block)
         self.laid = {name: self.grid.lay(x) for name, x in (("q", c.q), ("k", c.k), ("v", c.v))}
         self.gates = {name: self.grid.lay(x) for name, x in c.gates.items()}
 
