@@ -15,3 +15,13 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_preserve_defaults = True
 exclude_patterns = ["_build", "jupyter_execute"]
+
+
+def as_written(app, what, name, obj, options, lines):
+    """Show a docstring's equation, shapes and example as they are written, not as reStructuredText."""
+    if len(lines) > 1:
+        lines[:] = [lines[0], "", "::", "", *("   " + line for line in lines[1:]), ""]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", as_written)
