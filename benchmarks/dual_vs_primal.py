@@ -175,7 +175,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    chunks, widths = ([1, 16], [16]) if quick else ([1, 4, 16, 64, 256, 1024], [16, 64, 256])
+    chunks, widths = ([1, 16], [16]) if quick else ([1, 16, 128, 1024], [16, 64, 256])
     cases = []
     for name in LEARNERS:
         for d in widths:
