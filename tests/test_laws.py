@@ -320,6 +320,16 @@ def test_every_law_for_a_learner_of_ones_own():
     laws.check_learner(Tied(), rule=rules["momentum"], chunk=3, forms=["auto"])
 
 
+def test_weights_that_are_not_used_stay():
+    """Found by a drawn learner: nothing fast meets the tokens."""
+
+    class Idle(Product):
+        def forward(self, x):
+            return torch.tanh(x @ self.A)
+
+    laws.check_forms(df.derive(Idle(), chunk=3, slow=("A",)), time=7, carried=True, ragged=True, resets=True)
+
+
 @pytest.mark.parametrize("kind", needs_tokens, ids=lambda k: k.__name__)
 def test_dual_refuses_and_names_the_line(kind):
     program = df.derive(kind(), chunk=4)

@@ -187,7 +187,9 @@ class Emitter:
             proper = [site for site in a.sites if site.admissible]
             ends = [env[site.node] for site in proper] + list(copies.values())
             self.begin("gradients of the inner loss with respect to the site outputs: no gradient of a weight is formed")
-            deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
+            deltas: tuple[Tensor, ...] = ()  # a learner may use none of its fast weights
+            if ends:
+                deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
         for site, delta in zip(proper, deltas, strict=False):
             called(delta, f"delta_{site.node.name}")
         env = {node: value.detach() if isinstance(value, Tensor) else value for node, value in env.items()}
