@@ -25,5 +25,6 @@ def pytest_terminal_summary(terminalreporter):
     if found:
         rate = found["refused"] / max(1, found["examples"])
         terminalreporter.write_line(
-            f"learners drawn: {found['examples']} ({found['dual']} in dual form too); refused: {found['refused']} ({rate:.0%})"
+            f"learners drawn: {found['examples']} ({found['dual']} in dual form too, {found['diverged']} diverge by "
+            f"definition and are not compared); refused: {found['refused']} ({rate:.0%})"
         )

@@ -224,7 +224,7 @@ def is_tame(problem):
 
 def test_learners_drawn(record_property):
     many = int(os.environ.get("DUALFORM_EXAMPLES", "12"))
-    seen = {"examples": 0, "refused": 0, "dual": 0}
+    seen = {"examples": 0, "refused": 0, "diverged": 0, "dual": 0}
 
     @settings(
         max_examples=many,
@@ -249,7 +249,9 @@ def test_learners_drawn(record_property):
             seen["refused"] += 1
             raise
         drawn = {"time": 2 * chunk + 2, "carried": True, "ragged": True, "resets": True, "seed": seed}
-        assume(is_tame(laws.draw(program, **drawn)))
+        tame = is_tame(laws.draw(program, **drawn))
+        seen["diverged"] += not tame
+        assume(tame)
         laws.check_forms(program, **drawn)
         if seen["examples"] % 3 == 0 and all(site.why == "" for site in program.sites):
             seen["dual"] += 1
