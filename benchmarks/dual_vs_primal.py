@@ -27,7 +27,7 @@ from torch.func import functional_call, grad, vmap
 import dualform as df
 
 RESULT = Path(__file__).parent / "results" / "dual_vs_primal.json"
-LIMIT = 6e9  # bytes of per-token weights beyond which the primal side is not run
+LIMIT = 1e9  # bytes of per-token weights beyond which the primal side is not run
 
 
 class Kronecker(nn.Module):
@@ -91,7 +91,7 @@ def peak(function):
 def measure(sides, repeats):
     """Time the sides in turn; return per side all samples in ms and the peak memory."""
     times = {name: [] for name in sides}
-    for name, f in sides.items():
+    for f in sides.values():
         f()
     memory = {name: peak(f) for name, f in sides.items()}
     for _ in range(repeats):
@@ -170,20 +170,11 @@ def table(results):
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    chunks, widths = ([1, 16], [16]) if quick else ([1, 16, 128, 1024], [16, 64, 256])
-    cases = []
-    for name in LEARNERS:
-        for d in widths:
-            for chunk in chunks:
-                cases.append(case(name, d, chunk, 3 if chunk * d >= 65536 else 7))
-                last = cases[-1]["forward_backward"]
-                print(name, d, chunk, {s: round(statistics.median(x["ms"]), 2) for s, x in last.items()}, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent).stdout.strip()
+def write(cases, quick):
+    """Store what was measured so far, with the machine, versions and commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent
+    ).stdout.strip()
     results = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread used",
         "torch": torch.__version__,
@@ -194,7 +185,27 @@ def main():
     if not quick:
         RESULT.write_text(json.dumps(results, indent=1))
         RESULT.with_suffix(".md").write_text(table(results) + "\n")
-    print(table(results))
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    chunks, widths = ([1, 16], [16]) if quick else ([1, 16, 128, 1024], [16, 64, 256])
+    done = json.loads(RESULT.read_text())["cases"] if RESULT.exists() and not quick else []  # a cut run goes on
+    cases = list(done)
+    for name in LEARNERS:
+        for d in widths:
+            for chunk in chunks:
+                if any((c["learner"], c["d"], c["chunk"]) == (name, d, chunk) for c in done):
+                    continue
+                cases.append(case(name, d, chunk, 3 if chunk * d >= 65536 else 7))
+                last = cases[-1]["forward_backward"]
+                print(name, d, chunk, {s: round(statistics.median(x["ms"]), 2) for s, x in last.items()}, flush=True)
+                write(cases, quick)
+    print(table(write(cases, quick)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The same programs on a GPU: equal to the CPU's in float64, and how long a layer's step takes.
 
-    python benchmarks/gpu_check.py [--output FILE]      writes benchmarks/results/gpu_check.json; needs CUDA
+python benchmarks/gpu_check.py [--output FILE]      writes benchmarks/results/gpu_check.json; needs CUDA
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def main():
     times = {}
     for name in ("TTT-Linear", "TTT-MLP"):
         for T in (512, 2048):
-            times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"] = timings(LEARNERS[name], T, torch.bfloat16)
+            times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"] = timings(
+                LEARNERS[name], T, torch.bfloat16
+            )
             print(name, T, times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"], flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     output.write_text(

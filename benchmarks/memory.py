@@ -76,10 +76,14 @@ def main() -> None:
     cases = []
     for name in LEARNERS:
         for remat in ("auto", "4", "None"):
-            out = subprocess.run([sys.executable, __file__, name, remat], capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(
+                [sys.executable, __file__, name, remat], capture_output=True, text=True, check=True
+            ).stdout
             cases.append(json.loads(out.splitlines()[-1]))
             print(cases[-1])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent, check=False
+    )
     RESULT.write_text(
         json.dumps(
             {

@@ -15,7 +15,9 @@ pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", pages, ids=lambda p: p.name)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
     source = tmp_path / "page.py"
     source.write_text(os.linesep.join(blocks))  # a file, so that messages can name lines
     exec(compile(source.read_text(), str(source), "exec"), {"__name__": "page"})

@@ -1,5 +1,7 @@
 """The grid puts every valid token into its mini-batch, in order, whatever the padding, resets and starting positions."""
 
+from itertools import chain
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,12 +57,13 @@ def test_grid_is_the_walk(data):
             assert variant.opens or grid.opens is None or not grid.opens[n].any()
             if variant.fresh:
                 assert torch.equal(grid.i[n][b, :W][valid], torch.arange(1, W + 1).double()[valid])
-            assert grid.i[n].min() >= 1 and grid.i[n].max() <= chunk
+            assert grid.i[n].min() >= 1
+            assert grid.i[n].max() <= chunk
             here = list(zip(tokens[valid].tolist(), grid.i[n][b, :W][valid].tolist(), strict=True))
             if here:
                 found.append(here)
                 assert bool(grid.full[n][b]) == (here[-1][1] == chunk)
             else:
                 assert not grid.full[n][b]
-        assert sum(found, []) == sum(blocks.values(), [])
+        assert list(chain(*found)) == list(chain(*blocks.values()))
         assert all(len({i for _, i in part}) == len(part) for part in found)  # no block spans two mini-batches

@@ -70,7 +70,7 @@ def test_segment_products(n):
 
 
 def test_a_rule_must_agree_with_itself():
-    with pytest.raises(ValueError, match="A with 1 entries.*per register = 2"):
+    with pytest.raises(ValueError, match=r"A with 1 entries.*per register = 2"):
         Rule(lambda i, lr: Step(((1.0,),), (lr,), (1.0,), 1.0), ("lr",), start=(0.0, 0.0), resets=(True, True))
-    with pytest.raises(ValueError, match="momentum = 0.9"):
+    with pytest.raises(ValueError, match=r"momentum = 0\.9"):
         rules.SGD(averaged=True, momentum=0.9).build()

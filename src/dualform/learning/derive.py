@@ -56,7 +56,7 @@ def split_parameters(learner: nn.Module, slow: tuple[str, ...]) -> Parts:
                 "pattern of one. Correct or drop it."
             )
     is_slow = {name: any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
-    fast = {name: p for name, p in named.items() if not is_slow[name]}
+    fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
     if not fast:
         raise DerivationError(
             f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}); expected at least "

@@ -186,7 +186,9 @@ class Emitter:
             loss = self.inner.objective(env[a.output], target).sum()
             proper = [site for site in a.sites if site.admissible]
             ends = [env[site.node] for site in proper] + list(copies.values())
-            self.begin("gradients of the inner loss with respect to the site outputs: no gradient of a weight is formed")
+            self.begin(
+                "gradients of the inner loss with respect to the site outputs: no gradient of a weight is formed"
+            )
             deltas: tuple[Tensor, ...] = ()  # a learner may use none of its fast weights
             if ends:
                 deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
@@ -279,7 +281,15 @@ class Emitter:
         return env[a.output]
 
     def _corrected(
-        self, node: fx.Node | None, leaf: str, y: Tensor, J: Derivative, axis: int, x: StepInputs, coef: Coefficients, keys: _Keys
+        self,
+        node: fx.Node | None,
+        leaf: str,
+        y: Tensor,
+        J: Derivative,
+        axis: int | None,
+        x: StepInputs,
+        coef: Coefficients,
+        keys: _Keys,
     ) -> Tensor:
         """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
         for weight, tensor in self._starting_point(leaf, x, coef):
@@ -305,7 +315,14 @@ class Emitter:
         return y - spread.jvp(_prefix(sum(g[1:], g[0]), coef))
 
     def _choice(
-        self, node: fx.Node | None, leaf: str, form: str, scores: Price, state: Price, J: Derivative, kernels: list[Derivative]
+        self,
+        node: fx.Node | None,
+        leaf: str,
+        form: str,
+        scores: Price,
+        state: Price,
+        J: Derivative,
+        kernels: list[Derivative],
     ) -> Choice:
         at = node or next(site.node for site in self.many.sites if not site.admissible and leaf in site.leaves)
         why = "" if node else self.sites[at].why

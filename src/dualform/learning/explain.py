@@ -58,7 +58,8 @@ class Account:
     def _repr_html_(self) -> str:
         def table(step: SiteStep) -> str:
             rows = "".join(
-                f"<tr><td>{html.escape(what)}</td><td><code>{html.escape(text)}</code></td></tr>" for what, text in step.lines
+                f"<tr><td>{html.escape(what)}</td><td><code>{html.escape(text)}</code></td></tr>"
+                for what, text in step.lines
             )
             return f"<h4>{html.escape(step.title)}</h4><table>{rows}</table>"
 
@@ -71,7 +72,9 @@ class Account:
 def account(learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, code: str, level: str) -> Account:
     """Tell a derivation from its traced step."""
     if level not in ("one-line", "steps", "proof"):
-        raise ValueError(f"explain: level is {level!r}; expected 'one-line', 'steps' or 'proof'. Choose one of the three.")
+        raise ValueError(
+            f"explain: level is {level!r}; expected 'one-line', 'steps' or 'proof'. Choose one of the three."
+        )
     inner, leaves = derivation.inner, step.inputs.th
     shapes = ", ".join(f"{name} {tuple(w.shape)}" for name, w in leaves.items())
     slow = ", ".join(derivation.parts.slow) or "none"
@@ -103,8 +106,12 @@ def _site(n: int, c: Choice) -> SiteStep:
     left = ",".join(c.derivative.out)
     for k in c.kernels:
         right = ",".join(k.inn)
-        lines.append(("correction", f"y[{left}] -= Σ_{right.replace(',', ',')} K[{left},{right}] delta[{right}],   {k}"))
-    other, price, rest = ("scores", c.state, c.scores) if c.form != "scores" else ("weights per token", c.scores, c.state)
+        lines.append(
+            ("correction", f"y[{left}] -= Σ_{right.replace(',', ',')} K[{left},{right}] delta[{right}],   {k}")
+        )
+    other, price, rest = (
+        ("scores", c.state, c.scores) if c.form != "scores" else ("weights per token", c.scores, c.state)
+    )
     lines.append(("form", f"{_names[c.form]}"))
     lines.append(("price", f"{_shown(price)};  {other} would take {_shown(rest)}"))
     latex = [c.derivative.latex(), *(f"y &\\mathrel{{-}}= K\\,\\delta, \\quad {k.latex()}" for k in c.kernels)]

@@ -114,9 +114,7 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
     return segment, rank - 1 - first + torch.where(segment == 0, position[:, None], 0)
 
 
-def _sliced(
-    T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype, carried: bool, block: int
-) -> Grid:
+def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype, carried: bool, block: int) -> Grid:
     B, device = position.shape[0], position.device
     edges = [0, *range(chunk - first, T, chunk), T]
     spans = [

@@ -85,13 +85,19 @@ class TestTimeTraining(nn.Module):
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise ShapeError(f"TestTimeTraining: dim is {dim} with heads = {heads}; expected dim % heads = 0, here {dim % max(heads, 1)}. Change one of them.")
+            raise ShapeError(
+                f"TestTimeTraining: dim is {dim} with heads = {heads}; expected dim % heads = 0, here {dim % max(heads, 1)}. Change one of them."
+            )
         f = dim // heads
         if f % 2:
-            raise ShapeError(f"TestTimeTraining: the head width is dim / heads = {f}; expected an even number, RoPE turns pairs. Change dim or heads.")
+            raise ShapeError(
+                f"TestTimeTraining: the head width is dim / heads = {f}; expected an even number, RoPE turns pairs. Change dim or heads."
+            )
         self.dim, self.heads, self.head_dim, self.chunk, self.rope_theta = dim, heads, f, chunk, float(rope_theta)
         self.conv_kernel = conv_kernel
-        recipe: Callable[[int], nn.Module] = learners.build(learner) if isinstance(learner, str | tuple | list | dict) else learner
+        recipe: Callable[[int], nn.Module] = (
+            learners.build(learner) if isinstance(learner, str | tuple | list | dict) else learner
+        )
         with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
             models = [recipe(f) for _ in range(heads)]
         self.program = derive(models[0], objective, rule, chunk=chunk)
@@ -115,6 +121,7 @@ class TestTimeTraining(nn.Module):
         self.rate_weight = nn.Parameter(0.02 * torch.randn(heads, dim)) if "lr" in gates else None
         self.rate_bias = nn.Parameter(torch.zeros(heads)) if "lr" in gates else None
         self.offset = nn.Parameter(torch.zeros(chunk)) if "offset" in gates else None
+        self.rate_scale: Tensor
         self.register_buffer("rate_scale", torch.ones(()))
 
     def forward(
@@ -127,11 +134,15 @@ class TestTimeTraining(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Return (y, state); any split of x over calls with the state carried gives the same y."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ShapeError(f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim.")
+            raise ShapeError(
+                f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim."
+            )
         B, T, _ = x.shape
         for name, given in (("attention_mask", attention_mask), ("reset", reset)):
             if given is not None and given.shape != (B, T):
-                raise ShapeError(f"TestTimeTraining: {name} has shape {tuple(given.shape)}; expected (batch, time) = {(B, T)}. Pass one value per token.")
+                raise ShapeError(
+                    f"TestTimeTraining: {name} has shape {tuple(given.shape)}; expected (batch, time) = {(B, T)}. Pass one value per token."
+                )
         if state is not None and (state.position.shape != (B,) or ("qk" in state.conv) != (self.conv_q is not None)):
             raise ShapeError(
                 f"TestTimeTraining: state has {state.position.shape[0]} rows and convolutions {sorted(state.conv)}; expected batch = "
@@ -143,7 +154,10 @@ class TestTimeTraining(nn.Module):
         segment, place = places(T, document, mask, reset)
         q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
         v = self._heads(self.v_proj(x))
-        q, k = rotate(self._heads(q), place % self.chunk, self.rope_theta), rotate(self._heads(k), place % self.chunk, self.rope_theta)
+        q, k = (
+            rotate(self._heads(q), place % self.chunk, self.rope_theta),
+            rotate(self._heads(k), place % self.chunk, self.rope_theta),
+        )
         gates = {}
         if self.rate_weight is not None and self.rate_bias is not None:
             logits = (x @ self.rate_weight.to(x.dtype).T).to(self.rate_weight.dtype) + self.rate_bias
@@ -162,13 +176,23 @@ class TestTimeTraining(nn.Module):
         return x.unflatten(-1, (self.heads, self.head_dim))
 
     def _queries_and_keys(
-        self, x: Tensor, state: LayerState | None, mask: Tensor | None, reset: Tensor | None, segment: Tensor, place: Tensor
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        segment: Tensor,
+        place: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         shared = self.q_proj(x)
         if self.k_proj is not None:
             return shared, self.k_proj(x), {}
         assert self.conv_q is not None and self.conv_k is not None
-        tail = shared.new_zeros(x.shape[0], self.conv_kernel - 1, self.dim) if state is None else state.conv["qk"].to(shared.dtype)
+        tail = (
+            shared.new_zeros(x.shape[0], self.conv_kernel - 1, self.dim)
+            if state is None
+            else state.conv["qk"].to(shared.dtype)
+        )
         window, tail = causal_windows(shared, tail, mask, reset)
         return depthwise(window, self.conv_q), depthwise(window, self.conv_k), {"qk": tail}
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
-from dualform.learning.derive import Derivation, Step, flatten, names_of
+from dualform.learning.derive import Derivation, Step, names_of
 
 aten = torch.ops.aten
 
@@ -41,7 +42,7 @@ def _flops(node: fx.Node) -> int:
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0
-    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    args = map_arg(node.args, lambda n: n.meta["val"])
     return int(formula(*args, **node.kwargs, out_val=node.meta["val"]))
 
 
@@ -121,10 +122,16 @@ def print_step(step: Step, derivation: Derivation) -> str:
     returned = ["o", *(f"{name}_next" for name in leaves)]
     returned += [f"R_{name}_next" for name in leaves][: len(output.args[0]) - len(returned)]
     for node, name in zip(output.args[0], returned, strict=True):  # type: ignore[arg-type]
-        if isinstance(node, fx.Node) and node.op != "placeholder" and not any(n.name == name for n in step.graph.graph.nodes):
+        if (
+            isinstance(node, fx.Node)
+            and node.op != "placeholder"
+            and not any(n.name == name for n in step.graph.graph.nodes)
+        ):
             node.name = name
     lines = ["import torch", "", "", f"def mini_batch({', '.join(n.name for n in inputs)}):"]
-    lines.append(f'    """{derivation.chunk} tokens, one head: {", ".join(f"{n.name} {_shape(n)}" for n in inputs)}."""')
+    lines.append(
+        f'    """{derivation.chunk} tokens, one head: {", ".join(f"{n.name} {_shape(n)}" for n in inputs)}."""'
+    )
     section = None
     for node in step.graph.graph.nodes:
         if node.op in ("placeholder", "output"):

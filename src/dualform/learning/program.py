@@ -39,8 +39,6 @@ def eager() -> None:
     """Run a program's graphs as they are."""
 
 
-
-
 class Bounded(OrderedDict[Any, T]):
     """A dictionary that forgets what was made first once it is full."""
 
@@ -185,7 +183,9 @@ class ChunkProgram:
         o, *held = scan_module.scan(self.name, form, tensors, self.chunk, remat)
         L = len(self.parts.fast)
         names = list(self.parts.fast)
-        after = State(dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True)), held[2 * L])
+        after = State(
+            dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True)), held[2 * L]
+        )
         return o.to(q.dtype), after
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
@@ -207,7 +207,9 @@ class ChunkProgram:
         own = {**self.parts.fast, **self.parts.slow}
         for name in params:
             if name not in own and name not in self.parts.buffers:
-                raise ShapeError(f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter names.")
+                raise ShapeError(
+                    f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter names."
+                )
 
         def lift(name: str, p: Tensor) -> Tensor:
             shape, given = own[name].shape, params.get(name, p)
@@ -234,12 +236,18 @@ class ChunkProgram:
         params: Mapping[str, Tensor],
     ) -> Inputs:
         if q.ndim != 4:
-            raise ShapeError(f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing axes.")
+            raise ShapeError(
+                f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing axes."
+            )
         B, T, H, _ = q.shape
         if k.shape != q.shape:
-            raise ShapeError(f"program: k has shape {tuple(k.shape)}; expected q's = {tuple(q.shape)}. Make them agree.")
+            raise ShapeError(
+                f"program: k has shape {tuple(k.shape)}; expected q's = {tuple(q.shape)}. Make them agree."
+            )
         if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-            raise ShapeError(f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make them agree.")
+            raise ShapeError(
+                f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make them agree."
+            )
         if q.shape[3] == self.width and v.shape[3] != self.out_width:
             raise ShapeError(
                 f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them agree."
@@ -282,7 +290,9 @@ class ChunkProgram:
             )
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
-    def _gates(self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    def _gates(
+        self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
         for name in gates:
             if name not in self.rule.gates:
                 raise ShapeError(
@@ -295,7 +305,9 @@ class ChunkProgram:
             x = gates.get(name)
             x = torch.full(wanted, self.rule.default(name), dtype=dtype, device=device) if x is None else x.to(dtype)
             if x.shape != wanted:
-                raise ShapeError(f"program: gates[{name!r}] has shape {tuple(x.shape)}; expected {wanted}. Pass one value each.")
+                raise ShapeError(
+                    f"program: gates[{name!r}] has shape {tuple(x.shape)}; expected {wanted}. Pass one value each."
+                )
             found[name] = x
         return found
 
@@ -351,14 +363,16 @@ def check_state(state: State, like: State) -> State:
             f"program: state holds the leaves {sorted(state.anchor)}; expected the learner's = {sorted(like.anchor)}. It belongs "
             "to another model: pass a state that this program returned."
         )
-    for (name, x), y in zip(state.tensors().items(), like.tensors().values(), strict=False):
+    for name, x in state.tensors().items():
         wanted = like.tensors()[name]
         if x.shape != wanted.shape or x.dtype != wanted.dtype:
             raise ShapeError(
                 f"program: state's {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected {tuple(wanted.shape)} and "
                 f"{wanted.dtype}. Pass a state of this batch and these heads (state.select, state.fork, state.to)."
             )
-    return replace(state, anchor={n: state.anchor[n] for n in like.anchor}, registers={n: state.registers[n] for n in like.anchor})
+    return replace(
+        state, anchor={n: state.anchor[n] for n in like.anchor}, registers={n: state.registers[n] for n in like.anchor}
+    )
 
 
 def infer_width(learner: nn.Module) -> int | None:
@@ -379,7 +393,7 @@ def _runs(learner: nn.Module, K: int) -> bool:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             found = functional_call(learner, buffers, (x,))
             return not isinstance(found, Tensor) or found.shape[:1] == (3,)
-    except Exception:  # noqa: BLE001  any refusal of this width is an answer
+    except Exception:
         return False
 
 
@@ -415,9 +429,13 @@ def derive(
         (torch.Size([2, 10, 3, 8]), tensor([2, 2]))
     """
     if not isinstance(learner, nn.Module):
-        raise DerivationError(f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: spec(dim).")
+        raise DerivationError(
+            f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: spec(dim)."
+        )
     if chunk < 1:
-        raise DerivationError(f"derive: chunk is {chunk}; expected the size of a mini-batch, chunk >= 1. Pass a positive number.")
+        raise DerivationError(
+            f"derive: chunk is {chunk}; expected the size of a mini-batch, chunk >= 1. Pass a positive number."
+        )
     loss = _resolved(objectives, objective, Callable)
     built = _resolved(rules, rule, Rule)
     key = _fingerprint(learner, loss, built, chunk, tuple(slow), block)
@@ -441,10 +459,20 @@ def _built(bound: Bound) -> Any:
 def _fingerprint(learner: nn.Module, *rest: Any) -> Any:
     """Key the cache by what a trace bakes in: shapes, dtypes, devices, plain attributes, mode; never by identity alone."""
     modules = tuple(
-        (type(m), m.training, tuple((n, x) for n, x in sorted(vars(m).items()) if isinstance(x, int | float | str | bool | tuple) and _hashable(x)))
+        (
+            type(m),
+            m.training,
+            tuple(
+                (n, x)
+                for n, x in sorted(vars(m).items())
+                if isinstance(x, int | float | str | bool | tuple) and _hashable(x)
+            ),
+        )
         for m in learner.modules()
     )
-    tensors = tuple((n, p.shape, p.dtype, p.device) for n, p in itertools.chain(learner.named_parameters(), learner.named_buffers()))
+    tensors = tuple(
+        (n, p.shape, p.dtype, p.device) for n, p in itertools.chain(learner.named_parameters(), learner.named_buffers())
+    )
     return (id(learner), modules, tensors, *(x if _hashable(x) else id(x) for x in rest))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from dualform.calculus import rules
 from dualform.calculus.table import find_row
@@ -79,7 +80,7 @@ def _split_bias(a: Analysis, site: Site) -> bool:
 def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     """Insert a call and give it a value to read shapes from."""
     node = graph.create_node("call_function", target, args, name=target.overloadpacket.__name__)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
     return node
 
 
@@ -141,7 +142,7 @@ def _is_linear(node: fx.Node, operand: fx.Node) -> bool:
 
 def _meta_call(node: fx.Node) -> rules.Call:
     """Describe an op on meta tensors: only its labels are asked for."""
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
     return rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
 
 
@@ -242,7 +243,9 @@ def _chain(a: Analysis, term: Term) -> _Chain:
     return _Chain(term, tokens, list(best), _largest(tokens[0], best, term))
 
 
-def _steps(start: Factor, order: tuple[Factor, ...] | list[Factor], term: Term) -> list[tuple[tuple[Label, ...], Factor, tuple[Label, ...]]]:
+def _steps(
+    start: Factor, order: tuple[Factor, ...] | list[Factor], term: Term
+) -> list[tuple[tuple[Label, ...], Factor, tuple[Label, ...]]]:
     """List (labels before, weight, labels after) of every pairwise product."""
     labels, steps = start.labels, []
     for k, f in enumerate(order):
@@ -266,12 +269,13 @@ def _emit(a: Analysis, site: Site, chains: list[_Chain]) -> None:
     with graph.inserting_before(node):
         total: fx.Node | None = None
         for chain in chains:
-            value = _viewed(graph, by_name[chain.tokens[0].name], sizes(chain.tokens[0].labels))
+            final = chain.tokens[0].labels
+            value = _viewed(graph, by_name[chain.tokens[0].name], sizes(final))
             for labels, f, after in _steps(chain.tokens[0], chain.weights, chain.term):
-                value = _product(graph, value, labels, _viewed(graph, by_name[f.name], sizes(f.labels)), f.labels, after)
+                value = _product(
+                    graph, value, labels, _viewed(graph, by_name[f.name], sizes(f.labels)), f.labels, after
+                )
                 final = after
-            if not chain.weights:
-                final = chain.tokens[0].labels
             value = _finished(graph, value, final, chain.term, shape)
             total = value if total is None else _node(graph, aten.add.Tensor, total, value)
     assert total is not None

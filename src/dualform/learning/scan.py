@@ -263,14 +263,20 @@ def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
     return [run.grid.lift(laid, run.T), *th.values(), *R.values(), run.grid.position, *saved]
 
 
-def run_backward(plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+def run_backward(
+    plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
+) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
     run = _Run(plan, call)
     L, G = len(run.leaves), run.group(checkpoints)
     do = run.grid.lay(cotangents[0])
     dth: Leaves = dict(zip(run.leaves, cotangents[1 : 1 + L], strict=True))
     dR: Leaves = dict(zip(run.leaves, cotangents[1 + L :], strict=True))
-    grads = {"q": torch.zeros_like(run.laid["q"]), "k": torch.zeros_like(run.laid["k"]), "v": torch.zeros_like(run.laid["v"])}
+    grads = {
+        "q": torch.zeros_like(run.laid["q"]),
+        "k": torch.zeros_like(run.laid["k"]),
+        "v": torch.zeros_like(run.laid["v"]),
+    }
     dgates = {name: torch.zeros_like(x) for name, x in run.gates.items()}
     dslow = {name: torch.zeros_like(x) for name, x in call.slow.items()}
     dinit = {name: torch.zeros_like(x) for name, x in call.init.items()}
@@ -286,7 +292,11 @@ def run_backward(plan: Plan, call: Call, saved: list[Tensor], cotangents: list[T
             inputs, step = run.inputs(n, th, R), run.batched(n)
             returns_R = not (run.certain(n) and all(run.rule.resets))
             if not returns_R:
-                dth = {w: dth[w] + sum(s * dR[w][:, :, k] for k, s in enumerate(run.rule.start)) for w in dth} if any(run.rule.start) else dth
+                dth = (
+                    {w: dth[w] + sum(s * dR[w][:, :, k] for k, s in enumerate(run.rule.start)) for w in dth}
+                    if any(run.rule.start)
+                    else dth
+                )
             cots = [run.grid.block(do, n), *dth.values(), *(dR.values() if returns_R else ())]
             flat = packed(inputs)
             got = iter(step.vjp(*flat, *(x.contiguous() for x in cots)))
@@ -356,7 +366,13 @@ def register(source: Source) -> str:
 
 def _flat(call: Call) -> list[Tensor]:
     optional = [x for x in (call.offset, call.mask, call.reset) if x is not None]
-    named = [*call.gates.values(), *call.slow.values(), *call.anchor.values(), *call.registers.values(), *call.init.values()]
+    named = [
+        *call.gates.values(),
+        *call.slow.values(),
+        *call.anchor.values(),
+        *call.registers.values(),
+        *call.init.values(),
+    ]
     return [call.q, call.k, call.v, call.position, *named, *optional]
 
 
@@ -369,10 +385,13 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
     def take(names: list[str]) -> Leaves:
         return {n: next(rest) for n in names}
 
-    named = {"gates": take(gates), "slow": take(slow), "anchor": take(leaves), "registers": take(leaves), "init": take(leaves)}
+    gate, rest_slow, anchor, registers, init = take(gates), take(slow), take(leaves), take(leaves), take(leaves)
     given = optional.split(",")
     extra = {n: next(rest) for n in given if n not in ("", "carried")}
-    call = Call(q=q, k=k, v=v, position=position, carried="carried" in given, **named, **extra)
+    call = Call(
+        q, k, v, gate, rest_slow, anchor, registers, position, init,
+        extra.get("offset"), extra.get("mask"), extra.get("reset"), "carried" in given,
+    )  # fmt: skip
     return source.plan(q.shape[-1], q.dtype, form), call
 
 
@@ -388,7 +407,12 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call = _call(key, tensors)
     held = [*call.anchor.values(), *call.registers.values()]
     o = call.v.new_empty(*call.v.shape[:3], plan.derivation.V)
-    return [o, *(torch.empty_like(x) for x in held), torch.empty_like(call.position), *(x.new_empty(checkpoints, *x.shape) for x in held)]
+    return [
+        o,
+        *(torch.empty_like(x) for x in held),
+        torch.empty_like(call.position),
+        *(x.new_empty(checkpoints, *x.shape) for x in held),
+    ]
 
 
 @torch.library.custom_op("dualform::scan_backward", mutates_args=())
@@ -398,7 +422,10 @@ def scan_backward_op(
     plan, call = _call(key, tensors)
     given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return [x.clone() if any(x is y for y in given) else x for x in run_backward(plan, call, saved, cotangents, checkpoints)]
+        return [
+            x.clone() if any(x is y for y in given) else x
+            for x in run_backward(plan, call, saved, cotangents, checkpoints)
+        ]
 
 
 @scan_backward_op.register_fake
@@ -411,13 +438,17 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     _, call = _call(ctx.key, tensors)
     ctx.held = len(call.anchor) + len(call.registers)
     ctx.count = len(tensors)
+    ctx.outputs = [x.shape for x in output[: 1 + ctx.held]]
+    ctx.set_materialize_grads(False)  # else the checkpoints get gradients of their size, all zero
     ctx.save_for_backward(*tensors, *output[2 + ctx.held :])
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
-    found = iter(scan_backward_op(tensors, saved, list(grads[: 1 + ctx.held]), ctx.key, ctx.checkpoints))
+    given = zip(grads, ctx.outputs, strict=False)
+    cotangents = [tensors[0].new_zeros(shape) if g is None else g for g, shape in given]
+    found = iter(scan_backward_op(tensors, saved, cotangents, ctx.key, ctx.checkpoints))
     return [next(found) if x.is_floating_point() else None for x in tensors], None, None
 
 

@@ -51,7 +51,7 @@ class _Folder:
         if target in _same_value or (target in _same_if_shape and unchanged):
             self.replace(node, first)
         elif target in _filled:
-            self.constant[node] = _filled[target]
+            self.constant[node] = _filled[target]  # pyright: ignore[reportArgumentType]: it is an OpOverload
         elif target == aten.fill.Scalar and isinstance(args[1], int | float):
             self.constant[node] = args[1]
             node.target = aten.full_like.default  # which vmap knows how to batch

@@ -23,7 +23,6 @@ from dualform.calculus import rules
 from dualform.calculus.structure import Axis, Derivative, Label
 from dualform.calculus.trace import source_line, trace
 
-
 aten = torch.ops.aten
 
 
@@ -91,7 +90,9 @@ class Analysis:
     def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> rules.Call:
         """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-        names = tuple(row if s is self.x else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(node))
+        names = tuple(
+            row if s is self.x else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(node)
+        )
         return rules.Call(node.target, args, kwargs, env[node], names=names)  # type: ignore[arg-type]
 
 
@@ -109,8 +110,7 @@ def is_floating(value: Any) -> bool:
 _shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
-def analyse(
-    run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], x: Tensor) -> Analysis:
+def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], x: Tensor) -> Analysis:
     """Trace `run(*fast, *slow, x)` and mark it; raise if tokens mix or the learner ignores its input."""
     graph = trace(run, *fast.values(), *slow.values(), x)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
