@@ -27,7 +27,7 @@ from torch.func import functional_call, grad, vmap
 import dualform as df
 
 RESULT = Path(__file__).parent / "results" / "dual_vs_primal.json"
-LIMIT = 1e9  # bytes of per-token weights beyond which the primal side is not run
+LIMIT = 3e8  # bytes of per-token weights beyond which the primal side is not run
 
 
 class Kronecker(nn.Module):
