@@ -19,7 +19,7 @@ exclude_patterns = ["_build", "jupyter_execute"]
 
 def as_written(app, what, name, obj, options, lines):
     """Show a docstring's equation, shapes and example as they are written, not as reStructuredText."""
-    if len(lines) > 1:
+    if any(line.strip() for line in lines[1:]):
         lines[:] = [lines[0], "", "::", "", *("   " + line for line in lines[1:]), ""]
 
 
