@@ -207,8 +207,20 @@ class GatedRms(nn.Module):
         return self.down(self.norm(F.silu(self.gate(x)) * self.up(x)))
 
 
+class SpelledOut(nn.Module):
+    """Ops without a row of their own: torch's definitions of them have."""
+
+    def __init__(self):
+        super().__init__()
+        self.W, self.a, self.cell = parameter(4, 8), parameter(1), nn.GRUCell(4, 4, dtype=DOUBLE)
+
+    def forward(self, x):
+        h = F.normalize(F.glu(x @ self.W, -1), dim=-1)
+        return self.cell(F.prelu(h, self.a.square()), x)
+
+
 own = [Tied, Product, Gram, ThreeOperands, OnePlusGain, Hadamard, WeightNorm, Maximum, InPlaceRelu, Buffer, Rectangular,
-       FastNorm, Stopped, Heads, Kronecker, SoftmaxWeights, GatedRms, SharedModules]  # fmt: skip
+       FastNorm, Stopped, Heads, Kronecker, SoftmaxWeights, GatedRms, SharedModules, SpelledOut]  # fmt: skip
 needs_tokens = [
     WeightNorm,
     Maximum,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
@@ -110,6 +111,10 @@ def is_floating(value: Any) -> bool:
 _shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
+# Ops that take only the shape of their second argument.
+_shape_from_second = {"expand_as", "view_as", "reshape_as", "type_as"}
+
+
 def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], x: Tensor) -> Analysis:
     """Trace `run(*fast, *slow, x)` and mark it; raise if tokens mix or the learner ignores its input."""
     graph = trace(run, *fast.values(), *slow.values(), x)
@@ -122,6 +127,7 @@ def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mappin
         )
     constants, lifted = _lift_constants(graph)
     _unpack(graph)
+    _spell_out(graph)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
     got = Analysis(
@@ -129,7 +135,7 @@ def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mappin
         leaf_nodes=dict(zip(fast, inputs, strict=False)),
         slow_nodes=dict(zip(slow, inputs[len(fast) :], strict=False)) | lifted,
         x=inputs[-1],
-        output=result,
+        output=output.all_input_nodes[0],
         constants=constants,
         leaves={},
         tok=set(),
@@ -180,6 +186,59 @@ def _unpack(graph: fx.GraphModule) -> None:
             get.replace_all_uses_with(part)
             graph.graph.erase_node(get)
         graph.graph.erase_node(node)
+
+
+def _spell_out(graph: fx.GraphModule) -> None:
+    """Replace ops that the table has no row for by their own definition in ops that it has, where torch gives one."""
+    pending = [node for node in graph.graph.nodes if _has_no_row(node)]
+    while pending:
+        node = pending.pop()
+        definition = _definition(node)
+        if definition is None:
+            continue
+        sources = list(node.all_input_nodes)
+        part = trace(definition, *(s.meta["val"] for s in sources))
+        if any(n.op == "get_attr" or str(n.target).startswith("prims.") for n in part.graph.nodes):
+            continue
+        copies: dict[fx.Node, fx.Node] = {}
+        holes = iter(sources)
+        with graph.graph.inserting_before(node):
+            for inner in part.graph.nodes:
+                if inner.op == "placeholder":
+                    copies[inner] = next(holes)
+                elif inner.op == "output":
+                    (result,) = inner.all_input_nodes
+                    node.replace_all_uses_with(copies[result])
+                else:
+                    copies[inner] = graph.graph.node_copy(inner, copies.__getitem__)
+                    copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
+                    if _has_no_row(inner) and inner.target != node.target:
+                        pending.append(copies[inner])
+        graph.graph.erase_node(node)
+
+
+def _has_no_row(node: fx.Node) -> bool:
+    is_op = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return is_op and isinstance(node.meta.get("val"), Tensor) and not rules.is_structured(node.target)
+
+
+def _definition(node: fx.Node) -> Callable[..., Tensor] | None:
+    from torch._decomp import decomposition_table  # slow: not at `import dualform`
+
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    written = target if target._can_decompose() else decomposition_table.get(target)
+    if written is None:
+        return None
+
+    def definition(*tensors: Tensor) -> Tensor:
+        values = dict(zip(node.all_input_nodes, tensors, strict=True))
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        return written(*args, **kwargs)
+
+    if written is not target:
+        return definition
+    return make_fx(definition, tracing_mode="real")(*(s.meta["val"] for s in node.all_input_nodes))  # after dispatch
 
 
 def mark(a: Analysis, W: int) -> None:
@@ -261,20 +320,12 @@ def op_name(node: fx.Node) -> str:
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
     """Prove that a node keeps tokens apart and say where its token index sits."""
     value = node.meta["val"]
-    if isinstance(value, list | tuple):  # split, chunk, unbind: the parts are read off one by one
-        found = {_place_of(a, node, env, W, part, j) for j, part in enumerate(value)}
-    else:
-        found = {_place_of(a, node, env, W, value, None)}
-    if len(found) != 1:
+    if not isinstance(value, Tensor):
         raise _mixes(node)
-    return found.pop()
-
-
-def _place_of(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, value: Tensor, part: int | None) -> Place:
     tags = getattr(node.target, "tags", ())
     found: set[Place] = set()
     for j, source in enumerate(operand_nodes(node) if is_floating(value) else node.all_input_nodes):
-        if source not in a.tok:
+        if source not in a.tok or (j > 0 and op_name(node) in _shape_from_second):
             continue
         if is_detach(node):
             found.add(a.places[source])
@@ -292,6 +343,11 @@ def _place_of(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, va
 
 
 def _mixes(node: fx.Node) -> DerivationError:
+    if _has_no_row(node) or not isinstance(node.meta["val"], Tensor):
+        return DerivationError(
+            f"derive: the learner uses {op_name(node)} at {source_line(node)}, which has no row in the table of ops; expected ops "
+            "that can be shown to keep tokens apart. Write it with other ops, or add a row (calculus/table.py)."
+        )
     return DerivationError(
         f"derive: the learner mixes tokens at {source_line(node)}: {op_name(node)} makes one row depend on others; expected a "
         "function of each row alone, (..., K) -> (..., V). Remove the operation over the token axis."
