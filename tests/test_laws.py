@@ -226,6 +226,7 @@ needs_tokens = [
     Maximum,
     SoftmaxWeights,
     Stopped,
+    SpelledOut,
 ]  # some leaf of these enters in no affine way: no dual form
 rules = {
     "sgd": df.rules.SGD(lr=0.5),

@@ -35,20 +35,28 @@ class Grid:
     variants: list[Variant]
     spans: list[tuple[int, int]] | None  # every row alike: block n is these tokens
     index: Tensor | None  # (N, B, W) token of each slot, T where empty
+    stand_in: Tensor | None  # (B,) a valid token of the row, which an empty slot may read
     i: Tensor | None  # (N, B, W) position in the mini-batch, from 1
     valid: Tensor | None  # (N, B, W)
     full: Tensor | None  # (N, B)
     opens: Tensor | None  # (N, B)
     position: Tensor  # (B,) after the call
 
-    def lay(self, x: Tensor) -> Tensor:
-        """Bring token-major (B, T, H, ...) to what `block` reads: (B, H, T, ...), or (N, B, H, W, ...) when ragged."""
+    def lay(self, x: Tensor, fill: bool = False) -> Tensor:
+        """Bring token-major (B, T, H, ...) to what `block` reads: (B, H, T, ...), or (N, B, H, W, ...) when ragged.
+
+        fill: empty slots read a token of the row instead of zero. A learner may have no derivative at zero (x / |x|), and a
+        masked NaN is a NaN.
+        """
         x = x.transpose(1, 2)
         if self.index is None:
             return x.contiguous()
         x = torch.cat([x, x.new_zeros(*x.shape[:2], 1, *x.shape[3:])], 2)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        return x.transpose(1, 2)[rows, self.index].movedim(3, 2).contiguous()  # (N, B, W, H, ...) -> (N, B, H, W, ...)
+        index = self.index
+        if fill and self.stand_in is not None:
+            index = torch.where(index == x.shape[2] - 1, self.stand_in[:, None], index)
+        return x.transpose(1, 2)[rows, index].movedim(3, 2).contiguous()  # (N, B, W, H, ...) -> (N, B, H, W, ...)
 
     def lift(self, y: Tensor, T: int) -> Tensor:
         """Undo `lay`: back to (B, T, H, ...), zero where there is no token."""
@@ -61,13 +69,16 @@ class Grid:
         out[rows, self.index.transpose(0, 1).reshape(B, N * W)] = flat
         return out[:, :T]
 
-    def block(self, laid: Tensor, n: int) -> Tensor:
-        """Return block n, (B, H, W, ...); the slots past a short block's end are zero."""
+    def block(self, laid: Tensor, n: int, fill: bool = False) -> Tensor:
+        """Return block n, (B, H, W, ...); the slots past a short block's end are zero, or its first token (fill)."""
         if self.spans is None:
             return laid[n]
         start, stop = self.spans[n]
         part, missing = laid[:, :, start:stop], self.variants[n].width - (stop - start)
-        return torch.cat([part, part.new_zeros(*part.shape[:2], missing, *part.shape[3:])], 2) if missing else part
+        if not missing:
+            return part
+        shape = (*part.shape[:2], missing, *part.shape[3:])
+        return torch.cat([part, part[:, :, :1].expand(shape) if fill else part.new_zeros(shape)], 2)
 
     def write(self, laid: Tensor, n: int, value: Tensor) -> None:
         """Store block n's value."""
@@ -133,7 +144,7 @@ def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype
         valid.append((slot < size).expand(B, -1))
         full.append(torch.full((B,), begin + size == chunk, device=device))
     return Grid(
-        variants, spans, None, torch.stack(i).to(dtype), torch.stack(valid).to(dtype), torch.stack(full), None,
+        variants, spans, None, None, torch.stack(i).to(dtype), torch.stack(valid).to(dtype), torch.stack(full), None,
         (position + T) % chunk,
     )  # fmt: skip
 
@@ -181,6 +192,6 @@ def _gathered(
     last = segment[:, -1:]
     after = ((carried + counts).gather(1, last) % chunk)[:, 0]
     return Grid(
-        variants, None, scatter(tokens, T, torch.long), scatter(within + 1, 1, dtype), valid, full,
+        variants, None, scatter(tokens, T, torch.long), mask.long().argmax(1), scatter(within + 1, 1, dtype), valid, full,
         opens if resets else None, after,
     )  # fmt: skip

@@ -180,7 +180,7 @@ class _Run:
         self.rule, self.leaves = d.inner.rule, list(c.anchor)
         self.constants = {name: x.to(c.q.device) for name, x in d.constants.items()}
         self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype, c.carried, d.block)
-        self.laid = {name: self.grid.lay(x) for name, x in (("q", c.q), ("k", c.k), ("v", c.v))}
+        self.laid = {name: self.grid.lay(x, fill=True) for name, x in (("q", c.q), ("k", c.k), ("v", c.v))}
         self.gates = {name: self.grid.lay(x) for name, x in c.gates.items()}
 
     @property
@@ -206,9 +206,9 @@ class _Run:
         return StepInputs(
             th=th,
             R=None if self.known(n) else (self.start(th) if R is None else R),
-            q=g.block(self.laid["q"], n),
-            k=g.block(self.laid["k"], n),
-            v=g.block(self.laid["v"], n),
+            q=g.block(self.laid["q"], n, fill=True),
+            k=g.block(self.laid["k"], n, fill=True),
+            v=g.block(self.laid["v"], n, fill=True),
             gates={name: gates[name] for name in self.rule.gates},
             slow=c.slow | self.constants,
             i=None if v.fresh else i,
