@@ -126,7 +126,6 @@ def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mappin
             f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
         )
     constants, lifted = _lift_constants(graph)
-    _unpack(graph)
     _spell_out(graph)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
@@ -159,33 +158,6 @@ def _lift_constants(graph: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str,
         node.replace_all_uses_with(lifted[name])
         graph.graph.erase_node(node)
     return constants, lifted
-
-
-_packs = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
-
-
-def _unpack(graph: fx.GraphModule) -> None:
-    """Write the parts of a split as slices and those of an unbind as selections, so that every node is one tensor."""
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or op_name(node) not in _packs:
-            continue
-        x, parts = node.args[0], node.meta["val"]
-        dim = node.kwargs.get("dim", node.args[-1] if op_name(node) == "unbind" and len(node.args) > 1 else 0)
-        if op_name(node) != "unbind" and len(node.args) > 2:
-            dim = node.args[2]
-        sizes = [part.shape[dim] if op_name(node) != "unbind" else 1 for part in parts]
-        for get in list(node.users):
-            k = get.args[1] % len(parts)
-            with graph.graph.inserting_before(get):
-                if op_name(node) == "unbind":
-                    part = graph.graph.call_function(aten.select.int, (x, dim, k))
-                else:
-                    start = sum(sizes[:k])
-                    part = graph.graph.call_function(aten.slice.Tensor, (x, dim, start, start + sizes[k]))
-            part.meta = dict(node.meta, val=parts[k])
-            get.replace_all_uses_with(part)
-            graph.graph.erase_node(get)
-        graph.graph.erase_node(node)
 
 
 def _spell_out(graph: fx.GraphModule) -> None:
