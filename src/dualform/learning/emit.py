@@ -28,7 +28,7 @@ from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
 from dualform.calculus.terms import atoms, sizes
 from dualform.calculus.trace import source_line
 from dualform.learning.grid import Variant
-from dualform.learning.rules import Coefficients, Rule, Scalar, unroll
+from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Place, Site, op_name, operand_nodes
 
 # Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
@@ -293,7 +293,7 @@ class Emitter:
     ) -> Tensor:
         """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
         for weight, tensor in self._starting_point(leaf, x, coef):
-            y = y + (J.jvp(tensor) if _is(weight, 1.0) else _weighted(J, axis, weight).jvp(tensor))
+            y = y + (J.jvp(tensor) if is_number(weight, 1.0) else _weighted(J, axis, weight).jvp(tensor))
         sources = keys.derivatives[leaf]
         kernels = [(_masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
         scores = sum((_kernel_first(K, delta) for K, delta in kernels), Price(0, 0))
@@ -339,7 +339,7 @@ class Emitter:
                 parts.append((d, x.R[leaf][k]))
             elif self.inner.rule.start[k] != 0.0:
                 c = c + d * self.inner.rule.start[k]
-        return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not _is(w, 0.0)]
+        return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not is_number(w, 0.0)]
 
     def _prefix_price(self, coef: Coefficients, size: int, itemsize: int) -> Price:
         if coef.row is not None:
@@ -378,8 +378,8 @@ class Emitter:
         for leaf, th in x.th.items():
             R0 = list(x.R[leaf]) if x.R is not None else [s * th if s else None for s in rule.start]
             R = [self._register(k, leaf, R0, coef, keys, th) for k in range(rule.num_registers)]
-            parts = [m * r for m, r in zip(u, R, strict=True) if not _is(m, 0.0)]
-            end = sum(parts[1:], parts[0]) if _is(a, 0.0) else sum(parts, th if _is(a, 1.0) else a * th)
+            parts = [m * r for m, r in zip(u, R, strict=True) if not is_number(m, 0.0)]
+            end = sum(parts[1:], parts[0]) if is_number(a, 0.0) else sum(parts, th if is_number(a, 1.0) else a * th)
             if certain:
                 after[leaf] = end
                 if not all(rule.resets):
@@ -401,19 +401,15 @@ class Emitter:
         self, k: int, leaf: str, R0: Sequence[Tensor | None], coef: Coefficients, keys: _Keys, th: Tensor
     ) -> Tensor:
         carried = [
-            m if _is(w, 1.0) else w * m
+            m if is_number(w, 1.0) else w * m
             for w, m in zip(coef.carry[k], R0, strict=True)
-            if m is not None and not _is(w, 0.0)
+            if m is not None and not is_number(w, 0.0)
         ]
         value = sum(carried[1:], carried[0]) if carried else None
         for K, axis, delta in keys.derivatives[leaf]:
             written = _weighted(K, axis, coef.write[k]).T.jvp(delta)
             value = -written if value is None else value - written
         return torch.zeros_like(th) if value is None else value
-
-
-def _is(x: Scalar, number: float) -> bool:
-    return not isinstance(x, Tensor) and float(x) == number
 
 
 def twins(many: Analysis, one: Analysis) -> dict[fx.Node, fx.Node]:

@@ -167,8 +167,10 @@ def unroll(
     r, ones = rule.num_registers, torch.ones_like(i)
     sources = [vector(x, ones) if valid is None else vector(x, ones) * valid for x in b]
     end = (_at(a, last), tuple(_at(x, last) for x in u))
-    if all(_is(A[k][l], float(k == l)) for k in range(r) for l in range(r)):
-        outer = [(vector(x, ones)[:, None] * y).tril() for x, y in zip(u, sources, strict=True) if not _is(x, 0.0)]
+    if all(is_number(A[k][l], float(k == l)) for k in range(r) for l in range(r)):
+        outer = [
+            (vector(x, ones)[:, None] * y).tril() for x, y in zip(u, sources, strict=True) if not is_number(x, 0.0)
+        ]
         separable = r == 1
         return Coefficients(
             C=sum(outer[1:], outer[0]),
@@ -233,5 +235,6 @@ def _at(x: Scalar, last: Tensor | None) -> Scalar:
     return x[-1] if last is None else (x * last).sum()
 
 
-def _is(x: Scalar, number: float) -> bool:
+def is_number(x: Scalar, number: float) -> bool:
+    """Is x that number for certain, not a tensor that may hold it?"""
     return not isinstance(x, Tensor) and float(x) == number
