@@ -587,3 +587,29 @@ def test_published_numbers_of_averaging(sequence):
         own = anchor - max(1 / (i + 1) + float(offset[i]), 0) * total
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], own))
     laws.agree("o", o, torch.stack(outputs, 1))
+
+
+@pytest.mark.parametrize("rule", [df.rules.SGD(lr=0.7, averaged=True), df.rules.SGD(lr=0.3, momentum=0.5, decay=0.1)])
+def test_losses_are_those_of_the_definition(rule):
+    torch.manual_seed(0)
+    learner = df.learners.residual_norm(df.learners.MLP(depth=2, expand=2))(4).double()
+    program, b = df.derive(learner, "squared", rule, chunk=3), 3
+    k, v, lr = torch.randn(2, 8, 2, 4).double(), torch.randn(2, 8, 2, 4).double(), torch.rand(2, 8, 2).double()
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, :2] = False
+    before, after, state = program.losses(k, v, {"lr": lr}, mask=mask)
+    o, expected_state = program(k, k, v, {"lr": lr}, mask=mask, form="primal")
+    objective = df.objectives.Squared().build()
+    torch.testing.assert_close(after, objective(o, v) * mask[..., None], rtol=1e-10, atol=1e-10)
+    for name, x in state.tensors().items():
+        torch.testing.assert_close(x, expected_state.tensors()[name], rtol=1e-10, atol=1e-10)
+    carried, found = None, []
+    for start in range(0, 8, b):  # the row without padding: its anchors are the states at the cuts
+        part = slice(start, start + b)
+        anchor = (carried or program.initial_state(1, 2)).anchor
+        for h in range(2):
+            weights = {**{n: p for n, p in learner.named_parameters()}, **{n: w[0, h] for n, w in anchor.items()}}
+            found.append(objective(torch.func.functional_call(learner, weights, (k[0, part, h],)), v[0, part, h]))
+        _, carried = program(k[:1, part], k[:1, part], v[:1, part], {"lr": lr[:1, part]}, state=carried, form="primal")
+    expected = torch.cat([torch.stack(found[i : i + 2], 1) for i in range(0, len(found), 2)])
+    torch.testing.assert_close(before[0], expected, rtol=1e-10, atol=1e-10)

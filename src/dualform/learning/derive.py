@@ -105,6 +105,11 @@ class Derivation:
                 )
 
     @property
+    def out_width(self) -> int:
+        """How many numbers a token's result has."""
+        return 2 if self.inner.observed else self.V
+
+    @property
     def structure(self) -> Any:
         """What decides a trace: the learner's graph, shapes, and the inner problem; equal for layers that are alike."""
         proof = self.analyses[max(2, self.chunk)]

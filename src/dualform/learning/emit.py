@@ -80,6 +80,11 @@ class Inner:
     objective: Callable[[Tensor, Tensor], Tensor]
     target: str
     form: str
+    observed: bool = False  # give each token's inner loss, before and after its own update, in place of the output
+
+    def loss(self, prediction: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the inner loss of each token."""
+        return self.objective(prediction, v - k if self.target == "v-k" else v)
 
 
 class StepInputs(NamedTuple):
@@ -150,7 +155,12 @@ class Emitter:
         self.begin("key pass: the learner at the anchor")
         keys = self._key_pass(x)
         self.begin("query pass: the learner with each token's own weights, corrected at every site")
-        o = self._query_pass(x, coef, keys)
+        if self.inner.observed:
+            before = self.inner.loss(keys.env[self.many.output], x.k, x.v)
+            learnt = self._query_pass(x._replace(q=x.k), coef, keys)
+            o = torch.stack([before, self.inner.loss(learnt, x.k, x.v)], -1)
+        else:
+            o = self._query_pass(x, coef, keys)
         self.begin("state: the weights that the next mini-batch starts from")
         after = self._advance(x, coef, keys)
         self.begin("")
@@ -182,8 +192,7 @@ class Emitter:
                     env[node] = called(a.value(node, env), f"{node.name}_k" if node in a.tok else node.name)
                 else:
                     env[node] = called(self._per_token(site, copies, env), f"{node.name}_k")
-            target = x.v - x.k if self.inner.target == "v-k" else x.v
-            loss = self.inner.objective(env[a.output], target).sum()
+            loss = self.inner.loss(env[a.output], x.k, x.v).sum()
             proper = [site for site in a.sites if site.admissible]
             ends = [env[site.node] for site in proper] + list(copies.values())
             self.begin(

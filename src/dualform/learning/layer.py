@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -47,6 +47,18 @@ class LayerState(Carried):
 
 
 _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
+
+
+class _Read(NamedTuple):
+    """What a layer makes of its input for the program, and what it carries beside the program's state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: dict[str, Tensor]
+    rest: dict[str, Any]  # the program's other arguments
+    tails: dict[str, Tensor]
+    position: Tensor
 
 
 class TestTimeTraining(nn.Module):
@@ -133,6 +145,33 @@ class TestTimeTraining(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Return (y, state); any split of x over calls with the state carried gives the same y."""
+        read = self._read(x, state, attention_mask, reset)
+        z, memory = self.program(read.q, read.k, read.v, read.gates, state=state and state.memory, **read.rest)
+        z = z.flatten(2)
+        z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
+        z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
+        return self.o_proj(z), LayerState(memory, read.tails, read.position)
+
+    def inner_losses(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return each token's inner loss before and after its own update.
+
+        before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
+        Shape:  as forward -> (B, heads, T) each, 0 for padding.
+        Dtype:  float32, or float64 if x or the layer is.
+        Raises: ShapeError.
+        """
+        read = self._read(x, state, attention_mask, reset)
+        before, after, _ = self.program.losses(read.k, read.v, read.gates, state=state and state.memory, **read.rest)
+        return before.transpose(1, 2), after.transpose(1, 2)
+
+    def _read(self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None) -> _Read:
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(
                 f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim."
@@ -165,12 +204,8 @@ class TestTimeTraining(nn.Module):
         if self.offset is not None:
             gates["offset"] = self.offset
         params = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
-        z, memory = self.program(q, k, v, gates, state=state and state.memory, mask=mask, reset=reset, params=params)
-        z = z.flatten(2)
-        z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
-        z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
         last = place[:, -1] + 1 if T else document
-        return self.o_proj(z), LayerState(memory, tails, last)
+        return _Read(q, k, v, gates, {"mask": mask, "reset": reset, "params": params}, tails, last)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim))

@@ -113,7 +113,8 @@ class ChunkProgram:
         """Return the derivation for a width, dtype and form, with its batched graphs; made once."""
         key = (K, dtype, form)
         if key not in self.plans:
-            inner = Inner(self.rule, self.objective, self.target, form)
+            observed = form == "losses"
+            inner = Inner(self.rule, self.objective, self.target, "auto" if observed else form, observed)
             made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, self.block))
             twin = _structures.setdefault(made.structure, scan_module.Plan(made))
             made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
@@ -165,6 +166,35 @@ class ChunkProgram:
             with torch.autocast(q.device.type, enabled=False):
                 o, after = primal(call)
             return o.to(q.dtype), after
+        o, after = self._scan(form, call, state is not None, remat)
+        return o.to(q.dtype), after
+
+    def losses(
+        self,
+        k: Tensor,
+        v: Tensor,
+        gates: Mapping[str, Tensor] | None = None,
+        *,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, State]:
+        """Return each token's inner loss before and after its own update, and the state.
+
+        before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
+        Shape:  k, v, gates, mask, reset as for a call -> before, after (B, T, H), 0 for padding.
+        Dtype:  float32, or float64 if k or the learner is.
+        Raises: ShapeError.
+        """
+        call = self._inputs(k, k, v, gates or {}, state, mask, reset, params or {})
+        if k.shape[1] == 0:
+            none = call.v.new_zeros(call.v.shape[:3])
+            return none, none, call.state
+        both, after = self._scan("losses", call, state is not None, "auto")
+        return both[..., 0], both[..., 1], after
+
+    def _scan(self, form: str, call: Inputs, carried: bool, remat: str | int | None) -> tuple[Tensor, State]:
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -176,17 +206,14 @@ class ChunkProgram:
             position=call.state.position,
             init=call.init,
             offset=call.gates.get("offset"),
-            mask=mask,
-            reset=reset,
-            carried=state is not None,
+            mask=call.mask,
+            reset=call.reset,
+            carried=carried,
         )
         o, *held = scan_module.scan(self.name, form, tensors, self.chunk, remat)
-        L = len(self.parts.fast)
-        names = list(self.parts.fast)
-        after = State(
-            dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True)), held[2 * L]
-        )
-        return o.to(q.dtype), after
+        L, names = len(self.parts.fast), list(self.parts.fast)
+        anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
+        return o, State(anchor, registers, held[2 * L])
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""

@@ -255,7 +255,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
         o, *rest = run.batched(n).forward(*packed(run.inputs(n, *state)))
         if laid is None:
             lead = run.laid["v"].shape[:-1]
-            laid = o.new_zeros(*lead, d.V)
+            laid = o.new_zeros(*lead, d.out_width)
         run.grid.write(laid, n, o)
         state = run.state(rest)
     th, R = state[0], state[1] or run.start(state[0])
@@ -406,7 +406,7 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
 def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call = _call(key, tensors)
     held = [*call.anchor.values(), *call.registers.values()]
-    o = call.v.new_empty(*call.v.shape[:3], plan.derivation.V)
+    o = call.v.new_empty(*call.v.shape[:3], plan.derivation.out_width)
     return [
         o,
         *(torch.empty_like(x) for x in held),
