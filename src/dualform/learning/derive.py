@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -65,12 +65,43 @@ def split_parameters(learner: nn.Module, slow: tuple[str, ...]) -> Parts:
     return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()))
 
 
-class Step(NamedTuple):
-    """A traced block: the graph, the tree of its inputs and what was chosen per site."""
+@dataclass(eq=False)
+class Step:
+    """A traced block for one head: the graph, the tree of its inputs, what was chosen per site; and its reverse."""
 
     graph: fx.GraphModule
     inputs: StepInputs  # examples, for shapes and names
     choices: list[Choice]
+
+    @property
+    def num_outputs(self) -> int:
+        (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
+        return len(output.args[0])  # pyright: ignore[reportArgumentType]: a list
+
+    @property
+    def wants(self) -> list[bool]:
+        """Which inputs have gradients: all but positions, validity and truth values."""
+        parts = [part for part, value in self.inputs._asdict().items() for _ in flatten(value)]
+        tensors = flatten(self.inputs)
+        return [x.is_floating_point() and p not in ("i", "valid") for p, x in zip(parts, tensors, strict=True)]
+
+    @cached_property
+    def reverse(self) -> fx.GraphModule:
+        """The vjp, as a graph: (inputs, cotangents of the outputs) -> gradients of the inputs that have one."""
+        inputs, wants = flatten(self.inputs), self.wants
+        (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
+        cotangents = [inputs[0].new_empty(node.meta["val"].shape) for node in output.args[0]]
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            given = [x.detach().requires_grad_(w) for x, w in zip(tensors, wants, strict=False)]
+            leaves = [x for x, w in zip(given, wants, strict=True) if w]
+            outputs = self.graph(*given)
+            found = torch.autograd.grad(
+                outputs, leaves, list(tensors[len(given) :]), allow_unused=True, materialize_grads=True
+            )
+            return list(found)
+
+        return undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents])))
 
 
 @dataclass(eq=False)

@@ -36,57 +36,73 @@ class Grid:
     spans: list[tuple[int, int]] | None  # every row alike: block n is these tokens
     index: Tensor | None  # (N, B, W) token of each slot, T where empty
     stand_in: Tensor | None  # (B,) a valid token of the row, which an empty slot may read
-    i: Tensor | None  # (N, B, W) position in the mini-batch, from 1
-    valid: Tensor | None  # (N, B, W)
-    full: Tensor | None  # (N, B)
+    i: Tensor  # (N, B, W) position in the mini-batch, from 1
+    valid: Tensor  # (N, B, W)
+    full: Tensor  # (N, B)
     opens: Tensor | None  # (N, B)
     position: Tensor  # (B,) after the call
 
-    def lay(self, x: Tensor, fill: bool = False) -> Tensor:
-        """Bring token-major (B, T, H, ...) to what `block` reads: (B, H, T, ...), or (N, B, H, W, ...) when ragged.
+    def pieces(self, most: int, start: int = 0, end: int | None = None) -> list[range]:
+        """Cut blocks start ... end into stretches of one variant: `most` at once, then ever smaller powers of two."""
+        found, end = [], len(self.variants) if end is None else end
+        while start < end:
+            stop = start + 1
+            while stop < end and self.variants[stop] == self.variants[start]:
+                stop += 1
+            if self.spans is not None and not self.variants[start].dense:
+                stop = start + 1
+            while start < stop:
+                size = min(most, 1 << ((stop - start).bit_length() - 1))
+                found.append(range(start, start + size))
+                start += size
+        return found
+
+    def take(self, x: Tensor, piece: range, fill: bool = False) -> Tensor:
+        """Read the blocks of a piece from token-major x (B, T, H, ...): (n, B, H, W, ...), contiguous.
 
         fill: empty slots read a token of the row instead of zero. A learner may have no derivative at zero (x / |x|), and a
         masked NaN is a NaN.
         """
-        x = x.transpose(1, 2)
-        if self.index is None:
-            return x.contiguous()
-        x = torch.cat([x, x.new_zeros(*x.shape[:2], 1, *x.shape[3:])], 2)
-        rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        index = self.index
-        if fill and self.stand_in is not None:
-            index = torch.where(index == x.shape[2] - 1, self.stand_in[:, None], index)
-        return x.transpose(1, 2)[rows, index].movedim(3, 2).contiguous()  # (N, B, W, H, ...) -> (N, B, H, W, ...)
-
-    def lift(self, y: Tensor, T: int) -> Tensor:
-        """Undo `lay`: back to (B, T, H, ...), zero where there is no token."""
-        if self.index is None:
-            return y.transpose(1, 2).contiguous()
-        N, B, H, W = y.shape[:4]
-        flat = y.permute(1, 0, 3, 2, *range(4, y.ndim)).reshape(B, N * W, H, *y.shape[4:])
-        out = y.new_zeros(B, T + 1, H, *y.shape[4:])
-        rows = torch.arange(B, device=y.device)[:, None]
-        out[rows, self.index.transpose(0, 1).reshape(B, N * W)] = flat
-        return out[:, :T]
-
-    def block(self, laid: Tensor, n: int, fill: bool = False) -> Tensor:
-        """Return block n, (B, H, W, ...); the slots past a short block's end are zero, or its first token (fill)."""
-        if self.spans is None:
-            return laid[n]
-        start, stop = self.spans[n]
-        part, missing = laid[:, :, start:stop], self.variants[n].width - (stop - start)
-        if not missing:
-            return part
-        shape = (*part.shape[:2], missing, *part.shape[3:])
-        return torch.cat([part, part[:, :, :1].expand(shape) if fill else part.new_zeros(shape)], 2)
-
-    def write(self, laid: Tensor, n: int, value: Tensor) -> None:
-        """Store block n's value."""
-        if self.spans is None:
-            laid[n] = value
+        n, W = len(piece), self.variants[piece.start].width
+        if self.spans is not None:
+            start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
+            part, missing = x[:, start:stop], n * W - (stop - start)
+            if missing:
+                shape = (x.shape[0], missing, *x.shape[2:])
+                part = torch.cat([part, part[:, :1].expand(shape) if fill else part.new_zeros(shape)], 1)
+            part = part.unflatten(1, (n, W)).transpose(0, 1)
         else:
-            start, stop = self.spans[n]
-            laid[:, :, start:stop] = value[:, :, : stop - start]
+            assert self.index is not None and self.stand_in is not None
+            index = self.index[piece.start : piece.stop]
+            empty = index == x.shape[1]
+            part = x[torch.arange(x.shape[0], device=x.device)[:, None], torch.where(empty, self.stand_in[:, None], index)]
+            if not fill:
+                part = part.masked_fill(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), 0)
+        return part.transpose(2, 3).contiguous()  # (n, B, W, H, ...) -> (n, B, H, W, ...)
+
+    def new(self, like: Tensor, *shape: int) -> Tensor:
+        """Make a token-major result (B, T, ...) for `put`: zero where there will be no token."""
+        if self.spans is not None:
+            return like.new_empty(shape)
+        return like.new_zeros(shape[0], shape[1] + 1, *shape[2:])  # empty slots write to the last token
+
+    def put(self, out: Tensor, piece: range, value: Tensor) -> None:
+        """Write the blocks of a piece, (n, B, H, W, ...), into what `new` made."""
+        value = value.transpose(2, 3)  # (n, B, W, H, ...)
+        if self.spans is not None:
+            start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
+            n, B, W = value.shape[:3]
+            if n * W == stop - start:
+                out[:, start:stop].unflatten(1, (n, W)).copy_(value.transpose(0, 1))
+            else:
+                out[:, start:stop] = value[0, :, : stop - start]
+        else:
+            assert self.index is not None
+            out[torch.arange(out.shape[0], device=out.device)[:, None], self.index[piece.start : piece.stop]] = value
+
+    def done(self, out: Tensor) -> Tensor:
+        """Return a result that all pieces were put into."""
+        return out if self.spans is not None else out[:, :-1].contiguous()
 
 
 def bucket(width: int, chunk: int) -> int:

@@ -1,9 +1,10 @@
-"""Run a chunk program over a sequence: blocks in order, batch and heads at once, as one `torch.library` op each way.
+"""Run a chunk program over a sequence as one `torch.library` op each way.
 
-Forward: the traced step, mapped over batch and heads. Backward: its traced vjp in reverse, from checkpoints every G blocks
-and the states in between recomputed. Inside an op autograd does not run, so both directions are graphs.
+Each direction is the traced graph of one mini-batch, split where the state passes (`fission`): what does not wait for the
+state runs for many mini-batches at once, the loop holds only what carries the state on. The backward is the traced vjp, in
+reverse, from checkpoints every G blocks and the states in between recomputed. Inside an op autograd does not run.
 
-Legend: B batch, T time, H heads, N blocks, G blocks per checkpoint, th anchor, R registers.
+Legend: B batch, T time, H heads, P = B H rows, N blocks, n blocks of a piece, G blocks per checkpoint, th anchor, R registers.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree
 
-from dualform.learning.derive import Derivation, flatten, only_outputs, rebuild, trace_fake, undisturbed
-from dualform.learning.emit import StepInputs
+from dualform.learning.batched import Run, at, mapped, row_axis, row_bytes
+from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
+from dualform.learning.fission import Fission, Part, split
 from dualform.learning.grid import Grid, Variant, arrange
-from dualform.learning.simplify import tidy
 
 Leaves = dict[str, Tensor]
+# Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in cache (LAB.md).
+TOKENS_AT_ONCE = 2048
 
 
 class Call(NamedTuple):
@@ -46,221 +47,224 @@ class Call(NamedTuple):
     carried: bool = False  # did the caller give a state?
 
 
+class Input(NamedTuple):
+    """One tensor of a block: which part of the step's inputs, its name there, and how it varies over rows."""
+
+    part: str
+    name: str
+    over: str  # "block" each block's own | "heads" one per head | "shared"
+
+
+Given = Callable[[Input], Tensor]  # a block's own for the rows of all blocks, one per head, or shared
+
+
 @dataclass(eq=False)
-class Batched:
-    """A step for (B, H) at once: forward, its state outputs alone, and, when first asked for, its vjp.
+class Way:
+    """One direction of a step, mapped over rows and split."""
 
-    Traced on the CPU whatever the device: in a CUDA backward, autograd's own thread is taken, and a trace that needs it
-    would wait for ever.
-    """
+    inputs: list[Input]
+    fission: Fission
+    returns: int  # tensors of state that the loop returns
+    made: dict[Any, Run] = field(default_factory=dict)
 
-    traced: fx.GraphModule
-    shapes: list[Tensor]  # examples of the inputs
-    wants: list[bool]  # which inputs have gradients
-    device: torch.device
+    @classmethod
+    def of(cls, graph: fx.GraphModule, inputs: list[Input], carried: Sequence[int], returned: Sequence[int]) -> Way:
+        fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
+        return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned))
 
-    @cached_property
-    def forward(self) -> fx.GraphModule:
-        return placed(self.traced, self.device)
+    def part(self, name: str, rows: int, device: torch.device) -> Run:
+        key = (name, rows, device)
+        if key not in self.made:
+            self.made[key] = at(getattr(self.fission, name).graph, rows, device)
+        return self.made[key]
 
-    @cached_property
-    def advance(self) -> fx.GraphModule:
-        return only_outputs(self.forward, slice(1, None))
+    def run(
+        self, blocks: Sequence[int], rows: int, given: Given, state: list[Tensor], visit: Callable[[int, list[Tensor]], list[Tensor]],
+        heads: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
 
-    @cached_property
-    def vjp(self) -> fx.GraphModule:
-        return placed(undisturbed(lambda: _transpose(self)), self.device)
+        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from.
+        """
+        f, n, device = self.fission, len(blocks), state[0].device
+        source = dict(zip(f.inputs, self.inputs, strict=True))
+        made: dict[fx.Node, Tensor] = {}
+        once: dict[fx.Node, Tensor] = {}
+
+        def value(x: fx.Node, count: int) -> Tensor:
+            if x in made:
+                return made[x]
+            if x in source and source[x].over == "block":
+                return given(source[x])
+            per_head, axis = once[x] if x in once else given(source[x]), row_axis(x)
+            return per_head if axis is None or count == heads else torch.cat([per_head] * (count // heads), axis)
+
+        def compute(name: str, part: Part, count: int, into: dict[fx.Node, Tensor]) -> None:
+            if part.outputs:
+                values = [value(x, count) for x in part.inputs]
+                into.update(zip(part.outputs, self.part(name, count, device)(*values), strict=True))
+
+        compute("once", f.once, heads, once)
+        compute("before", f.before, n * rows, made)
+        slots: list[Any] = []
+        for x in f.loop.inputs:
+            axis = row_axis(x)
+            if x in f.carried:
+                slots.append(f.carried.index(x))
+            elif axis is None or x in once or (x in source and source[x].over != "block"):
+                slots.append([value(x, rows)] * n)
+            else:
+                slots.append(value(x, n * rows).chunk(n, axis))
+        loop = self.part("loop", rows, device)
+        kept: list[Sequence[Tensor]] = [()] * n
+        first = min(blocks)
+        for block in blocks:
+            j = block - first
+            state = visit(block, state)
+            out = loop(*[state[x] if isinstance(x, int) else x[j] for x in slots])
+            state, kept[j] = list(out[: self.returns]), out[self.returns :]
+        for x, parts in zip(f.loop.outputs[self.returns :], zip(*kept, strict=True), strict=True):
+            made[x] = parts[0] if n == 1 else torch.cat(parts, row_axis(x) or 0)
+        compute("after", f.after, n * rows, made)
+        return state, [value(x, n * rows) for x in f.others]
 
 
 @dataclass(eq=False)
 class Plan:
-    """A derivation with its batched graphs."""
+    """A derivation and its directions."""
 
     derivation: Derivation
-    compiled: dict[tuple[Variant, int, int, torch.device], Batched] = field(default_factory=dict)
+    ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
 
-    def batched(self, variant: Variant, B: int, H: int, device: torch.device) -> Batched:
-        key = (variant, B, H, device)
-        if key not in self.compiled:
-            self.compiled[key] = undisturbed(lambda: _batch(self.derivation, variant, B, H, device))
-        return self.compiled[key]
+    def step(self, variant: Variant) -> Step:
+        return undisturbed(lambda: self.derivation.step(variant))
 
+    def inputs(self, variant: Variant) -> list[Input]:
+        """List a block's inputs, in the order of its graph."""
+        d, found = self.derivation, []
+        for part, value in self.step(variant).inputs._asdict().items():
+            for name in value if isinstance(value, dict) else [] if value is None else [part]:
+                own = "shared" if name in d.parts.buffers or name in d.constants else "heads"
+                found.append(Input(part, name, own if part in ("slow", "init") else "block"))
+        return found
 
-def placed(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """Copy a graph so that what it creates is created on a device."""
-    if device.type == "cpu":
-        return gm
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    for node in graph.nodes:
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": device}
-    return fx.GraphModule(gm, graph)
-
-
-def _axes(like: StepInputs, buffers: frozenset[str]) -> tuple[StepInputs, StepInputs]:
-    """Say along which axis each input carries batch, and then heads (None: shared)."""
-
-    def tree(over: Callable[[str, str], int | None]) -> StepInputs:
-        parts: dict[str, Any] = {}
-        for part, value in like._asdict().items():
-            if isinstance(value, dict):
-                parts[part] = {name: over(part, name) for name in value}
+    def way(self, variant: Variant, name: str) -> Way:
+        """Return a direction of a block: "forward", "advance" (the state alone) or "reverse"."""
+        key = (variant, name)
+        if key not in self.ways:
+            step, inputs = self.step(variant), self.inputs(variant)
+            state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
+            count = step.num_outputs
+            if name == "reverse":
+                wanted = list(itertools.compress(range(len(inputs)), step.wants))
+                graph = step.reverse
+                carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
+                inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
             else:
-                parts[part] = None if value is None else over(part, part)
-        return StepInputs(**parts)
-
-    def batch(part: str, name: str) -> int | None:
-        return None if part in ("slow", "init") else 0
-
-    def heads(part: str, name: str) -> int | None:
-        return None if part in ("i", "valid", "full", "opens") or name in buffers else 0
-
-    return tree(batch), tree(heads)
+                graph, carried, returned = step.graph, state, range(1, count)
+            whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs]))
+            if name == "advance":
+                whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
+            self.ways[key] = Way.of(whole, inputs, carried, returned)
+        return self.ways[key]
 
 
-def _batch(derivation: Derivation, variant: Variant, B: int, H: int, device: torch.device) -> Batched:
-    step = derivation.step(variant)
-    like = step.inputs
-    buffers = frozenset({*derivation.parts.buffers, *derivation.constants})
-    over_batch, over_heads = _axes(like, buffers)
-
-    def dims(tree: StepInputs) -> tuple[int | None, ...]:
-        flat, _ = _pytree.tree_flatten(like)
-        marks, _ = _pytree.tree_flatten(tree)
-        return tuple(m for x, m in zip(flat, marks, strict=True) if isinstance(x, Tensor))
-
-    b, h = dims(over_batch), dims(over_heads)
-    shapes = [
-        x.new_empty((*((B,) if i == 0 else ()), *((H,) if j == 0 else ()), *x.shape))
-        for x, i, j in zip(flatten(like), b, h, strict=True)
-    ]
-    forward = tidy(trace_fake(torch.vmap(torch.vmap(step.graph, in_dims=h), in_dims=b), shapes))
-    wants = [x.is_floating_point() and not _is_mark(n, like) for n, x in enumerate(shapes)]
-    return Batched(forward, shapes, wants, device)
-
-
-def _transpose(step: Batched) -> fx.GraphModule:
-    """Trace the vjp of a batched step: (inputs, cotangents) -> gradients of the inputs that have one."""
-    n = len(step.shapes)
-    like = step.shapes[0]
-    cotangents = [like.new_empty(o.meta["val"].shape) for o in _outputs(step.traced)]
-
-    def reverse(*tensors: Tensor) -> list[Tensor]:
-        inputs = [x.detach().requires_grad_(w) for x, w in zip(tensors[:n], step.wants, strict=True)]
-        leaves = [x for x, w in zip(inputs, step.wants, strict=True) if w]
-        outputs = step.traced(*inputs)
-        return list(torch.autograd.grad(outputs, leaves, list(tensors[n:]), allow_unused=True, materialize_grads=True))
-
-    return tidy(trace_fake(reverse, step.shapes + cotangents))
-
-
-def _is_mark(n: int, like: StepInputs) -> bool:
-    """Is input n a position or a validity, which have no gradient?"""
-    kinds = [part for part, value in like._asdict().items() for _ in flatten(value)]
-    return kinds[n] in ("i", "valid")
-
-
-def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
-    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
-    return list(output.args[0])  # type: ignore[arg-type]
-
-
-@dataclass
 class _Run:
-    """One call laid out on its grid: what both directions share."""
+    """One call on its grid: what both directions share."""
 
-    plan: Plan
-    call: Call
+    def __init__(self, plan: Plan, call: Call) -> None:
+        self.plan, self.call, d = plan, call, plan.derivation
+        self.B, self.T, self.H = call.q.shape[:3]
+        self.rows, self.rule, self.L = self.B * self.H, d.inner.rule, len(call.anchor)
+        device = call.q.device
+        self.slow = {name: x.to(device) for name, x in d.constants.items()} | call.slow
+        self.grid: Grid = arrange(self.T, d.chunk, call.position, call.mask, call.reset, call.q.dtype, call.carried, d.block)
+        self.blocks = len(self.grid.variants)
+        widest = max(v.width for v in self.grid.variants)
+        self.at_once = 1 << max(0, (TOKENS_AT_ONCE // (self.rows * widest)).bit_length() - 1)
 
-    def __post_init__(self) -> None:
-        c = self.call
-        self.B, self.T, self.H = c.q.shape[:3]
-        d = self.plan.derivation
-        self.rule, self.leaves = d.inner.rule, list(c.anchor)
-        self.constants = {name: x.to(c.q.device) for name, x in d.constants.items()}
-        self.grid: Grid = arrange(self.T, d.chunk, c.position, c.mask, c.reset, c.q.dtype, c.carried, d.block)
-        self.laid = {name: self.grid.lay(x, fill=True) for name, x in (("q", c.q), ("k", c.k), ("v", c.v))}
-        self.gates = {name: self.grid.lay(x) for name, x in c.gates.items()}
+    def given(self, piece: range, more: Callable[[Input], Tensor]) -> Given:
+        """Read a piece's inputs, each once; `more`: those that the grid does not have."""
+        g, c, n = self.grid, self.call, len(piece)
+        found: dict[Input, Tensor] = {}
 
-    @property
-    def blocks(self) -> int:
-        return len(self.grid.variants)
+        def read(x: Input) -> Tensor:
+            if x.part in ("q", "k", "v"):
+                return g.take(getattr(c, x.part), piece, fill=True).flatten(0, 2)
+            if x.part == "gates" and x.name != "offset":
+                return g.take(c.gates[x.name], piece).flatten(0, 2)
+            if x.part in ("i", "valid", "full", "opens", "gates"):
+                W = g.variants[piece.start].width
+                if x.part == "gates":
+                    assert c.offset is not None
+                    mark = c.offset[g.i[piece.start : piece.stop, :, :W].long() - 1]
+                else:
+                    mark = getattr(g, x.part)[piece.start : piece.stop]
+                    mark = mark[:, :, :W] if x.part in ("i", "valid") else mark
+                return mark[:, :, None].expand(n, self.B, self.H, *mark.shape[2:]).flatten(0, 2).contiguous()
+            return more(x)
+
+        def get(x: Input) -> Tensor:
+            if x.part in ("slow", "init"):
+                return (self.slow if x.part == "slow" else c.init)[x.name].contiguous()
+            if x not in found:
+                found[x] = read(x)
+            return found[x]
+
+        return get
 
     def known(self, n: int) -> bool:
+        """Are block n's registers at their start?"""
         v = self.grid.variants[n]
         return v.fresh and all(self.rule.resets) and not v.opens
 
-    def certain(self, n: int) -> bool:
-        return self.grid.variants[n].completes(self.plan.derivation.chunk)
+    def returns_registers(self, n: int) -> bool:
+        return not (self.grid.variants[n].completes(self.plan.derivation.chunk) and all(self.rule.resets))
 
-    def inputs(self, n: int, th: Leaves, R: Leaves | None) -> StepInputs:
-        """Collect block n's inputs."""
-        g, v, c = self.grid, self.grid.variants[n], self.call
-        W = v.width
-        gates = {name: g.block(x, n) for name, x in self.gates.items()}
-        i = g.i[n][:, :W]  # type: ignore[index]
-        if c.offset is not None:
-            token = c.offset[i.long() - 1] if not v.fresh else c.offset[:W].expand(self.B, W)
-            gates["offset"] = token[:, None].expand(self.B, self.H, W)
-        return StepInputs(
-            th=th,
-            R=None if self.known(n) else (self.start(th) if R is None else R),
-            q=g.block(self.laid["q"], n, fill=True),
-            k=g.block(self.laid["k"], n, fill=True),
-            v=g.block(self.laid["v"], n, fill=True),
-            gates={name: gates[name] for name in self.rule.gates},
-            slow=c.slow | self.constants,
-            i=None if v.fresh else i,
-            valid=None if v.dense else g.valid[n][:, :W],  # type: ignore[index]
-            full=None if self.certain(n) else g.full[n],  # type: ignore[index]
-            opens=g.opens[n] if v.opens else None,  # type: ignore[index]
-            init=c.init if v.opens else None,
-        )
+    def start(self, th: Sequence[Tensor]) -> list[Tensor]:
+        """Registers at their start, one row each."""
+        return [torch.stack([s * w for s in self.rule.start], 1) for w in th]
 
-    def start(self, th: Leaves) -> Leaves:
-        """Registers at their start."""
-        return {name: torch.stack([s * w for s in self.rule.start], 2) for name, w in th.items()}
+    def enter(self, n: int, state: list[Tensor]) -> list[Tensor]:
+        """Give block n the state that it takes: with registers or without."""
+        if self.known(n):
+            return state[: self.L]
+        return state if len(state) > self.L else state + self.start(state)
 
-    def batched(self, n: int) -> Batched:
-        return self.plan.batched(self.grid.variants[n], self.B, self.H, self.call.q.device)
+    def held(self) -> list[Tensor]:
+        """The state of the call, by rows."""
+        c = self.call
+        return [x.flatten(0, 1).contiguous() for x in (*c.anchor.values(), *c.registers.values())]
 
-    def state(self, out: Sequence[Tensor]) -> tuple[Leaves, Leaves | None]:
-        """Split a step's state outputs into (th, R)."""
-        L = len(self.leaves)
-        R = dict(zip(self.leaves, out[L:], strict=True)) if len(out) > L else None
-        return dict(zip(self.leaves, out[:L], strict=True)), R
-
-    def group(self, checkpoints: int) -> int:
-        return -(-self.blocks // checkpoints) if checkpoints else self.blocks
-
-
-def packed(inputs: StepInputs) -> list[Tensor]:
-    """List a block's tensors with the strides that its graph was traced for."""
-    return [x.contiguous() for x in flatten(inputs)]
+    def whole(self, state: list[Tensor]) -> list[Tensor]:
+        return state if len(state) > self.L else state + self.start(state)
 
 
 def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
     run = _Run(plan, call)
-    d, th, R = plan.derivation, dict(call.anchor), dict(call.registers)
-    saved = [x.new_empty(checkpoints, *x.shape) for x in (*th.values(), *R.values())]
-    G, laid = run.group(checkpoints), None
-    state: tuple[Leaves, Leaves | None] = (th, R)
-    for n in range(run.blocks):
+    state = run.held()
+    saved = [x.new_empty(checkpoints, *x.shape) for x in state]
+    G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
+    o = run.grid.new(call.v, run.B, run.T, run.H, plan.derivation.out_width)
+
+    def visit(n: int, state: list[Tensor]) -> list[Tensor]:
         if checkpoints and n % G == 0:
-            held = (*state[0].values(), *(state[1] or run.start(state[0])).values())
-            for buffer, x in zip(saved, held, strict=True):
+            for buffer, x in zip(saved, run.whole(state), strict=True):
                 buffer[n // G] = x
-        o, *rest = run.batched(n).forward(*packed(run.inputs(n, *state)))
-        if laid is None:
-            lead = run.laid["v"].shape[:-1]
-            laid = o.new_zeros(*lead, d.out_width)
-        run.grid.write(laid, n, o)
-        state = run.state(rest)
-    th, R = state[0], state[1] or run.start(state[0])
-    assert laid is not None
-    return [run.grid.lift(laid, run.T), *th.values(), *R.values(), run.grid.position, *saved]
+        return run.enter(n, state)
+
+    for piece in run.grid.pieces(run.at_once):
+        way = plan.way(run.grid.variants[piece.start], "forward")
+        state, (y,) = way.run(piece, run.rows, run.given(piece, _none), state, visit, run.H)
+        run.grid.put(o, piece, y.unflatten(0, (len(piece), run.B, run.H)))
+    lead = (run.B, run.H)
+    after = [x.unflatten(0, lead) for x in run.whole(state)]
+    return [run.grid.done(o), *after, run.grid.position, *(x.unflatten(1, lead) for x in saved)]
+
+
+def _none(x: Input) -> Tensor:
+    raise AssertionError(x)
 
 
 def run_backward(
@@ -268,75 +272,79 @@ def run_backward(
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
     run = _Run(plan, call)
-    L, G = len(run.leaves), run.group(checkpoints)
-    do = run.grid.lay(cotangents[0])
-    dth: Leaves = dict(zip(run.leaves, cotangents[1 : 1 + L], strict=True))
-    dR: Leaves = dict(zip(run.leaves, cotangents[1 + L :], strict=True))
-    grads = {
-        "q": torch.zeros_like(run.laid["q"]),
-        "k": torch.zeros_like(run.laid["k"]),
-        "v": torch.zeros_like(run.laid["v"]),
-    }
-    dgates = {name: torch.zeros_like(x) for name, x in run.gates.items()}
-    dslow = {name: torch.zeros_like(x) for name, x in call.slow.items()}
-    dinit = {name: torch.zeros_like(x) for name, x in call.init.items()}
+    L, g = run.L, run.grid
+    G = -(-run.blocks // checkpoints)
+    do, state = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
+    saved = [x.flatten(1, 2) for x in saved]
+    grads = {name: g.new(x, *x.shape) for name, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())}
+    sums = {("slow", name): torch.zeros_like(x) for name, x in call.slow.items()}
+    sums |= {("init", name): torch.zeros_like(x) for name, x in call.init.items()}
     doffset = None if call.offset is None else torch.zeros_like(call.offset)
+
+    def visit(n: int, state: list[Tensor]) -> list[Tensor]:
+        """Turn the gradient of the state that block n + 1 took into that of the state that block n returned."""
+        dth, dR = state[:L], state[L:]
+        if run.returns_registers(n):
+            return dth + (dR or [torch.zeros_like(x) for x in run.start(dth)])
+        scaled = [(k, s) for k, s in enumerate(run.rule.start) if s and dR]
+        return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
+
+    states: dict[int, list[Tensor]] = {}
+
+    def note(n: int, state: list[Tensor]) -> list[Tensor]:
+        states[n] = run.enter(n, state)
+        return states[n]
+
     for group in reversed(range(0, run.blocks, G)):
-        held = [x[group // G] for x in saved]
-        states: list[tuple[Leaves, Leaves | None]] = [run.state(held)]
         stop = min(group + G, run.blocks)
-        for n in range(group, stop - 1):
-            states.append(run.state(run.batched(n).advance(*packed(run.inputs(n, *states[-1])))))
-        for n in reversed(range(group, stop)):
-            th, R = states[n - group]
-            inputs, step = run.inputs(n, th, R), run.batched(n)
-            returns_R = not (run.certain(n) and all(run.rule.resets))
-            if not returns_R:
-                dth = (
-                    {w: dth[w] + sum(s * dR[w][:, :, k] for k, s in enumerate(run.rule.start)) for w in dth}
-                    if any(run.rule.start)
-                    else dth
-                )
-            cots = [run.grid.block(do, n), *dth.values(), *(dR.values() if returns_R else ())]
-            flat = packed(inputs)
-            got = iter(step.vjp(*flat, *(x.contiguous() for x in cots)))
-            back = rebuild(inputs, [next(got) if w else x for w, x in zip(step.wants, flat, strict=True)])
-            dth = back.th
-            if run.known(n):
-                dR = {w: torch.zeros_like(x) for w, x in dR.items()}
-            elif R is None:
-                assert back.R is not None
-                dth = {w: dth[w] + sum(s * back.R[w][:, :, k] for k, s in enumerate(run.rule.start)) for w in dth}
-                dR = {w: torch.zeros_like(x) for w, x in dR.items()}
+        pieces = g.pieces(run.at_once, group, stop)
+        held = [x[group // G] for x in saved]
+        states.clear()
+        for piece in pieces:
+            if piece.stop == stop and len(piece) == 1:
+                note(piece.start, held)
             else:
-                assert back.R is not None
-                dR = back.R
-            for name, x in (("q", back.q), ("k", back.k), ("v", back.v)):
-                run.grid.write(grads[name], n, x)
-            for name, x in dgates.items():
-                run.grid.write(x, n, back.gates[name])
-            if doffset is not None:
-                W = run.grid.variants[n].width
-                index = run.grid.i[n][:, :W].long() - 1  # type: ignore[index]
-                keep = back.gates["offset"].sum(1) * run.grid.valid[n][:, :W]  # type: ignore[index]
-                doffset.index_add_(0, index.reshape(-1), keep.reshape(-1))
-            for name, x in dslow.items():
-                if x.is_floating_point():
-                    x += back.slow[name]
-            if back.init is not None:
-                for name, x in dinit.items():
-                    x += back.init[name]
-    tree = Call(
-        *(run.grid.lift(grads[name], run.T) for name in "qkv"),
-        gates={name: run.grid.lift(x, run.T) for name, x in dgates.items()},
-        slow=dslow,
-        anchor=dth,
-        registers=dR,
-        position=call.position,
-        init=dinit,
+                way = plan.way(g.variants[piece.start], "advance")
+                held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H)
+        for piece in reversed(pieces):
+            variant = g.variants[piece.start]
+            way, inputs = plan.way(variant, "reverse"), plan.inputs(variant)
+            order = {x: k for k, x in enumerate(x for x in inputs if x.part in ("th", "R"))}
+
+            def more(x: Input, piece: range = piece, order: dict[Input, int] = order) -> Tensor:
+                if x.part == "cotangent":
+                    return g.take(do, piece).flatten(0, 2)
+                return torch.cat([states[n][order[x]] for n in piece])
+
+            state, found = way.run(piece[::-1], run.rows, run.given(piece, more), state, visit, run.H)
+            wants = plan.step(variant).wants
+            rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
+            for x, value in zip(rest, found, strict=True):
+                value = value.unflatten(0, (len(piece), run.B, run.H))
+                if (x.part, x.name) in sums:
+                    axes = (0, 1, 2) if x.over == "shared" else (0, 1)
+                    sums[x.part, x.name] += value.sum(axes)
+                elif x.name == "offset":
+                    assert doffset is not None
+                    W = variant.width
+                    index, keep = g.i[piece.start : piece.stop, :, :W].long() - 1, g.valid[piece.start : piece.stop, :, :W]
+                    doffset.index_add_(0, index.flatten(), (value.sum(2) * keep).flatten())
+                elif x.part in ("q", "k", "v", "gates"):
+                    g.put(grads[x.name], piece, value)
+    if len(state) == L:
+        state = state + [torch.zeros_like(x) for x in run.start(state)]
+    state = [x.unflatten(0, (run.B, run.H)) for x in state]
+    names = list(call.anchor)
+    tree = call._replace(
+        q=g.done(grads["q"]),
+        k=g.done(grads["k"]),
+        v=g.done(grads["v"]),
+        gates={name: g.done(grads[name]) for name in call.gates},
+        slow={name: sums["slow", name] for name in call.slow},
+        anchor=dict(zip(names, state[:L], strict=True)),
+        registers=dict(zip(names, state[L:], strict=True)),
+        init={name: sums["init", name] for name in call.init},
         offset=doffset,
-        mask=call.mask,
-        reset=call.reset,
     )
     return [x for x, y in zip(_flat(tree), _flat(call), strict=True) if y.is_floating_point()]
 
