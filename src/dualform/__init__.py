@@ -8,7 +8,8 @@ from dualform.catalogue import Bound, Catalogue, CatalogueError
 from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
-from dualform.learning.program import ChunkProgram, DerivationError, backends, derive
+from dualform.learning.backends import backends
+from dualform.learning.program import ChunkProgram, DerivationError, derive
 from dualform.learning.rules import Rule, Step, rules
 from dualform.learning.state import State
 from dualform.shapes import ShapeError, TraceError

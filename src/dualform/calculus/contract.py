@@ -344,8 +344,10 @@ def _matmul(
     if not batch and max(len(rows), len(summed), len(cols)) == 1:
         if rows and cols:
             return Factor(_permuted(a, [*rows, *summed]) @ _permuted(b, [*summed, *cols]), (*rows, *cols))
-        if rows:
-            return Factor(_permuted(a, [*rows, *summed]) @ b.tensor, tuple(rows))
+        if rows and a.labels == (*rows, *summed):
+            return Factor(a.tensor @ b.tensor, tuple(rows))
+        if rows:  # a vector times a matrix as it lies: its derivative lies the same way
+            return Factor(b.tensor @ a.tensor, tuple(rows))
         return Factor(a.tensor @ b.tensor, ())
     larger = a if a.tensor.numel() >= b.tensor.numel() else b
     summed = [label for label in larger.labels if label in summed]

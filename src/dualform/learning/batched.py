@@ -6,7 +6,7 @@ number is written into the graph: nothing is traced again for another batch, ano
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from dualform.learning.simplify import tidy
 
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
-Run = Callable[..., Sequence[Tensor]]
 aten = torch.ops.aten
 
 

@@ -12,7 +12,7 @@ Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -384,11 +384,21 @@ class Emitter:
         after: dict[str, Tensor] = {}
         registers: dict[str, Tensor] = {}
         a, u = coef.end
+        if certain and all(rule.resets):  # no register outlives the mini-batch: the weights alone
+            total = _mixed(u, coef.write)
+            for leaf, th in x.th.items():
+                R0 = self._first(x, leaf)
+                terms = [(a, th), *((_mixed(u, [row[l] for row in coef.carry]), R0[l]) for l in range(len(R0)))]
+                value = self._written(_combined(terms), leaf, total, keys)
+                after[leaf] = torch.zeros_like(th) if value is None else value
+            return after, None
         for leaf, th in x.th.items():
-            R0 = list(x.R[leaf]) if x.R is not None else [s * th if s else None for s in rule.start]
-            R = [self._register(k, leaf, R0, coef, keys, th) for k in range(rule.num_registers)]
-            parts = [m * r for m, r in zip(u, R, strict=True) if not is_number(m, 0.0)]
-            end = sum(parts[1:], parts[0]) if is_number(a, 0.0) else sum(parts, th if is_number(a, 1.0) else a * th)
+            R0, R = self._first(x, leaf), []
+            for k, row in enumerate(coef.carry):
+                value = self._written(_combined(zip(row, R0, strict=True)), leaf, coef.write[k], keys)
+                R.append(torch.zeros_like(th) if value is None else value)
+            end = _combined([(a, th), *zip(u, R, strict=True)])
+            assert end is not None
             if certain:
                 after[leaf] = end
                 if not all(rule.resets):
@@ -406,19 +416,32 @@ class Emitter:
                 )
         return after, registers or None
 
-    def _register(
-        self, k: int, leaf: str, R0: Sequence[Tensor | None], coef: Coefficients, keys: _Keys, th: Tensor
-    ) -> Tensor:
-        carried = [
-            m if is_number(w, 1.0) else w * m
-            for w, m in zip(coef.carry[k], R0, strict=True)
-            if m is not None and not is_number(w, 0.0)
-        ]
-        value = sum(carried[1:], carried[0]) if carried else None
+    def _first(self, x: StepInputs, leaf: str) -> list[Tensor | None]:
+        """Return a leaf's registers before the block; None: zero."""
+        return list(x.R[leaf]) if x.R is not None else [s * x.th[leaf] if s else None for s in self.inner.rule.start]
+
+    def _written(self, value: Tensor | None, leaf: str, weights: Scalar, keys: _Keys) -> Tensor | None:
+        """Take weights_s g_s off a value, summed over the block."""
         for K, axis, delta in keys.derivatives[leaf]:
-            written = _weighted(K, axis, coef.write[k]).T.jvp(delta)
+            written = _weighted(K, axis, weights).T.jvp(delta)
             value = -written if value is None else value - written
-        return torch.zeros_like(th) if value is None else value
+        return value
+
+
+def _combined(terms: Iterable[tuple[Scalar, Tensor | None]]) -> Tensor | None:
+    """Sum weight * tensor, what is certainly zero left out; None if all is."""
+    parts = [x if is_number(w, 1.0) else w * x for w, x in terms if x is not None and not is_number(w, 0.0)]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _mixed(u: Sequence[Scalar], weights: Sequence[Scalar]) -> Scalar:
+    """Sum u_k weights_k."""
+    parts = [
+        w if is_number(m, 1.0) else m * w
+        for m, w in zip(u, weights, strict=True)
+        if not (is_number(m, 0.0) or is_number(w, 0.0))
+    ]
+    return sum(parts[1:], parts[0]) if parts else 0.0
 
 
 def twins(many: Analysis, one: Analysis) -> dict[fx.Node, fx.Node]:
@@ -517,7 +540,7 @@ def _per_target(J: Derivative, axis: int | None) -> Derivative:
 def _prefix(g: Tensor, coef: Coefficients) -> Tensor:
     """sum_{s<=t} C[t,s] g_s: a running sum where C is tril(row x col)."""
     shape = (-1, *[1] * (g.ndim - 1))
-    if coef.row is not None and coef.col is not None:
+    if coef.row is not None and coef.col is not None and g.shape[0] > FLOPS_PER_BYTE * 2 * g.element_size():
         return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
     return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
 

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from dualform.learning.regroup import reached
 
 aten = torch.ops.aten
 # An op run in the loop costs about as much time as storing this many bytes per row (LAB.md, 2026-11-24).
@@ -66,13 +68,8 @@ def split(
     following = tuple(output.args[0][i] for i in returned)
     others = tuple(x for i, x in enumerate(output.args[0]) if i not in set(returned))
     ends, nodes = _nodes(others), [n for n in gm.graph.nodes if n.op == "call_function"]
-    state = {inputs[i] for i in carried}
-    waits, varies = set(state), {n for i, n in enumerate(inputs) if i not in set(fixed)}
-    for node in nodes:
-        if not waits.isdisjoint(node.all_input_nodes):
-            waits.add(node)
-        if not varies.isdisjoint(node.all_input_nodes):
-            varies.add(node)
+    state, waits = {inputs[i] for i in carried}, reached(gm.graph, carried)
+    varies = reached(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
     loop = _sources(following) & waits - state
     free = [n for n in nodes if n in waits and n not in loop]
     loop |= _cheaper_inside(free, loop | state, ends, size)

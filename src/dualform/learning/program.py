@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from dualform.catalogue import Bound, Catalogue
 from dualform.learning import scan as scan_module
+from dualform.learning.backends import backends
 from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
@@ -31,14 +32,6 @@ from dualform.shapes import ShapeError
 
 T = TypeVar("T")
 forms = ("auto", "dual", "primal")
-backends = Catalogue("backends")
-
-
-@backends.record(name="eager", formula="the traced graphs, run op by op", source="the reference: any device, any dtype")
-def eager() -> None:
-    """Run a program's graphs as they are."""
-
-
 class Bounded(OrderedDict[Any, T]):
     """A dictionary that forgets what was made first once it is full."""
 
@@ -166,7 +159,7 @@ class ChunkProgram:
             with torch.autocast(q.device.type, enabled=False):
                 o, after = primal(call)
             return o.to(q.dtype), after
-        o, after = self._scan(form, call, state is not None, remat)
+        o, after = self._scan(form, backend, call, state is not None, remat)
         return o.to(q.dtype), after
 
     def losses(
@@ -191,10 +184,10 @@ class ChunkProgram:
         if k.shape[1] == 0:
             none = call.v.new_zeros(call.v.shape[:3])
             return none, none, call.state
-        both, after = self._scan("losses", call, state is not None, "auto")
+        both, after = self._scan("losses", "auto", call, state is not None, "auto")
         return both[..., 0], both[..., 1], after
 
-    def _scan(self, form: str, call: Inputs, carried: bool, remat: str | int | None) -> tuple[Tensor, State]:
+    def _scan(self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None) -> tuple[Tensor, State]:
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -210,7 +203,7 @@ class ChunkProgram:
             reset=call.reset,
             carried=carried,
         )
-        o, *held = scan_module.scan(self.name, form, tensors, self.chunk, remat)
+        o, *held = scan_module.scan(self.name, form, "eager" if backend == "auto" else backend, tensors, self.chunk, remat)
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])

@@ -10,7 +10,6 @@ Legend: B batch, T time, H heads, P = B H rows, N blocks, n blocks of a piece, G
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -19,10 +18,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx
 
-from dualform.learning.batched import Run, at, mapped, row_axis, row_bytes
+from dualform.learning.backends import Run, backends
+from dualform.learning.batched import at, mapped, row_axis, row_bytes
 from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
 from dualform.learning.fission import Fission, Part, split
 from dualform.learning.grid import Grid, Variant, arrange
+from dualform.learning.regroup import native_norms, ready_first
 
 Leaves = dict[str, Tensor]
 # Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in cache (LAB.md).
@@ -72,15 +73,17 @@ class Way:
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
         return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned))
 
-    def part(self, name: str, rows: int, device: torch.device) -> Run:
-        key = (name, rows, device)
+    def part(self, name: str, rows: int, device: torch.device, backend: str) -> Run:
+        """Return a part, ready to run on so many rows."""
+        key = (name, rows, device, backend)
         if key not in self.made:
-            self.made[key] = at(getattr(self.fission, name).graph, rows, device)
+            graph = at(getattr(self.fission, name).graph, rows, device)
+            self.made[key] = undisturbed(lambda: backends.build(backend).build()(graph))
         return self.made[key]
 
     def run(
         self, blocks: Sequence[int], rows: int, given: Given, state: list[Tensor], visit: Callable[[int, list[Tensor]], list[Tensor]],
-        heads: int,
+        heads: int, backend: str,
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
 
@@ -102,7 +105,7 @@ class Way:
         def compute(name: str, part: Part, count: int, into: dict[fx.Node, Tensor]) -> None:
             if part.outputs:
                 values = [value(x, count) for x in part.inputs]
-                into.update(zip(part.outputs, self.part(name, count, device)(*values), strict=True))
+                into.update(zip(part.outputs, self.part(name, count, device, backend)(*values), strict=True))
 
         compute("once", f.once, heads, once)
         compute("before", f.before, n * rows, made)
@@ -115,7 +118,7 @@ class Way:
                 slots.append([value(x, rows)] * n)
             else:
                 slots.append(value(x, n * rows).chunk(n, axis))
-        loop = self.part("loop", rows, device)
+        loop = self.part("loop", rows, device, backend)
         kept: list[Sequence[Tensor]] = [()] * n
         first = min(blocks)
         for block in blocks:
@@ -163,8 +166,10 @@ class Plan:
             else:
                 graph, carried, returned = step.graph, state, range(1, count)
             whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs]))
+            native_norms(whole)
             if name == "advance":
                 whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
+            whole = ready_first(whole, carried)
             self.ways[key] = Way.of(whole, inputs, carried, returned)
         return self.ways[key]
 
@@ -240,7 +245,7 @@ class _Run:
         return state if len(state) > self.L else state + self.start(state)
 
 
-def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
+def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
     run = _Run(plan, call)
     state = run.held()
@@ -256,7 +261,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int) -> list[Tensor]:
 
     for piece in run.grid.pieces(run.at_once):
         way = plan.way(run.grid.variants[piece.start], "forward")
-        state, (y,) = way.run(piece, run.rows, run.given(piece, _none), state, visit, run.H)
+        state, (y,) = way.run(piece, run.rows, run.given(piece, _none), state, visit, run.H, backend)
         run.grid.put(o, piece, y.unflatten(0, (len(piece), run.B, run.H)))
     lead = (run.B, run.H)
     after = [x.unflatten(0, lead) for x in run.whole(state)]
@@ -268,7 +273,7 @@ def _none(x: Input) -> Tensor:
 
 
 def run_backward(
-    plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
+    plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
     run = _Run(plan, call)
@@ -305,7 +310,7 @@ def run_backward(
                 note(piece.start, held)
             else:
                 way = plan.way(g.variants[piece.start], "advance")
-                held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H)
+                held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H, backend)
         for piece in reversed(pieces):
             variant = g.variants[piece.start]
             way, inputs = plan.way(variant, "reverse"), plan.inputs(variant)
@@ -316,7 +321,7 @@ def run_backward(
                     return g.take(do, piece).flatten(0, 2)
                 return torch.cat([states[n][order[x]] for n in piece])
 
-            state, found = way.run(piece[::-1], run.rows, run.given(piece, more), state, visit, run.H)
+            state, found = way.run(piece[::-1], run.rows, run.given(piece, more), state, visit, run.H, backend)
             wants = plan.step(variant).wants
             rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
             for x, value in zip(rest, found, strict=True):
@@ -350,7 +355,7 @@ def run_backward(
 
 
 # -- the op ------------------------------------------------------------------------------------------------------
-# The op takes a flat list and a key, "program|form|optional tensors": plain strings, so that compiled code may hold them.
+# The op takes a flat list and a key, "program|form|backend|optional tensors": plain strings, so that compiled code may hold them.
 
 
 class Source(Protocol):
@@ -384,8 +389,8 @@ def _flat(call: Call) -> list[Tensor]:
     return [call.q, call.k, call.v, call.position, *named, *optional]
 
 
-def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
-    name, form, optional = key.split("|")
+def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
+    name, form, backend, optional = key.split("|")
     source, rest = _sources[name], iter(tensors)
     gates, leaves, slow = source.tensor_names
     q, k, v, position = (next(rest) for _ in range(4))
@@ -400,19 +405,19 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
         q, k, v, gate, rest_slow, anchor, registers, position, init,
         extra.get("offset"), extra.get("mask"), extra.get("reset"), "carried" in given,
     )  # fmt: skip
-    return source.plan(q.shape[-1], q.dtype, form), call
+    return source.plan(q.shape[-1], q.dtype, form), call, backend
 
 
 @torch.library.custom_op("dualform::scan", mutates_args=())
 def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    plan, call = _call(key, tensors)
+    plan, call, backend = _call(key, tensors)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return [x.clone() if any(x is y for y in tensors) else x for x in run_forward(plan, call, checkpoints)]
+        return [x.clone() if any(x is y for y in tensors) else x for x in run_forward(plan, call, checkpoints, backend)]
 
 
 @scan_op.register_fake
 def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    plan, call = _call(key, tensors)
+    plan, call, _ = _call(key, tensors)
     held = [*call.anchor.values(), *call.registers.values()]
     o = call.v.new_empty(*call.v.shape[:3], plan.derivation.out_width)
     return [
@@ -427,12 +432,12 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
 def scan_backward_op(
     tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int
 ) -> list[Tensor]:
-    plan, call = _call(key, tensors)
+    plan, call, backend = _call(key, tensors)
     given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
         return [
             x.clone() if any(x is y for y in given) else x
-            for x in run_backward(plan, call, saved, cotangents, checkpoints)
+            for x in run_backward(plan, call, saved, cotangents, checkpoints, backend)
         ]
 
 
@@ -443,7 +448,7 @@ def _(tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key:
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
-    _, call = _call(ctx.key, tensors)
+    _, call, _ = _call(ctx.key, tensors)
     ctx.held = len(call.anchor) + len(call.registers)
     ctx.count = len(tensors)
     ctx.outputs = [x.shape for x in output[: 1 + ctx.held]]
@@ -464,7 +469,7 @@ scan_op.register_autograd(_backward, setup_context=_setup)
 
 
 def checkpoints_for(T: int, chunk: int, remat: str | int | None) -> int:
-    """Count checkpoints: "auto" about the square root of the number of mini-batches, G one per G, None one each."""
+    """Count checkpoints: "auto" one per power of two near the square root of the number of mini-batches, G one per G, None one each."""
     N = (T + chunk - 1) // chunk + 1
     if remat is None:
         return N
@@ -472,15 +477,15 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None) -> int:
         return (N + remat - 1) // remat
     if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
         return next(K for K in (4, 16, 64, 256, 1024) if K * K >= N or K == 1024)
-    return math.isqrt(N - 1) + 1
+    return -(-(N - 1) // (1 << (N.bit_length() // 2))) or 1
 
 
-def scan(name: str, form: str, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
+def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
     """Run the op for a registered program: [o, *anchor, *registers, position]."""
     tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat) if learns else 0
     held = len(call.anchor) + len(call.registers)
     given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
-    key = f"{name}|{form}|{','.join(n for n, x in given.items() if x is not None)}"
+    key = f"{name}|{form}|{backend}|{','.join(n for n, x in given.items() if x is not None)}"
     return scan_op(tensors, key, checkpoints)[: 2 + held]

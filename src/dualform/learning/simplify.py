@@ -16,6 +16,13 @@ _same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.def
 _same_if_shape = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 _products = {aten.mul.Tensor, aten.mul.Scalar}
 _filled = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
+# f(-x) = -f(x): the sign moves on, until a sum takes it up.
+_odd = {
+    aten.sum.dim_IntList, aten.mean.dim, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.div.Tensor, aten.div.Scalar, aten.flip.default, aten.cumsum.default, aten.tril.default, aten.bmm.default, aten.mm.default,
+}  # fmt: skip
+_bilinear = {aten.bmm.default, aten.mm.default}
 _reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.squeeze.dim, aten.reshape.default}
 
 
@@ -63,15 +70,30 @@ class _Folder:
             self.replace(node, first)
         elif target == aten.add.Tensor and not node.kwargs and isinstance(args[1], fx.Node):
             self.sum(node, first, args[1])
+        elif target == aten.sub.Tensor and not node.kwargs and isinstance(args[1], fx.Node):
+            if args[1].target == aten.neg.default:
+                node.target, node.args = aten.add.Tensor, (first, args[1].args[0])
         elif target == aten.neg.default and first.target == aten.neg.default:
             self.replace(node, first.args[0])  # type: ignore[arg-type]
+        elif target in _odd and first.target == aten.neg.default:
+            self.negate(node, (first.args[0], *args[1:]))
+        elif target in _bilinear and isinstance(args[1], fx.Node) and args[1].target == aten.neg.default:
+            self.negate(node, (first, args[1].args[0]))
+        elif target == aten.transpose.int and first.target == target:
+            axes = [{n % value.ndim for n in x.args[1:]} for x in (node, first)]
+            if axes[0] == axes[1]:
+                self.replace(node, first.args[0])  # type: ignore[arg-type]
+        elif target == aten.t.default and first.target == target:
+            self.replace(node, first.args[0])  # type: ignore[arg-type]
+        elif target == aten.permute.default and list(args[1]) == list(range(value.ndim)):  # type: ignore[arg-type]
+            self.replace(node, first)
 
     def product(self, node: fx.Node, x: fx.Node, y: Any) -> None:
         """x * number: fold into a product with another number, drop a factor of 1; a filled tensor is a number."""
         if isinstance(y, fx.Node) and (x in self.constant or y.target == aten.neg.default):
             x, y = y, x
         if isinstance(y, fx.Node) and x.target == aten.neg.default and y not in self.constant:
-            self.negate(node, x.args[0], y)  # type: ignore[arg-type]
+            self.negate(node, (x.args[0], y))
             return
         scale = self.constant.get(y) if isinstance(y, fx.Node) else y
         if scale is None or isinstance(scale, complex):
@@ -81,6 +103,8 @@ class _Folder:
             return
         if x.meta["val"].shape != node.meta["val"].shape or x.meta["val"].dtype != node.meta["val"].dtype:
             return
+        if x.target == aten.neg.default and isinstance(x.args[0], fx.Node):
+            scale, x = -scale, x.args[0]
         if x.target in _products and isinstance(x.args[1], int | float) and not x.kwargs:
             scale, x = scale * x.args[1], x.args[0]  # type: ignore[assignment]
             if not isinstance(x, fx.Node) or x.meta["val"].shape != node.meta["val"].shape:
@@ -90,12 +114,13 @@ class _Folder:
         elif math.isfinite(scale):
             node.target, node.args = aten.mul.Tensor, (x, scale)
 
-    def negate(self, node: fx.Node, x: fx.Node, y: fx.Node) -> None:
-        """(-x) * y = -(x * y): the sign moves on, until a sum takes it up."""
+    def negate(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """Turn a node into minus itself of other arguments."""
         with self.graph.inserting_before(node):
-            product = self.graph.call_function(aten.mul.Tensor, (x, y))
-        product.meta = dict(node.meta)
-        node.target, node.args = aten.neg.default, (product,)
+            positive = self.graph.call_function(node.target, args, node.kwargs)  # type: ignore[arg-type]
+        positive.meta = dict(node.meta)
+        node.target, node.args, node.kwargs = aten.neg.default, (positive,), {}
+        self.visit(positive)
 
     def sum(self, node: fx.Node, x: fx.Node, y: fx.Node) -> None:
         """x + (-y) = x - y."""

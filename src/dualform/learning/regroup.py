@@ -1,0 +1,235 @@
+"""Rewrite a mapped graph for its loop: native norms, and sums and products whose ready parts meet first.
+
+    a + s - b  ->  s + (a - b)        s * a * b  ->  s * (a b)        s waits for the state, a and b do not
+
+so that the bracket leaves the loop. Exact in real arithmetic; no op is added to what runs in the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from dualform.learning.simplify import tidy
+
+aten = torch.ops.aten
+_sums = {aten.add.Tensor: (1, 1), aten.sub.Tensor: (1, -1), aten.neg.default: (-1,)}
+_products = {aten.mul.Tensor, aten.mul.Scalar}
+_quotients = {aten.div.Tensor, aten.div.Scalar}
+_elementwise = {*_sums, *_products, *_quotients}
+
+
+def shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
+
+
+def native_norms(gm: fx.GraphModule) -> None:
+    """Put torch's norm, one pass over memory, in place of mean, variance, root and product; and of its derivative."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        if node.target == aten.var_mean.correction:
+            _norm(graph, node)
+    for node in list(graph.nodes):
+        if node.target == aten.mul.Tensor:
+            _norm_backward(graph, node)
+    graph.eliminate_dead_code()
+
+
+def _only(nodes: Sequence[fx.Node], target: Any) -> fx.Node | None:
+    found = [n for n in nodes if n.target == target]
+    return found[0] if len(found) == 1 else None
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], meta: Any = None) -> fx.Node:
+    node = graph.call_function(target, args)
+    given = tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, args)
+    node.meta["val"] = target(*given)
+    return node
+
+
+def _norm(graph: fx.Graph, node: fx.Node) -> None:
+    x, axes = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(shape(x)) - 1], [-1]):  # type: ignore[arg-type]
+        return
+    parts = {n.args[1]: n for n in node.users}
+    if node.kwargs.get("correction") != 0 or not node.kwargs.get("keepdim") or set(parts) != {0, 1}:
+        return
+    shifted = _only(list(parts[0].users), aten.add.Tensor)
+    root = shifted and _only(list(shifted.users), aten.rsqrt.default)
+    if shifted is None or root is None or len(parts[0].users) > 1 or len(shifted.users) > 1 or not isinstance(shifted.args[1], float):
+        return
+    with graph.inserting_before(node):
+        norm = _call(graph, aten.native_layer_norm.default, (x, [shape(x)[-1]], None, None, shifted.args[1]))
+        hat, mean, rstd = (_call(graph, operator.getitem, (norm, i)) for i in range(3))
+    for centred in [n for n in parts[1].users if n.target == aten.sub.Tensor and n.args == (x, parts[1])]:
+        for product in [n for n in centred.users if n.target == aten.mul.Tensor and set(n.args) == {centred, root}]:
+            product.replace_all_uses_with(hat)
+    parts[1].replace_all_uses_with(mean)
+    root.replace_all_uses_with(rstd)
+
+
+def _norm_backward(graph: fx.Graph, node: fx.Node) -> None:
+    """rstd / D * (D g - sum g - hat sum(g hat)), as its decomposition writes it, is one native op."""
+    try:
+        scale, inner = node.args
+        if inner.target != aten.sub.Tensor:  # type: ignore[union-attr]
+            scale, inner = inner, scale
+        rstd, D = scale.args  # type: ignore[union-attr]
+        left, right = inner.args  # type: ignore[union-attr]
+        scaled, total = left.args
+        g, again = scaled.args
+        hat, along = right.args
+        matched = (
+            scale.target in _quotients and inner.target == aten.sub.Tensor and left.target == aten.sub.Tensor  # type: ignore[union-attr]
+            and scaled.target == aten.mul.Tensor and D == again == shape(g)[-1]
+            and total.target == along.target == aten.sum.dim_IntList and total.args[0] is g
+            and set(along.args[0].args) == {g, hat} and along.args[0].target == aten.mul.Tensor
+            and [list(s.args[1]) for s in (total, along)] == [[len(shape(g)) - 1]] * 2
+            and hat.target is rstd.target is operator.getitem and hat.args[0] is rstd.args[0] and len(inner.users) == 1  # type: ignore[union-attr]
+        )  # fmt: skip
+    except (AttributeError, ValueError, TypeError):  # another product
+        return
+    if matched:
+        norm = hat.args[0]
+        mean = next(n for n in norm.users if n.args[1] == 1)
+        with graph.inserting_before(node):
+            args = (g, norm.args[0], [D], mean, rstd, None, None, [True, False, False])
+            back = _call(graph, aten.native_layer_norm_backward.default, args)
+            node.replace_all_uses_with(_call(graph, operator.getitem, (back, 0)))
+
+
+def ready_first(gm: fx.GraphModule, carried: Sequence[int]) -> fx.GraphModule:
+    """Regroup the sums and products that wait for the state."""
+    _pass(gm.graph, carried)
+    gm = tidy(gm)  # signs that sums have passed on
+    _pass(gm.graph, carried)
+    return fx.GraphModule(gm, gm.graph)
+
+
+def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
+    for node in list(graph.nodes):
+        _commute_expand(graph, node)
+    for node in graph.nodes:
+        if node.target in _elementwise and not node.kwargs:
+            _drop_expands(node)
+    for kinds, regroup in ((_sums.keys(), _regroup_sum), (_products | _quotients, _regroup_product)):
+        waits = reached(graph, carried)
+        for node in reversed(list(graph.nodes)):
+            if node in waits and node.target in kinds and not node.kwargs and not _inner(node, kinds):
+                regroup(graph, node, waits)
+    graph.eliminate_dead_code()
+
+
+def reached(graph: fx.Graph, inputs: Sequence[int]) -> set[fx.Node]:
+    """Collect the nodes that depend on some of the inputs, and these."""
+    found = {n for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if i in set(inputs)}
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _inner(node: fx.Node, kinds: Any) -> bool:
+    """Is a node part of the same tree as its only user?"""
+    users = list(node.users)
+    return len(users) == 1 and users[0].target in kinds and users[0].kwargs == {} and not _divides(users[0], node)
+
+
+def _divides(user: fx.Node, node: fx.Node) -> bool:
+    return user.target in _quotients and user.args[1] is node
+
+
+def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
+    """Apply an op with a number before its argument is expanded, not after."""
+    if node.target in (*_products, *_quotients) and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float):
+        source = node.args[0]
+        if source.target == aten.expand.default:
+            with graph.inserting_before(node):
+                small = _call(graph, node.target, (source.args[0], node.args[1]))
+                node.replace_all_uses_with(_call(graph, aten.expand.default, (small, *source.args[1:])))
+
+
+def _drop_expands(node: fx.Node) -> None:
+    """Let an elementwise op broadcast what was expanded for it, where another argument has the full shape."""
+    for i, x in enumerate(node.args):
+        if isinstance(x, fx.Node) and x.target == aten.expand.default and isinstance(x.args[0], fx.Node):
+            rest = [shape(y) for j, y in enumerate(node.args) if j != i]
+            if len(shape(x.args[0])) == len(shape(x)) and shape(node) in rest:
+                node.update_arg(i, x.args[0])
+
+
+def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
+    terms: list[tuple[int, Any]] = []
+    negations = 0
+
+    def collect(x: Any, sign: int, top: bool = False) -> None:
+        nonlocal negations
+        if isinstance(x, fx.Node) and x.target in _sums and x.kwargs == {} and (top or len(x.users) == 1):
+            negations += x.target == aten.neg.default
+            for part, own in zip(x.args, _sums[x.target], strict=True):
+                collect(part, sign * own)
+        else:
+            terms.append((sign, x))
+
+    collect(root, 1, top=True)
+    ready = [t for t in terms if t[1] not in waits]
+    if len(terms) < 2 or not (negations or len(ready) > 1 and len(terms) > 2):
+        return
+    with graph.inserting_before(root):
+        made = [_added(graph, ready)] if ready else []
+        whole = _added(graph, [t for t in terms if t[1] in waits] + made)
+        total = whole[1] if whole[0] > 0 else _call(graph, aten.neg.default, (whole[1],))
+    root.replace_all_uses_with(total)
+
+
+def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
+    """Add terms up: what is positive first, small ones first."""
+    terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape(t[1]))))
+    (sign, total), *rest = terms
+    for own, x in rest:
+        total = _call(graph, aten.add.Tensor if own == sign else aten.sub.Tensor, (total, x))
+    return sign, total
+
+
+def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
+    number, factors = 1.0, []
+
+    def collect(x: Any, top: bool = False) -> None:
+        nonlocal number
+        if not isinstance(x, fx.Node):
+            number *= x
+        elif x.target in _products and x.kwargs == {} and (top or len(x.users) == 1):
+            for part in x.args:
+                collect(part)
+        elif x.target in _quotients and x.kwargs == {} and (top or len(x.users) == 1) and not isinstance(x.args[1], fx.Node):
+            collect(x.args[0])
+            number /= x.args[1]  # type: ignore[operator]
+        else:
+            factors.append(x)
+
+    collect(root, top=True)
+    ready = sorted((x for x in factors if x not in waits), key=lambda x: math.prod(shape(x)))
+    late = sorted((x for x in factors if x in waits), key=lambda x: math.prod(shape(x)))
+    scaled = number != 1.0
+    smaller = scaled and bool(late) and shape(late[0]) != shape(root)
+    if len(ready) + scaled < 2 and not smaller:
+        return
+    with graph.inserting_before(root):
+        if scaled:
+            group = ready or late
+            group[0] = _call(graph, aten.mul.Tensor, (group[0], number))
+        groups = [_multiplied(graph, part) for part in (late, ready) if part]
+        root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape(x)))))
+
+
+def _multiplied(graph: fx.Graph, factors: list[fx.Node]) -> fx.Node:
+    total = factors[0]
+    for x in factors[1:]:
+        total = _call(graph, aten.mul.Tensor, (total, x))
+    return total
