@@ -6,6 +6,7 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch.utils import _pytree
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.grid import Variant
+from dualform.learning.norms import whole_norms
 from dualform.learning.reassociate import reassociate
 from dualform.learning.simplify import tidy
 from dualform.learning.sites import Analysis, DerivationError, analyse
@@ -28,13 +30,46 @@ from dualform.learning.sites import Analysis, DerivationError, analyse
 aten = torch.ops.aten
 
 
+Table = dict[Any, Callable[..., Any]]
+
+
 @cache
-def norms_as_arithmetic() -> dict[Any, Callable[..., Any]]:
+def norms_as_arithmetic() -> Table:
     """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13)."""
     from torch._decomp import get_decompositions  # slow: not at `import dualform`
 
     norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm"]
     return get_decompositions([getattr(aten, name + part) for name in norms for part in ("", "_backward")])
+
+
+@cache
+def slopes_as_arithmetic() -> Table:
+    """Decompose the derivatives of activations into products of a slope and the incoming gradient."""
+    from torch._decomp import get_decompositions
+
+    names = "gelu sigmoid tanh silu elu softplus leaky_relu hardtanh hardsigmoid hardswish mish threshold softshrink"
+    slopes = [getattr(aten, f"{name}_backward") for name in names.split() if hasattr(aten, f"{name}_backward")]
+    return norms_as_arithmetic() | get_decompositions(slopes) | {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_slope}
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Any:
+    """0.5 x (1 + tanh u) = x sigmoid(2u): value and slopes share one sigmoid."""
+    return x * torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else NotImplemented
+
+
+def _gelu_slope(g: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate != "tanh":
+        normal = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return g * (0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * normal)
+    u, du = _steepness(x)
+    s = torch.sigmoid(u)
+    return g * (s + x * (s * (1 - s)) * du)
+
+
+def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 2u and its derivative, u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    c, square = 2 * math.sqrt(2 / math.pi), x * x
+    return x * (c + c * 0.044715 * square), c + 3 * c * 0.044715 * square
 
 
 class Parts(NamedTuple):
@@ -86,22 +121,36 @@ class Step:
         return [x.is_floating_point() and p not in ("i", "valid") for p, x in zip(parts, tensors, strict=True)]
 
     @cached_property
+    def plain(self) -> fx.GraphModule:
+        """The same block for running and differentiating: norms are whole, slopes of activations are arithmetic.
+
+        A slope that is a product shows what does not wait for the state; as one op with the gradient it would all wait.
+        """
+
+        def make() -> fx.GraphModule:
+            gm = tidy(trace_fake(self.graph, flatten(self.inputs), slopes_as_arithmetic()))
+            whole_norms(gm.graph)
+            return fx.GraphModule(gm, gm.graph)
+
+        return undisturbed(make)
+
+    @cached_property
     def reverse(self) -> fx.GraphModule:
         """The vjp, as a graph: (inputs, cotangents of the outputs) -> gradients of the inputs that have one."""
-        inputs, wants = flatten(self.inputs), self.wants
+        inputs, wants, plain = flatten(self.inputs), self.wants, self.plain
         (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
         cotangents = [inputs[0].new_empty(node.meta["val"].shape) for node in output.args[0]]
 
         def run(*tensors: Tensor) -> list[Tensor]:
             given = [x.detach().requires_grad_(w) for x, w in zip(tensors, wants, strict=False)]
             leaves = [x for x, w in zip(given, wants, strict=True) if w]
-            outputs = self.graph(*given)
+            outputs = plain(*given)
             found = torch.autograd.grad(
                 outputs, leaves, list(tensors[len(given) :]), allow_unused=True, materialize_grads=True
             )
             return list(found)
 
-        return undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents])))
+        return undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
 
 
 @dataclass(eq=False)
@@ -252,10 +301,11 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
     return tidy(trace_fake(flat, flatten(example)))
 
 
-def trace_fake(f: Callable[..., Any], tensors: list[Tensor]) -> fx.GraphModule:
+def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None = None) -> fx.GraphModule:
     """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
+    table = norms_as_arithmetic() if table is None else table
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        gm = make_fx(f, decomposition_table=norms_as_arithmetic(), tracing_mode="fake")(*tensors)
+        gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)

@@ -32,6 +32,7 @@ _views = {
     aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.expand.default,
     operator.getitem,
 }  # fmt: skip
+_turned = {aten.expand.default, aten.transpose.int, aten.t.default, aten.permute.default}
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def split(
     loop |= _cheaper_inside(free, loop | state, ends, size)
     place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(loop, "loop")
     homes = {node: {name} for node, name in place.items()}
-    for node in reversed(nodes):  # what cannot be cut by rows, or is larger than what it is made of, is made where it is used
-        if place[node] in ("once", "before") and (size(node) == float("inf") or node.target == aten.expand.default):
-            homes[node] = set().union(*(homes[u] for u in node.users if u in homes)) | ({place[node]} if node in ends else set())
+    for node in reversed(nodes):
+        if place[node] in ("once", "before") and node not in ends and _made_anew(node, size):
+            homes[node] = set().union(*(homes[u] for u in node.users if u in homes))
 
     def part(name: str, wanted: Iterable[fx.Node], first: Sequence[Any] = ()) -> Part:
         kept = {n for n in wanted if place.get(n) == name or (name == "loop" and n in state)}
@@ -89,6 +90,13 @@ def split(
     before = part("before", crossing)
     once = part("once", (*crossing, *before.inputs))
     return Fission(inputs, tuple(inputs[i] for i in carried), others, once, before, inner, after)
+
+
+def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
+    """Is a value better made where it is used than stored: one that cannot be cut, or larger than what it is made of?"""
+    if size(node) == float("inf") or node.target in _turned:
+        return True
+    return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1
 
 
 def _nodes(values: Iterable[Any]) -> set[fx.Node]:
@@ -127,7 +135,7 @@ def _cheaper_inside(
         return name
 
     for node in free:
-        network.add_edge(node, "after", capacity=0.0 if node.target in _views else BYTES_PER_OP)
+        network.add_edge(node, "after", capacity=1.0 if node.target in _views else BYTES_PER_OP)
         for source in node.all_input_nodes:
             if source in free_nodes or source in fixed:
                 network.add_edge(stored(source), node)

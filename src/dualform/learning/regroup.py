@@ -1,4 +1,4 @@
-"""Rewrite a mapped graph for its loop: native norms, and sums and products whose ready parts meet first.
+"""Regroup the sums and products of a graph so that what is ready before the state meets first.
 
     a + s - b  ->  s + (a - b)        s * a * b  ->  s * (a b)        s waits for the state, a and b do not
 
@@ -8,14 +8,13 @@ so that the bracket leaves the loop. Exact in real arithmetic; no op is added to
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
+from dualform.learning.norms import call
 from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
@@ -27,81 +26,6 @@ _elementwise = {*_sums, *_products, *_quotients}
 
 def shape(x: Any) -> tuple[int, ...]:
     return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
-
-
-def native_norms(gm: fx.GraphModule) -> None:
-    """Put torch's norm, one pass over memory, in place of mean, variance, root and product; and of its derivative."""
-    graph = gm.graph
-    for node in list(graph.nodes):
-        if node.target == aten.var_mean.correction:
-            _norm(graph, node)
-    for node in list(graph.nodes):
-        if node.target == aten.mul.Tensor:
-            _norm_backward(graph, node)
-    graph.eliminate_dead_code()
-
-
-def _only(nodes: Sequence[fx.Node], target: Any) -> fx.Node | None:
-    found = [n for n in nodes if n.target == target]
-    return found[0] if len(found) == 1 else None
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], meta: Any = None) -> fx.Node:
-    node = graph.call_function(target, args)
-    given = tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, args)
-    node.meta["val"] = target(*given)
-    return node
-
-
-def _norm(graph: fx.Graph, node: fx.Node) -> None:
-    x, axes = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(shape(x)) - 1], [-1]):  # type: ignore[arg-type]
-        return
-    parts = {n.args[1]: n for n in node.users}
-    if node.kwargs.get("correction") != 0 or not node.kwargs.get("keepdim") or set(parts) != {0, 1}:
-        return
-    shifted = _only(list(parts[0].users), aten.add.Tensor)
-    root = shifted and _only(list(shifted.users), aten.rsqrt.default)
-    if shifted is None or root is None or len(parts[0].users) > 1 or len(shifted.users) > 1 or not isinstance(shifted.args[1], float):
-        return
-    with graph.inserting_before(node):
-        norm = _call(graph, aten.native_layer_norm.default, (x, [shape(x)[-1]], None, None, shifted.args[1]))
-        hat, mean, rstd = (_call(graph, operator.getitem, (norm, i)) for i in range(3))
-    for centred in [n for n in parts[1].users if n.target == aten.sub.Tensor and n.args == (x, parts[1])]:
-        for product in [n for n in centred.users if n.target == aten.mul.Tensor and set(n.args) == {centred, root}]:
-            product.replace_all_uses_with(hat)
-    parts[1].replace_all_uses_with(mean)
-    root.replace_all_uses_with(rstd)
-
-
-def _norm_backward(graph: fx.Graph, node: fx.Node) -> None:
-    """rstd / D * (D g - sum g - hat sum(g hat)), as its decomposition writes it, is one native op."""
-    try:
-        scale, inner = node.args
-        if inner.target != aten.sub.Tensor:  # type: ignore[union-attr]
-            scale, inner = inner, scale
-        rstd, D = scale.args  # type: ignore[union-attr]
-        left, right = inner.args  # type: ignore[union-attr]
-        scaled, total = left.args
-        g, again = scaled.args
-        hat, along = right.args
-        matched = (
-            scale.target in _quotients and inner.target == aten.sub.Tensor and left.target == aten.sub.Tensor  # type: ignore[union-attr]
-            and scaled.target == aten.mul.Tensor and D == again == shape(g)[-1]
-            and total.target == along.target == aten.sum.dim_IntList and total.args[0] is g
-            and set(along.args[0].args) == {g, hat} and along.args[0].target == aten.mul.Tensor
-            and [list(s.args[1]) for s in (total, along)] == [[len(shape(g)) - 1]] * 2
-            and hat.target is rstd.target is operator.getitem and hat.args[0] is rstd.args[0] and len(inner.users) == 1  # type: ignore[union-attr]
-        )  # fmt: skip
-    except (AttributeError, ValueError, TypeError):  # another product
-        return
-    if matched:
-        norm = hat.args[0]
-        mean = next(n for n in norm.users if n.args[1] == 1)
-        with graph.inserting_before(node):
-            args = (g, norm.args[0], [D], mean, rstd, None, None, [True, False, False])
-            back = _call(graph, aten.native_layer_norm_backward.default, args)
-            node.replace_all_uses_with(_call(graph, operator.getitem, (back, 0)))
 
 
 def ready_first(gm: fx.GraphModule, carried: Sequence[int]) -> fx.GraphModule:
@@ -151,8 +75,8 @@ def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
         source = node.args[0]
         if source.target == aten.expand.default:
             with graph.inserting_before(node):
-                small = _call(graph, node.target, (source.args[0], node.args[1]))
-                node.replace_all_uses_with(_call(graph, aten.expand.default, (small, *source.args[1:])))
+                small = call(graph, node.target, (source.args[0], node.args[1]))
+                node.replace_all_uses_with(call(graph, aten.expand.default, (small, *source.args[1:])))
 
 
 def _drop_expands(node: fx.Node) -> None:
@@ -184,7 +108,7 @@ def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
     with graph.inserting_before(root):
         made = [_added(graph, ready)] if ready else []
         whole = _added(graph, [t for t in terms if t[1] in waits] + made)
-        total = whole[1] if whole[0] > 0 else _call(graph, aten.neg.default, (whole[1],))
+        total = whole[1] if whole[0] > 0 else call(graph, aten.neg.default, (whole[1],))
     root.replace_all_uses_with(total)
 
 
@@ -193,7 +117,7 @@ def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
     terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape(t[1]))))
     (sign, total), *rest = terms
     for own, x in rest:
-        total = _call(graph, aten.add.Tensor if own == sign else aten.sub.Tensor, (total, x))
+        total = call(graph, aten.add.Tensor if own == sign else aten.sub.Tensor, (total, x))
     return sign, total
 
 
@@ -223,7 +147,7 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
     with graph.inserting_before(root):
         if scaled:
             group = ready or late
-            group[0] = _call(graph, aten.mul.Tensor, (group[0], number))
+            group[0] = call(graph, aten.mul.Tensor, (group[0], number))
         groups = [_multiplied(graph, part) for part in (late, ready) if part]
         root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape(x)))))
 
@@ -231,5 +155,5 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
 def _multiplied(graph: fx.Graph, factors: list[fx.Node]) -> fx.Node:
     total = factors[0]
     for x in factors[1:]:
-        total = _call(graph, aten.mul.Tensor, (total, x))
+        total = call(graph, aten.mul.Tensor, (total, x))
     return total

@@ -23,7 +23,8 @@ from dualform.learning.batched import at, mapped, row_axis, row_bytes
 from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
 from dualform.learning.fission import Fission, Part, split
 from dualform.learning.grid import Grid, Variant, arrange
-from dualform.learning.regroup import native_norms, ready_first
+from dualform.learning.norms import native_norms
+from dualform.learning.regroup import ready_first
 
 Leaves = dict[str, Tensor]
 # Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in cache (LAB.md).
@@ -164,9 +165,9 @@ class Plan:
                 carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
                 inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
             else:
-                graph, carried, returned = step.graph, state, range(1, count)
+                graph, carried, returned = step.plain, state, range(1, count)
             whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs]))
-            native_norms(whole)
+            native_norms(whole.graph)
             if name == "advance":
                 whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
             whole = ready_first(whole, carried)

@@ -1,0 +1,177 @@
+"""A norm as one operation with its own derivatives, so that both directions of a step may use torch's native kernels.
+
+    hat = (x - mean x) rstd        N(g) = rstd (g - mean g - hat mean(g hat))        over the last axis
+
+N is the derivative of hat, and its own transpose: what waits for the state in a backward pass is N once more. Traced
+through torch's own norms the second derivative would be some thirty operations on whole tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("dualform::standardize", mutates_args=())
+def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hat, mean and rstd."""
+    return aten.native_layer_norm(x, [x.shape[-1]], None, None, eps)
+
+
+@torch.library.custom_op("dualform::standardize_vjp", mutates_args=())
+def standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Return N(g)."""
+    return aten.native_layer_norm_backward(g, x, [x.shape[-1]], mean, rstd, None, None, [True, False, False])[0]
+
+
+@standardize.register_fake
+def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    small = (*x.shape[:-1], 1)
+    return torch.empty_like(x), x.new_empty(small), x.new_empty(small)
+
+
+@standardize_vjp.register_fake
+def _(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], *output)
+
+
+def _standardize_backward(ctx: Any, g: Tensor | None, dmean: Tensor | None, drstd: Tensor | None) -> tuple[Tensor, None]:
+    x, hat, mean, rstd = ctx.saved_tensors
+    D, found = x.shape[-1], torch.zeros_like(x) if g is None else standardize_vjp(g, x, hat, mean, rstd)
+    if drstd is not None:
+        found = found - drstd * (rstd * rstd * hat / D)
+    return found if dmean is None else found + dmean / D, None
+
+
+def _keep_all(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _vjp_backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, Tensor, None, Tensor]:
+    g, x, hat, mean, rstd, N = ctx.saved_tensors
+    along = (g * hat).mean(-1, keepdim=True)
+    dhat = -(u * (rstd * along) + rstd * g * (u * hat).mean(-1, keepdim=True))
+    return standardize_vjp(u, x, hat, mean, rstd), None, dhat, None, (u * N).sum(-1, keepdim=True) / rstd
+
+
+standardize.register_autograd(_standardize_backward, setup_context=_keep)
+standardize_vjp.register_autograd(_vjp_backward, setup_context=_keep_all)
+
+
+def _rows_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip(tensors, dims, strict=True)
+    ]
+
+
+@standardize.register_vmap
+def _(info: Any, dims: Any, x: Tensor, eps: float) -> Any:
+    return standardize(*_rows_first(info, dims[:1], [x]), eps), (0, 0, 0)
+
+
+@standardize_vjp.register_vmap
+def _(info: Any, dims: Any, *tensors: Tensor) -> Any:
+    return standardize_vjp(*_rows_first(info, dims, tensors)), 0
+
+
+def whole_norms(graph: fx.Graph) -> None:
+    """Recognise norms and their derivatives in a traced graph, as torch decomposes them."""
+    for target, recognise in ((aten.var_mean.correction, _norm), (aten.mul.Tensor, _norm_vjp)):
+        for node in list(graph.nodes):
+            if node.target == target:
+                recognise(graph, node)
+    graph.eliminate_dead_code()
+
+
+def native_norms(graph: fx.Graph) -> None:
+    """Write torch's kernels in place of the operations of this file."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.dualform.standardize.default:
+            x, eps = node.args
+            node.target, node.args = aten.native_layer_norm.default, (x, [_shape(x)[-1]], None, None, eps)
+        elif node.target is torch.ops.dualform.standardize_vjp.default:
+            g, x, _, mean, rstd = node.args
+            with graph.inserting_before(node):
+                args = (g, x, [_shape(x)[-1]], mean, rstd, None, None, [True, False, False])
+                node.replace_all_uses_with(call(graph, operator.getitem, (call(graph, aten.native_layer_norm_backward.default, args), 0)))
+    graph.eliminate_dead_code()
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """Add a node and its value."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, args))
+    return node
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
+
+
+def _only(nodes: Sequence[fx.Node], target: Any) -> fx.Node | None:
+    found = [n for n in nodes if n.target == target]
+    return found[0] if len(found) == 1 else None
+
+
+def _norm(graph: fx.Graph, node: fx.Node) -> None:
+    """(x - mean) * rsqrt(var + eps) is hat; mean and rstd come with it."""
+    x, axes = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(_shape(x)) - 1], [-1]):  # type: ignore[arg-type]
+        return
+    parts = {n.args[1]: n for n in node.users}
+    if node.kwargs.get("correction") != 0 or not node.kwargs.get("keepdim") or set(parts) != {0, 1} or len(parts[0].users) > 1:
+        return
+    shifted = _only(list(parts[0].users), aten.add.Tensor)
+    root = shifted and _only(list(shifted.users), aten.rsqrt.default)
+    if shifted is None or root is None or len(shifted.users) > 1 or not isinstance(shifted.args[1], float):
+        return
+    with graph.inserting_before(node):
+        norm = call(graph, torch.ops.dualform.standardize.default, (x, shifted.args[1]))
+        hat, mean, rstd = (call(graph, operator.getitem, (norm, i)) for i in range(3))
+    for centred in [n for n in parts[1].users if n.target == aten.sub.Tensor and n.args == (x, parts[1])]:
+        for product in [n for n in centred.users if n.target == aten.mul.Tensor and set(n.args) == {centred, root}]:
+            product.replace_all_uses_with(hat)
+    parts[1].replace_all_uses_with(mean)
+    root.replace_all_uses_with(rstd)
+
+
+def _norm_vjp(graph: fx.Graph, node: fx.Node) -> None:
+    """rstd / D * (D g - sum g - hat sum(g hat)) is N(g)."""
+    try:
+        scale, inner = node.args
+        if inner.target != aten.sub.Tensor:  # type: ignore[union-attr]
+            scale, inner = inner, scale
+        rstd, D = scale.args  # type: ignore[union-attr]
+        left, right = inner.args  # type: ignore[union-attr]
+        scaled, total = left.args
+        g, again = scaled.args
+        hat, along = right.args
+        last = [len(_shape(g)) - 1]
+        matched = (
+            scale.target in (aten.div.Tensor, aten.div.Scalar) and inner.target == left.target == aten.sub.Tensor  # type: ignore[union-attr]
+            and scaled.target == aten.mul.Tensor and D == again == _shape(g)[-1] and total.args[0] is g
+            and total.target == along.target == aten.sum.dim_IntList and list(total.args[1]) == list(along.args[1]) == last
+            and along.args[0].target == aten.mul.Tensor and set(along.args[0].args) == {g, hat}
+            and (hat.args[1], rstd.args[1]) == (0, 2) and hat.args[0] is rstd.args[0]
+            and hat.args[0].target is torch.ops.dualform.standardize.default
+        )  # fmt: skip
+    except (AttributeError, ValueError, TypeError, IndexError):  # some other product
+        return
+    if matched:
+        norm = hat.args[0]
+        with graph.inserting_before(node):
+            mean = call(graph, operator.getitem, (norm, 1))
+            found = call(graph, torch.ops.dualform.standardize_vjp.default, (g, norm.args[0], hat, mean, rstd))
+        node.replace_all_uses_with(found)
