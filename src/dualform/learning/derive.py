@@ -108,12 +108,12 @@ class Step:
     inputs: StepInputs  # examples, for shapes and names
     choices: list[Choice]
 
-    @property
+    @cached_property
     def num_outputs(self) -> int:
         (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
         return len(output.args[0])  # pyright: ignore[reportArgumentType]: a list
 
-    @property
+    @cached_property
     def wants(self) -> list[bool]:
         """Which inputs have gradients: all but positions, validity and truth values."""
         parts = [part for part, value in self.inputs._asdict().items() for _ in flatten(value)]

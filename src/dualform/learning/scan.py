@@ -141,7 +141,8 @@ class Plan:
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
 
     def step(self, variant: Variant) -> Step:
-        return undisturbed(lambda: self.derivation.step(variant))
+        steps = self.derivation.steps
+        return steps[variant] if variant in steps else undisturbed(lambda: self.derivation.step(variant))
 
     def inputs(self, variant: Variant) -> list[Input]:
         """List a block's inputs, in the order of its graph."""
@@ -314,7 +315,8 @@ def run_backward(
                 held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H, backend)
         for piece in reversed(pieces):
             variant = g.variants[piece.start]
-            way, inputs = plan.way(variant, "reverse"), plan.inputs(variant)
+            way, wants = plan.way(variant, "reverse"), plan.step(variant).wants
+            inputs = way.inputs[: len(wants)]
             order = {x: k for k, x in enumerate(x for x in inputs if x.part in ("th", "R"))}
 
             def more(x: Input, piece: range = piece, order: dict[Input, int] = order) -> Tensor:
@@ -323,7 +325,6 @@ def run_backward(
                 return torch.cat([states[n][order[x]] for n in piece])
 
             state, found = way.run(piece[::-1], run.rows, run.given(piece, more), state, visit, run.H, backend)
-            wants = plan.step(variant).wants
             rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
             for x, value in zip(rest, found, strict=True):
                 value = value.unflatten(0, (len(piece), run.B, run.H))
