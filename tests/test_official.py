@@ -528,6 +528,14 @@ def without(state, *keys):
         ),
         (lambda s: s, {"mini_batchsize": 8}, "no field 'mini_batchsize'. Did you mean 'mini_batch_size'"),
         (lambda s: s, {"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'silu'"),
+        (
+            lambda s: s,
+            {"hidden_size": "12"},
+            "hidden_size is '12'; expected a value of type int, as in hidden_size = 2048",
+        ),
+        (lambda s: s, {"ttt_base_lr": None}, "ttt_base_lr is None; expected a value of type float or int"),
+        (lambda s: s, {"vocab_size": True}, "vocab_size is True; expected a value of type int"),
+        (lambda s: [*s.items()], {}, "state_dict is a list; expected a mapping of names to tensors"),
         (lambda s: s, {"num_attention_heads": 5}, r"hidden_size is 12 with num_attention_heads = 5"),
         (lambda s: jax_tree(s, small | backbones["ttt_linear_base"] | {"pre_conv": False}), {}, "from_jax"),
         (lambda s: fused(random_state(kernels), kernels), {}, "from_kernels"),
@@ -537,6 +545,13 @@ def without(state, *keys):
 def test_a_checkpoint_that_does_not_fit_is_named(change, config, message):
     with pytest.raises(ValueError, match=message):
         load_official(change(random_state(small)), small | config)
+
+
+def test_a_config_object_is_named():
+    with pytest.raises(
+        CheckpointError, match=r"config is a DualformConfig; expected a mapping of fields. Pass config\.to_dict"
+    ):
+        load_official(random_state(small), DualformConfig())
 
 
 @pytest.mark.parametrize(
@@ -598,6 +613,11 @@ def test_convert_there_and_back(capfd, folder, tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (folder / "config.json").read_text()
     )
+    # A folder of `train` holds its model one folder below.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "ours").rename(tmp_path / "run" / "model")
+    assert convert(capfd, tmp_path / "run", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again" / "tokenizer.json").exists()
     # Told apart by its tensors where the configuration does not say.
     config = json.loads((folder / "config.json").read_text())
     del config["model_type"]
@@ -684,6 +704,11 @@ def test_our_own_folder_must_be_whole(capfd, tmp_path):
     status, _, err = convert(capfd, tmp_path / "ours", tmp_path / "new")
     assert status == 1
     assert "read_folder: state_dict lacks model.layers.0.mixer.offset (16,)" in err
+    config = tmp_path / "ours" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 12', '"hidden_size": "12"'))
+    status, _, err = convert(capfd, tmp_path / "ours", tmp_path / "new")
+    assert status == 1
+    assert "config.json is no configuration of ours" in err
 
 
 # -- the faults of the official code, each absent (theory, section 2.1) --------------------------------------------------

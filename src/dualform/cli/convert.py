@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dualform.cli.output import UsageError
-from dualform.models.folder import read_folder, write_official
+from dualform.models.folder import model_folder, read_folder, write_official
 from dualform.train.loop import num_parameters
 
 # What else a model's folder holds and both layouts share.
@@ -45,7 +45,7 @@ def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"
     else:
         model.save_pretrained(target)
     for pattern in _kept:
-        for file in source.glob(pattern):
+        for file in model_folder(source).glob(pattern):
             shutil.copy(file, target)
     print(
         f"{layout} -> {to}: {target}, {num_parameters(model):,} parameters, {str(model.dtype).removeprefix('torch.')}"

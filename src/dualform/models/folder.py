@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from dualform.models.causal_lm import DualformForCausalLM
@@ -28,6 +29,12 @@ class Loaded(NamedTuple):
     layout: Layout
 
 
+def model_folder(path: str | Path) -> Path:
+    """Return the folder itself, or the model's in a folder that `train` wrote."""
+    folder = Path(path)
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
 def read_folder(path: str | Path) -> Loaded:
     """Build the model of a folder in any layout: ours, ttt-lm-pytorch's, ttt-lm-jax's (.npz) or ttt-lm-kernels'.
 
@@ -41,15 +48,20 @@ def read_folder(path: str | Path) -> Loaded:
         >>> read_folder(folder).layout
         'official'
     """
-    folder = Path(path)
-    folder = folder / "model" if (folder / "model" / "config.json").exists() else folder
+    folder = model_folder(path)
     if folder.suffix in pickles:
         _refuse_pickle(folder)
     config = _json(folder / "config.json")
     tensors = _tensors(folder)
     layout = layout_of(tensors)
     if layout == "dualform":
-        ours = DualformConfig.from_pretrained(folder)
+        try:
+            ours = DualformConfig.from_pretrained(folder)
+        except StrictDataclassError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"read_folder: {folder / 'config.json'} is no configuration of ours: {reason}."
+            ) from None
         tensors = {name: x for name, x in tensors.items() if not name.endswith(".rate_scale")}
         return Loaded(assemble(ours, rename("read_folder", tensors, ours, "ours", "ours")), layout)
     if layout == "jax":

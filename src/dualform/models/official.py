@@ -150,6 +150,11 @@ def load_official(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -
         >>> df.models.load_official(state_dict, config).config.chunk
         16
     """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"load_official: state_dict is a {type(state_dict).__name__}; expected a mapping of names to tensors. Pass "
+            "model.state_dict(), or read a folder with read_folder."
+        )
     if (layout := layout_of(state_dict)) != "official":
         advice = next(advice for name, advice in marks.values() if name == layout)
         raise CheckpointError(

@@ -56,6 +56,10 @@ kinds = ("linear", "mlp")
 
 def read_config(config: Mapping[str, Any]) -> DualformConfig:
     """Return our configuration for an official one; absent keys mean the official defaults."""
+    if not isinstance(config, Mapping):
+        raise CheckpointError(
+            f"load_official: config is a {type(config).__name__}; expected a mapping of fields. Pass config.to_dict()."
+        )
     model_type = config.get("model_type", "ttt")
     if model_type != "ttt":
         advice = (
@@ -69,6 +73,14 @@ def read_config(config: Mapping[str, Any]) -> DualformConfig:
                 f"load_official: config has no field {name!r}. Did you mean {' or '.join(map(repr, close))}?"
             )
     given = {name: config.get(name, default) for name, default in official_defaults.items()}
+    for name, value in given.items():
+        wanted = _types(official_defaults[name], name)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            types = " or ".join(kind.__name__ for kind in wanted)
+            raise CheckpointError(
+                f"load_official: {name} is {value!r}; expected a value of type {types}, as in {name} = "
+                f"{official_defaults[name]!r}. Correct the config."
+            )
     kind = given["ttt_layer_type"]
     if kind not in kinds:
         raise CheckpointError(
@@ -81,7 +93,13 @@ def read_config(config: Mapping[str, Any]) -> DualformConfig:
             "Build the model with DualformConfig and layers of your own."
         )
     shared = {_renamed.get(name, name): given[name] for name in _shared}
-    return DualformConfig(**shared, **_inner_fields(kind, float(given["ttt_base_lr"])))
+    return DualformConfig(**shared, **_inner_fields(kind, given["ttt_base_lr"]))
+
+
+def _types(default: Any, name: str) -> tuple[type, ...]:
+    if name.endswith("_token_id"):
+        return int, list, type(None)
+    return (float, int) if isinstance(default, float) else (type(default),)
 
 
 def write_config(config: DualformConfig) -> dict[str, Any]:
