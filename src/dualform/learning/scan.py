@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -395,11 +395,18 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call]:
     return source.plan(q.shape[-1], q.dtype, form), call
 
 
+def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that an operator may: none that it was given, each laid out as its fake says."""
+    return [
+        x.clone(memory_format=torch.contiguous_format) if any(x is y for y in given) else x.contiguous() for x in found
+    ]
+
+
 @torch.library.custom_op("dualform::scan", mutates_args=())
 def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call = _call(key, tensors)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return [x.clone() if any(x is y for y in tensors) else x for x in run_forward(plan, call, checkpoints)]
+        return _own(run_forward(plan, call, checkpoints), tensors)
 
 
 @scan_op.register_fake
@@ -409,7 +416,7 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     o = call.v.new_empty(*call.v.shape[:3], plan.derivation.out_width)
     return [
         o,
-        *(torch.empty_like(x) for x in held),
+        *(x.new_empty(x.shape) for x in held),
         torch.empty_like(call.position),
         *(x.new_empty(checkpoints, *x.shape) for x in held),
     ]
@@ -422,15 +429,12 @@ def scan_backward_op(
     plan, call = _call(key, tensors)
     given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return [
-            x.clone() if any(x is y for y in given) else x
-            for x in run_backward(plan, call, saved, cotangents, checkpoints)
-        ]
+        return _own(run_backward(plan, call, saved, cotangents, checkpoints), given)
 
 
 @scan_backward_op.register_fake
 def _(tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    return [torch.empty_like(x) for x in tensors if x.is_floating_point()]
+    return [x.new_empty(x.shape) for x in tensors if x.is_floating_point()]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
