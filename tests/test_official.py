@@ -302,12 +302,11 @@ def jax_tree(state, config):
         block |= {f"conv_{w}": conv(f"conv_{w}", ttt) for w in "qk"} if config["share_qk"] else {}
         block |= {f"ttt_dense_{j}": ttt[f"W{j + 1}"] for j in range(2) if f"W{j + 1}" in ttt}
         block |= {f"ttt_bias_{j}": ttt[f"b{j + 1}"] for j in range(2) if f"b{j + 1}" in ttt}
-        block["learnable_ttt_lr"] = {
-            "kernel": ttt["learnable_ttt_lr_weight"].transpose(1, 2),
-            "bias": ttt["learnable_ttt_lr_bias"],
-        }
+        # Its code registers these with a slash in the key.
+        block["learnable_ttt_lr/kernel"] = ttt["learnable_ttt_lr_weight"].transpose(1, 2)
+        block["learnable_ttt_lr/bias"] = ttt["learnable_ttt_lr_bias"]
         block["learnable_token_idx"] = ttt["learnable_token_idx"]
-        block["ttt_norm"] = {"scale": ttt["ttt_norm_weight"], "bias": ttt["ttt_norm_bias"]}
+        block |= {"ttt_norm/scale": ttt["ttt_norm_weight"], "ttt_norm/bias": ttt["ttt_norm_bias"]}
         block["post_norm"] = {"scale": ttt["post_norm.weight"], "bias": ttt["post_norm.bias"]}
         mlp = {w: at[f"mlp.{key}_proj.weight"].T for w, key in (("w1", "gate"), ("w3", "up"), ("w2", "down"))}
         tree["model"]["h"][str(i)] = {
@@ -329,6 +328,10 @@ def leaves(tree, prefix=""):
 
 def arrays_of(tree):
     return {key: arrays_of(x) if isinstance(x, dict) else x.contiguous().numpy() for key, x in tree.items()}
+
+
+def as_bytes(tree):
+    return {key: as_bytes(x) if isinstance(x, dict) else (x.shape, x.tobytes()) for key, x in tree.items()}
 
 
 backbones = {
@@ -360,7 +363,7 @@ def test_a_jax_pytree_is_the_same_model(block, pre_conv, tied):
     same(flat, state)
     assert fields["tie_word_embeddings"] is tied
     params, written = to_jax(state, config)
-    assert {key: x.tobytes() for key, x in leaves(params)} == {key: x.tobytes() for key, x in leaves(tree)}
+    assert as_bytes(params) == as_bytes(tree)
     assert (written["seq_modeling_block"], written["conv_width"]) == (block, 3)
     same(from_jax(params, written)[0], state)
 

@@ -24,6 +24,8 @@ _jax_layers = {
     "ttt_linear_base": {"ttt_layer_type": "linear", "use_gate": False, "share_qk": False},
     "ttt_mlp_base": {"ttt_layer_type": "mlp", "use_gate": False, "share_qk": False},
 }
+# What its code registers under one key with a slash in it.
+_jax_one_key = ("learnable_ttt_lr", "ttt_norm")
 # Kernels: always the Mamba backbone; here each of its tensors is the official ones whose rows it stacks.
 _kernel_fields = {"conv_before_ttt": "pre_conv"}
 _kernel_layers = {
@@ -107,6 +109,8 @@ def to_jax(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
     params: dict[str, Any] = {}
     for name, x in flat.items():
         *folders, leaf = name.split("/")
+        if folders[-1:] and folders[-1] in _jax_one_key:
+            leaf = f"{folders.pop()}/{leaf}"
         place = params
         for folder in folders:
             place = place.setdefault(folder, {})
