@@ -145,6 +145,21 @@ class DualformBlock(GradientCheckpointingLayer):
             self.mixer = Attention(dim, config.num_attention_heads, config.rope_theta)
         self.conv = ShortConv(config) if config.pre_conv else None
         self.mlp = SwiGLU(dim, config.intermediate_size)
+        self.carried = self._carried()
+
+    def _carried(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what a test-time block carries for each row of a batch."""
+        mixer, tails = self.mixer, {}
+        if not isinstance(mixer, TestTimeTraining):
+            return {}
+        if self.conv is not None:
+            tails["conv.pre"] = self.conv.conv
+        if mixer.conv_q is not None:
+            tails["layer.conv.qk"] = mixer.conv_q
+        fast = {name: mixer.get_parameter(mixer.leaves[name]) for name in mixer.program.parts.fast}
+        return {f"layer.memory.anchor.{name}": tuple(p.shape) for name, p in fast.items()} | {
+            name: (conv.kernel_size[0] - 1, conv.in_channels) for name, conv in tails.items()
+        }
 
     def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
         cache: Any = None if past_key_values is None else past_key_values.layers[self.index]
@@ -159,6 +174,8 @@ class DualformBlock(GradientCheckpointingLayer):
 
     def _learn(self, h: Tensor, call: Call, cache: FastWeightCache | None) -> Tensor:
         past = None if cache is None else cache.state
+        if cache is not None and not torch.compiler.is_compiling():
+            cache.check(self.carried, h.shape[0])
         h, tail = self._convolve(h, call, past and past.conv.get("pre"))
         y, state = self.mixer(self.seq_norm(h), past and past.layer, attention_mask=call.mask, reset=call.reset)
         if cache is not None:

@@ -98,6 +98,23 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         self.state: BlockState | None = None
         self.seen = 0
 
+    def check(self, expected: dict[str, tuple[int, ...]], batch: int) -> None:
+        """Refuse a state of other rows or another layer; expected: the shape of a row of each tensor."""
+        held = {} if self.state is None else {n: tuple(x.shape) for n, x in self.state.tensors().items()}
+        rows = held.get("layer.position", (batch,))[0]
+        if rows != batch:
+            raise ValueError(
+                f"past_key_values: holds the state of {rows} rows; expected batch = {batch}. Pass the cache that this model "
+                "returned for these rows, or move it by `batch_select_indices` and `batch_repeat_interleave`."
+            )
+        held = {n: shape[1:] for n, shape in held.items() if "anchor." in n or "conv." in n}
+        for name in sorted(held.keys() | expected.keys()) if held else ():
+            if held.get(name) != expected.get(name):
+                raise ValueError(
+                    f"past_key_values: holds {name} of shape {held.get(name, 'none')} a row; expected {expected.get(name, 'none')}. "
+                    "Pass a cache that this model returned, or none."
+                )
+
     def advance(self, state: BlockState, num_columns: int) -> None:
         self.state, self.seen, self.is_initialized = state, self.seen + num_columns, True
 

@@ -45,7 +45,8 @@ def save_state(path: Path, config: DualformConfig, cache: Cache, ids: Tensor) ->
             tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
             tensors |= {} if layer.conv is None else {f"{i}.conv": layer.conv}
             if layer.columns is not None:
-                tensors |= {f"{i}.columns.{name}": x for name, x in layer.columns._asdict().items()}
+                # Layers share these; a file wants its own of each.
+                tensors |= {f"{i}.columns.{name}": x.clone() for name, x in layer.columns._asdict().items()}
     about = {"identity": json.dumps(_identify(config)), "seen": str(cache.get_seq_length())}
     save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=about)
 
