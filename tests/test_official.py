@@ -496,7 +496,7 @@ def without(state, *keys):
         (
             lambda s: s,
             {"mini_batch_size": 8},
-            r"learnable_token_idx has shape \(16,\); expected \(mini_batch_size\) = \(8,\)",
+            r"0\.\S+learnable_token_idx has shape \(16,\); expected \(mini_batch_size\) = \(8,\), \S+1\.\S+ has shape \(16,\)",
         ),
         (
             lambda s: (

@@ -282,8 +282,8 @@ def rename(
 ) -> dict[str, Tensor]:
     """Check a whole checkpoint in one layout and return it in another."""
     table, sizes = {p[source].name: p for p in tensor_places(config)}, axis_sizes(config)
-    head, embedding = (next(p[source].name for p in table.values() if p["official"].name == name)
-                       for name in ("lm_head.weight", "model.embed_tokens.weight"))  # fmt: skip
+    called = {p["official"].name: name for name, p in table.items()}
+    head, embedding = called["lm_head.weight"], called["model.embed_tokens.weight"]
     if config.tie_word_embeddings and head not in tensors:
         del table[head]
     _check_keys(function, tensors, {name: p[source] for name, p in table.items()}, config)
@@ -295,11 +295,13 @@ def rename(
                 f"{function}: {name} has {what}; expected a tensor of floating point numbers, {place.describe(sizes)}. "
                 "Convert it, as in torch.as_tensor(x)."
             )
-        if tuple(x.shape) != place.shape(sizes):
-            raise CheckpointError(
-                f"{function}: {name} has shape {tuple(x.shape)}; expected {place.describe(sizes)}. Check the config, or "
-                "the file."
-            )
+    wrong = [
+        f"{name} has shape {tuple(tensors[name].shape)}; expected {p[source].describe(sizes)}"
+        for name, p in table.items()
+        if tuple(tensors[name].shape) != p[source].shape(sizes)
+    ]
+    if wrong:
+        raise CheckpointError(f"{function}: {_some(wrong)}. Check the config, or the file.")
     _check_dtypes(function, {name: tensors[name] for name in table})
     if head in table and config.tie_word_embeddings:
         embedded = move(tensors[embedding], table[embedding][source], table[head][source], sizes)
