@@ -11,7 +11,7 @@ to the outputs and the gradients of all of them: `official`, `ttt()` of ttt-lm-p
 the paper's dual form with autograd, below; `sdpa`, causal attention on q, k, v; `eager` and `inductor`, our program on that
 backend. The whole layer, with gate, shared q and k and their convolutions: `official layer`, `eager layer`, `inductor layer`.
 
-Time: one process per learner and thread count. In each round every side runs once, in an order that turns; a ratio is taken within
+Time: one process per learner and thread count; caches of compiled code begin empty. In each round every side runs once, in an order that turns; a ratio is taken within
 a round, then median and quartiles over rounds. Before that every side's outputs and gradients are compared with the naive loop's
 (the layers with the official layer's) at the very shape. A side whose call would take longer than --budget seconds, by its own
 smaller cases, is skipped; one that takes long runs in fewer rounds. The reason stands in the JSON.
@@ -421,7 +421,7 @@ def cold(maker: Maker, side: str, T: int) -> Fields:
 def work(job: Fields) -> None:
     """Do a worker's job: print one JSON line per result."""
     maker = Maker(job["learner"], job["official"])
-    if job["what"] == "time":
+    if job["what"] == "cases":
         timer = Timer(maker, job["threads"], job["rounds"], job["budget"])
         for B, T, mode in job["cases"]:
             print(json.dumps(timer.case(B, T, mode)), flush=True)
@@ -431,19 +431,18 @@ def work(job: Fields) -> None:
     print(json.dumps(found if reason else (peak if job["what"] == "memory" else cold)(maker, job["side"], job["T"])))
 
 
-def results_of(job: Fields, empty_caches: bool = False) -> Iterator[Fields]:
-    """Run a job in a process of its own and yield its results as they come."""
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"), folder)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job.get("threads", 1)), **(fresh if empty_caches else {})}
-        command = [sys.executable, __file__, "--worker", json.dumps(job)]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    yield json.loads(line)
-        if process.returncode:
-            yield {"failed": f"exit status {process.returncode}", "job": job}
+def results_of(job: Fields, caches: Path) -> Iterator[Fields]:
+    """Run a job in a process of its own, with that folder for what is compiled, and yield its results as they come."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), **dict.fromkeys(names, str(caches))}
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+    if process.returncode:
+        yield {"failed": f"exit status {process.returncode}", "job": job}
 
 
 def machine() -> Fields:
@@ -470,7 +469,7 @@ def git(*words: str) -> str:
     ).stdout.strip()
 
 
-def measure(args: argparse.Namespace) -> Fields:
+def measure(args: argparse.Namespace, caches: Path) -> Fields:
     found: Fields = {
         "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "dualform": df.__version__},
@@ -482,14 +481,17 @@ def measure(args: argparse.Namespace) -> Fields:
     }  # fmt: skip
     lengths, batches = ((512,), (1,)) if args.quick else ((512, 2048, 8192), (1, 8))
     chosen = re.compile(args.cases)
-    common = {"official": args.official, "rounds": args.rounds, "budget": args.budget}
+    common = {"official": args.official, "rounds": args.rounds, "budget": args.budget, "threads": 1}
 
-    def collect(part: str, job: Fields, empty_caches: bool = False) -> None:
-        for one in results_of(job, empty_caches):
+    def collect(part: str, where: str, **job: Any) -> int:
+        """Do one job, compiled code in the folder `where`: it has its thread count built in; return how many results came."""
+        before = len(found[part])
+        for one in results_of({"what": part, **common, **job}, caches / where):
             found["failed" if "failed" in one else part].append(one)
             print(brief(one), flush=True)
             if not args.quick:
                 args.output.write_text(json.dumps(found, indent=1) + "\n")
+        return len(found[part]) - before
 
     for learner in BASE_RATE:
         for threads in args.threads if "time" in args.only else ():
@@ -499,16 +501,16 @@ def measure(args: argparse.Namespace) -> Fields:
                 if chosen.search(f"{learner} B{B} T{T} {mode}")
             ]  # fmt: skip
             while cases:  # a worker that dies takes one case with it
-                done = len(found["cases"])
-                collect("cases", {"what": "time", "learner": learner, "threads": threads, "cases": cases, **common})
-                cases = cases[len(found["cases"]) - done + 1 :]
+                done = collect("cases", f"threads{threads}", learner=learner, threads=threads, cases=cases)
+                cases = cases[done + 1 :]
         for T in (512,) if args.quick else (2048, 8192):
-            for side in INNER if "memory" in args.only and chosen.search(f"{learner} B1 T{T} f+b") else ():
+            if not chosen.search(f"{learner} B1 T{T} f+b"):
+                continue
+            for side in INNER if "memory" in args.only else ():
                 for _ in range(1 if args.quick else 3):
-                    collect("memory", {"what": "memory", "learner": learner, "side": side, "T": T, **common})
-        T = 512 if args.quick else 2048
-        for side in ("eager", "inductor") if "compile" in args.only and chosen.search(f"{learner} B1 T{T} f+b") else ():
-            collect("compile", {"what": "compile", "learner": learner, "side": side, "T": T, **common}, True)
+                    collect("memory", "threads1", learner=learner, side=side, T=T)
+            for side in ("eager", "inductor") if "compile" in args.only and T < 8192 else ():
+                collect("compile", f"cold {learner} {side}", learner=learner, side=side, T=T)
     found["machine"]["load_after"] = [round(x, 2) for x in os.getloadavg()]
     return found
 
@@ -562,6 +564,8 @@ def brief(one: Fields) -> str:
 
 def rows(header: str, lines: list[list[str]]) -> str:
     names = header.split(" | ")
+    if not lines:
+        return "Not measured.\n"
     return "\n".join("| " + " | ".join(x) + " |" for x in [names, ["---"] * len(names), *lines]) + "\n"
 
 
@@ -571,7 +575,9 @@ def label(case: Fields) -> list[str]:
 
 def report(found: Fields) -> str:
     """Render every table as Markdown."""
-    cases, ours = found["cases"], [s for s in ("eager", "inductor") if any(s in c["ms"] for c in found["cases"])]
+    cases = found["cases"]
+    seen = {s for c in cases for s in c["ms"]} | {x["side"] for x in found["memory"] if "peak_bytes" in x}
+    ours = [s for s in ("eager", "inductor") if s in seen]
     m = found["machine"]
     rates = {
         n: statistics.median([2 * 1024**3 / t / 1e6 for c in cases if c["threads"] == n for t in c["ms"]["gemm"]])
@@ -580,9 +586,8 @@ def report(found: Fields) -> str:
     text = [
         f"{m['cpu']}, {m['cores']} cores ({m['vectors']}), torch {found['versions']['torch']}, commit {found['commit'][:9]}"
         f"{' and uncommitted changes' if found['uncommitted'] else ''}; load average {m['load_before'][0]} before the run. "
-        + "Matrix products of size 1024: "
-        + ", ".join(f"{rate:.0f} GF/s on {n} thread(s)" for n, rate in rates.items())
-        + ".\n",
+        + "".join(f"Matrix products of size 1024, {n} thread(s): {rate:.0f} GF/s. " for n, rate in rates.items())
+        + "\n",
         "Inner part: medians, ms.\n",
         rows(
             "learner | B | T | pass | threads | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
@@ -716,7 +721,11 @@ def main() -> int:
         work(json.loads(args.worker))
         return 0
     args.rounds = min(3, args.rounds) if args.quick else args.rounds
-    found = json.loads(args.output.read_text()) if args.report else measure(args)
+    if args.report:
+        found = json.loads(args.output.read_text())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(args, Path(folder))
     text = report(found)
     if not args.quick:
         args.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -77,6 +77,8 @@ def test_generate_is_seeded_and_carries_its_state(capfd, trained, tmp_path):
     assert status == 0, err
     assert out.startswith("the quick")
     assert run(capfd, "generate", trained / "model", "--prompt", "the quick", *few)[1] == out
+    # How it learnt goes to stderr, so that a pipe gets the text alone.
+    assert re.search(r"layer +first quarter +last quarter +all *\n +0( +\d\.\d{4} → \d\.\d{4}){3}", err), err
     greedy = ["--temperature", 0, "--max-new-tokens", 6]
     state = tmp_path / "state.safetensors"
     assert run(capfd, "generate", trained, "--prompt", "the quick", *greedy, "--state", state)[0] == 0
@@ -84,6 +86,13 @@ def test_generate_is_seeded_and_carries_its_state(capfd, trained, tmp_path):
     status, _, err = run(capfd, "generate", trained, "--prompt", " brown", *greedy, "--state", state)
     assert status == 0, err
     assert state.read_bytes() != before
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_text(capfd, trained):
+    status, out, err = run(capfd, "generate", trained, "--prompt", "", "--max-new-tokens", 3, "--temperature", 0)
+    assert status == 0, err
+    assert "inner loss" in err
+    assert "inner loss" not in out
 
 
 def test_evaluate_stands_beside_counting(capfd, trained, text):

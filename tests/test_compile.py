@@ -55,3 +55,17 @@ def test_masks_and_resets_compile(layer):
     with torch.no_grad():
         got, wanted = (call(x, attention_mask=mask, reset=reset)[0] for call in (compiled, layer))
     laws.agree("y", got, wanted)
+
+
+def test_ragged_rows_compile_with_gradients(layer):
+    """The gradients of a gather lie otherwise in memory than a slice's; the compiled graph must know how."""
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    mask, reset = torch.rand(2, 21) > 0.3, torch.rand(2, 21) > 0.8
+
+    def both(x):
+        return [call(x, attention_mask=mask, reset=reset)[0] for call in (compiled, layer)]
+
+    x = torch.randn(2, 21, 8, dtype=torch.float64, requires_grad=True)
+    got, wanted = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in both(x))
+    for n, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        laws.agree(f"gradient {n}", a, b)

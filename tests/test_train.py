@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from dualform.models import DualformForCausalLM
+from dualform.models import DualformConfig, DualformForCausalLM
+from dualform.train import loop
 from dualform.train.data import (
     BEGIN,
     END,
@@ -28,6 +29,7 @@ from dualform.train.data import (
 from dualform.train.loop import TrainingDiverged, WatchedTrainer, train
 from dualform.train.metrics import baselines, evaluate, plot_loss_by_position, smoothed, terminal_plot
 from dualform.train.settings import Settings, SettingsError, resolve
+from dualform.train.warmup import set_rate_scale
 
 small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -285,3 +287,56 @@ def test_bad_settings_are_named(tmp_path, content, assignments, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"none\.toml cannot be read"):
         resolve(tmp_path / "none.toml", [], {})
+
+
+def test_the_inner_rate_warms_up_and_ends_at_its_own(tmp_path, text):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append([float(layer.mixer.rate_scale) for layer in model.model.layers])
+
+    chosen = {"preset": "tiny-ttt-linear", "rate_start": 0.25, "rate_warmup_steps": 3, "model": {**small, "chunk": 4}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.WatchedTrainer, "__init__", add_callback(Watch()))
+        outcome = train(settings(tmp_path, text, **chosen), quiet=True)
+    assert seen == [[0.25], [0.5], [0.75], [1.0]]
+    assert float(outcome.model.model.layers[0].mixer.rate_scale) == 1.0
+    saved = DualformForCausalLM.from_pretrained(outcome.folder / "model")
+    assert float(saved.model.layers[0].mixer.rate_scale) == 1.0
+    # A checkpoint on the way holds its step's multiplier; resuming sets it by the step, and a run stopped there ends at 1.
+    half = DualformForCausalLM.from_pretrained(outcome.folder / "checkpoints" / "checkpoint-2")
+    assert float(half.model.layers[0].mixer.rate_scale) == 0.5
+
+
+def add_callback(callback):
+    real = WatchedTrainer.__init__
+
+    def init(self, *args, callbacks, **kwargs):
+        real(self, *args, callbacks=[*callbacks, callback], **kwargs)
+
+    return init
+
+
+def test_the_inner_rate_multiplies_what_is_learnt():
+    torch.manual_seed(0)
+    model = DualformForCausalLM(DualformConfig(preset="tiny-ttt-linear", **small))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        model.config.rule["lr"] *= 0.5
+        slower = DualformForCausalLM(model.config)
+        slower.load_state_dict(model.state_dict())
+        set_rate_scale(model, 0.5)
+        torch.testing.assert_close(model(ids).logits, slower(ids).logits)
+        set_rate_scale(model, 1.0)
+        assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize(("start", "steps"), [(-0.1, 3), (1.5, 3), (0.5, -1)])
+def test_a_bad_warmup_is_named_before_anything_is_written(tmp_path, text, start, steps):
+    with pytest.raises(
+        SettingsError, match=rf"\(rate_start\) is {start} and steps \(rate_warmup_steps\) {steps}; expected 0 <="
+    ):
+        train(settings(tmp_path, text, rate_start=start, rate_warmup_steps=steps))
+    assert not (tmp_path / "run").exists()

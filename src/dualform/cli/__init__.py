@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError
 from transformers.utils import logging
 
 from dualform.catalogue import CatalogueError
+from dualform.cli.convert import convert
 from dualform.cli.evaluate import evaluate
 from dualform.cli.explain import explain
 from dualform.cli.generate import generate
@@ -20,10 +21,10 @@ from dualform.train.settings import SettingsError
 
 app = App(
     name="dualform",
-    help="Sequence layers that learn at test time: train, generate, evaluate, explain.",
+    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert.",
     version_flags=[],
 )
-for verb in (train, generate, explain, evaluate):
+for verb in (train, generate, explain, evaluate, convert):
     app.command(verb)
 app.command(list_presets, name="presets")
 

@@ -1,14 +1,19 @@
-"""`dualform generate`: continue a text, and keep what was learnt from it."""
+"""`dualform generate`: continue a text, say how its layers learnt from the prompt, and keep what was learnt."""
 
 from __future__ import annotations
 
+import copy
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer, set_seed
+from transformers.cache_utils import Cache
 
-from dualform.cli.output import UsageError, load_model
+from dualform.cli.output import UsageError, load_model, show
+from dualform.models import DualformForCausalLM
 from dualform.models.state_file import load_state, save_state
 
 
@@ -22,7 +27,7 @@ def generate(
     seed: int = 0,
     state: Path | None = None,
 ) -> None:
-    """Continue a prompt, printing as it goes.
+    """Continue a prompt, printing as it goes; then say on stderr how each layer's inner loss fell over the prompt.
 
     Parameters
     ----------
@@ -50,6 +55,7 @@ def generate(
         cache, past = load_state(state, lm.config)
     new = tokenizer(prompt, return_tensors="pt")["input_ids"].long().reshape(1, -1)
     ids = torch.cat([past, new], 1)
+    learnt = how_it_learnt(lm, ids[:, 0 if cache is None else cache.get_seq_length() :], cache)
     print(prompt, end="", flush=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     result: Any = cast("Any", lm).generate(  # its protocol asks for attributes that only some models have
@@ -62,5 +68,24 @@ def generate(
         return_dict_in_generate=True,
         **sampling,
     )
+    if learnt:
+        print(file=sys.stderr)
+        show(learnt, "inner loss over the prompt", file=sys.stderr)
     if state is not None:
         save_state(state, lm.config, result.past_key_values, result.sequences)
+
+
+def how_it_learnt(lm: DualformForCausalLM, ids: Tensor, cache: Cache | None) -> list[dict[str, Any]]:
+    """Tell, per test-time layer, the mean inner loss before and after each token's update; the cache stays as it is."""
+    assert lm.config.layer_types is not None
+    layers = [n for n, kind in enumerate(lm.config.layer_types) if kind == "test_time"]
+    if not layers:
+        return []
+    # (2, layers, tokens): the rows of the batch are one text, its heads are averaged
+    losses = torch.stack(lm.inner_losses(ids, past_key_values=copy.deepcopy(cache))).mean((2, 3))
+    few = max(1, ids.shape[1] // 4)
+    parts = {"first quarter": slice(few), "last quarter": slice(-few, None), "all": slice(None)}
+    return [
+        {"layer": layer} | {name: "{:.4f} → {:.4f}".format(*losses[:, n, part].mean(1)) for name, part in parts.items()}
+        for n, layer in enumerate(layers)
+    ]

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -19,8 +19,8 @@ class UsageError(ValueError):
     """An argument that names nothing, or does not fit another."""
 
 
-def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = False) -> None:
-    """Print rows as a table, or as a JSON list of objects; numbers with four digits in the table."""
+def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = False, file: TextIO | None = None) -> None:
+    """Print rows as a table, or as a JSON list of objects; numbers with four digits in the table. file: default stdout."""
     if as_json:
         print(json.dumps(list(rows), indent=2))
         return
@@ -32,7 +32,8 @@ def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = Fal
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     # A pipe or a file has no width to fold a name at.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000).print(table)
+    out = file or sys.stdout
+    Console(file=out, width=None if out.isatty() else 1000).print(table)
 
 
 def _cell(value: Any) -> str:

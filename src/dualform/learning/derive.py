@@ -24,6 +24,7 @@ from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.grid import Variant
 from dualform.learning.norms import whole_norms
 from dualform.learning.reassociate import reassociate
+from dualform.learning.regroup import join_products
 from dualform.learning.simplify import tidy
 from dualform.learning.sites import Analysis, DerivationError, analyse
 
@@ -130,6 +131,7 @@ class Step:
         def make() -> fx.GraphModule:
             gm = tidy(trace_fake(self.graph, flatten(self.inputs), slopes_as_arithmetic()))
             whole_norms(gm.graph)
+            join_products(gm.graph)
             return fx.GraphModule(gm, gm.graph)
 
         return undisturbed(make)

@@ -59,6 +59,29 @@ def reached(graph: fx.Graph, inputs: Sequence[int]) -> set[fx.Node]:
     return found
 
 
+def join_products(graph: fx.Graph) -> None:
+    """Write a @ x + b @ x as (a + b) @ x: the corrections of a weight and of its bias share their gradients."""
+    for root in reversed(list(graph.nodes)):
+        if root.target not in _sums or root.kwargs or _inner(root, _sums.keys()):
+            continue
+        terms, _ = _terms(root)
+        by_right: dict[fx.Node, list[int]] = {}
+        for i, (_, x) in enumerate(terms):
+            if isinstance(x, fx.Node) and x.target in (aten.mm.default, aten.bmm.default) and len(x.users) == 1:
+                by_right.setdefault(x.args[1], []).append(i)  # type: ignore[arg-type]
+        for right, places in by_right.items():
+            lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
+            if len({shape(x) for _, x in lefts}) != 1 or len(lefts) < 2 or math.prod(shape(lefts[0][1])) > math.prod(shape(right)):
+                continue
+            with graph.inserting_before(root):
+                sign, left = _added(graph, lefts)
+                terms.append((sign, call(graph, terms[places[0]][1].target, (left, right))))
+                kept = [t for i, t in enumerate(terms) if i not in places]
+                root.replace_all_uses_with(_total(graph, kept))
+            break
+    graph.eliminate_dead_code()
+
+
 def _inner(node: fx.Node, kinds: Any) -> bool:
     """Is a node part of the same tree as its only user?"""
     users = list(node.users)
@@ -89,6 +112,17 @@ def _drop_expands(node: fx.Node) -> None:
 
 
 def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
+    terms, negations = _terms(root)
+    ready = [t for t in terms if t[1] not in waits]
+    if len(terms) < 2 or not (negations or len(ready) > 1 and len(terms) > 2):
+        return
+    with graph.inserting_before(root):
+        made = [_added(graph, ready)] if ready else []
+        root.replace_all_uses_with(_total(graph, [t for t in terms if t[1] in waits] + made))
+
+
+def _terms(root: fx.Node) -> tuple[list[tuple[int, Any]], int]:
+    """List the signed terms of a sum, and count the negations that it holds."""
     terms: list[tuple[int, Any]] = []
     negations = 0
 
@@ -102,14 +136,12 @@ def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
             terms.append((sign, x))
 
     collect(root, 1, top=True)
-    ready = [t for t in terms if t[1] not in waits]
-    if len(terms) < 2 or not (negations or len(ready) > 1 and len(terms) > 2):
-        return
-    with graph.inserting_before(root):
-        made = [_added(graph, ready)] if ready else []
-        whole = _added(graph, [t for t in terms if t[1] in waits] + made)
-        total = whole[1] if whole[0] > 0 else call(graph, aten.neg.default, (whole[1],))
-    root.replace_all_uses_with(total)
+    return terms, negations
+
+
+def _total(graph: fx.Graph, terms: list[tuple[int, Any]]) -> fx.Node:
+    sign, total = _added(graph, terms)
+    return total if sign > 0 else call(graph, aten.neg.default, (total,))
 
 
 def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:

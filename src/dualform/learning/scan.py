@@ -10,7 +10,7 @@ Legend: B batch, T time, H heads, P = B H rows, N blocks, n blocks of a piece, G
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -88,7 +88,7 @@ class Way:
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
 
-        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from.
+        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from; None: stop there.
         """
         f, n, device = self.fission, len(blocks), state[0].device
         source = dict(zip(f.inputs, self.inputs, strict=True))
@@ -302,17 +302,19 @@ def run_backward(
         states[n] = run.enter(n, state)
         return states[n]
 
-    for group in reversed(range(0, run.blocks, G)):
-        stop = min(group + G, run.blocks)
-        pieces = g.pieces(run.at_once, group, stop)
-        held = [x[group // G] for x in saved]
+    span = G * max(1, run.at_once // G)
+    for start in reversed(range(0, run.blocks, span)):
+        stop = min(start + span, run.blocks)
         states.clear()
-        for piece in pieces:
-            if piece.stop == stop and len(piece) == 1:
-                note(piece.start, held)
-            else:
-                way = plan.way(g.variants[piece.start], "advance")
-                held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H, backend)
+        for group in range(start, stop, G):
+            held = [x[group // G] for x in saved]
+            for piece in g.pieces(run.at_once, group, min(group + G, stop)):
+                if len(piece) == 1 and piece.stop in (group + G, stop):
+                    note(piece.start, held)  # what comes after it is known
+                else:
+                    way = plan.way(g.variants[piece.start], "advance")
+                    held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H, backend)
+        pieces = g.pieces(run.at_once, start, stop)
         for piece in reversed(pieces):
             variant = g.variants[piece.start]
             way, wants = plan.way(variant, "reverse"), plan.step(variant).wants
@@ -410,11 +412,19 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
     return source.plan(q.shape[-1], q.dtype, form), call, backend
 
 
+def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that an operator may: none that it was given, each laid out as its fake says."""
+    theirs = {x.data_ptr() for x in given}
+    return [
+        x.clone(memory_format=torch.contiguous_format) if x.data_ptr() in theirs else x.contiguous() for x in found
+    ]
+
+
 @torch.library.custom_op("dualform::scan", mutates_args=())
 def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return [x.clone() if any(x is y for y in tensors) else x for x in run_forward(plan, call, checkpoints, backend)]
+        return _own(run_forward(plan, call, checkpoints, backend), tensors)
 
 
 @scan_op.register_fake
@@ -424,7 +434,7 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     o = call.v.new_empty(*call.v.shape[:3], plan.derivation.out_width)
     return [
         o,
-        *(torch.empty_like(x) for x in held),
+        *(x.new_empty(x.shape) for x in held),
         torch.empty_like(call.position),
         *(x.new_empty(checkpoints, *x.shape) for x in held),
     ]
@@ -437,15 +447,12 @@ def scan_backward_op(
     plan, call, backend = _call(key, tensors)
     given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return [
-            x.clone() if any(x is y for y in given) else x
-            for x in run_backward(plan, call, saved, cotangents, checkpoints, backend)
-        ]
+        return _own(run_backward(plan, call, saved, cotangents, checkpoints, backend), given)
 
 
 @scan_backward_op.register_fake
 def _(tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    return [torch.empty_like(x) for x in tensors if x.is_floating_point()]
+    return [x.new_empty(x.shape) for x in tensors if x.is_floating_point()]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -10,30 +10,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualform.learning.layer import rotate
-from dualform.models.cache import DocumentCache
+from dualform.models.cache import Columns, DocumentCache
 
 
-def allowed(documents: Tensor | None, T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which columns each new token may look at, (B or 1, 1, T, S); None if SDPA's own causal rule says it."""
-    inside = window is None or S <= window
-    if documents is None and inside and (T in (1, S)):
+def allowed(columns: Columns | None, T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which of S columns each of the T last may look at, (B or 1, 1, T, S); None if SDPA's own causal rule says it.
+
+    A token sees the tokens of its document up to itself, the last `window` of them. Padding sees what a token in its place
+    would, and itself, so that no row of the softmax is empty.
+    """
+    if columns is None and (window is None or S <= window) and T in (1, S):
         return None
     column = torch.arange(S, device=device)
     row = column[S - T :, None]
-    mask = column <= row
+    if columns is None:
+        mask = column <= row
+        return (mask if window is None else mask & (column > row - window))[None, None]
+    documents, ranks = columns.documents, columns.ranks
+    own = torch.where(documents < 0, -1 - documents, documents)[:, S - T :, None]
+    mask = (column <= row) & (documents[:, None] == own)
     if window is not None:
-        mask &= column > row - window
-    mask = mask[None]
-    if documents is not None:
-        # A padding column sees its own kind, itself at least, so that no row of the softmax is empty.
-        mask = mask & (documents[:, S - T :, None] == documents[:, None, :])
-    return mask[:, None]
+        mask &= ranks[:, None] > ranks[:, S - T :, None] - window
+    return (mask | (column == row))[:, None]
 
 
 class Attention(nn.Module):
     """Attend causally within each document.
 
-    Shape:  x (B, T, dim), mask (B or 1, 1, T, S) bool or None -> (B, T, dim).
+    Shape:  x (B, T, dim), positions (B or 1, T), mask (B or 1, 1, T, S) bool or None, where all S columns stand
+            -> (B, T, dim), and the weights (B, H, T, S) if asked for, else None.
     Dtype:  as x; rotations in float32 at least.
     Raises: ValueError if the cache holds other sizes.
     Source: Vaswani et al. 2017; Su et al. 2021 (interleaved pairs).
@@ -45,14 +50,33 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, documents: Tensor | None, cache: DocumentCache | None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        columns: Columns | None,
+        cache: DocumentCache | None,
+        with_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (
             y.transpose(1, 2) for y in (rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta), v)
         )
         if cache is not None:
-            k, v = cache.extend(k, v, documents)
-        causal = mask is None and q.shape[2] > 1
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+            k, v = cache.extend(k, v, columns)
+        if with_weights:
+            o, weights = attend(q, k, v, mask)
+        else:
+            causal = mask is None and q.shape[2] > 1
+            o, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
+        return self.o_proj(o.transpose(1, 2).flatten(2)), weights
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what SDPA returns, and its weights, which it keeps to itself."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = (q @ k.mT).float() if q.dtype.itemsize < 4 else q @ k.mT
+    weights = (scores / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
+    return weights @ v, weights

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from dualform.learning.layer import TestTimeTraining, causal_windows, depthwise
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
 from dualform.learning.rules import rules
-from dualform.models.attention import Attention
-from dualform.models.cache import BlockState, DocumentCache, FastWeightCache
+from dualform.models.attention import Attention, allowed
+from dualform.models.cache import BlockState, Columns, DocumentCache, FastWeightCache, join
 from dualform.models.configuration import DualformConfig
 
 
@@ -88,6 +89,47 @@ def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
     return dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
 
 
+class View(NamedTuple):
+    """What layers of one kind look at: where all columns stand, and which of them each token sees."""
+
+    columns: Columns | None
+    mask: Tensor | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call gives every block, and none should compute again.
+
+    mask, reset (B, T) bool; positions (B or 1, T), for the rotations of attention layers; views: for each kind of attention.
+    """
+
+    mask: Tensor | None
+    reset: Tensor | None
+    positions: Tensor
+    views: dict[str, View]
+    with_weights: bool = False
+
+    def first(self, x: Tensor, cache: Any) -> Call:
+        """Return the same call with the columns of x only, its first ones, for the layer that holds this cache."""
+        mask, reset, positions = (
+            None if y is None else y[:, : x.shape[1]] for y in (self.mask, self.reset, self.positions)
+        )
+        past = cache if isinstance(cache, DocumentCache) else None
+        assert positions is not None
+        return Call(mask, reset, positions, {k: view(past, mask, reset, x, v.window) for k, v in self.views.items()})
+
+
+def view(
+    past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, like: Tensor, window: int | None
+) -> View:
+    """Look at past and new columns; like (B, T, ...)."""
+    columns = join(past, mask, reset, like)
+    T = like.shape[1]
+    S = T if past is None else past.get_mask_sizes(T)[0]
+    return View(columns, allowed(columns, T, S, window, like.device), window)
+
+
 class DualformBlock(GradientCheckpointingLayer):
     """h + conv(norm(h)) if asked for, h + mixer(norm(h)), h + ffn(norm(h))."""
 
@@ -103,29 +145,53 @@ class DualformBlock(GradientCheckpointingLayer):
             self.mixer = Attention(dim, config.num_attention_heads, config.rope_theta)
         self.conv = ShortConv(config) if config.pre_conv else None
         self.mlp = SwiGLU(dim, config.intermediate_size)
+        self.carried = self._carried()
 
-    def forward(self, h: Tensor, inputs: dict[str, Any], past_key_values: Cache | None = None) -> Tensor:
+    def _carried(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what a test-time block carries for each row of a batch."""
+        mixer, tails = self.mixer, {}
+        if not isinstance(mixer, TestTimeTraining):
+            return {}
+        if self.conv is not None:
+            tails["conv.pre"] = self.conv.conv
+        if mixer.conv_q is not None:
+            tails["layer.conv.qk"] = mixer.conv_q
+        fast = {name: mixer.get_parameter(mixer.leaves[name]) for name in mixer.program.parts.fast}
+        return {f"layer.memory.anchor.{name}": tuple(p.shape) for name, p in fast.items()} | {
+            name: (conv.kernel_size[0] - 1, conv.in_channels) for name, conv in tails.items()
+        }
+
+    def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
         cache: Any = None if past_key_values is None else past_key_values.layers[self.index]
-        h = self._learn(h, inputs, cache) if self.kind == "test_time" else self._attend(h, inputs, cache)
-        return h + self.mlp(self.ffn_norm(h))
+        if cache is not None and cache.record_past:
+            cache.record(h.shape[1], lambda n: self.mix(h[:, :n], call.first(h[:, :n], cache), cache))
+        y = self.mix(h, call, cache)
+        return y + self.mlp(self.ffn_norm(y))
 
-    def _learn(self, h: Tensor, inputs: dict[str, Any], cache: FastWeightCache | None) -> Tensor:
+    def mix(self, h: Tensor, call: Call, cache: Any) -> Tensor:
+        """Do what depends on other tokens, and carry it."""
+        return self._learn(h, call, cache) if self.kind == "test_time" else self._attend(h, call, cache)
+
+    def _learn(self, h: Tensor, call: Call, cache: FastWeightCache | None) -> Tensor:
         past = None if cache is None else cache.state
-        h, tail = self._convolve(h, inputs, past and past.conv.get("pre"))
-        mask, reset = inputs["attention_mask"], inputs["reset"]
-        y, state = self.mixer(self.seq_norm(h), past and past.layer, attention_mask=mask, reset=reset)
+        if cache is not None and not torch.compiler.is_compiling():
+            cache.check(self.carried, h.shape[0])
+        h, tail = self._convolve(h, call, past and past.conv.get("pre"))
+        y, state = self.mixer(self.seq_norm(h), past and past.layer, attention_mask=call.mask, reset=call.reset)
         if cache is not None:
             cache.advance(BlockState(state, {} if tail is None else {"pre": tail}), h.shape[1])
         return h + y
 
-    def _attend(self, h: Tensor, inputs: dict[str, Any], cache: DocumentCache | None) -> Tensor:
-        h, tail = self._convolve(h, inputs, cache and cache.conv)
+    def _attend(self, h: Tensor, call: Call, cache: DocumentCache | None) -> Tensor:
+        h, tail = self._convolve(h, call, cache and cache.conv)
         if cache is not None:
             cache.conv = tail
-        return h + self.mixer(self.seq_norm(h), inputs["positions"], inputs[self.kind], inputs["documents"], cache)
+        view = call.views[self.kind]
+        y, _ = self.mixer(self.seq_norm(h), call.positions, view.mask, view.columns, cache, call.with_weights)
+        return h + y
 
-    def _convolve(self, h: Tensor, inputs: dict[str, Any], tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _convolve(self, h: Tensor, call: Call, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.conv is None:
             return h, None
-        y, tail = self.conv(h, tail, inputs["attention_mask"], inputs["reset"])
+        y, tail = self.conv(h, tail, call.mask, call.reset)
         return h + y, tail

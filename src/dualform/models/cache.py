@@ -1,12 +1,13 @@
 """What a model carries between calls, one object per layer, in the cache that transformers' `generate` makes and moves.
 
-B batch, H heads, S past columns, T new columns.
+B batch, H heads, S past columns, T new columns. A column is a token or padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,68 @@ class BlockState(Carried):
     conv: dict[str, Tensor]
 
 
-class FastWeightCache(CacheLayerMixin):
+class Columns(NamedTuple):
+    """Where the columns of a batch stand, needed as soon as a row has padding or more than one document.
+
+    documents (B, S): the number of the column's document, d for a token and -1 - d for padding inside document d.
+    ranks (B, S): how many tokens of the row come before it (padding: as the token before it).
+    document, tokens (B,): the document each row is in after the last column, and its tokens so far.
+    """
+
+    documents: Tensor
+    ranks: Tensor
+    document: Tensor
+    tokens: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Columns:
+        return Columns(*(function(x) for x in self))
+
+
+class Rollback:
+    """Undo the last columns, for decoding that tries tokens and takes some back (`crop`).
+
+    What fast weights learnt cannot be unlearnt: while recording, a layer keeps what it held before each call, and how to
+    read the first columns of that call again.
+    """
+
+    is_croppable = True
+    record_past = False
+    seen: int
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.records: list[tuple[dict[str, Any], int, Callable[[int], object]]] = []
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def record(self, num_columns: int, read_again: Callable[[int], object]) -> None:
+        """Say, before a call of so many columns, how to read its first ones again; kept only while recording."""
+        if self.record_past:
+            held = {name: value for name, value in vars(self).items() if name not in ("records", "record_past")}
+            self.records.append((held, num_columns, read_again))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove columns, exactly; what is left is kept for good."""
+        n, known = -tokens_to_remove, sum(num_columns for _, num_columns, _ in self.records)
+        if not 0 <= n <= known:
+            raise ValueError(
+                f"{type(self).__name__}: crop is asked to forget {n} columns; expected 0 ... {known}, those read since the last "
+                "crop while recording. Call `cache.activate_past_recording()` before they are read, or keep an earlier "
+                "state (`copy.deepcopy(cache)`)."
+            )
+        records, self.records = self.records, []
+        recording, self.record_past = self.record_past, False
+        while n:
+            held, num_columns, read_again = records.pop()
+            vars(self).update(held)
+            if n < num_columns:
+                read_again(num_columns - n)
+            n -= min(n, num_columns)
+        self.record_past = recording
+
+
+class FastWeightCache(Rollback, CacheLayerMixin):
     """Hold the state of one test-time layer and the columns seen; transformers finds it by the layer's kind."""
 
     _layer_type = "test_time"
@@ -35,6 +97,23 @@ class FastWeightCache(CacheLayerMixin):
         super().__init__()
         self.state: BlockState | None = None
         self.seen = 0
+
+    def check(self, expected: dict[str, tuple[int, ...]], batch: int) -> None:
+        """Refuse a state of other rows or another layer; expected: the shape of a row of each tensor."""
+        held = {} if self.state is None else {n: tuple(x.shape) for n, x in self.state.tensors().items()}
+        rows = held.get("layer.position", (batch,))[0]
+        if rows != batch:
+            raise ValueError(
+                f"past_key_values: holds the state of {rows} rows; expected batch = {batch}. Pass the cache that this model "
+                "returned for these rows, or move it by `batch_select_indices` and `batch_repeat_interleave`."
+            )
+        held = {n: shape[1:] for n, shape in held.items() if "anchor." in n or "conv." in n}
+        for name in sorted(held.keys() | expected.keys()) if held else ():
+            if held.get(name) != expected.get(name):
+                raise ValueError(
+                    f"past_key_values: holds {name} of shape {held.get(name, 'none')} a row; expected {expected.get(name, 'none')}. "
+                    "Pass a cache that this model returned, or none."
+                )
 
     def advance(self, state: BlockState, num_columns: int) -> None:
         self.state, self.seen, self.is_initialized = state, self.seen + num_columns, True
@@ -59,22 +138,15 @@ class FastWeightCache(CacheLayerMixin):
         raise TypeError("FastWeightCache: a test-time layer has no keys and values to update. Call `advance` instead.")
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.state, self.seen, self.is_initialized, self.records = None, 0, False, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.state = self.state and self.state.select(beam_idx)
+        self.state, self.records = self.state and self.state.select(beam_idx), []
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state = self.state and self.state.fork(repeats)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                f"FastWeightCache: crop is asked to forget {-tokens_to_remove} tokens; expected 0, since what fast weights "
-                "learnt cannot be unlearnt. Keep an earlier state (`copy.deepcopy(cache)`) and continue from it."
-            )
+        self.state, self.records = self.state and self.state.fork(repeats), []
 
     def offload(self) -> None:
         """Stay where the state is: it is as small after a million tokens as after one."""
@@ -86,36 +158,47 @@ class FastWeightCache(CacheLayerMixin):
 STATIC_LAYER_TYPE_MAPPING["test_time"] = FastWeightCache
 
 
-class DocumentCache(DynamicLayer):
-    """Hold keys, values and, per column, its document's number (-1: padding; no numbers: one document, no padding)."""
+class DocumentCache(Rollback, DynamicLayer):
+    """Hold keys, values and, where rows have padding or several documents, where their columns stand."""
 
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
         self.window = window
         self.is_sliding = window is not None  # pyright: ignore[reportIncompatibleVariableOverride]: per layer here
-        self.documents: Tensor | None = None
+        self.columns: Columns | None = None
         self.conv: Tensor | None = None  # the tail of the convolution before the layer
         self.seen = 0
 
-    def extend(self, keys: Tensor, values: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Append the new columns; return all keys and values that the new queries may look at."""
+    def extend(self, keys: Tensor, values: Tensor, columns: Columns | None) -> tuple[Tensor, Tensor]:
+        """Append the new columns; return all keys and values that the new queries may look at.
+
+        columns: where all columns stand, `join(self, ...)`.
+        """
         B, H, _, D = (keys if self.keys is None else self.keys).shape
         if (B, H, D) != (*keys.shape[:2], keys.shape[3]):
             raise ValueError(
                 f"past_key_values: holds keys of batch {B}, heads {H}, head_dim {D}; expected batch {keys.shape[0]}, heads "
                 f"{keys.shape[1]}, head_dim {keys.shape[3]}. Pass the cache that this model returned for these rows."
             )
-        self.documents = joined_documents(self, documents, keys)
+        self.columns = columns
         self.seen += keys.shape[-2]
         keys, values = super().update(keys, values)
         if self.window is not None:
-            kept = max(self.window - 1, 1)
-            self.keys, self.values = keys[:, :, -kept:], values[:, :, -kept:]
-            self.documents = None if self.documents is None else self.documents[:, -kept:]
+            self._forget(max(self.window - 1, 1))
         return keys, values
+
+    def _forget(self, kept: int) -> None:
+        """Keep the last tokens of each row only; padding goes first, so that it takes no token's place."""
+        assert self.keys is not None and self.values is not None
+        if self.columns is not None and self.keys.shape[2] > kept:
+            order = (self.columns.documents >= 0).to(torch.int8).argsort(dim=1, stable=True)
+            across = order[:, None, :, None].expand_as(self.keys)
+            self.keys, self.values = self.keys.gather(2, across), self.values.gather(2, across)
+            documents, ranks = (x.gather(1, order)[:, -kept:] for x in self.columns[:2])
+            self.columns = self.columns._replace(documents=documents, ranks=ranks)
+        self.keys, self.values = self.keys[:, :, -kept:], self.values[:, :, -kept:]
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -125,14 +208,15 @@ class DocumentCache(DynamicLayer):
         return past + query_length, self.seen - past
 
     def reset(self) -> None:
-        super().reset()
-        self.documents, self.conv, self.seen = None, None, 0
+        self.keys, self.values, self.is_initialized = None, None, False
+        self.columns, self.conv, self.seen, self.records = None, None, 0, []
 
     def _rows(self, rows: Tensor) -> None:
+        self.records = []
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            self.documents = None if self.documents is None else self.documents.index_select(0, rows)
+            self.columns = self.columns and self.columns.map(lambda x: x.index_select(0, rows))
             self.conv = None if self.conv is None else self.conv.index_select(0, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -146,40 +230,50 @@ class DocumentCache(DynamicLayer):
             self._rows(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
 
-def joined_documents(past: DocumentCache | None, new: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the document numbers of past and new columns (B, S + T), or None where all is one document."""
-    S = 0 if past is None or past.keys is None else past.keys.shape[-2]
-    old = None if past is None else past.documents
-    if old is None and new is None:
+def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, like: Tensor) -> Columns | None:
+    """Say where past and new columns stand, (B, S + T); None where all is one document without padding. like (B, T, ...)."""
+    old = None if past is None else past.columns
+    if old is None and mask is None and reset is None:
         return None
-    zeros = like.new_zeros(like.shape[0], S if old is None else like.shape[-2], dtype=torch.long)
+    B, T, device = *like.shape[:2], like.device
     if old is None:
-        return torch.cat([zeros, new], 1) if new is not None and S else new
-    last = old.amax(1, keepdim=True).clamp(min=0)
-    return torch.cat([old, last + zeros if new is None else torch.where(new < 0, new, new + last)], 1)
-
-
-def number_documents(mask: Tensor | None, reset: Tensor | None) -> Tensor | None:
-    """Number the documents of the new columns from 0 = the one that was open; padding is -1."""
-    if mask is None and reset is None:
-        return None
-    like = reset if reset is not None else mask
-    assert like is not None
-    numbers = torch.zeros_like(like, dtype=torch.long) if reset is None else reset.long().cumsum(1)
-    return numbers if mask is None else numbers.masked_fill(~mask, -1)
+        S, seen = (0, 0) if past is None or past.keys is None else (past.keys.shape[-2], past.seen)
+        zero = torch.zeros(B, dtype=torch.long, device=device)
+        ranks = torch.arange(seen - S, seen, device=device).expand(B, S)
+        old = Columns(torch.zeros_like(ranks), ranks, zero, zero + seen)
+    valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
+    number = old.document[:, None] + (0 if reset is None else reset.long().cumsum(1))
+    documents = torch.where(valid, number, -1 - number)
+    ranks = old.tokens[:, None] + valid.long().cumsum(1) - 1
+    after = (old.document + (0 if reset is None else reset.long().sum(1)), old.tokens + valid.sum(1))
+    return Columns(torch.cat([old.documents, documents], 1), torch.cat([old.ranks, ranks], 1), *after)
 
 
 def adopt(cache: Cache, kinds: list[str], window: int | None) -> None:
     """Put our layers in place of empty ones; refuse a cache that another model has filled."""
+    recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for i, kind in enumerate(kinds):
         wanted = FastWeightCache if kind == "test_time" else DocumentCache
+        width = window if kind == "sliding_attention" else None
         held = cache.layers[i] if i < len(cache.layers) else None
-        if isinstance(held, wanted):
+        filled = held is not None and bool(getattr(held, "get_seq_length", lambda: True)())
+        if isinstance(held, wanted) and (kind == "test_time" or getattr(held, "window", None) == width or not filled):
+            if isinstance(held, DocumentCache):
+                held.window, held.is_sliding = width, width is not None
             continue
-        if held is not None and getattr(held, "get_seq_length", lambda: True)():
+        if filled:
+            found = f"{type(held).__name__}" + (f" of window {held.window}" if isinstance(held, DocumentCache) else "")
+            expected = wanted.__name__ + (f" of window {width}" if wanted is DocumentCache else "")
             raise ValueError(
-                f"past_key_values: layer {i} is a filled {type(held).__name__}; expected {wanted.__name__} for a layer of "
-                f"kind {kind!r}. Pass a cache that this model returned, or none."
+                f"past_key_values: layer {i} is a filled {found}; expected {expected} for a layer of kind {kind!r}. Pass a "
+                "cache that this model returned, or none."
             )
-        made = FastWeightCache() if kind == "test_time" else DocumentCache(window if kind != "full_attention" else None)
+        made = FastWeightCache() if kind == "test_time" else DocumentCache(width)
+        made.record_past = recording
         cache.layers[i : i + 1] = [made]
+    lengths = [getattr(layer, "get_seq_length", lambda: -1)() for layer in cache.layers]
+    if len(set(lengths)) > 1 or len(lengths) > len(kinds):
+        raise ValueError(
+            f"past_key_values: holds {len(lengths)} layers that have seen {lengths} columns; expected {len(kinds)} layers, all "
+            "with the same number. Pass a cache that this model returned, or none."
+        )

@@ -19,9 +19,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from dualform.learning.layer import TestTimeTraining
-from dualform.models.attention import allowed
-from dualform.models.blocks import DualformBlock, RMSNorm, learning_layer, own_tensors
-from dualform.models.cache import adopt, joined_documents, number_documents
+from dualform.models.attention import Attention
+from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
+from dualform.models.cache import adopt
 from dualform.models.configuration import DualformConfig
 
 
@@ -32,11 +32,12 @@ class DualformPreTrainedModel(PreTrainedModel):
     config_class = DualformConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True
+    _is_stateful = False  # decoding may take tokens back: `cache.Rollback`
     _supports_sdpa = True
+    _supports_context_parallel = False
     _no_split_modules = ["DualformBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _can_record_outputs = {"hidden_states": DualformBlock}
+    _can_record_outputs = {"hidden_states": DualformBlock, "attentions": Attention}
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv1d):
@@ -51,6 +52,49 @@ class DualformPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @torch.no_grad()
+    def inner_losses(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Read how well the layers knew each token: their inner loss before and after the update that it caused.
+
+        before_t = loss(f(k_t; anchor), v_t), whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
+        Shape:  input_ids (B, T), and whatever else forward takes -> (layers, B, heads, T) each: the test-time layers, in
+                order; 0 for padding. A cache that is passed is read on, as in forward.
+        Dtype:  float32, float64 for float64 parameters.
+        Raises: as forward; ValueError if no layer learns at test time.
+        Source: Sun et al. 2024, figure 4.
+        Example:
+            >>> import torch
+            >>> model = DualformForCausalLM(DualformConfig(preset="tiny-ttt-linear"))
+            >>> before, after = model.inner_losses(torch.tensor([[1, 72, 105, 72, 105]]))
+            >>> before.shape, bool((after < before).all())
+            (torch.Size([2, 1, 4, 5]), True)
+        """
+        mixers = [m for m in self.modules() if isinstance(m, TestTimeTraining)]
+        if not mixers:
+            raise ValueError(
+                f"inner_losses: layer_types is {self.config.layer_types}; expected a 'test_time' layer. Attention has no inner loss."
+            )
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def read(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(cast("TestTimeTraining", mixer).inner_losses(*args, **kwargs))
+
+        hooks = [mixer.register_forward_pre_hook(read, with_kwargs=True) for mixer in mixers]
+        try:
+            self(input_ids, attention_mask, past_key_values=past_key_values, reset=reset, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        before, after = zip(*found, strict=True)
+        return torch.stack(before), torch.stack(after)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Leave the padding mask as it is, for any cache: the model makes what its layers need."""
@@ -60,10 +104,15 @@ class DualformPreTrainedModel(PreTrainedModel):
 class DualformModel(DualformPreTrainedModel):
     """Embed tokens and run the blocks.
 
-    Shape:  input_ids (B, T) or inputs_embeds (B, T, hidden), attention_mask (B, T or past + T), reset (B, T) bool
-            -> last_hidden_state (B, T, hidden). What padding outputs is not defined.
+    Padding, left, right or in between, changes nothing for the tokens that are there; neither does the way a text is cut into
+    calls. position_ids turn the queries and keys of attention layers only (default: the number of tokens before, padding not
+    counted); test-time layers turn theirs by the place in the mini-batch, which they carry. Without a mask and a cache, a
+    position 0 inside a row starts a new document, as `reset` does.
+    Shape:  input_ids (B, T) or inputs_embeds (B, T, hidden), attention_mask (B, T or past + T), position_ids (B or 1, T),
+            reset (B, T) bool -> last_hidden_state (B, T, hidden); if asked for, hidden_states, one more than layers, and
+            attentions, one per attention layer (B, heads, T, columns in its cache + T). What padding outputs is not defined.
     Dtype:  as the parameters; fast weights in float32 (float64 for float64 parameters).
-    Raises: ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another model.
+    Raises: ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another model or batch.
     Source: Sun et al. 2024, figure 16.
     """
 
@@ -103,35 +152,55 @@ class DualformModel(DualformPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt(past_key_values, kinds, self.config.sliding_window)
-        inputs = self._inputs(inputs_embeds, attention_mask, position_ids, past_key_values, reset)
+        with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        call = self._call(inputs_embeds, attention_mask, position_ids, past_key_values, reset, with_weights)
         h = inputs_embeds
         for layer in self.layers:
-            h = layer(h, inputs, past_key_values=past_key_values)
+            h = layer(h, call, past_key_values=past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h), past_key_values=past_key_values)
 
-    def _inputs(
-        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None, reset: Tensor | None
-    ) -> dict[str, Any]:
-        """Return what every layer of a kind needs and none should compute again."""
+    def _call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+        reset: Tensor | None,
+        with_weights: bool,
+    ) -> Call:
+        """Check what was given, and prepare what every layer of a kind needs."""
+        if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"DualformModel: inputs_embeds has shape {tuple(x.shape)}; expected (batch, tokens, hidden_size = "
+                f"{self.config.hidden_size}). Pass what the model's embed_tokens returns."
+            )
         B, T, _ = x.shape
-        mask = new_columns("attention_mask", mask, B, T)
+        seen = 0 if cache is None else cache.get_seq_length()
         if reset is not None and reset.shape != (B, T):
             raise ValueError(
                 f"DualformModel: reset has shape {tuple(reset.shape)}; expected (batch, tokens) = {(B, T)}."
             )
+        if positions is not None:
+            positions = positions[None] if positions.ndim == 1 else positions
+            if positions.shape not in ((1, T), (B, T)):
+                raise ValueError(
+                    f"DualformModel: position_ids has shape {tuple(positions.shape)}; expected (batch or 1, tokens) = {(B, T)}."
+                )
+            if mask is None and not seen and T > 1:
+                starts = F.pad(positions[:, 1:] == 0, (1, 0)).expand(B, T)
+                reset = starts if reset is None else reset.bool() | starts
+        mask = new_columns(mask, B, T, seen)
         reset = None if reset is None or (not torch.compiler.is_compiling() and not reset.any()) else reset.bool()
-        if positions is None:
-            seen = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(seen, seen + T, device=x.device)[None]
-        documents = number_documents(mask, reset)
-        inputs = {"attention_mask": mask, "reset": reset, "documents": documents, "positions": positions}
+        views: dict[str, View] = {}
         assert self.config.layer_types is not None
         for kind in {"full_attention", "sliding_attention"} & set(self.config.layer_types):
             held: Any = None if cache is None else cache.layers[self.config.layer_types.index(kind)]
             window = self.config.sliding_window if kind == "sliding_attention" else None
-            S = T if held is None else held.get_mask_sizes(T)[0]
-            inputs[kind] = allowed(joined_documents(held, documents, x), T, S, window, x.device)
-        return inputs
+            views[kind] = view(held, mask, reset, x, window)
+        if positions is None:
+            ranks = [v.columns.ranks[:, -T:] for v in views.values() if v.columns is not None and T]
+            positions = ranks[0].clamp(min=0) if ranks else torch.arange(seen, seen + T, device=x.device)[None]
+        return Call(mask, reset, positions, views, with_weights)
 
 
 class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
@@ -183,22 +252,40 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=body.past_key_values, hidden_states=body.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
         )
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]: names, not positions
-        self, input_ids: Tensor, **kwargs: Any
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         # `reset` speaks of the prompt; generated tokens belong to its last document.
         reset, cache = kwargs.pop("reset", None), kwargs.get("past_key_values")
-        inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        new = inputs.get("input_ids")
+        B, T = (new if new is not None else inputs["inputs_embeds"]).shape[:2]
+        if not T:
+            raise ValueError(
+                f"generate: input_ids has shape {(B, T)}; expected at least one token to go on from. Begin with bos_token_id = "
+                f"{self.config.bos_token_id}, or pass no input_ids."
+            )
         if reset is not None:
-            new = inputs.get("input_ids")
-            T = (new if new is not None else inputs["inputs_embeds"]).shape[1]
             seen = cache.get_seq_length() if cache is not None else 0
             part = reset[:, seen : seen + T].bool()
             inputs["reset"] = F.pad(part, (0, T - part.shape[1]))
         return inputs
+
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        result = cast("Any", super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Before anything asks the layers to record: transformers makes layers of its own for kinds of attention.
+        if isinstance(cache := model_kwargs.get("past_key_values"), Cache) and self.config.layer_types is not None:
+            adopt(cache, self.config.layer_types, self.config.sliding_window)
+        return result
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
@@ -213,16 +300,17 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def new_columns(name: str, mask: Tensor | None, B: int, T: int) -> Tensor | None:
+def new_columns(mask: Tensor | None, B: int, T: int, seen: int) -> Tensor | None:
     """Return the last T columns of a padding mask as bool, None if it masks nothing."""
     if mask is None:
         return None
-    if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
+    if mask.shape not in ((B, T), (B, seen + T)):
+        past = f" or (batch, past + tokens) = {(B, seen + T)}" if seen else ""
         raise ValueError(
-            f"DualformModel: {name} has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)} or (batch, past + "
-            "tokens). Pass the 2D padding mask."
+            f"DualformModel: attention_mask has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)}{past}. Pass "
+            "the 2D padding mask, 1 for tokens and 0 for padding."
         )
-    mask = mask[:, -T:].bool()
+    mask = mask[:, mask.shape[1] - T :].bool()
     return None if not torch.compiler.is_compiling() and mask.all() else mask
 
 

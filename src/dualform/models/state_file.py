@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from dualform.learning.layer import LayerState
 from dualform.learning.state import State
-from dualform.models.cache import BlockState, DocumentCache, FastWeightCache, adopt
+from dualform.models.cache import BlockState, Columns, DocumentCache, FastWeightCache, adopt
 from dualform.models.configuration import DualformConfig
 
 # What must agree for a state to mean the same to two models.
@@ -43,8 +43,10 @@ def save_state(path: Path, config: DualformConfig, cache: Cache, ids: Tensor) ->
             assert layer.keys is not None
             assert layer.values is not None
             tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
-            rest = {f"{i}.documents": layer.documents, f"{i}.conv": layer.conv}
-            tensors |= {name: x for name, x in rest.items() if x is not None}
+            tensors |= {} if layer.conv is None else {f"{i}.conv": layer.conv}
+            if layer.columns is not None:
+                # Layers share these; a file wants its own of each.
+                tensors |= {f"{i}.columns.{name}": x.clone() for name, x in layer.columns._asdict().items()}
     about = {"identity": json.dumps(_identify(config)), "seen": str(cache.get_seq_length())}
     save_file({name: x.detach().contiguous().cpu() for name, x in tensors.items()}, str(path), metadata=about)
 
@@ -81,7 +83,8 @@ def load_state(path: Path, config: DualformConfig, device: torch.device | str = 
         if isinstance(layer, FastWeightCache):
             layer.advance(_block_state(own), seen)
         elif isinstance(layer, DocumentCache):
-            layer.extend(own["keys"], own["values"], own.get("documents"))
+            columns = _under(own, "columns.")
+            layer.extend(own["keys"], own["values"], Columns(**columns) if columns else None)
             layer.seen, layer.conv = seen, own.get("conv")
     return cache, tensors["ids"]
 

@@ -23,6 +23,7 @@ from dualform.models import DualformConfig, DualformForCausalLM
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
 from dualform.train.metrics import Evaluation, evaluate
 from dualform.train.settings import Settings, SettingsError
+from dualform.train.warmup import RateWarmup
 
 
 class TrainingDiverged(RuntimeError):
@@ -109,6 +110,7 @@ def train(
             f"train: vocab_size is {config.vocab_size}; expected >= {len(tokenizer)} = 256 bytes and 3 special tokens. "
             "Use a tiny preset, or set model.vocab_size."
         )
+    warmup = RateWarmup(settings.rate_start, settings.rate_warmup_steps)
     folder = settings.folder
     checkpoint = _checkpoint(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def train(
         args=_arguments(settings, quiet),
         train_dataset=rows,
         processing_class=tokenizer,
-        callbacks=[interrupt],
+        callbacks=[interrupt, warmup],
     )
     with interrupt.listening():
         result = trainer.train(resume_from_checkpoint=checkpoint)

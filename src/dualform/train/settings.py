@@ -17,7 +17,10 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Say what to train, on what, for how long. `model` holds overrides of the preset's fields."""
+    """Say what to train, on what, for how long. `model` holds overrides of the preset's fields.
+
+    The inner rate begins at `rate_start` times the rule's and reaches it after `rate_warmup_steps` (0: at once).
+    """
 
     preset: str = "tiny-ttt-mlp"
     data: str = "shakespeare"
@@ -28,6 +31,8 @@ class Settings:
     learning_rate: float = 5e-3
     seed: int = 0
     warmup_steps: int = 20
+    rate_start: float = 0.1
+    rate_warmup_steps: int = 0
     weight_decay: float = 0.1
     save_steps: int = 200
     gradient_checkpointing: bool = False

@@ -1,0 +1,52 @@
+"""`dualform convert`: a checkpoint folder from one layout into another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from dualform.cli.output import UsageError
+from dualform.models.folder import model_folder, read_folder, write_official
+from dualform.train.loop import num_parameters
+
+# What else a model's folder holds and both layouts share.
+_kept = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja")
+
+
+def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"] | None = None) -> None:
+    """Convert a model's folder to or from the layout of ttt-lm-pytorch.
+
+    Parameters
+    ----------
+    source
+        A folder with config.json and *.safetensors, sharded or not: ours, of ttt-lm-pytorch or of ttt-lm-kernels; or
+        with config.json and a *.npz of ttt-lm-jax (names joined by "/"). Pickles are refused.
+    target
+        The folder to write.
+    to
+        The layout to write: "dualform" unless the source is that already, else "official" (ttt-lm-pytorch).
+    """
+    if not source.exists():
+        raise UsageError(
+            f"convert: {source} does not exist; expected a folder with config.json. Pass a model's folder."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(
+            f"convert: {target} is not empty; expected a new folder, so that nothing is lost. Name another."
+        )
+    model, layout = read_folder(source)
+    to = to or ("official" if layout == "dualform" else "dualform")
+    if to == layout:
+        other = "dualform" if to == "official" else "official"
+        raise UsageError(f"convert: {source} is in the layout {layout!r} already; expected another. Pass --to {other}.")
+    if to == "official":
+        write_official(model, target)
+    else:
+        model.save_pretrained(target)
+    for pattern in _kept:
+        for file in model_folder(source).glob(pattern):
+            shutil.copy(file, target)
+    print(
+        f"{layout} -> {to}: {target}, {num_parameters(model):,} parameters, {str(model.dtype).removeprefix('torch.')}"
+    )
