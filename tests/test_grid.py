@@ -43,15 +43,21 @@ def test_grid_is_the_walk(data):
     assert grid.position.tolist() == after
 
     x = torch.arange(1, B * T + 1, dtype=torch.float64).reshape(B, T, 1, 1)
-    laid = grid.lay(x)
-    assert torch.equal(grid.lift(laid, T)[mask], x[mask])
+    back, laid = grid.new(x, *x.shape), {}
+    for piece in grid.pieces(data.draw(st.sampled_from([1, 2, 4]))):
+        assert len({grid.variants[n] for n in piece}) == 1
+        found = grid.take(x, piece)
+        laid |= {n: found[n - piece.start] for n in piece}
+        grid.put(back, piece, found)
+    assert list(laid) == list(range(len(grid.variants)))
+    assert torch.equal(grid.done(back)[mask], x[mask])
     for b in range(B):
         blocks: dict[int, list] = {}
         for t, number, i in rows[b]:
             blocks.setdefault(number, []).append((float(x[b, t]), float(i)))
         found = []
         for n, variant in enumerate(grid.variants):
-            tokens, W = grid.block(laid, n)[b, 0, :, 0], variant.width
+            tokens, W = laid[n][b, 0, :, 0], variant.width
             valid = grid.valid[n][b, :W].bool()
             assert not variant.dense or valid.all()
             assert variant.opens or grid.opens is None or not grid.opens[n].any()

@@ -608,7 +608,7 @@ def test_losses_are_those_of_the_definition(rule):
         part = slice(start, start + b)
         anchor = (carried or program.initial_state(1, 2)).anchor
         for h in range(2):
-            weights = {**{n: p for n, p in learner.named_parameters()}, **{n: w[0, h] for n, w in anchor.items()}}
+            weights = {**dict(learner.named_parameters()), **{n: w[0, h] for n, w in anchor.items()}}
             found.append(objective(torch.func.functional_call(learner, weights, (k[0, part, h],)), v[0, part, h]))
         _, carried = program(k[:1, part], k[:1, part], v[:1, part], {"lr": lr[:1, part]}, state=carried, form="primal")
     expected = torch.cat([torch.stack(found[i : i + 2], 1) for i in range(0, len(found), 2)])

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from dualform.calculus import Derivative, Explanation, explain, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
+from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
-from dualform.learning.backends import backends
 from dualform.learning.program import ChunkProgram, DerivationError, derive
 from dualform.learning.rules import Rule, Step, rules
 from dualform.learning.state import State

@@ -347,7 +347,7 @@ def _matmul(
         if rows and a.labels == (*rows, *summed):
             return Factor(a.tensor @ b.tensor, tuple(rows))
         if rows:  # a vector times a matrix as it lies: its derivative lies the same way
-            return Factor(b.tensor @ a.tensor, tuple(rows))
+            return Factor((b.tensor[None] @ a.tensor).squeeze(0), tuple(rows))
         return Factor(a.tensor @ b.tensor, ())
     larger = a if a.tensor.numel() >= b.tensor.numel() else b
     summed = [label for label in larger.labels if label in summed]

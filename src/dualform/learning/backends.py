@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -49,7 +48,11 @@ def _accumulate(graph: fx.Graph, node: fx.Node) -> None:
     left, right = node.args
     sign = -1 if node.target == aten.sub.Tensor else 1
     for total, product, scale in ((left, right, sign), *([(right, left, 1)] if sign > 0 else [])):
-        if not (isinstance(product, fx.Node) and isinstance(total, fx.Node)) or len(product.users) > 1 or product.kwargs:
+        if (
+            not (isinstance(product, fx.Node) and isinstance(total, fx.Node))
+            or len(product.users) > 1
+            or product.kwargs
+        ):
             continue
         full = product.meta["val"].shape == node.meta["val"].shape
         if product.target == aten.bmm.default and full:

@@ -18,7 +18,6 @@ from dualform.learning.simplify import tidy
 
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
-aten = torch.ops.aten
 
 
 def mapped(gm: fx.GraphModule, shared: Sequence[bool]) -> fx.GraphModule:
@@ -53,8 +52,6 @@ def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, {}))
     for node in graph.nodes:
         if node.op == "call_function":
-            if node.target in (aten.view.default, aten._unsafe_view.default):
-                node.target = aten.reshape.default  # what crosses from part to part is contiguous, whatever it was in the whole
             node.args = _pytree.tree_map(real, node.args)
             node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
     return fx.GraphModule(gm, graph)

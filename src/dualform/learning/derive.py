@@ -50,7 +50,11 @@ def slopes_as_arithmetic() -> Table:
 
     names = "gelu sigmoid tanh silu elu softplus leaky_relu hardtanh hardsigmoid hardswish mish threshold softshrink"
     slopes = [getattr(aten, f"{name}_backward") for name in names.split() if hasattr(aten, f"{name}_backward")]
-    return norms_as_arithmetic() | get_decompositions(slopes) | {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_slope}
+    return (
+        norms_as_arithmetic()
+        | get_decompositions(slopes)
+        | {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_slope}
+    )
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Any:

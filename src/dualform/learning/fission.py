@@ -15,7 +15,7 @@ Legend: a node is *free* if it depends on the state and the next state does not 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,9 @@ def split(
     loop = _sources(following) & waits - state
     free = [n for n in nodes if n in waits and n not in loop]
     loop |= _cheaper_inside(free, loop | state, ends, size)
-    place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(loop, "loop")
+    place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(
+        loop, "loop"
+    )
     homes = {node: {name} for node, name in place.items()}
     for node in reversed(nodes):
         if place[node] in ("once", "before") and node not in ends and _made_anew(node, size):
@@ -159,6 +161,7 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first
         made[node].meta = dict(node.meta)
     for node in nodes:
         made[node] = graph.node_copy(node, made.__getitem__)
+
     def whole(node: fx.Node) -> fx.Node:
         if node.op == "placeholder" or node.meta["val"].is_contiguous():
             return made[node]

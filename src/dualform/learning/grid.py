@@ -75,7 +75,9 @@ class Grid:
             assert self.index is not None and self.stand_in is not None
             index = self.index[piece.start : piece.stop]
             empty = index == x.shape[1]
-            part = x[torch.arange(x.shape[0], device=x.device)[:, None], torch.where(empty, self.stand_in[:, None], index)]
+            part = x[
+                torch.arange(x.shape[0], device=x.device)[:, None], torch.where(empty, self.stand_in[:, None], index)
+            ]
             if not fill:
                 part = part.masked_fill(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), 0)
         return part.transpose(2, 3).contiguous()  # (n, B, W, H, ...) -> (n, B, H, W, ...)
@@ -91,7 +93,7 @@ class Grid:
         value = value.transpose(2, 3)  # (n, B, W, H, ...)
         if self.spans is not None:
             start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
-            n, B, W = value.shape[:3]
+            n, W = value.shape[0], value.shape[2]
             if n * W == stop - start:
                 out[:, start:stop].unflatten(1, (n, W)).copy_(value.transpose(0, 1))
             else:

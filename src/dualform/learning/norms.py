@@ -47,7 +47,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0], *output)
 
 
-def _standardize_backward(ctx: Any, g: Tensor | None, dmean: Tensor | None, drstd: Tensor | None) -> tuple[Tensor, None]:
+def _standardize_backward(
+    ctx: Any, g: Tensor | None, dmean: Tensor | None, drstd: Tensor | None
+) -> tuple[Tensor, None]:
     x, hat, mean, rstd = ctx.saved_tensors
     D, found = x.shape[-1], torch.zeros_like(x) if g is None else standardize_vjp(g, x, hat, mean, rstd)
     if drstd is not None:
@@ -72,7 +74,8 @@ standardize_vjp.register_autograd(_vjp_backward, setup_context=_keep_all)
 
 def _rows_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
     return [
-        x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape) for x, d in zip(tensors, dims, strict=True)
+        x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape)
+        for x, d in zip(tensors, dims, strict=True)
     ]
 
 
@@ -105,7 +108,9 @@ def native_norms(graph: fx.Graph) -> None:
             g, x, _, mean, rstd = node.args
             with graph.inserting_before(node):
                 args = (g, x, [_shape(x)[-1]], mean, rstd, None, None, [True, False, False])
-                node.replace_all_uses_with(call(graph, operator.getitem, (call(graph, aten.native_layer_norm_backward.default, args), 0)))
+                node.replace_all_uses_with(
+                    call(graph, operator.getitem, (call(graph, aten.native_layer_norm_backward.default, args), 0))
+                )
     graph.eliminate_dead_code()
 
 
@@ -125,13 +130,18 @@ def _only(nodes: Sequence[fx.Node], target: Any) -> fx.Node | None:
     return found[0] if len(found) == 1 else None
 
 
-def _norm(graph: fx.Graph, node: fx.Node) -> None:
+def _norm(graph: fx.Graph, node: Any) -> None:
     """(x - mean) * rsqrt(var + eps) is hat; mean and rstd come with it."""
     x, axes = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(_shape(x)) - 1], [-1]):  # type: ignore[arg-type]
+    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(_shape(x)) - 1], [-1]):
         return
     parts = {n.args[1]: n for n in node.users}
-    if node.kwargs.get("correction") != 0 or not node.kwargs.get("keepdim") or set(parts) != {0, 1} or len(parts[0].users) > 1:
+    if (
+        node.kwargs.get("correction") != 0
+        or not node.kwargs.get("keepdim")
+        or set(parts) != {0, 1}
+        or len(parts[0].users) > 1
+    ):
         return
     shifted = _only(list(parts[0].users), aten.add.Tensor)
     root = shifted and _only(list(shifted.users), aten.rsqrt.default)
@@ -147,20 +157,20 @@ def _norm(graph: fx.Graph, node: fx.Node) -> None:
     root.replace_all_uses_with(rstd)
 
 
-def _norm_vjp(graph: fx.Graph, node: fx.Node) -> None:
+def _norm_vjp(graph: fx.Graph, node: Any) -> None:
     """rstd / D * (D g - sum g - hat sum(g hat)) is N(g)."""
     try:
         scale, inner = node.args
-        if inner.target != aten.sub.Tensor:  # type: ignore[union-attr]
+        if inner.target != aten.sub.Tensor:
             scale, inner = inner, scale
-        rstd, D = scale.args  # type: ignore[union-attr]
-        left, right = inner.args  # type: ignore[union-attr]
+        rstd, D = scale.args
+        left, right = inner.args
         scaled, total = left.args
         g, again = scaled.args
         hat, along = right.args
         last = [len(_shape(g)) - 1]
         matched = (
-            scale.target in (aten.div.Tensor, aten.div.Scalar) and inner.target == left.target == aten.sub.Tensor  # type: ignore[union-attr]
+            scale.target in (aten.div.Tensor, aten.div.Scalar) and inner.target == left.target == aten.sub.Tensor
             and scaled.target == aten.mul.Tensor and D == again == _shape(g)[-1] and total.args[0] is g
             and total.target == along.target == aten.sum.dim_IntList and list(total.args[1]) == list(along.args[1]) == last
             and along.args[0].target == aten.mul.Tensor and set(along.args[0].args) == {g, hat}

@@ -32,6 +32,8 @@ from dualform.shapes import ShapeError
 
 T = TypeVar("T")
 forms = ("auto", "dual", "primal")
+
+
 class Bounded(OrderedDict[Any, T]):
     """A dictionary that forgets what was made first once it is full."""
 
@@ -187,7 +189,9 @@ class ChunkProgram:
         both, after = self._scan("losses", "auto", call, state is not None, "auto")
         return both[..., 0], both[..., 1], after
 
-    def _scan(self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None) -> tuple[Tensor, State]:
+    def _scan(
+        self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None
+    ) -> tuple[Tensor, State]:
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -203,7 +207,9 @@ class ChunkProgram:
             reset=call.reset,
             carried=carried,
         )
-        o, *held = scan_module.scan(self.name, form, "eager" if backend == "auto" else backend, tensors, self.chunk, remat)
+        o, *held = scan_module.scan(
+            self.name, form, "eager" if backend == "auto" else backend, tensors, self.chunk, remat
+        )
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])

@@ -18,7 +18,7 @@ from dualform.learning.norms import call
 from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
-_sums = {aten.add.Tensor: (1, 1), aten.sub.Tensor: (1, -1), aten.neg.default: (-1,)}
+_sums: dict[Any, tuple[int, ...]] = {aten.add.Tensor: (1, 1), aten.sub.Tensor: (1, -1), aten.neg.default: (-1,)}
 _products = {aten.mul.Tensor, aten.mul.Scalar}
 _quotients = {aten.div.Tensor, aten.div.Scalar}
 _elementwise = {*_sums, *_products, *_quotients}
@@ -71,7 +71,11 @@ def join_products(graph: fx.Graph) -> None:
                 by_right.setdefault(x.args[1], []).append(i)  # type: ignore[arg-type]
         for right, places in by_right.items():
             lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
-            if len({shape(x) for _, x in lefts}) != 1 or len(lefts) < 2 or math.prod(shape(lefts[0][1])) > math.prod(shape(right)):
+            if (
+                len({shape(x) for _, x in lefts}) != 1
+                or len(lefts) < 2
+                or math.prod(shape(lefts[0][1])) > math.prod(shape(right))
+            ):
                 continue
             with graph.inserting_before(root):
                 sign, left = _added(graph, lefts)
@@ -94,7 +98,11 @@ def _divides(user: fx.Node, node: fx.Node) -> bool:
 
 def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
     """Apply an op with a number before its argument is expanded, not after."""
-    if node.target in (*_products, *_quotients) and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float):
+    if (
+        node.target in (*_products, *_quotients)
+        and isinstance(node.args[0], fx.Node)
+        and isinstance(node.args[1], int | float)
+    ):
         source = node.args[0]
         if source.target == aten.expand.default:
             with graph.inserting_before(node):
@@ -114,7 +122,7 @@ def _drop_expands(node: fx.Node) -> None:
 def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
     terms, negations = _terms(root)
     ready = [t for t in terms if t[1] not in waits]
-    if len(terms) < 2 or not (negations or len(ready) > 1 and len(terms) > 2):
+    if len(terms) < 2 or not (negations or (len(ready) > 1 and len(terms) > 2)):
         return
     with graph.inserting_before(root):
         made = [_added(graph, ready)] if ready else []
@@ -163,7 +171,12 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
         elif x.target in _products and x.kwargs == {} and (top or len(x.users) == 1):
             for part in x.args:
                 collect(part)
-        elif x.target in _quotients and x.kwargs == {} and (top or len(x.users) == 1) and not isinstance(x.args[1], fx.Node):
+        elif (
+            x.target in _quotients
+            and x.kwargs == {}
+            and (top or len(x.users) == 1)
+            and not isinstance(x.args[1], fx.Node)
+        ):
             collect(x.args[0])
             number /= x.args[1]  # type: ignore[operator]
         else:

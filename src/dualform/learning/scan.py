@@ -185,7 +185,9 @@ class _Run:
         self.rows, self.rule, self.L = self.B * self.H, d.inner.rule, len(call.anchor)
         device = call.q.device
         self.slow = {name: x.to(device) for name, x in d.constants.items()} | call.slow
-        self.grid: Grid = arrange(self.T, d.chunk, call.position, call.mask, call.reset, call.q.dtype, call.carried, d.block)
+        self.grid: Grid = arrange(
+            self.T, d.chunk, call.position, call.mask, call.reset, call.q.dtype, call.carried, d.block
+        )
         self.blocks = len(self.grid.variants)
         widest = max(v.width for v in self.grid.variants)
         self.at_once = 1 << max(0, (TOKENS_AT_ONCE // (self.rows * widest)).bit_length() - 1)
@@ -336,7 +338,10 @@ def run_backward(
                 elif x.name == "offset":
                     assert doffset is not None
                     W = variant.width
-                    index, keep = g.i[piece.start : piece.stop, :, :W].long() - 1, g.valid[piece.start : piece.stop, :, :W]
+                    index, keep = (
+                        g.i[piece.start : piece.stop, :, :W].long() - 1,
+                        g.valid[piece.start : piece.stop, :, :W],
+                    )
                     doffset.index_add_(0, index.flatten(), (value.sum(2) * keep).flatten())
                 elif x.part in ("q", "k", "v", "gates"):
                     g.put(grads[x.name], piece, value)
@@ -415,9 +420,7 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors that an operator may: none that it was given, each laid out as its fake says."""
     theirs = {x.data_ptr() for x in given}
-    return [
-        x.clone(memory_format=torch.contiguous_format) if x.data_ptr() in theirs else x.contiguous() for x in found
-    ]
+    return [x.clone(memory_format=torch.contiguous_format) if x.data_ptr() in theirs else x.contiguous() for x in found]
 
 
 @torch.library.custom_op("dualform::scan", mutates_args=())

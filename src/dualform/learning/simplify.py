@@ -33,6 +33,9 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     _Folder(gm.graph).run()
     graph = fx_graph_cse(gm.graph)
     graph.eliminate_dead_code()
+    for node in graph.nodes:  # a view of what was laid out otherwise before the rewriting may be none now
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
     return fx.GraphModule(gm, graph)
 
 
