@@ -50,6 +50,7 @@ def test_drafts_that_are_taken_back_change_nothing(model, ids):
     want = greedy(model, ids)
     found = greedy(model, ids, prompt_lookup_num_tokens=4, return_dict_in_generate=True)
     assert torch.equal(found.sequences, want)
+    assert not any(layer.record_past or layer.records for layer in found.past_key_values.layers)
     # What the cache learnt is what it would have learnt without drafts.
     more = torch.randint(3, 259, (1, 3))
     with torch.no_grad():
@@ -200,8 +201,14 @@ def with_cache(model, ids):
         ),
         (
             lambda m, x: m(x, past_key_values=with_cache(build("hybrid", hidden_size=24), x)),
-            r"past_key_values: holds conv.pre of shape \(3, 24\) a row; expected \(3, 16\)",
+            r"past_key_values: holds conv.pre of \(3, 24\) a row; expected \(3, 16\)",
         ),
+        (
+            lambda m, x: m(x, past_key_values=with_cache(build("hybrid", chunk=8), x)),
+            r"past_key_values: holds chunk of \(8,\) a row; expected \(4,\)",
+        ),
+        (lambda m, x: m(x[0]), r"input_ids has shape \(21,\) and type torch.int64; expected \(batch, tokens\)"),
+        (lambda m, x: m(x.float()), r"input_ids has shape \(1, 21\) and type torch.float32"),
         (
             lambda m, x: build("attention").inner_losses(x),
             r"inner_losses: layer_types is .*expected a 'test_time' layer",

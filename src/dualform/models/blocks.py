@@ -148,7 +148,7 @@ class DualformBlock(GradientCheckpointingLayer):
         self.carried = self._carried()
 
     def _carried(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what a test-time block carries for each row of a batch."""
+        """Return the shapes of what a test-time block carries for each row of a batch, and its mini-batch."""
         mixer, tails = self.mixer, {}
         if not isinstance(mixer, TestTimeTraining):
             return {}
@@ -157,9 +157,9 @@ class DualformBlock(GradientCheckpointingLayer):
         if mixer.conv_q is not None:
             tails["layer.conv.qk"] = mixer.conv_q
         fast = {name: mixer.get_parameter(mixer.leaves[name]) for name in mixer.program.parts.fast}
-        return {f"layer.memory.anchor.{name}": tuple(p.shape) for name, p in fast.items()} | {
-            name: (conv.kernel_size[0] - 1, conv.in_channels) for name, conv in tails.items()
-        }
+        shapes = {f"layer.memory.anchor.{name}": tuple(p.shape) for name, p in fast.items()}
+        shapes |= {name: (conv.kernel_size[0] - 1, conv.in_channels) for name, conv in tails.items()}
+        return shapes | {"chunk": (mixer.chunk,)}
 
     def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
         cache: Any = None if past_key_values is None else past_key_values.layers[self.index]

@@ -97,21 +97,26 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         super().__init__()
         self.state: BlockState | None = None
         self.seen = 0
+        self.chunk: tuple[int, ...] | None = None  # the layer's mini-batch; a file says it otherwise
 
     def check(self, expected: dict[str, tuple[int, ...]], batch: int) -> None:
-        """Refuse a state of other rows or another layer; expected: the shape of a row of each tensor."""
-        held = {} if self.state is None else {n: tuple(x.shape) for n, x in self.state.tensors().items()}
-        rows = held.get("layer.position", (batch,))[0]
+        """Refuse a state of other rows or of another layer; expected: the shape of each tensor's row, and the mini-batch."""
+        if self.state is None:
+            self.chunk = expected["chunk"]
+            return
+        held = {name: tuple(x.shape) for name, x in self.state.tensors().items()}
+        rows = held["layer.position"][0]
         if rows != batch:
             raise ValueError(
                 f"past_key_values: holds the state of {rows} rows; expected batch = {batch}. Pass the cache that this model "
                 "returned for these rows, or move it by `batch_select_indices` and `batch_repeat_interleave`."
             )
-        held = {n: shape[1:] for n, shape in held.items() if "anchor." in n or "conv." in n}
-        for name in sorted(held.keys() | expected.keys()) if held else ():
+        held = {name: shape[1:] for name, shape in held.items() if "anchor." in name or "conv." in name}
+        held["chunk"] = self.chunk or expected["chunk"]
+        for name in sorted(held.keys() | expected.keys()):
             if held.get(name) != expected.get(name):
                 raise ValueError(
-                    f"past_key_values: holds {name} of shape {held.get(name, 'none')} a row; expected {expected.get(name, 'none')}. "
+                    f"past_key_values: holds {name} of {held.get(name, 'no shape')} a row; expected {expected.get(name, 'none')}. "
                     "Pass a cache that this model returned, or none."
                 )
 

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from dualform.learning.layer import TestTimeTraining
 from dualform.models.attention import Attention
 from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
-from dualform.models.cache import adopt
+from dualform.models.cache import Rollback, adopt
 from dualform.models.configuration import DualformConfig
 
 
@@ -287,9 +287,23 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             adopt(cache, self.config.layer_types, self.config.sliding_window)
         return result
 
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return cast("Any", super())._assisted_decoding(*args, **kwargs)
+        finally:
+            # It has switched recording on; whoever reads on with the cache would pay for what nobody takes back.
+            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+                if isinstance(layer, Rollback):
+                    layer.record_past, layer.records = False, []
+
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Refuse token ids that the embedding has no row for (not under torch.compile, which must not wait for values)."""
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(
+            f"DualformModel: input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected (batch, tokens) of whole "
+            "numbers. Pass what the tokenizer returns with return_tensors='pt'."
+        )
     if torch.compiler.is_compiling() or not ids.numel():
         return
     low, high = (int(x) for x in ids.aminmax())

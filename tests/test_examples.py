@@ -1,0 +1,49 @@
+"""The examples run, smaller than by default, and what they claim is so."""
+
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind.\n" * 60
+
+
+def load(name):
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_stream_is_read_at_constant_memory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_bytes(TEXT)
+    words = ["--file", tmp_path / "text", "--train", tmp_path / "text", "--steps", 3, "--tokens", 4200]
+    monkeypatch.setattr(sys, "argv", ["stream.py", *map(str, words)])
+    load("stream").main()
+    out = capsys.readouterr().out
+    assert "2,048 to 4,096" in out
+    assert "4,096 to 4,200" in out
+    assert float(re.search(r"the peak grew by ([\d.]+) MiB", out)[1]) < 8
+
+
+def test_a_stream_in_parts_is_the_text_in_one():
+    stream = load("stream")
+    torch.manual_seed(0)
+    model = stream.Reader(dim=16, heads=2).double()
+    first = stream.train(model, TEXT, 1)
+    assert stream.train(model, TEXT, 8) < first
+    ids = torch.tensor(list(TEXT[:900]))[None]
+    with torch.no_grad():
+        logits, _ = model(ids[:, :-1])
+    want = F.cross_entropy(logits[0], ids[0, 1:], reduction="none")
+    found = list(stream.read(model, io.BytesIO(TEXT), 900, part=300))
+    assert [at for at, _, _ in found] == [0, 300, 600]
+    for (at, loss, forgetful), n in zip(found, (299, 300, 300), strict=True):
+        start = max(0, at - 1)
+        assert abs(loss - float(want[start : start + n].mean())) < 1e-9
+        assert (forgetful == loss) == (at == 0)
