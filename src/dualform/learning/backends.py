@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,13 +28,44 @@ _entries = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Backend:
+    """How graphs become functions: `prepare(graph, make_examples)`; how many blocks of the loop it wants in one graph.
+
+    blocks: mini-batches that run at once; a stretch of another length runs op by op, so that few graphs are compiled.
+    """
+
+    prepare: Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Run]
+    unroll: int = 1
+    blocks: int | None = None
+
+
 @backends.record(name="eager", formula="the traced graphs, run op by op", source="the reference: any device, any dtype")
-def eager() -> Callable[[fx.GraphModule], Run]:
+def eager() -> Backend:
     """Run graphs op by op, with a product and the sum it goes into as one op."""
-    return _eager
+    return Backend(_eager)
 
 
-def _eager(gm: fx.GraphModule) -> Run:
+@backends.record(
+    name="inductor", formula="the parts, compiled by torch's inductor", source="Ansel et al. 2024 (PyTorch 2)"
+)
+def inductor(unroll: int = 4, blocks: int = 16) -> Backend:
+    """Compile graphs with inductor; the first call with a new batch takes about a minute."""
+    return Backend(_inductor, unroll, blocks)
+
+
+def _inductor(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
+    from torch._inductor import compile as compiled  # seconds: not at `import dualform`
+
+    for node in gm.graph.nodes:
+        node.meta.clear()  # shapes of another number of rows
+    inputs: list[Any] = list(examples())
+    on_cpu = all(x.device.type == "cpu" for x in inputs)
+    with torch.no_grad():
+        return compiled(gm, inputs, options={"cpp_wrapper": on_cpu})  # pyright: ignore[reportReturnType]: as the graph
+
+
+def _eager(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
     for node in reversed(list(gm.graph.nodes)):
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
             _accumulate(gm.graph, node)

@@ -44,14 +44,20 @@ def row_bytes(node: fx.Node) -> float:
 
 def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
     """Write a number of rows and a device into a mapped graph, or a part of one."""
-
-    def real(x: Any) -> Any:
-        return x // ROWS * rows if type(x) is int and x >= ROWS and x % ROWS == 0 else x
-
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     for node in graph.nodes:
         if node.op == "call_function":
-            node.args = _pytree.tree_map(real, node.args)
+            node.args = _pytree.tree_map(lambda x: _real(x, rows), node.args)
             node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
     return fx.GraphModule(gm, graph)
+
+
+def examples(gm: fx.GraphModule, rows: int, device: torch.device) -> list[Tensor]:
+    """Make inputs of the shapes that a mapped graph has at a number of rows."""
+    values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+    return [torch.empty([_real(n, rows) for n in x.shape], dtype=x.dtype, device=device) for x in values]
+
+
+def _real(x: Any, rows: int) -> Any:
+    return x // ROWS * rows if type(x) is int and x >= ROWS and x % ROWS == 0 else x

@@ -12,16 +12,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
 
-from dualform.learning.backends import Run, backends
-from dualform.learning.batched import at, mapped, row_axis, row_bytes
+from dualform.learning.backends import Backend, Run, backends
+from dualform.learning.batched import at, examples, mapped, row_axis, row_bytes
 from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
-from dualform.learning.fission import Fission, Part, split
+from dualform.learning.fission import Fission, Part, split, unrolled
 from dualform.learning.grid import Grid, Variant, arrange
 from dualform.learning.norms import native_norms
 from dualform.learning.regroup import ready_first
@@ -57,6 +58,16 @@ class Input(NamedTuple):
     over: str  # "block" each block's own | "heads" one per head | "shared"
 
 
+class Rows(NamedTuple):
+    """What a call's rows are, and what runs them."""
+
+    batch: int
+    heads: int
+    backend: str
+
+
+Visit = Callable[[int, list[Tensor]], list[Tensor]]
+Result = tuple[list[Tensor], list[Tensor]]
 Given = Callable[[Input], Tensor]  # a block's own for the rows of all blocks, one per head, or shared
 
 
@@ -74,23 +85,36 @@ class Way:
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
         return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned))
 
-    def part(self, name: str, rows: int, device: torch.device, backend: str) -> Run:
-        """Return a part, ready to run on so many rows."""
-        key = (name, rows, device, backend)
+    def part(self, name: str, rows: int, device: torch.device, backend: str, times: int = 1) -> Run:
+        """Return a part, ready to run on so many rows; the loop's body several times over."""
+        key = (name, rows, device, backend, times)
         if key not in self.made:
-            graph = at(getattr(self.fission, name).graph, rows, device)
-            self.made[key] = undisturbed(lambda: backends.build(backend).build()(graph))
+            f = self.fission
+            graph = unrolled(f, times, self.same) if name == "loop" else getattr(f, name).graph
+            ready = partial(found(backend).prepare, at(graph, rows, device), partial(examples, graph, rows, device))
+            self.made[key] = undisturbed(ready)
         return self.made[key]
 
-    def run(
-        self, blocks: Sequence[int], rows: int, given: Given, state: list[Tensor], visit: Callable[[int, list[Tensor]], list[Tensor]],
-        heads: int, backend: str,
-    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    @cached_property
+    def rest(self) -> list[fx.Node]:
+        """List what the loop's body takes beside the state."""
+        return [x for x in self.fission.loop.inputs if x not in self.fission.carried]
+
+    @cached_property
+    def same(self) -> list[bool]:
+        """Say for each of these whether all blocks share it."""
+        source = dict(zip(self.fission.inputs, self.inputs, strict=True))
+        once = set(self.fission.once.outputs)
+        return [row_axis(x) is None or x in once or (x in source and source[x].over != "block") for x in self.rest]
+
+    def run(self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows) -> Result:
         """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
 
-        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from; None: stop there.
+        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from.
         """
-        f, n, device = self.fission, len(blocks), state[0].device
+        f, n, P = self.fission, len(blocks), rows.batch * rows.heads
+        device, compiled = state[0].device, found(rows.backend)
+        whole = rows.backend if compiled.blocks in (None, n) else "eager"
         source = dict(zip(f.inputs, self.inputs, strict=True))
         made: dict[fx.Node, Tensor] = {}
         once: dict[fx.Node, Tensor] = {}
@@ -101,36 +125,42 @@ class Way:
             if x in source and source[x].over == "block":
                 return given(source[x])
             per_head, axis = once[x] if x in once else given(source[x]), row_axis(x)
-            return per_head if axis is None or count == heads else torch.cat([per_head] * (count // heads), axis)
+            alone = axis is None or count == rows.heads
+            return per_head if alone else torch.cat([per_head] * (count // rows.heads), axis or 0)
 
-        def compute(name: str, part: Part, count: int, into: dict[fx.Node, Tensor]) -> None:
+        def compute(name: str, part: Part, count: int, into: dict[fx.Node, Tensor], backend: str) -> None:
             if part.outputs:
                 values = [value(x, count) for x in part.inputs]
                 into.update(zip(part.outputs, self.part(name, count, device, backend)(*values), strict=True))
 
-        compute("once", f.once, heads, once)
-        compute("before", f.before, n * rows, made)
-        slots: list[Any] = []
-        for x in f.loop.inputs:
-            axis = row_axis(x)
-            if x in f.carried:
-                slots.append(f.carried.index(x))
-            elif axis is None or x in once or (x in source and source[x].over != "block"):
-                slots.append([value(x, rows)] * n)
-            else:
-                slots.append(value(x, n * rows).chunk(n, axis))
-        loop = self.part("loop", rows, device, backend)
+        compute("once", f.once, rows.heads, once, "eager")
+        compute("before", f.before, n * P, made, whole)
+        pairs = list(zip(self.rest, self.same, strict=True))
+        common = [value(x, P) for x, same in pairs if same]
+        own = [value(x, n * P).chunk(n, row_axis(x) or 0) for x, same in pairs if not same]
+        times = compiled.unroll if n % compiled.unroll == 0 and self.returns == len(f.carried) else 1
+        loop = self.part("loop", P, device, rows.backend if times == compiled.unroll else "eager", times)
         kept: list[Sequence[Tensor]] = [()] * n
-        first = min(blocks)
-        for block in blocks:
-            j = block - first
-            state = visit(block, state)
-            out = loop(*[state[x] if isinstance(x, int) else x[j] for x in slots])
-            state, kept[j] = list(out[: self.returns]), out[self.returns :]
-        for x, parts in zip(f.loop.outputs[self.returns :], zip(*kept, strict=True), strict=True):
+        first, r, w = min(blocks), self.returns, f.num_kept
+        for i in range(0, n, times):
+            state = visit(blocks[i], state)
+            places = [block - first for block in blocks[i : i + times]]
+            out = loop(*state, *common, *(x[j] for j in places for x in own))
+            for k, j in enumerate(places):
+                state = list(out[k * r : (k + 1) * r])
+                kept[j] = out[times * r + k * w : times * r + (k + 1) * w]
+                if k + 1 < times:
+                    visit(blocks[i + k + 1], state)  # between blocks alike it changes nothing
+        for x, parts in zip(f.loop.outputs[r:], zip(*kept, strict=True), strict=True):
             made[x] = parts[0] if n == 1 else torch.cat(parts, row_axis(x) or 0)
-        compute("after", f.after, n * rows, made)
-        return state, [value(x, n * rows) for x in f.others]
+        compute("after", f.after, n * P, made, whole)
+        return state, [value(x, n * P) for x in f.others]
+
+
+@cache
+def found(backend: str) -> Backend:
+    """Look a backend up."""
+    return backends.build(backend).build()
 
 
 @dataclass(eq=False)
@@ -179,10 +209,10 @@ class Plan:
 class _Run:
     """One call on its grid: what both directions share."""
 
-    def __init__(self, plan: Plan, call: Call) -> None:
+    def __init__(self, plan: Plan, call: Call, backend: str) -> None:
         self.plan, self.call, d = plan, call, plan.derivation
         self.B, self.T, self.H = call.q.shape[:3]
-        self.rows, self.rule, self.L = self.B * self.H, d.inner.rule, len(call.anchor)
+        self.rows, self.rule, self.L = Rows(self.B, self.H, backend), d.inner.rule, len(call.anchor)
         device = call.q.device
         self.slow = {name: x.to(device) for name, x in d.constants.items()} | call.slow
         self.grid: Grid = arrange(
@@ -190,7 +220,8 @@ class _Run:
         )
         self.blocks = len(self.grid.variants)
         widest = max(v.width for v in self.grid.variants)
-        self.at_once = 1 << max(0, (TOKENS_AT_ONCE // (self.rows * widest)).bit_length() - 1)
+        most = max(1, TOKENS_AT_ONCE // (self.B * self.H * widest))
+        self.at_once = found(backend).blocks or 1 << (most.bit_length() - 1)
 
     def given(self, piece: range, more: Callable[[Input], Tensor]) -> Given:
         """Read a piece's inputs, each once; `more`: those that the grid does not have."""
@@ -251,7 +282,7 @@ class _Run:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _Run(plan, call)
+    run = _Run(plan, call, backend)
     state = run.held()
     saved = [x.new_empty(checkpoints, *x.shape) for x in state]
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
@@ -265,7 +296,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
 
     for piece in run.grid.pieces(run.at_once):
         way = plan.way(run.grid.variants[piece.start], "forward")
-        state, (y,) = way.run(piece, run.rows, run.given(piece, _none), state, visit, run.H, backend)
+        state, (y,) = way.run(piece, run.given(piece, _none), state, visit, run.rows)
         run.grid.put(o, piece, y.unflatten(0, (len(piece), run.B, run.H)))
     lead = (run.B, run.H)
     after = [x.unflatten(0, lead) for x in run.whole(state)]
@@ -280,7 +311,7 @@ def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    run = _Run(plan, call)
+    run = _Run(plan, call, backend)
     L, g = run.L, run.grid
     G = -(-run.blocks // checkpoints)
     do, state = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
@@ -315,7 +346,7 @@ def run_backward(
                     note(piece.start, held)  # what comes after it is known
                 else:
                     way = plan.way(g.variants[piece.start], "advance")
-                    held, _ = way.run(piece, run.rows, run.given(piece, _none), held, note, run.H, backend)
+                    held, _ = way.run(piece, run.given(piece, _none), held, note, run.rows)
         pieces = g.pieces(run.at_once, start, stop)
         for piece in reversed(pieces):
             variant = g.variants[piece.start]
@@ -328,7 +359,7 @@ def run_backward(
                     return g.take(do, piece).flatten(0, 2)
                 return torch.cat([states[n][order[x]] for n in piece])
 
-            state, found = way.run(piece[::-1], run.rows, run.given(piece, more), state, visit, run.H, backend)
+            state, found = way.run(piece[::-1], run.given(piece, more), state, visit, run.rows)
             rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
             for x, value in zip(rest, found, strict=True):
                 value = value.unflatten(0, (len(piece), run.B, run.H))
