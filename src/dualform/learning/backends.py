@@ -30,13 +30,12 @@ _entries = {
 
 @dataclass(frozen=True)
 class Backend:
-    """How graphs become functions: `prepare(graph, make_examples)`; how many blocks of the loop it wants in one graph.
+    """How graphs become functions: `prepare(graph, make_examples)`.
 
-    blocks: mini-batches that run at once; a stretch of another length runs op by op, so that few graphs are compiled.
+    blocks: mini-batches that are compiled as one graph; a stretch of another length runs op by op. None: all do.
     """
 
     prepare: Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Run]
-    unroll: int = 1
     blocks: int | None = None
 
 
@@ -47,16 +46,17 @@ def eager() -> Backend:
 
 
 @backends.record(
-    name="inductor", formula="the parts, compiled by torch's inductor", source="Ansel et al. 2024 (PyTorch 2)"
+    name="inductor", formula="some mini-batches as one graph, compiled", source="Ansel et al. 2024 (PyTorch 2)"
 )
-def inductor(unroll: int = 4, blocks: int = 16) -> Backend:
-    """Compile graphs with inductor; the first call with a new batch takes about a minute."""
-    return Backend(_inductor, unroll, blocks)
+def inductor(blocks: int = 8) -> Backend:
+    """Compile a few mini-batches at once with torch's inductor; the first call with a new batch takes about a minute."""
+    return Backend(_inductor, blocks)
 
 
 def _inductor(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
     from torch._inductor import compile as compiled  # seconds: not at `import dualform`
 
+    _in_one_pass(gm.graph, {aten.bmm.default})
     for node in gm.graph.nodes:
         node.meta.clear()  # shapes of another number of rows
     inputs: list[Any] = list(examples())
@@ -66,18 +66,22 @@ def _inductor(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
 
 
 def _eager(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
-    for node in reversed(list(gm.graph.nodes)):
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
-            _accumulate(gm.graph, node)
-    gm.graph.eliminate_dead_code()
+    _in_one_pass(gm.graph, {aten.bmm.default, aten.mul.Tensor})
     for node in gm.graph.nodes:
         node.target = _entries.get(node.target, node.target) if node.op == "call_function" else node.target
     gm.recompile()
     return gm.forward
 
 
-def _accumulate(graph: fx.Graph, node: fx.Node) -> None:
-    """x + a @ b and x + a * b in one pass over memory."""
+def _in_one_pass(graph: fx.Graph, products: set[Any]) -> None:
+    """Write x + a @ b, and x + a * b, as one op: one pass over memory."""
+    for node in reversed(list(graph.nodes)):
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
+            _accumulate(graph, node, products)
+    graph.eliminate_dead_code()
+
+
+def _accumulate(graph: fx.Graph, node: fx.Node, products: set[Any]) -> None:
     left, right = node.args
     sign = -1 if node.target == aten.sub.Tensor else 1
     for total, product, scale in ((left, right, sign), *([(right, left, 1)] if sign > 0 else [])):
@@ -85,6 +89,7 @@ def _accumulate(graph: fx.Graph, node: fx.Node) -> None:
             not (isinstance(product, fx.Node) and isinstance(total, fx.Node))
             or len(product.users) > 1
             or product.kwargs
+            or product.target not in products
         ):
             continue
         full = product.meta["val"].shape == node.meta["val"].shape

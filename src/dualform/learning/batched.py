@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from dualform.learning.derive import trace_fake
+from dualform.learning.fission import Fission, Part
 from dualform.learning.simplify import tidy
 
+aten = torch.ops.aten
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
 
@@ -53,10 +55,63 @@ def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def examples(gm: fx.GraphModule, rows: int, device: torch.device) -> list[Tensor]:
-    """Make inputs of the shapes that a mapped graph has at a number of rows."""
-    values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
-    return [torch.empty([_real(n, rows) for n in x.shape], dtype=x.dtype, device=device) for x in values]
+def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: torch.device) -> fx.GraphModule:
+    """Write the parts of some blocks as one graph: inputs -> (state after them, states before each, other outputs).
+
+    Inputs that are a block's own, and what is returned for each block, have blocks * rows rows in ascending order.
+    """
+    graph, n = fx.Graph(), len(blocks)
+    fixed = {x: graph.placeholder(x.name) for x in f.inputs}
+    many: dict[fx.Node, Any] = {x: fixed.pop(x) for x in f.varying}
+    states = [[fixed.pop(x) for x in f.carried]]
+
+    def value(x: fx.Node, count: int) -> Any:
+        if x in many:
+            return many[x]
+        axis, times = row_axis(x), [1] * x.meta["val"].ndim
+        if axis is None or count == heads:
+            return fixed[x]
+        times[axis] = count // heads
+        return graph.call_function(aten.repeat.default, (fixed[x], times))
+
+    def write(part: Part, count: int, given: Sequence[Any]) -> Any:
+        own = at(part.graph, count, device).graph
+        return graph.graph_copy(own, dict(zip(own.find_nodes(op="placeholder"), given, strict=True)))
+
+    def join(parts: Sequence[Any], axis: int | None) -> Any:
+        return parts[0] if n == 1 else graph.call_function(aten.cat.default, (list(parts), axis or 0))
+
+    fixed |= zip(f.once.outputs, write(f.once, heads, [value(x, heads) for x in f.once.inputs]), strict=True)
+    many |= zip(f.before.outputs, write(f.before, n * rows, [value(x, n * rows) for x in f.before.inputs]), strict=True)
+    kept: list[Sequence[Any]] = [()] * n
+    r = len(f.carried)
+    for j in blocks:
+        held = dict(zip(f.carried, states[-1], strict=True))
+        given = []
+        for x in f.loop.inputs:
+            if x in held:
+                given.append(held[x])
+            elif x in many and row_axis(x) is not None:
+                where = (many[x], row_axis(x), j * rows, (j + 1) * rows)
+                given.append(graph.call_function(aten.slice.Tensor, where))
+            else:
+                given.append(value(x, rows))
+        out = write(f.loop, rows, given)
+        states.append(list(out[:r]))
+        kept[j] = out[r:]
+    many |= {x: join(parts, row_axis(x)) for x, parts in zip(f.loop.outputs[r:], zip(*kept, strict=True), strict=True)}
+    many |= zip(f.after.outputs, write(f.after, n * rows, [value(x, n * rows) for x in f.after.inputs]), strict=True)
+    started = [states[blocks.index(j)] for j in range(n)]
+    graph.output(
+        [*states[-1], *(join(x, 0) for x in zip(*started, strict=True)), *(value(x, n * rows) for x in f.others)]
+    )
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def example(x: fx.Node, rows: int, device: torch.device) -> Tensor:
+    """Make a tensor of the shape that a mapped value has at a number of rows."""
+    value = x.meta["val"]
+    return torch.empty([_real(n, rows) for n in value.shape], dtype=value.dtype, device=device)
 
 
 def _real(x: Any, rows: int) -> Any:

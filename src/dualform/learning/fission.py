@@ -50,12 +50,12 @@ class Fission:
 
     inputs: tuple[fx.Node, ...]
     carried: tuple[fx.Node, ...]
+    varying: tuple[fx.Node, ...]  # the other inputs that are not the same for every mini-batch
     others: tuple[Any, ...]
     once: Part
     before: Part
     loop: Part  # returns the next state first, then the values that are kept
     after: Part
-    num_kept: int
 
 
 def split(
@@ -92,8 +92,8 @@ def split(
     crossing = (*inner.inputs, *after.inputs, *ends)
     before = part("before", crossing)
     once = part("once", (*crossing, *before.inputs))
-    held = tuple(inputs[i] for i in carried)
-    return Fission(inputs, held, others, once, before, inner, after, len(inner.outputs) - len(following))
+    own = tuple(n for i, n in enumerate(inputs) if i not in {*carried, *fixed})
+    return Fission(inputs, tuple(inputs[i] for i in carried), own, others, once, before, inner, after)
 
 
 def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
@@ -173,31 +173,3 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first
     graph.output(results)
     graph.eliminate_dead_code()
     return Part(fx.GraphModule(gm, graph), inputs, returned)
-
-
-def unrolled(f: Fission, times: int, fixed: Sequence[bool]) -> fx.GraphModule:
-    """Write the loop's body several times over: (state, fixed inputs, then per block the others) -> (states, kept values).
-
-    fixed: for each of the body's inputs beside the state, whether all blocks share it.
-    """
-    graph, body = fx.Graph(), f.loop
-    inner = dict(zip(body.inputs, (n for n in body.graph.graph.nodes if n.op == "placeholder"), strict=True))
-
-    def place(x: fx.Node, name: str) -> fx.Node:
-        made = graph.placeholder(name)
-        made.meta = dict(x.meta)
-        return made
-
-    state: Sequence[Any] = [place(x, x.name) for x in f.carried]
-    rest = [x for x in body.inputs if x not in f.carried]
-    common = {x: place(x, x.name) for x, same in zip(rest, fixed, strict=True) if same}
-    own = [{x: place(x, f"{x.name}_{j}") for x in rest if x not in common} for j in range(times)]
-    states, kept = [], []
-    for each in own:
-        given = {**dict(zip(f.carried, state, strict=True)), **common, **each}
-        out: Any = graph.graph_copy(body.graph.graph, {inner[x]: given[x] for x in body.inputs})
-        state = out[: len(out) - f.num_kept]
-        states += state
-        kept += out[len(out) - f.num_kept :]
-    graph.output([*states, *kept])
-    return fx.GraphModule(body.graph, graph)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from dualform.learning.backends import Backend, Run, backends
-from dualform.learning.batched import at, examples, mapped, row_axis, row_bytes
+from dualform.learning.batched import at, example, joined, mapped, row_axis, row_bytes
 from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
-from dualform.learning.fission import Fission, Part, split, unrolled
+from dualform.learning.fission import Fission, split
 from dualform.learning.grid import Grid, Variant, arrange
 from dualform.learning.norms import native_norms
 from dualform.learning.regroup import ready_first
@@ -67,7 +67,17 @@ class Rows(NamedTuple):
 
 
 Visit = Callable[[int, list[Tensor]], list[Tensor]]
-Result = tuple[list[Tensor], list[Tensor]]
+Once = dict[tuple[fx.Node, int], Tensor]  # 0: per head; else for so many rows
+
+
+class Result(NamedTuple):
+    """What some blocks gave."""
+
+    state: list[Tensor]
+    others: list[Tensor]
+    states: list[Tensor] | None = None  # what each block started from, where it is at hand
+
+
 Given = Callable[[Input], Tensor]  # a block's own for the rows of all blocks, one per head, or shared
 
 
@@ -85,76 +95,99 @@ class Way:
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
         return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned))
 
-    def part(self, name: str, rows: int, device: torch.device, backend: str, times: int = 1) -> Run:
-        """Return a part, ready to run on so many rows; the loop's body several times over."""
-        key = (name, rows, device, backend, times)
+    def part(self, name: str, rows: int, device: torch.device) -> Run:
+        """Return a part, ready to run op by op on so many rows."""
+        key = (name, rows, device)
         if key not in self.made:
-            f = self.fission
-            graph = unrolled(f, times, self.same) if name == "loop" else getattr(f, name).graph
-            ready = partial(found(backend).prepare, at(graph, rows, device), partial(examples, graph, rows, device))
-            self.made[key] = undisturbed(ready)
+            self.made[key] = found("eager").prepare(at(getattr(self.fission, name).graph, rows, device), list)
         return self.made[key]
 
-    @cached_property
-    def rest(self) -> list[fx.Node]:
-        """List what the loop's body takes beside the state."""
-        return [x for x in self.fission.loop.inputs if x not in self.fission.carried]
+    def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
+        """Return all parts of some blocks as one compiled function."""
+        key = (len(blocks), blocks[0] > blocks[-1], rows, device)
+        if key not in self.made:
+            f, n, P = self.fission, len(blocks), rows.batch * rows.heads
+            count = {
+                **dict.fromkeys(f.inputs, rows.heads),
+                **dict.fromkeys(f.varying, n * P),
+                **dict.fromkeys(f.carried, P),
+            }
 
-    @cached_property
-    def same(self) -> list[bool]:
-        """Say for each of these whether all blocks share it."""
-        source = dict(zip(self.fission.inputs, self.inputs, strict=True))
-        once = set(self.fission.once.outputs)
-        return [row_axis(x) is None or x in once or (x in source and source[x].over != "block") for x in self.rest]
+            def make() -> Run:
+                graph = joined(f, [j - min(blocks) for j in blocks], P, rows.heads, device)
+                return found(rows.backend).prepare(graph, lambda: [example(x, count[x], device) for x in f.inputs])
 
-    def run(self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows) -> Result:
+            self.made[key] = undisturbed(make)
+        return self.made[key]
+
+    def run(
+        self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows, once: Once
+    ) -> Result:
         """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
 
-        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from.
+        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from. once: what was
+        computed for other blocks of the call and is the same for all.
         """
-        f, n, P = self.fission, len(blocks), rows.batch * rows.heads
-        device, compiled = state[0].device, found(rows.backend)
-        whole = rows.backend if compiled.blocks in (None, n) else "eager"
+        if found(rows.backend).blocks == len(blocks) and self.returns == len(self.fission.carried):
+            return self._run_whole(blocks, given, state, visit, rows)
+        f, n, P, device = self.fission, len(blocks), rows.batch * rows.heads, state[0].device
         source = dict(zip(f.inputs, self.inputs, strict=True))
         made: dict[fx.Node, Tensor] = {}
-        once: dict[fx.Node, Tensor] = {}
 
         def value(x: fx.Node, count: int) -> Tensor:
             if x in made:
                 return made[x]
-            if x in source and source[x].over == "block":
+            if x in f.varying:
                 return given(source[x])
-            per_head, axis = once[x] if x in once else given(source[x]), row_axis(x)
-            alone = axis is None or count == rows.heads
-            return per_head if alone else torch.cat([per_head] * (count // rows.heads), axis or 0)
+            if (x, count) not in once:
+                per_head, axis = once[x, 0] if (x, 0) in once else given(source[x]), row_axis(x)
+                alone = axis is None or count == rows.heads
+                once[x, count] = per_head if alone else torch.cat([per_head] * (count // rows.heads), axis or 0)
+            return once[x, count]
 
-        def compute(name: str, part: Part, count: int, into: dict[fx.Node, Tensor], backend: str) -> None:
-            if part.outputs:
-                values = [value(x, count) for x in part.inputs]
-                into.update(zip(part.outputs, self.part(name, count, device, backend)(*values), strict=True))
+        def compute(name: str, count: int) -> list[tuple[fx.Node, Tensor]]:
+            part = getattr(f, name)
+            if not part.outputs:
+                return []
+            values = [value(x, count) for x in part.inputs]
+            return list(zip(part.outputs, self.part(name, count, device)(*values), strict=True))
 
-        compute("once", f.once, rows.heads, once, "eager")
-        compute("before", f.before, n * P, made, whole)
-        pairs = list(zip(self.rest, self.same, strict=True))
-        common = [value(x, P) for x, same in pairs if same]
-        own = [value(x, n * P).chunk(n, row_axis(x) or 0) for x, same in pairs if not same]
-        times = compiled.unroll if n % compiled.unroll == 0 and self.returns == len(f.carried) else 1
-        loop = self.part("loop", P, device, rows.backend if times == compiled.unroll else "eager", times)
+        if f.once.outputs and (f.once.outputs[0], 0) not in once:
+            once |= {(x, 0): y for x, y in compute("once", rows.heads)}
+        made |= compute("before", n * P)
+        slots: list[Any] = []
+        for x in f.loop.inputs:
+            axis = row_axis(x)
+            if x in f.carried:
+                slots.append(f.carried.index(x))
+            elif axis is None or not (x in made or x in f.varying):
+                slots.append([value(x, P)] * n)
+            else:
+                slots.append(value(x, n * P).chunk(n, axis))
+        loop, first = self.part("loop", P, device), min(blocks)
         kept: list[Sequence[Tensor]] = [()] * n
-        first, r, w = min(blocks), self.returns, f.num_kept
-        for i in range(0, n, times):
-            state = visit(blocks[i], state)
-            places = [block - first for block in blocks[i : i + times]]
-            out = loop(*state, *common, *(x[j] for j in places for x in own))
-            for k, j in enumerate(places):
-                state = list(out[k * r : (k + 1) * r])
-                kept[j] = out[times * r + k * w : times * r + (k + 1) * w]
-                if k + 1 < times:
-                    visit(blocks[i + k + 1], state)  # between blocks alike it changes nothing
-        for x, parts in zip(f.loop.outputs[r:], zip(*kept, strict=True), strict=True):
+        for block in blocks:
+            j = block - first
+            state = visit(block, state)
+            out = loop(*[state[x] if isinstance(x, int) else x[j] for x in slots])
+            state, kept[j] = list(out[: self.returns]), out[self.returns :]
+        for x, parts in zip(f.loop.outputs[self.returns :], zip(*kept, strict=True), strict=True):
             made[x] = parts[0] if n == 1 else torch.cat(parts, row_axis(x) or 0)
-        compute("after", f.after, n * P, made, whole)
-        return state, [value(x, n * P) for x in f.others]
+        made |= compute("after", n * P)
+        return Result(state, [value(x, n * P) for x in f.others])
+
+    def _run_whole(self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows) -> Result:
+        f, n = self.fission, len(blocks)
+        state = visit(blocks[0], state)
+        held = dict(zip(f.carried, state, strict=True))
+        source = zip(f.inputs, self.inputs, strict=True)
+        out = self.whole(blocks, rows, state[0].device)(*(held[x] if x in held else given(y) for x, y in source))
+        r = self.returns
+        states = list(out[r : 2 * r])
+        for block, *each in zip(range(min(blocks), max(blocks) + 1), *(x.chunk(n) for x in states), strict=True):
+            if block != blocks[0]:
+                visit(block, each)  # between blocks alike it changes nothing
+        return Result(list(out[:r]), list(out[2 * r :]), states)
 
 
 @cache
@@ -219,6 +252,7 @@ class _Run:
             self.T, d.chunk, call.position, call.mask, call.reset, call.q.dtype, call.carried, d.block
         )
         self.blocks = len(self.grid.variants)
+        self.same: dict[int, Once] = {}
         widest = max(v.width for v in self.grid.variants)
         most = max(1, TOKENS_AT_ONCE // (self.B * self.H * widest))
         self.at_once = found(backend).blocks or 1 << (most.bit_length() - 1)
@@ -252,6 +286,10 @@ class _Run:
             return found[x]
 
         return get
+
+    def once(self, way: Way) -> Once:
+        """Return what was computed for a direction that is the same for all blocks."""
+        return self.same.setdefault(id(way), {})
 
     def known(self, n: int) -> bool:
         """Are block n's registers at their start?"""
@@ -296,7 +334,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
 
     for piece in run.grid.pieces(run.at_once):
         way = plan.way(run.grid.variants[piece.start], "forward")
-        state, (y,) = way.run(piece, run.given(piece, _none), state, visit, run.rows)
+        state, (y,), _ = way.run(piece, run.given(piece, _none), state, visit, run.rows, run.once(way))
         run.grid.put(o, piece, y.unflatten(0, (len(piece), run.B, run.H)))
     lead = (run.B, run.H)
     after = [x.unflatten(0, lead) for x in run.whole(state)]
@@ -330,6 +368,7 @@ def run_backward(
         return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
 
     states: dict[int, list[Tensor]] = {}
+    stacks: dict[range, list[Tensor] | None] = {}
 
     def note(n: int, state: list[Tensor]) -> list[Tensor]:
         states[n] = run.enter(n, state)
@@ -339,6 +378,7 @@ def run_backward(
     for start in reversed(range(0, run.blocks, span)):
         stop = min(start + span, run.blocks)
         states.clear()
+        stacks.clear()
         for group in range(start, stop, G):
             held = [x[group // G] for x in saved]
             for piece in g.pieces(run.at_once, group, min(group + G, stop)):
@@ -346,7 +386,9 @@ def run_backward(
                     note(piece.start, held)  # what comes after it is known
                 else:
                     way = plan.way(g.variants[piece.start], "advance")
-                    held, _ = way.run(piece, run.given(piece, _none), held, note, run.rows)
+                    held, _, stacks[piece] = way.run(
+                        piece, run.given(piece, _none), held, note, run.rows, run.once(way)
+                    )
         pieces = g.pieces(run.at_once, start, stop)
         for piece in reversed(pieces):
             variant = g.variants[piece.start]
@@ -357,11 +399,12 @@ def run_backward(
             def more(x: Input, piece: range = piece, order: dict[Input, int] = order) -> Tensor:
                 if x.part == "cotangent":
                     return g.take(do, piece).flatten(0, 2)
-                return torch.cat([states[n][order[x]] for n in piece])
+                stack = stacks.get(piece)
+                return torch.cat([states[n][order[x]] for n in piece]) if stack is None else stack[order[x]]
 
-            state, found = way.run(piece[::-1], run.given(piece, more), state, visit, run.rows)
+            state, gradients, _ = way.run(piece[::-1], run.given(piece, more), state, visit, run.rows, run.once(way))
             rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
-            for x, value in zip(rest, found, strict=True):
+            for x, value in zip(rest, gradients, strict=True):
                 value = value.unflatten(0, (len(piece), run.B, run.H))
                 if (x.part, x.name) in sums:
                     axes = (0, 1, 2) if x.over == "shared" else (0, 1)
