@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,16 @@ aten = torch.ops.aten
 Run = Callable[..., Sequence[Tensor]]
 
 backends = Catalogue("backends")
+# Which arguments a result may be written over, and by what.
+_over: dict[Any, tuple[tuple[int, ...], Any]] = {
+    aten.add.Tensor: ((0, 1), torch.Tensor.add_), aten.sub.Tensor: ((0,), torch.Tensor.sub_),
+    aten.mul.Tensor: ((0, 1), torch.Tensor.mul_), aten.neg.default: ((0,), torch.Tensor.neg_),
+    aten.sigmoid.default: ((0,), torch.Tensor.sigmoid_), aten.baddbmm.default: ((0,), torch.Tensor.baddbmm_),
+    aten.addcmul.default: ((0,), torch.Tensor.addcmul_), aten.tril.default: ((0,), torch.Tensor.tril_),
+    aten.div.Tensor: ((0,), torch.Tensor.div_),
+}  # fmt: skip
+_makes = {aten.bmm.default, aten.clone.default, aten.rsub.Scalar}
+_makes_several = {aten.native_layer_norm.default, aten.native_layer_norm_backward.default}
 # Python's own entry points take two thirds of the time of an overload called by name.
 _entries = {
     aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
@@ -67,10 +78,32 @@ def _inductor(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
 
 def _eager(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
     _in_one_pass(gm.graph, {aten.bmm.default, aten.mul.Tensor})
+    _reuse(gm.graph)
     for node in gm.graph.nodes:
         node.target = _entries.get(node.target, node.target) if node.op == "call_function" else node.target
     gm.recompile()
     return gm.forward
+
+
+def _reuse(graph: fx.Graph) -> None:
+    """Write a result over an argument that nothing else needs: no new memory, and what was just read is in cache."""
+    for node in graph.nodes:
+        places, target = _over.get(node.target, ((), None))
+        for i in places:
+            x = node.args[i]
+            if isinstance(x, fx.Node) and _fresh(x) and len(x.users) == 1 and node.args.count(x) == 1:
+                old, new = x.meta["val"], node.meta["val"]
+                if (old.shape, old.dtype, old.stride()) == (new.shape, new.dtype, new.stride()):
+                    rest = [y for j, y in enumerate(node.args) if j != i]
+                    node.target, node.args = target, (x, *rest)
+                    break
+
+
+def _fresh(node: fx.Node) -> bool:
+    """Does a node's value have memory of its own?"""
+    if node.target is operator.getitem:
+        return node.args[0].target in _makes_several  # pyright: ignore
+    return node.target in _over or node.target in _makes or any(node.target is t for _, t in _over.values())
 
 
 def _in_one_pass(graph: fx.Graph, products: set[Any]) -> None:
