@@ -30,6 +30,8 @@ from dualform.learning.regroup import ready_first
 Leaves = dict[str, Tensor]
 # Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in cache (LAB.md).
 TOKENS_AT_ONCE = 2048
+# States that the backward finds again need not be computed again, a tenth of its time; beyond this, fresh pages cost as much.
+STATE_BYTES = 16 * 2**20
 
 
 class Call(NamedTuple):
@@ -322,13 +324,13 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
     run = _Run(plan, call, backend)
     state = run.held()
-    saved = [x.new_empty(checkpoints, *x.shape) for x in state]
+    saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, call)]]
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
     o = run.grid.new(call.v, run.B, run.T, run.H, plan.derivation.out_width)
 
     def visit(n: int, state: list[Tensor]) -> list[Tensor]:
         if checkpoints and n % G == 0:
-            for buffer, x in zip(saved, run.whole(state), strict=True):
+            for buffer, x in zip(saved, run.whole(state), strict=False):
                 buffer[n // G] = x
         return run.enter(n, state)
 
@@ -339,6 +341,13 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
     lead = (run.B, run.H)
     after = [x.unflatten(0, lead) for x in run.whole(state)]
     return [run.grid.done(o), *after, run.grid.position, *(x.unflatten(1, lead) for x in saved)]
+
+
+def checkpointed(plan: Plan, call: Call) -> int:
+    """Count the tensors of a checkpoint: the anchors alone where every block is certain to start its registers anew."""
+    d, L = plan.derivation, len(call.anchor)
+    known = all(d.inner.rule.resets) and d.block is None
+    return L if known and not call.carried and call.mask is None and call.reset is None else 2 * L
 
 
 def _none(x: Input) -> Tensor:
@@ -379,7 +388,8 @@ def run_backward(
         stop = min(start + span, run.blocks)
         states.clear()
         stacks.clear()
-        for group in range(start, stop, G):
+        pieces = g.pieces(run.at_once, start, stop)
+        for group in range(start, stop, G) if G > 1 else ():
             held = [x[group // G] for x in saved]
             for piece in g.pieces(run.at_once, group, min(group + G, stop)):
                 if len(piece) == 1 and piece.stop in (group + G, stop):
@@ -389,7 +399,8 @@ def run_backward(
                     held, _, stacks[piece] = way.run(
                         piece, run.given(piece, _none), held, note, run.rows, run.once(way)
                     )
-        pieces = g.pieces(run.at_once, start, stop)
+        if G == 1:
+            stacks |= {piece: [x[piece.start : piece.stop].flatten(0, 1) for x in saved] for piece in pieces}
         for piece in reversed(pieces):
             variant = g.variants[piece.start]
             way, wants = plan.way(variant, "reverse"), plan.step(variant).wants
@@ -513,7 +524,7 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
         o,
         *(x.new_empty(x.shape) for x in held),
         torch.empty_like(call.position),
-        *(x.new_empty(checkpoints, *x.shape) for x in held),
+        *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
     ]
 
 
@@ -554,23 +565,27 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None,
 scan_op.register_autograd(_backward, setup_context=_setup)
 
 
-def checkpoints_for(T: int, chunk: int, remat: str | int | None) -> int:
-    """Count checkpoints: "auto" one per power of two near the square root of the number of mini-batches, G one per G, None one each."""
-    N = (T + chunk - 1) // chunk + 1
+def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int) -> int:
+    """Count checkpoints of nbytes each: G mini-batches one, None all.
+
+    "auto" keeps every state while that takes at most STATE_BYTES, else one per power of two near the root of their number.
+    """
+    N = -(-T // chunk)
     if remat is None:
-        return N
+        return N + 1
     if isinstance(remat, int):
-        return (N + remat - 1) // remat
+        return N // remat + 1
     if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
-        return next(K for K in (4, 16, 64, 256, 1024) if K * K >= N or K == 1024)
-    return -(-(N - 1) // (1 << (N.bit_length() // 2))) or 1
+        return next(K for K in (4, 16, 64, 256, 1024) if K * K > N or K == 1024)
+    return N if N * nbytes <= STATE_BYTES else -(-N // (1 << (N.bit_length() // 2)))
 
 
 def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
     """Run the op for a registered program: [o, *anchor, *registers, position]."""
     tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat) if learns else 0
+    state = sum(x.nbytes for x in call.anchor.values())
+    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state) if learns else 0
     held = len(call.anchor) + len(call.registers)
     given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
     key = f"{name}|{form}|{backend}|{','.join(n for n, x in given.items() if x is not None)}"
