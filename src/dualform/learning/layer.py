@@ -250,15 +250,20 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Give each token its last n valid tokens of the same document, (B, T, n, d), and the next call's tail (B, n-1, d).
+def causal_windows(
+    x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Give each token its last n valid tokens of the same document, n of (B, T, d), and the next call's tail (B, n-1, d).
 
-    Slot n - 1 is the token itself; what lies before a document's start is zero. tail (B, n-1, d) holds the tokens before.
+    The last is the token itself; what lies before a document's start is zero. tail (B, n-1, d) holds the tokens before.
     """
     B, T, d = x.shape
     n = tail.shape[1] + 1
     if T == 0:
-        return x.new_zeros(B, 0, n, d), tail
+        return [x] * n, tail
+    if mask is None and reset is None:
+        joined = torch.cat([tail, x], 1)
+        return [joined[:, j : j + T] for j in range(n)], joined[:, T:].clone()  # not the whole text
     device = x.device
     valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
     joined = torch.cat([tail, x, x.new_zeros(B, 1, d)], 1)  # the last row is the zero that empty places read
@@ -268,21 +273,25 @@ def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor |
     token = torch.full((B, T + 1), T + n - 1, dtype=torch.long, device=device)
     token = token.scatter(1, torch.where(valid, rank - 1, T), torch.arange(T, device=device).expand(B, T) + n - 1)
     token[:, T] = T + n - 1
+    rows = torch.arange(B, device=device)[:, None]
 
     def at(wanted: Tensor, first: Tensor, began: Tensor) -> Tensor:
-        here = token.gather(1, (wanted - 1).clamp(min=0).flatten(1)).view_as(wanted)
+        here = token.gather(1, (wanted - 1).clamp(min=0))
         before = torch.where(began, T + n - 1, (wanted + n - 2).clamp(min=0))
         index = torch.where(wanted > first, here, torch.where(wanted > -(n - 1), before, T + n - 1))
-        index = torch.where((wanted <= first) & (wanted > 0), T + n - 1, index)
-        return joined[torch.arange(B, device=device)[:, None], index.flatten(1)].view(*wanted.shape, d)
+        return joined[rows, torch.where((wanted <= first) & (wanted > 0), T + n - 1, index)]
 
-    back = torch.arange(n - 1, -1, -1, device=device)
-    windows = at(rank[..., None] - back, first[..., None], began[..., None])
-    after = at(rank[:, -1:] - back[1:], first[:, -1:], began[:, -1:])
-    return windows, after
+    windows = [at(rank - back, first, began) for back in range(n - 1, -1, -1)]
+    last = rank[:, -1:] - torch.arange(n - 2, -1, -1, device=device)
+    return windows, at(last, first[:, -1:], began[:, -1:])
 
 
-def depthwise(windows: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Apply a depthwise causal convolution to windows (B, T, n, d)."""
-    out = torch.einsum("btnd,dn->btd", windows, conv.weight[:, 0].to(windows.dtype))
-    return out if conv.bias is None else out + conv.bias.to(windows.dtype)
+def depthwise(windows: list[Tensor], conv: nn.Conv1d) -> Tensor:
+    """Apply a depthwise causal convolution to windows, n of (B, T, d)."""
+    weights = conv.weight[:, 0].to(windows[0].dtype).unbind(1)
+    total = windows[0] * weights[0]
+    if conv.bias is not None:
+        total = total + conv.bias.to(total.dtype)
+    for x, w in zip(windows[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, x, w)
+    return total
