@@ -250,9 +250,7 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-def causal_windows(
-    x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None
-) -> tuple[list[Tensor], Tensor]:
+def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """Give each token its last n valid tokens of the same document, n of (B, T, d), and the next call's tail (B, n-1, d).
 
     The last is the token itself; what lies before a document's start is zero. tail (B, n-1, d) holds the tokens before.

@@ -407,10 +407,13 @@ def run_backward(
             inputs = way.inputs[: len(wants)]
             order = {x: k for k, x in enumerate(x for x in inputs if x.part in ("th", "R"))}
 
-            def more(x: Input, piece: range = piece, order: dict[Input, int] = order) -> Tensor:
+            stack = stacks.get(piece)
+
+            def more(
+                x: Input, piece: range = piece, order: dict[Input, int] = order, stack: list[Tensor] | None = stack
+            ) -> Tensor:
                 if x.part == "cotangent":
                     return g.take(do, piece).flatten(0, 2)
-                stack = stacks.get(piece)
                 return torch.cat([states[n][order[x]] for n in piece]) if stack is None else stack[order[x]]
 
             state, gradients, _ = way.run(piece[::-1], run.given(piece, more), state, visit, run.rows, run.once(way))
