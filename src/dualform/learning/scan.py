@@ -28,8 +28,8 @@ from dualform.learning.norms import native_norms
 from dualform.learning.regroup import ready_first
 
 Leaves = dict[str, Tensor]
-# Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in cache (LAB.md).
-TOKENS_AT_ONCE = 2048
+# Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in a CPU's cache (LAB.md).
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 # States that the backward finds again need not be computed again, a tenth of its time; beyond this, fresh pages cost as much.
 STATE_BYTES = 16 * 2**20
 
@@ -256,7 +256,8 @@ class _Run:
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
         widest = max(v.width for v in self.grid.variants)
-        most = max(1, TOKENS_AT_ONCE // (self.B * self.H * widest))
+        tokens = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
+        most = max(1, tokens // (self.B * self.H * widest))
         self.at_once = found(backend).blocks or 1 << (most.bit_length() - 1)
 
     def given(self, piece: range, more: Callable[[Input], Tensor]) -> Given:
