@@ -67,7 +67,9 @@ class Attention(nn.Module):
         if with_weights:
             o, weights = attend(q, k, v, mask)
         else:
-            causal = mask is None and q.shape[2] > 1
+            causal = mask is None
+            if q.shape[2] == 1:  # asked this way, a compiler that holds the length as a symbol has a plain bool too
+                causal = False
             o, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
         return self.o_proj(o.transpose(1, 2).flatten(2)), weights
 
