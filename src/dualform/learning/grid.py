@@ -151,19 +151,20 @@ def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype
         for start, stop in zip(edges, edges[1:], strict=False)
         for cut in range(start, stop, block)
     ]
-    slot = torch.arange(max(bucket(stop - start, block) for start, stop in spans), device=device)
-    variants, i, valid, full = [], [], [], []
-    for n, (start, stop) in enumerate(spans):
-        begin, size = (first + start) % chunk, stop - start
-        width = bucket(size, block)
-        fresh = begin == 0 and (n > 0 or not carried)
-        variants.append(Variant(width, fresh, width == size, False))
-        i.append((begin + 1 + slot).clamp(max=chunk).expand(B, -1))  # empty slots stay in the mini-batch
-        valid.append((slot < size).expand(B, -1))
-        full.append(torch.full((B,), begin + size == chunk, device=device))
+    begins = [(first + start) % chunk for start, _ in spans]
+    sizes = [stop - start for start, stop in spans]
+    widths = {size: bucket(size, block) for size in {*sizes}}
+    variants = [
+        Variant(widths[size], begin == 0 and (n > 0 or not carried), widths[size] == size, False)
+        for n, (begin, size) in enumerate(zip(begins, sizes, strict=True))
+    ]
+    slot = torch.arange(max(widths.values()), device=device)
+    begin, size = (torch.tensor(x, device=device)[:, None] for x in (begins, sizes))
+    i = (begin + 1 + slot).clamp(max=chunk).to(dtype)  # empty slots stay in the mini-batch
+    valid = (slot < size).to(dtype)
     return Grid(
-        variants, spans, None, None, torch.stack(i).to(dtype), torch.stack(valid).to(dtype), torch.stack(full), None,
-        (position + T) % chunk,
+        variants, spans, None, None, i[:, None].expand(-1, B, -1), valid[:, None].expand(-1, B, -1),
+        (begin + size == chunk).expand(-1, B), None, (position + T) % chunk,
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ from dualform.learning.regroup import ready_first
 Leaves = dict[str, Tensor]
 # Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in a CPU's cache (LAB.md).
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
+# The backward reads the weights of all these blocks, too: so much of the largest leaf.
+LEAF_BYTES_AT_ONCE = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 # States that the backward finds again need not be computed again, a tenth of its time; beyond this, fresh pages cost as much.
 STATE_BYTES = 16 * 2**20
 
@@ -256,9 +258,12 @@ class _Run:
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
         widest = max(v.width for v in self.grid.variants)
-        tokens = TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
-        most = max(1, tokens // (self.B * self.H * widest))
-        self.at_once = found(backend).blocks or 1 << (most.bit_length() - 1)
+        kind = "cpu" if device.type == "cpu" else "cuda"
+        by_tokens = TOKENS_AT_ONCE[kind] // (self.B * self.H * widest)
+        by_leaves = LEAF_BYTES_AT_ONCE[kind] // max(x.nbytes for x in call.anchor.values())
+        compiled = found(backend).blocks
+        self.at_once = compiled or _power(by_tokens)
+        self.at_once_back = compiled or _power(min(by_tokens, by_leaves))
 
     def given(self, piece: range, more: Callable[[Input], Tensor]) -> Given:
         """Read a piece's inputs, each once; `more`: those that the grid does not have."""
@@ -319,6 +324,11 @@ class _Run:
 
     def whole(self, state: list[Tensor]) -> list[Tensor]:
         return state if len(state) > self.L else state + self.start(state)
+
+
+def _power(n: int) -> int:
+    """Return the largest power of two up to n, 1 at least."""
+    return 1 << (max(1, n).bit_length() - 1)
 
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
@@ -384,15 +394,15 @@ def run_backward(
         states[n] = run.enter(n, state)
         return states[n]
 
-    span = G * max(1, run.at_once // G)
+    span = G * max(1, run.at_once_back // G)
     for start in reversed(range(0, run.blocks, span)):
         stop = min(start + span, run.blocks)
         states.clear()
         stacks.clear()
-        pieces = g.pieces(run.at_once, start, stop)
+        pieces = g.pieces(run.at_once_back, start, stop)
         for group in range(start, stop, G) if G > 1 else ():
             held = [x[group // G] for x in saved]
-            for piece in g.pieces(run.at_once, group, min(group + G, stop)):
+            for piece in g.pieces(run.at_once_back, group, min(group + G, stop)):
                 if len(piece) == 1 and piece.stop in (group + G, stop):
                     note(piece.start, held)  # what comes after it is known
                 else:
