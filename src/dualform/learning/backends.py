@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -39,15 +39,24 @@ _entries = {
 }  # fmt: skip
 
 
+class Whole(Protocol):
+    """What runs whole calls itself: the scan's two directions, with the same arguments and results."""
+
+    def forward(self, run: Any, checkpoints: int) -> list[Tensor]: ...
+    def backward(self, run: Any, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """How graphs become functions: `prepare(graph, make_examples)`.
 
     blocks: mini-batches that are compiled as one graph; a stretch of another length runs op by op. None: all do.
+    whole: takes calls as they are instead.
     """
 
     prepare: Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Run]
     blocks: int | None = None
+    whole: Whole | None = None
 
 
 @backends.record(name="eager", formula="the traced graphs, run op by op", source="the reference: any device, any dtype")

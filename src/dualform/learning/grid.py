@@ -58,7 +58,7 @@ class Grid:
         return found
 
     def take(self, x: Tensor, piece: range, fill: bool = False) -> Tensor:
-        """Read the blocks of a piece from token-major x (B, T, H, ...): (n, B, H, W, ...), contiguous.
+        """Read the blocks of a piece from token-major x (B, T, H, ...): (n, B, H, W, ...), a view where rows are alike.
 
         fill: empty slots read a token of the row instead of zero. A learner may have no derivative at zero (x / |x|), and a
         masked NaN is a NaN.
@@ -80,13 +80,21 @@ class Grid:
             ]
             if not fill:
                 part = part.masked_fill(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), 0)
-        return part.transpose(2, 3).contiguous()  # (n, B, W, H, ...) -> (n, B, H, W, ...)
+        return part.transpose(2, 3)  # (n, B, W, H, ...) -> (n, B, H, W, ...)
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
         """Make a token-major result (B, T, ...) for `put`: zero where there will be no token."""
         if self.spans is not None:
             return like.new_empty(shape)
         return like.new_zeros(shape[0], shape[1] + 1, *shape[2:])  # empty slots write to the last token
+
+    def place(self, out: Tensor, piece: range) -> Tensor | None:
+        """View the blocks of a piece in what `new` made, (n, B, H, W, ...), where they are all there is in it."""
+        n, W = len(piece), self.variants[piece.start].width
+        if self.spans is None:
+            return None
+        start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
+        return None if n * W != stop - start else out[:, start:stop].unflatten(1, (n, W)).transpose(0, 1).transpose(2, 3)
 
     def put(self, out: Tensor, piece: range, value: Tensor) -> None:
         """Write the blocks of a piece, (n, B, H, W, ...), into what `new` made."""

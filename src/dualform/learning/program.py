@@ -113,7 +113,7 @@ class ChunkProgram:
             made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, self.block))
             twin = _structures.setdefault(made.structure, scan_module.Plan(made))
             made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-            self.plans[key] = scan_module.Plan(made, twin.ways)
+            self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives)
         return self.plans[key]
 
     @property

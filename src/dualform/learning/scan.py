@@ -206,6 +206,7 @@ class Plan:
 
     derivation: Derivation
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
+    natives: dict[tuple[Variant, str], Any] = field(default_factory=dict)  # what a backend that runs whole calls made
 
     def step(self, variant: Variant) -> Step:
         steps = self.derivation.steps
@@ -243,7 +244,7 @@ class Plan:
         return self.ways[key]
 
 
-class _Run:
+class Run_:
     """One call on its grid: what both directions share."""
 
     def __init__(self, plan: Plan, call: Call, backend: str) -> None:
@@ -267,33 +268,39 @@ class _Run:
 
     def given(self, piece: range, more: Callable[[Input], Tensor]) -> Given:
         """Read a piece's inputs, each once; `more`: those that the grid does not have."""
-        g, c, n = self.grid, self.call, len(piece)
         found: dict[Input, Tensor] = {}
 
-        def read(x: Input) -> Tensor:
-            if x.part in ("q", "k", "v"):
-                return g.take(getattr(c, x.part), piece, fill=True).flatten(0, 2)
-            if x.part == "gates" and x.name != "offset":
-                return g.take(c.gates[x.name], piece).flatten(0, 2)
-            if x.part in ("i", "valid", "full", "opens", "gates"):
-                W = g.variants[piece.start].width
-                if x.part == "gates":
-                    assert c.offset is not None
-                    mark = c.offset[g.i[piece.start : piece.stop, :, :W].long() - 1]
-                else:
-                    mark = getattr(g, x.part)[piece.start : piece.stop]
-                    mark = mark[:, :, :W] if x.part in ("i", "valid") else mark
-                return mark[:, :, None].expand(n, self.B, self.H, *mark.shape[2:]).flatten(0, 2).contiguous()
-            return more(x)
-
         def get(x: Input) -> Tensor:
-            if x.part in ("slow", "init"):
-                return (self.slow if x.part == "slow" else c.init)[x.name].contiguous()
+            if x.over != "block":
+                return self.fixed(x).contiguous()
             if x not in found:
-                found[x] = read(x)
+                own = self.of_blocks(x, piece)
+                found[x] = more(x) if own is None else own.flatten(0, 2).contiguous()
             return found[x]
 
         return get
+
+    def fixed(self, x: Input) -> Tensor:
+        """Read what all blocks share: (H, ...), or as it is."""
+        return (self.slow if x.part == "slow" else self.call.init)[x.name]
+
+    def of_blocks(self, x: Input, piece: range) -> Tensor | None:
+        """Read the blocks of a piece, (n, B, H, ...); None for what the grid does not have."""
+        g, c = self.grid, self.call
+        if x.part in ("q", "k", "v"):
+            return g.take(getattr(c, x.part), piece, fill=True)
+        if x.part == "gates" and x.name != "offset":
+            return g.take(c.gates[x.name], piece)
+        if x.part not in ("i", "valid", "full", "opens", "gates"):
+            return None
+        W = g.variants[piece.start].width
+        if x.part == "gates":
+            assert c.offset is not None
+            mark = c.offset[g.i[piece.start : piece.stop, :, :W].long() - 1]
+        else:
+            mark = getattr(g, x.part)[piece.start : piece.stop]
+            mark = mark[:, :, :W] if x.part in ("i", "valid") else mark
+        return mark[:, :, None].expand(len(piece), self.B, self.H, *mark.shape[2:])
 
     def once(self, way: Way) -> Once:
         """Return what was computed for a direction that is the same for all blocks."""
@@ -317,10 +324,23 @@ class _Run:
             return state[: self.L]
         return state if len(state) > self.L else state + self.start(state)
 
+    def turn(self, n: int, state: list[Tensor]) -> list[Tensor]:
+        """Turn the gradient of the state that block n + 1 took into that of the state that block n returned."""
+        L = self.L
+        dth, dR = state[:L], state[L:]
+        if self.returns_registers(n):
+            return dth + (dR or [torch.zeros_like(x) for x in self.start(dth)])
+        scaled = [(k, s) for k, s in enumerate(self.rule.start) if s and dR]
+        return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
+
     def held(self) -> list[Tensor]:
         """The state of the call, by rows."""
         c = self.call
         return [x.flatten(0, 1).contiguous() for x in (*c.anchor.values(), *c.registers.values())]
+
+    def rowed(self, x: Tensor) -> Tensor:
+        """Split rows: (P, ...) -> (B, H, ...)."""
+        return x.unflatten(0, (self.B, self.H))
 
     def whole(self, state: list[Tensor]) -> list[Tensor]:
         return state if len(state) > self.L else state + self.start(state)
@@ -333,7 +353,10 @@ def _power(n: int) -> int:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _Run(plan, call, backend)
+    run = Run_(plan, call, backend)
+    whole = found(backend).whole
+    if whole is not None:
+        return whole.forward(run, checkpoints)
     state = run.held()
     saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, call)]]
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
@@ -366,27 +389,64 @@ def _none(x: Input) -> Tensor:
     raise AssertionError(x)
 
 
+class Gradients:
+    """Gradients of a call's tensors, filled in piece by piece."""
+
+    def __init__(self, run: Run_) -> None:
+        call, g = run.call, run.grid
+        self.run = run
+        self.tokens = {n: g.new(x, *x.shape) for n, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())}
+        self.sums = {("slow", name): torch.zeros_like(x) for name, x in call.slow.items()}
+        self.sums |= {("init", name): torch.zeros_like(x) for name, x in call.init.items()}
+        self.offset = None if call.offset is None else torch.zeros_like(call.offset)
+
+    def add(self, x: Input, piece: range, value: Tensor) -> None:
+        """Add the gradient of an input of some blocks: (n, B, H, ...), or already summed over the blocks."""
+        g = self.run.grid
+        if (x.part, x.name) in self.sums:
+            self.sums[x.part, x.name] += value.sum((0, 1, 2) if x.over == "shared" else (0, 1))
+        elif x.name == "offset":
+            assert self.offset is not None
+            blocks, W = slice(piece.start, piece.stop), g.variants[piece.start].width
+            index, keep = g.i[blocks, :, :W].long() - 1, g.valid[blocks, :, :W]
+            self.offset.index_add_(0, index.flatten(), (value.sum(2) * keep).flatten())
+        elif x.part in ("q", "k", "v", "gates"):
+            g.put(self.tokens[x.name], piece, value)
+
+    def flat(self, state: list[Tensor]) -> list[Tensor]:
+        """Return the gradient of every floating tensor of the call, in order; state: of the one it began with."""
+        run, call, L = self.run, self.run.call, self.run.L
+        if len(state) == L:
+            state = state + [torch.zeros_like(x) for x in run.start(state)]
+        state = [x.unflatten(0, (run.B, run.H)) for x in state]
+        names, done = list(call.anchor), {n: run.grid.done(x) for n, x in self.tokens.items()}
+        tree = call._replace(
+            q=done["q"],
+            k=done["k"],
+            v=done["v"],
+            gates={name: done[name] for name in call.gates},
+            slow={name: self.sums["slow", name] for name in call.slow},
+            anchor=dict(zip(names, state[:L], strict=True)),
+            registers=dict(zip(names, state[L:], strict=True)),
+            init={name: self.sums["init", name] for name in call.init},
+            offset=self.offset,
+        )
+        return [x for x, y in zip(_flat(tree), _flat(call), strict=True) if y.is_floating_point()]
+
+
 def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    run = _Run(plan, call, backend)
-    L, g = run.L, run.grid
+    run = Run_(plan, call, backend)
+    whole = found(backend).whole
+    if whole is not None:
+        return whole.backward(run, saved, cotangents, checkpoints)
+    g = run.grid
     G = -(-run.blocks // checkpoints)
     do, state = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
     saved = [x.flatten(1, 2) for x in saved]
-    grads = {name: g.new(x, *x.shape) for name, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())}
-    sums = {("slow", name): torch.zeros_like(x) for name, x in call.slow.items()}
-    sums |= {("init", name): torch.zeros_like(x) for name, x in call.init.items()}
-    doffset = None if call.offset is None else torch.zeros_like(call.offset)
-
-    def visit(n: int, state: list[Tensor]) -> list[Tensor]:
-        """Turn the gradient of the state that block n + 1 took into that of the state that block n returned."""
-        dth, dR = state[:L], state[L:]
-        if run.returns_registers(n):
-            return dth + (dR or [torch.zeros_like(x) for x in run.start(dth)])
-        scaled = [(k, s) for k, s in enumerate(run.rule.start) if s and dR]
-        return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
+    gradients = Gradients(run)
 
     states: dict[int, list[Tensor]] = {}
     stacks: dict[range, list[Tensor] | None] = {}
@@ -428,39 +488,11 @@ def run_backward(
                     return g.take(do, piece).flatten(0, 2)
                 return torch.cat([states[n][order[x]] for n in piece]) if stack is None else stack[order[x]]
 
-            state, gradients, _ = way.run(piece[::-1], run.given(piece, more), state, visit, run.rows, run.once(way))
+            state, found_, _ = way.run(piece[::-1], run.given(piece, more), state, run.turn, run.rows, run.once(way))
             rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
-            for x, value in zip(rest, gradients, strict=True):
-                value = value.unflatten(0, (len(piece), run.B, run.H))
-                if (x.part, x.name) in sums:
-                    axes = (0, 1, 2) if x.over == "shared" else (0, 1)
-                    sums[x.part, x.name] += value.sum(axes)
-                elif x.name == "offset":
-                    assert doffset is not None
-                    W = variant.width
-                    index, keep = (
-                        g.i[piece.start : piece.stop, :, :W].long() - 1,
-                        g.valid[piece.start : piece.stop, :, :W],
-                    )
-                    doffset.index_add_(0, index.flatten(), (value.sum(2) * keep).flatten())
-                elif x.part in ("q", "k", "v", "gates"):
-                    g.put(grads[x.name], piece, value)
-    if len(state) == L:
-        state = state + [torch.zeros_like(x) for x in run.start(state)]
-    state = [x.unflatten(0, (run.B, run.H)) for x in state]
-    names = list(call.anchor)
-    tree = call._replace(
-        q=g.done(grads["q"]),
-        k=g.done(grads["k"]),
-        v=g.done(grads["v"]),
-        gates={name: g.done(grads[name]) for name in call.gates},
-        slow={name: sums["slow", name] for name in call.slow},
-        anchor=dict(zip(names, state[:L], strict=True)),
-        registers=dict(zip(names, state[L:], strict=True)),
-        init={name: sums["init", name] for name in call.init},
-        offset=doffset,
-    )
-    return [x for x, y in zip(_flat(tree), _flat(call), strict=True) if y.is_floating_point()]
+            for x, value in zip(rest, found_, strict=True):
+                gradients.add(x, piece, value.unflatten(0, (len(piece), run.B, run.H)))
+    return gradients.flat(state)
 
 
 # -- the op ------------------------------------------------------------------------------------------------------

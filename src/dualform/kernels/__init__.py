@@ -1,0 +1,5 @@
+"""Generated kernels: a schedule of a chunk program, and what prints it."""
+
+from dualform.kernels import backend
+
+__all__ = ["backend"]

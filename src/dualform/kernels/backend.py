@@ -1,0 +1,180 @@
+"""The backend "cpp": stretches of mini-batches of one kind, each in one call of compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.kernels.blocks import Argument, backward_unit, forward_unit
+from dualform.kernels.launch import Native, compiled
+from dualform.learning import scan
+from dualform.learning.backends import Backend, Whole, backends
+from dualform.learning.grid import Variant
+
+
+class Made(NamedTuple):
+    native: Native
+    arguments: tuple[Argument, ...]
+
+
+def made(plan: scan.Plan, variant: Variant, direction: str) -> Made:
+    """Return a direction's compiled function; made once per plan."""
+    key = (variant, direction)
+    if key not in plan.natives:
+        step, dtype, name = plan.step(variant), plan.derivation.dtype, str(variant)
+        if direction == "forward":
+            unit = forward_unit(step.plain, plan.inputs(variant), dtype, name)
+        else:
+            unit = backward_unit(step.plain, step.reverse, plan.inputs(variant), step.wants, step.num_outputs, dtype, name)
+        plan.natives[key] = Made(Native(compiled(unit.text), unit.memory, unit.state, unit.flops, dtype), unit.arguments)
+    return plan.natives[key]
+
+
+def _stretches(run: scan.Run_, start: int, end: int) -> list[range]:
+    """Cut blocks into runs of one kind whose state passes from one to the next as it is."""
+    g, found = run.grid, []
+    while start < end:
+        stop, v = start + 1, g.variants[start]
+        steady = run.known(start) != run.returns_registers(start)
+        if steady and (g.spans is None or v.dense):
+            while stop < end and g.variants[stop] == v:
+                stop += 1
+        found.append(range(start, stop))
+        start = stop
+    return found
+
+
+def _spread(run: scan.Run_, x: scan.Input, piece: range, do: Tensor | None = None) -> Tensor:
+    """View an input as (n, B, H, ...)."""
+    if x.part == "cotangent":
+        assert do is not None
+        return run.grid.take(do, piece)
+    if x.over != "block":
+        fixed, n = run.fixed(x), len(piece)
+        return fixed.expand(n, run.B, *fixed.shape) if x.over == "heads" else fixed.expand(n, run.B, run.H, *fixed.shape)
+    found = run.of_blocks(x, piece)
+    assert found is not None
+    return found
+
+
+class _Sequence(Whole):
+    """Runs calls by stretches."""
+
+    def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
+        call, grid = run.call, run.grid
+        state = run.held()
+        saved = [x.new_zeros(checkpoints, *x.shape) for x in state[: scan.checkpointed(run.plan, call)]]
+        G = -(-run.blocks // checkpoints) if checkpoints else 0
+        o = grid.new(call.v, run.B, run.T, run.H, run.plan.derivation.out_width)
+        for piece in _stretches(run, 0, run.blocks):
+            state = self._advance(run, piece, state, o, saved, G)
+        after = [run.rowed(x) for x in run.whole(state)]
+        return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
+
+    def _advance(
+        self, run: scan.Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
+    ) -> list[Tensor]:
+        """Run a stretch forward: write its outputs and kept states, return the state after it."""
+        n, native = piece.start, made(run.plan, run.grid.variants[piece.start], "forward")
+        before = run.enter(n, state)
+        after = [torch.empty_like(x) for x in run.whole(state)[: (1 + run.returns_registers(n)) * run.L]]
+        y = None if o is None else run.grid.place(o, piece)
+        if y is None:
+            W = run.grid.variants[n].width
+            y = run.call.q.new_empty(len(piece), run.B, run.H, W, run.plan.derivation.out_width)
+        kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
+        keeps = [x[kept.start : kept.stop] for x in saved] + [
+            x.new_empty(len(kept), *x.shape) for x in before[len(saved) :]  # known to be at their start
+        ]
+        tensors = {
+            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None], "after": lambda k: run.rowed(after[k])[None],
+            "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
+        }  # fmt: skip
+        phase = (n - kept.start * G) % G if G else 0
+        self._call(run, native, tensors, len(piece), G, phase - G if phase else 0)
+        if o is not None and y.data_ptr() and run.grid.place(o, piece) is None:
+            run.grid.put(o, piece, y)
+        if len(saved) > len(before):
+            for k in kept:
+                for w, r in zip(saved[: run.L], saved[run.L :], strict=True):
+                    r[k] = run.start([w[k]])[0]
+        return after
+
+    def backward(self, run: Any, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+        do, turned = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
+        saved = [x.flatten(1, 2) for x in saved]
+        gradients = scan.Gradients(run)
+        for piece, G, starts in self._jobs(run, saved, -(-run.blocks // checkpoints)):
+            turned = self._reverse(run, piece, G, starts, turned, do, gradients)
+        return gradients.flat(turned)
+
+    def _jobs(self, run: scan.Run_, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
+        """Yield stretches from the last to the first: with blocks per kept state, and these states."""
+        stop = run.blocks
+        while stop > 0:
+            group = (stop - 1) // G
+            pieces = _stretches(run, group * G, stop)
+            if len(pieces) == 1:  # and what lies before it is of the same kind?
+                variant = run.grid.variants[stop - 1]
+                while group and len(_stretches(run, (group - 1) * G, stop)) == 1 and variant == run.grid.variants[(group - 1) * G]:
+                    group -= 1
+                count = 2 * run.L if not run.known(group * G) else run.L
+                yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in self._full(run, saved)[:count]]
+            else:
+                held, starts = [x[group] for x in saved], []
+                for piece in pieces:
+                    starts.append([x[None] for x in run.enter(piece.start, held)])
+                    held = self._advance(run, piece, held, None, [], 0)
+                for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
+                    yield piece, len(piece), start
+            stop = group * G
+
+    def _full(self, run: scan.Run_, saved: list[Tensor]) -> list[Tensor]:
+        return saved
+
+    def _reverse(
+        self, run: scan.Run_, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
+        gradients: scan.Gradients,
+    ) -> list[Tensor]:  # fmt: skip
+        """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
+        native = made(run.plan, run.grid.variants[piece.start], "backward")
+        turned = run.turn(piece.stop - 1, turned)
+        turned = turned[: (1 + run.returns_registers(piece.start)) * run.L]
+        before = [torch.empty_like(x[0]) for x in starts]
+        placed: list[tuple[scan.Input, Tensor, bool]] = []
+
+        def gradient(x: scan.Input) -> Tensor:
+            own = run.grid.place(gradients.tokens[x.name], piece) if x.name in gradients.tokens and x.over == "block" else None
+            if own is None:
+                like = _spread(run, x, piece)
+                own = torch.empty((len(piece) if x.over == "block" else 1, *like.shape[1:]), dtype=run.call.q.dtype)
+                placed.append((x, own, True))
+            return own
+
+        tensors = {
+            "input": lambda x: _spread(run, x, piece, do), "kept": lambda k: starts[k].unflatten(1, (run.B, run.H)),
+            "cotangent": lambda k: run.rowed(turned[k])[None], "turned": lambda k: run.rowed(before[k])[None],
+            "gradient": gradient,
+        }  # fmt: skip
+        self._call(run, native, tensors, len(piece), G, 0)
+        for x, value, _ in placed:
+            gradients.add(x, piece, value)
+        return before
+
+    @staticmethod
+    def _call(run: scan.Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
+        given = [tensors[role](what) for role, what in made.arguments]
+        made.native(given, run.B * run.H, run.H, count, G, phase, min(G, count))
+
+
+def _never(graph: Any, examples: Any) -> Any:
+    raise AssertionError("the scan runs this backend's calls whole")
+
+
+@backends.record(name="cpp", formula="C++ made of the traced graphs, compiled on the spot", source="this project, kernels/")
+def cpp() -> Backend:
+    """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes a few seconds."""
+    return Backend(_never, whole=_Sequence())

@@ -1,0 +1,255 @@
+"""Both directions of a step as C++ functions over rows: what is read, carried, kept and given back per mini-batch.
+
+    forward    for each row: state <- start; per mini-batch: keep the state where asked, then the step
+    backward   for each row, group by group from the last: states of the group again from its first, then the vjp in reverse
+
+Legend: n mini-batches of one call, G per kept state, P = B H rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dualform.kernels import cpp
+from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
+from dualform.kernels.schedule import Buffer, Schedule, View, schedule, whole
+from dualform.learning.derive import only_outputs, trace_fake, undisturbed
+from dualform.learning.scan import Input
+from dualform.learning.simplify import tidy
+
+aten = torch.ops.aten
+LINE = 64  # bytes that rows are padded to
+WHERE, START = "n, b, h", "0, b, h"
+
+
+Argument = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A function in C++ and what its arguments are: pairs (role, what), in order; and its memory in entries."""
+
+    text: str
+    arguments: tuple[Argument, ...]
+    memory: int  # per thread, without the states of a group
+    state: int  # entries of one state
+    flops: int
+
+
+def lowered(gm: fx.GraphModule) -> fx.GraphModule:
+    """Spell a graph out in ops that have a row."""
+
+    def make() -> fx.GraphModule:
+        from torch._decomp import core_aten_decompositions
+
+        known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS}
+        table = {op: f for op, f in core_aten_decompositions().items() if op not in known} | _own
+        inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        return tidy(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table))
+
+    return undisturbed(make)
+
+
+def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    return centred * rstd, mean, rstd
+
+
+def _standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate == "tanh":
+        c = 2 * math.sqrt(2 / math.pi)
+        return x * torch.sigmoid(x * (c + c * 0.044715 * x * x))
+    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Any:
+    return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
+
+
+_own: dict[Any, Callable[..., Any]] = {
+    torch.ops.dualform.standardize.default: _standardize,
+    torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
+    aten.gelu.default: _gelu,
+    aten.silu.default: lambda x: x * torch.sigmoid(x),
+    aten.clamp.default: _clamp,
+}
+
+
+def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
+    def place(i: int) -> str:
+        x = inputs[i]
+        if x.part in ("th", "R"):
+            return "state"
+        if x.part == "cotangent":
+            return "scratch" if x.name == "0" else "cotangent"
+        return "scratch" if x.over == "block" else "fixed"
+
+    return place
+
+
+@dataclass
+class _Writer:
+    """Collects arguments, and the text that moves them."""
+
+    dtype: torch.dtype
+    arguments: list[tuple[str, Any]] = field(default_factory=list)
+
+    def number(self, role: str, what: Any) -> int:
+        if (role, what) not in self.arguments:
+            self.arguments.append((role, what))
+        return self.arguments.index((role, what))
+
+    def load(self, buffer: Buffer, role: str, what: Any, where: str, dtype: torch.dtype | None = None) -> str:
+        return cpp.load_text(whole(buffer), self.number(role, what), dtype or self.dtype, where)
+
+    def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
+        return cpp.store_text(view, shape, self.number(role, what), self.dtype, where)
+
+
+def _used(s: Schedule) -> list[Buffer]:
+    read = {v.buffer for one in s.statements for v in one.reads()} | {x.buffer for x in s.outputs if isinstance(x, View)}
+    return [b for b in s.inputs if b in read]
+
+
+def _settle(schedules: Sequence[Schedule], place: str) -> int:
+    """Give the inputs that stay somewhere the same place in all schedules; return its size."""
+    size, at = 0, {}
+    for s in schedules:
+        for b in s.inputs:
+            if b.place == place:
+                if b.name not in at:
+                    at[b.name], size = size, size + b.size
+                b.offset = at[b.name]
+    return size
+
+
+def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
+    used = _used(s)
+    return [
+        w.load(b, "input", x, WHERE, torch.bool if x.part in ("full", "opens") else None)
+        for b, x in zip(s.inputs, inputs, strict=True) if b.place == "scratch" and b in used
+    ]  # fmt: skip
+
+
+ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
+CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
+HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {'
+
+
+def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
+    """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
+    align = LINE // dtype.itemsize
+    s = schedule(lowered(plain), align, _keep(inputs))
+    states = [(b, x) for b, x in zip(s.inputs, inputs, strict=True) if b.place == "state"]
+    state, fixed = _settle([s], "state"), _settle([s], "fixed")
+    w = _Writer(dtype)
+    o, *after = s.outputs
+    body = [*_load_blocks(w, s, inputs), *cpp.statements(s)]
+    body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
+    same = len(after) == len(states)
+    for k, x in enumerate(after):
+        if same:
+            body += cpp.copy_text(whole(states[k][0]), x)
+        else:
+            body.append(w.store(x, _shape(plain, 1 + k), "after", k, START))
+    rows = [w.load(b, "input", x, START) for b, x in zip(s.inputs, inputs, strict=True) if b.place == "fixed" and b in _used(s)]
+    rows += [w.load(b, "before", k, START) for k, (b, _) in enumerate(states)]
+    kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, (b, _) in enumerate(states)]
+    ends = [w.store(whole(b), b.shape, "after", k, START) for k, (b, _) in enumerate(states)] if same else []
+    main = [
+        HEAD, f"T *f = s + {s.scratch}, *st = f + {fixed}, *ct = st + {state}, *acc = ct;",
+        "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
+        "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *kept, "}",
+        f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
+    ]  # fmt: skip
+    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), "\n".join(main)])
+    return Unit(text, tuple(w.arguments), s.scratch + fixed + state, state, s.flops)
+
+
+def backward_unit(
+    plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
+    dtype: torch.dtype, name: str,
+) -> Unit:  # fmt: skip
+    """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
+    align = LINE // dtype.itemsize
+    both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
+    advance = schedule(lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs))
+    back = schedule(lowered(reverse), align, _keep(both))
+    state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
+    cotangents = _settle([back], "cotangent")
+    w = _Writer(dtype)
+    states = [b for b in back.inputs if b.place == "state"]
+    forth = [*_load_blocks(w, advance, inputs), *cpp.statements(advance)]
+    held = [b for b in advance.inputs if b.place == "state"]
+    same = len(advance.outputs) == len(states)
+    if same:
+        for b, x in zip(held, advance.outputs, strict=True):
+            forth += cpp.copy_text(whole(b), x)
+    body = [*_load_blocks(w, back, both), *cpp.statements(back)]
+    carried = [b for b in back.inputs if b.place == "cotangent"]
+    sums, size, results, ends, turned = [], 0, [], [], []
+    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
+    shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]
+    at = 0
+    for x, value, shape in zip(wanted, back.outputs, shapes, strict=True):
+        if x.part in ("th", "R"):
+            if same:
+                turned += _through(carried[at], value, at, back, align)
+            else:
+                results.append(w.store(value, shape, "turned", at, START))
+            at += 1
+        elif x.over == "block":
+            results.append(w.store(value, shape, "gradient", x, WHERE))
+        else:
+            total = Buffer(f"sum_{x.name}", tuple(shape), align, "sums", size)
+            size += total.size
+            sums.append(total)
+            results += cpp.add_text(whole(total), value)
+            ends.append(w.store(whole(total), shape, "gradient", x, START))
+    if same:
+        ends += [w.store(whole(b), b.shape, "turned", k, START) for k, b in enumerate(carried)]
+    used = {b.name for s in (back, advance) for b in _used(s)}
+    rows = [
+        w.load(b, "input", x, START) for b, x in zip(back.inputs, both, strict=True) if b.place == "fixed" and b.name in used
+    ]  # fmt: skip
+    rows += [w.load(b, "cotangent", k, START) for k, b in enumerate(carried)]
+    rows += [f"for (long e = 0; e < {size}; ++e) acc[e] = 0;"]
+    starts = [w.load(b, "kept", k, "group, b, h") for k, b in enumerate(states)]
+    scratch = max(back.scratch, advance.scratch)
+    main = [
+        HEAD,
+        f"T *f = s + {scratch}, *ct = f + {fixed}, *acc = ct + {cotangents}, *ring = acc + {size};",
+        "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
+        "for (long group = (count - 1) / G; group >= 0; --group) {",
+        "long first = group * G, last = first + G < count ? first + G : count;", "T* st = ring;", *starts,
+        "for (long n = first; n + 1 < last; ++n) {",
+        f"std::memcpy(st + {state}, st, {state} * sizeof(T)); st += {state};", f"advance({CALL.format('n', 'st')});", "}",
+        f"for (long n = last - 1; n >= first; --n, st -= {state}) step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
+    ]  # fmt: skip
+    functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
+    text = cpp.source(dtype, [f"// {name}, backward", *functions, "\n".join(main)])
+    return Unit(text, tuple(w.arguments), scratch + fixed + cotangents + size, state, back.flops + advance.flops)
+
+
+def _through(carried: Buffer, value: View | float, k: int, s: Schedule, align: int) -> list[str]:
+    return cpp.copy_text(whole(carried), value)
+
+
+def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    return tuple(output.args[0][k].meta["val"].shape)
+
+
+__all__ = ["Argument", "Unit", "backward_unit", "forward_unit", "lowered"]

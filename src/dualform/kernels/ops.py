@@ -1,0 +1,252 @@
+"""Which ops a schedule is made of, and how each reads: a row per op.
+
+MAPS        op -> (text, operands, parameters)    entry by entry; `text` names the row of `TEXT`
+REDUCTIONS  op -> (text, operands, parameters)    over axes
+PRODUCTS    op -> factors and summand             matrix products
+PIECES      op -> (place, value), ...             put together from pieces
+VIEWS                                             the same memory, read otherwise
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Unsupported(ValueError):
+    """An op that has no row here."""
+
+    def __init__(self, node: fx.Node) -> None:
+        place = node.meta.get("stack_trace") or ""
+        super().__init__(
+            f"cpp: the op {node.target} has no row in kernels/ops.py; expected one of {len(MAPS)} maps, {len(REDUCTIONS)} "
+            f"reductions, products, views. Use backend='eager', or add its row. {place}"
+        )
+        self.node = node
+
+
+VIEWS = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.t.default, aten.permute.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.slice.Tensor,
+    aten.expand.default, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.diagonal.default, aten.detach.default,
+    aten.alias.default,
+}  # fmt: skip
+
+# Text of each map: {0}, {1}, ... are operands; {T} the type; {i0}, {i1}, ... index along the value's axes.
+TEXT = {
+    "copy": "{0}", "add": "{0} + {alpha} * {1}", "plus": "{0} + {1}", "sub": "{0} - {1}", "submul": "{0} - {alpha} * {1}",
+    "rsub": "{1} - {0}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
+    "tanh": "tanh_({0})", "sigmoid": "sigmoid_({0})", "erf": "std::erf({0})", "sqrt": "std::sqrt({0})", "abs": "std::fabs({0})",
+    "rsqrt": "T(1) / std::sqrt({0})", "reciprocal": "T(1) / {0}", "sin": "std::sin({0})", "cos": "std::cos({0})",
+    "sign": "T(({0} > 0) - ({0} < 0))", "relu": "({0} > 0 || {0} != {0} ? {0} : T(0))", "log1p": "std::log1p({0})",
+    "expm1": "std::expm1({0})", "atan": "std::atan({0})", "sinh": "std::sinh({0})", "cosh": "std::cosh({0})",
+    "floor": "std::floor({0})", "square": "{0} * {0}", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
+    "pow": "std::pow({0}, {1})", "max": "({0} > {1} || {0} != {0} ? {0} : {1})", "min": "({0} < {1} || {0} != {0} ? {0} : {1})",
+    "where": "({0} != 0 ? {1} : {2})", "eq": "T({0} == {1})", "ne": "T({0} != {1})", "ge": "T({0} >= {1})", "gt": "T({0} > {1})",
+    "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
+    "not": "T({0} == 0)", "fill": "T({value})", "arange": "T({start}) + T({step}) * T({i0})", "eye": "T({i0} == {i1})",
+    "tril": "({row} >= {col} - ({diagonal}) ? {0} : T(0))", "triu": "({row} <= {col} - ({diagonal}) ? {0} : T(0))", "tan": "std::tan({0})",
+    "addcmul": "{0} + {alpha} * {1} * {2}",
+}  # fmt: skip
+
+Row = tuple[str, list[Any], dict[str, Any]]
+MAPS: dict[Any, Callable[[fx.Node], Row]] = {}
+REDUCTIONS: dict[Any, Callable[[fx.Node], Row]] = {}
+PRODUCTS: dict[Any, Callable[..., Any]] = {}
+PIECES: dict[Any, Callable[..., Any]] = {}
+
+
+def _plain(*names: str, count: int, text: str | None = None) -> None:
+    for name in names:
+        packet = getattr(aten, name.split(".")[0])
+        for overload in [name.split(".")[1]] if "." in name else packet.overloads():
+            target = getattr(packet, overload)
+            label = text or name.split(".")[0]
+            MAPS[target] = lambda n, label=label: (label, list(n.args[:count]), {})
+
+
+_plain(
+    "neg", "exp", "log", "tanh", "sigmoid", "erf", "sqrt", "abs", "rsqrt", "reciprocal", "sin", "cos", "sign", "relu", "log1p", "expm1",
+    "atan", "sinh", "cosh", "floor", "square", "lgamma", "tan", "asin", "acos", count=1,
+)  # fmt: skip
+_plain("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2)
+_plain("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", count=2)
+_plain("maximum.default", count=2, text="max")
+_plain("minimum.default", count=2, text="min")
+_plain("logical_and.default", "bitwise_and.Tensor", count=2, text="and")
+_plain("logical_or.default", "bitwise_or.Tensor", count=2, text="or")
+_plain("logical_not.default", "bitwise_not.default", count=1, text="not")
+_plain("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", count=3)
+_plain("clone.default", "contiguous.default", "lift_fresh_copy.default", "_to_copy.default", count=1, text="copy")
+
+
+def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for target in targets:
+            table[target] = function
+        return function
+
+    return add
+
+
+@_row(aten.add.Tensor, aten.add.Scalar)
+def _add(n: fx.Node) -> Row:
+    alpha = n.kwargs.get("alpha", n.args[2] if len(n.args) > 2 else 1)
+    return ("plus", list(n.args[:2]), {}) if alpha == 1 else ("add", list(n.args[:2]), {"alpha": alpha})
+
+
+@_row(aten.sub.Tensor, aten.sub.Scalar)
+def _sub(n: fx.Node) -> Row:
+    alpha = n.kwargs.get("alpha", n.args[2] if len(n.args) > 2 else 1)
+    return ("sub", list(n.args[:2]), {}) if alpha == 1 else ("submul", list(n.args[:2]), {"alpha": alpha})
+
+
+@_row(aten.addcmul.default)
+def _addcmul(n: fx.Node) -> Row:
+    return "addcmul", list(n.args[:3]), {"alpha": n.kwargs.get("value", 1)}
+
+
+@_row(aten.pow.Tensor_Scalar)
+def _pow(n: fx.Node) -> Row:
+    x, p = n.args
+    if p in (2, 2.0):
+        return "mul", [x, x], {}
+    if p in (0.5, -0.5, -1):
+        return {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}[p], [x], {}  # type: ignore[index]
+    return "pow", [x, p], {}
+
+
+@_row(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+def _clamp(n: fx.Node) -> Row:
+    low, high = (*n.args[1:], None, None)[:2]
+    if n.target == aten.clamp_max.default:
+        low, high = None, low
+    low, high = n.kwargs.get("min", low), n.kwargs.get("max", high)
+    if low is not None and high is not None:
+        raise Unsupported(n)  # decomposed before
+    return ("max", [n.args[0], low], {}) if high is None else ("min", [n.args[0], high], {})
+
+
+@_row(aten.tril.default, aten.triu.default)
+def _triangle(n: fx.Node) -> Row:
+    name = "tril" if n.target == aten.tril.default else "triu"
+    return name, [n.args[0]], {"diagonal": n.args[1] if len(n.args) > 1 else n.kwargs.get("diagonal", 0)}
+
+
+@_row(
+    aten.full.default, aten.full_like.default, aten.zeros.default, aten.ones.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.scalar_tensor.default, aten.empty.memory_format, aten.empty_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+)  # fmt: skip
+def _fill(n: fx.Node) -> Row:
+    name = n.target._schema.name  # type: ignore[union-attr]
+    value = 0.0 if "zeros" in name or "empty" in name else 1.0 if "ones" in name else n.args[-1] if "scalar" not in name else n.args[0]
+    return "fill", [], {"value": float(value)}  # type: ignore[arg-type]
+
+
+@_row(aten.arange.start, aten.arange.default, aten.arange.start_step)
+def _arange(n: fx.Node) -> Row:
+    start, _, step = {1: (0, *n.args, 1), 2: (*n.args, 1), 3: n.args}[len(n.args)]
+    return "arange", [], {"start": start, "step": step}
+
+
+@_row(aten.eye.default, aten.eye.m)
+def _eye(n: fx.Node) -> Row:
+    return "eye", [], {}
+
+
+def _reduction(name: str) -> Callable[[fx.Node], Row]:
+    def row(n: fx.Node) -> Row:
+        x: Any = n.args[0]
+        shape = tuple(x.meta["val"].shape)
+        dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+        keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
+        over = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))} if shape else set()
+        kept, at = [], 0
+        for a in range(len(shape)):
+            kept.append(None if a in over else at)
+            at += keep or a not in over
+        scale = 1 / math.prod(shape[a] for a in over) if name == "mean" else 1.0
+        return {"mean": "sum"}.get(name, name), [x], {"kept": tuple(kept), "scale": scale}
+
+    return row
+
+
+for _name, _targets in {
+    "sum": (aten.sum.dim_IntList, aten.sum.default), "mean": (aten.mean.dim, aten.mean.default), "amax": (aten.amax.default,),
+    "amin": (aten.amin.default,), "prod": (aten.prod.dim_int, aten.prod.default),
+}.items():  # fmt: skip
+    for _target in _targets:
+        REDUCTIONS[_target] = _reduction(_name)
+
+
+@_row(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, table=PRODUCTS)
+def _mm(n: fx.Node, alpha: float, beta: float, init: Any) -> Any:
+    return n.args[0], n.args[1], alpha, beta, init
+
+
+@_row(aten.addmm.default, aten.baddbmm.default, table=PRODUCTS)
+def _addmm(n: fx.Node, alpha: float, beta: float, init: Any) -> Any:
+    x: Any = n.args[0]
+    if init is not None or x.meta["val"].shape != n.meta["val"].shape:
+        raise Unsupported(n)
+    return n.args[1], n.args[2], n.kwargs.get("alpha", 1.0), n.kwargs.get("beta", 1.0), x
+
+
+@_row(aten.cat.default, aten.stack.default, table=PIECES)
+def _cat(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    parts: Any = n.args[0]
+    axis: Any = (n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)) % len(shape)  # type: ignore[operator]
+    at = 0
+    for x in parts:
+        if n.target == aten.stack.default:
+            yield (lambda t, at=at: t.select(axis, at)), x
+            at += 1
+        else:
+            size = x.meta["val"].shape[axis] if x.meta["val"].ndim == len(shape) else 0
+            yield (lambda t, at=at, size=size: t.narrow(axis, at, size)), x
+            at += size
+
+
+@_row(aten.select_backward.default, table=PIECES)
+def _select_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    x, _, axis, index = n.args
+    yield (lambda t: t), 0.0
+    yield (lambda t: t.select(axis, index)), x
+
+
+@_row(aten.slice_backward.default, table=PIECES)
+def _slice_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    x, _, axis, start, end, step = n.args
+    yield (lambda t: t), 0.0
+    yield (lambda t: aten.slice.Tensor(t, axis, start, end, step)), x
+
+
+@_row(aten.constant_pad_nd.default, table=PIECES)
+def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    x, pads = n.args[:2]
+    value = n.args[2] if len(n.args) > 2 else 0.0
+    widths = list(zip(pads[::2], pads[1::2], strict=True))[::-1]  # type: ignore[index]
+    if any(w < 0 for pair in widths for w in pair):
+        raise Unsupported(n)
+
+    def place(t: Any) -> Any:
+        for k, (before, after) in enumerate(widths):
+            axis = len(shape) - len(widths) + k
+            t = t.narrow(axis, before, shape[axis] - before - after)
+        return t
+
+    yield (lambda t: t), float(value)  # type: ignore[arg-type]
+    yield place, x
+
+
+def written(name: str) -> str:
+    """Return the text of a map."""
+    return TEXT[name]
+

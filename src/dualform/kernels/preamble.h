@@ -1,0 +1,175 @@
+// What every generated file begins with: vectors as wide as the machine's, small matrix products, a few functions.
+// T is float or double. No header of anybody else: a file compiles in a second or two.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#define TALL 8
+#elif defined(__AVX__)
+#define BYTES 32
+#define TALL 6
+#else
+#define BYTES 16
+#define TALL 6
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define FREE _Pragma("omp simd")
+
+typedef T V __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+enum { LANES = BYTES / sizeof(T) };
+
+// One tensor of the caller: entries of block n, batch row b, head h begin at p + n sn + b sb + h sh.
+struct Arg {
+  char* p;
+  long sn, sb, sh, s0, s1, s2, s3;
+};
+
+template <class U>
+INLINE U* at(const Arg& a, long n, long b, long h) {
+  return (U*)a.p + n * a.sn + b * a.sb + h * a.sh;
+}
+INLINE T get(const float* p) { return T(*p); }
+INLINE T get(const double* p) { return T(*p); }
+INLINE T get(const unsigned char* p) { return T(*p != 0); }
+INLINE void put(float* p, T x) { *p = float(x); }
+INLINE void put(double* p, T x) { *p = double(x); }
+
+// exp x = 2^n exp r, |r| <= ln 2 / 2, by a polynomial; branch-free, so that loops of it become vector code.
+INLINE float exp_(float x) {
+  float z = x < -87.33654f ? -87.33654f : x > 88.72283f ? 88.72283f : x;
+  float n = std::floor(z * 1.44269504f + 0.5f);
+  n = n > 127.0f ? 127.0f : n;
+  float r = z - n * 0.693359375f + n * 2.12194440e-4f, p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  int32_t bits = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  float y = p * scale;
+  y = x > 88.72283f ? INFINITY : y;
+  y = x < -103.97f ? 0.0f : y;
+  return x != x ? x : y;
+}
+INLINE double exp_(double x) {
+  double z = x < -708.39 ? -708.39 : x > 709.78 ? 709.78 : x;
+  double n = std::floor(z * 1.4426950408889634 + 0.5);
+  n = n > 1023.0 ? 1023.0 : n;
+  double r = z - n * 0.693145751953125 - n * 1.42860682030941723212e-6, p = 1.0 / 6227020800.0;
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  int64_t bits = (int64_t(n) + 1023) << 52;
+  double scale;
+  std::memcpy(&scale, &bits, 8);
+  double y = p * scale;
+  y = x > 709.782712893384 ? INFINITY : y;
+  y = x < -745.2 ? 0.0 : y;
+  return x != x ? x : y;
+}
+INLINE T sigmoid_(T x) {
+  T e = exp_(-std::fabs(x)), s = T(1) / (T(1) + e);
+  return x >= 0 ? s : x != x ? x : e * s;
+}
+INLINE T tanh_(T x) {
+  T a = std::fabs(x), e = exp_(T(-2) * a), large = (T(1) - e) / (T(1) + e), q = x * x;
+  // near zero the quotient would lose what cancels
+  T small = a * (T(1) + q * (T(-1.0 / 3) + q * (T(2.0 / 15) + q * (T(-17.0 / 315) + q * (T(62.0 / 2835) +
+            q * (T(-1382.0 / 155925) + q * T(21844.0 / 6081075)))))));
+  T y = a < T(sizeof(T) == 4 ? 0.25 : 0.03) ? small : large;
+  return x < 0 ? -y : x != x ? x : y;
+}
+
+INLINE V load(const T* p) { return *(const V*)p; }
+INLINE void store(T* p, V x) { *(V*)p = x; }
+
+// out[c * ldo + r] = in[r * ldi + c], R x C
+template <int R, int C>
+INLINE void turn(T* out, int ldo, const T* in, int ldi) {
+  for (int r0 = 0; r0 < R; r0 += 8)
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+      for (int r = r0; r < (r0 + 8 < R ? r0 + 8 : R); ++r) out[c * ldo + r] = in[r * ldi + c];
+}
+
+// out[c * ldo + r] = in[r * ldi + c] + beta D[c * ldd + r]
+template <int R, int C>
+INLINE void turn_add(T* out, int ldo, const T* in, int ldi, T beta, const T* D, int ldd) {
+  for (int r0 = 0; r0 < R; r0 += 8)
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 8
+      for (int r = r0; r < (r0 + 8 < R ? r0 + 8 : R); ++r) out[c * ldo + r] = in[r * ldi + c] + beta * D[c * ldd + r];
+}
+
+// A tile of C = beta D + alpha A B: MR rows, NV vectors. A is read entry by entry at any stride, B in vectors.
+template <int MR, int NV, int K, int SAM, int SAK, int LDB>
+INLINE void tile(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T* D, int ldd) {
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = V{};
+  for (int k = 0; k < K; ++k) {
+    V b[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) b[v] = load(B + k * LDB + v * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      T a = A[m * SAM + k * SAK];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      V x = alpha * acc[m][v];
+      if (D) x += beta * load(D + m * ldd + v * LANES);
+      store(C + m * ldc + v * LANES, x);
+    }
+}
+template <int M, int MR, int NV, int K, int SAM, int SAK, int LDB>
+INLINE void column(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T* D, int ldd) {
+  int m = 0;
+  for (; m + MR <= M; m += MR)
+    tile<MR, NV, K, SAM, SAK, LDB>(C + m * ldc, ldc, A + m * SAM, B, alpha, beta, D ? D + m * ldd : D, ldd);
+  if constexpr (M % MR != 0)
+    tile<M % MR, NV, K, SAM, SAK, LDB>(C + m * ldc, ldc, A + m * SAM, B, alpha, beta, D ? D + m * ldd : D, ldd);
+}
+// C (M, N) = beta D + alpha A B; rows of B, C and D may be read, those of C written, up to the next whole vector.
+template <int M, int N, int K, int SAM, int SAK, int LDB, bool SUM>
+static __attribute__((noinline)) void mm(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T* D, int ldd) {
+  constexpr int nv = (N + LANES - 1) / LANES;
+  if (!SUM) D = nullptr;
+  int v = 0;
+  for (; v + 2 <= nv; v += 2)
+    column<M, TALL, 2, K, SAM, SAK, LDB>(C + v * LANES, ldc, A, B + v * LANES, alpha, beta, SUM ? D + v * LANES : D, ldd);
+  if constexpr (nv % 2 != 0)
+    column<M, 2 * TALL, 1, K, SAM, SAK, LDB>(C + v * LANES, ldc, A, B + v * LANES, alpha, beta, SUM ? D + v * LANES : D, ldd);
+}
+// The same with N = 1: a matrix with rows of unit stride times a vector, or any strides.
+template <int M, int K, int SAM, int SAK, int SB>
+static __attribute__((noinline)) void mv(T* C, int sc, const T* A, const T* B, T alpha, T beta, const T* D, int sd) {
+  for (int m = 0; m < M; ++m) {
+    T sum = 0;
+    _Pragma("omp simd reduction(+ : sum)") for (int k = 0; k < K; ++k) sum += A[m * SAM + k * SAK] * B[k * SB];
+    C[m * sc] = alpha * sum + (D ? beta * D[m * sd] : T(0));
+  }
+}

@@ -1,0 +1,454 @@
+"""From a graph of one mini-batch to statements over buffers: what is fused, in which order, what lives how long.
+
+    Product   C = beta D + alpha A B         one matrix product, the sum it goes into included
+    Nest      loops over one index space     entry-by-entry work and the sums over it, row by row, stage after stage
+
+Views cost nothing: a value is a buffer with strides. Nothing here knows a learner, or the language that is printed.
+
+Legend: a space is a shape without its axes of size 1: its last axis is the column, the others lead; a stage is one pass over
+a row, and what is summed over a row in one stage is at hand in the next.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported, written
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory for one value; rows are padded to `align` entries, so that a vector may be read at any place of a row."""
+
+    name: str
+    shape: tuple[int, ...]
+    align: int
+    place: str = "scratch"  # or what the caller keeps: "state", "fixed", ...
+    offset: int = 0
+    first: int = -1  # statement that writes it
+    last: int = -1  # statement that reads it last
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        return space_of(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides in entries, per axis of the shape."""
+        step, found = 1, []
+        for n in reversed(self.shape):
+            found.append(step if n > 1 else 0)
+            if n > 1:
+                step *= -(-n // self.align) * self.align if step == 1 and len(self.space) > 1 else n
+        return tuple(reversed(found))
+
+    @property
+    def size(self) -> int:
+        """Entries, padding included."""
+        rows = max([s * n for s, n in zip(self.strides, self.shape, strict=True)], default=1)
+        return -(-max(rows, 1) // self.align) * self.align
+
+
+@dataclass(frozen=True)
+class View:
+    """A value: entries of a buffer."""
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    def along(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Strides per axis of a space that this value is broadcast to."""
+        lead = len(shape) - len(self.shape)
+        steps = [0] * lead + [s if n != 1 else 0 for s, n in zip(self.strides, self.shape, strict=True)]
+        return tuple(s for s, n in zip(steps, shape, strict=True) if n != 1)
+
+
+def whole(buffer: Buffer) -> View:
+    return View(buffer, buffer.shape, buffer.strides)
+
+
+def space_of(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+@dataclass(frozen=True)
+class Read:
+    """An operand in memory: its strides along the loops of a nest."""
+
+    view: View
+    steps: tuple[int, ...]
+
+
+Operand = Any  # Read | Item | float
+
+
+@dataclass(eq=False)
+class Item:
+    """One value of a nest: "map" entry by entry, "row" one number per row, "reduce" over the column, "total" over other axes."""
+
+    kind: str
+    op: str
+    operands: list[Operand]
+    params: dict[str, Any]
+    out: View
+    steps: tuple[int, ...]  # of `out`, along the loops
+    stage: int = 0
+    kept: bool = False  # does anything outside the nest read it?
+    axes: tuple[int | None, ...] = ()  # for each axis of the value, the loop that counts it
+
+
+@dataclass(eq=False)
+class Nest:
+    """Loops over a space, and what is computed in them."""
+
+    space: tuple[int, ...]
+    items: list[Item] = field(default_factory=list)
+
+    @property
+    def stages(self) -> int:
+        return 1 + max((i.stage for i in self.items), default=0)
+
+    def reads(self) -> Iterable[View]:
+        return (x.view for i in self.items for x in i.operands if isinstance(x, Read))
+
+    def writes(self) -> Iterable[View]:
+        return (i.out for i in self.items if i.kept)
+
+
+@dataclass(eq=False)
+class Product:
+    """out = beta init + alpha a b, for each of `batch` pairs."""
+
+    out: View
+    a: View
+    b: View
+    alpha: float = 1.0
+    beta: float = 0.0
+    init: View | None = None
+
+    def reads(self) -> Iterable[View]:
+        return (self.a, self.b) if self.init is None else (self.a, self.b, self.init)
+
+    def writes(self) -> Iterable[View]:
+        return (self.out,)
+
+    @property
+    def flops(self) -> int:
+        return 2 * math.prod(self.out.shape) * self.a.shape[-1]
+
+
+Statement = Nest | Product
+
+
+@dataclass(eq=False)
+class Schedule:
+    """Statements in order; where inputs are expected and outputs are left; scratch of `scratch` entries."""
+
+    inputs: list[Buffer]
+    outputs: list[View | float]
+    statements: list[Statement]
+    scratch: int
+    align: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of matrix products."""
+        return sum(s.flops for s in self.statements if isinstance(s, Product))
+
+    def __str__(self) -> str:
+        lines = []
+        for s in self.statements:
+            if isinstance(s, Product):
+                init = "" if s.init is None else f" {s.beta:+g} {s.init.buffer.name}"
+                lines.append(
+                    f"{s.out.buffer.name}{list(s.out.shape)} = {s.alpha:g} {s.a.buffer.name}{list(s.a.shape)} @ "
+                    f"{s.b.buffer.name}{list(s.b.shape)}{init}"
+                )
+            else:
+                names = " ".join(f"{i.out.buffer.name}:{i.op}" + ("*" if i.kept else "") for i in s.items)
+                lines.append(f"for {list(s.space)}, {s.stages} stage(s): {names}")
+        return "\n".join([*lines, f"scratch {self.scratch} entries, {self.flops:,} flops in products"])
+
+
+def schedule(gm: fx.GraphModule, align: int, keep: Callable[[int], str]) -> Schedule:
+    """Turn a graph into statements. keep(i): where input i stays; "scratch" if it may be written over."""
+    return _Scheduler(gm, align, keep).run()
+
+
+class _Scheduler:
+    def __init__(self, gm: fx.GraphModule, align: int, keep: Callable[[int], str]) -> None:
+        self.align = align
+        self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+        (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+        self.results = list(output.args[0])
+        self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
+        self.inputs: list[Buffer] = []
+        for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+            buffer = Buffer(n.name, tuple(n.meta["val"].shape), align, keep(i))
+            self.inputs.append(buffer)
+            self.values[n] = whole(buffer)
+        self.statements: list[Statement] = []
+        self.nest: Nest | None = None
+        self.own: dict[Buffer, Item] = {}  # values of the open nest
+        self.added = _sums_of_products(self.nodes, set(self.results))
+        self.inside = {p for p, *_ in self.added.values()}
+
+    def run(self) -> Schedule:
+        pending = [n for n in self.nodes if n not in self.inside]
+        while pending:
+            n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
+            if n is None:
+                if self.nest is not None:
+                    self._close()
+                    continue
+                raise AssertionError(f"no order: {pending}")
+            pending.remove(n)
+        self._close()
+        outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
+        self._mark_kept(outputs)
+        return Schedule(self.inputs, outputs, self.statements, self._place(outputs), self.align)
+
+    # -- order ---------------------------------------------------------------------------------------------------
+
+    def _ready(self, n: fx.Node) -> bool:
+        product = self.added.get(n)
+        sources = n.all_input_nodes if product is None else [*product[0].all_input_nodes, *n.all_input_nodes]
+        return all(x in self.values or x in self.inside for x in sources)
+
+    def _takes(self, n: fx.Node) -> bool:
+        """Add a node to what is open, or make a statement of it; False if it must wait until the open nest is closed."""
+        if n.target in VIEWS or n.target is operator.getitem:
+            return self._view(n)
+        if n in self.added or n.target in PRODUCTS:
+            if any(v.buffer in self.own for v in self._operands(n)):
+                return False
+            self._product(n)
+            return True
+        if n.target in PIECES:
+            if self.nest is not None:
+                return False
+            self._pieces(n)
+            return True
+        return self._joins(n)
+
+    def _operands(self, n: fx.Node) -> list[View]:
+        nodes = n.all_input_nodes if n not in self.added else [
+            *self.added[n][0].all_input_nodes, *(x for x in n.all_input_nodes if x is not self.added[n][0])
+        ]  # fmt: skip
+        return [self.values[x] for x in nodes]
+
+    # -- views ---------------------------------------------------------------------------------------------------
+
+    def _view(self, n: fx.Node) -> bool:
+        source = self.values[n.args[0]]
+        if n.target is operator.getitem:
+            self.values[n] = source[n.args[1]]
+            return True
+        base = torch.empty(1 << 40, dtype=torch.float32, device="meta")
+        x = base.as_strided(source.shape, source.strides, source.offset)
+        try:
+            target: Any = aten.view.default if n.target in (aten.reshape.default, aten._unsafe_view.default) else n.target
+            found = target(x, *n.args[1:], **n.kwargs)
+        except RuntimeError:  # no view of memory laid out like this
+            if self.nest is not None:
+                return False
+            self._copy(n, source)
+            return True
+
+        def view(y: torch.Tensor) -> View:
+            return View(source.buffer, tuple(y.shape), tuple(y.stride()), int(y.storage_offset()))
+
+        self.values[n] = tuple(view(y) for y in found) if isinstance(found, list | tuple) else view(found)
+        return True
+
+    def _copy(self, n: fx.Node, source: View) -> None:
+        """Lay a value out anew, in the order of its entries; a reshape counts them in that order."""
+        fresh = Buffer(n.name, source.shape, 1)
+        self._write(whole(fresh), source)
+        x = torch.empty(fresh.shape, device="meta").reshape(n.meta["val"].shape)
+        self.values[n] = View(fresh, tuple(x.shape), tuple(x.stride()))
+
+    def _write(self, out: View, value: View | float) -> None:
+        """Copy a value, or fill with a number, in a nest of its own."""
+        space = space_of(out.shape)
+        operand = value if not isinstance(value, View) else Read(value, value.along(out.shape))
+        item = Item("map", "copy", [operand], {}, out, out.along(out.shape), kept=True)
+        self.statements.append(Nest(space, [item]))
+
+    # -- matrix products -----------------------------------------------------------------------------------------
+
+    def _product(self, n: fx.Node) -> None:
+        product, alpha, beta, init = self.added.get(n, (n, 1.0, 0.0, None))
+        a, b, alpha, beta, init = PRODUCTS[product.target](product, alpha, beta, init)
+        A, B = (self.values[x] for x in (a, b))
+        shape = tuple(n.meta["val"].shape)
+        out = Buffer(n.name, shape, self.align)
+        D = None if init is None else self.values[init]
+        view = whole(out)
+        if len(A.shape) == 1:
+            A = View(A.buffer, (1, *A.shape), (0, *A.strides), A.offset)
+        if len(B.shape) == 1:
+            B = View(B.buffer, (*B.shape, 1), (*B.strides, 0), B.offset)
+        full = (*A.shape[:-1], B.shape[-1])
+        self.statements.append(Product(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
+        self.values[n] = view
+
+    # -- what is put together ------------------------------------------------------------------------------------
+
+    def _pieces(self, n: fx.Node) -> None:
+        out = Buffer(n.name, tuple(n.meta["val"].shape), self.align)
+        base = whole(out)
+        for place, value in PIECES[n.target](n, base.shape):
+            x = torch.empty(1 << 40, device="meta").as_strided(base.shape, base.strides, 0)
+            y = place(x)
+            target = View(out, tuple(y.shape), tuple(y.stride()), int(y.storage_offset()))
+            if math.prod(target.shape):
+                self._write(target, self.values[value] if isinstance(value, fx.Node) else value)
+        self.values[n] = base
+
+    # -- nests ---------------------------------------------------------------------------------------------------
+
+    def _joins(self, n: fx.Node) -> bool:
+        reduction = REDUCTIONS.get(n.target)
+        if reduction is None and n.target not in MAPS:
+            raise Unsupported(n)
+        shape = tuple(n.meta["val"].shape)
+        op, arguments, params = reduction(n) if reduction else MAPS[n.target](n)
+        loops = tuple(self.values[arguments[0]].shape) if reduction else shape
+        space = space_of(loops)
+        own = [x for x in arguments if isinstance(x, fx.Node) and self.values[x].buffer in self.own]
+        if self.nest is None:
+            self._open(Nest(space))
+        assert self.nest is not None
+        rows = not reduction and space == self.nest.space[:-1] and bool(own) and space != self.nest.space
+        if not rows and space != self.nest.space:
+            return False
+        operands, stage = [], 0
+        for x in arguments:
+            if not isinstance(x, fx.Node):
+                operands.append(x)
+                continue
+            view = self.values[x]
+            steps = view.along(loops)
+            item = self.own.get(view.buffer)
+            if item is None:
+                operands.append(Read(view, steps))
+                continue
+            wanted = item.steps if item.kind != "row" and item.kind != "reduce" else (*item.steps, *[0] * (not rows))
+            if item.kind == "total" or (rows and item.kind == "map") or view.offset or steps != wanted:
+                return False
+            operands.append(item)
+            stage = max(stage, item.stage)
+        out = Buffer(n.name, shape, self.align)
+        view = whole(out)
+        if reduction:
+            kept = params.pop("kept")  # for each axis of the operand, its axis in the result
+            steps = tuple(
+                0 if kept[a] is None else view.strides[kept[a]] for a, size in enumerate(loops) if size != 1
+            )
+            over = [a for a, size in enumerate(loops) if size != 1 and kept[a] is None]
+            last = [a for a, size in enumerate(loops) if size != 1][-1:]
+            if over == last and len(space) > 0:
+                item = Item("reduce", op, operands, params, view, steps[:-1], stage + 1)
+            else:
+                item = Item("total", op, operands, params, view, steps, stage, kept=True)
+        else:
+            axes, k = [], 0
+            for size in shape:
+                axes.append(None if size == 1 else k)
+                k += size != 1
+            item = Item("row" if rows else "map", op, operands, params, view, view.along(shape), stage, axes=tuple(axes))
+        self.nest.items.append(item)
+        self.own[out] = item
+        self.values[n] = view
+        return True
+
+    def _open(self, nest: Nest) -> None:
+        self.nest = nest
+
+    def _close(self) -> None:
+        if self.nest is not None and self.nest.items:
+            self.statements.append(self.nest)
+        self.nest, self.own = None, {}
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def _mark_kept(self, outputs: Sequence[View | float]) -> None:
+        """Store what something outside its nest reads."""
+        read = {v.buffer for s in self.statements for v in s.reads()}
+        read |= {x.buffer for x in outputs if isinstance(x, View)}
+        for s in self.statements:
+            if isinstance(s, Nest):
+                for item in s.items:
+                    item.kept = item.kept or item.out.buffer in read
+
+    def _place(self, outputs: Sequence[View | float]) -> int:
+        """Give every value of the scratch memory its place, the places of dead values again; return the size."""
+        end = len(self.statements)
+        for k, s in enumerate(self.statements):
+            for v in s.writes():
+                v.buffer.first = k if v.buffer.first < 0 else v.buffer.first
+                v.buffer.last = max(v.buffer.last, k)
+            for v in s.reads():
+                v.buffer.last = k
+        for x in outputs:
+            if isinstance(x, View):
+                x.buffer.last = end
+        for buffer in self.inputs:
+            if buffer.place == "scratch":
+                buffer.first = 0
+        buffers = {v.buffer for s in self.statements for v in (*s.reads(), *s.writes())} | {*self.inputs}
+        placed: list[Buffer] = []
+        size = 0
+        for buffer in sorted((b for b in buffers if b.place == "scratch"), key=lambda b: (b.first, -b.size)):
+            alive = sorted((b for b in placed if b.last >= buffer.first), key=lambda b: b.offset)
+            at = 0
+            for b in alive:
+                if at + buffer.size <= b.offset:
+                    break
+                at = max(at, b.offset + b.size)
+            buffer.offset = at
+            placed.append(buffer)
+            size = max(size, at + buffer.size)
+        return size
+
+
+def _reshaped(view: View, shape: tuple[int, ...]) -> View:
+    if view.shape == shape:
+        return view
+    steps = iter([s for s, n in zip(view.strides, view.shape, strict=True) if n != 1])
+    return View(view.buffer, shape, tuple(next(steps) if n != 1 else 0 for n in shape), view.offset)
+
+
+def _sums_of_products(nodes: Sequence[fx.Node], results: set[Any]) -> dict[fx.Node, tuple[fx.Node, float, float, fx.Node]]:
+    """Find sums that a matrix product may be added into: node -> (product, alpha, beta, the other summand)."""
+    found: dict[fx.Node, tuple[fx.Node, float, float, fx.Node]] = {}
+    used: set[fx.Node] = set()
+    for n in nodes:
+        if n.target not in (aten.add.Tensor, aten.sub.Tensor) or n.kwargs or not all(isinstance(x, fx.Node) for x in n.args):
+            continue
+        x, y = n.args
+        sign = -1.0 if n.target == aten.sub.Tensor else 1.0
+        for product, other, alpha, beta in ((y, x, sign, 1.0), (x, y, 1.0, sign)):
+            if (
+                product.target in (aten.mm.default, aten.bmm.default) and len(product.users) == 1 and product not in results
+                and product not in used and other.meta["val"].shape == n.meta["val"].shape and other is not product
+            ):  # fmt: skip
+                found[n] = (product, alpha, beta, other)
+                used.add(product)
+                break
+    return found
+
+
+__all__ = ["Buffer", "Item", "Nest", "Product", "Read", "Schedule", "View", "schedule", "written"]
