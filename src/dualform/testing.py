@@ -145,6 +145,13 @@ def check_forms(program: ChunkProgram, forms: Sequence[str] = ("auto",), **drawn
         same_outcome(outcome(problem, lambda form=form: problem.run(form)), expected, form)
 
 
+def check_backend(program: ChunkProgram, backend: str, **drawn: Any) -> None:
+    """Law: a backend equals eager in outputs, final state and all outer gradients."""
+    problem = draw(program, **drawn)
+    expected = outcome(problem, lambda: problem.run("auto", backend="eager"))
+    same_outcome(outcome(problem, lambda: problem.run("auto", backend=backend)), expected, backend)
+
+
 def check_split(program: ChunkProgram, cuts: Sequence[int], forms: Sequence[str] = ("auto",), **drawn: Any) -> None:
     """Law: a sequence cut anywhere, the state carried, is the sequence in one call; forms may change between calls."""
     problem = draw(program, **drawn)

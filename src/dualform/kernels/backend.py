@@ -66,7 +66,7 @@ class _Sequence(Whole):
     def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         state = run.held()
-        saved = [x.new_zeros(checkpoints, *x.shape) for x in state[: scan.checkpointed(run.plan, call)]]
+        saved = [x.new_empty(checkpoints, *x.shape) for x in state[: scan.checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0
         o = grid.new(call.v, run.B, run.T, run.H, run.plan.derivation.out_width)
         for piece in _stretches(run, 0, run.blocks):
@@ -82,6 +82,7 @@ class _Sequence(Whole):
         before = run.enter(n, state)
         after = [torch.empty_like(x) for x in run.whole(state)[: (1 + run.returns_registers(n)) * run.L]]
         y = None if o is None else run.grid.place(o, piece)
+        apart = y is None
         if y is None:
             W = run.grid.variants[n].width
             y = run.call.q.new_empty(len(piece), run.B, run.H, W, run.plan.derivation.out_width)
@@ -93,9 +94,8 @@ class _Sequence(Whole):
             "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None], "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
-        phase = (n - kept.start * G) % G if G else 0
-        self._call(run, native, tensors, len(piece), G, phase - G if phase else 0)
-        if o is not None and y.data_ptr() and run.grid.place(o, piece) is None:
+        self._call(run, native, tensors, len(piece), G, n - kept.start * G)
+        if apart and o is not None:
             run.grid.put(o, piece, y)
         if len(saved) > len(before):
             for k in kept:
@@ -122,7 +122,7 @@ class _Sequence(Whole):
                 while group and len(_stretches(run, (group - 1) * G, stop)) == 1 and variant == run.grid.variants[(group - 1) * G]:
                     group -= 1
                 count = 2 * run.L if not run.known(group * G) else run.L
-                yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in self._full(run, saved)[:count]]
+                yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in saved[:count]]
             else:
                 held, starts = [x[group] for x in saved], []
                 for piece in pieces:
@@ -131,9 +131,6 @@ class _Sequence(Whole):
                 for piece, start in zip(reversed(pieces), reversed(starts), strict=True):
                     yield piece, len(piece), start
             stop = group * G
-
-    def _full(self, run: scan.Run_, saved: list[Tensor]) -> list[Tensor]:
-        return saved
 
     def _reverse(
         self, run: scan.Run_, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
@@ -144,14 +141,14 @@ class _Sequence(Whole):
         turned = run.turn(piece.stop - 1, turned)
         turned = turned[: (1 + run.returns_registers(piece.start)) * run.L]
         before = [torch.empty_like(x[0]) for x in starts]
-        placed: list[tuple[scan.Input, Tensor, bool]] = []
+        placed: list[tuple[scan.Input, Tensor]] = []
 
         def gradient(x: scan.Input) -> Tensor:
             own = run.grid.place(gradients.tokens[x.name], piece) if x.name in gradients.tokens and x.over == "block" else None
             if own is None:
                 like = _spread(run, x, piece)
                 own = torch.empty((len(piece) if x.over == "block" else 1, *like.shape[1:]), dtype=run.call.q.dtype)
-                placed.append((x, own, True))
+                placed.append((x, own))
             return own
 
         tensors = {
@@ -160,7 +157,7 @@ class _Sequence(Whole):
             "gradient": gradient,
         }  # fmt: skip
         self._call(run, native, tensors, len(piece), G, 0)
-        for x, value, _ in placed:
+        for x, value in placed:
             gradients.add(x, piece, value)
         return before
 
@@ -177,4 +174,4 @@ def _never(graph: Any, examples: Any) -> Any:
 @backends.record(name="cpp", formula="C++ made of the traced graphs, compiled on the spot", source="this project, kernels/")
 def cpp() -> Backend:
     """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes a few seconds."""
-    return Backend(_never, whole=_Sequence())
+    return Backend(_never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page

@@ -78,12 +78,54 @@ def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Any
     return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
 
 
+def _vector_norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    axes = list(range(x.ndim)) if dim is None else dim
+    if ord in (math.inf, -math.inf):
+        return (x.abs().amax if ord > 0 else x.abs().amin)(axes, keepdim)
+    if ord == 0:
+        return (x != 0).to(x.dtype).sum(axes, keepdim)
+    if ord == 1:
+        return x.abs().sum(axes, keepdim)
+    return (x * x).sum(axes, keepdim).sqrt() if ord == 2 else (x.abs() ** ord).sum(axes, keepdim) ** (1 / ord)
+
+
+def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return (x if beta == 1 else beta * x) + (a @ b if alpha == 1 else alpha * (a @ b))
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    e = torch.exp(x - x.amax(dim, keepdim=True))
+    return e / e.sum(dim, keepdim=True)
+
+
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    centred = x - x.amax(dim, keepdim=True)
+    return centred - torch.log(torch.exp(centred).sum(dim, keepdim=True))
+
+
+def _softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return y * (g - (g * y).sum(dim, keepdim=True))
+
+
+def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return g - torch.exp(y) * g.sum(dim, keepdim=True)
+
+
+stop_gradient_op = torch.ops.dualform.stop_gradient.default
 _own: dict[Any, Callable[..., Any]] = {
     torch.ops.dualform.standardize.default: _standardize,
     torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
+    stop_gradient_op: lambda x: x.detach(),
     aten.gelu.default: _gelu,
     aten.silu.default: lambda x: x * torch.sigmoid(x),
     aten.clamp.default: _clamp,
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _addmm,
+    aten._softmax.default: _softmax,
+    aten._log_softmax.default: _log_softmax,
+    aten._softmax_backward_data.default: _softmax_backward,
+    aten._log_softmax_backward_data.default: _log_softmax_backward,
 }
 
 
@@ -99,6 +141,12 @@ def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
     return place
 
 
+def _over(inputs: Sequence[Input], first: int) -> dict[int, int]:
+    """Let each new state, from output `first` on, be written over the old one."""
+    states = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
+    return {first + k: i for k, i in enumerate(states)}
+
+
 @dataclass
 class _Writer:
     """Collects arguments, and the text that moves them."""
@@ -111,8 +159,8 @@ class _Writer:
             self.arguments.append((role, what))
         return self.arguments.index((role, what))
 
-    def load(self, buffer: Buffer, role: str, what: Any, where: str, dtype: torch.dtype | None = None) -> str:
-        return cpp.load_text(whole(buffer), self.number(role, what), dtype or self.dtype, where)
+    def load(self, buffer: Buffer, role: str, what: Any, where: str) -> str:
+        return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where)
 
     def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
         return cpp.store_text(view, shape, self.number(role, what), self.dtype, where)
@@ -135,10 +183,17 @@ def _settle(schedules: Sequence[Schedule], place: str) -> int:
     return size
 
 
+def _own_state(after: Sequence[View | float], states: Sequence[Buffer]) -> None:
+    """Check that no new state is another one's old value, which is written over one by one."""
+    for k, x in enumerate(after):
+        if isinstance(x, View) and x.buffer in states and (k >= len(states) or x.buffer is not states[k]):
+            raise ValueError("cpp: a rule exchanges states as they are; expected new values. Use backend='eager'.")
+
+
 def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
     used = _used(s)
     return [
-        w.load(b, "input", x, WHERE, torch.bool if x.part in ("full", "opens") else None)
+        w.load(b, "input", x, WHERE)
         for b, x in zip(s.inputs, inputs, strict=True) if b.place == "scratch" and b in used
     ]  # fmt: skip
 
@@ -151,11 +206,12 @@ HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long p
 def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
     """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
     align = LINE // dtype.itemsize
-    s = schedule(lowered(plain), align, _keep(inputs))
+    s = schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1))
     states = [(b, x) for b, x in zip(s.inputs, inputs, strict=True) if b.place == "state"]
     state, fixed = _settle([s], "state"), _settle([s], "fixed")
     w = _Writer(dtype)
     o, *after = s.outputs
+    _own_state(after, [b for b, _ in states])
     body = [*_load_blocks(w, s, inputs), *cpp.statements(s)]
     body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     same = len(after) == len(states)
@@ -185,7 +241,7 @@ def backward_unit(
     """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
     align = LINE // dtype.itemsize
     both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
-    advance = schedule(lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs))
+    advance = schedule(lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0))
     back = schedule(lowered(reverse), align, _keep(both))
     state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
     cotangents = _settle([back], "cotangent")
@@ -193,6 +249,7 @@ def backward_unit(
     states = [b for b in back.inputs if b.place == "state"]
     forth = [*_load_blocks(w, advance, inputs), *cpp.statements(advance)]
     held = [b for b in advance.inputs if b.place == "state"]
+    _own_state(advance.outputs, held)
     same = len(advance.outputs) == len(states)
     if same:
         for b, x in zip(held, advance.outputs, strict=True):
@@ -206,14 +263,14 @@ def backward_unit(
     for x, value, shape in zip(wanted, back.outputs, shapes, strict=True):
         if x.part in ("th", "R"):
             if same:
-                turned += _through(carried[at], value, at, back, align)
+                turned += cpp.copy_text(whole(carried[at]), value)
             else:
                 results.append(w.store(value, shape, "turned", at, START))
             at += 1
         elif x.over == "block":
             results.append(w.store(value, shape, "gradient", x, WHERE))
         else:
-            total = Buffer(f"sum_{x.name}", tuple(shape), align, "sums", size)
+            total = Buffer(f"sum_{x.name}", tuple(shape), align, "sums", offset=size)
             size += total.size
             sums.append(total)
             results += cpp.add_text(whole(total), value)
@@ -241,10 +298,6 @@ def backward_unit(
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
     text = cpp.source(dtype, [f"// {name}, backward", *functions, "\n".join(main)])
     return Unit(text, tuple(w.arguments), scratch + fixed + cotangents + size, state, back.flops + advance.flops)
-
-
-def _through(carried: Buffer, value: View | float, k: int, s: Schedule, align: int) -> list[str]:
-    return cpp.copy_text(whole(carried), value)
 
 
 def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:

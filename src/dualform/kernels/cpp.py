@@ -18,12 +18,12 @@ from dualform.kernels.ops import TEXT
 from dualform.kernels.schedule import Buffer, Item, Nest, Product, Read, Schedule, View, space_of
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "cotangent": "ct", "sums": "acc"}
-TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "unsigned char"}
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "unsigned char", torch.int64: "int64_t"}
 LETTERS = "i", "k", "l", "m", "o"
 
 
 def pointer(view: View) -> str:
-    b = view.buffer
+    b = view.buffer.over or view.buffer
     return f"{BASES[b.place]} + {b.offset + view.offset}"
 
 
@@ -243,7 +243,7 @@ def copy_text(out: View, value: View | float) -> list[str]:
     if not isinstance(value, View):
         operand: object = value
     else:
-        if value.buffer is out.buffer and value.offset == out.offset:
+        if out.buffer in (value.buffer, value.buffer.over) and value.offset == out.offset:
             return []
         operand = Read(value, value.along(out.shape))
     item = Item("map", "copy", [operand], {}, out, out.along(out.shape), kept=True)

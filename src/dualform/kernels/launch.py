@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+OPTIMISE = "-O3"
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-std=c++17", "-march=native", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 # Below so many multiplications and additions a second thread costs more than it brings.
 FLOPS_PER_THREAD = 2_000_000
@@ -42,12 +43,12 @@ def compiler() -> str:
 
 
 @cache
-def _identity(path: str) -> str:
+def _identity(path: str, flags: tuple[str, ...]) -> str:
     """Describe a compiler and this processor, for keys."""
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
     target = subprocess.run([path, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False).stdout
     vectors = sorted(line for line in target.splitlines() if "__AVX" in line or "__FMA" in line or "__ARM" in line or "__znver" in line)
-    return "\n".join([*version, platform.machine(), *vectors, *FLAGS])
+    return "\n".join([*version, platform.machine(), *vectors, *flags])
 
 
 def cache_folder() -> Path:
@@ -59,7 +60,7 @@ def cache_folder() -> Path:
 def compiled(text: str) -> Callable[..., None]:
     """Return the function `run` of a source, compiled now or before."""
     path = compiler()
-    key = hashlib.sha256((text + _identity(path)).encode()).hexdigest()[:32]
+    key = hashlib.sha256((text + _identity(path, (OPTIMISE, *FLAGS))).encode()).hexdigest()[:32]
     folder = cache_folder()
     target = folder / f"{key}.so"
     found = _opened(target)
@@ -69,7 +70,7 @@ def compiled(text: str) -> Callable[..., None]:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             source, made = Path(work) / "block.cpp", Path(work) / "block.so"
             source.write_text(text)
-            done = subprocess.run([path, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+            done = subprocess.run([path, OPTIMISE, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise CompilerError(f"cpp: {path} failed with status {done.returncode}: {done.stderr[-2000:]}. Use backend='eager'.")
             os.replace(made, target)  # whole or not at all, whoever else writes it

@@ -191,14 +191,6 @@ def _mm(n: fx.Node, alpha: float, beta: float, init: Any) -> Any:
     return n.args[0], n.args[1], alpha, beta, init
 
 
-@_row(aten.addmm.default, aten.baddbmm.default, table=PRODUCTS)
-def _addmm(n: fx.Node, alpha: float, beta: float, init: Any) -> Any:
-    x: Any = n.args[0]
-    if init is not None or x.meta["val"].shape != n.meta["val"].shape:
-        raise Unsupported(n)
-    return n.args[1], n.args[2], n.kwargs.get("alpha", 1.0), n.kwargs.get("beta", 1.0), x
-
-
 @_row(aten.cat.default, aten.stack.default, table=PIECES)
 def _cat(n: fx.Node, shape: tuple[int, ...]) -> Any:
     parts: Any = n.args[0]

@@ -33,6 +33,7 @@ INLINE U* at(const Arg& a, long n, long b, long h) {
 INLINE T get(const float* p) { return T(*p); }
 INLINE T get(const double* p) { return T(*p); }
 INLINE T get(const unsigned char* p) { return T(*p != 0); }
+INLINE T get(const int64_t* p) { return T(*p); }
 INLINE void put(float* p, T x) { *p = float(x); }
 INLINE void put(double* p, T x) { *p = double(x); }
 

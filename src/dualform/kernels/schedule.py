@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,11 @@ class Buffer:
     shape: tuple[int, ...]
     align: int
     place: str = "scratch"  # or what the caller keeps: "state", "fixed", ...
+    dtype: torch.dtype | None = None  # of the caller's tensor that it is read from
     offset: int = 0
     first: int = -1  # statement that writes it
     last: int = -1  # statement that reads it last
+    over: Buffer | None = None  # it is written over this one
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -181,9 +183,12 @@ class Schedule:
         return "\n".join([*lines, f"scratch {self.scratch} entries, {self.flops:,} flops in products"])
 
 
-def schedule(gm: fx.GraphModule, align: int, keep: Callable[[int], str]) -> Schedule:
-    """Turn a graph into statements. keep(i): where input i stays; "scratch" if it may be written over."""
-    return _Scheduler(gm, align, keep).run()
+def schedule(gm: fx.GraphModule, align: int, keep: Callable[[int], str], over: Mapping[int, int] | None = None) -> Schedule:
+    """Turn a graph into statements.
+
+    keep(i): where input i stays; "scratch" if it may be written over. over: outputs that had better be written over an input.
+    """
+    return _Scheduler(gm, align, keep).run(over or {})
 
 
 class _Scheduler:
@@ -195,7 +200,7 @@ class _Scheduler:
         self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
         self.inputs: list[Buffer] = []
         for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-            buffer = Buffer(n.name, tuple(n.meta["val"].shape), align, keep(i))
+            buffer = Buffer(n.name, tuple(n.meta["val"].shape), align, keep(i), n.meta["val"].dtype)
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)
         self.statements: list[Statement] = []
@@ -204,7 +209,7 @@ class _Scheduler:
         self.added = _sums_of_products(self.nodes, set(self.results))
         self.inside = {p for p, *_ in self.added.values()}
 
-    def run(self) -> Schedule:
+    def run(self, over: Mapping[int, int]) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
             n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
@@ -217,6 +222,8 @@ class _Scheduler:
         self._close()
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
+        for k, i in over.items() if len(over) <= len(outputs) else ():
+            self._write_over(outputs, k, self.inputs[i])
         return Schedule(self.inputs, outputs, self.statements, self._place(outputs), self.align)
 
     # -- order ---------------------------------------------------------------------------------------------------
@@ -392,6 +399,24 @@ class _Scheduler:
             if isinstance(s, Nest):
                 for item in s.items:
                     item.kept = item.kept or item.out.buffer in read
+
+    def _write_over(self, outputs: Sequence[View | float], k: int, old: Buffer) -> None:
+        """Let an output take the place of an input that nothing reads after it is written."""
+        x = outputs[k]
+        if not isinstance(x, View) or x != whole(x.buffer) or x.buffer in self.inputs or x.buffer.shape != old.shape:
+            return
+        writers = [n for n, s in enumerate(self.statements) if any(v.buffer is x.buffer for v in s.writes())]
+        readers = [n for n, s in enumerate(self.statements) if any(v.buffer is old for v in s.reads())]
+        if len(writers) != 1 or any(isinstance(y, View) and y.buffer is old for y in outputs):
+            return
+        s = self.statements[writers[0]]
+        if max(readers, default=-1) > writers[0]:
+            return
+        if writers[0] in readers and not (
+            isinstance(s, Product) and s.init == whole(old) and s.a.buffer is not old and s.b.buffer is not old and s.out == x
+        ):
+            return
+        x.buffer.over, x.buffer.place = old, old.place
 
     def _place(self, outputs: Sequence[View | float]) -> int:
         """Give every value of the scratch memory its place, the places of dead values again; return the size."""

@@ -16,6 +16,8 @@ aten = torch.ops.aten
 Run = Callable[..., Sequence[Tensor]]
 
 backends = Catalogue("backends")
+# States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more (LAB.md).
+STATE_BYTES = 96 * 2**20
 # Which arguments a result may be written over, and by what.
 _over: dict[Any, tuple[tuple[int, ...], Any]] = {
     aten.add.Tensor: ((0, 1), torch.Tensor.add_), aten.sub.Tensor: ((0,), torch.Tensor.sub_),
@@ -52,11 +54,13 @@ class Backend:
 
     blocks: mini-batches that are compiled as one graph; a stretch of another length runs op by op. None: all do.
     whole: takes calls as they are instead.
+    keep: a backward pass keeps every state of a call while they take at most so many bytes.
     """
 
     prepare: Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Run]
     blocks: int | None = None
     whole: Whole | None = None
+    keep: int = STATE_BYTES
 
 
 @backends.record(name="eager", formula="the traced graphs, run op by op", source="the reference: any device, any dtype")

@@ -32,8 +32,6 @@ Leaves = dict[str, Tensor]
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 # The backward reads the weights of all these blocks, too: so much of the largest leaf.
 LEAF_BYTES_AT_ONCE = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-# States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more (LAB.md).
-STATE_BYTES = 96 * 2**20
 
 
 class Call(NamedTuple):
@@ -612,10 +610,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None,
 scan_op.register_autograd(_backward, setup_context=_setup)
 
 
-def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int) -> int:
+def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, keep: int) -> int:
     """Count checkpoints of nbytes each: G mini-batches one, None all.
 
-    "auto" keeps every state while that takes at most STATE_BYTES, else one per power of two near the root of their number.
+    "auto" keeps every state while that takes at most `keep` bytes, else one per power of two near the root of their number.
     """
     N = -(-T // chunk)
     if remat is None:
@@ -624,7 +622,7 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int) ->
         return N // remat + 1
     if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
         return next(K for K in (4, 16, 64, 256, 1024) if K * K > N or K == 1024)
-    return N if N * nbytes <= STATE_BYTES else -(-N // (1 << (N.bit_length() // 2)))
+    return N if N * nbytes <= keep else -(-N // (1 << (N.bit_length() // 2)))
 
 
 def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
@@ -632,7 +630,7 @@ def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str 
     tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     state = sum(x.nbytes for x in call.anchor.values())
-    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state) if learns else 0
+    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, found(backend).keep) if learns else 0
     held = len(call.anchor) + len(call.registers)
     given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
     key = f"{name}|{form}|{backend}|{','.join(n for n, x in given.items() if x is not None)}"
