@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
@@ -16,6 +16,9 @@ from dualform.models.presets import inner, presets
 
 layer_kinds = ("test_time", "full_attention", "sliding_attention")
 specs = {"learner": learners, "objective": objectives, "rule": rules}
+# A Trainer that resumes reads config.json with transformers' own class, which must know our kind of layer (as its caches do).
+for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
+    setattr(configuration_utils, _name, (*getattr(configuration_utils, _name, ()), "test_time"))
 # Integers that a JSON or TOML file may write for a number that is not whole by nature.
 _floats = ("rope_theta", "rms_norm_eps", "initializer_range")
 
