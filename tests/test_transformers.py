@@ -1,6 +1,7 @@
 """What a user of transformers expects of any model: outputs, types, devices, files, adapters, the Trainer, torch.compile."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def test_hidden_states_are_what_the_layers_say(model, ids):
     assert model(ids).hidden_states is None
     plain = model(ids, use_cache=False, output_hidden_states=True, return_dict=False)
     assert [type(x) for x in plain] == [torch.Tensor, tuple]
+
+
+@torch.no_grad()
+def test_a_model_and_its_cache_are_pickled(model, ids):
+    again, cache = pickle.loads(pickle.dumps((model, model(ids[:, :7], use_cache=True).past_key_values)))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    torch.testing.assert_close(again(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:])
 
 
 @torch.no_grad()
