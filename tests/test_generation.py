@@ -82,6 +82,20 @@ def test_only_what_was_recorded_is_taken_back(model, ids):
         laws.agree("logits", got, model(torch.cat([ids, ids[:, :2]], 1)).logits[:, -2:])
 
 
+def test_a_copy_takes_back_what_it_read_itself(model, ids):
+    """A cache that is copied while it records, as for trying several drafts: neither the copy nor the original is spoilt."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        want = model(ids).logits
+        model(ids[:, :9], past_key_values=cache)
+        cache.activate_past_recording()
+        model(ids[:, 9:13], past_key_values=cache)
+        tried = copy.deepcopy(cache)
+        tried.crop(-2)
+        laws.agree("copy", model(ids[:, 11:], past_key_values=tried).logits, want[:, 11:])
+        laws.agree("original", model(ids[:, 13:], past_key_values=cache).logits, want[:, 13:])
+
+
 def test_text_is_streamed(model):
     tokenizer = byte_tokenizer()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
