@@ -5,6 +5,7 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from dualform.models.attention import Attention
 from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
 from dualform.models.cache import Rollback, adopt
 from dualform.models.configuration import DualformConfig
+from dualform.models.weight_files import check_weights
 
 
 class DualformPreTrainedModel(PreTrainedModel):
@@ -38,6 +40,14 @@ class DualformPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DualformBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": DualformBlock, "attentions": Attention}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, from safetensors only: pickles are refused, damaged files named."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if folder.is_dir() and kwargs.get("state_dict") is None:
+            check_weights("from_pretrained", folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv1d):
