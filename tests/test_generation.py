@@ -117,6 +117,16 @@ def test_no_prompt_is_the_beginning_of_a_text(model):
     assert torch.equal(greedy(model, None, 5), want)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_right_padded_prompts_go_on_from_their_own_ends(model, ids, beams):
+    padded = torch.cat([ids, ids])
+    mask = torch.ones_like(padded)
+    padded[0, 13:], mask[0, 13:] = 0, 0
+    found = greedy(model, padded, 6, attention_mask=mask, num_beams=beams, pad_token_id=0)
+    assert torch.equal(found[0, 21:], greedy(model, ids[:, :13], 6, num_beams=beams, pad_token_id=0)[0, 13:])
+    assert torch.equal(found[1:], greedy(model, ids, 6, num_beams=beams, pad_token_id=0))
+
+
 def test_beams_of_ragged_prompts(model, ids):
     padded = torch.cat([torch.zeros(1, 21, dtype=torch.long), ids])
     padded[0, 10:] = ids[0, :11]
@@ -222,6 +232,11 @@ def with_cache(model, ids):
             r"past_key_values: holds chunk of \(8,\) a row; expected \(4,\)",
         ),
         (lambda m, x: m(x[0]), r"input_ids has shape \(21,\) and type torch.int64; expected \(batch, tokens\)"),
+        (lambda m, x: m(x > 5), r"input_ids has shape \(1, 21\) and type torch.bool; expected"),
+        (
+            lambda m, x: m(x.repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 4, 21])),
+            r"cu_seq_lens_q has shape \(3,\) with batch = 2; expected \(documents \+ 1,\) and one packed row",
+        ),
         (lambda m, x: m(x.float()), r"input_ids has shape \(1, 21\) and type torch.float32"),
         (
             lambda m, x: build("attention").inner_losses(x),

@@ -91,6 +91,8 @@ def test_position_ids_say_where_packed_documents_start(ids):
     packed = model(ids, position_ids=positions).logits
     laws.agree("packed", packed, model(ids, reset=reset).logits)
     laws.agree("second", packed[:, 4:], model(ids[:, 4:]).logits)
+    ends = torch.tensor([0, 4, T], dtype=torch.int32)  # how collators without padding say it, for one row
+    laws.agree("lengths", model(ids[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, packed[:1])
     laws.agree("shifted", model(ids, position_ids=torch.arange(T) + 50).logits, model(ids).logits)
 
 
