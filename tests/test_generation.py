@@ -232,6 +232,7 @@ def with_cache(model, ids):
             r"past_key_values: holds chunk of \(8,\) a row; expected \(4,\)",
         ),
         (lambda m, x: m(x[0]), r"input_ids has shape \(21,\) and type torch.int64; expected \(batch, tokens\)"),
+        (lambda m, x: m(x, past_key_values=((x, x),)), r"past_key_values: is a tuple; expected a Cache"),
         (lambda m, x: m(x > 5), r"input_ids has shape \(1, 21\) and type torch.bool; expected"),
         (
             lambda m, x: m(x.repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 4, 21])),

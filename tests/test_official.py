@@ -559,6 +559,13 @@ def test_a_checkpoint_that_does_not_fit_is_named(change, config, message):
         load_official(change(random_state(small)), small | config)
 
 
+def test_numbers_that_numpy_lacks_are_named():
+    with pytest.raises(
+        CheckpointError, match=r"to_jax: state_dict is torch\.bfloat16, which numpy lacks; expected float32"
+    ):
+        to_jax(random_state(small, torch.bfloat16), small)
+
+
 def test_a_config_object_is_named():
     with pytest.raises(
         CheckpointError, match=r"config is a DualformConfig; expected a mapping of fields. Pass config\.to_dict"

@@ -256,6 +256,11 @@ def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, 
 
 def adopt(cache: Cache, kinds: list[str], window: int | None) -> None:
     """Put our layers in place of empty ones; refuse a cache that another model has filled."""
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values: is a {type(cache).__name__}; expected a Cache. Pass what this model returned as past_key_values, "
+            "or DynamicCache(config=model.config)."
+        )
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for i, kind in enumerate(kinds):
         wanted = FastWeightCache if kind == "test_time" else DocumentCache
