@@ -373,6 +373,10 @@ class ChunkProgram:
         """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms, costs) or "proof" (and the code)."""
         return account(self.learner, self.derivation, self.step, self.cost, self.code, level)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made of; who reads it derives it again."""
+        return ChunkProgram, (self.learner, self.objective, self.rule, self.chunk, self.slow, self.block)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ChunkProgram:
         return self  # immutable: weights are arguments, or the learner's own
 
