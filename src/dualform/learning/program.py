@@ -155,7 +155,7 @@ class ChunkProgram:
                 f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one of these."
             )
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
-        if q.shape[1] == 0:
+        if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False):
@@ -183,7 +183,7 @@ class ChunkProgram:
         Raises: ShapeError.
         """
         call = self._inputs(k, k, v, gates or {}, state, mask, reset, params or {})
-        if k.shape[1] == 0:
+        if 0 in k.shape[:3]:
             none = call.v.new_zeros(call.v.shape[:3])
             return none, none, call.state
         both, after = self._scan("losses", "auto", call, state is not None, "auto")
