@@ -8,8 +8,8 @@ writes benchmarks/results/cpu_ttt.json (machine, versions, commit, every sample)
 
 Sides, float32, 4 heads of width 64, mini-batches of 16. The inner part, from q, k, v (B, T, H, d), the rate gate and the weights
 to the outputs and the gradients of all of them: `official`, `ttt()` of ttt-lm-pytorch's layer, unchanged; `naive`, a loop of
-the paper's dual form with autograd, below; `sdpa`, causal attention on q, k, v; `eager` and `inductor`, our program on that
-backend. The whole layer, with gate, shared q and k and their convolutions: `official layer`, `eager layer`, `inductor layer`.
+the paper's dual form with autograd, below; `sdpa`, causal attention on q, k, v; `eager`, `inductor` and `cpp`, our program on that
+backend. The whole layer, with gate, shared q and k and their convolutions: `official layer`, `eager layer` and so on.
 
 Time: one process per learner and thread count; caches of compiled code begin empty. In each round every side runs once, in an order that turns; a ratio is taken within
 a round, then median and quartiles over rounds. Before that every side's outputs and gradients are compared with the naive loop's
@@ -53,7 +53,8 @@ import dualform as df
 RESULT = Path(__file__).parent / "results" / "cpu_ttt.json"
 H, d, b = 4, 64, 16
 BASE_RATE = {"TTT-Linear": 1.0, "TTT-MLP": 0.1}
-INNER, LAYER = ("official", "naive", "sdpa", "eager", "inductor"), ("official layer", "eager layer", "inductor layer")
+OURS = ("eager", "inductor", "cpp")
+INNER, LAYER = ("official", "naive", "sdpa", *OURS), ("official layer", *(f"{x} layer" for x in OURS))
 TOLERANCE = 1e-4  # float32, relative to the tensor's norm, after a recurrence of up to 512 mini-batches
 
 Fields = dict[str, Any]
@@ -203,7 +204,7 @@ class Maker:
         if side.startswith("official") and self.official is None:
             return "no --official PATH/ttt.py given"
         backend = side.split()[0]
-        if backend in ("eager", "inductor") and backend not in df.backends:
+        if backend in OURS and backend not in df.backends:
             return f"dualform has no backend {backend!r}"
         return None
 
@@ -433,7 +434,7 @@ def work(job: Fields) -> None:
 
 def results_of(job: Fields, caches: Path) -> Iterator[Fields]:
     """Run a job in a process of its own, with that folder for what is compiled, and yield its results as they come."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "DUALFORM_CACHE")
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), **dict.fromkeys(names, str(caches))}
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -509,7 +510,7 @@ def measure(args: argparse.Namespace, caches: Path) -> Fields:
             for side in INNER if "memory" in args.only else ():
                 for _ in range(1 if args.quick else 3):
                     collect("memory", "threads1", learner=learner, side=side, T=T)
-            for side in ("eager", "inductor") if "compile" in args.only and T < 8192 else ():
+            for side in OURS if "compile" in args.only and T < 8192 else ():
                 collect("compile", f"cold {learner} {side}", learner=learner, side=side, T=T)
     found["machine"]["load_after"] = [round(x, 2) for x in os.getloadavg()]
     return found
@@ -577,7 +578,7 @@ def report(found: Fields) -> str:
     """Render every table as Markdown."""
     cases = found["cases"]
     seen = {s for c in cases for s in c["ms"]} | {x["side"] for x in found["memory"] if "peak_bytes" in x}
-    ours = [s for s in ("eager", "inductor") if s in seen]
+    ours = [s for s in OURS if s in seen]
     m = found["machine"]
     rates = {
         n: statistics.median([2 * 1024**3 / t / 1e6 for c in cases if c["threads"] == n for t in c["ms"]["gemm"]])
@@ -688,7 +689,7 @@ def goals(found: Fields) -> list[str]:
         lines.append(verdict(what, q and q[1] >= least, show_ratio(q)))
     for goal in MEMORY:
         learner, most = goal
-        for side in ("eager", "inductor"):
+        for side in OURS:
             sizes = peaks(found, learner, side, 8192)
             what = f"{learner} T 8192: peak of ours {side} at most {most} MiB{' (stretch)' if goal in STRETCH else ''}"
             lines.append(verdict(what, sizes and quartiles(sizes)[1] <= most, show_peak(found, learner, side, 8192)))

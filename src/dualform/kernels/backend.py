@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dualform.kernels.blocks import Argument, backward_unit, forward_unit
-from dualform.kernels.launch import Native, compiled
+from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit
+from dualform.kernels.launch import CompilerError, Native, compiled
+from dualform.kernels.ops import Unsupported
 from dualform.learning import scan
 from dualform.learning.backends import Backend, Whole, backends
 from dualform.learning.grid import Variant
@@ -20,16 +22,25 @@ class Made(NamedTuple):
     arguments: tuple[Argument, ...]
 
 
+# Multiplications and additions, both directions, from which a call repays some seconds of compiling (LAB.md).
+WORTH_COMPILING = 2e8
+
+
+def written(plan: scan.Plan, variant: Variant, direction: str) -> Unit:
+    """Write a direction of a kind of block."""
+    step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
+    if direction == "forward":
+        return forward_unit(step.plain, inputs, dtype, name)
+    return backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name)
+
+
 def made(plan: scan.Plan, variant: Variant, direction: str) -> Made:
     """Return a direction's compiled function; made once per plan."""
     key = (variant, direction)
     if key not in plan.natives:
-        step, dtype, name = plan.step(variant), plan.derivation.dtype, str(variant)
-        if direction == "forward":
-            unit = forward_unit(step.plain, plan.inputs(variant), dtype, name)
-        else:
-            unit = backward_unit(step.plain, step.reverse, plan.inputs(variant), step.wants, step.num_outputs, dtype, name)
-        plan.natives[key] = Made(Native(compiled(unit.text), unit.memory, unit.state, unit.flops, dtype), unit.arguments)
+        unit = written(plan, variant, direction)
+        native = Native(compiled(unit.text), unit.memory, unit.state, unit.flops, plan.derivation.dtype)
+        plan.natives[key] = Made(native, unit.arguments)
     return plan.natives[key]
 
 
@@ -54,7 +65,9 @@ def _spread(run: scan.Run_, x: scan.Input, piece: range, do: Tensor | None = Non
         return run.grid.take(do, piece)
     if x.over != "block":
         fixed, n = run.fixed(x), len(piece)
-        return fixed.expand(n, run.B, *fixed.shape) if x.over == "heads" else fixed.expand(n, run.B, run.H, *fixed.shape)
+        return (
+            fixed.expand(n, run.B, *fixed.shape) if x.over == "heads" else fixed.expand(n, run.B, run.H, *fixed.shape)
+        )
     found = run.of_blocks(x, piece)
     assert found is not None
     return found
@@ -62,6 +75,27 @@ def _spread(run: scan.Run_, x: scan.Input, piece: range, do: Tensor | None = Non
 
 class _Sequence(Whole):
     """Runs calls by stretches."""
+
+    def suits(self, plan: Any, call: Any) -> bool:
+        if call.q.device.type != "cpu" or call.q.dtype not in (torch.float32, torch.float64):
+            return False
+        if plan.natives.get("refused"):
+            return False
+        if plan.natives:  # compiled for a longer call: what follows it stays there
+            return True
+        work = 12 * sum(x.numel() for x in call.anchor.values()) * call.q.shape[1]
+        if work < WORTH_COMPILING:
+            return False
+        try:
+            made(plan, Variant(plan.derivation.chunk, True, True, False), "forward")
+            made(plan, Variant(plan.derivation.chunk, True, True, False), "backward")
+        except (Unsupported, CompilerError) as error:
+            plan.natives["refused"] = True
+            warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
+        return not plan.natives.get("refused")
+
+    def schedule(self, plan: Any, variant: Any) -> dict[str, Unit]:
+        return {way: written(plan, variant, way) for way in ("forward", "backward")}
 
     def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
@@ -88,7 +122,8 @@ class _Sequence(Whole):
             y = run.call.q.new_empty(len(piece), run.B, run.H, W, run.plan.derivation.out_width)
         kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
         keeps = [x[kept.start : kept.stop] for x in saved] + [
-            x.new_empty(len(kept), *x.shape) for x in before[len(saved) :]  # known to be at their start
+            x.new_empty(len(kept), *x.shape)
+            for x in before[len(saved) :]  # known to be at their start
         ]
         tensors = {
             "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None], "after": lambda k: run.rowed(after[k])[None],
@@ -119,7 +154,11 @@ class _Sequence(Whole):
             pieces = _stretches(run, group * G, stop)
             if len(pieces) == 1:  # and what lies before it is of the same kind?
                 variant = run.grid.variants[stop - 1]
-                while group and len(_stretches(run, (group - 1) * G, stop)) == 1 and variant == run.grid.variants[(group - 1) * G]:
+                while (
+                    group
+                    and len(_stretches(run, (group - 1) * G, stop)) == 1
+                    and variant == run.grid.variants[(group - 1) * G]
+                ):
                     group -= 1
                 count = 2 * run.L if not run.known(group * G) else run.L
                 yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in saved[:count]]
@@ -144,7 +183,11 @@ class _Sequence(Whole):
         placed: list[tuple[scan.Input, Tensor]] = []
 
         def gradient(x: scan.Input) -> Tensor:
-            own = run.grid.place(gradients.tokens[x.name], piece) if x.name in gradients.tokens and x.over == "block" else None
+            own = (
+                run.grid.place(gradients.tokens[x.name], piece)
+                if x.name in gradients.tokens and x.over == "block"
+                else None
+            )
             if own is None:
                 like = _spread(run, x, piece)
                 own = torch.empty((len(piece) if x.over == "block" else 1, *like.shape[1:]), dtype=run.call.q.dtype)
@@ -171,7 +214,9 @@ def _never(graph: Any, examples: Any) -> Any:
     raise AssertionError("the scan runs this backend's calls whole")
 
 
-@backends.record(name="cpp", formula="C++ made of the traced graphs, compiled on the spot", source="this project, kernels/")
+@backends.record(
+    name="cpp", formula="C++ made of the traced graphs, compiled on the spot", source="this project, kernels/"
+)
 def cpp() -> Backend:
     """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes a few seconds."""
     return Backend(_never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page

@@ -36,10 +36,14 @@ class Unit:
     """A function in C++ and what its arguments are: pairs (role, what), in order; and its memory in entries."""
 
     text: str
+    schedule: str
     arguments: tuple[Argument, ...]
     memory: int  # per thread, without the states of a group
     state: int  # entries of one state
     flops: int
+
+    def __str__(self) -> str:
+        return self.schedule
 
 
 def lowered(gm: fx.GraphModule) -> fx.GraphModule:
@@ -167,7 +171,9 @@ class _Writer:
 
 
 def _used(s: Schedule) -> list[Buffer]:
-    read = {v.buffer for one in s.statements for v in one.reads()} | {x.buffer for x in s.outputs if isinstance(x, View)}
+    read = {v.buffer for one in s.statements for v in one.reads()} | {
+        x.buffer for x in s.outputs if isinstance(x, View)
+    }
     return [b for b in s.inputs if b in read]
 
 
@@ -220,7 +226,11 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
             body += cpp.copy_text(whole(states[k][0]), x)
         else:
             body.append(w.store(x, _shape(plain, 1 + k), "after", k, START))
-    rows = [w.load(b, "input", x, START) for b, x in zip(s.inputs, inputs, strict=True) if b.place == "fixed" and b in _used(s)]
+    rows = [
+        w.load(b, "input", x, START)
+        for b, x in zip(s.inputs, inputs, strict=True)
+        if b.place == "fixed" and b in _used(s)
+    ]
     rows += [w.load(b, "before", k, START) for k, (b, _) in enumerate(states)]
     kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, (b, _) in enumerate(states)]
     ends = [w.store(whole(b), b.shape, "after", k, START) for k, (b, _) in enumerate(states)] if same else []
@@ -230,8 +240,8 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *kept, "}",
         f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
-    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), "\n".join(main)])
-    return Unit(text, tuple(w.arguments), s.scratch + fixed + state, state, s.flops)
+    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main)])
+    return Unit(text, str(s), tuple(w.arguments), s.scratch + fixed + state, state, s.flops)
 
 
 def backward_unit(
@@ -296,8 +306,9 @@ def backward_unit(
         f"for (long n = last - 1; n >= first; --n, st -= {state}) step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
-    text = cpp.source(dtype, [f"// {name}, backward", *functions, "\n".join(main)])
-    return Unit(text, tuple(w.arguments), scratch + fixed + cotangents + size, state, back.flops + advance.flops)
+    text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main)])
+    shown = f"a state again:\n{advance}\nin reverse:\n{back}"
+    return Unit(text, shown, tuple(w.arguments), scratch + fixed + cotangents + size, state, back.flops + advance.flops)
 
 
 def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:

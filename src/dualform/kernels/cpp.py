@@ -86,7 +86,9 @@ def _one_product(p: Product) -> list[str]:
     if am != 1:
         lines += [f"alignas(64) T packed[{K * ldm}];", *_pack(K, M, ldm, A, ak, am)]
     packed, lda = (A, ak) if am == 1 else ("packed", ldm)
-    lines.append(f"mm<{N}, {M}, {K}, {bn}, {bk}, {lda}, false>(turned, {ldm}, {B}, {packed}, {number(p.alpha)}, T(0), nullptr, 0);")
+    lines.append(
+        f"mm<{N}, {M}, {K}, {bn}, {bk}, {lda}, false>(turned, {ldm}, {B}, {packed}, {number(p.alpha)}, T(0), nullptr, 0);"
+    )
     added = f"turn_add<{N}, {M}>({C}, {cm}, turned, {ldm}, {number(p.beta)}, {Dp}, {dm});"
     return [*lines, (added if D else f"turn<{N}, {M}>({C}, {cm}, turned, {ldm});") + " }"]
 
@@ -131,7 +133,10 @@ class _NestText:
 
     def value(self, item: Item, loops: Sequence[str]) -> str:
         at = [loops[a] if a is not None else "0" for a in item.axes]
-        names = {f"i{k}": x for k, x in enumerate(at)} | {"row": (["0", *at])[-2] if at else "0", "col": at[-1] if at else "0"}
+        names = {f"i{k}": x for k, x in enumerate(at)} | {
+            "row": (["0", *at])[-2] if at else "0",
+            "col": at[-1] if at else "0",
+        }
         operands = [f"{self.operand(x, item, loops)}" for x in item.operands]
         params = {k: (number(v) if k in ("value", "alpha", "start", "step") else v) for k, v in item.params.items()}
         return TEXT[item.op].format(*operands, T="T", **names, **params)
@@ -143,7 +148,9 @@ class _NestText:
         lines = [f"// {shown}", "{"]
         for item in nest.items:
             if item.kind == "total":
-                lines.append(f"for (int e = 0; e < {item.out.buffer.size}; ++e) ({pointer(item.out)})[e] = {START[item.op]};")
+                lines.append(
+                    f"for (int e = 0; e < {item.out.buffer.size}; ++e) ({pointer(item.out)})[e] = {START[item.op]};"
+                )
         for x in self.later:
             if not x.kept:
                 lines.append(f"alignas(64) T {self.names[x]}_[{self.column + 64}];")
@@ -281,4 +288,14 @@ def source(dtype: torch.dtype, functions: Iterable[str]) -> str:
 
 
 def function(name: str, arguments: str, body: Sequence[str]) -> str:
-    return f"static void {name}({arguments}) {{\n" + "\n".join(body) + "\n}\n"
+    return indented([f"static void {name}({arguments}) {{", *body, "}", ""])
+
+
+def indented(lines: Iterable[str]) -> str:
+    """Indent by braces."""
+    depth, found = 0, []
+    for line in lines:
+        closes = len(line) - len(line.lstrip("}"))
+        found.append("  " * (depth - closes) + line)
+        depth += line.count("{") - line.count("}")
+    return "\n".join(found)

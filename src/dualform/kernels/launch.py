@@ -46,8 +46,14 @@ def compiler() -> str:
 def _identity(path: str, flags: tuple[str, ...]) -> str:
     """Describe a compiler and this processor, for keys."""
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
-    target = subprocess.run([path, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False).stdout
-    vectors = sorted(line for line in target.splitlines() if "__AVX" in line or "__FMA" in line or "__ARM" in line or "__znver" in line)
+    target = subprocess.run(
+        [path, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
+    ).stdout
+    vectors = sorted(
+        line
+        for line in target.splitlines()
+        if "__AVX" in line or "__FMA" in line or "__ARM" in line or "__znver" in line
+    )
     return "\n".join([*version, platform.machine(), *vectors, *flags])
 
 
@@ -70,10 +76,14 @@ def compiled(text: str) -> Callable[..., None]:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             source, made = Path(work) / "block.cpp", Path(work) / "block.so"
             source.write_text(text)
-            done = subprocess.run([path, OPTIMISE, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [path, OPTIMISE, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=False
+            )
             if done.returncode:
-                raise CompilerError(f"cpp: {path} failed with status {done.returncode}: {done.stderr[-2000:]}. Use backend='eager'.")
-            os.replace(made, target)  # whole or not at all, whoever else writes it
+                raise CompilerError(
+                    f"cpp: {path} failed with status {done.returncode}: {done.stderr[-2000:]}. Use backend='eager'."
+                )
+            made.replace(target)  # whole or not at all, whoever else writes it
         found = _opened(target)
         if found is None:
             raise CompilerError(f"cpp: what {path} made could not be loaded from {target}. Use backend='eager'.")
@@ -122,7 +132,9 @@ class Native:
     flops: int
     dtype: torch.dtype
 
-    def __call__(self, tensors: Sequence[Tensor], rows: int, heads: int, count: int, group: int, phase: int, ring: int) -> None:
+    def __call__(
+        self, tensors: Sequence[Tensor], rows: int, heads: int, count: int, group: int, phase: int, ring: int
+    ) -> None:
         """Run `count` mini-batches of all rows. ring: states kept per thread."""
         table = arguments(tensors)
         work = self.flops * rows * count

@@ -75,7 +75,9 @@ _plain(
     "neg", "exp", "log", "tanh", "sigmoid", "erf", "sqrt", "abs", "rsqrt", "reciprocal", "sin", "cos", "sign", "relu", "log1p", "expm1",
     "atan", "sinh", "cosh", "floor", "square", "lgamma", "tan", "asin", "acos", count=1,
 )  # fmt: skip
-_plain("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2)
+_plain(
+    "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2
+)
 _plain("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", count=2)
 _plain("maximum.default", count=2, text="max")
 _plain("minimum.default", count=2, text="min")
@@ -146,7 +148,15 @@ def _triangle(n: fx.Node) -> Row:
 )  # fmt: skip
 def _fill(n: fx.Node) -> Row:
     name = n.target._schema.name  # type: ignore[union-attr]
-    value = 0.0 if "zeros" in name or "empty" in name else 1.0 if "ones" in name else n.args[-1] if "scalar" not in name else n.args[0]
+    value = (
+        0.0
+        if "zeros" in name or "empty" in name
+        else 1.0
+        if "ones" in name
+        else n.args[-1]
+        if "scalar" not in name
+        else n.args[0]
+    )
     return "fill", [], {"value": float(value)}  # type: ignore[arg-type]
 
 
@@ -167,7 +177,11 @@ def _reduction(name: str) -> Callable[[fx.Node], Row]:
         shape = tuple(x.meta["val"].shape)
         dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
         keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
-        over = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))} if shape else set()
+        over = (
+            {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}
+            if shape
+            else set()
+        )
         kept, at = [], 0
         for a in range(len(shape)):
             kept.append(None if a in over else at)
@@ -241,4 +255,3 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
 def written(name: str) -> str:
     """Return the text of a map."""
     return TEXT[name]
-

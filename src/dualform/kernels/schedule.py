@@ -183,7 +183,9 @@ class Schedule:
         return "\n".join([*lines, f"scratch {self.scratch} entries, {self.flops:,} flops in products"])
 
 
-def schedule(gm: fx.GraphModule, align: int, keep: Callable[[int], str], over: Mapping[int, int] | None = None) -> Schedule:
+def schedule(
+    gm: fx.GraphModule, align: int, keep: Callable[[int], str], over: Mapping[int, int] | None = None
+) -> Schedule:
     """Turn a graph into statements.
 
     keep(i): where input i stays; "scratch" if it may be written over. over: outputs that had better be written over an input.
@@ -265,7 +267,9 @@ class _Scheduler:
         base = torch.empty(1 << 40, dtype=torch.float32, device="meta")
         x = base.as_strided(source.shape, source.strides, source.offset)
         try:
-            target: Any = aten.view.default if n.target in (aten.reshape.default, aten._unsafe_view.default) else n.target
+            target: Any = (
+                aten.view.default if n.target in (aten.reshape.default, aten._unsafe_view.default) else n.target
+            )
             found = target(x, *n.args[1:], **n.kwargs)
         except RuntimeError:  # no view of memory laid out like this
             if self.nest is not None:
@@ -361,9 +365,7 @@ class _Scheduler:
         view = whole(out)
         if reduction:
             kept = params.pop("kept")  # for each axis of the operand, its axis in the result
-            steps = tuple(
-                0 if kept[a] is None else view.strides[kept[a]] for a, size in enumerate(loops) if size != 1
-            )
+            steps = tuple(0 if kept[a] is None else view.strides[kept[a]] for a, size in enumerate(loops) if size != 1)
             over = [a for a, size in enumerate(loops) if size != 1 and kept[a] is None]
             last = [a for a, size in enumerate(loops) if size != 1][-1:]
             if over == last and len(space) > 0:
@@ -375,7 +377,9 @@ class _Scheduler:
             for size in shape:
                 axes.append(None if size == 1 else k)
                 k += size != 1
-            item = Item("row" if rows else "map", op, operands, params, view, view.along(shape), stage, axes=tuple(axes))
+            item = Item(
+                "row" if rows else "map", op, operands, params, view, view.along(shape), stage, axes=tuple(axes)
+            )
         self.nest.items.append(item)
         self.own[out] = item
         self.values[n] = view
@@ -413,7 +417,11 @@ class _Scheduler:
         if max(readers, default=-1) > writers[0]:
             return
         if writers[0] in readers and not (
-            isinstance(s, Product) and s.init == whole(old) and s.a.buffer is not old and s.b.buffer is not old and s.out == x
+            isinstance(s, Product)
+            and s.init == whole(old)
+            and s.a.buffer is not old
+            and s.b.buffer is not old
+            and s.out == x
         ):
             return
         x.buffer.over, x.buffer.place = old, old.place
@@ -456,12 +464,18 @@ def _reshaped(view: View, shape: tuple[int, ...]) -> View:
     return View(view.buffer, shape, tuple(next(steps) if n != 1 else 0 for n in shape), view.offset)
 
 
-def _sums_of_products(nodes: Sequence[fx.Node], results: set[Any]) -> dict[fx.Node, tuple[fx.Node, float, float, fx.Node]]:
+def _sums_of_products(
+    nodes: Sequence[fx.Node], results: set[Any]
+) -> dict[fx.Node, tuple[fx.Node, float, float, fx.Node]]:
     """Find sums that a matrix product may be added into: node -> (product, alpha, beta, the other summand)."""
     found: dict[fx.Node, tuple[fx.Node, float, float, fx.Node]] = {}
     used: set[fx.Node] = set()
     for n in nodes:
-        if n.target not in (aten.add.Tensor, aten.sub.Tensor) or n.kwargs or not all(isinstance(x, fx.Node) for x in n.args):
+        if (
+            n.target not in (aten.add.Tensor, aten.sub.Tensor)
+            or n.kwargs
+            or not all(isinstance(x, fx.Node) for x in n.args)
+        ):
             continue
         x, y = n.args
         sign = -1.0 if n.target == aten.sub.Tensor else 1.0

@@ -44,6 +44,14 @@ _entries = {
 class Whole(Protocol):
     """What runs whole calls itself: the scan's two directions, with the same arguments and results."""
 
+    def suits(self, plan: Any, call: Any) -> bool:
+        """Is a call for this backend, where nobody chose one?"""
+        ...
+
+    def schedule(self, plan: Any, variant: Any) -> Any:
+        """Say what will be run for a kind of block, direction by direction."""
+        ...
+
     def forward(self, run: Any, checkpoints: int) -> list[Tensor]: ...
     def backward(self, run: Any, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]: ...
 

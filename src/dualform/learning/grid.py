@@ -94,7 +94,9 @@ class Grid:
         if self.spans is None:
             return None
         start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
-        return None if n * W != stop - start else out[:, start:stop].unflatten(1, (n, W)).transpose(0, 1).transpose(2, 3)
+        return (
+            None if n * W != stop - start else out[:, start:stop].unflatten(1, (n, W)).transpose(0, 1).transpose(2, 3)
+        )
 
     def put(self, out: Tensor, piece: range, value: Tensor) -> None:
         """Write the blocks of a piece, (n, B, H, W, ...), into what `new` made."""

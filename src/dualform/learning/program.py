@@ -207,9 +207,7 @@ class ChunkProgram:
             reset=call.reset,
             carried=carried,
         )
-        o, *held = scan_module.scan(
-            self.name, form, "eager" if backend == "auto" else backend, tensors, self.chunk, remat
-        )
+        o, *held = scan_module.scan(self.name, form, backend, tensors, self.chunk, remat)
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])
@@ -352,6 +350,21 @@ class ChunkProgram:
     @property
     def step(self) -> Step:
         return self.derivation.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
+
+    def schedule(self, backend: str = "cpp") -> Any:
+        """Say what a backend that generates code makes of one whole mini-batch: a part per direction, with its source.
+
+        Shape:  none.
+        Dtype:  none.
+        Raises: DerivationError for a backend that runs the graphs as they are.
+        """
+        whole = scan_module.found(backend).whole
+        if whole is None:
+            raise DerivationError(
+                f"program.schedule: backend is {backend!r}; expected one that generates code, as 'cpp'. Print the program instead."
+            )
+        plan = self.plan(self.derivation.K, self.derivation.dtype, "auto")
+        return whole.schedule(plan, Variant(self.chunk, True, True, False))
 
     @property
     def code(self) -> str:

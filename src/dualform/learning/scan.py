@@ -198,13 +198,21 @@ def found(backend: str) -> Backend:
     return backends.build(backend).build()
 
 
+def chosen(backend: str, plan: Plan, call: Call) -> str:
+    """Choose a backend where nobody did: the first that says it suits, else eager."""
+    if backend != "auto":
+        return backend
+    each = ((name, found(name).whole) for name in backends.names())
+    return next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
+
+
 @dataclass(eq=False)
 class Plan:
     """A derivation and its directions."""
 
     derivation: Derivation
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
-    natives: dict[tuple[Variant, str], Any] = field(default_factory=dict)  # what a backend that runs whole calls made
+    natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
 
     def step(self, variant: Variant) -> Step:
         steps = self.derivation.steps
@@ -351,8 +359,8 @@ def _power(n: int) -> int:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = Run_(plan, call, backend)
-    whole = found(backend).whole
+    backend = chosen(backend, plan, call)
+    run, whole = Run_(plan, call, backend), found(backend).whole
     if whole is not None:
         return whole.forward(run, checkpoints)
     state = run.held()
@@ -393,7 +401,9 @@ class Gradients:
     def __init__(self, run: Run_) -> None:
         call, g = run.call, run.grid
         self.run = run
-        self.tokens = {n: g.new(x, *x.shape) for n, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())}
+        self.tokens = {
+            n: g.new(x, *x.shape) for n, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())
+        }
         self.sums = {("slow", name): torch.zeros_like(x) for name, x in call.slow.items()}
         self.sums |= {("init", name): torch.zeros_like(x) for name, x in call.init.items()}
         self.offset = None if call.offset is None else torch.zeros_like(call.offset)
@@ -436,8 +446,8 @@ def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    run = Run_(plan, call, backend)
-    whole = found(backend).whole
+    backend = chosen(backend, plan, call)
+    run, whole = Run_(plan, call, backend), found(backend).whole
     if whole is not None:
         return whole.backward(run, saved, cotangents, checkpoints)
     g = run.grid
@@ -629,8 +639,11 @@ def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str 
     """Run the op for a registered program: [o, *anchor, *registers, position]."""
     tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    state = sum(x.nbytes for x in call.anchor.values())
-    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, found(backend).keep) if learns else 0
+    compiling = torch.compiler.is_compiling()  # then the op chooses: it is opaque to the compiler
+    if not compiling:
+        backend = chosen(backend, _sources[name].plan(call.q.shape[-1], call.q.dtype, form), call)
+    state, keep = sum(x.nbytes for x in call.anchor.values()), 0 if compiling else found(backend).keep
+    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
     held = len(call.anchor) + len(call.registers)
     given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
     key = f"{name}|{form}|{backend}|{','.join(n for n, x in given.items() if x is not None)}"
