@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualform.calculus import Derivative, Explanation, explain, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
-from dualform.kernels import backend as _cpp  # noqa: F401: it registers itself
+from dualform.kernels import backend as _cpp  # noqa: F401 - it registers itself
 from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.learners import learners

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from dualform.kernels import cpp
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
-from dualform.kernels.schedule import Buffer, Schedule, View, schedule, whole
+from dualform.kernels.schedule import schedule
+from dualform.kernels.statements import Buffer, Schedule, View, whole
 from dualform.learning.derive import only_outputs, trace_fake, undisturbed
 from dualform.learning.scan import Input
 from dualform.learning.simplify import tidy

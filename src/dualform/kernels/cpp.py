@@ -15,7 +15,7 @@ from importlib.resources import files
 import torch
 
 from dualform.kernels.ops import TEXT
-from dualform.kernels.schedule import Buffer, Item, Nest, Product, Read, Schedule, View, space_of
+from dualform.kernels.statements import Buffer, Item, Nest, Operand, Product, Read, Schedule, View, space_of
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "cotangent": "ct", "sums": "acc"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "unsigned char", torch.int64: "int64_t"}
@@ -122,11 +122,11 @@ class _NestText:
     def place(self, view: View, steps: Sequence[int], loops: Sequence[str]) -> str:
         return f"({pointer(view)})[{self.index(steps, loops)}]"
 
-    def operand(self, x: object, item: Item, loops: Sequence[str]) -> str:
+    def operand(self, x: Operand, item: Item, loops: Sequence[str]) -> str:
         if isinstance(x, Read):
             return self.place(x.view, x.steps, loops)
         if not isinstance(x, Item):
-            return number(x)  # type: ignore[arg-type]
+            return number(x)
         if x in self.later and self.used(item) > x.stage:
             return self.place(x.out, x.steps, self.loops) if x.kept else f"{self.names[x]}_[j]"
         return self.names[x]

@@ -116,11 +116,12 @@ def _addcmul(n: fx.Node) -> Row:
 
 @_row(aten.pow.Tensor_Scalar)
 def _pow(n: fx.Node) -> Row:
-    x, p = n.args
+    arguments: Any = n.args
+    x, p = arguments
     if p in (2, 2.0):
         return "mul", [x, x], {}
     if p in (0.5, -0.5, -1):
-        return {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}[p], [x], {}  # type: ignore[index]
+        return {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}[p], [x], {}
     return "pow", [x, p], {}
 
 
@@ -147,22 +148,18 @@ def _triangle(n: fx.Node) -> Row:
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
 )  # fmt: skip
 def _fill(n: fx.Node) -> Row:
-    name = n.target._schema.name  # type: ignore[union-attr]
-    value = (
-        0.0
-        if "zeros" in name or "empty" in name
-        else 1.0
-        if "ones" in name
-        else n.args[-1]
-        if "scalar" not in name
-        else n.args[0]
-    )
-    return "fill", [], {"value": float(value)}  # type: ignore[arg-type]
+    name: str = n.target._schema.name  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
+    if "zeros" in name or "empty" in name:
+        return "fill", [], {"value": 0.0}
+    if "ones" in name:
+        return "fill", [], {"value": 1.0}
+    value: Any = n.args[0 if "scalar" in name else -1]
+    return "fill", [], {"value": float(value)}
 
 
 @_row(aten.arange.start, aten.arange.default, aten.arange.start_step)
 def _arange(n: fx.Node) -> Row:
-    start, _, step = {1: (0, *n.args, 1), 2: (*n.args, 1), 3: n.args}[len(n.args)]
+    start, _, step = (0, *n.args, 1) if len(n.args) == 1 else (*n.args, 1)[:3]
     return "arange", [], {"start": start, "step": step}
 
 
@@ -175,14 +172,12 @@ def _reduction(name: str) -> Callable[[fx.Node], Row]:
     def row(n: fx.Node) -> Row:
         x: Any = n.args[0]
         shape = tuple(x.meta["val"].shape)
-        dims = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+        dims: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
         keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
-        over = (
-            {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))}
-            if shape
-            else set()
-        )
-        kept, at = [], 0
+        named = [dims] if isinstance(dims, int) else dims or range(len(shape))
+        over = {d % len(shape) for d in named} if shape else set()
+        kept: list[int | None] = []
+        at = 0
         for a in range(len(shape)):
             kept.append(None if a in over else at)
             at += keep or a not in over
@@ -208,7 +203,8 @@ def _mm(n: fx.Node, alpha: float, beta: float, init: Any) -> Any:
 @_row(aten.cat.default, aten.stack.default, table=PIECES)
 def _cat(n: fx.Node, shape: tuple[int, ...]) -> Any:
     parts: Any = n.args[0]
-    axis: Any = (n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)) % len(shape)  # type: ignore[operator]
+    axis: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    axis = axis % len(shape)
     at = 0
     for x in parts:
         if n.target == aten.stack.default:
@@ -236,9 +232,9 @@ def _slice_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
 
 @_row(aten.constant_pad_nd.default, table=PIECES)
 def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
-    x, pads = n.args[:2]
-    value = n.args[2] if len(n.args) > 2 else 0.0
-    widths = list(zip(pads[::2], pads[1::2], strict=True))[::-1]  # type: ignore[index]
+    arguments: tuple[Any, ...] = (*n.args, 0.0)
+    x, pads, value = arguments[:3]
+    widths = list(zip(pads[::2], pads[1::2], strict=True))[::-1]
     if any(w < 0 for pair in widths for w in pair):
         raise Unsupported(n)
 
@@ -248,10 +244,5 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
             t = t.narrow(axis, before, shape[axis] - before - after)
         return t
 
-    yield (lambda t: t), float(value)  # type: ignore[arg-type]
+    yield (lambda t: t), float(value)
     yield place, x
-
-
-def written(name: str) -> str:
-    """Return the text of a map."""
-    return TEXT[name]

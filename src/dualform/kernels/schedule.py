@@ -1,186 +1,19 @@
-"""From a graph of one mini-batch to statements over buffers: what is fused, in which order, what lives how long.
-
-    Product   C = beta D + alpha A B         one matrix product, the sum it goes into included
-    Nest      loops over one index space     entry-by-entry work and the sums over it, row by row, stage after stage
-
-Views cost nothing: a value is a buffer with strides. Nothing here knows a learner, or the language that is printed.
-
-Legend: a space is a shape without its axes of size 1: its last axis is the column, the others lead; a stage is one pass over
-a row, and what is summed over a row in one stage is at hand in the next.
-"""
+"""From a graph of one mini-batch to statements over buffers: what is fused, in which order, what lives how long."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported, written
+from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
+from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, Statement, View, space_of, whole
 
 aten = torch.ops.aten
-
-
-@dataclass(eq=False)
-class Buffer:
-    """Memory for one value; rows are padded to `align` entries, so that a vector may be read at any place of a row."""
-
-    name: str
-    shape: tuple[int, ...]
-    align: int
-    place: str = "scratch"  # or what the caller keeps: "state", "fixed", ...
-    dtype: torch.dtype | None = None  # of the caller's tensor that it is read from
-    offset: int = 0
-    first: int = -1  # statement that writes it
-    last: int = -1  # statement that reads it last
-    over: Buffer | None = None  # it is written over this one
-
-    @property
-    def space(self) -> tuple[int, ...]:
-        return space_of(self.shape)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides in entries, per axis of the shape."""
-        step, found = 1, []
-        for n in reversed(self.shape):
-            found.append(step if n > 1 else 0)
-            if n > 1:
-                step *= -(-n // self.align) * self.align if step == 1 and len(self.space) > 1 else n
-        return tuple(reversed(found))
-
-    @property
-    def size(self) -> int:
-        """Entries, padding included."""
-        rows = max([s * n for s, n in zip(self.strides, self.shape, strict=True)], default=1)
-        return -(-max(rows, 1) // self.align) * self.align
-
-
-@dataclass(frozen=True)
-class View:
-    """A value: entries of a buffer."""
-
-    buffer: Buffer
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
-
-    def along(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Strides per axis of a space that this value is broadcast to."""
-        lead = len(shape) - len(self.shape)
-        steps = [0] * lead + [s if n != 1 else 0 for s, n in zip(self.strides, self.shape, strict=True)]
-        return tuple(s for s, n in zip(steps, shape, strict=True) if n != 1)
-
-
-def whole(buffer: Buffer) -> View:
-    return View(buffer, buffer.shape, buffer.strides)
-
-
-def space_of(shape: Iterable[int]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
-
-
-@dataclass(frozen=True)
-class Read:
-    """An operand in memory: its strides along the loops of a nest."""
-
-    view: View
-    steps: tuple[int, ...]
-
-
-Operand = Any  # Read | Item | float
-
-
-@dataclass(eq=False)
-class Item:
-    """One value of a nest: "map" entry by entry, "row" one number per row, "reduce" over the column, "total" over other axes."""
-
-    kind: str
-    op: str
-    operands: list[Operand]
-    params: dict[str, Any]
-    out: View
-    steps: tuple[int, ...]  # of `out`, along the loops
-    stage: int = 0
-    kept: bool = False  # does anything outside the nest read it?
-    axes: tuple[int | None, ...] = ()  # for each axis of the value, the loop that counts it
-
-
-@dataclass(eq=False)
-class Nest:
-    """Loops over a space, and what is computed in them."""
-
-    space: tuple[int, ...]
-    items: list[Item] = field(default_factory=list)
-
-    @property
-    def stages(self) -> int:
-        return 1 + max((i.stage for i in self.items), default=0)
-
-    def reads(self) -> Iterable[View]:
-        return (x.view for i in self.items for x in i.operands if isinstance(x, Read))
-
-    def writes(self) -> Iterable[View]:
-        return (i.out for i in self.items if i.kept)
-
-
-@dataclass(eq=False)
-class Product:
-    """out = beta init + alpha a b, for each of `batch` pairs."""
-
-    out: View
-    a: View
-    b: View
-    alpha: float = 1.0
-    beta: float = 0.0
-    init: View | None = None
-
-    def reads(self) -> Iterable[View]:
-        return (self.a, self.b) if self.init is None else (self.a, self.b, self.init)
-
-    def writes(self) -> Iterable[View]:
-        return (self.out,)
-
-    @property
-    def flops(self) -> int:
-        return 2 * math.prod(self.out.shape) * self.a.shape[-1]
-
-
-Statement = Nest | Product
-
-
-@dataclass(eq=False)
-class Schedule:
-    """Statements in order; where inputs are expected and outputs are left; scratch of `scratch` entries."""
-
-    inputs: list[Buffer]
-    outputs: list[View | float]
-    statements: list[Statement]
-    scratch: int
-    align: int
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of matrix products."""
-        return sum(s.flops for s in self.statements if isinstance(s, Product))
-
-    def __str__(self) -> str:
-        lines = []
-        for s in self.statements:
-            if isinstance(s, Product):
-                init = "" if s.init is None else f" {s.beta:+g} {s.init.buffer.name}"
-                lines.append(
-                    f"{s.out.buffer.name}{list(s.out.shape)} = {s.alpha:g} {s.a.buffer.name}{list(s.a.shape)} @ "
-                    f"{s.b.buffer.name}{list(s.b.shape)}{init}"
-                )
-            else:
-                names = " ".join(f"{i.out.buffer.name}:{i.op}" + ("*" if i.kept else "") for i in s.items)
-                lines.append(f"for {list(s.space)}, {s.stages} stage(s): {names}")
-        return "\n".join([*lines, f"scratch {self.scratch} entries, {self.flops:,} flops in products"])
 
 
 def schedule(
@@ -198,7 +31,7 @@ class _Scheduler:
         self.align = align
         self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
         (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-        self.results = list(output.args[0])
+        self.results: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType]: a tuple of nodes
         self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
         self.inputs: list[Buffer] = []
         for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
@@ -260,7 +93,7 @@ class _Scheduler:
     # -- views ---------------------------------------------------------------------------------------------------
 
     def _view(self, n: fx.Node) -> bool:
-        source = self.values[n.args[0]]
+        source = self.values[n.all_input_nodes[0]]
         if n.target is operator.getitem:
             self.values[n] = source[n.args[1]]
             return True
@@ -471,13 +304,12 @@ def _sums_of_products(
     found: dict[fx.Node, tuple[fx.Node, float, float, fx.Node]] = {}
     used: set[fx.Node] = set()
     for n in nodes:
-        if (
-            n.target not in (aten.add.Tensor, aten.sub.Tensor)
-            or n.kwargs
-            or not all(isinstance(x, fx.Node) for x in n.args)
-        ):
+        arguments: tuple[Any, ...] = n.args
+        if n.target not in (aten.add.Tensor, aten.sub.Tensor) or n.kwargs:
             continue
-        x, y = n.args
+        if not all(isinstance(x, fx.Node) for x in arguments):
+            continue
+        x, y = arguments
         sign = -1.0 if n.target == aten.sub.Tensor else 1.0
         for product, other, alpha, beta in ((y, x, sign, 1.0), (x, y, 1.0, sign)):
             if (
@@ -488,6 +320,3 @@ def _sums_of_products(
                 used.add(product)
                 break
     return found
-
-
-__all__ = ["Buffer", "Item", "Nest", "Product", "Read", "Schedule", "View", "schedule", "written"]
