@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from dualform.calculus.trace import source_line
 from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit
-from dualform.kernels.launch import CompilerError, Native, compiled
+from dualform.kernels.launch import Native, compiled
 from dualform.kernels.ops import Unsupported
 from dualform.learning import scan
-from dualform.learning.backends import Backend, Whole, backends
+from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.grid import Variant
 
 
@@ -29,9 +29,18 @@ WORTH_COMPILING = 2e8
 def written(plan: scan.Plan, variant: Variant, direction: str) -> Unit:
     """Write a direction of a kind of block."""
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
-    if direction == "forward":
-        return forward_unit(step.plain, inputs, dtype, name)
-    return backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name)
+    try:
+        if direction == "forward":
+            return forward_unit(step.plain, inputs, dtype, name)
+        return backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name)
+    except Unsupported as error:
+        raise Unsupported(error.node, _line(plan, error.node)) from None
+
+
+def _line(plan: scan.Plan, node: fx.Node) -> str:
+    """Name the learner's line that asked for an op, if it is there under the same name."""
+    traced = (n for a in plan.derivation.analyses.values() for n in a.nodes)
+    return next((source_line(n) for n in traced if n.target == node.target), "")
 
 
 def made(plan: scan.Plan, variant: Variant, direction: str) -> Made:
@@ -77,28 +86,21 @@ class _Sequence(Whole):
     """Runs calls by stretches."""
 
     def suits(self, plan: Any, call: Any) -> bool:
-        if call.q.device.type != "cpu" or call.q.dtype not in (torch.float32, torch.float64):
-            return False
-        if plan.natives.get("refused"):
+        if call.q.device.type != "cpu":
             return False
         if plan.natives:  # compiled for a longer call: what follows it stays there
             return True
-        work = 12 * sum(x.numel() for x in call.anchor.values()) * call.q.shape[1]
-        if work < WORTH_COMPILING:
-            return False
-        try:
-            made(plan, Variant(plan.derivation.chunk, True, True, False), "forward")
-            made(plan, Variant(plan.derivation.chunk, True, True, False), "backward")
-        except (Unsupported, CompilerError) as error:
-            plan.natives["refused"] = True
-            warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
-        return not plan.natives.get("refused")
+        return 12 * sum(x.numel() for x in call.anchor.values()) * call.q.shape[1] >= WORTH_COMPILING
 
     def schedule(self, plan: Any, variant: Any) -> dict[str, Unit]:
         return {way: written(plan, variant, way) for way in ("forward", "backward")}
 
     def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
+        if call.q.device.type != "cpu":
+            raise BackendError(
+                f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes. Use backend='auto', or move it."
+            )
         state = run.held()
         saved = [x.new_empty(checkpoints, *x.shape) for x in state[: scan.checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0

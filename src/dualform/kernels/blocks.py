@@ -20,6 +20,7 @@ from dualform.kernels import cpp
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
 from dualform.kernels.schedule import schedule
 from dualform.kernels.statements import Buffer, Schedule, View, whole
+from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs, trace_fake, undisturbed
 from dualform.learning.scan import Input
 from dualform.learning.simplify import tidy
@@ -194,7 +195,7 @@ def _own_state(after: Sequence[View | float], states: Sequence[Buffer]) -> None:
     """Check that no new state is another one's old value, which is written over one by one."""
     for k, x in enumerate(after):
         if isinstance(x, View) and x.buffer in states and (k >= len(states) or x.buffer is not states[k]):
-            raise ValueError("cpp: a rule exchanges states as they are; expected new values. Use backend='eager'.")
+            raise BackendError("cpp: a rule exchanges states as they are; expected new values. Use backend='eager'.")
 
 
 def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:

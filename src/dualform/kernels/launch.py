@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -18,43 +21,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualform.learning.backends import BackendError
+
 OPTIMISE = "-O3"
 FLAGS = (
     "-std=c++17", "-march=native", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 # Below so many multiplications and additions a second thread costs more than it brings.
 FLOPS_PER_THREAD = 2_000_000
+# The cache drops what was not used for longest beyond this: some thousand programs.
+CACHE_BYTES = 512 * 2**20
+SECONDS = 600  # after which a compiler is held to hang
+
+poison = False  # tests fill scratch memory with NaN
 
 
-class CompilerError(RuntimeError):
-    """There is no compiler that takes the generated code."""
+class CompilerError(BackendError):
+    """There is no compiler that takes the generated code, or no place for what it makes."""
 
 
-def compiler() -> str:
+def _fail(what: str) -> CompilerError:
+    return CompilerError(f"cpp: {what}. Use backend='eager'.")
+
+
+def compiler() -> tuple[str, ...]:
     """Name the C++ compiler: $CXX, else the first of g++, clang++, c++ on the path."""
-    from shutil import which
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if not shutil.which(named[0]):
+            raise _fail(
+                f"$CXX is {named[0]!r}, which is no program; expected a C++17 compiler. Unset it, or install one"
+            )
+        return tuple(named)
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return (name,)
+    raise _fail("no C++ compiler was found; expected $CXX, g++, clang++ or c++ on the path. Install one")
 
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and which(name):
-            return str(which(name))
-    raise CompilerError(
-        "cpp: no C++ compiler was found; expected $CXX, g++, clang++ or c++ on the path. Install one, or use backend='eager'."
-    )
+
+def _execute(command: Sequence[str], text: str = "") -> str:
+    """Run a compiler and return what it prints."""
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _fail(f"{command[0]} did not run: {error}; expected a C++17 compiler") from error
+    if done.returncode:
+        if "No space left" in done.stderr:
+            raise OSError(done.stderr.strip()[-200:])
+        raise _fail(
+            f"{command[0]} failed with status {done.returncode}; expected a C++17 compiler (g++ 9, clang 10 or later). It said: "
+            f"{done.stderr.strip()[-1500:]}"
+        )
+    return done.stdout
 
 
 @cache
-def _identity(path: str, flags: tuple[str, ...]) -> str:
-    """Describe a compiler and this processor, for keys."""
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
-    target = subprocess.run(
-        [path, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
-    ).stdout
-    vectors = sorted(
-        line
-        for line in target.splitlines()
-        if "__AVX" in line or "__FMA" in line or "__ARM" in line or "__znver" in line
-    )
-    return "\n".join([*version, platform.machine(), *vectors, *flags])
+def _identity(command: tuple[str, ...], flags: tuple[str, ...]) -> str:
+    """Describe a compiler and this processor, for keys: all that the compiler defines of its own on this machine."""
+    defined = _execute([*command, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    return "\n".join([_execute([*command, "--version"]), platform.machine(), defined, *flags])
+
+
+# -- the cache: KEY.DIGEST.so, the key of what was compiled, the digest of what came out ------------------------------
 
 
 def cache_folder() -> Path:
@@ -63,52 +91,97 @@ def cache_folder() -> Path:
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualform"
 
 
+def _folders() -> Iterator[Path]:
+    """Yield the cache, then a private folder among the temporary files, for a cache that cannot be written."""
+    yield cache_folder()
+    yield Path(tempfile.gettempdir()) / f"dualform-{os.getuid()}"
+
+
+def _is_private(folder: Path) -> bool:
+    """Is a folder ours alone to write? Code of anybody else's must not be loaded."""
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o002
+
+
 def compiled(text: str) -> Callable[..., None]:
     """Return the function `run` of a source, compiled now or before."""
-    path = compiler()
-    key = hashlib.sha256((text + _identity(path, (OPTIMISE, *FLAGS))).encode()).hexdigest()[:32]
-    folder = cache_folder()
-    target = folder / f"{key}.so"
-    found = _opened(target)
+    command = compiler()
+    key = hashlib.sha256((text + _identity(command, (OPTIMISE, *FLAGS))).encode()).hexdigest()[:32]
+    why: OSError | None = None
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not _is_private(folder):
+                raise PermissionError(f"others may write to {folder}")
+            return _opened(folder, key) or _made(folder, key, command, text)
+        except OSError as error:
+            why = error
+    raise _fail(f"no folder takes compiled code ({why}); expected {cache_folder()} to be writable. Set $DUALFORM_CACHE")
+
+
+def _made(folder: Path, key: str, command: tuple[str, ...], text: str) -> Callable[..., None]:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source, made = Path(work) / "block.cpp", Path(work) / "block.so"
+        source.write_text(text)
+        _execute([*command, OPTIMISE, *FLAGS, str(source), "-o", str(made)])
+        made.replace(folder / f"{key}.{_digest(made)}.so")  # whole or not at all, whoever else writes it
+    _shrink(folder)
+    found = _opened(folder, key)
     if found is None:
-        folder = _writable(folder)
-        target = folder / f"{key}.so"
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            source, made = Path(work) / "block.cpp", Path(work) / "block.so"
-            source.write_text(text)
-            done = subprocess.run(
-                [path, OPTIMISE, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise CompilerError(
-                    f"cpp: {path} failed with status {done.returncode}: {done.stderr[-2000:]}. Use backend='eager'."
-                )
-            made.replace(target)  # whole or not at all, whoever else writes it
-        found = _opened(target)
-        if found is None:
-            raise CompilerError(f"cpp: what {path} made could not be loaded from {target}. Use backend='eager'.")
+        raise _fail(f"what {command[0]} made could not be loaded from {folder}; expected a shared library")
     return found
 
 
-def _opened(path: Path) -> Callable[..., None] | None:
-    try:
-        run = ctypes.CDLL(str(path)).run
-    except (OSError, AttributeError):  # absent, or cut short
-        return None
-    run.argtypes = [ctypes.c_long] * 6 + [ctypes.c_void_p] * 2
-    run.restype = None
-    return run
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        other = Path(tempfile.gettempdir()) / f"dualform-{os.getuid()}"
-        other.mkdir(mode=0o700, exist_ok=True)
-        return other
+def _opened(folder: Path, key: str) -> Callable[..., None] | None:
+    """Load an entry; one that is not what was written goes: to map a file cut short may end the process."""
+    for path in folder.glob(f"{key}.*.so"):
+        try:
+            if _digest(path) == path.name.split(".")[1]:
+                run = ctypes.CDLL(str(path)).run
+                run.argtypes = [ctypes.c_long] * 6 + [ctypes.c_void_p] * 2
+                run.restype = None
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # used: it stays longest
+                return run
+        except (OSError, AttributeError):
+            pass
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _entries(folder: Path) -> list[tuple[float, int, Path]]:
+    """List (last use, bytes, path) of all entries; others may delete meanwhile."""
+    found = []
+    for path in folder.glob("*.*.so"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    return sorted(found)
+
+
+def _shrink(folder: Path) -> None:
+    entries = _entries(folder)
+    extra = sum(size for _, size, _ in entries) - CACHE_BYTES
+    for _, size, path in entries[:-1]:
+        if extra > 0:
+            path.unlink(missing_ok=True)
+            extra -= size
+
+
+def clear_cache() -> tuple[int, int]:
+    """Delete all compiled code; return how many entries and bytes there were."""
+    count = nbytes = 0
+    for folder in _folders():
+        for _, size, path in _entries(folder):
+            path.unlink(missing_ok=True)
+            count, nbytes = count + 1, nbytes + size
+    return count, nbytes
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -157,6 +230,3 @@ class Native:
         part(0)
         for other in others:
             other.result()
-
-
-poison = False  # tests fill scratch memory with NaN

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from dualform.learning.backends import BackendError
+
 aten = torch.ops.aten
 
 
-class Unsupported(ValueError):
+class Unsupported(BackendError):
     """An op that has no row here."""
 
-    def __init__(self, node: fx.Node) -> None:
-        place = node.meta.get("stack_trace") or ""
+    def __init__(self, node: fx.Node, line: str = "") -> None:
+        where = f" at {line}" if line else ""
         super().__init__(
-            f"cpp: the op {node.target} has no row in kernels/ops.py; expected one of {len(MAPS)} maps, {len(REDUCTIONS)} "
-            f"reductions, products, views. Use backend='eager', or add its row. {place}"
+            f"cpp: the op {node.target}{where} has no row in kernels/ops.py; expected one of {len(MAPS)} maps, "
+            f"{len(REDUCTIONS)} reductions, {len(PRODUCTS)} products, views. Use backend='eager', or add its row."
         )
         self.node = node
 
@@ -46,7 +48,7 @@ TEXT = {
     "rsqrt": "T(1) / std::sqrt({0})", "reciprocal": "T(1) / {0}", "sin": "std::sin({0})", "cos": "std::cos({0})",
     "sign": "T(({0} > 0) - ({0} < 0))", "relu": "({0} > 0 || {0} != {0} ? {0} : T(0))", "log1p": "std::log1p({0})",
     "expm1": "std::expm1({0})", "atan": "std::atan({0})", "sinh": "std::sinh({0})", "cosh": "std::cosh({0})",
-    "floor": "std::floor({0})", "square": "{0} * {0}", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
+    "floor": "std::floor({0})", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
     "pow": "std::pow({0}, {1})", "max": "({0} > {1} || {0} != {0} ? {0} : {1})", "min": "({0} < {1} || {0} != {0} ? {0} : {1})",
     "where": "({0} != 0 ? {1} : {2})", "eq": "T({0} == {1})", "ne": "T({0} != {1})", "ge": "T({0} >= {1})", "gt": "T({0} > {1})",
     "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
@@ -73,7 +75,7 @@ def _plain(*names: str, count: int, text: str | None = None) -> None:
 
 _plain(
     "neg", "exp", "log", "tanh", "sigmoid", "erf", "sqrt", "abs", "rsqrt", "reciprocal", "sin", "cos", "sign", "relu", "log1p", "expm1",
-    "atan", "sinh", "cosh", "floor", "square", "lgamma", "tan", "asin", "acos", count=1,
+    "atan", "sinh", "cosh", "floor", "lgamma", "tan", "asin", "acos", count=1,
 )  # fmt: skip
 _plain(
     "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2

@@ -41,6 +41,10 @@ _entries = {
 }  # fmt: skip
 
 
+class BackendError(ValueError):
+    """A backend cannot run what it was given; the message says why. Where nobody chose it, eager runs instead."""
+
+
 class Whole(Protocol):
     """What runs whole calls itself: the scan's two directions, with the same arguments and results."""
 

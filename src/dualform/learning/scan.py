@@ -10,6 +10,7 @@ Legend: B batch, T time, H heads, P = B H rows, N blocks, n blocks of a piece, G
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx
 
-from dualform.learning.backends import Backend, Run, backends
+from dualform.learning.backends import Backend, BackendError, Run, Whole, backends
 from dualform.learning.batched import at, example, joined, mapped, row_axis, row_bytes
 from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
 from dualform.learning.fission import Fission, split
@@ -202,8 +203,28 @@ def chosen(backend: str, plan: Plan, call: Call) -> str:
     """Choose a backend where nobody did: the first that says it suits, else eager."""
     if backend != "auto":
         return backend
+    if "refused" in plan.natives:
+        return "eager"
     each = ((name, found(name).whole) for name in backends.names())
     return next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
+
+
+def _runs_whole(
+    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run_], list[Tensor]]
+) -> list[Tensor] | Run_:
+    """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
+    name = chosen(backend, plan, call)
+    run, whole = Run_(plan, call, name), found(name).whole
+    if whole is None:
+        return run
+    try:
+        return direction(whole, run)
+    except BackendError as error:
+        if backend != "auto":
+            raise
+        plan.natives["refused"] = str(error)
+        warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
+        return Run_(plan, call, "eager")
 
 
 @dataclass(eq=False)
@@ -359,10 +380,9 @@ def _power(n: int) -> int:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    backend = chosen(backend, plan, call)
-    run, whole = Run_(plan, call, backend), found(backend).whole
-    if whole is not None:
-        return whole.forward(run, checkpoints)
+    run = _runs_whole(backend, plan, call, lambda whole, run: whole.forward(run, checkpoints))
+    if isinstance(run, list):
+        return run
     state = run.held()
     saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, call)]]
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
@@ -446,10 +466,9 @@ def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    backend = chosen(backend, plan, call)
-    run, whole = Run_(plan, call, backend), found(backend).whole
-    if whole is not None:
-        return whole.backward(run, saved, cotangents, checkpoints)
+    run = _runs_whole(backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints))
+    if isinstance(run, list):
+        return run
     g = run.grid
     G = -(-run.blocks // checkpoints)
     do, state = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
@@ -639,10 +658,9 @@ def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str 
     """Run the op for a registered program: [o, *anchor, *registers, position]."""
     tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    compiling = torch.compiler.is_compiling()  # then the op chooses: it is opaque to the compiler
-    if not compiling:
-        backend = chosen(backend, _sources[name].plan(call.q.shape[-1], call.q.dtype, form), call)
-    state, keep = sum(x.nbytes for x in call.anchor.values()), 0 if compiling else found(backend).keep
+    state, keep = sum(x.nbytes for x in call.anchor.values()), 0
+    if learns and not torch.compiler.is_compiling():  # there the op alone chooses: it is opaque to the compiler
+        keep = found(chosen(backend, _sources[name].plan(call.q.shape[-1], call.q.dtype, form), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
     held = len(call.anchor) + len(call.registers)
     given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
