@@ -25,7 +25,7 @@ def parse(text: str, names: list[str]) -> list[tuple[float, list[tuple[str, list
     """Read `2 Σ_k W[k,j] δ(i,k) - p[i,j]` back: a list of (coefficient, [(factor or delta, indices)])."""
     known = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
     token = re.compile(
-        rf"\s*(?:(?P<sum>Σ_\w+)|(?P<delta>δ)\((?P<pair>[^)]*)\)|(?P<name>{known or '(?!)'})(?:\[(?P<at>[^\]]*)\])?|(?P<number>\d[\d.e+-]*)|(?P<sign>[+-]))"
+        rf"\s*(?:(?P<sum>Σ_\w+)|\[(?P<step>[^\]]*>=[^\]]*)\]|(?P<delta>δ)\((?P<pair>[^)]*)\)|(?P<name>{known or '(?!)'})(?:\[(?P<at>[^\]]*)\])?|(?P<number>\d[\d.e+-]*)|(?P<sign>[+-]))"
     )
     found: list[tuple[float, list[tuple[str, list[str]]]]] = [(1.0, [])]
     at = 0
@@ -41,6 +41,8 @@ def parse(text: str, names: list[str]) -> list[tuple[float, list[tuple[str, list
             found[-1] = (found[-1][0] * float(m["number"]), [*found[-1][1], ("1", [])])
         elif m["delta"]:
             found[-1][1].append(("δ", m["pair"].split(",")))
+        elif m["step"]:
+            found[-1][1].append((">=", [m["step"]]))
         elif m["name"]:
             found[-1][1].append((m["name"], m["at"].split(",") if m["at"] else []))
     return found
@@ -60,7 +62,7 @@ def evaluate(formula: Formula, shape: tuple[int, ...]) -> Tensor:
         names = [*axes, *(s for s, _ in line.sums)]
         for values in itertools.product(*ranges):
             # a size-1 axis is written 0; primes cannot stand in Python names
-            scope = {n: v for n, v in zip(names, values, strict=True) if n != "0"}
+            scope = {**formula.tensors, **{n: v for n, v in zip(names, values, strict=True) if n != "0"}}
 
             def at(index: str, scope: dict[str, int] = scope) -> int:
                 return eval(index, {}, scope)
@@ -68,7 +70,9 @@ def evaluate(formula: Formula, shape: tuple[int, ...]) -> Tensor:
             value = coef
             for name, indices in parts:
                 if name == "δ":
-                    value *= at(indices[0]) == at(indices[1])
+                    value *= bool(at(indices[0]) == at(indices[1]))
+                elif name == ">=":
+                    value *= at(indices[0])
                 elif name != "1":
                     value *= formula.tensors[name][tuple(at(i) for i in indices)].item()
                 if not value:

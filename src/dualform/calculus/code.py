@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualform.calculus.notation import LETTERS
 from dualform.calculus.structure import Derivative
-from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, one_hot, sizes, volume
+from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, sizes, volume
 
 
 def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
@@ -33,7 +33,7 @@ def _added(part: str) -> str:
 
 
 def _term_code(term: Term, in_shape: Sequence[int], namespace: dict[str, Tensor], like: Tensor) -> str:
-    stored = [f if isinstance(f, Factor) else one_hot(f, like) for f in term.factors]
+    stored = [f if isinstance(f, Factor) else f.dense(like) for f in term.factors]
     seed = atoms(term.out)
     target = atoms(term.inn)
     unique = list(dict.fromkeys(target))

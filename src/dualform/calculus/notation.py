@@ -14,6 +14,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from dualform.calculus.relations import Lookup, Triangle, Window
 from dualform.calculus.terms import Axis, Factor, Label, Term
 
 LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
@@ -32,7 +33,8 @@ def letters(taken: Sequence[str] = ()) -> Iterator[str]:
 class Line:
     """One product in index notation.
 
-    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums (index, size).
+    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums (index, size);
+    steps (a, b): 1 where a >= b. A delta may look an index up: δ(i,idx[j]).
     An index of an axis that is a composite of labels is written as a polynomial of its atoms: "4*a+b".
     """
 
@@ -41,25 +43,28 @@ class Line:
     deltas: tuple[tuple[str, str], ...]
     selects: tuple[tuple[str, int, int, str], ...]
     sums: tuple[tuple[str, int], ...]
+    steps: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
         body = [f"Σ_{s}" for s, _ in self.sums]
         body += [f"{name}[{','.join(labels)}]" if labels else name for name, labels in self.factors]
         body += [f"δ({a},{b})" for a, b in self.deltas]
         body += [f"δ({big},{_affine(start, step, small)})" for big, start, step, small in self.selects]
-        return _coefficient(self.coef, bool(self.factors or self.deltas or self.selects)) + " ".join(body)
+        body += [f"[{a}>={b}]" for a, b in self.steps]
+        return _coefficient(self.coef, bool(body[len(self.sums) :])) + " ".join(body)
 
     def latex(self) -> str:
         body = [rf"\sum_{{{s}}}" for s, _ in self.sums]
         body += [rf"{_tex(name)}_{{{','.join(labels)}}}" for name, labels in self.factors]
         body += [rf"\delta_{{{a},{b}}}" for a, b in self.deltas]
         body += [rf"\delta_{{{big},{_affine(start, step, small)}}}" for big, start, step, small in self.selects]
-        return _coefficient(self.coef, bool(self.factors or self.deltas or self.selects)) + r"\,".join(body)
+        body += [rf"[{a}\ge {b}]" for a, b in self.steps]
+        return _coefficient(self.coef, bool(body[len(self.sums) :])) + r"\,".join(body)
 
 
 def _affine(start: int, step: int, small: str) -> str:
-    scaled = small if step == 1 else f"{step}*{small}"
-    return scaled if start == 0 else f"{start}+{scaled}"
+    scaled = {1: small, -1: f"-{small}"}.get(step, f"{step}*{small}")
+    return scaled if start == 0 else f"{start}{'' if step < 0 else '+'}{scaled}"
 
 
 def _coefficient(coef: float, follows: bool) -> str:
@@ -164,6 +169,7 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: _Name
     whole: dict[Axis, str] = {}
     deltas: list[tuple[str, str]] = []
     sums: list[tuple[str, int]] = []
+    steps: list[tuple[str, str]] = []
     axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
     # Plain axes name their label first; a composite axis is then a relation to the names of its atoms.
     for letter, axis in axes:
@@ -191,13 +197,35 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: _Name
     for label in term.hidden:
         name[label] = next(names)
         sums.append((name[label], label.size))
+    for r in term.relations:
+        if isinstance(r, Window | Lookup):
+            deltas.append((_polynomial(r.bigs, name), _place(r, name, tensors)))
+        elif isinstance(r, Triangle):
+            low = f"{_polynomial(r.cols, name)}{_signed(r.offset)}" if r.offset else _polynomial(r.cols, name)
+            steps.append((_polynomial(r.rows, name), low))
     return Line(
         term.coef,
         tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
         tuple(deltas),
         tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
         tuple(sums),
+        tuple(steps),
     )
+
+
+def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: _Names) -> str:
+    """Where a relation reads: 2*i+j-1, or idx[i][j]."""
+    if isinstance(r, Lookup):
+        return tensors.of(Factor(r.index, r.smalls, r.name)) + "".join(f"[{name[x]}]" for x in r.smalls)
+    parts = [
+        f"{_signed(step)}*{name[x]}" if abs(step) != 1 else f"{'+-'[step < 0]}{name[x]}"
+        for x, step in zip(r.smalls, r.steps, strict=True)
+    ]
+    return ("".join(parts) + (_signed(r.start) if r.start or not parts else "")).removeprefix("+")
+
+
+def _signed(n: int) -> str:
+    return f"{n:+d}"
 
 
 def _polynomial(axis: Axis, name: dict[Label, str]) -> str:
@@ -205,7 +233,7 @@ def _polynomial(axis: Axis, name: dict[Label, str]) -> str:
     for label in reversed(axis):
         parts.append(name[label] if stride == 1 else f"{stride}*{name[label]}")
         stride *= label.size
-    return "+".join(reversed(parts))
+    return "+".join(reversed(parts)) or "0"
 
 
 def stored_bytes(tensors: Sequence[Tensor]) -> int:
