@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dualform.calculus.terms import Axis, Factor, Label, Term
+from dualform.calculus.collapse import merged
+from dualform.calculus.terms import Axis, Factor, Identity, Label, Term, identity_of
 
 def settled(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Bring a finished sum into its canonical form: coarse labels, and one factor where several lie on one pattern."""
     groups: dict[tuple, list[Term]] = {}
-    for k, term in enumerate(map(coarse, terms)):
+    for k, term in enumerate(merged([coarse(term) for term in terms])):
         plain = len(term.factors) == len(term.tensors) <= 1
         groups.setdefault(_pattern(term) if plain else (k,), []).append(term)
     return tuple(term for group in groups.values() for term in (_one_factor(group) if len(group) > 1 else group))
@@ -94,19 +95,6 @@ def _merged(term: Term, x: Label, y: Label) -> Term:
             f = Factor(tensor.reshape([label.size for label in labels]), labels, f.name)
         factors.append(f)
     return Term(term.coef, tuple(factors), tuple(map(axis, term.out)), tuple(map(axis, term.inn)))
-
-
-Identity = tuple[Any, ...]
-
-
-def identity_of(t: Tensor) -> Identity:
-    """What tells two tensors apart: where their numbers are; the order of axes does not matter."""
-    steps = tuple(sorted(zip(t.stride(), t.shape, strict=True), reverse=True))
-    try:
-        where: Any = (t.untyped_storage()._cdata, t.storage_offset())
-    except (NotImplementedError, RuntimeError):  # tensors inside a transform
-        where = id(t)
-    return (where, steps)
 
 
 def _natural(f: Factor) -> Factor:

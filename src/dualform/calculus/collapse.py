@@ -16,7 +16,7 @@ from torch import Tensor
 from dualform.calculus.contract import contract
 from dualform.calculus.place import spread
 from dualform.calculus.relations import as_window, same_place
-from dualform.calculus.terms import Factor, Label, Relation, Select, Term, atoms, substitute, volume
+from dualform.calculus.terms import Factor, Label, Relation, Select, Term, atoms, identity_of, substitute, volume
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
 MAX_TERMS = 8
@@ -89,8 +89,10 @@ def _key(term: Term) -> tuple:
         return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
 
     def factor(f: Factor | Relation) -> tuple:
-        tags = tuple(number[x] for x in f.labels)
-        return (id(f.tensor), *tags) if isinstance(f, Factor) else (0, f.key, *tags)
+        if not isinstance(f, Factor):
+            return (0, f.key, *(number[x] for x in f.labels))
+        steps = zip(f.tensor.stride(), f.tensor.shape, (number[x] for x in f.labels), strict=True)
+        return (1, identity_of(f.tensor), *(tag for *_, tag in sorted(steps, reverse=True)))
 
     return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
 
