@@ -68,7 +68,9 @@ class SiteDerivatives(Mapping[str, Derivative]):
     def _weighted(self, J: Derivative, g: Tensor, method: str) -> Derivative:
         """sum over all but the sample of g J: one row per sample."""
         if g.shape != self.out_shape:
-            fail(method, "g", f"has shape {tuple(g.shape)}", f"y's = {self.out_shape}", "Pass the loss's gradient by y.")
+            fail(
+                method, "g", f"has shape {tuple(g.shape)}", f"y's = {self.out_shape}", "Pass the loss's gradient by y."
+            )
         terms = [Term(t.coef, (make_factor(g, t.out, "g"), *t.factors), t.out[:1], t.inn) for t in J.terms]
         return Derivative(terms, J.out_shape[:1], J.in_shape, J.dtype, J.device)
 
@@ -129,13 +131,13 @@ class SiteDerivatives(Mapping[str, Derivative]):
         """
         right = self if other is None else other
         if list(right) != list(self):
-            fail("ntk", "other", f"has parameters {list(right)}", f"{list(self)}", "Pass the same module's.", ValueError)
+            fail(
+                "ntk", "other", f"has parameters {list(right)}", f"{list(self)}", "Pass the same module's.", ValueError
+            )
         parts = [J @ right[name].T for name, J in self.items()]
         first = parts[0]
         terms = merged([t for part in parts for t in part.terms])
-        return Derivative(
-            terms, first.out_shape, first.in_shape, first.dtype, first.device, symmetric=other is None
-        )
+        return Derivative(terms, first.out_shape, first.in_shape, first.dtype, first.device, symmetric=other is None)
 
 
 def _weights(hessian: Derivative | Tensor, shape: tuple[int, ...]) -> Derivative:

@@ -34,7 +34,9 @@ def close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     tight = torch.finfo(b.dtype).eps ** 0.6
-    return torch.allclose(a.to(b.dtype), b, rtol=tight, atol=tight * max(1e-30, b.abs().max().item() if b.numel() else 0))
+    return torch.allclose(
+        a.to(b.dtype), b, rtol=tight, atol=tight * max(1e-30, b.abs().max().item() if b.numel() else 0)
+    )
 
 
 def _axis(k: int, n: int, names: Sequence[str] | None) -> str:
@@ -64,8 +66,12 @@ def _kept(got: Tensor, right: Tensor, names: Names) -> Slip | None:
             if not axes or not close(got.sum(axes, keepdim=keep), right):
                 continue
             if all(got.shape[a] == 1 for a in axes):
-                return Slip("extra axis", f"has an extra axis of size 1 at {axes[0]}; expected {tuple(right.shape)}. Drop it.")
-            said = " and ".join(_axis(a, got.shape[a], names[0] if names and got.ndim == len(names[0]) else None) for a in axes)
+                return Slip(
+                    "extra axis", f"has an extra axis of size 1 at {axes[0]}; expected {tuple(right.shape)}. Drop it."
+                )
+            said = " and ".join(
+                _axis(a, got.shape[a], names[0] if names and got.ndim == len(names[0]) else None) for a in axes
+            )
             code = f"g.sum({axes[0] if len(axes) == 1 else axes}{', keepdim=True' if keep else ''})"
             why = "the argument is broadcast along it, and the gradients of its copies add up"
             return Slip("kept axis", f"keeps {said}, which should be summed: {why}. Use {code} or unbroadcast.")
@@ -146,10 +152,14 @@ def _not_finite(got: Tensor, right: Tensor) -> Slip | None:
     where = bad.nonzero()[0].tolist()
     what = "NaN" if got.isnan().any() else "infinite"
     count = f"{int(bad.sum())} of {got.numel()} entries, first at {where}"
-    return Slip("NaN", f"is {what} in {count}; expected {right[tuple(where)].item():.6g} there. Look for 0/0, inf - inf, log 0.")
+    return Slip(
+        "NaN", f"is {what} in {count}; expected {right[tuple(where)].item():.6g} there. Look for 0/0, inf - inf, log 0."
+    )
 
 
-def _of_the_seed(got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program: Program) -> Slip | None:
+def _of_the_seed(
+    got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program: Program
+) -> Slip | None:
     if not got.any():
         return Slip("zero", "is zero everywhere; expected one that is not. Return the gradient.")
     other = torch.flip(g.reshape(-1), [0]).reshape(g.shape) * 0.7 + 0.1
@@ -158,7 +168,10 @@ def _of_the_seed(got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor]
         why = "it is the gradient for g = 1" if same else "another g gives the same"
         return Slip("g unused", f"does not use g: {why}; expected a sum over g. Multiply by g (the chain rule).")
     if not close(again(2 * g), 2 * got):
-        return Slip("not linear", "is not linear in g: twice the g is not twice the gradient; expected a linear map. Use g once.")
+        return Slip(
+            "not linear",
+            "is not linear in g: twice the g is not twice the gradient; expected a linear map. Use g once.",
+        )
     return None
 
 
@@ -173,12 +186,17 @@ def _scaled(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
         count = math.prod(g.shape[a] for a in axes)
         if count > 1 and abs(scale * count - 1) < 1e-6 and right.numel() < g.numel():
             said = " and ".join(_axis(a, g.shape[a], names[0] if names else None) for a in axes)
-            return Slip("averaged", f"is averaged over {said} of the result; expected the sum. Use .sum instead of .mean.")
+            return Slip(
+                "averaged", f"is averaged over {said} of the result; expected the sum. Use .sum instead of .mean."
+            )
     for axes in _subsets(right.ndim):
         count = math.prod(right.shape[a] for a in axes)
         if count > 1 and abs(scale / count - 1) < 1e-6 and g.numel() < right.numel():
             said = " and ".join(_axis(a, right.shape[a], names[1] if names else None) for a in axes)
-            return Slip("count", f"misses the factor 1/{count}, the entries of {said}; expected a mean's share. Divide by {count}.")
+            return Slip(
+                "count",
+                f"misses the factor 1/{count}, the entries of {said}; expected a mean's share. Divide by {count}.",
+            )
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
     return Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
 
@@ -336,7 +354,10 @@ def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:
         if close(first, first[:, :1].expand_as(first)):
             said = _axis(axis, right.shape[axis], names[1] if names else None)
             values = ", ".join(f"{v:.4g}" for v in first[:4, 0].tolist())
-            return Slip("scaled axis", f"is scaled along {said} by [{values}{', ...' if len(first) > 4 else ''}]; expected no factor. Drop it.")
+            return Slip(
+                "scaled axis",
+                f"is scaled along {said} by [{values}{', ...' if len(first) > 4 else ''}]; expected no factor. Drop it.",
+            )
     return None
 
 
