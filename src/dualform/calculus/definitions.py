@@ -73,8 +73,9 @@ def _traced(
             gm = trace(written, *stand_ins)
         except Exception:  # whatever the reason, there is no definition to differentiate; the op is refused or dense
             return None
-    itself = any(n.op == "call_function" and n.target == target for n in gm.graph.nodes)
-    return None if itself else gm
+    ops = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    # A definition that is the op itself again, or is written below the ops that have rows, says nothing.
+    return None if any(op == target or str(op).startswith("prims.") for op in ops) else gm
 
 
 def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:

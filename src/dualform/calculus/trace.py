@@ -61,6 +61,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         except Exception as error:
             _reraise(error)
     _refuse_values(gm)
+    _refuse_complex(gm)
     _refuse_randomness(gm)
     return normalised(functionalized(gm, _blame))
 
@@ -185,6 +186,21 @@ def _refuse_values(gm: fx.GraphModule) -> None:
             loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
             if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 _refuse_data(source_line(node) or str(node.target))
+
+
+def _refuse_complex(gm: fx.GraphModule) -> None:
+    """Derivatives are of real numbers: a complex one that depends on an input is two, and its rows would be too."""
+    reached: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+            made = node.meta.get("val")
+            if isinstance(made, Tensor) and made.is_complex():
+                where = source_line(node) or str(node.target)
+                raise TraceError(
+                    f"trace: `{where}` makes a complex tensor; expected real ones. "
+                    "Write it with its real and imaginary parts, a Fourier transform as a product with cosines and sines."
+                )
 
 
 _DROPOUT = {
