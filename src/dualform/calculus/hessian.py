@@ -115,7 +115,7 @@ class Second:
                     moved[place] = program.terms()
                 others = tuple(g for j, (g, _) in enumerate(filled) if j != k)
                 outer = Term(term.coef, others, (*term.out, *term.inn), tuple((x,) for x in f.labels))
-                total += [t for inner in moved[place] if (t := compose_terms(outer, inner, blank)) is not None]
+                total += [t for inner in moved[place] if (t := compose_terms(outer, inner)) is not None]
         return tidy(total, blank)
 
     def vjp(self, g: Tensor) -> Tensor:
