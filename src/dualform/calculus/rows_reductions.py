@@ -88,6 +88,28 @@ def _slope_name(call: Call) -> str:
     return "p" if name.endswith("logsumexp") else f"{name.replace('linalg_vector_', '')}'({call.operand_name(0)})"
 
 
+def _nothing(call: Call, operand: int) -> list[Term]:
+    return []
+
+
+def _along(call: Call, operand: int) -> list[Term]:
+    """Each entry of a sort looks at its whole line."""
+    inn, dim = fresh_axes(call.operands[0].shape), call.bound["dim"]
+    out = list(inn)
+    if inn:
+        out[dim] = fresh_axes(call.out.shape)[dim]
+    return [Term(1.0, (), tuple(out), inn)]
+
+
+def _over(call: Call, operand: int) -> list[Term]:
+    _, out, inn = _reduced(call)
+    return [Term(1.0, (), out, inn)]
+
+
+row("aten::argmax", "aten::argmin", reads=_over, examples=[call("", NM, 1), call("", NM), call("", NM, 0, True)])(_nothing)
+row("aten::argsort", reads=_along, examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)])(_nothing)
+
+
 @row("aten::cumsum", affine=ALL, examples=[call("", NM, 1), call("", T("1 m"), 0), call("", T(""), 0), call("", BNM, -2)])
 def _cumsum(call: Call, operand: int) -> list[Term]:
     """A triangle: dy_i/dx_j = [i >= j]."""

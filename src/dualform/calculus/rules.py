@@ -42,7 +42,7 @@ from dualform.shapes import TraceError, fail
 
 __all__ = [
     "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
-    "product_row", "row",
+    "product_row", "reads", "row",
 ]  # fmt: skip
 
 # Importing them fills the table.
@@ -123,6 +123,19 @@ def multilinear(target: Call | Target) -> bool:
     """
     found = find_row(target.target if isinstance(target, Call) else target)
     return found is not None and found.multilinear
+
+
+def reads(call: Call, operand: int) -> Derivative | None:
+    """Tell which entries of an operand a result of integers looks at, as if it were a sum of them; None: not known.
+
+    Shape:  call.out.shape + operand.shape.
+    Dtype:  none; no value is read.
+    Raises: IndexError if there is no such operand.
+    """
+    found = find_row(call.target)
+    if found is None or found.reads is None:
+        return None
+    return as_derivative(found.reads(call, operand), call, operand)
 
 
 def is_structured(target: Target) -> bool:
