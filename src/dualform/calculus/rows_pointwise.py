@@ -185,12 +185,12 @@ def _fill(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros",
     "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::sign", "aten::sgn", "aten::floor", "aten::ceil",
-    "aten::round", "aten::trunc", "aten::heaviside", "aten::argmax", "aten::argmin", "aten::floor_divide", "aten::argsort",
+    "aten::round", "aten::trunc", "aten::heaviside", "aten::floor_divide",
     "aten::bucketize", "aten::searchsorted",
     examples=[
         *(call(op, NM) for op in ("detach", "zeros_like", "ones_like", "sign", "sgn", "floor", "ceil", "round", "trunc")),
         call("full_like", NM, 2.0), call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0),
-        *(call(op, NM, 1) for op in ("argmax", "argmin", "argsort")), call("floor_divide", NM, T("m")),
+        call("floor_divide", NM, T("m")),
         call("heaviside", NM, T("m")), call("bucketize.Tensor", NM, T("m")), call("searchsorted.Tensor", T("m"), NM),
     ],
 )  # fmt: skip

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from dualform.calculus.examples import Example, T, call
-from dualform.calculus.table import Call, Product, Row, add_row, broadcast_axes, product_row, product_term, row
+from dualform.calculus.table import Call, Product, Row, add_row, broadcast_axes, defined_row, product_row, product_term
 from dualform.calculus.terms import Axis, Label, Term, fresh_axes, make_factor
 
 
@@ -58,7 +61,7 @@ def _inner(call: Call) -> Product:
     return Product((*left, *right), ((*left, inner), (*right, inner)))
 
 
-@product_row("aten::kron", examples=[call("", T("k n"), T("n k")), call("", T("k"), T("n k", "flat"))])
+@product_row("aten::kron", examples=[call("", T("k n", "flat"), T("n k", "flat")), call("", T("k"), T("n k", "flat"))])
 def _kron(call: Call) -> Product:
     rank = call.out.ndim
     a, b = (fresh_axes((1,) * (rank - x.ndim) + tuple(x.shape)) for x in call.operands)
@@ -177,15 +180,8 @@ add_row(
 )
 
 
-@row(
-    "aten::bilinear", affine=(frozenset({0, 3}), frozenset({1, 3}), frozenset({2, 3})),
-    examples=[call("", T("b n"), T("b m"), T("o n m"), T("o")), call("", T("n"), T("m"), T("o n m"))],
-)  # fmt: skip
-def _bilinear(call: Call, operand: int) -> list[Term]:
+@defined_row("aten::bilinear", call("", T("b n"), T("b m"), T("o n m"), T("o")), call("", T("n"), T("m"), T("o n m")))
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[..., o] = sum_ij x[..., i] W[o, i, j] y[..., j] + b[o]."""
-    x, y, weight = call.operands[:3]
-    rows, (o, i, j) = fresh_axes(x.shape[:-1]), fresh_axes(weight.shape)
-    product = Product((*rows, o), ((*rows, i), (*rows, j), (o, i, j)))
-    if operand == 3:
-        return [Term(1.0, (), product.out, (o,))]
-    return [product_term(call, product, operand)]
+    product = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return product if bias is None else product + bias

@@ -108,7 +108,7 @@ class Row:
     """What the calculus knows of an op.
 
     rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
-    arguments. affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself;
+    arguments. reads: for a result of integers, which entries of the operands it looks at, as terms. affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself;
     "all": all together. multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
     """
 
@@ -119,6 +119,7 @@ class Row:
     form: Callable[[Call], Product] | None = None
     examples: tuple[Example, ...] = ()
     definition: Callable[..., Any] | None = None
+    reads: Rule | None = None
 
     def is_affine(self, operands: frozenset[int]) -> bool:
         if not operands or self.affine == "all":
@@ -148,12 +149,13 @@ def row(
     affine: str | tuple[frozenset[int], ...] = (),
     multilinear: bool = False,
     examples: Sequence[Example] = (),
+    reads: Rule | None = None,
 ) -> Callable[[Rule], Rule]:
     """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            add_row(Row(name, rule, affine, multilinear, None, tuple(examples)))
+            add_row(Row(name, rule, affine, multilinear, None, tuple(examples), reads=reads))
         return rule
 
     return add
