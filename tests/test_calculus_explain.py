@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
 from collections.abc import Callable
 
 import pytest
@@ -15,66 +13,17 @@ from torch import Tensor
 from dualform.calculus import Explanation, explain, jacobian
 from dualform.calculus.explain import Step
 from dualform.calculus.notation import Formula
+from formula_reader import evaluate
 
 
 def rand(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-def parse(text: str, names: list[str]) -> list[tuple[float, list[tuple[str, list[str]]]]]:
-    """Read `2 Σ_k W[k,j] δ(i,k) - p[i,j]` back: a list of (coefficient, [(factor or delta, indices)])."""
-    known = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
-    token = re.compile(
-        rf"\s*(?:(?P<sum>Σ_\w+)|(?P<delta>δ)\((?P<pair>[^)]*)\)|(?P<name>{known or '(?!)'})(?:\[(?P<at>[^\]]*)\])?|(?P<number>\d[\d.e+-]*)|(?P<sign>[+-]))"
-    )
-    found: list[tuple[float, list[tuple[str, list[str]]]]] = [(1.0, [])]
-    at = 0
-    while at < len(text):
-        m = token.match(text, at)
-        assert m is not None, f"cannot read {text[at:]!r}"
-        at = m.end()
-        if m["sign"]:
-            if found[-1][1] or at > m.end("sign") or m.start() > 0:
-                found.append((1.0, []))
-            found[-1] = (found[-1][0] * (-1 if m["sign"] == "-" else 1), found[-1][1])
-        elif m["number"]:
-            found[-1] = (found[-1][0] * float(m["number"]), [*found[-1][1], ("1", [])])
-        elif m["delta"]:
-            found[-1][1].append(("δ", m["pair"].split(",")))
-        elif m["name"]:
-            found[-1][1].append((m["name"], m["at"].split(",") if m["at"] else []))
-    return found
-
-
-def evaluate(formula: Formula, shape: tuple[int, ...]) -> Tensor:
-    """Give the numbers that the printed text stands for, entry by entry."""
-    text = formula.right()
-    result = torch.zeros(shape, dtype=torch.float64)
-    if text == "0":
-        return result
-    parsed = parse(text, list(formula.tensors))
-    assert len(parsed) == len(formula.lines)
-    axes = [*formula.out, *formula.inn]
-    for (coef, parts), line in zip(parsed, formula.lines, strict=True):
-        ranges = [range(n) for n in shape] + [range(n) for _, n in line.sums]
-        names = [*axes, *(s for s, _ in line.sums)]
-        for values in itertools.product(*ranges):
-            # a size-1 axis is written 0; primes cannot stand in Python names
-            scope = {n: v for n, v in zip(names, values, strict=True) if n != "0"}
-
-            def at(index: str, scope: dict[str, int] = scope) -> int:
-                return eval(index, {}, scope)
-
-            value = coef
-            for name, indices in parts:
-                if name == "δ":
-                    value *= at(indices[0]) == at(indices[1])
-                elif name != "1":
-                    value *= formula.tensors[name][tuple(at(i) for i in indices)].item()
-                if not value:
-                    break
-            result[values[: len(shape)]] += value
-    return result
+def value_of(formula: Formula, shape: tuple[int, ...], whole: dict[str, Tensor] | None = None) -> Tensor:
+    """Give the numbers that the printed text stands for; `whole` are derivatives that stand in it by name."""
+    tensors = {**formula.tensors, **{k: v for k, v in (whole or {}).items() if k in formula.right()}}
+    return evaluate(formula.right(), (*formula.out, *formula.inn), shape, tensors, formula.ranges)
 
 
 def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -112,8 +61,36 @@ def example(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], tupl
 def test_printed_formulas_are_the_derivatives(example: tuple) -> None:
     *_, told = example
     for step in (*told.steps, told.result):
-        torch.testing.assert_close(evaluate(step.formula, step.shape), step.derivative.dense(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value_of(step.formula, step.shape), step.derivative.dense(), rtol=2e-6, atol=1e-12)
         assert str(step.formula) in str(told)
+
+
+def check_the_proof(told: Explanation, in_shape: tuple[int, ...]) -> int:
+    """Every line of every stage is the same derivative; whole derivatives in it are those that came before."""
+    whole = {step.formula.symbol: step.derivative.dense() for step in told.steps}
+    lines = 0
+    for stage in told.stages:
+        shape = (*stage.out_shape, *in_shape)
+        if stage.moves:
+            values = [value_of(move.formula, shape, whole) for move in stage.moves]
+            for value in values[:-1]:
+                torch.testing.assert_close(value, values[-1], rtol=2e-6, atol=1e-12)
+            whole[stage.symbol] = values[-1]
+            lines += len(values)
+    if told.stages and not told.left_out:
+        expected = told.result.derivative.dense()
+        torch.testing.assert_close(whole[told.result.formula.symbol], expected, rtol=2e-6, atol=1e-12)
+    return lines
+
+
+def test_every_line_of_the_proof_is_the_derivative(example: tuple) -> None:
+    _, args, wrt, told = example
+    check_the_proof(told, tuple(args[wrt].shape))
+    text = str(told)
+    for stage in told.stages:
+        for move in stage.moves:
+            assert move.formula.right() in text
+            assert move.reason in text
 
 
 def test_printed_code_is_the_vjp(example: tuple) -> None:
@@ -203,4 +180,4 @@ def test_a_wrong_step_does_not_pass() -> None:
     step: Step = told.result
     (line,) = step.formula.lines
     for changed in (Formula("J", step.formula.out, step.formula.inn, (type(line)(3.0, (), line.deltas, (), ()),), {}), Formula("J", step.formula.out, step.formula.inn, (type(line)(2.0, (), (), (), ()),), {})):  # fmt: skip
-        assert not torch.allclose(evaluate(changed, step.shape), step.derivative.dense())
+        assert not torch.allclose(value_of(changed, step.shape), step.derivative.dense())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,45 +22,74 @@ def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
     """Write statements that make `x_bar` from `g`, and the tensors that they name."""
     namespace: dict[str, Tensor] = {}
     like = torch.empty((), dtype=J.dtype, device=J.device)
-    parts = [_term_code(term, J.in_shape, namespace, like) for term in J.terms]
+    parts = [_term_code(term, namespace, like) for term in J.terms]
     if not parts:
         return f"x_bar = torch.zeros({J.in_shape}, dtype={J.dtype})", namespace
-    lines = [f"x_bar = {parts[0]}"] + [_added(part) for part in parts[1:]]
-    return "\n".join(lines), namespace
+    if not any(window for window, _ in parts):
+        first, *rest = (code for _, code in parts)
+        return "\n".join([f"x_bar = {first}", *(f"x_bar = x_bar {_signed(code, '')}" for code in rest)]), namespace
+    lines = [f"x_bar = g.new_zeros({list(J.in_shape)})"]
+    return "\n".join([*lines, *(f"x_bar{window} {_signed(code, '=')}" for window, code in parts)]), namespace
 
 
-def _added(part: str) -> str:
-    return f"x_bar = x_bar - {part[1:]}" if part.startswith("-") else f"x_bar = x_bar + {part}"
+def _signed(code: str, assigned: str) -> str:
+    return f"-{assigned} {code[1:]}" if code.startswith("-") else f"+{assigned} {code}"
 
 
-def _term_code(term: Term, in_shape: Sequence[int], namespace: dict[str, Tensor], like: Tensor) -> str:
+def _term_code(term: Term, namespace: dict[str, Tensor], like: Tensor) -> tuple[str, str]:
+    """The part of `x_bar` that a term adds to, as `[1:3]` or nothing for all of it, and what it adds."""
+    term, window = _without_windows(term, "inn")
+    term, cut = _without_windows(term, "out")
     stored = [f if isinstance(f, Factor) else one_hot(f, like) for f in term.factors]
     seed = atoms(term.out)
     target = atoms(term.inn)
     unique = list(dict.fromkeys(target))
     have = [x for x in unique if x in seed or any(x in f.labels for f in stored)]
-    code = _reshaped("g", term.out)
+    code = _reshaped(f"g{cut}", term.out)
     if stored or len(set(seed)) < len(seed):
         code = _einsum(code, seed, stored, have, namespace)
     else:
         gone = tuple(k for k, x in enumerate(seed) if x not in have)
-        code = f"{code}.sum({gone})" if gone else code
+        code = f"{code}.sum({gone if len(gone) > 1 else f'({gone[0]},)'})" if gone else code
         order = [x for x in seed if x in have]
         code = _permuted(code, order, have)
     if len(have) < len(unique):
-        shape = [x.size if x in have else 1 for x in unique]
-        code = f"{code}.reshape({shape}).expand({sizes(unique)})"
+        if have != unique[len(unique) - len(have) :]:
+            code = f"{code}.reshape({[x.size if x in have else 1 for x in unique]})"
+        if not window or len(unique) < len(target):  # a window takes what is broadcast to it
+            code = f"{code}.expand({sizes(unique)})"
     order = list(unique)
     while len(order) < len(target):
         twice = next(x for k, x in enumerate(target) if target[:k].count(x) and order.count(x) < target.count(x))
         code = f"torch.diag_embed({code}.movedim({order.index(twice)}, -1))"
         order = [x for x in order if x is not twice] + [twice, twice]
     code = _permuted(code, order, target)
+    if len(have) < len(unique) and window and any(len(axis) != 1 for axis in term.inn):
+        code = f"{code}.expand({sizes(target)})"
     if [volume(axis) for axis in term.inn] != sizes(target):
-        code = f"{code}.reshape({list(in_shape)})"
+        code = f"{code}.reshape({[volume(axis) for axis in term.inn]})"
     if term.coef != 1:
         code = f"-{code}" if term.coef == -1 else f"{term.coef!r} * {code}"
-    return code
+    return window, code
+
+
+def _without_windows(term: Term, side: str) -> tuple[Term, str]:
+    """Write a selection that reaches one axis of one side, and nothing else, as a slice of that axis."""
+    axes: list[Axis] = list(getattr(term, side))
+    cuts = [":"] * len(axes)
+    factors = list(term.factors)
+    every = [*atoms(term.out), *atoms(term.inn), *(x for f in term.factors for x in f.labels)]
+    for s in term.selects:
+        for k, axis in enumerate(axes):
+            if axis == (s.big,) and every.count(s.big) == 2:
+                end = s.start + s.step * (s.small.size - 1) + 1
+                cuts[k] = f"{s.start or ''}:{end if end < s.big.size else ''}" + (f":{s.step}" if s.step != 1 else "")
+                axes[k] = (s.small,)
+                factors.remove(s)
+    while cuts and cuts[-1] == ":":
+        cuts.pop()
+    changed = replace(term, factors=tuple(factors), **{side: tuple(axes)})
+    return changed, f"[{', '.join(cuts)}]" if cuts else ""
 
 
 def _reshaped(code: str, axes: tuple[Axis, ...]) -> str:
@@ -84,6 +114,8 @@ def _einsum(
     letters = dict(zip(dict.fromkeys([*seed, *(x for f in factors for x in f.labels)]), LETTERS, strict=False))
     spec = ",".join("".join(letters[x] for x in labels) for labels in (seed, *(f.labels for f in factors)))
     names = [_identifier(f, namespace) for f in factors]
+    if not seed and len(factors) == 1 and factors[0].labels == tuple(out):
+        return f"{g} * {names[0]}"
     if all(f.labels == tuple(seed) for f in factors) and list(seed) == list(out):
         return f"({' * '.join([g, *names])})"
     return f"torch.einsum('{spec}->{''.join(letters[x] for x in out)}', {', '.join([g, *names])})"
@@ -91,7 +123,12 @@ def _einsum(
 
 def _identifier(f: Factor, namespace: dict[str, Tensor]) -> str:
     """A Python name for a factor: its own where that is one."""
-    base = re.sub(r"\W+", "_", f.name.replace("'", "_slope").replace("·", "_")).strip("_") or "F"
+    base = (
+        re.sub(r"[^A-Za-z0-9_]+", "_", f.name.replace("'", "_slope").replace("²", "_sq").replace("√", "sqrt_")).strip(
+            "_"
+        )
+        or "F"
+    )
     base = f"_{base}" if base[0].isdigit() or keyword.iskeyword(base) or base in ("g", "torch", "x_bar") else base
     name, k = base, 2
     while name in namespace and namespace[name] is not f.tensor:

@@ -1,0 +1,4 @@
+def page(e):
+    import html
+
+    return "<pre>" + html.escape(str(e)) + "</pre>"
