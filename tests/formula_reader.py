@@ -71,10 +71,11 @@ def evaluate(
         return result
     for product in parse(text, list(tensors)):
         sizes = {name: n for name, n in zip(out, shape, strict=True) if name != "0"}
-        ranges = {name: int(n) for name, n in re.findall(r"(\w+)<(\d+)", said)}
+        ranges = {}
         for name, indices in product["factors"]:
             assert len(indices) == tensors[name].ndim, (name, indices)
-            ranges.update({index: n for index, n in zip(indices, tensors[name].shape, strict=True)})
+            ranges.update(dict(zip(indices, tensors[name].shape, strict=True)))
+        ranges.update({name: int(n) for name, n in re.findall(r"(\w+)<(\d+)", said)})
         sizes.update({s: ranges[s] for s in product["sums"]})
         order = list(sizes)
         rows = [torch.arange(n) for n in sizes.values()]

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_reader import evaluate
 from torch import Tensor
 
 from dualform.calculus import Explanation, explain, jacobian
 from dualform.calculus.explain import Step
 from dualform.calculus.notation import Formula
-from formula_reader import evaluate
 
 
 def rand(*shape: int) -> Tensor:

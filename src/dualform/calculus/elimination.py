@@ -161,8 +161,8 @@ def derive(symbol: str, links: Sequence[Link], out: Sequence[int], inn: Sequence
         full += [p for q in inner for p in _put_in(q, link.local, axes, known)]
     moves = [Move(formula(whole), "the chain rule" if len(links) == 1 else "the chain rule, one product for each path")]
     if copies:
-        for halfway, _ in _eliminated(halfway, sizes):  # noqa: B020  (only the last is told)
-            pass
+        for shorter, _ in _eliminated(halfway, sizes):
+            halfway = shorter
         moves.append(Move(formula(halfway), _summed_copies(halfway)))
         locals_ = {link.local.symbol: link.local for link in links}
         full = [p for q in halfway for p in _put_in(q, locals_[_whole_of(q, locals_)], axes, known)]
@@ -386,6 +386,13 @@ def _key(p: Product, axes: Sequence[str]) -> tuple:
                 plain = replace(plain, factors=factors)
     ties = frozenset(frozenset(map(str, tie)) for tie in plain.ties)
     return tuple(sorted((name, tuple(map(str, labels))) for name, labels in plain.factors)), ties, frozenset(plain.sums)
+
+
+def collected(f: Formula) -> Formula:
+    """Add equal lines of a formula."""
+    axes = [name for name in (*f.out, *f.inn) if name != "0"]
+    found = _collected([Product.read(line) for line in f.lines], axes)
+    return f if len(found) == len(f.lines) else replace(f, lines=tuple(p.line(axes) for p in found))
 
 
 def is_same(a: Formula, b: Formula) -> bool:

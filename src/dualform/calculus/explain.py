@@ -233,13 +233,19 @@ def shown_steps(steps: Sequence[Step]) -> list[tuple[int, Step | str]]:
 
 def _step_lines(head: str, step: Step, level: str) -> list[str]:
     name = step.op if len(step.op) > 10 else f"{step.op:<10}"
-    lines = [f"{head}  {name} {step.text}" + (f"      # {step.line}" if step.line else "")]
+    lines = [f"{head}  {name} {step.text}" + (f"      # {_cut(step.line)}" if step.line else "")]
     lines.append(f"        {step.formula}{_ranges(step.formula)}")
     lines.append(f"        {account(step.derivative)}")
     lines += _because(step.reasons)
     if level == "proof" and step.rule:
         lines.append(f"        rule: {step.rule}")
     return [*lines, ""]
+
+
+def _cut(line: str) -> str:
+    """A source line that leaves the place where it stands readable."""
+    code, _, place = line.rpartition("   (")
+    return line if len(code) <= 60 else f"{code[:57]}...   ({place}"
 
 
 def _because(reasons: Sequence[str]) -> list[str]:

@@ -89,6 +89,8 @@ class Line:
 
 
 def _affine(start: int, step: int, small: str) -> str:
+    if small == "0":
+        return str(start)
     scaled = small if step == 1 else f"{step}*{small}"
     return scaled if start == 0 else f"{start}+{scaled}"
 
@@ -199,12 +201,17 @@ class Formula:
 
     @property
     def ranges(self) -> str:
-        """The ranges of the summed indices that stand in no factor alone, where nothing else shows them: `m<4, n<2`."""
+        """The ranges of the summed indices, where no factor's axis shows them: `m<4, n<2`."""
         found: dict[str, int] = {}
         for line in self.lines:
-            shown = {label for _, labels in line.factors for label in labels}
-            found.update({name: n for name, n in line.sums if name not in shown})
+            for name, n in line.sums:
+                axes = [self._size(f, k) for f, labels in line.factors for k, x in enumerate(labels) if x == name]
+                if not axes or any(size not in (n, None) for size in axes):
+                    found[name] = n
         return ", ".join(f"{name}<{n}" for name, n in found.items())
+
+    def _size(self, name: str, axis: int) -> int | None:
+        return self.tensors[name].shape[axis] if name in self.tensors else None
 
     def latex_left(self) -> str:
         """The entry that the formula gives, with a fraction of partials."""
@@ -277,6 +284,14 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
     whole: dict[Axis, str] = {}
     deltas: list[tuple[str, str]] = []
     sums: list[tuple[str, int]] = []
+
+    def add(label: Label) -> None:
+        if label.size == 1:
+            name[label] = "0"
+            return
+        name[label] = sum_letter(label.size, [*out, *inn, *(s for s, _ in sums)], summed)
+        sums.append((name[label], label.size))
+
     axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
     # Plain axes name their label first; a composite axis is then a relation to the names of its atoms.
     for letter, axis in axes:
@@ -298,12 +313,10 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
             continue
         for label in axis:
             if label not in name:
-                name[label] = sum_letter(label.size, [*out, *inn, *(s for s, _ in sums)], summed)
-                sums.append((name[label], label.size))
+                add(label)
         deltas.append((letter, _polynomial(axis, name)))
     for label in term.hidden:
-        name[label] = sum_letter(label.size, [*out, *inn, *(s for s, _ in sums)], summed)
-        sums.append((name[label], label.size))
+        add(label)
     return Line(
         term.coef,
         tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.code import vjp_code
-from dualform.calculus.elimination import Link, Move, derive
+from dualform.calculus.elimination import Link, Move, collected, derive
 from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
 from dualform.calculus.notation import Formula, Names, formula
 from dualform.calculus.program import Program
@@ -27,7 +27,7 @@ from dualform.calculus.wording import meaning, reasons, rule, written
 from dualform.shapes import fail
 
 # A stage with more products than this, before deltas are eliminated, is written with stored sums instead.
-MAX_PRODUCTS = 12
+MAX_PRODUCTS = 6
 # The entries up to which a whole derivative is compared with jacrev: always, and for a proof.
 MAX_COMPARED, MAX_PROVED = 4096, 2**20
 # The entries up to which an intermediate derivative is computed only to be shown.
@@ -172,6 +172,7 @@ class Story:
         axes: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> Step:
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
+        shown = collected(shown) if op != "chain" else shown
         why = reasons(shown, lambda name: self._meaning(name, shown))
         line = "" if node is None or source_line(node) == source_line(self.program.output) else source_line(node)
         return Step(op, text or symbol, shown, derivative, "; ".join(why), line, why, said)
@@ -220,9 +221,9 @@ class Story:
                 found.append(Stage(symbol, (), out))
                 continue
             size = sum(len(x.local.lines) * len(x.before.lines if x.before else (1,)) for x in links)
-            if size > MAX_PRODUCTS:
-                node = nodes.get(above)
-                if node is None or math.prod(out) * inn.numel() > MAX_SHOWN:
+            node = nodes.get(above)
+            if node is not None and size > MAX_PRODUCTS:
+                if math.prod(out) * inn.numel() > MAX_SHOWN:
                     break
                 shown = formula(self._totals[node].terms, out, inn, symbol, None, self.names)
                 moves = [Move(shown, f"{size} products, added up where their deltas agree; the sums are stored")]

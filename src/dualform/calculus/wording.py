@@ -85,7 +85,7 @@ def _spread_out(args: Sequence[Any], show: Callable[[Any], str]) -> list[str]:
 def _window(op: str, given: dict[str, Any], show: Callable[[Any], str]) -> str:
     if op == "index":
         return ", ".join(":" if k is None else show(k) for k in given["indices"])
-    axis, rank = given["dim"] if "dim" in given else 0, given["self"].meta["val"].ndim
+    axis, rank = given.get("dim", 0), given["self"].meta["val"].ndim
     if op == "select":
         return ", ".join([":"] * (axis % rank) + [show(given["index"])])
     start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
