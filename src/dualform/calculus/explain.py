@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,11 @@ class Step:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.derivative.shape
+
+    @property
+    def account(self) -> str:
+        """out-shape + in-shape = J-shape; how many numbers dense and stored."""
+        return account(self.derivative)
 
     @property
     def above(self) -> str:
@@ -98,9 +103,9 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.level == "one-line":
-            return f"{self.result.formula}   {account(self.result.derivative)}"
+            return f"{self.result.formula}   {self.result.account}"
         lines = [self.title, ""]
-        for number, step in shown_steps(self.steps):
+        for number, step in self.shown:
             lines += [step, ""] if isinstance(step, str) else _step_lines(f"Step {number}", step, self.level)
         last = len(self.steps) + 1
         if self.level == "proof":
@@ -111,11 +116,37 @@ class Explanation:
         lines += [f"checked     {what}: max error {error:.1e}" for what, error in self.checks]
         return "\n".join(lines)
 
+    @property
+    def shown(self) -> list[tuple[int, Step | str]]:
+        """The steps to show with their numbers; of a long program the first and the last, and a line on the others."""
+        numbered: list[tuple[int, Step | str]] = list(enumerate(self.steps, 1))
+        if len(numbered) <= MAX_TOLD:
+            return numbered
+        first, last = 2 * MAX_TOLD // 3, MAX_TOLD // 3
+        between = Counter(step.op for step in self.steps[first:-last])
+        ops = ", ".join(f"{op} {n}x" if n > 1 else op for op, n in between.most_common())
+        told = f"Steps {first + 1} to {len(numbered) - last} are left out here; they are in .steps: {ops}"
+        return [*numbered[:first], (0, told), *numbered[-last:]]
+
+    @property
+    def shown_stages(self) -> list[Stage]:
+        """The stages of the proof that are shown."""
+        return [stage for stage in self.stages if stage.moves][:MAX_TOLD]
+
+    @property
+    def key_stages(self) -> list[Stage]:
+        """What belongs to the result without the whole proof: sums over copies, and a chain of two."""
+        kept = [s for s in self.stages if s.has_copies or (s.moves and len(self.steps) == 2)]
+        return [replace(stage, moves=tuple(_short(stage.moves))) for stage in kept]
+
+    @property
+    def result_name(self) -> str:
+        return "chain" if len(self.steps) > 1 else "result"
+
     def _proof_lines(self) -> list[str]:
         """Every stage, every move, with its reason beside it."""
-        told = [stage for stage in self.stages if stage.moves]
-        lines = ["Proof   every line equals the one above it; beside it, why", ""] if told else []
-        for stage in told[:MAX_TOLD]:
+        lines = ["Proof   every line equals the one above it; beside it, why", ""] if self.shown_stages else []
+        for stage in self.shown_stages:
             lines += [*(f"        {line}" for line in _moves(stage.moves, stage.moves[0].formula.left)), ""]
         return [*lines, *([f"        {note}", ""] if (note := self.left_out) else [])]
 
@@ -131,16 +162,15 @@ class Explanation:
 
     def _result_lines(self, head: str) -> list[str]:
         step, f = self.result, self.result.formula
-        lines = [f"{head}  {'chain' if len(self.steps) > 1 else 'result':<10} {f.symbol}"]
+        lines = [f"{head}  {self.result_name:<10} {f.symbol}"]
         lines += [f"        {line}" for line in self.chain]
         if self.level == "steps":
-            for stage in self.stages:
-                if stage.has_copies or (stage.moves and len(self.steps) == 2):
-                    lines += [f"        {line}" for line in _moves(_short(stage.moves), stage.moves[0].formula.left)]
+            for stage in self.key_stages:
+                lines += [f"        {line}" for line in _moves(stage.moves, stage.moves[0].formula.left)]
         if self.is_rewritten:
             lines.append(f"        {self.expanded}    <- written out")
         lines.append(f"        {f}{_ranges(f)}")
-        lines.append(f"        {account(step.derivative)}")
+        lines.append(f"        {step.account}")
         if len(self.steps) != 1 or self.level == "proof":
             lines += _because(step.reasons)
         return [*lines, ""]
@@ -159,9 +189,8 @@ class Explanation:
         """
         rows: list[str] = []
         if self.level != "one-line":
-            rows += [step.formula.latex() for _, step in shown_steps(self.steps) if isinstance(step, Step)]
-        stages = [stage for stage in self.stages if stage.moves][:MAX_TOLD] if self.level == "proof" else []
-        for stage in stages:
+            rows += [step.formula.latex() for _, step in self.shown if isinstance(step, Step)]
+        for stage in self.shown_stages if self.level == "proof" else self.key_stages if self.level == "steps" else []:
             first, *rest = stage.moves
             rows += [first.formula.latex(), *(f"= {move.formula.latex_right()}" for move in rest)]
         if self.is_rewritten and self.expanded is not None and self.level != "one-line":
@@ -219,23 +248,11 @@ class Explanation:
         }
 
 
-def shown_steps(steps: Sequence[Step]) -> list[tuple[int, Step | str]]:
-    """Number the steps to show; of a long program the first and the last, and a line that counts what is between."""
-    numbered: list[tuple[int, Step | str]] = list(enumerate(steps, 1))
-    if len(steps) <= MAX_TOLD:
-        return numbered
-    first, last = 2 * MAX_TOLD // 3, MAX_TOLD // 3
-    between = Counter(step.op for step in steps[first:-last])
-    ops = ", ".join(f"{op} {n}x" if n > 1 else op for op, n in between.most_common())
-    told = f"Steps {first + 1} to {len(steps) - last} are left out here; they are in .steps: {ops}"
-    return [*numbered[:first], (0, told), *numbered[-last:]]
-
-
 def _step_lines(head: str, step: Step, level: str) -> list[str]:
     name = step.op if len(step.op) > 10 else f"{step.op:<10}"
     lines = [f"{head}  {name} {step.text}" + (f"      # {_cut(step.line)}" if step.line else "")]
     lines.append(f"        {step.formula}{_ranges(step.formula)}")
-    lines.append(f"        {account(step.derivative)}")
+    lines.append(f"        {step.account}")
     lines += _because(step.reasons)
     if level == "proof" and step.rule:
         lines.append(f"        rule: {step.rule}")

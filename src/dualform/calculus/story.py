@@ -108,6 +108,11 @@ class Story:
             whole or None,
         )
 
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names that its steps use."""
+        shape = (derivative.out_shape, derivative.in_shape)
+        return formula(derivative.terms, *shape, self._symbol(self.program.output), self.axes, self.names)
+
     def _symbol(self, node: fx.Node) -> str:
         return f"d{self.program.name_of(node)}/d{self.program.name_of(self.program.source)}"
 

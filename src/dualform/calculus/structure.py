@@ -15,12 +15,15 @@ from torch import Tensor
 
 from dualform.calculus.collapse import merged
 from dualform.calculus.compose import compose_terms
-from dualform.calculus.notation import formula, stored_bytes
+from dualform.calculus.notation import Formula, formula, stored_bytes
+from dualform.calculus.picture import draw
 from dualform.calculus.place import scatter, spread
 from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, fresh_axes, make_factor
 from dualform.shapes import ShapeError, fail
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from dualform.calculus.explain import Explanation
 
 __all__ = [
@@ -45,6 +48,7 @@ class Route(Protocol):
     def vjp(self, g: Tensor) -> Tensor: ...
     def jvp(self, v: Tensor) -> Tensor: ...
     def explain(self, derivative: Derivative, level: str) -> Explanation: ...
+    def shown(self, derivative: Derivative) -> Formula: ...
 
 
 class Derivative:
@@ -211,6 +215,16 @@ class Derivative:
                 "explain: the derivative is a composition; expected one that df.jacobian made. Read J.structure instead."
             )
         return self.route.explain(self, level)
+
+    def plot(self) -> Figure:
+        """Draw the derivative: its entries as a matrix of blocks, its terms as wires from output axes to input axes.
+
+        Shape:  none; of axes too long to draw the first entries are drawn.
+        Dtype:  none.
+        Raises: ModuleNotFoundError without matplotlib, which the extra 'viz' brings.
+        """
+        plain = self.route is None
+        return draw(self, formula(self.terms, self.out_shape, self.in_shape) if plain else self.route.shown(self))
 
     def __repr__(self) -> str:
         return f"Derivative({self.out_shape} by {self.in_shape}: {self.structure}; {self.nbytes} of {self.dense_nbytes} bytes)"
