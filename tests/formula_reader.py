@@ -19,31 +19,56 @@ def _number(text: str) -> float:
     return math.sqrt(float(text[1:])) if text.startswith("√") else float(text)
 
 
+def _inside(text: str, at: int) -> tuple[str, int]:
+    """What stands between the bracket at `at` and its partner, and where that ends."""
+    depth = 0
+    for k in range(at, len(text)):
+        depth += (text[k] in "[(") - (text[k] in "])")
+        if depth == 0:
+            return text[at + 1 : k], k + 1
+    raise AssertionError(f"no end to {text[at:]!r}")
+
+
+def _listed(text: str) -> list[str]:
+    """Split at the commas that stand in no bracket."""
+    found, depth = [""], 0
+    for c in text:
+        depth += (c in "[(") - (c in "])")
+        if c == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += c
+    return found if text else []
+
+
 def parse(text: str, names: Sequence[str]) -> list[dict]:
-    """Split a right side into products: sign and coefficient, summed indices, factors, deltas."""
+    """Split a right side into products: sign and coefficient, summed indices, factors, deltas, steps."""
     known = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)) or "(?!)"
     token = re.compile(
-        rf"\s*(?:Σ_(?P<sum>\w+)|δ\((?P<pair>[^)]*)\)|(?P<name>{known})(?![\w'(])(?:\[(?P<at>[^\]]*)\])?|{NUMBER}|(?P<sign>[+-])|·)"
+        rf"\s*(?:Σ_(?P<sum>\w+)|(?P<delta>δ)(?=\()|(?P<name>{known})(?![\w'(])|(?P<step>(?=\[))|{NUMBER}|(?P<sign>[+-])|·)"
     )
-    products = [{"coef": 1.0, "sums": [], "factors": [], "deltas": []}]
+    products: list[dict] = []
     at, begun = 0, False
     while at < len(text):
         m = token.match(text, at)
         assert m is not None, f"cannot read {text[at:]!r}"
         at = m.end()
+        if not products or (m["sign"] and begun):
+            products.append({"coef": 1.0, "sums": [], "factors": [], "deltas": [], "steps": []})
         if m["sign"]:
-            if begun:
-                products.append({"coef": 1.0, "sums": [], "factors": [], "deltas": []})
             products[-1]["coef"] *= -1 if m["sign"] == "-" else 1
-            begun = False
-            continue
-        begun = True
+        begun = not m["sign"]
         if m["sum"]:
             products[-1]["sums"].append(m["sum"])
-        elif m["pair"]:
-            products[-1]["deltas"].append(m["pair"].split(","))
+        elif m["delta"]:
+            pair, at = _inside(text, at)
+            products[-1]["deltas"].append(_listed(pair))
         elif m["name"]:
-            products[-1]["factors"].append((m["name"], m["at"].split(",") if m["at"] else []))
+            indices, at = _inside(text, at) if text[at : at + 1] == "[" else ("", at)
+            products[-1]["factors"].append((m["name"], _listed(indices)))
+        elif m["step"] is not None:
+            pair, at = _inside(text, at)
+            products[-1]["steps"].append(pair.split(">="))
         elif m["top"]:
             products[-1]["coef"] *= _number(m["top"]) / (_number(m["low"]) if m["low"] else 1.0)
     return products
@@ -82,6 +107,13 @@ def evaluate(
         grid = dict(zip(order, torch.meshgrid(*rows, indexing="ij") if rows else (), strict=True))
 
         def at(index: str, grid: dict = grid) -> Tensor:
+            if "[" in index:  # a table of indices: idx[i][j]
+                name, start = index[: index.index("[")], index.index("[")
+                places = []
+                while start < len(index):
+                    inner, start = _inside(index, start)
+                    places.append(at(inner, grid))
+                return tensors[name][tuple(places)]
             return sum(
                 (step * (grid[n] if n else torch.tensor(1)) for n, step in _affine(index).items()), torch.tensor(0)
             )
@@ -89,6 +121,8 @@ def evaluate(
         value = torch.full([sizes[n] for n in order], product["coef"], dtype=torch.float64)
         for a, b in product["deltas"]:
             value = value * (at(a) == at(b))
+        for a, b in product["steps"]:
+            value = value * (at(a) >= at(b))
         for name, indices in product["factors"]:
             where = [at(i) for i in indices]
             # an index may leave its range only where a delta is zero already

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualform.calculus.notation import LETTERS
 from dualform.calculus.structure import Derivative
-from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, one_hot, sizes, volume
+from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, sizes, volume
 
 
 def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
@@ -40,7 +40,7 @@ def _term_code(term: Term, namespace: dict[str, Tensor], like: Tensor) -> tuple[
     """The part of `x_bar` that a term adds to, as `[1:3]` or nothing for all of it, and what it adds."""
     term, window = _without_windows(term, "inn")
     term, cut = _without_windows(term, "out")
-    stored = [f if isinstance(f, Factor) else one_hot(f, like) for f in term.factors]
+    stored = [f if isinstance(f, Factor) else f.dense(like) for f in term.factors]
     seed = atoms(term.out)
     target = atoms(term.inn)
     unique = list(dict.fromkeys(target))
@@ -81,7 +81,7 @@ def _without_windows(term: Term, side: str) -> tuple[Term, str]:
     every = [*atoms(term.out), *atoms(term.inn), *(x for f in term.factors for x in f.labels)]
     for s in term.selects:
         for k, axis in enumerate(axes):
-            if axis == (s.big,) and every.count(s.big) == 2:
+            if axis == (s.big,) and every.count(s.big) == 2 and s.step > 0:
                 end = s.start + s.step * (s.small.size - 1) + 1
                 cuts[k] = f"{s.start or ''}:{end if end < s.big.size else ''}" + (f":{s.step}" if s.step != 1 else "")
                 axes[k] = (s.small,)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from dualform.calculus.contract import contract
 from dualform.calculus.place import spread
-from dualform.calculus.terms import Factor, Label, Select, Term, atoms, one_hot, substitute, volume
+from dualform.calculus.relations import as_window, same_place
+from dualform.calculus.terms import Factor, Label, Relation, Select, Term, atoms, substitute, volume
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
 MAX_TERMS = 8
@@ -25,7 +25,7 @@ def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     small = added(merged([shrunk(term, like) for term in terms]))
     if len(small) <= MAX_TERMS and not _is_wasteful(small):
         return small
-    meet = _Meet(small, like)
+    meet = _Meet(small)
     if len(small) <= MAX_TERMS and volume(meet.stored) >= _numbers(small):
         return small
     return (meet.sum(like),)
@@ -80,9 +80,9 @@ def _key(term: Term) -> tuple:
     def axes(side: tuple) -> tuple:
         return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
 
-    def factor(f: Factor | Select) -> tuple:
+    def factor(f: Factor | Relation) -> tuple:
         tags = tuple(number[x] for x in f.labels)
-        return (id(f.tensor), *tags) if isinstance(f, Factor) else (0, f.start, f.step, *tags)
+        return (id(f.tensor), *tags) if isinstance(f, Factor) else (0, f.key, *tags)
 
     return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
 
@@ -96,13 +96,13 @@ def shrunk(term: Term, like: Tensor) -> Term:
     if linked and any(isinstance(f, Factor) for f in linked):
         keep = list(dict.fromkeys(x for f in linked for x in f.labels if x not in hidden))
         stored = sum(f.tensor.numel() for f in linked if isinstance(f, Factor))
-        # A Select that reaches an axis is worth more as a Select: the factor stays small.
-        if not any(isinstance(f, Select) for f in linked) and volume(keep) <= stored:
+        # A relation that reaches an axis is worth more as one: the factor stays small.
+        if not any(isinstance(f, Relation) for f in linked) and volume(keep) <= stored:
             name = "·".join(f.name for f in linked if isinstance(f, Factor) and f.name)
             new = Factor(contract(linked, keep), tuple(keep), name)
             term = replace(term, factors=(*(f for f in term.factors if f not in linked), new))
     keep = [x for x in term.visible if any(x in f.labels for f in term.tensors)]
-    if bulk > volume(keep) and len(term.tensors) > 1 and not term.selects:
+    if bulk > volume(keep) and len(term.tensors) > 1 and not term.relations:
         name = "·".join(f.name for f in term.tensors if f.name)
         term = replace(term, factors=(Factor(contract(term.tensors, keep), tuple(keep), name),))
     return term
@@ -115,7 +115,7 @@ def _joined(term: Term) -> Term:
         groups.setdefault(frozenset(f.labels), []).append(f)
     if len(groups) == len(term.tensors):
         return term
-    factors: list[Factor | Select] = list(term.selects)
+    factors: list[Factor | Relation] = list(term.relations)
     for group in groups.values():
         first = group[0]
         if len(group) > 1:
@@ -128,8 +128,8 @@ def _joined(term: Term) -> Term:
 class _Meet:
     """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every term."""
 
-    def __init__(self, terms: Sequence[Term], like: Tensor) -> None:
-        self.terms = _refined(terms, like)
+    def __init__(self, terms: Sequence[Term]) -> None:
+        self.terms = _refined(terms)
         self.columns = [(*atoms(t.out), *atoms(t.inn)) for t in self.terms]
         self.count = len(self.columns[0])
         classes: dict[tuple[Label, ...], list[int]] = {}
@@ -164,7 +164,7 @@ def _is_free(term: Term, label: Label, whole: bool) -> bool:
     return whole and not any(label in f.labels for f in term.factors)
 
 
-def _refined(terms: Sequence[Term], like: Tensor) -> list[Term]:
+def _refined(terms: Sequence[Term]) -> list[Term]:
     """Split the axes of all terms into common atoms; an axis whose radices do not nest becomes whole in each term."""
     result = list(terms)
     # A split label may stand on an axis that was already done, hence until nothing changes.
@@ -174,7 +174,7 @@ def _refined(terms: Sequence[Term], like: Tensor) -> list[Term]:
             for axis in range(len(getattr(terms[0], side))):
                 cuts = sorted(set().union(*(_cuts(getattr(t, side)[axis]) for t in result)))
                 nested = all(b % a == 0 for a, b in zip(cuts, cuts[1:], strict=False))
-                result = [_recut(t, side, axis, cuts if nested else None, like) for t in result]
+                result = [_recut(t, side, axis, cuts if nested else None) for t in result]
         if all(a is b for a, b in zip(before, result, strict=True)):
             return result
 
@@ -188,14 +188,13 @@ def _cuts(axis: Sequence[Label]) -> set[int]:
     return strides
 
 
-def _recut(term: Term, side: str, axis: int, cuts: list[int] | None, like: Tensor) -> Term:
+def _recut(term: Term, side: str, axis: int, cuts: list[int] | None) -> Term:
     labels = getattr(term, side)[axis]
     if cuts is None:
         if len(labels) < 2:
             return term
         whole = Label(volume(labels))
-        eye = torch.eye(whole.size, dtype=like.dtype, device=like.device)
-        tie = Factor(eye.reshape([x.size for x in labels] + [whole.size]), (*labels, whole), "reshape")
+        tie = same_place(labels, (whole,))
         axes = tuple((whole,) if k == axis else a for k, a in enumerate(getattr(term, side)))
         term = replace(term, factors=(*term.factors, tie))
         return replace(term, out=axes) if side == "out" else replace(term, inn=axes)
@@ -210,5 +209,5 @@ def _recut(term: Term, side: str, axis: int, cuts: list[int] | None, like: Tenso
     if not change:
         return term
     cut = [isinstance(f, Select) and any(x in change for x in f.labels) for f in term.factors]
-    factors = [one_hot(f, like) if c and isinstance(f, Select) else f for f, c in zip(term.factors, cut, strict=True)]
+    factors = [as_window(f) if c and isinstance(f, Select) else f for f, c in zip(term.factors, cut, strict=True)]
     return substitute(replace(term, factors=tuple(factors)), change)

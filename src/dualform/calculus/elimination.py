@@ -33,14 +33,19 @@ class Link:
 
 @dataclass(frozen=True)
 class Index:
-    """An index expression: start + sum of step * name."""
+    """An index expression: start + sum of step * name, or the entry of a table of indices, as idx[i][j]."""
 
-    steps: tuple[tuple[str, int], ...]
+    steps: tuple[tuple[str, int], ...] = ()
     start: int = 0
+    table: str = ""
+    at: tuple[Index, ...] = ()
 
     @classmethod
     def read(cls, text: str) -> Index:
-        """Read "1+2*i", "4*m+l", "i" or "0"."""
+        """Read "1+2*i", "4*m+l-1", "2-i", "i", "0" or "idx[i][j+1]"."""
+        if text.endswith("]"):
+            table, *at = re.split(r"\]?\[", text[:-1])
+            return cls(table=table, at=tuple(cls.read(x) for x in at))
         start, steps = 0, []
         for sign, step, name in re.findall(r"([+-]?)(?:(\d+)\*)?([^\W\d]\w*'*|\d+)", text):
             scale = int(step or 1) * (-1 if sign == "-" else 1)
@@ -51,13 +56,18 @@ class Index:
         return cls(tuple(steps), start)
 
     def __str__(self) -> str:
-        parts = [str(self.start)] if self.start or not self.steps else []
-        parts += [name if step == 1 else f"{step}*{name}" for name, step in self.steps]
-        return "+".join(parts).replace("+-", "-")
+        if self.table:
+            return self.table + "".join(f"[{x}]" for x in self.at)
+        parts = [f"{step:+d}*{name}" if abs(step) != 1 else f"{'+-'[step < 0]}{name}" for name, step in self.steps]
+        shown = "".join(parts)
+        first = str(self.start) if self.start > 0 or not parts else ""
+        return (f"{first}{shown if first else shown.removeprefix('+')}") + (
+            str(self.start) if self.start < 0 and parts else ""
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.steps)
+        return tuple(name for name, _ in self.steps) + tuple(name for x in self.at for name in x.names)
 
     @property
     def plain(self) -> str:
@@ -66,17 +76,26 @@ class Index:
 
     def put(self, values: Mapping[str, Index]) -> Index:
         """Replace names by expressions."""
+        if self.table:
+            return replace(self, at=tuple(x.put(values) for x in self.at))
         start, steps = self.start, dict[str, int]()
         for name, step in self.steps:
             value = values.get(name, Index(((name, 1),)))
+            if value.table:
+                return value if self.plain else self
             start += step * value.start
             for inner, scale in value.steps:
                 steps[inner] = steps.get(inner, 0) + step * scale
         return Index(tuple((name, step) for name, step in steps.items() if step), start)
 
     def bounds(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """The smallest and the largest value; a table is made for the axis that it is tied to, so it stays in range."""
         ends = [step * (sizes[name] - 1) for name, step in self.steps]
         return self.start + sum(min(e, 0) for e in ends), self.start + sum(max(e, 0) for e in ends)
+
+    def minus(self, other: Index) -> Index:
+        """The difference of two expressions that are no tables."""
+        return Index((*self.steps, *((name, -step) for name, step in other.steps)), self.start - other.start).put({})
 
 
 Tie = tuple[Index, Index]
@@ -90,11 +109,13 @@ class Product:
     factors: tuple[tuple[str, tuple[Index, ...]], ...]
     ties: tuple[Tie, ...]
     sums: tuple[tuple[str, int], ...]
+    steps: tuple[Tie, ...] = ()
 
     @classmethod
     def read(cls, line: Line) -> Product:
         factors = tuple((name, tuple(Index.read(x) for x in labels)) for name, labels in line.factors)
-        return cls(line.coef, factors, tuple((Index.read(a), Index.read(b)) for a, b in line.ties), line.sums)
+        ties, steps = (tuple((Index.read(a), Index.read(b)) for a, b in pairs) for pairs in (line.ties, line.steps))
+        return cls(line.coef, factors, ties, line.sums, steps)
 
     def line(self, axes: Sequence[str]) -> Line:
         """Write the product for people: ties as the axes stand."""
@@ -102,27 +123,35 @@ class Product:
         ties = [(str(a), str(b)) for a, b in self.ties]
         place = {name: k for k, name in enumerate(axes)}
         ties = [(b, a) if place.get(b, len(place)) < place.get(a, len(place)) else (a, b) for a, b in ties]
-        return Line(self.coef, factors, in_order(ties, axes), (), self.sums)
+        steps = tuple((str(a), str(b)) for a, b in self.steps)
+        return Line(self.coef, factors, in_order(ties, axes), (), self.sums, steps)
 
     def put(self, values: Mapping[str, Index]) -> Product:
         return replace(
             self,
             factors=tuple((name, tuple(x.put(values) for x in labels)) for name, labels in self.factors),
             ties=tuple((a.put(values), b.put(values)) for a, b in self.ties),
+            steps=tuple((a.put(values), b.put(values)) for a, b in self.steps),
         )
 
     def renamed(self, names: Mapping[str, str]) -> Product:
         """Rename indices, the summed ones too."""
-        moved = self.put({old: Index(((new, 1),)) if new != "0" else Index(()) for old, new in names.items()})
+        moved = self.put({old: Index(((new, 1),)) if new != "0" else Index() for old, new in names.items()})
         return replace(moved, sums=tuple((names.get(s, s), n) for s, n in moved.sums))
 
-    def uses(self, name: str) -> int:
-        indices = [*(x for _, labels in self.factors for x in labels), *(x for tie in self.ties for x in tie)]
-        return sum(name in x.names for x in indices)
+    @property
+    def indices(self) -> list[Index]:
+        """Every index expression in it."""
+        pairs = (*self.ties, *self.steps)
+        return [*(x for tie in pairs for x in tie), *(x for _, labels in self.factors for x in labels)]
+
+    def uses(self, name: str) -> bool:
+        return any(name in x.names for x in self.indices)
 
 
 def _product(a: Product, b: Product) -> Product:
-    return Product(a.coef * b.coef, (*a.factors, *b.factors), (*a.ties, *b.ties), (*a.sums, *b.sums))
+    sums, steps = (*a.sums, *b.sums), (*a.steps, *b.steps)
+    return Product(a.coef * b.coef, (*a.factors, *b.factors), (*a.ties, *b.ties), sums, steps)
 
 
 def derive(symbol: str, links: Sequence[Link], out: Sequence[int], inn: Sequence[int], copies: bool) -> list[Move]:
@@ -190,7 +219,8 @@ def _put_in(product: Product, f: Formula, axes: Sequence[str], known: dict[str, 
         p = Product.read(line).put({**values, **{s: Index(((new, 1),)) for s, new in own.items()}})
         factors = (*product.factors[:at], *p.factors, *product.factors[at + 1 :])
         sums = (*product.sums, *((own[s], n) for s, n in line.sums))
-        found.append(Product(product.coef * line.coef, factors, (*product.ties, *p.ties), sums))
+        steps = (*product.steps, *p.steps)
+        found.append(Product(product.coef * line.coef, factors, (*product.ties, *p.ties), sums, steps))
     return found
 
 
@@ -237,13 +267,15 @@ def _clean(p: Product, sizes: Mapping[str, int]) -> list[Product]:
     """Drop ties that always hold; a product with a tie that never holds is zero."""
     kept: list[Tie] = []
     for a, b in p.ties:
-        apart = Index((*a.steps, *((name, -step) for name, step in b.steps)), a.start - b.start).put({})
-        low, high = apart.bounds(sizes)
+        low, high = (-1, 1) if a.table or b.table else a.minus(b).bounds(sizes)
         if low > 0 or high < 0:
             return []
-        if (low, high) != (0, 0) and (a, b) not in kept and (b, a) not in kept:
+        if a != b and (low, high) != (0, 0) and (a, b) not in kept and (b, a) not in kept:
             kept.append((a, b))
-    return [replace(p, ties=tuple(kept))]
+    gaps = [(step, *step[0].minus(step[1]).bounds(sizes)) for step in dict.fromkeys(p.steps)]
+    if any(high < 0 for _, _, high in gaps):
+        return []
+    return [replace(p, ties=tuple(kept), steps=tuple(step for step, low, _ in gaps if low < 0))]
 
 
 def _all(p: Product, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -274,11 +306,18 @@ def _value_of(p: Product, s: str, sizes: Mapping[str, int]) -> tuple[Tie, Index]
         return None
     for tie in p.ties:
         for one, other in (tie, tie[::-1]):
-            if one.plain == s and s not in other.names:
+            if one.plain == s and s not in other.names and (not other.table or _can_look_up(p, s, tie)):
                 low, high = other.bounds(sizes)
                 if low >= 0 and high < sizes[s]:
                     return tie, other
     return None
+
+
+def _can_look_up(p: Product, s: str, tie: Tie) -> bool:
+    """Does an index stand by itself wherever it stands, so that a table's entry can take its place?"""
+    others = [x for x in p.indices if s in x.names and not any(x is end for end in tie)]
+    inside = [y for x in p.indices for y in x.at if s in y.names]
+    return all(x.plain == s for x in others) and not inside and not any(s in x.names for t in p.steps for x in t)
 
 
 def _split(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
@@ -298,6 +337,8 @@ def _split(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
 
 def _digits(tie: Tie, sizes: Mapping[str, int]) -> tuple[Tie, ...]:
     a, b = tie
+    if a.table or b.table or any(step < 0 for x in tie for _, step in x.steps):
+        return ()
     if len(a.steps) < 2 or len(b.steps) < 2:
         return ()
     c = max(step for _, step in a.steps)
@@ -357,7 +398,7 @@ def _canonical(p: Product, axes: Sequence[str], known: dict[str, int]) -> Produc
     """Name the summed indices anew, in the order in which they are met."""
     summed = dict(p.sums)
     ties = sorted(p.ties, key=lambda tie: min([axes.index(n) for x in tie for n in x.names if n in axes], default=99))
-    indices = [*(x for tie in ties for x in tie), *(x for _, labels in p.factors for x in labels)]
+    indices = [*(x for tie in ties for x in tie), *p.indices]
     met = dict.fromkeys([*(name for x in indices for name in x.names if name in summed), *summed])
     names = dict[str, str]()
     for s in met:
@@ -385,7 +426,8 @@ def _key(p: Product, axes: Sequence[str]) -> tuple:
                 factors = tuple((n, tuple(one if x == other else x for x in labels)) for n, labels in plain.factors)
                 plain = replace(plain, factors=factors)
     ties = frozenset(frozenset(map(str, tie)) for tie in plain.ties)
-    return tuple(sorted((name, tuple(map(str, labels))) for name, labels in plain.factors)), ties, frozenset(plain.sums)
+    factors = tuple(sorted((name, tuple(map(str, labels))) for name, labels in plain.factors))
+    return factors, ties, frozenset(plain.sums), frozenset(map(str, plain.steps))
 
 
 def collected(f: Formula) -> Formula:

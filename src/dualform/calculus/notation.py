@@ -17,6 +17,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from dualform.calculus.relations import Lookup, Triangle, Window
 from dualform.calculus.terms import Axis, Factor, Label, Term
 
 LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
@@ -47,7 +48,8 @@ def axis_letters(shape: Sequence[int], names: Iterator[str]) -> tuple[str, ...]:
 class Line:
     """One product in index notation.
 
-    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums (index, size).
+    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums (index, size);
+    steps (a, b): 1 where a >= b. A delta may look an index up: δ(i,idx[j]).
     An index of an axis that is a composite of labels is written as a polynomial of its atoms: "4*a+b".
     """
 
@@ -56,6 +58,7 @@ class Line:
     deltas: tuple[tuple[str, str], ...]
     selects: tuple[tuple[str, int, int, str], ...]
     sums: tuple[tuple[str, int], ...]
+    steps: tuple[tuple[str, str], ...] = ()
 
     @property
     def ties(self) -> tuple[tuple[str, str], ...]:
@@ -66,7 +69,7 @@ class Line:
         factors = [f"{name}[{','.join(labels)}]" if labels else name for name, labels in self.factors]
         # Whole derivatives in a chain are joined by dots, numbers by nothing.
         joined = [" · ".join(factors)] if factors and any(map(_is_symbol, self.factors)) else factors
-        body = [*joined, *(f"δ({a},{b})" for a, b in self.ties)]
+        body = [*joined, *(f"δ({a},{b})" for a, b in self.ties), *(f"[{a}>={b}]" for a, b in self.steps)]
         sums = [f"Σ_{s}" for s, _ in self.sums]
         if not body:
             return " ".join([*sums, number(self.coef)])
@@ -83,6 +86,7 @@ class Line:
             else:
                 body.append(tex(name) + _subscript(labels))
         body += [rf"\delta{_subscript(tie)}" for tie in self.ties]
+        body += [rf"[{_tex_index(a)} \geq {_tex_index(b)}]" for a, b in self.steps]
         if not body:
             return r"\,".join([*sums, _tex_number(self.coef)])
         return _coefficient(_tex_number(self.coef)) + r"\,".join([*sums, *body])
@@ -91,8 +95,8 @@ class Line:
 def _affine(start: int, step: int, small: str) -> str:
     if small == "0":
         return str(start)
-    scaled = small if step == 1 else f"{step}*{small}"
-    return scaled if start == 0 else f"{start}+{scaled}"
+    scaled = {1: small, -1: f"-{small}"}.get(step, f"{step}*{small}")
+    return scaled if start == 0 else f"{start}{'' if step < 0 else '+'}{scaled}"
 
 
 def _is_symbol(factor: tuple[str, tuple[str, ...]]) -> bool:
@@ -165,8 +169,12 @@ _TEX = {
 
 
 def _subscript(labels: Iterable[str]) -> str:
-    shown = ",".join(label.replace("*", "") for label in labels)
-    return f"_{{{_tex_escaped(shown)}}}" if shown else ""
+    shown = ",".join(map(_tex_index, labels))
+    return f"_{{{shown}}}" if shown else ""
+
+
+def _tex_index(text: str) -> str:
+    return _tex_escaped(text.replace("*", ""))
 
 
 def _partial(above: str, out: Sequence[str], below: str, inn: Sequence[str]) -> str:
@@ -253,6 +261,7 @@ def formula(
     summed: dict[str, int] = {}
     lines = tuple(_line(term, out, inn, known, summed) for term in terms)
     used = {name for line in lines for name, _ in line.factors}
+    used |= {text.split("[")[0] for line in lines for tie in line.deltas for text in tie if "[" in text}
     return Formula(symbol, out, inn, lines, {name: t for name, t in known.found.items() if name in used})
 
 
@@ -317,13 +326,33 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
         deltas.append((letter, _polynomial(axis, name)))
     for label in term.hidden:
         add(label)
+    steps: list[tuple[str, str]] = []
+    for r in term.relations:
+        if isinstance(r, Window | Lookup):
+            deltas.append((_polynomial(r.bigs, name), _place(r, name, tensors)))
+        elif isinstance(r, Triangle):
+            low = f"{_polynomial(r.cols, name)}{r.offset:+d}" if r.offset else _polynomial(r.cols, name)
+            steps.append((_polynomial(r.rows, name), low))
     return Line(
         term.coef,
         tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
         in_order(deltas, [*out, *inn]),
         tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
         tuple(sums),
+        tuple(steps),
     )
+
+
+def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: Names) -> str:
+    """Where a relation reads: 2*i+j-1, or idx[i][j]."""
+    if isinstance(r, Lookup):
+        return tensors.of(Factor(r.index, r.smalls, r.name)) + "".join(f"[{name[x]}]" for x in r.smalls)
+    parts = [
+        f"{step:+d}*{name[x]}" if abs(step) != 1 else f"{'+-'[step < 0]}{name[x]}"
+        for x, step in zip(r.smalls, r.steps, strict=True)
+        if name[x] != "0"
+    ]
+    return ("".join(parts) + (f"{r.start:+d}" if r.start or not parts else "")).removeprefix("+")
 
 
 def in_order(ties: Sequence[tuple[str, str]], axes: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -335,9 +364,10 @@ def in_order(ties: Sequence[tuple[str, str]], axes: Sequence[str]) -> tuple[tupl
 def _polynomial(axis: Axis, name: dict[Label, str]) -> str:
     parts, stride = [], 1
     for label in reversed(axis):
-        parts.append(name[label] if stride == 1 else f"{stride}*{name[label]}")
+        if label.size != 1:
+            parts.append(name[label] if stride == 1 else f"{stride}*{name[label]}")
         stride *= label.size
-    return "+".join(reversed(parts))
+    return "+".join(reversed(parts)) or "0"
 
 
 def stored_bytes(tensors: Sequence[Tensor]) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dualform.calculus.contract import contract
-from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, sizes, volume
+from dualform.calculus.terms import Axis, Factor, Label, Relation, Term, atoms, sizes, volume
 
 
 def spread(term: Term, axes: Sequence[Axis], seeds: Sequence[Factor], like: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def _embedded(
     return value, [*rest, repeated, twin], (*labels[:second], twin, *labels[second + 1 :])
 
 
-def gather(factors: Sequence[Factor | Select], wanted: Sequence[Label], like: Tensor) -> tuple[Tensor, list[Label]]:
+def gather(factors: Sequence[Factor | Relation], wanted: Sequence[Label], like: Tensor) -> tuple[Tensor, list[Label]]:
     """Contract factors onto those of the wanted labels that they have; no factor at all is the number 1."""
     have = [label for label in wanted if any(label in f.labels for f in factors)]
     factors = list(factors)
@@ -62,11 +62,11 @@ def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
     for label in reversed(atoms(axes)):
         strides[label] = strides.get(label, 0) + step
         step *= label.size
-    factors: list[Factor | Select] = list(term.factors)
+    factors: list[Factor | Relation] = list(term.factors)
     bound = [label for f in term.tensors for label in f.labels]
     for s in term.selects:
-        shared = [f for f in term.selects if f is not s and s.big in f.labels]
-        if s.big in strides and s.big not in bound and not shared:
+        shared = [f for f in term.relations if f is not s and s.big in f.labels]
+        if s.step > 0 and s.big in strides and s.big not in bound and not shared:
             outer = strides.pop(s.big)
             strides[s.small] = strides.get(s.small, 0) + outer * s.step
             offset += outer * s.start

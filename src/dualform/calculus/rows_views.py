@@ -49,7 +49,7 @@ def _reshaped(call: Call, operand: int) -> list[Term]:
         return []
     unflatten = Term(1.0, (), out, (atoms(out),))
     flatten = Term(1.0, (), (atoms(inn),), inn)
-    term = compose_terms(unflatten, flatten, call.out)
+    term = compose_terms(unflatten, flatten)
     return [] if term is None else [term]
 
 

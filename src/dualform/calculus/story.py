@@ -132,6 +132,8 @@ class Story:
         for node, parts in self.program.local.items():
             call = self.program.call(node)
             assert call is not None
+            if not call.out.is_floating_point():
+                continue  # a comparison, a position: nothing flows through it
             for source in dict.fromkeys(source for source, _ in parts):
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
         return found

@@ -95,7 +95,7 @@ class Derivative:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers stored, each storage counted once."""
-        return stored_bytes([f.tensor for term in self.terms for f in term.tensors])
+        return stored_bytes([t for term in self.terms for t in term.stored])
 
     @property
     def dense_nbytes(self) -> int:
@@ -244,8 +244,7 @@ def compose(outer: Derivative, inner: Derivative) -> Derivative:
             "Write J2 @ J1 for J2 after J1."
         )
     empty = 0 in (math.prod(outer.shape), math.prod(inner.shape))
-    like = torch.empty((), dtype=outer.dtype, device=outer.device)
-    pairs = [] if empty else [compose_terms(a, b, like) for a in outer.terms for b in inner.terms]
+    pairs = [] if empty else [compose_terms(a, b) for a in outer.terms for b in inner.terms]
     terms = merged([t for t in pairs if t is not None])
     return Derivative(terms, outer.out_shape, inner.in_shape, outer.dtype, outer.device)
 
