@@ -271,6 +271,7 @@ class Names:
     def __init__(self, taken: Callable[[str], bool] = lambda name: False) -> None:
         self.found: dict[str, Tensor] = {}
         self.owner: dict[tuple, str] = {}
+        self.base: dict[str, str] = {}
         self.taken = taken
 
     def of(self, f: Factor) -> str:
@@ -279,13 +280,25 @@ class Names:
         where = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" else id(t)
         key = (where, tuple(t.shape), tuple(t.stride()), f.name)
         if key not in self.owner:
-            base = f.name or "F"
-            mark = "" if base.isidentifier() and not base[-1].isdigit() else "#"
-            numbered = (base if k == 1 else f"{base}{mark}{k}" for k in count(1))
-            name = next(n for n in numbered if n not in self.found and (n == base or not self.taken(n)))
-            self.owner[key] = name
-            self.found[name] = t
+            self.owner[key] = self._equal(f) or self._new(f)
         return self.owner[key]
+
+    def _equal(self, f: Factor) -> str:
+        """The name of a tensor of the same origin and the same numbers, computed a second time."""
+        for name, t in self.found.items():
+            alike = self.base[name] == f.name and t.shape == f.tensor.shape and t.dtype == f.tensor.dtype
+            if alike and type(t) is type(f.tensor) is Tensor and t.device.type != "meta" and torch.equal(t, f.tensor):
+                return name
+        return ""
+
+    def _new(self, f: Factor) -> str:
+        base = f.name or "F"
+        mark = "" if base.isidentifier() and not base[-1].isdigit() else "#"
+        numbered = (base if k == 1 else f"{base}{mark}{k}" for k in count(1))
+        name = next(n for n in numbered if n not in self.found and (n == base or not self.taken(n)))
+        self.found[name] = f.tensor
+        self.base[name] = f.name
+        return name
 
 
 def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names, summed: dict[str, int]) -> Line:

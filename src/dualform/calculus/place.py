@@ -54,8 +54,30 @@ def gather(factors: Sequence[Factor | Relation], wanted: Sequence[Label], like: 
     return contract(factors, have), have
 
 
+def entries(term: Term, axes: Sequence[Axis], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of a term off its deltas, flat, and the place of each in the flattened tensor with these axes."""
+    factors, labels, strides, offset = _laid_out(term, axes)
+    value, have = gather(factors, labels, like)
+    where = torch.full((), offset, dtype=torch.int64, device=value.device)
+    for axis, label in enumerate(labels):
+        if label not in have:
+            value = value.unsqueeze(axis)
+        where = where.unsqueeze(-1) + torch.arange(label.size, device=value.device) * strides[axis]
+    return (value.expand(sizes(labels)) * term.coef).reshape(-1), where.reshape(-1)
+
+
 def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
     """Add a term into a fresh contiguous tensor: a delta is a stride, a selection a stride and an offset."""
+    factors, labels, strides, offset = _laid_out(term, axes)
+    value, have = gather(factors, labels, result)
+    for axis, label in enumerate(labels):
+        if label not in have:
+            value = value.unsqueeze(axis)
+    result.as_strided(sizes(labels), strides, offset).add_(value, alpha=term.coef)
+
+
+def _laid_out(term: Term, axes: Sequence[Axis]) -> tuple[list[Factor | Select], list[Label], list[int], int]:
+    """Where a term's labels step in the flattened tensor; selections that become a stride and an offset are gone."""
     strides: dict[Label, int] = {}
     offset = 0
     step = 1
@@ -71,10 +93,4 @@ def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
             strides[s.small] = strides.get(s.small, 0) + outer * s.step
             offset += outer * s.start
             factors.remove(s)
-    value, have = gather(factors, list(strides), result)
-    labels = list(strides)
-    for axis, label in enumerate(labels):
-        if label not in have:
-            value = value.unsqueeze(axis)
-    view = result.as_strided(sizes(labels), [strides[label] for label in labels], offset)
-    view.add_(value, alpha=term.coef)
+    return factors, list(strides), list(strides.values()), offset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -34,6 +34,9 @@ MAX_COMPARED, MAX_PROVED = 4096, 2**20
 MAX_SHOWN = 2**22
 
 
+_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention", "numpy_T": "T", "mT": "T"}
+
+
 class Story:
     """A program and what people call things in it: the route of a derivative, and its account."""
 
@@ -44,14 +47,16 @@ class Story:
         wrt: int,
         names: Sequence[str],
         axes: tuple[list[list[str]], list[str]] | None,
+        closed: Mapping[int, str] | None = None,
     ) -> None:
+        """`closed`: what the code calls the tensors that it closes over, by their identity."""
         self.f = f
         self.args = list(args)
         self.wrt = wrt
         self.axes = None if axes is None else (axes[1], axes[0][wrt])
         gm = trace(f, *args)
         self.program = Program(gm, args, wrt, local_derivative, names)
-        self._name_nodes(list(names))
+        self._name_nodes(list(names), closed or {})
         self.names = Names(set(self.program.names.values()).__contains__)
 
     @property
@@ -66,7 +71,7 @@ class Story:
         """Push forward along the graph."""
         return self.program.jvp(v)
 
-    def _name_nodes(self, names: list[str]) -> None:
+    def _name_nodes(self, names: list[str], closed: Mapping[int, str]) -> None:
         """Give intermediates the caller's own variable names where the line assigns one."""
         program, taken = self.program, set(names)
         last: dict[str, fx.Node] = {}
@@ -78,8 +83,11 @@ class Story:
                 continue
             line = source_line(node)
             assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
-            packet = "const" if node.op == "get_attr" else getattr(node.target, "_opname", None) or node.name
-            stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", str(packet))
+            if node.op == "get_attr":
+                stem = closed.get(id(program.values[node])) or "c"
+            else:
+                packet = getattr(node.target, "_opname", None) or node.name
+                stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", _PLAIN.get(str(packet), str(packet)))
             program.names[node] = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}{k}") not in taken)
             taken.add(program.names[node])
         if program.output.op == "call_function":
