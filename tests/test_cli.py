@@ -237,7 +237,7 @@ def test_formulas_are_functions(formula, want):
         "(lambda: 1)()",
         "[i for i in x]",
         "exec('1')",
-        "x[0]",
+        "x[0].data",
         "x if x else x",
         "x +",
         "f'{x}'",

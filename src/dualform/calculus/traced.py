@@ -18,12 +18,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dualform.calculus.canonical import settled
-from dualform.calculus.rewriting import rewritten
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
 from dualform.calculus.linear import Split, runnable, split, straight
 from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
+from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative
