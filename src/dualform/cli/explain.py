@@ -17,7 +17,7 @@ from torch import nn
 
 from dualform.calculus import Derivative, jacobian
 from dualform.catalogue import near_misses
-from dualform.cli.expression import compile_expression, parse_shapes
+from dualform.cli.expression import compile_expression, expect_used, parse_shapes
 from dualform.cli.output import UsageError, load_model
 from dualform.learning.layer import TestTimeTraining
 from dualform.learning.program import derive
@@ -82,7 +82,9 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
         function = load_object(target)
         names = _matched(target, function, names)
     else:
+        target = " ".join(target.split())
         function = compile_expression(target, names)
+        expect_used(target, names)
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.rand(shapes[n], dtype=torch.float64, generator=generator) + 0.5 for n in names}
     named = {n: tensors.pop(n) for n in names if n in _keyword_only(function)}

@@ -99,7 +99,7 @@ def compile_expression(text: str, names: list[str]) -> Callable[..., Tensor]:
         >>> compile_expression("x * 2 + y", ["x", "y"])(torch.tensor(1), torch.tensor(3))
         tensor(5)
     """
-    text = " ".join(text.split("\n")).strip()
+    text = " ".join(text.split())
     if len(text) > MAX_TEXT:
         raise UsageError(f"explain: the formula has {len(text):,} characters; expected at most {MAX_TEXT:,}.")
     try:
@@ -114,14 +114,20 @@ def compile_expression(text: str, names: list[str]) -> Callable[..., Tensor]:
         function = reader.function(body)
     except RecursionError:
         raise UsageError(f"explain: {text[:40]!r} is nested too deeply; expected a formula.") from None
-    if unused := [name for name in names if name not in reader.used]:
-        raise UsageError(
-            f"explain: {', '.join(map(repr, unused))} {'has a shape but is' if len(unused) == 1 else 'have shapes but are'} "
-            f"not in {text!r}; expected a shape for its own names only. Leave {'it' if len(unused) == 1 else 'them'} out."
-        )
     linecache.cache[_FILE] = (len(text), None, [text + "\n"], _FILE)  # so that explanations can quote it
     # Only now, when nothing but names with shapes, numbers, operators and the functions above is left, is it compiled.
     return eval(compile(function, _FILE, "eval"), {"__builtins__": {}, **reader.scope})
+
+
+def expect_used(text: str, names: list[str]) -> None:
+    """Refuse shapes of names that a formula does not have."""
+    met = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
+    if unused := [name for name in names if name not in met]:
+        one = len(unused) == 1
+        raise UsageError(
+            f"explain: {', '.join(map(repr, unused))} {'has a shape but is' if one else 'have shapes but are'} not in {text!r}; "
+            f"expected shapes for its own names only. Leave {'it' if one else 'them'} out."
+        )
 
 
 def _point(text: str, at: int, what: str) -> NoReturn:
@@ -134,12 +140,11 @@ def _point(text: str, at: int, what: str) -> NoReturn:
 
 
 class _Reader:
-    """Rebuilds a formula's tree from the allowed parts alone; `used` are the names it met."""
+    """Rebuilds a formula's tree from the allowed parts alone; `scope` has the functions it calls."""
 
     def __init__(self, text: str, names: list[str]) -> None:
         self.text = text
         self.names = names
-        self.used: set[str] = set()
         self.scope: dict[str, Any] = {}
 
     def function(self, body: ast.expr) -> ast.Expression:
@@ -195,7 +200,6 @@ class _Reader:
 
     def _name(self, node: ast.AST, name: str) -> ast.expr:
         if name in self.names:
-            self.used.add(name)
             return ast.Name(name, ast.Load())
         if name in _words:
             return ast.Constant(_words[name])
