@@ -62,6 +62,7 @@ def parse(text: str, names: Sequence[str]) -> list[dict]:
             products[-1]["sums"].append(m["sum"])
         elif m["delta"]:
             pair, at = _inside(text, at)
+            assert len(_listed(pair)) == 2, f"δ({pair}) has not two indices"
             products[-1]["deltas"].append(_listed(pair))
         elif m["name"]:
             indices, at = _inside(text, at) if text[at : at + 1] == "[" else ("", at)

@@ -22,6 +22,8 @@ from dualform.calculus.structure import Derivative
 LEVELS = ("one-line", "steps", "proof")
 # How many steps, and how many stages of a proof, are shown; the rest is counted, and is in the data.
 MAX_TOLD = 24
+# The longest formula that is shown beside the stored form.
+MAX_TEXT = 240
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,9 @@ class Explanation:
     @property
     def is_rewritten(self) -> bool:
         """Is the stored form another one than the formula that the steps give?"""
-        return self.expanded is not None and not is_same(self.expanded, self.result.formula)
+        if self.expanded is None or len(self.expanded.right()) > MAX_TEXT or "…" in self.expanded.right():
+            return False
+        return not is_same(self.expanded, self.result.formula)
 
     def to_latex(self) -> str:
         """Write the steps and the result as an aligned LaTeX block.

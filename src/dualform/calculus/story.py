@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ from dualform.shapes import fail
 
 # A stage with more products than this, before deltas are eliminated, is written with stored sums instead.
 MAX_PRODUCTS = 6
+# A formula longer than this is written with stored sums, too.
+MAX_TEXT = 200
 # The entries up to which a whole derivative is compared with jacrev: always, and for a proof.
 MAX_COMPARED, MAX_PROVED = 4096, 2**20
 # The entries up to which an intermediate derivative is computed only to be shown.
@@ -223,30 +226,39 @@ class Story:
             groups.setdefault(step.above, []).append(step)
         told: dict[str, Formula | None] = {bottom: None}
         found: list[Stage] = []
-        copied = {f"{step.above}" for step in self.steps if step.op == "broadcast"}
-        nodes = {name: node for node, name in self.program.names.items()}
         for above, group in groups.items():
-            ways = [step for step in group if step.below in told]
-            if len(ways) < len(group):
+            if any(step.below not in told for step in group):
                 break  # an operand's derivative was too large to write out
-            links = [Link(step.formula, told[step.below], step.in_shape) for step in ways]
-            symbol, out, inn = f"d{above}/d{bottom}", group[0].out_shape, self.args[self.wrt].shape
-            if all(link.before is None for link in links):
-                told[above] = links[0].local
-                found.append(Stage(symbol, (), out))
-                continue
-            size = sum(len(x.local.lines) * len(x.before.lines if x.before else (1,)) for x in links)
-            node = nodes.get(above)
-            if node is not None and size > MAX_PRODUCTS:
-                if math.prod(out) * inn.numel() > MAX_SHOWN:
-                    break
-                shown = formula(self._totals[node].terms, out, inn, symbol, None, self.names)
-                moves = [Move(shown, f"{size} products, added up where their deltas agree; the sums are stored")]
-            else:
-                moves = derive(symbol, links, out, inn, any(step.below in copied for step in ways))
-            told[above] = moves[-1].formula
-            found.append(Stage(symbol, tuple(moves), out))
+            links = [Link(step.formula, told[step.below], step.in_shape) for step in group]
+            moves = self._moves(f"d{above}/d{bottom}", links, group)
+            if moves is None:
+                break
+            told[above] = moves[-1].formula if moves else links[0].local
+            found.append(Stage(f"d{above}/d{bottom}", tuple(moves), group[0].out_shape))
         return found
+
+    def _moves(self, symbol: str, links: Sequence[Link], group: Sequence[Step]) -> list[Move] | None:
+        """The lines of one stage; none where its only step starts at the input, None where it cannot be written."""
+        if all(link.before is None for link in links):
+            return []
+        out, inn = group[0].out_shape, self.args[self.wrt].shape
+        node = self._nodes.get(group[0].above)
+        size = sum(len(x.local.lines) * len(x.before.lines if x.before else (1,)) for x in links)
+        if node is None or size <= MAX_PRODUCTS:
+            copied = {step.above for step in self.steps if step.op == "broadcast"}
+            moves = derive(symbol, links, out, inn, any(step.below in copied for step in group))
+            if node is None or len(moves[-1].formula.right()) <= MAX_TEXT:
+                return moves
+        else:
+            moves = []
+        if node not in self._totals:
+            return moves or None
+        shown = formula(self._totals[node].terms, out, inn, symbol, None, self.names)
+        return [*moves, Move(shown, f"{size} products, added up where their deltas agree; the sums are stored")]
+
+    @cached_property
+    def _nodes(self) -> dict[str, fx.Node]:
+        return {name: node for node, name in self.program.names.items()}
 
     @cached_property
     def _totals(self) -> dict[fx.Node, Derivative]:
@@ -283,7 +295,10 @@ class Story:
         exec(code, scope)
         checks = [("the code above against autograd's vjp", _error(scope["x_bar"], expected))]
         if math.prod(J.shape) <= (MAX_PROVED if level == "proof" else MAX_COMPARED):
-            checks.append(("every entry against torch.func.jacrev", _error(J.dense(), torch.func.jacrev(alone)(x))))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reference may be slow, and says so
+                whole = torch.func.jacrev(alone)(x)
+            checks.append(("every entry against torch.func.jacrev", _error(J.dense(), whole)))
         if level == "proof":
             v = torch.randn(J.in_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
             checks.append(("<g, J v> against <J^T g, v>", _error((g * J.jvp(v)).sum(), (J.vjp(g) * v).sum())))

@@ -178,7 +178,7 @@ def meaning(name: str, known: dict[str, str]) -> str:
     slope = re.fullmatch(r"(\w+)'(\d*)\((.*)\)", base)
     if slope is not None:
         return f"the slope of {slope[1]} at {slope[3]}, entry by entry"
-    if "·" in base or base.startswith("sum") or re.fullmatch(r"\(.*\+.*\)", base):
+    if "·" in base or "…" in base or re.fullmatch(r"\(.*\+.*\)", base):
         return "factors multiplied and added up once, because the result is smaller than they are"
     if base[:1] == "d" and base[1:].isidentifier():
         return f"the derivative of {base[1:]}, stored dense"
