@@ -76,7 +76,7 @@ def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
     result.as_strided(sizes(labels), strides, offset).add_(value, alpha=term.coef)
 
 
-def _laid_out(term: Term, axes: Sequence[Axis]) -> tuple[list[Factor | Select], list[Label], list[int], int]:
+def _laid_out(term: Term, axes: Sequence[Axis]) -> tuple[list[Factor | Relation], list[Label], list[int], int]:
     """Where a term's labels step in the flattened tensor; selections that become a stride and an offset are gone."""
     strides: dict[Label, int] = {}
     offset = 0

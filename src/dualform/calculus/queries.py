@@ -13,14 +13,14 @@ import torch
 from dualform.calculus.collapse import merged
 from dualform.calculus.compose import compose_terms
 from dualform.calculus.contract import Plan, plan
-from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, fresh_axes, make_factor, volume
+from dualform.calculus.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
 
 Like = torch.Tensor
 
 
-def after(outer: Term, terms: Iterable[Term], like: Like) -> tuple[Term, ...]:
+def after(outer: Term, terms: Iterable[Term]) -> tuple[Term, ...]:
     """Put a map behind the output of each term."""
-    found = [compose_terms(outer, term, like) for term in terms]
+    found = [compose_terms(outer, term) for term in terms]
     return merged([term for term in found if term is not None])
 
 
@@ -102,7 +102,7 @@ def _tied(term: Term, first: Axis, second: Axis) -> bool:
                 reached |= new
                 # Beyond a visible label that a factor has, other factors are other functions of that label; a selection
                 # and a summed index pass the tie on.
-                todo += [x for x in new if x in hidden or isinstance(f, Select)]
+                todo += [x for x in new if x in hidden or isinstance(f, Relation)]
     return any(x in reached for x in second)
 
 

@@ -150,8 +150,9 @@ def window(smalls: Sequence[Axis], big: Axis, start: int, steps: Sequence[int]) 
     made = Window(tuple(x for x, _ in kept), big, start, tuple(step for _, step in kept))
     if not kept and not big and start == 0:
         return ()
-    if len(kept) == 1 and len(big) == 1 and made.is_total:
-        return (Select(kept[0][0], big[0], start, kept[0][1]),)
+    if len(kept) < 2 and len(big) == 1 and made.is_total:
+        small, step = kept[0] if kept else (Label(1), 1)
+        return (Select(small, big[0], start, step),)
     return (made,)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from dualform.calculus.canonical import settled
@@ -31,6 +32,10 @@ from dualform.calculus.terms import Term
 from dualform.calculus.trace import trace
 from dualform.shapes import fail
 
+TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
+
+# A rule that reads values cannot be written down for all values: it is interpreted each time.
+_READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 CACHE_SIZE = 256
 _kept: OrderedDict[Hashable, Traced] = OrderedDict()
 
@@ -64,13 +69,29 @@ class Skeleton:
     values: Callable[..., tuple[Tensor, ...]]
     graph: fx.GraphModule
 
+    @staticmethod
+    def of(compute: TermsAt, inputs: Sequence[Tensor]) -> Skeleton:
+        """Make the terms on stand-ins, and write down how their tensors come from the inputs."""
+        terms: list[Term] = []
+
+        def tensors(*given: Tensor) -> tuple[Tensor, ...]:
+            terms[:] = settled(compute(given))
+            return tuple(_distinct(terms).values())
+
+        gm = straight(tensors, *inputs)
+        position = {key: k for k, key in enumerate(_distinct(terms))}
+        places = tuple(tuple(position[id(t)] for t in found) for found in tensors_of(terms))
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(gm.graph, {}))
+        return Skeleton(tuple(terms), places, runnable(copy, gm), gm)
+
     def filled(self, inputs: Sequence[Tensor]) -> tuple[Term, ...]:
         """The terms at a point."""
         made = self.values(*inputs)
         found = []
         for term, places in zip(self.terms, self.places, strict=True):
             at = iter(places)
-            factors = [f if _held(f) is None else replace(f, **{_held(f): made[next(at)]}) for f in term.factors]
+            factors = [f if (held := _held(f)) is None else replace(f, **{held: made[next(at)]}) for f in term.factors]
             found.append(Term(term.coef, tuple(factors), term.out, term.inn))
         return tuple(found)
 
@@ -85,9 +106,8 @@ def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
     return [[getattr(f, held) for f in term.factors if (held := _held(f)) is not None] for term in terms]
 
 
-def unique(terms: Sequence[Term]) -> dict[int, Tensor]:
-    """The distinct tensors of some terms, by identity."""
-    return {id(t): t for tensors in tensors_of(terms) for t in tensors}
+def _distinct(terms: Sequence[Term]) -> dict[int, Tensor]:
+    return {id(t): t for found in tensors_of(terms) for t in found}
 
 
 class Traced:
@@ -126,8 +146,26 @@ class Traced:
             self.uses[key] = self.uses.get(key, 0) + 1
             if self.uses[key] < 2:
                 return None
+            try:
+                self.made[key] = make()
+            except _READS_VALUES:
+                self.made[key] = None
+        return self.made[key]
+
+    def always(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` makes, made once."""
+        if key not in self.made:
             self.made[key] = make()
         return self.made[key]
+
+    def gradient(self, source: int, inputs: Sequence[Tensor]) -> fx.GraphModule:
+        """The graph of the gradient of the first result's sum."""
+
+        def compute(*given: Tensor) -> Tensor:
+            program = self.program(given, 0, source)
+            return program.vjp(torch.ones_like(program.values[program.output]))
+
+        return self.always(("gradient", source), lambda: straight(compute, *inputs))
 
     def linear(self, kind: str, output: int, source: int, inputs: Sequence[Tensor]) -> Split | None:
         """The vjp or jvp as two straight-line programs."""
@@ -143,24 +181,10 @@ class Traced:
 
         return self.again((kind, output, source), make)
 
-    def skeleton(self, output: int, source: int, inputs: Sequence[Tensor]) -> Skeleton | None:
-        """The terms without numbers."""
-        return self.again(("terms", output, source), lambda: self.make_skeleton(output, source, inputs))
-
-    def make_skeleton(self, output: int, source: int, inputs: Sequence[Tensor]) -> Skeleton:
-        """Accumulate the terms on stand-ins, and write down how their factors come from the inputs."""
-        terms: list[Term] = []
-
-        def compute(*given: Tensor) -> tuple[Tensor, ...]:
-            terms[:] = settled(self.program(given, output, source).terms())
-            return tuple(unique(terms).values())
-
-        gm = straight(compute, *inputs)
-        position = {key: k for k, key in enumerate(unique(terms))}
-        places = tuple(tuple(position[id(t)] for t in tensors) for tensors in tensors_of(terms))
-        copy = fx.Graph()
-        copy.output(copy.graph_copy(gm.graph, {}))
-        return Skeleton(tuple(terms), places, runnable(copy, gm), gm)
+    def terms(self, key: tuple, compute: TermsAt, point: Point) -> tuple[Term, ...]:
+        """A sum of terms at a point: computed at the first use of `key`, from then on filled in."""
+        made = self.again(key, lambda: Skeleton.of(compute, point.inputs)) if point.is_plain else None
+        return settled(compute(point.inputs)) if made is None else made.filled(point.inputs)
 
 
 def _refuse_result(leaf: Any, path: Any) -> None:
@@ -261,9 +285,13 @@ class Applied:
     def terms(self) -> tuple[Term, ...]:
         """The derivative as a sum of terms."""
         self.point.check()
-        traced, inputs = self.point.traced, self.point.inputs
-        made = traced.skeleton(self.output, self.source, inputs) if self.point.is_plain else None
-        return settled(self._program.terms()) if made is None else made.filled(inputs)
+        point, key = self.point, ("terms", self.output, self.source)
+
+        def compute(inputs: Sequence[Tensor]) -> Sequence[Term]:
+            values = point.values if inputs is point.inputs else inputs
+            return point.traced.program(values, self.output, self.source).terms()
+
+        return point.traced.terms(key, compute, point)
 
     def vjp(self, g: Tensor) -> Tensor:
         """Pull back along the graph."""
