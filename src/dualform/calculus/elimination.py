@@ -44,8 +44,8 @@ class Index:
     def read(cls, text: str) -> Index:
         """Read "1+2*i", "4*m+l-1", "2-i", "i", "0" or "idx[i][j+1]"."""
         if text.endswith("]"):
-            table, *at = re.split(r"\]?\[", text[:-1])
-            return cls(table=table, at=tuple(cls.read(x) for x in at))
+            table, _, rest = text.partition("[")
+            return cls(table=table, at=tuple(cls.read(x) for x in _groups(f"[{rest}")))
         start, steps = 0, []
         for sign, step, name in re.findall(r"([+-]?)(?:(\d+)\*)?([^\W\d]\w*'*|\d+)", text):
             scale = int(step or 1) * (-1 if sign == "-" else 1)
@@ -96,6 +96,18 @@ class Index:
     def minus(self, other: Index) -> Index:
         """The difference of two expressions that are no tables."""
         return Index((*self.steps, *((name, -step) for name, step in other.steps)), self.start - other.start).put({})
+
+
+def _groups(text: str) -> list[str]:
+    """What stands in each of the outer brackets: [i][idx[j]] has i and idx[j]."""
+    found, depth = [""], 0
+    for c in text:
+        depth += (c == "[") - (c == "]")
+        if depth == 0:
+            found.append("")
+        elif (c, depth) != ("[", 1):
+            found[-1] += c
+    return found[:-1]
 
 
 Tie = tuple[Index, Index]

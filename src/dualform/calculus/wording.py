@@ -121,7 +121,10 @@ def reasons(formula: Formula, meaning: Callable[[str], str]) -> tuple[str, ...]:
         if said:
             found.append(head + "; ".join(said))
     for name, tensor in formula.tensors.items():
-        labels = next(at for line in formula.lines for n, at in line.factors if n == name)
+        labels = next((at for line in formula.lines for n, at in line.factors if n == name), None)
+        if labels is None:
+            found.append(f"{name} {tuple(tensor.shape)}: the index that is read")
+            continue
         shown = f"{name}[{','.join(labels)}]" if labels else name
         found.append(f"{shown} {tuple(tensor.shape)}: {meaning(name)}")
     return tuple(found)
