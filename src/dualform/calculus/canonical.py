@@ -16,7 +16,6 @@ from torch import Tensor
 from dualform.calculus.collapse import merged
 from dualform.calculus.terms import Axis, Factor, Identity, Label, Term, identity_of
 
-
 def settled(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Bring a finished sum into its canonical form: coarse labels, and one factor where several lie on one pattern."""
     groups: dict[tuple, list[Term]] = {}
@@ -53,9 +52,7 @@ def _one_factor(group: Sequence[Term]) -> Sequence[Term]:
             if k not in have:
                 tensor = tensor.unsqueeze(axis)
         total = total + term.coef * tensor
-    name = "+".join(
-        dict.fromkeys((term.tensors[0].name or "F") if term.tensors else f"{term.coef:g}" for term in group)
-    )
+    name = "+".join(dict.fromkeys((term.tensors[0].name or "F") if term.tensors else f"{term.coef:g}" for term in group))
     factor = Factor(total, axes, f"({name})" if len(name) < 40 else "sum")  # type: ignore[arg-type]
     return [replace(group[full], coef=1.0, factors=(factor,))]
 

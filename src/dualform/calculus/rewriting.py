@@ -141,11 +141,7 @@ def _reshaped_twice(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 @rewrites("slice", "narrow")
 def _whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    return (
-        node.args[0]
-        if value(node).shape == value(node.args[0]).shape and bound_arguments(node).get("step", 1) == 1
-        else None
-    )  # type: ignore[return-value,arg-type]
+    return node.args[0] if value(node).shape == value(node.args[0]).shape and bound_arguments(node).get("step", 1) == 1 else None  # type: ignore[return-value,arg-type]
 
 
 @rewrites("roll")
@@ -196,10 +192,7 @@ def _restacked(r: Rewriter, node: fx.Node) -> fx.Node | None:
         return None
     x = bound_arguments(pieces[0])["self"]
     n = value(x).shape
-    at = [
-        (p.args[0], bound_arguments(p)["dim"] % len(n), bound_arguments(p)["index"] % n[bound_arguments(p)["dim"]])
-        for p in pieces
-    ]
+    at = [(p.args[0], bound_arguments(p)["dim"] % len(n), bound_arguments(p)["index"] % n[bound_arguments(p)["dim"]]) for p in pieces]
     return x if at == [(x, dim, k) for k in range(n[dim])] and value(x).shape == value(node).shape else None
 
 

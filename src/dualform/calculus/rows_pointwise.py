@@ -242,7 +242,9 @@ def _power(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x ** (p - 1), f"{name}^{p - 1:g}", float(p))
 
 
-@row("aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), examples=[call("", NM, T("m"), T("n 1"), value=2)])
+@row(
+    "aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), examples=[call("", NM, T("m"), T("n 1"), value=2)]
+)
 def _addcmul(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][0]
     if where == "self":
@@ -274,11 +276,7 @@ row("aten::clamp", "aten::clip", "aten::clamp_min", "aten::clamp_max", examples=
 ])(pointwise)  # fmt: skip
 
 
-@row(
-    "aten::prelu",
-    affine=(frozenset({1}),),
-    examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))],
-)
+@row("aten::prelu", affine=(frozenset({1}),), examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))])
 def _prelu(call: Call, operand: int) -> list[Term]:
     """x where x > 0, else w x, one w for each channel (axis 1)."""
     x, weight = call.operands

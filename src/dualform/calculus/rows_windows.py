@@ -42,7 +42,9 @@ def _convolved(
     seen, made = fresh_axes(x.shape[x.ndim - rank :]), fresh_axes(call.out.shape[call.out.ndim - rank :])
     inside, outside = (made, seen) if not transposed else (seen, made)
     relations = tuple(
-        r for k in range(rank) for r in _slide(inside[k], taps[k], outside[k], -padding[k], stride[k], dilation[k])
+        r
+        for k in range(rank)
+        for r in _slide(inside[k], taps[k], outside[k], -padding[k], stride[k], dilation[k])
     )
     channels = ((*group, *first), (*group, *second))
     x_channel, out_channel = channels if transposed else channels[::-1]
@@ -216,16 +218,7 @@ def _max_pool(call: Call, operand: int) -> list[Term]:
 # -- windows as axes
 
 
-@row(
-    "aten::unfold",
-    affine=ALL,
-    examples=[
-        call("", T("l k"), 0, 3, 2),
-        call("", T("n l"), 1, 2, 1),
-        call("", T("n"), -1, 1, 2),
-        call("", T("4"), 0, 4, 1),
-    ],
-)
+@row("aten::unfold", affine=ALL, examples=[call("", T("l k"), 0, 3, 2), call("", T("n l"), 1, 2, 1), call("", T("n"), -1, 1, 2), call("", T("4"), 0, 4, 1)])
 def _unfold(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     if x.ndim == 0:
@@ -249,32 +242,20 @@ def _columns(call: Call, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Rel
     ]
     taps, at = fresh_axes(size), fresh_axes(places)
     relations = [
-        r for k, axis in enumerate((p, q)) for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
+        r
+        for k, axis in enumerate((p, q))
+        for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
     ]
     return whole, tuple(relations), (*lead[:-1], (*lead[-1], *taps[0], *taps[1]), (*at[0], *at[1]))
 
 
-@row(
-    "aten::im2col",
-    affine=ALL,
-    examples=[
-        call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]),
-        call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1]),
-    ],
-)
+@row("aten::im2col", affine=ALL, examples=[call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]), call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1])])
 def _im2col(call: Call, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.operands[0].shape)
     return [Term(1.0, relations, columns, image)]
 
 
-@row(
-    "aten::col2im",
-    affine=ALL,
-    examples=[
-        call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
-        call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
-    ],
-)
+@row("aten::col2im", affine=ALL, examples=[call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])])
 def _col2im(call: Call, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.out.shape)
     return [Term(1.0, relations, image, columns)]
