@@ -192,7 +192,7 @@ def _names(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             if isinstance(leaf, Tensor):
                 parts = [str(getattr(p, "key", getattr(p, "idx", p))) for p in path]
-                name = "_".join([head, *parts])
+                name = ".".join([head, *parts])
                 names.append(name if name not in names else f"{name}_{len(names)}")
     return names
 
