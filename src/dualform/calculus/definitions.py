@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -21,7 +22,6 @@ from dualform.calculus.program import LocalRule, Program
 from dualform.calculus.table import Call, Target, find_row
 from dualform.calculus.terms import Term
 from dualform.calculus.trace import trace
-from dualform.shapes import TraceError
 
 _Like = tuple[tuple[int, ...], torch.dtype, torch.device]
 
@@ -56,6 +56,7 @@ def _traced(
     definition = definition_of(target)
     if definition is None:
         return None
+    composite = getattr(definition, "__self__", None) is target
 
     def defined(*tensors: Tensor) -> Any:
         given = iter(tensors)
@@ -67,11 +68,14 @@ def _traced(
         with FakeTensorMode(allow_non_fake_inputs=True):
             stand_ins = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
         try:
-            gm = trace(defined, *stand_ins)
-        except TraceError:
+            # A composite kernel shows its ops after dispatch only: before it, it is one op again.
+            written = make_fx(defined, tracing_mode="real")(*stand_ins) if composite else defined
+            gm = trace(written, *stand_ins)
+        except Exception:  # whatever the reason, there is no definition to differentiate; the op is refused or dense
             return None
-    itself = any(n.op == "call_function" and n.target == target for n in gm.graph.nodes)
-    return None if itself else gm
+    ops = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    # A definition that is the op itself again, or is written below the ops that have rows, says nothing.
+    return None if any(op == target or str(op).startswith("prims.") for op in ops) else gm
 
 
 def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:

@@ -1,7 +1,7 @@
 """Bring a traced graph into one form: every node makes one tensor.
 
 split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
-broadcast_tensors -> expand        var_mean, aminmax -> one op each        lift -> nothing
+broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 
+# A view is a reshape that promises how its numbers lie; a rewritten graph need not keep that promise.
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _COPIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
 _EXTREMA = {aten.max.dim: aten.argmax.default, aten.min.dim: aten.argmin.default}
 # Ops that give values of their argument and where they found them.
@@ -36,7 +38,9 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _COPIES:
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        elif node.target in _COPIES:
             original: Any = node.args[0]
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:

@@ -36,7 +36,8 @@ _STYLE = """
 .{k} ul.why {{ margin: .2em 0 .1em; padding-left: 1.3em; }}
 .{k} table {{ border-collapse: collapse; border: 0; margin: .3em 0; }}
 .{k} td {{ padding: .1em .5em .1em 0; vertical-align: baseline; white-space: pre; border: 0; background: none; text-align: left; }}
-.{k} td.why {{ padding-left: 1.2em; white-space: normal; min-width: 18em; }}
+.{k} .move {{ display: flex; flex-wrap: wrap; column-gap: 1.4em; }}
+.{k} .move .f {{ margin: 0; }} .{k} .move .why {{ flex: 1 1 15em; white-space: normal; }}
 .{k} .i {{ border-radius: 3px; padding: 0 1px; cursor: help; }}
 .{k} .tie {{ opacity: .92; border-bottom: 1px dashed currentColor; }}
 .{k} .ok {{ color: #00795a; }} .{k} .bad {{ color: #b00020; font-weight: 600; }}
@@ -89,16 +90,18 @@ def _step(number: int, step: Step, is_proof: bool) -> str:
     return f'<div class="step lit">{head}{line}{_formula(step.formula)}{_account(step)}{_why(step.reasons)}{rule}</div>'
 
 
-def _stage(stage: Stage) -> str:
+def _stage(stage: Stage, name: str = "Proof") -> str:
+    """Lines that are equal, each with its reason beside it, or below where there is no room."""
     rows = []
     for k, move in enumerate(stage.moves):
         left = _left(move.formula) if k == 0 else ""
         note = f' <span class="why">({move.formula.ranges})</span>' if move.formula.ranges else ""
         rows.append(
-            f"<tr><td class=f>{left}</td><td class=f>= {_right(move.formula)}{note}</td>"
-            f'<td class="why">{html.escape(move.reason)}</td></tr>'
+            f'<tr><td class="f">{left}</td><td><div class="move"><span class="f">= {_right(move.formula)}{note}</span>'
+            f'<span class="why">{_indexed(move.reason)}</span></div></td></tr>'
         )
-    return f'<div class="step lit"><div class="head">Proof &nbsp;<code>{html.escape(stage.symbol)}</code></div><table>{"".join(rows)}</table></div>'
+    head = f'<div class="head">{name} &nbsp;<code>{html.escape(stage.symbol)}</code></div>'
+    return f'<div class="step lit">{head}<table>{"".join(rows)}</table></div>'
 
 
 def _result(number: int, told: Explanation) -> str:
@@ -107,7 +110,7 @@ def _result(number: int, told: Explanation) -> str:
         f'<div class="head">Step {number} &nbsp;{told.result_name} &nbsp;<code>{html.escape(step.formula.symbol)}</code></div>'
     ]
     parts += [f'<div class="f">{html.escape(line)}</div>' for line in told.chain]
-    parts += [_stage(stage) for stage in told.key_stages] if told.level == "steps" else []
+    parts += [_stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
     if told.is_rewritten and told.expanded is not None:
         parts.append(f'{_formula(told.expanded)}<div class="note">stored as</div>')
     parts += [_formula(step.formula), _account(step), _why(step.reasons)]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +29,9 @@ MAX_CELLS = 64
 MAX_TERMS = 3
 
 
-def draw(J: Derivative, shown: Formula) -> Figure:
-    """Draw the entries of a derivative, and how its terms join output to input."""
+@cache
+def _figures() -> type[Figure]:
+    """The kind of figure to draw in: matplotlib is asked for only here."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -37,9 +40,23 @@ def draw(J: Derivative, shown: Formula) -> Figure:
             'Run `pip install "dualform[viz]"`.',
             name=error.name,
         ) from error
+
+    class Picture(Figure):
+        """A figure that a notebook shows without pyplot, which would show it twice."""
+
+        def _repr_png_(self) -> bytes:
+            written = BytesIO()
+            self.savefig(written, format="png", dpi=110)
+            return written.getvalue()
+
+    return Picture
+
+
+def draw(J: Derivative, shown: Formula) -> Figure:
+    """Draw the entries of a derivative, and how its terms join output to input."""
     terms = shown.lines[:MAX_TERMS]
     tallest = max([len(shown.out), len(shown.inn), *(len(line.factors) + len(line.ties) for line in terms)], default=1)
-    figure = Figure(figsize=(6.4 + 3.2 * max(len(terms), 1), max(3.9, 1.6 + 0.62 * tallest)), layout="constrained")
+    figure = _figures()(figsize=(6.4 + 3.2 * max(len(terms), 1), max(3.9, 1.6 + 0.62 * tallest)), layout="constrained")
     panels = figure.subplots(1, 1 + max(len(terms), 1), width_ratios=[1.9, *[1.0] * max(len(terms), 1)])
     colours = {
         name: COLOURS[k % len(COLOURS)] for k, name in enumerate(x for x in (*shown.out, *shown.inn) if x != "0")

@@ -100,7 +100,7 @@ def _tied(term: Term, first: Axis, second: Axis) -> bool:
             if label in f.labels:
                 new = set(f.labels) - reached
                 reached |= new
-                # Beyond a visible label that a factor has, other factors are other functions of that label; a selection
+                # Beyond a visible label that a factor has, other factors are other functions of that label; a relation
                 # and a summed index pass the tie on.
                 todo += [x for x in new if x in hidden or isinstance(f, Relation)]
     return any(x in reached for x in second)

@@ -126,6 +126,6 @@ def _of_a_matrix(call: Call, operand: int) -> list[Term]:
 
 
 @defined_row("aten::cdist", call("", T("b n k"), T("b m k"), 2.0), call("", T("n k"), T("m k"), 1.0), call("", T("n k"), T("m k"), float("inf")))
-def _cdist(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     """The norm of all differences."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)

@@ -58,7 +58,7 @@ def _inner(call: Call) -> Product:
     return Product((*left, *right), ((*left, inner), (*right, inner)))
 
 
-@product_row("aten::kron", examples=[call("", T("k n"), T("n k")), call("", T("k"), T("n k", "flat"))])
+@product_row("aten::kron", examples=[call("", T("k n", "flat"), T("n k", "flat")), call("", T("k"), T("n k", "flat"))])
 def _kron(call: Call) -> Product:
     rank = call.out.ndim
     a, b = (fresh_axes((1,) * (rank - x.ndim) + tuple(x.shape)) for x in call.operands)

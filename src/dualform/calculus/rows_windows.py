@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dualform.calculus.examples import T, call
-from dualform.calculus.relations import window
+from dualform.calculus.relations import Window, window
 from dualform.calculus.rows_index import lookup
 from dualform.calculus.table import ALL, Call, row
 from dualform.calculus.terms import Axis, Factor, Relation, Term, atoms, fresh_axes, make_factor
@@ -229,6 +229,18 @@ def _unfold(call: Call, operand: int) -> list[Term]:
     place, tap = fresh_axes([call.out.shape[dim], b["size"]])
     relations = window([place, tap], inn[dim], 0, [b["step"], 1])
     return [Term(1.0, relations, (*inn[:dim], place, *inn[dim + 1 :], tap), inn)]
+
+
+@row("aten::as_strided", affine=ALL, examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])])
+def _as_strided(call: Call, operand: int) -> list[Term]:
+    """A window over the numbers as they lie in memory."""
+    x, b = call.operands[0], call.bound
+    if not x.is_contiguous():
+        return NotImplemented
+    inn, out = fresh_axes(x.shape), fresh_axes(call.out.shape)
+    start = (b["storage_offset"] or 0) - x.storage_offset()
+    steps = [n for n, axis in zip(b["stride"], out, strict=True) if axis]
+    return [Term(1.0, (Window(atoms(out), atoms(inn), start, tuple(steps)),), out, inn)]
 
 
 def _columns(call: Call, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:

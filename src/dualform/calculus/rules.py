@@ -38,6 +38,7 @@ from dualform.calculus.table import (
     row,
 )
 from dualform.calculus.terms import Term, fresh_axes, make_factor
+from dualform.shapes import TraceError, fail
 
 __all__ = [
     "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
@@ -73,18 +74,30 @@ def _terms(call: Call, operand: int) -> list[Term] | None:
         if terms is not NotImplemented:
             return terms
     if is_pointwise(call.target):
-        return pointwise(call, operand)
+        try:
+            return pointwise(call, operand)
+        except (RuntimeError, NotImplementedError):  # torch has no backward for it: perhaps it has a definition
+            pass
     return definition_terms(call, operand, derivative)
 
 
 def _dense(call: Call, operand: int) -> list[Term]:
-    name = call.target._schema.name
+    name, x = call.target._schema.name, call.operands[operand]
+    try:
+        # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
+        full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
+    except (RuntimeError, NotImplementedError) as error:
+        fail(
+            "derivative",
+            f"{name} by {call.operand_name(operand)}",
+            f"has no row and no backward in torch ({str(error).splitlines()[0]})",
+            "a differentiable op",
+            "Detach that argument, write it with other ops, or add a row (calculus/table.py).",
+            TraceError,
+        )
     if name not in _warned:
         _warned.add(name)
         warnings.warn(f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=4)
-    x = call.operands[operand]
-    # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist, native_layer_norm).
-    full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
     out, inn = fresh_axes(call.out.shape), fresh_axes(x.shape)
     return [Term(1.0, (make_factor(full, (*out, *inn), f"d{name.split('::')[1]}"),), out, inn)]
 

@@ -61,6 +61,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         except Exception as error:
             _reraise(error)
     _refuse_values(gm)
+    _refuse_complex(gm)
     _refuse_randomness(gm)
     return normalised(functionalized(gm, _blame))
 
@@ -187,6 +188,21 @@ def _refuse_values(gm: fx.GraphModule) -> None:
                 _refuse_data(source_line(node) or str(node.target))
 
 
+def _refuse_complex(gm: fx.GraphModule) -> None:
+    """Derivatives are of real numbers: a complex one that depends on an input is two, and its rows would be too."""
+    reached: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+            made = node.meta.get("val")
+            if isinstance(made, Tensor) and made.is_complex():
+                where = source_line(node) or str(node.target)
+                raise TraceError(
+                    f"trace: `{where}` makes a complex tensor; expected real ones. "
+                    "Write it with its real and imaginary parts, a Fourier transform as a product with cosines and sines."
+                )
+
+
 _DROPOUT = {
     aten.dropout.default,
     aten.feature_dropout.default,
@@ -215,4 +231,4 @@ def _is_quiet(node: fx.Node) -> bool:
     given = {a.name: a.default_value for a in schema}
     given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
     given.update(node.kwargs)
-    return given.get("dropout_p") == 0 or given.get("training") is False or given.get("train") is False
+    return 0 in (given.get("dropout_p"), given.get("dropout")) or given.get("training") is False or given.get("train") is False
