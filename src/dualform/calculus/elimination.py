@@ -166,15 +166,19 @@ def _product(a: Product, b: Product) -> Product:
     return Product(a.coef * b.coef, (*a.factors, *b.factors), (*a.ties, *b.ties), sums, steps)
 
 
-def derive(symbol: str, links: Sequence[Link], out: Sequence[int], inn: Sequence[int], copies: bool) -> list[Move]:
+def derive(
+    symbol: str, links: Sequence[Link], out: Sequence[int], inn: Sequence[int], copies: bool, avoid: Sequence[str] = ()
+) -> list[Move]:
     """Join the derivatives of a node's operands into the node's own: every line, each with its reason.
 
     copies: put in only those formulas that copy the input first, and show what is left to sum over
+    avoid: letters that no index gets
     """
-    names = letters()
+    names = letters(avoid)
     outs, inns = axis_letters(out, names), axis_letters(inn, names)
     sizes = dict(zip((*outs, *inns), (*out, *inn), strict=True))
     axes = (*outs, *inns)
+    spoken = (*axes, *avoid)
     splits = {f.symbol: len(f.out) for link in links for f in (link.local, link.before) if f is not None}
     tensors = {k: t for link in links for f in (link.local, link.before) if f is not None for k, t in f.tensors.items()}
 
@@ -189,30 +193,30 @@ def derive(symbol: str, links: Sequence[Link], out: Sequence[int], inn: Sequence
         if link.before is None:
             whole.append(_symbol(link.local, axes))
             halfway.append(whole[-1])
-            full += _put_in(whole[-1], link.local, axes, known)
+            full += _put_in(whole[-1], link.local, spoken, known)
             continue
         mid, summed = list[str](), list[tuple[str, int]]()
         for n in link.shape:
-            mid.append("0" if n == 1 else sum_letter(n, [*axes, *mid], known))
+            mid.append("0" if n == 1 else sum_letter(n, [*spoken, *mid], known))
             summed += [(mid[-1], n)] if n != 1 else []
         above = replace(_symbol(link.local, (*outs, *mid)), sums=tuple(summed))
         whole.append(_product(above, _symbol(link.before, (*mid, *inns))))
-        inner = _put_in(whole[-1], link.before, axes, known)
+        inner = _put_in(whole[-1], link.before, spoken, known)
         halfway += inner
-        full += [p for q in inner for p in _put_in(q, link.local, axes, known)]
+        full += [p for q in inner for p in _put_in(q, link.local, spoken, known)]
     moves = [Move(formula(whole), "the chain rule" if len(links) == 1 else "the chain rule, one product for each path")]
     if copies:
         for shorter, _ in _eliminated(halfway, sizes):
             halfway = shorter
         moves.append(Move(formula(halfway), _summed_copies(halfway)))
         locals_ = {link.local.symbol: link.local for link in links}
-        full = [p for q in halfway for p in _put_in(q, locals_[_whole_of(q, locals_)], axes, known)]
+        full = [p for q in halfway for p in _put_in(q, locals_[_whole_of(q, locals_)], spoken, known)]
     moves.append(Move(formula(full), "the formulas of the steps put in"))
     for products, reason in _eliminated(full, sizes):
         moves.append(Move(formula(products), reason))
         full = products
     known = {}
-    ordered = [_canonical(p, axes, known) for p in full]
+    ordered = [_canonical(p, axes, known, avoid) for p in full]
     if ordered != full:
         moves[-1] = replace(moves[-1], formula=formula(ordered))
     return moves
@@ -406,7 +410,7 @@ def _count(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
     return None
 
 
-def _canonical(p: Product, axes: Sequence[str], known: dict[str, int]) -> Product:
+def _canonical(p: Product, axes: Sequence[str], known: dict[str, int], avoid: Sequence[str] = ()) -> Product:
     """Name the summed indices anew, in the order in which they are met."""
     summed = dict(p.sums)
     ties = sorted(p.ties, key=lambda tie: min([axes.index(n) for x in tie for n in x.names if n in axes], default=99))
@@ -414,7 +418,7 @@ def _canonical(p: Product, axes: Sequence[str], known: dict[str, int]) -> Produc
     met = dict.fromkeys([*(name for x in indices for name in x.names if name in summed), *summed])
     names = dict[str, str]()
     for s in met:
-        names[s] = sum_letter(summed[s], [*axes, *names.values()], known)
+        names[s] = sum_letter(summed[s], [*axes, *avoid, *names.values()], known)
     return replace(p.renamed(names), sums=tuple((names[s], summed[s]) for s in met))
 
 
@@ -447,6 +451,19 @@ def collected(f: Formula) -> Formula:
     axes = [name for name in (*f.out, *f.inn) if name != "0"]
     found = _collected([Product.read(line) for line in f.lines], axes)
     return f if len(found) == len(f.lines) else replace(f, lines=tuple(p.line(axes) for p in found))
+
+
+def in_axes(f: Formula, out: Sequence[str], inn: Sequence[str]) -> Formula:
+    """The same formula with other names of its axes."""
+    axes = (*f.out, *f.inn)
+    new = {a: b for a, b in zip(axes, (*out, *inn), strict=True) if a != "0"}
+    lines = []
+    for p in map(Product.read, f.lines):
+        own = dict[str, str]()
+        for s, n in p.sums:
+            own[s] = sum_letter(n, [*out, *inn, *own.values()], {})
+        lines.append(p.renamed({**new, **own}).line([*out, *inn]))
+    return replace(f, out=tuple(out), inn=tuple(inn), lines=tuple(lines))
 
 
 def is_same(a: Formula, b: Formula) -> bool:

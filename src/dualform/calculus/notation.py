@@ -252,13 +252,13 @@ def formula(
     Names are given by position, so that all lines of one formula speak of the same indices; `axes` gives the caller's.
     `names` is shared by formulas that are to call one tensor by one name.
     """
-    fresh = letters()
+    known = Names() if names is None else names
+    fresh = letters(known.avoid)
     if axes is None:
         out, inn = axis_letters(out_shape, fresh), axis_letters(in_shape, fresh)
     else:
         out = tuple(axes[0])
         inn = tuple(f"{name}'" if name in out else name for name in axes[1])
-    known = Names() if names is None else names
     summed: dict[str, int] = {}
     lines = tuple(_line(term, out, inn, known, summed) for term in terms)
     used = {name for line in lines for name, _ in line.factors}
@@ -269,7 +269,9 @@ def formula(
 class Names:
     """One name for one tensor: equal views share it, a second tensor of the same name gets a number."""
 
-    def __init__(self, taken: Callable[[str], bool] = lambda name: False) -> None:
+    def __init__(self, taken: Callable[[str], bool] = lambda name: False, avoid: Sequence[str] = ()) -> None:
+        """`taken`: names that no second tensor gets; `avoid`: letters that no index gets."""
+        self.avoid = tuple(avoid)
         self.found: dict[str, Tensor] = {}
         self.owner: dict[tuple, str] = {}
         self.base: dict[str, str] = {}
@@ -312,7 +314,7 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
         if label.size == 1:
             name[label] = "0"
             return
-        name[label] = sum_letter(label.size, [*out, *inn, *(s for s, _ in sums)], summed)
+        name[label] = sum_letter(label.size, [*out, *inn, *tensors.avoid, *(s for s, _ in sums)], summed)
         sums.append((name[label], label.size))
 
     axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]

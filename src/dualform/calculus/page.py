@@ -26,11 +26,11 @@ _STYLE = """
 .{k} .step {{ border: 1px solid #d8dee4; border-radius: 8px; padding: .5em .9em; margin: .6em 0; overflow-x: auto; }}
 .{k} .step.end {{ border-color: #0072b2; background: #f6faff; }}
 .{k} .head {{ font-weight: 600; }}
-.{k} .head code {{ font-weight: 400; }}
+.{k} .head code {{ font-weight: 400; white-space: pre-wrap; }}
 .{k} code, .{k} pre, .{k} .f {{ font-family: ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; font-size: 13px;
   background: none; border: 0; padding: 0; color: inherit; }}
 .{k} pre {{ background: #f6f8fa; border-radius: 6px; padding: .5em .8em; margin: .3em 0; overflow-x: auto; }}
-.{k} .f {{ margin: .25em 0; white-space: pre; }}
+.{k} .f {{ margin: .25em 0; white-space: pre-wrap; }}
 .{k} .f b {{ font-weight: 600; }}
 .{k} .note, .{k} .why {{ color: #57606a; font-size: 13px; }}
 .{k} ul.why {{ margin: .2em 0 .1em; padding-left: 1.3em; }}
@@ -97,7 +97,7 @@ def _stage(stage: Stage, name: str = "Proof") -> str:
         left = _left(move.formula) if k == 0 else ""
         note = f' <span class="why">({move.formula.ranges})</span>' if move.formula.ranges else ""
         rows.append(
-            f'<tr><td class="f">{left}</td><td><div class="move"><span class="f">= {_right(move.formula)}{note}</span>'
+            f'<tr><td class="f">{left}&nbsp;</td><td><div class="move"><span class="f">= {_right(move.formula)}{note}</span>'
             f'<span class="why">{_indexed(move.reason)}</span></div></td></tr>'
         )
     head = f'<div class="head">{name} &nbsp;<code>{html.escape(stage.symbol)}</code></div>'
@@ -113,7 +113,8 @@ def _result(number: int, told: Explanation) -> str:
     parts += [_stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
     if told.is_rewritten and told.expanded is not None:
         parts.append(f'{_formula(told.expanded)}<div class="note">stored as</div>')
-    parts += [_formula(step.formula), _account(step), _why(step.reasons)]
+    parts += [_formula(step.formula), _account(step)]
+    parts += [_why(step.reasons)] if len(told.steps) != 1 or told.level == "proof" else []
     return f'<div class="step end lit">{"".join(parts)}</div>'
 
 

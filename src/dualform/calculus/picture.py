@@ -97,11 +97,14 @@ def _matrix(panel: Axes, J: Derivative, shown: Formula) -> None:
     panel.xaxis.tick_top()
     panel.xaxis.set_label_position("top")
     above, _, below = shown.symbol.partition("/")
-    panel.set_ylabel(_flat(above[1:] if below else "out", shown.out, J.out_shape, rows))
-    panel.set_xlabel(_flat(below[1:] if below else "in", shown.inn, J.in_shape, columns))
+    panel.set_ylabel(_flat(above[1:] if below else "out", shown.out, J.out_shape))
+    panel.set_xlabel(_flat(below[1:] if below else "in", shown.inn, J.in_shape))
     filled = int((values != 0).sum())
+    axes = zip((*shown.out, *shown.inn), J.shape, (*rows, *columns), strict=True)
+    cut = ", ".join(f"{name}<{n} of {m}" for name, m, n in axes if n < m)
+    note = f"{filled:,} of {values.numel():,} entries {'drawn ' if cut else ''}are not 0, the largest is {peak:.3g}"
     panel.text(
-        0, -0.02, f"{filled:,} of {values.numel():,} entries drawn are not 0   (largest {peak:.3g})",
+        0, -0.02, note + (f"; drawn are {cut}" if cut else ""),
         transform=panel.transAxes, va="top", fontsize=8, color="#57606a",
     )  # fmt: skip
 
@@ -114,10 +117,9 @@ def _fitting(shape: Sequence[int]) -> list[int]:
     return kept
 
 
-def _flat(name: str, indices: Sequence[str], shape: Sequence[int], kept: Sequence[int]) -> str:
-    cut = [f"first {n} of {m} along {i}" for i, n, m in zip(indices, kept, shape, strict=True) if n < m]
+def _flat(name: str, indices: Sequence[str], shape: Sequence[int]) -> str:
     label = f"{name}[{','.join(indices)}]" if indices else name
-    return "\n".join([f"{label}   {tuple(shape)}", *([", ".join(cut)] if cut else [])])
+    return f"{label}   {tuple(shape)}"
 
 
 def _lines(panel: Axes, sizes: Sequence[int], across: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.code import vjp_code
-from dualform.calculus.elimination import Link, Move, collected, derive
+from dualform.calculus.elimination import Link, Move, collected, derive, in_axes
 from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
 from dualform.calculus.notation import Formula, Names, formula
 from dualform.calculus.program import Program
@@ -24,7 +24,7 @@ from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.structure import Derivative, Term, fresh_axes
 from dualform.calculus.table import Call, broadcast_axes
 from dualform.calculus.trace import source_line, trace
-from dualform.calculus.wording import meaning, reasons, rule, written
+from dualform.calculus.wording import meaning, plain, reasons, rule, written
 from dualform.shapes import fail
 
 # A stage with more products than this, before deltas are eliminated, is written with stored sums instead.
@@ -35,9 +35,6 @@ MAX_TEXT = 200
 MAX_COMPARED, MAX_PROVED = 4096, 2**20
 # The entries up to which an intermediate derivative is computed only to be shown.
 MAX_SHOWN = 2**22
-
-
-_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention", "numpy_T": "T", "mT": "T"}
 
 
 class Story:
@@ -60,7 +57,9 @@ class Story:
         gm = trace(f, *args)
         self.program = Program(gm, args, wrt, local_derivative, names)
         self._name_nodes(list(names), closed or {})
-        self.names = Names(set(self.program.names.values()).__contains__)
+        called = set(self.program.names.values())
+        # An index that is called like a tensor misleads; p, h and r are what rules call their factors.
+        self.names = Names(called.__contains__, sorted({name for name in called if len(name) == 1} | set("phr")))
 
     @property
     def out(self) -> Tensor:
@@ -89,8 +88,10 @@ class Story:
             if node.op == "get_attr":
                 stem = closed.get(id(program.values[node])) or "c"
             else:
-                packet = getattr(node.target, "_opname", None) or node.name
-                stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", _PLAIN.get(str(packet), str(packet)))
+                packet = plain(getattr(node.target, "_opname", None) or node.name)
+                stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", packet)
+                if stem == "T":
+                    stem = f"{program.name_of(node.all_input_nodes[0])}_T"
             program.names[node] = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}{k}") not in taken)
             taken.add(program.names[node])
         if program.output.op == "call_function":
@@ -105,7 +106,9 @@ class Story:
         result = self._step("chain", "", derivative, self._symbol(self.program.output), axes=self.axes)
         stages = self.stages
         end = stages[-1].symbol if stages else ""
-        whole = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
+        whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
+        if whole and self.axes is not None:
+            whole = in_axes(whole, result.formula.out, result.formula.inn)
         return Explanation(
             level,
             self._title(),
@@ -176,7 +179,7 @@ class Story:
         total = sum(locals_[1:], locals_[0])
         said = rule(call, operand) + (f"; {operand} stands in {len(places)} places, which add up" if places[1:] else "")
         text = f"{name} = {written(node, self.program.name_of, wide)}"
-        op = call.target._schema.name.split("::")[1]
+        op = plain(call.target._schema.name.split("::")[1])
         return [*found, self._step(op, text, total, f"d{name}/d{operand}", node, said)]
 
     def _step(
@@ -246,7 +249,7 @@ class Story:
         size = sum(len(x.local.lines) * len(x.before.lines if x.before else (1,)) for x in links)
         if node is None or size <= MAX_PRODUCTS:
             copied = {step.above for step in self.steps if step.op == "broadcast"}
-            moves = derive(symbol, links, out, inn, any(step.below in copied for step in group))
+            moves = derive(symbol, links, out, inn, any(step.below in copied for step in group), self.names.avoid)
             if node is None or len(moves[-1].formula.right()) <= MAX_TEXT:
                 return moves
         else:

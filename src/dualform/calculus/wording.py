@@ -15,6 +15,7 @@ from dualform.calculus.table import ALL, Call, find_row
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "mm": "@", "bmm": "@", "mv": "@", "pow": "**"}
 _MIRRORS = {"numpy_T": "T", "t": "T", "mT": "mT", "mH": "mH", "adjoint": "mH"}
+_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention", **dict.fromkeys(_MIRRORS, "T")}
 _SPREAD = {"reshape", "view", "permute", "expand", "repeat", "_unsafe_view", "sum", "mean", "amax", "amin"}
 
 # The letters of the rules' docstrings, for readers who have not read them.
@@ -33,6 +34,11 @@ _LETTERS = {
     "[mask]": "1 where something was filled in",
     "reshape": "1 where both indices are one place in memory",
 }
+
+
+def plain(op: str) -> str:
+    """What people call an op."""
+    return _PLAIN.get(op, op)
 
 
 def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, str] | None = None) -> str:
@@ -96,7 +102,7 @@ def _window(op: str, given: dict[str, Any], show: Callable[[Any], str]) -> str:
 
 def rule(call: Call, x_is: str) -> str:
     """The rule of differentiation behind one op, in a sentence."""
-    op = call.target._schema.name.split("::")[1]
+    op = plain(call.target._schema.name.split("::")[1])
     row = find_row(call.target)
     if row is not None and row.multilinear:
         return f"{op} is a product, linear in {x_is}: its derivative by {x_is} is the product of the other operands"
