@@ -78,8 +78,11 @@ def added(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 
 def _sum_name(names: Sequence[str]) -> str:
-    name = "+".join(dict.fromkeys(n or "1" for n in names))
-    return f"({name})" if len(name) < 40 else "sum"
+    unique = list(dict.fromkeys(n or "1" for n in names))
+    if len(unique) == 1 and unique[0].startswith("("):
+        return unique[0]
+    name = "+".join(unique)
+    return f"({name})" if len(name) < 40 else "(…)"
 
 
 def _key(term: Term) -> tuple:

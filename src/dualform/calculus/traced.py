@@ -22,6 +22,7 @@ from dualform.calculus.canonical import settled
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
 from dualform.calculus.linear import Split, runnable, split, straight
+from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
 from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
@@ -313,3 +314,7 @@ class Applied:
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """The account of the derivative."""
         return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
