@@ -112,7 +112,7 @@ def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
         index = emit(aten.argsort.default, x, given["dim"], given["descending"])
     elif source.target is aten.topk.default:
         order = emit(aten.argsort.default, x, given["dim"], given["largest"])
-        index = emit(aten.slice.Tensor, order, given["dim"], 0, given["k"])
+        return emit(aten.slice.Tensor, emit(aten.gather.default, x, given["dim"], order), given["dim"], 0, given["k"])
     else:
         index = emit(operator.getitem, source, 1)
     dropped = index.meta["val"].ndim < value.ndim
