@@ -1,6 +1,6 @@
 """Example calls of ops as data: the laws are tried on them, with sizes drawn, and the documentation prints them.
 
-    call("conv1d", T("b c l"), T("o c 3"), stride=2)        axes are letters (a size each) or numbers
+call("conv1d", T("b c l"), T("o c 3"), stride=2)        axes are letters (a size each) or numbers
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class T:
     def make(self, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
         """Draw it in float64, not contiguous where the rank allows."""
         shape = shape_of(self.axes, sizes)
-        x = torch.rand(shape[::-1], generator=generator, dtype=torch.float64).permute(list(range(len(shape) - 1, -1, -1)))
+        x = torch.rand(shape[::-1], generator=generator, dtype=torch.float64).permute(
+            list(range(len(shape) - 1, -1, -1))
+        )
         if self.kind == "flat":
             x = x.contiguous()
         if self.kind == "big":

@@ -1,6 +1,6 @@
 """Second derivatives: the derivative of a structured derivative, factor by factor, so that its deltas stay.
 
-    d (c A B) / dx = c (dA/dx) B + c A (dB/dx)        A, B: tensors that a traced graph makes of the inputs
+d (c A B) / dx = c (dA/dx) B + c A (dB/dx)        A, B: tensors that a traced graph makes of the inputs
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ def op_table() -> str:
         >>> print(*[line for line in op_table().splitlines() if line.startswith("| `mm`")])
         | `mm` | row | x; B | `mm([n, m], [m, k])` | `B[l,j] δ(i,k)` | 8 of 72 |
     """
-    head = ["| op | derivative | affine in | example | d / d first operand | numbers stored of dense |", "|---|---|---|---|---|---|"]
+    head = [
+        "| op | derivative | affine in | example | d / d first operand | numbers stored of dense |",
+        "|---|---|---|---|---|---|",
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of old spellings
         return "\n".join([*head, *(_line(row) for _, row in sorted(ROWS.items()) if row.examples)])
@@ -44,7 +47,9 @@ def _affine(row: Row, call: Call) -> str:
     names = [call.operand_name(k) for k in range(len(call.operands))]
     if row.affine == "all":
         return "all"
-    groups = [[n] for n in names] if row.affine == "each" else [[names[k] for k in sorted(g) if k < len(names)] for g in row.affine]
+    if row.affine == "each":
+        return "; ".join(names)
+    groups = [[names[k] for k in sorted(g) if k < len(names)] for g in row.affine if not isinstance(g, str)]
     return "; ".join(dict.fromkeys(" ".join(g) for g in groups if g))
 
 
@@ -53,5 +58,10 @@ def example_call(example: Example) -> Call:
     args, kwargs = example.arguments()
     result = example.target(*args, **kwargs)
     several = isinstance(result, (tuple, list))
-    return Call(example.target, tuple(args), kwargs, result[example.part] if several else result, example.part if several else None)
-
+    return Call(
+        example.target,
+        tuple(args),
+        kwargs,
+        result[example.part] if several else result,
+        example.part if several else None,
+    )

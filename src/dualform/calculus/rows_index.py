@@ -32,7 +32,9 @@ def _taken(call: Call, dim: int, index: Tensor) -> list[Term]:
     return [Term(1.0, lookup(chosen, inn[dim], index), (*inn[:dim], *chosen, *inn[dim + 1 :]), inn)]
 
 
-@row("aten::index_select", affine=ALL, examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))])
+@row(
+    "aten::index_select", affine=ALL, examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))]
+)
 def _index_select(call: Call, operand: int) -> list[Term]:
     x = call.operands[0]
     index = call.bound["index"].reshape(-1)
@@ -63,7 +65,9 @@ def _index(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, relations, out, inn)]
 
 
-def _indexed(x: Tensor, indices: Sequence[Tensor | None]) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:
+def _indexed(
+    x: Tensor, indices: Sequence[Tensor | None]
+) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:
     """The axes of x[indices], the lookups, and the axes of x, as torch and numpy index: together, broadcast."""
     given: list[tuple[int, Tensor]] = []
     position = 0
@@ -102,7 +106,15 @@ def _joint_lookup(
     return lookup(chosen, tuple(label for k, _ in given for label in inn[k]), flat)
 
 
-@row("aten::gather", affine=FIRST, examples=[call("", T("n m"), 1, I("n k", "m")), call("", T("n m"), 0, I("p 2", "n")), call("", T(""), 0, I("", "1"))])
+@row(
+    "aten::gather",
+    affine=FIRST,
+    examples=[
+        call("", T("n m"), 1, I("n k", "m")),
+        call("", T("n m"), 0, I("p 2", "n")),
+        call("", T(""), 0, I("", "1")),
+    ],
+)
 def _gather(call: Call, operand: int) -> list[Term]:
     x, index = call.operands[0], call.bound["index"]
     if x.ndim == 0:
@@ -127,7 +139,11 @@ def _gathered(
     return out, tuple(relations), tuple(inn)
 
 
-@row("aten::take_along_dim", affine=FIRST, examples=[call("", T("n m"), I("1 k", "m"), 1), call("", T("n m", "flat"), I("k", "12"))])
+@row(
+    "aten::take_along_dim",
+    affine=FIRST,
+    examples=[call("", T("n m"), I("1 k", "m"), 1), call("", T("n m", "flat"), I("k", "12"))],
+)
 def _take_along_dim(call: Call, operand: int) -> list[Term]:
     """A gather whose other axes are broadcast; without dim, of the flat tensor."""
     x, index, dim = call.operands[0], call.bound["indices"], call.bound["dim"]
@@ -152,7 +168,11 @@ def _flat_taken(x: Tensor, index: Tensor) -> list[Term]:
     return [Term(1.0, lookup(out, atoms(inn), index), out, inn)]
 
 
-@row("aten::repeat_interleave.self_Tensor", affine=ALL, examples=[call("", T("2 m"), torch.tensor([1, 2]), 0, output_size=3)])
+@row(
+    "aten::repeat_interleave.self_Tensor",
+    affine=ALL,
+    examples=[call("", T("2 m"), torch.tensor([1, 2]), 0, output_size=3)],
+)
 def _repeat_interleave(call: Call, operand: int) -> list[Term]:
     x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     n = x.numel() if dim is None else x.shape[dim]
@@ -224,7 +244,14 @@ def _covered(base: Tensor, dim: int, index: Tensor) -> Tensor:
     return along.reshape([-1 if k == dim else 1 for k in range(base.ndim)])
 
 
-@row("aten::index_fill", affine=ALL, examples=[call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0), call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T(""))])
+@row(
+    "aten::index_fill",
+    affine=ALL,
+    examples=[
+        call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0),
+        call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T("")),
+    ],
+)
 def _index_fill(call: Call, operand: int) -> list[Term]:
     base, out = call.bound["self"], fresh_axes(call.out.shape)
     covered = _covered(base, call.bound["dim"] % max(base.ndim, 1), call.bound["index"].reshape(-1))

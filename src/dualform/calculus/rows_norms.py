@@ -26,7 +26,12 @@ def _twin(axes: tuple[Axis, ...], dims: list[int]) -> tuple[Axis, ...]:
 _ALONG = [call("softmax.int", NM, -1), call("softmax.int", T(""), 0), call("softmax.int", T("b n m"), 1)]
 
 
-@row("aten::softmax", "aten::_softmax", "aten::special_softmax", examples=[*_ALONG, call("_softmax", NM, 0, False), call("special_softmax", NM, 0)])
+@row(
+    "aten::softmax",
+    "aten::_softmax",
+    "aten::special_softmax",
+    examples=[*_ALONG, call("_softmax", NM, 0, False), call("special_softmax", NM, 0)],
+)
 def _softmax(call: Call, operand: int) -> list[Term]:
     """dp_j/dx_k = p_j (δ_jk - p_k)."""
     p = call.out
@@ -72,7 +77,11 @@ def _layer_norm(call: Call, operand: int) -> list[Term]:
     return _normalised(call, operand, axes, h, r, [label for d in dims for label in axes[d]], axes[dims[0] :])
 
 
-@row("aten::rms_norm", affine=(frozenset({1}),), examples=[call("", NM, [4], T("4")), call("", NM, [4], None, 0.1), call("", T("k 3 2"), [3, 2])])
+@row(
+    "aten::rms_norm",
+    affine=(frozenset({1}),),
+    examples=[call("", NM, [4], T("4")), call("", NM, [4], None, 0.1), call("", T("k 3 2"), [3, 2])],
+)
 def _rms_norm(call: Call, operand: int) -> list[Term]:
     """y_j = w_j h_j with h = x r: dy_j/dx_k = w_j r (δ_jk - h_j h_k / n)."""
     b, x = call.bound, call.bound["input"]
@@ -122,7 +131,10 @@ def _batch_norm(call: Call, operand: int) -> list[Term]:
         return _normalised(call, operand, axes, h, r, [label for d in dims for label in axes[d]], channel)
     along = [-1 if k == 1 else 1 for k in range(x.ndim)]
     mean, r, weight = b["running_mean"], (b["running_var"] + b["eps"]).rsqrt(), b["weight"]
-    scale = (make_factor(r, channel, "r"), *([] if weight is None else [make_factor(weight, channel, _weight_name(call))]))
+    scale = (
+        make_factor(r, channel, "r"),
+        *([] if weight is None else [make_factor(weight, channel, _weight_name(call))]),
+    )
     where = call.places[operand][0]
     if where == "bias":
         return [Term(1.0, (), axes, channel)]

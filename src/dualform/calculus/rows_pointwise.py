@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.examples import B, I, T, call
+from dualform.calculus.examples import B, T, call
 from dualform.calculus.relations import Triangle
 from dualform.calculus.table import ALL, EACH, FIRST, Call, Product, Row, add_row, broadcast_axes, diagonal_terms, row
 from dualform.calculus.terms import Axis, Label, Term, fresh_axes, make_factor
@@ -242,9 +242,7 @@ def _power(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x ** (p - 1), f"{name}^{p - 1:g}", float(p))
 
 
-@row(
-    "aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), examples=[call("", NM, T("m"), T("n 1"), value=2)]
-)
+@row("aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), examples=[call("", NM, T("m"), T("n 1"), value=2)])
 def _addcmul(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][0]
     if where == "self":
@@ -276,7 +274,11 @@ row("aten::clamp", "aten::clip", "aten::clamp_min", "aten::clamp_max", examples=
 ])(pointwise)  # fmt: skip
 
 
-@row("aten::prelu", affine=(frozenset({1}),), examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))])
+@row(
+    "aten::prelu",
+    affine=(frozenset({1}),),
+    examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))],
+)
 def _prelu(call: Call, operand: int) -> list[Term]:
     """x where x > 0, else w x, one w for each channel (axis 1)."""
     x, weight = call.operands

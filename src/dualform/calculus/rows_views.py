@@ -212,7 +212,7 @@ for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
 
 @row("aten::repeat", "aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("tile", T("k n m"), [2])])
 def _repeat(call: Call, operand: int) -> list[Term]:
-    x, times = call.operands[0], list(call.bound.get("repeats", call.bound.get("dims")))
+    x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
     times = [1] * (x.ndim - len(times)) + times
     inn = fresh_axes(x.shape)
     padded = ((),) * (len(times) - x.ndim) + inn
@@ -220,7 +220,11 @@ def _repeat(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (), out, inn)]
 
 
-@row("aten::repeat_interleave.self_int", affine=ALL, examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)])
+@row(
+    "aten::repeat_interleave.self_int",
+    affine=ALL,
+    examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)],
+)
 def _repeat_interleave(call: Call, operand: int) -> list[Term]:
     x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     inn = fresh_axes(x.shape)
@@ -231,7 +235,9 @@ def _repeat_interleave(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (), out, inn)]
 
 
-def _on_diagonal(along: Axis, axes: Sequence[Axis], pair: tuple[int, int], offset: int) -> tuple[list[Axis], list[Relation]]:
+def _on_diagonal(
+    along: Axis, axes: Sequence[Axis], pair: tuple[int, int], offset: int
+) -> tuple[list[Axis], list[Relation]]:
     """Tie two axes to one index: the first starts at max(-offset, 0), the second at max(offset, 0)."""
     tied, relations = list(axes), []
     for axis, start in zip(pair, (max(-offset, 0), max(offset, 0)), strict=True):
@@ -302,7 +308,13 @@ def _trace(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, tuple(relations), (), tuple(inn))]
 
 
-@row("aten::flip", "aten::fliplr", "aten::flipud", affine=ALL, examples=[call("flip", T("n m"), [0, 1]), call("fliplr", T("n m")), call("flipud", T("n m"))])
+@row(
+    "aten::flip",
+    "aten::fliplr",
+    "aten::flipud",
+    affine=ALL,
+    examples=[call("flip", T("n m"), [0, 1]), call("fliplr", T("n m")), call("flipud", T("n m"))],
+)
 def _flip(call: Call, operand: int) -> list[Term]:
     """big = n - 1 - small on each flipped axis."""
     x = call.operands[0]
@@ -334,7 +346,17 @@ def _rot90(call: Call, operand: int) -> list[Term]:
     return [term]
 
 
-@row("aten::roll", affine=ALL, examples=[call("", T("n m"), [1], [1]), call("", T("p"), [-2], [0]), call("", T("n m"), [2, -1], [0, 1]), call("", T("n m"), [5]), call("", T("n"), [0], [0])])
+@row(
+    "aten::roll",
+    affine=ALL,
+    examples=[
+        call("", T("n m"), [1], [1]),
+        call("", T("p"), [-2], [0]),
+        call("", T("n m"), [2, -1], [0, 1]),
+        call("", T("n m"), [5]),
+        call("", T("n"), [0], [0]),
+    ],
+)
 def _roll(call: Call, operand: int) -> list[Term]:
     """Along each axis a roll is two windows: what stays and what wraps around."""
     x, dims, shifts = call.operands[0], call.bound["dims"], call.bound["shifts"]

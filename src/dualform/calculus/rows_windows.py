@@ -8,7 +8,6 @@ Legend: n batch, g groups, c and o channels in and out, i output place, k place 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,9 +41,7 @@ def _convolved(
     seen, made = fresh_axes(x.shape[x.ndim - rank :]), fresh_axes(call.out.shape[call.out.ndim - rank :])
     inside, outside = (made, seen) if not transposed else (seen, made)
     relations = tuple(
-        r
-        for k in range(rank)
-        for r in _slide(inside[k], taps[k], outside[k], -padding[k], stride[k], dilation[k])
+        r for k in range(rank) for r in _slide(inside[k], taps[k], outside[k], -padding[k], stride[k], dilation[k])
     )
     channels = ((*group, *first), (*group, *second))
     x_channel, out_channel = channels if transposed else channels[::-1]
@@ -218,7 +215,16 @@ def _max_pool(call: Call, operand: int) -> list[Term]:
 # -- windows as axes
 
 
-@row("aten::unfold", affine=ALL, examples=[call("", T("l k"), 0, 3, 2), call("", T("n l"), 1, 2, 1), call("", T("n"), -1, 1, 2), call("", T("4"), 0, 4, 1)])
+@row(
+    "aten::unfold",
+    affine=ALL,
+    examples=[
+        call("", T("l k"), 0, 3, 2),
+        call("", T("n l"), 1, 2, 1),
+        call("", T("n"), -1, 1, 2),
+        call("", T("4"), 0, 4, 1),
+    ],
+)
 def _unfold(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     if x.ndim == 0:
@@ -231,14 +237,18 @@ def _unfold(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, relations, (*inn[:dim], place, *inn[dim + 1 :], tap), inn)]
 
 
-@row("aten::as_strided", affine=ALL, examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])])
+@row(
+    "aten::as_strided",
+    affine=ALL,
+    examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])],
+)
 def _as_strided(call: Call, operand: int) -> list[Term]:
     """A window over the numbers as they lie in memory."""
     x, b = call.operands[0], call.bound
     if not x.is_contiguous():
         return NotImplemented
     inn, out = fresh_axes(x.shape), fresh_axes(call.out.shape)
-    start = (b["storage_offset"] or 0) - x.storage_offset()
+    start = int(b["storage_offset"] or 0) - int(x.storage_offset())
     steps = [n for n, axis in zip(b["stride"], out, strict=True) if axis]
     return [Term(1.0, (Window(atoms(out), atoms(inn), start, tuple(steps)),), out, inn)]
 
@@ -254,20 +264,32 @@ def _columns(call: Call, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Rel
     ]
     taps, at = fresh_axes(size), fresh_axes(places)
     relations = [
-        r
-        for k, axis in enumerate((p, q))
-        for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
+        r for k, axis in enumerate((p, q)) for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
     ]
     return whole, tuple(relations), (*lead[:-1], (*lead[-1], *taps[0], *taps[1]), (*at[0], *at[1]))
 
 
-@row("aten::im2col", affine=ALL, examples=[call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]), call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1])])
+@row(
+    "aten::im2col",
+    affine=ALL,
+    examples=[
+        call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]),
+        call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1]),
+    ],
+)
 def _im2col(call: Call, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.operands[0].shape)
     return [Term(1.0, relations, columns, image)]
 
 
-@row("aten::col2im", affine=ALL, examples=[call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])])
+@row(
+    "aten::col2im",
+    affine=ALL,
+    examples=[
+        call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+        call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+    ],
+)
 def _col2im(call: Call, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.out.shape)
     return [Term(1.0, relations, image, columns)]

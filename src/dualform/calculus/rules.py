@@ -147,4 +147,3 @@ def is_structured(target: Target) -> bool:
     """
     found = find_row(target)
     return (found is not None and found.rule is not None) or is_pointwise(target)
-

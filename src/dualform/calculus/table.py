@@ -138,7 +138,9 @@ ROWS: dict[str, Row] = {}
 def add_row(row: Row) -> None:
     """Put a row into the table; of its examples it keeps those that call it."""
     op, _, overload = row.name.removeprefix("aten::").partition(".")
-    own = tuple(replace(e, op=e.op or f"{op}{'.' if overload else ''}{overload}") for e in row.examples if e.calls(op, overload))
+    own = tuple(
+        replace(e, op=e.op or f"{op}{'.' if overload else ''}{overload}") for e in row.examples if e.calls(op, overload)
+    )
     ROWS[row.name] = replace(row, examples=own)
 
 

@@ -265,4 +265,8 @@ def _is_quiet(node: fx.Node) -> bool:
     given = {a.name: a.default_value for a in schema}
     given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
     given.update(node.kwargs)
-    return 0 in (given.get("dropout_p"), given.get("dropout")) or given.get("training") is False or given.get("train") is False
+    return (
+        0 in (given.get("dropout_p"), given.get("dropout"))
+        or given.get("training") is False
+        or given.get("train") is False
+    )

@@ -199,7 +199,9 @@ def _refuse_steps(node: fx.Node) -> None:
     dtype = node.meta["val"].dtype
     if not dtype.is_floating_point:
         made = getattr(node.target, "_opname", node.name)
-        advice = "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
+        advice = (
+            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
+        )
         fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
 
 
