@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dualform.calculus import Derivative, Explanation, explain, jacobian
+from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
 from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining
@@ -72,6 +72,7 @@ __all__ = [
     "backends",
     "derive",
     "explain",
+    "hessian",
     "jacobian",
     "learners",
     "models",

@@ -6,6 +6,8 @@ sum is one stored factor over it.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from dualform.calculus.contract import contract
 from dualform.calculus.place import spread
 from dualform.calculus.relations import as_window, same_place
-from dualform.calculus.terms import Factor, Label, Relation, Select, Term, atoms, substitute, volume
+from dualform.calculus.terms import Factor, Label, Relation, Select, Term, atoms, identity_of, substitute, volume
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
 MAX_TERMS = 8
@@ -46,8 +48,14 @@ def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
     groups: dict[tuple, list[Term]] = {}
     for term in terms:
         groups.setdefault(_key(term), []).append(term)
-    sums = [replace(group[0], coef=sum(t.coef for t in group)) for group in groups.values()]
+    sums = [replace(group[0], coef=_exact_sum([t.coef for t in group])) for group in groups.values()]
     return tuple(term for term in sums if term.coef != 0)
+
+
+def _exact_sum(coefs: Sequence[float]) -> float:
+    """The sum; zero where only rounding is left of it, as in 0.1 + 0.2 - 0.3."""
+    total = math.fsum(coefs)
+    return 0.0 if abs(total) <= 4 * sys.float_info.epsilon * max(map(abs, coefs)) else total
 
 
 def added(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -70,8 +78,11 @@ def added(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 
 def _sum_name(names: Sequence[str]) -> str:
-    name = "+".join(dict.fromkeys(n or "1" for n in names))
-    return f"({name})" if len(name) < 40 else "sum"
+    unique = list(dict.fromkeys(n or "1" for n in names))
+    if len(unique) == 1 and unique[0].startswith("("):
+        return unique[0]
+    name = "+".join(unique)
+    return f"({name})" if len(name) < 40 else "(…)"
 
 
 def _key(term: Term) -> tuple:
@@ -81,8 +92,10 @@ def _key(term: Term) -> tuple:
         return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
 
     def factor(f: Factor | Relation) -> tuple:
-        tags = tuple(number[x] for x in f.labels)
-        return (id(f.tensor), *tags) if isinstance(f, Factor) else (0, f.key, *tags)
+        if not isinstance(f, Factor):
+            return (0, f.key, *(number[x] for x in f.labels))
+        steps = zip(f.tensor.stride(), f.tensor.shape, (number[x] for x in f.labels), strict=True)
+        return (1, identity_of(f.tensor), *(tag for *_, tag in sorted(steps, reverse=True)))
 
     return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
 

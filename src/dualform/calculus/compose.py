@@ -180,18 +180,22 @@ def _settled(term: Term, s: Select) -> Term | None:
         return replace(term, factors=(*sliced, s))
     if s.big in term.visible or twin is not None:
         return term
-    readers = [f for f in term.relations if not isinstance(f, Select) and s.big in f.labels]
+    readers = [f for f in term.relations if f is not s and s.big in f.labels]
     if readers:
-        narrow = restricted(readers[0], s) if len(readers) == 1 else None
-        return term if narrow is None else replace(bare, factors=tuple(narrow if f is readers[0] else f for f in rest))
-    chained = next((o for o in others if o.small is s.big), None)
-    if chained is not None:
-        through = Select(s.small, chained.big, chained.start + chained.step * s.start, chained.step * s.step)
-        kept = tuple(f for f in rest if f is not chained)
-        return replace(term, factors=(*kept, through))
+        narrow = {f: _through(f, s) for f in readers}
+        held = any(x is None for x in narrow.values()) or sum(not isinstance(f, Select) for f in readers) > 1
+        return term if held else replace(bare, factors=tuple(narrow.get(f, f) for f in rest))
     # Nothing else reads big: the sum over it is one for each value of small.
     free = 1 if s.small in {*bare.visible, *bare.hidden} else s.small.size
     return replace(bare, coef=bare.coef * free)
+
+
+def _through(relation: Relation, s: Select) -> Relation | None:
+    """The relation where one of its indices is s.start + s.step * s.small."""
+    if not isinstance(relation, Select):
+        return restricted(relation, s)
+    step = relation.step
+    return Select(s.small, relation.big, relation.start + step * s.start, step * s.step) if relation.small is s.big else None
 
 
 def _intersected(term: Term, s: Select, t: Select) -> Term | None:

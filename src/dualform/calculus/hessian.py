@@ -6,12 +6,11 @@ d (c A B) / dx = c (dA/dx) B + c A (dB/dx)        A, B: tensors that a traced gr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 
 from dualform.calculus.collapse import tidy
@@ -22,7 +21,6 @@ from dualform.calculus.normal import normalised
 from dualform.calculus.program import Program, outputs, run
 from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
-from dualform.calculus.rules import is_structured
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative
 from dualform.calculus.terms import Factor, Term
@@ -146,12 +144,6 @@ def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | No
     return Skeleton((Term(1.0, (f,), (), ()),), ((place,),), lambda: made, None).filled([])[0].factors[0], place  # type: ignore[arg-type]
 
 
-@cache
-def _without_rows() -> dict[Any, Any]:
-    """torch's decompositions of the ops that have no structured derivative."""
-    return {op: made for op, made in decomposition_table.items() if not is_structured(op)}
-
-
 def _slope(point: Point, source: int) -> Skeleton:
     """The first derivative without numbers, its graph in canonical form."""
     traced = point.traced
@@ -159,7 +151,7 @@ def _slope(point: Point, source: int) -> Skeleton:
     def compute(inputs: Sequence[Tensor]) -> Sequence[Term]:
         return traced.program(inputs, 0, source).terms()
 
-    found = Skeleton.of(compute, point.inputs, _without_rows())
+    found = Skeleton.of(compute, point.inputs)
     return Skeleton(found.terms, found.places, found.values, rewritten(normalised(found.graph)))
 
 

@@ -114,6 +114,7 @@ class Given:
         """Trace the function, or find its trace; an error about shapes speaks of axes."""
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         key = Fingerprint(self.f, self.tensors, rest, str(self.spec))
+        self.closed = {id(t): name for t, name in zip(key.tensors, key.names, strict=True) if name.isidentifier()}
         try:
             found, constants = traced(key, self.flat, self.tensors, self.names)
         except TraceError as error:
@@ -126,7 +127,7 @@ class Given:
     def story(self, output: int, source: int, axes: Axes | None) -> Story:
         """The account of one derivative."""
         named = None if axes is None else ([list(a) for a in axes.inputs], list(axes.outputs[output]))
-        return Story(partial(self.result, output), self.tensors, source, self.names, named)
+        return Story(partial(self.result, output), self.tensors, source, self.names, named, self.closed)
 
     def chosen(self, function: str, wrt: Wrt) -> list[Any]:
         """For each item of `wrt`, the tree of positions among the tensors."""
@@ -191,7 +192,7 @@ def _names(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             if isinstance(leaf, Tensor):
                 parts = [str(getattr(p, "key", getattr(p, "idx", p))) for p in path]
-                name = "_".join([head, *parts])
+                name = ".".join([head, *parts])
                 names.append(name if name not in names else f"{name}_{len(names)}")
     return names
 

@@ -8,7 +8,7 @@ made once for each derivative, and a vjp is then as few torch calls as a person 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,13 +33,10 @@ class Split:
     apply: Callable[..., Tensor]
 
 
-def straight(
-    compute: Callable[..., Any], *inputs: Tensor, decompose: Mapping[Any, Callable[..., Any]] | None = None
-) -> fx.GraphModule:
+def straight(compute: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Trace a computation on stand-ins of its inputs, out of sight of any trace or transform that is going on."""
-    table = dict(decompose or {})
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        gm = make_fx(compute, decomposition_table=table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        gm = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         gm = functionalized(gm, _blame)  # torch.func writes its bases in place
     return fx.GraphModule(gm, fx_graph_cse(gm.graph))
 

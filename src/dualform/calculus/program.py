@@ -5,6 +5,7 @@ Sums of paths multiply with depth; the graph does not. Terms are made by accumul
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -106,14 +107,17 @@ class Program:
             return identity(x).terms
         return (self._backward() if out.numel() <= x.numel() else self._forward()).terms
 
-    def _forward(self) -> Derivative:
+    def totals(self, most: float = math.inf) -> dict[fx.Node, Derivative]:
+        """d node / d input of the active nodes, as far as none on the way has more than `most` entries."""
         x = self.values[self.source]
         total: dict[fx.Node, Derivative] = {self.source: identity(x)}
         for node, parts in self.local.items():
-            paths = [compose(local, total[source]) for source, local in parts if source in total]
-            if paths:
-                total[node] = _summed(paths)
-        return total.get(self.output, zero(self.values[self.output], x))
+            if all(source in total for source, _ in parts) and self.values[node].numel() * x.numel() <= most:
+                total[node] = _summed([compose(local, total[source]) for source, local in parts])
+        return total
+
+    def _forward(self) -> Derivative:
+        return self.totals().get(self.output) or zero(self.values[self.output], self.values[self.source])
 
     def _backward(self) -> Derivative:
         out = self.values[self.output]

@@ -13,12 +13,13 @@ import torch
 from dualform.calculus.collapse import merged
 from dualform.calculus.compose import compose_terms
 from dualform.calculus.contract import Plan, plan
+from dualform.calculus.relations import Window
 from dualform.calculus.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
 
 Like = torch.Tensor
 
 
-def after(outer: Term, terms: Iterable[Term], like: Like) -> tuple[Term, ...]:
+def after(outer: Term, terms: Iterable[Term]) -> tuple[Term, ...]:
     """Put a map behind the output of each term."""
     found = [compose_terms(outer, term) for term in terms]
     return merged([term for term in found if term is not None])
@@ -74,6 +75,9 @@ def is_diagonal(terms: Sequence[Term], out_axis: int, in_axis: int) -> bool:
 def _place(term: Term, axis: Axis) -> tuple:
     """What an axis's index is: its labels, those that a selection gives replaced by what they are selected with."""
     given = {s.big: (s.small, s.start, s.step) for s in term.selects}
+    for w in term.relations:
+        if isinstance(w, Window) and len(w.smalls) == len(w.bigs) == 1 and w.steps[0] in (1, -1):
+            given[w.smalls[0]] = (w.bigs[0], -w.start * w.steps[0], w.steps[0])
     return tuple(given.get(label, (label, 0, 1)) for label in axis)
 
 

@@ -197,7 +197,6 @@ class Questions(ABC):
         if gone is not None:
             split -= gone < split
             del names[gone], sizes[gone]
-        like = torch.empty((), dtype=self.dtype, device=self.device)
         live = math.prod(self.shape) and math.prod(sizes)
-        terms = queries.parted(queries.after(outer, queries.joined(self.terms), like), split) if live else ()
+        terms = queries.parted(queries.after(outer, queries.joined(self.terms)), split) if live else ()
         return self._like(terms, sizes[:split], sizes[split:], (names[:split], names[split:]))

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch.utils._pytree import tree_leaves
 
-from dualform.calculus.table import dims_of
+from dualform.calculus.definitions import defined
+from dualform.calculus.normal import bound_arguments
+from dualform.calculus.rows_pointwise import is_pointwise
+from dualform.calculus.table import Call, dims_of, find_row
 
 aten = torch.ops.aten
 Rewriting = Callable[["Rewriter", fx.Node], fx.Node | None]
@@ -35,12 +39,39 @@ def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
 
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
-    rewriter = Rewriter(gm.graph)
-    for node in list(gm.graph.nodes):
+    _inline(gm.graph)
+    graph = fx_graph_cse(gm.graph)
+    rewriter = Rewriter(graph)
+    for node in list(graph.nodes):
         if node.op == "call_function":
             rewriter.visit(node)
-    gm.graph.eliminate_dead_code()
-    return fx.GraphModule(gm, fx_graph_cse(gm.graph))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, fx_graph_cse(graph))
+
+
+def _inline(graph: fx.Graph) -> None:
+    """Replace ops that are differentiated through their definition by it."""
+    for node in list(graph.nodes):
+        row = find_row(node.target) if name_of(node) else None
+        if not name_of(node) or is_pointwise(node.target) or (row is not None and row.rule is not None):
+            continue
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        found = defined(Call(node.target, args, kwargs, node.meta["val"]))
+        if found is None:
+            continue
+        given = [n for n in tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
+        inside = dict(zip((n for n in found[0].graph.nodes if n.op == "placeholder"), given, strict=True))
+        if any(n.op == "get_attr" for n in found[0].graph.nodes):
+            continue
+        with graph.inserting_before(node):
+            result = graph.graph_copy(found[0].graph, inside)
+        for copy in inside.values():
+            if copy not in given:
+                copy.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
+        node.replace_all_uses_with(result[0] if isinstance(result, (tuple, list)) else result)  # type: ignore[index,arg-type]
+        graph.erase_node(node)
 
 
 class Rewriter:
@@ -81,16 +112,6 @@ def name_of(node: Any) -> str:
     return target._opname if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" else ""
 
 
-def bound(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults included."""
-    schema: Any = node.target
-    names = [a.name for a in schema._schema.arguments]
-    values = {a.name: a.default_value for a in schema._schema.arguments}
-    values.update(zip(names, node.args, strict=False))
-    values.update(node.kwargs)
-    return values
-
-
 def value(node: fx.Node) -> Tensor:
     """The fake tensor of a node."""
     return node.meta["val"]
@@ -119,18 +140,22 @@ def _reshaped_twice(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 @rewrites("slice", "narrow")
 def _whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    return node.args[0] if value(node).shape == value(node.args[0]).shape and bound(node).get("step", 1) == 1 else None  # type: ignore[return-value,arg-type]
+    return (
+        node.args[0]
+        if value(node).shape == value(node.args[0]).shape and bound_arguments(node).get("step", 1) == 1
+        else None
+    )  # type: ignore[return-value,arg-type]
 
 
 @rewrites("roll")
 def _rolled(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    b = bound(node)
+    b = bound_arguments(node)
     x = b["self"]
     if len(b["dims"]) != 1:
         return None
     dim, shift = b["dims"][0] % value(x).ndim, b["shifts"][0]
-    if name_of(x) == "roll" and [d % value(x).ndim for d in bound(x)["dims"]] == [dim]:
-        return r.make(aten.roll.default, bound(x)["self"], [shift + bound(x)["shifts"][0]], [dim])
+    if name_of(x) == "roll" and [d % value(x).ndim for d in bound_arguments(x)["dims"]] == [dim]:
+        return r.make(aten.roll.default, bound_arguments(x)["self"], [shift + bound_arguments(x)["shifts"][0]], [dim])
     return x if shift % max(value(x).shape[dim], 1) == 0 else None
 
 
@@ -145,14 +170,14 @@ def _flipped(r: Rewriter, node: fx.Node) -> fx.Node | None:
 @rewrites("cat", "concat", "concatenate")
 def _glued(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """A cat of slices of one tensor that lie side by side is their common slice."""
-    b = bound(node)
+    b = bound_arguments(node)
     pieces = b["tensors"]
     if len(pieces) == 1:
         return pieces[0]
     dim = b["dim"] % value(node).ndim
     if any(name_of(p) != "slice" for p in pieces):
         return None
-    parts = [bound(p) for p in pieces]
+    parts = [bound_arguments(p) for p in pieces]
     x = parts[0]["self"]
     size = value(x).shape
     ranges = [range(size[dim])[slice(p["start"], p["end"])] for p in parts if p["dim"] % len(size) == dim]
@@ -164,14 +189,30 @@ def _glued(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 @rewrites("stack")
 def _restacked(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    b = bound(node)
+    b = bound_arguments(node)
     pieces, dim = b["tensors"], b["dim"] % value(node).ndim
     if any(name_of(p) != "select" for p in pieces):
         return None
-    x = bound(pieces[0])["self"]
+    x = bound_arguments(pieces[0])["self"]
     n = value(x).shape
-    at = [(p.args[0], bound(p)["dim"] % len(n), bound(p)["index"] % n[bound(p)["dim"]]) for p in pieces]
+    at = [
+        (p.args[0], bound_arguments(p)["dim"] % len(n), bound_arguments(p)["index"] % n[bound_arguments(p)["dim"]])
+        for p in pieces
+    ]
     return x if at == [(x, dim, k) for k in range(n[dim])] and value(x).shape == value(node).shape else None
+
+
+@rewrites("add", "sub", "mul", "div", "multiply", "subtract", "divide")
+def _unexpanded(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """An operand that is expanded before it meets a full tensor is broadcast there."""
+    args = list(node.args)
+    for k in (0, 1):
+        x, other = args[k], args[1 - k]
+        if name_of(x) in ("expand", "expand_as", "broadcast_to") and isinstance(other, fx.Node):
+            inner: Any = x.args[0]  # type: ignore[union-attr]
+            if value(other).shape == value(node).shape and value(inner).dtype == value(x).dtype:  # type: ignore[arg-type]
+                args[k] = inner
+    return r.make(node.target, *args, **node.kwargs) if args != list(node.args) else None
 
 
 # -- numbers and powers
@@ -199,6 +240,30 @@ def _power(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.make(aten.reciprocal.default, x) if p == -1 else None
 
 
+@rewrites("sqrt")
+def _norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """sqrt(sum x^2) -> the vector norm."""
+    total: Any = node.args[0]
+    square = bound_arguments(total)["self"] if name_of(total) == "sum" else None
+    if square is None or name_of(square) != "mul" or square.args[0] is not square.args[1]:
+        return None
+    b = bound_arguments(total)
+    dims = dims_of(b.get("dim"), value(square).ndim)
+    if b.get("dtype") is not None or not dims:
+        return None
+    return r.make(aten.linalg_vector_norm.default, square.args[0], 2, dims, bool(b.get("keepdim")))
+
+
+@rewrites("norm")
+def _vector_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    b = bound_arguments(node)
+    p, x = 2 if b.get("p") is None else b["p"], b["self"]
+    if not is_number(p) or b.get("dtype") is not None or not value(x).ndim:
+        return None
+    dims = dims_of(b.get("dim"), value(x).ndim)
+    return r.make(aten.linalg_vector_norm.default, x, p, dims, bool(b.get("keepdim")))
+
+
 @rewrites("rsqrt")
 def _reciprocal_root(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.make(aten.reciprocal.default, r.make(aten.sqrt.default, node.args[0]))
@@ -219,7 +284,12 @@ def _divided(r: Rewriter, node: fx.Node) -> fx.Node | None:
 @rewrites("mul", "multiply")
 def _multiplied(r: Rewriter, node: fx.Node) -> fx.Node | None:
     x, y = node.args[:2]
+    if is_number(y) and y == 1 and value(x).dtype == value(node).dtype:  # type: ignore[arg-type]
+        return x  # type: ignore[return-value]
     for a, b in ((x, y), (y, x)):
+        constant = _filled(b)
+        if constant is not None and isinstance(a, fx.Node) and value(a).shape == value(node).shape:
+            return a if constant == 1 and value(a).dtype == value(node).dtype else r.make(aten.mul.Tensor, a, constant)
         if name_of(b) == "reciprocal" and isinstance(a, fx.Node):
             return r.make(aten.div.Tensor, a, b.args[0])  # type: ignore[union-attr]
         if is_number(b) and name_of(a) == "sum":
@@ -229,8 +299,21 @@ def _multiplied(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _filled(node: Any) -> float | None:
+    """The number that a tensor holds everywhere, where the graph says so."""
+    while name_of(node) in ("unsqueeze", "squeeze", "expand", "view", "reshape", "clone", "permute", "t", "detach"):
+        node = node.args[0]
+    name = name_of(node)
+    if name in ("ones", "ones_like", "new_ones"):
+        return 1.0
+    if name in ("full", "full_like", "new_full"):
+        number = bound_arguments(node)["fill_value"]
+        return float(number) if is_number(number) else None
+    return None
+
+
 def _mean(r: Rewriter, total: fx.Node, scale: Any) -> fx.Node | None:
-    b = bound(total)
+    b = bound_arguments(total)
     x = b["self"]
     dims = dims_of(b.get("dim"), value(x).ndim)
     count = math.prod(value(x).shape[d] for d in dims)
@@ -246,9 +329,9 @@ def _mean(r: Rewriter, total: fx.Node, scale: Any) -> fx.Node | None:
 def _kept_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """A reduction of one dim, put back by unsqueeze, is the reduction with keepdim."""
     total: Any = node.args[0]
-    if name_of(total) not in ("sum", "mean", "amax", "logsumexp", "amin") or "dim" not in bound(total):
+    if name_of(total) not in ("sum", "mean", "amax", "logsumexp", "amin") or "dim" not in bound_arguments(total):
         return None
-    b = bound(total)
+    b = bound_arguments(total)
     dims = dims_of(b["dim"], value(b["self"]).ndim)
     if b["keepdim"] or len(dims) != 1 or node.args[1] % value(node).ndim != dims[0]:  # type: ignore[operator]
         return None
@@ -258,7 +341,7 @@ def _kept_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
 @rewrites("mean", "sum")
 def _variance(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """mean (x - mean x)^2 -> var(x); the sum is count times that."""
-    b = bound(node)
+    b = bound_arguments(node)
     square = b["self"]
     if name_of(square) != "mul" or square.args[0] is not square.args[1] or b.get("dtype") is not None:
         return None
@@ -275,7 +358,7 @@ def _centred(node: Any, dims: list[int]) -> fx.Node | None:
     """x, if the node is x - mean(x, dims, keepdim)."""
     if name_of(node) != "sub" or node.kwargs or name_of(node.args[1]) != "mean":
         return None
-    x, b = node.args[0], bound(node.args[1])
+    x, b = node.args[0], bound_arguments(node.args[1])
     same = b["self"] is x and "dim" in b and set(dims_of(b["dim"], value(x).ndim)) == set(dims)
     return x if same and b["keepdim"] else None
 
@@ -288,7 +371,7 @@ def _normalised(r: Rewriter, x: fx.Node, root: fx.Node) -> fx.Node | None:
     if name_of(inside) != "add" or not is_number(inside.args[1]) or inside.kwargs:
         return None
     spread, eps = inside.args
-    b = bound(spread) if name_of(spread) in ("var", "mean") else {}
+    b = bound_arguments(spread) if name_of(spread) in ("var", "mean") else {}
     if "dim" not in b or not b["keepdim"]:
         return None
     dims = sorted(dims_of(b["dim"], value(x).ndim))
@@ -310,7 +393,7 @@ def _normalised(r: Rewriter, x: fx.Node, root: fx.Node) -> fx.Node | None:
 @rewrites("layer_norm", "rms_norm")
 def _without_gain(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """A norm with a gain and a bias is the plain norm, times the gain, plus the bias."""
-    b = bound(node)
+    b = bound_arguments(node)
     gain, bias = b["weight"], b.get("bias")
     if gain is None and bias is None:
         return None
@@ -328,7 +411,7 @@ def _without_gain(r: Rewriter, node: fx.Node) -> fx.Node | None:
 def _softmax(r: Rewriter, x: fx.Node, total: fx.Node) -> fx.Node | None:
     """exp(u) / sum exp(u) -> softmax(u)."""
     dim = _summed_dim(total, "sum")
-    if name_of(x) != "exp" or dim is None or bound(total)["self"] is not x:
+    if name_of(x) != "exp" or dim is None or bound_arguments(total)["self"] is not x:
         return None
     return r.make(aten.softmax.int, x.args[0], dim)
 
@@ -337,7 +420,7 @@ def _summed_dim(node: Any, op: str) -> int | None:
     """The one dim that a reduction with keepdim takes."""
     if name_of(node) != op:
         return None
-    b = bound(node)
+    b = bound_arguments(node)
     if "dim" not in b or not b["keepdim"] or b.get("dtype") is not None:
         return None
     dims = dims_of(b["dim"], value(b["self"]).ndim)
@@ -347,7 +430,7 @@ def _summed_dim(node: Any, op: str) -> int | None:
 @rewrites("softmax", "_softmax", "log_softmax", "_log_softmax")
 def _unshifted(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """softmax(x - m) -> softmax(x) for an m that is constant along the dim; one spelling of the op and of the dim."""
-    b = bound(node)
+    b = bound_arguments(node)
     x, dim = b["self"], b["dim"]
     if b.get("dtype") is not None or b.get("half_to_float") or not value(x).ndim:
         return None
@@ -384,8 +467,8 @@ def _log(r: Rewriter, node: fx.Node) -> fx.Node | None:
     x: Any = node.args[0]
     if name_of(x) == "softmax":
         return r.make(aten.log_softmax.int, x.args[0], x.args[1])
-    if name_of(x) == "sum" and name_of(bound(x)["self"]) == "exp" and bound(x).get("dtype") is None:
-        b = bound(x)
+    if name_of(x) == "sum" and name_of(bound_arguments(x)["self"]) == "exp" and bound_arguments(x).get("dtype") is None:
+        b = bound_arguments(x)
         inner = b["self"].args[0]
         return r.make(aten.logsumexp.default, inner, dims_of(b.get("dim"), value(inner).ndim), bool(b.get("keepdim")))
     return None
@@ -396,7 +479,7 @@ def _log_softmax(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """x - logsumexp(x) -> log_softmax(x)."""
     x, total = node.args[:2]
     dim = None if node.kwargs else _summed_dim(total, "logsumexp")
-    if dim is None or bound(total)["self"] is not x:  # type: ignore[arg-type]
+    if dim is None or bound_arguments(total)["self"] is not x:  # type: ignore[arg-type]
         return None
     return r.make(aten.log_softmax.int, x, dim)
 
@@ -406,9 +489,11 @@ def _shifted_back(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """logsumexp(x - m) + m -> logsumexp(x)."""
     if node.kwargs:
         return None
+    if is_number(node.args[1]) and node.args[1] == 0 and value(node.args[0]).dtype == value(node).dtype:  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
     for total, m in (node.args[:2], node.args[1::-1]):
         dim = _summed_dim(total, "logsumexp")
-        inner = bound(total)["self"] if dim is not None else None  # type: ignore[arg-type]
+        inner = bound_arguments(total)["self"] if dim is not None else None  # type: ignore[arg-type]
         if name_of(inner) == "sub" and not inner.kwargs and inner.args[1] is m and _shifted(inner, dim):  # type: ignore[arg-type]
             return r.make(aten.logsumexp.default, inner.args[0], [dim], True)
     return None

@@ -19,7 +19,8 @@ from dualform.calculus.collapse import merged
 from dualform.calculus.compose import compose_terms
 from dualform.calculus.contract import Plan
 from dualform.calculus.export import to_linear_operator, to_scipy_sparse
-from dualform.calculus.notation import formula, stored_bytes
+from dualform.calculus.notation import Formula, formula, stored_bytes
+from dualform.calculus.picture import draw
 from dualform.calculus.place import scatter, spread
 from dualform.calculus.queries import term_plan
 from dualform.calculus.questions import Questions
@@ -27,6 +28,8 @@ from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, fr
 from dualform.shapes import ShapeError, fail
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from dualform.calculus.explain import Explanation
 
 __all__ = [
@@ -57,6 +60,7 @@ class Route(Protocol):
     def vjp(self, g: Tensor) -> Tensor: ...
     def jvp(self, v: Tensor) -> Tensor: ...
     def explain(self, derivative: Derivative, level: str) -> Explanation: ...
+    def shown(self, derivative: Derivative) -> Formula: ...
 
 
 class Derivative(Questions):
@@ -275,6 +279,16 @@ class Derivative(Questions):
                 "explain: the derivative is a composition; expected one that df.jacobian made. Read J.structure instead."
             )
         return self.route.explain(self, level)
+
+    def plot(self) -> Figure:
+        """Draw the derivative: its entries as a matrix of blocks, its terms as wires from output axes to input axes.
+
+        Shape:  none; of axes too long to draw the first entries are drawn.
+        Dtype:  none.
+        Raises: ModuleNotFoundError without matplotlib, which the extra 'viz' brings.
+        """
+        plain = self.route is None
+        return draw(self, formula(self.terms, self.out_shape, self.in_shape) if plain else self.route.shown(self))
 
     def __repr__(self) -> str:
         kind = ", symmetric" if self.is_symmetric else ""

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,3 +231,18 @@ def renewed(term: Term) -> Term:
     """Give a term labels of its own, so that nothing is captured by accident when it meets another."""
     own = dict.fromkeys([*term.visible, *term.hidden])
     return substitute(term, {label: (Label(label.size, label.name),) for label in own})
+
+
+Identity = tuple[Any, ...]
+
+
+def identity_of(t: Tensor) -> Identity:
+    """What tells two tensors apart: where their numbers are; views of one tensor that show the same numbers are one.
+
+    The order of axes does not matter.
+    """
+    steps = tuple(sorted(zip(t.stride(), t.shape, strict=True), reverse=True))
+    try:
+        return (t.untyped_storage()._cdata, t.storage_offset(), steps)
+    except (NotImplementedError, RuntimeError):  # tensors inside a transform
+        return (id(t),)

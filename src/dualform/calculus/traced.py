@@ -8,7 +8,7 @@ tensors, and never identity alone. At most `CACHE_SIZE` are kept, the least rece
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from dualform.calculus.canonical import settled
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
 from dualform.calculus.linear import Split, runnable, split, straight
+from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
 from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
@@ -69,7 +70,7 @@ class Skeleton:
     graph: fx.GraphModule
 
     @staticmethod
-    def of(compute: TermsAt, inputs: Sequence[Tensor], decompose: Mapping[Any, Any] | None = None) -> Skeleton:
+    def of(compute: TermsAt, inputs: Sequence[Tensor]) -> Skeleton:
         """Make the terms on stand-ins, and write down how their tensors come from the inputs."""
         terms: list[Term] = []
 
@@ -77,7 +78,7 @@ class Skeleton:
             terms[:] = settled(compute(given))
             return tuple(_distinct(terms).values())
 
-        gm = straight(tensors, *inputs, decompose=decompose)
+        gm = straight(tensors, *inputs)
         position = {key: k for k, key in enumerate(_distinct(terms))}
         places = tuple(tuple(position[id(t)] for t in found) for found in tensors_of(terms))
         copy = fx.Graph()
@@ -326,3 +327,7 @@ class Applied:
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """The account of the derivative."""
         return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
