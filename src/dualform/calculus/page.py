@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
+import torch
+
 from dualform.calculus.notation import Formula
 
 if TYPE_CHECKING:
@@ -77,9 +79,10 @@ def _body(told: Explanation) -> Iterable[str]:
             yield f'<div class="note">{html.escape(told.left_out)}</div>'
     yield _result(last, told)
     code = html.escape(told.code)
+    close = torch.finfo(told.result.derivative.dtype).eps ** 0.5
     yield (
         f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, in]</code></div>'
-        f"<pre>{code}</pre>{''.join(_check(*check) for check in told.checks)}</div>"
+        f"<pre>{code}</pre>{''.join(_check(*check, close) for check in told.checks)}</div>"
     )
 
 
@@ -122,8 +125,8 @@ def _why(reasons: Sequence[str]) -> str:
     return f'<ul class="why">{"".join(f"<li>{_indexed(reason)}</li>" for reason in reasons)}</ul>' if reasons else ""
 
 
-def _check(what: str, error: float) -> str:
-    good = error < 1e-4
+def _check(what: str, error: float, close: float) -> str:
+    good = error < close
     return f'<div class="{"ok" if good else "bad"}">{"✓" if good else "✗"} {html.escape(what)}: max error {error:.1e}</div>'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,6 +45,9 @@ def plain(op: str) -> str:
 def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, str] | None = None) -> str:
     """Write the op of a node in Python; `wide` gives operands that were broadcast first their names."""
     target: Any = node.target
+    if target is operator.getitem:
+        source: Any = node.args[0]
+        return f"{written(source, name, wide)}[{node.args[1]}]"
     if not isinstance(target, torch._ops.OpOverload):
         return str(node.name)
     op, schema = target._schema.name.split("::")[1], target._schema.arguments
