@@ -18,6 +18,7 @@ from dualform.calculus.compose import compose_terms
 from dualform.calculus.explain import Explanation
 from dualform.calculus.jacobian import Given, Wrt
 from dualform.calculus.normal import normalised
+from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, outputs, run
 from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
@@ -132,6 +133,10 @@ class Second:
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """The account of the derivative of the gradient."""
         return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
 
 
 def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:

@@ -153,7 +153,7 @@ class Story:
                 continue  # a comparison, a position: nothing flows through it
             for source in dict.fromkeys(source for source, _ in parts):
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
-        return _reaching(found, self.program.name_of(self.program.output))
+        return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
     def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[Step]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
@@ -318,15 +318,17 @@ def _error(a: Tensor, b: Tensor) -> float:
     return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
 
 
-def _reaching(steps: Sequence[Step], end: str) -> list[Step]:
-    """The steps that lead to the end; where nothing flows, as into what is overwritten, there is nothing to tell."""
-    kept: list[Step] = []
-    needed = {end}
-    for step in reversed(steps):
-        if step.above in needed and (step.derivative.terms or not math.prod(step.shape)):
+def _joined(steps: Sequence[Step], start: str, end: str) -> list[Step]:
+    """The steps on a way from the start to the end; where nothing flows, as into what is overwritten, none is told."""
+    flowing = [step for step in steps if step.derivative.terms or not math.prod(step.shape)]
+    reached, needed = {start}, {end}
+    for step in flowing:
+        if step.below in reached:
+            reached.add(step.above)
+    for step in reversed(flowing):
+        if step.above in needed:
             needed.add(step.below)
-            kept.append(step)
-    return kept[::-1]
+    return [step for step in flowing if step.below in reached and step.above in needed]
 
 
 def _broadcast_shape(call: Call, x: Tensor) -> tuple[int, ...]:

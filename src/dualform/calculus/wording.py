@@ -77,7 +77,9 @@ def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, s
         len(names) :
     ]
     rest += [f"{k}={show(v)}" for k, v in keywords.items()]
-    method = bool(schema) and schema[0].name == "self" and hasattr(Tensor, op) and first.isidentifier()
+    method = (
+        bool(schema) and schema[0].name == "self" and hasattr(Tensor, op) and first.replace(".", "_").isidentifier()
+    )
     if method and torch.Tag.pointwise not in target.tags:
         return f"{first}.{op}({', '.join(rest)})"
     return f"{op}({', '.join([first, *rest] if first else rest)})"
