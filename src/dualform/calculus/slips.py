@@ -240,7 +240,8 @@ def _of_an_op(got: Tensor, g: Tensor, program: Program, names: Names) -> Slip | 
 
 
 def _line(program: Program, node: fx.Node) -> str:
-    return source_line(node) or program.name_of(node)
+    line = source_line(node)
+    return program.name_of(node) if not line or line.startswith("(") else line
 
 
 def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> Iterator[tuple[Slip, Derivative]]:
