@@ -53,7 +53,11 @@ def make_call(example: Example, seed: int = 0, sizes: Mapping[str, int] = SIZES,
                 args, kwargs = call.with_operand(k, call.operands[0])
                 call = Call(example.target, args, kwargs, torch.empty(()))
     out = example.target(*call.args, **call.kwargs)
-    return replace(call, out=out if isinstance(out, Tensor) else out[example.part], part=None if isinstance(out, Tensor) else example.part)
+    return replace(
+        call,
+        out=out if isinstance(out, Tensor) else out[example.part],
+        part=None if isinstance(out, Tensor) else example.part,
+    )
 
 
 def reference(call: Call, operand: int) -> Tensor:
@@ -136,7 +140,10 @@ def test_a_wrong_rule_is_caught(example: Example) -> None:
         dense = J.dense().nan_to_num()
         if not dense.any():
             continue
-        largest = max(J.terms, key=lambda t: Derivative([t], J.out_shape, J.in_shape, J.dtype, J.device).dense().abs().max().item())
+        largest = max(
+            J.terms,
+            key=lambda t: Derivative([t], J.out_shape, J.in_shape, J.dtype, J.device).dense().abs().max().item(),
+        )
         rest = [t for t in J.terms if t is not largest]
         for wrong in (rest, [replace(largest, coef=1.01 * largest.coef), *rest]):
             mutated = Derivative(wrong, J.out_shape, J.in_shape, J.dtype, J.device).dense()
@@ -243,7 +250,9 @@ def test_every_pointwise_overload_is_diagonal() -> None:
             except (RuntimeError, NotImplementedError):  # torch has no derivative to compare
                 continue
             J = derivative(call, operand)
-            torch.testing.assert_close(J.dense(), expected.to(J.dtype), **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                J.dense(), expected.to(J.dtype), **TIGHT, msg=lambda text, name=name: f"{name}: {text}"
+            )
             assert J.nbytes <= 2 * x.nbytes, name
             tried += 1
     assert tried > 200
@@ -304,14 +313,28 @@ def test_rows_of_sites_work_inside_a_trace(example: Example) -> None:
 
     def pull(g: Tensor, x: Tensor) -> Tensor:
         args, kwargs = call.with_operand(0, x)
-        return derivative(replace(call, args=args, kwargs=kwargs, out=_joint(replace(call, args=args, kwargs=kwargs), (), [], 0.0)), 0).vjp(g)
+        return derivative(
+            replace(call, args=args, kwargs=kwargs, out=_joint(replace(call, args=args, kwargs=kwargs), (), [], 0.0)), 0
+        ).vjp(g)
 
     gm = make_fx(pull, tracing_mode="fake", _allow_non_fake_inputs=True)(g, x)
     torch.testing.assert_close(gm(g, x), pull(g, x))
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "softmax", "layer_norm", "scaled_dot_product_attention", "cat", "conv1d", "group_norm", "bilinear", "gather", "cumsum"]
+    "name",
+    [
+        "linear",
+        "softmax",
+        "layer_norm",
+        "scaled_dot_product_attention",
+        "cat",
+        "conv1d",
+        "group_norm",
+        "bilinear",
+        "gather",
+        "cumsum",
+    ],
 )
 def test_rows_work_inside_a_vmap(name: str) -> None:
     call = make_call(ROWS[f"aten::{name}"].examples[0])
@@ -323,4 +346,3 @@ def test_rows_work_inside_a_vmap(name: str) -> None:
 
     batched = torch.vmap(pull)(torch.stack([g, 2 * g]), torch.stack([x, x]))
     torch.testing.assert_close(batched[1], 2 * pull(g, x))
-

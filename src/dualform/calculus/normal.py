@@ -110,6 +110,9 @@ def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
         return emit(aten.alias.default, x)
     if source.target is aten.sort.default:
         index = emit(aten.argsort.default, x, given["dim"], given["descending"])
+    elif source.target is aten.topk.default:
+        order = emit(aten.argsort.default, x, given["dim"], given["largest"])
+        return emit(aten.slice.Tensor, emit(aten.gather.default, x, given["dim"], order), given["dim"], 0, given["k"])
     else:
         index = emit(operator.getitem, source, 1)
     dropped = index.meta["val"].ndim < value.ndim

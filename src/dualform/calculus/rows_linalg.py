@@ -23,7 +23,12 @@ def _square(x: Tensor) -> tuple[tuple[Axis, ...], Axis, Axis]:
     return tuple(batch), i, j
 
 
-@row("aten::linalg_inv", "aten::inverse", "aten::linalg_inv_ex", examples=[call("", BNN), call("", NN), call("", T("b 1 1"))])
+@row(
+    "aten::linalg_inv",
+    "aten::inverse",
+    "aten::linalg_inv_ex",
+    examples=[call("", BNN), call("", NN), call("", T("b 1 1"))],
+)
 def _inverse(call: Call, operand: int) -> list[Term]:
     """dC = -C dA C."""
     if call.part:
@@ -87,7 +92,12 @@ def _solve(call: Call, operand: int) -> list[Term]:
     return [Term(-1.0, tuple(factors), out, of(A, row_, col))]
 
 
-@row("aten::linalg_cholesky", "aten::cholesky", "aten::linalg_cholesky_ex", examples=[call("", BNN), call("", NN), call("linalg_cholesky", NN, upper=True), call("", T("b 1 1"))])
+@row(
+    "aten::linalg_cholesky",
+    "aten::cholesky",
+    "aten::linalg_cholesky_ex",
+    examples=[call("", BNN), call("", NN), call("linalg_cholesky", NN, upper=True), call("", T("b 1 1"))],
+)
 def _cholesky(call: Call, operand: int) -> list[Term]:
     """dL = L f(C dA C^T), C = L^-1; f keeps the lower triangle and halves the diagonal; dA is made symmetric first."""
     if call.part:
@@ -125,7 +135,12 @@ def _of_a_matrix(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(slope_of(call, operand), inn, name),), out, inn)]
 
 
-@defined_row("aten::cdist", call("", T("b n k"), T("b m k"), 2.0), call("", T("n k"), T("m k"), 1.0), call("", T("n k"), T("m k"), float("inf")))
+@defined_row(
+    "aten::cdist",
+    call("", T("b n k"), T("b m k"), 2.0),
+    call("", T("n k"), T("m k"), 1.0),
+    call("", T("n k"), T("m k"), float("inf")),
+)
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     """The norm of all differences."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)

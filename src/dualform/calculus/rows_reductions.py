@@ -50,7 +50,11 @@ def _sum_to_size(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (), tuple(() if n == 1 else axis for n, axis in zip(call.out.shape, kept, strict=True)), inn)]
 
 
-@row("aten::mean", affine=ALL, examples=[*along("mean"), call("mean.dim", NM, [0]), call("mean.dim", T("n m k"), [0, -1], True)])
+@row(
+    "aten::mean",
+    affine=ALL,
+    examples=[*along("mean"), call("mean.dim", NM, [0]), call("mean.dim", T("n m k"), [0, -1], True)],
+)
 def _mean(call: Call, operand: int) -> list[Term]:
     dims, out, inn = _reduced(call)
     return [Term(1.0 / volume_of(call.operands[0].shape, dims), (), out, inn)]
@@ -106,11 +110,19 @@ def _over(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (), out, inn)]
 
 
-row("aten::argmax", "aten::argmin", reads=_over, examples=[call("", NM, 1), call("", NM), call("", NM, 0, True)])(_nothing)
-row("aten::argsort", reads=_along, examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)])(_nothing)
+row("aten::argmax", "aten::argmin", reads=_over, examples=[call("", NM, 1), call("", NM), call("", NM, 0, True)])(
+    _nothing
+)
+row(
+    "aten::argsort",
+    reads=_along,
+    examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)],
+)(_nothing)
 
 
-@row("aten::cumsum", affine=ALL, examples=[call("", NM, 1), call("", T("1 m"), 0), call("", T(""), 0), call("", BNM, -2)])
+@row(
+    "aten::cumsum", affine=ALL, examples=[call("", NM, 1), call("", T("1 m"), 0), call("", T(""), 0), call("", BNM, -2)]
+)
 def _cumsum(call: Call, operand: int) -> list[Term]:
     """A triangle: dy_i/dx_j = [i >= j]."""
     x = call.operands[0]
@@ -122,7 +134,11 @@ def _cumsum(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (Triangle(out[dim], inn[dim]),), tuple(out), inn)]
 
 
-@row("aten::cumprod", "aten::logcumsumexp", examples=[call("", SIGNED, 1), call("", T(""), 0), call("", BNM, 0), call("", T("n 1"), 1)])
+@row(
+    "aten::cumprod",
+    "aten::logcumsumexp",
+    examples=[call("", SIGNED, 1), call("", T(""), 0), call("", BNM, 0), call("", T("n 1"), 1)],
+)
 def _running(call: Call, operand: int) -> list[Term]:
     """A triangle of slopes for each line: those of the running product are products that leave one factor out."""
     x, dim = call.operands[0], call.bound["dim"] % max(call.operands[0].ndim, 1)

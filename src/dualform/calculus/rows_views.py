@@ -212,7 +212,7 @@ for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
 
 @row("aten::repeat", "aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("tile", T("k n m"), [2])])
 def _repeat(call: Call, operand: int) -> list[Term]:
-    x, times = call.operands[0], list(call.bound.get("repeats", call.bound.get("dims")))
+    x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
     times = [1] * (x.ndim - len(times)) + times
     inn = fresh_axes(x.shape)
     padded = ((),) * (len(times) - x.ndim) + inn

@@ -237,14 +237,18 @@ def _unfold(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, relations, (*inn[:dim], place, *inn[dim + 1 :], tap), inn)]
 
 
-@row("aten::as_strided", affine=ALL, examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])])
+@row(
+    "aten::as_strided",
+    affine=ALL,
+    examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])],
+)
 def _as_strided(call: Call, operand: int) -> list[Term]:
     """A window over the numbers as they lie in memory."""
     x, b = call.operands[0], call.bound
     if not x.is_contiguous():
         return NotImplemented
     inn, out = fresh_axes(x.shape), fresh_axes(call.out.shape)
-    start = (b["storage_offset"] or 0) - x.storage_offset()
+    start = int(b["storage_offset"] or 0) - int(x.storage_offset())
     steps = [n for n, axis in zip(b["stride"], out, strict=True) if axis]
     return [Term(1.0, (Window(atoms(out), atoms(inn), start, tuple(steps)),), out, inn)]
 

@@ -133,6 +133,8 @@ class Traced:
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
         self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm)]
+        for node in outputs(self.gm):
+            _refuse_steps(node)
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 
@@ -191,6 +193,17 @@ def _refuse_result(leaf: Any, path: Any) -> None:
     where = pytree.keystr(path)
     what = f"returns {type(leaf).__name__}{f' at {where}' if where else ''}"
     fail("jacobian", "f", what, "tensors, or a dict, tuple or list of them", "Return tensors alone.")
+
+
+def _refuse_steps(node: fx.Node) -> None:
+    """A result of integers or bools moves in steps: it has no derivative that says anything."""
+    dtype = node.meta["val"].dtype
+    if not dtype.is_floating_point:
+        made = getattr(node.target, "_opname", node.name)
+        advice = (
+            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
+        )
+        fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
 
 
 def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
