@@ -28,9 +28,9 @@ def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
     if not parts:
         return f"x_bar = torch.zeros({J.in_shape}, dtype={J.dtype})", namespace
     if not any(window for window, _ in parts):
-        first, *rest = (code for _, code in parts)
+        codes = [code for _, code in parts]
         return "\n".join(
-            [*relations, f"x_bar = {first}", *(f"x_bar = x_bar {_signed(code, '')}" for code in rest)]
+            [*relations, f"x_bar = {codes[0]}", *(f"x_bar = x_bar {_signed(code, '')}" for code in codes[1:])]
         ), namespace
     lines = [*relations, f"x_bar = g.new_zeros({list(J.in_shape)})"]
     return "\n".join([*lines, *(f"x_bar{window} {_signed(code, '=')}" for window, code in parts)]), namespace
@@ -63,7 +63,7 @@ def _term_code(term: Term, namespace: dict[str, Tensor], relations: list[str]) -
         code = _einsum(code, seed, stored, names, have)
     else:
         gone = tuple(k for k, x in enumerate(seed) if x not in have)
-        code = f"{code}.sum({gone if len(gone) > 1 else f'({gone[0]},)'})" if gone else code
+        code = f"{code}.sum({gone})" if gone else code
         order = [x for x in seed if x in have]
         code = _permuted(code, order, have)
     if len(have) < len(unique):

@@ -39,7 +39,7 @@ def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
 
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
-    _inline(gm.graph)
+    inline(gm.graph)
     graph = fx_graph_cse(gm.graph)
     rewriter = Rewriter(graph)
     for node in list(graph.nodes):
@@ -49,7 +49,7 @@ def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, fx_graph_cse(graph))
 
 
-def _inline(graph: fx.Graph) -> None:
+def inline(graph: fx.Graph) -> None:
     """Replace ops that are differentiated through their definition by it."""
     for node in list(graph.nodes):
         row = find_row(node.target) if name_of(node) else None

@@ -20,6 +20,7 @@ from dualform.calculus.elimination import Link, Move, collected, derive, in_axes
 from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
 from dualform.calculus.notation import Formula, Names, formula
 from dualform.calculus.program import Program
+from dualform.calculus.rewriting import inline
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.structure import Derivative, Term, fresh_axes
 from dualform.calculus.table import Call, broadcast_axes
@@ -55,6 +56,8 @@ class Story:
         self.wrt = wrt
         self.axes = None if axes is None else (axes[1], axes[0][wrt])
         gm = trace(f, *args)
+        inline(gm.graph)  # what an op is made of is what there is to tell about it
+        gm.recompile()
         self.program = Program(gm, args, wrt, local_derivative, names)
         self._name_nodes(list(names), closed or {})
         called = set(self.program.names.values())
@@ -150,7 +153,7 @@ class Story:
                 continue  # a comparison, a position: nothing flows through it
             for source in dict.fromkeys(source for source, _ in parts):
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
-        return found
+        return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
     def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[Step]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
@@ -195,6 +198,7 @@ class Story:
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
         shown = collected(shown) if op != "chain" else shown
         why = reasons(shown, lambda name: self._meaning(name, shown))
+        why = why if math.prod(derivative.shape) else ("an axis is empty: there is no entry",)
         line = "" if node is None or source_line(node) == source_line(self.program.output) else source_line(node)
         return Step(op, text or symbol, shown, derivative, "; ".join(why), line, why, said)
 
@@ -310,7 +314,21 @@ class Story:
 
 def _error(a: Tensor, b: Tensor) -> float:
     """The largest difference, as a part of the largest number where that is above 1."""
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item() if a.numel() else 0.0
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
+
+
+def _joined(steps: Sequence[Step], start: str, end: str) -> list[Step]:
+    """The steps on a way from the start to the end; where nothing flows, as into what is overwritten, none is told."""
+    flowing = [step for step in steps if step.derivative.terms or not math.prod(step.shape)]
+    reached, needed = {start}, {end}
+    for step in flowing:
+        if step.below in reached:
+            reached.add(step.above)
+    for step in reversed(flowing):
+        if step.above in needed:
+            needed.add(step.below)
+    return [step for step in flowing if step.below in reached and step.above in needed]
 
 
 def _broadcast_shape(call: Call, x: Tensor) -> tuple[int, ...]:
