@@ -138,8 +138,7 @@ class Traced:
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
         self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm)]
-        for node in outputs(self.gm):
-            _refuse_steps(node)
+        _refuse_steps(outputs(self.gm))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 
@@ -200,14 +199,11 @@ def _refuse_result(leaf: Any, path: Any) -> None:
     fail("jacobian", "f", what, "tensors, or a dict, tuple or list of them", "Return tensors alone.")
 
 
-def _refuse_steps(node: fx.Node) -> None:
-    """A result of integers or bools moves in steps: it has no derivative that says anything."""
-    dtype = node.meta["val"].dtype
-    if not dtype.is_floating_point:
-        made = getattr(node.target, "_opname", node.name)
-        advice = (
-            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
-        )
+def _refuse_steps(results: Sequence[fx.Node]) -> None:
+    """Results of integers or bools alone move in steps: there is no derivative that says anything."""
+    if results and not any(node.meta["val"].is_floating_point() for node in results):
+        dtype, made = results[0].meta["val"].dtype, getattr(results[0].target, "_opname", results[0].name)
+        advice = "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
         fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
 
 
