@@ -287,8 +287,9 @@ class Derivative(Questions):
         Dtype:  none.
         Raises: ModuleNotFoundError without matplotlib, which the extra 'viz' brings.
         """
-        plain = self.route is None
-        return draw(self, formula(self.terms, self.out_shape, self.in_shape) if plain else self.route.shown(self))
+        route = self.route
+        shown = formula(self.terms, self.out_shape, self.in_shape) if route is None else route.shown(self)
+        return draw(self, shown)
 
     def __repr__(self) -> str:
         kind = ", symmetric" if self.is_symmetric else ""
