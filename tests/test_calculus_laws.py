@@ -226,7 +226,7 @@ UNARY: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.conv1d(x[:, None], THREE, padding=1)[:, 0], lambda x: F.avg_pool1d(x[:, None], 2, 1, 1)[:, 0, 1:], lambda x: x.sort(-1)[0],
     lambda x: F.max_pool1d(x[None], 3, 1, 1)[0], lambda x: x.gather(0, x.argsort(0)), lambda x: x.clone().mul_(x).add_(1), lambda x: x.tanh().cumprod(-1),
     lambda x: F.pad(x, (1, 1))[:, 2:], lambda x: F.pad(x, (1, 1), mode="replicate")[:, :-2], lambda x: x.triu() + x.flip(0), lambda x: F.normalize(x + 2, dim=-1),
-    lambda x: x[torch.arange(len(x)).flip(0)], lambda x: x.repeat_interleave(2, 0)[::2], lambda x: F.group_norm(x[None, :, :], 1)[0], lambda x: x.reshape(-1).roll(1).reshape(x.shape),
+    lambda x: x[torch.arange(len(x)).flip(0)], lambda x: x.repeat_interleave(2, 0)[::2], lambda x: torch.group_norm(x[None], 1)[0], lambda x: x.reshape(-1).roll(1).reshape(x.shape),
     lambda x: x.unfold(1, 1, 1).squeeze(-1) * x, lambda x: torch.zeros_like(x).index_add(0, torch.zeros(len(x), dtype=torch.long), x) + x, zeroed, lambda x: x.logcumsumexp(0) - x,
     lambda x: F.cosine_similarity(x[:, None], x[None], dim=-1) @ x, lambda x: F.cross_entropy(x, x.softmax(-1), reduction="none")[:, None] * x, lambda x: x.T.reshape(x.shape),
 ]  # fmt: skip

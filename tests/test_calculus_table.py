@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.calculus import rules
 from dualform.calculus.examples import SIZES, Example
+from dualform.calculus.reference import op_table
 from dualform.calculus.rules import ROWS, Call, affine, derivative, multilinear
 from dualform.calculus.structure import Derivative
 from dualform.shapes import TraceError
@@ -256,6 +257,17 @@ def test_every_pointwise_overload_is_diagonal() -> None:
             assert J.nbytes <= 2 * x.nbytes, name
             tried += 1
     assert tried > 200
+
+
+def test_the_documented_table_has_every_row_and_tells_the_truth() -> None:
+    lines = op_table().splitlines()[2:]
+    cells = [line.replace("\\|", "/").strip("| ").split(" | ") for line in lines]
+    assert [c[0].strip("`") for c in cells] == [name.removeprefix("aten::") for name, row in sorted(ROWS.items()) if row.examples]
+    assert all(len(c) == 6 for c in cells)
+    for cell in cells:
+        if " of " in cell[5]:
+            kept, dense = map(int, cell[5].split(" of "))
+            assert kept <= dense, cell
 
 
 # -- without a row

@@ -138,4 +138,6 @@ def _mapped(value: Any, f: Callable[[Any], Any]) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_shown(v) for v in value)}]"
+    if isinstance(value, Tensor):
+        return str(value.tolist())
     return repr(value) if isinstance(value, str) else str(value)

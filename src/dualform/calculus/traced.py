@@ -8,7 +8,7 @@ tensors, and never identity alone. At most `CACHE_SIZE` are kept, the least rece
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 from dualform.calculus.canonical import settled
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
+from dualform.calculus.identities import canonical_graph
 from dualform.calculus.linear import Split, runnable, split, straight
 from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
-from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative
@@ -91,7 +91,7 @@ class Skeleton:
         found = []
         for term, places in zip(self.terms, self.places, strict=True):
             at = iter(places)
-            factors = [f if (held := _held(f)) is None else replace(f, **{held: made[next(at)]}) for f in term.factors]
+            factors = [_refilled(f, made, at) for f in term.factors]
             found.append(Term(term.coef, tuple(factors), term.out, term.inn))
         return tuple(found)
 
@@ -99,6 +99,11 @@ class Skeleton:
 def _held(f: Any) -> str | None:
     """The field in which a factor or a relation holds a tensor."""
     return next((name for name in ("tensor", "index") if isinstance(getattr(f, name, None), Tensor)), None)
+
+
+def _refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> Any:
+    held = _held(f)
+    return f if held is None else replace(f, **{held: made[next(at)]})
 
 
 def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
@@ -128,13 +133,12 @@ class Traced:
 
         gm = trace(flat, *tensors)
         self.slots, constants, made = _lifted(gm, known)
-        self.gm = rewritten(gm)
+        self.gm = canonical_graph(gm)
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
         self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm)]
-        for node in outputs(self.gm):
-            _refuse_steps(node)
+        _refuse_steps(outputs(self.gm))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 
@@ -195,20 +199,17 @@ def _refuse_result(leaf: Any, path: Any) -> None:
     fail("jacobian", "f", what, "tensors, or a dict, tuple or list of them", "Return tensors alone.")
 
 
-def _refuse_steps(node: fx.Node) -> None:
-    """A result of integers or bools moves in steps: it has no derivative that says anything."""
-    dtype = node.meta["val"].dtype
-    if not dtype.is_floating_point:
-        made = getattr(node.target, "_opname", node.name)
-        advice = (
-            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
-        )
+def _refuse_steps(results: Sequence[fx.Node]) -> None:
+    """Results of integers or bools alone move in steps: there is no derivative that says anything."""
+    if results and not any(node.meta["val"].is_floating_point() for node in results):
+        dtype, made = results[0].meta["val"].dtype, getattr(results[0].target, "_opname", results[0].name)
+        advice = "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
         fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
 
 
 def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
     """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself), and its name."""
-    slot = {id(t): k for k, t in enumerate(known.tensors)}
+    slot: dict[int, Any] = {id(t): k for k, t in enumerate(known.tensors)}
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     slots: list[int | Tensor] = []
     names: list[str] = []
