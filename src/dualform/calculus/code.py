@@ -23,8 +23,7 @@ def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
     namespace: dict[str, Tensor] = {}
     relations: list[str] = []
     parts = [_term_code(term, namespace, relations) for term in J.terms]
-    # What the namespace calls a factor, where the formulas call it something that is no Python name.
-    relations = [f"# {name} is {said}" for name, said in _spelt(J, namespace) if name != said] + relations
+    relations = [*_spelt(J, namespace), *relations]
     if not parts:
         return f"x_bar = torch.zeros({J.in_shape}, dtype={J.dtype})", namespace
     if not any(window for window, _ in parts):
@@ -36,10 +35,13 @@ def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
     return "\n".join([*lines, *(f"x_bar{window} {_signed(code, '=')}" for window, code in parts)]), namespace
 
 
-def _spelt(J: Derivative, namespace: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """The names in the code, with what the formulas call the same."""
-    called = {id(f.tensor): f.name for term in J.terms for f in term.tensors}
-    return [(name, called[id(tensor)]) for name, tensor in namespace.items() if id(tensor) in called]
+def _spelt(J: Derivative, namespace: dict[str, Tensor]) -> list[str]:
+    """What the formulas call a factor whose name is no Python name."""
+    called: dict[int, list[str]] = {}
+    for f in (f for term in J.terms for f in term.tensors):
+        called.setdefault(id(f.tensor), []).append(f.name)
+    given = {name: called.get(id(tensor), [name]) for name, tensor in namespace.items()}
+    return [f"# {name} is {others[0]}" for name, others in given.items() if name not in others]
 
 
 def _signed(code: str, assigned: str) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from dualform.calculus.code import vjp_code
 from dualform.calculus.elimination import Link, Move, collected, derive, in_axes
 from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
 from dualform.calculus.notation import Formula, Names, formula
-from dualform.calculus.program import Program
+from dualform.calculus.program import Program, name_nodes
 from dualform.calculus.rewriting import inline
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.structure import Derivative, Term, fresh_axes
@@ -58,8 +56,7 @@ class Story:
         gm = trace(f, *args)
         inline(gm.graph)  # what an op is made of is what there is to tell about it
         gm.recompile()
-        self.program = Program(gm, args, wrt, local_derivative, names)
-        self._name_nodes(list(names), closed or {})
+        self.program = Program(gm, args, wrt, local_derivative, name_nodes(gm, names, closed))
         called = set(self.program.names.values())
         # An index that is called like a tensor misleads; p, h and r are what rules call their factors.
         self.names = Names(called.__contains__, sorted({name for name in called if len(name) == 1} | set("phr")))
@@ -76,37 +73,13 @@ class Story:
         """Push forward along the graph."""
         return self.program.jvp(v)
 
-    def _name_nodes(self, names: list[str], closed: Mapping[int, str]) -> None:
-        """Give intermediates the caller's own variable names where the line assigns one."""
-        program, taken = self.program, set(names)
-        last: dict[str, fx.Node] = {}
-        for node in program.gm.graph.nodes:
-            if line := source_line(node):
-                last[line] = node
-        for node in program.gm.graph.nodes:
-            if node.op not in ("call_function", "get_attr") or node is program.output:
-                continue
-            line = source_line(node)
-            assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
-            if node.op == "get_attr":
-                stem = closed.get(id(program.values[node])) or "c"
-            else:
-                packet = plain(getattr(node.target, "_opname", None) or node.name)
-                stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", packet)
-                if stem == "T":
-                    stem = f"{program.name_of(node.all_input_nodes[0])}_T"
-            program.names[node] = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}{k}") not in taken)
-            taken.add(program.names[node])
-        if program.output.op == "call_function":
-            program.names[program.output] = next(n for n in ("z", "out", "result", "f_out") if n not in taken)
-
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """Assemble the steps, the proof, the result, its code and its checks."""
         if level not in LEVELS:
             fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
         code, namespace = vjp_code(derivative)
         steps = self.steps  # first, so that plain names are theirs
-        result = self._step("chain", "", derivative, self._symbol(self.program.output), axes=self.axes)
+        result = self._step("chain", "", derivative, self._symbol(self.program.output))
         stages = self.stages
         end = stages[-1].symbol if stages else ""
         whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
@@ -195,6 +168,8 @@ class Story:
         said: str = "",
         axes: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> Step:
+        if symbol == self._symbol(self.program.output):
+            axes = self.axes
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
         shown = collected(shown) if op != "chain" else shown
         why = reasons(shown, lambda name: self._meaning(name, shown))
