@@ -228,7 +228,6 @@ def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor],
             names.append((known.names[slot[id(value)]] if id(value) in slot else "") or f"c{len(nodes)}")
         node.replace_all_uses_with(nodes[id(value)])
         gm.graph.erase_node(node)
-    gm.recompile()
     return slots, names, known.key is not None and all(isinstance(s, int) for s in slots)
 
 
