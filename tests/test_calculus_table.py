@@ -262,7 +262,9 @@ def test_every_pointwise_overload_is_diagonal() -> None:
 def test_the_documented_table_has_every_row_and_tells_the_truth() -> None:
     lines = op_table().splitlines()[2:]
     cells = [line.replace("\\|", "/").strip("| ").split(" | ") for line in lines]
-    assert [c[0].strip("`") for c in cells] == [name.removeprefix("aten::") for name, row in sorted(ROWS.items()) if row.examples]
+    assert [c[0].strip("`") for c in cells] == [
+        name.removeprefix("aten::") for name, row in sorted(ROWS.items()) if row.examples
+    ]
     assert all(len(c) == 6 for c in cells)
     for cell in cells:
         if " of " in cell[5]:

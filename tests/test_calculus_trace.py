@@ -162,7 +162,20 @@ def sorts(x: Tensor) -> tuple[Tensor, ...]:
     top = x.topk(2, dim=1)
     spread, centre = torch.var_mean(x, [0], keepdim=True)
     low, high = x.aminmax(dim=0)
-    return values, order, middle.values, middle.indices, top[0], top[1], spread, centre, low, high, x.cummax(1)[0], x.kthvalue(2, keepdim=True)[0]
+    return (
+        values,
+        order,
+        middle.values,
+        middle.indices,
+        top[0],
+        top[1],
+        spread,
+        centre,
+        low,
+        high,
+        x.cummax(1)[0],
+        x.kthvalue(2, keepdim=True)[0],
+    )
 
 
 def test_values_found_somewhere_are_gathered_there() -> None:
@@ -183,7 +196,9 @@ def test_closed_over_masks_are_places() -> None:
 
 
 def test_results_of_integers_are_refused_with_a_soft_form() -> None:
-    with pytest.raises(ValueError, match=r"f returns torch.int64 \(made by argmax\); expected a floating result.*softmax for argmax"):
+    with pytest.raises(
+        ValueError, match=r"f returns torch.int64 \(made by argmax\); expected a floating result.*softmax for argmax"
+    ):
         jacobian(lambda x: x.argmax(-1), torch.randn(2, 3))
 
 

@@ -195,7 +195,11 @@ def _through(relation: Relation, s: Select) -> Relation | None:
     if not isinstance(relation, Select):
         return restricted(relation, s)
     step = relation.step
-    return Select(s.small, relation.big, relation.start + step * s.start, step * s.step) if relation.small is s.big else None
+    return (
+        Select(s.small, relation.big, relation.start + step * s.start, step * s.step)
+        if relation.small is s.big
+        else None
+    )
 
 
 def _intersected(term: Term, s: Select, t: Select) -> Term | None:

@@ -203,7 +203,9 @@ def _refuse_steps(results: Sequence[fx.Node]) -> None:
     """Results of integers or bools alone move in steps: there is no derivative that says anything."""
     if results and not any(node.meta["val"].is_floating_point() for node in results):
         dtype, made = results[0].meta["val"].dtype, getattr(results[0].target, "_opname", results[0].name)
-        advice = "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
+        advice = (
+            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
+        )
         fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
 
 
