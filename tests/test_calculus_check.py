@@ -123,7 +123,8 @@ def test_a_planted_fault_is_named(k: int) -> None:
     backward, f, args, argument, kind, words = PLANTED[k]
     report = check(backward, f, *args)
     assert not report.ok
-    assert [(fault.argument, fault.kind) for fault in report.faults][0] == (argument, kind), str(report)
+    first = report.faults[0]
+    assert (first.argument, first.kind) == (argument, kind), str(report)
     assert re.search(words, report.faults[0].message), str(report)
     assert str(report).startswith("check: ")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.mathtext import MathTextParser
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from dualform.calculus import Explanation, Term, explain, jacobian
+from dualform.calculus import Explanation, Term, explain, hessian, jacobian
 from dualform.calculus.explain import LEVELS, Step
 from dualform.calculus.notation import Formula, formula, number
 from dualform.calculus.picture import entries
@@ -228,7 +231,7 @@ def choices(x: Tensor, d: int) -> Iterator[Callable[[Tensor], Tensor]]:
         yield from (lambda x: x.transpose(0, 1), lambda x: x.reshape(x.shape[1], x.shape[0], *x.shape[2:]))
 
 
-@settings(max_examples=int(os.environ.get("EXPLAINED_PROGRAMS", "8")))
+@settings(max_examples=int(os.environ.get("EXPLAINED_PROGRAMS", "10")))
 @given(data=st.data())
 def test_whatever_is_printed_is_true(data: st.DataObject) -> None:
     """Every formula of every step, every line of the proof, the result and the terms, read back from the text."""
@@ -420,3 +423,58 @@ def test_numbers_are_exact_where_they_look_exact() -> None:
     for value, text in shown.items():
         assert number(value) == text
     assert number(float("nan")) == "nan"
+
+
+def written_in_place(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[0] = y[1] * 2
+    y += 1
+    return y
+
+
+STRANGE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "identity": (lambda x: x, (rand(3),)),
+    "empty": (lambda x: x * 2, (rand(0, 3),)),
+    "nothing left": (lambda x: x[:0] * 2, (rand(2, 3),)),
+    "in place": (written_in_place, (rand(3, 2),)),
+    "integers beside": (lambda w, i: F.embedding(i, w), (rand(4, 2), torch.tensor([[0, 3], [1, 1]]))),
+    "numbers beside": (lambda x, n, s: x[:n] * s, (rand(3), 2, 1.5)),
+    "names of indices": (lambda i, j: i @ j, (rand(2, 3), rand(3, 2))),
+    "names of code": (lambda g, torch_: g * torch_, (rand(2), rand(2))),
+    "tree": (lambda p: p["w"] * p["b"], ({"w": rand(2, 2), "b": rand(2)},)),
+    "module": (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()).double(), (rand(4, 3),)),
+    "composite": (torch.nn.GRUCell(2, 2).double(), (rand(1, 2), rand(1, 2))),
+    "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (rand(2, 3), rand(2, 3), rand(2, 2))),
+    "windows": (lambda x, w: F.conv1d(x, w, padding=1, stride=2), (rand(1, 2, 5), rand(2, 2, 3))),
+    "look-ups": (lambda x: x.sort(-1).values, (rand(2, 3),)),
+    "infinite": (lambda x: 1 / x, (torch.zeros(2, dtype=torch.float64),)),
+    "long": (lambda x: torch.stack([x := x + x.tanh() for _ in range(14)])[-1], (rand(2),)),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_functions_are_explained(name: str) -> None:
+    f, args = STRANGE[name]
+    for J in tree_leaves(jacobian(f, *args)):
+        told = J.explain("proof")
+        assert all(error < 1e-9 or name == "infinite" for _, error in told.checks), told.checks
+        assert len(told.checks) == 3
+        assert ("not to be compared, the numbers are not finite" in str(told)) == (name == "infinite")
+        shown = told.result.formula
+        assert not {*shown.out, *shown.inn} & {n for line in shown.lines for n, _ in line.factors}
+        assert_balanced(told.to_latex())
+        Page(told._repr_html_())
+        json.dumps(told.to_dict())
+        J.plot().draw_without_rendering()
+        if math.isfinite(J.dense().sum()):
+            torch.testing.assert_close(value_of(shown, J.shape), J.dense(), rtol=2e-6, atol=1e-9)
+            check_the_proof(told, J.in_shape)
+
+
+def test_second_derivatives_are_explained() -> None:
+    H = hessian(lambda x: F.cross_entropy(x, torch.tensor([0, 2])), rand(2, 3))
+    told = H.explain("proof")
+    assert max(error for _, error in told.checks) < 1e-12
+    assert [step.op for step in told.steps][:2] == ["_log_softmax", "exp"]
+    check_the_proof(told, (2, 3))
+    H.plot().draw_without_rendering()

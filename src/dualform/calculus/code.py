@@ -23,23 +23,25 @@ def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
     namespace: dict[str, Tensor] = {}
     relations: list[str] = []
     parts = [_term_code(term, namespace, relations) for term in J.terms]
-    # What the namespace calls a factor, where the formulas call it something that is no Python name.
-    relations = [f"# {name} is {said}" for name, said in _spelt(J, namespace) if name != said] + relations
+    relations = [*_spelt(J, namespace), *relations]
     if not parts:
         return f"x_bar = torch.zeros({J.in_shape}, dtype={J.dtype})", namespace
     if not any(window for window, _ in parts):
-        first, *rest = (code for _, code in parts)
+        codes = [code for _, code in parts]
         return "\n".join(
-            [*relations, f"x_bar = {first}", *(f"x_bar = x_bar {_signed(code, '')}" for code in rest)]
+            [*relations, f"x_bar = {codes[0]}", *(f"x_bar = x_bar {_signed(code, '')}" for code in codes[1:])]
         ), namespace
     lines = [*relations, f"x_bar = g.new_zeros({list(J.in_shape)})"]
     return "\n".join([*lines, *(f"x_bar{window} {_signed(code, '=')}" for window, code in parts)]), namespace
 
 
-def _spelt(J: Derivative, namespace: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """The names in the code, with what the formulas call the same."""
-    called = {id(f.tensor): f.name for term in J.terms for f in term.tensors}
-    return [(name, called[id(tensor)]) for name, tensor in namespace.items() if id(tensor) in called]
+def _spelt(J: Derivative, namespace: dict[str, Tensor]) -> list[str]:
+    """What the formulas call a factor whose name is no Python name."""
+    called: dict[int, list[str]] = {}
+    for f in (f for term in J.terms for f in term.tensors):
+        called.setdefault(id(f.tensor), []).append(f.name)
+    given = {name: called.get(id(tensor), [name]) for name, tensor in namespace.items()}
+    return [f"# {name} is {others[0]}" for name, others in given.items() if name not in others]
 
 
 def _signed(code: str, assigned: str) -> str:
@@ -63,7 +65,7 @@ def _term_code(term: Term, namespace: dict[str, Tensor], relations: list[str]) -
         code = _einsum(code, seed, stored, names, have)
     else:
         gone = tuple(k for k, x in enumerate(seed) if x not in have)
-        code = f"{code}.sum({gone if len(gone) > 1 else f'({gone[0]},)'})" if gone else code
+        code = f"{code}.sum({gone})" if gone else code
         order = [x for x in seed if x in have]
         code = _permuted(code, order, have)
     if len(have) < len(unique):

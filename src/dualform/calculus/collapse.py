@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,7 +17,18 @@ from torch import Tensor
 from dualform.calculus.contract import contract
 from dualform.calculus.place import spread
 from dualform.calculus.relations import as_window, same_place
-from dualform.calculus.terms import Factor, Label, Relation, Select, Term, atoms, identity_of, substitute, volume
+from dualform.calculus.terms import (
+    Factor,
+    Identity,
+    Label,
+    Relation,
+    Select,
+    Term,
+    atoms,
+    identity_of,
+    substitute,
+    volume,
+)
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
 MAX_TERMS = 8
@@ -24,7 +36,8 @@ MAX_TERMS = 8
 
 def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
-    small = added(merged([shrunk(term, like) for term in terms]))
+    uses = Counter(key for term in terms for key in {identity_of(f.tensor) for f in term.tensors})
+    small = added(merged([shrunk(term, uses) for term in terms]))
     if len(small) <= MAX_TERMS and not _is_wasteful(small):
         return small
     meet = _Meet(small)
@@ -34,7 +47,7 @@ def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
 
 
 def _numbers(terms: Sequence[Term]) -> int:
-    return sum({id(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
+    return sum({identity_of(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
 
 
 def _is_wasteful(terms: Sequence[Term]) -> bool:
@@ -100,11 +113,14 @@ def _key(term: Term) -> tuple:
     return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
 
 
-def shrunk(term: Term, like: Tensor) -> Term:
-    """Contract groups of factors where the result stores fewer numbers than the group."""
+def shrunk(term: Term, uses: Mapping[Identity, int]) -> Term:
+    """Contract groups of factors where the result stores fewer numbers than the group.
+
+    uses: in how many terms of the sum a tensor stands; one that others keep anyway is no saving.
+    """
     term = _joined(term)
     hidden = set(term.hidden)
-    bulk = sum(f.tensor.numel() for f in term.tensors)
+    bulk = sum(f.tensor.numel() for f in term.tensors if uses.get(identity_of(f.tensor), 1) == 1)
     linked = [f for f in term.factors if any(label in hidden for label in f.labels)]
     if linked and any(isinstance(f, Factor) for f in linked):
         keep = list(dict.fromkeys(x for f in linked for x in f.labels if x not in hidden))

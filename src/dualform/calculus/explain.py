@@ -115,7 +115,7 @@ class Explanation:
         lines += self._result_lines(f"Step {last}")
         lines += [f"Step {last + 1}  use        the vjp, x_bar = Σ_out g[out] J[out, in]:"]
         lines += [f"        {line}" for line in self.code.splitlines()]
-        lines += [f"checked     {what}: max error {error:.1e}" for what, error in self.checks]
+        lines += [f"checked     {said}" for said in self.verdicts]
         return "\n".join(lines)
 
     @property
@@ -144,6 +144,11 @@ class Explanation:
     @property
     def result_name(self) -> str:
         return "chain" if len(self.steps) > 1 else "result"
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What was checked, and how it came out."""
+        return [f"{what}: {_verdict(error)}" for what, error in self.checks]
 
     def _proof_lines(self) -> list[str]:
         """Every stage, every move, with its reason beside it."""
@@ -295,6 +300,13 @@ def _moves(moves: Sequence[Move], left: str) -> list[str]:
         f"{head} = {move.formula.right()}{_ranges(move.formula)}    <- {move.reason}"
         for head, move in zip(heads, moves, strict=True)
     ]
+
+
+def _verdict(error: float) -> str:
+    """How a check came out."""
+    if math.isnan(error):
+        return "not to be compared, the numbers are not finite here; differentiate at another point"
+    return f"max error {error:.1e}"
 
 
 def account(J: Derivative) -> str:

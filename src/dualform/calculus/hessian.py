@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from dualform.calculus.collapse import tidy
 from dualform.calculus.compose import compose_terms
 from dualform.calculus.explain import Explanation
+from dualform.calculus.identities import canonical_graph
 from dualform.calculus.jacobian import Given, Wrt
 from dualform.calculus.normal import normalised
+from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, outputs, run
-from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative
@@ -46,8 +47,8 @@ def hessian(f: Callable[..., Any], *args: Any, wrt: Wrt = 0, **kwargs: Any) -> A
     chosen = given.chosen("hessian", wrt)
     at = given.traced(None)
     if len(at.traced.out_values) != 1:
-        found = f"returns {len(at.traced.out_values)} tensors"
-        fail("hessian", "f", found, "one tensor", "Choose one of them.", ValueError)
+        what = f"returns {len(at.traced.out_values)} tensors"
+        fail("hessian", "f", what, "one tensor", "Choose one of them.", ValueError)
     scalar = at.traced.out_values[0].ndim == 0
     found: dict[tuple[int, int], Derivative] = {}
 
@@ -133,6 +134,10 @@ class Second:
         """The account of the derivative of the gradient."""
         return self.story().explain(derivative, level)
 
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
+
 
 def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:
     """A factor with its tensor at the point, and which result of the graph that is."""
@@ -152,7 +157,7 @@ def _slope(point: Point, source: int) -> Skeleton:
         return traced.program(inputs, 0, source).terms()
 
     found = Skeleton.of(compute, point.inputs)
-    return Skeleton(found.terms, found.places, found.values, rewritten(normalised(found.graph)))
+    return Skeleton(found.terms, found.places, found.values, canonical_graph(normalised(found.graph)))
 
 
 def _gradient_story(given: Given, at: Point, first: int, second: int) -> Story:

@@ -121,9 +121,9 @@ def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
     return emit(aten.squeeze.dim, best, given["dim"]) if dropped else best
 
 
-def bound_arguments(node: fx.Node) -> dict[str, Any]:
+def bound_arguments(node: Any) -> dict[str, Any]:
     """A node's arguments by their name in the op's schema, defaults included."""
-    schema: Any = node.target._schema.arguments  # type: ignore[union-attr]
+    schema: Any = node.target._schema.arguments
     values = {a.name: a.default_value for a in schema}
     values.update(zip((a.name for a in schema), node.args, strict=False))
     return values | dict(node.kwargs)

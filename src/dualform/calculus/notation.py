@@ -101,7 +101,7 @@ def _affine(start: int, step: int, small: str) -> str:
 
 def _is_symbol(factor: tuple[str, tuple[str, ...]]) -> bool:
     """Is it a derivative as a whole, as dz/dx, rather than a stored tensor?"""
-    return re.fullmatch(r"d\w+/d\w+", factor[0]) is not None
+    return re.fullmatch(r"d[\w.]+/d[\w.]+", factor[0]) is not None
 
 
 def number(value: float) -> str:
@@ -137,7 +137,7 @@ def tex(name: str) -> str:
     """A name in LaTeX: letters as they are, words upright, an expression in brackets of its own."""
     if re.fullmatch(r"[A-Za-z]", name):
         return name
-    if re.fullmatch(r"\w+", name):
+    if re.fullmatch(r"[\w.]+", name):
         return rf"\mathrm{{{_tex_escaped(name)}}}"
     word = re.fullmatch(r"(\w+)('\d*)\((.*)\)", name)
     if word is not None:  # a slope, as gelu'(h)
@@ -287,9 +287,11 @@ class Names:
         return self.owner[key]
 
     def _equal(self, f: Factor) -> str:
-        """The name of a tensor of the same origin and the same numbers, computed a second time."""
+        """The name of a tensor of the same numbers: of the same origin, or of one that another trace named."""
+        foreign = len(f.name) > 1 and re.fullmatch(r"\w+", f.name) and not self.taken(f.name)
         for name, t in self.found.items():
-            alike = self.base[name] == f.name and t.shape == f.tensor.shape and t.dtype == f.tensor.dtype
+            known = self.base[name] == f.name or (foreign and self.taken(name))
+            alike = known and t.shape == f.tensor.shape and t.dtype == f.tensor.dtype
             if alike and type(t) is type(f.tensor) is Tensor and t.device.type != "meta" and torch.equal(t, f.tensor):
                 return name
         return ""

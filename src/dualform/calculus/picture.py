@@ -85,8 +85,8 @@ def _title(shown: Formula) -> str:
 def _matrix(panel: Axes, J: Derivative, shown: Formula) -> None:
     rows, columns = _fitting(J.out_shape), _fitting(J.in_shape)
     values = entries(shown, (*rows, *columns)).reshape(math.prod(rows), math.prod(columns))
-    peak = values.abs().max().item() if values.numel() else 0.0
-    image = torch.where(values == 0, torch.nan, values).cpu().numpy()
+    peak = values.nan_to_num(0, 0, 0).abs().max().item() if values.numel() else 0.0
+    image = torch.where((values == 0) | ~values.isfinite(), torch.nan, values).cpu().numpy()
     panel.set_facecolor("#f1f3f5")
     if values.numel():
         panel.imshow(image, cmap="RdBu_r", vmin=-peak or -1, vmax=peak or 1, aspect="auto", interpolation="nearest")

@@ -20,6 +20,7 @@ from dualform.calculus.collapse import tidy
 from dualform.calculus.structure import Derivative, Term, compose, identity, zero
 from dualform.calculus.table import Call
 from dualform.calculus.trace import source_line
+from dualform.calculus.wording import plain
 
 LocalRule = Callable[[Call, int], Derivative]
 
@@ -173,24 +174,36 @@ def outputs(gm: fx.GraphModule) -> list[fx.Node]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
-def name_nodes(gm: fx.GraphModule, names: Sequence[str]) -> dict[fx.Node, str]:
-    """What people call the nodes: the inputs' names, the caller's own variables where a line assigns one, else the op."""
+def name_nodes(gm: fx.GraphModule, names: Sequence[str], closed: Mapping[int, str] | None = None) -> dict[fx.Node, str]:
+    """What people call the nodes: the inputs' names, the caller's own variables where a line assigns one, else the op.
+
+    closed: what the code calls the tensors that it closes over, by their identity
+    """
     nodes = list(gm.graph.nodes)
     found: dict[fx.Node, str] = dict(zip((n for n in nodes if n.op == "placeholder"), names, strict=False))
     results, taken = set(outputs(gm)), set(names)
     last = {line: node for node in nodes if (line := source_line(node))}
     for node in nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "get_attr"):
             continue
         line = source_line(node)
         assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
-        packet = getattr(node.target, "_opname", None) or node.name
-        stems = ("z", "out", "result") if node in results else ()
-        stem = assigned[1] if assigned and not stems else re.sub(r"^_+|_+$", "", str(packet))
+        stems = ("z", "out", "result") if node in results and node.op == "call_function" else ()
+        if node.op == "get_attr":
+            stem = (closed or {}).get(id(getattr(gm, str(node.target)))) or "c"
+        elif assigned and not stems:
+            stem = assigned[1]
+        else:
+            stem = _called(node, found)
         numbered = (stem if k == 1 else f"{stem}{k}" for k in count(1))
         found[node] = next(n for n in chain(stems, numbered) if n not in taken)
         taken.add(found[node])
     return found
+
+
+def _called(node: fx.Node, found: Mapping[fx.Node, str]) -> str:
+    packet = plain(str(getattr(node.target, "_opname", None) or node.name))
+    return f"{found[node.all_input_nodes[0]]}_T" if packet == "T" else re.sub(r"^_+|_+$", "", packet)
 
 
 def _summed(paths: Sequence[Derivative]) -> Derivative:

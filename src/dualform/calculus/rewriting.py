@@ -1,13 +1,13 @@
 """One form for graphs: the same function written in two ways becomes the same ops.
 
-    exp(u) / sum exp(u) -> softmax(u)      x * x, square(x), pow(x, 2) -> mul(x, x)      cat of all slices -> nothing
+    view of a view -> one view      cat of all slices -> nothing      a composite op -> its definition
 
-A rewriting is an identity of functions; which values the ops compute with is not looked at.
+A rewriting is an identity of functions; which values the ops compute with is not looked at. `identities.py` has those of
+numbers, sums and exponentials.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ from dualform.calculus.rows_pointwise import is_pointwise
 from dualform.calculus.table import Call, dims_of, find_row
 
 aten = torch.ops.aten
-Rewriting = Callable[["Rewriter", fx.Node], fx.Node | None]
+Rewriting = Callable[["Rewriter", Any], Any]
 _rules: dict[str, list[Rewriting]] = {}
 
 
@@ -39,7 +39,7 @@ def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
 
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
-    _inline(gm.graph)
+    inline(gm.graph)
     graph = fx_graph_cse(gm.graph)
     rewriter = Rewriter(graph)
     for node in list(graph.nodes):
@@ -49,7 +49,7 @@ def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, fx_graph_cse(graph))
 
 
-def _inline(graph: fx.Graph) -> None:
+def inline(graph: fx.Graph) -> None:
     """Replace ops that are differentiated through their definition by it."""
     for node in list(graph.nodes):
         row = find_row(node.target) if name_of(node) else None
@@ -70,7 +70,7 @@ def _inline(graph: fx.Graph) -> None:
         for copy in inside.values():
             if copy not in given:
                 copy.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
-        node.replace_all_uses_with(result[0] if isinstance(result, (tuple, list)) else result)  # type: ignore[index,arg-type]
+        node.replace_all_uses_with(result[0] if isinstance(result, (tuple, list)) else result)
         graph.erase_node(node)
 
 
@@ -112,7 +112,7 @@ def name_of(node: Any) -> str:
     return target._opname if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" else ""
 
 
-def value(node: fx.Node) -> Tensor:
+def value(node: Any) -> Tensor:
     """The fake tensor of a node."""
     return node.meta["val"]
 
@@ -125,13 +125,13 @@ def is_number(x: Any) -> bool:
 
 
 @rewrites("clone", "contiguous", "alias", "positive", "view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten", "to", "_to_copy", "type_as", "lift_fresh", "broadcast_to", "expand_as", "view_as", "reshape_as", "squeeze", "ravel")  # fmt: skip
-def _nothing(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _nothing(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
     return x if value(x).shape == value(node).shape and value(x).dtype == value(node).dtype else None
 
 
 @rewrites("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as")
-def _reshaped_twice(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _reshaped_twice(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
     if name_of(x) not in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as"):
         return None
@@ -139,16 +139,16 @@ def _reshaped_twice(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 @rewrites("slice", "narrow")
-def _whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _whole(r: Rewriter, node: Any) -> Any:
     return (
         node.args[0]
         if value(node).shape == value(node.args[0]).shape and bound_arguments(node).get("step", 1) == 1
         else None
-    )  # type: ignore[return-value,arg-type]
+    )
 
 
 @rewrites("roll")
-def _rolled(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _rolled(r: Rewriter, node: Any) -> Any:
     b = bound_arguments(node)
     x = b["self"]
     if len(b["dims"]) != 1:
@@ -160,7 +160,7 @@ def _rolled(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 @rewrites("flip")
-def _flipped(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _flipped(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
     if name_of(x) == "flip" and set(dims_of(x.args[1], value(x).ndim)) == set(dims_of(node.args[1], value(x).ndim)):
         return x.args[0]
@@ -168,7 +168,7 @@ def _flipped(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 @rewrites("cat", "concat", "concatenate")
-def _glued(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _glued(r: Rewriter, node: Any) -> Any:
     """A cat of slices of one tensor that lie side by side is their common slice."""
     b = bound_arguments(node)
     pieces = b["tensors"]
@@ -188,7 +188,7 @@ def _glued(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 @rewrites("stack")
-def _restacked(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def _restacked(r: Rewriter, node: Any) -> Any:
     b = bound_arguments(node)
     pieces, dim = b["tensors"], b["dim"] % value(node).ndim
     if any(name_of(p) != "select" for p in pieces):
@@ -200,300 +200,3 @@ def _restacked(r: Rewriter, node: fx.Node) -> fx.Node | None:
         for p in pieces
     ]
     return x if at == [(x, dim, k) for k in range(n[dim])] and value(x).shape == value(node).shape else None
-
-
-@rewrites("add", "sub", "mul", "div", "multiply", "subtract", "divide")
-def _unexpanded(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """An operand that is expanded before it meets a full tensor is broadcast there."""
-    args = list(node.args)
-    for k in (0, 1):
-        x, other = args[k], args[1 - k]
-        if name_of(x) in ("expand", "expand_as", "broadcast_to") and isinstance(other, fx.Node):
-            inner: Any = x.args[0]  # type: ignore[union-attr]
-            if value(other).shape == value(node).shape and value(inner).dtype == value(x).dtype:  # type: ignore[arg-type]
-                args[k] = inner
-    return r.make(node.target, *args, **node.kwargs) if args != list(node.args) else None
-
-
-# -- numbers and powers
-
-
-@rewrites("square")
-def _squared(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    return r.make(aten.mul.Tensor, node.args[0], node.args[0])
-
-
-@rewrites("pow")
-def _power(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    x, p = node.args[:2]
-    if not isinstance(x, fx.Node) or not is_number(p):
-        return None
-    if p in (2, 3, 4):
-        squared = r.make(aten.mul.Tensor, x, x)
-        return squared if p == 2 else r.make(aten.mul.Tensor, squared, x if p == 3 else squared)
-    if p == 1:
-        return x
-    if p == 0.5:
-        return r.make(aten.sqrt.default, x)
-    if p == -0.5:
-        return r.make(aten.rsqrt.default, x)
-    return r.make(aten.reciprocal.default, x) if p == -1 else None
-
-
-@rewrites("sqrt")
-def _norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """sqrt(sum x^2) -> the vector norm."""
-    total: Any = node.args[0]
-    square = bound_arguments(total)["self"] if name_of(total) == "sum" else None
-    if square is None or name_of(square) != "mul" or square.args[0] is not square.args[1]:
-        return None
-    b = bound_arguments(total)
-    dims = dims_of(b.get("dim"), value(square).ndim)
-    if b.get("dtype") is not None or not dims:
-        return None
-    return r.make(aten.linalg_vector_norm.default, square.args[0], 2, dims, bool(b.get("keepdim")))
-
-
-@rewrites("norm")
-def _vector_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    b = bound_arguments(node)
-    p, x = 2 if b.get("p") is None else b["p"], b["self"]
-    if not is_number(p) or b.get("dtype") is not None or not value(x).ndim:
-        return None
-    dims = dims_of(b.get("dim"), value(x).ndim)
-    return r.make(aten.linalg_vector_norm.default, x, p, dims, bool(b.get("keepdim")))
-
-
-@rewrites("rsqrt")
-def _reciprocal_root(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    return r.make(aten.reciprocal.default, r.make(aten.sqrt.default, node.args[0]))
-
-
-@rewrites("div", "divide", "true_divide")
-def _divided(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    x, y = node.args[:2]
-    if node.kwargs or not isinstance(x, fx.Node):
-        return None
-    if is_number(y) and y != 0 and value(x).is_floating_point():
-        return r.make(aten.mul.Tensor, x, 1.0 / y)  # type: ignore[operator]
-    if isinstance(y, fx.Node):
-        return _softmax(r, x, y) or _normalised(r, x, y)
-    return None
-
-
-@rewrites("mul", "multiply")
-def _multiplied(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    x, y = node.args[:2]
-    if is_number(y) and y == 1 and value(x).dtype == value(node).dtype:  # type: ignore[arg-type]
-        return x  # type: ignore[return-value]
-    for a, b in ((x, y), (y, x)):
-        constant = _filled(b)
-        if constant is not None and isinstance(a, fx.Node) and value(a).shape == value(node).shape:
-            return a if constant == 1 and value(a).dtype == value(node).dtype else r.make(aten.mul.Tensor, a, constant)
-        if name_of(b) == "reciprocal" and isinstance(a, fx.Node):
-            return r.make(aten.div.Tensor, a, b.args[0])  # type: ignore[union-attr]
-        if is_number(b) and name_of(a) == "sum":
-            return _mean(r, a, b)  # type: ignore[arg-type]
-        if is_number(b) and name_of(a) == "mul" and is_number(a.args[1]):  # type: ignore[union-attr]
-            return r.make(aten.mul.Tensor, a.args[0], a.args[1] * b)  # type: ignore[union-attr]
-    return None
-
-
-def _filled(node: Any) -> float | None:
-    """The number that a tensor holds everywhere, where the graph says so."""
-    while name_of(node) in ("unsqueeze", "squeeze", "expand", "view", "reshape", "clone", "permute", "t", "detach"):
-        node = node.args[0]
-    name = name_of(node)
-    if name in ("ones", "ones_like", "new_ones"):
-        return 1.0
-    if name in ("full", "full_like", "new_full"):
-        number = bound_arguments(node)["fill_value"]
-        return float(number) if is_number(number) else None
-    return None
-
-
-def _mean(r: Rewriter, total: fx.Node, scale: Any) -> fx.Node | None:
-    b = bound_arguments(total)
-    x = b["self"]
-    dims = dims_of(b.get("dim"), value(x).ndim)
-    count = math.prod(value(x).shape[d] for d in dims)
-    if count and abs(scale * count - 1) < 1e-12 and b.get("dtype") is None:
-        return r.make(aten.mean.dim, x, dims, bool(b.get("keepdim")))
-    return None
-
-
-# -- sums
-
-
-@rewrites("unsqueeze")
-def _kept_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """A reduction of one dim, put back by unsqueeze, is the reduction with keepdim."""
-    total: Any = node.args[0]
-    if name_of(total) not in ("sum", "mean", "amax", "logsumexp", "amin") or "dim" not in bound_arguments(total):
-        return None
-    b = bound_arguments(total)
-    dims = dims_of(b["dim"], value(b["self"]).ndim)
-    if b["keepdim"] or len(dims) != 1 or node.args[1] % value(node).ndim != dims[0]:  # type: ignore[operator]
-        return None
-    return r.make(total.target, b["self"], dims, True)
-
-
-@rewrites("mean", "sum")
-def _variance(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """mean (x - mean x)^2 -> var(x); the sum is count times that."""
-    b = bound_arguments(node)
-    square = b["self"]
-    if name_of(square) != "mul" or square.args[0] is not square.args[1] or b.get("dtype") is not None:
-        return None
-    dims = dims_of(b.get("dim"), value(square).ndim)
-    x = _centred(square.args[0], dims)
-    if x is None:
-        return None
-    spread = r.make(aten.var.correction, x, dims, correction=0, keepdim=bool(b.get("keepdim")))
-    count = math.prod(value(x).shape[d] for d in dims)
-    return spread if name_of(node) == "mean" else r.make(aten.mul.Tensor, spread, float(count))
-
-
-def _centred(node: Any, dims: list[int]) -> fx.Node | None:
-    """x, if the node is x - mean(x, dims, keepdim)."""
-    if name_of(node) != "sub" or node.kwargs or name_of(node.args[1]) != "mean":
-        return None
-    x, b = node.args[0], bound_arguments(node.args[1])
-    same = b["self"] is x and "dim" in b and set(dims_of(b["dim"], value(x).ndim)) == set(dims)
-    return x if same and b["keepdim"] else None
-
-
-def _normalised(r: Rewriter, x: fx.Node, root: fx.Node) -> fx.Node | None:
-    """(x - mean) / sqrt(var + eps) -> layer_norm;  x / sqrt(mean x^2 + eps) -> rms_norm; over trailing dims."""
-    if name_of(root) != "sqrt":
-        return None
-    inside: Any = root.args[0]
-    if name_of(inside) != "add" or not is_number(inside.args[1]) or inside.kwargs:
-        return None
-    spread, eps = inside.args
-    b = bound_arguments(spread) if name_of(spread) in ("var", "mean") else {}
-    if "dim" not in b or not b["keepdim"]:
-        return None
-    dims = sorted(dims_of(b["dim"], value(x).ndim))
-    shape = list(value(x).shape)
-    if dims != list(range(len(shape) - len(dims), len(shape))):
-        return None
-    sizes = [shape[d] for d in dims]
-    if name_of(spread) == "var":
-        inner = _centred(x, dims)
-        if inner is None or b["self"] is not inner or b.get("correction") != 0:
-            return None
-        return r.make(aten.layer_norm.default, inner, sizes, None, None, float(eps))
-    square = b["self"]
-    if name_of(square) == "mul" and square.args[0] is x and square.args[1] is x:
-        return r.make(aten.rms_norm.default, x, sizes, None, float(eps))
-    return None
-
-
-@rewrites("layer_norm", "rms_norm")
-def _without_gain(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """A norm with a gain and a bias is the plain norm, times the gain, plus the bias."""
-    b = bound_arguments(node)
-    gain, bias = b["weight"], b.get("bias")
-    if gain is None and bias is None:
-        return None
-    if name_of(node) == "layer_norm":
-        plain = r.make(aten.layer_norm.default, b["input"], b["normalized_shape"], None, None, b["eps"])
-    else:
-        plain = r.make(aten.rms_norm.default, b["input"], b["normalized_shape"], None, b["eps"])
-    scaled = plain if gain is None else r.make(aten.mul.Tensor, plain, gain)
-    return scaled if bias is None else r.make(aten.add.Tensor, scaled, bias)
-
-
-# -- exponentials
-
-
-def _softmax(r: Rewriter, x: fx.Node, total: fx.Node) -> fx.Node | None:
-    """exp(u) / sum exp(u) -> softmax(u)."""
-    dim = _summed_dim(total, "sum")
-    if name_of(x) != "exp" or dim is None or bound_arguments(total)["self"] is not x:
-        return None
-    return r.make(aten.softmax.int, x.args[0], dim)
-
-
-def _summed_dim(node: Any, op: str) -> int | None:
-    """The one dim that a reduction with keepdim takes."""
-    if name_of(node) != op:
-        return None
-    b = bound_arguments(node)
-    if "dim" not in b or not b["keepdim"] or b.get("dtype") is not None:
-        return None
-    dims = dims_of(b["dim"], value(b["self"]).ndim)
-    return dims[0] if len(dims) == 1 else None
-
-
-@rewrites("softmax", "_softmax", "log_softmax", "_log_softmax")
-def _unshifted(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """softmax(x - m) -> softmax(x) for an m that is constant along the dim; one spelling of the op and of the dim."""
-    b = bound_arguments(node)
-    x, dim = b["self"], b["dim"]
-    if b.get("dtype") is not None or b.get("half_to_float") or not value(x).ndim:
-        return None
-    target = aten.log_softmax.int if "log" in name_of(node) else aten.softmax.int
-    dim %= value(x).ndim
-    moved = _shifted(x, dim)
-    if moved is not None:
-        return r.make(target, moved, dim)
-    return r.make(target, x, dim) if (node.target, b["dim"]) != (target, dim) else None
-
-
-def _shifted(x: Any, dim: int) -> fx.Node | None:
-    """y, if x is y - m or y + m with an m that does not vary along the dim."""
-    if name_of(x) not in ("sub", "add") or not isinstance(x.args[0], fx.Node):
-        return None
-    y, m = x.args[:2]
-    if value(y).shape != value(x).shape:
-        return None
-    if is_number(m):
-        return y
-    rank, shape = value(x).ndim, value(m).shape
-    behind = dim - (rank - len(shape))
-    return y if behind < 0 or (shape[behind] == 1 and value(x).shape[dim] != 1) else None
-
-
-@rewrites("exp")
-def _exp_of_log(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    x: Any = node.args[0]
-    return r.make(aten.softmax.int, x.args[0], x.args[1]) if name_of(x) == "log_softmax" else None
-
-
-@rewrites("log")
-def _log(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    x: Any = node.args[0]
-    if name_of(x) == "softmax":
-        return r.make(aten.log_softmax.int, x.args[0], x.args[1])
-    if name_of(x) == "sum" and name_of(bound_arguments(x)["self"]) == "exp" and bound_arguments(x).get("dtype") is None:
-        b = bound_arguments(x)
-        inner = b["self"].args[0]
-        return r.make(aten.logsumexp.default, inner, dims_of(b.get("dim"), value(inner).ndim), bool(b.get("keepdim")))
-    return None
-
-
-@rewrites("sub")
-def _log_softmax(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """x - logsumexp(x) -> log_softmax(x)."""
-    x, total = node.args[:2]
-    dim = None if node.kwargs else _summed_dim(total, "logsumexp")
-    if dim is None or bound_arguments(total)["self"] is not x:  # type: ignore[arg-type]
-        return None
-    return r.make(aten.log_softmax.int, x, dim)
-
-
-@rewrites("add")
-def _shifted_back(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """logsumexp(x - m) + m -> logsumexp(x)."""
-    if node.kwargs:
-        return None
-    if is_number(node.args[1]) and node.args[1] == 0 and value(node.args[0]).dtype == value(node).dtype:  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
-    for total, m in (node.args[:2], node.args[1::-1]):
-        dim = _summed_dim(total, "logsumexp")
-        inner = bound_arguments(total)["self"] if dim is not None else None  # type: ignore[arg-type]
-        if name_of(inner) == "sub" and not inner.kwargs and inner.args[1] is m and _shifted(inner, dim):  # type: ignore[arg-type]
-            return r.make(aten.logsumexp.default, inner.args[0], [dim], True)
-    return None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import torch
@@ -19,7 +17,8 @@ from dualform.calculus.code import vjp_code
 from dualform.calculus.elimination import Link, Move, collected, derive, in_axes
 from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
 from dualform.calculus.notation import Formula, Names, formula
-from dualform.calculus.program import Program
+from dualform.calculus.program import Program, name_nodes
+from dualform.calculus.rewriting import inline
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.structure import Derivative, Term, fresh_axes
 from dualform.calculus.table import Call, broadcast_axes
@@ -55,8 +54,9 @@ class Story:
         self.wrt = wrt
         self.axes = None if axes is None else (axes[1], axes[0][wrt])
         gm = trace(f, *args)
-        self.program = Program(gm, args, wrt, local_derivative, names)
-        self._name_nodes(list(names), closed or {})
+        inline(gm.graph)  # what an op is made of is what there is to tell about it
+        gm.recompile()
+        self.program = Program(gm, args, wrt, local_derivative, name_nodes(gm, names, closed))
         called = set(self.program.names.values())
         # An index that is called like a tensor misleads; p, h and r are what rules call their factors.
         self.names = Names(called.__contains__, sorted({name for name in called if len(name) == 1} | set("phr")))
@@ -73,37 +73,13 @@ class Story:
         """Push forward along the graph."""
         return self.program.jvp(v)
 
-    def _name_nodes(self, names: list[str], closed: Mapping[int, str]) -> None:
-        """Give intermediates the caller's own variable names where the line assigns one."""
-        program, taken = self.program, set(names)
-        last: dict[str, fx.Node] = {}
-        for node in program.gm.graph.nodes:
-            if line := source_line(node):
-                last[line] = node
-        for node in program.gm.graph.nodes:
-            if node.op not in ("call_function", "get_attr") or node is program.output:
-                continue
-            line = source_line(node)
-            assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
-            if node.op == "get_attr":
-                stem = closed.get(id(program.values[node])) or "c"
-            else:
-                packet = plain(getattr(node.target, "_opname", None) or node.name)
-                stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", packet)
-                if stem == "T":
-                    stem = f"{program.name_of(node.all_input_nodes[0])}_T"
-            program.names[node] = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}{k}") not in taken)
-            taken.add(program.names[node])
-        if program.output.op == "call_function":
-            program.names[program.output] = next(n for n in ("z", "out", "result", "f_out") if n not in taken)
-
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """Assemble the steps, the proof, the result, its code and its checks."""
         if level not in LEVELS:
             fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
         code, namespace = vjp_code(derivative)
         steps = self.steps  # first, so that plain names are theirs
-        result = self._step("chain", "", derivative, self._symbol(self.program.output), axes=self.axes)
+        result = self._step("chain", "", derivative, self._symbol(self.program.output))
         stages = self.stages
         end = stages[-1].symbol if stages else ""
         whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
@@ -150,7 +126,7 @@ class Story:
                 continue  # a comparison, a position: nothing flows through it
             for source in dict.fromkeys(source for source, _ in parts):
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
-        return found
+        return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
     def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[Step]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
@@ -192,9 +168,12 @@ class Story:
         said: str = "",
         axes: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> Step:
+        if symbol == self._symbol(self.program.output):
+            axes = self.axes
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
         shown = collected(shown) if op != "chain" else shown
         why = reasons(shown, lambda name: self._meaning(name, shown))
+        why = why if math.prod(derivative.shape) else ("an axis is empty: there is no entry",)
         line = "" if node is None or source_line(node) == source_line(self.program.output) else source_line(node)
         return Step(op, text or symbol, shown, derivative, "; ".join(why), line, why, said)
 
@@ -310,7 +289,21 @@ class Story:
 
 def _error(a: Tensor, b: Tensor) -> float:
     """The largest difference, as a part of the largest number where that is above 1."""
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item() if a.numel() else 0.0
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
+
+
+def _joined(steps: Sequence[Step], start: str, end: str) -> list[Step]:
+    """The steps on a way from the start to the end; where nothing flows, as into what is overwritten, none is told."""
+    flowing = [step for step in steps if step.derivative.terms or not math.prod(step.shape)]
+    reached, needed = {start}, {end}
+    for step in flowing:
+        if step.below in reached:
+            reached.add(step.above)
+    for step in reversed(flowing):
+        if step.above in needed:
+            needed.add(step.below)
+    return [step for step in flowing if step.below in reached and step.above in needed]
 
 
 def _broadcast_shape(call: Call, x: Tensor) -> tuple[int, ...]:

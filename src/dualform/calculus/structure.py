@@ -207,7 +207,8 @@ class Derivative(Questions):
         if use not in sides:
             fail("plans", "use", f"is {use!r}", f"one of {list(sides)}", "Choose one.", ValueError)
         like = torch.empty((), dtype=self.dtype, device="meta")
-        return tuple(term_plan(term, *sides[use], like) for term in self.terms)
+        seed, result = sides[use]
+        return tuple(term_plan(term, seed, result, like) for term in self.terms)
 
     def to_scipy_sparse(self) -> Any:
         """Make a scipy COO array of the flattened output by the flattened input, from the structure.
@@ -287,8 +288,8 @@ class Derivative(Questions):
         Dtype:  none.
         Raises: ModuleNotFoundError without matplotlib, which the extra 'viz' brings.
         """
-        plain = self.route is None
-        return draw(self, formula(self.terms, self.out_shape, self.in_shape) if plain else self.route.shown(self))
+        route = self.route
+        return draw(self, formula(self.terms, self.out_shape, self.in_shape) if route is None else route.shown(self))
 
     def __repr__(self) -> str:
         kind = ", symmetric" if self.is_symmetric else ""

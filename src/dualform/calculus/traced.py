@@ -8,7 +8,7 @@ tensors, and never identity alone. At most `CACHE_SIZE` are kept, the least rece
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 from dualform.calculus.canonical import settled
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
+from dualform.calculus.identities import canonical_graph
 from dualform.calculus.linear import Split, runnable, split, straight
 from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
-from dualform.calculus.rewriting import rewritten
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative
@@ -91,7 +91,7 @@ class Skeleton:
         found = []
         for term, places in zip(self.terms, self.places, strict=True):
             at = iter(places)
-            factors = [f if (held := _held(f)) is None else replace(f, **{held: made[next(at)]}) for f in term.factors]
+            factors = [_refilled(f, made, at) for f in term.factors]
             found.append(Term(term.coef, tuple(factors), term.out, term.inn))
         return tuple(found)
 
@@ -99,6 +99,11 @@ class Skeleton:
 def _held(f: Any) -> str | None:
     """The field in which a factor or a relation holds a tensor."""
     return next((name for name in ("tensor", "index") if isinstance(getattr(f, name, None), Tensor)), None)
+
+
+def _refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> Any:
+    held = _held(f)
+    return f if held is None else replace(f, **{held: made[next(at)]})
 
 
 def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
@@ -128,7 +133,7 @@ class Traced:
 
         gm = trace(flat, *tensors)
         self.slots, constants, made = _lifted(gm, known)
-        self.gm = rewritten(gm)
+        self.gm = canonical_graph(gm)
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
@@ -206,7 +211,7 @@ def _refuse_steps(results: Sequence[fx.Node]) -> None:
 
 def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
     """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself), and its name."""
-    slot = {id(t): k for k, t in enumerate(known.tensors)}
+    slot: dict[int, Any] = {id(t): k for k, t in enumerate(known.tensors)}
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     slots: list[int | Tensor] = []
     names: list[str] = []

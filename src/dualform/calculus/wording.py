@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,6 +45,9 @@ def plain(op: str) -> str:
 def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, str] | None = None) -> str:
     """Write the op of a node in Python; `wide` gives operands that were broadcast first their names."""
     target: Any = node.target
+    if target is operator.getitem:
+        source: Any = node.args[0]
+        return f"{written(source, name, wide)}[{node.args[1]}]"
     if not isinstance(target, torch._ops.OpOverload):
         return str(node.name)
     op, schema = target._schema.name.split("::")[1], target._schema.arguments
@@ -73,7 +77,9 @@ def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, s
         len(names) :
     ]
     rest += [f"{k}={show(v)}" for k, v in keywords.items()]
-    method = bool(schema) and schema[0].name == "self" and hasattr(Tensor, op) and first.isidentifier()
+    method = (
+        bool(schema) and schema[0].name == "self" and hasattr(Tensor, op) and first.replace(".", "_").isidentifier()
+    )
     if method and torch.Tag.pointwise not in target.tags:
         return f"{first}.{op}({', '.join(rest)})"
     return f"{op}({', '.join([first, *rest] if first else rest)})"
