@@ -184,7 +184,7 @@ def _settled(term: Term, s: Select) -> Term | None:
     if readers:
         narrow = {f: _through(f, s) for f in readers}
         held = any(x is None for x in narrow.values()) or sum(not isinstance(f, Select) for f in readers) > 1
-        return term if held else replace(bare, factors=tuple(narrow.get(f, f) for f in rest))
+        return term if held else replace(bare, factors=tuple(narrow[f] if f in readers else f for f in rest))
     # Nothing else reads big: the sum over it is one for each value of small.
     free = 1 if s.small in {*bare.visible, *bare.hidden} else s.small.size
     return replace(bare, coef=bare.coef * free)

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dualform.calculus.elimination import Move, is_same
+from dualform.calculus.chain import Move
+from dualform.calculus.indices import is_same
 from dualform.calculus.notation import Formula
 from dualform.calculus.page import page
 from dualform.calculus.structure import Derivative

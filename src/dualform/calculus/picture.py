@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.elimination import Index
+from dualform.calculus.indices import Index
 from dualform.calculus.notation import Formula, Line, number
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from dualform.calculus.examples import Example
+from dualform.calculus.notation import formula
 from dualform.calculus.rules import ROWS, Call, derivative
 from dualform.calculus.table import Row
 
@@ -36,7 +37,7 @@ def _line(row: Row) -> str:
     structure, numbers = "0", "0"
     if call.operands:
         J = derivative(call, 0)
-        structure = J.structure.partition(" = ")[2]
+        structure = formula(J.terms, J.out_shape, J.in_shape).right()
         numbers = f"{J.nbytes // 8} of {J.dense_nbytes // 8}"
     cells = [f"`{name}`", source, _affine(row, call), f"`{row.examples[0]}`", f"`{structure}`", numbers]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

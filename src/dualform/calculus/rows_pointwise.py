@@ -198,9 +198,9 @@ def _nothing(call: Call, operand: int) -> list[Term]:
     return []
 
 
-# Entry by entry too, though torch does not tag them.
+# Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
 row(
-    "aten::hardswish", "aten::log_sigmoid", "aten::absolute",
+    "aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", "aten::absolute",
     examples=[call("", T("n m", "signed"))],
 )(pointwise)  # fmt: skip
 

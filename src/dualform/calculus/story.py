@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.chain import Link, Move, derive
 from dualform.calculus.code import vjp_code
-from dualform.calculus.elimination import Link, Move, collected, derive, in_axes
 from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
+from dualform.calculus.indices import collected, in_axes
 from dualform.calculus.notation import Formula, Names, formula
 from dualform.calculus.program import Program, name_nodes
 from dualform.calculus.rewriting import inline

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.elimination import Index
+from dualform.calculus.indices import Index
 from dualform.calculus.notation import Formula, Line
 from dualform.calculus.table import ALL, Call, find_row
 
