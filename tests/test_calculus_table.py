@@ -83,7 +83,9 @@ def truth(call: Call, operand: int) -> tuple[Tensor, bool]:
     try:
         return reference(call, operand), True
     except RuntimeError as error:
-        assert "differentiable" in str(error) or "not implemented" in str(error), error  # noqa: PT017
+        # Not implemented, or wrong: scatter's backward does not know a source that is larger than the index.
+        known = ("differentiable", "not implemented", "returned an invalid gradient")
+        assert any(words in str(error) for words in known), error  # noqa: PT017
         return probed(call, operand), False
 
 
