@@ -83,7 +83,9 @@ def main() -> None:
         "tangent kernel of 16": (lambda: df.calculus.site_derivatives(module, x[:16]).ntk().dense(), kernel),
     }
     sites = df.calculus.site_derivatives(module, x)
-    print(f"{n} samples, width {d}; Jacobians by all parameters: {sites.dense_nbytes / 1e6:,.0f} MB, kept: {sites.nbytes / 1e6:.1f} MB")
+    print(
+        f"{n} samples, width {d}; Jacobians by all parameters: {sites.dense_nbytes / 1e6:,.0f} MB, kept: {sites.nbytes / 1e6:.1f} MB"
+    )
     for name, J in sites.items():
         print(f"  d y / d {name}: {J.structure}")
     print(f"{'':22} {'dualform':>18} {'torch.func':>18}   difference")
