@@ -304,7 +304,9 @@ def measure(tool: str, name: str, limits: argparse.Namespace) -> dict[str, Any]:
     env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     command = [python, __file__, "--worker", tool, "--cases", name, *flags]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60 + 6 * limits.seconds, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, timeout=60 + 6 * limits.seconds, check=False
+        )
         out, error = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         out, error = (late.stdout or b"").decode(), "time is up"

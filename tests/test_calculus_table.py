@@ -83,7 +83,9 @@ def truth(call: Call, operand: int) -> tuple[Tensor, bool]:
     try:
         return reference(call, operand), True
     except RuntimeError as error:
-        assert "differentiable" in str(error) or "not implemented" in str(error), error  # noqa: PT017
+        # Not implemented, or wrong: scatter's backward does not know a source that is larger than the index.
+        known = ("differentiable", "not implemented", "returned an invalid gradient")
+        assert any(words in str(error) for words in known), error  # noqa: PT017
         return probed(call, operand), False
 
 
@@ -118,7 +120,7 @@ def test_row_is_exact(example: Example, recwarn: pytest.WarningsRecorder) -> Non
     assert not [w for w in recwarn.list if "derivative row" in str(w.message)]
 
 
-@settings(max_examples=20 * settings().max_examples)
+@settings(max_examples=12 * settings().max_examples)
 @given(st.sampled_from(EXAMPLES), st.data(), st.integers(0, 99), st.booleans())
 def test_rows_are_exact_at_drawn_sizes(example: Example, data: st.DataObject, seed: int, alias: bool) -> None:
     """Sizes 0 and 1, matrices that are square or not, and the same tensor passed twice."""

@@ -277,7 +277,10 @@ def _index_put(call: Call, operand: int) -> list[Term]:
         shape = call.operands[operand].shape
         shown = chosen[len(chosen) - len(shape) :] if shape else ()
         inn = tuple(() if n == 1 else axis for n, axis in zip(shape, shown, strict=True))
-        return [Term(1.0, relations, whole, inn)]
+        # A value that is broadcast over places on an axis of size 1, which no relation speaks of, is written so often.
+        spoken = {*atoms(whole), *atoms(inn), *(x for r in relations for x in r.labels)}
+        times = volume(x for x in atoms(chosen) if x not in spoken)
+        return [Term(float(times), relations, whole, inn)]
     if adds:
         return [Term(1.0, (), whole, whole)]
     ones = torch.ones((), dtype=base.dtype, device=base.device)

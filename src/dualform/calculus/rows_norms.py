@@ -30,7 +30,8 @@ _ALONG = [call("softmax.int", NM, -1), call("softmax.int", T(""), 0), call("soft
     "aten::softmax",
     "aten::_softmax",
     "aten::special_softmax",
-    examples=[*_ALONG, call("_softmax", NM, 0, False), call("special_softmax", NM, 0)],
+    "aten::_safe_softmax",
+    examples=[*_ALONG, call("_softmax", NM, 0, False), call("special_softmax", NM, 0), call("_safe_softmax", NM, 0)],
 )
 def _softmax(call: Call, operand: int) -> list[Term]:
     """dp_j/dx_k = p_j (δ_jk - p_k)."""

@@ -108,10 +108,12 @@ def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[
     """The identity away from a window: minus the window, which stores nothing either."""
     out = fresh_axes(base.shape)
     whole = Term(1.0, (), out, out)
+    if not count:
+        return [whole]
     if count == base.shape[dim]:
         return []
     inside = Select(Label(count), out[dim][0], start, step)
-    return [whole, Term(-1.0, (inside,), out, out)] if count else [whole]
+    return [whole, Term(-1.0, (inside,), out, out)]
 
 
 @row(
