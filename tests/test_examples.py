@@ -47,3 +47,13 @@ def test_a_stream_in_parts_is_the_text_in_one():
         start = max(0, at - 1)
         assert abs(loss - float(want[start : start + n].mean())) < 1e-9
         assert (forgetful == loss) == (at == 0)
+
+
+def test_per_sample_work_agrees_with_torch_func(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["per_sample.py", "--samples", "6", "--width", "8"])
+    threads = torch.get_num_threads()
+    load("per_sample").main()
+    torch.set_num_threads(threads)
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert all(float(row.split()[-1]) < 1e-5 for row in rows)
+    assert "Gauss-Newton diagonal" in rows[2]

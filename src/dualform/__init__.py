@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dualform.calculus import Derivative, Explanation, explain, jacobian
+from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
 from dualform.kernels import backend as _cpp  # noqa: F401 - it registers itself
 from dualform.learning.backends import backends
@@ -73,6 +73,7 @@ __all__ = [
     "backends",
     "derive",
     "explain",
+    "hessian",
     "jacobian",
     "learners",
     "models",
