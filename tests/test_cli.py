@@ -349,3 +349,32 @@ def test_a_formula_runs_nobodys_code(formula):
 
 def test_shapes():
     assert parse_shapes(["x=2", "s=", "y=2,3"]) == {"x": (2,), "s": (), "y": (2, 3)}
+
+
+def test_bench_compares_backends_and_the_cache_is_cleared(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))
+    sizes = ["--length", "8", "--dim", "4", "--heads", "1", "--chunk", "4", "--rounds", "1"]
+    status, out, _ = run(capfd, "bench", "cpu", "--learner", "linear", *sizes, "--json")
+    assert status == 0
+    row, attention = json.loads(out)
+    assert row["learner"] == "linear"
+    assert row["times faster"] == pytest.approx(row["eager ms"] / row["cpp ms"])
+    assert attention["eager ms"] > 0
+    assert len(list(tmp_path.iterdir())) == 2
+    status, out, _ = run(capfd, "cache", "clear")
+    assert status == 0
+    assert out.startswith("cleared 2 compiled programs")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "0"), "bench: --batch is 0; expected a number >= 1"),
+        (("--learner", "lineer"), "Did you mean 'Linear'"),
+    ],
+)
+def test_bench_refuses(capfd, arguments, message):
+    status, _, err = run(capfd, "bench", "cpu", *arguments)
+    assert status == 2
+    assert message in err

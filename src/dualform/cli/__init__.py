@@ -9,6 +9,8 @@ from cyclopts import App, CycloptsError
 from transformers.utils import logging
 
 from dualform.catalogue import CatalogueError
+from dualform.cli.bench import bench
+from dualform.cli.cache import cache
 from dualform.cli.convert import convert
 from dualform.cli.evaluate import evaluate
 from dualform.cli.explain import explain
@@ -21,10 +23,10 @@ from dualform.train.settings import SettingsError
 
 app = App(
     name="dualform",
-    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert.",
+    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert, bench.",
     version_flags=[],
 )
-for verb in (train, generate, explain, evaluate, convert):
+for verb in (train, generate, explain, evaluate, convert, bench, cache):
     app.command(verb)
 app.command(list_presets, name="presets")
 

@@ -79,7 +79,7 @@ def _execute(command: Sequence[str], text: str = "") -> str:
 def _identity(command: tuple[str, ...], flags: tuple[str, ...]) -> str:
     """Describe a compiler and this processor, for keys: all that the compiler defines of its own on this machine."""
     defined = _execute([*command, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    return "\n".join([_execute([*command, "--version"]), platform.machine(), defined, *flags])
+    return "\n".join([*command, _execute([*command, "--version"]), platform.machine(), defined, *flags])
 
 
 # -- the cache: KEY.DIGEST.so, the key of what was compiled, the digest of what came out ------------------------------
