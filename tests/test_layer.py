@@ -290,3 +290,35 @@ def test_sizes_that_do_not_fit_say_so():
         layer(rand(2, 5, 8), make(share_qk=True)(rand(2, 5, 8))[1])
     with pytest.raises(ValueError, match="another model"):
         layer(rand(2, 5, 8), make("mlp")(rand(2, 5, 8))[1])
+
+
+def test_a_state_that_is_not_finite_names_layer_head_and_mini_batch():
+    model = df.DualformForCausalLM(df.DualformConfig(preset="tiny-ttt-linear", hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=2, chunk=4, vocab_size=16))  # fmt: skip
+    mixers = [m for m in model.modules() if isinstance(m, df.TestTimeTraining)]
+    ids = torch.arange(12)[None] % 16
+    with torch.no_grad():
+        for mixer in mixers:
+            mixer.nan_policy = "raise"
+        model(ids)
+        mixers[1].rate_bias[1] = torch.nan
+        with pytest.raises(
+            ValueError, match=r"layer 1: program: the state's .* row 0, head 1, from mini-batch 0 on \(tokens 0 to 3"
+        ):
+            model(ids)
+        mixers[1].nan_policy = "propagate"
+        assert model(ids).logits.isnan().any()
+
+
+@pytest.mark.parametrize("form", ["auto", "primal"])
+def test_where_a_state_stops_being_finite(form):
+    program = df.derive(hidden["linear"](4).double(), chunk=3)
+    q, k, v = torch.randn(3, 2, 11, 2, 4, dtype=DOUBLE).unbind()
+    v[1, 7, 1, 2] = torch.inf
+    program(q, k, v, form=form)
+    with pytest.raises(ValueError, match=r"row 1, head 1, from mini-batch 2 on \(tokens 6 to 8 of the call\)"):
+        program(q, k, v, form=form, nan_policy="raise")
+    _, state = program(q, k, v, form=form)
+    with pytest.raises(ValueError, match="head 1, in the state that was passed; expected finite numbers"):
+        program(q, k, v, state=state, form=form, nan_policy="raise")
+    with pytest.raises(ValueError, match="nan_policy is 'stop'; expected one of"):
+        program(q, k, v, nan_policy="stop")

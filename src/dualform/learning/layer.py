@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
 
+from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
 from dualform.learning.program import derive
@@ -79,6 +80,10 @@ class TestTimeTraining(nn.Module):
     """
 
     __test__ = False  # the name is not a test's
+    nan_policy: str = (
+        "propagate"  # "raise": a state that is not finite is an error that names layer, head and mini-batch
+    )
+    name: str = ""  # of the layer in its model, for errors
 
     def __init__(
         self,
@@ -146,7 +151,11 @@ class TestTimeTraining(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Return (y, state); any split of x over calls with the state carried gives the same y."""
         read = self._read(x, state, attention_mask, reset)
-        z, memory = self.program(read.q, read.k, read.v, read.gates, state=state and state.memory, **read.rest)
+        rest = {**read.rest, "state": state and state.memory, "nan_policy": self.nan_policy}
+        try:
+            z, memory = self.program(read.q, read.k, read.v, read.gates, **rest)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
         z = z.flatten(2)
         z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
         z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z

@@ -22,6 +22,7 @@ from dualform.learning.backends import backends
 from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
+from dualform.learning.finite import check_finite, policies
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.primal import primal
@@ -138,11 +139,13 @@ class ChunkProgram:
         form: str = "auto",
         backend: str = "auto",
         remat: str | int | None = "auto",
+        nan_policy: str = "propagate",
     ) -> tuple[Tensor, State]:
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
-        Raises: ShapeError, DerivationError.
+        Raises: ShapeError, DerivationError; BackendError for a backend that cannot run this; under nan_policy="raise"
+                NonFiniteError where the state is not finite, naming row, head and mini-batch (not inside torch.compile).
         """
         if form not in forms:
             raise DerivationError(f"program: form is {form!r}; expected one of {forms}. Choose one of these.")
@@ -154,14 +157,28 @@ class ChunkProgram:
             raise ShapeError(
                 f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one of these."
             )
+        if nan_policy not in policies:
+            raise ShapeError(f"program: nan_policy is {nan_policy!r}; expected one of {policies}. Choose one of these.")
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
         if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False):
                 o, after = primal(call)
-            return o.to(q.dtype), after
-        o, after = self._scan(form, backend, call, state is not None, remat)
+        else:
+            o, after = self._scan(form, backend, call, state is not None, remat)
+        if nan_policy == "raise" and not torch.compiler.is_compiling():
+
+            def after_tokens(n: int) -> State:
+                def cut(x: Tensor | None) -> Tensor | None:
+                    return None if x is None else x[:, :n]
+
+                cut_gates = {name: x if name == "offset" else x[:, :n] for name, x in (gates or {}).items()}
+                given = {"state": state, "mask": cut(mask), "reset": cut(reset), "params": params}
+                with torch.no_grad():
+                    return self(q[:, :n], k[:, :n], v[:, :n], cut_gates, **given, form=form, backend=backend)[1]
+
+            check_finite(after, after_tokens, q.shape[1], self.chunk)
         return o.to(q.dtype), after
 
     def losses(
@@ -224,6 +241,13 @@ class ChunkProgram:
         device = next(iter(fast.values())).device
         return State(anchor, registers, torch.zeros(B, dtype=torch.long, device=device))
 
+    def _like(self, fast: Mapping[str, Tensor], B: int) -> State:
+        """Return what a state looks like, of no memory of its own."""
+        n = self.rule.num_registers
+        anchor = {name: w.expand(B, *w.shape) for name, w in fast.items()}
+        registers = {name: w[:, :, None].expand(*w.shape[:2], n, *w.shape[2:]) for name, w in anchor.items()}
+        return State(anchor, registers, next(iter(fast.values())).new_zeros(B, dtype=torch.long))
+
     def _parameters(
         self, params: Mapping[str, Tensor], H: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -284,9 +308,8 @@ class ChunkProgram:
                 )
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
         fast, slow = self._parameters(params, H, dtype, q.device)
-        start = self._start(fast, B)
         if state is not None:
-            state = check_state(state, start)
+            state = check_state(state, self._like(fast, B))
         return Inputs(
             learner=self.learner,
             objective=self.objective,
@@ -297,7 +320,7 @@ class ChunkProgram:
             k=k.to(dtype),
             v=v.to(dtype),
             gates=self._gates(gates, (B, T, H), dtype, q.device),
-            state=start if state is None else state,
+            state=self._start(fast, B) if state is None else state,
             mask=mask,
             reset=reset,
             slow=slow,

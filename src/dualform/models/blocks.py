@@ -64,8 +64,8 @@ class ShortConv(nn.Module):
         return depthwise(windows, self.conv), tail
 
 
-def learning_layer(config: DualformConfig) -> TestTimeTraining:
-    """Build the layer that a configuration describes."""
+def learning_layer(config: DualformConfig, name: str = "") -> TestTimeTraining:
+    """Build the layer that a configuration describes; name: how errors call it."""
     layer = TestTimeTraining(
         config.hidden_size,
         config.num_attention_heads,
@@ -78,6 +78,7 @@ def learning_layer(config: DualformConfig) -> TestTimeTraining:
         use_gate=config.use_gate,
         conv_kernel=config.conv_kernel,
     )
+    layer.name = name
     for tensor in own_tensors(layer).values():
         # The layer has drawn its own values; transformers' init must refill them only where it made them from nothing.
         tensor._is_hf_initialized = tensor.device.type != "meta"  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,7 +141,7 @@ class DualformBlock(GradientCheckpointingLayer):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.seq_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         if self.kind == "test_time":
-            self.mixer: nn.Module = learning_layer(config)
+            self.mixer: nn.Module = learning_layer(config, f"layer {index}")
         else:
             self.mixer = Attention(dim, config.num_attention_heads, config.rope_theta)
         self.conv = ShortConv(config) if config.pre_conv else None
