@@ -62,7 +62,9 @@ def bench(
             raise UsageError(f"bench: --{key} is {value}; expected a number >= 1.")
     torch.manual_seed(0)
     q, k, v = (torch.randn(batch, length, heads, dim, requires_grad=True) for _ in range(3))
-    rows = [_row(key, dim, chunk, (q, k, v), rounds) for key in learner or _alone()]
+    rule = rules.SGD(lr=0.1, averaged=True)
+    programs = {key: derive(learners.build(key)(dim), rule=rule, chunk=chunk) for key in learner or _alone()}
+    rows = [{"learner": key} | compare(program, (q, k, v), rounds) for key, program in programs.items()]
 
     def attend() -> Tensor:
         Q, K, V = (x.transpose(1, 2) for x in (q, k, v))
@@ -79,10 +81,10 @@ def _alone() -> list[str]:
     return [name for name in learners.names() if empty not in learners[name].options.values()]
 
 
-def _row(key: str, dim: int, chunk: int, qkv: tuple[Tensor, Tensor, Tensor], rounds: int) -> dict[str, Any]:
-    program = derive(learners.build(key)(dim), rule=rules.SGD(lr=0.1, averaged=True), chunk=chunk)
+def compare(program: ChunkProgram, qkv: tuple[Tensor, Tensor, Tensor], rounds: int) -> dict[str, Any]:
+    """Time a program's two directions on each backend, and one large matrix product beside them."""
     leaves = [*qkv, *program.learner.parameters()]
-    found: dict[str, Any] = {"learner": key}
+    found: dict[str, Any] = {}
     for backend in BACKENDS:
 
         def run(backend: str = backend) -> Tensor:

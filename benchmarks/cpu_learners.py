@@ -1,0 +1,86 @@
+"""Learners and rules without a line of their own in kernels/: forward and backward, eager and as generated C++.
+
+    OMP_NUM_THREADS=1 python benchmarks/cpu_learners.py [--length 2048] [--rounds 3] [--output FILE]
+
+The shares of the rate of a large matrix product are of the products alone, and of the rate measured beside each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
+
+import torch
+from torch import Tensor, nn
+
+import dualform as df
+from dualform.cli.bench import compare
+from dualform.cli.output import show
+
+RESULT = Path(__file__).parent / "results" / "cpu_learners.json"
+H, d, b = 4, 64, 16
+
+
+class Kronecker(nn.Module):
+    """x (A kron B), a weight of 128 numbers that acts as 64 x 64."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, side = dim, int(dim**0.5)
+        self.A, self.B = (nn.Parameter(torch.randn(side, side) / side**0.5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = len(self.A)
+        return torch.einsum("...ab,ac,bd->...cd", x.unflatten(-1, (side, side)), self.A, self.B).flatten(-2)
+
+
+averaged = df.rules.SGD(lr=0.1, averaged=True)
+cases = {
+    "TTT-Linear": (df.learners.residual_norm(df.learners.Linear()), averaged),
+    "TTT-MLP": (df.learners.residual_norm(df.learners.MLP()), averaged),
+    "SwiGLU": (df.learners.SwiGLU(), averaged),
+    "MLP of 3 layers": (df.learners.MLP(depth=3, expand=2), averaged),
+    "low rank 8": (df.learners.LowRank(rank=8), averaged),
+    "Kronecker": (Kronecker, averaged),
+    "Linear, momentum": (df.learners.residual_norm(df.learners.Linear()), df.rules.SGD(lr=0.1, momentum=0.9)),
+    "Linear, decay": (df.learners.residual_norm(df.learners.Linear()), df.rules.SGD(lr=0.1, decay=0.01)),
+    "MLP, momentum and decay (Titans)": (df.learners.MLP(expand=2), df.rules.SGD(lr=0.1, momentum=0.9, decay=0.01)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, options.length, H, d, requires_grad=True) for _ in range(3))
+    load = os.getloadavg()
+    rows = []
+    for name, (recipe, rule) in cases.items():
+        rows.append({"learner": name} | compare(df.derive(recipe(d), rule=rule, chunk=b), (q, k, v), options.rounds))
+        print(rows[-1], flush=True)
+    machine = {
+        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg(), "date": date.today().isoformat(),
+    }  # fmt: skip
+    settings = {"batch": 1, "length": options.length, "heads": H, "dim": d, "chunk": b, "rounds": options.rounds}
+    options.output.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1) + "\n")
+    with options.output.with_suffix(".md").open("w") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        file.write("| " + " | ".join(names) + " |\n|" + "---|" * len(names) + "\n")
+        for row in rows:
+            cells = (f"{x:.1f}" if isinstance(x, float) else str(x) for x in (row.get(name, "") for name in names))
+            file.write("| " + " | ".join(cells) + " |\n")
+    show(rows, f"forward + backward, ms, {settings}")
+
+
+if __name__ == "__main__":
+    main()
