@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from dualform import TestTimeTraining
 from dualform.cli.output import show
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
 from dualform.train.loop import Outcome, num_parameters, train
@@ -37,6 +38,22 @@ def sample(outcome: Outcome, prompt: str, num_bytes: int) -> str:
         eos_token_id=None,
     )
     return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def step_seconds(outcome: Outcome, rows: PackedRows, size: int, backend: str) -> float:
+    """Time a step's forward and backward pass, the best of three."""
+    for module in outcome.model.modules():
+        if isinstance(module, TestTimeTraining):
+            module.backend = backend
+    ids = torch.stack([rows[i]["input_ids"] for i in range(size)])
+    outcome.model.train()
+    found = []
+    for _ in range(4):
+        start = time.perf_counter()
+        outcome.model(ids, labels=ids).loss.backward()
+        found.append(time.perf_counter() - start)
+    outcome.model.zero_grad()
+    return min(found[1:])
 
 
 def main() -> None:
@@ -87,8 +104,14 @@ def main() -> None:
             }
         )
     rows.append({"model": "TTT-MLP, inner rate 0", "bits per byte": still.bits_per_byte})
+    trained = PackedRows(corpus.train, options.seq_len)
+    eager, auto = (1e3 * step_seconds(learner, trained, options.batch_size, name) for name in ("eager", "auto"))
     print()
     show(rows, f"held-out plays: {', '.join(d.name for d in corpus.test)}")
+
+    print(
+        f"\na step of TTT-MLP takes {auto:.0f} ms; op by op (backend='eager') {eager:.0f} ms, {eager / auto:.1f} times as long"
+    )
 
     curves = {label: o.evaluation.loss_by_position for label, o in outcomes.items() if o.evaluation is not None}
     picture = plot_loss_by_position(

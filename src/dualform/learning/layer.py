@@ -80,9 +80,9 @@ class TestTimeTraining(nn.Module):
     """
 
     __test__ = False  # the name is not a test's
-    nan_policy: str = (
-        "propagate"  # "raise": a state that is not finite is an error that names layer, head and mini-batch
-    )
+    # How it runs and complains, not what it is: no configuration holds these.
+    backend: str = "auto"
+    nan_policy: str = "propagate"
     name: str = ""  # of the layer in its model, for errors
 
     def __init__(
@@ -151,7 +151,7 @@ class TestTimeTraining(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """Return (y, state); any split of x over calls with the state carried gives the same y."""
         read = self._read(x, state, attention_mask, reset)
-        rest = {**read.rest, "state": state and state.memory, "nan_policy": self.nan_policy}
+        rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
         try:
             z, memory = self.program(read.q, read.k, read.v, read.gates, **rest)
         except NonFiniteError as error:
