@@ -406,6 +406,30 @@ def test_many_processes_at_once(folder):
     assert len(list(folder.iterdir())) == 1
 
 
+def test_explain_says_which_backend_and_why(monkeypatch):
+    program = df.derive(built_in[0](8).double(), chunk=5)
+    assert "backend  cpp on the CPU, from 231,482 tokens x heads on, which repay compiling; else eager" in str(
+        program.explain()
+    )
+    monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
+    x = torch.randn(1, 5, 1, 8, dtype=DOUBLE)
+    program(x, x, x)
+    assert "cpp on the CPU, compiled already" in str(program.explain())
+    refused = df.derive(Running(), chunk=2)
+    with pytest.warns(UserWarning, match="cumsum"):
+        refused(x[..., :4], x[..., :4], x[..., :4])
+    assert "backend  eager, because cpp: the op aten.cumsum.default" in str(refused.explain())
+
+
+def test_a_schedule_counts_its_work():
+    parts = of(built_in[0], squared, "sgd", 4).schedule("cpp")
+    text = str(parts["forward"])
+    assert "flops in products" in text
+    assert "entries in and out" in text
+    with pytest.raises(df.DerivationError, match="backend is 'eager'; expected one that generates code"):
+        of(built_in[0], squared, "sgd", 4).schedule("eager")
+
+
 def test_small_calls_are_not_compiled():
     program = df.derive(built_in[0](6), chunk=3)
     x = torch.randn(1, 6, 1, 6)

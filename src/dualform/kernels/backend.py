@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -90,7 +91,20 @@ class _Sequence(Whole):
             return False
         if plan.natives:  # compiled for a longer call: what follows it stays there
             return True
-        return 12 * sum(x.numel() for x in call.anchor.values()) * call.q.shape[1] >= WORTH_COMPILING
+        return call.q[..., 0].numel() >= self._enough(plan)
+
+    def says(self, plan: Any) -> str:
+        made = (
+            "compiled already"
+            if plan.natives
+            else f"from {self._enough(plan):,} tokens x heads on, which repay compiling"
+        )
+        return f"on the CPU, {made}"
+
+    @staticmethod
+    def _enough(plan: scan.Plan) -> int:
+        """Count the tokens of single heads from which a call repays compiling."""
+        return math.ceil(WORTH_COMPILING / (12 * sum(p.numel() for p in plan.derivation.parts.fast.values())))
 
     def schedule(self, plan: Any, variant: Any) -> dict[str, Unit]:
         return {way: written(plan, variant, way) for way in ("forward", "backward")}

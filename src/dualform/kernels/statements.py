@@ -162,6 +162,18 @@ class Schedule:
         """Multiplications and additions of matrix products."""
         return sum(s.flops for s in self.statements if isinstance(s, Product))
 
+    @property
+    def entries(self) -> int:
+        """Operations entry by entry, and summands of rows."""
+        return sum(math.prod(s.space) * len(s.items) for s in self.statements if isinstance(s, Nest))
+
+    @property
+    def moved(self) -> int:
+        """Entries that come from and go to the caller with each mini-batch; what stays with a row is not counted."""
+        outputs = [x for x in self.outputs if isinstance(x, View) and x.buffer.place == "scratch"]
+        inputs = [b for b in self.inputs if b.place == "scratch"]
+        return sum(math.prod(x.shape) for x in (*inputs, *outputs))
+
     def __str__(self) -> str:
         lines = []
         for s in self.statements:
@@ -174,4 +186,5 @@ class Schedule:
             else:
                 names = " ".join(f"{i.out.buffer.name}:{i.op}" + ("*" if i.kept else "") for i in s.items)
                 lines.append(f"for {list(s.space)}, {s.stages} stage(s): {names}")
-        return "\n".join([*lines, f"scratch {self.scratch} entries, {self.flops:,} flops in products"])
+        totals = f"{self.flops:,} flops in products, {self.entries:,} entry by entry, {self.moved:,} entries in and out"
+        return "\n".join([*lines, f"scratch {self.scratch:,} entries; {totals}"])

@@ -52,6 +52,10 @@ class Whole(Protocol):
         """Is a call for this backend, where nobody chose one?"""
         ...
 
+    def says(self, plan: Any) -> str:
+        """Say in words which calls suit."""
+        ...
+
     def schedule(self, plan: Any, variant: Any) -> Any:
         """Say what will be run for a kind of block, direction by direction."""
         ...

@@ -69,7 +69,9 @@ class Account:
         return f"<h3>{html.escape(self.title)}</h3><ul>{facts}</ul>{body}<p>{html.escape(self.summary)}</p>{code}"
 
 
-def account(learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, code: str, level: str) -> Account:
+def account(
+    learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, code: str, level: str, backend: str
+) -> Account:
     """Tell a derivation from its traced step."""
     if level not in ("one-line", "steps", "proof"):
         raise ValueError(
@@ -87,6 +89,7 @@ def account(learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, 
         f"loss     {loss}(f(k), {target}) per token, gradients g_s at the mini-batch's anchor th",
         f"rule     {inner.rule.name}: theta_t = c_t th + d_t . R_0 - sum over s <= t of C[t,s] g_s;  "
         f"{registers} register{'s' if registers > 1 else ''}, gates {', '.join(inner.rule.gates)}",
+        f"backend  {backend}",
     )
     steps = tuple(_site(n, choice) for n, choice in enumerate(step.choices, 1))
     forms = ", ".join(f"{c.leaf} {c.form}" for c in step.choices)

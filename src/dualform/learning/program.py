@@ -407,7 +407,8 @@ class ChunkProgram:
 
     def explain(self, level: str = "steps") -> Account:
         """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms, costs) or "proof" (and the code)."""
-        return account(self.learner, self.derivation, self.step, self.cost, self.code, level)
+        words = scan_module.chosen_in_words(self.plan(self.derivation.K, self.derivation.dtype, "auto"))
+        return account(self.learner, self.derivation, self.step, self.cost, self.code, level, words)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it was made of; who reads it derives it again."""

@@ -209,6 +209,14 @@ def chosen(backend: str, plan: Plan, call: Call) -> str:
     return next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
 
 
+def chosen_in_words(plan: Plan) -> str:
+    """Say what runs calls where nobody chose."""
+    if "refused" in plan.natives:
+        return f"eager, because {plan.natives['refused']}"
+    each = ((name, found(name).whole) for name in backends.names())
+    return "; ".join([*(f"{name} {whole.says(plan)}" for name, whole in each if whole is not None), "else eager"])
+
+
 def _runs_whole(
     backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run_], list[Tensor]]
 ) -> list[Tensor] | Run_:
