@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualform.calculus import Derivative, Explanation, explain, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
+from dualform.functions import expansions
 from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.learners import learners
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "backends",
     "derive",
+    "expansions",
     "explain",
     "jacobian",
     "learners",

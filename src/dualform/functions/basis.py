@@ -1,0 +1,201 @@
+"""What a data expansion is: kappa: R^m -> R^D, as one frozen value; and the catalogue of all of them.
+
+Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k), M = dim of the base, D = expanded dim, n outputs.
+
+    kappa(x) = [ u^(x)d  for d in degrees ],   u = base(x) in R^M         (x) the Kronecker product, the first factor slowest
+
+Almost every expansion has degrees = (1,): it *is* its base. Taylor has base = x and degrees 1..d; wavelets of order d likewise.
+Most bases act on each attribute alone, through `basis(x, axis)`, which puts phi_1(x) .. phi_k(x) on a new axis: -1 is the layout
+"attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then phi_2, ...).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dualform.catalogue import Catalogue
+from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
+from dualform.shapes import fail
+
+expansions = Catalogue("expansions")
+
+# The widest row that is built: 0.4 GB in float32. Beyond it a setting exploded, and the message says how to do without.
+widest_row = 100_000_000
+
+Interval = tuple[float, float]
+Layout = Literal["attribute", "function", "mixed"]
+everywhere: Interval = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Map x (..., m) to its features kappa(x) (..., D).
+
+    kappa(x) = [base(x)^(x)d for d in degrees]
+    Shape:  (..., m) -> (..., D), D = dim(m); any leading dims, none included.
+    Dtype:  x's. Nothing is fitted or drawn: the same x gives the same features, on any device.
+    Raises: ShapeError for a size m that the expansion does not take, for integers, and for a row too wide to build.
+    Source: Zhang 2024 (RPN 1, arXiv 2407.04819), section 5.
+    Example:
+        >>> import torch, dualform as df
+        >>> taylor = df.expansions.taylor(degree=2)
+        >>> taylor.dim(3), taylor(torch.tensor([1.0, 2.0, 3.0])).tolist()[:6]
+        (12, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
+    """
+
+    name: str
+    base: Callable[[Tensor], Tensor]
+    base_dim: Callable[[int], int]
+    rule: str  # D as text, in m and the options
+    domain: Interval = (-1.0, 1.0)  # where it is differentiable (almost everywhere, if `rough`) and finite in float32
+    reach: Interval = everywhere  # where float32 stays finite
+    layout: Layout = "mixed"
+    basis: Callable[[Tensor, int], Tensor] | None = None
+    terms: tuple[str, ...] = ()  # phi_1 .. phi_k as Python expressions in x
+    degree: int | None = (
+        None  # phi_j is a polynomial of this degree between neighbouring knots (anywhere, without knots)
+    )
+    knots: tuple[float, ...] = ()
+    degrees: tuple[int, ...] = (1,)
+    symmetric: bool = False  # of each tensor power keep each monomial once
+    batchwise: bool = True  # row i of the result depends on row i of x alone
+    rough: str = ""  # where and why it is not differentiable inside its domain
+
+    @property
+    def width(self) -> int | None:
+        """k, the number of functions per attribute, or None if the expansion does not act on each attribute alone."""
+        return len(self.terms) if self.basis is not None else None
+
+    def dim(self, m: int) -> int:
+        """Return D, the number of features of m attributes."""
+        if m < 1:
+            fail(self.name, "m", f"is {m}", "at least one attribute, m >= 1", "Pass the size of x's last axis.")
+        M = self.base_dim(m)
+        return sum(num_subsets(M, d, repeat=True) if self.symmetric else M**d for d in self.degrees)
+
+    def phi(self, x: Tensor) -> Tensor:
+        """Evaluate the k functions of one attribute: x (...) -> (..., k)."""
+        if self.basis is None:
+            fail(
+                self.name, "phi", "does not exist", "an expansion of each attribute alone", "Call the expansion itself."
+            )
+        return self.basis(x, -1)
+
+    def check(self, m: int) -> int:
+        """Return D = dim(m), or refuse a row too wide to build."""
+        D = self.dim(m)
+        if D > widest_row:
+            M, d = self.base_dim(m), max(self.degrees)
+            packed = sum(num_subsets(M, power, repeat=True) for power in self.degrees)
+            fail(
+                self.name, f"m = {m}", f"asks for D = {self.rule} = {D:,} features per row",
+                f"at most {widest_row:,}",
+                f"Use symmetric=True ({packed:,} features), a degree below {d} (degree {d - 1}: {sum(M**p for p in range(1, d)):,}), "
+                "fewer attributes, or contract(x, weight), which builds no row." if d > 1 else "Use fewer attributes.",
+            )  # fmt: skip
+        return D
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        self.check(x.shape[-1])
+        u = self.base(x)
+        if self.degrees == (1,):
+            return u
+        if self.symmetric:
+            return torch.cat(
+                [power for d, power in enumerate(symmetric_powers(u, max(self.degrees)), 1) if d in self.degrees], -1
+            )
+        powers = [u]
+        for _ in range(max(self.degrees) - 1):
+            powers.append((powers[-1].unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2))
+        return torch.cat([powers[d - 1] for d in self.degrees], -1)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim == 0:
+            fail(self.name, "x", "is a scalar", "x (..., m)", "Add an axis of attributes: x[..., None].")
+        if not x.is_floating_point():
+            fail(self.name, "x", f"has dtype {x.dtype}", "a floating dtype", "Convert it: x.float() or x.double().")
+
+    def contract(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return kappa(x) @ weight.T without building a row of D features where tensor powers allow it.
+
+        Horner: W_1 u + W_2 (u (x) u) + ... = (W_1 + (W_2 + ...) u) u, the last factor first: b n M^(d-1) numbers, not b M^d.
+        Shape:  x (..., m), weight (n, D) -> (..., n). The columns of weight are those of kappa, W_d (n, M^d) for d in degrees.
+        """
+        n, M = weight.shape[0], self.base_dim(x.shape[-1])
+        if self.symmetric or self.degrees == (1,) or n >= M:
+            return self(x) @ weight.mT
+        self._check_input(x)
+        u = self.base(x)
+        parts = dict(zip(self.degrees, weight.split([M**d for d in self.degrees], -1), strict=True))
+        top = max(self.degrees)
+        total = u @ parts[top].reshape(-1, M).mT  # (..., n M^(top - 1))
+        for d in range(top - 1, 0, -1):
+            if d in parts:
+                total = total + parts[d].flatten()
+            total = (total.unflatten(-1, (n * M ** (d - 1), M)) @ u.unsqueeze(-1)).squeeze(-1)
+        return total
+
+    def features(self, names: Sequence[str]) -> list[str]:
+        """Name the D features as Python expressions in the attributes' names; monomials for tensor powers."""
+        m = len(names)
+        if self.basis is None and self.degrees == (1,) and self.base_dim(m) != m:
+            return [f"{self.name}[{i}]" for i in range(self.dim(m))]
+        if self.basis is None:
+            base = list(names)
+        else:
+            rows = [[_substitute(term, name) for term in self.terms] for name in names]
+            base = [cell for row in (rows if self.layout == "attribute" else zip(*rows, strict=True)) for cell in row]
+        if self.degrees == (1,):
+            return base
+        kinds = [monomials(len(base), d, unique=self.symmetric) for d in self.degrees]
+        return ["*".join(base[i] for i in index) for kind in kinds for index in kind]
+
+
+def _substitute(term: str, name: str) -> str:
+    # `x` stands alone in a term: exp is not x.
+    pieces, word = [], ""
+    for letter in term + " ":
+        if letter.isalnum() or letter == "_":
+            word += letter
+        else:
+            pieces += [name if word == "x" else word, letter]
+            word = ""
+    return "".join(pieces).rstrip()
+
+
+def attribute_wise(
+    name: str,
+    basis: Callable[[Tensor, int], Tensor],
+    terms: Sequence[str],
+    *,
+    layout: Layout = "attribute",
+    rule: str = "",
+    **notes: object,
+) -> Expansion:
+    """Make the expansion that applies the functions of `basis`, one term each, to every attribute alone."""
+    k = len(terms)
+
+    def base(x: Tensor) -> Tensor:
+        return basis(x, -1 if layout == "attribute" else -2).flatten(-2)
+
+    return Expansion(
+        name, base, lambda m: m * k, rule or f"{k} m", layout=layout, basis=basis, terms=tuple(terms), **notes
+    )  # type: ignore[arg-type]
+
+
+def along(values: Tensor, axis: int) -> Tensor:
+    """Lay k constants along the new axis of a basis: (k,) for the axis -1, (k, 1) for -2."""
+    return values if axis == -1 else values.unsqueeze(-1)
+
+
+def positive(name: str, option: str, value: float, least: int = 1) -> None:
+    """Refuse a degree or a count that is no whole number >= least."""
+    if isinstance(value, bool) or int(value) != value or value < least:
+        fail(name, option, f"is {value!r}", f"a whole number {option} >= {least}", f"Pass {option}={least} or more.")

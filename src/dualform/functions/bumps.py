@@ -1,0 +1,160 @@
+"""Shifted and scaled copies of one function on every attribute: radial bases, Fourier terms, uniform B-splines.
+
+Legend: x attribute, c centre, eps inverse width, h cell width, t cells, d degree, N order, P period.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive
+from dualform.shapes import fail
+
+Span = tuple[float, float]
+
+
+def _ordered(name: str, span: Span) -> tuple[float, float]:
+    if len(span) != 2 or not span[0] < span[1] or not all(math.isfinite(end) for end in span):
+        fail(name, "span", f"is {span}", "two finite numbers, low < high", "Pass span=(low, high).")
+    return float(span[0]), float(span[1])
+
+
+def _radial(name: str, shape: str, function, span: Span, count: int, epsilon: float, centres) -> Expansion:
+    """Place `function`(squared scaled distance) at every centre; `shape` is its text, with c and eps for the numbers."""
+    positive(name, "count", count)
+    low, high = _ordered(name, span)
+    if not (math.isfinite(epsilon) and epsilon != 0):
+        fail(name, "epsilon", f"is {epsilon}", "a finite number, not 0", "Pass the inverse width of a bump.")
+    if centres is not None and not centres:
+        fail(name, "centres", "is empty", "at least one number", "Pass centres=None for `count` even ones in `span`.")
+    step = (high - low) / max(1, count - 1)
+    given = tuple(float(c) for c in centres) if centres is not None else tuple(low + step * k for k in range(count))
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        if centres is None:
+            places = torch.linspace(low, high, count, dtype=x.dtype, device=x.device)
+        else:
+            places = torch.tensor(given, dtype=x.dtype, device=x.device)
+        return function(((x.unsqueeze(axis) - along(places, axis)) * epsilon).square())
+
+    terms = [shape.format(eps=epsilon, c=c) for c in given]
+    return attribute_wise(name, basis, terms, rule="m k, k centres", domain=(min(given) - 1, max(given) + 1))
+
+
+@expansions.record(
+    name="gaussian_rbf",
+    aliases=("gaussian_rbf_expansion",),
+    formula="exp(-(eps (x - c_k))^2), c_k = linspace(span, count) or the given centres",
+    source="Broomhead, Lowe 1988",
+    domain="all reals; decays to 0 away from the centres",
+)
+def gaussian_rbf(
+    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: tuple[float, ...] | None = None
+) -> Expansion:
+    """Expand every attribute in Gaussian bumps around centres."""
+    return _radial(
+        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), span, count, epsilon, centres
+    )
+
+
+@expansions.record(
+    name="inverse_quadratic_rbf",
+    aliases=("inverse_quadratic_rbf_expansion",),
+    formula="1 / (1 + (eps (x - c_k))^2), c_k as for gaussian_rbf",
+    source="Fornberg, Flyer 2015",
+    domain="all reals; decays to 0 away from the centres",
+)
+def inverse_quadratic_rbf(
+    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: tuple[float, ...] | None = None
+) -> Expansion:
+    """Expand every attribute in inverse quadratic bumps around centres."""
+    return _radial(
+        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), span, count, epsilon, centres
+    )
+
+
+@expansions.record(
+    name="fourier",
+    aliases=("fourier_expansion",),
+    formula="[cos(2 pi n x / P), sin(2 pi n x / P)] for n = 1 .. N",
+    source="Zhang 2024 (RPN 1), section 5",
+    domain="all reals, with period P",
+)
+def fourier(period: float = 10, order: int = 5) -> Expansion:
+    """Expand every attribute in cosines and sines of the harmonics of one period."""
+    positive("fourier", "order", order)
+    if not (math.isfinite(period) and period > 0):
+        fail("fourier", "period", f"is {period}", "a positive number P", "Pass the length of one period in units of x.")
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        n = torch.arange(1, order + 1, dtype=x.dtype, device=x.device)
+        angle = x.unsqueeze(axis) * along(n * (2 * math.pi / period), axis)
+        # cos and sin of one harmonic are neighbours: a pair axis right after the harmonics', then both in one
+        pair = axis if axis == -1 else -2
+        both = torch.stack([angle.cos(), angle.sin()], pair)
+        return both.flatten(-2) if axis == -1 else both.flatten(-3, -2)
+
+    terms = [f"{f}({2 * math.pi * n / period!r}*x)" for n in range(1, order + 1) for f in ("cos", "sin")]
+    return attribute_wise(
+        "fourier", basis, terms, layout="function", rule="2 m N", domain=(-period / 2, period / 2), reach=(-1e6, 1e6)
+    )
+
+
+def _spline_pieces(d: int) -> list[list[float]]:
+    """Return the d + 1 pieces of the uniform B-spline of degree d, as seen from one cell: row p has the factors of u^p.
+
+    Cox and de Boor on the unit knots, run on coefficients: N_r^k = ((u + k - r) N_{r-1}^{k-1} + (r + 1 - u) N_r^{k-1}) / k.
+    """
+    pieces = [[1.0]]
+    for k in range(1, d + 1):
+        rising, falling = [[0.0], *pieces], [*pieces, [0.0]]
+        pieces = []
+        for r in range(k + 1):
+            piece = [0.0] * (k + 1)
+            for p, value in enumerate(rising[r]):
+                piece[p] += (k - r) * value / k
+                piece[min(p + 1, k)] += value / k
+            for p, value in enumerate(falling[r]):
+                piece[p] += (r + 1) * value / k
+                piece[min(p + 1, k)] -= value / k
+            pieces.append(piece)
+    return [[piece[p] for piece in pieces] for p in range(d + 1)]
+
+
+@expansions.record(
+    name="bspline",
+    aliases=("bspline_expansion", "b_spline"),
+    formula="B_i of degree d on the knots low + h (-d .. t + d), h = (high - low) / t (Cox, de Boor), i = 1 .. t + d",
+    source="de Boor 1978; Liu 2024 (KAN), section 2.3",
+    domain="all reals; sums to 1 on [low, high), fades to 0 over d cells outside and stays 0",
+)
+def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expansion:
+    """Expand every attribute in the uniform B-splines of one degree; only the degree + 1 that are not 0 are evaluated."""
+    positive("bspline", "cells", cells)
+    positive("bspline", "degree", degree)
+    low, high = _ordered("bspline", span)
+    t, d = int(cells), int(degree)
+    h = (high - low) / t
+    pieces = _spline_pieces(d)
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        place = (x - low) / h + d  # in cells from the first knot
+        inside = (place >= 0) & (place < t + 2 * d)
+        cell = torch.where(inside, place, 0).floor()
+        u = ((place - cell).clamp(0, 1)).unsqueeze(-1)
+        factors = torch.tensor(pieces, dtype=x.dtype, device=x.device)
+        value = factors[d].expand(*x.shape, d + 1)
+        for p in range(d - 1, -1, -1):
+            value = torch.addcmul(factors[p], value, u)
+        value = value * inside.unsqueeze(-1)
+        slot = cell.long().unsqueeze(-1) + torch.arange(d + 1, device=x.device)
+        # d slots more at either end hold the splines that reach into the grid from outside: they are not features
+        wide = value.new_zeros(*x.shape, t + 3 * d).scatter(-1, slot, value)
+        return wide[..., d : t + 2 * d].movedim(-1, axis)
+
+    terms = [f"B_{i}(x)" for i in range(1, t + d + 1)]
+    knots = tuple(low + h * k for k in range(-d, t + d + 1))
+    return attribute_wise("bspline", basis, terms, rule="m (t + d)", domain=(low, high), degree=d, knots=knots)
