@@ -5,6 +5,7 @@ from dualform.functions.expansions import Expansion, expansions
 from dualform.functions.fusions import Fusion, fusions
 from dualform.functions.head import Head, HeadConfig
 from dualform.functions.interdependences import interdependences
+from dualform.functions.migration import TinybigDefect, from_tinybig
 from dualform.functions.reconciliations import Reconciliation, reconciliations
 from dualform.functions.remainders import Remainder, activations, remainders
 
@@ -15,9 +16,11 @@ __all__ = [
     "HeadConfig",
     "Reconciliation",
     "Remainder",
+    "TinybigDefect",
     "activations",
     "compressions",
     "expansions",
+    "from_tinybig",
     "fusions",
     "interdependences",
     "reconciliations",
