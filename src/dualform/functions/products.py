@@ -65,8 +65,7 @@ def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
 
     def base(x: Tensor) -> Tensor:
         tuples, found = x.unsqueeze(-1), [x]
-        for r in range(2, degree + 1):
-            starts = tails(x.shape[-1], r, repeat=with_replacement)
+        for starts in tails(x.shape[-1], degree, repeat=with_replacement):
             rests = [tuples[..., start:, :] for start in starts]
             firsts = [x[..., i : i + 1, None].expand(*rest.shape[:-1], 1) for i, rest in enumerate(rests)]
             tuples = torch.cat([torch.cat(pair, -1) for pair in zip(firsts, rests, strict=True)], -2)
@@ -102,9 +101,8 @@ def combinatorial_normal(degree: int = 1, with_replacement: bool = False) -> Exp
     def base(x: Tensor) -> Tensor:
         one = x.square() * -0.5 - 0.5 * math.log(2 * math.pi)
         total, found = one, [one]
-        for r in range(2, degree + 1):
-            starts = tails(x.shape[-1], r, repeat=with_replacement)
-            total = torch.cat([first + total[..., s:] for first, s in zip(one.split(1, -1), starts, strict=True)], -1)
+        for starts in tails(x.shape[-1], degree, repeat=with_replacement):
+            total = torch.cat([first + total[..., s:] for first, s in zip(one.split(1, -1), starts, strict=False)], -1)
             found.append(total)
         return torch.cat(found, -1)
 
