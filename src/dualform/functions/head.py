@@ -216,7 +216,7 @@ class Head(nn.Module):
             self.remainder_weight.copy_(scaled)
 
     def _channels(self, kappa: Features, w: Tensor, constants: Mapping[str, Tensor]) -> list[Tensor]:
-        pieces = [w] if self.channels == 1 else w.reshape(self.channels, self.l).unbind(0)
+        pieces = [w] if self.channels == 1 else [w[c * self.l : (c + 1) * self.l] for c in range(self.channels)]
         return [self.reconciliation.apply(kappa, piece, self.width, constants) for piece in pieces]
 
     def _fuse(self, ys: list[Tensor], weight: Tensor | None) -> Tensor:
