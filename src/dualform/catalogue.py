@@ -118,7 +118,9 @@ class Record:
     source: str = ""
     domain: str = ""
     aliases: tuple[str, ...] = ()
-    nested: Mapping[str, Catalogue] = field(default_factory=dict[str, "Catalogue"])
+    nested: Mapping[str, Catalogue | tuple[Catalogue]] = field(
+        default_factory=dict[str, "Catalogue | tuple[Catalogue]"]
+    )
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -149,6 +151,10 @@ class Record:
     def _option(self, key: str, value: Any) -> Any:
         inner = self.nested.get(key)
         is_spec = isinstance(value, (str, Mapping, list, tuple, Bound))
+        if isinstance(inner, tuple):
+            if isinstance(value, (list, tuple)):
+                return tuple(inner[0].build(part) for part in cast("Sequence[Any]", value))
+            raise CatalogueError(f"{self.kind}.{self.name}: option {key!r} is {value!r}; expected a list of specs.")
         if inner is not None and is_spec:
             return inner.build(value)
         return _freeze(f"{self.kind}.{self.name}: option {key!r}", value)
@@ -251,11 +257,11 @@ class Catalogue:
         source: str = "",
         domain: str = "",
         aliases: tuple[str, ...] = (),
-        nested: Mapping[str, Catalogue] | None = None,
+        nested: Mapping[str, Catalogue | tuple[Catalogue]] | None = None,
     ) -> Callable[[F], F]:
         """Register the decorated function or dataclass; its parameters are the record's options.
 
-        `nested` names the options that are specs themselves, and the catalogue each belongs to.
+        `nested` names the options that are specs themselves, and the catalogue each belongs to; (catalogue,) for a list of specs.
         """
 
         def register(function: F) -> F:

@@ -12,6 +12,7 @@ Most bases act on each attribute alone, through `basis(x, axis)`, which puts phi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,6 +66,7 @@ class Expansion:
     degrees: tuple[int, ...] = (1,)
     symmetric: bool = False  # of each tensor power keep each monomial once
     batchwise: bool = True  # row i of the result depends on row i of x alone
+    label: Callable[[Sequence[str]], list[str]] | None = None  # the features' names, where `terms` do not say them
     rough: str = ""  # where and why it is not differentiable inside its domain
 
     @property
@@ -143,31 +145,34 @@ class Expansion:
         return total
 
     def features(self, names: Sequence[str]) -> list[str]:
-        """Name the D features as Python expressions in the attributes' names; monomials for tensor powers."""
-        m = len(names)
-        if self.basis is None and self.degrees == (1,) and self.base_dim(m) != m:
-            return [f"{self.name}[{i}]" for i in range(self.dim(m))]
-        if self.basis is None:
-            base = list(names)
-        else:
-            rows = [[_substitute(term, name) for term in self.terms] for name in names]
+        """Name the D features as Python expressions in the attributes' names; `vocabulary` has the functions they use."""
+        if self.label is not None:
+            return self.label(names)
+        base = list(names)
+        if self.basis is not None:
+            rows = [[substitute(term, name) for term in self.terms] for name in names]
             base = [cell for row in (rows if self.layout == "attribute" else zip(*rows, strict=True)) for cell in row]
         if self.degrees == (1,):
             return base
         kinds = [monomials(len(base), d, unique=self.symmetric) for d in self.degrees]
-        return ["*".join(base[i] for i in index) for kind in kinds for index in kind]
+        wrapped = base if self.basis is None else [f"({term})" for term in base]
+        return ["*".join(wrapped[i] for i in index) for kind in kinds for index in kind]
 
 
-def _substitute(term: str, name: str) -> str:
-    # `x` stands alone in a term: exp is not x.
-    pieces, word = [], ""
-    for letter in term + " ":
-        if letter.isalnum() or letter == "_":
-            word += letter
-        else:
-            pieces += [name if word == "x" else word, letter]
-            word = ""
-    return "".join(pieces).rstrip()
+def substitute(term: str, name: str) -> str:
+    """Put another name, or an expression, in the place of the word x."""
+    return re.sub(r"\bx\b", name.replace("\\", r"\\"), term)
+
+
+def _sinc(t: float) -> float:
+    return math.sin(math.pi * t) / (math.pi * t) if t else 1.0
+
+
+# What the terms of expansions are written in: eval(term, vocabulary | {"x": 0.5}).
+vocabulary: dict[str, object] = {
+    name: getattr(math, name)
+    for name in ("exp", "log", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "pi")
+} | {"abs": abs, "max": max, "sinc": _sinc}  # fmt: skip
 
 
 def attribute_wise(

@@ -124,6 +124,15 @@ def _spline_pieces(d: int) -> list[list[float]]:
     return [[piece[p] for piece in pieces] for p in range(d + 1)]
 
 
+def _spline_text(start: float, h: float, d: int) -> str:
+    """Write a spline from its first knot on as a difference of truncated powers."""
+    parts = [
+        f"{(-1) ** j * math.comb(d + 1, j) / math.factorial(d)!r}*max(0.0,(x-({start!r}))/{h!r}-{j})**{d}"
+        for j in range(d + 2)
+    ]
+    return "+".join(parts).replace("+-", "-")
+
+
 @expansions.record(
     name="bspline",
     aliases=("bspline_expansion", "b_spline"),
@@ -142,19 +151,22 @@ def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expans
 
     def basis(x: Tensor, axis: int) -> Tensor:
         place = (x - low) / h + d  # in cells from the first knot
-        inside = (place >= 0) & (place < t + 2 * d)
-        cell = torch.where(inside, place, 0).floor()
-        u = ((place - cell).clamp(0, 1)).unsqueeze(-1)
-        factors = torch.tensor(pieces, dtype=x.dtype, device=x.device)
-        value = factors[d].expand(*x.shape, d + 1)
-        for p in range(d - 1, -1, -1):
-            value = torch.addcmul(factors[p], value, u)
-        value = value * inside.unsqueeze(-1)
-        slot = cell.long().unsqueeze(-1) + torch.arange(d + 1, device=x.device)
-        # d slots more at either end hold the splines that reach into the grid from outside: they are not features
-        wide = value.new_zeros(*x.shape, t + 3 * d).scatter(-1, slot, value)
-        return wide[..., d : t + 2 * d].movedim(-1, axis)
+        cell = place.detach().floor()
+        u = (place - cell).clamp(0, 1)
+        values = []
+        for r in range(d + 1):
+            value = u * pieces[d][r] + pieces[d - 1][r]
+            for p in range(d - 2, -1, -1):
+                value = value * u + pieces[p][r]
+            values.append(value)
+        # In cell c live the splines c - d .. c; d slots more at either end hold those that begin or end off the grid, and
+        # what is off all knots goes to the d + 1 slots behind. NaN stays NaN.
+        slots = t + 4 * d + 1
+        slot = torch.where((cell >= 0) & (cell < t + 2 * d), cell, t + 3 * d).unsqueeze(-1)
+        slot = (slot + torch.arange(d + 1, dtype=x.dtype, device=x.device)).long()
+        empty = (x.detach() * 0).unsqueeze(-1).expand(*x.shape, slots)
+        return empty.scatter(-1, slot, torch.stack(values, -1))[..., d : t + 2 * d].movedim(-1, axis)
 
-    terms = [f"B_{i}(x)" for i in range(1, t + d + 1)]
+    terms = [_spline_text(low + h * (i - d), h, d) for i in range(t + d)]
     knots = tuple(low + h * k for k in range(-d, t + d + 1))
     return attribute_wise("bspline", basis, terms, rule="m (t + d)", domain=(low, high), degree=d, knots=knots)

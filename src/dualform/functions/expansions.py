@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dualform.functions import bumps, pointwise, polynomials, products
+from dualform.functions import bumps, densities, patches, pointwise, polynomials, products, wavelets
 from dualform.functions.basis import Expansion, expansions
 
-families = (pointwise, polynomials, bumps, products)  # importing them has filled the catalogue
+families = (pointwise, products, polynomials, bumps, densities, wavelets, patches)  # importing them fills the catalogue
+
+__all__ = ["Expansion", "expansions", "families"]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansions
-from dualform.shapes import fail
 
 
 def pointwise(
@@ -54,7 +52,75 @@ def reciprocal() -> Expansion:
     """Take the reciprocal of every attribute, clamped around 0."""
 
     def basis(x: Tensor, axis: int) -> Tensor:
-        least = torch.where(x < 0, -1e-6, 1e-6).to(x.dtype)
+        least = (x + 0.0).sign() * 1e-6 + (x.abs() == 0) * 1e-6
         return torch.where(x.abs() <= 1e-6, least, x).reciprocal().unsqueeze(axis)
 
     return attribute_wise("reciprocal", basis, ["1/x"], domain=(0.1, 2.0))
+
+
+@expansions.record(
+    name="trigonometric",
+    aliases=("trigonometric_expansion",),
+    formula="[sin x, cos x, tan x]",
+    source="Zhang 2024 (RPN 1), section 5 (there in the order cos, sin, tan)",
+    domain="all reals; tan has poles at pi/2 + k pi",
+)
+def trigonometric() -> Expansion:
+    """Expand every attribute in its sine, cosine and tangent."""
+    return pointwise(
+        "trigonometric", (torch.sin, torch.cos, torch.tan), ("sin(x)", "cos(x)", "tan(x)"), (-1.4, 1.4), (-1e6, 1e6)
+    )
+
+
+@expansions.record(
+    name="arc_trigonometric",
+    aliases=("arc_trigonometric_expansion",),
+    formula="[arcsin(0.99 s), arccos(0.99 s), arctan s], s = sigmoid(x)",
+    source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
+    domain="all reals, through s in [0, 1]; saturates for large |x|",
+)
+def arc_trigonometric() -> Expansion:
+    """Expand every squashed attribute in inverse trigonometric functions; the first two sum to pi / 2."""
+    return pointwise(
+        "arc_trigonometric",
+        (lambda s: torch.arcsin(0.99 * s), lambda s: torch.arccos(0.99 * s), torch.arctan),
+        ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"),
+        (-3.0, 3.0),
+        prepare=torch.sigmoid,
+    )
+
+
+@expansions.record(
+    name="hyperbolic",
+    aliases=("hyperbolic_expansion",),
+    formula="[sinh x, cosh x, tanh x]",
+    source="Zhang 2024 (RPN 1), section 5 (there in the order cosh, sinh, tanh)",
+    domain="all reals; grows as e^|x|, infinite in float32 beyond |x| = 88",
+)
+def hyperbolic() -> Expansion:
+    """Expand every attribute in its hyperbolic sine, cosine and tangent."""
+    return pointwise(
+        "hyperbolic",
+        (torch.sinh, torch.cosh, torch.tanh),
+        ("sinh(x)", "cosh(x)", "tanh(x)"),
+        (-2.0, 2.0),
+        (-88.0, 88.0),
+    )
+
+
+@expansions.record(
+    name="arc_hyperbolic",
+    aliases=("arc_hyperbolic_expansion",),
+    formula="[arcsinh s, arccosh(s + 1.01), arctanh(0.99 s)], s = sigmoid(x)",
+    source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
+    domain="all reals, through s in [0, 1]; saturates for large |x|",
+)
+def arc_hyperbolic() -> Expansion:
+    """Expand every squashed attribute in inverse hyperbolic functions."""
+    return pointwise(
+        "arc_hyperbolic",
+        (torch.arcsinh, lambda s: torch.arccosh(s + 1.01), lambda s: torch.arctanh(0.99 * s)),
+        ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"),
+        (-3.0, 3.0),
+        prepare=torch.sigmoid,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ def num_subsets(m: int, d: int, *, repeat: bool) -> int:
 
 def monomials(m: int, d: int, *, unique: bool) -> Iterator[tuple[int, ...]]:
     """List the factors of each monomial of degree d: all m^d, or each once, in lexicographic order."""
-    if unique:
-        return itertools.combinations_with_replacement(range(m), d)
-    return itertools.product(range(m), repeat=d)
+    return itertools.combinations_with_replacement(range(m), d) if unique else itertools.product(range(m), repeat=d)
+
+
+def subsets(names: Sequence[str], d: int, *, repeat: bool) -> list[tuple[str, ...]]:
+    """List the tuples of 1 .. d names, in lexicographic order of their places."""
+    choose = itertools.combinations_with_replacement if repeat else itertools.combinations
+    return [chosen for r in range(1, d + 1) for chosen in choose(names, r)]
 
 
 def steps(m: int, d: int, *, repeat: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
