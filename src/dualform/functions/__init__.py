@@ -7,6 +7,7 @@ from dualform.functions.head import Head, HeadConfig
 from dualform.functions.interdependences import interdependences
 from dualform.functions.layer import Adapted, Layer, LayerConfig, Stack, StackConfig
 from dualform.functions.networks import networks, set_naive_bayes
+from dualform.functions.migration import TinybigDefect, from_tinybig
 from dualform.functions.reconciliations import Reconciliation, reconciliations
 from dualform.functions.remainders import Remainder, activations, remainders
 
@@ -22,9 +23,11 @@ __all__ = [
     "Remainder",
     "Stack",
     "StackConfig",
+    "TinybigDefect",
     "activations",
     "compressions",
     "expansions",
+    "from_tinybig",
     "fusions",
     "interdependences",
     "networks",

@@ -76,6 +76,12 @@ def box(before: Sequence[int], after: Sequence[int]) -> list[Offset]:
     return list(itertools.product(i, j, k))
 
 
+def ball(radius: int, depth: int, *, flat: bool) -> list[Offset]:
+    """List the offsets of a cylinder along the depth (flat discs) or of a ball, the last axis fastest."""
+    cube = box((radius, radius, depth), (radius, radius, depth))
+    return [(i, j, k) for i, j, k in cube if i * i + j * j + (0 if flat else k * k) <= radius * radius]
+
+
 @expansions.record(
     name="geometric",
     aliases=("geometric_expansion",),
@@ -124,8 +130,7 @@ def cylinder_patch(
     """Expand a grid in cylinders along its depth: discs, on an image."""
     positive("cylinder_patch", "radius", radius, 0)
     positive("cylinder_patch", "depth", depth, 0)
-    offsets = [o for o in box((radius, radius, depth), (radius, radius, depth)) if o[0] ** 2 + o[1] ** 2 <= radius**2]
-    return patches("cylinder_patch", offsets, grid, channels, stride)
+    return patches("cylinder_patch", ball(radius, depth, flat=True), grid, channels, stride)
 
 
 @expansions.record(
@@ -138,5 +143,4 @@ def cylinder_patch(
 def sphere_patch(radius: int = 1, grid: Sequence[int] | None = None, channels: int = 1, stride: Steps = 1) -> Expansion:
     """Expand a grid in balls."""
     positive("sphere_patch", "radius", radius, 0)
-    offsets = [o for o in box((radius,) * 3, (radius,) * 3) if sum(i * i for i in o) <= radius**2]
-    return patches("sphere_patch", offsets, grid, channels, stride)
+    return patches("sphere_patch", ball(radius, radius, flat=False), grid, channels, stride)

@@ -176,7 +176,7 @@ def linear(
     return Expansion(name, base, size, rule, batchwise=kind != "pre", label=label)
 
 
-def _parts(name: str, functions: Sequence[Bound]) -> tuple[Expansion, ...]:
+def _parts(name: str, functions: Sequence[Bound | Expansion]) -> tuple[Expansion, ...]:
     if not functions:
         fail(
             name,
@@ -185,7 +185,7 @@ def _parts(name: str, functions: Sequence[Bound]) -> tuple[Expansion, ...]:
             "at least one expansion",
             "Pass specs, as in functions=('taylor', 'bspline').",
         )
-    return tuple(part.build() for part in functions)
+    return tuple(part.build() if isinstance(part, Bound) else part for part in functions)
 
 
 def _common(parts: Sequence[Expansion], ends: Callable[[Expansion], tuple[float, float]]) -> tuple[float, float]:
