@@ -245,7 +245,11 @@ class Plan(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def plan_steps(
-    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+    tokens: tuple[str, ...],
+    factors: tuple[str, ...],
+    fixed: tuple[bool, ...],
+    rows: str,
+    sizes: tuple[tuple[str, int], ...],
 ) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
     return _plan(tokens, factors, fixed, rows, sizes)
@@ -253,7 +257,11 @@ def plan_steps(
 
 @lru_cache(maxsize=1024)
 def _plan(
-    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+    tokens: tuple[str, ...],
+    factors: tuple[str, ...],
+    fixed: tuple[bool, ...],
+    rows: str,
+    sizes: tuple[tuple[str, int], ...],
 ) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""
     size = dict(sizes)
@@ -269,7 +277,9 @@ def _plan(
                 later = set("".join(o[2] for o in order[k + 1 :])) | set(rows)
                 out = "".join(label for label in union if label in later)
                 flops = 0 if not is_token and fixed[index] else math.prod(size[label] for label in union)
-                cost += flops + 16.0 * math.prod(size[label] for label in out)  # a number moved costs more than one made
+                cost += flops + 16.0 * math.prod(
+                    size[label] for label in out
+                )  # a number moved costs more than one made
                 steps.append(Step(is_token, index, right, out))
                 labels = out
             if best is None or cost < best[0]:
@@ -281,7 +291,12 @@ def _plan(
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:
     """Contract tokens with a factor; as a plain matrix product where it is one."""
     shared = [label for label in labels if label in right and label not in out]
-    if len(shared) == 1 and len(right) == 2 and labels[-1] == shared[0] and out == labels[:-1] + right.replace(shared[0], ""):
+    if (
+        len(shared) == 1
+        and len(right) == 2
+        and labels[-1] == shared[0]
+        and out == labels[:-1] + right.replace(shared[0], "")
+    ):
         return F.linear(y, factor if right[1] == shared[0] else factor.T)
     return torch.einsum(f"...{labels},{right}->...{out}", y, factor)
 

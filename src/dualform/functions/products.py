@@ -171,8 +171,16 @@ def linear(
             return [
                 "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, constant, strict=True)) for k in range(shape[1])
             ]  # type: ignore[arg-type]
+        if kind == "pre":
+            fail(
+                name,
+                "features",
+                "do not exist",
+                "features of one row",
+                "pre mixes the rows of a batch: a row has no formula.",
+            )
         each = constant if shape else [constant] * len(names)
-        return [f"{value!r}*{n}" if kind == "c" else n for n, value in zip(names, each, strict=True)]  # type: ignore[arg-type]
+        return [f"{value!r}*{n}" if kind else n for n, value in zip(names, each, strict=True)]  # type: ignore[arg-type]
 
     rule = "D of post (m, D)" if kind == "post" else "m"
     return Expansion(name, base, size, rule, batchwise=kind != "pre", label=label)
