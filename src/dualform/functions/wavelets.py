@@ -129,7 +129,7 @@ def beta_wavelet(
     def mother(tau: Tensor) -> Tensor:
         inside = (tau >= 0) & (tau <= 1)
         safe = torch.where(inside, tau, 0.5)  # so that no infinite slope of what is left out is multiplied by 0
-        return torch.where(inside, scale * safe ** (alpha - 1) * (1 - safe) ** (beta - 1), tau * 0)
+        return torch.where(inside, scale * safe ** (alpha - 1) * (1 - safe) ** (beta - 1), tau.abs() * 0)
 
     return dilated(
         "beta_wavelet", mother, f"(0<=tau<=1)*{scale!r}*abs(tau)**{alpha - 1!r}*abs(1-tau)**{beta - 1!r}",
