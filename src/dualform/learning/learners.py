@@ -148,7 +148,10 @@ def residual_norm(spec: Recipe) -> Recipe:
 
 
 @learners.record(
-    name="Head", formula="<kappa(x), psi(w)> + b + pi(x)", source="Zhang 2024 (RPN), as a hidden state", nested=parts
+    name="Head",
+    formula="<kappa(x), psi(w)> + b + pi(x)",
+    source="Zhang 2024 (RPN), as a hidden state",
+    nested={name: catalogue for name, catalogue in parts.items() if catalogue.names()},
 )
 def Head(
     expansion: Any = "identity",
