@@ -222,7 +222,9 @@ class ObviousKAN(nn.Module):
 # -- the cases -----------------------------------------------------------------------------------------------------------
 
 
-def expanding(name: str, b: int, obvious: Callable[[Tensor], Tensor], theirs: str, width: float, **options: Any) -> Case:
+def expanding(
+    name: str, b: int, obvious: Callable[[Tensor], Tensor], theirs: str, width: float, **options: Any
+) -> Case:
     """An expansion alone. It must hold its D features, the gradient of each, and that of x."""
     spec = options.pop("spec", name.split()[0])
     return Case(
@@ -312,7 +314,17 @@ def wavelet_options() -> dict[str, Any]:
     import dualform as df
 
     known = df.expansions["ricker_wavelet"].options
-    wanted = {"a": 2.0, "scale": 2.0, "base": 2.0, "s": 3, "scales": 3, "num_scales": 3, "t": 3, "shifts": 3, "num_shifts": 3}
+    wanted = {
+        "a": 2.0,
+        "scale": 2.0,
+        "base": 2.0,
+        "s": 3,
+        "scales": 3,
+        "num_scales": 3,
+        "t": 3,
+        "shifts": 3,
+        "num_shifts": 3,
+    }
     return {name: value for name, value in wanted.items() if name in known}
 
 
@@ -486,7 +498,9 @@ def measure(c: Case, rounds: int, other: Other | None) -> dict[str, Any]:
                 obvious.w.copy_(ours.w)
         torch.testing.assert_close(sides["ours"][0](), sides["obvious"][0](), rtol=2e-3, atol=2e-3)
     row: dict[str, Any] = {"case": c.name, "samples": {}}
-    built = other.ask(build=c.tinybig, name=c.name, b=c.b, m=c.m, n=c.n) if other is not None else {"error": "not asked"}
+    built = (
+        other.ask(build=c.tinybig, name=c.name, b=c.b, m=c.m, n=c.n) if other is not None else {"error": "not asked"}
+    )
     samples: dict[str, dict[str, list[float]]] = {s: {"f": [], "fb": []} for s in (*sides, "tinybig")}
     for _ in range(rounds):
         for name, (forward, both) in sides.items():
@@ -511,7 +525,11 @@ def stripped(text: str) -> int:
     previous = tokenize.INDENT
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-        is_docstring = token.type == tokenize.STRING and previous in (tokenize.INDENT, tokenize.NEWLINE, tokenize.DEDENT)
+        is_docstring = token.type == tokenize.STRING and previous in (
+            tokenize.INDENT,
+            tokenize.NEWLINE,
+            tokenize.DEDENT,
+        )
         if token.type not in silent and not is_docstring:
             kept |= set(range(token.start[0], token.end[0] + 1))
         if token.type not in (tokenize.COMMENT, tokenize.NL):
@@ -549,7 +567,9 @@ def table(rows: list[dict[str, Any]], size: dict[str, Any]) -> str:
     for row in rows:
         ms = " / ".join(f"{1e3 * (best(row, 'ours', k) or 0):.2f}" for k in ("f", "fb"))
         beside = [" / ".join(ratio(row, side, k) for k in ("f", "fb")) for side in ("obvious", "tinybig")]
-        peaks = ", ".join(f"{p / 1e6:.1f}" if (p := row["peak"].get(s)) else "-" for s in ("ours", "obvious", "tinybig"))
+        peaks = ", ".join(
+            f"{p / 1e6:.1f}" if (p := row["peak"].get(s)) else "-" for s in ("ours", "obvious", "tinybig")
+        )
         need = f"{row['peak']['ours'] / row['need']:.2f}" if row["need"] else "-"
         lines.append(f"| {row['case']} | {ms} | {beside[0]} | {beside[1]} | {peaks} | {need} |")
     lines += ["", "| code | files | lines | without comments, docstrings, blanks |", "|---|---|---|---|"]
@@ -584,7 +604,12 @@ def main() -> None:
         kept |= {row["case"]: row for row in rows}
         rows = [kept[c.name] for c in all_cases() if c.name in kept]
     size = code_size(options.tinybig)
-    about = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+    about = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": 1,
+    }
     options.output.write_text(json.dumps({"about": about, "code": size, "rows": rows}, indent=1) + "\n")
     options.output.with_suffix(".md").write_text(table(rows, size))
     print(table([], size))

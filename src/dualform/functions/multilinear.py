@@ -245,7 +245,11 @@ class Plan(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def plan_steps(
-    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+    tokens: tuple[str, ...],
+    factors: tuple[str, ...],
+    fixed: tuple[bool, ...],
+    rows: str,
+    sizes: tuple[tuple[str, int], ...],
 ) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
     return _plan(tokens, factors, fixed, rows, sizes)
@@ -253,7 +257,11 @@ def plan_steps(
 
 @lru_cache(maxsize=1024)
 def _plan(
-    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+    tokens: tuple[str, ...],
+    factors: tuple[str, ...],
+    fixed: tuple[bool, ...],
+    rows: str,
+    sizes: tuple[tuple[str, int], ...],
 ) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""
     size = dict(sizes)

@@ -165,9 +165,7 @@ def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     Source: Zhang 2024 (RPN 1). Differs: tinyBIG repeats the entries of vec(w) one by one, which is no tiling.
     """
     _positive("duplicated_padding", p=p, q=q)
-    return Reconciliation(
-        Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q)
-    )
+    return Reconciliation(Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q))
 
 
 @reconciliations.record(

@@ -20,6 +20,7 @@ from dualform.functions.remainders import find_activation
 learners = Catalogue("learners")
 Recipe = Callable[[int], nn.Module]
 
+
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(0.02 * torch.randn(*shape))
 
