@@ -18,7 +18,9 @@ def bound(catalogue):
     needed = {"weights": (0.5, 2.0, -1.0)}
     made = []
     for name in catalogue:
-        options = {k: needed[k] for k, default in catalogue[name].options.items() if default is not None and k in needed}
+        options = {
+            k: needed[k] for k, default in catalogue[name].options.items() if default is not None and k in needed
+        }
         made.append(catalogue[name](**options))
     return made
 
@@ -183,7 +185,12 @@ def test_fusions_are_what_they_say():
 def test_wide_structures_have_the_lengths_that_the_page_says():
     n, D = 64, 784 + 784**2
     lengths = {name: df.reconciliations[name]().length(n, D) for name in ("identity", "low_rank", "hm", "dual_lphm")}
-    assert lengths == {"identity": n * D, "low_rank": 2 * (n + D), "hm": 8 * 784 + 8 * 785, "dual_lphm": 2 * (8 + 784 + 8 + 785)}
+    assert lengths == {
+        "identity": n * D,
+        "low_rank": 2 * (n + D),
+        "hm": 8 * 784 + 8 * 785,
+        "dual_lphm": 2 * (8 + 784 + 8 + 785),
+    }
 
 
 bad = [
@@ -227,4 +234,7 @@ def test_records_are_data():
             assert catalogue.build(made.to_json()) == made
         keys = [catalogue[name] for name in catalogue]
         assert len({id(r) for r in keys}) == len(keys)
-    assert all(a.formula != b.formula for a, b in itertools.combinations([df.reconciliations[n] for n in df.reconciliations], 2))
+    assert all(
+        a.formula != b.formula
+        for a, b in itertools.combinations([df.reconciliations[n] for n in df.reconciliations], 2)
+    )
