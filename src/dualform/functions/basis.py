@@ -204,5 +204,5 @@ def along(values: Tensor, axis: int) -> Tensor:
 
 def positive(name: str, option: str, value: float, least: int = 1) -> None:
     """Refuse a degree or a count that is no whole number >= least."""
-    if isinstance(value, bool) or int(value) != value or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         fail(name, option, f"is {value!r}", f"a whole number {option} >= {least}", f"Pass {option}={least} or more.")

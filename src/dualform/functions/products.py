@@ -137,7 +137,7 @@ def linear(
     Raises: ShapeError if x does not have the constants' size.
     """
     kind, given = next(((k, v) for k, v in (("c", c), ("pre", pre), ("post", post)) if v is not None), ("none", 1.0))
-    value = torch.tensor(given, dtype=torch.float64)
+    value = torch.tensor(given, dtype=torch.float64, device="cpu")
     shape, numbers, name = tuple(value.shape), value.tolist(), "linear"
     allowed = {"none": (0,), "c": (0, 1), "pre": (2,), "post": (2,)}[kind]
     if len(shape) not in allowed or (kind == "pre" and shape[0] != shape[1]):
@@ -199,7 +199,8 @@ def _parts(name: str, functions: Sequence[Bound | Expansion]) -> tuple[Expansion
 
 
 def _common(parts: Sequence[Expansion], ends: Callable[[Expansion], tuple[float, float]]) -> tuple[float, float]:
-    return max(ends(p)[0] for p in parts), min(ends(p)[1] for p in parts)
+    low, high = max(ends(p)[0] for p in parts), min(ends(p)[1] for p in parts)
+    return (low, high) if low < high else ends(parts[0])
 
 
 @expansions.record(

@@ -155,8 +155,14 @@ def shannon_wavelet(
     dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1
 ) -> Expansion:
     """Expand every attribute in Shannon wavelets."""
+
+    def mother(tau: Tensor) -> Tensor:
+        half = tau * (math.pi / 2)  # sin 4h - sin 2h = 2 cos 3h sin h
+        half = torch.where(half == 0, 1e-20, half)
+        return torch.cos(3 * half) * torch.sin(half) / half
+
     return dilated(
-        "shannon_wavelet", lambda tau: torch.cos(1.5 * math.pi * tau) * _sinc(0.5 * tau), "2*sinc(2*tau)-sinc(tau)",
+        "shannon_wavelet", mother, "2*sinc(2*tau)-sinc(tau)",
         (dilation, translation, degree, scales, shifts), (-2.0, 2.0),
     )  # fmt: skip
 
