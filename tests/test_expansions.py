@@ -18,7 +18,7 @@ import torch
 import dualform as df
 from dualform.functions import Expansion, expansions
 from dualform.functions.basis import attribute_wise
-from dualform.testing import LawBroken, agree, check_expansion
+from dualform.testing import LawBroken, agree, check_expansion, check_forms
 
 DATA = Path(__file__).parent / "data"
 
@@ -397,6 +397,12 @@ def test_every_expansion_is_one_graph(name):
     exported = torch.export.export(Layer(), (x,), dynamic_shapes={"x": rows}).module()
     more = torch.rand(5, 4) + 0.3
     agree("exported", exported(more), expansions[name]()(more))
+
+
+@pytest.mark.parametrize("spec", [("bspline", {"cells": 3, "degree": 2}), ("taylor", {"symmetric": True}), "reciprocal"])
+def test_what_scatters_slices_and_clamps_is_a_hidden_state_too(spec):
+    head = df.learners.Head(expansion=spec)(3).double()
+    check_forms(df.derive(head, chunk=3), ("auto",), time=5)
 
 
 # -- the class list ----------------------------------------------------------------------------------------------------
