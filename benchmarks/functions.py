@@ -388,7 +388,8 @@ class Other:
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -437,8 +438,8 @@ def theirs(folder: str) -> dict[str, Any]:
               "tqdm", "yaml", "requests", "matplotlib", "sympy_stub")  # fmt: skip
 
     class Stub(types.ModuleType):
-        __path__: list[str] = []  # noqa: RUF012
-        __all__: list[str] = []  # noqa: RUF012
+        __path__: list[str] = []
+        __all__: list[str] = []
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):

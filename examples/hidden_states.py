@@ -91,6 +91,14 @@ def main() -> None:
     if options.output is not None:
         settings = {"steps": options.steps, "batch": options.batch_size, "seq_len": options.seq_len}
         options.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(table(rows))
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Write the rows as the docs show them."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

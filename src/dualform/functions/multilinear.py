@@ -183,8 +183,8 @@ class Multilinear:
         labels, y = tokens[plan.start][0], given[plan.start]
         for step in plan.steps:
             if step.is_token:
-                y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, given[step.index])
-            elif (factor := tensors[step.index]) is None:
+                y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, given[step.which])
+            elif (factor := tensors[step.which]) is None:
                 y = _through_eye(y, labels, step, sizes)
             else:
                 y = _meet(y, labels, factor, step.right, step.out)
@@ -233,7 +233,7 @@ class Step(NamedTuple):
     """Meet one more operand: which, its labels, the labels left afterwards."""
 
     is_token: bool
-    index: int
+    which: int
     right: str
     out: str
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 
 
 class _Structure(Protocol):
-    name: Any
+    @property
+    def name(self) -> str: ...
 
     def length(self, n: int, D: int) -> int: ...
     def piece_lengths(self, n: int, D: int) -> list[int]: ...
