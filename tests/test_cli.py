@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,35 @@ def test_generate_is_seeded_and_carries_its_state(capfd, trained, tmp_path):
     status, _, err = run(capfd, "generate", trained, "--prompt", " brown", *greedy, "--state", state)
     assert status == 0, err
     assert state.read_bytes() != before
+
+
+def test_generate_and_evaluate_name_what_a_folder_is(capfd, trained, tmp_path):
+    """Another model, no tokenizer, damaged weights, a state that has nowhere to go: one line each, before any work."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    shutil.copytree(trained / "model", ours)
+    assert run(capfd, "convert", ours, theirs)[0] == 0
+    few = ["--prompt", "a", "--max-new-tokens", 1]
+    for verb in (["generate", theirs, *few], ["evaluate", theirs]):
+        status, out, err = run(capfd, *verb)
+        assert (status, out) == (1, "")
+        assert "model_type is 'ttt'; expected 'dualform'. Convert it: `python -m dualform convert" in err
+    for name in ("nowhere/state", "."):
+        status, out, err = run(capfd, "generate", ours, *few, "--state", tmp_path / name)
+        assert (status, out) == (2, "")
+        assert "expected a file in a folder that exists" in err
+    for word in ("nan", "inf"):
+        assert f"temperature {word}" in run(capfd, "generate", ours, *few, "--temperature", word)[2]
+    weights = ours / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    status, out, err = run(capfd, "generate", ours, *few)
+    assert (status, out) == (1, "")
+    assert "model.safetensors cannot be read" in err
+    shutil.copy(trained / "model" / "model.safetensors", weights)
+    for file in ours.glob("tokenizer*"):
+        file.unlink()
+    status, _, err = run(capfd, "generate", ours, *few)
+    assert status == 2
+    assert "holds no tokenizer; expected tokenizer.json" in err
 
 
 def test_an_empty_prompt_is_the_beginning_of_a_text(capfd, trained):

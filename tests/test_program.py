@@ -414,6 +414,7 @@ def test_empty_and_single(ran, form):
     program, x, state = ran
     o, after = program(x[:, :0], x[:, :0], x[:, :0], state=state, form=form)
     assert o.shape == (2, 0, 2, 4)
+    assert program(x[:0], x[:0], x[:0], form=form)[0].shape == (0, *x.shape[1:])
     for name, t in state.tensors().items():
         laws.agree(name, after.tensors()[name], t)
     o, after = program(x[:1, :1], x[:1, :1], x[:1, :1], form=form)
