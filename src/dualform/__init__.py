@@ -3,8 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dualform import functions
 from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
+from dualform.functions import (
+    Head,
+    compressions,
+    expansions,
+    fusions,
+    interdependences,
+    reconciliations,
+    remainders,
+)
 from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.learners import learners
@@ -61,6 +71,7 @@ __all__ = [
     "DualformForCausalLM",
     "DualformModel",
     "Explanation",
+    "Head",
     "LayerState",
     "Rule",
     "ShapeError",
@@ -70,13 +81,20 @@ __all__ = [
     "TraceError",
     "__version__",
     "backends",
+    "compressions",
     "derive",
+    "expansions",
     "explain",
+    "functions",
+    "fusions",
     "hessian",
+    "interdependences",
     "jacobian",
     "learners",
     "models",
     "objectives",
     "presets",
+    "reconciliations",
+    "remainders",
     "rules",
 ]
