@@ -47,3 +47,16 @@ def test_a_stream_in_parts_is_the_text_in_one():
         start = max(0, at - 1)
         assert abs(loss - float(want[start : start + n].mean())) < 1e-9
         assert (forgetful == loss) == (at == 0)
+
+
+def test_the_hidden_states_are_of_one_size():
+    import dualform as df
+
+    module = load("hidden_states")
+    for changes in list(module.states.values())[1:]:
+        width = 128 // changes.get("num_attention_heads", 4)
+        made = df.learners.build(changes["learner"])(width)
+        numbers = sum(p.numel() for name, p in made.named_parameters() if name.startswith("inner."))
+        assert abs(128 // width * numbers / 4224 - 1) < 0.04
+    rows = [{"hidden state": "a", "numbers per layer": 4224}]
+    assert module.table(rows).endswith("| a | 4,224 |\n")

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -242,27 +242,26 @@ class Plan(NamedTuple):
     steps: tuple[Step, ...]
 
 
+class Problem(NamedTuple):
+    """What a plan depends on: labels of tokens and factors, which factors are identities, the rows, the labels' sizes."""
+
+    tokens: tuple[str, ...]
+    factors: tuple[str, ...]
+    fixed: tuple[bool, ...]
+    rows: str
+    sizes: tuple[tuple[str, int], ...]
+
+
 @torch.compiler.assume_constant_result
-def plan_steps(
-    tokens: tuple[str, ...],
-    factors: tuple[str, ...],
-    fixed: tuple[bool, ...],
-    rows: str,
-    sizes: tuple[tuple[str, int], ...],
-) -> Plan:
+def plan_steps(*problem: Any) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
-    return _plan(tokens, factors, fixed, rows, sizes)
+    return _plan(Problem(*problem))
 
 
 @lru_cache(maxsize=1024)
-def _plan(
-    tokens: tuple[str, ...],
-    factors: tuple[str, ...],
-    fixed: tuple[bool, ...],
-    rows: str,
-    sizes: tuple[tuple[str, int], ...],
-) -> Plan:
+def _plan(problem: Problem) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""
+    tokens, factors, fixed, rows, sizes = problem
     size = dict(sizes)
     operands = [(True, k, labels) for k, labels in enumerate(tokens)]
     operands += [(False, k, labels) for k, labels in enumerate(factors)]
