@@ -57,3 +57,16 @@ def test_per_sample_work_agrees_with_torch_func(monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[-4:]
     assert all(float(row.split()[-1]) < 1e-5 for row in rows)
     assert "Gauss-Newton diagonal" in rows[2]
+
+
+def test_the_hidden_states_are_of_one_size():
+    import dualform as df
+
+    module = load("hidden_states")
+    for changes in list(module.states.values())[1:]:
+        width = 128 // changes.get("num_attention_heads", 4)
+        made = df.learners.build(changes["learner"])(width)
+        numbers = sum(p.numel() for name, p in made.named_parameters() if name.startswith("inner."))
+        assert abs(128 // width * numbers / 4224 - 1) < 0.04
+    rows = [{"hidden state": "a", "numbers per layer": 4224}]
+    assert module.table(rows).endswith("| a | 4,224 |\n")

@@ -211,7 +211,8 @@ class Head(nn.Module):
 
     def _channels(self, kappa: Features, w: Tensor, constants: Mapping[str, Tensor]) -> list[Tensor]:
         pieces = [w] if self.channels == 1 else [w[c * self.l : (c + 1) * self.l] for c in range(self.channels)]
-        return [self.reconciliation.apply(kappa, piece, self.width, constants) for piece in pieces]
+        meet = self.reconciliation.structure.apply  # sizes were checked when the head was built
+        return [meet(kappa, piece, self.width, constants) for piece in pieces]
 
     def _fuse(self, ys: list[Tensor], weight: Tensor | None) -> Tensor:
         if len(ys) == 1 and self.fusion.is_plain:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,8 +105,7 @@ class Multilinear:
             found[axes[0]], found[axes[1]] = first, size // first
         return found
 
-    def shapes(self, n: int, D: int) -> list[tuple[int, ...]]:
-        sizes = self.sizes(n, D)
+    def shapes(self, sizes: dict[str, int]) -> list[tuple[int, ...]]:
         return [tuple(sizes[label] for label in f.labels) for f in self.factors]
 
     def _entries(self, factor: Factor, shape: tuple[int, ...]) -> int:
@@ -116,7 +115,7 @@ class Multilinear:
 
     def piece_lengths(self, n: int, D: int) -> list[int]:
         """Count the entries of w in each factor, in order."""
-        return [self._entries(f, shape) for f, shape in zip(self.factors, self.shapes(n, D), strict=True)]
+        return [self._entries(f, shape) for f, shape in zip(self.factors, self.shapes(self.sizes(n, D)), strict=True)]
 
     def length(self, n: int, D: int) -> int:
         return sum(self.piece_lengths(n, D))
@@ -125,7 +124,7 @@ class Multilinear:
         """Draw what is frozen, the same for the same seed on every machine: normal numbers, or the kept entries' places."""
         g = np.random.default_rng(self.seed)
         found: dict[str, Tensor] = {}
-        for f, shape in zip(self.factors, self.shapes(n, D), strict=True):
+        for f, shape in zip(self.factors, self.shapes(self.sizes(n, D)), strict=True):
             if f.fill == "normal":
                 found[f.name] = normal(g, *shape)
             elif f.fill == "kept":
@@ -137,11 +136,11 @@ class Multilinear:
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
-    def tensors(self, w: Tensor, n: int, D: int, constants: Constants) -> list[Tensor | None]:
+    def tensors(self, w: Tensor, sizes: dict[str, int], constants: Constants) -> list[Tensor | None]:
         """Cut w into the factors, in order; None stands for an identity, which is never formed here."""
         found: list[Tensor | None] = []
         start = 0
-        for f, shape in zip(self.factors, self.shapes(n, D), strict=True):
+        for f, shape in zip(self.factors, self.shapes(sizes), strict=True):
             stop = start + self._entries(f, shape)
             piece = w if stop - start == w.shape[0] else w[start:stop]
             if f.fill == "w":
@@ -156,10 +155,10 @@ class Multilinear:
     def dense(self, w: Tensor, n: int, D: int, constants: Constants) -> Tensor:
         """Multiply the factors together: (n, D)."""
         sizes = self.sizes(n, D)
-        shapes = self.shapes(n, D)
+        shapes = self.shapes(sizes)
         tensors = [
             torch.eye(*shape, dtype=w.dtype, device=w.device) if t is None else t
-            for t, shape in zip(self.tensors(w, n, D, constants), shapes, strict=True)
+            for t, shape in zip(self.tensors(w, sizes, constants), shapes, strict=True)
         ]
         labels = self.rows + self.cols
         given = "".join(f.labels for f in self.factors)
@@ -175,7 +174,7 @@ class Multilinear:
         D = width_of(kappa)
         sizes = self.sizes(n, D)
         specs = [f.labels for f in self.factors]
-        tensors = self.tensors(w, n, D, constants)
+        tensors = self.tensors(w, sizes, constants)
         tokens, specs, tensors, sizes = self._split(kappa, specs, tensors, sizes)
         fixed = tuple(t is None for t in tensors)
         plan = plan_steps(tuple(spec for spec, _ in tokens), tuple(specs), fixed, self.rows, tuple(sizes.items()))
@@ -243,27 +242,26 @@ class Plan(NamedTuple):
     steps: tuple[Step, ...]
 
 
+class Problem(NamedTuple):
+    """What a plan depends on: labels of tokens and factors, which factors are identities, the rows, the labels' sizes."""
+
+    tokens: tuple[str, ...]
+    factors: tuple[str, ...]
+    fixed: tuple[bool, ...]
+    rows: str
+    sizes: tuple[tuple[str, int], ...]
+
+
 @torch.compiler.assume_constant_result
-def plan_steps(
-    tokens: tuple[str, ...],
-    factors: tuple[str, ...],
-    fixed: tuple[bool, ...],
-    rows: str,
-    sizes: tuple[tuple[str, int], ...],
-) -> Plan:
+def plan_steps(*problem: Any) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
-    return _plan(tokens, factors, fixed, rows, sizes)
+    return _plan(Problem(*problem))
 
 
 @lru_cache(maxsize=1024)
-def _plan(
-    tokens: tuple[str, ...],
-    factors: tuple[str, ...],
-    fixed: tuple[bool, ...],
-    rows: str,
-    sizes: tuple[tuple[str, int], ...],
-) -> Plan:
+def _plan(problem: Problem) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""
+    tokens, factors, fixed, rows, sizes = problem
     size = dict(sizes)
     operands = [(True, k, labels) for k, labels in enumerate(tokens)]
     operands += [(False, k, labels) for k, labels in enumerate(factors)]
