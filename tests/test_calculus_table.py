@@ -137,6 +137,10 @@ SAMPLES |= {
     "aten::unflatten": [s(aten.unflatten.int, r(6, 2), 0, [2, 3])],
     "aten::ravel": [s(aten.ravel.default, r(2, 3))],
     "aten::reshape_as": [s(aten.reshape_as.default, r(6), r(2, 3))],
+    "aten::scatter.src": [
+        s(aten.scatter.src, r(3, 4), 1, torch.tensor([[0, 2], [3, 1], [1, 2]]), r(3, 2)),
+        s(aten.scatter.src, r(3, 4), 0, torch.tensor([[2, 0, 1, 2]]), r(1, 4)),
+    ],
     "aten::slice": [s(aten.slice.Tensor, r(5, 2), 0, 1, 4), s(aten.slice.Tensor, r(5), 0, 0, 9, 2), s(aten.slice.Tensor, r(5), 0, 2, 3), s(aten.slice.Tensor, r(3), 0, 2, 1)],
     "aten::narrow": [s(aten.narrow.default, r(2, 5), 1, 1, 3)],
     "aten::select.int": [s(aten.select.int, r(3, 4), 1, -1), s(aten.select.int, r(1), 0, 0)],

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Never, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -202,8 +203,8 @@ class Bound:
         return {"name": self.name} | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The function goes by reference, so that its module is imported, and its record registered, where this is read.
-        return _restore, (self.record.function, self.record.kind, self.name, self.items)
+        # The module goes with it, to be imported, and its records registered, where this is read.
+        return _restore, (self.record.function.__module__, self.record.kind, self.name, self.items)
 
     def __copy__(self) -> Bound:
         return self
@@ -217,7 +218,8 @@ class Bound:
         return f"{self.record.kind}.{self.name}({', '.join(shown)})"
 
 
-def _restore(function: Callable[..., Any], kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+def _restore(module: str, kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+    import_module(module)
     return _of_kind[kind][name](**dict(items))
 
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from dualform.calculus.compose import compose_terms
-from dualform.calculus.table import ALL, FIRST, Call, dims_of, index_terms, row, window_terms, without_axis
+from dualform.calculus.table import (
+    ALL,
+    FIRST,
+    Call,
+    diagonal_terms,
+    dims_of,
+    index_terms,
+    row,
+    window_terms,
+    without_axis,
+)
 from dualform.calculus.terms import Axis, Label, Select, Term, atoms, fresh_axes, make_factor
 
 
@@ -239,6 +249,24 @@ def _gather(call: Call, operand: int) -> list[Term]:
     hit = (index.unsqueeze(-1) == torch.arange(x.shape[dim], device=index.device)).to(x.dtype)
     relations.append(make_factor(hit, (*out, inn[dim]), "[index]"))
     return [Term(1.0, tuple(relations), out, tuple(inn))]
+
+
+@row("aten::scatter.src", affine=ALL)
+def _scatter(call: Call, operand: int) -> list[Term]:
+    """out[.., index[.., j], ..] = src[.., j, ..]: a stored one-hot relation; self stays where no index points."""
+    base, index = call.bound["self"], call.bound["index"]
+    dim = call.bound["dim"] % base.ndim if base.ndim else 0
+    around = [k for k in range(base.ndim) if k != dim]
+    if base.ndim == 0 or index.shape != call.bound["src"].shape or any(index.shape[k] != base.shape[k] for k in around):
+        return NotImplemented
+    out = fresh_axes(base.shape)
+    hit = index.unsqueeze(dim) == torch.arange(base.shape[dim], device=index.device).view(-1, *[1] * (base.ndim - dim))
+    if call.places[operand][0] == "self":
+        return diagonal_terms(call, operand, (~hit.any(dim + 1)).to(call.out.dtype), "[kept]")
+    inn = list(out)
+    inn[dim] = fresh_axes((index.shape[dim],))[0]
+    relation = make_factor(hit.to(call.out.dtype), (*out[: dim + 1], inn[dim], *out[dim + 1 :]), "[index]")
+    return [Term(1.0, (relation,), out, tuple(inn))]
 
 
 @row("aten::flip", affine=ALL)

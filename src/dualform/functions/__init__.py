@@ -5,17 +5,24 @@ from dualform.functions.expansions import Expansion, expansions
 from dualform.functions.fusions import Fusion, fusions
 from dualform.functions.head import Head, HeadConfig
 from dualform.functions.interdependences import interdependences
+from dualform.functions.layer import Adapted, Layer, LayerConfig, Stack, StackConfig
+from dualform.functions.networks import networks, set_naive_bayes
 from dualform.functions.migration import TinybigDefect, from_tinybig
 from dualform.functions.reconciliations import Reconciliation, reconciliations
 from dualform.functions.remainders import Remainder, activations, remainders
 
 __all__ = [
+    "Adapted",
     "Expansion",
     "Fusion",
     "Head",
     "HeadConfig",
+    "Layer",
+    "LayerConfig",
     "Reconciliation",
     "Remainder",
+    "Stack",
+    "StackConfig",
     "TinybigDefect",
     "activations",
     "compressions",
@@ -23,6 +30,8 @@ __all__ = [
     "from_tinybig",
     "fusions",
     "interdependences",
+    "networks",
     "reconciliations",
     "remainders",
+    "set_naive_bayes",
 ]

@@ -6,11 +6,13 @@ Legend: x attribute, c centre, eps inverse width, h cell width, t cells, d degre
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive
+from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive, substitute
 from dualform.shapes import fail
 
 Span = tuple[float, float]
@@ -22,26 +24,51 @@ def _ordered(name: str, span: Span) -> tuple[float, float]:
     return float(span[0]), float(span[1])
 
 
-def _radial(name: str, shape: str, function, span: Span, count: int, epsilon: float, centres) -> Expansion:
-    """Place `function`(squared scaled distance) at every centre; `shape` is its text, with c and eps for the numbers."""
+def _radial(
+    name: str, shape: str, function: Callable[[Tensor], Tensor], span: Span, count: int, epsilon: float, centres: Any
+) -> Expansion:
+    """Place function((eps (x - c))^2) at every centre; `shape` is its text, with c and eps for the numbers.
+
+    centres: (k,) for all attributes, (m, k) for each its own, None for `count` even ones in span.
+    """
     positive(name, "count", count)
     low, high = _ordered(name, span)
     if not (math.isfinite(epsilon) and epsilon != 0):
         fail(name, "epsilon", f"is {epsilon}", "a finite number, not 0", "Pass the inverse width of a bump.")
-    if centres is not None and not centres:
-        fail(name, "centres", "is empty", "at least one number", "Pass centres=None for `count` even ones in `span`.")
     step = (high - low) / max(1, count - 1)
-    given = tuple(float(c) for c in centres) if centres is not None else tuple(low + step * k for k in range(count))
+    given = torch.tensor([low + step * k for k in range(count)] if centres is None else centres, dtype=torch.float64)
+    if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
+        fail(
+            name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."
+        )
+    values = given.tolist()
 
     def basis(x: Tensor, axis: int) -> Tensor:
         if centres is None:
             places = torch.linspace(low, high, count, dtype=x.dtype, device=x.device)
         else:
-            places = torch.tensor(given, dtype=x.dtype, device=x.device)
+            places = torch.tensor(values, dtype=x.dtype, device=x.device)
         return function(((x.unsqueeze(axis) - along(places, axis)) * epsilon).square())
 
-    terms = [shape.format(eps=epsilon, c=c) for c in given]
-    return attribute_wise(name, basis, terms, rule="m k, k centres", domain=(min(given) - 1, max(given) + 1))
+    domain = (float(given.min()) - 1, float(given.max()) + 1)
+    if given.ndim == 1:
+        terms = [shape.format(eps=epsilon, c=c) for c in values]
+        return attribute_wise(name, basis, terms, rule="m k, k centres", domain=domain)
+    m, k = given.shape
+
+    def size(found: int) -> int:
+        if found != m:
+            fail(name, "x", f"has {found} attributes", f"{m}, one row of centres each", f"Pass x (..., {m}).")
+        return m * k
+
+    def label(names: Sequence[str]) -> list[str]:
+        rows = zip(names, values, strict=True)
+        return [substitute(shape.format(eps=epsilon, c=c), name) for name, row in rows for c in row]
+
+    return Expansion(name, lambda x: basis(x, -1).flatten(-2), size, "m k, k centres", domain, label=label)
+
+
+Centres = Sequence[float] | Sequence[Sequence[float]] | None
 
 
 @expansions.record(
@@ -51,9 +78,7 @@ def _radial(name: str, shape: str, function, span: Span, count: int, epsilon: fl
     source="Broomhead, Lowe 1988",
     domain="all reals; decays to 0 away from the centres",
 )
-def gaussian_rbf(
-    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: tuple[float, ...] | None = None
-) -> Expansion:
+def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
     """Expand every attribute in Gaussian bumps around centres."""
     return _radial(
         "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), span, count, epsilon, centres
@@ -68,7 +93,7 @@ def gaussian_rbf(
     domain="all reals; decays to 0 away from the centres",
 )
 def inverse_quadratic_rbf(
-    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: tuple[float, ...] | None = None
+    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None
 ) -> Expansion:
     """Expand every attribute in inverse quadratic bumps around centres."""
     return _radial(

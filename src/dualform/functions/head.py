@@ -14,15 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualform.catalogue import Bound, Catalogue, CatalogueError, near_misses
+from dualform.catalogue import Catalogue
 from dualform.functions.basis import Expansion
 from dualform.functions.compressions import compressions
+from dualform.functions.config import Config
 from dualform.functions.expansions import expansions
-from dualform.functions.fusions import fusions
+from dualform.functions.fusions import Fusion, fusions
 from dualform.functions.interdependences import interdependences
 from dualform.functions.multilinear import Features, Outer, as_tensor
-from dualform.functions.reconciliations import reconciliations
-from dualform.functions.remainders import remainders
+from dualform.functions.reconciliations import Reconciliation, reconciliations
+from dualform.functions.remainders import Remainder, remainders
 from dualform.shapes import fail
 
 # Which options are specs, and of which catalogue.
@@ -37,7 +38,7 @@ parts: dict[str, Catalogue] = {
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Config):
     """What a Head is, as data: hashable, and JSON or TOML and back.
 
     Shape:  none.
@@ -74,25 +75,6 @@ class HeadConfig:
 
     def build(self) -> Head:
         return Head(**{name: getattr(self, name) for name in self.__dataclass_fields__})
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: v.to_json() if isinstance(v, Bound) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HeadConfig:
-        return from_fields(cls, values)
-
-
-def from_fields(cls: Any, values: Mapping[str, Any]) -> Any:
-    """Make a config of a mapping; a key that it does not have is a mistake, not a detail."""
-    known = list(cls.__dataclass_fields__)
-    for wrong in values.keys() - set(known):
-        raise CatalogueError(f"{cls.__name__}: unknown key {wrong!r}. {near_misses(str(wrong), known)}")
-    missing = [name for name in ("m", "n") if name in known and name not in values]
-    if missing:
-        raise CatalogueError(f"{cls.__name__}: {missing[0]!r} is missing; expected a size. Add it.")
-    return cls(**values)
 
 
 def features(expansion: Expansion, x: Tensor) -> Features:
@@ -142,9 +124,7 @@ class Head(nn.Module):
         )
         self.config = c
         self.m, self.n, self.channels = m, n, channels
-        self.expansion: Expansion = c.expansion.build()
-        self.reconciliation = c.reconciliation.build()
-        self.remainder, self.fusion = c.remainder.build(), c.fusion.build()
+        self._look_up()
         self.D = self.expansion.check(m)
         self.width = self.fusion.channel_width(n, channels)
         dims = (self.width,) * channels
@@ -160,6 +140,22 @@ class Head(nn.Module):
         self._frozen = self._freeze("frozen", self.reconciliation.constants(self.width, self.D))
         self._frozen_fusion = self._freeze("frozen_fusion", self.fusion.constants(dims, n))
         self.reset_parameters()
+
+    def _look_up(self) -> None:
+        c = self.config
+        self.expansion: Expansion = c.expansion.build()
+        self.reconciliation: Reconciliation = c.reconciliation.build()
+        self.remainder: Remainder = c.remainder.build()
+        self.fusion: Fusion = c.fusion.build()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the records build holds functions that do not pickle; the records themselves do.
+        built = ("expansion", "reconciliation", "remainder", "fusion")
+        return {name: value for name, value in self.__dict__.items() if name not in built}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._look_up()
 
     def _freeze(self, prefix: str, constants: Mapping[str, Tensor]) -> dict[str, str]:
         """Register constants as buffers; return where each is."""
@@ -216,7 +212,7 @@ class Head(nn.Module):
             self.remainder_weight.copy_(scaled)
 
     def _channels(self, kappa: Features, w: Tensor, constants: Mapping[str, Tensor]) -> list[Tensor]:
-        pieces = [w] if self.channels == 1 else w.reshape(self.channels, self.l).unbind(0)
+        pieces = [w] if self.channels == 1 else [w[c * self.l : (c + 1) * self.l] for c in range(self.channels)]
         return [self.reconciliation.apply(kappa, piece, self.width, constants) for piece in pieces]
 
     def _fuse(self, ys: list[Tensor], weight: Tensor | None) -> Tensor:
@@ -267,17 +263,18 @@ def _scaled(w: Tensor, run: Callable[[Tensor], Tensor], target: float) -> Tensor
     return w * (target / math.sqrt(one)) ** (1 / degree)
 
 
-def sample(expansion: Expansion, m: int, D: int) -> Tensor:
-    """Draw standard normal rows, each attribute stratified, within the interval where the features have second moments.
+def span_of(expansion: Expansion) -> tuple[float, float]:
+    """Say where the features have second moments: where float32 holds them or, if there are poles (1/x, tan), on the domain."""
+    return expansion.reach if _has_moments(expansion) else expansion.domain
 
-    That is where float32 holds them or, if they have poles there (1/x, tan), the record's domain.
-    """
+
+def sample(expansion: Expansion, m: int, D: int) -> Tensor:
+    """Draw standard normal rows, each attribute stratified, within the interval where the features have second moments."""
     count = min(max(2**18 // D, 16), 2**13)
     g = torch.Generator(device="cpu").manual_seed(0)
-    span = expansion.reach if _has_moments(expansion) else expansion.domain
     order = torch.rand(count, m, generator=g, dtype=torch.float64, device="cpu").argsort(0)
     within = torch.rand(count, m, generator=g, dtype=torch.float64, device="cpu")
-    return _normal_quantiles((order + within) / count, span)
+    return _normal_quantiles((order + within) / count, span_of(expansion))
 
 
 def _normal_quantiles(u: Tensor, span: tuple[float, float]) -> Tensor:

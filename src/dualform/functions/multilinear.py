@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -113,23 +114,25 @@ class Multilinear:
             return max(1, round(self.share * math.prod(shape)))
         return math.prod(shape) if factor.fill == "w" else 0
 
+    def piece_lengths(self, n: int, D: int) -> list[int]:
+        """Count the entries of w in each factor, in order."""
+        return [self._entries(f, shape) for f, shape in zip(self.factors, self.shapes(n, D), strict=True)]
+
     def length(self, n: int, D: int) -> int:
-        return sum(self._entries(f, shape) for f, shape in zip(self.factors, self.shapes(n, D), strict=True))
+        return sum(self.piece_lengths(n, D))
 
     def constants(self, n: int, D: int) -> dict[str, Tensor]:
         """Draw what is frozen, the same for the same seed on every machine: normal numbers, or the kept entries' places."""
-        g = torch.Generator().manual_seed(self.seed)
+        g = np.random.default_rng(self.seed)
         found: dict[str, Tensor] = {}
         for f, shape in zip(self.factors, self.shapes(n, D), strict=True):
             if f.fill == "normal":
-                found[f.name] = torch.randn(shape, generator=g, dtype=torch.float32, device="cpu")
+                found[f.name] = normal(g, *shape)
             elif f.fill == "kept":
-                kept = self._entries(f, shape)
-                size = math.prod(shape)
-                places = torch.randperm(size, generator=g, device="cpu")[:kept].sort().values
-                table = torch.full((size,), kept, dtype=torch.int64, device="cpu")  # the entry after the last: a zero
-                table[places] = torch.arange(kept, device="cpu")
-                found[f.name] = table.view(shape)
+                kept, size = self._entries(f, shape), math.prod(shape)
+                table = np.full(size, kept, dtype=np.int64)  # elsewhere: the entry after the last, a zero
+                table[np.sort(g.permutation(size)[:kept])] = np.arange(kept)
+                found[f.name] = torch.from_numpy(table.reshape(shape))
         return found
 
     # -- numbers -------------------------------------------------------------------------------------------------
@@ -213,6 +216,11 @@ class Multilinear:
         return [(self.cols, x)], specs, tensors, sizes
 
 
+def normal(g: np.random.Generator, *shape: int) -> Tensor:
+    """Draw standard normal numbers. By numpy: no mode of torch (vmap, a trace, a device) reaches them."""
+    return torch.from_numpy(g.standard_normal(shape, dtype=np.float32))
+
+
 def largest_factor(size: int) -> int:
     """Find the largest factor of a size that is not above its square root."""
     return next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
@@ -236,8 +244,15 @@ class Plan(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=1024)
 def plan_steps(
+    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+) -> Plan:
+    """Find the plan again; torch.compile takes it as it is."""
+    return _plan(tokens, factors, fixed, rows, sizes)
+
+
+@lru_cache(maxsize=1024)
+def _plan(
     tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
 ) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""

@@ -52,7 +52,7 @@ def reciprocal() -> Expansion:
     """Take the reciprocal of every attribute, clamped around 0."""
 
     def basis(x: Tensor, axis: int) -> Tensor:
-        least = (x + 0.0).sign() * 1e-6 + (x.abs() == 0) * 1e-6
+        least = (x.sign() + 0.5).sign() * 1e-6  # 0 counts as positive
         return torch.where(x.abs() <= 1e-6, least, x).reciprocal().unsqueeze(axis)
 
     return attribute_wise("reciprocal", basis, ["1/x"], domain=(0.1, 2.0))

@@ -16,12 +16,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dualform.catalogue import Catalogue
-from dualform.functions.multilinear import Constants, Factor, Features, Multilinear, as_tensor, width_of
+from dualform.functions.multilinear import Constants, Factor, Features, Multilinear, normal, width_of
 from dualform.shapes import fail
 
 reconciliations = Catalogue("reconciliations")
@@ -33,6 +34,7 @@ class _Structure(Protocol):
     name: Any
 
     def length(self, n: int, D: int) -> int: ...
+    def piece_lengths(self, n: int, D: int) -> list[int]: ...
     def constants(self, n: int, D: int) -> dict[str, Tensor]: ...
     def dense(self, w: Tensor, n: int, D: int, constants: Constants) -> Tensor: ...
     def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor: ...
@@ -301,11 +303,14 @@ class Hyper:
             fail(self.name, "n, D", f"are {n}, {D}", "n >= 1 and D >= 1", "Pass the numbers of outputs and features.")
         return self.entries
 
+    def piece_lengths(self, n: int, D: int) -> list[int]:
+        return [self.length(n, D)]
+
     def constants(self, n: int, D: int) -> dict[str, Tensor]:
-        g = torch.Generator().manual_seed(self.seed)
+        g = np.random.default_rng(self.seed)
 
         def draw(*shape: int, fan_in: int) -> Tensor:
-            return torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") / math.sqrt(fan_in)
+            return normal(g, *shape).div_(math.sqrt(fan_in))
 
         l, h, r = self.entries, self.hidden, self.rank
         gain = {"gain": torch.ones((), device="cpu", dtype=torch.float32)}

@@ -112,6 +112,10 @@ _shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros"
 
 
 # Ops that take only the shape of their second argument.
+_casts = {
+    "to",
+    "_to_copy",
+}  # entry by entry, though torch does not tag them: a slot computed as a float becomes an index
 _shape_from_second = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 
@@ -301,7 +305,7 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
             continue
         if is_detach(node):
             found.add(a.places[source])
-        elif torch.Tag.pointwise in tags:
+        elif torch.Tag.pointwise in tags or op_name(node) in _casts:
             place = a.places[source]
             found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
         elif not is_floating(value):
