@@ -2,9 +2,10 @@
 
 Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k), M = dim of the base, D = expanded dim, n outputs.
 
-    kappa(x) = [ u^(x)d  for d in degrees ],   u = base(x) in R^M         (x) the Kronecker product, the first factor slowest
+    kappa(x) = [ u, u (x) u, .., u^(x)d ],   u = base(x) in R^M         (x) the Kronecker product, the first factor slowest
 
-Almost every expansion has degrees = (1,): it *is* its base. Taylor has base = x and degrees 1..d; wavelets of order d likewise.
+Almost every expansion has d = `power` = 1: it *is* its base. Taylor has base = x and any d; wavelets of order d likewise. What
+contracts kappa with weights may use that structure (`contract` does) and build no row of D.
 Most bases act on each attribute alone, through `basis(x, axis)`, which puts phi_1(x) .. phi_k(x) on a new axis: -1 is the layout
 "attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then phi_2, ...).
 """
@@ -38,7 +39,7 @@ everywhere: Interval = (-math.inf, math.inf)
 class Expansion:
     """Map x (..., m) to its features kappa(x) (..., D).
 
-    kappa(x) = [base(x)^(x)d for d in degrees]
+    kappa(x) = [u, u (x) u, .., u^(x)d], u = base(x)
     Shape:  (..., m) -> (..., D), D = dim(m); any leading dims, none included.
     Dtype:  x's. Nothing is fitted or drawn: the same x gives the same features, on any device.
     Raises: ShapeError for a size m that the expansion does not take, for integers, and for a row too wide to build.
@@ -63,11 +64,16 @@ class Expansion:
         None  # phi_j is a polynomial of this degree between neighbouring knots (anywhere, without knots)
     )
     knots: tuple[float, ...] = ()
-    degrees: tuple[int, ...] = (1,)
+    power: int = 1  # d: tensor powers of the base up to this one
     symmetric: bool = False  # of each tensor power keep each monomial once
     batchwise: bool = True  # row i of the result depends on row i of x alone
     label: Callable[[Sequence[str]], list[str]] | None = None  # the features' names, where `terms` do not say them
     rough: str = ""  # where and why it is not differentiable inside its domain
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The tensor powers of the base that are features: 1 .. d."""
+        return tuple(range(1, self.power + 1))
 
     @property
     def width(self) -> int | None:
@@ -93,7 +99,7 @@ class Expansion:
         """Return D = dim(m), or refuse a row too wide to build."""
         D = self.dim(m)
         if D > widest_row:
-            M, d = self.base_dim(m), max(self.degrees)
+            M, d = self.base_dim(m), self.power
             packed = sum(num_subsets(M, power, repeat=True) for power in self.degrees)
             fail(
                 self.name, f"m = {m}", f"asks for D = {self.rule} = {D:,} features per row",
@@ -107,16 +113,14 @@ class Expansion:
         self._check_input(x)
         self.check(x.shape[-1])
         u = self.base(x)
-        if self.degrees == (1,):
-            return u
         if self.symmetric:
-            return torch.cat(
-                [power for d, power in enumerate(symmetric_powers(u, max(self.degrees)), 1) if d in self.degrees], -1
-            )
-        powers = [u]
-        for _ in range(max(self.degrees) - 1):
-            powers.append((powers[-1].unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2))
-        return torch.cat([powers[d - 1] for d in self.degrees], -1)
+            return torch.cat(list(symmetric_powers(u, self.power)), -1)
+        found = u
+        for _ in range(1, self.power):
+            # [1, kappa_(d-1)] (x) u = kappa_d: no copy of the powers below; as a matmul, whose backward forms nothing as wide
+            rows = torch.cat([torch.ones_like(u[..., :1]), found], -1)
+            found = (rows.unsqueeze(-1) @ u.unsqueeze(-2)).flatten(-2)
+        return found
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim == 0:
@@ -131,17 +135,15 @@ class Expansion:
         Shape:  x (..., m), weight (n, D) -> (..., n). The columns of weight are those of kappa, W_d (n, M^d) for d in degrees.
         """
         n, M = weight.shape[0], self.base_dim(x.shape[-1])
-        if self.symmetric or self.degrees == (1,) or n >= M:
+        if self.symmetric or self.power == 1 or n >= M:
             return self(x) @ weight.mT
         self._check_input(x)
         u = self.base(x)
-        parts = dict(zip(self.degrees, weight.split([M**d for d in self.degrees], -1), strict=True))
-        top = max(self.degrees)
-        total = u @ parts[top].reshape(-1, M).mT  # (..., n M^(top - 1))
-        for d in range(top - 1, 0, -1):
-            if d in parts:
-                total = total + parts[d].flatten()
-            total = (total.unflatten(-1, (n * M ** (d - 1), M)) @ u.unsqueeze(-1)).squeeze(-1)
+        parts = weight.split([M**d for d in self.degrees], -1)
+        total = u @ parts[-1].reshape(-1, M).mT  # (..., n M^(d - 1))
+        for part in reversed(parts[:-1]):
+            total = (total + part.flatten()).unflatten(-1, (-1, M)) @ u.unsqueeze(-1)
+            total = total.squeeze(-1)
         return total
 
     def features(self, names: Sequence[str]) -> list[str]:
@@ -152,7 +154,7 @@ class Expansion:
         if self.basis is not None:
             rows = [[substitute(term, name) for term in self.terms] for name in names]
             base = [cell for row in (rows if self.layout == "attribute" else zip(*rows, strict=True)) for cell in row]
-        if self.degrees == (1,):
+        if self.power == 1:
             return base
         kinds = [monomials(len(base), d, unique=self.symmetric) for d in self.degrees]
         wrapped = base if self.basis is None else [f"({term})" for term in base]

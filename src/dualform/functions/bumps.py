@@ -45,10 +45,10 @@ def _radial(
 
     def basis(x: Tensor, axis: int) -> Tensor:
         if centres is None:
-            places = torch.linspace(low, high, count, dtype=x.dtype, device=x.device)
+            places = torch.linspace(low * epsilon, high * epsilon, count, dtype=x.dtype, device=x.device)
         else:
-            places = torch.tensor(values, dtype=x.dtype, device=x.device)
-        return function(((x.unsqueeze(axis) - along(places, axis)) * epsilon).square())
+            places = torch.tensor(values, dtype=x.dtype, device=x.device) * epsilon
+        return function(((x * epsilon).unsqueeze(axis) - along(places, axis)).square())
 
     domain = (float(given.min()) - 1, float(given.max()) + 1)
     if given.ndim == 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualform.catalogue import Bound
 from dualform.functions.basis import Expansion, expansions, positive
-from dualform.functions.subsets import num_subsets, steps, subsets
+from dualform.functions.subsets import num_subsets, subsets, tails
 from dualform.shapes import fail
 
 _source = "Zhang 2024 (RPN 1, arXiv 2407.04819), section 5"
@@ -41,7 +41,7 @@ def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
         lambda x: x,
         lambda m: m,
         "C(m + d, d) - 1" if symmetric else "m + m^2 + .. + m^d",
-        degrees=tuple(range(1, int(degree) + 1)),
+        power=int(degree),
         symmetric=symmetric,
         reach=(-edge, edge),
     )
@@ -65,8 +65,11 @@ def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
 
     def base(x: Tensor) -> Tensor:
         tuples, found = x.unsqueeze(-1), [x]
-        for first, rest in steps(x.shape[-1], degree, repeat=with_replacement, device=x.device):
-            tuples = torch.cat([x.index_select(-1, first).unsqueeze(-1), tuples.index_select(-2, rest)], -1)
+        for r in range(2, degree + 1):
+            starts = tails(x.shape[-1], r, repeat=with_replacement)
+            rests = [tuples[..., start:, :] for start in starts]
+            firsts = [x[..., i : i + 1, None].expand(*rest.shape[:-1], 1) for i, rest in enumerate(rests)]
+            tuples = torch.cat([torch.cat(pair, -1) for pair in zip(firsts, rests, strict=True)], -2)
             found.append(tuples.flatten(-2))
         return torch.cat(found, -1)
 
@@ -99,8 +102,9 @@ def combinatorial_normal(degree: int = 1, with_replacement: bool = False) -> Exp
     def base(x: Tensor) -> Tensor:
         one = x.square() * -0.5 - 0.5 * math.log(2 * math.pi)
         total, found = one, [one]
-        for first, rest in steps(x.shape[-1], degree, repeat=with_replacement, device=x.device):
-            total = one.index_select(-1, first) + total.index_select(-1, rest)
+        for r in range(2, degree + 1):
+            starts = tails(x.shape[-1], r, repeat=with_replacement)
+            total = torch.cat([first + total[..., s:] for first, s in zip(one.split(1, -1), starts, strict=True)], -1)
             found.append(total)
         return torch.cat(found, -1)
 

@@ -1,7 +1,7 @@
-"""Index arithmetic of subsets and monomials: which d of m things, in lexicographic order, without Python loops over them.
+"""Subsets and monomials: which d of m things, in lexicographic order.
 
-The tuples (i_1, .., i_d) that begin with i are i followed by a *tail* of the tuples of size d - 1. So everything that a product or
-a sum over tuples needs is, per tuple, its first element and where its rest stands among the shorter tuples.
+The tuples of size d that begin with i are i followed by each tuple of size d - 1 that may follow it; and these stand together, at
+the end of the shorter ones. So a product or a sum over all tuples is one over their first elements and a slice of what came before.
 """
 
 from __future__ import annotations
@@ -30,25 +30,18 @@ def subsets(names: Sequence[str], d: int, *, repeat: bool) -> list[tuple[str, ..
     return [chosen for r in range(1, d + 1) for chosen in choose(names, r)]
 
 
-def steps(m: int, d: int, *, repeat: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for sizes 2 .. d, per tuple, its first element and the place of its rest among the tuples one shorter."""
-    here = torch.arange(m, device=device)
-    starting = torch.ones(m, dtype=torch.int64, device=device)  # tuples of the size before that begin with i
-    for size in range(2, d + 1):
-        before = starting.cumsum(0) - starting  # where those that begin with i stand
-        longer = starting.flip(0).cumsum(0).flip(0) - (0 if repeat else starting)
-        total = num_subsets(m, size, repeat=repeat)
-        first = here.repeat_interleave(longer, output_size=total)
-        tail = before if repeat else before + starting
-        shift = tail - (longer.cumsum(0) - longer)
-        yield first, torch.arange(total, device=device) + shift[first]
-        starting = longer
+def tails(m: int, d: int, *, repeat: bool) -> list[int]:
+    """Say for each first element where the tuples of size d - 1 that may follow it begin."""
+    total = num_subsets(m, d - 1, repeat=repeat)
+    return [total - num_subsets(m - i - (0 if repeat else 1), d - 1, repeat=repeat) for i in range(m)]
 
 
 def symmetric_powers(u: Tensor, d: int) -> Iterator[Tensor]:
     """Yield the monomials of degrees 1 .. d of u (..., M), each once, in lexicographic order."""
     power = u
     yield power
-    for first, rest in steps(u.shape[-1], d, repeat=True, device=u.device):
-        power = u.index_select(-1, first) * power.index_select(-1, rest)
+    factors = u.split(1, -1)
+    for size in range(2, d + 1):
+        starts = tails(u.shape[-1], size, repeat=True)
+        power = torch.cat([factor * power[..., start:] for factor, start in zip(factors, starts, strict=True)], -1)
         yield power
