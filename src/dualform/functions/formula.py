@@ -10,11 +10,13 @@ Legend: m inputs, n outputs, D features, k functions per attribute, R rows of th
 
 from __future__ import annotations
 
+import ast
 import keyword
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -57,32 +59,67 @@ _most_cancelled = 1e3
 
 
 @dataclass(frozen=True)
+class Line:
+    """name = sum_i c_i f_i + constant, the terms that matter most first."""
+
+    name: str
+    terms: tuple[tuple[float, sympy.Expr], ...]
+    constant: float
+
+    @property
+    def symbols(self) -> set[str]:
+        return {str(symbol) for _, f in self.terms for symbol in f.free_symbols}
+
+    def expression(self) -> sympy.Expr:
+        return sympy.Add(*(c * f for c, f in self.terms), sympy.Float(self.constant))
+
+    def write(self, digits: int | None, function: Callable[[sympy.Expr], str], times: str) -> str:
+        """Join the terms' texts, leaving out factors of one."""
+        parts = [(c, function(f)) for c, f in self.terms]
+        shown = [(_near(c, digits), text) for c, text in parts]
+        if self.constant or not shown:
+            shown.append((_near(self.constant, digits), ""))
+        found = ""
+        for number, text in shown:
+            size = abs(number)
+            factor = "" if size == 1 and text else str(size) + (times if text else "")
+            sign = ("-" if number < 0 else "") if not found else " - " if number < 0 else " + "
+            found += sign + factor + text
+        return found
+
+
+@dataclass(frozen=True, repr=False)
 class Formula:
     """Formulas in order: each may use the names of those before it. str() is text that Python and sympy read.
 
     Shape:  formula(X): X (R, m) -> (R, n), in float64, with all digits.
     Raises: ShapeError for another m.
     Example:
-        >>> import sympy
-        >>> f = Formula(("x",), ("x",), (("y", sympy.Symbol("x") ** 2 / 2.0),), ("y",))
-        >>> print(f), f([[3.0]]).tolist()
-        y = 0.5*x**2
-        (None, [[4.5]])
+        >>> x = sympy.Symbol("x")
+        >>> f = Formula(("x",), ("x",), (Line("y", ((0.5, x**2), (1.0, sympy.sin(x))), -2.0),), ("y",))
+        >>> f, f([[0.0]]).tolist()
+        (y = 0.5*x**2 + sin(x) - 2, [[-2.0]])
     """
 
     inputs: tuple[str, ...]  # as they appear in the text
     labels: tuple[str, ...]  # as they were given
-    lines: tuple[tuple[str, sympy.Expr], ...]
+    lines: tuple[Line, ...]
     outputs: tuple[str, ...]
 
     def text(self, digits: int | None = 6) -> str:
         """Return a line `name = expression` each, numbers rounded to so many significant digits (None: all)."""
-        return "\n".join(f"{name} = {sstr(_rounded(e, digits), full_prec=False)}" for name, e in self.lines)
 
-    __str__ = text
+        @cache
+        def function(f: sympy.Expr) -> str:
+            text = sstr(_rounded(f, digits), full_prec=False)
+            return f"({text})" if isinstance(f, sympy.Add) else text
 
-    def __repr__(self) -> str:
+        return "\n".join(f"{line.name} = {line.write(digits, function, '*')}" for line in self.lines)
+
+    def __str__(self) -> str:
         return self.text()
+
+    __repr__ = __str__
 
     def to_latex(self, digits: int | None = 4) -> str:
         """Return an aligned block of LaTeX."""
@@ -91,10 +128,16 @@ class Formula:
             for name, label in zip(self.inputs, self.labels, strict=True)
             if not re.fullmatch(r"[a-zA-Z]+_?\d*", label)
         }
+
+        @cache
+        def function(f: sympy.Expr) -> str:
+            text = sympy.latex(_rounded(f, digits), symbol_names=names)
+            return rf"\left({text}\right)" if isinstance(f, sympy.Add) else text
+
         rows = [
-            rf"{sympy.latex(sympy.Symbol(name))} &= {sympy.latex(_rounded(e, digits), symbol_names=names)}"
-            for name, e in self.lines
+            rf"{sympy.latex(sympy.Symbol(line.name))} &= {line.write(digits, function, chr(92) + ', ')}" for line in self.lines
         ]
+        rows = [re.sub(r"(\d)e([+-]?)0*(\d+)", r"\1 \\cdot 10^{\2\3}", row).replace("^{+", "^{") for row in rows]
         return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
 
     def _repr_latex_(self) -> str:
@@ -104,8 +147,8 @@ class Formula:
     def expressions(self) -> dict[str, sympy.Expr]:
         """Return each output as one sympy expression of the inputs, earlier lines put in."""
         known: dict[sympy.Symbol, sympy.Expr] = {}
-        for name, expression in self.lines:
-            known[sympy.Symbol(name)] = cast("sympy.Expr", expression.xreplace(known))
+        for line in self.lines:
+            known[sympy.Symbol(line.name)] = cast("sympy.Expr", line.expression().xreplace(known))
         return {name: known[sympy.Symbol(name)] for name in self.outputs}
 
     def __call__(self, X: Any) -> np.ndarray:
@@ -115,10 +158,9 @@ class Formula:
                 "Formula", "X", f"has shape {X.shape}", f"(R, m) with m = {len(self.inputs)}",
                 "Pass rows of the inputs " + ", ".join(self.inputs) + ".",
             )  # fmt: skip
-        known = dict(zip(self.inputs, X.T, strict=True))
-        for name, expression in self.lines:
-            terms = sympy.Add.make_args(expression)
-            known[name] = _columns(terms, known, len(X)).sum(0)
+        known = _Values(self.inputs, X)
+        for line in self.lines:
+            known.add(line)
         return np.stack([known[name] for name in self.outputs], 1)
 
 
@@ -132,8 +174,8 @@ def formula_of(
     the line's standard deviation.
     Shape:  sample (R, m).
     """
-    writer = _Writer(tuple(_identifiers(labels)), tuple(labels), tolerance, len(sample))
-    writer.known = dict(zip(writer.inputs, sample.T, strict=True))
+    names = tuple(_identifiers(labels))
+    writer = _Writer(names, tuple(labels), _Values(names, sample))
     inputs: list[sympy.Expr] = [sympy.Symbol(name) for name in writer.inputs]
     if scale is not None:
         inputs = writer.standardised(inputs, heads[0].expansion, *scale)
@@ -141,6 +183,8 @@ def formula_of(
         last = depth == len(heads)
         names = _identifiers(outputs) if last else [f"h{depth}_{i}" for i in range(head.n)]
         slope, shift = units if last and units is not None else (np.ones(head.n), np.zeros(head.n))
+        # what is dropped early is bent and scaled by the layers after it: so drop less there
+        writer.tolerance = tolerance if last else tolerance / 10
         found = writer.head(head, inputs, names)
         inputs = []
         for name, terms, a, b in zip(names, found, slope, shift, strict=True):
@@ -150,23 +194,46 @@ def formula_of(
     return writer.finished([str(name) for name in inputs])
 
 
+class _Values(dict[str, np.ndarray]):
+    """What names, and functions of them, are on R rows. A function met again is not computed again."""
+
+    def __init__(self, names: Sequence[str], rows: np.ndarray) -> None:
+        super().__init__(zip(names, rows.T, strict=True))
+        self.num_rows = len(rows)
+        self.found: dict[sympy.Expr, np.ndarray] = {}
+
+    def add(self, line: Line) -> None:
+        weights = np.array([c for c, _ in line.terms])
+        self[line.name] = weights @ self.columns([f for _, f in line.terms]) + line.constant
+
+    def columns(self, functions: Sequence[sympy.Expr]) -> np.ndarray:
+        """Evaluate (number of functions, R)."""
+        new = [f for f in dict.fromkeys(functions) if f not in self.found]
+        symbols = sorted(set().union(*(f.free_symbols for f in new)), key=str)
+        modules = [{"erf": lambda x: torch.erf(torch.as_tensor(x)).numpy()}, "numpy"]
+        with np.errstate(all="ignore"):
+            values = sympy.lambdify(symbols, new, modules=modules)(*(self[str(s)] for s in symbols))
+        for f, v in zip(new, values, strict=True):
+            self.found[f] = np.broadcast_to(np.asarray(v, dtype=np.float64), (self.num_rows,))
+        return np.array([self.found[f] for f in functions]).reshape(len(functions), self.num_rows)
+
+
 @dataclass
 class _Writer:
     """The lines so far, and the values that their names have on the sample."""
 
     inputs: tuple[str, ...]
     labels: tuple[str, ...]
-    tolerance: float
-    num_rows: int
+    known: _Values
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        self.lines: list[tuple[str, sympy.Expr]] = []
-        self.known: dict[str, np.ndarray] = {}
+        self.lines: list[Line] = []
 
     def line(self, name: str, terms: Terms) -> sympy.Symbol:
         """Prune a sum, give it a name and evaluate it."""
         functions = [f for f in terms if f != _one]
-        values = _columns(functions, self.known, self.num_rows)
+        values = self.known.columns(functions)
         c = np.array([terms[f] for f in functions])
         middle = values.mean(1)
         effect = np.abs(c) * values.std(1)
@@ -176,15 +243,12 @@ class _Writer:
         if self.tolerance == 0:
             dropped = np.flatnonzero(c == 0)
         constant = terms.get(_one, 0.0) + float((c * middle)[dropped].sum())
-        kept = [i for i in range(len(c)) if i not in set(dropped.tolist())]
-        # a constant that is only rounding noise beside what it is added to
-        noise = self.tolerance * total if self.tolerance else 0.0
-        shown = [float(c[i]) * functions[i] for i in kept]
-        if abs(constant) > noise or not shown:
-            shown.append(sympy.Float(constant))
-        self.lines.append((name, sympy.Add(*shown)))
-        used = np.array(kept, dtype=int)
-        self.known[name] = (c[used, None] * values[used]).sum(0) + constant * (abs(constant) > noise or not kept)
+        kept = [i for i in effect.argsort(kind="stable")[::-1] if i not in set(dropped.tolist())]
+        if kept and abs(constant) <= self.tolerance * total:
+            constant = 0.0  # rounding noise beside what it is added to
+        made = Line(name, tuple(_times(float(c[i]), functions[i]) for i in kept), constant)
+        self.lines.append(made)
+        self.known.add(made)
         return sympy.Symbol(name)
 
     def standardised(
@@ -196,10 +260,10 @@ class _Writer:
         if (np.abs(mean / scale).max() + 1) ** degree <= _most_cancelled:
             return [sympy.expand(e) for e in z]
         named = []
-        for i, (e, x) in enumerate(zip(z, self.inputs, strict=True)):
+        for i, x in enumerate(self.inputs):
             name = f"z_{x}"
-            self.lines.append((name, e))
-            self.known[name] = (self.known[x] - mean[i]) / scale[i]
+            self.lines.append(Line(name, ((1 / float(scale[i]), sympy.Symbol(x)),), -float(mean[i] / scale[i])))
+            self.known.add(self.lines[-1])
             named.append(sympy.Symbol(name))
         return named
 
@@ -259,10 +323,10 @@ class _Writer:
     def finished(self, outputs: list[str]) -> Formula:
         """Leave out lines that nothing uses any more."""
         needed, kept = set(outputs), []
-        for name, expression in reversed(self.lines):
-            if name in needed:
-                kept.append((name, expression))
-                needed |= {str(s) for s in expression.free_symbols}
+        for line in reversed(self.lines):
+            if line.name in needed:
+                kept.append(line)
+                needed |= line.symbols
         return Formula(self.inputs, self.labels, tuple(reversed(kept)), tuple(outputs))
 
 
@@ -287,6 +351,14 @@ def _parts(expression: sympy.Expr) -> list[tuple[sympy.Expr, float]]:
     return [(f, float(a)) for a, f in split]
 
 
+def _times(c: float, f: sympy.Expr) -> tuple[float, sympy.Expr]:
+    """Put a coefficient inside the pieces if there are such."""
+    if not isinstance(f, sympy.Piecewise):
+        return c, f
+    rows = [(sympy.Add(*(c * part for part in sympy.Add.make_args(e))), condition) for e, condition in f.args]
+    return 1.0, sympy.Piecewise(*rows, evaluate=False)
+
+
 def _features(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tensor) -> list[Terms]:
     """Return sum_k weight[i, k] kappa_k(inputs) for every row i of weight (rows, D)."""
     if not expansion.batchwise:
@@ -294,8 +366,8 @@ def _features(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tens
     if expansion.degree is not None and expansion.basis is not None and expansion.degrees == (1,):
         return _piecewise(expansion, inputs, weight)
     names = [f"a{i}" for i in range(len(inputs))]
-    scope = {"__builtins__": {}} | _words | dict(zip(names, inputs, strict=True))
-    parts = [_parts(sympy.sympify(eval(text, scope))) for text in expansion.features(names)]
+    scope = {"__builtins__": {}, "_indicator": _indicator} | _words | dict(zip(names, inputs, strict=True))
+    parts = [_parts(sympy.sympify(eval(_compiled(text), scope))) for text in expansion.features(names)]
     found = []
     for row in weight.tolist():
         terms: Terms = {}
@@ -305,6 +377,25 @@ def _features(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tens
                     _add(terms, f, a * c)
         found.append(terms)
     return found
+
+
+class _Indicators(ast.NodeTransformer):
+    """Make 0 <= t < 1, which counts as 0 or 1 in a feature's text, something that symbols can go through."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        sides = [node.left, *node.comparators]
+        pairs = [
+            ast.Compare(left, [op], [right]) for left, op, right in zip(sides, node.ops, node.comparators, strict=False)
+        ]
+        return ast.Call(ast.Name("_indicator", ast.Load()), cast("list[ast.expr]", pairs), [])
+
+
+def _compiled(text: str) -> Any:
+    return compile(ast.fix_missing_locations(_Indicators().visit(ast.parse(text, mode="eval"))), "<feature>", "eval")
+
+
+def _indicator(*conditions: Any) -> sympy.Expr:
+    return sympy.Piecewise((1, sympy.And(*conditions)), (0, True))
 
 
 def _piecewise(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tensor) -> list[Terms]:
@@ -363,22 +454,12 @@ def _identifiers(labels: Sequence[str]) -> list[str]:
     return found
 
 
+def _near(value: float, digits: int | None) -> float | int:
+    """Round to so many significant digits, a whole number to an int."""
+    value = value if digits is None else float(f"{value:.{digits}g}")
+    return int(value) if value == int(value) and abs(value) < 1e15 else value
+
+
 def _rounded(expression: sympy.Expr, digits: int | None) -> sympy.Expr:
-    """Round every number to so many significant digits, whole ones to whole numbers."""
-
-    def near(number: sympy.Float) -> sympy.Expr:
-        value = float(number) if digits is None else float(f"{float(number):.{digits}g}")
-        return sympy.Integer(int(value)) if value == int(value) and abs(value) < 1e15 else sympy.Float(value)
-
-    return cast("sympy.Expr", expression.xreplace({f: near(f) for f in expression.atoms(sympy.Float)}))
-
-
-def _columns(functions: Sequence[Any], known: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
-    """Evaluate functions of the known names: (number of functions, R)."""
-    if not functions:
-        return np.zeros((0, num_rows))
-    symbols = sorted(set().union(*(f.free_symbols for f in functions)), key=str)
-    modules = [{"erf": lambda x: torch.erf(torch.as_tensor(x)).numpy()}, "numpy"]
-    with np.errstate(all="ignore"):
-        values = sympy.lambdify(symbols, list(functions), modules=modules)(*(known[str(s)] for s in symbols))
-    return np.stack([np.broadcast_to(np.asarray(v, dtype=np.float64), (num_rows,)) for v in values])
+    numbers = {f: sympy.sympify(_near(float(f), digits)) for f in expression.atoms(sympy.Float)}
+    return cast("sympy.Expr", expression.xreplace(numbers))

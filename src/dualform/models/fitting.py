@@ -228,7 +228,7 @@ _widest = 2000  # the smaller side of the largest matrix that is decomposed
 
 def is_linear(head: Head, num_rows: int) -> bool:
     """Is the output plainly linear in the weights, one column per feature, and the problem small enough to solve at once?"""
-    plain = head.channels == 1 and head.fusion.is_plain and head.reconciliation.name == "identity"
+    plain = head.channels == 1 and head.fusion.is_plain and head.config.reconciliation.name == "identity"
     r = head.remainder
     linear = r.kind != "linear" or r.inside or r.activation == "identity"
     columns = head.D + (head.m if r.kind == "linear" else 0)
