@@ -152,6 +152,18 @@ class Formula:
         return {name: known[sympy.Symbol(name)] for name in self.outputs}
 
     def __call__(self, X: Any) -> np.ndarray:
+        known = self._values(X)
+        return np.stack([known[name] for name in self.outputs], 1)
+
+    def effects(self, X: Any, output: int = 0) -> list[tuple[str, float]]:
+        """Return the terms of an output's own line with the standard deviation of each on the rows of X, the largest first."""
+        known = self._values(X)
+        (line,) = (line for line in self.lines if line.name == self.outputs[output])
+        values = known.columns([f for _, f in line.terms])
+        found = [(_short(f), abs(c) * float(v.std())) for (c, f), v in zip(line.terms, values, strict=True)]
+        return sorted(found, key=lambda pair: -pair[1])
+
+    def _values(self, X: Any) -> _Values:
         X = np.asarray(X, dtype=np.float64)
         if X.ndim != 2 or X.shape[1] != len(self.inputs):
             fail(
@@ -161,7 +173,14 @@ class Formula:
         known = _Values(self.inputs, X)
         for line in self.lines:
             known.add(line)
-        return np.stack([known[name] for name in self.outputs], 1)
+        return known
+
+
+def _short(f: sympy.Expr) -> str:
+    """Name a term in a list: pieces by what they are a function of."""
+    if isinstance(f, sympy.Piecewise):
+        return f"pieces({', '.join(sorted(map(str, f.free_symbols)))})"
+    return sstr(_rounded(f, 3), full_prec=False)
 
 
 def formula_of(

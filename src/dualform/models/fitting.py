@@ -236,8 +236,8 @@ def is_linear(head: Head, num_rows: int) -> bool:
 
 
 @torch.no_grad()
-def least_squares(head: Head, rows: Rows, alpha: float | None) -> float:
-    """Solve for all weights of a linear head; alpha=None takes the one with the least leave-one-out error.
+def least_squares(head: Head, rows: Rows, alpha: float | None) -> list[float]:
+    """Solve for all weights of a linear head; alpha=None takes for each target the one with the least leave-one-out error.
 
     With columns of unit variance, A = U S V^T: fitted = U s^2 / (s^2 + alpha) U^T y, and a row left out errs by e / (1 - h).
     """
@@ -258,16 +258,20 @@ def least_squares(head: Head, rows: Rows, alpha: float | None) -> float:
     U, s, Vt = torch.linalg.svd(A, full_matrices=False)
     along = U.mT @ b
 
-    def left_out(a: float) -> float:
+    def left_out(a: float) -> Tensor:
         kept = s.square() / (s.square() + a)
         leverage = U.square() @ kept + share[:, 0]
         error = (b - U @ (kept[:, None] * along)) / (1 - leverage).clamp(min=1e-12)[:, None]
-        return float(error.square().sum())
+        return error.square().sum(0)
 
     if alpha is None:
-        alpha = min((10.0 ** (k / 2) for k in range(12, -29, -1)), key=left_out)
-    shrunk = torch.where(s > s.max() * 1e-14, s / (s.square() + alpha), torch.zeros_like(s))
-    found = (Vt.mT @ (shrunk[:, None] * along)).mT / scale
+        grid = [10.0 ** (k / 2) for k in range(12, -29, -1)]
+        best = torch.stack([left_out(a) for a in grid]).argmin(0)
+    else:
+        grid, best = [alpha], torch.zeros(head.n, dtype=torch.long)
+    alphas = torch.tensor(grid, dtype=s.dtype, device=s.device)[best]  # one per target
+    shrunk = torch.where(s > s.max() * 1e-14, s, torch.zeros_like(s))[:, None] / (s.square()[:, None] + alphas)
+    found = (Vt.mT @ (shrunk * along)).mT / scale
     assert head.bias is not None
     head.bias.copy_(middle - found @ mean)
     head.w.copy_(found[:, : head.D].flatten())
@@ -275,7 +279,7 @@ def least_squares(head: Head, rows: Rows, alpha: float | None) -> float:
         head.remainder_weight.copy_(found[:, head.D :])
     if head.remainder_bias is not None:
         head.remainder_bias.zero_()
-    return alpha
+    return alphas.tolist()
 
 
 # -- how strong the decay should be ------------------------------------------------------------------------------------

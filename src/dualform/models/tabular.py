@@ -33,6 +33,7 @@ bends = ("gaussian_rbf", {"span": (-2.0, 2.0), "count": 5, "epsilon": 1.0})
 _bent: Mapping[str, Any] = {"expansion": bends, "remainder": "linear"}
 
 _hidden = 32  # the width of a hidden layer that does not say its own
+_few = 50  # fewer rows than these are not split to choose alpha
 _full_batch = 5000  # up to so many rows L-BFGS sees all of them at once; beyond, Adam sees mini-batches
 _solvers = ("auto", "least_squares", "lbfgs", "adam")
 
@@ -119,7 +120,7 @@ class _RPN(BaseEstimator):
             y_numeric=isinstance(self, RegressorMixin), ensure_min_samples=2 if first else 1,
         )  # fmt: skip
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not weight.sum() > 0:
+        if not weight.sum() > 0:  # newer releases of scikit-learn have refused it by now
             fail(
                 type(self).__name__, "sample_weight", f"sums to {weight.sum()}", "a sum > 0",
                 "Give weight to some row.", ValueError,
@@ -159,7 +160,8 @@ class _RPN(BaseEstimator):
                     "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias.", ValueError,
                 )  # fmt: skip
             self._check_finite(cast(Head, head).expansion(rows.x), 0)
-            self.alpha_ = fitting.least_squares(cast(Head, head), rows, self._given_alpha())
+            alphas = fitting.least_squares(cast(Head, head), rows, self._given_alpha())
+            self.alpha_ = alphas[0] if len(alphas) == 1 else np.array(alphas)
             self.loss_curve_, self.validation_curve_, self.n_iter_ = [network.loss(rows, self._loss)], [], 1
         else:
             self._check_finite(network.outputs(rows.x), len(network) - 1)
@@ -177,7 +179,7 @@ class _RPN(BaseEstimator):
         if given is not None:
             self.alpha_ = given
         elif not (goes_on and hasattr(self, "alpha_")):
-            self.alpha_ = 1.0 if solver == "adam" or len(rows) < 10 else self._chosen_alpha(network, rows, generator)
+            self.alpha_ = 1.0 if solver == "adam" or len(rows) < _few else self._chosen_alpha(network, rows, generator)
         watch = self._watch()
         train = rows
         if fold is not None:
@@ -201,7 +203,7 @@ class _RPN(BaseEstimator):
         large = len(rows) >= 500
         parts = max(2, round(1 / self.validation_fraction)) if large else 3
         fold = fitting.folds(self._groups(rows.y), len(rows), parts, generator).to(rows.x.device)
-        start, steps = network.flat(), min(self.max_iter, 100)
+        start, steps = network.flat(), min(self.max_iter, 60)
 
         def score(alpha: float) -> float:
             total = 0.0
@@ -323,7 +325,9 @@ class _RPN(BaseEstimator):
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "network_")
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return self._evaluate(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
+
+    def _evaluate(self, X: np.ndarray) -> np.ndarray:
         network = self.network_.to(self._device())
         x = torch.from_numpy(np.array(self.scaler_.transform(X))).to(self._device(), network.flat().dtype)
         outputs = network.outputs(x).cpu().double().numpy()
@@ -373,13 +377,34 @@ class _RPN(BaseEstimator):
         )
 
     def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Any:
-        """Draw the basis functions and the learnt function of each feature; return matplotlib's figure.
+        """Draw the basis functions, the strongest terms and the learnt function of each feature; return matplotlib's figure.
 
-        Shape:  X (R, m) and y (R,), if given, are drawn as points around the curves; `output` picks a class or a target.
-        Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`).
+        A feature's curve is the output's mean over the rows fitted to, as that feature alone is changed; thin lines are single
+        rows: where they are parallel the feature acts alone.
+        Shape:  X (R, m) and y (R,), if given, are drawn as points around the curves (regression); `output` picks a class or target.
+        Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`); ValueError for an output it does not have.
         """
         check_is_fitted(self, "network_")
-        return draw(self, X, y, output, max_features)
+        names = self._output_names()
+        if not 0 <= output < len(names):
+            fail(
+                f"{type(self).__name__}.plot", "output", f"is {output}", f"0 <= output < {len(names)}",
+                f"Outputs: {', '.join(names)}.", ValueError,
+            )  # fmt: skip
+        slope, shift = self._output_scale()
+        points = None
+        if X is not None and y is not None:
+            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+            targets = np.asarray(y).reshape(len(X), -1)
+            points = (X.astype(np.float64), targets[:, output] if isinstance(self, RegressorMixin) else None)
+
+        def f(rows: np.ndarray) -> np.ndarray:
+            return self._evaluate(rows)[:, output] * slope[output] + shift[output]
+
+        return draw(
+            f, self.sample_, self._feature_names(), output, names[output], self.layers_[0].expansion.build(), self.formula(),
+            bool(self.standardize), points, max_features,
+        )  # fmt: skip
 
 
 class RPNClassifier(ClassifierMixin, _RPN):
@@ -437,14 +462,14 @@ class RPNClassifier(ClassifierMixin, _RPN):
             self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
             fail(
-                type(self).__name__, "y", f"has one class, {self.classes_[0]!r}", "at least two classes",
+                type(self).__name__, "y", f"has one class, {self.classes_.tolist()[0]!r}", "at least two classes",
                 "Give rows of another class too.", ValueError,
             )  # fmt: skip
         found = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         if not (self.classes_[found] == y).all():
-            new = sorted(set(np.unique(y)) - set(self.classes_))
+            new = np.setdiff1d(y, self.classes_).tolist()
             fail(
-                type(self).__name__, "y", f"has the new classes {new}", f"classes {list(self.classes_)}",
+                type(self).__name__, "y", f"has the new classes {new}", f"classes {self.classes_.tolist()}",
                 "Name all classes at the first call, or fit anew.", ValueError,
             )  # fmt: skip
         return found
@@ -472,7 +497,7 @@ class RPNClassifier(ClassifierMixin, _RPN):
             self.classes_ = np.unique(y if classes is None else classes)
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
             fail(
-                type(self).__name__, "classes", f"is {list(np.unique(classes))}", f"the first call's {list(self.classes_)}",
+                type(self).__name__, "classes", f"is {np.unique(classes).tolist()}", f"the first call's {self.classes_.tolist()}",
                 "Leave it out after the first call.", ValueError,
             )  # fmt: skip
         return self._partial_fit(X, y, sample_weight)
@@ -508,7 +533,8 @@ class RPNClassifier(ClassifierMixin, _RPN):
         Shape:  X (R, m) -> (R,).
         Raises: NotFittedError before fit; ValueError for another m.
         """
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
 
 class RPNRegressor(RegressorMixin, _RPN):
