@@ -380,8 +380,6 @@ def _times(c: float, f: sympy.Expr) -> tuple[float, sympy.Expr]:
 
 def _features(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tensor) -> list[Terms]:
     """Return sum_k weight[i, k] kappa_k(inputs) for every row i of weight (rows, D)."""
-    if not expansion.batchwise:
-        fail("formula", "expansion", f"is {expansion.name}, which mixes rows", "one that maps each row alone", "It has no formula.")
     if expansion.degree is not None and expansion.basis is not None and expansion.degrees == (1,):
         return _piecewise(expansion, inputs, weight)
     names = [f"a{i}" for i in range(len(inputs))]
