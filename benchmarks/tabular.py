@@ -150,7 +150,9 @@ def scaled(model):
 
 
 def classifiers(seed):
-    poly = make_pipeline(StandardScaler(), PolynomialFeatures(2, include_bias=False), LogisticRegression(C=0.1, max_iter=200))
+    poly = make_pipeline(
+        StandardScaler(), PolynomialFeatures(2, include_bias=False), LogisticRegression(C=0.1, max_iter=200)
+    )
     return {
         "RPN": scaled(df.RPNClassifier(random_state=seed)),
         "RPN taylor": scaled(df.RPNClassifier([{"expansion": unique(2)}], random_state=seed)),
@@ -255,7 +257,9 @@ def without_kan(models, keep):
 
 def cell(row, group, best):
     scores = np.array(row["scores"])
-    shown = f"{scores.mean():.3f} ± {scores.std():.3f}" if group in ("tables", "diabetes") else f"{np.median(scores):.1e}"
+    shown = (
+        f"{scores.mean():.3f} ± {scores.std():.3f}" if group in ("tables", "diabetes") else f"{np.median(scores):.1e}"
+    )
     return f"**{shown}**" if best else shown
 
 
@@ -271,12 +275,19 @@ def markdown(results):
         names = list(next(iter(tasks.values())))
         lines = [f"| {said[group]} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for task, rows in tasks.items():
-            mean = {name: np.mean(row["scores"]) if group in ("tables", "diabetes") else -np.median(row["scores"]) for name, row in rows.items()}
-            lines.append(f"| {task} | " + " | ".join(cell(rows[n], group, mean[n] == max(mean.values())) for n in names) + " |")
+            mean = {
+                name: np.mean(row["scores"]) if group in ("tables", "diabetes") else -np.median(row["scores"])
+                for name, row in rows.items()
+            }
+            lines.append(
+                f"| {task} | " + " | ".join(cell(rows[n], group, mean[n] == max(mean.values())) for n in names) + " |"
+            )
         seconds = [np.mean([np.mean(rows[n]["seconds"]) for rows in tasks.values()]) for n in names]
         lines.append("| *processor seconds to fit, mean* | " + " | ".join(f"{s:.2f}" for s in seconds) + " |")
         counts = [[rows[n]["parameters"] for rows in tasks.values()] for n in names]
-        lines.append("| *parameters* | " + " | ".join("-" if None in c else f"{min(c):,} to {max(c):,}" for c in counts) + " |")
+        lines.append(
+            "| *parameters* | " + " | ".join("-" if None in c else f"{min(c):,} to {max(c):,}" for c in counts) + " |"
+        )
         parts.append("\n".join(lines))
     lines = ["| formula | truth | what `formula()` printed (first seed) |", "|---|---|---|"]
     for name, rows in results["found"].get("Feynman", {}).items():

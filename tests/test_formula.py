@@ -7,8 +7,10 @@ import torch
 
 import dualform as df
 from dualform.functions import expansions, fusions, reconciliations, remainders
-from dualform.functions.formula import Formula, formula_of
+from dualform.functions.formula import Formula
 from dualform.functions.head import Head
+from dualform.functions.symbolic import formula_of
+
 
 def read(text, X):
     """Evaluate a formula's text with nothing but sympy: the last line's value for each row."""
@@ -17,7 +19,9 @@ def read(text, X):
         name, expression = line.split(" = ", 1)
         symbols = {symbol: sympy.Symbol(symbol) for symbol in values}
         parsed = sympy.sympify(expression, locals=symbols)
-        values[name] = sympy.lambdify(list(symbols.values()), parsed, ["scipy", "numpy"])(*values.values()) + np.zeros(len(X))
+        values[name] = sympy.lambdify(list(symbols.values()), parsed, ["scipy", "numpy"])(*values.values()) + np.zeros(
+            len(X)
+        )
     return values[name]
 
 
@@ -75,7 +79,9 @@ def test_every_fusion_has_its_formula(name):
 
 
 @pytest.mark.parametrize("name", remainders)
-@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"activation": "gelu"}, {"activation": "relu", "inside": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "silu"}, {"activation": "gelu"}, {"activation": "relu", "inside": True}]
+)
 def test_every_remainder_has_its_formula(name, options):
     known = remainders[name].options
     torch.manual_seed(0)
@@ -114,7 +120,9 @@ def test_the_formula_is_the_model(layers, standardize):
     np.testing.assert_allclose(read(exact.text(None), X), model.predict(X), rtol=1e-7, atol=1e-7)
     near = model.formula(tolerance=0.02)
     assert len(str(near)) <= len(str(exact))
-    assert np.std(near(X)[:, 0] - model.predict(X)) <= (0.02 if len(near.lines) == 1 else 0.2) * np.std(model.predict(X))
+    assert np.std(near(X)[:, 0] - model.predict(X)) <= (0.02 if len(near.lines) == 1 else 0.2) * np.std(
+        model.predict(X)
+    )
     labels = np.where(y > y.mean(), "high", "low")
     classifier = df.RPNClassifier(LAYERS[layers], **options).fit(X, labels)
     made = classifier.formula(0.0)
@@ -147,7 +155,7 @@ def test_names_are_the_features_own():
 def test_formulas_are_refused_where_there_is_none():
     X = np.random.RandomState(0).uniform(1, 2, (30, 2))
     model = df.RPNRegressor([{}]).fit(X, X[:, 0])
-    with pytest.raises(ValueError, match="tolerance is 1.5; expected 0 <= tolerance < 1"):
+    with pytest.raises(ValueError, match=r"tolerance is 1.5; expected 0 <= tolerance < 1"):
         model.formula(1.5)
     with pytest.raises(ValueError, match=r"X has shape \(30, 1\); expected \(R, m\) with m = 2"):
         model.formula()(X[:, :1])

@@ -186,7 +186,9 @@ def test_it_lives_among_the_others(capsys):
     frame, y = load_iris(as_frame=True, return_X_y=True)
     with joblib.parallel_config("threading"):
         search = GridSearchCV(
-            make_pipeline(StandardScaler().set_output(transform="pandas"), df.RPNClassifier(max_iter=10, random_state=0)),
+            make_pipeline(
+                StandardScaler().set_output(transform="pandas"), df.RPNClassifier(max_iter=10, random_state=0)
+            ),
             {"rpnclassifier__alpha": [0.1, 1.0], "rpnclassifier__layers": [None, TAYLOR]},
             cv=2,
             n_jobs=2,
@@ -296,12 +298,12 @@ def test_bad_data(estimator):
     ]:
         with pytest.raises(ValueError, match=message):
             model.fit(wrong, y)
-    with pytest.raises(ValueError, match="[Ss]ample.weights? (sums to 0|must contain at least one non-zero)"):
+    with pytest.raises(ValueError, match=r"[Ss]ample.weights? (sums to 0|must contain at least one non-zero)"):
         model.fit(X, y, sample_weight=np.zeros(len(X)))
     model.fit(X, y)
-    with pytest.raises(ValueError, match="X has 2 features, but RPN.* is expecting 3"):
+    with pytest.raises(ValueError, match=r"X has 2 features, but RPN.* is expecting 3"):
         model.predict(X[:, :2])
-    with pytest.raises(ValueError, match="infinite or NaN numbers for these X: expansions.taylor"):
+    with pytest.raises(ValueError, match=r"infinite or NaN numbers for these X: expansions.taylor"):
         quick(estimator, [{"expansion": ("taylor", {"degree": 3})}], standardize=False).fit(X * 1e150, y)
 
 

@@ -180,7 +180,9 @@ def lbfgs(network: Network, rows: Rows, loss: Loss, alpha: float, max_iter: int,
     try:
         options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tol, "ftol": 1e-4 * tol}
         start = like.double().cpu().numpy()
-        found = optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", callback=after, options=options)
+        found = optimize.minimize(
+            value_and_gradient, start, jac=True, method="L-BFGS-B", callback=after, options=options
+        )
         network.load(torch.from_numpy(found.x).to(like))
     except Stop:
         pass

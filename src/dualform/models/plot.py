@@ -6,7 +6,7 @@ Legend: R rows of the sample, m features, f the function, k basis functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,13 +35,14 @@ def draw(
     across = min(3, len(order))
     down = -(-len(order) // across)
     figure = Figure(figsize=(max(8.0, 3.5 * across), 3.1 + 2.6 * down), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.7, 2.6 * down])
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=[2.7, 2.6 * down]))
     left, right = top.subplots(1, 2)
     _draw_basis(left, expansion, sample, is_standard)
     _draw_terms(right, formula, sample, number, output)
     panels = bottom.subplots(down, across, squeeze=False, sharey=True).flatten()
     for panel, i in zip(panels, order, strict=False):
-        _draw_feature(panel, *curves[i], sample[:, i], labels[i])
+        x, lines = curves[i]
+        _draw_feature(panel, x, lines, sample[:, i], labels[int(i)])
         if points is not None and points[1] is not None:
             X, y = points
             middle = np.interp(X[:, i], curves[i][0], curves[i][1].mean(0))
@@ -60,7 +61,8 @@ def draw(
 def _curves(f: Callable[[np.ndarray], np.ndarray], sample: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Change feature i alone, between its 1st and 99th percentile: (points,), (rows, points)."""
     rows = sample[np.linspace(0, len(sample) - 1, min(len(sample), 4 * _num_lines)).astype(int)]
-    x = np.linspace(*np.quantile(sample[:, i], [0.01, 0.99]), _num_points)
+    low, high = np.quantile(sample[:, i], [0.01, 0.99])
+    x = np.linspace(low, high, _num_points)
     changed = np.repeat(rows[:, None], len(x), 1)
     changed[:, :, i] = x
     return x, f(changed.reshape(-1, sample.shape[1])).reshape(len(rows), len(x))
@@ -70,7 +72,16 @@ def _draw_feature(panel: Any, x: np.ndarray, lines: np.ndarray, values: np.ndarr
     panel.plot(x, lines[:: max(1, len(lines) // _num_lines)].T, color=_thin, linewidth=0.6, alpha=0.7, zorder=2)
     panel.plot(x, lines.mean(0), color=_ink, linewidth=2.2, zorder=3)
     inside = values[(values >= x[0]) & (values <= x[-1])][:300]
-    panel.plot(inside, np.zeros(len(inside)), "|", color="#777777", markersize=4, alpha=0.5, transform=panel.get_xaxis_transform(), clip_on=False)
+    panel.plot(
+        inside,
+        np.zeros(len(inside)),
+        "|",
+        color="#777777",
+        markersize=4,
+        alpha=0.5,
+        transform=panel.get_xaxis_transform(),
+        clip_on=False,
+    )
     panel.set_xlabel(label)
     _plain(panel)
 
@@ -82,7 +93,10 @@ def _draw_basis(panel: Any, expansion: Expansion, sample: np.ndarray, is_standar
     if expansion.basis is not None:
         y, said = expansion.phi(x), f"{expansion.name}: {expansion.width} functions of each feature"
     elif max(expansion.degrees) > 1:
-        y, said = torch.stack([x**d for d in expansion.degrees], -1), f"{expansion.name}: products of up to {max(expansion.degrees)} features"
+        y, said = (
+            torch.stack([x**d for d in expansion.degrees], -1),
+            f"{expansion.name}: products of up to {max(expansion.degrees)} features",
+        )
     else:
         one = expansion.batchwise and _takes_one(expansion)
         y = expansion(x[:, None]) if one else torch.zeros(len(x), 0, dtype=x.dtype)
