@@ -1,6 +1,7 @@
 """The laws of heads over expansions and reconciliations, stacks, known networks, and what torch does to modules."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -109,12 +110,14 @@ def test_modules_do_what_modules_do():
     with torch.no_grad():
         twin.w.add_(1.0)
     assert not torch.equal(head.w, twin.w)
-    assert head.double().w.dtype == DOUBLE and head(torch.zeros(2, 4, dtype=DOUBLE)).dtype == DOUBLE
+    assert head.double().w.dtype == DOUBLE
+    assert head(torch.zeros(2, 4, dtype=DOUBLE)).dtype == DOUBLE
     assert {"w", "bias", "remainder_weight", "frozen_places"} == set(head.state_dict())
     with torch.device("meta"):
         empty = df.Head(4, 3, expansion="taylor", reconciliation="masking", remainder="linear")
     assert empty.w.is_meta
-    assert "expansions.taylor" in repr(head) and "l=" in repr(head)
+    assert "expansions.taylor" in repr(head)
+    assert "l=" in repr(head)
     plain = df.Head(4, 3)
     stacked = torch.func.stack_module_state([df.Head(4, 3) for _ in range(3)])[0]
     many = torch.vmap(lambda p, x: torch.func.functional_call(plain, p, (x,)), (0, None))
@@ -230,7 +233,8 @@ def test_adapters_change_a_linear_map(kind):
     laws.agree("merged", adapted.merged()(x), adapted(x))
     loss = adapted(x).square().sum()
     loss.backward()
-    assert linear.weight.grad is None and adapted.head.w.grad is not None
+    assert linear.weight.grad is None
+    assert adapted.head.w.grad is not None
     with pytest.raises(ValueError, match=r"is a Conv1d; expected an nn\.Linear"):
         networks[kind]()(nn.Conv1d(2, 2, 1))
 
@@ -247,7 +251,7 @@ def test_adapters_learn_from_zero(kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -280,6 +284,5 @@ bad = [
 @pytest.mark.parametrize("n", range(len(bad)))
 def test_bad_input_raises_with_its_values(n):
     call, message = bad[n]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
-    assert message in str(caught.value)

@@ -1,6 +1,7 @@
 """The laws of reconciliations, remainders and fusions, over the whole catalogues; tinyBIG's numbers where they are right."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ def bound(catalogue):
     needed = {"weights": (0.5, 2.0, -1.0)}
     made = []
     for name in catalogue:
-        options = {k: needed[k] for k, default in catalogue[name].options.items() if default is not None and k in needed}
+        options = {
+            k: needed[k] for k, default in catalogue[name].options.items() if default is not None and k in needed
+        }
         made.append(catalogue[name](**options))
     return made
 
@@ -129,7 +132,7 @@ def test_no_matrix_and_no_expanded_row_is_formed():
 def test_plans_start_at_the_tokens_and_are_cheapest():
     sizes = (("i", 50), ("a", 2), ("g", 30), ("h", 29))
     plan = plan_steps(("g", "h"), ("ia", "agh"), (False, False), "i", sizes)
-    assert [s.index for s in plan.steps if not s.is_token] == [1, 0]
+    assert [s.which for s in plan.steps if not s.is_token] == [1, 0]
     labels = ["g", "h"][plan.start]
     for step in plan.steps:
         assert set(step.out) <= set(labels) | set(step.right)
@@ -183,7 +186,12 @@ def test_fusions_are_what_they_say():
 def test_wide_structures_have_the_lengths_that_the_page_says():
     n, D = 64, 784 + 784**2
     lengths = {name: df.reconciliations[name]().length(n, D) for name in ("identity", "low_rank", "hm", "dual_lphm")}
-    assert lengths == {"identity": n * D, "low_rank": 2 * (n + D), "hm": 8 * 784 + 8 * 785, "dual_lphm": 2 * (8 + 784 + 8 + 785)}
+    assert lengths == {
+        "identity": n * D,
+        "low_rank": 2 * (n + D),
+        "hm": 8 * 784 + 8 * 785,
+        "dual_lphm": 2 * (8 + 784 + 8 + 785),
+    }
 
 
 bad = [
@@ -213,9 +221,8 @@ bad = [
 @pytest.mark.parametrize("n", range(len(bad)))
 def test_bad_input_raises_with_its_values(n):
     call, message = bad[n]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
-    assert message in str(caught.value)
 
 
 def test_records_are_data():
@@ -223,8 +230,11 @@ def test_records_are_data():
     for catalogue in (df.reconciliations, df.remainders, df.fusions):
         for made in bound(catalogue):
             record = catalogue[made.name]
-            assert record.formula and record.source and record.__doc__, made
+            assert all((record.formula, record.source, record.__doc__)), made
             assert catalogue.build(made.to_json()) == made
         keys = [catalogue[name] for name in catalogue]
         assert len({id(r) for r in keys}) == len(keys)
-    assert all(a.formula != b.formula for a, b in itertools.combinations([df.reconciliations[n] for n in df.reconciliations], 2))
+    assert all(
+        a.formula != b.formula
+        for a, b in itertools.combinations([df.reconciliations[n] for n in df.reconciliations], 2)
+    )

@@ -7,6 +7,7 @@ quantity and the error. Tolerances are one table by dtype; nothing loosens it.
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dualform.calculus.jacobian import jacobian
+from dualform.catalogue import Bound
+from dualform.functions.basis import expansions, vocabulary
 from dualform.functions.head import Head, span_of
 from dualform.functions.multilinear import Outer
 from dualform.learning.layer import LayerState, TestTimeTraining
@@ -471,6 +474,77 @@ def _refused(what: str, call: Callable[[], Any], *values: object) -> None:
             raise LawBroken(f"{what}: the error does not name {missing}: {error}") from None
     else:
         raise LawBroken(f"{what}: accepted; expected an error.")
+
+
+def check_expansion(e: Any, m: int = 4, seed: int = 0) -> None:
+    """Law: kappa has D = rule(m) features of x's dtype, rows do not mix, it draws nothing, and it is what its record says.
+
+    That is: differentiable on its domain, finite there and to the ends of its reach in float32, the same after
+    serialisation, equal to its functions phi, to its features as text, and to what it is contracted into.
+    e: a bound record of `expansions`, or an Expansion. m: a number of attributes that it takes.
+    """
+    D = e.dim(m)
+    g = torch.Generator().manual_seed(seed)
+    low, high = e.domain
+    if not -1e9 < low < high < 1e9:
+        raise LawBroken(f"domain: {e.domain}; expected a finite interval.")
+
+    def inside(*shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    x = inside(5, m)
+    before = x.clone()
+    y = e(x)
+    agree("x after the call", x, before)
+    agree("kappa again", e(x), y)
+    agree("shape", torch.zeros_like(y), x.new_zeros(5, D))
+    if e.batchwise:
+        for lead in ((), (3,), (2, 3), (0,), (2, 0)):
+            agree(f"shape {lead}", torch.zeros_like(e(inside(*lead, m))), x.new_zeros(*lead, D))
+        agree("rows alone", torch.stack([e(row) for row in x]), y)
+        agree("vmap", torch.vmap(e)(x), y)
+    agree("batches alone", e(torch.stack([x, 2 * x]))[0], y)
+    for dtype in (torch.float32, torch.bfloat16):
+        if e(x.to(dtype)).dtype != dtype:
+            raise LawBroken(f"dtype: {e(x.to(dtype)).dtype}; expected x's {dtype}.")
+    _check_values(e, m, inside)
+    _check_text(e, x, y)
+    if e.power > 1:
+        weight = _rows(2, D, seed=seed)
+        agree("contract", e.contract(x, weight), y @ weight.mT)
+    if isinstance(e, Bound):
+        read = expansions.build(json.loads(json.dumps(e.to_json())))
+        if len({e, read, copy.deepcopy(e), pickle.loads(pickle.dumps(e))}) != 1:
+            raise LawBroken(f"serialisation: {read}; expected {e}.")
+        agree("kappa of what was read", read(x), y)
+
+
+def _check_values(e: Any, m: int, inside: Callable[..., Tensor]) -> None:
+    """Differentiable on the domain, finite there in float32, and finite to the ends of the reach."""
+    try:
+        torch.autograd.gradcheck(e, (inside(5, m).requires_grad_(),), fast_mode=e.dim(m) > 50)
+    except Exception as error:  # gradcheck has no error of its own; whatever fails, the law does not hold
+        raise LawBroken(f"gradient on {e.domain}: {error}") from None
+    ends = {"domain": e.domain, "reach": (max(e.reach[0], -1e30), min(e.reach[1], 1e30))}
+    for name, (low, high) in ends.items():
+        for x in (torch.full((5, m), low), torch.full((5, m), high), low + (high - low) * inside(5, m).sigmoid()):
+            if not bool(e(x.float()).isfinite().all()):
+                raise LawBroken(f"float32 on the {name} {(low, high)}: not finite; expected finite numbers.")
+
+
+def _check_text(e: Any, x: Tensor, y: Tensor) -> None:
+    """The features as text evaluate to the features, and the functions of one attribute lie where the layout says."""
+    if e.batchwise:
+        names = [f"x{i}" for i in range(x.shape[-1])]
+        features = e.features(names)
+        if len(features) != y.shape[-1]:
+            raise LawBroken(f"features: {len(features)} names; expected D = {y.shape[-1]}.")
+        row = vocabulary | dict(zip(names, x[0].tolist(), strict=True))
+        values = [float(eval(f, {"__builtins__": {}}, row)) for f in features]
+        agree("features as text", torch.tensor(values, dtype=torch.float64), y[0])
+    if e.width is not None and e.power == 1:
+        phi = e.phi(x)
+        agree("phi", (phi if e.layout == "attribute" else phi.mT).flatten(-2), y)
 
 
 def check_reconciliation(r: Any, n: int, D: int, seed: int = 0) -> None:

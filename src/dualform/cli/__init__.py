@@ -12,6 +12,7 @@ from dualform.catalogue import CatalogueError
 from dualform.cli.convert import convert
 from dualform.cli.evaluate import evaluate
 from dualform.cli.explain import explain
+from dualform.cli.functions import functions
 from dualform.cli.generate import generate
 from dualform.cli.output import UsageError
 from dualform.cli.presets import list_presets
@@ -21,10 +22,10 @@ from dualform.train.settings import SettingsError
 
 app = App(
     name="dualform",
-    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert.",
+    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert; functions that such layers are made of.",
     version_flags=[],
 )
-for verb in (train, generate, explain, evaluate, convert):
+for verb in (train, generate, explain, evaluate, convert, functions):
     app.command(verb)
 app.command(list_presets, name="presets")
 

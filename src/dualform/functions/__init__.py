@@ -6,8 +6,8 @@ from dualform.functions.fusions import Fusion, fusions
 from dualform.functions.head import Head, HeadConfig
 from dualform.functions.interdependences import interdependences
 from dualform.functions.layer import Adapted, Layer, LayerConfig, Stack, StackConfig
-from dualform.functions.networks import networks, set_naive_bayes
 from dualform.functions.migration import TinybigDefect, from_tinybig
+from dualform.functions.networks import networks, set_naive_bayes
 from dualform.functions.reconciliations import Reconciliation, reconciliations
 from dualform.functions.remainders import Remainder, activations, remainders
 

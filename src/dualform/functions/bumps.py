@@ -150,12 +150,11 @@ def _spline_pieces(d: int) -> list[list[float]]:
 
 
 def _spline_text(start: float, h: float, d: int) -> str:
-    """Write a spline from its first knot on as a difference of truncated powers."""
-    parts = [
-        f"{(-1) ** j * math.comb(d + 1, j) / math.factorial(d)!r}*max(0.0,(x-({start!r}))/{h!r}-{j})**{d}"
-        for j in range(d + 2)
-    ]
-    return "+".join(parts).replace("+-", "-")
+    """Write a spline from its first knot on as truncated powers of the distance to its nearer end: nothing large cancels."""
+    c = (d + 1) / 2
+    near = f"abs((x-({start!r}))/{h!r}-{c!r})"
+    factors = [(-1) ** j * math.comb(d + 1, j) / math.factorial(d) for j in range(math.ceil(c))]
+    return "+".join(f"{f!r}*max(0.0,{c - j!r}-{near})**{d}" for j, f in enumerate(factors)).replace("+-", "-")
 
 
 @expansions.record(

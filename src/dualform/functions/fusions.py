@@ -215,7 +215,14 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
 
     def build(n: int | None = None, **options: Any) -> Fusion:
         if n is not None and n < 1:
-            fail(name, "n", f"is {n}", "n >= 1", "Pass the output width, or None for that of the first input.", ValueError)
+            fail(
+                name,
+                "n",
+                f"is {n}",
+                "n >= 1",
+                "Pass the output width, or None for that of the first input.",
+                ValueError,
+            )
         inner: Bound = record(**options)
         return Fusion(name, "mix", reconciliation=inner, n=n)
 

@@ -119,9 +119,7 @@ class Head(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        c = HeadConfig(
-            m, n, expansion, reconciliation, remainder, interdependence, compression, channels, fusion, bias
-        )
+        c = HeadConfig(m, n, expansion, reconciliation, remainder, interdependence, compression, channels, fusion, bias)
         self.config = c
         self.m, self.n, self.channels = m, n, channels
         self._look_up()
@@ -223,7 +221,9 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.m:
-            fail("Head", "x", f"has shape {tuple(x.shape)}", f"(..., m) with m = {self.m}", "Pass rows of m attributes.")
+            fail(
+                "Head", "x", f"has shape {tuple(x.shape)}", f"(..., m) with m = {self.m}", "Pass rows of m attributes."
+            )
         y = self._fuse(self._channels(features(self.expansion, x), self.w, self.constants()), self.fusion_weight)
         if self.bias is not None:
             y = y + self.bias

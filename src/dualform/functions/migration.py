@@ -69,7 +69,7 @@ around = {"preprocess_functions": "before", "postprocess_functions": "after"}
 around |= {"preprocess_function_configs": "before", "postprocess_function_configs": "after"}
 
 
-def from_tinybig(name: str, **kwargs: Any) -> Migrated:
+def from_tinybig(name: str, /, **kwargs: Any) -> Migrated:
     """Build tinyBIG's class `name` from its own keywords, to be called in its way or in ours.
 
     Shape:  expansions (b, m) -> (b, D); reconciliations w (l,) or (1, l) -> (n, D); remainders -> (..., n); fusions as ours.

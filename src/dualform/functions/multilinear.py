@@ -183,8 +183,8 @@ class Multilinear:
         labels, y = tokens[plan.start][0], given[plan.start]
         for step in plan.steps:
             if step.is_token:
-                y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, given[step.index])
-            elif (factor := tensors[step.index]) is None:
+                y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, given[step.which])
+            elif (factor := tensors[step.which]) is None:
                 y = _through_eye(y, labels, step, sizes)
             else:
                 y = _meet(y, labels, factor, step.right, step.out)
@@ -233,7 +233,7 @@ class Step(NamedTuple):
     """Meet one more operand: which, its labels, the labels left afterwards."""
 
     is_token: bool
-    index: int
+    which: int
     right: str
     out: str
 
@@ -245,7 +245,11 @@ class Plan(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def plan_steps(
-    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+    tokens: tuple[str, ...],
+    factors: tuple[str, ...],
+    fixed: tuple[bool, ...],
+    rows: str,
+    sizes: tuple[tuple[str, int], ...],
 ) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
     return _plan(tokens, factors, fixed, rows, sizes)
@@ -253,7 +257,11 @@ def plan_steps(
 
 @lru_cache(maxsize=1024)
 def _plan(
-    tokens: tuple[str, ...], factors: tuple[str, ...], fixed: tuple[bool, ...], rows: str, sizes: tuple[tuple[str, int], ...]
+    tokens: tuple[str, ...],
+    factors: tuple[str, ...],
+    fixed: tuple[bool, ...],
+    rows: str,
+    sizes: tuple[tuple[str, int], ...],
 ) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""
     size = dict(sizes)
@@ -269,7 +277,10 @@ def _plan(
                 later = set("".join(o[2] for o in order[k + 1 :])) | set(rows)
                 out = "".join(label for label in union if label in later)
                 flops = 0 if not is_token and fixed[index] else math.prod(size[label] for label in union)
-                cost += flops + 16.0 * math.prod(size[label] for label in out)  # a number moved costs more than one made
+                moved = math.prod(size[label] for label in out)
+                if not is_token and not fixed[index] and not _is_product(labels, right, out):
+                    moved += math.prod(size[label] for label in right)  # laid out anew
+                cost += flops + 16.0 * moved  # a number moved costs more than one made
                 steps.append(Step(is_token, index, right, out))
                 labels = out
             if best is None or cost < best[0]:
@@ -279,11 +290,22 @@ def _plan(
 
 
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:
-    """Contract tokens with a factor; as a plain matrix product where it is one."""
-    shared = [label for label in labels if label in right and label not in out]
-    if len(shared) == 1 and len(right) == 2 and labels[-1] == shared[0] and out == labels[:-1] + right.replace(shared[0], ""):
-        return F.linear(y, factor if right[1] == shared[0] else factor.T)
-    return torch.einsum(f"...{labels},{right}->...{out}", y, factor)
+    """Contract tokens with a factor; as a plain matrix product where it is one, whose gradient is laid out as the factor is."""
+    if not _is_product(labels, right, out):
+        return torch.einsum(f"...{labels},{right}->...{out}", y, factor)
+    if right[-1] != labels[-1]:
+        return F.linear(y, factor.T)
+    if factor.ndim == 2:
+        return F.linear(y, factor)
+    return F.linear(y, factor.flatten(0, -2)).unflatten(-1, factor.shape[:-1])
+
+
+def _is_product(labels: str, right: str, out: str) -> bool:
+    """Is the last axis of the tokens all that is summed, and can the factor be read as a matrix on it as it lies in memory?"""
+    last = labels[-1]
+    summed = [label for label in labels if label in right and label not in out] == [last]
+    lies = len(right) > 1 and (right[-1] == last or (right[0] == last and len(right) == 2))
+    return summed and lies and out == labels[:-1] + right.replace(last, "")
 
 
 def _through_eye(y: Tensor, labels: str, step: Step, sizes: dict[str, int]) -> Tensor:

@@ -46,9 +46,7 @@ def mlp(dims: Sequence[int], activation: str = "relu", bias: bool = True) -> Sta
 @networks.record(
     name="kan", formula="y_j = sum_i w_ji silu(x_i) + sum_k c_jik B_k(x_i)", source="Liu et al. 2024 (KAN), eq. 2.10"
 )
-def kan(
-    dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float, float] = (-1.0, 1.0)
-) -> StackConfig:
+def kan(dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float, float] = (-1.0, 1.0)) -> StackConfig:
     """Build a Kolmogorov-Arnold network: B-splines on every edge, on a silu base.
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
@@ -114,9 +112,7 @@ def set_naive_bayes(head: Head, means: Tensor, variances: Tensor, priors: Tensor
 
 
 @networks.record(name="taylornet", formula="y = W [x, x (x) x, ...] + b, W of rank r if given", source="Zhang 2024")
-def taylornet(
-    dims: Sequence[int], degree: int = 2, rank: int | None = None, symmetric: bool = False
-) -> StackConfig:
+def taylornet(dims: Sequence[int], degree: int = 2, rank: int | None = None, symmetric: bool = False) -> StackConfig:
     """Build a polynomial network: Taylor expansions, with a low-rank matrix if a rank is given.
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).

@@ -19,7 +19,7 @@ from dualform.shapes import fail
 
 Offset = tuple[int, int, int]
 Steps = int | Sequence[int]
-_source = "Yao, Zhang 2024 (RPN 2, arXiv 2411.11162): patches of a grid"
+_source = "Zhang 2024 (RPN 2, arXiv 2411.11162)"
 _domain = "all reals; cells beyond the border count as 0"
 
 

@@ -65,8 +65,7 @@ def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
 
     def base(x: Tensor) -> Tensor:
         tuples, found = x.unsqueeze(-1), [x]
-        for r in range(2, degree + 1):
-            starts = tails(x.shape[-1], r, repeat=with_replacement)
+        for starts in tails(x.shape[-1], degree, repeat=with_replacement):
             rests = [tuples[..., start:, :] for start in starts]
             firsts = [x[..., i : i + 1, None].expand(*rest.shape[:-1], 1) for i, rest in enumerate(rests)]
             tuples = torch.cat([torch.cat(pair, -1) for pair in zip(firsts, rests, strict=True)], -2)
@@ -102,9 +101,8 @@ def combinatorial_normal(degree: int = 1, with_replacement: bool = False) -> Exp
     def base(x: Tensor) -> Tensor:
         one = x.square() * -0.5 - 0.5 * math.log(2 * math.pi)
         total, found = one, [one]
-        for r in range(2, degree + 1):
-            starts = tails(x.shape[-1], r, repeat=with_replacement)
-            total = torch.cat([first + total[..., s:] for first, s in zip(one.split(1, -1), starts, strict=True)], -1)
+        for starts in tails(x.shape[-1], degree, repeat=with_replacement):
+            total = torch.cat([first + total[..., s:] for first, s in zip(one.split(1, -1), starts, strict=False)], -1)
             found.append(total)
         return torch.cat(found, -1)
 
@@ -173,8 +171,16 @@ def linear(
             return [
                 "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, constant, strict=True)) for k in range(shape[1])
             ]  # type: ignore[arg-type]
+        if kind == "pre":
+            fail(
+                name,
+                "features",
+                "do not exist",
+                "features of one row",
+                "pre mixes the rows of a batch: a row has no formula.",
+            )
         each = constant if shape else [constant] * len(names)
-        return [f"{value!r}*{n}" if kind == "c" else n for n, value in zip(names, each, strict=True)]  # type: ignore[arg-type]
+        return [f"{value!r}*{n}" if kind else n for n, value in zip(names, each, strict=True)]  # type: ignore[arg-type]
 
     rule = "D of post (m, D)" if kind == "post" else "m"
     return Expansion(name, base, size, rule, batchwise=kind != "pre", label=label)

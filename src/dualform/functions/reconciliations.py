@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 
 
 class _Structure(Protocol):
-    name: Any
+    @property
+    def name(self) -> str: ...
 
     def length(self, n: int, D: int) -> int: ...
     def piece_lengths(self, n: int, D: int) -> list[int]: ...
@@ -165,9 +166,7 @@ def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     Source: Zhang 2024 (RPN 1). Differs: tinyBIG repeats the entries of vec(w) one by one, which is no tiling.
     """
     _positive("duplicated_padding", p=p, q=q)
-    return Reconciliation(
-        Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q)
-    )
+    return Reconciliation(Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q))
 
 
 @reconciliations.record(

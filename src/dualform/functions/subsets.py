@@ -30,10 +30,15 @@ def subsets(names: Sequence[str], d: int, *, repeat: bool) -> list[tuple[str, ..
     return [chosen for r in range(1, d + 1) for chosen in choose(names, r)]
 
 
-def tails(m: int, d: int, *, repeat: bool) -> list[int]:
-    """Say for each first element where the tuples of size d - 1 that may follow it begin."""
-    total = num_subsets(m, d - 1, repeat=repeat)
-    return [total - num_subsets(m - i - (0 if repeat else 1), d - 1, repeat=repeat) for i in range(m)]
+def tails(m: int, d: int, *, repeat: bool) -> Iterator[list[int]]:
+    """Yield for sizes 2 .. d where, among the tuples one shorter, those that may follow each first element begin."""
+    for size in range(2, d + 1):
+        total = num_subsets(m, size - 1, repeat=repeat)
+        follow = [num_subsets(m - i - (0 if repeat else 1), size - 1, repeat=repeat) for i in range(m)]
+        starts = [total - count for count in follow if count]
+        if not starts:
+            return
+        yield starts
 
 
 def symmetric_powers(u: Tensor, d: int) -> Iterator[Tensor]:
@@ -41,7 +46,6 @@ def symmetric_powers(u: Tensor, d: int) -> Iterator[Tensor]:
     power = u
     yield power
     factors = u.split(1, -1)
-    for size in range(2, d + 1):
-        starts = tails(u.shape[-1], size, repeat=True)
+    for starts in tails(u.shape[-1], d, repeat=True):
         power = torch.cat([factor * power[..., start:] for factor, start in zip(factors, starts, strict=True)], -1)
         yield power

@@ -20,6 +20,7 @@ from dualform.functions.remainders import find_activation
 learners = Catalogue("learners")
 Recipe = Callable[[int], nn.Module]
 
+
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(0.02 * torch.randn(*shape))
 
@@ -148,7 +149,10 @@ def residual_norm(spec: Recipe) -> Recipe:
 
 
 @learners.record(
-    name="Head", formula="<kappa(x), psi(w)> + b + pi(x)", source="Zhang 2024 (RPN), as a hidden state", nested=parts
+    name="Head",
+    formula="<kappa(x), psi(w)> + b + pi(x)",
+    source="Zhang 2024 (RPN), as a hidden state",
+    nested={name: catalogue for name, catalogue in parts.items() if catalogue.names()},
 )
 def Head(
     expansion: Any = "identity",
