@@ -18,7 +18,7 @@ import torch
 import dualform as df
 from dualform.functions import Expansion, expansions
 from dualform.functions.basis import attribute_wise
-from dualform.testing import LawBroken, agree, check_expansion
+from dualform.testing import LawBroken, agree, check_expansion, check_forms
 
 DATA = Path(__file__).parent / "data"
 
@@ -393,8 +393,16 @@ def test_every_expansion_is_one_graph(name):
             return self.e(x)
 
     x = torch.rand(3, 4) + 0.2
-    exported = torch.export.export(Layer(), (x,)).module()
-    agree("exported", exported(x + 0.1), expansions[name]()(x + 0.1))
+    rows = {0: torch.export.Dim("rows")} if expansions[name]().batchwise else {}
+    exported = torch.export.export(Layer(), (x,), dynamic_shapes={"x": rows}).module()
+    more = torch.rand(5, 4) + 0.3
+    agree("exported", exported(more), expansions[name]()(more))
+
+
+@pytest.mark.parametrize("spec", [("bspline", {"cells": 3, "degree": 2}), ("taylor", {"symmetric": True}), "reciprocal"])
+def test_what_scatters_slices_and_clamps_is_a_hidden_state_too(spec):
+    head = df.learners.Head(expansion=spec)(3).double()
+    check_forms(df.derive(head, chunk=3), ("auto",), time=5)
 
 
 # -- the class list ----------------------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def draw(what: Curves | Image) -> Any:
         return figure
     for label, line in what.lines.items():
         axes.plot(what.t, line, label=label if len(label) < 20 else label[:18] + "..", linewidth=1.6)
+    axes.set_ylim(*_limits(what))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -144,7 +145,16 @@ def _terminal(what: Curves, width: int = 60, height: int = 14) -> str:
     figure.with_colors = sys.stdout.isatty()
     for color, (label, line) in zip(colors, what.lines.items(), strict=False):
         figure.plot(what.t, line, lc=color if figure.with_colors else None, label=label)
+    figure.set_y_limits(*_limits(what))
     return f"{what.title}\n{figure.show(legend=True)}"
+
+
+def _limits(what: Curves) -> tuple[float, float]:
+    """Show what lies between -6 and 6, with a margin: a pole would hide the rest."""
+    values = [v for line in what.lines.values() for v in line]
+    low, high = max(min(values), -6.0), min(max(values), 6.0)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def _characters(what: Image) -> str:

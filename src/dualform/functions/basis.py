@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ def attribute_wise(
     *,
     layout: Layout = "attribute",
     rule: str = "",
-    **notes: object,
+    **notes: Any,
 ) -> Expansion:
     """Make the expansion that applies the functions of `basis`, one term each, to every attribute alone."""
     k = len(terms)
@@ -194,7 +194,7 @@ def attribute_wise(
 
     return Expansion(
         name, base, lambda m: m * k, rule or f"{k} m", layout=layout, basis=basis, terms=tuple(terms), **notes
-    )  # type: ignore[arg-type]
+    )
 
 
 def along(values: Tensor, axis: int) -> Tensor:
@@ -204,5 +204,5 @@ def along(values: Tensor, axis: int) -> Tensor:
 
 def positive(name: str, option: str, value: float, least: int = 1) -> None:
     """Refuse a degree or a count that is no whole number >= least."""
-    if isinstance(value, bool) or int(value) != value or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         fail(name, option, f"is {value!r}", f"a whole number {option} >= {least}", f"Pass {option}={least} or more.")

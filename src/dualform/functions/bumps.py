@@ -36,7 +36,9 @@ def _radial(
     if not (math.isfinite(epsilon) and epsilon != 0):
         fail(name, "epsilon", f"is {epsilon}", "a finite number, not 0", "Pass the inverse width of a bump.")
     step = (high - low) / max(1, count - 1)
-    given = torch.tensor([low + step * k for k in range(count)] if centres is None else centres, dtype=torch.float64)
+    given = torch.tensor(
+        [low + step * k for k in range(count)] if centres is None else centres, dtype=torch.float64, device="cpu"
+    )
     if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
         fail(
             name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."

@@ -6,9 +6,10 @@ built, moved or checked per call.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,139 +108,60 @@ def log_densities(name: str, pairs: Sequence[tuple[Density, Sequence[float]]], s
     )  # fmt: skip
 
 
-def _each(density: Density, theta: Theta) -> list[tuple[Density, Sequence[float]]]:
-    return [(density, t if isinstance(t, (tuple, list)) else (t,)) for t in theta]
-
-
-_line = "all reals; falls as -x^2"
-_tail = "all reals; falls as -log|x|"
-_kink = "all reals; falls as -|x|; kinks at each loc"
-_half = "all reals, through s in (0, 1); saturates for large |x|, its gradient with it"
 _source = "Zhang 2024 (RPN 1), section 5"
+_half = "all reals, through s in (0, 1); saturates for large |x|, its gradient with it"
 
 
-@expansions.record(
-    name="naive_normal",
-    aliases=("naive_normal_expansion",),
-    formula="log N(x; mean, std)",
-    source=_source,
-    domain=_line,
-)
-def naive_normal(mean: float = 0.0, std: float = 1.0) -> Expansion:
-    """Take the log-density of every attribute under one normal distribution."""
-    return log_densities("naive_normal", [(normal_density, (mean, std))], 1.0, 0.0)
+def _family(
+    name: str, density: Density, theta: Sequence[float | tuple[float, ...]], formula: str, domain: str = _half,
+    slope: float = 0.99, floor: float = 0.001,
+) -> None:  # fmt: skip
+    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several; by default those of theta."""
+    usual: Theta = tuple(t if isinstance(t, tuple) else (t,) for t in theta)
+    parameters = [
+        inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=float(value), annotation="float")
+        for p, value in zip(density.parameters, usual[0], strict=True)
+    ]
+
+    def one(**values: float) -> Expansion:
+        return log_densities(f"naive_{name}", [(density, tuple(values.values()))], slope, floor)
+
+    def several(theta: Any = usual) -> Expansion:
+        each = [t if isinstance(t, (tuple, list)) else (t,) for t in theta]
+        return log_densities(name, [(density, t) for t in each], slope, floor)
+
+    one.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    of = "squashed attribute" if density.half_line else "attribute"
+    one.__doc__ = f"Take the log-density of every {of} under one {name} distribution."
+    several.__doc__ = f"Take the log-densities of every {of} under {name} distributions, theta = (({', '.join(density.parameters)}), ..)."
+    for short, build in ((f"naive_{name}", one), (name, several)):
+        build.__name__ = short
+        expansions.record(name=short, aliases=(f"{short}_expansion",), formula=formula, source=_source, domain=domain)(
+            build
+        )
 
 
-@expansions.record(
-    name="normal", aliases=("normal_expansion",), formula="log N(x; mean_k, std_k)", source=_source, domain=_line
-)
-def normal(theta: Theta = ((0, 1), (1, 1), (-1, 1), (0, 0.1), (1, 0.1), (-1, 0.1))) -> Expansion:
-    """Take the log-densities of every attribute under normal distributions, theta = ((mean, std), ..)."""
-    return log_densities("normal", _each(normal_density, theta), 1.0, 0.0)
-
-
-@expansions.record(
-    name="naive_cauchy",
-    aliases=("naive_cauchy_expansion",),
-    formula="log Cauchy(x; loc, scale)",
-    source=_source,
-    domain=_tail,
-)
-def naive_cauchy(loc: float = 0.0, scale: float = 1.0) -> Expansion:
-    """Take the log-density of every attribute under one Cauchy distribution."""
-    return log_densities("naive_cauchy", [(cauchy_density, (loc, scale))], 1.0, 0.0)
-
-
-@expansions.record(
-    name="cauchy", aliases=("cauchy_expansion",), formula="log Cauchy(x; loc_k, scale_k)", source=_source, domain=_tail
-)
-def cauchy(theta: Theta = ((0, 1), (0, 0.5), (1, 1), (1, 0.5), (-1, 1), (-1, 0.5))) -> Expansion:
-    """Take the log-densities of every attribute under Cauchy distributions, theta = ((loc, scale), ..)."""
-    return log_densities("cauchy", _each(cauchy_density, theta), 1.0, 0.0)
-
-
-@expansions.record(
-    name="naive_laplace",
-    aliases=("naive_laplace_expansion",),
-    formula="log Laplace(x; loc, scale)",
-    source=_source,
-    domain=_kink,
-)
-def naive_laplace(loc: float = 0.0, scale: float = 1.0) -> Expansion:
-    """Take the log-density of every attribute under one Laplace distribution."""
-    return log_densities("naive_laplace", [(laplace_density, (loc, scale))], 1.0, 0.0)
-
-
-@expansions.record(
-    name="laplace",
-    aliases=("laplace_expansion",),
-    formula="log Laplace(x; loc_k, scale_k)",
-    source=_source,
-    domain=_kink,
-)
-def laplace(theta: Theta = ((0, 1), (0, 2), (1, 1), (1, 2), (-1, 1), (-1, 2))) -> Expansion:
-    """Take the log-densities of every attribute under Laplace distributions, theta = ((loc, scale), ..)."""
-    return log_densities("laplace", _each(laplace_density, theta), 1.0, 0.0)
-
-
-@expansions.record(
-    name="naive_gamma", aliases=("naive_gamma_expansion",), source=_source, domain=_half,
-    formula="log Gamma(s; concentration, rate), s = 0.99 sigmoid(x) + 0.001",
+_family(
+    "normal", normal_density, ((0, 1), (1, 1), (-1, 1), (0, 0.1), (1, 0.1), (-1, 0.1)),
+    "log N(x; mean, std)", "all reals; falls as -x^2",
 )  # fmt: skip
-def naive_gamma(concentration: float = 0.5, rate: float = 1.0) -> Expansion:
-    """Take the log-density of every squashed attribute under one gamma distribution."""
-    return log_densities("naive_gamma", [(gamma_density, (concentration, rate))], 0.99, 0.001)
-
-
-@expansions.record(
-    name="gamma", aliases=("gamma_expansion",), source=_source, domain=_half,
-    formula="log Gamma(s; concentration_k, rate_k), s = 0.99 sigmoid(x) + 0.001",
+_family(
+    "cauchy", cauchy_density, ((0, 1), (0, 0.5), (1, 1), (1, 0.5), (-1, 1), (-1, 0.5)),
+    "log Cauchy(x; loc, scale)", "all reals; falls as -log|x|",
 )  # fmt: skip
-def gamma(theta: Theta = ((0.5, 1), (0.5, 2), (1, 1), (1, 2), (2, 1), (2, 2))) -> Expansion:
-    """Take the log-densities of every squashed attribute under gamma distributions, theta = ((concentration, rate), ..)."""
-    return log_densities("gamma", _each(gamma_density, theta), 0.99, 0.001)
-
-
-@expansions.record(
-    name="naive_chi2",
-    aliases=("naive_chi2_expansion",),
-    formula="log chi2_df(s), s = sigmoid(x) + 0.001",
-    source=_source,
-    domain=_half,
-)
-def naive_chi2(df: float = 1.0) -> Expansion:
-    """Take the log-density of every squashed attribute under one chi-squared distribution."""
-    return log_densities("naive_chi2", [(chi2_density, (df,))], 1.0, 0.001)
-
-
-@expansions.record(
-    name="chi2",
-    aliases=("chi2_expansion",),
-    formula="log chi2_df(s) for every df, s = sigmoid(x) + 0.001",
-    source=_source,
-    domain=_half,
-)
-def chi2(theta: Sequence[float] = (1, 2)) -> Expansion:
-    """Take the log-densities of every squashed attribute under chi-squared distributions, theta = (df, ..)."""
-    return log_densities("chi2", _each(chi2_density, theta), 1.0, 0.001)  # type: ignore[arg-type]
-
-
-@expansions.record(
-    name="naive_exponential", aliases=("naive_exponential_expansion",), source=_source, domain=_half,
-    formula="log Exp(s; rate) = log rate - rate s, s = 0.99 sigmoid(x) + 0.001",
+_family(
+    "laplace", laplace_density, ((0, 1), (0, 2), (1, 1), (1, 2), (-1, 1), (-1, 2)),
+    "log Laplace(x; loc, scale)", "all reals; falls as -|x|; kinks at each loc",
 )  # fmt: skip
-def naive_exponential(rate: float = 0.5) -> Expansion:
-    """Take the log-density of every squashed attribute under one exponential distribution: affine in s."""
-    return log_densities("naive_exponential", [(exponential_density, (rate,))], 0.99, 0.001)
-
-
-@expansions.record(
-    name="exponential", aliases=("exponential_expansion",), source=_source, domain=_half,
-    formula="log rate_k - rate_k s, s = 0.99 sigmoid(x) + 0.001",
+_family(
+    "gamma", gamma_density, ((0.5, 1), (0.5, 2), (1, 1), (1, 2), (2, 1), (2, 2)),
+    "log Gamma(s; concentration, rate), s = 0.99 sigmoid(x) + 0.001",
 )  # fmt: skip
-def exponential(theta: Sequence[float] = (0.5, 0.75, 1, 2, 3, 5)) -> Expansion:
-    """Take the log-densities of every squashed attribute under exponential distributions: all are affine in s (rank m + 1)."""
-    return log_densities("exponential", _each(exponential_density, theta), 0.99, 0.001)  # type: ignore[arg-type]
+_family("chi2", chi2_density, (1, 2), "log chi2_df(s), s = sigmoid(x) + 0.001", slope=1.0)
+_family(
+    "exponential", exponential_density, (0.5, 0.75, 1, 2, 3, 5),
+    "log Exp(s; rate) = log rate - rate s, s = 0.99 sigmoid(x) + 0.001; all are affine in s (rank m + 1)",
+)  # fmt: skip
 
 
 @expansions.record(

@@ -169,7 +169,6 @@ def _takes(e: Any, m: int) -> bool:
 
 
 def _curves(t: Tensor, y: Tensor, labels: list[str], title: str) -> Curves:
-    y = y.clamp(-6, 6)  # a pole would hide the rest
     lines = {label: y[:, k].tolist() for k, label in enumerate(labels[:most_lines])}
     return Curves(
         t.tolist(), lines, title + ("" if len(labels) <= most_lines else f" (the first {most_lines} of {len(labels)})")

@@ -165,7 +165,7 @@ def _part(value: Any) -> Any:
     return expansions.build(value)
 
 
-def _maps(own: str, value: Any) -> list[Map]:
+def _maps(own: str, value: Any) -> list[Any]:
     """Read process functions: callables, names such as "torch.nn.functional.tanh" or "tanh", configurations, lists of these."""
     if value is None:
         return []
@@ -228,14 +228,15 @@ def _metric(value: Any) -> Any:
     short = name.rpartition(".")[2].removeprefix("batch_").replace("variance", "var")
     if short in metrics or not callable(value):
         return short
-    return lambda stacked: value(stacked.movedim(0, -1).flatten(0, -2)).view(stacked.shape[1:])
+    per_row: Any = value
+    return lambda stacked: per_row(stacked.movedim(0, -1).flatten(0, -2)).view(stacked.shape[1:])
 
 
 # -- patches: their geometry as options --------------------------------------------------------------------------------
 
 _root = math.sqrt
 # The distance of patch centres along h, w, d of each packing, in units of p (its sizes per axis, or its radius).
-packings: dict[str, dict[str, tuple[float, float, float]]] = {
+packings: dict[str, dict[str, tuple[float, ...]]] = {
     "cuboid": {"sparse_square": (3, 3, 3), "complete_square": (2, 2, 2), "dense_square": (1, 1, 1)},
     "cylinder": {
         "sparse_square": (2, 2, 2), "complete_square": (_root(2), _root(2), 2),
@@ -277,15 +278,20 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         )
     p = {k: v for k, v in p.items() if v is not None}
     if "p_r" not in p:
-        shape, unit = "cuboid", [p["p_h"], p["p_w"], p.get("p_d", 0)]
-        after = [p.get(f"p_{axis}_prime", size) for axis, size in zip("hwd", unit, strict=True)]
+        shape, unit = "cuboid", (p["p_h"], p["p_w"], p.get("p_d", 0))
+        after = tuple(p.get(f"p_{axis}_prime", size) for axis, size in zip("hwd", unit, strict=True))
+        own_options: dict[str, Any] = {"before": unit, "after": after}
         offsets = patches.box(unit, after)
+    elif "p_d" in p:
+        shape, unit = "cylinder", (p["p_r"], p["p_r"], p["p_d"])
+        own_options = {"radius": p["p_r"], "depth": p.get("p_d_prime", p["p_d"])}  # tinyBIG: -p_d' .. p_d'
+        offsets = patches.ball(**own_options, flat=True)
     else:
-        flat, radius = "p_d" in p, p["p_r"]
-        shape = "cylinder" if flat else "sphere"
-        depth = p.get("p_d_prime", p["p_d"]) if flat else radius  # tinyBIG: -p_d' .. p_d'
-        unit = [radius, radius, p["p_d"] if flat else radius]
-        offsets = patches.ball(radius, depth, flat=flat)
+        shape, unit = "sphere", (p["p_r"],) * 3
+        own_options = {"radius": p["p_r"]}
+        offsets = patches.ball(p["p_r"], p["p_r"], flat=False)
+    if own == "geometric_expansion":
+        own_options = {"offsets": tuple(offsets)}
     stride = [kwargs.pop(f"cd_{axis}", None) for axis in "hwd"]
     packing = kwargs.pop("packing_strategy", None) or "densest_packing"
     if None in stride:
@@ -294,12 +300,12 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             raise CatalogueError(f"{own}: unknown packing_strategy {packing!r}. {near_misses(packing, known)}")
         factors = packings[shape].get(packing, (0, 0, 0))
         stride = [max(1, int(f * size)) for f, size in zip(factors, unit, strict=True)]
-    options = {"grid": (grid["h"], grid["w"], grid["d"]), "channels": grid["universe_num"], "stride": tuple(stride)}
-    if own == "geometric_expansion":
-        return kwargs | options | {"offsets": tuple(offsets)}
-    if shape == "cuboid":
-        return kwargs | options | {"before": tuple(unit), "after": tuple(after)}
-    return kwargs | options | ({"radius": radius, "depth": depth} if shape == "cylinder" else {"radius": radius})
+    grid_options = {
+        "grid": (grid["h"], grid["w"], grid["d"]),
+        "channels": grid["universe_num"],
+        "stride": tuple(stride),
+    }
+    return kwargs | grid_options | own_options
 
 
 # -- calling conventions -----------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def patches(
         return torch.stack(found, -2).flatten(-3)
 
     def label(names: Sequence[str]) -> list[str]:
-        places = base(torch.arange(1.0, len(names) + 1)).long().tolist()
+        places = base(torch.arange(1.0, len(names) + 1, device="cpu")).long().tolist()
         return [("0.0", *names)[place] for place in places]
 
     return Expansion(name, base, size, "C e p", label=label)

@@ -83,7 +83,7 @@ def arc_trigonometric() -> Expansion:
     """Expand every squashed attribute in inverse trigonometric functions; the first two sum to pi / 2."""
     return pointwise(
         "arc_trigonometric",
-        (lambda s: torch.arcsin(0.99 * s), lambda s: torch.arccos(0.99 * s), torch.arctan),
+        (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
         ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"),
         (-3.0, 3.0),
         prepare=torch.sigmoid,
@@ -119,7 +119,7 @@ def arc_hyperbolic() -> Expansion:
     """Expand every squashed attribute in inverse hyperbolic functions."""
     return pointwise(
         "arc_hyperbolic",
-        (torch.arcsinh, lambda s: torch.arccosh(s + 1.01), lambda s: torch.arctanh(0.99 * s)),
+        (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
         ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"),
         (-3.0, 3.0),
         prepare=torch.sigmoid,

@@ -2,7 +2,7 @@
 
     P_n(x) = (a x + b) P_{n-1}(x) + (c + e x^2) P_{n-2}(x),   (a, b, c, e) = step(n),   n = 2 .. d
 
-P_0 is not a feature (a bias has it). Legend: x attribute, d degree, n index, al and be the parameters alpha and beta.
+where c or e is 0. P_0 is not a feature (a bias has it). Legend: x attribute, d degree, n index, al and be the parameters alpha and beta.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ def recurrence(
         )  # fmt: skip
 
     def basis(x: Tensor, axis: int) -> Tensor:
-        first = x if slope == 1 else x * slope if slope else torch.ones_like(x) * shift
-        older, newer = None, first + shift if slope and shift else first
+        line = x if slope == 1 else x * slope if slope else torch.zeros_like(x)
+        newer = line + shift if shift else line
+        older: Tensor | float = p0
         found = [newer]
         for a, b, c, e in rows:
-            total = c * p0 if older is None else older * c  # P_0 is a number
-            if e:
-                total = total + (x * x) * e * (p0 if older is None else older)
-            if b:
-                total = total + newer * b
-            older, newer = newer, total + (x * newer) * a if a else total
+            grown = x * newer * a if a else newer * b
+            if a and b:
+                grown = grown + newer * b
+            older, newer = newer, grown + (x * x * older * e if e else older * c)
             found.append(newer)
         return torch.stack(found, axis)
 

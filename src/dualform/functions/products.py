@@ -136,21 +136,19 @@ def linear(
     Shape:  c a number or (m,); pre (b, b): x (..., b, m), row i of the result depends on all b; post (m, D).
     Raises: ShapeError if x does not have the constants' size.
     """
-    constant = next((value for value in (c, pre, post) if value is not None), None)
-    name, kind = "linear", "c" if c is not None else "pre" if pre is not None else "post" if post is not None else ""
-    shape = tuple(torch.tensor(constant).shape) if constant is not None else ()
-    if len(shape) != {"c": min(len(shape), 1), "pre": 2, "post": 2, "": 0}[kind] or (
-        kind == "pre" and shape[0] != shape[1]
-    ):
+    kind, given = next(((k, v) for k, v in (("c", c), ("pre", pre), ("post", post)) if v is not None), ("none", 1.0))
+    value = torch.tensor(given, dtype=torch.float64, device="cpu")
+    shape, numbers, name = tuple(value.shape), value.tolist(), "linear"
+    allowed = {"none": (0,), "c": (0, 1), "pre": (2,), "post": (2,)}[kind]
+    if len(shape) not in allowed or (kind == "pre" and shape[0] != shape[1]):
         fail(
             name, kind, f"has shape {shape}", "c () or (m,), pre (b, b), post (m, D)", "Pass nested tuples of numbers."
         )
-    taken = None if shape == () or kind == "pre" else shape[0]
 
     def base(x: Tensor) -> Tensor:
-        if constant is None:
+        if kind == "none":
             return x
-        value = torch.tensor(constant, dtype=x.dtype, device=x.device)
+        constant = torch.tensor(numbers, dtype=x.dtype, device=x.device)
         if kind == "pre" and (x.ndim < 2 or x.shape[-2] != shape[0]):
             fail(
                 name,
@@ -159,18 +157,16 @@ def linear(
                 f"(..., {shape[0]}, m) for pre {shape}",
                 "Pass b rows at once.",
             )
-        return value * x if kind == "c" else value @ x if kind == "pre" else x @ value
+        return constant * x if kind == "c" else constant @ x if kind == "pre" else x @ constant
 
     def size(m: int) -> int:
-        if taken is not None and m != taken:
-            fail(name, "x", f"has {m} attributes", f"{taken}, as {kind} {shape} asks", f"Pass x (..., {taken}).")
-        return shape[1] if kind == "post" else m
+        if shape and kind != "pre" and m != shape[0]:
+            fail(name, "x", f"has {m} attributes", f"{shape[0]}, as {kind} {shape} asks", f"Pass x (..., {shape[0]}).")
+        return shape[-1] if kind == "post" else m
 
     def label(names: Sequence[str]) -> list[str]:
-        if kind == "post":
-            return [
-                "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, constant, strict=True)) for k in range(shape[1])
-            ]  # type: ignore[arg-type]
+        if kind == "none":
+            return list(names)
         if kind == "pre":
             fail(
                 name,
@@ -179,8 +175,12 @@ def linear(
                 "features of one row",
                 "pre mixes the rows of a batch: a row has no formula.",
             )
-        each = constant if shape else [constant] * len(names)
-        return [f"{value!r}*{n}" if kind else n for n, value in zip(names, each, strict=True)]  # type: ignore[arg-type]
+        if kind == "post":
+            return [
+                "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, numbers, strict=True)) for k in range(shape[-1])
+            ]
+        each = numbers if shape else [numbers] * len(names)
+        return [f"{factor!r}*{n}" for n, factor in zip(names, each, strict=True)]
 
     rule = "D of post (m, D)" if kind == "post" else "m"
     return Expansion(name, base, size, rule, batchwise=kind != "pre", label=label)
@@ -199,7 +199,8 @@ def _parts(name: str, functions: Sequence[Bound | Expansion]) -> tuple[Expansion
 
 
 def _common(parts: Sequence[Expansion], ends: Callable[[Expansion], tuple[float, float]]) -> tuple[float, float]:
-    return max(ends(p)[0] for p in parts), min(ends(p)[1] for p in parts)
+    low, high = max(ends(p)[0] for p in parts), min(ends(p)[1] for p in parts)
+    return (low, high) if low < high else ends(parts[0])
 
 
 @expansions.record(

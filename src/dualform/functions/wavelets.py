@@ -129,7 +129,7 @@ def beta_wavelet(
     def mother(tau: Tensor) -> Tensor:
         inside = (tau >= 0) & (tau <= 1)
         safe = torch.where(inside, tau, 0.5)  # so that no infinite slope of what is left out is multiplied by 0
-        return torch.where(inside, scale * safe ** (alpha - 1) * (1 - safe) ** (beta - 1), tau * 0)
+        return torch.where(inside, scale * safe ** (alpha - 1) * (1 - safe) ** (beta - 1), tau.abs() * 0)
 
     return dilated(
         "beta_wavelet", mother, f"(0<=tau<=1)*{scale!r}*abs(tau)**{alpha - 1!r}*abs(1-tau)**{beta - 1!r}",
@@ -155,8 +155,14 @@ def shannon_wavelet(
     dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1
 ) -> Expansion:
     """Expand every attribute in Shannon wavelets."""
+
+    def mother(tau: Tensor) -> Tensor:
+        half = tau * (math.pi / 2)  # sin 4h - sin 2h = 2 cos 3h sin h
+        half = torch.where(half == 0, 1e-20, half)
+        return torch.cos(3 * half) * torch.sin(half) / half
+
     return dilated(
-        "shannon_wavelet", lambda tau: torch.cos(1.5 * math.pi * tau) * _sinc(0.5 * tau), "2*sinc(2*tau)-sinc(tau)",
+        "shannon_wavelet", mother, "2*sinc(2*tau)-sinc(tau)",
         (dilation, translation, degree, scales, shifts), (-2.0, 2.0),
     )  # fmt: skip
 
