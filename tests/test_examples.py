@@ -47,3 +47,14 @@ def test_a_stream_in_parts_is_the_text_in_one():
         start = max(0, at - 1)
         assert abs(loss - float(want[start : start + n].mean())) < 1e-9
         assert (forgetful == loss) == (at == 0)
+
+
+def test_digits_are_read_and_a_law_is_found(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--alpha", "2", "--plot", str(tmp_path / "digits.png")])
+    load("digits").main()
+    assert float(re.search(r"accuracy ([\d.]+)", capsys.readouterr().out)[1]) >= 0.97
+    monkeypatch.setattr(sys, "argv", ["symbolic_regression.py", "--plot", str(tmp_path / "law.png")])
+    load("symbolic_regression").main()
+    learnt = re.search(r"learnt: +y = (.*)", capsys.readouterr().out)[1]
+    assert learnt in ("0.5*m*v**2 - k/r", "-k/r + 0.5*m*v**2")
+    assert (tmp_path / "law.png").stat().st_size > 10_000

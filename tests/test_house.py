@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "dualform"
 # Each imports only from those before it (DESIGN, section 4); files of one folder may import each other, without cycles.
 floors = ["shapes", "catalogue", "calculus", "functions", "learning", "kernels", "models", "train", "cli", "testing"]
-extras = ["transformers", "accelerate", "cyclopts", "rich", "matplotlib", "plotille"]
+extras = ["sklearn", "transformers", "accelerate", "cyclopts", "rich", "matplotlib", "plotille"]
 modules = sorted(SOURCE.rglob("*.py"))
 
 
@@ -158,11 +158,16 @@ def test_the_wheel_stands_alone(installed):
             df.DualformConfig
         except ImportError as error:
             print(error)
+        try:
+            df.RPNClassifier
+        except ImportError as error:
+            print(error)
         """,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(1, 5, 8)\ndualform.DualformConfig: the package 'transformers' is not installed")
     assert "the extra 'models'" in done.stdout
+    assert "dualform.RPNClassifier: the package 'sklearn' is not installed; expected the extra 'sklearn'" in done.stdout
     assert (installed / "dualform" / "py.typed").exists()
 
 
