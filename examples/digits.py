@@ -27,7 +27,9 @@ def main() -> None:
     alpha = "auto" if args.alpha is None else args.alpha
     model = make_pipeline(StandardScaler(), df.RPNClassifier(alpha=alpha, random_state=0)).fit(train, a)
     seconds = time.perf_counter() - start
-    print(f"accuracy {model.score(test, b):.3f} on {len(b)} held-out digits, {seconds:.1f} s, alpha {model[-1].alpha_:g}")
+    print(
+        f"accuracy {model.score(test, b):.3f} on {len(b)} held-out digits, {seconds:.1f} s, alpha {model[-1].alpha_:g}"
+    )
     if args.plot:
         model[-1].plot(output=8).savefig(args.plot)
 

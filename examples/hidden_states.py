@@ -97,7 +97,9 @@ def main() -> None:
 def table(rows: list[dict[str, object]]) -> str:
     """Write the rows as the docs show them."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -345,6 +345,16 @@ def test_the_picture_shows_basis_terms_and_features(estimator, layers, tmp_path)
         model.plot(output=1)
 
 
+def test_a_missing_scikit_learn_is_named(monkeypatch):
+    for name in ("dualform.models.tabular", "dualform.models.estimator"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    with pytest.raises(
+        ImportError, match=r"dualform.RPNClassifier: the package 'sklearn.*' is not installed; expected the extra"
+    ):
+        df.RPNClassifier  # noqa: B018
+
+
 def test_a_missing_matplotlib_is_named(monkeypatch):
     X, y = data()
     model = quick(df.RPNRegressor, TAYLOR).fit(X, y)
