@@ -290,11 +290,13 @@ def markdown(results):
             "| *parameters* | " + " | ".join("-" if None in c else f"{min(c):,} to {max(c):,}" for c in counts) + " |"
         )
         parts.append("\n".join(lines))
-    lines = ["| formula | truth | what `formula()` printed (first seed) |", "|---|---|---|"]
-    for name, rows in results["found"].get("Feynman", {}).items():
-        text, row = FEYNMAN[name][0], rows["RPN symbolic"]
-        lines.append(f"| {name} | `{text}` | `{row['formula']}` |")
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+    feynman = results["found"].get("Feynman", {})
+    if feynman:
+        lines = ["| formula | truth | what `formula()` printed (first seed) |", "|---|---|---|"]
+        shown = {name: (FEYNMAN[name][0], rows["RPN symbolic"]["formula"]) for name, rows in feynman.items()}
+        lines += [f"| {name} | `{truth}` | `{printed}` |" for name, (truth, printed) in shown.items()]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def main():
