@@ -3,8 +3,8 @@
     python examples/hidden_states.py [--steps N] [--output FILE.json]
 
 Every model reads the same bytes of Shakespeare in the same order and is asked about the same held-out plays. What differs is
-the function that learns while it reads: TTT-Linear's matrix, a low-rank matrix, a Kronecker product on a Taylor expansion, and
-a full matrix on a Taylor expansion of narrower heads.
+the function that learns while it reads: TTT-Linear's matrix, a low-rank matrix, a sum of Kronecker products, and a full matrix on
+a Taylor expansion of narrower heads.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def wrapped(**options: object) -> dict[str, object]:
 states: dict[str, dict[str, object]] = {
     "TTT-Linear": {},
     "low rank 16": wrapped(reconciliation={"name": "low_rank", "rank": 16}),
-    "Kronecker on Taylor 2": wrapped(
-        expansion={"name": "taylor", "degree": 2}, reconciliation={"name": "hm", "p": 4, "q": 8}, bias=False
+    "4 Kronecker products": wrapped(
+        reconciliation={"name": "hm", "p": 16, "q": 16}, channels=4, fusion={"name": "sum"}
     ),
     "linear on Taylor 3, 32 heads": wrapped(expansion={"name": "taylor", "degree": 3, "symmetric": True}, bias=False)
     | {"num_attention_heads": 32},
@@ -77,10 +77,10 @@ def run(label: str, changes: dict[str, object], options: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--evaluate-rows", type=int, default=512)
+    parser.add_argument("--evaluate-rows", type=int, default=128)
     parser.add_argument("--data", default="shakespeare")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

@@ -2,79 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
-import re
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from formula_reader import evaluate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.mathtext import MathTextParser
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from dualform.calculus import Explanation, explain, jacobian
-from dualform.calculus.explain import Step
-from dualform.calculus.notation import Formula
+from dualform.calculus import Explanation, Term, explain, hessian, jacobian
+from dualform.calculus.explain import LEVELS, Step
+from dualform.calculus.notation import Formula, formula, number
+from dualform.calculus.picture import entries
+from dualform.calculus.table import ROWS, Call
+from dualform.calculus.traced import clear_cache
 
 
 def rand(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-def parse(text: str, names: list[str]) -> list[tuple[float, list[tuple[str, list[str]]]]]:
-    """Read `2 Σ_k W[k,j] δ(i,k) - p[i,j]` back: a list of (coefficient, [(factor or delta, indices)])."""
-    known = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
-    token = re.compile(
-        rf"\s*(?:(?P<sum>Σ_\w+)|(?P<delta>δ)\((?P<pair>[^)]*)\)|(?P<name>{known or '(?!)'})(?:\[(?P<at>[^\]]*)\])?|(?P<number>\d[\d.e+-]*)|(?P<sign>[+-]))"
-    )
-    found: list[tuple[float, list[tuple[str, list[str]]]]] = [(1.0, [])]
-    at = 0
-    while at < len(text):
-        m = token.match(text, at)
-        assert m is not None, f"cannot read {text[at:]!r}"
-        at = m.end()
-        if m["sign"]:
-            if found[-1][1] or at > m.end("sign") or m.start() > 0:
-                found.append((1.0, []))
-            found[-1] = (found[-1][0] * (-1 if m["sign"] == "-" else 1), found[-1][1])
-        elif m["number"]:
-            found[-1] = (found[-1][0] * float(m["number"]), [*found[-1][1], ("1", [])])
-        elif m["delta"]:
-            found[-1][1].append(("δ", m["pair"].split(",")))
-        elif m["name"]:
-            found[-1][1].append((m["name"], m["at"].split(",") if m["at"] else []))
-    return found
-
-
-def evaluate(formula: Formula, shape: tuple[int, ...]) -> Tensor:
-    """Give the numbers that the printed text stands for, entry by entry."""
-    text = formula.right()
-    result = torch.zeros(shape, dtype=torch.float64)
-    if text == "0":
-        return result
-    parsed = parse(text, list(formula.tensors))
-    assert len(parsed) == len(formula.lines)
-    axes = [*formula.out, *formula.inn]
-    for (coef, parts), line in zip(parsed, formula.lines, strict=True):
-        ranges = [range(n) for n in shape] + [range(n) for _, n in line.sums]
-        names = [*axes, *(s for s, _ in line.sums)]
-        for values in itertools.product(*ranges):
-            # a size-1 axis is written 0; primes cannot stand in Python names
-            scope = {n: v for n, v in zip(names, values, strict=True) if n != "0"}
-
-            def at(index: str, scope: dict[str, int] = scope) -> int:
-                return eval(index, {}, scope)
-
-            value = coef
-            for name, indices in parts:
-                if name == "δ":
-                    value *= at(indices[0]) == at(indices[1])
-                elif name != "1":
-                    value *= formula.tensors[name][tuple(at(i) for i in indices)].item()
-                if not value:
-                    break
-            result[values[: len(shape)]] += value
-    return result
+def value_of(formula: Formula, shape: tuple[int, ...], whole: dict[str, Tensor] | None = None) -> Tensor:
+    """Give the numbers that the printed text stands for; `whole` are derivatives that stand in it by name."""
+    tensors = {**formula.tensors, **{k: v for k, v in (whole or {}).items() if k in formula.right()}}
+    return evaluate(formula.right(), (*formula.out, *formula.inn), shape, tensors, formula.ranges)
 
 
 def mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -112,8 +73,36 @@ def example(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], tupl
 def test_printed_formulas_are_the_derivatives(example: tuple) -> None:
     *_, told = example
     for step in (*told.steps, told.result):
-        torch.testing.assert_close(evaluate(step.formula, step.shape), step.derivative.dense(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value_of(step.formula, step.shape), step.derivative.dense(), rtol=2e-6, atol=1e-12)
         assert str(step.formula) in str(told)
+
+
+def check_the_proof(told: Explanation, in_shape: tuple[int, ...]) -> int:
+    """Every line of every stage is the same derivative; whole derivatives in it are those that came before."""
+    whole = {step.formula.symbol: step.derivative.dense() for step in told.steps}
+    lines = 0
+    for stage in told.stages:
+        shape = (*stage.out_shape, *in_shape)
+        if stage.moves:
+            values = [value_of(move.formula, shape, whole) for move in stage.moves]
+            for value in values[:-1]:
+                torch.testing.assert_close(value, values[-1], rtol=2e-6, atol=1e-12)
+            whole[stage.symbol] = values[-1]
+            lines += len(values)
+    if told.stages and not told.left_out:
+        expected = told.result.derivative.dense()
+        torch.testing.assert_close(whole[told.result.formula.symbol], expected, rtol=2e-6, atol=1e-12)
+    return lines
+
+
+def test_every_line_of_the_proof_is_the_derivative(example: tuple) -> None:
+    _, args, wrt, told = example
+    check_the_proof(told, tuple(args[wrt].shape))
+    text = str(told)
+    for stage in told.stages:
+        for move in stage.moves:
+            assert move.formula.right() in text
+            assert move.reason in text
 
 
 def test_printed_code_is_the_vjp(example: tuple) -> None:
@@ -178,29 +167,314 @@ def test_names_are_the_callers() -> None:
     assert str(named.explain("one-line")).startswith("dz/da[batch,out,batch',feat] = b[feat,out] δ(batch,batch')")
 
 
-def test_levels_latex_and_html() -> None:
-    J = jacobian(lambda x: x.softmax(-1), rand(2, 3))
-    assert "\n" not in str(J.explain("one-line"))
+def test_levels() -> None:
+    J = jacobian(lambda x, w: (x @ w).softmax(-1), rand(2, 3), rand(3, 2), wrt=1)
+    one, steps, proof = (str(J.explain(level)) for level in ("one-line", "steps", "proof"))
+    assert "\n" not in one
     assert len(J.explain("steps").checks) == 2
-    latex = J.explain().to_latex()
-    assert latex.startswith(r"\begin{aligned}")
+    assert "rule: matmul is a product, linear in w" in proof
+    assert "the rule of softmax: dp_j/dx_k = p_j (δ_jk - p_k)" in proof
+    assert "<- Σ_m δ(i,m) leaves m = i" in proof
+    assert "rule:" not in steps
+    assert "leaves" not in steps.replace(steps[steps.index("chain") :], "")
+    with pytest.raises(ValueError, match="level is 'all'; expected one of"):
+        J.explain("all")
+    with pytest.raises(ValueError, match="the derivative is a composition"):
+        (J @ jacobian(lambda x: 2 * x, rand(3, 2))).explain()
+
+
+# -- what is printed, whatever the function
+
+
+def drawn(draw: st.DrawFn) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A program of one to five ops with residuals, and an argument."""
+    shape = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
+    moves: list[Callable[[Tensor], Tensor]] = []
+    x = first = rand(*shape)
+    for _ in range(draw(st.integers(1, 5))):
+        move = draw(st.sampled_from(list(choices(x, draw(st.integers(0, max(x.ndim - 1, 0)))))))
+        if move(x).numel() <= 36:
+            moves.append(move)
+            x = move(x)
+        if x.shape == first.shape and draw(st.integers(0, 3)) == 0:
+            moves.append(lambda x: x + 0.5 * first)
+            x = moves[-1](x)
+
+    def f(x: Tensor) -> Tensor:
+        for move in moves:
+            x = move(x)
+        return x
+
+    return f, first
+
+
+def choices(x: Tensor, d: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The ops that fit a tensor."""
+    yield from (lambda x: x.tanh(), lambda x: x * x, lambda x: 2 - x, lambda x: x.sin() + x)
+    if x.ndim:
+        yield from (
+            lambda x: x.sum(d),
+            lambda x: x.mean(d, keepdim=True),
+            lambda x: x.softmax(d),
+            lambda x: x.cumsum(d),
+        )
+        yield from (lambda x: x.flatten(), lambda x: x - x.mean(d, keepdim=True), lambda x: torch.cat([x, x.exp()], d))
+        yield from (lambda x: x.flip(d), lambda x: x.index_select(d, torch.tensor([0, x.shape[d] - 1, 0])))
+        if x.shape[d] > 1:
+            yield from (lambda x: x.narrow(d, 1, x.shape[d] - 1), lambda x: x.select(d, 1), lambda x: x.roll(1, d))
+    if x.ndim == 1:
+        yield from (lambda x: x[:, None] + x, lambda x: x.expand(2, *x.shape), lambda x: torch.outer(x, x))
+    if x.ndim == 2:
+        yield from (lambda x: x @ x.T, lambda x: F.pad(x, (1, 0)), lambda x: torch.einsum("ij,ij->i", x, x))
+        yield from (lambda x: x.tril(), lambda x: F.layer_norm(x, x.shape[-1:]), lambda x: x.diagonal())
+    if x.ndim >= 2:
+        yield from (lambda x: x.transpose(0, 1), lambda x: x.reshape(x.shape[1], x.shape[0], *x.shape[2:]))
+
+
+@settings(max_examples=int(os.environ.get("EXPLAINED_PROGRAMS", "10")))
+@given(data=st.data())
+def test_whatever_is_printed_is_true(data: st.DataObject) -> None:
+    """Every formula of every step, every line of the proof, the result and the terms, read back from the text."""
+    f, x = drawn(data.draw)
+    told = explain(f, x, level="proof")
+    whole = torch.func.jacrev(f)(x)
+    close = {"rtol": 2e-6, "atol": 1e-9}
+    for step in told.steps:
+        torch.testing.assert_close(value_of(step.formula, step.shape), step.derivative.dense(), **close)
+    torch.testing.assert_close(value_of(told.result.formula, told.result.shape), whole, **close)
+    check_the_proof(told, tuple(x.shape))
+    J = jacobian(f, x)
+    shown = formula(J.terms, J.out_shape, J.in_shape)
+    torch.testing.assert_close(value_of(shown, J.shape), whole, **close)
+    scope = {"torch": torch, "g": rand(*J.out_shape), **told.namespace}
+    exec(told.code, scope)
+    torch.testing.assert_close(scope["x_bar"], torch.func.vjp(f, x)[1](scope["g"])[0], rtol=1e-9, atol=1e-9)
+    assert all(error < 1e-9 for _, error in told.checks)
+    assert_balanced(told.to_latex())
+    assert max(map(len, str(told).splitlines())) < 1500
+
+
+def assert_balanced(text: str) -> list[str]:
+    """One relation a row, braces in pairs; returns the rows without their ends."""
+    first, *rows, last = text.split("\n")
+    assert (first, last) == (r"\begin{aligned}", r"\end{aligned}")
+    assert text.count("{") == text.count("}")
+    assert all(row.count("&=") == 1 for row in rows)
+    return [row.removesuffix(" " + 2 * chr(92)).replace("&", "") for row in rows]
+
+
+def test_latex_parses(example: tuple) -> None:
+    *_, told = example
+    for level in LEVELS:
+        rows = assert_balanced(replace(told, level=level).to_latex())
+    for row in sorted(set(rows), key=len)[:6]:
+        MathTextParser("path").parse(f"${row}$")
+
+
+def test_latex_speaks_of_partials() -> None:
+    latex = jacobian(lambda x: x.softmax(-1), rand(2, 3)).explain().to_latex()
     assert (
         r"\frac{\partial z_{i,j}}{\partial x_{k,l}} &= p_{i,j}\,\delta_{i,k}\,\delta_{j,l} - p_{i,j}\,p_{i,l}\,\delta_{i,k}"
         in latex
     )
-    shown = J.explain()._repr_html_()
-    assert shown.startswith("<pre")
-    assert 'title="index i"' in shown
-    with pytest.raises(ValueError, match="level is 'all'; expected one of"):
-        J.explain("all")
-    with pytest.raises(ValueError, match="the derivative is a composition"):
-        (J @ J).explain()
+    added = explain(lambda x, y: x + y, rand(2), rand(2, 2)).to_latex()
+    assert r"\sum_{l}\,\frac{\partial z_{i,j}}{\partial \mathrm{x\_b}_{l,k}}" in added
 
 
-def test_a_wrong_step_does_not_pass() -> None:
-    """The law bites: a formula with one delta fewer, or another coefficient, evaluates to something else."""
+class Page(HTMLParser):
+    """Checks that tags close and nothing is fetched; `marked` are the texts of the spans of each index."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.marked: dict[str, set[str]] = {}
+        self.text: list[str] = []
+        self.index = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("div", "span", "style", "code", "pre", "b", "ul", "li", "table", "tr", "td"), tag
+        assert {name for name, _ in attrs} <= {"class", "title"}
+        self.open.append(tag)
+        words = (dict(attrs).get("class") or "").split()
+        self.index = words[1] if words[:1] == ["i"] else ""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.index:
+            self.marked.setdefault(self.index, set()).add(data)
+        if "style" not in self.open:
+            self.text.append(data)
+        else:
+            assert "url" not in data
+            assert "import" not in data
+
+
+def test_html_stands_alone_and_marks_indices(example: tuple) -> None:
+    *_, told = example
+    for level in LEVELS:
+        page = Page(replace(told, level=level)._repr_html_())
+        assert not page.open
+        text = "".join(page.text)
+        assert told.result.formula.right() in text
+        for name, size in zip(told.result.formula.out, told.result.out_shape, strict=True):
+            assert name == "0" or {name, str(size)} <= page.marked[f"i-{name}"]
+    assert all(step.text in text for step in told.steps)
+    assert told.code.splitlines()[0] in text
+
+
+def test_pictures(example: tuple) -> None:
+    f, args, wrt, _ = example
+    figure = jacobian(f, *args, wrt=wrt).plot()
+    figure.draw_without_rendering()
+    J = jacobian(f, *args, wrt=wrt)
+    torch.testing.assert_close(
+        entries(formula(J.terms, J.out_shape, J.in_shape), J.shape), J.dense(), rtol=2e-6, atol=1e-12
+    )
+    assert f"{int((J.dense() != 0).sum())} of {J.dense().numel()} entries" in figure.axes[0].texts[0].get_text()
+
+
+def test_a_picture_of_what_is_too_large_shows_a_corner() -> None:
+    figure = jacobian(lambda x, y: x + y, rand(20, 1), torch.zeros(10, 20, 30)).plot()
+    assert "64 of 1,280 entries drawn are not 0" in (said := figure.axes[0].texts[0].get_text())
+    assert "drawn are i<4 of 10, j<4 of 20, k<4 of 30" in said
+    assert (jacobian(lambda x: x @ x.T, rand(5, 4)) @ jacobian(lambda x: 2 * x, rand(5, 4))).plot().axes
+
+
+def test_a_whole_block_stays_short() -> None:
+    block = (
+        torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double().eval().requires_grad_(False)
+    )
+    told = explain(block, rand(1, 4, 8), level="proof")
+    text = str(told)
+    assert len(told.steps) > 30
+    assert f"Steps 17 to {len(told.steps) - 8} are left out here; they are in .steps: " in text
+    assert len(text) < 60_000
+    assert len(str(replace(told, level="steps"))) < 15_000
+    assert "left out" in Page(told._repr_html_()).text[-1] or told.left_out in text
+    assert max(error for _, error in told.checks) < 1e-12
+
+
+def test_wrong_rules_change_the_text_and_break_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law bites: rules with a wrong sign, factor, delta or axis print something else, and the check says so."""
+    clear_cache()
+    right = explain(lambda x: x.softmax(-1) * 3, rand(2, 3))
+    true_rule = ROWS["aten::softmax"].rule
+
+    def dropped(call: Call, k: int) -> list[Term]:
+        return true_rule(call, k)[:1]
+
+    def signed(call: Call, k: int) -> list[Term]:
+        return [replace(t, coef=abs(t.coef)) for t in true_rule(call, k)]
+
+    def scaled(call: Call, k: int) -> list[Term]:
+        return [replace(t, coef=t.coef / 3) for t in true_rule(call, k)]
+
+    def turned(call: Call, k: int) -> list[Term]:
+        first, *rest = true_rule(call, k)
+        return [
+            replace(
+                first, inn=tuple(reversed(first.inn)) if first.out[0][0].size == first.out[1][0].size else first.out
+            ),
+            *rest,
+            first,
+        ]
+
+    for wrong in (dropped, signed, scaled, turned):
+        clear_cache()
+        monkeypatch.setitem(ROWS, "aten::softmax", replace(ROWS["aten::softmax"], rule=wrong))
+        told = explain(lambda x: x.softmax(-1) * 3, rand(2, 3))
+        assert str(told.result.formula) != str(right.result.formula)
+        assert any(error > 1e-3 for _, error in told.checks)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(
+                value_of(told.result.formula, told.result.shape), right.result.derivative.dense(), rtol=2e-6, atol=1e-9
+            )
+    clear_cache()
+
+
+def test_wrong_text_does_not_pass() -> None:
+    """The reader bites: one delta fewer, or another coefficient, evaluates to something else."""
     told = explain(lambda x: 2 * x, rand(3))
     step: Step = told.result
     (line,) = step.formula.lines
-    for changed in (Formula("J", step.formula.out, step.formula.inn, (type(line)(3.0, (), line.deltas, (), ()),), {}), Formula("J", step.formula.out, step.formula.inn, (type(line)(2.0, (), (), (), ()),), {})):  # fmt: skip
-        assert not torch.allclose(evaluate(changed, step.shape), step.derivative.dense())
+    for changed in (replace(line, coef=3.0), replace(line, deltas=())):
+        wrong = Formula("J", step.formula.out, step.formula.inn, (changed,), {})
+        assert not torch.allclose(value_of(wrong, step.shape), step.derivative.dense())
+    for text in ("2 δ(i,j", "2 δ(i;j)", "2 q[i]"):
+        with pytest.raises(AssertionError):
+            evaluate(text, ("i", "j"), (3, 3), {})
+
+
+def test_numbers_are_exact_where_they_look_exact() -> None:
+    shown = {
+        1 / 3: "1/3",
+        -2 / 7: "-2/7",
+        3**-0.5: "1/√3",
+        2**0.5: "√2",
+        0.1: "0.1",
+        1e-7: "1e-07",
+        2.0: "2",
+        0.12345678: "0.123457",
+    }
+    for value, text in shown.items():
+        assert number(value) == text
+    assert number(float("nan")) == "nan"
+
+
+def written_in_place(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[0] = y[1] * 2
+    y += 1
+    return y
+
+
+STRANGE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "identity": (lambda x: x, (rand(3),)),
+    "empty": (lambda x: x * 2, (rand(0, 3),)),
+    "nothing left": (lambda x: x[:0] * 2, (rand(2, 3),)),
+    "in place": (written_in_place, (rand(3, 2),)),
+    "integers beside": (lambda w, i: F.embedding(i, w), (rand(4, 2), torch.tensor([[0, 3], [1, 1]]))),
+    "numbers beside": (lambda x, n, s: x[:n] * s, (rand(3), 2, 1.5)),
+    "names of indices": (lambda i, j: i @ j, (rand(2, 3), rand(3, 2))),
+    "names of code": (lambda g, torch_: g * torch_, (rand(2), rand(2))),
+    "tree": (lambda p: p["w"] * p["b"], ({"w": rand(2, 2), "b": rand(2)},)),
+    "module": (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()).double(), (rand(4, 3),)),
+    "composite": (torch.nn.GRUCell(2, 2).double(), (rand(1, 2), rand(1, 2))),
+    "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (rand(2, 3), rand(2, 3), rand(2, 2))),
+    "windows": (lambda x, w: F.conv1d(x, w, padding=1, stride=2), (rand(1, 2, 5), rand(2, 2, 3))),
+    "look-ups": (lambda x: x.sort(-1).values, (rand(2, 3),)),
+    "infinite": (lambda x: 1 / x, (torch.zeros(2, dtype=torch.float64),)),
+    "long": (lambda x: torch.stack([x := x + x.tanh() for _ in range(14)])[-1], (rand(2),)),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_functions_are_explained(name: str) -> None:
+    f, args = STRANGE[name]
+    for J in tree_leaves(jacobian(f, *args)):
+        told = J.explain("proof")
+        assert all(error < 1e-9 or name == "infinite" for _, error in told.checks), told.checks
+        assert len(told.checks) == 3
+        assert ("not to be compared, the numbers are not finite" in str(told)) == (name == "infinite")
+        shown = told.result.formula
+        assert not {*shown.out, *shown.inn} & {n for line in shown.lines for n, _ in line.factors}
+        assert_balanced(told.to_latex())
+        Page(told._repr_html_())
+        json.dumps(told.to_dict())
+        J.plot().draw_without_rendering()
+        if math.isfinite(J.dense().sum()):
+            torch.testing.assert_close(value_of(shown, J.shape), J.dense(), rtol=2e-6, atol=1e-9)
+            check_the_proof(told, J.in_shape)
+
+
+def test_second_derivatives_are_explained() -> None:
+    H = hessian(lambda x: F.cross_entropy(x, torch.tensor([0, 2])), rand(2, 3))
+    told = H.explain("proof")
+    assert max(error for _, error in told.checks) < 1e-12
+    assert [step.op for step in told.steps][:2] == ["_log_softmax", "exp"]
+    check_the_proof(told, (2, 3))
+    H.plot().draw_without_rendering()

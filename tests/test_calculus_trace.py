@@ -135,6 +135,11 @@ REFUSED: list[tuple[Callable[..., Tensor], str]] = [
     (branches, r"if x.sum\(\) > 0:.*reads a tensor's values"),
     (lambda x: x * x.sum().item(), r"item\(\).*reads a tensor's values"),
     (lambda x: x[x > 0], "reads a tensor's values"),
+    (lambda x: torch.tensor(x.tolist()), "reads a tensor's values"),
+    (lambda x: torch.tensor(x.numpy()), r"x.numpy\(\).*leaves torch; expected tensor ops"),
+    (lambda x: torch.fft.rfft(x).abs(), r"rfft\(x\).*makes a complex tensor; expected real ones"),
+    (lambda x: torch.autograd.grad(x.sum(), x)[0], r"autograd.grad.*runs inside a gradient"),
+    (lambda x: x[0].add_(1), r"add_\(1\).*writes to an input or a buffer.*Clone it first"),
     (writes_input, r"x.relu_\(\).*writes to an input or a buffer"),
     (writes_buffer, r"BUFFER.add_\(1\).*writes to an input or a buffer"),
     (lambda x: NORM(x), "writes to an input or a buffer"),
@@ -149,6 +154,52 @@ def test_refusals_name_the_line(f: Callable[..., Tensor], message: str) -> None:
         trace(f, torch.randn(2, 3))
     assert "test_calculus_trace.py:" in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def sorts(x: Tensor) -> tuple[Tensor, ...]:
+    values, order = x.sort(0, descending=True)
+    middle = x.median(-1)
+    top = x.topk(2, dim=1)
+    spread, centre = torch.var_mean(x, [0], keepdim=True)
+    low, high = x.aminmax(dim=0)
+    return (
+        values,
+        order,
+        middle.values,
+        middle.indices,
+        top[0],
+        top[1],
+        spread,
+        centre,
+        low,
+        high,
+        x.cummax(1)[0],
+        x.kthvalue(2, keepdim=True)[0],
+    )
+
+
+def test_values_found_somewhere_are_gathered_there() -> None:
+    x = torch.randn(4, 5)
+    gm = trace(sorts, x)
+    for made, expected in zip(gm(x), sorts(x), strict=True):
+        torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
+MASK = torch.tensor([[True, False, True], [False, False, True]])
+ROW = MASK[1].clone()
+
+
+def test_closed_over_masks_are_places() -> None:
+    x = torch.randn(2, 3)
+    for f in (lambda x: x[MASK], lambda x: x.masked_select(ROW), lambda x: x[:, ROW]):
+        assert torch.equal(trace(f, x)(x), f(x))
+
+
+def test_results_of_integers_are_refused_with_a_soft_form() -> None:
+    with pytest.raises(
+        ValueError, match=r"f returns torch.int64 \(made by argmax\); expected a floating result.*softmax for argmax"
+    ):
+        jacobian(lambda x: x.argmax(-1), torch.randn(2, 3))
 
 
 def test_inputs_are_not_touched() -> None:

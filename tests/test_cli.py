@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -88,6 +89,35 @@ def test_generate_is_seeded_and_carries_its_state(capfd, trained, tmp_path):
     assert state.read_bytes() != before
 
 
+def test_generate_and_evaluate_name_what_a_folder_is(capfd, trained, tmp_path):
+    """Another model, no tokenizer, damaged weights, a state that has nowhere to go: one line each, before any work."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    shutil.copytree(trained / "model", ours)
+    assert run(capfd, "convert", ours, theirs)[0] == 0
+    few = ["--prompt", "a", "--max-new-tokens", 1]
+    for verb in (["generate", theirs, *few], ["evaluate", theirs]):
+        status, out, err = run(capfd, *verb)
+        assert (status, out) == (1, "")
+        assert "model_type is 'ttt'; expected 'dualform'. Convert it: `python -m dualform convert" in err
+    for name in ("nowhere/state", "."):
+        status, out, err = run(capfd, "generate", ours, *few, "--state", tmp_path / name)
+        assert (status, out) == (2, "")
+        assert "expected a file in a folder that exists" in err
+    for word in ("nan", "inf"):
+        assert f"temperature {word}" in run(capfd, "generate", ours, *few, "--temperature", word)[2]
+    weights = ours / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    status, out, err = run(capfd, "generate", ours, *few)
+    assert (status, out) == (1, "")
+    assert "model.safetensors cannot be read" in err
+    shutil.copy(trained / "model" / "model.safetensors", weights)
+    for file in ours.glob("tokenizer*"):
+        file.unlink()
+    status, _, err = run(capfd, "generate", ours, *few)
+    assert status == 2
+    assert "holds no tokenizer; expected tokenizer.json" in err
+
+
 def test_an_empty_prompt_is_the_beginning_of_a_text(capfd, trained):
     status, out, err = run(capfd, "generate", trained, "--prompt", "", "--max-new-tokens", 3, "--temperature", 0)
     assert status == 0, err
@@ -151,8 +181,65 @@ def test_explain_a_formula_and_a_function(capfd, tmp_path):
     status, other, err = run(capfd, "explain", "x + y", "--shapes", "x=2", "y=2,2", "--wrt", "y")
     assert status == 0, err
     assert "(2, 2, 2, 2)" in other
-    status, out, err = run(capfd, "explain", f"{tmp_path / 'mine.py'}:outer", "--shapes", "a=2", "b=3")
+    file = f"{tmp_path / 'mine.py'}:outer"
+    status, out, err = run(capfd, "explain", file, "--shapes", "b=3", "a=2", "--wrt", "b")
     assert status == 0, err
+    assert "a:(2,)  b:(3,)  ->  z:(2, 3)" in out
+    assert run(capfd, "explain", file, "--shapes", "a=2")[0::2] == (
+        2, f"dualform: explain: {file} wants b too; expected a shape for each. Add b=SIZES.\n",
+    )  # fmt: skip
+    assert "has no argument 'c'" in run(capfd, "explain", file, "--shapes", "a=2", "b=2", "c=2")[2]
+    (tmp_path / "bad.py").write_text("1 / 0")
+    status, _, err = run(capfd, "explain", f"{tmp_path / 'bad.py'}:f", "--shapes", "x=2")
+    assert (status, "cannot be imported (ZeroDivisionError: division by zero)" in err) == (2, True)
+
+
+POINTED = {
+    "x + ": ("invalid syntax", 3),
+    "x + (y": ("'(' was never closed", 4),
+    "x + yy * 3": ("'yy' in 'x + yy * 3' has no shape; expected one for each name. Add yy=SIZES to --shapes", 4),
+    "x $ y": ("invalid syntax", 2),
+    "2 * softmx(x)": ("there is no function 'softmx'. Did you mean 'softmax'", 4),
+    "x.smu(0)": ("there is no method 'smu'. Did you mean 'sum'", 2),
+    "x + x.__class__": ("'.__class__' is not part of a formula", 6),
+    "x.item()": ("there is no method 'item'", 2),
+    "9**9**9**9*x": ("this power is no number", 3),
+    "x + [x][0]": ("'[x]' is not part of a formula", 4),
+    "'a' * 9 + x": ("\"'a'\" is not part of a formula", 0),
+    "x if x else x": ("is not part of a formula", 0),
+    "sum + x": ("'sum' is a function; expected its arguments in brackets", 0),
+    "(lambda: 1)()": ("this cannot be called", 1),
+    "sum(**x)": ("** is not part of a formula", 6),
+    "x[y": ("'[' was never closed", 1),
+}
+
+
+@pytest.mark.parametrize("formula", POINTED)
+def test_a_malformed_formula_is_pointed_at(capfd, formula):
+    status, out, err = run(capfd, "explain", formula, "--shapes", "x=2")
+    message, column = POINTED[formula]
+    first, shown, caret = err.rstrip("\n").split("\n")
+    assert (status, out) == (2, "")
+    assert first.startswith("dualform: explain: ")
+    assert message in first
+    assert shown == f"  {formula.strip()}"
+    assert caret == " " * (column + 2) + "^"
+
+
+def test_explain_as_latex_html_and_json(capfd):
+    formula = ["explain", "softmax(x @ W, -1)", "--shapes", "x=2,3", "W=3,2", "--wrt", "W"]
+    status, out, err = run(capfd, *formula, "--level", "proof", "--axes", "b i, i o -> b o")
+    assert status == 0, err
+    assert "dz/dW[b,o,i,o']" in out
+    assert "Proof" in out
+    assert run(capfd, *formula, "--format", "latex")[1].startswith("\\begin{aligned}")
+    page = run(capfd, *formula, "--format", "html")[1]
+    assert page.startswith("<!doctype html>")
+    assert "http" not in page
+    told = json.loads(run(capfd, *formula, "--json")[1])
+    assert [step["op"] for step in told["steps"]] == ["matmul", "softmax"]
+    assert told["result"]["out_shape"] + told["result"]["in_shape"] == [2, 2, 3, 2]
+    assert max(told["checks"].values()) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -175,6 +262,13 @@ def test_explain_a_formula_and_a_function(capfd, tmp_path):
         (["explain", "nowhere.py:Mine"], 2, "nowhere.py is no file"),
         (["explain", "x + y", "--shapes", "x=2"], 2, "'y' in 'x + y' has no shape"),
         (["explain", "x", "--shapes", "x=a"], 2, "'x=a' is no shape"),
+        (["explain", "x", "--shapes", "x=-1"], 2, "'x=-1' is no shape"),
+        (["explain", "x", "--shapes", "x=2", "x=3"], 2, "names 'x' twice"),
+        (["explain", "x", "--shapes", "x=99999,99999"], 2, "x has 9,999,800,001 numbers; expected at most 16,777,216"),
+        (["explain", "x + y", "--shapes", "x=2", "y=2", "z=2"], 2, "'z' has a shape but is not in 'x + y'"),
+        (["explain", "x + y", "--shapes", "x=2", "y=3"], 1, "axis 0 of x (size=2) meets axis 0 of y (size=3)"),
+        (["explain", "split(x, 1)", "--shapes", "x=2"], 2, "gives a tuple; expected one tensor"),
+        (["explain", "tiny-ttt-linear", "--wrt", "x"], 2, "--wrt are for formulas"),
         (["explain", "x", "--shapes", "x=2", "--wrt", "z"], 2, "--wrt is 'z'; expected one of x"),
         (["explain", "x", "--shapes", "x=2", "--format", "pdf"], 2, "pdf"),
         (["bench"], 2, "bench"),
@@ -222,6 +316,10 @@ def test_the_module_runs_as_a_program():
         ),
         ("einsum('ij,kj->ik', x, y)", lambda x, y: x @ y.mT),
         ("transpose(gelu(x, approximate='tanh'))", lambda x, y: functions["gelu"](x, approximate="tanh").mT),
+        ("x[1:, ::2].sum(0) + y[..., None, -1]", lambda x, y: x[1:, ::2].sum(0) + y[..., None, -1]),
+        ("torch.where(x > 0.5, x, 0).reshape(3, -1)", lambda x, y: torch.where(x > 0.5, x, 0).reshape(3, -1)),
+        ("cat([x, y], dim=-1).softmax(-1).T", lambda x, y: torch.cat([x, y], -1).softmax(-1).mT),
+        ("F.layer_norm(x, [3]) * 2 ** 0.5", lambda x, y: torch.nn.functional.layer_norm(x, [3]) * 2**0.5),
     ],
 )
 def test_formulas_are_functions(formula, want):
@@ -237,7 +335,7 @@ def test_formulas_are_functions(formula, want):
         "(lambda: 1)()",
         "[i for i in x]",
         "exec('1')",
-        "x[0]",
+        "x[0].data",
         "x if x else x",
         "x +",
         "f'{x}'",

@@ -58,3 +58,13 @@ def test_digits_are_read_and_a_law_is_found(monkeypatch, capsys, tmp_path):
     learnt = re.search(r"learnt: +y = (.*)", capsys.readouterr().out)[1]
     assert learnt in ("0.5*m*v**2 - k/r", "-k/r + 0.5*m*v**2")
     assert (tmp_path / "law.png").stat().st_size > 10_000
+
+
+def test_per_sample_work_agrees_with_torch_func(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["per_sample.py", "--samples", "6", "--width", "8"])
+    threads = torch.get_num_threads()
+    load("per_sample").main()
+    torch.set_num_threads(threads)
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert all(float(row.split()[-1]) < 1e-5 for row in rows)
+    assert "Gauss-Newton diagonal" in rows[2]

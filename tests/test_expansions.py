@@ -399,7 +399,9 @@ def test_every_expansion_is_one_graph(name):
     agree("exported", exported(more), expansions[name]()(more))
 
 
-@pytest.mark.parametrize("spec", [("bspline", {"cells": 3, "degree": 2}), ("taylor", {"symmetric": True}), "reciprocal"])
+@pytest.mark.parametrize(
+    "spec", [("bspline", {"cells": 3, "degree": 2}), ("taylor", {"symmetric": True}), "reciprocal"]
+)
 def test_what_scatters_slices_and_clamps_is_a_hidden_state_too(spec):
     head = df.learners.Head(expansion=spec)(3).double()
     check_forms(df.derive(head, chunk=3), ("auto",), time=5)

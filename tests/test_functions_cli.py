@@ -24,6 +24,10 @@ def test_the_list_is_the_catalogues(capfd):
     _, table, _ = run(capfd, "fusions")
     assert "fusions" in table
     assert "expansions" not in table
+    assert [run(capfd, "compressions")[1], run(capfd, "compressions", "--json")[1]] == [
+        "compressions: none as yet\n",
+        "[]\n",
+    ]
     assert "[sinh x, cosh x, tanh x]" in run(capfd, "expansions")[1]
 
 

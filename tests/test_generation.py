@@ -82,6 +82,20 @@ def test_only_what_was_recorded_is_taken_back(model, ids):
         laws.agree("logits", got, model(torch.cat([ids, ids[:, :2]], 1)).logits[:, -2:])
 
 
+def test_a_copy_takes_back_what_it_read_itself(model, ids):
+    """A cache that is copied while it records, as for trying several drafts: neither the copy nor the original is spoilt."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        want = model(ids).logits
+        model(ids[:, :9], past_key_values=cache)
+        cache.activate_past_recording()
+        model(ids[:, 9:13], past_key_values=cache)
+        tried = copy.deepcopy(cache)
+        tried.crop(-2)
+        laws.agree("copy", model(ids[:, 11:], past_key_values=tried).logits, want[:, 11:])
+        laws.agree("original", model(ids[:, 13:], past_key_values=cache).logits, want[:, 13:])
+
+
 def test_text_is_streamed(model):
     tokenizer = byte_tokenizer()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
@@ -101,6 +115,16 @@ def test_embeddings_are_a_prompt(model, ids):
 def test_no_prompt_is_the_beginning_of_a_text(model):
     want = greedy(model, torch.full((1, 1), model.config.bos_token_id), 5)
     assert torch.equal(greedy(model, None, 5), want)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_right_padded_prompts_go_on_from_their_own_ends(model, ids, beams):
+    padded = torch.cat([ids, ids])
+    mask = torch.ones_like(padded)
+    padded[0, 13:], mask[0, 13:] = 0, 0
+    found = greedy(model, padded, 6, attention_mask=mask, num_beams=beams, pad_token_id=0)
+    assert torch.equal(found[0, 21:], greedy(model, ids[:, :13], 6, num_beams=beams, pad_token_id=0)[0, 13:])
+    assert torch.equal(found[1:], greedy(model, ids, 6, num_beams=beams, pad_token_id=0))
 
 
 def test_beams_of_ragged_prompts(model, ids):
@@ -208,6 +232,12 @@ def with_cache(model, ids):
             r"past_key_values: holds chunk of \(8,\) a row; expected \(4,\)",
         ),
         (lambda m, x: m(x[0]), r"input_ids has shape \(21,\) and type torch.int64; expected \(batch, tokens\)"),
+        (lambda m, x: m(x, past_key_values=((x, x),)), r"past_key_values: is a tuple; expected a Cache"),
+        (lambda m, x: m(x > 5), r"input_ids has shape \(1, 21\) and type torch.bool; expected"),
+        (
+            lambda m, x: m(x.repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 4, 21])),
+            r"cu_seq_lens_q has shape \(3,\) with batch = 2; expected \(documents \+ 1,\) and one packed row",
+        ),
         (lambda m, x: m(x.float()), r"input_ids has shape \(1, 21\) and type torch.float32"),
         (
             lambda m, x: build("attention").inner_losses(x),

@@ -538,6 +538,15 @@ def without(state, *keys):
         ),
         (lambda s: s, {"ttt_base_lr": None}, "ttt_base_lr is None; expected a value of type float or int"),
         (lambda s: s, {"vocab_size": True}, "vocab_size is True; expected a value of type int"),
+        (lambda s: {**s, "model.norm.weight": torch.ones(12).long()}, {}, r"has dtype torch\.int64; .* x\.float\(\)"),
+        (lambda s: {**s, "model.norm.weight": np.ones(12)}, {}, r"has type ndarray; .* torch\.as_tensor"),
+        (lambda s: {n: x.to("meta") for n, x in s.items()}, {}, "has no numbers, device meta; .* Load the weights"),
+        (lambda s: {"module." + n: x for n, x in s.items()}, {}, r"Take the wrapper 'module\.' from the names"),
+        (lambda s: s, {"pad_token_id": 13}, "pad_token_id is 13; expected .* vocab_size - 1 = 12"),
+        (lambda s: s, {"pad_token_id": [1]}, r"pad_token_id is \[1\]; expected a value of type int or NoneType"),
+        (lambda s: s, {"ttt_base_lr": float("nan")}, "lr is nan; expected a finite number"),
+        (lambda s: s, {"rope_theta": 0}, r"rope_theta is 0\.0; expected a finite number > 0"),
+        (lambda s: s, {"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0; expected a finite number > 0"),
         (lambda s: [*s.items()], {}, "state_dict is a list; expected a mapping of names to tensors"),
         (lambda s: s, {"num_attention_heads": 5}, r"hidden_size is 12 with num_attention_heads = 5"),
         (lambda s: jax_tree(s, small | backbones["ttt_linear_base"] | {"pre_conv": False}), {}, "from_jax"),
@@ -548,6 +557,13 @@ def without(state, *keys):
 def test_a_checkpoint_that_does_not_fit_is_named(change, config, message):
     with pytest.raises(ValueError, match=message):
         load_official(change(random_state(small)), small | config)
+
+
+def test_numbers_that_numpy_lacks_are_named():
+    with pytest.raises(
+        CheckpointError, match=r"to_jax: state_dict is torch\.bfloat16, which numpy lacks; expected float32"
+    ):
+        to_jax(random_state(small, torch.bfloat16), small)
 
 
 def test_a_config_object_is_named():
@@ -712,6 +728,28 @@ def test_our_own_folder_must_be_whole(capfd, tmp_path):
     status, _, err = convert(capfd, tmp_path / "ours", tmp_path / "new")
     assert status == 1
     assert "config.json is no configuration of ours" in err
+
+
+def test_from_pretrained_refuses_what_convert_does(folder, tmp_path):
+    """Other models, damaged files and pickles; also behind the other verbs, in one line."""
+    with pytest.raises(
+        ValueError, match=r"model_type is 'ttt'; expected 'dualform'. Convert it: `python -m dualform con"
+    ):
+        DualformForCausalLM.from_pretrained(folder)
+    ours = tmp_path / "ours"
+    model = load_official(random_state(small), small)
+    model.save_pretrained(ours)
+    weights, whole = ours / "model.safetensors", (ours / "model.safetensors").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"\xff" * 100, b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .* Copy it again"):
+            AutoModelForCausalLM.from_pretrained(ours)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"ours holds no weights; expected \*\.safetensors beside config\.json"):
+        AutoModelForCausalLM.from_pretrained(ours)
+    torch.save(model.state_dict(), ours / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle.*weights_only=True"):
+        AutoModelForCausalLM.from_pretrained(ours)
 
 
 # -- the faults of the official code, each absent (theory, section 2.1) --------------------------------------------------

@@ -1,6 +1,7 @@
 """What a user of transformers expects of any model: outputs, types, devices, files, adapters, the Trainer, torch.compile."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ def test_hidden_states_are_what_the_layers_say(model, ids):
 
 
 @torch.no_grad()
+def test_a_model_and_its_cache_are_pickled(model, ids):
+    again, cache = pickle.loads(pickle.dumps((model, model(ids[:, :7], use_cache=True).past_key_values)))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    torch.testing.assert_close(again(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:])
+
+
+@torch.no_grad()
 def test_attention_weights_are_those_that_were_used(ids):
     model = build("hybrid").double()
     mask = torch.ones_like(ids)
@@ -83,6 +91,8 @@ def test_position_ids_say_where_packed_documents_start(ids):
     packed = model(ids, position_ids=positions).logits
     laws.agree("packed", packed, model(ids, reset=reset).logits)
     laws.agree("second", packed[:, 4:], model(ids[:, 4:]).logits)
+    ends = torch.tensor([0, 4, T], dtype=torch.int32)  # how collators without padding say it, for one row
+    laws.agree("lengths", model(ids[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, packed[:1])
     laws.agree("shifted", model(ids, position_ids=torch.arange(T) + 50).logits, model(ids).logits)
 
 
@@ -124,7 +134,7 @@ def test_one_device(model, ids, tmp_path, device_map, monkeypatch):
     assert (tmp_path / "model.safetensors.index.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+        torch.testing.assert_close(loaded(ids.to(loaded.device)).logits.cpu(), model(ids).logits)
 
 
 def test_pipeline(model):
@@ -208,14 +218,15 @@ def test_adapters(model, ids, tmp_path):
         assert torch.equal(merged.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None), found)
 
 
-def train(folder, rows, **options):
+def train(folder, rows, resume=None, **options):
     model = build("hybrid").double() if "bf16" not in options else build("hybrid")
+    options = {"save_strategy": "no", **options}
     arguments = TrainingArguments(
-        str(folder), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", learning_rate=1e-2,
+        str(folder), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-2,
         lr_scheduler_type="constant", dataloader_pin_memory=False, **options
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
-    return model, trainer.train()
+    return model, trainer.train(resume_from_checkpoint=resume)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path, capsys):
@@ -238,6 +249,17 @@ def test_the_trainer_in_bfloat16(tmp_path, capsys):
         assert p.dtype == torch.float32
         assert p.isfinite().all(), name
     assert sum(not torch.equal(p, born[name]) for name, p in model.state_dict().items()) > 30
+
+
+def test_a_trainer_resumes(tmp_path, capsys):
+    """Also in bfloat16 with accumulated gradients; transformers reads our config.json with a class of its own there."""
+    rows = list(torch.randint(3, 259, (8, T), generator=torch.Generator().manual_seed(2)))
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": True, "save_steps": 1}
+    whole, _ = train(tmp_path, rows, save_strategy="steps", **options)
+    again, result = train(tmp_path, rows, resume=str(tmp_path / "checkpoint-1"), **options)
+    assert result.global_step == 2
+    for (name, p), (_, q) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dualform import functions
-from dualform.calculus import Derivative, Explanation, explain, jacobian
+from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
 from dualform.functions import (
     Head,
@@ -92,6 +92,7 @@ __all__ = [
     "explain",
     "functions",
     "fusions",
+    "hessian",
     "interdependences",
     "jacobian",
     "learners",

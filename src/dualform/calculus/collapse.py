@@ -6,15 +6,29 @@ sum is one stored factor over it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from dualform.calculus.contract import contract
 from dualform.calculus.place import spread
-from dualform.calculus.terms import Factor, Label, Select, Term, atoms, one_hot, substitute, volume
+from dualform.calculus.relations import as_window, same_place
+from dualform.calculus.terms import (
+    Factor,
+    Identity,
+    Label,
+    Relation,
+    Select,
+    Term,
+    atoms,
+    identity_of,
+    substitute,
+    volume,
+)
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
 MAX_TERMS = 8
@@ -22,17 +36,18 @@ MAX_TERMS = 8
 
 def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
     """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
-    small = added(merged([shrunk(term, like) for term in terms]))
+    uses = Counter(key for term in terms for key in {identity_of(f.tensor) for f in term.tensors})
+    small = added(merged([shrunk(term, uses) for term in terms]))
     if len(small) <= MAX_TERMS and not _is_wasteful(small):
         return small
-    meet = _Meet(small, like)
+    meet = _Meet(small)
     if len(small) <= MAX_TERMS and volume(meet.stored) >= _numbers(small):
         return small
     return (meet.sum(like),)
 
 
 def _numbers(terms: Sequence[Term]) -> int:
-    return sum({id(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
+    return sum({identity_of(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
 
 
 def _is_wasteful(terms: Sequence[Term]) -> bool:
@@ -46,8 +61,14 @@ def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
     groups: dict[tuple, list[Term]] = {}
     for term in terms:
         groups.setdefault(_key(term), []).append(term)
-    sums = [replace(group[0], coef=sum(t.coef for t in group)) for group in groups.values()]
+    sums = [replace(group[0], coef=_exact_sum([t.coef for t in group])) for group in groups.values()]
     return tuple(term for term in sums if term.coef != 0)
+
+
+def _exact_sum(coefs: Sequence[float]) -> float:
+    """The sum; zero where only rounding is left of it, as in 0.1 + 0.2 - 0.3."""
+    total = math.fsum(coefs)
+    return 0.0 if abs(total) <= 4 * sys.float_info.epsilon * max(map(abs, coefs)) else total
 
 
 def added(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -70,8 +91,11 @@ def added(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 
 def _sum_name(names: Sequence[str]) -> str:
-    name = "+".join(dict.fromkeys(n or "1" for n in names))
-    return f"({name})" if len(name) < 40 else "sum"
+    unique = list(dict.fromkeys(n or "1" for n in names))
+    if len(unique) == 1 and unique[0].startswith("("):
+        return unique[0]
+    name = "+".join(unique)
+    return f"({name})" if len(name) < 40 else "(…)"
 
 
 def _key(term: Term) -> tuple:
@@ -80,29 +104,34 @@ def _key(term: Term) -> tuple:
     def axes(side: tuple) -> tuple:
         return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
 
-    def factor(f: Factor | Select) -> tuple:
-        tags = tuple(number[x] for x in f.labels)
-        return (id(f.tensor), *tags) if isinstance(f, Factor) else (0, f.start, f.step, *tags)
+    def factor(f: Factor | Relation) -> tuple:
+        if not isinstance(f, Factor):
+            return (0, f.key, *(number[x] for x in f.labels))
+        steps = zip(f.tensor.stride(), f.tensor.shape, (number[x] for x in f.labels), strict=True)
+        return (1, identity_of(f.tensor), *(tag for *_, tag in sorted(steps, reverse=True)))
 
     return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
 
 
-def shrunk(term: Term, like: Tensor) -> Term:
-    """Contract groups of factors where the result stores fewer numbers than the group."""
+def shrunk(term: Term, uses: Mapping[Identity, int]) -> Term:
+    """Contract groups of factors where the result stores fewer numbers than the group.
+
+    uses: in how many terms of the sum a tensor stands; one that others keep anyway is no saving.
+    """
     term = _joined(term)
     hidden = set(term.hidden)
-    bulk = sum(f.tensor.numel() for f in term.tensors)
+    bulk = sum(f.tensor.numel() for f in term.tensors if uses.get(identity_of(f.tensor), 1) == 1)
     linked = [f for f in term.factors if any(label in hidden for label in f.labels)]
     if linked and any(isinstance(f, Factor) for f in linked):
         keep = list(dict.fromkeys(x for f in linked for x in f.labels if x not in hidden))
         stored = sum(f.tensor.numel() for f in linked if isinstance(f, Factor))
-        # A Select that reaches an axis is worth more as a Select: the factor stays small.
-        if not any(isinstance(f, Select) for f in linked) and volume(keep) <= stored:
+        # A relation that reaches an axis is worth more as one: the factor stays small.
+        if not any(isinstance(f, Relation) for f in linked) and volume(keep) <= stored:
             name = "·".join(f.name for f in linked if isinstance(f, Factor) and f.name)
             new = Factor(contract(linked, keep), tuple(keep), name)
             term = replace(term, factors=(*(f for f in term.factors if f not in linked), new))
     keep = [x for x in term.visible if any(x in f.labels for f in term.tensors)]
-    if bulk > volume(keep) and len(term.tensors) > 1 and not term.selects:
+    if bulk > volume(keep) and len(term.tensors) > 1 and not term.relations:
         name = "·".join(f.name for f in term.tensors if f.name)
         term = replace(term, factors=(Factor(contract(term.tensors, keep), tuple(keep), name),))
     return term
@@ -115,7 +144,7 @@ def _joined(term: Term) -> Term:
         groups.setdefault(frozenset(f.labels), []).append(f)
     if len(groups) == len(term.tensors):
         return term
-    factors: list[Factor | Select] = list(term.selects)
+    factors: list[Factor | Relation] = list(term.relations)
     for group in groups.values():
         first = group[0]
         if len(group) > 1:
@@ -128,8 +157,8 @@ def _joined(term: Term) -> Term:
 class _Meet:
     """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every term."""
 
-    def __init__(self, terms: Sequence[Term], like: Tensor) -> None:
-        self.terms = _refined(terms, like)
+    def __init__(self, terms: Sequence[Term]) -> None:
+        self.terms = _refined(terms)
         self.columns = [(*atoms(t.out), *atoms(t.inn)) for t in self.terms]
         self.count = len(self.columns[0])
         classes: dict[tuple[Label, ...], list[int]] = {}
@@ -164,7 +193,7 @@ def _is_free(term: Term, label: Label, whole: bool) -> bool:
     return whole and not any(label in f.labels for f in term.factors)
 
 
-def _refined(terms: Sequence[Term], like: Tensor) -> list[Term]:
+def _refined(terms: Sequence[Term]) -> list[Term]:
     """Split the axes of all terms into common atoms; an axis whose radices do not nest becomes whole in each term."""
     result = list(terms)
     # A split label may stand on an axis that was already done, hence until nothing changes.
@@ -174,7 +203,7 @@ def _refined(terms: Sequence[Term], like: Tensor) -> list[Term]:
             for axis in range(len(getattr(terms[0], side))):
                 cuts = sorted(set().union(*(_cuts(getattr(t, side)[axis]) for t in result)))
                 nested = all(b % a == 0 for a, b in zip(cuts, cuts[1:], strict=False))
-                result = [_recut(t, side, axis, cuts if nested else None, like) for t in result]
+                result = [_recut(t, side, axis, cuts if nested else None) for t in result]
         if all(a is b for a, b in zip(before, result, strict=True)):
             return result
 
@@ -188,14 +217,13 @@ def _cuts(axis: Sequence[Label]) -> set[int]:
     return strides
 
 
-def _recut(term: Term, side: str, axis: int, cuts: list[int] | None, like: Tensor) -> Term:
+def _recut(term: Term, side: str, axis: int, cuts: list[int] | None) -> Term:
     labels = getattr(term, side)[axis]
     if cuts is None:
         if len(labels) < 2:
             return term
         whole = Label(volume(labels))
-        eye = torch.eye(whole.size, dtype=like.dtype, device=like.device)
-        tie = Factor(eye.reshape([x.size for x in labels] + [whole.size]), (*labels, whole), "reshape")
+        tie = same_place(labels, (whole,))
         axes = tuple((whole,) if k == axis else a for k, a in enumerate(getattr(term, side)))
         term = replace(term, factors=(*term.factors, tie))
         return replace(term, out=axes) if side == "out" else replace(term, inn=axes)
@@ -210,5 +238,5 @@ def _recut(term: Term, side: str, axis: int, cuts: list[int] | None, like: Tenso
     if not change:
         return term
     cut = [isinstance(f, Select) and any(x in change for x in f.labels) for f in term.factors]
-    factors = [one_hot(f, like) if c and isinstance(f, Select) else f for f, c in zip(term.factors, cut, strict=True)]
+    factors = [as_window(f) if c and isinstance(f, Select) else f for f, c in zip(term.factors, cut, strict=True)]
     return substitute(replace(term, factors=tuple(factors)), change)

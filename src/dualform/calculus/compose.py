@@ -8,37 +8,33 @@ longer label is split; where no split exists, that axis alone gets a stored perm
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
+from dualform.calculus.relations import Lookup, Window, as_window, chained, plainer, read, restricted, same_place
 from dualform.calculus.terms import (
     Axis,
     Factor,
     Label,
+    Relation,
     Select,
     Term,
-    make_factor,
-    one_hot,
     renewed,
     substitute,
     volume,
 )
 
 
-def compose_terms(outer: Term, inner: Term, like: Tensor) -> Term | None:
-    """Compose two terms, or None if their product is zero. `like` gives the dtype of any stored permutation."""
+def compose_terms(outer: Term, inner: Term) -> Term | None:
+    """Compose two terms, or None if their product is zero."""
     outer, inner = renewed(outer), renewed(inner)
-    meeting = _Meeting(outer, inner, like)
+    meeting = _Meeting(outer, inner)
     for left, right in zip(outer.inn, inner.out, strict=True):
         meeting.unify(left, right)
     joined = Term(outer.coef * inner.coef, tuple(meeting.factors), outer.out, inner.inn)
     middle = [label for axis in (*outer.inn, *inner.out) for label in axis]
     joined = substitute(joined, meeting.change)
     middle = list(dict.fromkeys(x for label in middle for x in meeting.final(label)))
-    settled = settle_selects(joined)
+    settled = settle_relations(joined)
     if settled is None:
         return None
     present = {*settled.visible, *settled.hidden, *meeting.absorbed(joined, settled)}
@@ -49,9 +45,8 @@ def compose_terms(outer: Term, inner: Term, like: Tensor) -> Term | None:
 class _Meeting:
     """The labels of two terms while their middle axes are matched."""
 
-    def __init__(self, outer: Term, inner: Term, like: Tensor) -> None:
-        self.factors: list[Factor | Select] = [*outer.factors, *inner.factors]
-        self.like = like
+    def __init__(self, outer: Term, inner: Term) -> None:
+        self.factors: list[Factor | Relation] = [*outer.factors, *inner.factors]
         self.change: dict[Label, Axis] = {}
 
     def final(self, label: Label) -> Axis:
@@ -61,9 +56,9 @@ class _Meeting:
 
     @staticmethod
     def absorbed(before: Term, after: Term) -> set[Label]:
-        """Labels that a Select consumed: their sum is in the Select's meaning, not in the coefficient."""
-        gone = {label for s in before.selects for label in s.labels}
-        return gone - {label for s in after.selects for label in s.labels}
+        """Labels that a relation consumed: their sum is in its meaning, not in the coefficient."""
+        gone = {label for s in before.relations for label in s.labels}
+        return gone - {label for s in after.relations for label in s.labels}
 
     def unify(self, left: Axis, right: Axis) -> None:
         a = [x for label in left for x in self.final(label)]
@@ -108,7 +103,7 @@ class _Meeting:
                 other = f.big if f.small is current else f.small
                 aligned = f.step == 1 and f.start % low == 0 and other.size % low == 0 and f.small is not f.big
                 if not aligned or (other in self.change and self.change[other][-1] is not low_label):
-                    self.factors[k] = one_hot(f, self.like)
+                    self.factors[k] = as_window(f)
                     continue
                 if other not in self.change:
                     self.change[other] = (Label(other.size // low), low_label)
@@ -122,17 +117,19 @@ class _Meeting:
         return label
 
     def permute(self, a: list[Label], b: list[Label]) -> None:
-        """Tie two groups of labels with equal volume and radices that do not fit, by a stored permutation."""
-        n = math.prod(label.size for label in a)
-        eye = torch.eye(n, dtype=self.like.dtype, device=self.like.device)
-        self.factors.append(make_factor(eye, [tuple(a), tuple(b)], "reshape"))
+        """Tie two groups of labels with equal volume and radices that do not fit, by their place."""
+        self.factors.append(same_place(tuple(a), tuple(b)))
 
 
-def settle_selects(term: Term) -> Term | None:
-    """Remove every Select that a renaming, a slice or an intersection of ranges can replace; None if the term is zero."""
+def settle_relations(term: Term) -> Term | None:
+    """Remove every relation that a renaming, a slice or an intersection of ranges can replace; None if the term is zero."""
     progress = True
     while progress:
         progress = False
+        for r in term.relations:
+            if isinstance(r, Window | Lookup) and (simpler := _simpler(term, r)) is not None:
+                term, progress = simpler, True
+                break
         for s in term.selects:
             step = _settled(term, s)
             if step is None:
@@ -141,6 +138,26 @@ def settle_selects(term: Term) -> Term | None:
                 term, progress = step, True
                 break
     return term
+
+
+def _simpler(term: Term, r: Window | Lookup) -> Term | None:
+    """Write a window or lookup as a plainer relation, or merge it with the one that reads its place."""
+    plain = plainer(r)
+    if plain is not None:
+        return replace(term, factors=tuple(plain if f is r else f for f in term.factors))
+    rest = [f for f in term.factors if f is not r]
+    bare = replace(term, factors=tuple(rest))
+    elsewhere = {*bare.visible, *bare.hidden}
+    if isinstance(r, Window) and not r.is_total:
+        return None
+    if not any(x in elsewhere for x in r.bigs):
+        # Nothing reads the place: the sum over it is one for each value of the smalls.
+        return replace(bare, coef=bare.coef * volume(x for x in r.smalls if x not in elsewhere))
+    readers = [f for f in rest if any(x in f.labels for x in r.bigs)]
+    if len(readers) != 1 or any(x in term.visible for x in r.bigs) or not isinstance(readers[0], Window | Lookup):
+        return None
+    merged = chained(readers[0], r)
+    return None if merged is None else replace(term, factors=tuple(merged if f is readers[0] else f for f in rest))
 
 
 def _settled(term: Term, s: Select) -> Term | None:
@@ -159,27 +176,30 @@ def _settled(term: Term, s: Select) -> Term | None:
         return _intersected(term, s, twin)
     if any(s.big in f.labels for f in bare.tensors):
         # The relation lets the tensor be read at start + step * small only.
-        sliced = tuple(_slice(f, s) if isinstance(f, Factor) else f for f in rest)
+        sliced = tuple(read(s, f) if isinstance(f, Factor) else f for f in rest)
         return replace(term, factors=(*sliced, s))
     if s.big in term.visible or twin is not None:
         return term
-    chained = next((o for o in others if o.small is s.big), None)
-    if chained is not None:
-        through = Select(s.small, chained.big, chained.start + chained.step * s.start, chained.step * s.step)
-        kept = tuple(f for f in rest if f is not chained)
-        return replace(term, factors=(*kept, through))
+    readers = [f for f in term.relations if f is not s and s.big in f.labels]
+    if readers:
+        narrow = {f: _through(f, s) for f in readers}
+        held = any(x is None for x in narrow.values()) or sum(not isinstance(f, Select) for f in readers) > 1
+        return term if held else replace(bare, factors=tuple(narrow[f] if f in readers else f for f in rest))
     # Nothing else reads big: the sum over it is one for each value of small.
     free = 1 if s.small in {*bare.visible, *bare.hidden} else s.small.size
     return replace(bare, coef=bare.coef * free)
 
 
-def _slice(f: Factor, s: Select) -> Factor:
-    if s.big not in f.labels:
-        return f
-    axis = f.labels.index(s.big)
-    window = slice(s.start, s.start + s.step * (s.small.size - 1) + 1, s.step)
-    tensor = f.tensor[(slice(None),) * axis + (window,)]
-    return make_factor(tensor, [(s.small if x is s.big else x,) for x in f.labels], f.name)
+def _through(relation: Relation, s: Select) -> Relation | None:
+    """The relation where one of its indices is s.start + s.step * s.small."""
+    if not isinstance(relation, Select):
+        return restricted(relation, s)
+    step = relation.step
+    return (
+        Select(s.small, relation.big, relation.start + step * s.start, step * s.step)
+        if relation.small is s.big
+        else None
+    )
 
 
 def _intersected(term: Term, s: Select, t: Select) -> Term | None:
@@ -195,7 +215,7 @@ def _intersected(term: Term, s: Select, t: Select) -> Term | None:
     ]
     # A tensor that reads big reads it on the common range only.
     shared = Select(meet, s.big, common[0], step)
-    sliced = [_slice(f, shared) if isinstance(f, Factor) else f for f in rest]
+    sliced = [read(shared, f) if isinstance(f, Factor) else f for f in rest]
     if any(s.big in f.labels for f in sliced):
         tied.append(shared)
     return replace(term, factors=(*sliced, *tied))

@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import count
+from typing import Any
 
 import opt_einsum
 import torch
 from opt_einsum.paths import DynamicProgramming
 from torch import Tensor
 
-from dualform.calculus.terms import Factor, Label, Select, diagonal, one_hot, sizes, volume
+from dualform.calculus.relations import Reading, Triangle, Window, is_padded, read, summed_up, write
+from dualform.calculus.terms import Factor, Label, Relation, diagonal, sizes, volume
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Task:
-    """A contraction without Selects: operands, the labels computed, and the zero padding that follows."""
+    """A contraction without relations: operands, the labels computed, and what is put back where afterwards."""
 
     operands: list[Factor]
     out: tuple[Label, ...]
-    pads: list[Select]
+    writes: list[tuple[Reading, tuple[Label, ...]]]
 
 
 @lru_cache(maxsize=4096)
@@ -89,34 +91,74 @@ def _ordered(operands: Sequence[Factor], out: Sequence[Label]) -> tuple[tuple[in
     return _path(inputs, frozenset(number[label] for label in out), tuple(label.size for label in number))
 
 
-def _prepare(factors: Sequence[Factor | Select], out: Sequence[Label]) -> _Task:
-    """Replace every Select's big index by start + step * small: slices of the operands, padding of the result."""
+def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Task:
+    """Replace every index that a relation reads by its place: reads of the operands, then writes of the result."""
     operands = [diagonal(f) for f in factors if isinstance(f, Factor)]
-    selects = [f for f in factors if isinstance(f, Select)]
+    relations = [f for f in factors if isinstance(f, Relation)]
     like = operands[0].tensor if operands else torch.ones(())
-    result, pads = list(out), []
-    while selects:
-        s = selects.pop(0)
-        twins = [o for o in selects if o.big is s.big]
-        operands += [one_hot(o, like) for o in twins]
-        selects = [_chained(o, s) for o in selects if o not in twins]
-        if s.big in result and s.small in result:
-            operands.append(one_hot(s, like))
+    result, writes = list(out), []
+    while relations:
+        r = _next(relations)
+        relations.remove(r)
+        if isinstance(r, Triangle):
+            operands = _summed_up(r, operands, relations, result, like)
             continue
-        operands = [_sliced(f, s) for f in operands]
-        if s.big in result:
-            result[result.index(s.big)] = s.small
-            pads = [_chained(p, s) for p in pads]
-            pads.append(s)
-        if any(s.small in f.labels for f in [*operands, *selects]):
+        reading: Any = r
+        if set(reading.smalls) & set(reading.bigs) or len(set(reading.bigs)) < len(reading.bigs):
+            operands.append(r.dense(like))
             continue
-        if s.small.size == 1 and operands:
-            first = operands[0]
-            operands[0] = Factor(first.tensor.unsqueeze(0), (s.small, *first.labels), first.name)
-        else:
-            operands.append(Factor(torch.ones(s.small.size, dtype=like.dtype, device=like.device), (s.small,), "1"))
+        twins = [o for o in relations if set(o.labels) & set(reading.bigs)]
+        operands += [o.dense(like) for o in twins]
+        relations = [o for o in relations if o not in twins]
+        if isinstance(r, Window) and not r.is_total and not any(is_padded(r, f) for f in operands):
+            operands.append(r.inside(like))
+        operands = [read(reading, f) for f in operands]
+        if any(x in result for x in reading.bigs):
+            writes.append((reading, tuple(result)))
+            result = _replaced(result, reading)
+        present = {x for f in (*operands, *relations) for x in f.labels}
+        operands = _with_ones(operands, [x for x in reading.smalls if x not in present], like)
     operands = _one_dtype([_summed(f, _lonely(k, operands, result)) for k, f in enumerate(operands)])
-    return _Task(operands, tuple(result), pads[::-1])
+    return _Task(operands, tuple(result), writes[::-1])
+
+
+def _next(relations: Sequence[Relation]) -> Relation:
+    """A relation whose read indices say no other relation's place, so that reads nest; triangles come last."""
+    functions: list[Any] = [r for r in relations if not isinstance(r, Triangle)]
+    inner = {x for r in functions for x in r.smalls}
+    return next((r for r in functions if not inner & set(r.bigs)), (functions or relations)[0])
+
+
+def _replaced(result: Sequence[Label], r: Reading) -> list[Label]:
+    new = [x for x in r.smalls if x not in result]
+    first = next(k for k, x in enumerate(result) if x in r.bigs)
+    kept = [x for x in result if x not in r.bigs]
+    return [*kept[:first], *new, *kept[first:]]
+
+
+def _with_ones(operands: list[Factor], labels: Sequence[Label], like: Tensor) -> list[Factor]:
+    """Give labels that no operand has a factor of ones."""
+    for x in labels:
+        if x.size == 1 and operands:
+            first = operands[0]
+            operands = [Factor(first.tensor.unsqueeze(0), (x, *first.labels), first.name), *operands[1:]]
+        else:
+            operands = [*operands, Factor(torch.ones(x.size, dtype=like.dtype, device=like.device), (x,), "1")]
+    return operands
+
+
+def _summed_up(
+    r: Triangle, operands: list[Factor], others: Sequence[Relation], result: Sequence[Label], like: Tensor
+) -> list[Factor]:
+    """A running sum where one operand alone has the summed index; else the triangle as a mask."""
+    taken = {x for o in others for x in o.labels}
+    for gone in (*r.cols, *r.rows):
+        owners = [f for f in operands if gone in f.labels]
+        if len(owners) == 1 and gone not in result and gone not in taken:
+            total = summed_up(r, owners[0])
+            if total is not None and gone not in total.labels:
+                return [total if f is owners[0] else f for f in operands]
+    return [*operands, r.dense(like)]
 
 
 def _one_dtype(operands: list[Factor]) -> list[Factor]:
@@ -125,22 +167,6 @@ def _one_dtype(operands: list[Factor]) -> list[Factor]:
         reduce(torch.promote_types, (f.tensor.dtype for f in operands), operands[0].tensor.dtype) if operands else None
     )
     return [f if f.tensor.dtype == common else Factor(f.tensor.to(common), f.labels, f.name) for f in operands]
-
-
-def _chained(outer: Select, inner: Select) -> Select:
-    """outer after inner: outer's small index is inner's big one."""
-    if outer.small is not inner.big:
-        return outer
-    return Select(inner.small, outer.big, outer.start + outer.step * inner.start, outer.step * inner.step)
-
-
-def _sliced(f: Factor, s: Select) -> Factor:
-    if s.big not in f.labels:
-        return f
-    axis = f.labels.index(s.big)
-    window = [slice(None)] * axis + [slice(s.start, s.start + s.step * (s.small.size - 1) + 1, s.step)]
-    labels = tuple(s.small if label is s.big else label for label in f.labels)
-    return diagonal(Factor(f.tensor[tuple(window)], labels, f.name))
 
 
 def _lonely(position: int, operands: Sequence[Factor], out: Sequence[Label]) -> list[Label]:
@@ -155,7 +181,7 @@ def _summed(f: Factor, labels: Sequence[Label]) -> Factor:
     return Factor(tensor, tuple(x for x in f.labels if x not in labels), f.name)
 
 
-def plan(factors: Sequence[Factor | Select], out: Sequence[Label]) -> Plan:
+def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
     """Choose the order of a contraction and price it; reads shapes only.
 
     flops of a pairwise step = 2 prod(sizes) if it sums an index, prod(sizes) if it does not
@@ -227,10 +253,10 @@ def _check(task: _Task, out: Sequence[Label]) -> None:
         )
 
 
-def contract(factors: Sequence[Factor | Select], out: Sequence[Label]) -> Tensor:
+def contract(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Tensor:
     """Contract labelled factors into one tensor with axes `out`.
 
-    out[labels] = sum over all other labels of prod factors (a Select counts as a 0/1 factor, and stores nothing)
+    out[labels] = sum over all other labels of prod factors (a relation counts as a 0/1 factor, and stores nothing)
     Shape:  factors, each one label per axis -> (sizes of `out`); a label that repeats inside a factor is a diagonal.
     Dtype:  that of the factors, promoted to one.
     Raises: ValueError if a label of `out` is in no factor.
@@ -250,23 +276,10 @@ def contract(factors: Sequence[Factor | Select], out: Sequence[Label]) -> Tensor
         keep = {label for f in work for label in f.labels} | set(task.out)
         work.append(_pair(a, b, keep, hints))
     (result,) = work
-    tensor = _permuted(_summed(result, _lonely(0, [result], task.out)), task.out)
-    labels = list(task.out)
-    for pad in task.pads:
-        axis = labels.index(pad.small)
-        tensor = _padded(tensor, axis, pad)
-        labels[axis] = pad.big
-    return tensor
-
-
-def _padded(tensor: Tensor, axis: int, pad: Select) -> Tensor:
-    if pad.step == 1:
-        after = pad.big.size - pad.start - pad.small.size
-        return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - axis - 1) + [pad.start, after])
-    shape = list(tensor.shape)
-    shape[axis] = pad.big.size
-    last = pad.start + pad.step * (pad.small.size - 1) + 1
-    return tensor.new_zeros(shape).slice_scatter(tensor, axis, pad.start, last, pad.step)
+    result = _summed(result, _lonely(0, [result], task.out))
+    for relation, wanted in task.writes:
+        result = write(relation, result, wanted)
+    return _permuted(result, out)
 
 
 def _permuted(f: Factor, order: Sequence[Label]) -> Tensor:

@@ -1,6 +1,7 @@
 """Bring a traced graph into one form: every node makes one tensor.
 
-split, chunk, unbind, ... -> slices and selects        max.dim, min.dim -> argmax and gather        lift -> nothing
+split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
+broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 
+# A view is a reshape that promises how its numbers lie; a rewritten graph need not keep that promise.
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _COPIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
 _EXTREMA = {aten.max.dim: aten.argmax.default, aten.min.dim: aten.argmin.default}
+# Ops that give values of their argument and where they found them.
+_PICKS = {
+    aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default, aten.median.dim, aten.nanmedian.dim,
+    aten.mode.default, aten.cummax.default, aten.cummin.default,
+}  # fmt: skip
+# Ops that are two ops of the same arguments.
+_PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("amin", "amax")}
 _SPLITS = {
     "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unsafe_split", "aten::unsafe_chunk",
     "aten::unsafe_split_with_sizes", "aten::tensor_split", "aten::hsplit", "aten::vsplit", "aten::dsplit", "aten::unbind",
@@ -28,7 +38,9 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _COPIES:
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        elif node.target in _COPIES:
             original: Any = node.args[0]
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
@@ -43,14 +55,22 @@ def _part(graph: fx.Graph, node: fx.Node) -> None:
     position: Any = node.args[1]
     name = getattr(getattr(source.target, "_schema", None), "name", "")
 
-    def emit(target: Any, *args: Any) -> fx.Node:
+    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+            new = graph.call_function(target, args, kwargs)
+        new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
         new.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
         return new
 
-    if source.target in _EXTREMA:
+    packet = name.removeprefix("aten::")
+    if packet in _PAIRS:
+        node.replace_all_uses_with(_one_of_two(emit, source, _PAIRS[packet][position]))
+    elif name == "aten::broadcast_tensors":
+        shape = list(node.meta["val"].shape)
+        node.replace_all_uses_with(emit(aten.expand.default, source.args[0][position], shape))
+    elif source.target in _PICKS and position == 0:
+        node.replace_all_uses_with(_picked(emit, source, node))
+    elif source.target in _EXTREMA:
         node.replace_all_uses_with(_extremum(emit, source, position))
     elif name in _SPLITS:
         node.replace_all_uses_with(_piece(emit, source, name, position))
@@ -66,6 +86,47 @@ def _extremum(emit: Emit, source: Any, position: int) -> fx.Node:
         return emit(aten.alias.default, x)
     best = emit(aten.gather.default, x, dim, where)
     return best if keep else emit(aten.squeeze.dim, best, dim)
+
+
+def _one_of_two(emit: Emit, source: Any, op: str) -> fx.Node:
+    given = bound_arguments(source)
+    x = given["self"]
+    whole = list(range(x.meta["val"].ndim))
+    dims = whole if given.get("dim") in (None, []) else given["dim"]
+    dims, keep = [dims] if isinstance(dims, int) else dims, bool(given.get("keepdim"))
+    if op in ("amin", "amax"):
+        return emit(getattr(aten, op).default, x, dims, keep)
+    if op == "mean":
+        return emit(aten.mean.dim, x, dims, keep)
+    correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
+    return emit(getattr(aten, op).correction, x, dims, correction=1 if correction is None else correction, keepdim=keep)
+
+
+def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
+    """The values of an op that also says where it found them: x, gathered there."""
+    given = bound_arguments(source)
+    x, value = given["self"], given["self"].meta["val"]
+    if not value.ndim:
+        return emit(aten.alias.default, x)
+    if source.target is aten.sort.default:
+        index = emit(aten.argsort.default, x, given["dim"], given["descending"])
+    elif source.target is aten.topk.default:
+        order = emit(aten.argsort.default, x, given["dim"], given["largest"])
+        return emit(aten.slice.Tensor, emit(aten.gather.default, x, given["dim"], order), given["dim"], 0, given["k"])
+    else:
+        index = emit(operator.getitem, source, 1)
+    dropped = index.meta["val"].ndim < value.ndim
+    index = emit(aten.unsqueeze.default, index, given["dim"]) if dropped else index
+    best = emit(aten.gather.default, x, given["dim"], index)
+    return emit(aten.squeeze.dim, best, given["dim"]) if dropped else best
+
+
+def bound_arguments(node: Any) -> dict[str, Any]:
+    """A node's arguments by their name in the op's schema, defaults included."""
+    schema: Any = node.target._schema.arguments
+    values = {a.name: a.default_value for a in schema}
+    values.update(zip((a.name for a in schema), node.args, strict=False))
+    return values | dict(node.kwargs)
 
 
 def _piece(emit: Emit, source: Any, name: str, position: int) -> fx.Node:

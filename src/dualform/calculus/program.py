@@ -5,9 +5,12 @@ Sums of paths multiply with depth; the graph does not. Terms are made by accumul
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor, fx
 from dualform.calculus.collapse import tidy
 from dualform.calculus.structure import Derivative, Term, compose, identity, zero
 from dualform.calculus.table import Call
+from dualform.calculus.trace import source_line
+from dualform.calculus.wording import plain
 
 LocalRule = Callable[[Call, int], Derivative]
 
@@ -24,29 +29,23 @@ class Program:
     """A graph with values, seen from one input: what depends on it, and each such op's local derivatives."""
 
     def __init__(
-        self, gm: fx.GraphModule, args: Sequence[Tensor], wrt: int, rule: LocalRule, names: Sequence[str] = ()
+        self,
+        gm: fx.GraphModule,
+        args: Sequence[Tensor] | Mapping[fx.Node, Any],
+        wrt: int,
+        rule: LocalRule,
+        names: Sequence[str] | Mapping[fx.Node, str] = (),
+        output: int = 0,
     ) -> None:
+        """`args`: the inputs, or the values of all nodes; `names`: of the inputs, or of any nodes; `output`: which result."""
         self.gm = gm
         self.rule = rule
         self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        self.names = dict(zip(self.inputs, names, strict=False))
+        self.names = dict(names if isinstance(names, Mapping) else zip(self.inputs, names, strict=False))
         self.source = self.inputs[wrt]
-        self.values: dict[fx.Node, Any] = {}
-        self._run(args)
-        output = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-        self.output: Any = output[0] if isinstance(output, (list, tuple)) else output
+        self.values = args if isinstance(args, Mapping) else run(gm, args)
+        self.output: Any = outputs(gm)[output]
         self.active = self._active()
-
-    def _run(self, args: Sequence[Tensor]) -> None:
-        given = iter(args)
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = next(given)
-            elif node.op == "get_attr":
-                self.values[node] = getattr(self.gm, str(node.target))
-            elif node.op == "call_function":
-                filled, keywords = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-                self.values[node] = node.target(*filled, **keywords)
 
     def name_of(self, node: fx.Node) -> str:
         """What people call a node's value."""
@@ -109,14 +108,17 @@ class Program:
             return identity(x).terms
         return (self._backward() if out.numel() <= x.numel() else self._forward()).terms
 
-    def _forward(self) -> Derivative:
+    def totals(self, most: float = math.inf) -> dict[fx.Node, Derivative]:
+        """d node / d input of the active nodes, as far as none on the way has more than `most` entries."""
         x = self.values[self.source]
         total: dict[fx.Node, Derivative] = {self.source: identity(x)}
         for node, parts in self.local.items():
-            paths = [compose(local, total[source]) for source, local in parts if source in total]
-            if paths:
-                total[node] = _summed(paths)
-        return total.get(self.output, zero(self.values[self.output], x))
+            if all(source in total for source, _ in parts) and self.values[node].numel() * x.numel() <= most:
+                total[node] = _summed([compose(local, total[source]) for source, local in parts])
+        return total
+
+    def _forward(self) -> Derivative:
+        return self.totals().get(self.output) or zero(self.values[self.output], self.values[self.source])
 
     def _backward(self) -> Derivative:
         out = self.values[self.output]
@@ -149,6 +151,59 @@ class Program:
             if paths:
                 pushed[node] = sum(paths[1:], paths[0])
         return pushed[self.output] if self.output in pushed else torch.zeros_like(self.values[self.output])
+
+
+def run(gm: fx.GraphModule, args: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The values of all nodes of a graph."""
+    values: dict[fx.Node, Any] = {}
+    given = iter(args)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "get_attr":
+            values[node] = getattr(gm, str(node.target))
+        elif node.op == "call_function":
+            filled, keywords = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = node.target(*filled, **keywords)
+    return values
+
+
+def outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that a graph returns."""
+    found: Any = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def name_nodes(gm: fx.GraphModule, names: Sequence[str], closed: Mapping[int, str] | None = None) -> dict[fx.Node, str]:
+    """What people call the nodes: the inputs' names, the caller's own variables where a line assigns one, else the op.
+
+    closed: what the code calls the tensors that it closes over, by their identity
+    """
+    nodes = list(gm.graph.nodes)
+    found: dict[fx.Node, str] = dict(zip((n for n in nodes if n.op == "placeholder"), names, strict=False))
+    results, taken = set(outputs(gm)), set(names)
+    last = {line: node for node in nodes if (line := source_line(node))}
+    for node in nodes:
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        line = source_line(node)
+        assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
+        stems = ("z", "out", "result") if node in results and node.op == "call_function" else ()
+        if node.op == "get_attr":
+            stem = (closed or {}).get(id(getattr(gm, str(node.target)))) or "c"
+        elif assigned and not stems:
+            stem = assigned[1]
+        else:
+            stem = _called(node, found)
+        numbered = (stem if k == 1 else f"{stem}{k}" for k in count(1))
+        found[node] = next(n for n in chain(stems, numbered) if n not in taken)
+        taken.add(found[node])
+    return found
+
+
+def _called(node: fx.Node, found: Mapping[fx.Node, str]) -> str:
+    packet = plain(str(getattr(node.target, "_opname", None) or node.name))
+    return f"{found[node.all_input_nodes[0]]}_T" if packet == "T" else re.sub(r"^_+|_+$", "", packet)
 
 
 def _summed(paths: Sequence[Derivative]) -> Derivative:

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.table import ALL, EACH, FIRST, ROWS, Call, Product, Row, broadcast_axes, diagonal_terms, row
-from dualform.calculus.terms import Term, fresh_axes
+from dualform.calculus.examples import B, T, call
+from dualform.calculus.relations import Triangle
+from dualform.calculus.table import ALL, EACH, FIRST, Call, Product, Row, add_row, broadcast_axes, diagonal_terms, row
+from dualform.calculus.terms import Axis, Label, Term, fresh_axes, make_factor
+
+NM = T("n m")
 
 
 def pointwise(call: Call, operand: int) -> list[Term]:
@@ -26,25 +30,31 @@ def _slope_name(call: Call, operand: int) -> str:
     return f"{op}{mark}({','.join(call.operand_name(k) for k in range(len(call.operands)))})"
 
 
-@row("aten::add", affine=ALL)
+@row(
+    "aten::add", affine=ALL,
+    examples=[call("add.Tensor", T("m"), NM), call("add.Tensor", T("n 1"), T("m"), alpha=2), call("add.Tensor", T("n"), 2.0)],
+)  # fmt: skip
 def _add(call: Call, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "other"
     return diagonal_terms(call, operand, coef=float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
 
-@row("aten::sub", "aten::subtract", affine=ALL)
+@row(
+    "aten::sub", "aten::subtract", affine=ALL,
+    examples=[call("sub.Tensor", NM, T("m")), call("sub.Tensor", T("1 1"), NM, alpha=3), call("subtract.Tensor", NM, T("m"))],
+)  # fmt: skip
 def _sub(call: Call, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "other"
     return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
 
-@row("aten::rsub", affine=ALL)
+@row("aten::rsub", affine=ALL, examples=[call("rsub.Tensor", NM, T("m"), alpha=2), call("rsub.Scalar", NM, 1.0)])
 def _rsub(call: Call, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "self"
     return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
 
-@row("aten::neg", "aten::negative", affine=ALL)
+@row("aten::neg", "aten::negative", affine=ALL, examples=[call("", NM)])
 def _neg(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=-1.0)
 
@@ -65,15 +75,22 @@ def _mul(call: Call, operand: int) -> list[Term]:
 
 
 for _op in ("aten::mul", "aten::multiply"):
-    ROWS[_op] = Row(_op, _mul, EACH, multilinear=True, form=_mul_form)
+    _tries = [(T("n 1"), T("m")), (NM, 2.5), (NM, B("n m")), (T(""), T("n"))]
+    _calls = tuple(call(f"{_op.removeprefix('aten::')}.Tensor", *a) for a in _tries)
+    add_row(Row(_op, _mul, EACH, multilinear=True, form=_mul_form, examples=_calls))
 
 
-@row("aten::mul.Scalar", affine=ALL)
+@row("aten::mul.Scalar", affine=ALL, examples=[call("", NM, 2.5)])
 def _scale(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=float(call.bound["other"]))
 
 
-@row("aten::div", "aten::divide", "aten::true_divide", affine=FIRST)
+@row(
+    "aten::div", "aten::divide", "aten::true_divide", affine=FIRST,
+    examples=[
+        *(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)
+    ],
+)  # fmt: skip
 def _div(call: Call, operand: int) -> list[Term]:
     if call.bound.get("rounding_mode") is not None:
         return []
@@ -86,7 +103,15 @@ def _div(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x / (y * y), name, -1.0)
 
 
-@row("aten::div.Tensor_mode", "aten::div.Scalar_mode", "aten::divide.Tensor_mode", "aten::divide.Scalar_mode")
+@row(
+    "aten::div.Tensor_mode", "aten::div.Scalar_mode", "aten::divide.Tensor_mode", "aten::divide.Scalar_mode",
+    examples=[
+        call("div.Tensor_mode", T("n"), T("n"), rounding_mode="floor"),
+        call("div.Tensor_mode", T("n"), T("n"), rounding_mode=None), call("div.Scalar_mode", T("n"), 2.0, rounding_mode="trunc"),
+        call("divide.Tensor_mode", T("n"), T("n"), rounding_mode="floor"),
+        call("divide.Scalar_mode", T("n"), 2.0, rounding_mode=None),
+    ],
+)  # fmt: skip
 def _rounded_div(call: Call, operand: int) -> list[Term]:
     return _div(call, operand)
 
@@ -98,7 +123,10 @@ def _called(call: Call, value: Any) -> str:
     return "c" if isinstance(value, Tensor) else f"{value:g}"
 
 
-@row("aten::where", affine=ALL)
+@row(
+    "aten::where", affine=ALL,
+    examples=[call("where.self", B("n m"), T("n 1"), T("m")), call("where.ScalarOther", B("n m"), NM, 0.0)],
+)  # fmt: skip
 def _where(call: Call, operand: int) -> list[Term]:
     chosen = call.bound["condition"]
     mask = chosen if call.places[operand][0] == "self" else ~chosen
@@ -106,35 +134,50 @@ def _where(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, mask.to(call.out.dtype), name)
 
 
-@row("aten::masked_fill", affine=ALL)
+@row(
+    "aten::masked_fill", affine=ALL,
+    examples=[call("masked_fill.Scalar", NM, B("m"), 0.5), call("masked_fill.Tensor", NM, B("n m"), T(""))],
+)  # fmt: skip
 def _masked_fill(call: Call, operand: int) -> list[Term]:
     mask = call.bound["mask"]
     keeps = call.places[operand][0] == "self"
     return diagonal_terms(call, operand, (~mask if keeps else mask).to(call.out.dtype), "[kept]" if keeps else "[mask]")
 
 
-@row("aten::tril", "aten::triu", affine=ALL)
+@row(
+    "aten::tril", "aten::triu", affine=ALL,
+    examples=[call("", T("k n m")), call("", T("n n"), -1), call("", NM, 1), call("", T("n 1")), call("", T("1 m"), 1)],
+)  # fmt: skip
 def _triangle(call: Call, operand: int) -> list[Term]:
-    x = call.operands[operand]
-    ones = torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
-    kept = call.target(ones, call.bound["diagonal"])
-    return diagonal_terms(call, operand, kept, call.target._schema.name.split("::")[1])
+    """tril keeps row + diagonal >= col; triu keeps col >= row + diagonal. No mask is stored."""
+    axes: list[Axis] = list(fresh_axes(call.out.shape))
+    # An axis of size 1 has no label for a relation to speak of; a label of its own for the relation is index 0 of it.
+    row_, col = (axis or (Label(1),) for axis in axes[-2:])
+    k = call.bound["diagonal"]
+    lower = call.target._schema.name == "aten::tril"
+    keeps = Triangle(row_, col, -k) if lower else Triangle(col, row_, k)
+    return [Term(1.0, (keeps,), tuple(axes), tuple(axes))]
 
 
 @row(
     "aten::to", "aten::_to_copy", "aten::type_as", "aten::clone", "aten::contiguous", "aten::alias", "aten::lift_fresh",
-    "aten::lift_fresh_copy", "aten::positive", "aten::view_as", "aten::dropout", "aten::requires_grad_", affine=ALL,
+    "aten::lift_fresh_copy", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL,
+    examples=[
+        *(call(op, NM) for op in ("clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "positive")),
+        call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("_to_copy", NM, dtype=torch.float64),
+        call("type_as", T("n"), T("k")), call("dropout", NM, 0.5, False),
+    ],
 )  # fmt: skip
 def _same(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if operand == 0 else []
 
 
-@row("aten::copy", affine=ALL)
+@row("aten::copy", affine=ALL, examples=[call("", NM, T("m"))])
 def _copy(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "src" else []
 
 
-@row("aten::fill", affine=ALL)
+@row("aten::fill", affine=ALL, examples=[call("fill.Tensor", NM, T("")), call("fill.Scalar", NM, 2.0)])
 def _fill(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "value" else []
 
@@ -142,14 +185,24 @@ def _fill(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros",
     "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::sign", "aten::sgn", "aten::floor", "aten::ceil",
-    "aten::round", "aten::trunc", "aten::heaviside", "aten::argmax", "aten::argmin", "aten::floor_divide",
+    "aten::round", "aten::trunc", "aten::heaviside", "aten::floor_divide",
+    "aten::bucketize", "aten::searchsorted",
+    examples=[
+        *(call(op, NM) for op in ("detach", "zeros_like", "ones_like", "sign", "sgn", "floor", "ceil", "round", "trunc")),
+        call("full_like", NM, 2.0), call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0),
+        call("floor_divide", NM, T("m")),
+        call("heaviside", NM, T("m")), call("bucketize.Tensor", NM, T("m")), call("searchsorted.Tensor", T("m"), NM),
+    ],
 )  # fmt: skip
 def _nothing(call: Call, operand: int) -> list[Term]:
     return []
 
 
-# Entry by entry too, though torch does not tag them.
-row("aten::hardswish", "aten::log_sigmoid", "aten::absolute")(pointwise)
+# Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
+row(
+    "aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", "aten::absolute",
+    examples=[call("", T("n m", "signed"))],
+)(pointwise)  # fmt: skip
 
 
 # Slopes that are cheap in terms of the result, or plainer to read than the generic rule.
@@ -174,10 +227,10 @@ for _name, _slope, _shown in (
     ("relu", lambda x, y: (x > 0).to(x.dtype), "[{x}>0]"),
     ("square", lambda x, y: 2 * x, "2{x}"),
 ):
-    row(f"aten::{_name}")(_unary(_slope, _shown))
+    row(f"aten::{_name}", examples=[call("", NM), call("", T(""))])(_unary(_slope, _shown))
 
 
-@row("aten::pow.Tensor_Scalar")
+@row("aten::pow.Tensor_Scalar", examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)])
 def _power(call: Call, operand: int) -> list[Term]:
     x, p, name = call.operands[0], call.bound["exponent"], call.operand_name(0)
     if p == 0:
@@ -189,7 +242,7 @@ def _power(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x ** (p - 1), f"{name}^{p - 1:g}", float(p))
 
 
-@row("aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})))
+@row("aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), examples=[call("", NM, T("m"), T("n 1"), value=2)])
 def _addcmul(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][0]
     if where == "self":
@@ -199,7 +252,10 @@ def _addcmul(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, call.bound[other], _called(call, call.bound[other]), value)
 
 
-@row("aten::lerp.Tensor", "aten::lerp.Scalar", affine=(frozenset({0, 1}),))
+@row(
+    "aten::lerp.Tensor", "aten::lerp.Scalar", affine=(frozenset({0, 1}),),
+    examples=[call("lerp.Tensor", NM, T("m"), T("n 1")), call("lerp.Scalar", NM, T("m"), 0.3)],
+)  # fmt: skip
 def _lerp(call: Call, operand: int) -> list[Term]:
     where, w = call.places[operand][0], call.bound["weight"]
     if where == "weight":
@@ -208,6 +264,34 @@ def _lerp(call: Call, operand: int) -> list[Term]:
     if isinstance(w, Tensor):
         return diagonal_terms(call, operand, share, "w" if where == "end" else "(1-w)")
     return diagonal_terms(call, operand, coef=float(share))
+
+
+# The derivative by the result of a branch or a clamp is 0/1; the rest is the generic rule with an affine claim added.
+row("aten::addcdiv", affine=(frozenset({0, 1}),), examples=[call("", NM, T("m"), T("n 1"), value=2)])(pointwise)
+row("aten::clamp", "aten::clip", "aten::clamp_min", "aten::clamp_max", examples=[
+    call("clamp", NM, 0.5, 0.8), call("clamp.Tensor", NM, T("m")), call("clip", NM, 0.5), call("clamp_min", NM, 0.6),
+    call("clamp_max", NM, 0.6),
+])(pointwise)  # fmt: skip
+
+
+@row(
+    "aten::prelu",
+    affine=(frozenset({1}),),
+    examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))],
+)
+def _prelu(call: Call, operand: int) -> list[Term]:
+    """x where x > 0, else w x, one w for each channel (axis 1)."""
+    x, weight = call.operands
+    out = fresh_axes(x.shape)
+    channel = (out[1] if x.ndim > 1 else (),) if weight.numel() > 1 else ((),) * weight.ndim
+    low = (x < 0).to(x.dtype)
+    if operand == 1:
+        return [Term(1.0, (make_factor(x * low, out, "x[x<0]"),), out, channel)]
+    w = make_factor(weight, channel, call.operand_name(1))
+    return [
+        Term(1.0, (make_factor((x >= 0).to(x.dtype), out, "[x>=0]"),), out, out),
+        Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out),
+    ]
 
 
 def is_pointwise(target: Any) -> bool:

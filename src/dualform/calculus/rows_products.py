@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from dualform.calculus.table import ROWS, Call, Product, Row, broadcast_axes, product_row, product_term
+import torch
+from torch import Tensor
+
+from dualform.calculus.examples import Example, T, call
+from dualform.calculus.table import Call, Product, Row, add_row, broadcast_axes, defined_row, product_row, product_term
 from dualform.calculus.terms import Axis, Label, Term, fresh_axes, make_factor
 
 
@@ -28,16 +33,35 @@ def _batched(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> Produc
     return Product((*batch, *rows, *cols), (left, right))
 
 
-product_row("aten::mm", "aten::bmm", "aten::matmul", "aten::mv", "aten::dot", "aten::vdot")(_matrix_product)
+product_row(
+    "aten::mm", "aten::bmm", "aten::matmul", "aten::linalg_matmul", "aten::mv", "aten::dot", "aten::vdot",
+    examples=[
+        call("mm", T("n m"), T("m k")), call("mm", T("1 m"), T("m 1")), call("bmm", T("b n m"), T("b m k")),
+        *(call("matmul", T(a), T(b)) for a, b in (("n", "n"), ("n m", "m"), ("m", "m k"), ("n m", "m k"))),
+        call("matmul", T("b 1 n m"), T("c m k")), call("matmul", T("n m"), T("b m 1")), call("linalg_matmul", T("n m"), T("m k")),
+        call("mv", T("n m"), T("m")), call("dot", T("n"), T("n")), call("vdot", T("n"), T("n")),
+    ],
+)(_matrix_product)  # fmt: skip
 
 
-@product_row("aten::outer", "aten::ger")
+@product_row("aten::outer", "aten::ger", examples=[call("", T("n"), T("m"))])
 def _outer(call: Call) -> Product:
     i, j = fresh_axes(call.out.shape)
     return Product((i, j), ((i,), (j,)))
 
 
-@product_row("aten::kron")
+@product_row("aten::inner", examples=[call("", T("n m"), T("k m")), call("", T("m"), T("m")), call("", T(""), T("n"))])
+def _inner(call: Call) -> Product:
+    a, b = call.operands
+    if not a.ndim or not b.ndim:
+        axes = fresh_axes(call.out.shape)
+        return Product(axes, (axes if a.ndim else (), axes if b.ndim else ()))
+    inner = _axis(a.shape[-1])
+    left, right = fresh_axes(a.shape[:-1]), fresh_axes(b.shape[:-1])
+    return Product((*left, *right), ((*left, inner), (*right, inner)))
+
+
+@product_row("aten::kron", examples=[call("", T("k n", "flat"), T("n k", "flat")), call("", T("k"), T("n k", "flat"))])
 def _kron(call: Call) -> Product:
     rank = call.out.ndim
     a, b = (fresh_axes((1,) * (rank - x.ndim) + tuple(x.shape)) for x in call.operands)
@@ -46,7 +70,13 @@ def _kron(call: Call) -> Product:
     return Product(out, own)
 
 
-@product_row("aten::einsum")
+_SPECS = [
+    ("ij,jk->ik", "n m", "m k"), ("...i,ij,kj->...k", "b n", "n m", "k m"), ("ii,i->i", "n n", "n"), ("ab,cb", "k n", "m n"),
+    ("ab,bc->c", "k 1", "n k"), ("i...,i->...", "n m k", "n"), ("aab->ba", "n n m"), ("bhd,bhd->", "b 2 n", "b 2 n"),
+]  # fmt: skip
+
+
+@product_row("aten::einsum", examples=[call("einsum", spec, [T(x) for x in tensors]) for spec, *tensors in _SPECS])
 def _einsum(call: Call) -> Product:
     tensors = call.operands
     left, arrow, right = call.bound["equation"].replace(" ", "").partition("->")
@@ -80,7 +110,7 @@ def _einsum(call: Call) -> Product:
     return Product(tuple(axis[letter] for letter in out), axes)
 
 
-@product_row("aten::tensordot")
+@product_row("aten::tensordot", examples=[call("", T("k n m"), T("m p k"), [2, 0], [0, 2])])
 def _tensordot(call: Call) -> Product:
     a, b = call.operands[:2]
     left = list(fresh_axes(a.shape))
@@ -93,13 +123,15 @@ def _tensordot(call: Call) -> Product:
     return Product(tuple(out), (tuple(left), tuple(right)))
 
 
-def _with_addend(name: str, addend: str, scale: str, product_scale: str) -> None:
-    """out = scale * addend + product_scale * (a @ b)."""
+def _with_addend(name: str, examples: Sequence[Example]) -> None:
+    """out = beta * addend + alpha * (a @ b); addbmm sums the batch too."""
+    addend, scale, product_scale = "self", "beta", "alpha"
 
     def rule(call: Call, operand: int) -> list[Term]:
         pair = [k for k, (where, _) in enumerate(call.places) if where != addend]
         a, b = (call.operands[k] for k in pair)
-        product = _batched(a.shape, b.shape, call.out.shape)
+        whole = _batched(a.shape, b.shape, a.shape[:-1] + b.shape[-1:] if name == "aten::addbmm" else call.out.shape)
+        product = replace(whole, out=whole.out[-call.out.ndim :])
         if operand not in pair:
             inn = broadcast_axes(product.out, call.operands[operand].shape)
             return [Term(float(call.bound.get(scale, 1)), (), product.out, inn)]
@@ -108,11 +140,16 @@ def _with_addend(name: str, addend: str, scale: str, product_scale: str) -> None
         return [Term(float(call.bound.get(product_scale, 1)), (other,), product.out, product.axes[mine])]
 
     groups = (frozenset({0, 1}), frozenset({0, 2}))
-    ROWS[name] = Row(name, rule, groups)
+    add_row(Row(name, rule, groups, examples=tuple(examples)))
 
 
-for _op in ("addmm", "baddbmm", "addmv"):
-    _with_addend(f"aten::{_op}", "self", "beta", "alpha")
+for _op, _shapes in (
+    ("addmm", ("m", "n k", "k m")),
+    ("baddbmm", ("b n m", "b n k", "b k m")),
+    ("addmv", ("n", "n k", "k")),
+    ("addbmm", ("n m", "b n k", "b k m")),
+):
+    _with_addend(f"aten::{_op}", [call("", *map(T, _shapes), beta=2, alpha=3)])
 
 
 def _linear(call: Call, operand: int) -> list[Term]:
@@ -131,6 +168,20 @@ def _linear_form(call: Call) -> Product:
     return Product((*rows, *cols), ((*rows, inner), (*cols, inner)))
 
 
-ROWS["aten::linear"] = Row(
-    "aten::linear", _linear, (frozenset({0, 2}), frozenset({1, 2})), multilinear=True, form=_linear_form
+add_row(
+    Row(
+        "aten::linear",
+        _linear,
+        (frozenset({0, 2}), frozenset({1, 2})),
+        multilinear=True,
+        form=_linear_form,
+        examples=(call("", T("b n m"), T("p m"), T("p")), call("", T("m"), T("1 m"))),
+    )
 )
+
+
+@defined_row("aten::bilinear", call("", T("b n"), T("b m"), T("o n m"), T("o")), call("", T("n"), T("m"), T("o n m")))
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[..., o] = sum_ij x[..., i] W[o, i, j] y[..., j] + b[o]."""
+    product = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return product if bias is None else product + bias

@@ -1,26 +1,19 @@
-"""Rows of the ops that move numbers and compute none: views, slices, concatenation, gathers, sums of an axis."""
+"""Rows of the ops that move numbers by a rule and compute none: views, slices, concatenation, borders, diagonals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.calculus.compose import compose_terms
-from dualform.calculus.table import (
-    ALL,
-    FIRST,
-    Call,
-    diagonal_terms,
-    dims_of,
-    index_terms,
-    row,
-    window_terms,
-    without_axis,
-)
-from dualform.calculus.terms import Axis, Label, Select, Term, atoms, fresh_axes, make_factor
+from dualform.calculus.examples import T, call
+from dualform.calculus.relations import Lookup, window
+from dualform.calculus.table import ALL, FIRST, Call, dims_of, index_terms, row, window_terms, without_axis
+from dualform.calculus.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
 
 
 def _on_meta(value: Any, own: Tensor, stand_in: Tensor) -> Any:
@@ -43,12 +36,26 @@ row(
     "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::mT", "aten::matrix_H", "aten::mH", "aten::adjoint",
     "aten::movedim", "aten::moveaxis", "aten::swapaxes", "aten::swapdims", "aten::unsqueeze", "aten::squeeze",
     "aten::expand", "aten::expand_as", "aten::broadcast_to", affine=ALL,
+    examples=[
+        call("permute", T("n 1 m"), [2, 0, 1]), call("t", T("n m")), call("t", T("n")), call("numpy_T", T("n m k")),
+        call("mT", T("b n m")), call("mH", T("n m")), call("matrix_H", T("n m")), call("adjoint", T("n m")),
+        *(call(op, T("n m k"), 0, -1) for op in ("transpose.int", "movedim.int", "moveaxis.int", "swapaxes", "swapdims")),
+        call("unsqueeze", T("n m"), 1), call("unsqueeze", T(""), 0), call("squeeze", T("1 n 1")), call("squeeze.dim", T("1 n"), 0),
+        call("squeeze.dims", T("1 n 1"), [0, 2]), call("expand", T("n 1"), [2, -1, 4]), call("expand", T(""), [2]),
+        call("expand_as", T("n 1"), T("k n m")), call("broadcast_to", T("3 1"), [3, 4]),
+    ],
 )(_moved)  # fmt: skip
 
 
 @row(
     "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::ravel",
     "aten::reshape_as", "aten::view_as", affine=ALL,
+    examples=[
+        call("view", T("6"), [2, 3]), call("view_as", T("12"), T("3 4")), call("reshape", T("k 6"), [3, -1]),
+        call("reshape", T("6 4"), [8, 3]), call("reshape", T("1"), []), call("_unsafe_view", T("12"), [3, 4]),
+        call("flatten.using_ints", T("n m k"), 1), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")),
+        call("reshape_as", T("6"), T("2 3")),
+    ],
 )  # fmt: skip
 def _reshaped(call: Call, operand: int) -> list[Term]:
     x = call.operands[operand]
@@ -59,7 +66,7 @@ def _reshaped(call: Call, operand: int) -> list[Term]:
         return []
     unflatten = Term(1.0, (), out, (atoms(out),))
     flatten = Term(1.0, (), (atoms(inn),), inn)
-    term = compose_terms(unflatten, flatten, call.out)
+    term = compose_terms(unflatten, flatten)
     return [] if term is None else [term]
 
 
@@ -69,7 +76,13 @@ def _bounds(start: Any, end: Any, step: int, size: int) -> tuple[int, int]:
     return chosen.start, len(chosen)
 
 
-@row("aten::slice", affine=ALL)
+@row(
+    "aten::slice", affine=ALL,
+    examples=[
+        call("slice.Tensor", T("n m"), 0, 1, 3), call("slice.Tensor", T("l"), 0, 0, 9, 2), call("slice.Tensor", T("p k"), 0, 2, 3),
+        call("slice.Tensor", T("n"), -1, 2, 1), call("slice.Tensor", T("l"), 0, 1, -1, 3),
+    ],
+)  # fmt: skip
 def _slice(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
@@ -77,14 +90,14 @@ def _slice(call: Call, operand: int) -> list[Term]:
     return window_terms(x.shape, dim, start, b["step"], count, into=False) if count else []
 
 
-@row("aten::narrow", affine=ALL)
+@row("aten::narrow", affine=ALL, examples=[call("", T("k p"), 1, 1, 3), call("", T("p"), 0, -2, 2)])
 def _narrow(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
     return window_terms(x.shape, dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"], into=False)
 
 
-@row("aten::select.int", affine=ALL)
+@row("aten::select.int", affine=ALL, examples=[call("", T("n m"), 1, -1), call("", T("1"), 0, 0)])
 def _select(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
@@ -95,24 +108,28 @@ def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[
     """The identity away from a window: minus the window, which stores nothing either."""
     out = fresh_axes(base.shape)
     whole = Term(1.0, (), out, out)
-    if base.shape[dim] == 1:
+    if not count:
+        return [whole]
+    if count == base.shape[dim]:
         return []
-    small = Label(count)
-    inside = Select(small, out[dim][0], start, step)
+    inside = Select(Label(count), out[dim][0], start, step)
     return [whole, Term(-1.0, (inside,), out, out)]
 
 
-@row("aten::slice_scatter", affine=ALL)
+@row(
+    "aten::slice_scatter", affine=ALL,
+    examples=[call("", T("5 k"), T("2 k"), 0, 1, 5, 2), call("", T("1"), T("1"), 0), call("", T("n"), T("0"), 0, 1, 1)],
+)  # fmt: skip
 def _slice_scatter(call: Call, operand: int) -> list[Term]:
     base, b = call.bound["self"], call.bound
     dim = b["dim"] % base.ndim
     start, count = _bounds(b["start"], b["end"], b["step"], base.shape[dim])
     if call.places[operand][0] == "self":
         return _outside(base, dim, start, b["step"], count)
-    return window_terms(base.shape, dim, start, b["step"], count, into=True)
+    return window_terms(base.shape, dim, start, b["step"], count, into=True) if count else []
 
 
-@row("aten::select_scatter", affine=ALL)
+@row("aten::select_scatter", affine=ALL, examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)])
 def _select_scatter(call: Call, operand: int) -> list[Term]:
     base, b = call.bound["self"], call.bound
     dim = b["dim"] % base.ndim
@@ -122,7 +139,10 @@ def _select_scatter(call: Call, operand: int) -> list[Term]:
     return without_axis(window_terms(base.shape, dim, start, 1, 1, into=True), dim, "inn")
 
 
-@row("aten::cat", "aten::concat", "aten::concatenate", affine=ALL)
+@row(
+    "aten::cat", "aten::concat", "aten::concatenate", affine=ALL,
+    examples=[call("", [T("n m"), T("n 1"), T("n k")], 1), call("", [T("n m"), T("0"), T("k m")], 0)],
+)  # fmt: skip
 def _cat(call: Call, operand: int) -> list[Term]:
     pieces = call.bound["tensors"]
     where = call.places[operand][1]
@@ -135,7 +155,7 @@ def _cat(call: Call, operand: int) -> list[Term]:
     return window_terms(call.out.shape, dim, start, 1, count, into=True) if count else []
 
 
-@row("aten::stack", affine=ALL)
+@row("aten::stack", affine=ALL, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
 def _stack(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][1]
     assert where is not None
@@ -143,169 +163,234 @@ def _stack(call: Call, operand: int) -> list[Term]:
     return without_axis(window_terms(call.out.shape, dim, where, 1, 1, into=True), dim, "inn")
 
 
-@row("aten::constant_pad_nd", "aten::pad", affine=FIRST)
+@row(
+    "aten::constant_pad_nd", "aten::pad", affine=FIRST,
+    examples=[
+        call("", T("n m"), [1, 2, 0, 1]), call("", T("1"), [0, 2]), call("", T("n p"), [-1, 2, 1, -1]), call("", T("n m"), [0, 0]),
+        *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")),
+        call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect"),
+    ],
+)  # fmt: skip
 def _pad(call: Call, operand: int) -> list[Term]:
-    if call.bound.get("mode", "constant") != "constant":
-        return NotImplemented
-    x, pads = call.operands[0], list(call.bound["pad"])
-    if any(p < 0 for p in pads):
-        return NotImplemented
-    inn = list(fresh_axes(x.shape))
-    out: list[Axis] = list(fresh_axes(call.out.shape))
-    relations = []
-    for k, axis in enumerate(inn):
-        from_end = x.ndim - 1 - k
-        before = pads[2 * from_end] if 2 * from_end < len(pads) else 0
-        if call.out.shape[k] == x.shape[k]:
-            out[k] = axis
+    """The border is zero (a window that reaches outside), a mirror, the edge, or the other end (a lookup)."""
+    x, pads, mode = call.operands[0], list(call.bound["pad"]), call.bound.get("mode", "constant")
+    inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
+    relations: list[Relation] = []
+    for k in range(x.ndim):
+        from_end = 2 * (x.ndim - 1 - k)
+        before, after = pads[from_end : from_end + 2] if from_end < len(pads) else (0, 0)
+        if before == after == 0:
+            out[k] = inn[k]
+        elif mode == "constant":
+            relations += window([out[k]], inn[k], -before, [1])
         else:
-            relations.append(Select(axis[0] if axis else Label(1), out[k][0], before, 1))
-    return [Term(1.0, tuple(relations), tuple(out), tuple(inn))]
+            relations += _mirrored(out[k], inn[k], x.shape[k], before, mode, x.device)
+    return [Term(1.0, tuple(relations), tuple(out), inn)]
 
 
-@row("aten::repeat", affine=ALL)
+def _mirrored(out: Axis, inn: Axis, n: int, before: int, mode: str, device: torch.device) -> list[Relation]:
+    place = torch.arange(volume(out), device=device) - before
+    if mode == "circular":
+        place = place % n
+    elif mode == "replicate":
+        place = place.clamp(0, n - 1)
+    else:
+        place = (n - 1) - ((n - 1) - place.abs()).abs()
+    return [Lookup(out, inn, place if out else place.squeeze(0))] if inn else []
+
+
+def _bordered(mode: str) -> Any:
+    def rule(call: Call, operand: int) -> list[Term]:
+        args = (call.operands[0], call.bound["padding"], mode)
+        return _pad(Call(torch.ops.aten.pad.default, args, {}, call.out, names=call.names), operand)
+
+    return rule
+
+
+for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
+    for _rank, _axes in enumerate(("b c 4", "b c 4 5", "c 3 4 5"), 1):
+        row(f"aten::{_name}_pad{_rank}d", affine=ALL, examples=[call("", T(_axes), [1, 2] * _rank)])(_bordered(_mode))
+
+
+@row("aten::repeat", "aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("tile", T("k n m"), [2])])
 def _repeat(call: Call, operand: int) -> list[Term]:
-    x, times = call.operands[0], call.bound["repeats"]
+    x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
+    times = [1] * (x.ndim - len(times)) + times
     inn = fresh_axes(x.shape)
     padded = ((),) * (len(times) - x.ndim) + inn
     out = tuple(((Label(n),) if n != 1 else ()) + axis for n, axis in zip(times, padded, strict=True))
     return [Term(1.0, (), out, inn)]
 
 
-@row("aten::diagonal", affine=ALL)
-def _diagonal(call: Call, operand: int) -> list[Term]:
-    x, b = call.operands[0], call.bound
-    first, second, offset = b["dim1"] % x.ndim, b["dim2"] % x.ndim, b["offset"]
-    inn = list(fresh_axes(x.shape))
-    n = call.out.shape[-1]
-    along = Label(n)
-    relations: list[Select] = []
-    for axis, start in ((first, max(-offset, 0)), (second, max(offset, 0))):
-        if x.shape[axis] == n and n != 1:
-            inn[axis] = (along,)
-        elif inn[axis]:
-            relations.append(Select(along, inn[axis][0], start, 1))
-    rest = [axis for k, axis in enumerate(inn) if k not in (first, second)]
-    return [Term(1.0, tuple(relations), (*rest, (along,) if n != 1 else ()), tuple(inn))]
-
-
-@row("aten::diag_embed", affine=ALL)
-def _diag_embed(call: Call, operand: int) -> list[Term]:
-    x, b = call.operands[0], call.bound
-    if b["offset"] != 0:
-        return NotImplemented
+@row(
+    "aten::repeat_interleave.self_int",
+    affine=ALL,
+    examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)],
+)
+def _repeat_interleave(call: Call, operand: int) -> list[Term]:
+    x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     inn = fresh_axes(x.shape)
-    first, second = b["dim1"] % call.out.ndim, b["dim2"] % call.out.ndim
-    rest = iter(inn[:-1])
-    out = tuple(inn[-1] if k in (first, second) else next(rest) for k in range(call.out.ndim))
+    copies: Axis = (Label(times),) if times != 1 else ()
+    if dim is None:
+        return [Term(1.0, (), ((*atoms(inn), *copies),), inn)]
+    out = tuple((*axis, *copies) if k == dim % x.ndim else axis for k, axis in enumerate(inn))
     return [Term(1.0, (), out, inn)]
 
 
-def _taken(call: Call, dim: int, index: Tensor) -> list[Term]:
-    """out[..., i..., ...] = x[..., index[i...], ...]: a stored one-hot relation on that axis."""
-    x = call.operands[0]
+def _on_diagonal(
+    along: Axis, axes: Sequence[Axis], pair: tuple[int, int], offset: int
+) -> tuple[list[Axis], list[Relation]]:
+    """Tie two axes to one index: the first starts at max(-offset, 0), the second at max(offset, 0)."""
+    tied, relations = list(axes), []
+    for axis, start in zip(pair, (max(-offset, 0), max(offset, 0)), strict=True):
+        if volume(axes[axis]) == volume(along):
+            tied[axis] = along
+        else:
+            relations += window([along], axes[axis], start, [1])
+    return tied, relations
+
+
+@row(
+    "aten::diagonal", "aten::diagonal_copy", "aten::linalg_diagonal", affine=ALL,
+    examples=[call("", T("n n")), call("diagonal", T("n m"), 1), call("diagonal", T("k m n"), -1, 1, 2), call("diagonal", T("n m"), 3)],
+)  # fmt: skip
+def _diagonal(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    first, second = b["dim1"] % x.ndim, b["dim2"] % x.ndim
+    (along,) = fresh_axes(call.out.shape[-1:])
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (first, second), b["offset"])
+    rest = [axis for k, axis in enumerate(inn) if k not in (first, second)]
+    return [Term(1.0, tuple(relations), (*rest, along), tuple(inn))]
+
+
+@row("aten::diag_embed", affine=ALL, examples=[call("", T("k n")), call("", T("n"), 1), call("", T("k n"), -2, 0, 2)])
+def _diag_embed(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    return _embedded(x, call.out, b["offset"], b["dim1"] % call.out.ndim, b["dim2"] % call.out.ndim)
+
+
+def _embedded(x: Tensor, out_: Tensor, offset: int, first: int, second: int) -> list[Term]:
     inn = fresh_axes(x.shape)
-    chosen = fresh_axes(index.shape)
-    column = torch.arange(x.shape[dim], device=index.device)
-    hit = (torch.remainder(index, x.shape[dim]).unsqueeze(-1) == column).to(x.dtype)
-    relation = make_factor(hit, (*chosen, inn[dim]), "[index]")
-    return [Term(1.0, (relation,), (*inn[:dim], *chosen, *inn[dim + 1 :]), inn)]
+    axes = list(fresh_axes(out_.shape))
+    others = [k for k in range(out_.ndim) if k not in (first, second)]
+    for k, axis in zip(others, inn[:-1], strict=True):
+        axes[k] = axis
+    out, relations = _on_diagonal(inn[-1], axes, (first, second), offset)
+    return [Term(1.0, tuple(relations), tuple(out), inn)]
 
 
-@row("aten::index_select", affine=ALL)
-def _index_select(call: Call, operand: int) -> list[Term]:
-    return _taken(call, call.bound["dim"] % call.operands[0].ndim, call.bound["index"].reshape(-1))
-
-
-@row("aten::embedding", affine=FIRST)
-def _embedding(call: Call, operand: int) -> list[Term]:
-    return _taken(call, 0, call.bound["indices"])
-
-
-@row("aten::index.Tensor", affine=FIRST)
-def _index(call: Call, operand: int) -> list[Term]:
-    given = [(k, i) for k, i in enumerate(call.bound["indices"]) if i is not None]
-    if len(given) != 1 or given[0][1].dtype == torch.bool:
-        return NotImplemented
-    return _taken(call, *given[0])
-
-
-@row("aten::gather", affine=FIRST)
-def _gather(call: Call, operand: int) -> list[Term]:
-    x, index = call.operands[0], call.bound["index"]
-    if x.ndim == 0:
-        return [Term(1.0, (), (), ())]
-    dim = call.bound["dim"] % x.ndim
-    out = fresh_axes(index.shape)
-    inn = list(fresh_axes(x.shape))
-    relations: list[Any] = []
-    for k in range(x.ndim):
-        if k == dim:
-            continue
-        if x.shape[k] == index.shape[k]:
-            inn[k] = out[k]
-        elif inn[k]:
-            relations.append(Select(out[k][0] if out[k] else Label(1), inn[k][0], 0, 1))
-    hit = (index.unsqueeze(-1) == torch.arange(x.shape[dim], device=index.device)).to(x.dtype)
-    relations.append(make_factor(hit, (*out, inn[dim]), "[index]"))
-    return [Term(1.0, tuple(relations), out, tuple(inn))]
-
-
-@row("aten::scatter.src", affine=ALL)
-def _scatter(call: Call, operand: int) -> list[Term]:
-    """out[.., index[.., j], ..] = src[.., j, ..]: a stored one-hot relation; self stays where no index points."""
-    base, index = call.bound["self"], call.bound["index"]
-    dim = call.bound["dim"] % base.ndim if base.ndim else 0
-    around = [k for k in range(base.ndim) if k != dim]
-    if base.ndim == 0 or index.shape != call.bound["src"].shape or any(index.shape[k] != base.shape[k] for k in around):
-        return NotImplemented
+@row("aten::diagonal_scatter", affine=ALL, examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)])
+def _diagonal_scatter(call: Call, operand: int) -> list[Term]:
+    """The base away from the diagonal, and the source on it."""
+    base, b = call.bound["self"], call.bound
+    first, second = b["dim1"] % base.ndim, b["dim2"] % base.ndim
+    embedded = _embedded(call.bound["src"], base, b["offset"], first, second)[0]
+    if call.places[operand][0] == "src":
+        return [embedded]
     out = fresh_axes(base.shape)
-    hit = index.unsqueeze(dim) == torch.arange(base.shape[dim], device=index.device).view(-1, *[1] * (base.ndim - dim))
-    if call.places[operand][0] == "self":
-        return diagonal_terms(call, operand, (~hit.any(dim + 1)).to(call.out.dtype), "[kept]")
-    inn = list(out)
-    inn[dim] = fresh_axes((index.shape[dim],))[0]
-    relation = make_factor(hit.to(call.out.dtype), (*out[: dim + 1], inn[dim], *out[dim + 1 :]), "[index]")
-    return [Term(1.0, (relation,), out, tuple(inn))]
+    return [Term(1.0, (), out, out), Term(-1.0, embedded.factors, embedded.out, embedded.out)]
 
 
-@row("aten::flip", affine=ALL)
-def _flip(call: Call, operand: int) -> list[Term]:
-    return _permuted_axes(
-        call, lambda n: torch.arange(n - 1, -1, -1), dims_of(call.bound["dims"], call.operands[0].ndim)
-    )
+@row("aten::diag", affine=ALL, examples=[call("", T("n")), call("", T("n m"), 1), call("", T("n"), -1)])
+def _diag(call: Call, operand: int) -> list[Term]:
+    """A vector on a diagonal, or the diagonal of a matrix."""
+    x, offset = call.operands[0], call.bound["diagonal"]
+    if x.ndim == 1:
+        return _embedded(x, call.out, offset, 0, 1)
+    (along,) = fresh_axes(call.out.shape)
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), offset)
+    return [Term(1.0, tuple(relations), (along,), tuple(inn))]
 
 
-@row("aten::roll", affine=ALL)
-def _roll(call: Call, operand: int) -> list[Term]:
-    """A roll is two windows: what stays and what wraps around."""
-    x, dims = call.operands[0], call.bound["dims"]
-    dims = [0] if x.ndim == 1 and not dims else dims
-    if len(dims) != 1:
-        return NotImplemented
-    dim = dims[0] % x.ndim
-    n, shift = x.shape[dim], call.bound["shifts"][0] % max(x.shape[dim], 1)
-    if shift == 0:
-        axes = fresh_axes(x.shape)
-        return [Term(1.0, (), axes, axes)]
-    found = []
-    for source, target, count in ((0, shift, n - shift), (n - shift, 0, shift)):
-        inn = fresh_axes(x.shape)
-        moved, along = Label(n), Label(count)
-        ties = (Select(along, moved, target, 1), Select(along, inn[dim][0], source, 1))
-        found.append(Term(1.0, ties, (*inn[:dim], (moved,), *inn[dim + 1 :]), inn))
-    return found
-
-
-def _permuted_axes(call: Call, order: Callable[[int], Tensor], dims: list[int]) -> list[Term]:
+@row("aten::trace", affine=ALL, examples=[call("", T("n m")), call("", T("n n"))])
+def _trace(call: Call, operand: int) -> list[Term]:
     x = call.operands[0]
+    (along,) = fresh_axes([min(x.shape)])
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), 0)
+    return [Term(1.0, tuple(relations), (), tuple(inn))]
+
+
+@row(
+    "aten::flip",
+    "aten::fliplr",
+    "aten::flipud",
+    affine=ALL,
+    examples=[call("flip", T("n m"), [0, 1]), call("fliplr", T("n m")), call("flipud", T("n m"))],
+)
+def _flip(call: Call, operand: int) -> list[Term]:
+    """big = n - 1 - small on each flipped axis."""
+    x = call.operands[0]
+    named = {"aten::fliplr": [1], "aten::flipud": [0]}.get(call.target._schema.name)
+    return _flipped(x, dims_of(call.bound["dims"], x.ndim) if named is None else named)
+
+
+def _flipped(x: Tensor, dims: list[int]) -> list[Term]:
     inn, out = fresh_axes(x.shape), list(fresh_axes(x.shape))
-    factors = []
-    for k in range(x.ndim):
-        if k not in dims or not inn[k]:
-            out[k] = inn[k]
-            continue
-        n = x.shape[k]
-        hit = (order(n).to(x.device).unsqueeze(1) == torch.arange(n, device=x.device)).to(x.dtype)
-        factors.append(make_factor(hit, (out[k], inn[k]), "flip"))
-    return [Term(1.0, tuple(factors), tuple(out), inn)]
+    relations: list[Relation] = []
+    for k, axis in enumerate(inn):
+        if k in dims and axis:
+            relations.append(Select(out[k][0], axis[0], x.shape[k] - 1, -1))
+        else:
+            out[k] = axis
+    return [Term(1.0, tuple(relations), tuple(out), inn)]
+
+
+@row("aten::rot90", affine=ALL, examples=[call("", T("n m"), k, [0, 1]) for k in (1, 2, -1, 4)])
+def _rot90(call: Call, operand: int) -> list[Term]:
+    """Flips and a transposition."""
+    x, turns = call.operands[0], call.bound["k"] % 4
+    first, second = (d % x.ndim for d in call.bound["dims"])
+    (term,) = _flipped(x, {0: [], 1: [second], 2: [first, second], 3: [first]}[turns])
+    if turns % 2:
+        out = list(term.out)
+        out[first], out[second] = out[second], out[first]
+        term = replace(term, out=tuple(out))
+    return [term]
+
+
+@row(
+    "aten::roll",
+    affine=ALL,
+    examples=[
+        call("", T("n m"), [1], [1]),
+        call("", T("p"), [-2], [0]),
+        call("", T("n m"), [2, -1], [0, 1]),
+        call("", T("n m"), [5]),
+        call("", T("n"), [0], [0]),
+    ],
+)
+def _roll(call: Call, operand: int) -> list[Term]:
+    """Along each axis a roll is two windows: what stays and what wraps around."""
+    x, dims, shifts = call.operands[0], call.bound["dims"], call.bound["shifts"]
+    if not dims:
+        flat: Axis = (Label(x.numel()),) if x.numel() != 1 else ()
+        inn, out = fresh_axes(x.shape), fresh_axes(x.shape)
+        moved = _rolled([Term(1.0, (), (flat,), (flat,))], 0, shifts[0])
+        flattened = _composed(moved, [Term(1.0, (), (atoms(inn),), inn)])
+        return _composed([Term(1.0, (), out, (atoms(out),))], flattened)
+    axes = fresh_axes(x.shape)
+    terms = [Term(1.0, (), axes, axes)]
+    for dim, shift in zip(dims, shifts, strict=True):
+        terms = _rolled(terms, dim % x.ndim, shift)
+    return terms
+
+
+def _composed(outer: list[Term], inner: list[Term]) -> list[Term]:
+    pairs = [compose_terms(a, b) for a in outer for b in inner]
+    return [t for t in pairs if t is not None]
+
+
+def _rolled(terms: list[Term], dim: int, shift: int) -> list[Term]:
+    """Roll the output axis `dim`."""
+    n = volume(terms[0].out[dim])
+    shift %= n
+    if shift == 0:
+        return terms
+    found = []
+    for term in terms:
+        for source, target, count in ((0, shift, n - shift), (n - shift, 0, shift)):
+            moved, along = Label(n), Label(count)
+            ties = (Select(along, moved, target, 1), Select(along, term.out[dim][0], source, 1))
+            out = (*term.out[:dim], (moved,), *term.out[dim + 1 :])
+            found.append(Term(term.coef, (*term.factors, *ties), out, term.inn))
+    return found

@@ -10,8 +10,18 @@ import warnings
 
 import torch
 
-from dualform.calculus import rows_pointwise, rows_products, rows_reductions, rows_views
-from dualform.calculus.rows_attention import attention_row
+from dualform.calculus import (
+    rows_attention,
+    rows_index,
+    rows_linalg,
+    rows_norms,
+    rows_pointwise,
+    rows_products,
+    rows_reductions,
+    rows_views,
+    rows_windows,
+)
+from dualform.calculus.definitions import definition_terms
 from dualform.calculus.rows_pointwise import is_pointwise, pointwise
 from dualform.calculus.structure import Derivative, zero
 from dualform.calculus.table import (
@@ -28,13 +38,16 @@ from dualform.calculus.table import (
     row,
 )
 from dualform.calculus.terms import Term, fresh_axes, make_factor
+from dualform.shapes import TraceError, fail
 
 __all__ = [
     "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
-    "product_row", "row",
+    "product_row", "reads", "row",
 ]  # fmt: skip
 
-_modules = (rows_pointwise, rows_products, rows_reductions, rows_views)  # importing them fills the table
+# Importing them fills the table.
+_modules = (rows_attention, rows_index, rows_linalg, rows_norms, rows_pointwise, rows_products, rows_reductions)
+_modules += (rows_views, rows_windows)
 _warned: set[str] = set()
 
 
@@ -49,23 +62,42 @@ def derivative(call: Call, operand: int) -> Derivative:
     x = call.operands[operand]
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
         return zero(call.out, x)
+    terms = _terms(call, operand)
+    return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
+
+
+def _terms(call: Call, operand: int) -> list[Term] | None:
+    """By its row, entry by entry, or through its definition, in this order; None if nothing is known of the op."""
     found = find_row(call.target)
-    terms: list[Term] | None = None
-    if found is not None:
+    if found is not None and found.rule is not None:
         terms = found.rule(call, operand)
-    if found is None or terms is NotImplemented:
-        terms = pointwise(call, operand) if is_pointwise(call.target) else _dense(call, operand)
-    assert terms is not None
-    return as_derivative(terms, call, operand)
+        if terms is not NotImplemented:
+            return terms
+    if is_pointwise(call.target):
+        try:
+            return pointwise(call, operand)
+        except (RuntimeError, NotImplementedError):  # torch has no backward for it: perhaps it has a definition
+            pass
+    return definition_terms(call, operand, derivative)
 
 
 def _dense(call: Call, operand: int) -> list[Term]:
-    name = call.target._schema.name
+    name, x = call.target._schema.name, call.operands[operand]
+    try:
+        # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
+        full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
+    except (RuntimeError, NotImplementedError) as error:
+        fail(
+            "derivative",
+            f"{name} by {call.operand_name(operand)}",
+            f"has no row and no backward in torch ({str(error).splitlines()[0]})",
+            "a differentiable op",
+            "Detach that argument, write it with other ops, or add a row (calculus/table.py).",
+            TraceError,
+        )
     if name not in _warned:
         _warned.add(name)
         warnings.warn(f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=4)
-    x = call.operands[operand]
-    full = torch.func.jacrev(lambda t: call.run(operand, t))(x)
     out, inn = fresh_axes(call.out.shape), fresh_axes(x.shape)
     return [Term(1.0, (make_factor(full, (*out, *inn), f"d{name.split('::')[1]}"),), out, inn)]
 
@@ -93,6 +125,19 @@ def multilinear(target: Call | Target) -> bool:
     return found is not None and found.multilinear
 
 
+def reads(call: Call, operand: int) -> Derivative | None:
+    """Tell which entries of an operand a result of integers looks at, as if it were a sum of them; None: not known.
+
+    Shape:  call.out.shape + operand.shape.
+    Dtype:  none; no value is read.
+    Raises: IndexError if there is no such operand.
+    """
+    found = find_row(call.target)
+    if found is None or found.reads is None:
+        return None
+    return as_derivative(found.reads(call, operand), call, operand)
+
+
 def is_structured(target: Target) -> bool:
     """Tell whether an op's derivative keeps its structure: it has a row, or acts entry by entry.
 
@@ -100,7 +145,5 @@ def is_structured(target: Target) -> bool:
     Dtype:  none.
     Raises: nothing.
     """
-    return find_row(target) is not None or is_pointwise(target)
-
-
-attention_row(derivative)
+    found = find_row(target)
+    return (found is not None and found.rule is not None) or is_pointwise(target)

@@ -1,27 +1,40 @@
-"""The account of one derivative: the program behind it, what people call things in it, its steps, chain, code and checks."""
+"""The account of one derivative: the program behind it, what people call things in it, its steps, proof, code and checks."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.chain import Link, Move, derive
 from dualform.calculus.code import vjp_code
-from dualform.calculus.explain import LEVELS, Explanation, Step
-from dualform.calculus.notation import formula, letters
-from dualform.calculus.program import Program
+from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
+from dualform.calculus.indices import collected, in_axes
+from dualform.calculus.notation import Formula, Names, formula
+from dualform.calculus.program import Program, name_nodes
+from dualform.calculus.rewriting import inline
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.structure import Derivative, Term, fresh_axes
 from dualform.calculus.table import Call, broadcast_axes
 from dualform.calculus.trace import source_line, trace
+from dualform.calculus.wording import meaning, plain, reasons, rule, written
 from dualform.shapes import fail
+
+# A stage with more products than this, before deltas are eliminated, is written with stored sums instead.
+MAX_PRODUCTS = 6
+# A formula longer than this is written with stored sums, too.
+MAX_TEXT = 200
+# The entries up to which a whole derivative is compared with jacrev: always, and for a proof.
+MAX_COMPARED, MAX_PROVED = 4096, 2**20
+# The entries up to which an intermediate derivative is computed only to be shown.
+MAX_SHOWN = 2**22
 
 
 class Story:
@@ -34,14 +47,20 @@ class Story:
         wrt: int,
         names: Sequence[str],
         axes: tuple[list[list[str]], list[str]] | None,
+        closed: Mapping[int, str] | None = None,
     ) -> None:
+        """`closed`: what the code calls the tensors that it closes over, by their identity."""
         self.f = f
         self.args = list(args)
         self.wrt = wrt
         self.axes = None if axes is None else (axes[1], axes[0][wrt])
         gm = trace(f, *args)
-        self.program = Program(gm, args, wrt, local_derivative, names)
-        self._name_nodes(list(names))
+        inline(gm.graph)  # what an op is made of is what there is to tell about it
+        gm.recompile()
+        self.program = Program(gm, args, wrt, local_derivative, name_nodes(gm, names, closed))
+        called = set(self.program.names.values())
+        # An index that is called like a tensor misleads; p, h and r are what rules call their factors.
+        self.names = Names(called.__contains__, sorted({name for name in called if len(name) == 1} | set("phr")))
 
     @property
     def out(self) -> Tensor:
@@ -55,44 +74,38 @@ class Story:
         """Push forward along the graph."""
         return self.program.jvp(v)
 
-    def _name_nodes(self, names: list[str]) -> None:
-        """Give intermediates the caller's own variable names where the line assigns one."""
-        program, taken = self.program, set(names)
-        last: dict[str, fx.Node] = {}
-        for node in program.gm.graph.nodes:
-            if line := source_line(node):
-                last[line] = node
-        for node in program.gm.graph.nodes:
-            if node.op != "call_function" or node is program.output:
-                continue
-            line = source_line(node)
-            assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
-            packet = getattr(node.target, "_opname", None) or node.name
-            stem = assigned[1] if assigned else re.sub(r"^_+|_+$", "", str(packet))
-            program.names[node] = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}{k}") not in taken)
-            taken.add(program.names[node])
-        if program.output.op == "call_function":
-            program.names[program.output] = next(n for n in ("z", "out", "result", "f_out") if n not in taken)
-
     def explain(self, derivative: Derivative, level: str) -> Explanation:
-        """Assemble the steps, the chain, the result, its code and its checks."""
+        """Assemble the steps, the proof, the result, its code and its checks."""
         if level not in LEVELS:
             fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
         code, namespace = vjp_code(derivative)
-        top = self.program.name_of(self.program.output)
-        bottom = self.program.name_of(self.program.source)
-        shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, f"d{top}/d{bottom}", self.axes)
-        result = Step("chain", f"d{top}/d{bottom}", shown, derivative, _why(derivative))
+        steps = self.steps  # first, so that plain names are theirs
+        result = self._step("chain", "", derivative, self._symbol(self.program.output))
+        stages = self.stages
+        end = stages[-1].symbol if stages else ""
+        whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
+        if whole and self.axes is not None:
+            whole = in_axes(whole, result.formula.out, result.formula.inn)
         return Explanation(
             level,
             self._title(),
-            tuple(self.steps),
-            tuple(self._chain(top, bottom)),
+            tuple(steps),
+            tuple(self._chain()),
             result,
             code,
             namespace,
             tuple(self._checks(derivative, code, namespace, level)),
+            tuple(stages),
+            whole or None,
         )
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names that its steps use."""
+        shape = (derivative.out_shape, derivative.in_shape)
+        return formula(derivative.terms, *shape, self._symbol(self.program.output), self.axes, self.names)
+
+    def _symbol(self, node: fx.Node) -> str:
+        return f"d{self.program.name_of(node)}/d{self.program.name_of(self.program.source)}"
 
     def _title(self) -> str:
         program = self.program
@@ -105,69 +118,150 @@ class Story:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """One step for each op on a path, two where an operand is broadcast."""
+        """One step for each op on a path and each of its operands, two where an operand is broadcast."""
         found: list[Step] = []
-        active = {self.program.source, *self.program.active}
-        for node in self.program.active:
+        for node, parts in self.program.local.items():
             call = self.program.call(node)
-            if call is None:
-                continue
-            for k, source in enumerate(self.program.operand_nodes(node)):
-                if source in active:
-                    found += self._op_steps(node, call, k, source)
-        return found
+            assert call is not None
+            if not call.out.is_floating_point():
+                continue  # a comparison, a position: nothing flows through it
+            for source in dict.fromkeys(source for source, _ in parts):
+                found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
+        return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
-    def _op_steps(self, node: fx.Node, call: Call, k: int, source: fx.Node) -> list[Step]:
+    def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[Step]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
-        found = []
-        x = call.operands[k]
-        if _broadcasts(call, x):
-            wide = f"{operand}_b"
-            spread = _expansion(x, call.out)
+        places = [k for k, s in enumerate(self.program.operand_nodes(node)) if s is source]
+        x, found, wide = call.operands[places[0]], [], {}
+        shape = _broadcast_shape(call, x)
+        if shape != tuple(x.shape):
+            wide[source] = f"{operand}_b"
+            spread = _expansion(x, shape)
             found.append(
-                Step(
+                self._step(
                     "broadcast",
-                    f"{operand} -> {wide}   {tuple(x.shape)} -> {tuple(call.out.shape)}",
-                    formula(spread.terms, spread.out_shape, spread.in_shape, f"d{wide}/d{operand}"),
+                    f"{operand} -> {wide[source]}   {tuple(x.shape)} -> {shape}",
                     spread,
-                    _why_copied(spread),
-                    self._line(node),
+                    f"d{wide[source]}/d{operand}",
+                    node,
+                    "broadcasting is a copy: it moves no number, and every copy is the entry that it was made of",
                 )
             )
-            args, kwargs = call.with_operand(k, x.expand(call.out.shape))
-            names = tuple(wide if j == k else n for j, n in enumerate(call.names))
-            call, operand = replace(call, args=args, kwargs=kwargs, names=names), wide
-        local = local_derivative(call, k)
-        text = f"{name} = {_written(call)}"
-        symbol = f"d{name}/d{operand}"
-        shown = formula(local.terms, local.out_shape, local.in_shape, symbol)
-        op = call.target._schema.name.split("::")[1]
-        found.append(Step(op, text, shown, local, _why(local), self._line(node)))
+            operand = wide[source]
+            for k in places:
+                args, kwargs = call.with_operand(k, x.expand(shape))
+                names = tuple(operand if j in places else n for j, n in enumerate(call.names))
+                call = replace(call, args=args, kwargs=kwargs, names=names)
+            locals_ = [local_derivative(call, k) for k in places]
+        total = sum(locals_[1:], locals_[0])
+        said = rule(call, operand) + (f"; {operand} stands in {len(places)} places, which add up" if places[1:] else "")
+        text = f"{name} = {written(node, self.program.name_of, wide)}"
+        op = plain(call.target._schema.name.split("::")[1])
+        return [*found, self._step(op, text, total, f"d{name}/d{operand}", node, said)]
+
+    def _step(
+        self,
+        op: str,
+        text: str,
+        derivative: Derivative,
+        symbol: str,
+        node: fx.Node | None = None,
+        said: str = "",
+        axes: tuple[Sequence[str], Sequence[str]] | None = None,
+    ) -> Step:
+        if symbol == self._symbol(self.program.output):
+            axes = self.axes
+        shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
+        shown = collected(shown) if op != "chain" else shown
+        why = reasons(shown, lambda name: self._meaning(name, shown))
+        why = why if math.prod(derivative.shape) else ("an axis is empty: there is no entry",)
+        line = "" if node is None or source_line(node) == source_line(self.program.output) else source_line(node)
+        return Step(op, text or symbol, shown, derivative, "; ".join(why), line, why, said)
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        known = {}
+        for node, name in self.program.names.items():
+            if node.op == "placeholder":
+                known[name] = "an input"
+            elif node.op == "call_function":
+                known[name] = f"the value of {written(node, self.program.name_of)}"
+            else:
+                known[name] = "a constant of the function"
+        return known
+
+    def _meaning(self, name: str, shown: Formula) -> str:
+        said = meaning(name, self._known)
+        pointer = shown.tensors[name].data_ptr() if type(shown.tensors[name]) is Tensor else 0
+        for node, value in self.program.values.items():
+            own = isinstance(value, Tensor) and type(value) is Tensor and value.data_ptr() == pointer != 0
+            called = self.program.name_of(node)
+            if own and node.op == "call_function" and called != name and value.numel() == shown.tensors[name].numel():
+                return f"{said}, {called}" if name not in self._known else said
+        return said
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Each step's result by the input, in order: the proof. It ends early where writing on would cost too much."""
+        bottom = self.program.name_of(self.program.source)
+        groups: dict[str, list[Step]] = {}
+        for step in self.steps:
+            groups.setdefault(step.above, []).append(step)
+        told: dict[str, Formula | None] = {bottom: None}
+        found: list[Stage] = []
+        for above, group in groups.items():
+            if any(step.below not in told for step in group):
+                break  # an operand's derivative was too large to write out
+            links = [Link(step.formula, told[step.below], step.in_shape) for step in group]
+            moves = self._moves(f"d{above}/d{bottom}", links, group)
+            if moves is None:
+                break
+            told[above] = moves[-1].formula if moves else links[0].local
+            found.append(Stage(f"d{above}/d{bottom}", tuple(moves), group[0].out_shape))
         return found
 
-    def _line(self, node: fx.Node) -> str:
-        """The line that made a node, where it is not the title's."""
-        line = source_line(node)
-        return "" if line == source_line(self.program.output) else line
+    def _moves(self, symbol: str, links: Sequence[Link], group: Sequence[Step]) -> list[Move] | None:
+        """The lines of one stage; none where its only step starts at the input, None where it cannot be written."""
+        if all(link.before is None for link in links):
+            return []
+        out, inn = group[0].out_shape, self.args[self.wrt].shape
+        node = self._nodes.get(group[0].above)
+        size = sum(len(x.local.lines) * len(x.before.lines if x.before else (1,)) for x in links)
+        if node is None or size <= MAX_PRODUCTS:
+            copied = {step.above for step in self.steps if step.op == "broadcast"}
+            moves = derive(symbol, links, out, inn, any(step.below in copied for step in group), self.names.avoid)
+            if node is None or len(moves[-1].formula.right()) <= MAX_TEXT:
+                return moves
+        else:
+            moves = []
+        if node not in self._totals:
+            return moves or None
+        shown = formula(self._totals[node].terms, out, inn, symbol, None, self.names)
+        return [*moves, Move(shown, f"{size} products, added up where their deltas agree; the sums are stored")]
 
-    def _chain(self, top: str, bottom: str) -> list[str]:
-        """How the steps join: the paths by name, and over a broadcast the sum index by index."""
-        if not self.steps:
+    @cached_property
+    def _nodes(self) -> dict[str, fx.Node]:
+        return {name: node for node, name in self.program.names.items()}
+
+    @cached_property
+    def _totals(self) -> dict[fx.Node, Derivative]:
+        return self.program.totals(MAX_SHOWN)
+
+    def _chain(self) -> list[str]:
+        """The paths from the input to the output, by the names of their steps."""
+        if len(self.steps) < 2:
             return []
         links: dict[str, list[tuple[str, str]]] = {}
         for step in self.steps:
-            above, below = (part[1:] for part in step.formula.symbol.split("/"))
-            links.setdefault(below, []).append((above, step.formula.symbol))
+            links.setdefault(step.below, []).append((step.above, step.formula.symbol))
+        top, bottom = self.program.name_of(self.program.output), self.program.name_of(self.program.source)
         paths = _paths(links, bottom, top, 5)
-        if len(paths) <= 4:
+        if len(paths) <= 4 and sum(map(len, paths)) <= 24:
             sums = " + ".join(" · ".join(reversed(path)) for path in paths)
         else:
-            sums = "sum over all paths from the input to the output of the products of their steps"
-        lines = [f"d{top}/d{bottom} = {sums}"] if len(self.steps) > 1 else []
-        direct = [s for s in self.steps if s.op == "broadcast" and s.formula.symbol.endswith(f"/d{bottom}")]
-        if len(direct) == 1 and len(links[bottom]) == 1:
-            lines += _broadcast_chain(direct[0].derivative, self.out.shape, top, bottom)
-        return lines
+            ops = ", ".join(f"{op} {n}x" for op, n in Counter(step.op for step in self.steps).most_common(8))
+            sums = f"the sum over all paths from {bottom} to {top} of the products of their steps ({ops})"
+        return [f"d{top}/d{bottom} = {sums}"]
 
     def _checks(self, J: Derivative, code: str, namespace: dict[str, Tensor], level: str) -> list[tuple[str, float]]:
         """Compare with autograd: the code that was printed, and on small derivatives every entry."""
@@ -183,8 +277,11 @@ class Story:
         scope: dict[str, Any] = {"torch": torch, "g": g, **namespace}
         exec(code, scope)
         checks = [("the code above against autograd's vjp", _error(scope["x_bar"], expected))]
-        if level == "proof" or math.prod(J.shape) <= 4096:
-            checks.append(("every entry against torch.func.jacrev", _error(J.dense(), torch.func.jacrev(alone)(x))))
+        if math.prod(J.shape) <= (MAX_PROVED if level == "proof" else MAX_COMPARED):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reference may be slow, and says so
+                whole = torch.func.jacrev(alone)(x)
+            checks.append(("every entry against torch.func.jacrev", _error(J.dense(), whole)))
         if level == "proof":
             v = torch.randn(J.in_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
             checks.append(("<g, J v> against <J^T g, v>", _error((g * J.jvp(v)).sum(), (J.vjp(g) * v).sum())))
@@ -192,104 +289,37 @@ class Story:
 
 
 def _error(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item() if a.numel() else 0.0
+    """The largest difference, as a part of the largest number where that is above 1."""
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
 
 
-def _broadcasts(call: Call, x: Tensor) -> bool:
-    """Is an entry-by-entry op's operand smaller than the result?"""
-    return torch.Tag.pointwise in call.target.tags and x.shape != call.out.shape
+def _joined(steps: Sequence[Step], start: str, end: str) -> list[Step]:
+    """The steps on a way from the start to the end; where nothing flows, as into what is overwritten, none is told."""
+    flowing = [step for step in steps if step.derivative.terms or not math.prod(step.shape)]
+    reached, needed = {start}, {end}
+    for step in flowing:
+        if step.below in reached:
+            reached.add(step.above)
+    for step in reversed(flowing):
+        if step.above in needed:
+            needed.add(step.below)
+    return [step for step in flowing if step.below in reached and step.above in needed]
 
 
-def _expansion(x: Tensor, out: Tensor) -> Derivative:
-    axes = fresh_axes(out.shape)
+def _broadcast_shape(call: Call, x: Tensor) -> tuple[int, ...]:
+    """What an operand is broadcast to: the result's shape entry by entry, its batch axes in a matrix product."""
+    if torch.Tag.pointwise in call.target.tags:
+        return tuple(call.out.shape)
+    if call.target._schema.name == "aten::matmul" and min(v.ndim for v in call.operands) >= 2:
+        return (*call.out.shape[:-2], *x.shape[-2:])
+    return tuple(x.shape)
+
+
+def _expansion(x: Tensor, shape: tuple[int, ...]) -> Derivative:
+    axes = fresh_axes(shape)
     term = Term(1.0, (), axes, broadcast_axes(axes, x.shape))
-    return Derivative((term,), out.shape, x.shape, x.dtype, x.device)
-
-
-def _written(call: Call) -> str:
-    """The op as a person writes it."""
-    op = call.target._schema.name.split("::")[1]
-    signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "mm": "@", "bmm": "@"}
-    schema = call.target._schema.arguments
-    shown: list[str] = []
-    named = {place: k for k, place in enumerate(call.places)}
-    for a, value in zip(schema, call.args, strict=False):
-        if (a.name, None) in named:
-            shown.append(call.operand_name(named[a.name, None]))
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
-            parts = [call.operand_name(named[a.name, k]) for k in range(len(value)) if (a.name, k) in named]
-            shown.append(f"[{', '.join(parts)}]")
-        else:
-            shown.append(f"{a.name}:{tuple(value.shape)}" if isinstance(value, Tensor) else str(value))
-    defaults = {a.name: a.default_value for a in schema}
-    plain = all(not isinstance(v, Tensor) and v == defaults.get(name) for name, v in call.kwargs.items())
-    if op in signs and len(shown) == 2 and plain:
-        return f"{shown[0]} {signs[op]} {shown[1]}"
-    return f"{op}({', '.join(shown)})"
-
-
-def _why_copied(J: Derivative) -> str:
-    form = formula(J.terms, J.out_shape, J.in_shape)
-    copied = _only_on_output(J.terms[0], form.out)
-    subject, pronoun = ("index", "it") if len(copied) == 1 else ("indices", "them")
-    verb = "stands" if len(copied) == 1 else "stand"
-    return (
-        f"{subject} {', '.join(copied)} {verb} on the output only: every entry of the input is copied along {pronoun}"
-    )
-
-
-def _only_on_output(term: Term, out: Sequence[str]) -> list[str]:
-    used = {x for axis in term.inn for x in axis} | {x for f in term.factors for x in f.labels}
-    return [name for name, axis in zip(out, term.out, strict=True) if axis and not any(x in used for x in axis)]
-
-
-def _why(J: Derivative) -> str:
-    """What the labels say: deltas tie, lone output indices copy, lone input indices sum."""
-    if not J.terms:
-        return "the result does not depend on it"
-    term, *more = J.terms
-    if more:
-        return f"a sum of {len(J.terms)} terms"
-    form = formula(J.terms, J.out_shape, J.in_shape)
-    reasons = []
-    deltas = form.lines[0].deltas
-    if deltas:
-        reasons.append(f"{', '.join(f'δ({a},{b})' for a, b in deltas)} ties output to input and is never stored")
-    if copied := _only_on_output(term, form.out):
-        reasons.append(f"index {', '.join(copied)} is on the output only: copies")
-    used = {x for axis in term.out for x in axis} | {x for f in term.factors for x in f.labels}
-    summed = [n for n, axis in zip(form.inn, term.inn, strict=True) if axis and not any(x in used for x in axis)]
-    if summed:
-        reasons.append(f"index {', '.join(summed)} is on the input only: a sum")
-    for name, labels in form.lines[0].factors:
-        reasons.append(f"{name}[{','.join(labels)}] {tuple(form.tensors[name].shape)}")
-    return "; ".join(reasons)
-
-
-def _broadcast_chain(spread: Derivative, out_shape: Sequence[int], top: str, bottom: str) -> list[str]:
-    """dz/dx = Σ_b dz/dx_b dx_b/dx; the deltas of the copy keep one index each, the copied axes stay summed."""
-    names = letters()
-    out = ["0" if n == 1 else next(names) for n in out_shape]
-    inn = ["0" if n == 1 else next(names) for n in spread.in_shape]
-    mid = ["0" if n == 1 else next(names) for n in spread.out_shape]
-    (term,) = spread.terms
-    at = {axis: name for axis, name in zip(term.inn, inn, strict=True) if axis}
-    copied = [name for name, axis in zip(mid, term.out, strict=True) if axis and axis not in at]
-    tied = [(name, at[axis]) for name, axis in zip(mid, term.out, strict=True) if axis in at]
-    kept = [at.get(axis, name) for name, axis in zip(mid, term.out, strict=True)]
-    wide = f"{bottom}_b"
-    left = f"d{top}/d{bottom}[{','.join([*out, *inn])}]"
-    sums = " ".join(f"Σ_{m}" for m in mid if m != "0")
-    first = f"{sums} d{top}/d{wide}[{','.join([*out, *mid])}] · d{wide}/d{bottom}[{','.join([*mid, *inn])}]"
-    copies = " ".join(f"Σ_{m}" for m in copied)
-    second = f"{copies} d{top}/d{wide}[{','.join([*out, *kept])}]"
-    tie = " ".join(f"δ({a},{b})" for a, b in tied)
-    reason = f"{tie} keeps one index; " if tied else ""
-    return [
-        f"{left} = {first}",
-        f"{' ' * len(left)} = {second}    <- the sum runs over the broadcast axis {', '.join(copied)}: {reason}no delta ties "
-        f"{', '.join(copied)}, each copy of {bottom}[{','.join(inn)}] in {wide}[{','.join(kept)}] contributes",
-    ]
+    return Derivative((term,), shape, x.shape, x.dtype, x.device)
 
 
 def _paths(links: dict[str, list[tuple[str, str]]], start: str, end: str, most: int) -> list[list[str]]:

@@ -6,21 +6,30 @@ J[out..., in...] = d f[out...] / d x[in...] = sum over terms of coef * prod fact
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from dualform.calculus import queries
+from dualform.calculus.canonical import ordered
 from dualform.calculus.collapse import merged
 from dualform.calculus.compose import compose_terms
-from dualform.calculus.notation import formula, stored_bytes
+from dualform.calculus.contract import Plan
+from dualform.calculus.export import to_linear_operator, to_scipy_sparse
+from dualform.calculus.notation import Formula, formula, stored_bytes
+from dualform.calculus.picture import draw
 from dualform.calculus.place import scatter, spread
+from dualform.calculus.queries import term_plan
+from dualform.calculus.questions import Questions
 from dualform.calculus.terms import Axis, Factor, Label, Select, Term, atoms, fresh_axes, make_factor
 from dualform.shapes import ShapeError, fail
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from dualform.calculus.explain import Explanation
 
 __all__ = [
@@ -39,19 +48,26 @@ __all__ = [
 ]
 
 
+# Bytes above which `dense()` refuses, unless it is told a limit.
+DENSE_LIMIT = 4 * 2**30
+
+
 class Route(Protocol):
     """A cheaper way to apply a derivative than its terms: a program of local derivatives; and its account."""
 
+    @property
+    def inputs(self) -> Mapping[str, Tensor]: ...
     def vjp(self, g: Tensor) -> Tensor: ...
     def jvp(self, v: Tensor) -> Tensor: ...
     def explain(self, derivative: Derivative, level: str) -> Explanation: ...
+    def shown(self, derivative: Derivative) -> Formula: ...
 
 
-class Derivative:
+class Derivative(Questions):
     """Hold d f / d x with its structure: nothing is materialised unless asked.
 
     J[out..., in...]; `terms` is the sum, made on first use when given as a function
-    Shape:  shape = out_shape + in_shape.
+    Shape:  shape = out_shape + in_shape; out_axes and in_axes are the names of the axes, given or made.
     Dtype:  that of the function's result; sums are in that dtype.
     Raises: ShapeError when a vector or another derivative does not fit.
     Example:
@@ -68,6 +84,8 @@ class Derivative:
         dtype: torch.dtype,
         device: torch.device | str,
         route: Route | None = None,
+        axes: tuple[Sequence[str], Sequence[str]] | None = None,
+        symmetric: bool = False,
     ) -> None:
         self._terms = terms if callable(terms) else tuple(terms)
         self.out_shape = tuple(out_shape)
@@ -75,6 +93,8 @@ class Derivative:
         self.dtype = dtype
         self.device = torch.device(device)
         self.route = route
+        self._axes = axes
+        self._symmetric = symmetric
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -91,7 +111,7 @@ class Derivative:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers stored, each storage counted once."""
-        return stored_bytes([f.tensor for term in self.terms for f in term.tensors])
+        return stored_bytes([t for term in self.terms for t in term.stored])
 
     @property
     def dense_nbytes(self) -> int:
@@ -100,22 +120,34 @@ class Derivative:
 
     @property
     def structure(self) -> str:
-        """The derivative in index notation, as `J[i,j,k] = δ(j,k)`."""
-        return str(formula(self.terms, self.out_shape, self.in_shape))
+        """The derivative in index notation, as `J[i,j,k] = δ(j,k)`.
+
+        Equal for equal structures: inputs keep their names, other factors are A, B, ... in the order of the formula.
+        """
+        shown = ordered(self.terms, {} if self.route is None else self.route.inputs)
+        return str(formula(shown, self.out_shape, self.in_shape, axes=self._axes))
 
     @property
     def T(self) -> Derivative:
         """Swap output and input: the adjoint map."""
-        terms = [replace(t, out=t.inn, inn=t.out) for t in self.terms]
-        return Derivative(terms, self.in_shape, self.out_shape, self.dtype, self.device)
+        names = None if self._axes is None else (self._axes[1], self._axes[0])
+        terms = self._terms if self._symmetric else queries.flipped(self.terms)
+        return Derivative(terms, self.in_shape, self.out_shape, self.dtype, self.device, None, names, self._symmetric)
 
-    def dense(self) -> Tensor:
+    def dense(self, limit: int | None = None) -> Tensor:
         """Materialise the derivative.
 
         Shape:  -> out_shape + in_shape.
         Dtype:  the derivative's.
-        Raises: nothing; `dense_nbytes` says beforehand what it costs.
+        Raises: MemoryError above `limit` bytes (default: `DENSE_LIMIT`); `dense_nbytes` says beforehand what it costs.
         """
+        most = DENSE_LIMIT if limit is None else limit
+        if self.dense_nbytes > most:
+            raise MemoryError(
+                f"dense: the {' x '.join(map(str, self.shape))} entries take {self.dense_nbytes:,} bytes; expected at most "
+                f"{most:,}. Use J.vjp, J.jvp, a slice J[...] or J.diagonal, or pass J.dense(limit=...); stored as it is, "
+                f"the derivative takes {self.nbytes:,}."
+            )
         result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if result.numel():
             for term in self.terms:
@@ -130,7 +162,8 @@ class Derivative:
         Dtype:  the derivative's.
         Raises: ShapeError if g is not shaped like the output.
         """
-        self._expect("vjp", "g", g, self.out_shape)
+        if g.shape != self.out_shape:
+            self._refuse("vjp", "g", g, self.out_shape)
         if self.route is not None:
             return self.route.vjp(g)
         return self._apply(g, "out", "inn", self.in_shape)
@@ -143,21 +176,17 @@ class Derivative:
         Dtype:  the derivative's.
         Raises: ShapeError if v is not shaped like the input.
         """
-        self._expect("jvp", "v", v, self.in_shape)
+        if v.shape != self.in_shape:
+            self._refuse("jvp", "v", v, self.in_shape)
         if self.route is not None:
             return self.route.jvp(v)
         return self._apply(v, "inn", "out", self.out_shape)
 
-    def _expect(self, method: str, argument: str, value: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(value.shape) != shape:
-            side = "output" if argument == "g" else "input"
-            fail(
-                method,
-                argument,
-                f"has shape {tuple(value.shape)}",
-                f"the {side}'s shape = {shape}",
-                "Reshape or slice it.",
-            )
+    def _refuse(self, method: str, argument: str, value: Tensor, shape: tuple[int, ...]) -> NoReturn:
+        side = "output" if argument == "g" else "input"
+        fail(
+            method, argument, f"has shape {tuple(value.shape)}", f"the {side}'s shape = {shape}", "Reshape or slice it."
+        )
 
     def _apply(self, seed: Tensor, side: str, other: str, shape: tuple[int, ...]) -> Tensor:
         total: Tensor | None = None
@@ -167,8 +196,40 @@ class Derivative:
                 total = part if total is None else total + part
         return torch.zeros(shape, dtype=self.dtype, device=self.device) if total is None else total
 
+    def plans(self, use: str = "vjp") -> tuple[Plan, ...]:
+        """The order in which each term is contracted for a use, and its cost, before it is paid.
+
+        Shape:  one plan for each term; `use` is "vjp", "jvp" or "dense".
+        Dtype:  bytes are counted in the factors' dtype.
+        Raises: ValueError for another use.
+        """
+        sides = {"vjp": ("out", "inn"), "jvp": ("inn", "out"), "dense": (None, None)}
+        if use not in sides:
+            fail("plans", "use", f"is {use!r}", f"one of {list(sides)}", "Choose one.", ValueError)
+        like = torch.empty((), dtype=self.dtype, device="meta")
+        seed, result = sides[use]
+        return tuple(term_plan(term, seed, result, like) for term in self.terms)
+
+    def to_scipy_sparse(self) -> Any:
+        """Make a scipy COO array of the flattened output by the flattened input, from the structure.
+
+        Shape:  (prod out_shape, prod in_shape).
+        Dtype:  the derivative's.
+        Raises: ImportError where scipy is not installed.
+        """
+        return to_scipy_sparse(self)
+
+    def to_linear_operator(self) -> Any:
+        """Make a scipy LinearOperator of the flattened output by the flattened input; nothing is materialised.
+
+        Shape:  (prod out_shape, prod in_shape).
+        Dtype:  the derivative's.
+        Raises: ImportError where scipy is not installed.
+        """
+        return to_linear_operator(self)
+
     def __matmul__(self, inner: Derivative) -> Derivative:
-        return compose(self, inner)
+        return compose(self, inner) if isinstance(inner, Derivative) else NotImplemented
 
     def __add__(self, other: Derivative) -> Derivative:
         if not isinstance(other, Derivative):
@@ -181,14 +242,17 @@ class Derivative:
                 f"{self.out_shape} by {self.in_shape}",
                 "Add derivatives of one function space only.",
             )
-        return self._with(merged([*self.terms, *other.terms]))
+        return self._with(merged([*self.terms, *other.terms]), self._symmetric and other._symmetric)
 
     def __mul__(self, scale: float) -> Derivative:
         if not isinstance(scale, int | float):
             return NotImplemented
-        return self._with([replace(t, coef=t.coef * scale) for t in self.terms if scale != 0])
+        return self._with([replace(t, coef=t.coef * scale) for t in self.terms if scale != 0], self._symmetric)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, scale: float) -> Derivative:
+        return self * (1 / scale) if isinstance(scale, int | float) else NotImplemented
 
     def __neg__(self) -> Derivative:
         return self * -1.0
@@ -196,8 +260,13 @@ class Derivative:
     def __sub__(self, other: Derivative) -> Derivative:
         return self + -other
 
-    def _with(self, terms: Sequence[Term]) -> Derivative:
-        return Derivative(terms, self.out_shape, self.in_shape, self.dtype, self.device)
+    def _like(self, terms: Sequence[Term], out: Sequence[int], inn: Sequence[int], axes: Any) -> Derivative:
+        return Derivative(terms, out, inn, self.dtype, self.device, axes=axes)
+
+    def _with(self, terms: Sequence[Term], symmetric: bool) -> Derivative:
+        return Derivative(
+            terms, self.out_shape, self.in_shape, self.dtype, self.device, axes=self._axes, symmetric=symmetric
+        )
 
     def explain(self, level: str = "steps") -> Explanation:
         """Say how the derivative comes about and how to use it: level "one-line", "steps" or "proof".
@@ -212,8 +281,20 @@ class Derivative:
             )
         return self.route.explain(self, level)
 
+    def plot(self) -> Figure:
+        """Draw the derivative: its entries as a matrix of blocks, its terms as wires from output axes to input axes.
+
+        Shape:  none; of axes too long to draw the first entries are drawn.
+        Dtype:  none.
+        Raises: ModuleNotFoundError without matplotlib, which the extra 'viz' brings.
+        """
+        route = self.route
+        return draw(self, formula(self.terms, self.out_shape, self.in_shape) if route is None else route.shown(self))
+
     def __repr__(self) -> str:
-        return f"Derivative({self.out_shape} by {self.in_shape}: {self.structure}; {self.nbytes} of {self.dense_nbytes} bytes)"
+        kind = ", symmetric" if self.is_symmetric else ""
+        shapes = f"{self.out_shape} by {self.in_shape}{kind}"
+        return f"Derivative({shapes}: {self.structure}; {self.nbytes} of {self.dense_nbytes} bytes)"
 
 
 def compose(outer: Derivative, inner: Derivative) -> Derivative:
@@ -230,8 +311,7 @@ def compose(outer: Derivative, inner: Derivative) -> Derivative:
             "Write J2 @ J1 for J2 after J1."
         )
     empty = 0 in (math.prod(outer.shape), math.prod(inner.shape))
-    like = torch.empty((), dtype=outer.dtype, device=outer.device)
-    pairs = [] if empty else [compose_terms(a, b, like) for a in outer.terms for b in inner.terms]
+    pairs = [] if empty else [compose_terms(a, b) for a in outer.terms for b in inner.terms]
     terms = merged([t for t in pairs if t is not None])
     return Derivative(terms, outer.out_shape, inner.in_shape, outer.dtype, outer.device)
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.calculus.examples import Example
+from dualform.calculus.relations import window
 from dualform.calculus.structure import Derivative
-from dualform.calculus.terms import Axis, Label, Select, Term, fresh_axes, make_factor
+from dualform.calculus.terms import Axis, Label, Relation, Term, fresh_axes, make_factor
 
 Target = Any  # torch._ops.OpOverload or OpOverloadPacket; torch has no public name for them
 
@@ -105,15 +107,19 @@ Rule = Callable[[Call, int], "list[Term]"]
 class Row:
     """What the calculus knows of an op.
 
-    rule: its derivative as terms, or None for the dense fallback; affine: the maximal sets of operands in which it is
-    jointly affine; "each": every operand by itself; "all": all together; multilinear: homogeneous in each operand.
+    rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
+    arguments. reads: for a result of integers, which entries of the operands it looks at, as terms. affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself;
+    "all": all together. multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
     """
 
     name: str
-    rule: Rule
+    rule: Rule | None
     affine: str | tuple[frozenset[int], ...] = ()
     multilinear: bool = False
     form: Callable[[Call], Product] | None = None
+    examples: tuple[Example, ...] = ()
+    definition: Callable[..., Any] | None = None
+    reads: Rule | None = None
 
     def is_affine(self, operands: frozenset[int]) -> bool:
         if not operands or self.affine == "all":
@@ -129,15 +135,38 @@ FIRST = (frozenset({0}),)
 ROWS: dict[str, Row] = {}
 
 
+def add_row(row: Row) -> None:
+    """Put a row into the table; of its examples it keeps those that call it."""
+    op, _, overload = row.name.removeprefix("aten::").partition(".")
+    own = tuple(
+        replace(e, op=e.op or f"{op}{'.' if overload else ''}{overload}") for e in row.examples if e.calls(op, overload)
+    )
+    ROWS[row.name] = replace(row, examples=own)
+
+
 def row(
-    *names: str, affine: str | tuple[frozenset[int], ...] = (), multilinear: bool = False
+    *names: str,
+    affine: str | tuple[frozenset[int], ...] = (),
+    multilinear: bool = False,
+    examples: Sequence[Example] = (),
+    reads: Rule | None = None,
 ) -> Callable[[Rule], Rule]:
     """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            ROWS[name] = Row(name, rule, affine, multilinear)
+            add_row(Row(name, rule, affine, multilinear, None, tuple(examples), reads=reads))
         return rule
+
+    return add
+
+
+def defined_row(name: str, *examples: Example) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a row for an op that is differentiated through a function of the same arguments, made of other ops."""
+
+    def add(definition: Callable[..., Any]) -> Callable[..., Any]:
+        add_row(Row(name, None, examples=examples, definition=definition))
+        return definition
 
     return add
 
@@ -151,9 +180,7 @@ class Product:
     coef: float = 1.0
 
 
-def product_row(
-    *names: str, affine: str | tuple[frozenset[int], ...] = EACH
-) -> Callable[[Callable[[Call], Product]], Any]:
+def product_row(*names: str, examples: Sequence[Example] = ()) -> Callable[[Callable[[Call], Product]], Any]:
     """Add a row for an op that is a product of its operands; its derivative is the product of the others."""
 
     def add(form: Callable[[Call], Product]) -> Callable[[Call], Product]:
@@ -161,7 +188,7 @@ def product_row(
             return [product_term(call, form(call), operand)]
 
         for name in names:
-            ROWS[name] = Row(name, rule, affine, True, form)
+            add_row(Row(name, rule, EACH, True, form, tuple(examples)))
         return form
 
     return add
@@ -236,14 +263,12 @@ def index_terms(call: Call, operand: int, strides_of: Callable[[Tensor], Tensor]
 def window_terms(shape: torch.Size, dim: int, start: int, step: int, count: int, into: bool) -> list[Term]:
     """A slice of one axis: big = start + step * small. `into` puts the small tensor into the big one instead."""
     big = fresh_axes(shape)
-    n = shape[dim]
     small_axis: Axis = (Label(count),) if count != 1 else ()
-    relation: tuple[Select, ...] = ()
-    if count == n:
+    relation: tuple[Relation, ...] = ()
+    if count == shape[dim]:
         small_axis = big[dim]
-    elif n != 1:
-        small = small_axis[0] if small_axis else Label(1)
-        relation = (Select(small, big[dim][0], start, step),)
+    else:
+        relation = window([small_axis], big[dim], start, [step])
     small_axes = (*big[:dim], small_axis, *big[dim + 1 :])
     return [Term(1.0, relation, big, small_axes) if into else Term(1.0, relation, small_axes, big)]
 

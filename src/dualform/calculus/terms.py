@@ -10,8 +10,10 @@ labels, so that reshapes need no numbers; an axis of size 1 is the empty tuple, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +44,34 @@ class Factor:
     name: str = ""
 
 
+class Relation(ABC):
+    """A factor of zeros and ones that is known by a rule (relations.py has the other kinds); it stores no numbers.
+
+    A relation that is a function reads `bigs` at the place that `smalls` say: flat(bigs) = values[smalls].
+    """
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[Label, ...]:
+        """Its indices."""
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple:
+        """What makes two relations on the same labels equal."""
+
+    @abstractmethod
+    def renamed(self, final: Callable[[Label], Axis]) -> Relation:
+        """Rename or split the labels."""
+
+    @abstractmethod
+    def dense(self, like: Tensor) -> Factor:
+        """Store the zeros and ones."""
+
+
 @dataclass(frozen=True, eq=False)
-class Select:
-    """The relation big = start + step * small between two indices; it stores no numbers."""
+class Select(Relation):
+    """The relation big = start + step * small between two indices, always inside big; step may be negative."""
 
     small: Label
     big: Label
@@ -52,8 +79,32 @@ class Select:
     step: int = 1
 
     @property
+    def smalls(self) -> tuple[Label, ...]:
+        return (self.small,)
+
+    @property
+    def bigs(self) -> tuple[Label, ...]:
+        return (self.big,)
+
+    @property
     def labels(self) -> tuple[Label, ...]:
         return (self.small, self.big)
+
+    @property
+    def key(self) -> tuple:
+        return ("select", self.start, self.step)
+
+    def renamed(self, final: Callable[[Label], Axis]) -> Select:
+        """Rename; a split needs a Window."""
+        (small,), (big,) = final(self.small), final(self.big)
+        return replace(self, small=small, big=big)
+
+    def values(self, device: torch.device) -> Tensor:
+        """The place in big of each small."""
+        return torch.arange(self.small.size, device=device) * self.step + self.start
+
+    def dense(self, like: Tensor) -> Factor:
+        return one_hot(self, like)
 
     @property
     def is_identity(self) -> bool:
@@ -70,7 +121,7 @@ class Term:
     """One product: see the module's equation."""
 
     coef: float
-    factors: tuple[Factor | Select, ...]
+    factors: tuple[Factor | Relation, ...]
     out: tuple[Axis, ...]
     inn: tuple[Axis, ...]
 
@@ -81,6 +132,16 @@ class Term:
     @property
     def selects(self) -> tuple[Select, ...]:
         return tuple(f for f in self.factors if isinstance(f, Select))
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        return tuple(f for f in self.factors if isinstance(f, Relation))
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors behind the factors, and behind the relations that look up an index."""
+        tensors = (f.tensor if isinstance(f, Factor) else getattr(f, "index", None) for f in self.factors)
+        return tuple(t for t in tensors if t is not None)
 
     @property
     def visible(self) -> tuple[Label, ...]:
@@ -155,15 +216,14 @@ def substitute(term: Term, change: Mapping[Label, Axis]) -> Term:
     def axes(old: tuple[Axis, ...]) -> tuple[Axis, ...]:
         return tuple(tuple(x for label in axis for x in final(label)) for axis in old)
 
-    factors: list[Factor | Select] = []
+    factors: list[Factor | Relation] = []
     for f in term.factors:
         if not any(label in change for label in f.labels):
             factors.append(f)
         elif isinstance(f, Factor):
             factors.append(make_factor(f.tensor, [final(label) for label in f.labels], f.name))
         else:
-            (small,), (big,) = final(f.small), final(f.big)
-            factors.append(replace(f, small=small, big=big))
+            factors.append(f.renamed(final))
     return Term(term.coef, tuple(factors), axes(term.out), axes(term.inn))
 
 
@@ -171,3 +231,18 @@ def renewed(term: Term) -> Term:
     """Give a term labels of its own, so that nothing is captured by accident when it meets another."""
     own = dict.fromkeys([*term.visible, *term.hidden])
     return substitute(term, {label: (Label(label.size, label.name),) for label in own})
+
+
+Identity = tuple[Any, ...]
+
+
+def identity_of(t: Tensor) -> Identity:
+    """What tells two tensors apart: where their numbers are; views of one tensor that show the same numbers are one.
+
+    The order of axes does not matter.
+    """
+    steps = tuple(sorted(zip(t.stride(), t.shape, strict=True), reverse=True))
+    try:
+        return (t.untyped_storage()._cdata, t.storage_offset(), steps)
+    except (NotImplementedError, RuntimeError):  # tensors inside a transform
+        return (id(t),)

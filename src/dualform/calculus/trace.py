@@ -19,9 +19,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
@@ -61,6 +63,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         except Exception as error:
             _reraise(error)
     _refuse_values(gm)
+    _refuse_complex(gm)
     _refuse_randomness(gm)
     return normalised(functionalized(gm, _blame))
 
@@ -88,7 +91,33 @@ class _Lines(TorchFunctionMode):
             fx_traceback.current_meta["stack_trace"] = text
             if _transforms() != self.depth:
                 _refuse_transform(_shown(code.co_filename, frame.f_lineno, line))
+        if func in _MASKED and not kwargs and _is_known_mask(args[1]):
+            shape = torch.broadcast_shapes(*(t.shape for t in args))
+            func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
+        elif func is Tensor.__getitem__:
+            args = (args[0], _places(args[1]))
         return func(*args, **(kwargs or {}))
+
+
+_MASKED = {Tensor.masked_select, torch.masked_select}
+
+
+def _is_known_mask(value: Any) -> bool:
+    """Is it a mask that the function closes over? Its values are the function's, not its inputs'."""
+    return type(value) is Tensor and value.dtype == torch.bool
+
+
+def _places(index: Any, shape: torch.Size | None = None) -> Any:
+    """An index whose closed-over masks say where they are true."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(map(_is_known_mask, parts)):
+        return index
+    found: list[Any] = []
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        for part in parts:
+            mask = part if shape is None or not _is_known_mask(part) else part.expand(shape)
+            found += mask.nonzero(as_tuple=True) if _is_known_mask(part) else [part]
+    return tuple(found)
 
 
 def _transforms() -> int:
@@ -169,6 +198,12 @@ def _reraise(error: Exception) -> NoReturn:
     text = str(error)
     if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
         _refuse_data(where)
+    if "does not require grad" in text:
+        _refuse_transform(where)
+    if "tensor subclasses" in text:
+        raise TraceError(
+            f"trace: `{where}` leaves torch; expected tensor ops. Write it with torch, or compute that part outside."
+        ) from error
     reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     raise TraceError(
         f"trace: `{where}` failed with {reason}; expected a function that runs on these shapes. "
@@ -185,6 +220,21 @@ def _refuse_values(gm: fx.GraphModule) -> None:
             loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
             if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 _refuse_data(source_line(node) or str(node.target))
+
+
+def _refuse_complex(gm: fx.GraphModule) -> None:
+    """Derivatives are of real numbers: a complex one that depends on an input is two, and its rows would be too."""
+    reached: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+            made = node.meta.get("val")
+            if isinstance(made, Tensor) and made.is_complex():
+                where = source_line(node) or str(node.target)
+                raise TraceError(
+                    f"trace: `{where}` makes a complex tensor; expected real ones. "
+                    "Write it with its real and imaginary parts, a Fourier transform as a product with cosines and sines."
+                )
 
 
 _DROPOUT = {
@@ -215,4 +265,8 @@ def _is_quiet(node: fx.Node) -> bool:
     given = {a.name: a.default_value for a in schema}
     given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
     given.update(node.kwargs)
-    return given.get("dropout_p") == 0 or given.get("training") is False or given.get("train") is False
+    return (
+        0 in (given.get("dropout_p"), given.get("dropout"))
+        or given.get("training") is False
+        or given.get("train") is False
+    )

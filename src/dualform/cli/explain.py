@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from html import escape
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +15,9 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
-from dualform.calculus import explain as explain_function
-from dualform.cli.expression import compile_expression, parse_shapes
+from dualform.calculus import Derivative, jacobian
+from dualform.catalogue import near_misses
+from dualform.cli.expression import compile_expression, expect_used, parse_shapes
 from dualform.cli.output import UsageError, load_model
 from dualform.learning.layer import TestTimeTraining
 from dualform.learning.program import derive
@@ -29,7 +33,10 @@ def explain(
     dim: int = 64,
     shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     wrt: str | None = None,
+    axes: str | None = None,
+    level: Literal["one-line", "steps", "proof"] = "steps",
     format: Literal["text", "latex", "html"] = "text",
+    json: bool = False,
 ) -> None:
     """Show sites, structured derivatives, chosen forms, costs and the program; or the derivative of a formula.
 
@@ -44,27 +51,78 @@ def explain(
         The arguments and their shapes: --shapes x=2 y=2,2.
     wrt
         Which argument to differentiate by. Default the first.
+    axes
+        Names of the axes of a formula's arguments and result: --axes "i j, j l -> i l".
+    level
+        How much to say of a formula: one-line, steps or proof.
     format
-        text, latex or html.
+        text, latex or html (a page that stands alone).
+    json
+        Print the steps of a formula as JSON.
     """
-    found = _of_tensors(target, shapes, wrt) if shapes else _of_learner(target, dim)
-    if format == "latex":
+    if not shapes and (json or axes is not None or wrt is not None):
+        raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
+    found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim)
+    if json:
+        print(dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    elif format == "latex":
         print(found.to_latex())
     elif format == "html":
-        print(found._repr_html_())
+        print(f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(target)}</title>\n{found._repr_html_()}')
     else:
         print(found)
 
 
-def _of_tensors(target: str, words: list[str], wrt: str | None) -> Any:
+def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None, level: str) -> Any:
     shapes = parse_shapes(words)
     names = list(shapes)
     if wrt is not None and wrt not in names:
-        raise UsageError(f"explain: --wrt is {wrt!r}; expected one of {', '.join(names)}.")
-    function = load_object(target) if is_file_object(target) else compile_expression(target, names)
+        raise UsageError(f"explain: --wrt is {wrt!r}; expected one of {', '.join(names)}. {near_misses(wrt, names)}")
+    if is_file_object(target):
+        function = load_object(target)
+        names = _matched(target, function, names)
+    else:
+        target = " ".join(target.split())
+        function = compile_expression(target, names)
+        expect_used(target, names)
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.rand(shape, dtype=torch.float64, generator=generator) + 0.5 for shape in shapes.values()]
-    return explain_function(function, *tensors, wrt=0 if wrt is None else names.index(wrt))
+    tensors = {n: torch.rand(shapes[n], dtype=torch.float64, generator=generator) + 0.5 for n in names}
+    named = {n: tensors.pop(n) for n in names if n in _keyword_only(function)}
+    chosen = wrt or next(iter(shapes))
+    at: int | str = chosen if chosen in named else list(tensors).index(chosen)
+    found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
+    if not isinstance(found, Derivative):
+        raise UsageError(
+            f"explain: {target!r} gives a {type(found).__name__}; expected one tensor. Take one of its parts."
+        )
+    return found.explain(level)
+
+
+def _parameters(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def _keyword_only(function: Callable[..., Any]) -> list[str]:
+    return [p.name for p in _parameters(function) if p.kind is p.KEYWORD_ONLY]
+
+
+def _matched(target: str, function: Callable[..., Any], names: list[str]) -> list[str]:
+    """The names in the order of the function's parameters; those that it lacks or wants are said."""
+    parameters = _parameters(function)
+    if not parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return names
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"explain: {target} has no argument {name!r}. {near_misses(name, known)}")
+    missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in names]
+    if missing:
+        more = " ".join(f"{name}=SIZES" for name in missing)
+        raise UsageError(f"explain: {target} wants {', '.join(missing)} too; expected a shape for each. Add {more}.")
+    return [name for name in known if name in names]
 
 
 def _of_learner(target: str, dim: int) -> Any:
@@ -106,7 +164,10 @@ def load_object(target: str) -> Callable[..., Any]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)  # dataclasses and pickles look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is the caller's: whatever it raises is what is to be said
+        raise UsageError(f"explain: {path} cannot be imported ({type(error).__name__}: {error}).") from error
     if not callable(getattr(module, name, None)):
         defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UsageError(f"explain: {path} has no {name!r} to call; it defines {', '.join(defined) or 'nothing'}.")

@@ -1,15 +1,16 @@
 """A formula typed on the command line, made a function of tensors without running anybody's code.
 
-Allowed: the names that have shapes, numbers, + - * / @ **, unary minus, `.T`, and the functions below with numbers or
-bare words (dim=-1) as keywords.
+Allowed: the names that have shapes, numbers, + - * / @ ** and comparisons, `.T`, slices and indices, and the functions and
+methods listed here, with numbers, words and lists as arguments. What is not allowed is pointed at.
 """
 
 from __future__ import annotations
 
 import ast
+import keyword
 import linecache
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,15 +20,46 @@ from dualform.catalogue import near_misses
 from dualform.cli.output import UsageError
 
 operators = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.MatMult, ast.Pow, ast.USub, ast.UAdd)
+comparisons = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
+
+_both = """
+    abs exp expm1 log log1p log2 sqrt rsqrt square sin cos tan tanh sinh cosh asin acos atan sigmoid relu reciprocal neg erf
+    softmax log_softmax sum mean prod var std amax amin logsumexp cumsum cumprod norm maximum minimum clamp pow
+    outer matmul mm bmm mv dot add sub mul div where masked_fill index_select gather flip roll tril triu diagonal diag
+    transpose permute reshape flatten unflatten unsqueeze squeeze movedim broadcast_to narrow select take_along_dim sort
+    inverse det trace cholesky logdet unbind split chunk
+""".split()
+_functions = "einsum stack cat kron tensordot addmm baddbmm atan2 lerp cdist zeros_like ones_like".split()
+_methods = "expand view repeat expand_as view_as mean clone t float double max min unfold swapaxes detach".split()
+_layers = """
+    gelu silu softplus elu selu leaky_relu mish hardtanh logsigmoid linear bilinear conv1d conv2d conv3d avg_pool1d avg_pool2d
+    max_pool1d max_pool2d pad group_norm normalize scaled_dot_product_attention mse_loss cross_entropy cosine_similarity
+    one_hot glu unfold l1_loss smooth_l1_loss binary_cross_entropy nll_loss softmin embedding
+""".split()
+
 functions: Mapping[str, Callable[..., Any]] = {
-    **{name: getattr(torch, name) for name in "exp log sqrt sin cos tanh sigmoid abs relu softmax sum mean".split()},
-    **{name: getattr(torch, name) for name in "outer matmul einsum where maximum minimum tril square rsqrt".split()},
-    **{name: getattr(F, name) for name in "gelu silu softplus".split()},
+    **{name: getattr(torch, name) for name in [*_both, *_functions] if hasattr(torch, name)},
+    **{name: getattr(F, name) for name in _layers},
     "transpose": lambda x, a=-2, b=-1: x.transpose(a, b),
-    "log_softmax": torch.log_softmax,
-    "layer_norm": lambda x, *parts: F.layer_norm(x, x.shape[-1:], *parts),
-    "rms_norm": lambda x, *parts: F.rms_norm(x, x.shape[-1:], *parts),
+    "layer_norm": lambda x, *parts, **more: F.layer_norm(x, *_with_shape(x, parts), **more),
+    "rms_norm": lambda x, *parts, **more: F.rms_norm(x, *_with_shape(x, parts), **more),
+    "attention": F.scaled_dot_product_attention,
+    "max": torch.amax,
+    "min": torch.amin,
 }
+methods: Collection[str] = frozenset(name for name in [*_both, *_methods] if hasattr(Tensor, name))
+_packages = ("torch", "F", "nn.functional", "torch.nn.functional", "torch.linalg", "torch.special")
+_words = {"pi": torch.pi, "inf": float("inf")}
+
+MAX_TEXT = 4000
+MAX_NUMBERS = 2**24
+_FILE = "formula"
+
+
+def _with_shape(x: Tensor, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let layer_norm(x, w, b) mean the last axis."""
+    given = bool(parts) and not isinstance(parts[0], Tensor) and parts[0] is not None
+    return parts if given else (x.shape[-1:], *parts)
 
 
 def parse_shapes(words: list[str]) -> dict[str, tuple[int, ...]]:
@@ -41,11 +73,19 @@ def parse_shapes(words: list[str]) -> dict[str, tuple[int, ...]]:
     for word in words:
         name, equals, sizes = word.partition("=")
         try:
-            if not equals or not name.isidentifier():
-                raise ValueError
-            shapes[name] = tuple(int(size) for size in sizes.split(",") if size)
+            shape = tuple(int(size) for size in sizes.strip("()[]").split(",") if size.strip())
         except ValueError:
-            raise UsageError(f"explain: --shapes {word!r} is no shape; expected NAME=SIZE,SIZE as in y=2,2.") from None
+            shape = (-1,)
+        if not equals or not name.isidentifier() or keyword.iskeyword(name) or min(shape, default=0) < 0:
+            raise UsageError(f"explain: --shapes {word!r} is no shape; expected NAME=SIZE,SIZE as in y=2,2.")
+        if name in shapes:
+            raise UsageError(f"explain: --shapes names {name!r} twice; expected one shape for each name.")
+        if torch.Size(shape).numel() > MAX_NUMBERS:
+            raise UsageError(
+                f"explain: {name} has {torch.Size(shape).numel():,} numbers; expected at most {MAX_NUMBERS:,}. "
+                "Take smaller sizes: the structure is the same."
+            )
+        shapes[name] = shape
     return shapes
 
 
@@ -54,63 +94,179 @@ def compile_expression(text: str, names: list[str]) -> Callable[..., Tensor]:
 
     Shape:  what the formula says.
     Dtype:  what the formula says.
-    Raises: UsageError for anything that is not a formula of these names.
+    Raises: UsageError for anything that is not a formula of these names, pointing at the character.
     Example:
         >>> compile_expression("x * 2 + y", ["x", "y"])(torch.tensor(1), torch.tensor(3))
         tensor(5)
     """
+    text = " ".join(text.split())
+    if len(text) > MAX_TEXT:
+        raise UsageError(f"explain: the formula has {len(text):,} characters; expected at most {MAX_TEXT:,}.")
     try:
         body = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise UsageError(
-            f"explain: {text!r} is no formula ({error.msg}); expected one as in 'softmax(x @ y, dim=-1)'."
-        ) from None
-    _check(body, set(names), text)
-    # Only now, when nothing but names with shapes, numbers, operators and the functions above is left, is it compiled.
-    arguments = ast.arguments(
-        posonlyargs=[], args=[ast.arg(n) for n in names], kwonlyargs=[], kw_defaults=[], defaults=[]
-    )
-    function = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, _MatrixT().visit(body))))
+        at = error.offset - 1 if error.offset and error.lineno == 1 else len(text)  # what ends too early has no place
+        _point(text, at, f"{error.msg}; expected a formula as in 'softmax(x @ y, dim=-1)'")
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"explain: {text[:40]!r} cannot be read ({error}); expected a formula.") from None
+    reader = _Reader(text, names)
+    try:
+        function = reader.function(body)
+    except RecursionError:
+        raise UsageError(f"explain: {text[:40]!r} is nested too deeply; expected a formula.") from None
     linecache.cache[_FILE] = (len(text), None, [text + "\n"], _FILE)  # so that explanations can quote it
-    return eval(compile(function, _FILE, "eval"), {"__builtins__": {}, **functions})
+    # Only now, when nothing but names with shapes, numbers, operators and the functions above is left, is it compiled.
+    return eval(compile(function, _FILE, "eval"), {"__builtins__": {}, **reader.scope})
 
 
-_FILE = "formula"
+def expect_used(text: str, names: list[str]) -> None:
+    """Refuse shapes of names that a formula does not have."""
+    met = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
+    if unused := [name for name in names if name not in met]:
+        one = len(unused) == 1
+        raise UsageError(
+            f"explain: {', '.join(map(repr, unused))} {'has a shape but is' if one else 'have shapes but are'} not in {text!r}; "
+            f"expected shapes for its own names only. Leave {'it' if one else 'them'} out."
+        )
 
 
-class _MatrixT(ast.NodeTransformer):
-    """Read `.T` as the transpose of the last two axes."""
+def _point(text: str, at: int, what: str) -> NoReturn:
+    """Refuse a formula with a caret under the character that is to blame."""
+    at = max(0, min(at, len(text)))
+    start = max(0, at - 60)
+    shown = ("..." if start else "") + text[start : start + 100]
+    end = "" if what.endswith(("?", ".")) else "."
+    raise UsageError(f"explain: {what}{end}\n  {shown}\n  {' ' * (at - start + (3 if start else 0))}^")
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
-        return ast.Attribute(self.visit(node.value), "mT", node.ctx)
+
+class _Reader:
+    """Rebuilds a formula's tree from the allowed parts alone; `scope` has the functions it calls."""
+
+    def __init__(self, text: str, names: list[str]) -> None:
+        self.text = text
+        self.names = names
+        self.scope: dict[str, Any] = {}
+
+    def function(self, body: ast.expr) -> ast.Expression:
+        """The formula as a function of its names."""
+        arguments = ast.arguments(
+            posonlyargs=[], args=[ast.arg(n) for n in self.names], kwonlyargs=[], kw_defaults=[], defaults=[]
+        )
+        return ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, self.tensor(body))))
+
+    def refuse(self, node: ast.AST, what: str) -> NoReturn:
+        """Point at a part; of x.name at the name."""
+        offset = getattr(node, "col_offset", 0)  # in bytes
+        if isinstance(node, ast.Attribute):
+            offset = (node.end_col_offset or 0) - len(node.attr.encode())
+        _point(self.text, len(self.text.encode()[:offset].decode(errors="ignore")), what)
+
+    def tensor(self, node: ast.expr) -> ast.expr:
+        """A part that stands for a tensor or a number."""
+        match node:
+            case ast.BinOp(left=left, op=op, right=right) if isinstance(op, operators):
+                return self._binary(node, self.tensor(left), op, self.tensor(right))
+            case ast.UnaryOp(op=op, operand=operand) if isinstance(op, operators):
+                return ast.UnaryOp(op, self.tensor(operand))
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if isinstance(op, comparisons):
+                return ast.Compare(self.tensor(left), [op], [self.tensor(right)])
+            case ast.Name(id=name):
+                return self._name(node, name)
+            case ast.Constant(value=value) if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return ast.Constant(value)
+            case ast.Attribute(value=value, attr="T" | "mT"):
+                return ast.Attribute(self.tensor(value), "mT", ast.Load())
+            case ast.Subscript(value=value, slice=index):
+                return ast.Subscript(self.tensor(value), self._index(index), ast.Load())
+            case ast.Call():
+                return self._call(node)
+            case ast.Attribute(attr=attr):
+                self.refuse(node, f"'.{attr}' is not part of a formula; expected .T, or a method as in x.sum(0)")
+        part = ast.get_source_segment(self.text, node) or type(node).__name__
+        self.refuse(node, f"{part!r} is not part of a formula; expected names, numbers, operators, functions")
+
+    def _binary(self, node: ast.AST, left: ast.expr, op: ast.operator, right: ast.expr) -> ast.expr:
+        """Powers of plain numbers are taken here, as floats, so that no formula can ask for an endless integer."""
+        a, b = _number(left), _number(right)
+        if not isinstance(op, ast.Pow) or a is None or b is None:
+            return ast.BinOp(left, op, right)
+        try:
+            power = float(a) ** float(b)
+        except (OverflowError, ZeroDivisionError) as error:
+            self.refuse(node, f"this power is no number ({error.args[-1]})")
+        if isinstance(power, complex):
+            self.refuse(node, "this power is no real number")
+        return ast.Constant(int(power) if power.is_integer() and abs(power) < 2**31 else power)
+
+    def _name(self, node: ast.AST, name: str) -> ast.expr:
+        if name in self.names:
+            return ast.Name(name, ast.Load())
+        if name in _words:
+            return ast.Constant(_words[name])
+        if name in functions:
+            self.refuse(node, f"{name!r} is a function; expected its arguments in brackets, as in {name}(x)")
+        known = f" {near_misses(name, sorted(self.names))}" if self.names else ""
+        self.refuse(
+            node,
+            f"{name!r} in {self.text!r} has no shape; expected one for each name. Add {name}=SIZES to --shapes.{known}".rstrip(
+                "."
+            ),
+        )
+
+    def _call(self, node: ast.Call) -> ast.expr:
+        args = [self._argument(a) for a in node.args]
+        keywords = []
+        for k in node.keywords:
+            if k.arg is None:
+                self.refuse(k.value, "** is not part of a formula; expected keywords by name")
+            keywords.append(ast.keyword(k.arg, self._argument(k.value)))
+        dotted = ast.unparse(node.func)
+        package, _, name = dotted.rpartition(".")
+        if isinstance(node.func, ast.Name) or package in _packages:
+            if name not in functions:
+                self.refuse(node.func, f"there is no function {name!r}. {near_misses(name, sorted(functions))}")
+            called = f"_{name}"  # names of tensors may be those of functions
+            while called in self.names:
+                called = f"_{called}"
+            self.scope[called] = functions[name]
+            return ast.Call(ast.Name(called, ast.Load()), args, keywords)
+        if isinstance(node.func, ast.Attribute):
+            value = self.tensor(node.func.value)
+            if node.func.attr not in methods:
+                name = node.func.attr
+                self.refuse(node.func, f"there is no method {name!r}. {near_misses(name, sorted(methods))}")
+            return ast.Call(ast.Attribute(value, node.func.attr, ast.Load()), args, keywords)
+        self.refuse(node.func, "this cannot be called; expected a function or a method")
+
+    def _argument(self, node: ast.expr) -> ast.expr:
+        """What a function may be given besides tensors: words, truth values, lists."""
+        match node:
+            case ast.Constant(value=value) if value is None or isinstance(value, (str, bool)):
+                return ast.Constant(value)
+            case ast.Tuple(elts=elements):
+                return ast.Tuple([self._argument(e) for e in elements], ast.Load())
+            case ast.List(elts=elements):
+                return ast.List([self._argument(e) for e in elements], ast.Load())
+        return self.tensor(node)
+
+    def _index(self, node: ast.expr) -> ast.expr:
+        """A slice, a position, None, ..., a list of positions, a mask, or several of them."""
+        match node:
+            case ast.Tuple(elts=elements):
+                return ast.Tuple([self._index(e) for e in elements], ast.Load())
+            case ast.Slice(lower=lower, upper=upper, step=step):
+                return ast.Slice(*(None if end is None else self.tensor(end) for end in (lower, upper, step)))
+            case ast.Constant(value=value) if value is None or value is Ellipsis:
+                return ast.Constant(value)
+        return self._argument(node)
 
 
-def _check(node: ast.AST, names: set[str], text: str) -> None:
+def _number(node: ast.expr) -> float | None:
+    """The value of a plain number."""
     match node:
-        case ast.BinOp(left=left, op=op, right=right) if isinstance(op, operators):
-            parts = [left, right]
-        case ast.UnaryOp(op=op, operand=operand) if isinstance(op, operators):
-            parts = [operand]
-        case ast.Name(id=name) if name in names:
-            parts = []
-        case ast.Name(id=name):
-            raise UsageError(f"explain: {name!r} in {text!r} has no shape. {near_misses(name, sorted(names))}")
-        case ast.Constant(value=value) if isinstance(value, (int, float, str)):
-            parts = []
-        case ast.Attribute(value=value, attr="T"):
-            parts = [value]
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in functions:
-            parts = [*args, *(k.value for k in keywords if k.arg)]
-            if len(parts) != len(args) + len(keywords):
-                raise UsageError(f"explain: ** in {text!r} is not part of a formula; expected keywords by name.")
-        case ast.Call(func=ast.Name(id=name)):
-            raise UsageError(f"explain: there is no function {name!r}. {near_misses(name, sorted(functions))}")
-        case ast.Tuple(elts=elements) | ast.List(elts=elements):
-            parts = list(elements)
-        case _:
-            part = ast.unparse(node)
-            raise UsageError(
-                f"explain: {part!r} in {text!r} is not part of a formula; expected names, numbers, operators, functions."
-            )
-    for part in parts:
-        _check(part, names, text)
+        case ast.Constant(value=value) if isinstance(value, (int, float)):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            inner = _number(operand)
+            return None if inner is None else -inner
+    return None

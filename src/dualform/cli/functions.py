@@ -43,7 +43,11 @@ def functions(
             raise UsageError(
                 "functions: --set and --png are of one record; expected its name. Run `functions` for the names."
             )
-        show(list(_rows(families if name is None else {name: families[name]})), as_json=as_json)
+        rows = list(_rows(families if name is None else {name: families[name]}))
+        if not rows and not as_json:
+            print(f"{name}: none as yet")
+            return
+        show(rows, as_json=as_json)
         return
     found = find(name)
     if len(found) > 1 and (set or png):

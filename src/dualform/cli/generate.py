@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -44,10 +45,12 @@ def generate(
     state
         A file that carries what the layers have learnt: read if it is there, and written at the end.
     """
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise UsageError(
-            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1 and >= 0."
+            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1 and >= 0, finite."
         )
+    if state is not None and (state.is_dir() or not state.parent.is_dir()):
+        raise UsageError(f"generate: state is {state}; expected a file in a folder that exists. Name another.")
     lm, tokenizer = load_model(model)
     set_seed(seed)
     cache, past = None, torch.full((1, 1), lm.config.bos_token_id or 0, dtype=torch.long)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dualform.models import DualformForCausalLM
 
@@ -51,7 +51,11 @@ def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFas
         raise UsageError(
             f"{folder} is no model; expected a folder with config.json. Pass the folder that `train` wrote."
         )
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    if not isinstance(model, DualformForCausalLM):
-        raise UsageError(f"{folder} holds a {type(model).__name__}; expected a model of this package.")
-    return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    model = DualformForCausalLM.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError):
+        raise UsageError(
+            f"{folder} holds no tokenizer; expected tokenizer.json beside config.json. Copy the files of the model's tokenizer there."
+        ) from None
+    return model.eval(), tokenizer

@@ -60,9 +60,7 @@ class Expansion:
     layout: Layout = "mixed"
     basis: Callable[[Tensor, int], Tensor] | None = None
     terms: tuple[str, ...] = ()  # phi_1 .. phi_k as Python expressions in x
-    degree: int | None = (
-        None  # phi_j is a polynomial of this degree between neighbouring knots (anywhere, without knots)
-    )
+    degree: int | None = None  # phi_j is a polynomial of this degree between neighbouring knots, if there are any
     knots: tuple[float, ...] = ()
     power: int = 1  # d: tensor powers of the base up to this one
     symmetric: bool = False  # of each tensor power keep each monomial once
@@ -100,12 +98,15 @@ class Expansion:
         D = self.dim(m)
         if D > widest_row:
             M, d = self.base_dim(m), self.power
-            packed = sum(num_subsets(M, power, repeat=True) for power in self.degrees)
+            packed = sum(num_subsets(M, p, repeat=True) for p in self.degrees)
+            ways = [f"symmetric=True ({packed:,} features)"] if d > 1 and not self.symmetric else []
+            ways += [f"degree={d - 1} (at most {sum(M**p for p in range(1, d)):,})"] if d > 1 else []
+            ways += ["fewer attributes"] + (
+                ["contract(x, weight), which builds no row"] if d > 1 and not self.symmetric else []
+            )
             fail(
-                self.name, f"m = {m}", f"asks for D = {self.rule} = {D:,} features per row",
-                f"at most {widest_row:,}",
-                f"Use symmetric=True ({packed:,} features), a degree below {d} (degree {d - 1}: {sum(M**p for p in range(1, d)):,}), "
-                "fewer attributes, or contract(x, weight), which builds no row." if d > 1 else "Use fewer attributes.",
+                self.name, "x", f"has m = {m} attributes, which make D = {self.rule} = {D:,} features per row",
+                f"at most {widest_row:,}", f"Use {', '.join(ways[:-1])}{' or ' if ways[:-1] else ''}{ways[-1]}.",
             )  # fmt: skip
         return D
 

@@ -319,19 +319,25 @@ class Hyper:
         first = {"P": draw(l, r, fan_in=l), "Q": draw(h, r, fan_in=r)}
         return gain | first | {"S": draw(h, r, fan_in=h), "T": draw(n * D, r, fan_in=r)}
 
-    def dense(self, w: Tensor, n: int, D: int, constants: Constants) -> Tensor:
-        c = {name: x.to(w) for name, x in constants.items()}
+    def _written(self, w: Tensor, n: int, D: int, c: Constants) -> Tensor:
         if self.rank is None:
-            h = torch.sigmoid(F.linear(w, c["net.0.weight"], c["net.0.bias"]))
-            flat = F.linear(h, c["net.2.weight"], c["net.2.bias"])
+            h = torch.sigmoid(F.linear(w, c["net.0.weight"].to(w), c["net.0.bias"].to(w)))
+            flat = F.linear(h, c["net.2.weight"].to(w), c["net.2.bias"].to(w))
         else:
-            h = torch.sigmoid(F.linear(w @ c["P"], c["Q"]))
-            flat = F.linear(h @ c["S"], c["T"])
-        return (flat * c["gain"] if "gain" in c else flat).reshape(n, D)
+            h = torch.sigmoid(F.linear(w @ c["P"].to(w), c["Q"].to(w)))
+            flat = F.linear(h @ c["S"].to(w), c["T"].to(w))
+        return flat.reshape(n, D)
+
+    def dense(self, w: Tensor, n: int, D: int, constants: Constants) -> Tensor:
+        return _gained(self._written(w, n, D, constants), constants)
 
     def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor:
-        full = Multilinear(self.name, (A,))
-        return full.apply(kappa, self.dense(w, n, width_of(kappa), constants).flatten(), n, {})
+        W = self._written(w, n, width_of(kappa), constants)
+        return _gained(Multilinear(self.name, (A,)).apply(kappa, W.flatten(), n, {}), constants)
+
+
+def _gained(x: Tensor, constants: Constants) -> Tensor:
+    return x * constants["gain"].to(x) if "gain" in constants else x
 
 
 @reconciliations.record(

@@ -155,7 +155,7 @@ class ChunkProgram:
                 f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one of these."
             )
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
-        if q.shape[1] == 0:
+        if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False):
@@ -183,7 +183,7 @@ class ChunkProgram:
         Raises: ShapeError.
         """
         call = self._inputs(k, k, v, gates or {}, state, mask, reset, params or {})
-        if k.shape[1] == 0:
+        if 0 in k.shape[:3]:
             none = call.v.new_zeros(call.v.shape[:3])
             return none, none, call.state
         both, after = self._scan("losses", "auto", call, state is not None, "auto")
@@ -372,6 +372,10 @@ class ChunkProgram:
     def explain(self, level: str = "steps") -> Account:
         """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms, costs) or "proof" (and the code)."""
         return account(self.learner, self.derivation, self.step, self.cost, self.code, level)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made of; who reads it derives it again."""
+        return ChunkProgram, (self.learner, self.objective, self.rule, self.chunk, self.slow, self.block)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChunkProgram:
         return self  # immutable: weights are arguments, or the learner's own

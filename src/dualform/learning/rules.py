@@ -12,8 +12,10 @@ Legend: r registers, n tokens in a block, t query token, s source token, k, l re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -100,44 +102,50 @@ def SGD(lr: float = 1.0, *, averaged: bool = False, momentum: float = 0.0, decay
     S_t = momentum S_{t-1} - lr_t g_t;  theta_t = (1 - decay_t) theta_{t-1} + S_t
     averaged: theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j, i from 1 in the mini-batch
     Shape:  gates lr, momentum, decay (batch, time, head); offset (chunk,). Effective rate = lr * gates["lr"].
-    Raises: ValueError if averaged is combined with momentum or decay.
+    Raises: ValueError if lr is not finite, or averaged is combined with momentum or decay.
     Source: Sun et al. 2024 (TTT); Behrouz et al. 2024 (Titans). Differs: nothing.
     Example:
         >>> import dualform as df
         >>> df.rules.SGD(lr=0.1, momentum=0.9).gates
         ('lr', 'momentum')
     """
+    if not math.isfinite(lr):
+        raise ValueError(f"SGD: lr is {lr}; expected a finite number. Choose another.")
     if averaged and (momentum or decay):
         raise ValueError(
             f"SGD: averaged=True with momentum = {momentum}, decay = {decay}; expected both = 0, the average has no "
             "memory across mini-batches. Drop averaged, or write a Rule of your own."
         )
     if averaged:
-
-        def average(i: Tensor, lr: Tensor, offset: Tensor, rate: float = lr) -> Step:
-            return Step(A=((1.0,),), b=(rate * lr,), u=((1 / i + offset).clamp(min=0),), a=1.0)
-
-        return Rule(average, ("lr", "offset"), name="averaged SGD")
+        return Rule(partial(_average, rate=lr), ("lr", "offset"), name="averaged SGD")
     if momentum:
         gates = ("lr", "momentum", "decay") if decay else ("lr", "momentum")
-
-        def heavy_ball(i: Tensor, lr: Tensor, momentum: Tensor, decay: Scalar = 0.0, rate: float = lr) -> Step:
-            keep = 1.0 - decay
-            return Step(A=((keep, momentum), (0.0, momentum)), b=(rate * lr, rate * lr), u=(1.0, 0.0), a=0.0)
-
         constants = {"momentum": momentum, "decay": decay}
-        return Rule(heavy_ball, gates, constants, start=(1.0, 0.0), resets=(False, False), name="SGD with momentum")
+        step = partial(_heavy_ball, rate=lr)
+        return Rule(step, gates, constants, start=(1.0, 0.0), resets=(False, False), name="SGD with momentum")
     if decay:
+        return Rule(
+            partial(_forget, rate=lr), ("lr", "decay"), {"decay": decay}, (1.0,), (False,), name="SGD with decay"
+        )
+    return Rule(partial(_plain, rate=lr), name="SGD")
 
-        def forget(i: Tensor, lr: Tensor, decay: Tensor, rate: float = lr) -> Step:
-            return Step(A=((1.0 - decay,),), b=(rate * lr,), u=(1.0,), a=0.0)
 
-        return Rule(forget, ("lr", "decay"), {"decay": decay}, (1.0,), (False,), name="SGD with decay")
+# Functions of the module, not of SGD: a model is pickled with its rule.
+def _average(i: Tensor, lr: Tensor, offset: Tensor, *, rate: float) -> Step:
+    return Step(A=((1.0,),), b=(rate * lr,), u=((1 / i + offset).clamp(min=0),), a=1.0)
 
-    def plain(i: Tensor, lr: Tensor, rate: float = lr) -> Step:
-        return Step(A=((1.0,),), b=(rate * lr,), u=(1.0,), a=1.0)
 
-    return Rule(plain, name="SGD")
+def _heavy_ball(i: Tensor, lr: Tensor, momentum: Tensor, decay: Scalar = 0.0, *, rate: float) -> Step:
+    keep = 1.0 - decay
+    return Step(A=((keep, momentum), (0.0, momentum)), b=(rate * lr, rate * lr), u=(1.0, 0.0), a=0.0)
+
+
+def _forget(i: Tensor, lr: Tensor, decay: Tensor, *, rate: float) -> Step:
+    return Step(A=((1.0 - decay,),), b=(rate * lr,), u=(1.0,), a=0.0)
+
+
+def _plain(i: Tensor, lr: Tensor, *, rate: float) -> Step:
+    return Step(A=((1.0,),), b=(rate * lr,), u=(1.0,), a=1.0)
 
 
 class Coefficients(NamedTuple):

@@ -32,8 +32,8 @@ Leaves = dict[str, Tensor]
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 # The backward reads the weights of all these blocks, too: so much of the largest leaf.
 LEAF_BYTES_AT_ONCE = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-# States that the backward finds again need not be computed again, a tenth of its time; beyond this, fresh pages cost as much.
-STATE_BYTES = 16 * 2**20
+# States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more (LAB.md).
+STATE_BYTES = 96 * 2**20
 
 
 class Call(NamedTuple):
@@ -341,7 +341,8 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
 
     def visit(n: int, state: list[Tensor]) -> list[Tensor]:
         if checkpoints and n % G == 0:
-            for buffer, x in zip(saved, run.whole(state), strict=False):
+            held = state if len(saved) <= len(state) else run.whole(state)
+            for buffer, x in zip(saved, held, strict=False):
                 buffer[n // G] = x
         return run.enter(n, state)
 

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree
 
 from dualform.calculus import rules
+from dualform.calculus.definitions import definition_of
 from dualform.calculus.structure import Axis, Derivative, Label
 from dualform.calculus.trace import source_line, trace
 
@@ -199,11 +200,7 @@ def _has_no_row(node: fx.Node) -> bool:
 
 
 def _definition(node: fx.Node) -> Callable[..., Tensor] | None:
-    from torch._decomp import decomposition_table  # slow: not at `import dualform`
-
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    written = target if target._can_decompose() else decomposition_table.get(target)
+    written = definition_of(node.target)
     if written is None:
         return None
 
@@ -212,7 +209,7 @@ def _definition(node: fx.Node) -> Callable[..., Tensor] | None:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         return written(*args, **kwargs)
 
-    if written is not target:
+    if getattr(written, "__self__", None) is not node.target:
         return definition
     return make_fx(definition, tracing_mode="real")(*(s.meta["val"] for s in node.all_input_nodes))  # after dispatch
 
@@ -300,7 +297,8 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
         raise _mixes(node)
     tags = getattr(node.target, "tags", ())
     found: set[Place] = set()
-    for j, source in enumerate(operand_nodes(node) if is_floating(value) else node.all_input_nodes):
+    operands = operand_nodes(node)
+    for j, source in enumerate(node.all_input_nodes):
         if source not in a.tok or (j > 0 and op_name(node) in _shape_from_second):
             continue
         if is_detach(node):
@@ -308,14 +306,21 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
         elif torch.Tag.pointwise in tags or op_name(node) in _casts:
             place = a.places[source]
             found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
-        elif not is_floating(value):
-            raise _mixes(node)
+        elif source not in operands:
+            # An index of its own for each entry of the result stands where that entry does.
+            found.add(a.places[source] if op_name(node) == "gather" else None)  # type: ignore[arg-type]
         else:
-            call = a.call(node, env)
-            found |= carried_places(rules.derivative(call, j), a.places[source], W) or {None}  # type: ignore[arg-type]
+            for k in (k for k, operand in enumerate(operands) if operand is source):
+                found |= _carried(a.call(node, env), k, a.places[source], W) or {None}  # type: ignore[arg-type]
     if len(found) != 1 or None in found:
         raise _mixes(node)
     return found.pop()
+
+
+def _carried(call: rules.Call, operand: int, place: Place, W: int) -> set[Place]:
+    """Where an op carries the token index of an operand; empty if it loses it."""
+    known = rules.derivative(call, operand) if is_floating(call.out) else rules.reads(call, operand)
+    return set() if known is None else carried_places(known, place, W)
 
 
 def _mixes(node: fx.Node) -> DerivationError:

@@ -164,7 +164,7 @@ class DualformBlock(GradientCheckpointingLayer):
     def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
         cache: Any = None if past_key_values is None else past_key_values.layers[self.index]
         if cache is not None and cache.record_past:
-            cache.record(h.shape[1], lambda n: self.mix(h[:, :n], call.first(h[:, :n], cache), cache))
+            cache.record(h.shape[1], lambda own, n: self.mix(h[:, :n], call.first(h[:, :n], own), own))
         y = self.mix(h, call, cache)
         return y + self.mlp(self.ffn_norm(y))
 

@@ -55,13 +55,13 @@ class Rollback:
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.records: list[tuple[dict[str, Any], int, Callable[[int], object]]] = []
+        self.records: list[tuple[dict[str, Any], int, Callable[[Any, int], object]]] = []
 
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def record(self, num_columns: int, read_again: Callable[[int], object]) -> None:
-        """Say, before a call of so many columns, how to read its first ones again; kept only while recording."""
+    def record(self, num_columns: int, read_again: Callable[[Any, int], object]) -> None:
+        """Say, before a call of so many columns, how a cache (this one or a copy) reads its first ones again."""
         if self.record_past:
             held = {name: value for name, value in vars(self).items() if name not in ("records", "record_past")}
             self.records.append((held, num_columns, read_again))
@@ -81,7 +81,7 @@ class Rollback:
             held, num_columns, read_again = records.pop()
             vars(self).update(held)
             if n < num_columns:
-                read_again(num_columns - n)
+                read_again(self, num_columns - n)
             n -= min(n, num_columns)
         self.record_past = recording
 
@@ -256,6 +256,11 @@ def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, 
 
 def adopt(cache: Cache, kinds: list[str], window: int | None) -> None:
     """Put our layers in place of empty ones; refuse a cache that another model has filled."""
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values: is a {type(cache).__name__}; expected a Cache. Pass what this model returned as past_key_values, "
+            "or DynamicCache(config=model.config)."
+        )
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for i, kind in enumerate(kinds):
         wanted = FastWeightCache if kind == "test_time" else DocumentCache

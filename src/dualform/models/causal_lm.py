@@ -5,6 +5,7 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from dualform.models.attention import Attention
 from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
 from dualform.models.cache import Rollback, adopt
 from dualform.models.configuration import DualformConfig
+from dualform.models.weight_files import check_weights
 
 
 class DualformPreTrainedModel(PreTrainedModel):
@@ -38,6 +40,14 @@ class DualformPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DualformBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": DualformBlock, "attentions": Attention}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, from safetensors only: pickles are refused, damaged files named."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if folder.is_dir() and kwargs.get("state_dict") is None:
+            check_weights("from_pretrained", folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv1d):
@@ -107,7 +117,7 @@ class DualformModel(DualformPreTrainedModel):
     Padding, left, right or in between, changes nothing for the tokens that are there; neither does the way a text is cut into
     calls. position_ids turn the queries and keys of attention layers only (default: the number of tokens before, padding not
     counted); test-time layers turn theirs by the place in the mini-batch, which they carry. Without a mask and a cache, a
-    position 0 inside a row starts a new document, as `reset` does.
+    position 0 inside a row starts a new document, as `reset` does, and so do the inner entries of cu_seq_lens_q.
     Shape:  input_ids (B, T) or inputs_embeds (B, T, hidden), attention_mask (B, T or past + T), position_ids (B or 1, T),
             reset (B, T) bool -> last_hidden_state (B, T, hidden); if asked for, hidden_states, one more than layers, and
             attentions, one per attention layer (B, heads, T, columns in its cache + T). What padding outputs is not defined.
@@ -153,6 +163,9 @@ class DualformModel(DualformPreTrainedModel):
         if past_key_values is not None:
             adopt(past_key_values, kinds, self.config.sliding_window)
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        if (ends := kwargs.get("cu_seq_lens_q")) is not None:
+            starts = packed_starts(torch.as_tensor(ends, device=inputs_embeds.device), *inputs_embeds.shape[:2])
+            reset = starts if reset is None else reset.bool() | starts
         call = self._call(inputs_embeds, attention_mask, position_ids, past_key_values, reset, with_weights)
         h = inputs_embeds
         for layer in self.layers:
@@ -246,8 +259,11 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             reset=reset,
             **kwargs,
         )
+        h = body.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(body.last_hidden_state[:, kept])
+        if kept != slice(0, None) and attention_mask is not None:
+            h = onto_padding(h, attention_mask[:, -h.shape[1] :])
+        logits = self.lm_head(h[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -278,6 +294,12 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             inputs["reset"] = F.pad(part, (0, T - part.shape[1]))
         return inputs
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        # transformers counts on from the last column, and puts padding there at 0.
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return cast("Any", super())._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -299,7 +321,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """Refuse token ids that the embedding has no row for (not under torch.compile, which must not wait for values)."""
-    if ids.ndim != 2 or ids.is_floating_point():
+    if ids.ndim != 2 or ids.dtype not in (torch.long, torch.int):
         raise ValueError(
             f"DualformModel: input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected (batch, tokens) of whole "
             "numbers. Pass what the tokenizer returns with return_tensors='pt'."
@@ -312,6 +334,23 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
             f"DualformModel: input_ids holds {low if low < 0 else high}; expected ids in 0 ... vocab_size - 1 = {vocab_size - 1}. "
             "Use the tokenizer that the model was trained with."
         )
+
+
+def packed_starts(ends: Tensor, B: int, T: int) -> Tensor:
+    """Return where documents of one packed row start, (1, T) bool, from its cumulative lengths 0, ..., T (n + 1,)."""
+    if B != 1 or ends.ndim != 1 or ends.numel() < 2:
+        raise ValueError(
+            f"DualformModel: cu_seq_lens_q has shape {tuple(ends.shape)} with batch = {B}; expected (documents + 1,) and one "
+            "packed row, batch = 1. Pass reset (batch, tokens) for more rows."
+        )
+    return (torch.arange(T, device=ends.device) == ends[1:-1, None]).any(0)[None]
+
+
+def onto_padding(h: Tensor, mask: Tensor) -> Tensor:
+    """Give padding (B, T) what the last token before it says, so that right-padded prompts go on from their own ends."""
+    column = torch.arange(h.shape[1], device=h.device).expand(mask.shape)
+    last = torch.where(mask.bool(), column, 0).cummax(1).values
+    return h.gather(1, last[..., None].expand_as(h))
 
 
 def new_columns(mask: Tensor | None, B: int, T: int, seen: int) -> Tensor | None:

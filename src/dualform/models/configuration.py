@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
@@ -16,6 +16,9 @@ from dualform.models.presets import inner, presets
 
 layer_kinds = ("test_time", "full_attention", "sliding_attention")
 specs = {"learner": learners, "objective": objectives, "rule": rules}
+# A Trainer that resumes reads config.json with transformers' own class, which must know our kind of layer (as its caches do).
+for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
+    setattr(configuration_utils, _name, (*getattr(configuration_utils, _name, ()), "test_time"))
 # Integers that a JSON or TOML file may write for a number that is not whole by nature.
 _floats = ("rope_theta", "rms_norm_eps", "initializer_range")
 
@@ -78,6 +81,15 @@ class DualformConfig(PreTrainedConfig):
             setattr(self, name, float(value) if name in _floats and type(value) is int else value)
         self.__post_init__(**given)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what `to_dict` wrote; refuse another model's, whose fields would silently become defaults here."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            advice = "Convert it: `python -m dualform convert FOLDER NEW`" if kind == "ttt" else "Use AutoConfig"
+            raise ValueError(f"DualformConfig: model_type is {kind!r}; expected {cls.model_type!r}. {advice}.")
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         for name, catalogue in specs.items():
             setattr(self, name, catalogue.build(getattr(self, name)).to_json())
@@ -115,6 +127,14 @@ class DualformConfig(PreTrainedConfig):
         for name in (*sizes, "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a whole number >= 1.")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a finite number > 0.")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"DualformConfig: pad_token_id is {self.pad_token_id}; expected an id of the embedding, at most vocab_size - 1 = "
+                f"{self.vocab_size - 1}, or None. Change one of the two."
+            )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"DualformConfig: hidden_size is {self.hidden_size} with num_attention_heads = "

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 
 from dualform.models.causal_lm import DualformForCausalLM
 from dualform.models.configuration import DualformConfig
 from dualform.models.official import Layout, assemble, layout_of, load_official, rename, to_official
 from dualform.models.official_config import CheckpointError
 from dualform.models.translate import from_jax, from_kernels
-
-pickles = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+from dualform.models.weight_files import no_weights, pickles, read_safetensors, refuse_pickle
 
 
 class Loaded(NamedTuple):
@@ -50,7 +48,7 @@ def read_folder(path: str | Path) -> Loaded:
     """
     folder = model_folder(path)
     if folder.suffix in pickles:
-        _refuse_pickle(folder)
+        refuse_pickle("read_folder", folder)
     config = _json(folder / "config.json")
     tensors = _tensors(folder)
     layout = layout_of(tensors)
@@ -89,7 +87,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
         wanted, files = {}, sorted(folder.glob("*.safetensors"))
     tensors: dict[str, Any] = {}
     for file in files:
-        tensors |= _safetensors(file)
+        tensors |= read_safetensors("read_folder", file)
     if lost := sorted(wanted.keys() - tensors.keys()):
         raise CheckpointError(
             f"read_folder: {index.name} lists {lost[0]} in {wanted[lost[0]]}, which does not hold it; expected all of its "
@@ -98,23 +96,8 @@ def _tensors(folder: Path) -> dict[str, Any]:
     for file in [] if files else sorted(folder.glob("*.npz")):
         tensors |= _npz(file)
     if not tensors:
-        for file in sorted(folder.iterdir()):
-            if file.suffix in pickles:
-                _refuse_pickle(file)
-        raise CheckpointError(
-            f"read_folder: {folder} holds no weights; expected *.safetensors (or *.npz of ttt-lm-jax) beside config.json."
-        )
+        no_weights("read_folder", folder, also=" (or *.npz of ttt-lm-jax)")
     return tensors
-
-
-def _safetensors(file: Path) -> dict[str, Any]:
-    try:
-        with safe_open(str(file), "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"read_folder: {file} cannot be read ({error}); expected a whole safetensors file. Copy it again."
-        ) from None
 
 
 def _npz(file: Path) -> dict[str, Any]:
@@ -140,12 +123,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"read_folder: {file} holds a {type(document).__name__}; expected a JSON object.")
     return document
-
-
-def _refuse_pickle(file: Path) -> NoReturn:
-    raise CheckpointError(
-        f"read_folder: {file} is a pickle, which can run code when it is read; expected safetensors. Convert it where you "
-        'trust it: state_dict = torch.load("'
-        f'{file.name}", weights_only=True); safetensors.torch.save_file({{name: x.clone() for name, x in '
-        'state_dict.items()}, "model.safetensors").'
-    )

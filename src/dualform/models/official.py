@@ -289,11 +289,13 @@ def rename(
     _check_keys(function, tensors, {name: p[source] for name, p in table.items()}, config)
     for name, places in table.items():
         x, place = tensors[name], places[source]
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            what = f"dtype {x.dtype}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_meta:
+            what, advice = f"type {type(x).__name__}", "Convert it: torch.as_tensor(x)"
+            if isinstance(x, Tensor):
+                what, advice = f"dtype {x.dtype}", "Convert it: x.float(), if these are its numbers"
+                what, advice = ("no numbers, device meta", "Load the weights first") if x.is_meta else (what, advice)
             raise CheckpointError(
-                f"{function}: {name} has {what}; expected a tensor of floating point numbers, {place.describe(sizes)}. "
-                "Convert it, as in torch.as_tensor(x)."
+                f"{function}: {name} has {what}; expected a tensor of floating point numbers, {place.describe(sizes)}. {advice}."
             )
     wrong = [
         f"{name} has shape {tuple(tensors[name].shape)}; expected {p[source].describe(sizes)}"
@@ -321,11 +323,15 @@ def _check_keys(function: str, tensors: Mapping[str, Any], table: Mapping[str, P
         return
     found = [f"lacks {_some(missing)}"] if missing else []
     found += [f"holds {_some(extra)}, which no tensor of that model is called"] if extra else []
+    wrappers = {name.removesuffix(known) for name in tensors for known in table if name.endswith("." + known)}
+    advice = "Check the config, or the file."
+    if missing and len(wrappers) == 1:  # DistributedDataParallel's or torch.compile's
+        advice = f"Take the wrapper {wrappers.pop()!r} from the names: name.removeprefix(...)."
     fields = write_config(config)
     options = ", ".join(f"{name} = {fields[name]!r}" for name in _shaping)
     raise CheckpointError(
         f"{function}: state_dict {' and '.join(found)}; expected the {len(table)} tensors of a model with {options}. "
-        "Check the config, or the file."
+        f"{advice}"
     )
 
 

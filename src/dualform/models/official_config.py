@@ -98,7 +98,7 @@ def read_config(config: Mapping[str, Any]) -> DualformConfig:
 
 def _types(default: Any, name: str) -> tuple[type, ...]:
     if name.endswith("_token_id"):
-        return int, list, type(None)
+        return (int, list, type(None)) if name == "eos_token_id" else (int, type(None))
     return (float, int) if isinstance(default, float) else (type(default),)
 
 

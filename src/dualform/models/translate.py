@@ -104,6 +104,10 @@ def to_jax(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
             "no other backbone."
         )
     flat = rename("to_jax", state_dict, ours, "official", "jax")
+    if any(x.dtype == torch.bfloat16 for x in flat.values()):
+        raise CheckpointError(
+            "to_jax: state_dict is torch.bfloat16, which numpy lacks; expected float32. Cast it: x.float()."
+        )
     if ours.tie_word_embeddings:
         flat.pop("lm_head/kernel", None)
     params: dict[str, Any] = {}

@@ -1,0 +1,171 @@
+"""Second derivatives: the derivative of a structured derivative, factor by factor, so that its deltas stay.
+
+d (c A B) / dx = c (dA/dx) B + c A (dB/dx)        A, B: tensors that a traced graph makes of the inputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dualform.calculus.collapse import tidy
+from dualform.calculus.compose import compose_terms
+from dualform.calculus.explain import Explanation
+from dualform.calculus.identities import canonical_graph
+from dualform.calculus.jacobian import Given, Wrt
+from dualform.calculus.normal import normalised
+from dualform.calculus.notation import Formula
+from dualform.calculus.program import Program, outputs, run
+from dualform.calculus.rules import derivative as local_derivative
+from dualform.calculus.story import Story
+from dualform.calculus.structure import Derivative
+from dualform.calculus.terms import Factor, Term
+from dualform.calculus.traced import Point, Skeleton, tensors_of
+from dualform.shapes import fail
+
+
+def hessian(f: Callable[..., Any], *args: Any, wrt: Wrt = 0, **kwargs: Any) -> Any:
+    """Differentiate a torch function twice, keeping the structure.
+
+    H[out..., in..., in'...] = d^2 f[out...] / d args[wrt][in...] d args[wrt][in'...]
+    Shape:  f gives one tensor; H.out_shape = out_shape + in_shape, H.in_shape = in_shape. A tuple `wrt` gives a tuple of
+            tuples of mixed partials, an argument that is a tree a tree of trees.
+    Dtype:  the result's. For a scalar f, `H.is_symmetric` and H[a][b] is H[b][a].T, the same numbers.
+    Raises: as `jacobian`; ValueError if f gives more than one tensor.
+    Example:
+        >>> import torch
+        >>> H = hessian(lambda x: (x * x).sum(), torch.ones(3))
+        >>> print(H.structure, H.nbytes, H.is_symmetric)
+        J[i,j] = 2 δ(i,j) 0 True
+    """
+    given = Given(f, args, kwargs)
+    chosen = given.chosen("hessian", wrt)
+    at = given.traced(None)
+    if len(at.traced.out_values) != 1:
+        what = f"returns {len(at.traced.out_values)} tensors"
+        fail("hessian", "f", what, "one tensor", "Choose one of them.", ValueError)
+    scalar = at.traced.out_values[0].ndim == 0
+    found: dict[tuple[int, int], Derivative] = {}
+
+    def block(first: int, second: int) -> Derivative:
+        if scalar and (second, first) in found:
+            mirrored = found[second, first]
+            return mirrored if first == second else mirrored.T
+        return found.setdefault((first, second), _block(given, at, first, second, scalar and first == second))
+
+    def rows(first: Any, second: Any) -> Any:
+        return pytree.tree_map(lambda a: pytree.tree_map(partial(block, a), second), first)
+
+    if isinstance(wrt, tuple):
+        return tuple(tuple(rows(a, b) for b in chosen) for a in chosen)
+    return rows(chosen[0], chosen[0])
+
+
+def _block(given: Given, at: Point, first: int, second: int, symmetric: bool) -> Derivative:
+    route = Second(at, first, second, partial(_gradient_story, given, at, first, second))
+    out, x, y = at.traced.out_values[0], at.inputs[first], at.inputs[second]
+    return Derivative(
+        route.terms, (*out.shape, *x.shape), y.shape, out.dtype, x.device, route=route, symmetric=symmetric
+    )
+
+
+class Second:
+    """The route of a second derivative: its terms, and its account as the derivative of the gradient."""
+
+    def __init__(self, point: Point, first: int, second: int, story: Callable[[], Story]) -> None:
+        self.point = point
+        self.first = first
+        self.second = second
+        self.story = story
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The function's inputs and the tensors that it closes over, by name."""
+        return dict(zip(self.point.traced.input_names, self.point.inputs, strict=True))
+
+    def terms(self) -> tuple[Term, ...]:
+        """The second derivative as a sum of terms."""
+        self.point.check()
+        traced = self.point.traced
+        slope = traced.always(("slope", self.first), lambda: _slope(self.point, self.first))
+        return traced.terms(("second", self.first, self.second), partial(self._differentiated, slope), self.point)
+
+    def _differentiated(self, slope: Skeleton, inputs: Sequence[Tensor]) -> Sequence[Term]:
+        traced = self.point.traced
+        values = run(slope.graph, inputs)
+        like = traced.out_values[0]
+        blank = torch.empty((), dtype=like.dtype, device=like.device)
+        made = [values[node] for node in outputs(slope.graph)]
+        moved: dict[int, Sequence[Term]] = {}
+        total: list[Term] = []
+        for term, places in zip(slope.terms, slope.places, strict=True):
+            at = iter(places)
+            filled = [_with_tensor(f, made, at) for f in term.factors]
+            for k, (f, place) in enumerate(filled):
+                if not isinstance(f, Factor) or place is None:
+                    continue
+                if place not in moved:
+                    program = Program(slope.graph, values, self.second, local_derivative, traced.input_names, place)
+                    moved[place] = program.terms()
+                others = tuple(g for j, (g, _) in enumerate(filled) if j != k)
+                outer = Term(term.coef, others, (*term.out, *term.inn), tuple((x,) for x in f.labels))
+                total += [t for inner in moved[place] if (t := compose_terms(outer, inner)) is not None]
+        return tidy(total, blank)
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """Apply the adjoint by the terms."""
+        return self._plain(g, "vjp")
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Apply the second derivative by the terms."""
+        return self._plain(v, "jvp")
+
+    def _plain(self, seed: Tensor, way: str) -> Tensor:
+        at = self.point
+        out, x, y = at.traced.out_values[0], at.inputs[self.first], at.inputs[self.second]
+        return getattr(Derivative(self.terms(), (*out.shape, *x.shape), y.shape, out.dtype, x.device), way)(seed)
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """The account of the derivative of the gradient."""
+        return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
+
+
+def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:
+    """A factor with its tensor at the point, and which result of the graph that is."""
+    if not tensors_of([Term(1.0, (f,), (), ())])[0]:
+        return f, None
+    place = next(at)
+    if isinstance(f, Factor):
+        return Factor(made[place], f.labels, f.name), place
+    return Skeleton((Term(1.0, (f,), (), ()),), ((place,),), lambda: made, None).filled([])[0].factors[0], place  # type: ignore[arg-type]
+
+
+def _slope(point: Point, source: int) -> Skeleton:
+    """The first derivative without numbers, its graph in canonical form."""
+    traced = point.traced
+
+    def compute(inputs: Sequence[Tensor]) -> Sequence[Term]:
+        return traced.program(inputs, 0, source).terms()
+
+    found = Skeleton.of(compute, point.inputs)
+    return Skeleton(found.terms, found.places, found.values, canonical_graph(normalised(found.graph)))
+
+
+def _gradient_story(given: Given, at: Point, first: int, second: int) -> Story:
+    """The account of the derivative of the gradient (of the sum of the results, if f gives several numbers)."""
+    gm = at.traced.gradient(first, at.inputs)
+    constants = at.inputs[len(given.tensors) :]
+
+    def gradient(*tensors: Tensor) -> Tensor:
+        return gm(*tensors, *constants)
+
+    return Story(gradient, given.tensors, second, given.names, None)

@@ -1,0 +1,335 @@
+"""A function traced once for its shapes: what of its derivatives does not depend on values is made once and kept.
+
+The first use of a derivative interprets the graph; from the second on, a straight-line program made from the same rules runs
+(`linear.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and devices; never values of
+tensors, and never identity alone. At most `CACHE_SIZE` are kept, the least recently used goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils import _pytree as pytree
+
+from dualform.calculus.canonical import settled
+from dualform.calculus.explain import Explanation
+from dualform.calculus.fingerprint import Fingerprint
+from dualform.calculus.identities import canonical_graph
+from dualform.calculus.linear import Split, runnable, split, straight
+from dualform.calculus.notation import Formula
+from dualform.calculus.program import Program, name_nodes, outputs, run
+from dualform.calculus.rules import derivative as local_derivative
+from dualform.calculus.story import Story
+from dualform.calculus.structure import Derivative
+from dualform.calculus.terms import Term
+from dualform.calculus.trace import trace
+from dualform.shapes import fail
+
+TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
+
+# A rule that reads values cannot be written down for all values: it is interpreted each time.
+_READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+CACHE_SIZE = 256
+_kept: OrderedDict[Hashable, Traced] = OrderedDict()
+
+
+def clear_cache() -> None:
+    """Forget all traces.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    _kept.clear()
+
+
+def cache_size() -> int:
+    """How many traces are kept.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    return len(_kept)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A sum of terms without its numbers: the factors' tensors are results of `values(*inputs)`, by position."""
+
+    terms: tuple[Term, ...]
+    places: tuple[tuple[int, ...], ...]
+    values: Callable[..., tuple[Tensor, ...]]
+    graph: fx.GraphModule
+
+    @staticmethod
+    def of(compute: TermsAt, inputs: Sequence[Tensor]) -> Skeleton:
+        """Make the terms on stand-ins, and write down how their tensors come from the inputs."""
+        terms: list[Term] = []
+
+        def tensors(*given: Tensor) -> tuple[Tensor, ...]:
+            terms[:] = settled(compute(given))
+            return tuple(_distinct(terms).values())
+
+        gm = straight(tensors, *inputs)
+        position = {key: k for k, key in enumerate(_distinct(terms))}
+        places = tuple(tuple(position[id(t)] for t in found) for found in tensors_of(terms))
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(gm.graph, {}))
+        return Skeleton(tuple(terms), places, runnable(copy, gm), gm)
+
+    def filled(self, inputs: Sequence[Tensor]) -> tuple[Term, ...]:
+        """The terms at a point."""
+        made = self.values(*inputs)
+        found = []
+        for term, places in zip(self.terms, self.places, strict=True):
+            at = iter(places)
+            factors = [_refilled(f, made, at) for f in term.factors]
+            found.append(Term(term.coef, tuple(factors), term.out, term.inn))
+        return tuple(found)
+
+
+def _held(f: Any) -> str | None:
+    """The field in which a factor or a relation holds a tensor."""
+    return next((name for name in ("tensor", "index") if isinstance(getattr(f, name, None), Tensor)), None)
+
+
+def _refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> Any:
+    held = _held(f)
+    return f if held is None else replace(f, **{held: made[next(at)]})
+
+
+def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
+    """The tensors of each term's factors and relations, in order."""
+    return [[getattr(f, held) for f in term.factors if (held := _held(f)) is not None] for term in terms]
+
+
+def _distinct(terms: Sequence[Term]) -> dict[int, Tensor]:
+    return {id(t): t for found in tensors_of(terms) for t in found}
+
+
+class Traced:
+    """A function's graph; its inputs are the tensors among the arguments, then the tensors that it closes over."""
+
+    def __init__(
+        self, f: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], known: Fingerprint
+    ) -> None:
+        self.spec: Any = None
+
+        def flat(*given: Tensor) -> Any:
+            result = f(*given)
+            for path, leaf in pytree.tree_flatten_with_path(result)[0]:
+                if not isinstance(leaf, Tensor):
+                    _refuse_result(leaf, path)
+            leaves, self.spec = pytree.tree_flatten(result)
+            return tuple(leaves)
+
+        gm = trace(flat, *tensors)
+        self.slots, constants, made = _lifted(gm, known)
+        self.gm = canonical_graph(gm)
+        self.is_cacheable = made
+        self.input_names = [*names, *constants]
+        self.names = name_nodes(self.gm, self.input_names)
+        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm)]
+        _refuse_steps(outputs(self.gm))
+        self.uses: dict[tuple, int] = {}
+        self.made: dict[tuple, Any] = {}
+
+    def program(self, values: Any, output: int, source: int) -> Program:
+        """The graph of local derivatives from one input to one result."""
+        return Program(self.gm, values, source, local_derivative, self.names, output)
+
+    def again(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """From the second use of `key` on, what `make` makes, made once; None at the first use."""
+        if key not in self.made:
+            self.uses[key] = self.uses.get(key, 0) + 1
+            if self.uses[key] < 2:
+                return None
+            try:
+                self.made[key] = make()
+            except _READS_VALUES:
+                self.made[key] = None
+        return self.made[key]
+
+    def always(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` makes, made once."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def gradient(self, source: int, inputs: Sequence[Tensor]) -> fx.GraphModule:
+        """The graph of the gradient of the first result's sum."""
+
+        def compute(*given: Tensor) -> Tensor:
+            program = self.program(given, 0, source)
+            return program.vjp(torch.ones_like(program.values[program.output]))
+
+        return self.always(("gradient", source), lambda: straight(compute, *inputs))
+
+    def linear(self, kind: str, output: int, source: int, inputs: Sequence[Tensor]) -> Split | None:
+        """The vjp or jvp as two straight-line programs."""
+
+        def make() -> Split:
+            like = self.out_values[output] if kind == "vjp" else inputs[source]
+            seed = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+            def compute(seed: Tensor, *given: Tensor) -> Tensor:
+                return getattr(self.program(given, output, source), kind)(seed)
+
+            return split(compute, seed, *inputs)
+
+        return self.again((kind, output, source), make)
+
+    def terms(self, key: tuple, compute: TermsAt, point: Point) -> tuple[Term, ...]:
+        """A sum of terms at a point: computed at the first use of `key`, from then on filled in."""
+        made = self.again(key, lambda: Skeleton.of(compute, point.inputs)) if point.is_plain else None
+        return settled(compute(point.inputs)) if made is None else made.filled(point.inputs)
+
+
+def _refuse_result(leaf: Any, path: Any) -> None:
+    where = pytree.keystr(path)
+    what = f"returns {type(leaf).__name__}{f' at {where}' if where else ''}"
+    fail("jacobian", "f", what, "tensors, or a dict, tuple or list of them", "Return tensors alone.")
+
+
+def _refuse_steps(results: Sequence[fx.Node]) -> None:
+    """Results of integers or bools alone move in steps: there is no derivative that says anything."""
+    if results and not any(node.meta["val"].is_floating_point() for node in results):
+        dtype, made = results[0].meta["val"].dtype, getattr(results[0].target, "_opname", results[0].name)
+        advice = (
+            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
+        )
+        fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
+
+
+def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
+    """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself), and its name."""
+    slot: dict[int, Any] = {id(t): k for k, t in enumerate(known.tensors)}
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    slots: list[int | Tensor] = []
+    names: list[str] = []
+    nodes: dict[int, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(gm, str(node.target))
+        if id(value) not in nodes:
+            with gm.graph.inserting_after(last):
+                last = nodes[id(value)] = gm.graph.placeholder(f"constant{len(nodes)}")
+            last.meta["val"] = node.meta.get("val", value)
+            slots.append(slot.get(id(value), value))
+            names.append((known.names[slot[id(value)]] if id(value) in slot else "") or f"c{len(nodes)}")
+        node.replace_all_uses_with(nodes[id(value)])
+        gm.graph.erase_node(node)
+    return slots, names, known.key is not None and all(isinstance(s, int) for s in slots)
+
+
+def traced(
+    key: Fingerprint, flat: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str]
+) -> tuple[Traced, list[Tensor]]:
+    """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    found = _kept.get(key.key) if key.key is not None and plain else None
+    if found is None:
+        found = Traced(flat, tensors, names, key)
+        if plain and found.is_cacheable:
+            _kept[key.key] = found
+            while len(_kept) > CACHE_SIZE:
+                _kept.popitem(last=False)
+    else:
+        _kept.move_to_end(key.key)
+    return found, [key.tensors[s].detach() if isinstance(s, int) else s.detach() for s in found.slots]
+
+
+class Point:
+    """The tensors at which a function is differentiated; what its graph makes of them is made when asked for."""
+
+    def __init__(self, traced: Traced, inputs: Sequence[Tensor]) -> None:
+        self.traced = traced
+        self.inputs = list(inputs)
+        self.versions = [_version(t) for t in inputs]
+
+    @cached_property
+    def values(self) -> dict[fx.Node, Any]:
+        return run(self.traced.gm, self.inputs)
+
+    @property
+    def is_plain(self) -> bool:
+        return all(type(t) is Tensor and t.device.type != "meta" for t in self.inputs)
+
+    def check(self) -> None:
+        """Refuse to go on from tensors that are not what they were."""
+        for name, t, version in zip(self.traced.input_names, self.inputs, self.versions, strict=True):
+            if _version(t) != version:
+                advice = "Differentiate again, or differentiate a clone."
+                fail(
+                    "Derivative", name, "was changed in place since", "the tensor differentiated at", advice, ValueError
+                )
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+class Applied:
+    """The route of a derivative that a traced function has at a point."""
+
+    def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
+        self.point = point
+        self.output = output
+        self.source = source
+        self.story = story
+        self._prepared: dict[str, tuple[Tensor, ...]] = {}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The function's inputs and the tensors that it closes over, by name."""
+        return dict(zip(self.point.traced.input_names, self.point.inputs, strict=True))
+
+    @cached_property
+    def _program(self) -> Program:
+        return self.point.traced.program(self.point.values, self.output, self.source)
+
+    def terms(self) -> tuple[Term, ...]:
+        """The derivative as a sum of terms."""
+        self.point.check()
+        point, key = self.point, ("terms", self.output, self.source)
+
+        def compute(inputs: Sequence[Tensor]) -> Sequence[Term]:
+            values = point.values if inputs is point.inputs else inputs
+            return point.traced.program(values, self.output, self.source).terms()
+
+        return point.traced.terms(key, compute, point)
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """Pull back along the graph."""
+        return self._apply("vjp", g)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Push forward along the graph."""
+        return self._apply("jvp", v)
+
+    def _apply(self, kind: str, seed: Tensor) -> Tensor:
+        self.point.check()
+        point = self.point
+        made = point.traced.linear(kind, self.output, self.source, point.inputs) if point.is_plain else None
+        if made is None:
+            return getattr(self._program, kind)(seed)
+        if kind not in self._prepared:
+            self._prepared[kind] = made.prepare(*point.inputs)
+        return made.apply(seed, *self._prepared[kind])
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """The account of the derivative."""
+        return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)

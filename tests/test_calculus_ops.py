@@ -1,0 +1,135 @@
+"""Functions as people write them: exact, and with their structure kept. A dense fallback among them is a bug.
+
+Each stands for a group of ops of the issue's list; `stored` bounds the numbers kept, as a share of the dense derivative.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualform.calculus import jacobian, rules
+
+torch.manual_seed(0)
+IMAGE = torch.rand(2, 4, 6, 6, dtype=torch.float64) * 0.6 + 0.3
+M = IMAGE[0, 0].clone()
+V = M[0].clone()
+P = M @ M.T + 6 * torch.eye(6, dtype=torch.float64)
+CLASSES = torch.tensor([1, 2, 0, 1, 2, 3])
+MASK = M > 0.5
+ROW = MASK[0].clone()
+SEEN = torch.eye(4).bool() | (torch.rand(4, 4) > 0.5)
+LINE = IMAGE[:, :, 0].clone()
+KERNEL = torch.rand(4, 2, 3, dtype=torch.float64)
+
+
+def built(module: nn.Module) -> nn.Module:
+    return module.double().eval()
+
+
+def written(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 2] = 0.0
+    y[1:, :2] += x[:-1, 1:3]
+    y[y > 0.8] = 0.5
+    y[torch.tensor([1, 3])] = x[0] * 2
+    y.mul_(x).add_(1.0).clamp_(max=1.4)
+    return y
+
+
+bilinear = built(nn.Bilinear(6, 6, 3))
+# What is to keep at most this share of the dense derivative's numbers: (share, function, argument).
+FUNCTIONS: dict[str, tuple[float, Callable[[Tensor], Tensor], Tensor]] = {
+    "conv1d": (0.1, built(nn.Conv1d(4, 3, 3, stride=2, padding=1, dilation=2)), LINE),
+    "conv1d groups": (0.1, built(nn.Conv1d(4, 6, 2, groups=2)), LINE),
+    "conv1d same": (0.1, built(nn.Conv1d(4, 2, 4, padding="same")), LINE),
+    "conv1d circular": (0.1, built(nn.Conv1d(4, 3, 3, padding=2, padding_mode="circular")), LINE),
+    "conv1d reflect": (0.1, built(nn.Conv1d(4, 3, 3, padding=2, padding_mode="reflect")), LINE),
+    "conv1d by weight": (0.3, lambda w: F.conv1d(LINE, w, groups=2, padding=1), KERNEL),
+    "conv2d": (0.1, built(nn.Conv2d(4, 3, (2, 3), stride=(2, 1), padding=(1, 0))), IMAGE),
+    "conv2d of itself": (0.9, lambda x: F.conv2d(x, x[:, :, :3, :3]), IMAGE[:1, :2, :4, :4].clone()),
+    "conv3d": (0.2, built(nn.Conv3d(1, 2, 2)), IMAGE[:, None, :3, :3, :3].clone()),
+    "transposed": (0.1, built(nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1)), IMAGE[:1, :, :3, :3].clone()),
+    "max pool": (0.05, lambda x: F.max_pool2d(x, 2), IMAGE), "average pool": (0, lambda x: F.avg_pool2d(x, 3, 2, 1), IMAGE),
+    "lp pool": (0.1, lambda x: F.lp_pool1d(x, 2, 2), LINE), "adaptive pool": (0.1, lambda x: F.adaptive_avg_pool2d(x, (3, 4)), IMAGE),
+    "adaptive max": (0.05, lambda x: F.adaptive_max_pool1d(x, 4), LINE), "unfold": (0, lambda x: F.unfold(x, 2), IMAGE),
+    "fold": (0, lambda x: F.fold(x.reshape(1, 4, 9), 4, 2), M), "windows": (0, lambda x: x.unfold(0, 3, 2), M),
+    "group norm": (0.05, built(nn.GroupNorm(2, 4)), IMAGE), "layer norm": (0.2, built(nn.LayerNorm(6)), M),
+    "rms norm": (0.2, built(nn.RMSNorm(6)), M), "batch norm": (0.01, built(nn.BatchNorm2d(4)), IMAGE),
+    "instance norm": (0.05, built(nn.InstanceNorm2d(4, affine=True)), IMAGE), "local response": (0.05, lambda x: F.local_response_norm(x, 2), IMAGE),
+    "normalize": (0.2, lambda x: F.normalize(x, dim=-1), M), "normalize p": (0.2, lambda x: F.normalize(x, p=3, dim=0), M),
+    "weight norm": (0.5, lambda x: torch._weight_norm(x, x[:, :1]), M), "softmax": (0.1, lambda x: x.softmax(0), M),
+    "log softmax": (0.1, lambda x: F.log_softmax(x, -1), M), "softmin": (0.1, lambda x: F.softmin(x, -1), M),
+    "glu": (0.1, F.glu, M), "prelu": (0.1, built(nn.PReLU(4)), IMAGE), "gelu": (0.1, F.gelu, M), "hardswish": (0.1, F.hardswish, M),
+    "bilinear": (0.3, lambda x: bilinear(x, x.tanh()), M), "einsum": (0.1, lambda x: torch.einsum("ij,...jk->...ik", x, IMAGE), M),
+    "cross entropy": (0.3, lambda x: F.cross_entropy(x, CLASSES, reduction="none"), M),
+    "cross entropy smoothed": (0.3, lambda x: F.cross_entropy(x, CLASSES, weight=V, label_smoothing=0.1, reduction="none"), M),
+    "cross entropy soft": (0.3, lambda x: F.cross_entropy(x, M.softmax(-1), reduction="none"), M),
+    "cross entropy ignored": (1, lambda x: F.cross_entropy(x, CLASSES, ignore_index=1), M), "nll": (1, lambda x: F.nll_loss(x, CLASSES), M),
+    "mse": (0.1, lambda x: F.mse_loss(x, M * 2, reduction="none"), M), "mse mean": (1, lambda x: F.mse_loss(x, M * 2), M),
+    "huber": (0.1, lambda x: F.huber_loss(x, M * 2, reduction="none", delta=0.3), M), "smooth l1": (1, lambda x: F.smooth_l1_loss(x, M * 2), M),
+    "l1": (1, lambda x: F.l1_loss(x, M * 2), M), "bce": (1, lambda x: F.binary_cross_entropy(x, M.sigmoid()), M),
+    "bce logits": (1, lambda x: F.binary_cross_entropy_with_logits(x, M.sigmoid()), M), "kl": (0.1, lambda x: F.kl_div(x, M, reduction="none"), M),
+    "cosine": (0.3, lambda x: F.cosine_similarity(x, M * 2 + 1), M), "distance": (0.3, lambda x: F.pairwise_distance(x, M * 2), M),
+    "triplet": (1, lambda x: F.triplet_margin_loss(x, M, M * 2), M), "margin": (1, lambda x: F.margin_ranking_loss(x, M, M), M),
+    "sort": (0.1, lambda x: x.sort(dim=0, descending=True)[0], M), "topk": (0.1, lambda x: x.topk(2)[0], M), "msort": (0.1, torch.msort, M),
+    "kth": (0.1, lambda x: x.kthvalue(2)[0], M), "median": (0.1, lambda x: x.median(0)[0], M), "cummax": (0.1, lambda x: x.cummax(-1)[0], M),
+    "max": (0.1, lambda x: x.max(0)[0], M), "aminmax": (0.3, lambda x: x.aminmax(dim=-1)[0], M), "amax": (0.3, lambda x: x.amax(-1), M),
+    "max of two": (0.1, lambda x: torch.max(x, M * 2 - 0.5), M), "quantile": (0.3, lambda x: x.quantile(0.3, -1), M),
+    "var mean": (0.3, lambda x: torch.var_mean(x, -1)[0], M), "std": (0.3, lambda x: x.std(0), M), "prod": (0.3, lambda x: x.prod(0), M),
+    "norm 1": (0.3, lambda x: x.norm(p=1, dim=-1), M), "norm inf": (0.3, lambda x: torch.linalg.vector_norm(x, float("inf"), -1), M),
+    "logsumexp": (0.3, lambda x: x.logsumexp(0), M), "cumsum": (0, lambda x: x.cumsum(0), M), "cumprod": (0.3, lambda x: x.cumprod(0), M),
+    "logcumsumexp": (0.3, lambda x: x.logcumsumexp(-1), M), "renorm": (0.2, lambda x: x.renorm(2, 0, 1), M), "diff": (0, lambda x: x.diff(n=2, dim=0), M),
+    "flip": (0, lambda x: x.flip(0, 1), M), "roll": (0, lambda x: x.roll((1, -2), (0, 1)), M), "rot90": (0, torch.rot90, M),
+    "tril": (0, lambda x: x.tril(-1), M), "triu": (0, lambda x: x.triu(1), M), "diagonal": (0, lambda x: x.diagonal(1), M), "trace": (0, torch.trace, M),
+    "diag embed": (0, lambda x: x.diag_embed(1), M), "tile": (0, lambda x: x.tile(2, 3), M), "repeat": (0, lambda x: x.repeat(2, 1, 2), M),
+    "repeat interleave": (0, lambda x: x.repeat_interleave(2, 1), M), "steps": (0, lambda x: x[1::2, :-1:3], M), "cat": (0, lambda x: torch.cat([x, x * 2]), M),
+    "stack": (0, lambda x: torch.stack([x, -x], 1), M), "hstack": (0, lambda x: torch.hstack([x, x[:, :2]]), M), "split": (0, lambda x: x.split([1, 5], 0)[1], M),
+    "chunk": (0, lambda x: x.chunk(4, -1)[2], M), "tensor split": (0, lambda x: x.tensor_split(4)[1], M), "unbind": (0, lambda x: x.unbind(1)[-1], M),
+    "pad": (0, lambda x: F.pad(x, (1, 2, -1, 0)), M), "pad reflect": (0.2, lambda x: F.pad(x, (2, 1), mode="reflect"), LINE),
+    "pad replicate": (0.2, lambda x: F.pad(x, (2, 1), mode="replicate"), LINE), "pad circular": (0.2, lambda x: F.pad(x, (2, 1), mode="circular"), LINE),
+    "broadcast": (0, lambda x: torch.broadcast_tensors(x, V)[0] + V[:, None], M[0]), "expand": (0, lambda x: x.expand(3, 6, 6), M[:1]),
+    "movedim": (0, lambda x: x.movedim((0, 1), (2, 3)), IMAGE), "reshape": (0, lambda x: x.reshape(4, 9).T.reshape(12, 3), M),
+    "unflatten": (0, lambda x: x.unflatten(1, (2, -1)), M), "pixel shuffle": (0, lambda x: F.pixel_shuffle(x, 2), IMAGE), "meshgrid": (0, lambda x: torch.meshgrid(x, x * 2, indexing="ij")[0] * 1, V),
+    "block diagonal": (0, lambda x: torch.block_diag(x, x * 2), M), "as strided": (0, lambda x: x.as_strided((3, 2), (1, 2)), M),
+    "gather": (0.2, lambda x: x.gather(1, CLASSES[:, None].expand(6, 2)), M), "take along": (0.1, lambda x: x.take_along_dim(CLASSES[:, None], 1), M),
+    "index": (0.1, lambda x: x[CLASSES, [0, 1, 2, 0, 1, -1]], M), "outer index": (0.1, lambda x: x[CLASSES[:3, None], CLASSES[None, 3:]], M),
+    "index between": (0.1, lambda x: x[:, CLASSES, 1:, CLASSES], IMAGE[:, :, :, :4]), "mask": (0.1, lambda x: x[MASK], M), "masked select": (0.1, lambda x: x.masked_select(ROW), M),
+    "index select": (0.1, lambda x: x.index_select(1, CLASSES), M), "embedding": (0.1, lambda x: F.embedding(CLASSES.reshape(2, 3), x), M),
+    "scatter": (0.1, lambda x: torch.zeros_like(M).scatter(1, CLASSES[:, None], x[:, :1]), M), "scatter add": (0.1, lambda x: torch.zeros_like(M).scatter_add(0, CLASSES[:, None].expand(6, 6), x), M),
+    "index add": (0.1, lambda x: x.index_add(0, CLASSES, x), M), "index copy": (0.1, lambda x: x.index_copy(0, torch.tensor([2, 0]), x[:2] * 2), M),
+    "where": (0.1, lambda x: torch.where(MASK, x, x * x), M), "masked fill": (0.1, lambda x: x.masked_fill(MASK, 0.0), M), "in place": (1, written, M),
+    "attention": (1, lambda x: F.scaled_dot_product_attention(x, x, M), M), "causal": (0.5, lambda x: F.scaled_dot_product_attention(x, LINE, LINE, is_causal=True), LINE),
+    "grouped queries": (0.9, lambda x: F.scaled_dot_product_attention(IMAGE, x, x, enable_gqa=True), IMAGE[:, :2].clone()),
+    "masked attention": (0.5, lambda x: F.scaled_dot_product_attention(x, LINE, LINE, SEEN), LINE),
+    "multihead": (0.5, lambda x: attend(x, x, x, need_weights=False)[0], LINE), "encoder layer": (1, built(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)), LINE[:, :2].clone()),
+    "gru": (0.3, built(nn.GRUCell(6, 5)), M), "lstm": (0.3, lambda x: remember(x)[0], M), "interpolate": (0.1, lambda x: F.interpolate(x, scale_factor=2), LINE),
+    "bilinear resize": (0.1, lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"), IMAGE[:1, :2].clone()), "kron": (0.1, lambda x: torch.kron(x, M[:2]), M),
+    "tensordot": (0.1, lambda x: torch.tensordot(x, IMAGE, dims=([1], [3])), M), "inner": (0.1, lambda x: torch.inner(x, M), M), "addmm": (0.1, lambda x: torch.addmm(x, M, M), M),
+    "inverse": (0.1, torch.linalg.inv, P), "solve": (0.1, lambda x: torch.linalg.solve(x, M), P), "triangular": (0.1, lambda x: torch.linalg.solve_triangular(x, M, upper=False), P),
+    "cholesky": (0.2, torch.linalg.cholesky, P), "slogdet": (1, lambda x: torch.linalg.slogdet(x)[1], P), "det": (1, torch.linalg.det, P), "multi dot": (0.1, lambda x: torch.linalg.multi_dot([M, x, M]), M),
+    "cdist": (0.3, lambda x: torch.cdist(x, M * 3 + 1), M), "power": (1, lambda x: torch.linalg.matrix_power(x, 3), M), "cross": (0.2, lambda x: torch.linalg.cross(x[:, :3], x[:, 3:]), M),
+}  # fmt: skip
+attend = built(nn.MultiheadAttention(6, 2, batch_first=True))
+remember = built(nn.LSTMCell(6, 5))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_is_exact_and_keeps_its_structure(name: str) -> None:
+    share, f, x = FUNCTIONS[name]
+    rules._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        J = jacobian(f, x)
+        found = J.dense()
+    assert not [w for w in caught if "derivative row" in str(w.message)]
+    expected = torch.func.jacrev(f, chunk_size=1)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert J.nbytes <= share * J.dense_nbytes
+    g = torch.rand_like(f(x))
+    torch.testing.assert_close(J.vjp(g), torch.tensordot(g, expected, g.ndim), rtol=1e-10, atol=1e-10)

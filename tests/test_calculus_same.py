@@ -1,0 +1,114 @@
+"""The same function has the same structure and stores the same bytes, in whatever way it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualform.calculus import jacobian
+
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+W = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+Y = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+ROW = W[:, 0].clone()
+
+
+def stable_softmax(x: Tensor) -> Tensor:
+    e = (x - x.max(-1, keepdim=True)[0].detach()).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+
+
+def attention(x: Tensor) -> Tensor:
+    weights = (x @ x.T / 2).softmax(-1)
+    return weights @ x
+
+
+def standard(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5)
+
+
+SAME: dict[str, list[Callable[[Tensor], Tensor]]] = {
+    "softmax": [
+        lambda x: x.softmax(-1), lambda x: x.exp() / x.exp().sum(-1, keepdim=True), stable_softmax,
+        lambda x: x.log_softmax(-1).exp(), lambda x: x.exp() * (1 / x.exp().sum(-1, keepdim=True)),
+        lambda x: x.exp() / x.exp().sum(-1)[:, None], lambda x: F.softmax(x + 3, 1), lambda x: x.T.softmax(0).T,
+    ],
+    "mean": [lambda x: x.mean(0), lambda x: x.sum(0) / 3, lambda x: x.sum(0) * (1 / 3), lambda x: (x / 3).sum(0)],
+    "transposed product": [
+        lambda x: (x @ W).T, lambda x: W.T @ x.T, lambda x: torch.einsum("ij,jk->ki", x, W), lambda x: F.linear(x, W.T).t(),
+    ],
+    "product": [
+        lambda x: x @ W, lambda x: torch.einsum("ij,jk->ik", x, W), lambda x: F.linear(x, W.T),
+        lambda x: (x[:, :, None] * W).sum(1), lambda x: torch.bmm(x[None], W[None])[0], lambda x: torch.tensordot(x, W, 1),
+        lambda x: torch.einsum("jk,ij->ik", W, x), lambda x: torch.addmm(torch.zeros(3, 5, dtype=x.dtype), x, W),
+    ],
+    "nothing": [
+        lambda x: x, lambda x: x.reshape(2, 6).reshape(3, 4), lambda x: x.reshape(12).view(3, 4), lambda x: x.T.T,
+        lambda x: x.permute(1, 0).permute(1, 0), lambda x: torch.cat([x[:1], x[1:]]), lambda x: torch.stack(x.unbind(1), 1),
+        lambda x: torch.cat(x.split(2, 1), 1), lambda x: x.flip(0).flip(0), lambda x: x.roll(1, 0).roll(-1, 0),
+        lambda x: 2 * x - x, lambda x: x + 0, lambda x: x.clone() * 1.0, lambda x: x[None].squeeze(0),
+        lambda x: F.pad(x, (1, 1))[:, 1:-1], lambda x: torch.stack([x[0], x[1], x[2]]),
+    ],
+    "twice": [lambda x: x + x, lambda x: 2 * x, lambda x: x * 2, lambda x: x / 0.5, lambda x: 3 * x - x, lambda x: -(-2 * x)],
+    "broadcast add": [
+        lambda x: x[0] + W.T, lambda x: x[0].expand(5, 4) + W.T, lambda x: x[0].repeat(5, 1) + W.T, lambda x: x[0][None] + W.T,
+    ],
+    "permute": [
+        lambda x: x.reshape(3, 2, 2).permute(2, 1, 0), lambda x: x.reshape(3, 2, 2).permute(0, 2, 1).permute(1, 2, 0),
+        lambda x: x.reshape(3, 2, 2).transpose(0, 2), lambda x: x.reshape(3, 2, 2).movedim(0, 2).transpose(0, 1),
+    ],
+    "square": [
+        lambda x: x * x, lambda x: x**2, lambda x: x.square(), lambda x: (x.view(-1) * x.view(-1)).view(3, 4),
+        lambda x: torch.pow(x, 2), lambda x: x.reshape(2, 6).reshape(3, 4) * x,
+    ],
+    "cube": [lambda x: x**3, lambda x: x * x * x, lambda x: x.square() * x],
+    "layer norm": [lambda x: F.layer_norm(x, (4,)), layer_norm, standard],
+    "rms norm": [
+        lambda x: F.rms_norm(x, (4,), None, 1e-6), lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+        lambda x: x / (x.square().sum(-1, keepdim=True) / 4 + 1e-6).sqrt(),
+    ],
+    "log softmax": [
+        lambda x: x.log_softmax(-1), lambda x: x - x.logsumexp(-1, keepdim=True), lambda x: x.softmax(-1).log(),
+        lambda x: x - x.exp().sum(-1, keepdim=True).log(),
+    ],
+    "logsumexp": [lambda x: x.logsumexp(1), lambda x: x.exp().sum(1).log()],
+    "silu": [F.silu, lambda x: x * x.sigmoid(), lambda x: x / (1 + (-x).exp())],
+    "relu": [F.relu, lambda x: x.clamp(min=0), lambda x: torch.where(x > 0, x, torch.zeros_like(x)), lambda x: x * (x > 0)],
+    "residual": [lambda x: x * (ROW + 1), lambda x: x * ROW + x, lambda x: x + ROW * x],
+    "norm": [lambda x: x / x.norm(dim=-1, keepdim=True), F.normalize, lambda x: x / (x * x).sum(-1, keepdim=True).sqrt()],
+    "distance": [lambda x: F.mse_loss(x, Y), lambda x: ((x - Y) ** 2).mean(), lambda x: (x - Y).square().sum() / 12],
+    "sum": [lambda x: x.sum(), lambda x: x.sum(0).sum(0), lambda x: x.reshape(-1).sum(), lambda x: x.mean() * 12],
+    "dot": [lambda x: x[0] @ x[1], lambda x: (x[0] * x[1]).sum(), lambda x: torch.einsum("i,i", x[0], x[1])],
+    "association": [lambda x: (x @ W) @ W.T, lambda x: x @ (W @ W.T), lambda x: torch.einsum("ij,jk,lk->il", x, W, W)],
+    "two layers": [lambda x: F.gelu(x @ W) @ W.T, lambda x: F.gelu(F.linear(x, W.T)) @ W.T],
+    "variance": [lambda x: x.var(0, correction=0), lambda x: ((x - x.mean(0)) ** 2).mean(0)],
+    "attention": [attention, lambda x: F.scaled_dot_product_attention(x, x, x)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_same_function_same_structure(name: str) -> None:
+    found = []
+    for f in SAME[name]:
+        J = jacobian(f, X)
+        torch.testing.assert_close(J.dense(), torch.func.jacrev(f)(X), rtol=1e-9, atol=1e-9)
+        found.append((J.structure, J.nbytes))
+    assert len(set(found)) == 1, found
+
+
+def test_other_functions_have_other_structures() -> None:
+    """The law bites: one structure for all would pass it."""
+    shown = [jacobian(same[0], X).structure for same in SAME.values()]
+    assert len(set(shown)) > 12
+    assert jacobian(lambda x: x.softmax(0), X).structure != jacobian(lambda x: x.softmax(1), X).structure
+    assert jacobian(lambda x: x @ W, X).structure != jacobian(lambda x: (x @ W).T, X).structure
