@@ -49,6 +49,17 @@ def test_a_stream_in_parts_is_the_text_in_one():
         assert (forgetful == loss) == (at == 0)
 
 
+def test_digits_are_read_and_a_law_is_found(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--alpha", "2", "--plot", str(tmp_path / "digits.png")])
+    load("digits").main()
+    assert float(re.search(r"accuracy ([\d.]+)", capsys.readouterr().out)[1]) >= 0.97
+    monkeypatch.setattr(sys, "argv", ["symbolic_regression.py", "--plot", str(tmp_path / "law.png")])
+    load("symbolic_regression").main()
+    learnt = re.search(r"learnt: +y = (.*)", capsys.readouterr().out)[1]
+    assert learnt in ("0.5*m*v**2 - k/r", "-k/r + 0.5*m*v**2")
+    assert (tmp_path / "law.png").stat().st_size > 10_000
+
+
 def test_per_sample_work_agrees_with_torch_func(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["per_sample.py", "--samples", "6", "--width", "8"])
     threads = torch.get_num_threads()

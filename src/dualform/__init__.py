@@ -27,6 +27,7 @@ from dualform.shapes import ShapeError, TraceError
 if TYPE_CHECKING:
     from dualform import models
     from dualform.models import DualformConfig, DualformForCausalLM, DualformModel, presets
+    from dualform.models.tabular import RPNClassifier, RPNRegressor
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,8 @@ _with_extras = {
     "DualformConfig": ("dualform.models", "models"),
     "DualformForCausalLM": ("dualform.models", "models"),
     "DualformModel": ("dualform.models", "models"),
+    "RPNClassifier": ("dualform.models.tabular", "sklearn"),
+    "RPNRegressor": ("dualform.models.tabular", "sklearn"),
     "models": ("dualform.models", "models"),
     "presets": ("dualform.models", "models"),
 }
@@ -46,6 +49,7 @@ def __getattr__(name: str) -> Any:
     place, extra = _with_extras[name]
     try:
         module = import_module(place)
+        return module if place == f"dualform.{name}" else getattr(module, name)
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("dualform"):
             raise
@@ -53,7 +57,6 @@ def __getattr__(name: str) -> Any:
             f"dualform.{name}: the package {missing.name!r} is not installed; expected the extra {extra!r}. "
             f'Run `pip install "dualform[{extra}]"`.'
         ) from None
-    return module if place == f"dualform.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:
@@ -73,6 +76,8 @@ __all__ = [
     "Explanation",
     "Head",
     "LayerState",
+    "RPNClassifier",
+    "RPNRegressor",
     "Rule",
     "ShapeError",
     "State",
