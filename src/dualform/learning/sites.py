@@ -112,11 +112,9 @@ def is_floating(value: Any) -> bool:
 _shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
+# Entry by entry, though torch does not tag them: a slot computed as a float becomes an index, or one of two.
+_entrywise = {"to", "_to_copy", "where"}
 # Ops that take only the shape of their second argument.
-_casts = {
-    "to",
-    "_to_copy",
-}  # entry by entry, though torch does not tag them: a slot computed as a float becomes an index
 _shape_from_second = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 
@@ -303,7 +301,7 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
             continue
         if is_detach(node):
             found.add(a.places[source])
-        elif torch.Tag.pointwise in tags or op_name(node) in _casts:
+        elif torch.Tag.pointwise in tags or op_name(node) in _entrywise:
             place = a.places[source]
             found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
         elif source not in operands:
