@@ -47,5 +47,5 @@ $(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -c constraints.txt -e ".[models,viz,dev]"
+	$(PIP) -c constraints.txt -e ".[models,sklearn,viz,dev]"
 	touch $@

@@ -179,10 +179,10 @@ def sorts(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_values_found_somewhere_are_gathered_there() -> None:
-    x = torch.randn(4, 5)
+    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gm = trace(sorts, x)
     for made, expected in zip(gm(x), sorts(x), strict=True):
-        torch.testing.assert_close(made, expected, rtol=0, atol=0)
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-15)  # a variance is summed in another order
 
 
 MASK = torch.tensor([[True, False, True], [False, False, True]])

@@ -16,7 +16,9 @@ pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(
-        r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE
+        r"^```(?:python|\{code-cell\}[^\n]*)\n(?::\w+:[^\n]*\n)*(.*?)^```",
+        page.read_text(),
+        flags=re.DOTALL | re.MULTILINE,
     )
     source = tmp_path / "page.py"
     source.write_text(os.linesep.join(blocks))  # a file, so that messages can name lines

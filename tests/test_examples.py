@@ -49,6 +49,17 @@ def test_a_stream_in_parts_is_the_text_in_one():
         assert (forgetful == loss) == (at == 0)
 
 
+def test_digits_are_read_and_a_law_is_found(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--alpha", "2", "--plot", str(tmp_path / "digits.png")])
+    load("digits").main()
+    assert float(re.search(r"accuracy ([\d.]+)", capsys.readouterr().out)[1]) >= 0.97
+    monkeypatch.setattr(sys, "argv", ["symbolic_regression.py", "--plot", str(tmp_path / "law.png")])
+    load("symbolic_regression").main()
+    learnt = re.search(r"learnt: +y = (.*)", capsys.readouterr().out)[1]
+    assert learnt in ("0.5*m*v**2 - k/r", "-k/r + 0.5*m*v**2")
+    assert (tmp_path / "law.png").stat().st_size > 10_000
+
+
 def test_per_sample_work_agrees_with_torch_func(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["per_sample.py", "--samples", "6", "--width", "8"])
     threads = torch.get_num_threads()
@@ -57,3 +68,16 @@ def test_per_sample_work_agrees_with_torch_func(monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[-4:]
     assert all(float(row.split()[-1]) < 1e-5 for row in rows)
     assert "Gauss-Newton diagonal" in rows[2]
+
+
+def test_the_hidden_states_are_of_one_size():
+    import dualform as df
+
+    module = load("hidden_states")
+    for changes in list(module.states.values())[1:]:
+        width = 128 // changes.get("num_attention_heads", 4)
+        made = df.learners.build(changes["learner"])(width)
+        numbers = sum(p.numel() for name, p in made.named_parameters() if name.startswith("inner."))
+        assert abs(128 // width * numbers / 4224 - 1) < 0.04
+    rows = [{"hidden state": "a", "numbers per layer": 4224}]
+    assert module.table(rows).endswith("| a | 4,224 |\n")

@@ -158,11 +158,13 @@ def test_the_wheel_stands_alone(installed):
             df.DualformConfig
         except ImportError as error:
             print(error)
+        print(df.RPNRegressor([{}]).fit([[0.0], [1.0], [2.0]], [0.0, 1.0, 2.0]).formula())
         """,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(1, 5, 8)\ndualform.DualformConfig: the package 'transformers' is not installed")
     assert "the extra 'models'" in done.stdout
+    assert done.stdout.endswith("y = x0\n")  # the estimators need scikit-learn alone
     assert (installed / "dualform" / "py.typed").exists()
 
 
@@ -173,5 +175,7 @@ def test_the_script_names_a_missing_extra(installed):
 
 
 def test_import_is_light(installed):
-    done = run_without_extras(installed, f"import dualform; print([m for m in {extras!r} if m in sys.modules])")
+    done = run_without_extras(
+        installed, f"import dualform; print([m for m in {[*extras, 'sklearn']!r} if m in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr

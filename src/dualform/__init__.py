@@ -3,8 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dualform import functions
 from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
+from dualform.functions import (
+    Head,
+    compressions,
+    expansions,
+    fusions,
+    interdependences,
+    reconciliations,
+    remainders,
+)
 from dualform.kernels import backend as _cpp  # noqa: F401 - it registers itself
 from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining
@@ -18,6 +28,7 @@ from dualform.shapes import ShapeError, TraceError
 if TYPE_CHECKING:
     from dualform import models
     from dualform.models import DualformConfig, DualformForCausalLM, DualformModel, presets
+    from dualform.models.tabular import RPNClassifier, RPNRegressor
 
 __version__ = "0.1.0"
 
@@ -26,6 +37,8 @@ _with_extras = {
     "DualformConfig": ("dualform.models", "models"),
     "DualformForCausalLM": ("dualform.models", "models"),
     "DualformModel": ("dualform.models", "models"),
+    "RPNClassifier": ("dualform.models.tabular", "sklearn"),
+    "RPNRegressor": ("dualform.models.tabular", "sklearn"),
     "models": ("dualform.models", "models"),
     "presets": ("dualform.models", "models"),
 }
@@ -37,6 +50,7 @@ def __getattr__(name: str) -> Any:
     place, extra = _with_extras[name]
     try:
         module = import_module(place)
+        return module if place == f"dualform.{name}" else getattr(module, name)
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("dualform"):
             raise
@@ -44,7 +58,6 @@ def __getattr__(name: str) -> Any:
             f"dualform.{name}: the package {missing.name!r} is not installed; expected the extra {extra!r}. "
             f'Run `pip install "dualform[{extra}]"`.'
         ) from None
-    return module if place == f"dualform.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:
@@ -62,7 +75,10 @@ __all__ = [
     "DualformForCausalLM",
     "DualformModel",
     "Explanation",
+    "Head",
     "LayerState",
+    "RPNClassifier",
+    "RPNRegressor",
     "Rule",
     "ShapeError",
     "State",
@@ -71,13 +87,20 @@ __all__ = [
     "TraceError",
     "__version__",
     "backends",
+    "compressions",
     "derive",
+    "expansions",
     "explain",
+    "functions",
+    "fusions",
     "hessian",
+    "interdependences",
     "jacobian",
     "learners",
     "models",
     "objectives",
     "presets",
+    "reconciliations",
+    "remainders",
     "rules",
 ]

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Never, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -117,7 +118,9 @@ class Record:
     source: str = ""
     domain: str = ""
     aliases: tuple[str, ...] = ()
-    nested: Mapping[str, Catalogue] = field(default_factory=dict[str, "Catalogue"])
+    nested: Mapping[str, Catalogue | tuple[Catalogue]] = field(
+        default_factory=dict[str, "Catalogue | tuple[Catalogue]"]
+    )
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -148,6 +151,10 @@ class Record:
     def _option(self, key: str, value: Any) -> Any:
         inner = self.nested.get(key)
         is_spec = isinstance(value, (str, Mapping, list, tuple, Bound))
+        if isinstance(inner, tuple):
+            if isinstance(value, (list, tuple)):
+                return tuple(inner[0].build(part) for part in cast("Sequence[Any]", value))
+            raise CatalogueError(f"{self.kind}.{self.name}: option {key!r} is {value!r}; expected a list of specs.")
         if inner is not None and is_spec:
             return inner.build(value)
         return _freeze(f"{self.kind}.{self.name}: option {key!r}", value)
@@ -196,8 +203,8 @@ class Bound:
         return {"name": self.name} | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The function goes by reference, so that its module is imported, and its record registered, where this is read.
-        return _restore, (self.record.function, self.record.kind, self.name, self.items)
+        # The module goes with it, to be imported, and its records registered, where this is read.
+        return _restore, (self.record.function.__module__, self.record.kind, self.name, self.items)
 
     def __copy__(self) -> Bound:
         return self
@@ -211,7 +218,8 @@ class Bound:
         return f"{self.record.kind}.{self.name}({', '.join(shown)})"
 
 
-def _restore(function: Callable[..., Any], kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+def _restore(module: str, kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+    import_module(module)
     return _of_kind[kind][name](**dict(items))
 
 
@@ -249,11 +257,11 @@ class Catalogue:
         source: str = "",
         domain: str = "",
         aliases: tuple[str, ...] = (),
-        nested: Mapping[str, Catalogue] | None = None,
+        nested: Mapping[str, Catalogue | tuple[Catalogue]] | None = None,
     ) -> Callable[[F], F]:
         """Register the decorated function or dataclass; its parameters are the record's options.
 
-        `nested` names the options that are specs themselves, and the catalogue each belongs to.
+        `nested` names the options that are specs themselves, and the catalogue each belongs to; (catalogue,) for a list of specs.
         """
 
         def register(function: F) -> F:

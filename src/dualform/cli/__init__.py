@@ -14,6 +14,7 @@ from dualform.cli.cache import cache
 from dualform.cli.convert import convert
 from dualform.cli.evaluate import evaluate
 from dualform.cli.explain import explain
+from dualform.cli.functions import functions
 from dualform.cli.generate import generate
 from dualform.cli.output import UsageError
 from dualform.cli.presets import list_presets
@@ -23,10 +24,10 @@ from dualform.train.settings import SettingsError
 
 app = App(
     name="dualform",
-    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert, bench.",
+    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert, bench; functions that such layers are made of.",
     version_flags=[],
 )
-for verb in (train, generate, explain, evaluate, convert, bench, cache):
+for verb in (train, generate, explain, evaluate, convert, functions, bench, cache):
     app.command(verb)
 app.command(list_presets, name="presets")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -39,7 +40,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = Fal
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else escape(str(value))  # [x] is no markup
 
 
 def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFast]:

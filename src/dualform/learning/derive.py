@@ -23,10 +23,11 @@ from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.grid import Variant
 from dualform.learning.norms import whole_norms
+from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
 from dualform.learning.regroup import join_products
 from dualform.learning.simplify import tidy
-from dualform.learning.sites import Analysis, DerivationError, analyse
+from dualform.learning.sites import Analysis, DerivationError, analyse, mark
 
 aten = torch.ops.aten
 
@@ -172,6 +173,7 @@ class Derivation:
     block: int | None = None
     V: int = 0
     constants: dict[str, Tensor] = field(default_factory=dict)
+    cut: Ranges = field(default_factory=dict)  # leaves that are only ever sliced, in pieces
     analyses: dict[int, Analysis] = field(default_factory=dict)
     steps: dict[Variant, Step] = field(default_factory=dict)
 
@@ -221,6 +223,9 @@ class Derivation:
             return functional_call(self.learner, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
 
         a = analyse(run, fast, rest, x)
+        self.cut = cut_leaves(a)
+        if self.cut:
+            mark(a, W)
         self.constants |= a.constants
         return a
 
@@ -235,7 +240,8 @@ class Derivation:
             needs_one = any(not site.admissible for site in many.sites)
             emitter = Emitter(self.inner, many, self.as_written(1) if needs_one else None, variant, self.chunk)
             example = self.example(variant)
-            self.steps[variant] = Step(trace_flat(emitter, example), example, emitter.choices)
+            whole = InPieces(emitter, self.cut) if self.cut else emitter
+            self.steps[variant] = Step(trace_flat(whole, example), example, emitter.choices)
         return self.steps[variant]
 
     def slow_values(self) -> dict[str, Tensor]:

@@ -6,26 +6,19 @@ A record `learners.X(**options)` is a recipe: called with a width it builds the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualform import functions
 from dualform.catalogue import Catalogue
+from dualform.functions.head import HeadConfig, parts
+from dualform.functions.remainders import find_activation
 
 learners = Catalogue("learners")
 Recipe = Callable[[int], nn.Module]
-
-activations: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
-}
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -38,7 +31,7 @@ class AffineStack(nn.Module):
     def __init__(self, widths: list[int], activation: str, bias: bool) -> None:
         super().__init__()
         self.depth = len(widths) - 1
-        self.activation = activations[activation]
+        self.activation = find_activation("MLP", activation)
         for j, (m, n) in enumerate(zip(widths, widths[1:], strict=False), 1):
             self.register_parameter(f"W{j}", _weight(m, n))
             self.register_parameter(f"b{j}", nn.Parameter(torch.zeros(n)) if bias else None)
@@ -76,10 +69,7 @@ def MLP(depth: int = 2, expand: float = 4, activation: str = "gelu_tanh", bias: 
         raise ValueError(
             f"MLP: depth is {depth}; expected at least one weight matrix, depth >= 1. Use depth=1 for Linear."
         )
-    if activation not in activations:
-        raise ValueError(
-            f"MLP: activation is {activation!r}; expected one of {sorted(activations)}. Pick one of these."
-        )
+    find_activation("MLP", activation)
     return lambda dim: AffineStack([dim, *[round(expand * dim)] * (depth - 1), dim], activation, bias)
 
 
@@ -156,3 +146,41 @@ def residual_norm(spec: Recipe) -> Recipe:
     Source: Sun et al. 2024 (TTT), section 2.7.
     """
     return lambda dim: ResidualNorm(spec(dim), dim)
+
+
+@learners.record(
+    name="Head",
+    formula="<kappa(x), psi(w)> + b + pi(x)",
+    source="Zhang 2024 (RPN), as a hidden state",
+    nested={name: catalogue for name, catalogue in parts.items() if catalogue.names()},
+)
+def Head(
+    expansion: Any = "identity",
+    reconciliation: Any = "identity",
+    remainder: Any = "zero",
+    interdependence: Any = None,
+    compression: Any = None,
+    channels: int = 1,
+    fusion: Any = "mean",
+    bias: bool = True,
+) -> Recipe:
+    """Build an RPN head: any expansion with any reconciliation. Its flat w is the fast weight, with bias and remainder weights.
+
+    f(x) = <kappa(x), psi(w)> + b + pi(x)
+    Shape:  (..., K) -> (..., K); w (channels l,), l = reconciliation.length(K, D), D = expansion.dim(K).
+    Raises: ValueError for unknown names and options; ShapeError, when built at a width, for sizes that do not join.
+    Source: Zhang 2024 (RPN 1). psi affine: one site; multilinear: the tokens meet one factor after the other; a hypernet: w is
+            carried per token.
+    """
+    options = {
+        "expansion": expansion,
+        "reconciliation": reconciliation,
+        "remainder": remainder,
+        "interdependence": interdependence,
+        "compression": compression,
+        "channels": channels,
+        "fusion": fusion,
+        "bias": bias,
+    }
+    HeadConfig(1, 1, **options)  # what does not depend on the width is refused here
+    return lambda dim: functions.Head(dim, dim, **options)

@@ -112,6 +112,8 @@ def is_floating(value: Any) -> bool:
 _shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
+# Entry by entry, though torch does not tag them: a slot computed as a float becomes an index, or one of two.
+_entrywise = {"to", "_to_copy", "where"}
 # Ops that take only the shape of their second argument.
 _shape_from_second = {"expand_as", "view_as", "reshape_as", "type_as"}
 
@@ -299,18 +301,27 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
             continue
         if is_detach(node):
             found.add(a.places[source])
-        elif torch.Tag.pointwise in tags:
+        elif torch.Tag.pointwise in tags or op_name(node) in _entrywise:
             place = a.places[source]
             found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
         elif source not in operands:
-            # An index of its own for each entry of the result stands where that entry does.
-            found.add(a.places[source] if op_name(node) == "gather" else None)  # type: ignore[arg-type]
+            found.add(_looked_up(node, a.places[source]))  # type: ignore[arg-type]
         else:
             for k in (k for k, operand in enumerate(operands) if operand is source):
                 found |= _carried(a.call(node, env), k, a.places[source], W) or {None}  # type: ignore[arg-type]
     if len(found) != 1 or None in found:
         raise _mixes(node)
     return found.pop()
+
+
+def _looked_up(node: fx.Node, place: Place) -> Place | None:
+    """Where an op keeps the token index of an index that it is given; None if it loses it."""
+    if op_name(node) == "gather":  # an index of its own for each entry of the result stands where that entry does
+        return place
+    if op_name(node) in ("scatter", "scatter_add"):  # and one for each entry of the source, along the other axes
+        dim: Any = node.args[1]
+        return None if place.axis == dim % node.meta["val"].ndim else place
+    return None
 
 
 def _carried(call: rules.Call, operand: int, place: Place, W: int) -> set[Place]:

@@ -1,0 +1,198 @@
+"""Shifted and scaled copies of one function on every attribute: radial bases, Fourier terms, uniform B-splines.
+
+Legend: x attribute, c centre, eps inverse width, h cell width, t cells, d degree, N order, P period.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive, substitute
+from dualform.shapes import fail
+
+Span = tuple[float, float]
+
+
+def _ordered(name: str, span: Span) -> tuple[float, float]:
+    if len(span) != 2 or not span[0] < span[1] or not all(math.isfinite(end) for end in span):
+        fail(name, "span", f"is {span}", "two finite numbers, low < high", "Pass span=(low, high).")
+    return float(span[0]), float(span[1])
+
+
+def _radial(
+    name: str, shape: str, function: Callable[[Tensor], Tensor], span: Span, count: int, epsilon: float, centres: Any
+) -> Expansion:
+    """Place function((eps (x - c))^2) at every centre; `shape` is its text, with c and eps for the numbers.
+
+    centres: (k,) for all attributes, (m, k) for each its own, None for `count` even ones in span.
+    """
+    positive(name, "count", count)
+    low, high = _ordered(name, span)
+    if not (math.isfinite(epsilon) and epsilon != 0):
+        fail(name, "epsilon", f"is {epsilon}", "a finite number, not 0", "Pass the inverse width of a bump.")
+    step = (high - low) / max(1, count - 1)
+    given = torch.tensor(
+        [low + step * k for k in range(count)] if centres is None else centres, dtype=torch.float64, device="cpu"
+    )
+    if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
+        fail(
+            name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."
+        )
+    values = given.tolist()
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        if centres is None:
+            places = torch.linspace(low * epsilon, high * epsilon, count, dtype=x.dtype, device=x.device)
+        else:
+            places = torch.tensor(values, dtype=x.dtype, device=x.device) * epsilon
+        return function(((x * epsilon).unsqueeze(axis) - along(places, axis)).square())
+
+    domain = (float(given.min()) - 1, float(given.max()) + 1)
+    if given.ndim == 1:
+        terms = [shape.format(eps=epsilon, c=c) for c in values]
+        return attribute_wise(name, basis, terms, rule="m k, k centres", domain=domain)
+    m, k = given.shape
+
+    def size(found: int) -> int:
+        if found != m:
+            fail(name, "x", f"has {found} attributes", f"{m}, one row of centres each", f"Pass x (..., {m}).")
+        return m * k
+
+    def label(names: Sequence[str]) -> list[str]:
+        rows = zip(names, values, strict=True)
+        return [substitute(shape.format(eps=epsilon, c=c), name) for name, row in rows for c in row]
+
+    return Expansion(name, lambda x: basis(x, -1).flatten(-2), size, "m k, k centres", domain, label=label)
+
+
+Centres = Sequence[float] | Sequence[Sequence[float]] | None
+
+
+@expansions.record(
+    name="gaussian_rbf",
+    aliases=("gaussian_rbf_expansion",),
+    formula="exp(-(eps (x - c_k))^2), c_k = linspace(span, count) or the given centres",
+    source="Broomhead, Lowe 1988",
+    domain="all reals; decays to 0 away from the centres",
+)
+def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
+    """Expand every attribute in Gaussian bumps around centres."""
+    return _radial(
+        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), span, count, epsilon, centres
+    )
+
+
+@expansions.record(
+    name="inverse_quadratic_rbf",
+    aliases=("inverse_quadratic_rbf_expansion",),
+    formula="1 / (1 + (eps (x - c_k))^2), c_k as for gaussian_rbf",
+    source="Fornberg, Flyer 2015",
+    domain="all reals; decays to 0 away from the centres",
+)
+def inverse_quadratic_rbf(
+    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None
+) -> Expansion:
+    """Expand every attribute in inverse quadratic bumps around centres."""
+    return _radial(
+        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), span, count, epsilon, centres
+    )
+
+
+@expansions.record(
+    name="fourier",
+    aliases=("fourier_expansion",),
+    formula="[cos(2 pi n x / P), sin(2 pi n x / P)] for n = 1 .. N",
+    source="Zhang 2024 (RPN 1), section 5",
+    domain="all reals, with period P",
+)
+def fourier(period: float = 10, order: int = 5) -> Expansion:
+    """Expand every attribute in cosines and sines of the harmonics of one period."""
+    positive("fourier", "order", order)
+    if not (math.isfinite(period) and period > 0):
+        fail("fourier", "period", f"is {period}", "a positive number P", "Pass the length of one period in units of x.")
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        n = torch.arange(1, order + 1, dtype=x.dtype, device=x.device)
+        angle = x.unsqueeze(axis) * along(n * (2 * math.pi / period), axis)
+        # cos and sin of one harmonic are neighbours: a pair axis right after the harmonics', then both in one
+        pair = axis if axis == -1 else -2
+        both = torch.stack([angle.cos(), angle.sin()], pair)
+        return both.flatten(-2) if axis == -1 else both.flatten(-3, -2)
+
+    terms = [f"{f}({2 * math.pi * n / period!r}*x)" for n in range(1, order + 1) for f in ("cos", "sin")]
+    return attribute_wise(
+        "fourier", basis, terms, layout="function", rule="2 m N", domain=(-period / 2, period / 2), reach=(-1e6, 1e6)
+    )
+
+
+def _spline_pieces(d: int) -> list[list[float]]:
+    """Return the d + 1 pieces of the uniform B-spline of degree d, as seen from one cell: row p has the factors of u^p.
+
+    Cox and de Boor on the unit knots, run on coefficients: N_r^k = ((u + k - r) N_{r-1}^{k-1} + (r + 1 - u) N_r^{k-1}) / k.
+    """
+    pieces = [[1.0]]
+    for k in range(1, d + 1):
+        rising, falling = [[0.0], *pieces], [*pieces, [0.0]]
+        pieces = []
+        for r in range(k + 1):
+            piece = [0.0] * (k + 1)
+            for p, value in enumerate(rising[r]):
+                piece[p] += (k - r) * value / k
+                piece[min(p + 1, k)] += value / k
+            for p, value in enumerate(falling[r]):
+                piece[p] += (r + 1) * value / k
+                piece[min(p + 1, k)] -= value / k
+            pieces.append(piece)
+    return [[piece[p] for piece in pieces] for p in range(d + 1)]
+
+
+def _spline_text(start: float, h: float, d: int) -> str:
+    """Write a spline from its first knot on as truncated powers of the distance to its nearer end: nothing large cancels."""
+    c = (d + 1) / 2
+    near = f"abs((x-({start!r}))/{h!r}-{c!r})"
+    factors = [(-1) ** j * math.comb(d + 1, j) / math.factorial(d) for j in range(math.ceil(c))]
+    return "+".join(f"{f!r}*max(0.0,{c - j!r}-{near})**{d}" for j, f in enumerate(factors)).replace("+-", "-")
+
+
+@expansions.record(
+    name="bspline",
+    aliases=("bspline_expansion", "b_spline"),
+    formula="B_i of degree d on the knots low + h (-d .. t + d), h = (high - low) / t (Cox, de Boor), i = 1 .. t + d",
+    source="de Boor 1978; Liu 2024 (KAN), section 2.3",
+    domain="all reals; sums to 1 on [low, high), fades to 0 over d cells outside and stays 0",
+)
+def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expansion:
+    """Expand every attribute in the uniform B-splines of one degree; only the degree + 1 that are not 0 are evaluated."""
+    positive("bspline", "cells", cells)
+    positive("bspline", "degree", degree)
+    low, high = _ordered("bspline", span)
+    t, d = int(cells), int(degree)
+    h = (high - low) / t
+    pieces = _spline_pieces(d)
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        place = (x - low) / h + d  # in cells from the first knot
+        cell = place.detach().floor()
+        u = (place - cell).clamp(0, 1)
+        values = []
+        for r in range(d + 1):
+            value = u * pieces[d][r] + pieces[d - 1][r]
+            for p in range(d - 2, -1, -1):
+                value = value * u + pieces[p][r]
+            values.append(value)
+        # In cell c live the splines c - d .. c; d slots more at either end hold those that begin or end off the grid, and
+        # what is off all knots goes to the d + 1 slots behind. NaN stays NaN.
+        slots = t + 4 * d + 1
+        slot = torch.where((cell >= 0) & (cell < t + 2 * d), cell, t + 3 * d).unsqueeze(-1)
+        slot = (slot + torch.arange(d + 1, dtype=x.dtype, device=x.device)).long()
+        empty = (x.detach() * 0).unsqueeze(-1).expand(*x.shape, slots)
+        return empty.scatter(-1, slot, torch.stack(values, -1))[..., d : t + 2 * d].movedim(-1, axis)
+
+    terms = [_spline_text(low + h * (i - d), h, d) for i in range(t + d)]
+    knots = tuple(low + h * k for k in range(-d, t + d + 1))
+    return attribute_wise("bspline", basis, terms, rule="m (t + d)", domain=(low, high), degree=d, knots=knots)

@@ -1,0 +1,219 @@
+"""Polynomials of one attribute by three-term recurrences: one engine, and a row of coefficients per family.
+
+    P_n(x) = (a x + b) P_{n-1}(x) + (c + e x^2) P_{n-2}(x),   (a, b, c, e) = step(n),   n = 2 .. d
+
+where c or e is 0. P_0 is not a feature (a bias has it). Legend: x attribute, d degree, n index, al and be the parameters alpha and beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dualform.functions.basis import Expansion, attribute_wise, expansions, positive
+from dualform.shapes import fail
+
+Step = Callable[[int], tuple[float, float, float, float]]
+
+
+def recurrence(
+    name: str, degree: int, p0: float, p1: tuple[float, float], step: Step, interval: tuple[float, float] = (-1.0, 1.0)
+) -> Expansion:
+    """Make the expansion [P_1, .., P_d] of every attribute. p1: (slope, shift) of P_1."""
+    positive(name, "degree", degree)
+    d, (slope, shift) = int(degree), p1
+    try:
+        rows = [step(n) for n in range(2, d + 1)]
+    except ZeroDivisionError:
+        fail(
+            name, "alpha and beta", "make a denominator of the recurrence 0", "alpha > -1 and beta > -1",
+            "Choose other parameters: the polynomial of that degree is not defined by its recurrence.",
+        )  # fmt: skip
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        line = x if slope == 1 else x * slope if slope else torch.zeros_like(x)
+        newer = line + shift if shift else line
+        older: Tensor | float = p0
+        found = [newer]
+        for a, b, c, e in rows:
+            grown = x * newer * a if a else newer * b
+            if a and b:
+                grown = grown + newer * b
+            older, newer = newer, grown + (x * x * older * e if e else older * c)
+            found.append(newer)
+        return torch.stack(found, axis)
+
+    terms = [_text(coefficients) for coefficients in _coefficients(p0, p1, rows)]
+    # |P_d| stays below 1e30 up to here: the leading coefficients of d <= 20 are below 1e23.
+    edge = 10.0 ** (min(30.0, 30.0 / d))
+    return attribute_wise(
+        name, basis, terms, rule="m d", degree=d, domain=interval, reach=(-edge, edge) if d > 1 else (-1e30, 1e30)
+    )
+
+
+def _coefficients(
+    p0: float, p1: tuple[float, float], rows: list[tuple[float, float, float, float]]
+) -> list[list[float]]:
+    """Run the recurrence on coefficients, lowest power first."""
+    older, newer = [p0], [p1[1], p1[0]]
+    found = [newer]
+    for n, (a, b, c, e) in enumerate(rows, 2):
+        longer = [0.0] * (n + 1)
+        for power, value in enumerate(newer):
+            longer[power + 1] += a * value
+            longer[power] += b * value
+        for power, value in enumerate(older):
+            longer[power] += c * value
+            if e:
+                longer[power + 2] += e * value
+        older, newer = newer, longer
+        found.append(newer)
+    return found
+
+
+def _text(coefficients: list[float]) -> str:
+    powers = ["", "x", *(f"x**{n}" for n in range(2, len(coefficients)))]
+    parts = []
+    for value, power in zip(coefficients, powers, strict=False):
+        factor = "" if value == 1 and power else "-" if value == -1 and power else repr(float(value))
+        parts += [f"{factor}*{power}" if factor not in ("", "-") and power else factor + power] if value else []
+    return "+".join(parts).replace("+-", "-") or "0.0"
+
+
+@expansions.record(
+    name="chebyshev",
+    aliases=("chebyshev_expansion",),
+    formula="T_n = 2 x T_{n-1} - T_{n-2}, T_0 = 1, T_1 = x",
+    source="Mason, Handscomb 2003; DLMF 18.9",
+    domain="all reals; |T_n| <= 1 on [-1, 1], grows as x^n outside (x is not squashed)",
+)
+def chebyshev(degree: int = 2) -> Expansion:
+    """Expand every attribute in Chebyshev polynomials of the first kind, degrees 1 to `degree`."""
+    return recurrence("chebyshev", degree, 1, (1, 0), lambda n: (2, 0, -1, 0))
+
+
+@expansions.record(
+    name="legendre",
+    aliases=("legendre_expansion",),
+    formula="n P_n = (2n - 1) x P_{n-1} - (n - 1) P_{n-2}, P_0 = 1, P_1 = x",
+    source="DLMF 18.9",
+    domain="all reals; |P_n| <= 1 on [-1, 1], grows as x^n outside",
+)
+def legendre(degree: int = 2) -> Expansion:
+    """Expand every attribute in Legendre polynomials, degrees 1 to `degree`."""
+    return recurrence("legendre", degree, 1, (1, 0), lambda n: ((2 * n - 1) / n, 0, -(n - 1) / n, 0))
+
+
+@expansions.record(
+    name="jacobi",
+    aliases=("jacobi_expansion",),
+    formula="P_n^(al,be), P_1 = ((al + be + 2) x + al - be) / 2, standard recurrence",
+    source="DLMF 18.9.2",
+    domain="all reals; orthogonal on [-1, 1], grows as x^n outside; not where n + al + be or 2n + al + be - 2 is 0",
+)
+def jacobi(degree: int = 2, alpha: float = 1.0, beta: float = 1.0) -> Expansion:
+    """Expand every attribute in Jacobi polynomials, degrees 1 to `degree`."""
+    s = alpha + beta
+
+    def step(n: int) -> tuple[float, float, float, float]:
+        scale = 2 * n * (n + s) * (2 * n + s - 2)
+        return (
+            (2 * n + s - 1) * (2 * n + s) * (2 * n + s - 2) / scale,
+            (2 * n + s - 1) * (alpha**2 - beta**2) / scale,
+            -2 * (n + alpha - 1) * (n + beta - 1) * (2 * n + s) / scale,
+            0,
+        )
+
+    return recurrence("jacobi", degree, 1, ((s + 2) / 2, (alpha - beta) / 2), step)
+
+
+@expansions.record(
+    name="gegenbauer",
+    aliases=("gegenbauer_expansion",),
+    formula="n C_n = 2 (n + al - 1) x C_{n-1} - (n + 2 al - 2) C_{n-2}, C_0 = 1, C_1 = 2 al x",
+    source="DLMF 18.9",
+    domain="all reals; orthogonal on [-1, 1], grows as x^n outside",
+)
+def gegenbauer(degree: int = 2, alpha: float = 1.0) -> Expansion:
+    """Expand every attribute in Gegenbauer polynomials, degrees 1 to `degree`."""
+    return recurrence(
+        "gegenbauer", degree, 1, (2 * alpha, 0),
+        lambda n: (2 * (n - 1 + alpha) / n, 0, -(n - 2 + 2 * alpha) / n, 0),
+    )  # fmt: skip
+
+
+@expansions.record(
+    name="hermite",
+    aliases=("hermite_expansion",),
+    formula="He_n = x He_{n-1} - (n - 1) He_{n-2}, He_0 = 1, He_1 = x",
+    source="DLMF 18.9 (the probabilists' polynomials)",
+    domain="all reals; orthogonal under the standard normal density, grows as x^n",
+)
+def hermite(degree: int = 2) -> Expansion:
+    """Expand every attribute in the probabilists' Hermite polynomials, degrees 1 to `degree`."""
+    return recurrence("hermite", degree, 1, (1, 0), lambda n: (1, 0, 1 - n, 0), (-3.0, 3.0))
+
+
+@expansions.record(
+    name="laguerre",
+    aliases=("laguerre_expansion",),
+    formula="n L_n = (2n - 1 + al - x) L_{n-1} - (n - 1 + al) L_{n-2}, L_0 = 1, L_1 = 1 + al - x",
+    source="DLMF 18.9. Differs from tinyBIG 0.2.1, which starts from L_1 = x + 1 + al",
+    domain="all reals; orthogonal on [0, inf) under x^al exp(-x), grows as x^n",
+)
+def laguerre(degree: int = 2, alpha: float = 1.0) -> Expansion:
+    """Expand every attribute in generalised Laguerre polynomials, degrees 1 to `degree`."""
+    return recurrence(
+        "laguerre", degree, 1, (-1, 1 + alpha),
+        lambda n: (-1 / n, (2 * n - 1 + alpha) / n, -(n - 1 + alpha) / n, 0), (0.0, 4.0),
+    )  # fmt: skip
+
+
+@expansions.record(
+    name="bessel",
+    aliases=("bessel_expansion",),
+    formula="y_n = (2n - 1) x y_{n-1} + y_{n-2}, y_0 = 1, y_1 = x + 1",
+    source="Krall, Frink 1949",
+    domain="all reals; grows as (2n - 1)!! x^n",
+)
+def bessel(degree: int = 2) -> Expansion:
+    """Expand every attribute in Bessel polynomials, degrees 1 to `degree`."""
+    return recurrence("bessel", degree, 1, (1, 1), lambda n: (2 * n - 1, 0, 1, 0))
+
+
+@expansions.record(
+    name="reverse_bessel",
+    aliases=("reverse_bessel_expansion",),
+    formula="theta_n = (2n - 1) theta_{n-1} + x^2 theta_{n-2}, theta_0 = 1, theta_1 = x + 1",
+    source="Krall, Frink 1949",
+    domain="all reals; grows as x^n",
+)
+def reverse_bessel(degree: int = 2) -> Expansion:
+    """Expand every attribute in reverse Bessel polynomials, degrees 1 to `degree`."""
+    return recurrence("reverse_bessel", degree, 1, (1, 1), lambda n: (0, 2 * n - 1, 0, 1))
+
+
+@expansions.record(
+    name="fibonacci",
+    aliases=("fibonacci_expansion",),
+    formula="F_n = x F_{n-1} + F_{n-2}, F_0 = 0, F_1 = 1",
+    source="Hoggatt, Bicknell 1973",
+    domain="all reals; grows as x^(n-1); the first feature of each attribute is the constant 1",
+)
+def fibonacci(degree: int = 2) -> Expansion:
+    """Expand every attribute in Fibonacci polynomials F_1 to F_degree."""
+    return recurrence("fibonacci", degree, 0, (0, 1), lambda n: (1, 0, 1, 0))
+
+
+@expansions.record(
+    name="lucas",
+    aliases=("lucas_expansion",),
+    formula="L_n = x L_{n-1} + L_{n-2}, L_0 = 2, L_1 = x",
+    source="Bicknell 1970",
+    domain="all reals; grows as x^n",
+)
+def lucas(degree: int = 2) -> Expansion:
+    """Expand every attribute in Lucas polynomials, degrees 1 to `degree`."""
+    return recurrence("lucas", degree, 2, (1, 0), lambda n: (1, 0, 1, 0))

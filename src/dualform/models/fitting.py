@@ -1,0 +1,317 @@
+"""How heads in a row are fitted to a weighted set of rows: least squares, L-BFGS, or Adam on mini-batches.
+
+    minimise   sum_r w_r loss_r / sum_r w_r  +  alpha / (2 sum_r w_r) |weights|^2         (biases are not penalised)
+
+Legend: x (R, m) rows, y (R, ...) targets, w (R,) how often each row counts, n outputs, D features, alpha weight decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import optimize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dualform.functions.head import Head, HeadConfig
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs (R, n), targets (R, ...) -> (R,)
+
+# Rows are taken through the network in pieces of about so many features, so that memory does not grow with the rows.
+_piece = 2**24
+_drawing = Lock()  # heads draw their first weights from torch's global generator, which is lent and given back
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 0.5 * (outputs - targets).square().sum(-1)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Minus the log-likelihood of the class; one output is the log-odds of the second of two classes."""
+    if outputs.shape[-1] == 1:
+        return F.binary_cross_entropy_with_logits(outputs[:, 0], targets.to(outputs), reduction="none")
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A weighted set of rows."""
+
+    x: Tensor
+    y: Tensor
+    w: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor) -> Rows:
+        return Rows(self.x[index], self.y[index], self.w[index])
+
+    def pieces(self, size: int) -> list[Rows]:
+        parts = (self.x.split(size), self.y.split(size), self.w.split(size))
+        return [Rows(x, y, w) for x, y, w in zip(*parts, strict=True)]
+
+
+def merged(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Merge equal rows, adding their weights, drop weightless ones, and sort.
+
+    A row of weight two and the row written twice become the same set, bit for bit, and so the same model.
+    """
+    x, y, w = x[w > 0] + 0.0, y[w > 0], w[w > 0]  # + 0.0: minus zero is zero
+    cells = np.concatenate([x, y.reshape(len(y), -1).astype(np.float64)], 1)
+    keys = np.ascontiguousarray(cells).view(np.dtype((np.void, cells.shape[1] * cells.itemsize))).ravel()
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return x[first], y[first], np.bincount(group.ravel(), weights=w, minlength=len(first))
+
+
+class Network(nn.Sequential):
+    """Heads in a row. It is pickled as what it is, its configurations and its numbers."""
+
+    heads: tuple[HeadConfig, ...]
+
+    def __init__(self, heads: Sequence[HeadConfig], seed: int, dtype: torch.dtype) -> None:
+        with _drawing, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            super().__init__(*(config.build() for config in heads))
+        self.heads = tuple(heads)
+        self.to(dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.heads, {name: value.cpu().numpy() for name, value in self.state_dict().items()})
+
+    @property
+    def piece(self) -> int:
+        """How many rows go through at once."""
+        return max(1, _piece // max(head.D for head in self if isinstance(head, Head)))
+
+    def decayed(self) -> Tensor:
+        """Return 1 for every number that decays, 0 for the biases, in the order of `flat`."""
+        named = self.named_parameters()
+        return torch.cat([torch.full_like(p, not name.endswith("bias")).detach().flatten() for name, p in named])
+
+    def flat(self) -> Tensor:
+        return nn.utils.parameters_to_vector(self.parameters()).detach().clone()
+
+    def load(self, vector: Tensor) -> None:
+        nn.utils.vector_to_parameters(vector.clone(), self.parameters())
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor) -> Tensor:
+        return torch.cat([self(part) for part in x.split(self.piece)])
+
+    @torch.no_grad()
+    def loss(self, rows: Rows, loss: Loss) -> float:
+        return float((loss(self.outputs(rows.x), rows.y) * rows.w).sum() / rows.w.sum())
+
+
+def _restored(heads: tuple[HeadConfig, ...], state: dict[str, np.ndarray]) -> Network:
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    network = Network(heads, 0, next(value.dtype for value in tensors.values() if value.is_floating_point()))
+    network.load_state_dict(tensors)
+    return network
+
+
+class Stop(Exception):
+    """Training is over: the held-out loss no longer falls."""
+
+
+@dataclass
+class Watch:
+    """What is told after every iteration: it keeps the curves, prints them, and stops a run that no longer improves."""
+
+    held_out: Rows | None = None
+    patience: int = 10
+    tol: float = 1e-5
+    label: str = ""
+    every: int = 0  # print each so many iterations; 0 is never
+
+    def __post_init__(self) -> None:
+        self.losses: list[float] = []
+        self.held_out_losses: list[float] = []
+        self.best: tuple[float, Tensor] | None = None
+        self.idle = 0
+
+    def __call__(self, network: Network, value: float, loss: Loss) -> None:
+        self.losses.append(value)
+        said = f"{self.label}: iteration {len(self.losses)}, loss {value:.6g}"
+        if self.held_out is not None:
+            now = network.loss(self.held_out, loss)
+            self.held_out_losses.append(now)
+            said += f", held-out loss {now:.6g}"
+            better = self.best is None or now < self.best[0] - self.tol * abs(self.best[0])
+            self.idle = 0 if better else self.idle + 1
+            if self.best is None or now < self.best[0]:
+                self.best = (now, network.flat())
+        if self.every and len(self.losses) % self.every == 0:
+            print(said)
+        if self.idle >= self.patience:
+            raise Stop
+
+
+def lbfgs(network: Network, rows: Rows, loss: Loss, alpha: float, max_iter: int, tol: float, watch: Watch) -> None:
+    """Minimise over all rows at once, with curvature: for a few thousand rows this is both the fastest and the best."""
+    pieces, parameters = rows.pieces(network.piece), list(network.parameters())
+    share = [part.w / rows.w.sum() for part in pieces]
+    decay = (alpha / rows.w.sum() * network.decayed()).double().cpu().numpy()
+    like = network.flat()
+    last = [math.nan]
+
+    def value_and_gradient(point: np.ndarray) -> tuple[float, np.ndarray]:
+        network.load(torch.from_numpy(point).to(like))
+        value, gradient = 0.5 * float(point @ (decay * point)), decay * point
+        for part, w in zip(pieces, share, strict=True):
+            cost = loss(network(part.x), part.y) @ w
+            found = torch.autograd.grad(cost, parameters, allow_unused=True, materialize_grads=True)
+            gradient = gradient + torch.cat([g.flatten() for g in found]).double().cpu().numpy()
+            value += cost.item()
+        last[0] = value
+        return value, gradient
+
+    def after(point: np.ndarray) -> None:
+        network.load(torch.from_numpy(point).to(like))
+        watch(network, last[0], loss)
+
+    try:
+        options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tol, "ftol": 1e-4 * tol}
+        start = like.double().cpu().numpy()
+        found = optimize.minimize(
+            value_and_gradient, start, jac=True, method="L-BFGS-B", callback=after, options=options
+        )
+        network.load(torch.from_numpy(found.x).to(like))
+    except Stop:
+        pass
+    _finish(network, watch)
+
+
+def adam(
+    network: Network, rows: Rows, loss: Loss, alpha: float, max_iter: int, watch: Watch,
+    *, batch: int, rate: float, generator: torch.Generator, state: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Pass over the rows in mini-batches, max_iter times at most; the state returned goes on where this leaves off."""
+    optimiser = torch.optim.Adam(network.parameters(), lr=rate)
+    if state is not None:
+        optimiser.load_state_dict(state)
+    total = float(rows.w.sum())
+    decayed = [p for name, p in network.named_parameters() if not name.endswith("bias")]
+    try:
+        for _ in range(max_iter):
+            seen = 0.0
+            for index in torch.randperm(len(rows), generator=generator).to(rows.x.device).split(batch):
+                part = rows[index]
+                cost = (loss(network(part.x), part.y) * part.w).sum() / part.w.sum()
+                optimiser.zero_grad()
+                penalty = alpha / (2 * total) * sum((p.square().sum() for p in decayed), cost.new_zeros(()))
+                (cost + penalty).backward()
+                optimiser.step()
+                seen += float(cost.detach() * part.w.sum()) + float(penalty.detach() * part.w.sum())
+            watch(network, seen / total, loss)
+    except Stop:
+        pass
+    _finish(network, watch)
+    return optimiser.state_dict()
+
+
+def _finish(network: Network, watch: Watch) -> None:
+    if watch.best is not None:
+        network.load(watch.best[1])
+    network.zero_grad(set_to_none=True)
+
+
+# -- one linear layer: closed form -------------------------------------------------------------------------------------
+
+_widest = 2000  # the smaller side of the largest matrix that is decomposed
+
+
+def is_linear(head: Head, num_rows: int) -> bool:
+    """Is the output plainly linear in the weights, one column per feature, and the problem small enough to solve at once?"""
+    plain = head.channels == 1 and head.fusion.is_plain and head.config.reconciliation.name == "identity"
+    r = head.remainder
+    linear = r.kind != "linear" or r.inside or r.activation == "identity"
+    columns = head.D + (head.m if r.kind == "linear" else 0)
+    return plain and linear and head.bias is not None and min(num_rows, columns) <= _widest and columns <= 2 * 10**4
+
+
+@torch.no_grad()
+def least_squares(head: Head, rows: Rows, alpha: float | None) -> list[float]:
+    """Solve for all weights of a linear head; alpha=None takes for each target the one with the least leave-one-out error.
+
+    With columns of unit variance, A = U S V^T: fitted = U s^2 / (s^2 + alpha) U^T y, and a row left out errs by e / (1 - h).
+    """
+    share = (rows.w / rows.w.sum())[:, None]
+    learnt = head.remainder.kind == "linear"
+    columns = head.expansion(rows.x)
+    if learnt:
+        columns = torch.cat([columns, head.remainder.linear_part(rows.x)], -1)
+    targets = rows.y
+    if not (learnt or head.remainder.is_zero):
+        targets = targets - head.remainder(rows.x, head.n)
+    mean, middle = (share * columns).sum(0), (share * targets).sum(0)
+    scale = (share * (columns - mean).square()).sum(0).sqrt()
+    flat = scale <= 1e-10 * (columns.abs().amax(0) + 1e-300)
+    scale = torch.where(flat, torch.ones_like(scale), scale)
+    root = rows.w.sqrt()[:, None]
+    A, b = root * (columns - mean) / scale * ~flat, root * (targets - middle)
+    U, s, Vt = torch.linalg.svd(A, full_matrices=False)
+    along = U.mT @ b
+
+    def left_out(a: float) -> Tensor:
+        kept = s.square() / (s.square() + a)
+        leverage = U.square() @ kept + share[:, 0]
+        error = (b - U @ (kept[:, None] * along)) / (1 - leverage).clamp(min=1e-12)[:, None]
+        return error.square().sum(0)
+
+    if alpha is None:
+        grid = [10.0 ** (k / 2) for k in range(12, -29, -1)]
+        best = torch.stack([left_out(a) for a in grid]).argmin(0)
+    else:
+        grid, best = [alpha], torch.zeros(head.n, dtype=torch.long)
+    alphas = torch.tensor(grid, dtype=s.dtype, device=s.device)[best]  # one per target
+    shrunk = torch.where(s > s.max() * 1e-14, s, torch.zeros_like(s))[:, None] / (s.square()[:, None] + alphas)
+    found = (Vt.mT @ (shrunk * along)).mT / scale
+    assert head.bias is not None
+    head.bias.copy_(middle - found @ mean)
+    head.w.copy_(found[:, : head.D].flatten())
+    if head.remainder_weight is not None:
+        head.remainder_weight.copy_(found[:, head.D :])
+    if head.remainder_bias is not None:
+        head.remainder_bias.zero_()
+    return alphas.tolist()
+
+
+# -- how strong the decay should be ------------------------------------------------------------------------------------
+
+decays = (250.0, 50.0, 10.0, 2.0, 0.4, 0.08, 0.016, 3e-3, 1e-4, 1e-6)
+
+
+def best_decay(score: Callable[[float], float], start: float = 2.0) -> float:
+    """Walk along `decays` from `start` to the nearest minimum of the score."""
+    known: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in known:
+            known[i] = score(decays[i])
+        return known[i]
+
+    i = decays.index(start)
+    while True:
+        near = [j for j in (i, i - 1, i + 1) if 0 <= j < len(decays)]
+        best = min(near, key=at)
+        if best == i:
+            return decays[i]
+        i = best
+
+
+def folds(groups: Tensor | None, count: int, num_folds: int, generator: torch.Generator) -> Tensor:
+    """Assign each of `count` rows to a fold, the classes in `groups` evenly."""
+    order = torch.randperm(count, generator=generator)
+    if groups is not None:
+        order = order[groups.cpu()[order].argsort(stable=True)]
+    fold = torch.empty(count, dtype=torch.long)
+    fold[order] = torch.arange(count) % num_folds
+    return fold
