@@ -6,10 +6,20 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 matplotlib.use("Agg")
 pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(autouse=True)
+def _same_defaults():
+    """A page may choose its own floating dtype; the tests after it have theirs."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", pages, ids=lambda p: p.name)

@@ -256,7 +256,7 @@ def test_bad_layers(estimator, message):
 
 def test_settings_that_explode_are_refused_with_their_size():
     X, y = np.zeros((4, 10_000)), np.arange(4.0)
-    with pytest.raises(ValueError, match=r"m = 10000 asks for D = .* = 1,000,100,010,000 features"):
+    with pytest.raises(ValueError, match=r"m = 10000 attributes, which make D = .* = 1,000,100,010,000 features"):
         df.RPNRegressor([{"expansion": ("taylor", {"degree": 3})}]).fit(X, y)
 
 

@@ -24,6 +24,11 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 
 Activation = Callable[[Tensor], Tensor]
 
+
+def _same(x: Tensor) -> Tensor:  # with a name, so that what holds it can be pickled
+    return x
+
+
 # Every elementwise function that a record may name.
 activations: dict[str, Activation] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -32,7 +37,7 @@ activations: dict[str, Activation] = {
     "relu": F.relu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
+    "identity": _same,
 }
 
 

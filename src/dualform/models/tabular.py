@@ -36,8 +36,8 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
         >>> import dualform as df
         >>> from sklearn.datasets import load_iris
         >>> X, y = load_iris(return_X_y=True)
-        >>> round(df.RPNClassifier(random_state=0).fit(X[::2], y[::2]).score(X[1::2], y[1::2]), 1)
-        1.0
+        >>> df.RPNClassifier(random_state=0).fit(X[::2], y[::2]).score(X[1::2], y[1::2]) > 0.9
+        True
     """
 
     _loss = staticmethod(fitting.cross_entropy)
