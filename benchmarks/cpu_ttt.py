@@ -273,7 +273,7 @@ class Maker:
             return Side(
                 lambda: layer(x, position_ids=position), {"x": x, **{n: theirs[m] for n, m in names.items()}}, dy
             )
-        ours.program = partial(ours.program, backend=side.split()[0])  # type: ignore[assignment]
+        ours.backend = side.split()[0]
         return Side(lambda: ours(x)[0], {"x": x, **dict(ours.named_parameters())}, dy)
 
 
@@ -511,7 +511,7 @@ def measure(args: argparse.Namespace, caches: Path) -> Fields:
                 for _ in range(1 if args.quick else 3):
                     collect("memory", "threads1", learner=learner, side=side, T=T)
             for side in OURS if "compile" in args.only and T < 8192 else ():
-                collect("compile", f"cold {learner} {side}", learner=learner, side=side, T=T)
+                collect("compile", f"cold-{learner}-{side}", learner=learner, side=side, T=T)
     found["machine"]["load_after"] = [round(x, 2) for x in os.getloadavg()]
     return found
 
