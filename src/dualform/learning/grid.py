@@ -100,14 +100,14 @@ class Grid:
 
     def put(self, out: Tensor, piece: range, value: Tensor) -> None:
         """Write the blocks of a piece, (n, B, H, W, ...), into what `new` made."""
+        target = self.place(out, piece)
+        if target is not None:
+            target.copy_(value)
+            return
         value = value.transpose(2, 3)  # (n, B, W, H, ...)
         if self.spans is not None:
             start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
-            n, W = value.shape[0], value.shape[2]
-            if n * W == stop - start:
-                out[:, start:stop].unflatten(1, (n, W)).copy_(value.transpose(0, 1))
-            else:
-                out[:, start:stop] = value[0, :, : stop - start]
+            out[:, start:stop] = value[0, :, : stop - start]
         else:
             assert self.index is not None
             out[torch.arange(out.shape[0], device=out.device)[:, None], self.index[piece.start : piece.stop]] = value
