@@ -37,11 +37,11 @@ T = 37  # tokens in the recordings: two mini-batches of 16 and a rest
 
 def recorded(name):
     """The arrays of one recording, as tensors, by their first word: sd, grad, and the rest as it is."""
-    arrays = np.load(DATA / f"ttt_{name}.npz")
     found = {"sd": {}, "grad": {}}
-    for key in arrays.files:
-        head, _, rest = key.partition(".")
-        (found[head] if rest else found)[rest or head] = torch.from_numpy(arrays[key])
+    with np.load(DATA / f"ttt_{name}.npz") as arrays:
+        for key in arrays.files:
+            head, _, rest = key.partition(".")
+            (found[head] if rest else found)[rest or head] = torch.from_numpy(arrays[key])
     return found
 
 

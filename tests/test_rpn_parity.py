@@ -15,7 +15,8 @@ from dualform.testing import agree
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "rpn_functions.json").read_text())
-ARRAYS = np.load(DATA / "rpn_functions.npz")
+with np.load(DATA / "rpn_functions.npz") as opened:
+    ARRAYS = dict(opened)
 
 
 def array(key):
