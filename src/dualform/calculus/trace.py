@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
+from dualform.calculus.pairs import paired
 from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
@@ -40,7 +41,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
 
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
-    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather.
+    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
+    two, its real and its imaginary part.
     The graph is for these shapes, dtypes and devices. `f` must not take gradients inside. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
@@ -63,9 +65,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         except Exception as error:
             _reraise(error)
     _refuse_values(gm)
-    _refuse_complex(gm)
     _refuse_randomness(gm)
-    return normalised(functionalized(gm, _blame))
+    return paired(normalised(functionalized(gm, _blame)), _blame)
 
 
 def _standin(value: Tensor) -> Tensor:
@@ -220,21 +221,6 @@ def _refuse_values(gm: fx.GraphModule) -> None:
             loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
             if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 _refuse_data(source_line(node) or str(node.target))
-
-
-def _refuse_complex(gm: fx.GraphModule) -> None:
-    """Derivatives are of real numbers: a complex one that depends on an input is two, and its rows would be too."""
-    reached: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-            made = node.meta.get("val")
-            if isinstance(made, Tensor) and made.is_complex():
-                where = source_line(node) or str(node.target)
-                raise TraceError(
-                    f"trace: `{where}` makes a complex tensor; expected real ones. "
-                    "Write it with its real and imaginary parts, a Fourier transform as a product with cosines and sines."
-                )
 
 
 _DROPOUT = {

@@ -27,7 +27,7 @@ from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
-from dualform.calculus.structure import Derivative
+from dualform.calculus.structure import Derivative, Route
 from dualform.calculus.terms import Term
 from dualform.calculus.trace import trace
 from dualform.shapes import fail
@@ -278,7 +278,7 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-class Applied:
+class Applied(Route):
     """The route of a derivative that a traced function has at a point."""
 
     def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
