@@ -137,7 +137,7 @@ REFUSED: list[tuple[Callable[..., Tensor], str]] = [
     (lambda x: x[x > 0], "reads a tensor's values"),
     (lambda x: torch.tensor(x.tolist()), "reads a tensor's values"),
     (lambda x: torch.tensor(x.numpy()), r"x.numpy\(\).*leaves torch; expected tensor ops"),
-    (lambda x: torch.fft.rfft(x).abs().clamp(1).to(torch.complex64).tanh().real, r"tanh.*takes tanh of complex numbers"),
+    (lambda x: torch.fft.rfft(x).abs().clamp(1).to(torch.complex64).tanh().real, r"tanh.*complex numbers by tanh"),
     (lambda x: torch.fft.rfft(x), r"returns a complex tensor.*Return torch.view_as_real"),
     (lambda x: torch.autograd.grad(x.sum(), x)[0], r"autograd.grad.*runs inside a gradient"),
     (lambda x: x[0].add_(1), r"add_\(1\).*writes to an input or a buffer.*Clone it first"),

@@ -7,6 +7,7 @@ Fourier transform is sums with cosines and sines, a composite op is spelled out 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple, NoReturn
@@ -77,7 +78,7 @@ class _Rewriter:
             if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):
                 reached.add(node)
             if node.op == "call_function" and node in reached:
-                self.visit(node)
+                reached.add(self.visit(node))
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     if _is_complex(result):
@@ -101,8 +102,10 @@ class _Rewriter:
 
     def general(self, node: Any) -> Rule:
         """By the op's row: linear, or a product; else by its definition."""
+        if node.target is operator.getitem:
+            self.refuse(node.args[0])
         row = find_row(node.target)
-        tensors = [n for n in node.all_input_nodes if _is_complex(n) or n.meta["val"].is_floating_point()]
+        tensors = [n for n in node.all_input_nodes if n.meta["val"].is_floating_point() or n.meta["val"].is_complex()]
         if row is not None and row.multilinear:
             return _product
         if row is not None and row.is_affine(frozenset(range(len(tensors)))):
@@ -112,13 +115,17 @@ class _Rewriter:
         self.refuse(node)
 
     def refuse(self, node: Any) -> NoReturn:
-        what = f"takes {getattr(node.target, '_opname', node.target)} of complex numbers, which has no rule in real ones"
-        self.blame(node, what, "Write it with real and imaginary parts, or with + - * /, abs, angle, exp, log, fft, sums and views.")
+        advice = "Write it with real and imaginary parts, or with + - * / @, abs, angle, exp, log, fft, sums and views."
+        self.blame(
+            node, f"makes or takes complex numbers by {node.target._opname}, which has no rule in real ones", advice
+        )
 
     def fitted(self, part: Part, like: Tensor) -> Part:
         """A part in the shape and dtype of the whole, where broadcasting with the other part would have made it so."""
+        if part is None:
+            return None
         if not isinstance(part, fx.Node):
-            return part
+            return self.full(part, like)
         dtype = like.dtype.to_real() if like.is_complex() else like.dtype
         if part.meta["val"].dtype != dtype:
             part = self.emit(aten._to_copy.default, part, dtype=dtype)
@@ -142,16 +149,14 @@ class _Rewriter:
             self.pairs[x] = Pair(self.emit(aten.real.default, x), self.emit(aten.imag.default, x))
         return self.pairs[x]
 
-    def whole(self, x: Any) -> tuple[fx.Node, fx.Node]:
-        """The parts as tensors of one shape, zeros included."""
-        re, im = self.pair(x)
-        known = next(part for part in (re, im, self.zeros(x)) if isinstance(part, fx.Node))
-        zero = None if re is not None and im is not None else self.emit(aten.zeros_like.default, known)
-        return (zero if re is None else re), (zero if im is None else im)
+    def whole(self, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The parts as tensors, zeros included."""
+        re, im = (self.full(0.0, x.meta["val"]) if part is None else part for part in self.pair(x))
+        return re, im
 
-    def zeros(self, x: Any) -> fx.Node:
-        value = x.meta["val"]
-        return self.emit(aten.zeros.default, list(value.shape), dtype=value.dtype.to_real(), device=value.device)
+    def full(self, value: float, like: Tensor) -> fx.Node:
+        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+        return self.emit(aten.full.default, list(like.shape), value, dtype=dtype, device=like.device)
 
     # -- arithmetic of parts, where None is zero
 
@@ -374,10 +379,14 @@ def _partwise(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
 
 def _placed(node: Any, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     schema = node.target._schema.arguments
-    return [values[a.name] for a in schema if not a.kwarg_only], {a.name: values[a.name] for a in schema if a.kwarg_only}
+    return [values[a.name] for a in schema if not a.kwarg_only], {
+        a.name: values[a.name] for a in schema if a.kwarg_only
+    }
 
 
-_RULES.update(dict.fromkeys(("clone", "detach", "alias", "contiguous", "resolve_conj", "resolve_neg", "_neg_view"), _partwise))
+_RULES.update(
+    dict.fromkeys(("clone", "detach", "alias", "contiguous", "resolve_conj", "resolve_neg", "_neg_view"), _partwise)
+)
 
 
 def _product(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
@@ -413,7 +422,9 @@ def _spelled(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
 
     def call(*tensors: Tensor) -> Any:
         at = iter(tensors)
-        args, kwargs = pytree.tree_map(lambda n: next(at) if isinstance(n, fx.Node) else n, (node.args, dict(node.kwargs)))
+        args, kwargs = pytree.tree_map(
+            lambda n: next(at) if isinstance(n, fx.Node) else n, (node.args, dict(node.kwargs))
+        )
         return node.target(*args, **kwargs)
 
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
@@ -429,7 +440,7 @@ def _spelled(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
             copy.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
             inside[n] = r.visit(copy)
     r.at = node
-    result = inside[gm.graph.output_node().args[0]]
+    result = inside[gm.graph.output_node().all_input_nodes[0]]
     return r.pair(result) if _is_complex(node) else result
 
 
@@ -474,7 +485,10 @@ def _real_fft(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
     n, half = given["last_dim_size"], given["self"].meta["val"].shape[last]
     options = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
     ends, twice = (1, 2 * half - 1 - n), n - half
-    counts = [r.emit(aten.full.default, [k], v, **options) for k, v in zip((ends[0], twice, ends[1]), (1.0, 2.0, 1.0), strict=True)]
+    counts = [
+        r.emit(aten.full.default, [k], v, **options)
+        for k, v in zip((ends[0], twice, ends[1]), (1.0, 2.0, 1.0), strict=True)
+    ]
     weight = r.emit(aten.reshape.default, r.emit(aten.cat.default, counts), [-1, *[1] * (len(shape) - 1 - last)])
     z = _waves(r, Pair(r.mul(z.re, weight), r.mul(z.im, weight)), last, 1, n, n)
     return _scaled(r, z, given, math.prod(shape[dim] for dim in given["dim"])).re

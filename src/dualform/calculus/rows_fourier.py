@@ -9,6 +9,7 @@ swapped, and is applied as a transform; the terms hold one matrix, with deltas o
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 
@@ -27,8 +28,8 @@ def _sines(x: Tensor, dim: int, n: int, out: int) -> Tensor:
 
 def _spectrum(x: Tensor, dim: int, n: int, out: int) -> Tensor:
     """The first `out` of n frequencies along dim; x is zero beyond its size."""
-    transform = torch.fft.rfft if out <= n // 2 + 1 else torch.fft.fft
-    return transform(x, n, dim).narrow(dim, 0, out)
+    # Not rfft, whose backward writes into a buffer: torch cannot vmap that.
+    return torch.fft.fft(x, n, dim).narrow(dim, 0, out)
 
 
 # Made of torch's own ops, so that autograd, vmap and fake tensors know them; in our traces they stay whole.
@@ -55,5 +56,7 @@ def _transform(call: Call, operand: int) -> list[Term]:
     k, l = (torch.arange(shape[dim], device=x.device) for shape in (call.out.shape, x.shape))
     angles = (torch.outer(k, l) % n).to(x.dtype) * (2 * math.pi / n)  # whole turns taken off before they are rounded
     is_cosine = call.target._schema.name.endswith("cosines")
-    wave = make_factor(angles.cos() if is_cosine else angles.sin(), (frequency, inn[dim]), "cos" if is_cosine else "sin")
+    wave = make_factor(
+        angles.cos() if is_cosine else angles.sin(), (frequency, inn[dim]), "cos" if is_cosine else "sin"
+    )
     return [Term(1.0, (wave,), (*inn[:dim], frequency, *inn[dim + 1 :]), inn)]

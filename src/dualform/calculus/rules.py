@@ -51,7 +51,16 @@ __all__ = [
 ]  # fmt: skip
 
 # Importing them fills the table.
-_modules = (rows_attention, rows_fourier, rows_index, rows_linalg, rows_norms, rows_pointwise, rows_products, rows_reductions)
+_modules = (
+    rows_attention,
+    rows_fourier,
+    rows_index,
+    rows_linalg,
+    rows_norms,
+    rows_pointwise,
+    rows_products,
+    rows_reductions,
+)
 _modules += (rows_views, rows_windows)
 _warned: set[str] = set()
 
@@ -68,7 +77,7 @@ def derivative(call: Call, operand: int) -> Derivative:
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
         return zero(call.out, x)
     found = find_row(call.target)
-    if found is not None and found.adjoint is not None:
+    if found is not None and found.rule is not None and found.adjoint is not None:
         terms, route = partial(found.rule, call, operand), _Linear(call, operand, found.adjoint)
         return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
     terms = _terms(call, operand)

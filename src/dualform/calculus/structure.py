@@ -56,7 +56,10 @@ DENSE_LIMIT = 4 * 2**30
 class Route(ABC):
     """A cheaper way to apply a derivative than its terms, as a program of local derivatives; and its account."""
 
-    inputs: Mapping[str, Tensor] = {}
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The tensors that formulas call by name."""
+        return {}
 
     @abstractmethod
     def vjp(self, g: Tensor) -> Tensor:
