@@ -128,4 +128,4 @@ def test_second_derivatives_go_through_complex_numbers() -> None:
     def f(x: Tensor) -> Tensor:
         return fft.irfft(fft.rfft(x) * fft.rfft(x * x), n=8).pow(3).sum()
 
-    torch.testing.assert_close(hessian(f, V).dense(), torch.func.hessian(f)(V), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(hessian(f, V).dense(), torch.autograd.functional.hessian(f, V), rtol=1e-10, atol=1e-10)

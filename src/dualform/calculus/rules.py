@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dualform.calculus import (
     rows_attention,
@@ -63,6 +65,8 @@ _modules = (
 )
 _modules += (rows_views, rows_windows)
 _warned: set[str] = set()
+# What stand-ins without values raise where a derivative depends on values.
+READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 def derivative(call: Call, operand: int) -> Derivative:
@@ -120,6 +124,8 @@ def _dense(call: Call, operand: int) -> list[Term]:
         # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
         full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
     except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, READS_VALUES):
+            raise
         fail(
             "derivative",
             f"{name} by {call.operand_name(operand)}",

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
 from dualform.calculus.pairs import paired
+from dualform.calculus.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
@@ -97,7 +98,7 @@ class _Lines(TorchFunctionMode):
             func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
         elif func is Tensor.__getitem__:
             args = (args[0], _places(args[1]))
-        return func(*args, **(kwargs or {}))
+        return (SPELLED.get(func) or func)(*args, **(kwargs or {}))
 
 
 _MASKED = {Tensor.masked_select, torch.masked_select}

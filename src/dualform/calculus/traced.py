@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from dualform.calculus.canonical import settled
@@ -25,6 +24,7 @@ from dualform.calculus.identities import canonical_graph
 from dualform.calculus.linear import Split, runnable, split, straight
 from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
+from dualform.calculus.rules import READS_VALUES
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative, Route
@@ -34,8 +34,6 @@ from dualform.shapes import fail
 
 TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
 
-# A rule that reads values cannot be written down for all values: it is interpreted each time.
-_READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 CACHE_SIZE = 256
 _kept: OrderedDict[Hashable, Traced] = OrderedDict()
 
@@ -154,7 +152,7 @@ class Traced:
                 return None
             try:
                 self.made[key] = make()
-            except _READS_VALUES:
+            except READS_VALUES:  # it cannot be written down for all values: it is interpreted each time
                 self.made[key] = None
         return self.made[key]
 
