@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from dualform.calculus.collapse import tidy
 from dualform.calculus.compose import compose_terms
+from dualform.calculus.composition import Joined
 from dualform.calculus.explain import Explanation
 from dualform.calculus.identities import canonical_graph
 from dualform.calculus.jacobian import Given, Wrt
@@ -139,6 +140,10 @@ class Second(Route):
     def shown(self, derivative: Derivative) -> Formula:
         """The derivative in index notation, in the names of its account."""
         return self.story().shown(derivative)
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """The route of a product."""
+        return Joined(outer, inner)
 
 
 def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dualform.calculus.canonical import settled
+from dualform.calculus.composition import Joined
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
 from dualform.calculus.identities import canonical_graph
@@ -331,3 +332,7 @@ class Applied(Route):
     def shown(self, derivative: Derivative) -> Formula:
         """The derivative in index notation, in the names of its account."""
         return self.story().shown(derivative)
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """The route of a product."""
+        return Joined(outer, inner)
