@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -58,7 +59,9 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     inputs = [_standin(a) for a in args]
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _quiet("torch._subclasses.fake_tensor"):
+    # A graph's Python code is written when somebody runs it: most are only read.
+    lazy = _use_lazy_graph_module(True)
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, _quiet("torch._subclasses.fake_tensor"):
         try:
             gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
