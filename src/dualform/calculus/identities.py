@@ -36,6 +36,29 @@ def _unexpanded(r: Rewriter, node: Any) -> Any:
     return r.make(node.target, *args, **node.kwargs) if args != list(node.args) else None
 
 
+@rewrites("matmul", "mm")
+def _by_identity(r: Rewriter, node: Any) -> Any:
+    """A product with eye(n) is its other operand."""
+    a, b = node.args[:2]
+    for eye, x in ((b, a), (a, b)):
+        if name_of(eye) == "eye" and value(x).shape == value(node).shape and value(eye).shape[0] == value(eye).shape[1]:
+            return x
+    return None
+
+
+@rewrites("mul", "multiply")
+def _by_ones(r: Rewriter, node: Any) -> Any:
+    """A product with ones of a shape is a copy to that shape."""
+    for k in (0, 1):
+        ones, x = node.args[k], node.args[1 - k]
+        if name_of(ones) not in ("ones", "ones_like", "new_ones") or not isinstance(x, fx.Node):
+            continue
+        if value(x).dtype == value(node).dtype:
+            shape = list(value(node).shape)
+            return x if value(x).shape == value(node).shape else r.make(aten.expand.default, x, shape)
+    return None
+
+
 # -- numbers and powers
 
 

@@ -55,7 +55,9 @@ def inline(graph: fx.Graph) -> None:
         row = find_row(node.target) if name_of(node) else None
         if not name_of(node) or is_pointwise(node.target) or (row is not None and row.rule is not None):
             continue
-        if not isinstance(node.meta.get("val"), Tensor):
+        if (
+            not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes
+        ):  # a constant is nothing to look into
             continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         found = defined(Call(node.target, args, kwargs, node.meta["val"]))

@@ -101,9 +101,15 @@ class _Lines(TorchFunctionMode):
             func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
         elif func is Tensor.__getitem__:
             args = (args[0], _places(args[1]))
+        elif func in _SIZED and type(args[0]) is Tensor and not args[0].is_floating_point():
+            with temporarily_clear_interpreter_stack(), _disable_current_modes():
+                return func(*args, **(kwargs or {}))
         return (SPELLED.get(func) or func)(*args, **(kwargs or {}))
 
 
+# Their results' sizes depend on values: of places and masks that the function closes over, these are known.
+_SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
+_SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
 _MASKED = {Tensor.masked_select, torch.masked_select}
 
 

@@ -27,9 +27,13 @@ _both = """
     softmax log_softmax sum mean prod var std amax amin logsumexp cumsum cumprod norm maximum minimum clamp pow
     outer matmul mm bmm mv dot add sub mul div where masked_fill index_select gather flip roll tril triu diagonal diag
     transpose permute reshape flatten unflatten unsqueeze squeeze movedim broadcast_to narrow select take_along_dim sort
-    inverse det trace cholesky logdet unbind split chunk
+    inverse det trace cholesky logdet unbind split chunk angle conj
 """.split()
-_functions = "einsum stack cat kron tensordot addmm baddbmm atan2 lerp cdist zeros_like ones_like".split()
+_functions = """
+    einsum stack cat kron tensordot addmm baddbmm atan2 lerp cdist zeros_like ones_like complex polar real imag view_as_real
+    view_as_complex cov corrcoef combinations vander
+""".split()
+_transforms = "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn fftshift ifftshift".split()
 _methods = "expand view repeat expand_as view_as mean clone t float double max min unfold swapaxes detach".split()
 _layers = """
     gelu silu softplus elu selu leaky_relu mish hardtanh logsigmoid linear bilinear conv1d conv2d conv3d avg_pool1d avg_pool2d
@@ -40,6 +44,7 @@ _layers = """
 functions: Mapping[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in [*_both, *_functions] if hasattr(torch, name)},
     **{name: getattr(F, name) for name in _layers},
+    **{name: getattr(torch.fft, name) for name in _transforms},
     "transpose": lambda x, a=-2, b=-1: x.transpose(a, b),
     "layer_norm": lambda x, *parts, **more: F.layer_norm(x, *_with_shape(x, parts), **more),
     "rms_norm": lambda x, *parts, **more: F.rms_norm(x, *_with_shape(x, parts), **more),
@@ -48,7 +53,7 @@ functions: Mapping[str, Callable[..., Any]] = {
     "min": torch.amin,
 }
 methods: Collection[str] = frozenset(name for name in [*_both, *_methods] if hasattr(Tensor, name))
-_packages = ("torch", "F", "nn.functional", "torch.nn.functional", "torch.linalg", "torch.special")
+_packages = ("torch", "F", "nn.functional", "torch.nn.functional", "torch.linalg", "torch.special", "torch.fft", "fft")
 _words = {"pi": torch.pi, "inf": float("inf")}
 
 MAX_TEXT = 4000
