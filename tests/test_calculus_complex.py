@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fft
 
 from dualform.calculus import clear_cache, hessian, jacobian, pairs, rules
+from dualform.cli.expression import compile_expression
 from dualform.shapes import TraceError
 
 generator = torch.Generator().manual_seed(0)
@@ -129,3 +130,8 @@ def test_second_derivatives_go_through_complex_numbers() -> None:
         return fft.irfft(fft.rfft(x) * fft.rfft(x * x), n=8).pow(3).sum()
 
     torch.testing.assert_close(hessian(f, V).dense(), torch.autograd.functional.hessian(f, V), rtol=1e-10, atol=1e-10)
+
+
+def test_a_typed_formula_may_hold_a_transform() -> None:
+    typed = compile_expression("abs(fft.irfft(torch.fft.rfft(x) * conj(rfft(y)), n=8))", ["x", "y"])
+    torch.testing.assert_close(typed(V, K), fft.irfft(fft.rfft(V) * fft.rfft(K).conj(), n=8).abs())

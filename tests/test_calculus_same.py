@@ -101,6 +101,7 @@ SAME: dict[str, list[Callable[[Tensor], Tensor]]] = {
 X4, X3, V = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64), torch.stack([X, Y]), X[0].clone()
 WB = torch.stack([W, 2 * W])
 OTHER_RANKS: dict[str, tuple[Tensor, list[Callable[[Tensor], Tensor]]]] = {
+    "softmax of a vector": (V, [lambda x: x.softmax(0), lambda x: x.exp() / x.exp().sum(), lambda x: (x - x.max()).exp() / (x - x.max()).exp().sum(), lambda x: (x - x.logsumexp(0)).exp()]),
     "softmax over axis 1 of 4": (X4, [lambda x: x.softmax(1), lambda x: x.exp() / x.exp().sum(1, keepdim=True), lambda x: x.movedim(1, -1).softmax(-1).movedim(-1, 1), lambda x: x.log_softmax(1).exp()]),
     "softmax, scaled": (X3, [lambda x: (x / 2).softmax(-1), lambda x: (x * 0.5).softmax(-1), lambda x: (x / 2).exp() / (x / 2).exp().sum(-1, keepdim=True)]),
     "mean over two axes": (X4, [lambda x: x.mean((1, 3)), lambda x: x.sum((1, 3)) / 15, lambda x: x.sum(3).sum(1) / 15, lambda x: x.mean(3).mean(1), lambda x: torch.einsum("abcd->ac", x) / 15, lambda x: x.movedim(1, 2).reshape(2, 4, 15).mean(-1)]),

@@ -262,13 +262,14 @@ def _softmax(r: Rewriter, x: Any, total: Any) -> Any:
 
 
 def _summed_dim(node: Any, op: str) -> int | None:
-    """The one dim that a reduction with keepdim takes."""
+    """The one dim that a reduction takes, and keeps for what it is combined with; a vector's needs no keeping."""
     if name_of(node) != op:
         return None
     b = bound_arguments(node)
-    if "dim" not in b or not b["keepdim"] or b.get("dtype") is not None:
+    is_vector = value(b["self"]).ndim == 1
+    if not (is_vector or b.get("keepdim")) or b.get("dtype") is not None:
         return None
-    dims = dims_of(b["dim"], value(b["self"]).ndim)
+    dims = dims_of(b.get("dim"), value(b["self"]).ndim)
     return dims[0] if len(dims) == 1 else None
 
 
