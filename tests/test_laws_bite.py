@@ -75,9 +75,9 @@ def test_forms_notice_an_objective_without_its_half(fresh):
 
 
 def test_forms_notice_a_token_that_reads_itself_too_late(fresh):
-    real = emit._masked
-    fresh.setattr(emit, "_masked", lambda kernel, q, k, C: real(kernel, q, k, C.tril(-1)))
-    fresh.setattr(emit, "_prefix", lambda g, coef: (coef.C.tril(-1) @ g.flatten(1)).reshape(g.shape))
+    real = emit.masked
+    fresh.setattr(emit, "masked", lambda kernel, q, k, C: real(kernel, q, k, C.tril(-1)))
+    fresh.setattr(emit, "prefix", lambda g, coef: (coef.C.tril(-1) @ g.flatten(1)).reshape(g.shape))
     assert "auto o" in bites(laws.check_forms, derive(), time=4)
 
 
