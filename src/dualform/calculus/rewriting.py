@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.utils._pytree import tree_leaves
 
 from dualform.calculus.definitions import defined
+from dualform.calculus.functional import without_repeats
 from dualform.calculus.normal import bound_arguments
 from dualform.calculus.rows_pointwise import is_pointwise
 from dualform.calculus.table import Call, dims_of, find_row
@@ -40,13 +40,13 @@ def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
     inline(gm.graph)
-    graph = fx_graph_cse(gm.graph)
+    graph = without_repeats(gm.graph)
     rewriter = Rewriter(graph)
     for node in list(graph.nodes):
         if node.op == "call_function":
             rewriter.visit(node)
     graph.eliminate_dead_code()
-    return fx.GraphModule(gm, fx_graph_cse(graph))
+    return fx.GraphModule(gm, without_repeats(graph))
 
 
 def inline(graph: fx.Graph) -> None:
