@@ -36,11 +36,12 @@ def straight(compute: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Trace a computation on stand-ins of its inputs, out of sight of any trace or transform that is going on."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         gm = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        gm = functionalized(gm, _blame)  # torch.func writes its bases in place
+        gm = functionalized(gm, blame)  # torch.func writes its bases in place
     return fx.GraphModule(gm, without_repeats(gm.graph))
 
 
-def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+def blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+    """What cannot be rewritten in a graph of our own is our mistake."""
     raise AssertionError(f"{node.format_node()} {what}")
 
 
