@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dualform.catalogue import Catalogue
+from dualform.functions.blocks import Basis, Pull, evaluate, joined
 from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
 from dualform.shapes import fail
 
@@ -58,7 +59,7 @@ class Expansion:
     domain: Interval = (-1.0, 1.0)  # where it is differentiable (almost everywhere, if `rough`) and finite in float32
     reach: Interval = everywhere  # where float32 stays finite
     layout: Layout = "mixed"
-    basis: Callable[[Tensor, int], Tensor] | None = None
+    basis: Basis | None = None
     terms: tuple[str, ...] = ()  # phi_1 .. phi_k as Python expressions in x
     degree: int | None = None  # phi_j is a polynomial of this degree between neighbouring knots, if there are any
     knots: tuple[float, ...] = ()
@@ -91,7 +92,7 @@ class Expansion:
             fail(
                 self.name, "phi", "does not exist", "an expansion of each attribute alone", "Call the expansion itself."
             )
-        return self.basis(x, -1)
+        return joined(self.basis(x, -1), -1)
 
     def check(self, m: int) -> int:
         """Return D = dim(m), or refuse a row too wide to build."""
@@ -180,9 +181,10 @@ vocabulary: dict[str, object] = {
 
 def attribute_wise(
     name: str,
-    basis: Callable[[Tensor, int], Tensor],
+    basis: Basis,
     terms: Sequence[str],
     *,
+    pull: Pull | None = None,
     layout: Layout = "attribute",
     rule: str = "",
     **notes: Any,
@@ -191,7 +193,7 @@ def attribute_wise(
     k = len(terms)
 
     def base(x: Tensor) -> Tensor:
-        return basis(x, -1 if layout == "attribute" else -2).flatten(-2)
+        return evaluate(x, basis, pull, k, -1 if layout == "attribute" else -2).flatten(-2)
 
     return Expansion(
         name, base, lambda m: m * k, rule or f"{k} m", layout=layout, basis=basis, terms=tuple(terms), **notes

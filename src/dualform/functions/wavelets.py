@@ -25,6 +25,7 @@ from dualform.functions.basis import (
     positive,
     substitute,
 )
+from dualform.functions.blocks import Pull
 from dualform.shapes import fail
 
 _options = "dilation a >= 1, translation b >= 0; a = 1 makes all scales the same"
@@ -38,8 +39,12 @@ def dilated(
     domain: Interval,
     reach: Interval = everywhere,
     rough: str = "",
+    slope: Callable[[Tensor], Tensor] | None = None,
 ) -> Expansion:
-    """Make the expansion in the children of one mother. text: phi as an expression in tau. options: a, b, degree, scales, shifts."""
+    """Make the expansion in the children of one mother.
+
+    text: phi as an expression in tau. options: a, b, degree, scales, shifts. slope: the derivative of phi, as a tensor of its own.
+    """
     a, b, degree, scales, shifts = options
     for option, value in (("degree", degree), ("scales", scales), ("shifts", shifts)):
         positive(name, option, value)
@@ -47,18 +52,25 @@ def dilated(
         fail(name, "(dilation, translation)", f"is ({a}, {b})", "dilation >= 1, translation >= 0", "Pass a = 2, b = 1.")
     children = [(s, t) for s in range(scales) for t in range(shifts)]
 
-    def basis(x: Tensor, axis: int) -> Tensor:
-        def constants(values: list[float]) -> Tensor:
-            return along(torch.tensor(values, dtype=x.dtype, device=x.device), axis)
+    def constants(x: Tensor, axis: int, power: float) -> Tensor:
+        return along(x.new_tensor([a ** (power * s) for s, _ in children]), axis)
 
-        shift = constants([-t * b for _, t in children])
-        if a == 1:
-            return mother(x.unsqueeze(axis) + shift)
-        tau = torch.addcmul(shift, x.unsqueeze(axis), constants([a**-s for s, _ in children]))
-        return mother(tau) * constants([a ** (-s / 2) for s, _ in children])
+    def places(x: Tensor, axis: int) -> Tensor:
+        shift = along(x.new_tensor([-t * b for _, t in children]), axis)
+        x = x.unsqueeze(axis)
+        return x + shift if a == 1 else torch.addcmul(shift, x, constants(x, axis, -1))
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        y = mother(places(x, axis))
+        return y if a == 1 else y * constants(x, axis, -0.5)
+
+    def pull(x: Tensor, y: None, g: Tensor, axis: int) -> Tensor:
+        assert slope is not None
+        return slope(places(x, -1)).mul_(g) @ constants(x, -1, -1.5)
 
     terms = [f"{a ** (-s / 2)!r}*({text.replace('tau', f'(x/{a**s!r}-{t * b!r})')})" for s, t in children]
-    made = attribute_wise(name, basis, terms, domain=domain, reach=reach, rough=rough)
+    known = None if slope is None else Pull(pull, width=4)
+    made = attribute_wise(name, basis, terms, pull=known, domain=domain, reach=reach, rough=rough)
     return replace(made, power=degree, rule="sum of (m s t)^i, i = 1 .. degree")
 
 
@@ -187,12 +199,17 @@ def ricker_wavelet(
     scale = 2 / (math.sqrt(3 * sigma) * math.pi**0.25)
 
     def mother(tau: Tensor) -> Tensor:
-        square = tau.square() * (1 / sigma**2)
-        return (scale - scale * square) * torch.exp(-0.5 * square)
+        square = tau.square()
+        return (scale - square * (scale / sigma**2)) * torch.exp(square * (-0.5 / sigma**2))
+
+    def slope(tau: Tensor) -> Tensor:
+        square = tau.square()
+        fade = torch.exp(square * (-0.5 / sigma**2)).mul_(tau)
+        return square.mul_(scale / sigma**4).sub_(3 * scale / sigma**2).mul_(fade)
 
     return dilated(
         "ricker_wavelet", mother, f"{scale!r}*(1-(tau/{sigma!r})**2)*exp(-0.5*(tau/{sigma!r})**2)",
-        (dilation, translation, degree, scales, shifts), (-3.0, 3.0), (-1e15, 1e15),
+        (dilation, translation, degree, scales, shifts), (-3.0, 3.0), (-1e15, 1e15), slope=slope,
     )  # fmt: skip
 
 
