@@ -114,7 +114,13 @@ class Expansion:
     def __call__(self, x: Tensor) -> Tensor:
         self._check_input(x)
         self.check(x.shape[-1])
+        return self.expand(x)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Expand an x that was checked before."""
         u = self.base(x)
+        if self.power == 1:
+            return u
         if self.symmetric:
             return torch.cat(list(symmetric_powers(u, self.power)), -1)
         found = u

@@ -79,6 +79,12 @@ class Multilinear:
     coef: float = 1.0
     seed: int = 0
 
+    @property
+    def is_matrix(self) -> bool:
+        """Is W nothing but a view of w?"""
+        whole = [Factor(self.rows + self.cols)]
+        return list(self.factors) == whole and len(whole[0].labels) == 2 and self.coef == 1.0
+
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     def sizes(self, n: int, D: int) -> dict[str, int]:
@@ -126,7 +132,9 @@ class Multilinear:
         found: dict[str, Tensor] = {}
         for f, shape in zip(self.factors, self.shapes(self.sizes(n, D)), strict=True):
             if f.fill == "normal":
-                found[f.name] = normal(g, *shape)
+                drawn = normal(g, *shape)
+                # the axis that the tokens meet lies last in memory: their product then reads it twice as fast
+                found[f.name] = drawn.T.contiguous().T if f.labels[0] in self.cols else drawn
             elif f.fill == "kept":
                 kept, size = self._entries(f, shape), math.prod(shape)
                 table = np.full(size, kept, dtype=np.int64)  # elsewhere: the entry after the last, a zero

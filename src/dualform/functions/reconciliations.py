@@ -33,6 +33,8 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 class _Structure(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def is_matrix(self) -> bool: ...
 
     def length(self, n: int, D: int) -> int: ...
     def piece_lengths(self, n: int, D: int) -> list[int]: ...
@@ -296,6 +298,10 @@ class Hyper:
     hidden: int
     rank: int | None  # None: an MLP with biases; else sigmoid(w P Q^T) S T^T
     seed: int
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
 
     def length(self, n: int, D: int) -> int:
         if min(n, D) < 1:
