@@ -85,6 +85,7 @@ def _positive(name: str, **options: int | None) -> None:
 
 A, B = Factor("ij"), Factor("kl")
 S, T = Factor("ka"), Factor("al")
+_dense = Multilinear("identity", (A,))
 
 
 @reconciliations.record(
@@ -103,7 +104,7 @@ def identity() -> Reconciliation:
         >>> r.length(2, 3), r(torch.arange(6.0), 2, 3).tolist()
         (6, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     """
-    return Reconciliation(Multilinear("identity", (A,)))
+    return Reconciliation(_dense)
 
 
 @reconciliations.record(
@@ -339,7 +340,8 @@ class Hyper:
 
     def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor:
         W = self._written(w, n, width_of(kappa), constants)
-        return _gained(Multilinear(self.name, (A,)).apply(kappa, W.flatten(), n, {}), constants)
+        y = F.linear(kappa, W) if isinstance(kappa, Tensor) else _dense.apply(kappa, W.flatten(), n, {})
+        return _gained(y, constants)
 
 
 def _gained(x: Tensor, constants: Constants) -> Tensor:

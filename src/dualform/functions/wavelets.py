@@ -152,8 +152,13 @@ def beta_wavelet(
 
 def _sinc(t: Tensor) -> Tensor:
     """sin(pi t) / (pi t), 1 at 0: as torch.sinc, whose CPU kernel takes one number at a time."""
-    t = torch.where(t == 0, 1e-20, t)
-    return torch.sin(math.pi * t) / (math.pi * t)
+    t = _off_zero(t * math.pi)
+    return torch.sin(t) / t
+
+
+def _off_zero(t: Tensor) -> Tensor:
+    """Move 0, and nothing else that matters, to the smallest normal number, whose sine divided by it is 1."""
+    return t + torch.finfo(t.dtype).tiny
 
 
 @expansions.record(
@@ -169,13 +174,24 @@ def shannon_wavelet(
     """Expand every attribute in Shannon wavelets."""
 
     def mother(tau: Tensor) -> Tensor:
-        half = tau * (math.pi / 2)  # sin 4h - sin 2h = 2 cos 3h sin h
-        half = torch.where(half == 0, 1e-20, half)
+        half = _off_zero(tau * (math.pi / 2))  # sin 4h - sin 2h = 2 cos 3h sin h
         return torch.cos(3 * half) * torch.sin(half) / half
+
+    def slope(tau: Tensor) -> Tensor:
+        a = _off_zero(tau * math.pi)
+        c = torch.cos(a)
+        y = torch.sin(a).mul_(2 * c - 1).div_(a)
+        found = c.square().mul_(4).sub_(2).sub_(c).sub_(y).div_(a)
+        near = a.abs() < 0.03  # where that cancels
+        if near.any():
+            few = a[near]
+            square = few.square()
+            found[near] = few * (-7 / 3 + square * (31 / 30 + square * (-127 / 840 + square * (511 / 45360))))
+        return found.mul_(math.pi)
 
     return dilated(
         "shannon_wavelet", mother, "2*sinc(2*tau)-sinc(tau)",
-        (dilation, translation, degree, scales, shifts), (-2.0, 2.0),
+        (dilation, translation, degree, scales, shifts), (-2.0, 2.0), slope=slope,
     )  # fmt: skip
 
 
@@ -236,10 +252,18 @@ def dog_wavelet(
         )
         return one - two
 
+    def slope(tau: Tensor) -> Tensor:
+        square = tau.square()
+        one, two = (
+            torch.exp(square * (-0.5 / sigma**2)).mul_(-1 / (math.sqrt(2 * math.pi) * sigma**3))
+            for sigma in (sigma_1, sigma_2)
+        )
+        return one.sub_(two).mul_(tau)
+
     text = "-".join(f"exp(-0.5*(tau/{s!r})**2)/{math.sqrt(2 * math.pi) * s!r}" for s in (sigma_1, sigma_2))
     return dilated(
         "dog_wavelet", mother, text,
-        (dilation, translation, degree, scales, shifts), (-3.0, 3.0),
+        (dilation, translation, degree, scales, shifts), (-3.0, 3.0), slope=slope,
     )  # fmt: skip
 
 
