@@ -340,6 +340,8 @@ def test_a_row_that_explodes_is_refused_with_its_size():
         (("bspline", {"span": (1, 1)}), None, r"span is \(1, 1\)"),
         (("gaussian_rbf", {"epsilon": 0.0}), None, "epsilon is 0.0"),
         (("gaussian_rbf", {"centres": ()}), None, "centres"),
+        (("gaussian_rbf", {"centres": ((1.0,), (2.0, 3.0))}), None, "centres are .*finite numbers"),
+        (("gaussian_rbf", {"centres": "abc"}), None, "centres are 'abc'"),
         (("fourier", {"period": -1.0}), None, "period is -1.0"),
         (("normal", {"theta": ((0.0, -1.0),)}), None, r"theta holds \(0.0, -1.0\).*std > 0"),
         (("gamma", {"theta": ()}), None, "theta is empty"),
@@ -361,6 +363,8 @@ def test_a_row_that_explodes_is_refused_with_its_size():
         (("identity", {}), torch.tensor(1.0), "x is a scalar"),
         (("taylor", {}), torch.zeros(2, 0), "m is 0; expected at least one attribute"),
         (("taylor", {}), torch.zeros(2, 3, dtype=torch.int64), "dtype torch.int64; expected a floating dtype"),
+        (("taylor", {}), [1.0, 2.0], "x is a list; expected a tensor"),
+        (("taylor", {}), np.ones((2, 2)), "x is a ndarray; expected a tensor"),
         (("taylor", {"degre": 2}), None, "Did you mean 'degree'"),
         ("chebishev", None, "'chebyshev'"),
     ],
@@ -450,7 +454,11 @@ def outcome(e, x, g):
     x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
     y = e(x)
     (gx,) = torch.autograd.grad(y, x, g, create_graph=True, allow_unused=True, materialize_grads=True)
-    again = torch.autograd.grad(gx.sin().sum(), (x, g), allow_unused=True, materialize_grads=True) if gx.requires_grad else ()
+    again = (
+        torch.autograd.grad(gx.sin().sum(), (x, g), allow_unused=True, materialize_grads=True)
+        if gx.requires_grad
+        else ()
+    )
     (once,) = torch.autograd.grad(e(x), x, g.detach(), allow_unused=True, materialize_grads=True)
     return {"y": y, "gx": gx, "once": once} | {f"again {k}": value for k, value in enumerate(again)}
 

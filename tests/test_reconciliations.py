@@ -203,6 +203,8 @@ bad = [
     (lambda: df.reconciliations.duplicated_padding(p=2, q=5).length(6, 12), "q is 5 and D is 12"),
     (lambda: df.reconciliations.identity().length(0, 3), "n is 0"),
     (lambda: df.reconciliations.hypernet(l=0), "l is 0"),
+    (lambda: df.reconciliations.low_rank(rank=True), "rank is True"),
+    (lambda: df.reconciliations.masking(seed=-1), "seed is -1; expected an integer seed >= 0"),
     (lambda: df.reconciliations["low_rnak"], "'low_rank'"),
     (lambda: df.reconciliations.low_rank(rnak=2), "'rank'"),
     (lambda: df.reconciliations.identity()(torch.zeros(2, 3), 2, 3), "w has shape (2, 3); expected l(2, 3) = 6"),

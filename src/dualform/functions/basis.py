@@ -6,8 +6,9 @@ Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k
 
 Almost every expansion has d = `power` = 1: it *is* its base. Taylor has base = x and any d; wavelets of order d likewise. What
 contracts kappa with weights may use that structure (`contract` does) and build no row of D.
-Most bases act on each attribute alone, through `basis(x, axis)`, which puts phi_1(x) .. phi_k(x) on a new axis: -1 is the layout
-"attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then phi_2, ...).
+Most bases act on each attribute alone, through `basis(x, axis)`, which gives phi_1(x) .. phi_k(x) one by one, or on a new axis:
+-1 is the layout "attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then
+phi_2, ...). `blocks` lays them side by side.
 """
 
 from __future__ import annotations
@@ -131,10 +132,9 @@ class Expansion:
         return found
 
     def _check_input(self, x: Tensor) -> None:
+        check_floating(self.name, x)
         if x.ndim == 0:
             fail(self.name, "x", "is a scalar", "x (..., m)", "Add an axis of attributes: x[..., None].")
-        if not x.is_floating_point():
-            fail(self.name, "x", f"has dtype {x.dtype}", "a floating dtype", "Convert it: x.float() or x.double().")
 
     def contract(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return kappa(x) @ weight.T without building a row of D features where tensor powers allow it.
@@ -167,6 +167,14 @@ class Expansion:
         kinds = [monomials(len(base), d, unique=self.symmetric) for d in self.degrees]
         wrapped = base if self.basis is None else [f"({term})" for term in base]
         return ["*".join(wrapped[i] for i in index) for kind in kinds for index in kind]
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Refuse what is no tensor of floating numbers."""
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]: the public border
+        fail(name, "x", f"is a {type(x).__name__}", "a tensor x (..., m)", "Convert it: torch.as_tensor(x).")
+    if not x.is_floating_point():
+        fail(name, "x", f"has dtype {x.dtype}", "a floating dtype", "Convert it: x.float() or x.double().")
 
 
 def substitute(term: str, name: str) -> str:

@@ -29,10 +29,10 @@ class Local(NamedTuple):
 
     values: Tensor
     first: Tensor  # whole numbers in x's dtype; what is far off, or NaN, stands for no function
-    count: int
+    total: int  # k
 
     def joined(self, axis: int) -> Tensor:
-        width, k = len(self.values), self.count
+        width, k = len(self.values), self.total
         # width - 1 slots at either end hold functions that do not exist; what is far off goes to `width` slots behind
         slot = torch.where((self.first > -width) & (self.first < k), self.first, k + width - 1) + (width - 1)
         steps = torch.arange(width, dtype=slot.dtype, device=slot.device).reshape(-1, *[1] * slot.ndim)
@@ -42,7 +42,7 @@ class Local(NamedTuple):
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give each row of values, and where its numbers lie among numbers (..., k)."""
-        width, k = len(self.values), self.count
+        width, k = len(self.values), self.total
         starts = torch.arange(0, k * self.first.numel(), k)
         low, high = self.first.aminmax()
         if low >= 0 and high <= k - width:  # all exist
@@ -89,7 +89,9 @@ class Pull(NamedTuple):
 
     run: Callable[[Tensor, Any, Tensor, int], Tensor]
     keeps_features: bool = False
-    width: int = 0  # how many tensors as wide as all the features basis and run hold at once; 0: they go one function at a time
+    width: int = (
+        0  # how many tensors as wide as all the features basis and run hold at once; 0: they go one function at a time
+    )
 
 
 def by_slopes(slopes: Basis) -> Pull:
@@ -122,8 +124,8 @@ def _again(basis: Basis) -> Pull:
     def run(x: Tensor, y: None, g: Tensor, axis: int) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            y = joined(basis(x, axis), axis)
-        return torch.autograd.grad(y, x, g)[0]
+            found = joined(basis(x, axis), axis)
+        return torch.autograd.grad(found, x, g)[0]
 
     return Pull(run, width=8)
 

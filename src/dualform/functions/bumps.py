@@ -38,9 +38,13 @@ def _radial(
     if not (math.isfinite(epsilon) and epsilon != 0):
         fail(name, "epsilon", f"is {epsilon}", "a finite number, not 0", "Pass the inverse width of a bump.")
     step = (high - low) / max(1, count - 1)
-    given = torch.tensor(
-        [low + step * k for k in range(count)] if centres is None else centres, dtype=torch.float64, device="cpu"
-    )
+    wanted = [low + step * k for k in range(count)] if centres is None else centres
+    try:
+        given = torch.tensor(wanted, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        fail(
+            name, "centres", f"are {wanted!r}", "finite numbers, (k,) or (m, k)", "Pass nested tuples of equal lengths."
+        )
     if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
         fail(
             name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."
@@ -64,7 +68,9 @@ def _radial(
     domain = (float(given.min()) - 1, float(given.max()) + 1)
     if given.ndim == 1:
         terms = [shape.format(eps=epsilon, c=c) for c in values]
-        return attribute_wise(name, basis, terms, pull=Pull(pull, keeps_features=True, width=3), rule="m k, k centres", domain=domain)
+        return attribute_wise(
+            name, basis, terms, pull=Pull(pull, keeps_features=True, width=3), rule="m k, k centres", domain=domain
+        )
     m, k = given.shape
 
     def size(found: int) -> int:
@@ -92,7 +98,14 @@ Centres = Sequence[float] | Sequence[Sequence[float]] | None
 def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
     """Expand every attribute in Gaussian bumps around centres."""
     return _radial(
-        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), lambda y: -y, span, count, epsilon, centres
+        "gaussian_rbf",
+        "exp(-({eps!r}*(x-({c!r})))**2)",
+        lambda r: torch.exp(-r),
+        lambda y: -y,
+        span,
+        count,
+        epsilon,
+        centres,
     )
 
 
@@ -108,7 +121,14 @@ def inverse_quadratic_rbf(
 ) -> Expansion:
     """Expand every attribute in inverse quadratic bumps around centres."""
     return _radial(
-        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), lambda y: -y * y, span, count, epsilon, centres
+        "inverse_quadratic_rbf",
+        "1/(1+({eps!r}*(x-({c!r})))**2)",
+        lambda r: 1 / (1 + r),
+        lambda y: -y * y,
+        span,
+        count,
+        epsilon,
+        centres,
     )
 
 
@@ -202,4 +222,6 @@ def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expans
 
     terms = [_spline_text(low + h * (i - d), h, d) for i in range(t + d)]
     knots = tuple(low + h * k for k in range(-d, t + d + 1))
-    return attribute_wise("bspline", basis, terms, pull=by_slopes(slopes), rule="m (t + d)", domain=(low, high), degree=d, knots=knots)
+    return attribute_wise(
+        "bspline", basis, terms, pull=by_slopes(slopes), rule="m (t + d)", domain=(low, high), degree=d, knots=knots
+    )

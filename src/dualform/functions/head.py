@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualform.catalogue import Catalogue
-from dualform.functions.basis import Expansion
+from dualform.functions.basis import Expansion, check_floating
 from dualform.functions.compressions import compressions
 from dualform.functions.config import Config
 from dualform.functions.expansions import expansions
@@ -64,8 +65,9 @@ class HeadConfig(Config):
     def __post_init__(self) -> None:
         for name in ("m", "n", "channels"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 fail("Head", name, f"is {value!r}", f"an integer {name} >= 1", "Pass a positive size.", ValueError)
+            object.__setattr__(self, name, int(value))
         for name, catalogue in parts.items():
             spec = getattr(self, name)
             if spec is None and name in ("interdependence", "compression"):
@@ -126,7 +128,7 @@ class Head(nn.Module):
         super().__init__()
         c = HeadConfig(m, n, expansion, reconciliation, remainder, interdependence, compression, channels, fusion, bias)
         self.config = c
-        self.m, self.n, self.channels = m, n, channels
+        self.m, self.n, self.channels = m, n, channels = c.m, c.n, c.channels
         self._look_up()
         self.D = self.expansion.check(m)
         self.width = self.fusion.channel_width(n, channels)
@@ -173,7 +175,10 @@ class Head(nn.Module):
         return places
 
     def _thaw(self, places: Mapping[str, tuple[str, bool]]) -> dict[str, Tensor]:
-        return {name: getattr(self, place).mT if turned else getattr(self, place) for name, (place, turned) in places.items()}
+        return {
+            name: getattr(self, place).mT if turned else getattr(self, place)
+            for name, (place, turned) in places.items()
+        }
 
     def constants(self) -> dict[str, Tensor]:
         """Return what is frozen in the reconciliation, by the names that `reconciliation.constants` gives."""
@@ -232,12 +237,11 @@ class Head(nn.Module):
         return self.fusion(ys, weight, self.n, self._thaw(self._frozen_fusion))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating("Head", x)
         if x.shape[-1:] != (self.m,):
             fail(
                 "Head", "x", f"has shape {tuple(x.shape)}", f"(..., m) with m = {self.m}", "Pass rows of m attributes."
             )
-        if not x.is_floating_point():
-            fail("Head", "x", f"has dtype {x.dtype}", "a floating dtype", "Convert it: x.float() or x.double().")
         if self._is_matrix:  # psi(w) is a view of w
             y = F.linear(self.expansion.expand(x), self.w.view(self.n, self.D), self.bias)
         else:

@@ -25,7 +25,7 @@ def recurrence(
 ) -> Expansion:
     """Make the expansion [P_1, .., P_d] of every attribute. p1: (slope, shift) of P_1."""
     positive(name, "degree", degree)
-    d, (slope, shift) = int(degree), p1
+    d = int(degree)
     try:
         rows = [step(n) for n in range(2, d + 1)]
     except ZeroDivisionError:
@@ -44,7 +44,14 @@ def recurrence(
     # |P_d| stays below 1e30 up to here: the leading coefficients of d <= 20 are below 1e23.
     edge = 10.0 ** (min(30.0, 30.0 / d))
     return attribute_wise(
-        name, basis, terms, pull=by_slopes(slopes), rule="m d", degree=d, domain=interval, reach=(-edge, edge) if d > 1 else (-1e30, 1e30)
+        name,
+        basis,
+        terms,
+        pull=by_slopes(slopes),
+        rule="m d",
+        degree=d,
+        domain=interval,
+        reach=(-edge, edge) if d > 1 else (-1e30, 1e30),
     )
 
 
