@@ -510,6 +510,9 @@ def test_blocks_step_aside_for_whatever_looks_on(monkeypatch, name):
     torch.testing.assert_close(torch.func.vjp(e, x.detach())[1](g)[0], gx)
     torch.testing.assert_close((g * slope).unflatten(-1, (3, -1) if e.layout == "attribute" else (-1, 3)).sum(
         -1 if e.layout == "attribute" else -2), gx)  # fmt: skip
+    rows = torch.stack([torch.autograd.grad(e(x), x, one.view_as(y))[0] for one in torch.eye(y.numel(), dtype=y.dtype)])
+    batched = torch.autograd.functional.jacobian(e, x.detach(), vectorize=True)
+    torch.testing.assert_close(batched.reshape(y.numel(), *x.shape), rows)
     assert "_Blocks" not in str(make_fx(e)(x.detach()).graph)
     exported = torch.export.export(torch.nn.Sequential(df.Head(3, 2, expansion=name).double()), (x.detach(),))
     assert exported.module()(x.detach()).shape == (6, 2)

@@ -139,6 +139,7 @@ def is_unobserved(x: Tensor) -> bool:
         or functorch.maybe_current_level() is not None
         or is_in_torch_dispatch_mode()
         or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
     )
@@ -156,8 +157,13 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y = ctx.saved_tensors
         basis, pull, k, axis = ctx.given
-        if torch.is_grad_enabled():  # to be differentiated again
-            return torch.autograd.grad(joined(basis(x, axis), axis), x, g, create_graph=True)[0], None, None, None, None
+        again = torch.is_grad_enabled()  # to be differentiated once more
+        is_batched = "Batched" in str(torch._C._dispatch_keys(g))  # grad(is_grads_batched=True)
+        if again or is_batched or not is_unobserved(g):
+            with torch.enable_grad():
+                x = x if again else x.detach().requires_grad_()
+                gx = torch.autograd.grad(joined(basis(x, axis), axis), x, g, create_graph=again)[0]
+            return gx, None, None, None, None
         found = torch.empty_like(x)
         size = _size(x, most_numbers // pull.width // k if pull.width else x.numel() // 4)
         ys = [None] * len(x) if y is None else y.split(size)
