@@ -67,9 +67,8 @@ def both_ways(dtype):
     native = launch.Native(launch.compiled(unit.text), unit.memory, unit.state, unit.flops, dtype)
     o = torch.full((1, 1, 1, len(entries), 3, 5), torch.nan, dtype=dtype)
     given = {"x": x, "y": y}
-    native(
-        [o if role == "o" else given[what.name][None, None, None] for role, what in unit.arguments], 1, 1, 1, 0, 0, 0
-    )
+    tensors = [o if role == "o" else given[what.name][None, None, None] for role, what in unit.arguments]
+    native([launch.placed(t) for t in tensors], 1, 1, 1, 0, 0, 0)
     return gm, o[0, 0, 0], f(x, y)[0]
 
 

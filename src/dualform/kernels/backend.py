@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from dualform.calculus.trace import source_line
 from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit
-from dualform.kernels.launch import Native, compiled
+from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.ops import Unsupported
 from dualform.learning import scan
 from dualform.learning.backends import Backend, BackendError, Whole, backends
@@ -52,6 +52,15 @@ def made(plan: scan.Plan, variant: Variant, direction: str) -> Made:
         native = Native(compiled(unit.text), unit.memory, unit.state, unit.flops, plan.derivation.dtype)
         plan.natives[key] = Made(native, unit.arguments)
     return plan.natives[key]
+
+
+_ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
+
+
+def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What one token has at each place of its mini-batch."""
+    place = torch.arange(1, chunk + 1)
+    return {"i": place.to(dtype), "valid": torch.ones(chunk, dtype=dtype), "full": place == chunk}
 
 
 def _stretches(run: scan.Run_, start: int, end: int) -> list[range]:
@@ -123,6 +132,44 @@ class _Sequence(Whole):
             state = self._advance(run, piece, state, o, saved, G)
         after = [run.rowed(x) for x in run.whole(state)]
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
+
+    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+        first, (B, _, H, _) = int(call.position[0]), call.q.shape
+        held = [*call.anchor.values(), *call.registers.values()]
+        if (B > 1 and bool((call.position != first).any())) or not all(x.is_contiguous() for x in held):
+            return None
+        if not 0 <= first < plan.derivation.chunk:
+            return None
+        # A state that nothing has been read into yet is the weights themselves.
+        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        native, size = made(plan, _ONE, "forward"), call.q.element_size()
+        if "marks" not in plan.natives:
+            plan.natives["marks"] = _marks(plan.derivation.chunk, call.q.dtype)
+        marks, slow = plan.natives["marks"], plan.derivation.constants | call.slow
+        after = held if ours else [torch.empty_like(x) for x in held]
+        o = call.q.new_empty(B, 1, H, plan.derivation.out_width)
+
+        def tokens(x: Tensor) -> Place:
+            row, token, head, *rest = x.stride()
+            return (x.data_ptr(), 0, row, head, token, *rest)
+
+        def given(x: scan.Input) -> Place:
+            if x.over != "block":
+                value = (slow if x.part == "slow" else call.init)[x.name]
+                return (value.data_ptr(), 0, 0, *[0] * (x.over == "shared"), *value.stride())
+            if x.part in marks:
+                return (marks[x.part].data_ptr() + first * size,)
+            if x.name == "offset":
+                return (call.offset.data_ptr() + first * call.offset.stride(0) * size,)
+            return tokens(call.gates[x.name] if x.part == "gates" else getattr(call, x.part))
+
+        places = {
+            "o": lambda _: tokens(o), "input": given, "kept": lambda _: (),
+            "before": lambda k: (held[k].data_ptr(), 0, *held[k].stride()),
+            "after": lambda k: (after[k].data_ptr(), 0, *after[k].stride()),
+        }  # fmt: skip
+        native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0, 0)
+        return [o, *after, (call.position + 1) % plan.derivation.chunk]
 
     def _advance(
         self, run: scan.Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
@@ -222,8 +269,8 @@ class _Sequence(Whole):
 
     @staticmethod
     def _call(run: scan.Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
-        given = [tensors[role](what) for role, what in made.arguments]
-        made.native(given, run.B * run.H, run.H, count, G, phase, min(G, count))
+        given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
+        made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase, min(G, count))
 
 
 def _never(graph: Any, examples: Any) -> Any:

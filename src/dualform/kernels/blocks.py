@@ -198,6 +198,17 @@ def _own_state(after: Sequence[View | float], states: Sequence[Buffer]) -> None:
             raise BackendError("cpp: a rule exchanges states as they are; expected new values. Use backend='eager'.")
 
 
+def _in_place(states: Sequence[Buffer], w: _Writer) -> list[str]:
+    """Let states that the caller lays out as a buffer stay with the caller, where they are left; return their addresses."""
+    lines = []
+    for k, b in enumerate(states):
+        plain = torch.empty(b.shape, device="meta").stride()
+        if b.size == math.prod(b.shape) and all(n == 1 or s == t for n, s, t in zip(b.shape, b.strides, plain, strict=True)):
+            b.place = f"after{k}"
+            lines.append(f"T* {b.place} = at<T>(g[{w.number('after', k)}], {START});")
+    return lines
+
+
 def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
     used = _used(s)
     return [
@@ -215,17 +226,18 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
     """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
     align = LINE // dtype.itemsize
     s = schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1))
-    states = [(b, x) for b, x in zip(s.inputs, inputs, strict=True) if b.place == "state"]
-    state, fixed = _settle([s], "state"), _settle([s], "fixed")
+    states = [b for b in s.inputs if b.place == "state"]
     w = _Writer(dtype)
     o, *after = s.outputs
-    _own_state(after, [b for b, _ in states])
-    body = [*_load_blocks(w, s, inputs), *cpp.statements(s)]
-    body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     same = len(after) == len(states)
+    there = _in_place(states, w) if same else []
+    state, fixed = _settle([s], "state"), _settle([s], "fixed")
+    _own_state(after, states)
+    body = [*there, *_load_blocks(w, s, inputs), *cpp.statements(s)]
+    body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     for k, x in enumerate(after):
         if same:
-            body += cpp.copy_text(whole(states[k][0]), x)
+            body += cpp.copy_text(whole(states[k]), x)
         else:
             body.append(w.store(x, _shape(plain, 1 + k), "after", k, START))
     rows = [
@@ -233,9 +245,12 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         for b, x in zip(s.inputs, inputs, strict=True)
         if b.place == "fixed" and b in _used(s)
     ]
-    rows += [w.load(b, "before", k, START) for k, (b, _) in enumerate(states)]
-    kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, (b, _) in enumerate(states)]
-    ends = [w.store(whole(b), b.shape, "after", k, START) for k, (b, _) in enumerate(states)] if same else []
+    rows += there
+    for k, b in enumerate(states):
+        other = f"if (g[{w.number('before', k)}].p != g[{w.number('after', k)}].p) " if b.place != "state" else ""
+        rows.append(other + w.load(b, "before", k, START))
+    kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, b in enumerate(states)]
+    ends = [w.store(whole(b), b.shape, "after", k, START) for k, b in enumerate(states) if same and b.place == "state"]
     main = [
         HEAD, f"T *f = s + {s.scratch}, *st = f + {fixed}, *ct = st + {state}, *acc = ct;",
         "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,

@@ -24,7 +24,7 @@ LETTERS = "i", "k", "l", "m", "o"
 
 def pointer(view: View) -> str:
     b = view.buffer.over or view.buffer
-    return f"{BASES[b.place]} + {b.offset + view.offset}"
+    return f"{BASES.get(b.place, b.place)} + {b.offset + view.offset}"
 
 
 def number(x: float) -> str:

@@ -148,10 +148,15 @@ class TestTimeTraining(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         reset: Tensor | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, LayerState]:
-        """Return (y, state); any split of x over calls with the state carried gives the same y."""
+        """Return (y, state); any split of x over calls with the state carried gives the same y.
+
+        overwrite: the state given is not needed again; without gradients, the new one may take its memory.
+        """
         read = self._read(x, state, attention_mask, reset)
         rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
+        rest["overwrite"] = overwrite
         try:
             z, memory = self.program(read.q, read.k, read.v, read.gates, **rest)
         except NonFiniteError as error:

@@ -140,10 +140,12 @@ class ChunkProgram:
         backend: str = "auto",
         remat: str | int | None = "auto",
         nan_policy: str = "propagate",
+        overwrite: bool = False,
     ) -> tuple[Tensor, State]:
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
+                overwrite: the state given is not needed again; a step without gradients may leave the new one in its place.
         Raises: ShapeError, DerivationError; BackendError for a backend that cannot run this; under nan_policy="raise"
                 NonFiniteError where the state is not finite, naming row, head and mini-batch (not inside torch.compile).
         """
@@ -166,7 +168,7 @@ class ChunkProgram:
             with torch.autocast(q.device.type, enabled=False):
                 o, after = primal(call)
         else:
-            o, after = self._scan(form, backend, call, state is not None, remat)
+            o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and not torch.compiler.is_compiling():
 
             def after_tokens(n: int) -> State:
@@ -207,7 +209,7 @@ class ChunkProgram:
         return both[..., 0], both[..., 1], after
 
     def _scan(
-        self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None
+        self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
         tensors = scan_module.Call(
             q=call.q,
@@ -224,7 +226,7 @@ class ChunkProgram:
             reset=call.reset,
             carried=carried,
         )
-        o, *held = scan_module.scan(self.name, form, backend, tensors, self.chunk, remat)
+        o, *held = scan_module.scan(self.name, form, backend, tensors, self.chunk, remat, overwrite)
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])
