@@ -208,6 +208,58 @@ def test_any_memory_layout():
             laws.agree("strided", got, expected)
 
 
+@pytest.mark.parametrize(("dim", "chunk", "batch"), [(8, 3, 2), (5, 1, 1)])
+@pytest.mark.parametrize("rule", ["averaged", "titans"])
+def test_token_by_token_over_the_state_given(rule, dim, chunk, batch):
+    """In place where a state is laid out as a buffer (8 doubles) and where it is not."""
+    program = of(built_in[1], squared, rule, chunk, dim=dim)
+    problem = laws.draw(program, time=2 * chunk + 2, batch=batch)
+    with torch.no_grad():
+        whole, after = problem.run("auto", backend="eager")
+        _, state = problem.run("auto", slice(0, 1), backend="eager")
+        kept, held = state.fork(1), {name: x.data_ptr() for name, x in state.tensors().items() if name != "position"}
+        for t in range(1, 2 * chunk + 2):
+            before = {name: x.clone() for name, x in state.tensors().items()}
+            apart, other = problem.run("auto", slice(t, t + 1), state, backend="cpp")
+            for name, x in state.tensors().items():
+                laws.agree(f"untouched {name}", x, before[name])
+            o, state = problem.run("auto", slice(t, t + 1), state, backend="cpp", overwrite=True)
+            laws.agree(f"o {t}", o, whole[:, t : t + 1])
+            laws.agree(f"apart {t}", apart, o)
+            for name, x in other.tensors().items():
+                laws.agree(f"apart {name}", x, state.tensors()[name])
+        assert held == {name: x.data_ptr() for name, x in state.tensors().items() if name != "position"}
+        for name, x in after.tensors().items():
+            laws.agree(name, state.tensors()[name], x)
+        _, again = problem.run("auto", slice(1, 2 * chunk + 2), kept, backend="cpp")
+        for name, x in after.tensors().items():
+            laws.agree(f"forked before {name}", again.tensors()[name], x)
+
+
+def test_a_state_that_is_the_weights_is_not_written_over():
+    program = mlp()
+    weights = {name: p.detach().clone() for name, p in program.learner.named_parameters()}
+    with torch.no_grad():
+        state, x = program.initial_state(1, 1), torch.randn(1, 1, 1, 4, dtype=DOUBLE)
+        program(x, x, x, state=state, backend="cpp", overwrite=True)
+    for name, p in program.learner.named_parameters():
+        assert torch.equal(p, weights[name])
+
+
+def test_single_tokens_repay_compiling(monkeypatch):
+    monkeypatch.setattr(backend, "TOKENS_WORTH_COMPILING", 2)
+    program = of(built_in[0], squared, "momentum", 5, dim=8)
+    plan, x = program.plan(8, DOUBLE, "auto"), torch.randn(2, 1, 1, 8, dtype=DOUBLE)
+    plan.natives.clear()
+    plan.counts.clear()
+    with torch.no_grad():
+        _, state = program(x, x, x)  # counts, too
+        plan.counts.clear()
+        for made in (False, False, True):
+            _, state = program(x, x, x, state=state)
+            assert bool(plan.natives) == made
+
+
 def test_two_calls_are_one():
     problem = laws.draw(mlp(), time=7)
     whole, after = problem.run("auto", backend="cpp")
@@ -408,7 +460,7 @@ def test_many_processes_at_once(folder):
 
 def test_explain_says_which_backend_and_why(monkeypatch):
     program = df.derive(built_in[0](8).double(), chunk=5)
-    assert "backend  cpp on the CPU, from 231,482 tokens x heads on, which repay compiling; else eager" in str(
+    assert "backend  cpp on the CPU, from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling; else eager" in str(
         program.explain()
     )
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.trace import source_line
-from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit
+from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit, specialised
 from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.ops import Unsupported
 from dualform.learning import scan
@@ -25,14 +25,16 @@ class Made(NamedTuple):
 
 # Multiplications and additions, both directions, from which a call repays some seconds of compiling (LAB.md).
 WORTH_COMPILING = 2e8
+TOKENS_WORTH_COMPILING = 1000  # one by one: each saves a millisecond or two
 
 
-def written(plan: scan.Plan, variant: Variant, direction: str) -> Unit:
-    """Write a direction of a kind of block."""
+def written(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None) -> Unit:
+    """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known."""
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
     try:
         if direction == "forward":
-            return forward_unit(step.plain, inputs, dtype, name)
+            end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
+            return forward_unit(specialised(step.plain, end), inputs, dtype, name)
         return backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name)
     except Unsupported as error:
         raise Unsupported(error.node, _line(plan, error.node)) from None
@@ -44,11 +46,11 @@ def _line(plan: scan.Plan, node: fx.Node) -> str:
     return next((source_line(n) for n in traced if n.target == node.target), "")
 
 
-def made(plan: scan.Plan, variant: Variant, direction: str) -> Made:
+def made(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None) -> Made:
     """Return a direction's compiled function; made once per plan."""
-    key = (variant, direction)
+    key = (variant, direction, full)
     if key not in plan.natives:
-        unit = written(plan, variant, direction)
+        unit = written(plan, variant, direction, full)
         native = Native(compiled(unit.text), unit.memory, unit.state, unit.flops, plan.derivation.dtype)
         plan.natives[key] = Made(native, unit.arguments)
     return plan.natives[key]
@@ -100,13 +102,15 @@ class _Sequence(Whole):
             return False
         if plan.natives:  # compiled for a longer call: what follows it stays there
             return True
+        if call.q.shape[1] == 1:
+            return plan.counts["tokens"] > TOKENS_WORTH_COMPILING
         return call.q[..., 0].numel() >= self._enough(plan)
 
     def says(self, plan: Any) -> str:
         made = (
             "compiled already"
             if plan.natives
-            else f"from {self._enough(plan):,} tokens x heads on, which repay compiling"
+            else f"from {self._enough(plan):,} tokens x heads on, or {TOKENS_WORTH_COMPILING:,} single tokens, which repay compiling"
         )
         return f"on the CPU, {made}"
 
@@ -134,17 +138,17 @@ class _Sequence(Whole):
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
 
     def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
-        first, (B, _, H, _) = int(call.position[0]), call.q.shape
+        first, chunk, (B, _, H, _) = int(call.position[0]), plan.derivation.chunk, call.q.shape
         held = [*call.anchor.values(), *call.registers.values()]
         if (B > 1 and bool((call.position != first).any())) or not all(x.is_contiguous() for x in held):
             return None
-        if not 0 <= first < plan.derivation.chunk:
+        if not 0 <= first < chunk:
             return None
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
-        native, size = made(plan, _ONE, "forward"), call.q.element_size()
+        native, size = made(plan, _ONE, "forward", first + 1 == chunk), call.q.element_size()
         if "marks" not in plan.natives:
-            plan.natives["marks"] = _marks(plan.derivation.chunk, call.q.dtype)
+            plan.natives["marks"] = _marks(chunk, call.q.dtype)
         marks, slow = plan.natives["marks"], plan.derivation.constants | call.slow
         after = held if ours else [torch.empty_like(x) for x in held]
         o = call.q.new_empty(B, 1, H, plan.derivation.out_width)
@@ -169,7 +173,7 @@ class _Sequence(Whole):
             "after": lambda k: (after[k].data_ptr(), 0, *after[k].stride()),
         }  # fmt: skip
         native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0, 0)
-        return [o, *after, (call.position + 1) % plan.derivation.chunk]
+        return [o, *after, (call.position + 1) % chunk]
 
     def _advance(
         self, run: scan.Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int

@@ -8,8 +8,9 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,24 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
         return tidy(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table))
 
     return undisturbed(make)
+
+
+def specialised(gm: fx.GraphModule, values: Mapping[int, Tensor]) -> fx.GraphModule:
+    """Compute what depends on known inputs alone, and drop the branches that it rules out; the inputs stay."""
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    known = {n: values[k] for k, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder") if k in values}
+    for n in list(gm.graph.nodes):
+        if n.op == "call_function" and n.all_input_nodes and all(x in known for x in n.all_input_nodes):
+            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: known[x])  # pyright: ignore
+            known[n] = n.target(*args, **kwargs)
+        elif n.target == aten.where.self and n.args[0] in known:
+            condition = known[n.args[0]]
+            taken = n.args[1] if bool(condition.all()) else n.args[2] if not bool(condition.any()) else None
+            if isinstance(taken, fx.Node) and taken.meta["val"].shape == n.meta["val"].shape:
+                n.replace_all_uses_with(taken)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
 
 
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

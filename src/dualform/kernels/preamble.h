@@ -124,22 +124,22 @@ INLINE void tile(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[m][v] = V{};
   for (int k = 0; k < K; ++k) {
     V b[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) b[v] = load(B + k * LDB + v * LANES);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       T a = A[m * SAM + k * SAK];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[m][v] += a * b[v];
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       V x = alpha * acc[m][v];
       if (D) x += beta * load(D + m * ldd + v * LANES);
@@ -160,6 +160,11 @@ static __attribute__((noinline)) void mm(T* C, int ldc, const T* A, const T* B, 
   constexpr int nv = (N + LANES - 1) / LANES;
   if (!SUM) D = nullptr;
   int v = 0;
+  // few rows: as many sums at once as a tile has, all along a row of B
+  constexpr int wide = M == 1 ? 8 : M == 2 ? 6 : M <= 4 ? 4 : 2;
+  if constexpr (wide > 2)
+    for (; v + wide <= nv; v += wide)
+      column<M, M, wide, K, SAM, SAK, LDB>(C + v * LANES, ldc, A, B + v * LANES, alpha, beta, SUM ? D + v * LANES : D, ldd);
   for (; v + 2 <= nv; v += 2)
     column<M, TALL, 2, K, SAM, SAK, LDB>(C + v * LANES, ldc, A, B + v * LANES, alpha, beta, SUM ? D + v * LANES : D, ldd);
   if constexpr (nv % 2 != 0)

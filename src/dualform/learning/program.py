@@ -114,7 +114,7 @@ class ChunkProgram:
             made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, self.block))
             twin = _structures.setdefault(made.structure, scan_module.Plan(made))
             made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-            self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives)
+            self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
         return self.plans[key]
 
     @property
@@ -311,7 +311,7 @@ class ChunkProgram:
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
         fast, slow = self._parameters(params, H, dtype, q.device)
         if state is not None:
-            state = check_state(state, self._like(fast, B))
+            state = state if _fits(state, fast, B, self.rule.num_registers) else check_state(state, self._like(fast, B))
         return Inputs(
             learner=self.learner,
             objective=self.objective,
@@ -423,6 +423,17 @@ class ChunkProgram:
     def cost(self) -> Cost:
         """Work and memory of one mini-batch for one head, forward."""
         return cost_of(self.step, self.rule.num_registers)
+
+
+def _fits(state: State, fast: Mapping[str, Tensor], B: int, r: int) -> bool:
+    """Is a state what `check_state` would let through as it is?"""
+    if list(state.anchor) != list(fast) or list(state.registers) != list(fast) or state.position.shape != (B,):
+        return False
+    held = ((state.anchor[name], state.registers[name], w) for name, w in fast.items())
+    return state.position.dtype == torch.long and all(
+        a.shape == (B, *w.shape) and g.shape == (B, w.shape[0], r, *w.shape[1:]) and a.dtype == g.dtype == w.dtype
+        for a, g, w in held
+    )
 
 
 def check_state(state: State, like: State) -> State:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -245,6 +246,7 @@ class Plan:
     derivation: Derivation
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
     natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
+    counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
 
     def step(self, variant: Variant) -> Step:
         steps = self.derivation.steps
@@ -671,6 +673,7 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
     if not alone or type(call.q) is not Tensor or torch.compiler.is_compiling() or _transforms():
         return None
     plan = _sources[name].plan(call.q.shape[-1], call.q.dtype, form)
+    plan.counts["tokens"] += 1
     whole = found(chosen(backend, plan, call)).whole
     try:
         return None if whole is None else whole.step(plan, call, overwrite)
