@@ -19,10 +19,12 @@ from test_learners_drawn import is_tame, learners
 from test_learners_drawn import rules as tame
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, launch, ops
+from dualform.kernels import backend, blocks, launch, ops, report
+from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
 from dualform.testing import LawBroken, check_backend
 
@@ -460,8 +462,9 @@ def test_many_processes_at_once(folder):
 
 def test_explain_says_which_backend_and_why(monkeypatch):
     program = df.derive(built_in[0](8).double(), chunk=5)
-    assert "backend  cpp on the CPU, from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling; else eager" in str(
-        program.explain()
+    assert (
+        "backend  cpp on the CPU, from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling; else eager"
+        in str(program.explain())
     )
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
     x = torch.randn(1, 5, 1, 8, dtype=DOUBLE)
@@ -473,13 +476,85 @@ def test_explain_says_which_backend_and_why(monkeypatch):
     assert "backend  eager, because cpp: the op aten.cumsum.default" in str(refused.explain())
 
 
-def test_a_schedule_counts_its_work():
+@pytest.mark.parametrize("n", range(len(built_in)), ids=lambda n: repr(built_in[n]))
+def test_a_schedule_counts_its_work(n):
+    """Flops as torch counts them in the step and its vjp."""
+    program = of(built_in[n], squared, "averaged", 4, dim=8)
+    parts, step = program.schedule("cpp"), program.step
+
+    def counted(graph):
+        values = [x.meta["val"] for x in graph.graph.nodes if x.op == "placeholder"]
+        inputs = [torch.ones(x.shape, dtype=x.dtype) for x in values]
+        with FlopCounterMode(display=False) as counter:
+            graph(*inputs)
+        return counter.get_total_flops()
+
+    assert abs(parts["forward"].flops / counted(step.plain) - 1) < 0.05
+    again = counted(only_outputs(step.plain, slice(1, None)))
+    assert abs(parts["backward"].flops / (counted(step.reverse) + again) - 1) < 0.05
+
+
+def test_a_schedule_counts_its_bytes(monkeypatch):
+    """Those of the caller's tensors that a call reads and writes, and of the scratch memory that it allocates."""
+    program, tensors, allocated = mlp(), [], []
+    parts = program.schedule("cpp")
+    call, empty = backend._Sequence._call, torch.empty
+
+    def watched(run, made, given, *rest):
+        tensors.extend(
+            given[role](what) for role, what in made.arguments if role == "o" or getattr(what, "over", "") == "block"
+        )
+        return call(run, made, given, *rest)
+
+    monkeypatch.setattr(backend._Sequence, "_call", staticmethod(watched))
+    x = torch.randn(2, 6, 3, 4, dtype=DOUBLE)
+    with torch.no_grad(), monkeypatch.context() as within:
+        within.setattr(launch.torch, "empty", lambda *a, **k: (allocated.append(empty(*a, **k)), allocated[-1])[1])
+        program(x, x, x, backend="cpp")
+    assert sum(t.nbytes for t in tensors) == parts["forward"].nbytes * 2 * 2 * 3
+    assert 0 <= allocated[-1].nbytes - parts["forward"].memory_bytes < 3 * 64 * 8
+    assert f"memory of a thread: {parts['forward'].memory_bytes:,} bytes" in str(parts["forward"])
+
+
+def test_the_source_is_the_same_in_every_process():
+    """Else nothing that was compiled once would be found again."""
+    code = (
+        "import dualform as df, hashlib; p = df.derive(df.learners.MLP(depth=3)(6), rule=df.rules.SGD(momentum=0.9, decay=0.1), chunk=3);"
+        "print([hashlib.sha256(u.text.encode()).hexdigest() for u in p.schedule('cpp').values()])"
+    )
+    run = [sys.executable, "-c", code]
+    first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == second
+
+
+def test_a_schedule_is_read():
     parts = of(built_in[0], squared, "sgd", 4).schedule("cpp")
-    text = str(parts["forward"])
-    assert "flops in products" in text
-    assert "entries in and out" in text
+    text = str(parts["backward"])
+    for words in (
+        "carries the state on",
+        "flops in products",
+        "bytes in and out",
+        "buffers:",
+        "for each state of a group",
+    ):
+        assert words in text
+    flops, nbytes = parts["backward"].flops, parts["backward"].nbytes
+    assert parts["backward"].bound(1e9, 1e12) == (flops / 1e9, "flops")
+    assert parts["backward"].bound(1e12, 1e6) == (nbytes / 1e6, "bytes")
     with pytest.raises(df.DerivationError, match="backend is 'eager'; expected one that generates code"):
         of(built_in[0], squared, "sgd", 4).schedule("eager")
+
+
+def test_slices():
+    """Of a linear learner's step the products of keys with queries do not wait for the state; what is put out leads nowhere."""
+    schedule = of(built_in[0], squared, "sgd", 4).schedule("cpp")["forward"].parts["forward:"]
+    found = report.slices(schedule)
+    assert {*found} == {*report.SLICES}
+    sources = {b for b in schedule.inputs if b.place not in ("scratch", "fixed")}
+    for name, one in zip(found, schedule.statements, strict=True):
+        late = any(v.buffer in sources for v in one.reads())
+        sources |= {v.buffer for v in one.writes()} if late else set()
+        assert (name == "before") == (not late)
 
 
 def test_small_calls_are_not_compiled():

@@ -20,14 +20,14 @@ from torch import Tensor, fx
 from dualform.kernels import cpp
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
 from dualform.kernels.schedule import schedule
-from dualform.kernels.statements import Buffer, Schedule, View, whole
+from dualform.kernels.report import Bound, bound, describe
+from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs, trace_fake, undisturbed
 from dualform.learning.scan import Input
 from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
-LINE = 64  # bytes that rows are padded to
 WHERE, START = "n, b, h", "0, b, h"
 
 
@@ -39,14 +39,35 @@ class Unit:
     """A function in C++ and what its arguments are: pairs (role, what), in order; and its memory in entries."""
 
     text: str
-    schedule: str
+    parts: dict[str, Schedule]
     arguments: tuple[Argument, ...]
     memory: int  # per thread, without the states of a group
     state: int  # entries of one state
-    flops: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of matrix products, for one mini-batch of one row."""
+        return sum(s.flops for s in self.parts.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that come from and go to the caller's tensors, for one mini-batch of one row."""
+        return sum(s.nbytes for s in self.parts.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Scratch memory of a thread, without the states of a group."""
+        return self.memory * next(iter(self.parts.values())).itemsize
+
+    def bound(self, flops_per_second: float, bytes_per_second: float) -> Bound:
+        """Say below which time a mini-batch of a row cannot go on a machine of such rates, and what sets it."""
+        return bound(self.flops, self.nbytes, flops_per_second, bytes_per_second)
 
     def __str__(self) -> str:
-        return self.schedule
+        parts = [f"{name}\n{describe(s)}" for name, s in self.parts.items()]
+        kept = self.memory_bytes * self.state // self.memory if self.memory else 0
+        states = f", and {kept:,} for each state of a group" if kept else ""
+        return "\n".join([*parts, f"memory of a thread: {self.memory_bytes:,} bytes{states}"])
 
 
 def lowered(gm: fx.GraphModule) -> fx.GraphModule:
@@ -222,7 +243,9 @@ def _in_place(states: Sequence[Buffer], w: _Writer) -> list[str]:
     lines = []
     for k, b in enumerate(states):
         plain = torch.empty(b.shape, device="meta").stride()
-        if b.size == math.prod(b.shape) and all(n == 1 or s == t for n, s, t in zip(b.shape, b.strides, plain, strict=True)):
+        if b.size == math.prod(b.shape) and all(
+            n == 1 or s == t for n, s, t in zip(b.shape, b.strides, plain, strict=True)
+        ):
             b.place = f"after{k}"
             lines.append(f"T* {b.place} = at<T>(g[{w.number('after', k)}], {START});")
     return lines
@@ -245,6 +268,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
     """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
     align = LINE // dtype.itemsize
     s = schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1))
+    s.carried = tuple(range(1, len(s.outputs)))
     states = [b for b in s.inputs if b.place == "state"]
     w = _Writer(dtype)
     o, *after = s.outputs
@@ -277,7 +301,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main)])
-    return Unit(text, str(s), tuple(w.arguments), s.scratch + fixed + state, state, s.flops)
+    return Unit(text, {"forward:": s}, tuple(w.arguments), s.scratch + fixed + state, state)
 
 
 def backward_unit(
@@ -288,7 +312,11 @@ def backward_unit(
     align = LINE // dtype.itemsize
     both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
     advance = schedule(lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0))
-    back = schedule(lowered(reverse), align, _keep(both))
+    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
+    turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
+    carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
+    over = dict(zip(turning, carrying, strict=True)) if len(turning) == len(carrying) else {}
+    back = schedule(lowered(reverse), align, _keep(both), over)
     state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
     cotangents = _settle([back], "cotangent")
     w = _Writer(dtype)
@@ -303,7 +331,6 @@ def backward_unit(
     body = [*_load_blocks(w, back, both), *cpp.statements(back)]
     carried = [b for b in back.inputs if b.place == "cotangent"]
     sums, size, results, ends, turned = [], 0, [], [], []
-    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]
     at = 0
     for x, value, shape in zip(wanted, back.outputs, shapes, strict=True):
@@ -343,8 +370,10 @@ def backward_unit(
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
     text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main)])
-    shown = f"a state again:\n{advance}\nin reverse:\n{back}"
-    return Unit(text, shown, tuple(w.arguments), scratch + fixed + cotangents + size, state, back.flops + advance.flops)
+    advance.carried = tuple(range(len(advance.outputs)))
+    back.carried = tuple(turning)
+    parts = {"a state again:": advance, "in reverse:": back}
+    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, state)
 
 
 def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:

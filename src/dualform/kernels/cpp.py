@@ -107,10 +107,10 @@ class _NestText:
         *lead, self.column = nest.space or (1,)
         self.lead = lead
         self.loops = [*LETTERS[: len(lead)], "j"] if nest.space else []
-        self.later = {
+        self.later = dict.fromkeys(
             x for item in nest.items for x in item.operands
             if isinstance(x, Item) and x.kind == "map" and self.used(item) > x.stage
-        }  # fmt: skip
+        )  # fmt: skip
 
     def used(self, item: Item) -> int:
         return item.stage - (item.kind == "reduce")

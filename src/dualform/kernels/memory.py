@@ -118,7 +118,8 @@ def place(statements: Sequence[Statement], inputs: Sequence[Buffer], outputs: Se
     for buffer in inputs:
         if buffer.place == "scratch":
             buffer.first = 0
-    buffers = {v.buffer for s in statements for v in (*s.reads(), *s.writes())} | {*inputs}
+    used = (v.buffer for s in statements for v in (*s.reads(), *s.writes()))
+    buffers = dict.fromkeys((*inputs, *used))  # in order: the same text in every process
     placed: list[Buffer] = []
     size = 0
     for buffer in sorted((b for b in buffers if b.place == "scratch"), key=lambda b: (b.first, -b.size)):
