@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from dualform.kernels import cpp
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
-from dualform.kernels.schedule import schedule
 from dualform.kernels.report import Bound, bound, describe
+from dualform.kernels.schedule import schedule
 from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs, trace_fake, undisturbed

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-
 LINE = 64  # bytes that rows are padded to
 
 
