@@ -261,7 +261,7 @@ def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
 
 ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
 CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
-HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {'
+HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;'
 
 
 def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:

@@ -37,6 +37,38 @@ INLINE T get(const int64_t* p) { return T(*p); }
 INLINE void put(float* p, T x) { *p = float(x); }
 INLINE void put(double* p, T x) { *p = double(x); }
 
+// A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back.
+template <int n, int step, class U>
+INLINE void take(T* out, const U* in, long last) {
+  if (last == 1)
+    FREE for (int j = 0; j < n; ++j) out[j * step] = get(in + j);
+  else
+    for (int j = 0; j < n; ++j) out[j * step] = get(in + j * last);
+}
+template <int n, int step, class U>
+INLINE void give(U* out, const T* in, long last) {
+  if (last == 1)
+    FREE for (int j = 0; j < n; ++j) put(out + j, in[j * step]);
+  else
+    for (int j = 0; j < n; ++j) put(out + j * last, in[j * step]);
+}
+
+// Numbers too small to be written with all their digits take a hundred times as long as others: in here they are zero.
+struct Flush {
+#if defined(__SSE__)
+  unsigned before = __builtin_ia32_stmxcsr();
+  Flush() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~Flush() { __builtin_ia32_ldmxcsr(before); }
+#elif defined(__aarch64__)
+  unsigned long before;
+  Flush() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" : : "r"(before | (1ul << 24)));
+  }
+  ~Flush() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
 // exp x = 2^n exp r, |r| <= ln 2 / 2, by a polynomial; branch-free, so that loops of it become vector code.
 INLINE float exp_(float x) {
   float z = x < -87.33654f ? -87.33654f : x > 88.72283f ? 88.72283f : x;
