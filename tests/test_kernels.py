@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, launch, ops, report
+from dualform.kernels import backend, blocks, launch, lowering, ops, report
 from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
 from dualform.testing import LawBroken, check_backend
@@ -78,7 +78,7 @@ def both_ways(dtype):
 def test_every_row(dtype):
     gm, got, expected = both_ways(dtype)
     laws.agree("entries", got, expected)
-    lowered = [n for n in blocks.lowered(gm).graph.nodes if n.op == "call_function"]
+    lowered = [n for n in lowering.lowered(gm).graph.nodes if n.op == "call_function"]
     texts = {ops.MAPS[n.target](n)[0] for n in lowered if n.target in ops.MAPS}
     assert set(ops.TEXT) - texts == set()
 
@@ -95,6 +95,24 @@ def test_the_law_bites(monkeypatch):
     monkeypatch.setitem(ops.TEXT, "neg", "T(-1.001) * {0}")
     with pytest.raises(LawBroken, match="cpp"):
         check_backend(of(built_in[3], squared, "sgd", 3), "cpp", time=3)
+
+
+class Picks(nn.Module):
+    """Columns by a table of whole numbers, sums along a row, and the row in reverse."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = parameter(4, 4)
+        self.register_buffer("places", torch.tensor([2, 0, -1, 2, 1]))
+        self.register_buffer("times", torch.tensor([3, -2, 1, 5]))
+
+    def forward(self, x):
+        h = (x * self.times @ self.W)[:, self.places].cumsum(-1).flip(-1)
+        return torch.tanh(h).index_select(-1, self.places.abs()) @ x.new_ones(5, 4) * x
+
+
+def test_tables_of_whole_numbers_and_sums_along_a_row():
+    laws.check_backend(df.derive(Picks().double(), squared, rules["averaged"], chunk=3), "cpp", time=4)
 
 
 # -- learners, rules, objectives ---------------------------------------------------------------------------------------
@@ -313,25 +331,25 @@ def test_checkpoint_and_compile():
 
 
 class Running(nn.Module):
-    """A sum along the row: an op without a row."""
+    """A running product: an op without a row."""
 
     def __init__(self):
         super().__init__()
         self.W = parameter(4, 4)
 
     def forward(self, x):
-        return (x @ self.W).cumsum(-1)
+        return (x @ self.W).cumprod(-1)
 
 
 def test_an_op_without_a_row_is_named_with_its_line_or_left_to_eager(monkeypatch):
     program = df.derive(Running(), chunk=3)
     x = torch.randn(1, 6, 1, 4, dtype=DOUBLE)
     with pytest.raises(
-        ValueError, match=r"aten.cumsum.default at return \(x @ self.W\).cumsum\(-1\)   \(test_kernels.py:\d+\)"
+        ValueError, match=r"aten.cumprod.default at return \(x @ self.W\).cumprod\(-1\)   \(test_kernels.py:\d+\)"
     ):
         program(x, x, x, backend="cpp")
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
-    with pytest.warns(UserWarning, match="aten.cumsum.default .* run on backend='eager'"):
+    with pytest.warns(UserWarning, match="aten.cumprod.default .* run on backend='eager'"):
         o, _ = program(x, x, x)
     laws.agree("o", o, program(x, x, x, backend="eager")[0])
     program(x, x, x)  # says so once: warnings are errors here
@@ -471,9 +489,9 @@ def test_explain_says_which_backend_and_why(monkeypatch):
     program(x, x, x)
     assert "cpp on the CPU, compiled already" in str(program.explain())
     refused = df.derive(Running(), chunk=2)
-    with pytest.warns(UserWarning, match="cumsum"):
+    with pytest.warns(UserWarning, match="cumprod"):
         refused(x[..., :4], x[..., :4], x[..., :4])
-    assert "backend  eager, because cpp: the op aten.cumsum.default" in str(refused.explain())
+    assert "backend  eager, because cpp: the op aten.cumprod.default" in str(refused.explain())
 
 
 @pytest.mark.parametrize("n", range(len(built_in)), ids=lambda n: repr(built_in[n]))

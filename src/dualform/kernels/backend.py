@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.trace import source_line
-from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit, specialised
+from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit
 from dualform.kernels.launch import Native, Place, compiled, placed
+from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.learning import scan
 from dualform.learning.backends import Backend, BackendError, Whole, backends

@@ -8,26 +8,23 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dualform.kernels import cpp
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
+from dualform.kernels.lowering import lowered
 from dualform.kernels.report import Bound, bound, describe
 from dualform.kernels.schedule import schedule
 from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import only_outputs, trace_fake, undisturbed
+from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
-from dualform.learning.simplify import tidy
 
-aten = torch.ops.aten
 WHERE, START = "n, b, h", "0, b, h"
 
 
@@ -68,111 +65,6 @@ class Unit:
         kept = self.memory_bytes * self.state // self.memory if self.memory else 0
         states = f", and {kept:,} for each state of a group" if kept else ""
         return "\n".join([*parts, f"memory of a thread: {self.memory_bytes:,} bytes{states}"])
-
-
-def lowered(gm: fx.GraphModule) -> fx.GraphModule:
-    """Spell a graph out in ops that have a row."""
-
-    def make() -> fx.GraphModule:
-        from torch._decomp import core_aten_decompositions
-
-        known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS}
-        table = {op: f for op, f in core_aten_decompositions().items() if op not in known} | _own
-        inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-        return tidy(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table))
-
-    return undisturbed(make)
-
-
-def specialised(gm: fx.GraphModule, values: Mapping[int, Tensor]) -> fx.GraphModule:
-    """Compute what depends on known inputs alone, and drop the branches that it rules out; the inputs stay."""
-    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    known = {n: values[k] for k, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder") if k in values}
-    for n in list(gm.graph.nodes):
-        if n.op == "call_function" and n.all_input_nodes and all(x in known for x in n.all_input_nodes):
-            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: known[x])  # pyright: ignore
-            known[n] = n.target(*args, **kwargs)
-        elif n.target == aten.where.self and n.args[0] in known:
-            condition = known[n.args[0]]
-            taken = n.args[1] if bool(condition.all()) else n.args[2] if not bool(condition.any()) else None
-            if isinstance(taken, fx.Node) and taken.meta["val"].shape == n.meta["val"].shape:
-                n.replace_all_uses_with(taken)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm
-
-
-def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(-1, keepdim=True)
-    centred = x - mean
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
-    return centred * rstd, mean, rstd
-
-
-def _standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
-
-
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "tanh":
-        c = 2 * math.sqrt(2 / math.pi)
-        return x * torch.sigmoid(x * (c + c * 0.044715 * x * x))
-    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
-def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Any:
-    return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
-
-
-def _vector_norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
-    axes = list(range(x.ndim)) if dim is None else dim
-    if ord in (math.inf, -math.inf):
-        return (x.abs().amax if ord > 0 else x.abs().amin)(axes, keepdim)
-    if ord == 0:
-        return (x != 0).to(x.dtype).sum(axes, keepdim)
-    if ord == 1:
-        return x.abs().sum(axes, keepdim)
-    return (x * x).sum(axes, keepdim).sqrt() if ord == 2 else (x.abs() ** ord).sum(axes, keepdim) ** (1 / ord)
-
-
-def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    return (x if beta == 1 else beta * x) + (a @ b if alpha == 1 else alpha * (a @ b))
-
-
-def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    e = torch.exp(x - x.amax(dim, keepdim=True))
-    return e / e.sum(dim, keepdim=True)
-
-
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    centred = x - x.amax(dim, keepdim=True)
-    return centred - torch.log(torch.exp(centred).sum(dim, keepdim=True))
-
-
-def _softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return y * (g - (g * y).sum(dim, keepdim=True))
-
-
-def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return g - torch.exp(y) * g.sum(dim, keepdim=True)
-
-
-stop_gradient_op = torch.ops.dualform.stop_gradient.default
-_own: dict[Any, Callable[..., Any]] = {
-    torch.ops.dualform.standardize.default: _standardize,
-    torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
-    stop_gradient_op: lambda x: x.detach(),
-    aten.gelu.default: _gelu,
-    aten.silu.default: lambda x: x * torch.sigmoid(x),
-    aten.clamp.default: _clamp,
-    aten.linalg_vector_norm.default: _vector_norm,
-    aten.addmm.default: _addmm,
-    aten.baddbmm.default: _addmm,
-    aten._softmax.default: _softmax,
-    aten._log_softmax.default: _log_softmax,
-    aten._softmax_backward_data.default: _softmax_backward,
-    aten._log_softmax_backward_data.default: _log_softmax_backward,
-}
 
 
 def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
@@ -381,4 +273,4 @@ def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
     return tuple(output.args[0][k].meta["val"].shape)
 
 
-__all__ = ["Argument", "Unit", "backward_unit", "forward_unit", "lowered"]
+__all__ = ["Argument", "Unit", "backward_unit", "forward_unit"]
