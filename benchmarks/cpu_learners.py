@@ -48,6 +48,10 @@ cases = {
     "MLP of 3 layers": (df.learners.MLP(depth=3, expand=2), averaged),
     "low rank 8": (df.learners.LowRank(rank=8), averaged),
     "Kronecker": (Kronecker, averaged),
+    "Taylor-expanded head": (
+        df.learners.Head(expansion=("taylor", {"degree": 2}), reconciliation=("low_rank", {"rank": 4})),
+        df.rules.SGD(lr=0.01, averaged=True),
+    ),
     "Linear, momentum": (df.learners.residual_norm(df.learners.Linear()), df.rules.SGD(lr=0.1, momentum=0.9)),
     "Linear, decay": (df.learners.residual_norm(df.learners.Linear()), df.rules.SGD(lr=0.1, decay=0.01)),
     "MLP, momentum and decay (Titans)": (df.learners.MLP(expand=2), df.rules.SGD(lr=0.1, momentum=0.9, decay=0.01)),

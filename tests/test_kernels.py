@@ -3,6 +3,7 @@
 What is compiled is compiled without optimising, which is most of the time; one test takes the flags of users.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -125,24 +126,28 @@ def test_learners_of_ones_own(kind):
     laws.check_backend(df.derive(kind(), squared, rules[names[n % len(names)]], chunk=3), "cpp", time=3, seed=n)
 
 
-@pytest.mark.parametrize("n", range(2, len(built_in)), ids=lambda n: repr(built_in[n]))
-def test_built_in_learners(n):
-    laws.check_backend(of(built_in[n], squared, names[(n + 1) % len(names)], 4), "cpp", time=8, seed=n)
+# Every objective with every rule, the learners in turn; all three products of two under DUALFORM_PAIRS=all.
+taylor = df.learners.Head(expansion=("taylor", {"degree": 2}), reconciliation=("low_rank", {"rank": 2}))
+learned = [*built_in, taylor]
+aims = [*(df.objectives.build(name) for name in df.objectives.names()), df.objectives.Squared("v-k"), wobble]
+pairs = [
+    ((n + n // len(rules)) % len(learned), aim, rule)
+    for n, (aim, rule) in enumerate(itertools.product(range(len(aims)), rules))
+]
+if os.environ.get("DUALFORM_PAIRS") == "all":
+    pairs += [(n, (n + k) % len(aims), rule) for n in range(len(learned)) for k, rule in enumerate(rules)]
+    pairs += [(n, aim, names[(n + aim) % len(names)]) for n in range(len(learned)) for aim in range(len(aims))]
+
+
+@pytest.mark.parametrize(("learner", "aim", "rule"), dict.fromkeys(pairs))
+def test_learners_objectives_and_rules(learner, aim, rule):
+    laws.check_backend(of(learned[learner], aims[aim], rule, 3), "cpp", time=3, seed=learner)
 
 
 @pytest.mark.parametrize("rule", rules)
 def test_padding_resets_and_carried_state(rule):
     drawn = {"carried": True, "ragged": True, "resets": True}
     laws.check_backend(of(built_in[0], squared, rule, 3), "cpp", time=7, **drawn)
-
-
-@pytest.mark.parametrize(
-    ("objective", "rule"),
-    [(df.objectives.Squared("v-k"), "titans"), (df.objectives.DotProduct(), "momentum"), (wobble, "averaged")],
-    ids=["v-k", "dot", "own"],
-)
-def test_objectives(objective, rule):
-    laws.check_backend(of(built_in[1], objective, rule, 3), "cpp", time=6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 3), (3, 2, 1)], ids=str)
