@@ -8,6 +8,9 @@ import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
 from dualform import testing as laws
+from dualform.kernels import launch
+from dualform.learning.layer import TestTimeTraining
+from dualform.learning.scan import found
 from dualform.models import DualformConfig, DualformForCausalLM
 from dualform.models.state_file import load_state, save_state
 from dualform.train.data import byte_tokenizer
@@ -22,6 +25,7 @@ kinds = {
         "sliding_window": 5,
     },
 }
+cpp = found("cpp").whole
 sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "chunk": 4, "initializer_range": 0.3}
 
 
@@ -96,6 +100,36 @@ def test_a_copy_takes_back_what_it_read_itself(model, ids):
         laws.agree("original", model(ids[:, 13:], past_key_values=cache).logits, want[:, 13:])
 
 
+@pytest.mark.parametrize("kind", ["learner", "hybrid"])
+def test_tokens_written_over_the_state_change_nothing(kind, ids, monkeypatch):
+    """Greedy, beams that move, drafts that are taken back, a copy and what was read from the cache, with compiled steps."""
+    monkeypatch.setattr(launch, "OPTIMISE", "-O0")
+    model, calls = build(kind), []
+    wanted = [greedy(model, ids), greedy(model, ids, num_beams=3), greedy(model, ids, prompt_lookup_num_tokens=4)]
+    layers = [m for m in model.modules() if isinstance(m, TestTimeTraining)]
+    for layer in layers:
+        layer.backend = "cpp"
+    step = cpp.step
+    monkeypatch.setattr(type(cpp), "step", lambda self, *rest: (calls.append(rest[-1]), step(*rest))[1])
+    for want, options in zip(wanted, [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], strict=True):
+        assert torch.equal(greedy(model, ids, **options), want)
+    assert {True, False} <= {*calls}
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        copied, held = copy.deepcopy(cache), cache.layers[0].state
+        aside = copy.copy(cache.layers[0])
+        before = {name: x.clone() for name, x in held.tensors().items()}
+        calls.clear()
+        first, then = (model(ids[:, n : n + 1], past_key_values=cache).logits for n in (1, 2))
+        assert calls[: len(layers)] == [False, *[True] * (len(layers) - 1)]  # the first layer's was read from outside
+        assert all(calls[len(layers) :])
+        for state in (held, aside.state):
+            assert all(torch.equal(x, before[name]) for name, x in state.tensors().items())
+        for n, want in ((1, first), (2, then)):
+            laws.agree("copy", model(ids[:, n : n + 1], past_key_values=copied).logits, want)
+
+
 def test_text_is_streamed(model):
     tokenizer = byte_tokenizer()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
@@ -125,6 +159,9 @@ def test_right_padded_prompts_go_on_from_their_own_ends(model, ids, beams):
     found = greedy(model, padded, 6, attention_mask=mask, num_beams=beams, pad_token_id=0)
     assert torch.equal(found[0, 21:], greedy(model, ids[:, :13], 6, num_beams=beams, pad_token_id=0)[0, 13:])
     assert torch.equal(found[1:], greedy(model, ids, 6, num_beams=beams, pad_token_id=0))
+    every = model(padded, attention_mask=mask).logits
+    assert torch.equal(every[0, 13:], every[0, 12].expand_as(every[0, 13:]))
+    laws.agree("logits", model(padded, attention_mask=mask, logits_to_keep=3).logits, every[:, -3:])
 
 
 def test_beams_of_ragged_prompts(model, ids):
@@ -257,3 +294,12 @@ def test_nothing_is_read_from_nothing(model, ids):
         cache = with_cache(model, ids[:, :9])
         cache = model(ids[:, :0], past_key_values=cache, use_cache=True).past_key_values
         laws.agree("logits", model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+
+
+def test_export_takes_any_length(ids):
+    model = build("learner", chunk=4)
+    length = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}, "use_cache": None}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=length).module()
+        for T in (3, 11, 21):
+            laws.agree("logits", program(input_ids=ids[:, :T], use_cache=False).logits, model(ids[:, :T]).logits)

@@ -202,3 +202,10 @@ class _Rewriter:
 
 def _alias_infos(node: fx.Node) -> list[Any]:
     return [a.alias_info for a in node.target._schema.arguments if a.alias_info is not None]  # type: ignore[union-attr]
+
+
+def without_repeats(graph: fx.Graph) -> fx.Graph:
+    """Keep one of equal nodes."""
+    from torch._functorch.compile_utils import fx_graph_cse  # brings sympy, half a second: not at `import dualform`
+
+    return fx_graph_cse(graph)

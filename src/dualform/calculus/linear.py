@@ -14,12 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.functional import functionalized
+from dualform.calculus.functional import functionalized, without_repeats
 
 aten = torch.ops.aten
 _functions = torch._C._VariableFunctions  # type: ignore[attr-defined]
@@ -38,7 +37,7 @@ def straight(compute: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         gm = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         gm = functionalized(gm, blame)  # torch.func writes its bases in place
-    return fx.GraphModule(gm, fx_graph_cse(gm.graph))
+    return fx.GraphModule(gm, without_repeats(gm.graph))
 
 
 def blame(node: fx.Node, what: str, advice: str) -> NoReturn:

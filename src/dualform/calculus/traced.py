@@ -25,8 +25,8 @@ from dualform.calculus.identities import canonical_graph
 from dualform.calculus.linear import Split, runnable, split, straight
 from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
-from dualform.calculus.rules import READS_VALUES
 from dualform.calculus.rules import derivative as local_derivative
+from dualform.calculus.rules import reads_values
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative, Route
 from dualform.calculus.terms import Term
@@ -153,8 +153,10 @@ class Traced:
                 return None
             try:
                 self.made[key] = make()
-            except READS_VALUES:  # it cannot be written down for all values: it is interpreted each time
-                self.made[key] = None
+            except Exception as error:
+                if not reads_values(error):
+                    raise
+                self.made[key] = None  # it cannot be written down for all values: it is interpreted each time
         return self.made[key]
 
     def always(self, key: tuple, make: Callable[[], Any]) -> Any:
