@@ -148,7 +148,9 @@ def is_unobserved(x: Tensor) -> bool:
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, basis: Basis, pull: Pull, k: int, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = _features(x, basis, pull, k, axis)
+        # without gradients nothing waits for the backward pass, and a block may be twice as large
+        numbers = 0 if not pull.width else 3 * most_numbers * (1 if ctx.needs_input_grad[0] else 2) // pull.width
+        found = _features(x, basis, numbers // k or x.numel(), k, axis)
         ctx.save_for_backward(x, found if pull.keeps_features else None)
         ctx.given = basis, pull, k, axis
         return found
@@ -177,9 +179,9 @@ def _size(x: Tensor, numbers: int) -> int:
     return max(1, max(numbers, least_numbers) * torch.get_num_threads() // x.shape[-1])
 
 
-def _features(x: Tensor, basis: Basis, pull: Pull, k: int, axis: int) -> Tensor:
+def _features(x: Tensor, basis: Basis, numbers: int, k: int, axis: int) -> Tensor:
     found = x.new_empty((*x.shape, k) if axis == -1 else (len(x), k, x.shape[-1]))
-    size = _size(x, most_numbers // k) if pull.width else max(1, len(x))
+    size = _size(x, numbers)
     for rows, into in zip(x.split(size), found.split(size), strict=True):
         values = basis(rows, axis)
         if isinstance(values, Local):
