@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_learners.py [--length 2048] [--rounds 3] [--output FILE]
 
-The shares of the rate of a large matrix product are of the products alone, and of the rate measured beside each row.
+The shares of the rate of a large matrix product are of the products alone, and of the rate measured beside each row; the bound is
+the schedule's, at that rate and the rate of memory. What limits a row: `cpu_where.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import argparse
 import json
 import os
 import platform
+import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
@@ -48,10 +51,33 @@ cases = {
     "MLP of 3 layers": (df.learners.MLP(depth=3, expand=2), averaged),
     "low rank 8": (df.learners.LowRank(rank=8), averaged),
     "Kronecker": (Kronecker, averaged),
+    "Taylor-expanded head": (
+        df.learners.Head(expansion=("taylor", {"degree": 2}), reconciliation=("low_rank", {"rank": 4})),
+        df.rules.SGD(lr=0.01, averaged=True),
+    ),
     "Linear, momentum": (df.learners.residual_norm(df.learners.Linear()), df.rules.SGD(lr=0.1, momentum=0.9)),
     "Linear, decay": (df.learners.residual_norm(df.learners.Linear()), df.rules.SGD(lr=0.1, decay=0.01)),
     "MLP, momentum and decay (Titans)": (df.learners.MLP(expand=2), df.rules.SGD(lr=0.1, momentum=0.9, decay=0.01)),
 }
+
+
+def bytes_per_second() -> float:
+    """Measure how fast memory is read and written, beyond the caches."""
+    x, y, found = torch.randn(1 << 24), torch.empty(1 << 24), []
+    for _ in range(5):
+        start = time.perf_counter()
+        y.copy_(x)
+        found.append(time.perf_counter() - start)
+    return 2 * x.nbytes / min(found)
+
+
+def bounded(row: dict[str, Any], program: df.ChunkProgram, steps: float, moved: float) -> dict[str, Any]:
+    """Add the time below which the schedule cannot go at the measured rates, and the measured multiple of it."""
+    parts = program.schedule("cpp").values()
+    flops = sum(part.flops for part in parts) * steps / (row["cpp ms"] / 1e3) / (row["% of matmul rate"] / 100)
+    bounds = [part.bound(flops, moved) for part in parts]
+    least = 1e3 * steps * sum(bound.seconds for bound in bounds)
+    return row | {"bound ms": least, "bound by": max(bounds).by, "times the bound": row["cpp ms"] / least}
 
 
 def main() -> None:
@@ -62,10 +88,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, options.length, H, d, requires_grad=True) for _ in range(3))
-    load = os.getloadavg()
+    load, moved = os.getloadavg(), bytes_per_second()
     rows = []
     for name, (recipe, rule) in cases.items():
-        rows.append({"learner": name} | compare(df.derive(recipe(d), rule=rule, chunk=b), (q, k, v), options.rounds))
+        program = df.derive(recipe(d), rule=rule, chunk=b)
+        row = {"learner": name} | compare(program, (q, k, v), options.rounds)
+        rows.append(bounded(row, program, options.length / b * H, moved))
         print(rows[-1], flush=True)
     machine = {
         "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,

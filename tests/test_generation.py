@@ -8,6 +8,9 @@ import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
 from dualform import testing as laws
+from dualform.kernels import launch
+from dualform.learning.layer import TestTimeTraining
+from dualform.learning.scan import found
 from dualform.models import DualformConfig, DualformForCausalLM
 from dualform.models.state_file import load_state, save_state
 from dualform.train.data import byte_tokenizer
@@ -22,6 +25,7 @@ kinds = {
         "sliding_window": 5,
     },
 }
+cpp = found("cpp").whole
 sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "chunk": 4, "initializer_range": 0.3}
 
 
@@ -94,6 +98,36 @@ def test_a_copy_takes_back_what_it_read_itself(model, ids):
         tried.crop(-2)
         laws.agree("copy", model(ids[:, 11:], past_key_values=tried).logits, want[:, 11:])
         laws.agree("original", model(ids[:, 13:], past_key_values=cache).logits, want[:, 13:])
+
+
+@pytest.mark.parametrize("kind", ["learner", "hybrid"])
+def test_tokens_written_over_the_state_change_nothing(kind, ids, monkeypatch):
+    """Greedy, beams that move, drafts that are taken back, a copy and what was read from the cache, with compiled steps."""
+    monkeypatch.setattr(launch, "OPTIMISE", "-O0")
+    model, calls = build(kind), []
+    wanted = [greedy(model, ids), greedy(model, ids, num_beams=3), greedy(model, ids, prompt_lookup_num_tokens=4)]
+    layers = [m for m in model.modules() if isinstance(m, TestTimeTraining)]
+    for layer in layers:
+        layer.backend = "cpp"
+    step = cpp.step
+    monkeypatch.setattr(type(cpp), "step", lambda self, *rest: (calls.append(rest[-1]), step(*rest))[1])
+    for want, options in zip(wanted, [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], strict=True):
+        assert torch.equal(greedy(model, ids, **options), want)
+    assert {True, False} <= {*calls}
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        copied, held = copy.deepcopy(cache), cache.layers[0].state
+        aside = copy.copy(cache.layers[0])
+        before = {name: x.clone() for name, x in held.tensors().items()}
+        calls.clear()
+        first, then = (model(ids[:, n : n + 1], past_key_values=cache).logits for n in (1, 2))
+        assert calls[: len(layers)] == [False, *[True] * (len(layers) - 1)]  # the first layer's was read from outside
+        assert all(calls[len(layers) :])
+        for state in (held, aside.state):
+            assert all(torch.equal(x, before[name]) for name, x in state.tensors().items())
+        for n, want in ((1, first), (2, then)):
+            laws.agree("copy", model(ids[:, n : n + 1], past_key_values=copied).logits, want)
 
 
 def test_text_is_streamed(model):

@@ -179,3 +179,6 @@ def test_import_is_light(installed):
         installed, f"import dualform; print([m for m in {[*extras, 'sklearn']!r} if m in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stderr
+    heavy = ["torch._dynamo", "torch._inductor", "sympy", "scipy", "matplotlib"]  # half a second each, or more
+    done = run_without_extras(installed, f"import dualform; print([m for m in {heavy!r} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr

@@ -293,10 +293,13 @@ class Problem(NamedTuple):
         return price + cost, Plan(start, (*steps, *last), tuple(other))
 
 
-@torch.compiler.assume_constant_result
 def plan_steps(*problem: Any) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
     return _plan(Problem(*problem))
+
+
+# What torch.compiler.assume_constant_result sets; that would import the whole compiler, which takes as long as torch.
+plan_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)

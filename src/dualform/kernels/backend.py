@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from dualform.calculus.trace import source_line
 from dualform.kernels.blocks import Argument, Unit, backward_unit, forward_unit
-from dualform.kernels.launch import Native, compiled
+from dualform.kernels.launch import Native, Place, compiled, placed
+from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.learning import scan
 from dualform.learning.backends import Backend, BackendError, Whole, backends
@@ -25,14 +26,16 @@ class Made(NamedTuple):
 
 # Multiplications and additions, both directions, from which a call repays some seconds of compiling (LAB.md).
 WORTH_COMPILING = 2e8
+TOKENS_WORTH_COMPILING = 1000  # one by one: each saves a millisecond or two
 
 
-def written(plan: scan.Plan, variant: Variant, direction: str) -> Unit:
-    """Write a direction of a kind of block."""
+def written(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None) -> Unit:
+    """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known."""
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
     try:
         if direction == "forward":
-            return forward_unit(step.plain, inputs, dtype, name)
+            end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
+            return forward_unit(specialised(step.plain, end), inputs, dtype, name)
         return backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name)
     except Unsupported as error:
         raise Unsupported(error.node, _line(plan, error.node)) from None
@@ -44,14 +47,23 @@ def _line(plan: scan.Plan, node: fx.Node) -> str:
     return next((source_line(n) for n in traced if n.target == node.target), "")
 
 
-def made(plan: scan.Plan, variant: Variant, direction: str) -> Made:
+def made(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None) -> Made:
     """Return a direction's compiled function; made once per plan."""
-    key = (variant, direction)
+    key = (variant, direction, full)
     if key not in plan.natives:
-        unit = written(plan, variant, direction)
+        unit = written(plan, variant, direction, full)
         native = Native(compiled(unit.text), unit.memory, unit.state, unit.flops, plan.derivation.dtype)
         plan.natives[key] = Made(native, unit.arguments)
     return plan.natives[key]
+
+
+_ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
+
+
+def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What one token has at each place of its mini-batch."""
+    place = torch.arange(1, chunk + 1)
+    return {"i": place.to(dtype), "valid": torch.ones(chunk, dtype=dtype), "full": place == chunk}
 
 
 def _stretches(run: scan.Run_, start: int, end: int) -> list[range]:
@@ -91,13 +103,15 @@ class _Sequence(Whole):
             return False
         if plan.natives:  # compiled for a longer call: what follows it stays there
             return True
+        if call.q.shape[1] == 1:
+            return plan.counts["tokens"] > TOKENS_WORTH_COMPILING
         return call.q[..., 0].numel() >= self._enough(plan)
 
     def says(self, plan: Any) -> str:
         made = (
             "compiled already"
             if plan.natives
-            else f"from {self._enough(plan):,} tokens x heads on, which repay compiling"
+            else f"from {self._enough(plan):,} tokens x heads on, or {TOKENS_WORTH_COMPILING:,} single tokens, which repay compiling"
         )
         return f"on the CPU, {made}"
 
@@ -123,6 +137,44 @@ class _Sequence(Whole):
             state = self._advance(run, piece, state, o, saved, G)
         after = [run.rowed(x) for x in run.whole(state)]
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
+
+    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+        first, chunk, (B, _, H, _) = int(call.position[0]), plan.derivation.chunk, call.q.shape
+        held = [*call.anchor.values(), *call.registers.values()]
+        if (B > 1 and bool((call.position != first).any())) or not all(x.is_contiguous() for x in held):
+            return None
+        if not 0 <= first < chunk:
+            return None
+        # A state that nothing has been read into yet is the weights themselves.
+        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        native, size = made(plan, _ONE, "forward", first + 1 == chunk), call.q.element_size()
+        if "marks" not in plan.natives:
+            plan.natives["marks"] = _marks(chunk, call.q.dtype)
+        marks, slow = plan.natives["marks"], plan.derivation.constants | call.slow
+        after = held if ours else [torch.empty_like(x) for x in held]
+        o = call.q.new_empty(B, 1, H, plan.derivation.out_width)
+
+        def tokens(x: Tensor) -> Place:
+            row, token, head, *rest = x.stride()
+            return (x.data_ptr(), 0, row, head, token, *rest)
+
+        def given(x: scan.Input) -> Place:
+            if x.over != "block":
+                value = (slow if x.part == "slow" else call.init)[x.name]
+                return (value.data_ptr(), 0, 0, *[0] * (x.over == "shared"), *value.stride())
+            if x.part in marks:
+                return (marks[x.part].data_ptr() + first * size,)
+            if x.name == "offset":
+                return (call.offset.data_ptr() + first * call.offset.stride(0) * size,)
+            return tokens(call.gates[x.name] if x.part == "gates" else getattr(call, x.part))
+
+        places = {
+            "o": lambda _: tokens(o), "input": given, "kept": lambda _: (),
+            "before": lambda k: (held[k].data_ptr(), 0, *held[k].stride()),
+            "after": lambda k: (after[k].data_ptr(), 0, *after[k].stride()),
+        }  # fmt: skip
+        native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0, 0)
+        return [o, *after, (call.position + 1) % chunk]
 
     def _advance(
         self, run: scan.Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
@@ -222,8 +274,8 @@ class _Sequence(Whole):
 
     @staticmethod
     def _call(run: scan.Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
-        given = [tensors[role](what) for role, what in made.arguments]
-        made.native(given, run.B * run.H, run.H, count, G, phase, min(G, count))
+        given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
+        made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase, min(G, count))
 
 
 def _never(graph: Any, examples: Any) -> Any:

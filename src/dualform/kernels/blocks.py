@@ -14,19 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dualform.kernels import cpp
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
+from dualform.kernels.lowering import lowered
+from dualform.kernels.report import Bound, bound, describe
 from dualform.kernels.schedule import schedule
-from dualform.kernels.statements import Buffer, Schedule, View, whole
+from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import only_outputs, trace_fake, undisturbed
+from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
-from dualform.learning.simplify import tidy
 
-aten = torch.ops.aten
-LINE = 64  # bytes that rows are padded to
 WHERE, START = "n, b, h", "0, b, h"
 
 
@@ -38,101 +36,35 @@ class Unit:
     """A function in C++ and what its arguments are: pairs (role, what), in order; and its memory in entries."""
 
     text: str
-    schedule: str
+    parts: dict[str, Schedule]
     arguments: tuple[Argument, ...]
     memory: int  # per thread, without the states of a group
     state: int  # entries of one state
-    flops: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of matrix products, for one mini-batch of one row."""
+        return sum(s.flops for s in self.parts.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that come from and go to the caller's tensors, for one mini-batch of one row."""
+        return sum(s.nbytes for s in self.parts.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Scratch memory of a thread, without the states of a group."""
+        return self.memory * next(iter(self.parts.values())).itemsize
+
+    def bound(self, flops_per_second: float, bytes_per_second: float) -> Bound:
+        """Say below which time a mini-batch of a row cannot go on a machine of such rates, and what sets it."""
+        return bound(self.flops, self.nbytes, flops_per_second, bytes_per_second)
 
     def __str__(self) -> str:
-        return self.schedule
-
-
-def lowered(gm: fx.GraphModule) -> fx.GraphModule:
-    """Spell a graph out in ops that have a row."""
-
-    def make() -> fx.GraphModule:
-        from torch._decomp import core_aten_decompositions
-
-        known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS}
-        table = {op: f for op, f in core_aten_decompositions().items() if op not in known} | _own
-        inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-        return tidy(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table))
-
-    return undisturbed(make)
-
-
-def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(-1, keepdim=True)
-    centred = x - mean
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
-    return centred * rstd, mean, rstd
-
-
-def _standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
-
-
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "tanh":
-        c = 2 * math.sqrt(2 / math.pi)
-        return x * torch.sigmoid(x * (c + c * 0.044715 * x * x))
-    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
-def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Any:
-    return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
-
-
-def _vector_norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
-    axes = list(range(x.ndim)) if dim is None else dim
-    if ord in (math.inf, -math.inf):
-        return (x.abs().amax if ord > 0 else x.abs().amin)(axes, keepdim)
-    if ord == 0:
-        return (x != 0).to(x.dtype).sum(axes, keepdim)
-    if ord == 1:
-        return x.abs().sum(axes, keepdim)
-    return (x * x).sum(axes, keepdim).sqrt() if ord == 2 else (x.abs() ** ord).sum(axes, keepdim) ** (1 / ord)
-
-
-def _addmm(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    return (x if beta == 1 else beta * x) + (a @ b if alpha == 1 else alpha * (a @ b))
-
-
-def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    e = torch.exp(x - x.amax(dim, keepdim=True))
-    return e / e.sum(dim, keepdim=True)
-
-
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    centred = x - x.amax(dim, keepdim=True)
-    return centred - torch.log(torch.exp(centred).sum(dim, keepdim=True))
-
-
-def _softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return y * (g - (g * y).sum(dim, keepdim=True))
-
-
-def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return g - torch.exp(y) * g.sum(dim, keepdim=True)
-
-
-stop_gradient_op = torch.ops.dualform.stop_gradient.default
-_own: dict[Any, Callable[..., Any]] = {
-    torch.ops.dualform.standardize.default: _standardize,
-    torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
-    stop_gradient_op: lambda x: x.detach(),
-    aten.gelu.default: _gelu,
-    aten.silu.default: lambda x: x * torch.sigmoid(x),
-    aten.clamp.default: _clamp,
-    aten.linalg_vector_norm.default: _vector_norm,
-    aten.addmm.default: _addmm,
-    aten.baddbmm.default: _addmm,
-    aten._softmax.default: _softmax,
-    aten._log_softmax.default: _log_softmax,
-    aten._softmax_backward_data.default: _softmax_backward,
-    aten._log_softmax_backward_data.default: _log_softmax_backward,
-}
+        parts = [f"{name}\n{describe(s)}" for name, s in self.parts.items()]
+        kept = self.memory_bytes * self.state // self.memory if self.memory else 0
+        states = f", and {kept:,} for each state of a group" if kept else ""
+        return "\n".join([*parts, f"memory of a thread: {self.memory_bytes:,} bytes{states}"])
 
 
 def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
@@ -198,6 +130,19 @@ def _own_state(after: Sequence[View | float], states: Sequence[Buffer]) -> None:
             raise BackendError("cpp: a rule exchanges states as they are; expected new values. Use backend='eager'.")
 
 
+def _in_place(states: Sequence[Buffer], w: _Writer) -> list[str]:
+    """Let states that the caller lays out as a buffer stay with the caller, where they are left; return their addresses."""
+    lines = []
+    for k, b in enumerate(states):
+        plain = torch.empty(b.shape, device="meta").stride()
+        if b.size == math.prod(b.shape) and all(
+            n == 1 or s == t for n, s, t in zip(b.shape, b.strides, plain, strict=True)
+        ):
+            b.place = f"after{k}"
+            lines.append(f"T* {b.place} = at<T>(g[{w.number('after', k)}], {START});")
+    return lines
+
+
 def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
     used = _used(s)
     return [
@@ -208,24 +153,26 @@ def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
 
 ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
 CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
-HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {'
+HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;'
 
 
 def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
     """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
     align = LINE // dtype.itemsize
     s = schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1))
-    states = [(b, x) for b, x in zip(s.inputs, inputs, strict=True) if b.place == "state"]
-    state, fixed = _settle([s], "state"), _settle([s], "fixed")
+    s.carried = tuple(range(1, len(s.outputs)))
+    states = [b for b in s.inputs if b.place == "state"]
     w = _Writer(dtype)
     o, *after = s.outputs
-    _own_state(after, [b for b, _ in states])
-    body = [*_load_blocks(w, s, inputs), *cpp.statements(s)]
-    body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     same = len(after) == len(states)
+    there = _in_place(states, w) if same else []
+    state, fixed = _settle([s], "state"), _settle([s], "fixed")
+    _own_state(after, states)
+    body = [*there, *_load_blocks(w, s, inputs), *cpp.statements(s)]
+    body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     for k, x in enumerate(after):
         if same:
-            body += cpp.copy_text(whole(states[k][0]), x)
+            body += cpp.copy_text(whole(states[k]), x)
         else:
             body.append(w.store(x, _shape(plain, 1 + k), "after", k, START))
     rows = [
@@ -233,9 +180,12 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         for b, x in zip(s.inputs, inputs, strict=True)
         if b.place == "fixed" and b in _used(s)
     ]
-    rows += [w.load(b, "before", k, START) for k, (b, _) in enumerate(states)]
-    kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, (b, _) in enumerate(states)]
-    ends = [w.store(whole(b), b.shape, "after", k, START) for k, (b, _) in enumerate(states)] if same else []
+    rows += there
+    for k, b in enumerate(states):
+        other = f"if (g[{w.number('before', k)}].p != g[{w.number('after', k)}].p) " if b.place != "state" else ""
+        rows.append(other + w.load(b, "before", k, START))
+    kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, b in enumerate(states)]
+    ends = [w.store(whole(b), b.shape, "after", k, START) for k, b in enumerate(states) if same and b.place == "state"]
     main = [
         HEAD, f"T *f = s + {s.scratch}, *st = f + {fixed}, *ct = st + {state}, *acc = ct;",
         "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
@@ -243,7 +193,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main)])
-    return Unit(text, str(s), tuple(w.arguments), s.scratch + fixed + state, state, s.flops)
+    return Unit(text, {"forward:": s}, tuple(w.arguments), s.scratch + fixed + state, state)
 
 
 def backward_unit(
@@ -254,7 +204,11 @@ def backward_unit(
     align = LINE // dtype.itemsize
     both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
     advance = schedule(lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0))
-    back = schedule(lowered(reverse), align, _keep(both))
+    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
+    turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
+    carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
+    over = dict(zip(turning, carrying, strict=True)) if len(turning) == len(carrying) else {}
+    back = schedule(lowered(reverse), align, _keep(both), over)
     state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
     cotangents = _settle([back], "cotangent")
     w = _Writer(dtype)
@@ -269,7 +223,6 @@ def backward_unit(
     body = [*_load_blocks(w, back, both), *cpp.statements(back)]
     carried = [b for b in back.inputs if b.place == "cotangent"]
     sums, size, results, ends, turned = [], 0, [], [], []
-    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]
     at = 0
     for x, value, shape in zip(wanted, back.outputs, shapes, strict=True):
@@ -309,8 +262,10 @@ def backward_unit(
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
     text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main)])
-    shown = f"a state again:\n{advance}\nin reverse:\n{back}"
-    return Unit(text, shown, tuple(w.arguments), scratch + fixed + cotangents + size, state, back.flops + advance.flops)
+    advance.carried = tuple(range(len(advance.outputs)))
+    back.carried = tuple(turning)
+    parts = {"a state again:": advance, "in reverse:": back}
+    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, state)
 
 
 def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
@@ -318,4 +273,4 @@ def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
     return tuple(output.args[0][k].meta["val"].shape)
 
 
-__all__ = ["Argument", "Unit", "backward_unit", "forward_unit", "lowered"]
+__all__ = ["Argument", "Unit", "backward_unit", "forward_unit"]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ LETTERS = "i", "k", "l", "m", "o"
 
 def pointer(view: View) -> str:
     b = view.buffer.over or view.buffer
-    return f"{BASES[b.place]} + {b.offset + view.offset}"
+    return f"{BASES.get(b.place, b.place)} + {b.offset + view.offset}"
 
 
 def number(x: float) -> str:
@@ -107,10 +108,10 @@ class _NestText:
         *lead, self.column = nest.space or (1,)
         self.lead = lead
         self.loops = [*LETTERS[: len(lead)], "j"] if nest.space else []
-        self.later = {
+        self.later = dict.fromkeys(
             x for item in nest.items for x in item.operands
             if isinstance(x, Item) and x.kind == "map" and self.used(item) > x.stage
-        }  # fmt: skip
+        )  # fmt: skip
 
     def used(self, item: Item) -> int:
         return item.stage - (item.kind == "reduce")
@@ -232,18 +233,30 @@ def _outside(arg: int, kind: str, names: Sequence[str], where: str) -> str:
 
 
 def load_text(view: View, arg: int, dtype: torch.dtype, where: str) -> str:
-    loops, names = _loops(view.shape)
-    inside = " + ".join(f"{s} * {x}" for s, x in zip(view.strides, names, strict=True) if s) or "0"
-    return f"{loops}({pointer(view)})[{inside}] = get(&{_outside(arg, TYPES[dtype], names, where)});"
+    *lead, n, step, inside = _rows(view.shape, view.strides)
+    loops, names = _loops(lead)
+    source = _outside(arg, TYPES[dtype], names, where)
+    last = f"g[{arg}].s{len(lead)}" if view.shape else "1"
+    return f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{source}, {last});"
 
 
 def store_text(view: View | float, shape: Sequence[int], arg: int, dtype: torch.dtype, where: str) -> str:
-    loops, names = _loops(shape)
-    target = f"&{_outside(arg, TYPES[dtype], names, where)}"
+    *lead, n, step, inside = _rows(shape, view.strides if isinstance(view, View) else [0] * len(shape))
+    loops, names = _loops(lead)
+    target = _outside(arg, TYPES[dtype], names, where)
+    last = f"g[{arg}].s{len(lead)}" if shape else "1"
     if not isinstance(view, View):
-        return f"{loops}put({target}, {number(view)});"
-    inside = " + ".join(f"{s} * {x}" for s, x in zip(view.strides, names, strict=True) if s) or "0"
-    return f"{loops}put({target}, ({pointer(view)})[{inside}]);"
+        return f"{{ T x = {number(view)}; {loops}give<{n}, 0>(&{target}, &x, {last}); }}"
+    return f"{loops}give<{n}, {step}>(&{target}, {pointer(view)}{_inside(inside, names)}, {last});"
+
+
+def _rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[Any, ...]:
+    """Part a value into the sizes that lead and the rows: (*lead, entries, step, strides that lead)."""
+    return (*shape[:-1], *(shape[-1:] or (1,)), *(strides[-1:] or (1,)), list(strides[:-1]))
+
+
+def _inside(strides: Sequence[int], names: Sequence[str]) -> str:
+    return "".join(f" + {s} * {x}" for s, x in zip(strides, names, strict=True) if s)
 
 
 def copy_text(out: View, value: View | float) -> list[str]:

@@ -189,10 +189,15 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def arguments(tensors: Sequence[Tensor]) -> np.ndarray:
-    """Lay out (n, B, H, ...) tensors as the `Arg`s of the preamble."""
-    rows = [[x.data_ptr(), *x.stride(), *[0] * (7 - x.ndim)] for x in tensors]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), 8)
+Place = tuple[int, ...]  # an `Arg` of the preamble: where a tensor's entries are, and strides of (n, B, H, ...)
+
+
+def placed(x: Tensor) -> Place:
+    """Say where the entries of an (n, B, H, ...) tensor are."""
+    return (x.data_ptr(), *x.stride())
+
+
+_ZEROS = (0,) * 8
 
 
 @dataclass(eq=False)
@@ -206,10 +211,10 @@ class Native:
     dtype: torch.dtype
 
     def __call__(
-        self, tensors: Sequence[Tensor], rows: int, heads: int, count: int, group: int, phase: int, ring: int
+        self, places: Sequence[Place], rows: int, heads: int, count: int, group: int, phase: int, ring: int
     ) -> None:
         """Run `count` mini-batches of all rows. ring: states kept per thread."""
-        table = arguments(tensors)
+        table = np.array([(*x, *_ZEROS[len(x) :]) for x in places], dtype=np.int64)
         work = self.flops * rows * count
         threads = max(1, min(torch.get_num_threads(), rows, work // FLOPS_PER_THREAD))
         size = -(-(self.memory + ring * self.state + 64) // 64) * 64

@@ -37,6 +37,38 @@ INLINE T get(const int64_t* p) { return T(*p); }
 INLINE void put(float* p, T x) { *p = float(x); }
 INLINE void put(double* p, T x) { *p = double(x); }
 
+// A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back.
+template <int n, int step, class U>
+INLINE void take(T* out, const U* in, long last) {
+  if (last == 1)
+    FREE for (int j = 0; j < n; ++j) out[j * step] = get(in + j);
+  else
+    for (int j = 0; j < n; ++j) out[j * step] = get(in + j * last);
+}
+template <int n, int step, class U>
+INLINE void give(U* out, const T* in, long last) {
+  if (last == 1)
+    FREE for (int j = 0; j < n; ++j) put(out + j, in[j * step]);
+  else
+    for (int j = 0; j < n; ++j) put(out + j * last, in[j * step]);
+}
+
+// Numbers too small to be written with all their digits take a hundred times as long as others: in here they are zero.
+struct Flush {
+#if defined(__SSE__)
+  unsigned before = __builtin_ia32_stmxcsr();
+  Flush() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~Flush() { __builtin_ia32_ldmxcsr(before); }
+#elif defined(__aarch64__)
+  unsigned long before;
+  Flush() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" : : "r"(before | (1ul << 24)));
+  }
+  ~Flush() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
 // exp x = 2^n exp r, |r| <= ln 2 / 2, by a polynomial; branch-free, so that loops of it become vector code.
 INLINE float exp_(float x) {
   float z = x < -87.33654f ? -87.33654f : x > 88.72283f ? 88.72283f : x;
@@ -124,22 +156,22 @@ INLINE void tile(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[m][v] = V{};
   for (int k = 0; k < K; ++k) {
     V b[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) b[v] = load(B + k * LDB + v * LANES);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       T a = A[m * SAM + k * SAK];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[m][v] += a * b[v];
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       V x = alpha * acc[m][v];
       if (D) x += beta * load(D + m * ldd + v * LANES);
@@ -160,6 +192,11 @@ static __attribute__((noinline)) void mm(T* C, int ldc, const T* A, const T* B, 
   constexpr int nv = (N + LANES - 1) / LANES;
   if (!SUM) D = nullptr;
   int v = 0;
+  // few rows: as many sums at once as a tile has, all along a row of B
+  constexpr int wide = M == 1 ? 8 : M == 2 ? 6 : M <= 4 ? 4 : 2;
+  if constexpr (wide > 2)
+    for (; v + wide <= nv; v += wide)
+      column<M, M, wide, K, SAM, SAK, LDB>(C + v * LANES, ldc, A, B + v * LANES, alpha, beta, SUM ? D + v * LANES : D, ldd);
   for (; v + 2 <= nv; v += 2)
     column<M, TALL, 2, K, SAM, SAK, LDB>(C + v * LANES, ldc, A, B + v * LANES, alpha, beta, SUM ? D + v * LANES : D, ldd);
   if constexpr (nv % 2 != 0)

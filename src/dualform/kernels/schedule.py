@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dualform.kernels import memory
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, Statement, View, space_of, whole
 
@@ -39,6 +40,7 @@ class _Scheduler:
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)
         self.statements: list[Statement] = []
+        self.copies: list[Nest] = []  # each value of them to a place of its own
         self.nest: Nest | None = None
         self.own: dict[Buffer, Item] = {}  # values of the open nest
         self.added = _sums_of_products(self.nodes, set(self.results))
@@ -57,9 +59,11 @@ class _Scheduler:
         self._close()
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
+        memory.into_pieces(self.statements, self.copies, outputs)
         for k, i in over.items() if len(over) <= len(outputs) else ():
-            self._write_over(outputs, k, self.inputs[i])
-        return Schedule(self.inputs, outputs, self.statements, self._place(outputs), self.align)
+            memory.write_over(self.statements, outputs, k, self.inputs[i])
+        size = memory.place(self.statements, self.inputs, outputs)
+        return Schedule(self.inputs, outputs, self.statements, size, self.align)
 
     # -- order ---------------------------------------------------------------------------------------------------
 
@@ -152,13 +156,15 @@ class _Scheduler:
 
     def _pieces(self, n: fx.Node) -> None:
         out = Buffer(n.name, tuple(n.meta["val"].shape), self.align)
-        base = whole(out)
-        for place, value in PIECES[n.target](n, base.shape):
+        base, pieces, first = whole(out), list(PIECES[n.target](n, out.shape)), len(self.statements)
+        for place, value in pieces:
             x = torch.empty(1 << 40, device="meta").as_strided(base.shape, base.strides, 0)
             y = place(x)
             target = View(out, tuple(y.shape), tuple(y.stride()), int(y.storage_offset()))
             if math.prod(target.shape):
                 self._write(target, self.values[value] if isinstance(value, fx.Node) else value)
+        if all(isinstance(value, fx.Node) for _, value in pieces):  # else what is put there first would come too late
+            self.copies += self.statements[first:]  # pyright: ignore[reportAttributeAccessIssue]: all nests
         self.values[n] = base
 
     # -- nests ---------------------------------------------------------------------------------------------------
@@ -226,8 +232,6 @@ class _Scheduler:
             self.statements.append(self.nest)
         self.nest, self.own = None, {}
 
-    # -- memory --------------------------------------------------------------------------------------------------
-
     def _mark_kept(self, outputs: Sequence[View | float]) -> None:
         """Store what something outside its nest reads."""
         read = {v.buffer for s in self.statements for v in s.reads()}
@@ -236,58 +240,6 @@ class _Scheduler:
             if isinstance(s, Nest):
                 for item in s.items:
                     item.kept = item.kept or item.out.buffer in read
-
-    def _write_over(self, outputs: Sequence[View | float], k: int, old: Buffer) -> None:
-        """Let an output take the place of an input that nothing reads after it is written."""
-        x = outputs[k]
-        if not isinstance(x, View) or x != whole(x.buffer) or x.buffer in self.inputs or x.buffer.shape != old.shape:
-            return
-        writers = [n for n, s in enumerate(self.statements) if any(v.buffer is x.buffer for v in s.writes())]
-        readers = [n for n, s in enumerate(self.statements) if any(v.buffer is old for v in s.reads())]
-        if len(writers) != 1 or any(isinstance(y, View) and y.buffer is old for y in outputs):
-            return
-        s = self.statements[writers[0]]
-        if max(readers, default=-1) > writers[0]:
-            return
-        if writers[0] in readers and not (
-            isinstance(s, Product)
-            and s.init == whole(old)
-            and s.a.buffer is not old
-            and s.b.buffer is not old
-            and s.out == x
-        ):
-            return
-        x.buffer.over, x.buffer.place = old, old.place
-
-    def _place(self, outputs: Sequence[View | float]) -> int:
-        """Give every value of the scratch memory its place, the places of dead values again; return the size."""
-        end = len(self.statements)
-        for k, s in enumerate(self.statements):
-            for v in s.writes():
-                v.buffer.first = k if v.buffer.first < 0 else v.buffer.first
-                v.buffer.last = max(v.buffer.last, k)
-            for v in s.reads():
-                v.buffer.last = k
-        for x in outputs:
-            if isinstance(x, View):
-                x.buffer.last = end
-        for buffer in self.inputs:
-            if buffer.place == "scratch":
-                buffer.first = 0
-        buffers = {v.buffer for s in self.statements for v in (*s.reads(), *s.writes())} | {*self.inputs}
-        placed: list[Buffer] = []
-        size = 0
-        for buffer in sorted((b for b in buffers if b.place == "scratch"), key=lambda b: (b.first, -b.size)):
-            alive = sorted((b for b in placed if b.last >= buffer.first), key=lambda b: b.offset)
-            at = 0
-            for b in alive:
-                if at + buffer.size <= b.offset:
-                    break
-                at = max(at, b.offset + b.size)
-            buffer.offset = at
-            placed.append(buffer)
-            size = max(size, at + buffer.size)
-        return size
 
 
 def _reshaped(view: View, shape: tuple[int, ...]) -> View:

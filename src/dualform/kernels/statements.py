@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+LINE = 64  # bytes that rows are padded to
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -121,6 +123,11 @@ class Nest:
     def writes(self) -> Iterable[View]:
         return (i.out for i in self.items if i.kept)
 
+    @property
+    def flops(self) -> int:
+        """Of matrix products: none."""
+        return 0
+
 
 @dataclass(eq=False)
 class Product:
@@ -156,6 +163,11 @@ class Schedule:
     statements: list[Statement]
     scratch: int
     align: int
+    carried: tuple[int, ...] = ()  # outputs that the next mini-batch starts from
+
+    @property
+    def itemsize(self) -> int:
+        return LINE // self.align
 
     @property
     def flops(self) -> int:
@@ -174,17 +186,11 @@ class Schedule:
         inputs = [b for b in self.inputs if b.place == "scratch"]
         return sum(math.prod(x.shape) for x in (*inputs, *outputs))
 
-    def __str__(self) -> str:
-        lines = []
-        for s in self.statements:
-            if isinstance(s, Product):
-                init = "" if s.init is None else f" {s.beta:+g} {s.init.buffer.name}"
-                lines.append(
-                    f"{s.out.buffer.name}{list(s.out.shape)} = {s.alpha:g} {s.a.buffer.name}{list(s.a.shape)} @ "
-                    f"{s.b.buffer.name}{list(s.b.shape)}{init}"
-                )
-            else:
-                names = " ".join(f"{i.out.buffer.name}:{i.op}" + ("*" if i.kept else "") for i in s.items)
-                lines.append(f"for {list(s.space)}, {s.stages} stage(s): {names}")
-        totals = f"{self.flops:,} flops in products, {self.entries:,} entry by entry, {self.moved:,} entries in and out"
-        return "\n".join([*lines, f"scratch {self.scratch:,} entries; {totals}"])
+    @property
+    def nbytes(self) -> int:
+        """The same in bytes, each in the type that the caller's tensor has."""
+        size = {torch.bool: 1, torch.bfloat16: 2}
+        outputs = [x for x in self.outputs if isinstance(x, View) and x.buffer.place == "scratch"]
+        inputs = [b for b in self.inputs if b.place == "scratch"]
+        given = sum(math.prod(b.shape) * size.get(b.dtype, self.itemsize) for b in inputs)  # pyright: ignore
+        return given + self.itemsize * sum(math.prod(x.shape) for x in outputs)

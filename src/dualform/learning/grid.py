@@ -8,7 +8,8 @@ Legend: B batch, T time, N blocks, W slots of a block, b the mini-batch (chunk).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,11 @@ def arrange(
     first = int(position[0])
     alike = mask is None and reset is None and bool((position == first).all())
     if alike:
-        return _sliced(T, chunk, first, position, dtype, carried, min(chunk, block or chunk))
+        # the same tensors for every call alike: in plain mode, whatever the first call's was
+        with torch.inference_mode(False):
+            kind = (len(position), dtype, position.device)
+            grid = _sliced(T, chunk, first, *kind, carried, min(chunk, block or chunk))
+        return replace(grid, position=(position + T) % chunk)
     return _gathered(T, chunk, position, mask, reset, dtype, carried)
 
 
@@ -144,6 +149,9 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
     A padding token has the position of the valid token before it. position (B,): tokens of document 0 read before.
     """
     B, device = position.shape[0], position.device
+    if mask is None and reset is None:
+        place = position[:, None] + torch.arange(T, device=device)
+        return torch.zeros_like(place), place
     valid = torch.ones(B, T, dtype=torch.long, device=device) if mask is None else mask.long()
     rank = valid.cumsum(1)
     if reset is None:
@@ -153,8 +161,11 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
     return segment, rank - 1 - first + torch.where(segment == 0, position[:, None], 0)
 
 
-def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype, carried: bool, block: int) -> Grid:
-    B, device = position.shape[0], position.device
+@lru_cache(maxsize=16)
+def _sliced(
+    T: int, chunk: int, first: int, B: int, dtype: torch.dtype, device: torch.device, carried: bool, block: int
+) -> Grid:
+    """Lay out rows that stand alike; the position after the call is the caller's to fill in."""
     edges = [0, *range(chunk - first, T, chunk), T]
     spans = [
         (cut, min(cut + block, stop))
@@ -174,7 +185,7 @@ def _sliced(T: int, chunk: int, first: int, position: Tensor, dtype: torch.dtype
     valid = (slot < size).to(dtype)
     return Grid(
         variants, spans, None, None, i[:, None].expand(-1, B, -1), valid[:, None].expand(-1, B, -1),
-        (begin + size == chunk).expand(-1, B), None, (position + T) % chunk,
+        (begin + size == chunk).expand(-1, B), None, torch.empty(0),
     )  # fmt: skip
 
 

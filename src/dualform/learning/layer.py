@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,10 +149,15 @@ class TestTimeTraining(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         reset: Tensor | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, LayerState]:
-        """Return (y, state); any split of x over calls with the state carried gives the same y."""
+        """Return (y, state); any split of x over calls with the state carried gives the same y.
+
+        overwrite: the state given is not needed again; without gradients, the new one may take its memory.
+        """
         read = self._read(x, state, attention_mask, reset)
         rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
+        rest["overwrite"] = overwrite
         try:
             z, memory = self.program(read.q, read.k, read.v, read.gates, **rest)
         except NonFiniteError as error:
@@ -202,10 +208,8 @@ class TestTimeTraining(nn.Module):
         segment, place = places(T, document, mask, reset)
         q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
         v = self._heads(self.v_proj(x))
-        q, k = (
-            rotate(self._heads(q), place % self.chunk, self.rope_theta),
-            rotate(self._heads(k), place % self.chunk, self.rope_theta),
-        )
+        by = self._angles(place % self.chunk, q)
+        q, k = turned(self._heads(q), by), turned(self._heads(k), by)
         gates = {}
         if self.rate_weight is not None and self.rate_bias is not None:
             logits = (x @ self.rate_weight.to(x.dtype).T).to(self.rate_weight.dtype) + self.rate_bias
@@ -216,8 +220,14 @@ class TestTimeTraining(nn.Module):
         last = place[:, -1] + 1 if T else document
         return _Read(q, k, v, gates, {"mask": mask, "reset": reset, "params": params}, tails, last)
 
+    def _angles(self, place: Tensor, like: Tensor) -> Tensor:
+        kind = (self.head_dim, self.rope_theta, torch.promote_types(torch.float32, like.dtype))
+        if type(like) is not Tensor or torch.compiler.is_compiling():
+            return angles(place, *kind)
+        return angles_below(self.chunk, *kind, like.device)[:, place]
+
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim))
+        return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
     def _queries_and_keys(
         self,
@@ -250,13 +260,29 @@ class TestTimeTraining(nn.Module):
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     """Turn the pairs (2i, 2i+1) of x (B, T, H, f) by position theta^(-2i/f), computed in float32 at least."""
-    f = x.shape[-1]
-    dtype = torch.promote_types(torch.float32, x.dtype)
-    frequency = theta ** (-torch.arange(0, f, 2, dtype=dtype, device=x.device) / f)
+    return turned(x, angles(position, x.shape[-1], theta, torch.promote_types(torch.float32, x.dtype)))
+
+
+def turned(x: Tensor, by: Tensor) -> Tensor:
+    """Turn the pairs of x (B, T, H, f) by angles; by (2, B, T, f): what multiplies each entry, and the other of its pair."""
+    y = x.to(by.dtype)
+    others = y.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).reshape(x.shape)
+    return torch.addcmul(y * by[0, :, :, None], others, by[1, :, :, None]).to(x.dtype)
+
+
+def angles(position: Tensor, f: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Return (cos, cos, ...) and (-sin, sin, ...) of each position's angles, for `turned`."""
+    frequency = theta ** (-torch.arange(0, f, 2, dtype=dtype, device=position.device) / f)
     angle = position[..., None].to(dtype) * frequency
-    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
-    even, odd = x[..., ::2].to(dtype), x[..., 1::2].to(dtype)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, cos, -sin, sin], -1).unflatten(-1, (2, 2)).movedim(-2, 0).flatten(-2)
+
+
+@lru_cache(maxsize=64)
+def angles_below(count: int, f: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the angles of positions 0 ... count - 1, computed once."""
+    with torch.inference_mode(False), torch.no_grad():  # they serve later calls, that may have gradients
+        return angles(torch.arange(count, device=device), f, theta, dtype)
 
 
 def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[list[Tensor], Tensor]:

@@ -114,7 +114,7 @@ class ChunkProgram:
             made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, self.block))
             twin = _structures.setdefault(made.structure, scan_module.Plan(made))
             made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-            self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives)
+            self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
         return self.plans[key]
 
     @property
@@ -140,10 +140,12 @@ class ChunkProgram:
         backend: str = "auto",
         remat: str | int | None = "auto",
         nan_policy: str = "propagate",
+        overwrite: bool = False,
     ) -> tuple[Tensor, State]:
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
+                overwrite: the state given is not needed again; a step without gradients may leave the new one in its place.
         Raises: ShapeError, DerivationError; BackendError for a backend that cannot run this; under nan_policy="raise"
                 NonFiniteError where the state is not finite, naming row, head and mini-batch (not inside torch.compile).
         """
@@ -166,7 +168,7 @@ class ChunkProgram:
             with torch.autocast(q.device.type, enabled=False):
                 o, after = primal(call)
         else:
-            o, after = self._scan(form, backend, call, state is not None, remat)
+            o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and not torch.compiler.is_compiling():
 
             def after_tokens(n: int) -> State:
@@ -207,7 +209,7 @@ class ChunkProgram:
         return both[..., 0], both[..., 1], after
 
     def _scan(
-        self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None
+        self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
         tensors = scan_module.Call(
             q=call.q,
@@ -224,7 +226,7 @@ class ChunkProgram:
             reset=call.reset,
             carried=carried,
         )
-        o, *held = scan_module.scan(self.name, form, backend, tensors, self.chunk, remat)
+        o, *held = scan_module.scan(self.name, form, backend, tensors, self.chunk, remat, overwrite)
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])
@@ -309,7 +311,7 @@ class ChunkProgram:
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
         fast, slow = self._parameters(params, H, dtype, q.device)
         if state is not None:
-            state = check_state(state, self._like(fast, B))
+            state = state if _fits(state, fast, B, self.rule.num_registers) else check_state(state, self._like(fast, B))
         return Inputs(
             learner=self.learner,
             objective=self.objective,
@@ -421,6 +423,17 @@ class ChunkProgram:
     def cost(self) -> Cost:
         """Work and memory of one mini-batch for one head, forward."""
         return cost_of(self.step, self.rule.num_registers)
+
+
+def _fits(state: State, fast: Mapping[str, Tensor], B: int, r: int) -> bool:
+    """Is a state what `check_state` would let through as it is?"""
+    if list(state.anchor) != list(fast) or list(state.registers) != list(fast) or state.position.shape != (B,):
+        return False
+    held = ((state.anchor[name], state.registers[name], w) for name, w in fast.items())
+    return state.position.dtype == torch.long and all(
+        a.shape == (B, *w.shape) and g.shape == (B, w.shape[0], r, *w.shape[1:]) and a.dtype == g.dtype == w.dtype
+        for a, g, w in held
+    )
 
 
 def check_state(state: State, like: State) -> State:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -193,6 +194,9 @@ class Way:
         return Result(list(out[:r]), list(out[2 * r :]), states)
 
 
+_transforms = torch._C._are_functorch_transforms_active  # inside vmap and the like tensors have no memory of their own
+
+
 @cache
 def found(backend: str) -> Backend:
     """Look a backend up."""
@@ -242,6 +246,7 @@ class Plan:
     derivation: Derivation
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
     natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
+    counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
 
     def step(self, variant: Variant) -> Step:
         steps = self.derivation.steps
@@ -662,10 +667,28 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, ke
     return N if N * nbytes <= keep else -(-N // (1 << (N.bit_length() // 2)))
 
 
-def scan(name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None) -> list[Tensor]:
-    """Run the op for a registered program: [o, *anchor, *registers, position]."""
+def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) -> list[Tensor] | None:
+    """Run one token as plain a way as there is: without an op around it."""
+    alone = call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None
+    if not alone or type(call.q) is not Tensor or torch.compiler.is_compiling() or _transforms():
+        return None
+    plan = _sources[name].plan(call.q.shape[-1], call.q.dtype, form)
+    plan.counts["tokens"] += 1
+    whole = found(chosen(backend, plan, call)).whole
+    try:
+        return None if whole is None else whole.step(plan, call, overwrite)
+    except BackendError:
+        return None  # the op says why
+
+
+def scan(
+    name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool = False
+) -> list[Tensor]:
+    """Run the op for a registered program: [o, *anchor, *registers, position]. overwrite: the state given may be lost."""
     tensors = _flat(call)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
+        return stepped
     state = keep = 0
     if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
         state = sum(x.nbytes for x in call.anchor.values())

@@ -174,11 +174,12 @@ class DualformBlock(GradientCheckpointingLayer):
         return self._learn(h, call, cache) if self.kind == "test_time" else self._attend(h, call, cache)
 
     def _learn(self, h: Tensor, call: Call, cache: FastWeightCache | None) -> Tensor:
-        past = None if cache is None else cache.state
+        past, ours = (None, False) if cache is None else cache.lend()
         if cache is not None and not torch.compiler.is_compiling():
             cache.check(self.carried, h.shape[0])
         h, tail = self._convolve(h, call, past and past.conv.get("pre"))
-        y, state = self.mixer(self.seq_norm(h), past and past.layer, attention_mask=call.mask, reset=call.reset)
+        more = {"attention_mask": call.mask, "reset": call.reset, "overwrite": ours}
+        y, state = self.mixer(self.seq_norm(h), past and past.layer, **more)
         if cache is not None:
             cache.advance(BlockState(state, {} if tail is None else {"pre": tail}), h.shape[1])
         return h + y

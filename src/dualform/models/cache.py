@@ -95,16 +95,37 @@ class FastWeightCache(Rollback, CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.state: BlockState | None = None
+        self._state: BlockState | None = None
+        self._ours = False  # does nobody else hold the state? Then the next may be written over it
         self.seen = 0
         self.chunk: tuple[int, ...] | None = None  # the layer's mini-batch; a file says it otherwise
 
+    @property
+    def state(self) -> BlockState | None:
+        """The state, which whoever reads it may keep: nothing is written over it from now on."""
+        self._ours = False
+        return self._state
+
+    @state.setter
+    def state(self, state: BlockState | None) -> None:
+        self._state, self._ours = state, False
+
+    def __copy__(self) -> FastWeightCache:
+        made = type(self).__new__(type(self))
+        self._ours = False
+        vars(made).update(vars(self))
+        return made
+
+    def lend(self) -> tuple[BlockState | None, bool]:
+        """Give a layer the state to go on from, and say whether it may write the next one over it."""
+        return self._state, self._ours and not self.record_past and not self.records
+
     def check(self, expected: dict[str, tuple[int, ...]], batch: int) -> None:
         """Refuse a state of other rows or of another layer; expected: the shape of each tensor's row, and the mini-batch."""
-        if self.state is None:
+        if self._state is None:
             self.chunk = expected["chunk"]
             return
-        held = {name: tuple(x.shape) for name, x in self.state.tensors().items()}
+        held = {name: tuple(x.shape) for name, x in self._state.tensors().items()}
         rows = held["layer.position"][0]
         if rows != batch:
             raise ValueError(
@@ -121,7 +142,8 @@ class FastWeightCache(Rollback, CacheLayerMixin):
                 )
 
     def advance(self, state: BlockState, num_columns: int) -> None:
-        self.state, self.seen, self.is_initialized = state, self.seen + num_columns, True
+        self._state, self._ours = state, True
+        self.seen, self.is_initialized = self.seen + num_columns, True
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -146,12 +168,12 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         self.state, self.seen, self.is_initialized, self.records = None, 0, False, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.state, self.records = self.state and self.state.select(beam_idx), []
+        self._state, self.records = self._state and self._state.select(beam_idx), []  # copies: still nobody else's
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state, self.records = self.state and self.state.fork(repeats), []
+        self._state, self.records = self._state and self._state.fork(repeats), []
 
     def offload(self) -> None:
         """Stay where the state is: it is as small after a million tokens as after one."""

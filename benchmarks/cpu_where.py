@@ -1,0 +1,150 @@
+"""Where generated C++ spends its time: statement by statement, forward and backward, for the learners of cpu_learners.py.
+
+    OMP_NUM_THREADS=1 python benchmarks/cpu_where.py ["low rank 8" ...] [--length 2048] [--most 5] [--output FILE]
+
+Each statement is compiled between two readings of the processor's counter; the least of all its runs counts, so that what else
+runs on the machine does not. "rest" is what is left of the compiled calls: rows moved in and out, states kept, totals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
+
+import torch
+from cpu_learners import H, b, cases, d
+
+import dualform as df
+from dualform.cli.output import show
+from dualform.kernels import cpp, launch, report
+from dualform.kernels.statements import Product, Schedule
+
+RESULT = Path(__file__).parent / "results" / "cpu_where.json"
+MOST = 1000
+KINDS = ("products", "products of a factor laid out anew", "entry by entry")
+
+
+class Watch:
+    """Patches the printer and the loader; afterwards knows the cycles of each statement."""
+
+    def __init__(self) -> None:
+        self.statements: list[tuple[str, str, int]] = []  # kind, text, flops
+        self.libraries: list[ctypes.CDLL] = []
+        self.native = 0.0
+        printed, loaded, call = cpp.source, ctypes.CDLL, launch.Native.__call__
+
+        def library(path: str) -> ctypes.CDLL:
+            self.libraries.append(loaded(path))
+            return self.libraries[-1]
+
+        def timed(native: launch.Native, *arguments: Any) -> None:
+            start = time.process_time()
+            call(native, *arguments)
+            self.native += time.process_time() - start
+
+        cpp.statements = self.lines
+        head = f'extern "C" unsigned long spent[{MOST}]; unsigned long spent[{MOST}];'
+        cpp.source = lambda dtype, functions: printed(dtype, [head, *functions])
+        launch.ctypes.CDLL = library  # pyright: ignore[reportAttributeAccessIssue]
+        launch.Native.__call__ = timed
+
+    def lines(self, schedule: Schedule) -> list[str]:
+        lines: list[str] = []
+        for one in schedule.statements:
+            text = cpp.product_text(one) if isinstance(one, Product) else cpp._NestText(one).lines()
+            anew = any("turn<" in line or "packed[" in line for line in text)
+            kind = KINDS[2] if not isinstance(one, Product) else KINDS[anew]
+            place = f"spent[{len(self.statements)}]"
+            self.statements.append((kind, report._statement(one), one.flops))
+            lines += [
+                "{ unsigned long since = __builtin_ia32_rdtsc();",
+                *text,
+                "since = __builtin_ia32_rdtsc() - since;",
+            ]
+            lines.append(f"if (!{place} || since < {place}) {place} = since; }}")
+        return lines
+
+    def spent(self) -> list[tuple[int, str, str, int]]:
+        """Return (cycles, kind, text, flops) of the statements that ran since the last reading."""
+        found = []
+        for library in self.libraries:
+            counts = (ctypes.c_ulong * MOST).in_dll(library, "spent")
+            found += [(counts[k], *x) for k, x in enumerate(self.statements) if counts[k]]
+            ctypes.memset(counts, 0, 8 * MOST)
+        return found
+
+
+def cycles_per_second() -> float:
+    """Count the counter's steps in a tenth of a second."""
+    source = 'extern "C" void run(long, long, long, long, long, long, const void*, unsigned long* t) { *t = __builtin_ia32_rdtsc(); }'
+    run, at = launch.compiled(source), (ctypes.c_ulong * 2)()
+    start = time.perf_counter()
+    run(0, 0, 0, 0, 0, 0, None, ctypes.addressof(at))
+    time.sleep(0.1)
+    run(0, 0, 0, 0, 0, 0, None, ctypes.addressof(at) + 8)
+    return (at[1] - at[0]) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", default=list(cases))
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--most", type=int, default=5, help="statements of each learner to print")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    rate, rows, detail = cycles_per_second(), [], {}
+    watch = Watch()
+    q, k, v = (torch.randn(1, options.length, H, d, requires_grad=True) for _ in range(3))
+    for name in options.names:
+        recipe, rule = cases[name]
+        torch.manual_seed(0)
+        program, times = df.derive(recipe(d), rule=rule, chunk=b), []
+        watch.libraries.clear()
+        watch.statements.clear()
+        for _ in range(options.rounds + 1):
+            watch.native, start = 0.0, time.process_time()
+            torch.autograd.grad(program(q, k, v, backend="cpp")[0].sum(), [q, k, v, *program.learner.parameters()])
+            times.append((watch.native, time.process_time() - start))
+        native, whole = (1e3 * min(x) for x in zip(*times[1:], strict=True))
+        spent = watch.spent()
+        runs = options.length / b * H
+        ms = {kind: 1e3 * runs * sum(c for c, x, *_ in spent if x == kind) / rate for kind in KINDS}
+        rates = {
+            kind: sum(f for _, x, _, f in spent if x == kind) * runs / max(ms[kind], 1e-9) / 1e6 for kind in KINDS[:2]
+        }
+        rows.append(
+            {"learner": name, "whole ms": whole, "compiled ms": native}
+            | {f"{kind} ms": t for kind, t in ms.items()}
+            | {"rest ms": native - sum(ms.values())}
+            | {f"GFLOP/s of {kind}": r for kind, r in rates.items()}
+        )
+        detail[name] = [
+            f"{c} cycles, {f} flops: {text}" for c, _, text, f in sorted(spent, reverse=True)[: options.most]
+        ]
+    machine = {
+        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "load": os.getloadavg(),
+        "cycles per second": rate, "date": date.today().isoformat(),
+    }  # fmt: skip
+    settings = {"batch": 1, "length": options.length, "heads": H, "dim": d, "chunk": b, "threads": 1}
+    found = {"machine": machine, "settings": settings, "rows": rows, "most": detail}
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    with options.output.with_suffix(".md").open("w") as file:
+        file.write("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]) + "\n")
+        for row in rows:
+            file.write("| " + " | ".join(f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()) + " |\n")
+    show(rows, f"forward + backward, CPU time, {settings}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
