@@ -111,7 +111,11 @@ def by_slopes(slopes: Basis) -> Pull:
 
 def evaluate(x: Tensor, basis: Basis, pull: Pull | None, k: int, axis: int) -> Tensor:
     """Put phi_1(x) .. phi_k(x) on a new axis of x (..., m): in blocks where that pays and nothing looks on."""
-    if is_unobserved(x) and x.device.type == "cpu" and x.numel() * k >= least_features:
+    count = x.numel() * k if is_unobserved(x) and x.device.type == "cpu" else -1
+    is_wide = pull is None or pull.width > 0
+    if is_wide and not (x.requires_grad and torch.is_grad_enabled()):
+        count //= 16  # nothing is kept for a backward pass, and a copy would be all that a small block adds
+    if count >= least_features:
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         found: Tensor = _Blocks.apply(rows, basis, pull or _again(basis), k, axis)
         return found if x.ndim == 2 else found.unflatten(0, x.shape[:-1])
@@ -148,7 +152,8 @@ def is_unobserved(x: Tensor) -> bool:
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, basis: Basis, pull: Pull, k: int, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = _features(x, basis, pull, k, axis)
+        numbers = 3 * most_numbers // pull.width // k if pull.width else x.numel()
+        found = _features(x, basis, numbers, k, axis)
         ctx.save_for_backward(x, found if pull.keeps_features else None)
         ctx.given = basis, pull, k, axis
         return found
@@ -177,9 +182,9 @@ def _size(x: Tensor, numbers: int) -> int:
     return max(1, max(numbers, least_numbers) * torch.get_num_threads() // x.shape[-1])
 
 
-def _features(x: Tensor, basis: Basis, pull: Pull, k: int, axis: int) -> Tensor:
+def _features(x: Tensor, basis: Basis, numbers: int, k: int, axis: int) -> Tensor:
     found = x.new_empty((*x.shape, k) if axis == -1 else (len(x), k, x.shape[-1]))
-    size = _size(x, most_numbers // k) if pull.width else max(1, len(x))
+    size = _size(x, numbers)
     for rows, into in zip(x.split(size), found.split(size), strict=True):
         values = basis(rows, axis)
         if isinstance(values, Local):

@@ -109,7 +109,7 @@ def dilated(
         return mother.slope(places(x, -1)).mul_(g) @ constants(x, -1, -1.5)
 
     terms = [f"{a ** (-s / 2)!r}*({mother.text.replace('tau', f'(x/{a**s!r}-{t * b!r})')})" for s, t in children]
-    known = None if mother.slope is None else Pull(pull, width=4)
+    known = None if mother.slope is None else Pull(pull, width=5)
     made = attribute_wise(name, basis, terms, pull=known, domain=mother.domain, reach=mother.reach, rough=mother.rough)
     return replace(made, power=degree, rule="sum of (m s t)^i, i = 1 .. degree")
 

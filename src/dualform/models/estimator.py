@@ -37,7 +37,7 @@ _few = 50  # fewer rows than these are not split to choose alpha
 _full_batch = 5000  # up to so many rows L-BFGS sees all of them at once; beyond, Adam sees mini-batches
 _solvers = ("auto", "least_squares", "lbfgs", "adam")
 
-_largest = 1e100  # squares of these, and their sums, are numbers still
+_largest = 1e152  # squares of these, and their sums, are numbers still
 
 
 class RowsEstimator(BaseEstimator):
@@ -127,7 +127,7 @@ class RowsEstimator(BaseEstimator):
             y_numeric=is_regressor(self), ensure_min_samples=2 if first else 1,
         )  # fmt: skip
         for name, values in (("X", X), ("y", y)):
-            if values.dtype.kind == "f" and (largest := np.abs(values).max()) > _largest:
+            if values.dtype.kind == "f" and (largest := float(np.abs(values).max())) > _largest:
                 fail(
                     type(self).__name__, name, f"holds {largest:.3g}", f"numbers up to {_largest:g}",
                     "Scale it: its squares would overflow.", ValueError,
