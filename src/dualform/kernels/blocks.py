@@ -9,7 +9,7 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
