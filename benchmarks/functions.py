@@ -253,7 +253,7 @@ def weighing(
 
 
 def head_need(numbers: Callable[[Case], float]) -> Callable[[Case], float]:
-    """Gradients of x and w, the output and its gradient, and what the case itself must keep."""
+    """Gradient of x, the output and its gradient, and what the case itself must hold: gradient of w, factors of kappa, products."""
     return lambda c: c.b * (c.m + 2 * c.n) + numbers(c)
 
 
@@ -281,7 +281,8 @@ def all_cases() -> list[Case]:
                  "Head(taylor_expansion(d=2), lorr_reconciliation(r=2))",
                  head_need(lambda c: 2 * (c.n + 784 * 785) + c.b * 3 * 785)),
         weighing("taylor d=2, hm 8x785", 64, 784, 64, "taylor", ("hm", {"p": 8, "q": 785}), lambda c, D: kron(8, 785, 8, 784),
-                 "Head(taylor_expansion(d=2), hm_reconciliation(p=8, q=785))"),
+                 "Head(taylor_expansion(d=2), hm_reconciliation(p=8, q=785))",
+                 head_need(lambda c: 8 * (785 + 784) + c.b * (785 + 32))),
         weighing("low rank 8", 256, D, 256, "identity", ("low_rank", {"rank": 8}), lambda c, D: low_rank(c.n, D, 8),
                  "Head(identity_expansion(), lorr_reconciliation(r=8))", head_need(lambda c: 8 * (c.n + D) + 2 * c.b * 8)),
         weighing("hm 16x48", 256, D, 256, "identity", ("hm", {"p": 16, "q": 48}), lambda c, D: kron(16, 48, 16, 98),

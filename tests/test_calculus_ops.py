@@ -114,6 +114,15 @@ FUNCTIONS: dict[str, tuple[float, Callable[[Tensor], Tensor], Tensor]] = {
     "inverse": (0.1, torch.linalg.inv, P), "solve": (0.1, lambda x: torch.linalg.solve(x, M), P), "triangular": (0.1, lambda x: torch.linalg.solve_triangular(x, M, upper=False), P),
     "cholesky": (0.2, torch.linalg.cholesky, P), "slogdet": (1, lambda x: torch.linalg.slogdet(x)[1], P), "det": (1, torch.linalg.det, P), "multi dot": (0.1, lambda x: torch.linalg.multi_dot([M, x, M]), M),
     "cdist": (0.3, lambda x: torch.cdist(x, M * 3 + 1), M), "power": (1, lambda x: torch.linalg.matrix_power(x, 3), M), "cross": (0.2, lambda x: torch.linalg.cross(x[:, :3], x[:, 3:]), M),
+    "covariance": (0.4, torch.cov, M), "weighted covariance": (0.4, lambda x: torch.cov(x, correction=0, aweights=V, fweights=CLASSES + 1), M), "correlation": (0.7, torch.corrcoef, M),
+    "variance of one": (1, torch.cov, V), "combinations": (0.4, lambda x: torch.combinations(x, 2), V), "with replacement": (0.5, lambda x: torch.combinations(x, 2, True), V), "powers of one": (0.2, torch.linalg.vander, V),
+    "bag mean": (0.1, lambda x: F.embedding_bag(CLASSES.reshape(2, 3), x), M), "bag sum": (0.1, lambda x: F.embedding_bag(CLASSES, x, torch.tensor([0, 2, 2]), mode="sum", padding_idx=1), M),
+    "bag weights": (1, lambda w: F.embedding_bag(CLASSES[:6].reshape(2, 3), M, mode="sum", per_sample_weights=w), M[:2, :3].clone()),
+    "masked scatter": (0.1, lambda x: torch.zeros_like(M).masked_scatter(MASK, x), M), "scatter sum": (0.1, lambda x: M.scatter_reduce(0, CLASSES[:, None].expand(6, 6), x, "sum"), M),
+    "scatter mean": (0.1, lambda x: M.scatter_reduce(0, CLASSES[:, None].expand(6, 6), x, "mean", include_self=False), M), "rrelu": (0.1, lambda x: F.rrelu(x - 0.5), M),
+    "cholesky solve": (0.1, lambda x: torch.cholesky_solve(x, torch.linalg.cholesky(P)), M), "cholesky solve by L": (0.2, lambda x: torch.cholesky_solve(M, torch.linalg.cholesky(x)), P), "pinv": (0.5, torch.linalg.pinv, IMAGE[:, 0, :3, :2].clone()), "matrix exp": (0.5, torch.matrix_exp, IMAGE[:, 0, :3, :3].clone()),
+    "svd": (0.5, lambda x: torch.linalg.svd(x, full_matrices=False)[1], IMAGE[:, 0, :3, :2].clone()), "eigh": (0.5, lambda x: torch.linalg.eigh(x @ x.mT)[0], IMAGE[:, 0, :3, :3].clone()),
+    "qr": (0.5, lambda x: torch.linalg.qr(x)[0], IMAGE[:, 0, :3, :2].clone()), "lu": (0.5, lambda x: torch.linalg.lu(x)[2], IMAGE[:, 0, :3, :3].clone()),
 }  # fmt: skip
 attend = built(nn.MultiheadAttention(6, 2, batch_first=True))
 remember = built(nn.LSTMCell(6, 5))
@@ -133,3 +142,35 @@ def test_function_is_exact_and_keeps_its_structure(name: str) -> None:
     assert J.nbytes <= share * J.dense_nbytes
     g = torch.rand_like(f(x))
     torch.testing.assert_close(J.vjp(g), torch.tensordot(g, expected, g.ndim), rtol=1e-10, atol=1e-10)
+
+
+DENSE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "scatter_reduce": (lambda x: M.scatter_reduce(0, CLASSES[:, None].expand(6, 6), x, "amax"), M),
+    "put": (lambda x: x.put(CLASSES[:2], V[:2]), M),
+    "index_reduce": (lambda x: M.index_reduce(0, CLASSES, x, "amax"), M),
+    "multilabel_margin_loss_forward": (
+        lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 2, -1, 0, 0, 0]] * 6)),
+        M,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_what_has_no_structured_rule_is_exact_and_says_so(name: str) -> None:
+    f, x = DENSE[name]
+    rules._warned.clear()
+    with pytest.warns(UserWarning, match=f"aten::{name} has no derivative row"):
+        found = jacobian(f, x).dense()
+    torch.testing.assert_close(found, torch.func.jacrev(f, chunk_size=1)(x), rtol=1e-10, atol=1e-10)
+
+
+def test_masks_and_lengths_among_the_arguments_are_constants() -> None:
+    def f(x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        return torch.cat([part.cumsum(0) for part in x[mask].split(lengths.tolist())])
+
+    for mask in (MASK[:, 0], ~MASK[:, 0]):
+        count = int(mask.sum())
+        for lengths in (torch.tensor([1, count - 1]), torch.tensor([count - 1, 1])):
+            J = jacobian(f, M, mask, lengths)
+            expected = torch.func.jacrev(lambda x: f(x, mask, lengths), chunk_size=1)(M)  # noqa: B023
+            torch.testing.assert_close(J.dense(), expected, rtol=1e-10, atol=1e-10)

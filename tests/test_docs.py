@@ -8,6 +8,8 @@ import matplotlib
 import pytest
 import torch
 
+import dualform as df
+
 ROOT = Path(__file__).parents[1]
 matplotlib.use("Agg")
 pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,3 +35,10 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     source = tmp_path / "page.py"
     source.write_text(os.linesep.join(blocks))  # a file, so that messages can name lines
     exec(compile(source.read_text(), str(source), "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("module", [df, df.calculus, df.functions, df.models], ids=lambda m: m.__name__)
+def test_the_reference_names_everything_public(module):
+    page = (ROOT / "docs" / "api.md").read_text()
+    public = {name for name in module.__all__ if not name.startswith("_")}
+    assert {name for name in public if not re.search(rf"\b{name}\b", page)} == set()

@@ -14,9 +14,11 @@ import scipy.interpolate
 import scipy.special
 import scipy.stats
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dualform as df
-from dualform.functions import Expansion, expansions
+from dualform.functions import Expansion, blocks, expansions
 from dualform.functions.basis import attribute_wise
 from dualform.testing import LawBroken, agree, check_expansion, check_forms
 
@@ -338,6 +340,8 @@ def test_a_row_that_explodes_is_refused_with_its_size():
         (("bspline", {"span": (1, 1)}), None, r"span is \(1, 1\)"),
         (("gaussian_rbf", {"epsilon": 0.0}), None, "epsilon is 0.0"),
         (("gaussian_rbf", {"centres": ()}), None, "centres"),
+        (("gaussian_rbf", {"centres": ((1.0,), (2.0, 3.0))}), None, "centres are .*finite numbers"),
+        (("gaussian_rbf", {"centres": "abc"}), None, "centres are 'abc'"),
         (("fourier", {"period": -1.0}), None, "period is -1.0"),
         (("normal", {"theta": ((0.0, -1.0),)}), None, r"theta holds \(0.0, -1.0\).*std > 0"),
         (("gamma", {"theta": ()}), None, "theta is empty"),
@@ -359,6 +363,8 @@ def test_a_row_that_explodes_is_refused_with_its_size():
         (("identity", {}), torch.tensor(1.0), "x is a scalar"),
         (("taylor", {}), torch.zeros(2, 0), "m is 0; expected at least one attribute"),
         (("taylor", {}), torch.zeros(2, 3, dtype=torch.int64), "dtype torch.int64; expected a floating dtype"),
+        (("taylor", {}), [1.0, 2.0], "x is a list; expected a tensor"),
+        (("taylor", {}), np.ones((2, 2)), "x is a ndarray; expected a tensor"),
         (("taylor", {"degre": 2}), None, "Did you mean 'degree'"),
         ("chebishev", None, "'chebyshev'"),
     ],
@@ -438,3 +444,84 @@ def test_every_class_resolves_or_waits_for_a_reason(family):
         required = {o: (1.0,) for o, p in record.signature.parameters.items() if p.default is inspect.Parameter.empty}
         assert callable(getattr(record(**required), rule)), name
     assert sum(map(len, CLASSES["classes"].values())) == 228
+
+
+# -- in blocks of rows ---------------------------------------------------------------------------------------------------
+
+
+def outcome(e, x, g):
+    """Features, gradient, and the gradient of a gradient, of g (R, D) times the features of x (R, m)."""
+    x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
+    y = e(x)
+    (gx,) = torch.autograd.grad(y, x, g, create_graph=True, allow_unused=True, materialize_grads=True)
+    again = (
+        torch.autograd.grad(gx.sin().sum(), (x, g), allow_unused=True, materialize_grads=True)
+        if gx.requires_grad
+        else ()
+    )
+    (once,) = torch.autograd.grad(e(x), x, g.detach(), allow_unused=True, materialize_grads=True)
+    return {"y": y, "gx": gx, "once": once} | {f"again {k}": value for k, value in enumerate(again)}
+
+
+def check_blocks(monkeypatch, e, rows=60, m=5):
+    """Law: in blocks an expansion of every attribute is what its definition is, with two derivatives."""
+    low, high = max(e.reach[0], e.domain[0] - 0.5), min(e.reach[1], e.domain[1] + 0.5)
+    r = torch.Generator().manual_seed(0)
+    x = low + (high - low) * torch.rand(rows, m, generator=r, dtype=torch.float64)
+    g = torch.randn(rows, e.dim(m), generator=r, dtype=torch.float64)
+    monkeypatch.setattr(blocks, "least_features", 2**40)
+    expected = outcome(e, x, g)
+    monkeypatch.setattr(blocks, "least_features", 0)
+    monkeypatch.setattr(blocks, "least_numbers", 64)
+    monkeypatch.setattr(blocks, "most_numbers", 64)
+    found = outcome(e, x, g)
+    assert torch.equal(e.base(x), x) or "Blocks" in e(x.requires_grad_()).grad_fn.next_functions[0][0].name()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9 * (1 + float(value.detach().abs().max())))
+
+
+@pytest.mark.parametrize("name", [name for name in expansions if expansions[name]().width])
+def test_blocks_are_the_definition(monkeypatch, name):
+    for e in (expansions[name](), nudged(expansions[name])):
+        check_blocks(monkeypatch, dataclasses.replace(e.build(), power=1))
+
+
+def test_the_law_of_blocks_bites(monkeypatch):
+    wrong = attribute_wise(
+        "wrong", lambda x, axis: [x.sin()], ["sin(x)"], pull=blocks.by_slopes(lambda x, axis: [x.cos() * 1.001])
+    )
+    with pytest.raises(AssertionError, match="not close"):
+        check_blocks(monkeypatch, wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own rules of forward derivatives
+@pytest.mark.parametrize("name", ["bspline", "legendre", "normal", "gaussian_rbf", "ricker_wavelet", "fourier"])
+def test_blocks_step_aside_for_whatever_looks_on(monkeypatch, name):
+    monkeypatch.setattr(blocks, "least_features", 0)
+    e, x = expansions[name](), torch.rand(6, 3, dtype=torch.float64)
+    y, ones = e(x), torch.ones(6, 3, dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(e)(x), y)
+    slope = torch.func.jvp(e, (x,), (ones,))[1]
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(e(forward_ad.make_dual(x, ones)))
+    torch.testing.assert_close(dual.tangent, slope)
+    g = torch.rand_like(y)
+    (gx,) = torch.autograd.grad(e(x.requires_grad_()), x, g)
+    torch.testing.assert_close(torch.func.vjp(e, x.detach())[1](g)[0], gx)
+    torch.testing.assert_close((g * slope).unflatten(-1, (3, -1) if e.layout == "attribute" else (-1, 3)).sum(
+        -1 if e.layout == "attribute" else -2), gx)  # fmt: skip
+    rows = torch.stack([torch.autograd.grad(e(x), x, one.view_as(y))[0] for one in torch.eye(y.numel(), dtype=y.dtype)])
+    batched = torch.autograd.functional.jacobian(e, x.detach(), vectorize=True)
+    torch.testing.assert_close(batched.reshape(y.numel(), *x.shape), rows)
+    assert "_Blocks" not in str(make_fx(e)(x.detach()).graph)
+    exported = torch.export.export(torch.nn.Sequential(df.Head(3, 2, expansion=name).double()), (x.detach(),))
+    assert exported.module()(x.detach()).shape == (6, 2)
+
+
+def test_blocks_keep_nan_where_it_is(monkeypatch):
+    monkeypatch.setattr(blocks, "least_features", 0)
+    x = torch.tensor([[0.1, float("nan")], [5.0, 0.3]])
+    y = expansions.bspline()(x)
+    assert y[0, 8:].isnan().all()
+    assert not y[0, :8].isnan().any()
+    assert (y[1, :8] == 0).all()

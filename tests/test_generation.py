@@ -159,6 +159,9 @@ def test_right_padded_prompts_go_on_from_their_own_ends(model, ids, beams):
     found = greedy(model, padded, 6, attention_mask=mask, num_beams=beams, pad_token_id=0)
     assert torch.equal(found[0, 21:], greedy(model, ids[:, :13], 6, num_beams=beams, pad_token_id=0)[0, 13:])
     assert torch.equal(found[1:], greedy(model, ids, 6, num_beams=beams, pad_token_id=0))
+    every = model(padded, attention_mask=mask).logits
+    assert torch.equal(every[0, 13:], every[0, 12].expand_as(every[0, 13:]))
+    laws.agree("logits", model(padded, attention_mask=mask, logits_to_keep=3).logits, every[:, -3:])
 
 
 def test_beams_of_ragged_prompts(model, ids):
@@ -291,3 +294,12 @@ def test_nothing_is_read_from_nothing(model, ids):
         cache = with_cache(model, ids[:, :9])
         cache = model(ids[:, :0], past_key_values=cache, use_cache=True).past_key_values
         laws.agree("logits", model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+
+
+def test_export_takes_any_length(ids):
+    model = build("learner", chunk=4)
+    length = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}, "use_cache": None}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=length).module()
+        for T in (3, 11, 21):
+            laws.agree("logits", program(input_ids=ids[:, :T], use_cache=False).logits, model(ids[:, :T]).logits)

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -268,6 +269,8 @@ bad = [
     (lambda: df.Head(10_000, 2, expansion=("taylor", {"degree": 3})), "1,000,100,010,000"),
     (lambda: df.Head(3, 2)(torch.zeros(5, 4)), "x has shape (5, 4); expected (..., m) with m = 3"),
     (lambda: df.Head(3, 2)(torch.zeros(())), "x has shape ()"),
+    (lambda: df.Head(3, 2)([1.0, 2.0, 3.0]), "x is a list; expected a tensor"),
+    (lambda: df.Head("3", 2), "m is '3'"),
     (lambda: df.Head(3, 2, reconciliation="hypernte"), "'hypernet'"),
     (lambda: HeadConfig.from_dict({"m": 2, "n": 3, "chanels": 2}), "unknown key 'chanels'. Did you mean 'channels'?"),
     (lambda: HeadConfig.from_dict({"m": 2}), "'n' is missing"),
@@ -279,6 +282,18 @@ bad = [
     (lambda: networks.mlp(dims=(3,)), "dims is (3,)"),
     (lambda: networks.lora(rank=0), "rank is 0"),
 ]  # fmt: skip
+
+
+def test_numbers_of_numpy_are_numbers():
+    head = df.Head(
+        np.int64(3),
+        np.int32(2),
+        expansion=("taylor", {"degree": np.int64(2)}),
+        reconciliation=("masking", {"p": np.float32(0.5)}),
+    )
+    assert HeadConfig.from_json(head.config.to_json()) == head.config == df.Head(
+        3, 2, expansion=("taylor", {"degree": 2}), reconciliation=("masking", {"p": 0.5})
+    ).config  # fmt: skip
 
 
 @pytest.mark.parametrize("n", range(len(bad)))

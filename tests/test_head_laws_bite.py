@@ -84,6 +84,7 @@ def test_heads_notice(monkeypatch):
 
 
 def test_the_first_scale_is_noticed():
+    torch.manual_seed(0)  # the mean square of one draw of w differs from 1 by some percent
     made = df.Head(4, 3, expansion="legendre")
     laws.check_unit_scale(made)
     with torch.no_grad():

@@ -59,7 +59,7 @@ def test_imports_go_one_way(path):
         assert own in floors, f"{path} is on no floor"
         assert floor_of(name) in floors, f"{path} imports {name}, which is on no floor"
         assert floors.index(floor_of(name)) <= floors.index(own), f"{path} imports upwards: {name}"
-        assert floor_of(name) != "testing", f"{path} imports the roof"
+        assert own == "testing" or floor_of(name) != "testing", f"{path} imports the roof"
 
 
 def test_no_import_goes_round_in_a_circle():
@@ -178,4 +178,7 @@ def test_import_is_light(installed):
     done = run_without_extras(
         installed, f"import dualform; print([m for m in {[*extras, 'sklearn']!r} if m in sys.modules])"
     )
+    assert done.stdout.strip() == "[]", done.stderr
+    heavy = ["torch._dynamo", "torch._inductor", "sympy", "scipy", "matplotlib"]  # half a second each, or more
+    done = run_without_extras(installed, f"import dualform; print([m for m in {heavy!r} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr

@@ -75,9 +75,9 @@ def test_forms_notice_an_objective_without_its_half(fresh):
 
 
 def test_forms_notice_a_token_that_reads_itself_too_late(fresh):
-    real = emit._masked
-    fresh.setattr(emit, "_masked", lambda kernel, q, k, C: real(kernel, q, k, C.tril(-1)))
-    fresh.setattr(emit, "_prefix", lambda g, coef: (coef.C.tril(-1) @ g.flatten(1)).reshape(g.shape))
+    real = emit.masked
+    fresh.setattr(emit, "masked", lambda kernel, q, k, C: real(kernel, q, k, C.tril(-1)))
+    fresh.setattr(emit, "prefix", lambda g, coef: (coef.C.tril(-1) @ g.flatten(1)).reshape(g.shape))
     assert "auto o" in bites(laws.check_forms, derive(), time=4)
 
 
@@ -177,7 +177,7 @@ def test_zero_rates_notice_weights_that_move():
 
 
 def test_derivatives_notice_a_lost_delta_a_sign_and_a_term(monkeypatch):
-    real = laws.jacobian
+    real = df.jacobian
     x, w = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
 
     def f(x, w):
@@ -201,7 +201,7 @@ def test_derivatives_notice_a_lost_delta_a_sign_and_a_term(monkeypatch):
         lambda *a, wrt=0: -1 * real(*a, wrt=wrt),
         lambda f, *a, wrt=0: real(lambda x, w: x * w, *a, wrt=wrt),
     ):
-        monkeypatch.setattr(laws, "jacobian", spoil)
+        monkeypatch.setattr(laws.functions, "jacobian", spoil)
         assert "dense" in bites(laws.check_derivative, f, x, w)
 
 

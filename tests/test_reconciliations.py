@@ -132,12 +132,16 @@ def test_no_matrix_and_no_expanded_row_is_formed():
 def test_plans_start_at_the_tokens_and_are_cheapest():
     sizes = (("i", 50), ("a", 2), ("g", 30), ("h", 29))
     plan = plan_steps(("g", "h"), ("ia", "agh"), (False, False), "i", sizes)
-    assert [s.which for s in plan.steps if not s.is_token] == [1, 0]
-    labels = ["g", "h"][plan.start]
-    for step in plan.steps:
-        assert set(step.out) <= set(labels) | set(step.right)
-        labels = step.out
-    assert set(labels) == {"i"}
+    assert [s.which for s in (*plan.other, *plan.steps) if s.which is not None] == [1, 0]
+    assert plan.steps[-1].out == "i"
+    for start, steps in ((plan.start, plan.steps), (1 - plan.start, plan.other)):
+        labels = ["g", "h"][start]
+        for step in steps:
+            assert set(step.out) <= set(labels) | set(step.right)
+            labels = step.out
+    sizes = (("i", 8), ("k", 8), ("j", 785), ("l", 784))
+    plan = plan_steps(("j", "l"), ("ij", "kl"), (False, False), "ik", sizes)  # each token meets its own factor first
+    assert {step.out for step in (*plan.other, plan.steps[0])} == {"i", "k"}
 
 
 @pytest.mark.parametrize("p", bound(df.remainders), ids=lambda p: p.name)
@@ -203,6 +207,8 @@ bad = [
     (lambda: df.reconciliations.duplicated_padding(p=2, q=5).length(6, 12), "q is 5 and D is 12"),
     (lambda: df.reconciliations.identity().length(0, 3), "n is 0"),
     (lambda: df.reconciliations.hypernet(l=0), "l is 0"),
+    (lambda: df.reconciliations.low_rank(rank=True), "rank is True"),
+    (lambda: df.reconciliations.masking(seed=-1), "seed is -1; expected an integer seed >= 0"),
     (lambda: df.reconciliations["low_rnak"], "'low_rank'"),
     (lambda: df.reconciliations.low_rank(rnak=2), "'rank'"),
     (lambda: df.reconciliations.identity()(torch.zeros(2, 3), 2, 3), "w has shape (2, 3); expected l(2, 3) = 6"),

@@ -177,6 +177,7 @@ def test_geometry_objects_are_read():
         ("geometric_expansion", {"h": 3, "w": 3}, "grid or patch is missing"),
         ("sphere_patch_based_geometric_expansion", {"h": 3, "w": 3, "p_r": 1, "packing_strategy": "dense"}, "'dense'"),
         ("metric_fusion", {"metric": "mode"}, "metric is 'mode'"),
+        (3, {}, "name is 3; expected the name of a class"),
     ],
 )
 def test_what_does_not_exist_is_refused(name, kwargs, says):

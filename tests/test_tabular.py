@@ -295,6 +295,7 @@ def test_bad_data(estimator):
         (X[:, :0], "0 feature"),
         (X[:, 0], "Expected 2D array, got 1D array"),
         (X[:5], "inconsistent numbers of samples"),
+        (X * 1e200, "X holds .*e.200; expected numbers up to 1e.100"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.fit(wrong, y)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from numbers import Integral, Real
 from typing import Any, Never, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,6 +80,10 @@ class FrozenMapping(Mapping[str, Any]):
 def _freeze(where: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, Bound, FrozenMapping)):
         return value
+    if isinstance(value, Integral):  # numpy's numbers, as a grid search draws them
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(where, item) for item in cast("Sequence[Any]", value))
     if isinstance(value, Mapping):

@@ -53,7 +53,7 @@ def _numbers(terms: Sequence[Term]) -> int:
 def _is_wasteful(terms: Sequence[Term]) -> bool:
     """May one factor over the meet store less? It stores no less than the labels of any one term's factors span."""
     least = max((volume({x for f in term.factors for x in f.labels if x in term.visible}) for term in terms), default=0)
-    return len(terms) > 1 and _numbers(terms) > least
+    return (len(terms) > 1 or any(term.relations for term in terms)) and _numbers(terms) > least
 
 
 def merged(terms: Sequence[Term]) -> tuple[Term, ...]:

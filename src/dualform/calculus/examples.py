@@ -91,7 +91,7 @@ class Example:
 
     def __str__(self) -> str:
         shown = [_shown(a) for a in self.args] + [f"{k}={_shown(v)}" for k, v in self.kwargs]
-        return f"{self.op.split('.')[0]}({', '.join(shown)})"
+        return f"{self.op.split('.')[0].split('::')[-1]}({', '.join(shown)})"
 
     def calls(self, op: str, overload: str) -> bool:
         """Is it a call of this op, and of this overload if one is named?"""
@@ -109,7 +109,8 @@ class Example:
     def target(self) -> Any:
         """The overload that is called."""
         name, _, overload = self.op.partition(".")
-        packet = getattr(torch.ops.aten, name)
+        space, _, name = name.rpartition("::")
+        packet = getattr(getattr(torch.ops, space or "aten"), name)
         return getattr(packet, overload or ("default" if "default" in packet.overloads() else packet.overloads()[0]))
 
     def arguments(self, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> tuple[list[Any], dict[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dualform.calculus.chain import Move
@@ -308,6 +309,12 @@ def _verdict(error: float) -> str:
     if math.isnan(error):
         return "not to be compared, the numbers are not finite here; differentiate at another point"
     return f"max error {error:.1e}"
+
+
+def deviation(a: Tensor, b: Tensor) -> float:
+    """The largest difference, as a part of the largest number where that is above 1."""
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
 
 
 def account(J: Derivative) -> str:

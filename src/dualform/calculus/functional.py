@@ -163,6 +163,10 @@ class _Rewriter:
             return self.emit(aten.detach.default, (self.read(first),), node)
         base = getattr(aten, packet.removesuffix("_"), None)
         twin = getattr(base, overload, None) if base is not None else None
+        if twin is None and base is not None:  # transpose_.default is transpose.int
+            takes = [a.name for a in target._schema.arguments]
+            alike = (getattr(base, o) for o in base.overloads())
+            twin = next((t for t in alike if [a.name for a in t._schema.arguments] == takes), None)
         if not packet.endswith("_") or packet.endswith("__") or twin is None:
             self.blame(node, "changes a tensor in place in a way that has no functional twin", "Write y = op(x).")
         args = fx.map_arg(node.args, self.read)
@@ -198,3 +202,10 @@ class _Rewriter:
 
 def _alias_infos(node: fx.Node) -> list[Any]:
     return [a.alias_info for a in node.target._schema.arguments if a.alias_info is not None]  # type: ignore[union-attr]
+
+
+def without_repeats(graph: fx.Graph) -> fx.Graph:
+    """Keep one of equal nodes."""
+    from torch._functorch.compile_utils import fx_graph_cse  # brings sympy, half a second: not at `import dualform`
+
+    return fx_graph_cse(graph)

@@ -15,15 +15,18 @@ from torch.utils import _pytree as pytree
 
 from dualform.calculus.collapse import tidy
 from dualform.calculus.compose import compose_terms
+from dualform.calculus.composition import Joined
 from dualform.calculus.explain import Explanation
 from dualform.calculus.identities import canonical_graph
 from dualform.calculus.jacobian import Given, Wrt
+from dualform.calculus.linear import blame
 from dualform.calculus.normal import normalised
 from dualform.calculus.notation import Formula
+from dualform.calculus.pairs import paired
 from dualform.calculus.program import Program, outputs, run
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
-from dualform.calculus.structure import Derivative
+from dualform.calculus.structure import Derivative, Route
 from dualform.calculus.terms import Factor, Term
 from dualform.calculus.traced import Point, Skeleton, tensors_of
 from dualform.shapes import fail
@@ -74,7 +77,7 @@ def _block(given: Given, at: Point, first: int, second: int, symmetric: bool) ->
     )
 
 
-class Second:
+class Second(Route):
     """The route of a second derivative: its terms, and its account as the derivative of the gradient."""
 
     def __init__(self, point: Point, first: int, second: int, story: Callable[[], Story]) -> None:
@@ -138,6 +141,10 @@ class Second:
         """The derivative in index notation, in the names of its account."""
         return self.story().shown(derivative)
 
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """The route of a product."""
+        return Joined(outer, inner)
+
 
 def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:
     """A factor with its tensor at the point, and which result of the graph that is."""
@@ -157,7 +164,7 @@ def _slope(point: Point, source: int) -> Skeleton:
         return traced.program(inputs, 0, source).terms()
 
     found = Skeleton.of(compute, point.inputs)
-    return Skeleton(found.terms, found.places, found.values, canonical_graph(normalised(found.graph)))
+    return Skeleton(found.terms, found.places, found.values, canonical_graph(paired(normalised(found.graph), blame)))
 
 
 def _gradient_story(given: Given, at: Point, first: int, second: int) -> Story:

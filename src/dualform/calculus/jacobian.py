@@ -92,6 +92,7 @@ class Given:
         self.places = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self.leaves[k].detach() for k in self.places]
         self.names = _names(f, args, kwargs)
+        self.is_known = False  # are masks and places constants, whose values the trace may read?
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -102,7 +103,8 @@ class Given:
         """The function of the tensors alone."""
         leaves = list(self.leaves)
         for k, value in zip(self.places, given, strict=True):
-            leaves[k] = value
+            if not (self.is_known and _is_known(self.leaves[k])):
+                leaves[k] = value
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.f(*args, **kwargs)
 
@@ -113,12 +115,16 @@ class Given:
     def traced(self, axes: Axes | None) -> Point:
         """Trace the function, or find its trace; an error about shapes speaks of axes."""
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        key = Fingerprint(self.f, self.tensors, rest, str(self.spec))
+        read = [t.tolist() for t in self.tensors if self.is_known and _is_known(t)]
+        key = Fingerprint(self.f, self.tensors, rest, str(self.spec), read)
         self.closed = {id(t): name for t, name in zip(key.tensors, key.names, strict=True) if name.isidentifier()}
         try:
             found, constants = traced(key, self.flat, self.tensors, self.names)
         except TraceError as error:
-            said = meeting(self.flat, self.tensors, self.names, axes)
+            if not self.is_known and any(_is_known(t) for t in self.tensors):
+                self.is_known = True  # once more, with masks and places for constants
+                return self.traced(axes)
+            said = meeting(self.flat, self.tensors, self.names, axes) if error.__cause__ else None
             if said is None:
                 raise
             raise ShapeError(f"jacobian: {said}; expected equal sizes, or size 1. {error}") from error
@@ -166,6 +172,11 @@ class Given:
             expected = "a real floating dtype" if x.is_complex() else "a floating dtype"
             advice = "Pass its real and imaginary parts." if x.is_complex() else "Convert it: x.double()."
             fail(function, argument, f"has dtype {x.dtype}", expected, advice)
+
+
+def _is_known(x: Tensor) -> bool:
+    """Can nobody differentiate by it? A mask, or places."""
+    return not x.is_floating_point() and not x.is_complex()
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.functional import functionalized
+from dualform.calculus.functional import functionalized, without_repeats
 
 aten = torch.ops.aten
 _functions = torch._C._VariableFunctions  # type: ignore[attr-defined]
@@ -37,11 +36,12 @@ def straight(compute: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Trace a computation on stand-ins of its inputs, out of sight of any trace or transform that is going on."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         gm = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        gm = functionalized(gm, _blame)  # torch.func writes its bases in place
-    return fx.GraphModule(gm, fx_graph_cse(gm.graph))
+        gm = functionalized(gm, blame)  # torch.func writes its bases in place
+    return fx.GraphModule(gm, without_repeats(gm.graph))
 
 
-def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+def blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+    """What cannot be rewritten in a graph of our own is our mistake."""
     raise AssertionError(f"{node.format_node()} {what}")
 
 

@@ -70,6 +70,7 @@ class Program:
         value = self.values[node]
         if not isinstance(value, Tensor):
             return None
+        assert not value.is_complex(), node  # pairs.py leaves none
         source: Any = node
         part: Any = None
         if node.target is operator.getitem:

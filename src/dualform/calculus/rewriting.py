@@ -8,12 +8,12 @@ numbers, sums and exponentials.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils._pytree import tree_leaves
 
 from dualform.calculus.definitions import defined
@@ -40,13 +40,13 @@ def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
     inline(gm.graph)
-    graph = fx_graph_cse(gm.graph)
-    rewriter = Rewriter(graph)
-    for node in list(graph.nodes):
+    rewriter = Rewriter(gm.graph)
+    for node in list(gm.graph.nodes):
         if node.op == "call_function":
             rewriter.visit(node)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(gm, fx_graph_cse(graph))
+    gm.graph.eliminate_dead_code()
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(gm, gm.graph)  # holds no tensor that the graph does not name
 
 
 def inline(graph: fx.Graph) -> None:
@@ -75,35 +75,57 @@ def inline(graph: fx.Graph) -> None:
 
 
 class Rewriter:
-    """Apply rewritings at one node after the other; the nodes before are in canonical form."""
+    """Apply rewritings at one node after the other; the nodes before are in canonical form, and no two of them are equal."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.at: fx.Node | None = None
+        self.known: dict[Hashable, fx.Node] = {}
 
     def visit(self, node: fx.Node) -> None:
         """Rewrite a node, and what it was rewritten to."""
         self.at = node
-        for rule in _rules.get(name_of(node), ()):
-            new = rule(self, node)
-            if new is not None and new is not node:
-                node.replace_all_uses_with(new)
-                return
+        new = self._rewritten(node) or self._first(node.target, node.args, node.kwargs, node)
+        if new is not node:
+            node.replace_all_uses_with(new)
 
     def make(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before the present one, itself rewritten."""
+        """A new node before the present one, itself rewritten; an equal one that is there already."""
         at = self.at
         assert at is not None
+        found = self._first(target, args, kwargs)
+        if found is not None:
+            return found
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.graph.inserting_before(at):
             new = self.graph.call_function(target, args, kwargs)
         new.meta["val"] = target(*values[0], **values[1])
         new.meta["stack_trace"] = at.meta.get("stack_trace") or at.stack_trace or ""
-        for rule in _rules.get(name_of(new), ()):
-            other = rule(self, new)
-            if other is not None and other is not new:
-                return other
-        return new
+        other = self._rewritten(new)
+        if other is None:
+            self._first(target, args, kwargs, new)
+        return other or new
+
+    def _rewritten(self, node: fx.Node) -> fx.Node | None:
+        for rule in _rules.get(name_of(node), ()):
+            new = rule(self, node)
+            if new is not None and new is not node:
+                return new
+        return None
+
+    def _first(self, target: Any, args: Any, kwargs: Any, node: fx.Node | None = None) -> Any:
+        """The first node of this call, which is `node` if there was none."""
+        key = (target, _frozen(args), _frozen(kwargs))
+        return self.known.get(key) if node is None else self.known.setdefault(key, node)
+
+
+def _frozen(x: Any) -> Hashable:
+    """Arguments as a key; 1, 1.0 and True are three things."""
+    if isinstance(x, list | tuple):
+        return tuple(map(_frozen, x))
+    if isinstance(x, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(x.items()))
+    return x if isinstance(x, fx.Node) else (type(x), x)
 
 
 def name_of(node: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualform.calculus.examples import B, I, T, call
 from dualform.calculus.relations import Lookup, window
-from dualform.calculus.table import ALL, FIRST, Call, broadcast_axes, diagonal_terms, row
+from dualform.calculus.table import ALL, FIRST, Call, broadcast_axes, defined_row, diagonal_terms, row
 from dualform.calculus.terms import Axis, Factor, Relation, Term, atoms, fresh_axes, make_factor, volume
 
 
@@ -296,3 +296,60 @@ def _masked_put(call: Call, operand: int, mask: Tensor, adds: bool) -> list[Term
         return [Term(1.0, (make_factor(hit, out, "[mask]"),), out, inn)]
     kept: tuple[Factor, ...] = () if adds else (make_factor(1 - hit, out, "[kept]"),)
     return [Term(1.0, kept, out, out)]
+
+
+@defined_row(
+    "aten::masked_scatter", call("", T("n m"), B("n m"), T("n m", "flat")), call("", T("n m"), B("m"), T("n m", "flat"))
+)
+def _masked_scatter(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """The k-th true place takes the k-th number of the source."""
+    mask, x = torch.broadcast_tensors(mask, self)
+    order = (mask.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(0)
+    return torch.where(mask, source.reshape(-1)[order.reshape(mask.shape)], x)
+
+
+@defined_row(
+    "aten::scatter_reduce", *(call("scatter_reduce.two", T("k m"), 0, I("n m", "k"), T("n m"), r, include_self=s) for r in ("sum", "mean") for s in (True, False))
+)  # fmt: skip
+def _scatter_reduce(
+    self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """Sums and averages of what lands on a place; the largest and products are differentiated whole."""
+    if reduce not in ("sum", "mean"):
+        raise NotImplementedError(reduce)
+    own = self if include_self else self.scatter(dim, index, 0.0)
+    total = own.scatter_add(dim, index, src)
+    if reduce == "sum":
+        return total
+    one = torch.ones_like(self) if include_self else torch.ones_like(self).scatter(dim, index, 0.0)
+    return total / one.scatter_add(dim, index, torch.ones_like(src)).clamp(min=1)
+
+
+@defined_row(
+    "aten::_embedding_bag",
+    call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2])),
+    call("", T("n m"), I("p", "n"), torch.tensor([0, 3]), False, 1),
+)
+@defined_row(
+    "aten::_embedding_bag_forward_only",
+    call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2]), False, 0, False, T("p")),
+)
+def _embedding_bag(
+    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0, sparse: bool = False,
+    per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int = -1,
+) -> tuple[Tensor]:  # fmt: skip
+    """Rows of the weight, summed (mode 0), averaged (1), or the largest (2) of the bag that their place lies in."""
+    starts = offsets[:-1] if include_last_offset else offsets
+    places = torch.arange(indices.shape[0], device=indices.device)
+    bag = (places[:, None] >= starts).sum(1) - 1
+    counted = (indices != padding_idx).to(weight.dtype)
+    scale = counted if per_sample_weights is None else counted * per_sample_weights
+    none = weight.new_zeros(starts.shape[0], weight.shape[1])
+    if mode == 2:
+        where = torch.where(indices != padding_idx, bag, starts.shape[0])[:, None].expand(-1, weight.shape[1])
+        kept = torch.cat([none, none[:1]]).scatter_reduce(0, where, weight[indices], "amax", include_self=False)
+        return (kept[:-1],)
+    total = none.index_add(0, bag, weight[indices] * scale[:, None])
+    if mode == 0:
+        return (total,)
+    return (total / weight.new_zeros(starts.shape[0]).index_add(0, bag, counted).clamp(min=1)[:, None],)

@@ -5,13 +5,17 @@ Legend: A (..., n, n), B (..., n, k), X a solution, L a Cholesky factor, C an in
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dualform.calculus.examples import T, call
 from dualform.calculus.relations import Triangle
 from dualform.calculus.rows_reductions import slope_of
-from dualform.calculus.table import Call, defined_row, dims_of, row
+from dualform.calculus.table import Call, broadcast_axes, defined_row, dims_of, row
 from dualform.calculus.terms import Axis, Factor, Relation, Term, fresh_axes, make_factor
 
 NN, BNN = T("n n", "positive"), T("b n n", "positive")
@@ -119,6 +123,54 @@ def _cholesky(call: Call, operand: int) -> list[Term]:
     )
     out = (*batch, j, i) if upper else (*batch, i, j)
     return [Term(0.5, factors, out, (*batch, k, l)), Term(0.5, factors, out, (*batch, l, k))]
+
+
+@row(
+    "aten::cholesky_solve", examples=[call("", T("b n k"), BNN), call("", T("n k"), NN, True), call("", T("n k"), BNN)]
+)
+def _cholesky_solve(call: Call, operand: int) -> list[Term]:
+    """L L^T X = B: dX = C dB - C (dL L^T + L dL^T) X, C = (L L^T)^-1; as in torch, for the half of dL that is not read too."""
+    B, L = call.operands
+    upper, X = call.bound["upper"], call.out
+    *batch, i, k = fresh_axes(X.shape)
+    a, b = fresh_axes(L.shape[-2:])
+    C, M = torch.cholesky_inverse(L, upper), L.mT if upper else L
+
+    def factor(x: Tensor, name: str, *matrix: Axis) -> Factor:
+        return make_factor(x, (*broadcast_axes(tuple(batch), x.shape[:-2]), *matrix), name)
+
+    out = (*batch, i, k)
+    if operand == 0:
+        return [Term(1.0, (factor(C, "C", i, a),), out, (*broadcast_axes(tuple(batch), B.shape[:-2]), a, k))]
+    inn = (*broadcast_axes(tuple(batch), L.shape[:-2]), *((b, a) if upper else (a, b)))
+    first = (factor(C, "C", i, a), factor(M.mT @ X, "L^T X", b, k))
+    return [Term(-1.0, first, out, inn), Term(-1.0, (factor(C @ M, "C L", i, b), factor(X, "X", a, k)), out, inn)]
+
+
+@row(
+    "aten::linalg_pinv", "aten::linalg_matrix_exp", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_lu", "aten::linalg_lu_factor_ex", "aten::cholesky_inverse",
+    examples=[
+        call("linalg_pinv.atol_rtol_tensor", T("b n m")), call("linalg_matrix_exp", T("b n n")), call("_linalg_svd", T("b n m")).of(1), call("_linalg_eigh", BNN), call("linalg_qr", T("b m n")).of(1),
+        call("linalg_lu", BNN).of(2), call("linalg_lu_factor_ex", BNN), call("cholesky_inverse", BNN), call("linalg_matrix_exp", T("n n")),
+    ],
+)  # fmt: skip
+def _each_matrix(call: Call, operand: int) -> list[Term]:
+    """Every matrix of a batch by itself; within one, all depends on all."""
+    x = call.operands[0]
+    if len(call.operands) > 1:
+        return NotImplemented
+    many = x.ndim - 2
+    own, matrix = call.out.shape[many:], x.shape[many:]
+    pulled: Any = torch.func.vjp(partial(call.run, 0), x)
+    basis = torch.eye(math.prod(own), dtype=x.dtype, device=x.device).reshape(-1, *[1] * many, *own)
+    try:
+        slopes = torch.stack([pulled[1](g.expand(call.out.shape))[0] for g in basis])
+    except RuntimeError:  # torch has no derivative of this part
+        return NotImplemented
+    batch, out, inn = fresh_axes(x.shape[:many]), fresh_axes(own), fresh_axes(matrix)
+    entries = slopes.reshape(*own, *x.shape).movedim(list(range(len(own))), list(range(many, many + len(own))))
+    name = f"{call.target._schema.name.split('::')[1].strip('_').removeprefix('linalg_')}'({call.operand_name(0)})"
+    return [Term(1.0, (make_factor(entries, (*batch, *out, *inn), name),), (*batch, *out), (*batch, *inn))]
 
 
 @row(

@@ -7,11 +7,16 @@ differentiated through their own definition; the rest gets a dense derivative of
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from dualform.calculus import (
     rows_attention,
+    rows_fourier,
     rows_index,
     rows_linalg,
     rows_norms,
@@ -23,11 +28,12 @@ from dualform.calculus import (
 )
 from dualform.calculus.definitions import definition_terms
 from dualform.calculus.rows_pointwise import is_pointwise, pointwise
-from dualform.calculus.structure import Derivative, zero
+from dualform.calculus.structure import Derivative, Route, zero
 from dualform.calculus.table import (
     ALL,
     EACH,
     ROWS,
+    Adjoint,
     Call,
     Product,
     Row,
@@ -46,9 +52,26 @@ __all__ = [
 ]  # fmt: skip
 
 # Importing them fills the table.
-_modules = (rows_attention, rows_index, rows_linalg, rows_norms, rows_pointwise, rows_products, rows_reductions)
+_modules = (
+    rows_attention,
+    rows_fourier,
+    rows_index,
+    rows_linalg,
+    rows_norms,
+    rows_pointwise,
+    rows_products,
+    rows_reductions,
+)
 _modules += (rows_views, rows_windows)
 _warned: set[str] = set()
+# What stand-ins without values raise where a derivative depends on values.
+_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def reads_values(error: Exception) -> bool:
+    """Was this raised by a stand-in that was asked for a value?"""
+    # By its name: the module that defines the last one imports sympy, which takes half a second.
+    return isinstance(error, _UNKNOWN) or type(error).__name__ == "GuardOnDataDependentSymNode"
 
 
 def derivative(call: Call, operand: int) -> Derivative:
@@ -62,8 +85,27 @@ def derivative(call: Call, operand: int) -> Derivative:
     x = call.operands[operand]
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
         return zero(call.out, x)
+    found = find_row(call.target)
+    if found is not None and found.rule is not None and found.adjoint is not None:
+        terms, route = partial(found.rule, call, operand), _Linear(call, operand, found.adjoint)
+        return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
     terms = _terms(call, operand)
     return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
+
+
+@dataclass(frozen=True)
+class _Linear(Route):
+    """A linear op is its own derivative."""
+
+    call: Call
+    operand: int
+    adjoint: Adjoint
+
+    def vjp(self, g: Tensor) -> Tensor:
+        return self.adjoint(self.call, g)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.call.run(self.operand, v)
 
 
 def _terms(call: Call, operand: int) -> list[Term] | None:
@@ -87,6 +129,8 @@ def _dense(call: Call, operand: int) -> list[Term]:
         # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
         full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
     except (RuntimeError, NotImplementedError) as error:
+        if reads_values(error):
+            raise
         fail(
             "derivative",
             f"{name} by {call.operand_name(operand)}",

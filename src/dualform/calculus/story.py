@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from dualform.calculus.chain import Link, Move, derive
 from dualform.calculus.code import vjp_code
-from dualform.calculus.explain import LEVELS, Explanation, Stage, Step
+from dualform.calculus.explain import LEVELS, Explanation, Stage, Step, deviation
 from dualform.calculus.indices import collected, in_axes
 from dualform.calculus.notation import Formula, Names, formula
 from dualform.calculus.program import Program, name_nodes
@@ -276,22 +276,16 @@ class Story:
         (expected,) = pulled[1](g)
         scope: dict[str, Any] = {"torch": torch, "g": g, **namespace}
         exec(code, scope)
-        checks = [("the code above against autograd's vjp", _error(scope["x_bar"], expected))]
+        checks = [("the code above against autograd's vjp", deviation(scope["x_bar"], expected))]
         if math.prod(J.shape) <= (MAX_PROVED if level == "proof" else MAX_COMPARED):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the reference may be slow, and says so
                 whole = torch.func.jacrev(alone)(x)
-            checks.append(("every entry against torch.func.jacrev", _error(J.dense(), whole)))
+            checks.append(("every entry against torch.func.jacrev", deviation(J.dense(), whole)))
         if level == "proof":
             v = torch.randn(J.in_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
-            checks.append(("<g, J v> against <J^T g, v>", _error((g * J.jvp(v)).sum(), (J.vjp(g) * v).sum())))
+            checks.append(("<g, J v> against <J^T g, v>", deviation((g * J.jvp(v)).sum(), (J.vjp(g) * v).sum())))
         return checks
-
-
-def _error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a part of the largest number where that is above 1."""
-    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
-    return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
 
 
 def _joined(steps: Sequence[Step], start: str, end: str) -> list[Step]:

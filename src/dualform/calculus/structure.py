@@ -6,9 +6,10 @@ J[out..., in...] = d f[out...] / d x[in...] = sum over terms of coef * prod fact
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,15 +53,39 @@ __all__ = [
 DENSE_LIMIT = 4 * 2**30
 
 
-class Route(Protocol):
-    """A cheaper way to apply a derivative than its terms: a program of local derivatives; and its account."""
+class Route(ABC):
+    """A cheaper way to apply a derivative than its terms, as a program of local derivatives; and its account."""
 
     @property
-    def inputs(self) -> Mapping[str, Tensor]: ...
-    def vjp(self, g: Tensor) -> Tensor: ...
-    def jvp(self, v: Tensor) -> Tensor: ...
-    def explain(self, derivative: Derivative, level: str) -> Explanation: ...
-    def shown(self, derivative: Derivative) -> Formula: ...
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The tensors that formulas call by name."""
+        return {}
+
+    @abstractmethod
+    def vjp(self, g: Tensor) -> Tensor:
+        """Pull back."""
+
+    @abstractmethod
+    def jvp(self, v: Tensor) -> Tensor:
+        """Push forward."""
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """The account of the derivative."""
+        raise ValueError(_NO_ACCOUNT)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The derivative in index notation, in the names of its account."""
+        return formula(derivative.terms, derivative.out_shape, derivative.in_shape)
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route | None:
+        """The route of outer @ inner, where one of them has this one."""
+        return None
+
+
+_NO_ACCOUNT = (
+    "explain: the derivative is made of terms alone; expected one that df.jacobian made, or a product of such. "
+    "Read J.structure instead."
+)
 
 
 class Derivative(Questions):
@@ -229,7 +254,11 @@ class Derivative(Questions):
         return to_linear_operator(self)
 
     def __matmul__(self, inner: Derivative) -> Derivative:
-        return compose(self, inner) if isinstance(inner, Derivative) else NotImplemented
+        if not isinstance(inner, Derivative):
+            return NotImplemented
+        product, route = compose(self, inner), self.route or inner.route
+        product.route = None if route is None else route.joined(self, inner)
+        return product
 
     def __add__(self, other: Derivative) -> Derivative:
         if not isinstance(other, Derivative):
@@ -276,9 +305,7 @@ class Derivative(Questions):
         Raises: ValueError for another level, or for a derivative that no program made.
         """
         if self.route is None:
-            raise ValueError(
-                "explain: the derivative is a composition; expected one that df.jacobian made. Read J.structure instead."
-            )
+            raise ValueError(_NO_ACCOUNT)
         return self.route.explain(self, level)
 
     def plot(self) -> Figure:

@@ -101,6 +101,7 @@ def _is_operand(value: Any) -> bool:
 
 
 Rule = Callable[[Call, int], "list[Term]"]
+Adjoint = Callable[[Call, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Row:
     rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
     arguments. reads: for a result of integers, which entries of the operands it looks at, as terms. affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself;
     "all": all together. multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
+    adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that is cheaper.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Row:
     examples: tuple[Example, ...] = ()
     definition: Callable[..., Any] | None = None
     reads: Rule | None = None
+    adjoint: Adjoint | None = None
 
     def is_affine(self, operands: frozenset[int]) -> bool:
         if not operands or self.affine == "all":
@@ -150,12 +153,13 @@ def row(
     multilinear: bool = False,
     examples: Sequence[Example] = (),
     reads: Rule | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Callable[[Rule], Rule]:
     """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            add_row(Row(name, rule, affine, multilinear, None, tuple(examples), reads=reads))
+            add_row(Row(name, rule, affine, multilinear, None, tuple(examples), reads=reads, adjoint=adjoint))
         return rule
 
     return add

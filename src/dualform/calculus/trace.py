@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
+from dualform.calculus.pairs import paired
+from dualform.calculus.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
@@ -40,7 +43,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
 
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
-    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather.
+    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
+    two, its real and its imaginary part.
     The graph is for these shapes, dtypes and devices. `f` must not take gradients inside. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
@@ -55,7 +59,9 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     inputs = [_standin(a) for a in args]
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _quiet("torch._subclasses.fake_tensor"):
+    # A graph's Python code is written when somebody runs it: most are only read.
+    lazy = _use_lazy_graph_module(True)
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, _quiet("torch._subclasses.fake_tensor"):
         try:
             gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -63,9 +69,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         except Exception as error:
             _reraise(error)
     _refuse_values(gm)
-    _refuse_complex(gm)
     _refuse_randomness(gm)
-    return normalised(functionalized(gm, _blame))
+    return paired(normalised(functionalized(gm, _blame)), _blame)
 
 
 def _standin(value: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ class _Lines(TorchFunctionMode):
             func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
         elif func is Tensor.__getitem__:
             args = (args[0], _places(args[1]))
-        return func(*args, **(kwargs or {}))
+        return (SPELLED.get(func) or func)(*args, **(kwargs or {}))
 
 
 _MASKED = {Tensor.masked_select, torch.masked_select}
@@ -220,21 +225,6 @@ def _refuse_values(gm: fx.GraphModule) -> None:
             loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
             if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 _refuse_data(source_line(node) or str(node.target))
-
-
-def _refuse_complex(gm: fx.GraphModule) -> None:
-    """Derivatives are of real numbers: a complex one that depends on an input is two, and its rows would be too."""
-    reached: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-            made = node.meta.get("val")
-            if isinstance(made, Tensor) and made.is_complex():
-                where = source_line(node) or str(node.target)
-                raise TraceError(
-                    f"trace: `{where}` makes a complex tensor; expected real ones. "
-                    "Write it with its real and imaginary parts, a Fourier transform as a product with cosines and sines."
-                )
 
 
 _DROPOUT = {

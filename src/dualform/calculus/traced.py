@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from dualform.calculus.canonical import settled
+from dualform.calculus.composition import Joined
 from dualform.calculus.explain import Explanation
 from dualform.calculus.fingerprint import Fingerprint
 from dualform.calculus.identities import canonical_graph
@@ -26,16 +26,15 @@ from dualform.calculus.linear import Split, runnable, split, straight
 from dualform.calculus.notation import Formula
 from dualform.calculus.program import Program, name_nodes, outputs, run
 from dualform.calculus.rules import derivative as local_derivative
+from dualform.calculus.rules import reads_values
 from dualform.calculus.story import Story
-from dualform.calculus.structure import Derivative
+from dualform.calculus.structure import Derivative, Route
 from dualform.calculus.terms import Term
 from dualform.calculus.trace import trace
 from dualform.shapes import fail
 
 TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
 
-# A rule that reads values cannot be written down for all values: it is interpreted each time.
-_READS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 CACHE_SIZE = 256
 _kept: OrderedDict[Hashable, Traced] = OrderedDict()
 
@@ -154,8 +153,10 @@ class Traced:
                 return None
             try:
                 self.made[key] = make()
-            except _READS_VALUES:
-                self.made[key] = None
+            except Exception as error:
+                if not reads_values(error):
+                    raise
+                self.made[key] = None  # it cannot be written down for all values: it is interpreted each time
         return self.made[key]
 
     def always(self, key: tuple, make: Callable[[], Any]) -> Any:
@@ -278,7 +279,7 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-class Applied:
+class Applied(Route):
     """The route of a derivative that a traced function has at a point."""
 
     def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
@@ -333,3 +334,7 @@ class Applied:
     def shown(self, derivative: Derivative) -> Formula:
         """The derivative in index notation, in the names of its account."""
         return self.story().shown(derivative)
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """The route of a product."""
+        return Joined(outer, inner)

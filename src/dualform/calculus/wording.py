@@ -33,6 +33,8 @@ _LETTERS = {
     "[not c]": "1 where the condition does not hold",
     "[kept]": "1 where nothing was filled in",
     "[mask]": "1 where something was filled in",
+    "cos": "the cosine of 2π times frequency times place, over the length",
+    "sin": "the sine of 2π times frequency times place, over the length",
     "reshape": "1 where both indices are one place in memory",
 }
 

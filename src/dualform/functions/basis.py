@@ -6,8 +6,9 @@ Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k
 
 Almost every expansion has d = `power` = 1: it *is* its base. Taylor has base = x and any d; wavelets of order d likewise. What
 contracts kappa with weights may use that structure (`contract` does) and build no row of D.
-Most bases act on each attribute alone, through `basis(x, axis)`, which puts phi_1(x) .. phi_k(x) on a new axis: -1 is the layout
-"attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then phi_2, ...).
+Most bases act on each attribute alone, through `basis(x, axis)`, which gives phi_1(x) .. phi_k(x) one by one, or on a new axis:
+-1 is the layout "attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then
+phi_2, ...). `blocks` lays them side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dualform.catalogue import Catalogue
+from dualform.functions.blocks import Basis, Pull, evaluate, joined
 from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
 from dualform.shapes import fail
 
@@ -58,7 +60,7 @@ class Expansion:
     domain: Interval = (-1.0, 1.0)  # where it is differentiable (almost everywhere, if `rough`) and finite in float32
     reach: Interval = everywhere  # where float32 stays finite
     layout: Layout = "mixed"
-    basis: Callable[[Tensor, int], Tensor] | None = None
+    basis: Basis | None = None
     terms: tuple[str, ...] = ()  # phi_1 .. phi_k as Python expressions in x
     degree: int | None = None  # phi_j is a polynomial of this degree between neighbouring knots, if there are any
     knots: tuple[float, ...] = ()
@@ -91,7 +93,7 @@ class Expansion:
             fail(
                 self.name, "phi", "does not exist", "an expansion of each attribute alone", "Call the expansion itself."
             )
-        return self.basis(x, -1)
+        return joined(self.basis(x, -1), -1)
 
     def check(self, m: int) -> int:
         """Return D = dim(m), or refuse a row too wide to build."""
@@ -113,7 +115,13 @@ class Expansion:
     def __call__(self, x: Tensor) -> Tensor:
         self._check_input(x)
         self.check(x.shape[-1])
+        return self.expand(x)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Expand an x that was checked before."""
         u = self.base(x)
+        if self.power == 1:
+            return u
         if self.symmetric:
             return torch.cat(list(symmetric_powers(u, self.power)), -1)
         found = u
@@ -124,10 +132,9 @@ class Expansion:
         return found
 
     def _check_input(self, x: Tensor) -> None:
+        check_floating(self.name, x)
         if x.ndim == 0:
             fail(self.name, "x", "is a scalar", "x (..., m)", "Add an axis of attributes: x[..., None].")
-        if not x.is_floating_point():
-            fail(self.name, "x", f"has dtype {x.dtype}", "a floating dtype", "Convert it: x.float() or x.double().")
 
     def contract(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return kappa(x) @ weight.T without building a row of D features where tensor powers allow it.
@@ -162,6 +169,14 @@ class Expansion:
         return ["*".join(wrapped[i] for i in index) for kind in kinds for index in kind]
 
 
+def check_floating(name: str, x: Tensor) -> None:
+    """Refuse what is no tensor of floating numbers."""
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]: the public border
+        fail(name, "x", f"is a {type(x).__name__}", "a tensor x (..., m)", "Convert it: torch.as_tensor(x).")
+    if not x.is_floating_point():
+        fail(name, "x", f"has dtype {x.dtype}", "a floating dtype", "Convert it: x.float() or x.double().")
+
+
 def substitute(term: str, name: str) -> str:
     """Put another name, or an expression, in the place of the word x."""
     return re.sub(r"\bx\b", name.replace("\\", r"\\"), term)
@@ -180,9 +195,10 @@ vocabulary: dict[str, object] = {
 
 def attribute_wise(
     name: str,
-    basis: Callable[[Tensor, int], Tensor],
+    basis: Basis,
     terms: Sequence[str],
     *,
+    pull: Pull | None = None,
     layout: Layout = "attribute",
     rule: str = "",
     **notes: Any,
@@ -191,7 +207,7 @@ def attribute_wise(
     k = len(terms)
 
     def base(x: Tensor) -> Tensor:
-        return basis(x, -1 if layout == "attribute" else -2).flatten(-2)
+        return evaluate(x, basis, pull, k, -1 if layout == "attribute" else -2).flatten(-2)
 
     return Expansion(
         name, base, lambda m: m * k, rule or f"{k} m", layout=layout, basis=basis, terms=tuple(terms), **notes

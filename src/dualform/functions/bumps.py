@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive, substitute
+from dualform.functions.blocks import Local, Pull, by_slopes
 from dualform.shapes import fail
 
 Span = tuple[float, float]
+Radial = Callable[[Tensor], Tensor]
 
 
 def _ordered(name: str, span: Span) -> tuple[float, float]:
@@ -25,9 +27,9 @@ def _ordered(name: str, span: Span) -> tuple[float, float]:
 
 
 def _radial(
-    name: str, shape: str, function: Callable[[Tensor], Tensor], span: Span, count: int, epsilon: float, centres: Any
+    name: str, shape: str, function: Radial, slope: Radial, span: Span, count: int, epsilon: float, centres: Any
 ) -> Expansion:
-    """Place function((eps (x - c))^2) at every centre; `shape` is its text, with c and eps for the numbers.
+    """Place function((eps (x - c))^2) at every centre; `shape` is its text, with c and eps for the numbers; slope gives its derivative from its value.
 
     centres: (k,) for all attributes, (m, k) for each its own, None for `count` even ones in span.
     """
@@ -36,26 +38,39 @@ def _radial(
     if not (math.isfinite(epsilon) and epsilon != 0):
         fail(name, "epsilon", f"is {epsilon}", "a finite number, not 0", "Pass the inverse width of a bump.")
     step = (high - low) / max(1, count - 1)
-    given = torch.tensor(
-        [low + step * k for k in range(count)] if centres is None else centres, dtype=torch.float64, device="cpu"
-    )
+    wanted = [low + step * k for k in range(count)] if centres is None else centres
+    try:
+        given = torch.tensor(wanted, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        fail(
+            name, "centres", f"are {wanted!r}", "finite numbers, (k,) or (m, k)", "Pass nested tuples of equal lengths."
+        )
     if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
         fail(
             name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."
         )
     values = given.tolist()
 
-    def basis(x: Tensor, axis: int) -> Tensor:
+    def places(x: Tensor) -> Tensor:
         if centres is None:
-            places = torch.linspace(low * epsilon, high * epsilon, count, dtype=x.dtype, device=x.device)
-        else:
-            places = torch.tensor(values, dtype=x.dtype, device=x.device) * epsilon
-        return function(((x * epsilon).unsqueeze(axis) - along(places, axis)).square())
+            return torch.linspace(low * epsilon, high * epsilon, count, dtype=x.dtype, device=x.device)
+        return torch.tensor(values, dtype=x.dtype, device=x.device) * epsilon
+
+    def basis(x: Tensor, axis: int) -> Tensor:
+        scaled = x if epsilon == 1 else x * epsilon
+        return function((scaled.unsqueeze(axis) - along(places(x), axis)).square())
+
+    def pull(x: Tensor, y: Tensor, g: Tensor, axis: int) -> Tensor:
+        # sum_k g_k f'_k 2 eps (eps x - eps c_k): two products with constants, and no pass more over the features
+        t, c = slope(y).mul_(g), places(x)
+        return ((t @ torch.ones_like(c)) * (x * epsilon) - t @ c) * (2 * epsilon)
 
     domain = (float(given.min()) - 1, float(given.max()) + 1)
     if given.ndim == 1:
         terms = [shape.format(eps=epsilon, c=c) for c in values]
-        return attribute_wise(name, basis, terms, rule="m k, k centres", domain=domain)
+        return attribute_wise(
+            name, basis, terms, pull=Pull(pull, keeps_features=True, width=3), rule="m k, k centres", domain=domain
+        )
     m, k = given.shape
 
     def size(found: int) -> int:
@@ -83,7 +98,14 @@ Centres = Sequence[float] | Sequence[Sequence[float]] | None
 def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
     """Expand every attribute in Gaussian bumps around centres."""
     return _radial(
-        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), span, count, epsilon, centres
+        "gaussian_rbf",
+        "exp(-({eps!r}*(x-({c!r})))**2)",
+        lambda r: torch.exp(-r),
+        lambda y: -y,
+        span,
+        count,
+        epsilon,
+        centres,
     )
 
 
@@ -99,7 +121,14 @@ def inverse_quadratic_rbf(
 ) -> Expansion:
     """Expand every attribute in inverse quadratic bumps around centres."""
     return _radial(
-        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), span, count, epsilon, centres
+        "inverse_quadratic_rbf",
+        "1/(1+({eps!r}*(x-({c!r})))**2)",
+        lambda r: 1 / (1 + r),
+        lambda y: -y * y,
+        span,
+        count,
+        epsilon,
+        centres,
     )
 
 
@@ -175,24 +204,24 @@ def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expans
     h = (high - low) / t
     pieces = _spline_pieces(d)
 
-    def basis(x: Tensor, axis: int) -> Tensor:
-        place = (x - low) / h + d  # in cells from the first knot
+    def local(x: Tensor, rows: list[list[float]]) -> Local:
+        place = (x - low) * (1 / h) + d  # in cells from the first knot
         cell = place.detach().floor()
         u = (place - cell).clamp(0, 1)
-        values = []
-        for r in range(d + 1):
-            value = u * pieces[d][r] + pieces[d - 1][r]
-            for p in range(d - 2, -1, -1):
-                value = value * u + pieces[p][r]
-            values.append(value)
-        # In cell c live the splines c - d .. c; d slots more at either end hold those that begin or end off the grid, and
-        # what is off all knots goes to the d + 1 slots behind. NaN stays NaN.
-        slots = t + 4 * d + 1
-        slot = torch.where((cell >= 0) & (cell < t + 2 * d), cell, t + 3 * d).unsqueeze(-1)
-        slot = (slot + torch.arange(d + 1, dtype=x.dtype, device=x.device)).long()
-        empty = (x.detach() * 0).unsqueeze(-1).expand(*x.shape, slots)
-        return empty.scatter(-1, slot, torch.stack(values, -1))[..., d : t + 2 * d].movedim(-1, axis)
+        factors = [x.new_tensor(row).reshape(-1, *[1] * x.ndim) for row in rows]
+        values = torch.addcmul(factors[-2], factors[-1], u)  # Horner, all d + 1 pieces at once
+        for lower in factors[-3::-1]:
+            values = torch.addcmul(lower, values, u)
+        return Local(values, cell - d, t + d)
+
+    def basis(x: Tensor, axis: int) -> Local:
+        return local(x, pieces)
+
+    def slopes(x: Tensor, axis: int) -> Local:
+        return local(x, [[p / h * value for value in row] for p, row in enumerate(pieces)][1:])
 
     terms = [_spline_text(low + h * (i - d), h, d) for i in range(t + d)]
     knots = tuple(low + h * k for k in range(-d, t + d + 1))
-    return attribute_wise("bspline", basis, terms, rule="m (t + d)", domain=(low, high), degree=d, knots=knots)
+    return attribute_wise(
+        "bspline", basis, terms, pull=by_slopes(slopes), rule="m (t + d)", domain=(low, high), degree=d, knots=knots
+    )

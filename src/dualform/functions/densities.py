@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, attribute_wise, expansions
+from dualform.functions.blocks import by_slopes
 from dualform.shapes import fail
 
 Theta = Sequence[tuple[float, ...]]
 
 
 class Density(NamedTuple):
-    """log p(x | theta) on tensors, and its text; `positive` names the parameters that must be."""
+    """log p(x | theta) on tensors, its derivative, and its text; `positive` names the parameters that must be."""
 
     log_prob: Callable[..., Tensor]
+    slope: Callable[..., Tensor]
     text: Callable[..., str]
     parameters: tuple[str, ...]
     positive: tuple[str, ...]
@@ -47,6 +49,10 @@ def _gamma(s: Tensor, concentration: float, rate: float) -> Tensor:
     return s.log() * (concentration - 1) - s * rate + (concentration * math.log(rate) - math.lgamma(concentration))
 
 
+def _gamma_slope(s: Tensor, concentration: float, rate: float) -> Tensor:
+    return s.reciprocal() * (concentration - 1) - rate
+
+
 def _gamma_text(s: str, concentration: float, rate: float) -> str:
     constant = concentration * math.log(rate) - math.lgamma(concentration)
     return f"{concentration - 1!r}*log({s})-{rate!r}*{s}+({constant!r})"
@@ -54,29 +60,36 @@ def _gamma_text(s: str, concentration: float, rate: float) -> str:
 
 normal_density = Density(
     _normal,
+    lambda x, mean, std: (x - mean) * (-1 / std**2),
     lambda x, mean, std: f"-0.5*(({x}-({mean!r}))/{std!r})**2-({math.log(std) + 0.5 * math.log(2 * math.pi)!r})",
     ("mean", "std"),
     ("std",),
 )
 cauchy_density = Density(
     _cauchy,
+    lambda x, loc, scale: (x - loc) / ((x - loc).square() + scale**2) * -2,
     lambda x, loc, scale: f"-log(1+(({x}-({loc!r}))/{scale!r})**2)-({math.log(math.pi * scale)!r})",
     ("loc", "scale"),
     ("scale",),
 )
 laplace_density = Density(
     _laplace,
+    lambda x, loc, scale: (x - loc).sign() * (-1 / scale),
     lambda x, loc, scale: f"-abs({x}-({loc!r}))/{scale!r}-({math.log(2 * scale)!r})",
     ("loc", "scale"),
     ("scale",),
     kink=True,
 )
-gamma_density = Density(_gamma, _gamma_text, ("concentration", "rate"), ("concentration", "rate"), half_line=True)
+gamma_density = Density(
+    _gamma, _gamma_slope, _gamma_text, ("concentration", "rate"), ("concentration", "rate"), half_line=True
+)  # fmt: skip
 chi2_density = Density(
-    lambda s, df: _gamma(s, df / 2, 0.5), lambda s, df: _gamma_text(s, df / 2, 0.5), ("df",), ("df",), half_line=True
-)
+    lambda s, df: _gamma(s, df / 2, 0.5), lambda s, df: _gamma_slope(s, df / 2, 0.5),
+    lambda s, df: _gamma_text(s, df / 2, 0.5), ("df",), ("df",), half_line=True,
+)  # fmt: skip
 exponential_density = Density(
     lambda s, rate: s * -rate + math.log(rate),
+    lambda s, rate: torch.full_like(s, -rate),
     lambda s, rate: f"-{rate!r}*{s}+({math.log(rate)!r})",
     ("rate",),
     ("rate",),
@@ -95,15 +108,20 @@ def log_densities(name: str, pairs: Sequence[tuple[Density, Sequence[float]]], s
             fail(name, "theta", f"holds {tuple(theta)}", expected, "Pass a tuple of such tuples.")
     known = [(density, [float(value) for value in theta]) for density, theta in pairs]
 
-    def basis(x: Tensor, axis: int) -> Tensor:
+    def basis(x: Tensor, axis: int) -> list[Tensor]:
         s = torch.sigmoid(x) * slope + floor if any(density.half_line for density, _ in known) else x
-        return torch.stack([p.log_prob(s if p.half_line else x, *theta) for p, theta in known], axis)
+        return [p.log_prob(s if p.half_line else x, *theta) for p, theta in known]
+
+    def slopes(x: Tensor, axis: int) -> list[Tensor]:
+        sigmoid = torch.sigmoid(x)
+        s, inner = sigmoid * slope + floor, sigmoid * (1 - sigmoid) * slope
+        return [p.slope(s, *theta) * inner if p.half_line else p.slope(x, *theta) for p, theta in known]
 
     squashed = f"({slope!r}/(1+exp(-x))+{floor!r})"
     terms = [p.text(squashed if p.half_line else "x", *theta) for p, theta in known]
     rough = "Laplace: |x - loc| has a kink at each loc, where the gradient is taken as 0"
     return attribute_wise(
-        name, basis, terms, layout="function", domain=(-2.0, 2.0), reach=(-1e15, 1e15),
+        name, basis, terms, pull=by_slopes(slopes), layout="function", domain=(-2.0, 2.0), reach=(-1e15, 1e15),
         rough=rough if any(p.kink for p, _ in known) else "",
     )  # fmt: skip
 

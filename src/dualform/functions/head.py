@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dualform.catalogue import Catalogue
-from dualform.functions.basis import Expansion
+from dualform.functions.basis import Expansion, check_floating
 from dualform.functions.compressions import compressions
 from dualform.functions.config import Config
 from dualform.functions.expansions import expansions
@@ -63,8 +65,9 @@ class HeadConfig(Config):
     def __post_init__(self) -> None:
         for name in ("m", "n", "channels"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 fail("Head", name, f"is {value!r}", f"an integer {name} >= 1", "Pass a positive size.", ValueError)
+            object.__setattr__(self, name, int(value))
         for name, catalogue in parts.items():
             spec = getattr(self, name)
             if spec is None and name in ("interdependence", "compression"):
@@ -77,13 +80,17 @@ class HeadConfig(Config):
         return Head(**{name: getattr(self, name) for name in self.__dataclass_fields__})
 
 
+def _is_outer(expansion: Expansion) -> bool:
+    return expansion.power > 1 and not expansion.symmetric
+
+
 def features(expansion: Expansion, x: Tensor) -> Features:
-    """Expand x. Tensor powers of a base stay an outer product: [u, u (x) u, ...] = [1, u, ...] (x) u, so no row of D is built."""
-    if max(expansion.degrees) == 1 or expansion.symmetric:
-        return expansion(x)
+    """Expand an x that was checked. Tensor powers of a base stay an outer product: [u, u (x) u, ...] = [1, u, ...] (x) u, so no row of D is built."""
+    if not _is_outer(expansion):
+        return expansion.expand(x)
     u = expansion.base(x)
     powers = [torch.ones_like(u[..., :1]), u]
-    while len(powers) < max(expansion.degrees):
+    while len(powers) < expansion.power:
         powers.append(as_tensor(Outer(powers[-1], u)))
     return Outer(torch.cat([powers[d - 1] for d in expansion.degrees], -1), u)
 
@@ -121,7 +128,7 @@ class Head(nn.Module):
         super().__init__()
         c = HeadConfig(m, n, expansion, reconciliation, remainder, interdependence, compression, channels, fusion, bias)
         self.config = c
-        self.m, self.n, self.channels = m, n, channels
+        self.m, self.n, self.channels = m, n, channels = c.m, c.n, c.channels
         self._look_up()
         self.D = self.expansion.check(m)
         self.width = self.fusion.channel_width(n, channels)
@@ -145,6 +152,8 @@ class Head(nn.Module):
         self.reconciliation: Reconciliation = c.reconciliation.build()
         self.remainder: Remainder = c.remainder.build()
         self.fusion: Fusion = c.fusion.build()
+        one = self.channels == 1 and self.fusion.is_plain
+        self._is_matrix = one and self.reconciliation.structure.is_matrix and not _is_outer(self.expansion)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the records build holds functions that do not pickle; the records themselves do.
@@ -155,17 +164,25 @@ class Head(nn.Module):
         super().__setstate__(state)
         self._look_up()
 
-    def _freeze(self, prefix: str, constants: Mapping[str, Tensor]) -> dict[str, str]:
-        """Register constants as buffers; return where each is."""
-        places = {name: f"{prefix}_{name.replace('.', '_')}" for name in constants}
-        for name, place in places.items():
-            x = constants[name].to(self.w.device)
-            self.register_buffer(place, x.to(self.w.dtype) if x.is_floating_point() else x)
+    def _freeze(self, prefix: str, constants: Mapping[str, Tensor]) -> dict[str, tuple[str, bool]]:
+        """Register constants as buffers; return where each is, and whether turned: as it lies in memory, for what is saved."""
+        places: dict[str, tuple[str, bool]] = {}
+        for name, x in constants.items():
+            is_turned = not x.is_contiguous()
+            places[name] = f"{prefix}_{name.replace('.', '_')}", is_turned
+            x = (x.mT if is_turned else x).to(self.w.device)
+            self.register_buffer(places[name][0], x.to(self.w.dtype) if x.is_floating_point() else x)
         return places
+
+    def _thaw(self, places: Mapping[str, tuple[str, bool]]) -> dict[str, Tensor]:
+        return {
+            name: getattr(self, place).mT if turned else getattr(self, place)
+            for name, (place, turned) in places.items()
+        }
 
     def constants(self) -> dict[str, Tensor]:
         """Return what is frozen in the reconciliation, by the names that `reconciliation.constants` gives."""
-        return {name: getattr(self, place) for name, place in self._frozen.items()}
+        return self._thaw(self._frozen)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -193,7 +210,7 @@ class Head(nn.Module):
 
         if "gain" in constants:  # w passes through a net: what comes out of it is scaled
             size = mean_square(run(self.w.double()) / constants["gain"])
-            gain = self.get_buffer(self._frozen["gain"]).fill_(target / math.sqrt(size) if size > 0 else 1.0)
+            gain = self.get_buffer(self._frozen["gain"][0]).fill_(target / math.sqrt(size) if size > 0 else 1.0)
             constants["gain"] = gain.double()
         else:
             self.w.copy_(_scaled(self.w.double(), run, target))
@@ -217,17 +234,21 @@ class Head(nn.Module):
     def _fuse(self, ys: list[Tensor], weight: Tensor | None) -> Tensor:
         if len(ys) == 1 and self.fusion.is_plain:
             return ys[0]
-        frozen = {name: getattr(self, place) for name, place in self._frozen_fusion.items()}
-        return self.fusion(ys, weight, self.n, frozen)
+        return self.fusion(ys, weight, self.n, self._thaw(self._frozen_fusion))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] != self.m:
+        check_floating("Head", x)
+        if x.shape[-1:] != (self.m,):
             fail(
                 "Head", "x", f"has shape {tuple(x.shape)}", f"(..., m) with m = {self.m}", "Pass rows of m attributes."
             )
-        y = self._fuse(self._channels(features(self.expansion, x), self.w, self.constants()), self.fusion_weight)
-        if self.bias is not None:
-            y = y + self.bias
+        if self._is_matrix:  # psi(w) is a view of w
+            y = F.linear(self.expansion.expand(x), self.w.view(self.n, self.D), self.bias)
+        else:
+            kappa = features(self.expansion, x)
+            y = self._fuse(self._channels(kappa, self.w, self.constants()), self.fusion_weight)
+            if self.bias is not None:
+                y = y + self.bias
         if self.remainder.is_zero:
             return y
         return y + self.remainder(x, self.n, self.remainder_weight, self.remainder_bias)

@@ -24,6 +24,7 @@ from dualform.functions.expansions import expansions
 from dualform.functions.fusions import fusions, metrics
 from dualform.functions.reconciliations import reconciliations
 from dualform.functions.remainders import activations, remainders
+from dualform.shapes import fail
 
 Map = Callable[[Tensor], Tensor]
 
@@ -110,6 +111,8 @@ def from_tinybig(name: str, /, **kwargs: Any) -> Migrated:
 
 def _find(name: str) -> tuple[Catalogue, Record, str]:
     """Find the record of a class by its name, with or without its module."""
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]: the public border
+        fail("from_tinybig", "name", f"is {name!r}", "the name of a class, a string", "Pass 'taylor_expansion'.")
     short = name.rpartition(".")[2]
     families = {"expansion": expansions, "reconciliation": reconciliations, "remainder": remainders, "fusion": fusions}
     catalogue = families.get(short.rpartition("_")[2])

@@ -79,6 +79,12 @@ class Multilinear:
     coef: float = 1.0
     seed: int = 0
 
+    @property
+    def is_matrix(self) -> bool:
+        """Is W nothing but a view of w?"""
+        whole = [Factor(self.rows + self.cols)]
+        return list(self.factors) == whole and len(whole[0].labels) == 2 and self.coef == 1.0
+
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     def sizes(self, n: int, D: int) -> dict[str, int]:
@@ -126,7 +132,9 @@ class Multilinear:
         found: dict[str, Tensor] = {}
         for f, shape in zip(self.factors, self.shapes(self.sizes(n, D)), strict=True):
             if f.fill == "normal":
-                found[f.name] = normal(g, *shape)
+                drawn = normal(g, *shape)
+                # the axis that the tokens meet lies last in memory: their product then reads it twice as fast
+                found[f.name] = drawn.T.contiguous().T if f.labels[0] in self.cols else drawn
             elif f.fill == "kept":
                 kept, size = self._entries(f, shape), math.prod(shape)
                 table = np.full(size, kept, dtype=np.int64)  # elsewhere: the entry after the last, a zero
@@ -178,16 +186,11 @@ class Multilinear:
         tokens, specs, tensors, sizes = self._split(kappa, specs, tensors, sizes)
         fixed = tuple(t is None for t in tensors)
         plan = plan_steps(tuple(spec for spec, _ in tokens), tuple(specs), fixed, self.rows, tuple(sizes.items()))
-        given = [x for _, x in tokens]
-        labels, y = tokens[plan.start][0], given[plan.start]
-        for step in plan.steps:
-            if step.is_token:
-                y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, given[step.which])
-            elif (factor := tensors[step.which]) is None:
-                y = _through_eye(y, labels, step, sizes)
-            else:
-                y = _meet(y, labels, factor, step.right, step.out)
-            labels = step.out
+        first, *others = (tokens[plan.start], *(t for k, t in enumerate(tokens) if k != plan.start))
+        other = None
+        for labels, x in others:  # at most one: kappa is a row or an outer product of two
+            other, _ = _walk(x, labels, plan.other, tensors, sizes, None)
+        y, labels = _walk(first[1], first[0], plan.steps, tensors, sizes, other)
         y = _finish(y, labels, self.rows, sizes)
         y = y.reshape(*y.shape[: y.ndim - len(self.rows)], n)
         return y if self.coef == 1.0 else y * self.coef
@@ -229,17 +232,19 @@ def largest_factor(size: int) -> int:
 
 
 class Step(NamedTuple):
-    """Meet one more operand: which, its labels, the labels left afterwards."""
+    """Meet one more operand: a factor, or the other token (which = None); its labels, and the labels left afterwards."""
 
-    is_token: bool
-    which: int
+    which: int | None
     right: str
     out: str
 
 
 class Plan(NamedTuple):
+    """The token to start at, what it meets in turn, and what the other token meets before the two meet."""
+
     start: int
     steps: tuple[Step, ...]
+    other: tuple[Step, ...] = ()
 
 
 class Problem(NamedTuple):
@@ -251,40 +256,79 @@ class Problem(NamedTuple):
     rows: str
     sizes: tuple[tuple[str, int], ...]
 
+    def meet(self, labels: str, which: int | None, right: str, later: str) -> tuple[Step, float]:
+        """Return the step and its price per token: products, and numbers moved, which cost more than one made."""
+        size = dict(self.sizes)
+        union = "".join(dict.fromkeys(labels + right))
+        out = "".join(label for label in union if label in later)
+        is_eye = which is not None and self.fixed[which]
+        moved = math.prod(size[label] for label in out)
+        if which is not None and not is_eye and not _is_product(labels, right, out):
+            moved += math.prod(size[label] for label in right)  # laid out anew
+        flops = 0 if is_eye else math.prod(size[label] for label in union)
+        return Step(which, right, out), flops + 16.0 * moved
 
-@torch.compiler.assume_constant_result
+    def walk(self, labels: str, order: tuple[int, ...], later: str) -> tuple[list[Step], float, str]:
+        """Meet factors in this order; what comes later needs its labels."""
+        steps, price = [], 0.0
+        for k, index in enumerate(order):
+            needed = later + "".join(self.factors[i] for i in order[k + 1 :])
+            step, cost = self.meet(labels, index, self.factors[index], needed)
+            steps.append(step)
+            price, labels = price + cost, step.out
+        return steps, price, labels
+
+    def plan(self, start: int, order: tuple[int, ...], a: int, b: int) -> tuple[float, Plan]:
+        """Meet order[:a] first, with the other token meeting order[a:b] before it is met itself, then the rest."""
+        partner = "".join(token for k, token in enumerate(self.tokens) if k != start)
+        rest, after = ("".join(self.factors[i] for i in order[k:]) for k in (a, b))
+        steps, price, labels = self.walk(self.tokens[start], order[:a], self.rows + partner + rest)
+        other: list[Step] = []
+        if partner:
+            other, cost, right = self.walk(partner, order[a:b], self.rows + labels + after)
+            join, more = self.meet(labels, None, right, self.rows + after)
+            steps.append(join)
+            price, labels = price + cost + more, join.out
+        last, cost, _ = self.walk(labels, order[b:], self.rows)
+        return price + cost, Plan(start, (*steps, *last), tuple(other))
+
+
 def plan_steps(*problem: Any) -> Plan:
     """Find the plan again; torch.compile takes it as it is."""
     return _plan(Problem(*problem))
 
 
+# What torch.compiler.assume_constant_result sets; that would import the whole compiler, which takes as long as torch.
+plan_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=1024)
 def _plan(problem: Problem) -> Plan:
     """Choose the order that moves and multiplies least, from the tokens on."""
-    tokens, factors, fixed, rows, sizes = problem
-    size = dict(sizes)
-    operands = [(True, k, labels) for k, labels in enumerate(tokens)]
-    operands += [(False, k, labels) for k, labels in enumerate(factors)]
-    best: tuple[float, Plan] | None = None
-    for start in range(len(tokens)):
-        others = [o for o in operands if o[:2] != (True, start)]
-        for order in itertools.permutations(others):
-            cost, labels, steps = 0.0, tokens[start], []
-            for k, (is_token, index, right) in enumerate(order):
-                union = "".join(dict.fromkeys(labels + right))
-                later = set("".join(o[2] for o in order[k + 1 :])) | set(rows)
-                out = "".join(label for label in union if label in later)
-                flops = 0 if not is_token and fixed[index] else math.prod(size[label] for label in union)
-                moved = math.prod(size[label] for label in out)
-                if not is_token and not fixed[index] and not _is_product(labels, right, out):
-                    moved += math.prod(size[label] for label in right)  # laid out anew
-                cost += flops + 16.0 * moved  # a number moved costs more than one made
-                steps.append(Step(is_token, index, right, out))
-                labels = out
-            if best is None or cost < best[0]:
-                best = cost, Plan(start, tuple(steps))
-    assert best is not None
-    return best[1]
+    count, pair = len(problem.factors), len(problem.tokens) > 1
+    cuts = [(a, b) for b in range(count + 1) for a in range(b + 1)] if pair else [(0, 0)]
+    plans = (
+        problem.plan(start, order, a, b)
+        for start in range(len(problem.tokens))
+        for order in itertools.permutations(range(count))
+        for a, b in cuts
+    )
+    return min(plans, key=lambda found: found[0])[1]
+
+
+def _walk(
+    y: Tensor, labels: str, steps: tuple[Step, ...], factors: list[Tensor | None], sizes: dict[str, int], other: Tensor | None
+) -> tuple[Tensor, str]:  # fmt: skip
+    for step in steps:
+        if step.which is None:
+            assert other is not None
+            y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, other)
+        elif (factor := factors[step.which]) is None:
+            y = _through_eye(y, labels, step, sizes)
+        else:
+            y = _meet(y, labels, factor, step.right, step.out)
+        labels = step.out
+    return y, labels
 
 
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:

@@ -20,9 +20,9 @@ def pointwise(
 ) -> Expansion:
     """Make the expansion [f_1(p), .., f_k(p)], p = prepare(x), of every attribute, function by function."""
 
-    def basis(x: Tensor, axis: int) -> Tensor:
+    def basis(x: Tensor, axis: int) -> list[Tensor]:
         p = prepare(x)
-        return torch.stack([f(p) for f in functions], axis)
+        return [f(p) for f in functions]
 
     return attribute_wise(name, basis, terms, layout="function", domain=domain, reach=reach)
 

@@ -7,14 +7,16 @@ where c or e is 0. P_0 is not a feature (a bias has it). Legend: x attribute, d 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, attribute_wise, expansions, positive
+from dualform.functions.blocks import by_slopes
 from dualform.shapes import fail
 
+Rows = list[tuple[float, float, float, float]]
 Step = Callable[[int], tuple[float, float, float, float]]
 
 
@@ -23,7 +25,7 @@ def recurrence(
 ) -> Expansion:
     """Make the expansion [P_1, .., P_d] of every attribute. p1: (slope, shift) of P_1."""
     positive(name, "degree", degree)
-    d, (slope, shift) = int(degree), p1
+    d = int(degree)
     try:
         rows = [step(n) for n in range(2, d + 1)]
     except ZeroDivisionError:
@@ -32,25 +34,64 @@ def recurrence(
             "Choose other parameters: the polynomial of that degree is not defined by its recurrence.",
         )  # fmt: skip
 
-    def basis(x: Tensor, axis: int) -> Tensor:
-        line = x if slope == 1 else x * slope if slope else torch.zeros_like(x)
-        newer = line + shift if shift else line
-        older: Tensor | float = p0
-        found = [newer]
-        for a, b, c, e in rows:
-            grown = x * newer * a if a else newer * b
-            if a and b:
-                grown = grown + newer * b
-            older, newer = newer, grown + (x * x * older * e if e else older * c)
-            found.append(newer)
-        return torch.stack(found, axis)
+    def basis(x: Tensor, axis: int) -> Iterator[Tensor]:
+        return _run(x, p0, p1, rows)
+
+    def slopes(x: Tensor, axis: int) -> Iterator[Tensor]:
+        return _run_slopes(x, p0, p1, rows)
 
     terms = [_text(coefficients) for coefficients in _coefficients(p0, p1, rows)]
     # |P_d| stays below 1e30 up to here: the leading coefficients of d <= 20 are below 1e23.
     edge = 10.0 ** (min(30.0, 30.0 / d))
     return attribute_wise(
-        name, basis, terms, rule="m d", degree=d, domain=interval, reach=(-edge, edge) if d > 1 else (-1e30, 1e30)
+        name,
+        basis,
+        terms,
+        pull=by_slopes(slopes),
+        rule="m d",
+        degree=d,
+        domain=interval,
+        reach=(-edge, edge) if d > 1 else (-1e30, 1e30),
     )
+
+
+def _run(x: Tensor, p0: float, p1: tuple[float, float], rows: Rows) -> Iterator[Tensor]:
+    slope, shift = p1
+    line = x if slope == 1 else x * slope if slope else torch.zeros_like(x)
+    older, newer = p0, line + shift if shift else line
+    yield newer
+    for a, b, c, e in rows:
+        low = older * c if c else 0.0
+        if b:
+            low = newer * b + low
+        if e:
+            low = x * x * (older * e) + low
+        older, newer = newer, _plus(low, x, newer, a)
+        yield newer
+
+
+def _plus(low: Tensor | float, x: Tensor, y: Tensor, a: float) -> Tensor:
+    """Return low + a x y."""
+    if isinstance(low, Tensor):
+        return torch.addcmul(low, x, y, value=a) if a else low
+    return x * y * a + low if low else x * y * a
+
+
+def _run_slopes(x: Tensor, p0: float, p1: tuple[float, float], rows: Rows) -> Iterator[Tensor]:
+    """Differentiate the recurrence: P_n' = a P_{n-1} + (a x + b) P_{n-1}' + (c + e x^2) P_{n-2}' + 2 e x P_{n-2}."""
+    below: Tensor | float = p0
+    older, newer = torch.zeros_like(x), torch.full_like(x, p1[0])
+    yield newer
+    for value, (a, b, c, e) in zip(_run(x, p0, p1, rows), rows, strict=False):
+        grown = torch.addcmul(value * a, x, newer, value=a) if a else newer * b
+        if a and b:
+            grown.add_(newer, alpha=b)
+        if c:
+            grown.add_(older, alpha=c)
+        if e:
+            grown.add_(x * (x * older + 2 * below), alpha=e)
+        older, newer, below = newer, grown, value
+        yield newer
 
 
 def _coefficients(

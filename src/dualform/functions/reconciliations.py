@@ -33,6 +33,8 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 class _Structure(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def is_matrix(self) -> bool: ...
 
     def length(self, n: int, D: int) -> int: ...
     def piece_lengths(self, n: int, D: int) -> list[int]: ...
@@ -77,12 +79,18 @@ class Reconciliation:
 
 def _positive(name: str, **options: int | None) -> None:
     for option, value in options.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             fail(name, option, f"is {value!r}", f"an integer {option} >= 1", "Pass a positive integer.", ValueError)
+
+
+def _seeded(name: str, seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        fail(name, "seed", f"is {seed!r}", "an integer seed >= 0", "Pass a whole number.", ValueError)
 
 
 A, B = Factor("ij"), Factor("kl")
 S, T = Factor("ka"), Factor("al")
+_dense = Multilinear("identity", (A,))
 
 
 @reconciliations.record(
@@ -101,7 +109,7 @@ def identity() -> Reconciliation:
         >>> r.length(2, 3), r(torch.arange(6.0), 2, 3).tolist()
         (6, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     """
-    return Reconciliation(Multilinear("identity", (A,)))
+    return Reconciliation(_dense)
 
 
 @reconciliations.record(
@@ -146,6 +154,7 @@ def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     Raises: ValueError unless 0 < p <= 1.
     Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters of which 1 - p do nothing, and draws the mask in forward.
     """
+    _seeded("masking", seed)
     if not 0 < p <= 1:
         fail("masking", "p", f"is {p}", "a share 0 < p <= 1", "Pass the share of entries to keep.", ValueError)
     return Reconciliation(Multilinear("masking", (Factor("ij", "kept", "places"),), share=float(p), seed=seed))
@@ -264,6 +273,7 @@ def dual_lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reco
 def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
     """Scale the rows and the inner axis of a frozen product; w holds the n row scales, then the r inner ones."""
     _positive("random_matrix_adaption", rank=rank)
+    _seeded("random_matrix_adaption", seed)
     factors = (Factor("i"), Factor("ia", "normal", "A"), Factor("a"), Factor("ja", "normal", "B"))
     return Reconciliation(Multilinear("random_matrix_adaption", factors, rank=rank, seed=seed))
 
@@ -296,6 +306,10 @@ class Hyper:
     hidden: int
     rank: int | None  # None: an MLP with biases; else sigmoid(w P Q^T) S T^T
     seed: int
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
 
     def length(self, n: int, D: int) -> int:
         if min(n, D) < 1:
@@ -333,7 +347,8 @@ class Hyper:
 
     def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor:
         W = self._written(w, n, width_of(kappa), constants)
-        return _gained(Multilinear(self.name, (A,)).apply(kappa, W.flatten(), n, {}), constants)
+        y = F.linear(kappa, W) if isinstance(kappa, Tensor) else _dense.apply(kappa, W.flatten(), n, {})
+        return _gained(y, constants)
 
 
 def _gained(x: Tensor, constants: Constants) -> Tensor:
@@ -349,6 +364,7 @@ def _gained(x: Tensor, constants: Constants) -> Tensor:
 def hypernet(l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliation:
     """Let a frozen two-layer net write the matrix; w, of any length l, is its input."""
     _positive("hypernet", l=l, hidden_dim=hidden_dim)
+    _seeded("hypernet", seed)
     return Reconciliation(Hyper("hypernet", l, hidden_dim, None, seed))
 
 
@@ -361,4 +377,5 @@ def hypernet(l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliatio
 def random_matrix_hypernet(rank: int = 2, l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliation:
     """Let a frozen net of low-rank matrices write the matrix: r (n D) frozen numbers where hypernet needs hidden_dim (n D)."""
     _positive("random_matrix_hypernet", rank=rank, l=l, hidden_dim=hidden_dim)
+    _seeded("random_matrix_hypernet", seed)
     return Reconciliation(Hyper("random_matrix_hypernet", l, hidden_dim, rank, seed))

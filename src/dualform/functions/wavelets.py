@@ -7,14 +7,16 @@ Orders above 1 are tensor powers of these, as in a Taylor expansion. Legend: a d
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dualform.catalogue import Catalogue
 from dualform.functions.basis import (
     Expansion,
     Interval,
@@ -25,100 +27,141 @@ from dualform.functions.basis import (
     positive,
     substitute,
 )
+from dualform.functions.blocks import Pull
 from dualform.shapes import fail
 
 _options = "dilation a >= 1, translation b >= 0; a = 1 makes all scales the same"
 
 
+class Mother(NamedTuple):
+    """One wavelet phi, before it is dilated and moved; text is phi as an expression in tau."""
+
+    phi: Callable[[Tensor], Tensor]
+    text: str
+    domain: Interval
+    reach: Interval = everywhere
+    rough: str = ""
+    slope: Callable[[Tensor], Tensor] | None = None  # phi' as a tensor of its own
+
+
+def _children_options(
+    dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1
+) -> dict[str, Any]:
+    return locals()
+
+
+_common = inspect.signature(_children_options).parameters
+
+
+def wavelet(
+    *aliases: str, formula: str, source: str, domain: str, nested: Mapping[str, Catalogue] | None = None
+) -> Callable[[Callable[..., Mother]], Callable[..., Mother]]:
+    """Register the expansion in the children of the mother that the decorated function makes of its options; theirs come with it."""
+
+    def register(make: Callable[..., Mother]) -> Callable[..., Mother]:
+        own = inspect.signature(make).parameters
+        order = (own, _common) if nested else (_common, own)  # a spec of another record leads
+
+        def build(**options: Any) -> Expansion:
+            mother = make(**{name: options.pop(name) for name in own})
+            return dilated(make.__name__, mother, **options)
+
+        build.__signature__ = inspect.Signature([p for part in order for p in part.values()])  # type: ignore[attr-defined]
+        build.__name__, build.__doc__, build.__module__ = make.__name__, make.__doc__, make.__module__
+        expansions.record(
+            name=make.__name__,
+            aliases=aliases,
+            formula=formula,
+            source=source,
+            domain=f"{domain}; {_options}",
+            nested=nested,
+        )(build)
+        return make
+
+    return register
+
+
 def dilated(
-    name: str,
-    mother: Callable[[Tensor], Tensor],
-    text: str,
-    options: tuple[float, float, int, int, int],
-    domain: Interval,
-    reach: Interval = everywhere,
-    rough: str = "",
+    name: str, mother: Mother, dilation: float, translation: float, degree: int, scales: int, shifts: int
 ) -> Expansion:
-    """Make the expansion in the children of one mother. text: phi as an expression in tau. options: a, b, degree, scales, shifts."""
-    a, b, degree, scales, shifts = options
+    """Make the expansion in the children of one mother."""
+    a, b = dilation, translation
     for option, value in (("degree", degree), ("scales", scales), ("shifts", shifts)):
         positive(name, option, value)
     if not (a >= 1 and b >= 0 and math.isfinite(a) and math.isfinite(b)):
         fail(name, "(dilation, translation)", f"is ({a}, {b})", "dilation >= 1, translation >= 0", "Pass a = 2, b = 1.")
     children = [(s, t) for s in range(scales) for t in range(shifts)]
 
+    def constants(x: Tensor, axis: int, power: float) -> Tensor:
+        return along(x.new_tensor([a ** (power * s) for s, _ in children]), axis)
+
+    def places(x: Tensor, axis: int) -> Tensor:
+        shift = along(x.new_tensor([-t * b for _, t in children]), axis)
+        x = x.unsqueeze(axis)
+        return x + shift if a == 1 else torch.addcmul(shift, x, constants(x, axis, -1))
+
     def basis(x: Tensor, axis: int) -> Tensor:
-        def constants(values: list[float]) -> Tensor:
-            return along(torch.tensor(values, dtype=x.dtype, device=x.device), axis)
+        y = mother.phi(places(x, axis))
+        return y if a == 1 else y * constants(x, axis, -0.5)
 
-        shift = constants([-t * b for _, t in children])
-        if a == 1:
-            return mother(x.unsqueeze(axis) + shift)
-        tau = torch.addcmul(shift, x.unsqueeze(axis), constants([a**-s for s, _ in children]))
-        return mother(tau) * constants([a ** (-s / 2) for s, _ in children])
+    def pull(x: Tensor, y: None, g: Tensor, axis: int) -> Tensor:
+        assert mother.slope is not None
+        return mother.slope(places(x, -1)).mul_(g) @ constants(x, -1, -1.5)
 
-    terms = [f"{a ** (-s / 2)!r}*({text.replace('tau', f'(x/{a**s!r}-{t * b!r})')})" for s, t in children]
-    made = attribute_wise(name, basis, terms, domain=domain, reach=reach, rough=rough)
+    terms = [f"{a ** (-s / 2)!r}*({mother.text.replace('tau', f'(x/{a**s!r}-{t * b!r})')})" for s, t in children]
+    known = None if mother.slope is None else Pull(pull, width=4)
+    made = attribute_wise(name, basis, terms, pull=known, domain=mother.domain, reach=mother.reach, rough=mother.rough)
     return replace(made, power=degree, rule="sum of (m s t)^i, i = 1 .. degree")
 
 
-@expansions.record(
-    name="discrete_wavelet",
-    aliases=("discrete_wavelet_expansion",),
+@wavelet(
+    "discrete_wavelet_expansion",
     formula="a^(-s/2) phi(x / a^s - t b) with the function of any other record as phi",
     source="Zhang 2024 (RPN 1), section 5; in tinyBIG 0.2.1 the abstract base of the others",
-    domain=f"that of the mother, in tau; {_options}",
+    domain="that of the mother, in tau",
     nested={"mother": expansions},
 )
-def discrete_wavelet(
-    mother: Any = "ricker_wavelet", dilation: float = 1.0, translation: float = 1.0,
-    degree: int = 1, scales: int = 1, shifts: int = 1,
-) -> Expansion:  # fmt: skip
+def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
     """Expand every attribute in dilations and translations of one function: that of any expansion with one per attribute."""
     if mother.width != 1 or mother.power != 1:
         fail(
             "discrete_wavelet", "mother", f"is {mother}, with {mother.width or 'no'} functions per attribute",
             "exactly 1", "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)}).",
         )  # fmt: skip
-    return dilated(
-        "discrete_wavelet", lambda tau: mother.phi(tau).squeeze(-1), substitute(mother.terms[0], "tau"),
-        (dilation, translation, degree, scales, shifts), mother.domain, mother.reach, mother.rough,
+    return Mother(
+        lambda tau: mother.phi(tau).squeeze(-1), substitute(mother.terms[0], "tau"), mother.domain, mother.reach, mother.rough,
     )  # fmt: skip
 
 
-@expansions.record(
-    name="haar_wavelet",
-    aliases=("haar", "haar_wavelet_expansion", "harr_wavelet", "harr_wavelet_expansion"),
+@wavelet(
+    "haar",
+    "haar_wavelet_expansion",
+    "harr_wavelet",
+    "harr_wavelet_expansion",
     formula="phi(tau) = 1 on [0, 1/2), -1 on [1/2, 1), else 0",
     source="Haar 1910",
-    domain=f"all reals; 0 outside [0, 1) in tau; {_options}",
+    domain="all reals; 0 outside [0, 1) in tau",
 )
-def haar_wavelet(
-    dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1
-) -> Expansion:
+def haar_wavelet() -> Mother:
     """Expand every attribute in Haar wavelets."""
 
     def mother(tau: Tensor) -> Tensor:
         half = (2 * tau).floor()
         return (1 - half.abs()).relu() - (1 - (half - 1).abs()).relu()
 
-    return dilated(
-        "haar_wavelet", mother, "(0<=tau<0.5)-(0.5<=tau<1)", (dilation, translation, degree, scales, shifts), (-0.5, 1.5),
+    return Mother(
+        mother, "(0<=tau<0.5)-(0.5<=tau<1)", (-0.5, 1.5),
         rough="piecewise constant: jumps at tau = 0, 1/2, 1 and has gradient 0 elsewhere",
     )  # fmt: skip
 
 
-@expansions.record(
-    name="beta_wavelet",
-    aliases=("beta_wavelet_expansion",),
+@wavelet(
+    "beta_wavelet_expansion",
     formula="phi(tau) = tau^(al-1) (1 - tau)^(be-1) / B(al, be) on [0, 1], else 0",
     source="Zhang 2024 (RPN 1), section 5. Differs from tinyBIG 0.2.1, which squashes the whole batch if one tau is outside",
-    domain=f"all reals; 0 outside [0, 1] in tau; alpha, beta >= 1; {_options}",
+    domain="all reals; 0 outside [0, 1] in tau; alpha, beta >= 1",
 )
-def beta_wavelet(
-    dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1,
-    alpha: float = 1.0, beta: float = 1.0,
-) -> Expansion:  # fmt: skip
+def beta_wavelet(alpha: float = 1.0, beta: float = 1.0) -> Mother:
     """Expand every attribute in dilated densities of the beta distribution."""
     if not (alpha >= 1 and beta >= 1):
         fail(
@@ -131,82 +174,84 @@ def beta_wavelet(
         safe = torch.where(inside, tau, 0.5)  # so that no infinite slope of what is left out is multiplied by 0
         return torch.where(inside, scale * safe ** (alpha - 1) * (1 - safe) ** (beta - 1), tau.abs() * 0)
 
-    return dilated(
-        "beta_wavelet", mother, f"(0<=tau<=1)*{scale!r}*abs(tau)**{alpha - 1!r}*abs(1-tau)**{beta - 1!r}",
-        (dilation, translation, degree, scales, shifts), (0.1, 0.9),
+    return Mother(
+        mother, f"(0<=tau<=1)*{scale!r}*abs(tau)**{alpha - 1!r}*abs(1-tau)**{beta - 1!r}", (0.1, 0.9),
         rough="" if min(alpha, beta) >= 2 else "alpha or beta below 2: jumps or has an infinite slope at tau = 0 or 1",
     )  # fmt: skip
 
 
 def _sinc(t: Tensor) -> Tensor:
     """sin(pi t) / (pi t), 1 at 0: as torch.sinc, whose CPU kernel takes one number at a time."""
-    t = torch.where(t == 0, 1e-20, t)
-    return torch.sin(math.pi * t) / (math.pi * t)
+    t = _off_zero(t * math.pi)
+    return torch.sin(t) / t
 
 
-@expansions.record(
-    name="shannon_wavelet",
-    aliases=("shannon_wavelet_expansion",),
+def _off_zero(t: Tensor) -> Tensor:
+    """Move 0, and nothing else that matters, to the smallest normal number, whose sine divided by it is 1."""
+    return t + torch.finfo(t.dtype).tiny
+
+
+@wavelet(
+    "shannon_wavelet_expansion",
     formula="phi(tau) = (sin 2 pi tau - sin pi tau) / (pi tau), 1 at 0",
     source="Mallat 2009, section 7.2. Differs from tinyBIG 0.2.1, which gives NaN at 0",
-    domain=f"all reals; decays as 1 / tau; {_options}",
+    domain="all reals; decays as 1 / tau",
 )
-def shannon_wavelet(
-    dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1
-) -> Expansion:
+def shannon_wavelet() -> Mother:
     """Expand every attribute in Shannon wavelets."""
 
     def mother(tau: Tensor) -> Tensor:
-        half = tau * (math.pi / 2)  # sin 4h - sin 2h = 2 cos 3h sin h
-        half = torch.where(half == 0, 1e-20, half)
+        half = _off_zero(tau * (math.pi / 2))  # sin 4h - sin 2h = 2 cos 3h sin h
         return torch.cos(3 * half) * torch.sin(half) / half
 
-    return dilated(
-        "shannon_wavelet", mother, "2*sinc(2*tau)-sinc(tau)",
-        (dilation, translation, degree, scales, shifts), (-2.0, 2.0),
-    )  # fmt: skip
+    def slope(tau: Tensor) -> Tensor:
+        a = _off_zero(tau * math.pi)
+        c = torch.cos(a)
+        y = torch.sin(a).mul_(2 * c - 1).div_(a)
+        found = c.square().mul_(4).sub_(2).sub_(c).sub_(y).div_(a)
+        near = a.abs() < 0.03  # where that cancels
+        if near.any():
+            few = a[near]
+            square = few.square()
+            found[near] = few * (-7 / 3 + square * (31 / 30 + square * (-127 / 840 + square * (511 / 45360))))
+        return found.mul_(math.pi)
+
+    return Mother(mother, "2*sinc(2*tau)-sinc(tau)", (-2.0, 2.0), slope=slope)
 
 
-@expansions.record(
-    name="ricker_wavelet",
-    aliases=("ricker_wavelet_expansion", "mexican_hat_wavelet"),
+@wavelet(
+    "ricker_wavelet_expansion",
+    "mexican_hat_wavelet",
     formula="phi(tau) = 2 (1 - (tau/sigma)^2) exp(-tau^2 / (2 sigma^2)) / (sqrt(3 sigma) pi^(1/4))",
     source="Ricker 1953",
-    domain=f"all reals; decays to 0; {_options}",
+    domain="all reals; decays to 0",
 )
-def ricker_wavelet(
-    dilation: float = 1.0,
-    translation: float = 1.0,
-    degree: int = 1,
-    scales: int = 1,
-    shifts: int = 1,
-    sigma: float = 1.0,
-) -> Expansion:
+def ricker_wavelet(sigma: float = 1.0) -> Mother:
     """Expand every attribute in Ricker wavelets (Mexican hats)."""
     _width("ricker_wavelet", "sigma", sigma)
     scale = 2 / (math.sqrt(3 * sigma) * math.pi**0.25)
 
     def mother(tau: Tensor) -> Tensor:
-        square = tau.square() * (1 / sigma**2)
-        return (scale - scale * square) * torch.exp(-0.5 * square)
+        square = tau.square()
+        return (scale - square * (scale / sigma**2)) * torch.exp(square * (-0.5 / sigma**2))
 
-    return dilated(
-        "ricker_wavelet", mother, f"{scale!r}*(1-(tau/{sigma!r})**2)*exp(-0.5*(tau/{sigma!r})**2)",
-        (dilation, translation, degree, scales, shifts), (-3.0, 3.0), (-1e15, 1e15),
+    def slope(tau: Tensor) -> Tensor:
+        square = tau.square()
+        fade = torch.exp(square * (-0.5 / sigma**2)).mul_(tau)
+        return square.mul_(scale / sigma**4).sub_(3 * scale / sigma**2).mul_(fade)
+
+    return Mother(
+        mother, f"{scale!r}*(1-(tau/{sigma!r})**2)*exp(-0.5*(tau/{sigma!r})**2)", (-3.0, 3.0), (-1e15, 1e15), slope=slope,
     )  # fmt: skip
 
 
-@expansions.record(
-    name="dog_wavelet",
-    aliases=("dog_wavelet_expansion",),
+@wavelet(
+    "dog_wavelet_expansion",
     formula="phi(tau) = N(tau; 0, sigma_1) - N(tau; 0, sigma_2)",
     source="Marr, Hildreth 1980 (difference of Gaussians)",
-    domain=f"all reals; decays to 0; {_options}",
+    domain="all reals; decays to 0",
 )
-def dog_wavelet(
-    dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1,
-    sigma_1: float = 1.0, sigma_2: float = 2.0,
-) -> Expansion:  # fmt: skip
+def dog_wavelet(sigma_1: float = 1.0, sigma_2: float = 2.0) -> Mother:
     """Expand every attribute in differences of two Gaussian densities."""
     _width("dog_wavelet", "sigma_1", sigma_1)
     _width("dog_wavelet", "sigma_2", sigma_2)
@@ -219,11 +264,16 @@ def dog_wavelet(
         )
         return one - two
 
+    def slope(tau: Tensor) -> Tensor:
+        square = tau.square()
+        one, two = (
+            torch.exp(square * (-0.5 / sigma**2)).mul_(-1 / (math.sqrt(2 * math.pi) * sigma**3))
+            for sigma in (sigma_1, sigma_2)
+        )
+        return one.sub_(two).mul_(tau)
+
     text = "-".join(f"exp(-0.5*(tau/{s!r})**2)/{math.sqrt(2 * math.pi) * s!r}" for s in (sigma_1, sigma_2))
-    return dilated(
-        "dog_wavelet", mother, text,
-        (dilation, translation, degree, scales, shifts), (-3.0, 3.0),
-    )  # fmt: skip
+    return Mother(mother, text, (-3.0, 3.0), slope=slope)
 
 
 def _width(name: str, option: str, sigma: float) -> None:
@@ -237,21 +287,17 @@ def _band(c: Tensor | float, turn: Callable[[Tensor], Tensor], width: float) -> 
     return turn(3 * width * math.pi * c) * _sinc(width * c)
 
 
-@expansions.record(
-    name="meyer_wavelet",
-    aliases=("meyer_wavelet_expansion",),
+@wavelet(
+    "meyer_wavelet_expansion",
     formula="phi(tau) = psi(tau), the inverse Fourier transform of e^(-iw/2) (sin(pi/2 nu(3|w|/2pi - 1)) on [2pi/3, 4pi/3], "
     "cos(pi/2 nu(3|w|/4pi - 1)) on [4pi/3, 8pi/3]), nu(x) = x; part='scaling': the scaling function",
     source="Meyer 1985; Valenzuela, de Oliveira 2015. Differs from tinyBIG 0.2.1, whose phi is the scaling function (NaN at +-3/4)",
-    domain=f"all reals; decays as 1 / tau^2; {_options}",
+    domain="all reals; decays as 1 / tau^2",
 )
-def meyer_wavelet(
-    dilation: float = 1.0, translation: float = 1.0, degree: int = 1, scales: int = 1, shifts: int = 1,
-    part: str = "wavelet",
-) -> Expansion:  # fmt: skip
+def meyer_wavelet(part: str = "wavelet") -> Mother:
     """Expand every attribute in Meyer wavelets, or in their scaling functions."""
 
-    def wavelet(tau: Tensor) -> Tensor:
+    def psi(tau: Tensor) -> Tensor:
         u = tau - 0.5
         low = _band(0.75 + u, torch.cos, 1 / 3) + _band(0.75 - u, torch.cos, 1 / 3)
         high = _band(0.375 + u, torch.sin, 2 / 3) + _band(0.375 - u, torch.sin, 2 / 3)
@@ -266,7 +312,7 @@ def meyer_wavelet(
 
     parts = {
         "wavelet": (
-            wavelet,
+            psi,
             f"(2*({text('0.375', 'sin', '2/3')})-({text('0.75', 'cos', '1/3')}))/3".replace("u", "(tau-0.5)"),
         ),
         "scaling": (
@@ -277,4 +323,4 @@ def meyer_wavelet(
     if part not in parts:
         fail("meyer_wavelet", "part", f"is {part!r}", f"one of {sorted(parts)}", "Pass part='wavelet' for psi.")
     mother, shown = parts[part]
-    return dilated("meyer_wavelet", mother, shown, (dilation, translation, degree, scales, shifts), (-2.0, 3.0))
+    return Mother(mother, shown, (-2.0, 3.0))

@@ -6,6 +6,7 @@ number is written into the graph: nothing is traced again for another batch, ano
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils import _pytree
 from dualform.learning.derive import trace_fake
 from dualform.learning.fission import Fission, Part
 from dualform.learning.simplify import tidy
+from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
@@ -27,7 +29,26 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool]) -> fx.GraphModule:
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     dims = tuple(None if s else 0 for s in shared)
     examples = [x.new_empty(x.shape if s else (ROWS, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
-    return tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples))
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)  # it would loop over ROWS rows
+    try:
+        return tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples))
+    except RuntimeError as error:
+        op = re.search(r"(\S+) hit the vmap fallback", str(error))
+        if op is None:
+            raise
+        advice = "Write that line of the learner with other ops."
+        fail(
+            "derive",
+            f"{op[1]} in a learner's step",
+            "cannot be mapped over rows by torch",
+            "ops that vmap knows",
+            advice,
+            TraceError,
+        )
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
 
 
 def row_axis(node: fx.Node) -> int | None:

@@ -41,7 +41,8 @@ def norms_as_arithmetic() -> Table:
     from torch._decomp import get_decompositions  # slow: not at `import dualform`
 
     norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm"]
-    return get_decompositions([getattr(aten, name + part) for name in norms for part in ("", "_backward")])
+    parts = [getattr(aten, name + part) for name in norms for part in ("", "_backward")]
+    return get_decompositions([*parts, aten.unfold_backward])  # which vmap knows as a loop over rows only
 
 
 @cache
@@ -321,7 +322,18 @@ def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)
+    _plain_views(gm)
     return gm
+
+
+def _plain_views(gm: fx.GraphModule) -> None:
+    """Write as_strided as the view that it is: its derivative writes through strides, which cannot be mapped over rows."""
+    for node in gm.graph.nodes:
+        if node.target is aten.as_strided.default:
+            x, made = node.args[0].meta["val"], node.meta["val"]
+            if x.is_contiguous() and made.is_contiguous() and x.numel() == made.numel():
+                node.target, node.args, node.kwargs = aten.view.default, (node.args[0], list(made.shape)), {}
+    gm.recompile()
 
 
 def _writes(node: fx.Node) -> bool:

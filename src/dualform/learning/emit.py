@@ -21,33 +21,28 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from dualform.calculus import rules as table
-from dualform.calculus.contract import plan
 from dualform.calculus.notation import Formula, formula
 from dualform.calculus.program import identity
-from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
-from dualform.calculus.terms import atoms, sizes
+from dualform.calculus.structure import Derivative, compose
 from dualform.calculus.trace import source_line
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
-from dualform.learning.sites import Analysis, Place, Site, op_name, operand_nodes
-
-# Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
-FLOPS_PER_BYTE = 16.0
-
-
-class Price(NamedTuple):
-    """What a contraction costs: flops and bytes moved, and their sum in flops."""
-
-    flops: float
-    bytes: float
-
-    @property
-    def total(self) -> float:
-        return self.flops + FLOPS_PER_BYTE * self.bytes
-
-    def __add__(self, other: object) -> Price:
-        assert isinstance(other, tuple)
-        return Price(self.flops + other[0], self.bytes + other[1])
+from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
+from dualform.learning.token_maps import (
+    Price,
+    is_elementwise,
+    kernel_first,
+    masked,
+    per_source,
+    per_target,
+    prefix,
+    price,
+    price_shape,
+    separated,
+    token_back,
+    token_first,
+    weighted,
+)
 
 
 @dataclass
@@ -243,7 +238,7 @@ class Emitter:
         if self.variant.width == 1:
             return {leaf: (J, None) for leaf, J in found.items()}  # the one token has no label
         return {
-            leaf: _separated(J, a.places[site.node], self.variant.width, env[site.node]) for leaf, J in found.items()
+            leaf: separated(J, a.places[site.node], self.variant.width, env[site.node]) for leaf, J in found.items()
         }
 
     def _par_derivative(self, node: fx.Node, leaf: str, keys: _Keys) -> Derivative:
@@ -302,16 +297,16 @@ class Emitter:
     ) -> Tensor:
         """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
         for weight, tensor in self._starting_point(leaf, x, coef):
-            y = y + (J.jvp(tensor) if is_number(weight, 1.0) else _weighted(J, axis, weight).jvp(tensor))
+            y = y + (J.jvp(tensor) if is_number(weight, 1.0) else weighted(J, axis, weight).jvp(tensor))
         sources = keys.derivatives[leaf]
-        kernels = [(_masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
-        scores = sum((_kernel_first(K, delta) for K, delta in kernels), Price(0, 0))
-        per_token = [(_per_source(K, other), delta) for K, other, delta in sources]
-        spread = _per_target(J, axis)
+        kernels = [(masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
+        scores = sum((kernel_first(K, delta) for K, delta in kernels), Price(0, 0))
+        per_token = [(per_source(K, other), delta) for K, other, delta in sources]
+        spread = per_target(J, axis)
         size = self.variant.width * math.prod(x.th[leaf].shape)
-        state = sum((_price(K, delta) for K, delta in per_token), self._prefix_price(coef, size, y.element_size()))
-        state = state + _price_shape(spread, (self.variant.width, *x.th[leaf].shape), y)
-        if _is_elementwise(J):
+        state = sum((price(K, delta) for K, delta in per_token), self._prefix_price(coef, size, y.element_size()))
+        state = state + price_shape(spread, (self.variant.width, *x.th[leaf].shape), y)
+        if is_elementwise(J):
             form = "scan"
         else:
             form = "scores" if self.inner.form == "dual" or scores.total <= state.total else "state"
@@ -321,7 +316,7 @@ class Emitter:
                 y = y - K.jvp(delta)
             return y
         g = [K.jvp(delta) for K, delta in per_token]
-        return y - spread.jvp(_prefix(sum(g[1:], g[0]), coef))
+        return y - spread.jvp(prefix(sum(g[1:], g[0]), coef))
 
     def _choice(
         self,
@@ -372,8 +367,8 @@ class Emitter:
         weights = {leaf: copies[leaf] for leaf in site.leaves}
         if W == 1:
             return run({leaf: w[0] for leaf, w in weights.items()}, [env[n] for n in toks])
-        fronts = [_token_first(env[n], a.places[n], W) for n in toks]
-        return _token_back(torch.vmap(run)(weights, fronts), a.places[site.node], site.node.meta["val"].shape)
+        fronts = [token_first(env[n], a.places[n], W) for n in toks]
+        return token_back(torch.vmap(run)(weights, fronts), a.places[site.node], site.node.meta["val"].shape)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -423,7 +418,7 @@ class Emitter:
     def _written(self, value: Tensor | None, leaf: str, weights: Scalar, keys: _Keys) -> Tensor | None:
         """Take weights_s g_s off a value, summed over the block."""
         for K, axis, delta in keys.derivatives[leaf]:
-            written = _weighted(K, axis, weights).T.jvp(delta)
+            written = weighted(K, axis, weights).T.jvp(delta)
             value = -written if value is None else value - written
         return value
 
@@ -457,124 +452,3 @@ def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any]) -> Any:
             _evaluate(a, source, env)
         env[goal] = a.value(goal, env)
     return env[goal]
-
-
-def _token_first(x: Tensor, place: Place, W: int) -> Tensor:
-    axis, outer, inner = place
-    x = x.reshape(*x.shape[:axis], outer, W, inner, *x.shape[axis + 1 :])
-    return x.movedim(axis + 1, 0)
-
-
-def _token_back(x: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
-    axis, outer, inner = place
-    x = x.reshape(x.shape[0], *shape[:axis], outer, inner, *shape[axis + 1 :])
-    return x.movedim(0, axis + 1).reshape(shape)
-
-
-def _separated(J: Derivative, place: Place, W: int, y: Tensor) -> tuple[Derivative, int]:
-    """View y so that its token index is an axis of its own."""
-    if place.outer == 1 and place.inner == 1:
-        return J, place.axis
-    shape = [*y.shape[: place.axis], place.outer, W, place.inner, *y.shape[place.axis + 1 :]]
-    view = table.Call(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
-    return compose(table.derivative(view, 0), J), place.axis + 1
-
-
-def _edit(J: Derivative, change: Callable[[Term], Term], out: Sequence[int], inn: Sequence[int]) -> Derivative:
-    return Derivative(tuple(change(term) for term in J.terms), tuple(out), tuple(inn), J.dtype, J.device)
-
-
-def _sizes(*axes: Sequence[Any]) -> list[int]:
-    return [label.size for axis in axes for label in axis]
-
-
-def _tokens(axes: tuple[Axis, ...], axis: int | None) -> Axis:
-    return () if axis is None else axes[axis]
-
-
-def _count(J: Derivative, axis: int | None) -> int:
-    return 1 if axis is None else J.out_shape[axis]
-
-
-def _masked(kernel: Derivative, q: int | None, k: int | None, C: Tensor) -> Derivative:
-    """Multiply a kernel [t.., s..] by C[t, s]."""
-
-    def change(term: Term) -> Term:
-        t, s = _tokens(term.out, q), _tokens(term.inn, k)
-        return replace(term, factors=(*term.factors, Factor(C.reshape(_sizes(t, s)), (*t, *s), "C")))
-
-    return _edit(kernel, change, kernel.out_shape, kernel.in_shape)
-
-
-def _weighted(J: Derivative, axis: int | None, w: Scalar) -> Derivative:
-    """Multiply J by a weight per token of its output."""
-    if not isinstance(w, Tensor):
-        return w * J
-
-    def change(term: Term) -> Term:
-        t = _tokens(term.out, axis)
-        return replace(term, factors=(*term.factors, Factor(w.reshape(_sizes(t)), t, "w")))
-
-    return _edit(J, change, J.out_shape, J.in_shape)
-
-
-def _per_source(J: Derivative, axis: int | None) -> Derivative:
-    """Turn J into the map delta -> each token's own gradient: J^T with the token kept as the first output axis."""
-    T = J.T
-
-    def change(term: Term) -> Term:
-        return replace(term, out=(_tokens(term.inn, axis), *term.out))
-
-    return _edit(T, change, (_count(J, axis), *T.out_shape), T.in_shape)
-
-
-def _per_target(J: Derivative, axis: int | None) -> Derivative:
-    """Turn J into the map (weights per token) -> y."""
-
-    def change(term: Term) -> Term:
-        return replace(term, inn=(_tokens(term.out, axis), *term.inn))
-
-    return _edit(J, change, J.out_shape, (_count(J, axis), *J.in_shape))
-
-
-def _prefix(g: Tensor, coef: Coefficients) -> Tensor:
-    """sum_{s<=t} C[t,s] g_s: a running sum where C is tril(row x col)."""
-    shape = (-1, *[1] * (g.ndim - 1))
-    if coef.row is not None and coef.col is not None and g.shape[0] > FLOPS_PER_BYTE * 2 * g.element_size():
-        return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
-    return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
-
-
-def _is_elementwise(J: Derivative) -> bool:
-    """Does each entry of y meet one entry of the leaf, so that a leaf per token is no larger than y?"""
-    return all(set(atoms(term.inn)) <= set(atoms(term.out)) for term in J.terms)
-
-
-def _kernel_first(K: Derivative, v: Tensor) -> Price:
-    """Price K[v] with the kernel made before it meets v: query with key first."""
-    total = Price(0, 0)
-    for term in K.terms:
-        present = {label for f in term.factors for label in getattr(f, "labels", ())}
-        kept = tuple(label for label in dict.fromkeys(atoms((*term.out, *term.inn))) if label in present)
-        p = plan(term.factors, kept)
-        made = Factor(v.new_empty(sizes(kept)), kept, "K")
-        alone = Derivative((replace(term, factors=(made,)),), K.out_shape, K.in_shape, K.dtype, K.device)
-        total = total + (p.flops, p.bytes) + _price(alone, v)
-    return total
-
-
-def _price(J: Derivative, v: Tensor) -> Price:
-    return _price_shape(J, J.in_shape, v)
-
-
-def _price_shape(J: Derivative, shape: Sequence[int], like: Tensor) -> Price:
-    """Price J[v] without computing it: every term's contraction, as planned."""
-    total = Price(0, 0)
-    for term in J.terms:
-        labels = tuple(label for axis in term.inn for label in axis)
-        v = Factor(like.new_empty(_sizes(*term.inn)), labels, "v")
-        present = {label for f in (*term.factors, v) for label in getattr(f, "labels", ())}
-        out = [label for axis in term.out for label in axis if label in present]
-        p = plan((*term.factors, v), tuple(dict.fromkeys(out)))
-        total = total + (p.flops, p.bytes)
-    return total

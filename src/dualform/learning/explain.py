@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from dualform.learning.derive import Derivation, Step
-from dualform.learning.emit import Choice, Price
+from dualform.learning.emit import Choice
 from dualform.learning.printer import Cost
+from dualform.learning.token_maps import Price
 
 _names = {
     "scores": "scores (dual): query with key first, no weight per token",

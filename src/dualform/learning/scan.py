@@ -689,8 +689,9 @@ def scan(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
         return stepped
-    state, keep = sum(x.nbytes for x in call.anchor.values()), 0
-    if learns and not torch.compiler.is_compiling():  # there the op alone chooses: it is opaque to the compiler
+    state = keep = 0
+    if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
+        state = sum(x.nbytes for x in call.anchor.values())
         keep = found(chosen(backend, _sources[name].plan(call.q.shape[-1], call.q.dtype, form), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
     held = len(call.anchor) + len(call.registers)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.functional import without_repeats
+
 aten = torch.ops.aten
 _same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
 _same_if_shape = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
@@ -28,10 +30,8 @@ _reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, at
 
 def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     """Simplify a graph; inputs, outputs and their order stay."""
-    from torch._functorch.compile_utils import fx_graph_cse  # half a second: not at `import dualform`
-
     _Folder(gm.graph).run()
-    graph = fx_graph_cse(gm.graph)
+    graph = without_repeats(gm.graph)
     graph.eliminate_dead_code()
     for node in graph.nodes:  # a view of what was laid out otherwise before the rewriting may be none now
         if node.target in (aten.view.default, aten._unsafe_view.default):

@@ -220,7 +220,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
     """Predict the next token.
 
     Shape:  as DualformModel; labels (B, T), -100 = not counted -> logits (B, T or logits_to_keep, vocab), loss scalar,
-            past_key_values, which carries the fast weights and makes any split of a text exact.
+            past_key_values, which carries the fast weights and makes any split of a text exact. Padding has the logits
+            of the last token before it.
     Dtype:  logits as the parameters; the loss in float32, in nats per token.
     Raises: as DualformModel.
     Source: Sun et al. 2024.
@@ -260,9 +261,9 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         h = body.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if kept != slice(0, None) and attention_mask is not None:
+        if attention_mask is not None:
             h = onto_padding(h, attention_mask[:, -h.shape[1] :])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, kept])
         loss = None
         if labels is not None:

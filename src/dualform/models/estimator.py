@@ -37,6 +37,8 @@ _few = 50  # fewer rows than these are not split to choose alpha
 _full_batch = 5000  # up to so many rows L-BFGS sees all of them at once; beyond, Adam sees mini-batches
 _solvers = ("auto", "least_squares", "lbfgs", "adam")
 
+_largest = 1e100  # squares of these, and their sums, are numbers still
+
 
 class RowsEstimator(BaseEstimator):
     """What the classifier and the regressor share. `_loss`, `_encoded`, `_scaled` and `_width` are what they differ in."""
@@ -124,6 +126,12 @@ class RowsEstimator(BaseEstimator):
             self, X, y, dtype=[np.float64, np.float32], multi_output=is_regressor(self), reset=first,
             y_numeric=is_regressor(self), ensure_min_samples=2 if first else 1,
         )  # fmt: skip
+        for name, values in (("X", X), ("y", y)):
+            if values.dtype.kind == "f" and (largest := np.abs(values).max()) > _largest:
+                fail(
+                    type(self).__name__, name, f"holds {largest:.3g}", f"numbers up to {_largest:g}",
+                    "Scale it: its squares would overflow.", ValueError,
+                )  # fmt: skip
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         if not weight.sum() > 0:  # newer releases of scikit-learn have refused it by now
             fail(

@@ -1,0 +1,61 @@
+"""Functions whose own code reads values or writes in place for no need of the result, written with ops that can be traced.
+
+cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        vander(x) = x^0, x^1, ...
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
+    """Rows are variables; frequencies count, importances weigh."""
+    rows = torch.atleast_2d(x)
+    frequency = torch.ones_like(rows[0]) if fweights is None else fweights.to(x.dtype)
+    weight = frequency if aweights is None else frequency * aweights
+    total = weight.sum()
+    apart = rows - (rows * weight).sum(1, keepdim=True) / total
+    lost = correction if aweights is None else correction * (weight * aweights).sum() / total
+    return ((apart * weight) @ apart.mT / (total - lost)).squeeze()
+
+
+def _corrcoef(x: Tensor) -> Tensor:
+    c = _cov(x)
+    if not c.ndim:
+        return c / c
+    deviation = c.diagonal().sqrt()
+    return (c / deviation[:, None] / deviation).clamp(-1, 1)
+
+
+def _combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
+    choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
+    places = torch.tensor(list(choose(range(x.shape[0]), r)), dtype=torch.int64, device=x.device)
+    return x[places.reshape(-1, r)]
+
+
+def _vander(x: Tensor, N: int | None = None, increasing: bool = False) -> Tensor:
+    powers = torch.linalg.vander(x, N=x.shape[0] if N is None else N)
+    return powers if increasing else powers.flip(-1)
+
+
+def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, **rest: Any) -> Tensor:
+    """Out of training, the mean slope."""
+    if training:
+        return torch.rrelu(x, lower, upper, training, **rest)  # refused as random
+    return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+
+
+SPELLED: dict[Any, Callable[..., Tensor]] = {
+    torch.cov: _cov,
+    Tensor.cov: _cov,
+    torch.corrcoef: _corrcoef,
+    Tensor.corrcoef: _corrcoef,
+    torch.combinations: _combinations,
+    torch.vander: _vander,
+    torch.rrelu: _rrelu,
+}

@@ -1,0 +1,156 @@
+"""Derivatives that know which axis counts tokens: weighted, masked, turned, and priced without being computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.calculus import rules as table
+from dualform.calculus.contract import plan
+from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
+from dualform.calculus.terms import atoms, sizes
+from dualform.learning.rules import Coefficients, Scalar
+from dualform.learning.sites import Place
+
+# Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
+FLOPS_PER_BYTE = 16.0
+
+
+class Price(NamedTuple):
+    """What a contraction costs: flops and bytes moved, and their sum in flops."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def total(self) -> float:
+        return self.flops + FLOPS_PER_BYTE * self.bytes
+
+    def __add__(self, other: object) -> Price:
+        assert isinstance(other, tuple)
+        return Price(self.flops + other[0], self.bytes + other[1])
+
+
+def token_first(x: Tensor, place: Place, W: int) -> Tensor:
+    axis, outer, inner = place
+    x = x.reshape(*x.shape[:axis], outer, W, inner, *x.shape[axis + 1 :])
+    return x.movedim(axis + 1, 0)
+
+
+def token_back(x: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
+    axis, outer, inner = place
+    x = x.reshape(x.shape[0], *shape[:axis], outer, inner, *shape[axis + 1 :])
+    return x.movedim(0, axis + 1).reshape(shape)
+
+
+def separated(J: Derivative, place: Place, W: int, y: Tensor) -> tuple[Derivative, int]:
+    """View y so that its token index is an axis of its own."""
+    if place.outer == 1 and place.inner == 1:
+        return J, place.axis
+    shape = [*y.shape[: place.axis], place.outer, W, place.inner, *y.shape[place.axis + 1 :]]
+    view = table.Call(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
+    return compose(table.derivative(view, 0), J), place.axis + 1
+
+
+def _edit(J: Derivative, change: Callable[[Term], Term], out: Sequence[int], inn: Sequence[int]) -> Derivative:
+    return Derivative(tuple(change(term) for term in J.terms), tuple(out), tuple(inn), J.dtype, J.device)
+
+
+def _sizes(*axes: Sequence[Any]) -> list[int]:
+    return [label.size for axis in axes for label in axis]
+
+
+def tokens(axes: tuple[Axis, ...], axis: int | None) -> Axis:
+    return () if axis is None else axes[axis]
+
+
+def count(J: Derivative, axis: int | None) -> int:
+    return 1 if axis is None else J.out_shape[axis]
+
+
+def masked(kernel: Derivative, q: int | None, k: int | None, C: Tensor) -> Derivative:
+    """Multiply a kernel [t.., s..] by C[t, s]."""
+
+    def change(term: Term) -> Term:
+        t, s = tokens(term.out, q), tokens(term.inn, k)
+        return replace(term, factors=(*term.factors, Factor(C.reshape(_sizes(t, s)), (*t, *s), "C")))
+
+    return _edit(kernel, change, kernel.out_shape, kernel.in_shape)
+
+
+def weighted(J: Derivative, axis: int | None, w: Scalar) -> Derivative:
+    """Multiply J by a weight per token of its output."""
+    if not isinstance(w, Tensor):
+        return w * J
+
+    def change(term: Term) -> Term:
+        t = tokens(term.out, axis)
+        return replace(term, factors=(*term.factors, Factor(w.reshape(_sizes(t)), t, "w")))
+
+    return _edit(J, change, J.out_shape, J.in_shape)
+
+
+def per_source(J: Derivative, axis: int | None) -> Derivative:
+    """Turn J into the map delta -> each token's own gradient: J^T with the token kept as the first output axis."""
+    T = J.T
+
+    def change(term: Term) -> Term:
+        return replace(term, out=(tokens(term.inn, axis), *term.out))
+
+    return _edit(T, change, (count(J, axis), *T.out_shape), T.in_shape)
+
+
+def per_target(J: Derivative, axis: int | None) -> Derivative:
+    """Turn J into the map (weights per token) -> y."""
+
+    def change(term: Term) -> Term:
+        return replace(term, inn=(tokens(term.out, axis), *term.inn))
+
+    return _edit(J, change, J.out_shape, (count(J, axis), *J.in_shape))
+
+
+def prefix(g: Tensor, coef: Coefficients) -> Tensor:
+    """sum_{s<=t} C[t,s] g_s: a running sum where C is tril(row x col)."""
+    shape = (-1, *[1] * (g.ndim - 1))
+    if coef.row is not None and coef.col is not None and g.shape[0] > FLOPS_PER_BYTE * 2 * g.element_size():
+        return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
+    return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
+
+
+def is_elementwise(J: Derivative) -> bool:
+    """Does each entry of y meet one entry of the leaf, so that a leaf per token is no larger than y?"""
+    return all(set(atoms(term.inn)) <= set(atoms(term.out)) for term in J.terms)
+
+
+def kernel_first(K: Derivative, v: Tensor) -> Price:
+    """Price K[v] with the kernel made before it meets v: query with key first."""
+    total = Price(0, 0)
+    for term in K.terms:
+        present = {label for f in term.factors for label in getattr(f, "labels", ())}
+        kept = tuple(label for label in dict.fromkeys(atoms((*term.out, *term.inn))) if label in present)
+        p = plan(term.factors, kept)
+        made = Factor(v.new_empty(sizes(kept)), kept, "K")
+        alone = Derivative((replace(term, factors=(made,)),), K.out_shape, K.in_shape, K.dtype, K.device)
+        total = total + (p.flops, p.bytes) + price(alone, v)
+    return total
+
+
+def price(J: Derivative, v: Tensor) -> Price:
+    return price_shape(J, J.in_shape, v)
+
+
+def price_shape(J: Derivative, shape: Sequence[int], like: Tensor) -> Price:
+    """Price J[v] without computing it: every term's contraction, as planned."""
+    total = Price(0, 0)
+    for term in J.terms:
+        labels = tuple(label for axis in term.inn for label in axis)
+        v = Factor(like.new_empty(_sizes(*term.inn)), labels, "v")
+        present = {label for f in (*term.factors, v) for label in getattr(f, "labels", ())}
+        out = [label for axis in term.out for label in axis if label in present]
+        p = plan((*term.factors, v), tuple(dict.fromkeys(out)))
+        total = total + (p.flops, p.bytes)
+    return total
