@@ -436,15 +436,14 @@ def test_a_fused_checkpoint_is_the_function_of_its_program(kind, monkeypatch):
     ids = torch.arange(11)[None]
     with torch.no_grad():
         got = load_official(*from_kernels(stacked, own))(ids).logits
-        monkeypatch.setattr(layer_module, "rotate", rotate_halves)
+        monkeypatch.setattr(layer_module, "turned", turned_halves)
         want = load_official(state, config)(ids).logits
     torch.testing.assert_close(got, want)
 
 
-def rotate_halves(x, position, theta):
-    f = x.shape[-1]
-    angle = position[..., None] * theta ** (-torch.arange(0, f, 2).to(x) / f)
-    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+def turned_halves(x, by):
+    """As the layer's, of halves instead of pairs; by: what its pairs are multiplied with."""
+    cos, sin = by[0, :, :, None, ::2], by[1, :, :, None, 1::2]
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 

@@ -203,7 +203,9 @@ def backward_unit(
     """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
     align = LINE // dtype.itemsize
     both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
-    advance = schedule(lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0))
+    advance = schedule(
+        lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0), beside=True
+    )
     wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
     carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
@@ -213,13 +215,14 @@ def backward_unit(
     cotangents = _settle([back], "cotangent")
     w = _Writer(dtype)
     states = [b for b in back.inputs if b.place == "state"]
-    forth = [*_load_blocks(w, advance, inputs), *cpp.statements(advance)]
+    forth = [f"T* nx = st + {state};", *_load_blocks(w, advance, inputs), *cpp.statements(advance)]
     held = [b for b in advance.inputs if b.place == "state"]
     _own_state(advance.outputs, held)
     same = len(advance.outputs) == len(states)
     if same:
         for b, x in zip(held, advance.outputs, strict=True):
-            forth += cpp.copy_text(whole(b), x)
+            if not (isinstance(x, View) and x.buffer.place == "next"):
+                forth += cpp.copy_text(whole(Buffer(b.name, b.shape, align, "next", over=b)), x)
     body = [*_load_blocks(w, back, both), *cpp.statements(back)]
     carried = [b for b in back.inputs if b.place == "cotangent"]
     sums, size, results, ends, turned = [], 0, [], [], []
@@ -257,7 +260,7 @@ def backward_unit(
         "for (long group = (count - 1) / G; group >= 0; --group) {",
         "long first = group * G, last = first + G < count ? first + G : count;", "T* st = ring;", *starts,
         "for (long n = first; n + 1 < last; ++n) {",
-        f"std::memcpy(st + {state}, st, {state} * sizeof(T)); st += {state};", f"advance({CALL.format('n', 'st')});", "}",
+        f"advance({CALL.format('n', 'st')}); st += {state};", "}",
         f"for (long n = last - 1; n >= first; --n, st -= {state}) step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]

@@ -25,7 +25,8 @@ LETTERS = "i", "k", "l", "m", "o"
 
 def pointer(view: View) -> str:
     b = view.buffer.over or view.buffer
-    return f"{BASES.get(b.place, b.place)} + {b.offset + view.offset}"
+    base = "nx" if view.buffer.place == "next" else BASES.get(b.place, b.place)
+    return f"{base} + {b.offset + view.offset}"
 
 
 def number(x: float) -> str:

@@ -41,16 +41,28 @@ def into_pieces(statements: list[Statement], copies: Iterable[Nest], outputs: Se
         statements.remove(copy)
 
 
+def write_beside(outputs: Sequence[Output], k: int, old: Buffer) -> None:
+    """Let an output be written where the next mini-batch looks for an input: laid out like it, one state further."""
+    x = outputs[k]
+    if isinstance(x, View) and _takes_place(outputs, x, old):
+        x.buffer.over, x.buffer.place = old, "next"
+
+
+def _takes_place(outputs: Sequence[Output], x: View, old: Buffer) -> bool:
+    """Is an output a value of its own, laid out like an input?"""
+    if x.buffer.place != "scratch" or x.buffer.size != old.size or x.offset:
+        return False
+    if (x.along(x.shape), space_of(x.shape)) != (whole(old).along(old.shape), old.space):
+        return False
+    return sum(isinstance(y, View) and y.buffer is x.buffer for y in outputs) == 1
+
+
 def write_over(statements: Sequence[Statement], outputs: Sequence[Output], k: int, old: Buffer) -> None:
     """Let an output take the place of an input, if whatever reads the input has done so before it is written."""
     x = outputs[k]
-    if not isinstance(x, View) or x.buffer.place != "scratch" or x.buffer.size != old.size or x.offset:
-        return
-    if (x.along(x.shape), space_of(x.shape)) != (whole(old).along(old.shape), old.space):
+    if not isinstance(x, View) or not _takes_place(outputs, x, old):
         return
     if any(isinstance(y, View) and y.buffer is old for y in outputs):
-        return
-    if sum(isinstance(y, View) and y.buffer is x.buffer for y in outputs) > 1:
         return
     for n, s in enumerate(statements):
         for writer, out in _written(s, x.buffer):

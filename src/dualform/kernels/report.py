@@ -85,7 +85,8 @@ def _buffers(s: Schedule) -> list[str]:
     used = {v.buffer: None for one in s.statements for v in (*one.reads(), *one.writes())}
     lines = []
     for b in used:
-        place = f"over {b.over.name}" if b.over is not None else f"{b.place} + {b.offset * s.itemsize}"
+        where = "one state on from" if b.place == "next" else "over"
+        place = f"{where} {b.over.name}" if b.over is not None else f"{b.place} + {b.offset * s.itemsize}"
         alive = f"{max(b.first, 0)}-{min(b.last, len(s.statements))}" if b.place == "scratch" else "stays"
         lines.append(f"  {b.name}{list(b.shape)} {b.size * s.itemsize:,} {place}, {alive}")
     return lines

@@ -18,13 +18,18 @@ aten = torch.ops.aten
 
 
 def schedule(
-    gm: fx.GraphModule, align: int, keep: Callable[[int], str], over: Mapping[int, int] | None = None
+    gm: fx.GraphModule,
+    align: int,
+    keep: Callable[[int], str],
+    over: Mapping[int, int] | None = None,
+    beside: bool = False,
 ) -> Schedule:
     """Turn a graph into statements.
 
-    keep(i): where input i stays; "scratch" if it may be written over. over: outputs that had better be written over an input.
+    keep(i): where input i stays; "scratch" if it may be written over. over: outputs that had better be written over an input;
+    beside: or where the next mini-batch has it.
     """
-    return _Scheduler(gm, align, keep).run(over or {})
+    return _Scheduler(gm, align, keep).run(over or {}, beside)
 
 
 class _Scheduler:
@@ -46,7 +51,7 @@ class _Scheduler:
         self.added = _sums_of_products(self.nodes, set(self.results))
         self.inside = {p for p, *_ in self.added.values()}
 
-    def run(self, over: Mapping[int, int]) -> Schedule:
+    def run(self, over: Mapping[int, int], beside: bool) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
             n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
@@ -61,7 +66,10 @@ class _Scheduler:
         self._mark_kept(outputs)
         memory.into_pieces(self.statements, self.copies, outputs)
         for k, i in over.items() if len(over) <= len(outputs) else ():
-            memory.write_over(self.statements, outputs, k, self.inputs[i])
+            if beside:
+                memory.write_beside(outputs, k, self.inputs[i])
+            else:
+                memory.write_over(self.statements, outputs, k, self.inputs[i])
         size = memory.place(self.statements, self.inputs, outputs)
         return Schedule(self.inputs, outputs, self.statements, size, self.align)
 
