@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
@@ -301,8 +303,16 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
 def undisturbed(make: Callable[[], Any]) -> Any:
     """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
     nothing is real."""
+    _first_fake_tensors()
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()
+
+
+@cache
+def _first_fake_tensors() -> None:
+    """A torch for CUDA that finds no GPU crashes if its first fake tensors are another thread's (seen in 2.11)."""
+    with _disable_current_modes(), FakeTensorMode():
+        pass
 
 
 def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.GraphModule:

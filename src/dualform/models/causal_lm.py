@@ -94,7 +94,8 @@ class DualformPreTrainedModel(PreTrainedModel):
         found: list[tuple[Tensor, Tensor]] = []
 
         def read(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(cast("TestTimeTraining", mixer).inner_losses(*args, **kwargs))
+            inputs = {name: x for name, x in kwargs.items() if name != "overwrite"}  # nothing is written here
+            found.append(cast("TestTimeTraining", mixer).inner_losses(*args, **inputs))
 
         hooks = [mixer.register_forward_pre_hook(read, with_kwargs=True) for mixer in mixers]
         try:
