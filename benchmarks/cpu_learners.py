@@ -9,22 +9,19 @@ the schedule's, at that rate and the rate of memory. What limits a row: `cpu_whe
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
+from record import write
 from torch import Tensor, nn
 
 import dualform as df
 from dualform.cli.bench import compare
-from dualform.cli.output import show
 
 RESULT = Path(__file__).parent / "results" / "cpu_learners.json"
 H, d, b = 4, 64, 16
@@ -95,19 +92,8 @@ def main() -> None:
         row = {"learner": name} | compare(program, (q, k, v), options.rounds)
         rows.append(bounded(row, program, options.length / b * H, moved))
         print(rows[-1], flush=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg(), "date": date.today().isoformat(),
-    }  # fmt: skip
     settings = {"batch": 1, "length": options.length, "heads": H, "dim": d, "chunk": b, "rounds": options.rounds}
-    options.output.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1) + "\n")
-    with options.output.with_suffix(".md").open("w") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        file.write("| " + " | ".join(names) + " |\n|" + "---|" * len(names) + "\n")
-        for row in rows:
-            cells = (f"{x:.1f}" if isinstance(x, float) else str(x) for x in (row.get(name, "") for name in names))
-            file.write("| " + " | ".join(cells) + " |\n")
-    show(rows, f"forward + backward, ms, {settings}")
+    write(options.output, "forward + backward, ms", load, settings, rows)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
-import platform
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make eve
 
 import torch
 from cpu_learners import H, b, cases, d
+from record import write
 
 import dualform as df
-from dualform.cli.output import show
 from dualform.kernels import cpp, launch, report
 from dualform.kernels.statements import Product, Schedule
 
@@ -102,6 +99,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=5, help="statements of each learner to print")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    load = os.getloadavg()
     rate, rows, detail = cycles_per_second(), [], {}
     watch = Watch()
     q, k, v = (torch.randn(1, options.length, H, d, requires_grad=True) for _ in range(3))
@@ -131,18 +129,9 @@ def main() -> None:
         detail[name] = [
             f"{c} cycles, {f} flops: {text}" for c, _, text, f in sorted(spent, reverse=True)[: options.most]
         ]
-    machine = {
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "load": os.getloadavg(),
-        "cycles per second": rate, "date": date.today().isoformat(),
-    }  # fmt: skip
     settings = {"batch": 1, "length": options.length, "heads": H, "dim": d, "chunk": b, "threads": 1}
-    found = {"machine": machine, "settings": settings, "rows": rows, "most": detail}
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
-    with options.output.with_suffix(".md").open("w") as file:
-        file.write("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]) + "\n")
-        for row in rows:
-            file.write("| " + " | ".join(f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()) + " |\n")
-    show(rows, f"forward + backward, CPU time, {settings}")
+    title = "forward + backward, CPU time"
+    write(options.output, title, load, settings, rows, machine={"cycles per second": rate}, most=detail)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,17 @@ One layer (6 heads of 64, mini-batches of 16, one row), its projections included
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
+from record import write
 
 import dualform as df
-from dualform.cli.output import show
 
 RESULT = Path(__file__).parent / "results" / "decode.json"
 HEADS, WIDTH = 6, 64
@@ -67,17 +64,8 @@ def main() -> None:
         for name, learner in LEARNERS.items()
         for row in measure(learner, options.positions, options.tokens)
     ]
-    machine = {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg(), "date": date.today().isoformat(),
-    }  # fmt: skip
     settings = {"batch": 1, "heads": HEADS, "dim": WIDTH, "chunk": 16, "tokens": options.tokens}
-    options.output.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1) + "\n")
-    with options.output.with_suffix(".md").open("w") as file:
-        file.write("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]) + "\n")
-        for row in rows:
-            file.write("| " + " | ".join(f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()) + " |\n")
-    show(rows, f"microseconds per token and layer, median, {settings}")
+    write(options.output, "microseconds per token and layer, median", load, settings, rows)
 
 
 if __name__ == "__main__":

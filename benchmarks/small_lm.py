@@ -9,19 +9,16 @@ round, which compiles, is not counted. "cpp" and "eager" are the same weights on
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
+from record import write
 
-from dualform.cli.output import show
 from dualform.learning.layer import TestTimeTraining
 from dualform.models import DualformConfig, DualformForCausalLM
 
@@ -71,19 +68,9 @@ def main() -> None:
         }
         for (name, backend), t in seconds.items()
     ]  # fmt: skip
-    machine = {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg(), "date": date.today().isoformat(),
-    }  # fmt: skip
     settings = {**SIZES, "batch": options.batch, "length": options.length, "chunk": 16, "rounds": options.rounds}
     samples = [{"model": name, "backend": backend, "s": times} for (name, backend), times in found.items()]
-    report = {"machine": machine, "settings": settings, "rows": rows, "samples": samples}
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    with options.output.with_suffix(".md").open("w") as file:
-        file.write("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]) + "\n")
-        for row in rows:
-            file.write("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()) + " |\n")
-    show(rows, f"a training step, {settings}")
+    write(options.output, "a training step", load, settings, rows, digits=2, samples=samples)
 
 
 if __name__ == "__main__":

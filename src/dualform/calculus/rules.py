@@ -61,8 +61,9 @@ _modules = (
     rows_pointwise,
     rows_products,
     rows_reductions,
+    rows_views,
+    rows_windows,
 )
-_modules += (rows_views, rows_windows)
 _warned: set[str] = set()
 # What stand-ins without values raise where a derivative depends on values.
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)

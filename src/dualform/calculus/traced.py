@@ -153,7 +153,7 @@ class Traced:
                 return None
             try:
                 self.made[key] = make()
-            except Exception as error:
+            except RuntimeError as error:
                 if not reads_values(error):
                     raise
                 self.made[key] = None  # it cannot be written down for all values: it is interpreted each time

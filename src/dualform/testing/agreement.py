@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,8 @@ def agree(name: str, got: Tensor, expected: Tensor) -> None:
     error = float((got - expected).abs().max()) / scale if got.numel() else 0.0
     if not error <= tolerances[got.dtype]:
         raise LawBroken(f"{name}: error {error:.3g} of scale {scale:.3g}; expected <= {tolerances[got.dtype]:.3g}.")
+
+
+def edges_of(cuts: Iterable[int], time: int) -> list[int]:
+    """Where parts of a sequence begin and end: 0, the cuts inside it in order, its length."""
+    return sorted({0, time, *(c for c in cuts if 0 < c < time)})

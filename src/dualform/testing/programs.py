@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dualform.learning.layer import LayerState, TestTimeTraining
 from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.state import State
-from dualform.testing.agreement import agree
+from dualform.testing.agreement import agree, edges_of
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def check_split(program: ChunkProgram, cuts: Sequence[int], forms: Sequence[str]
     """Law: a sequence cut anywhere, the state carried, is the sequence in one call; forms may change between calls."""
     problem = draw(program, **drawn)
     T = problem.tensors["q"].shape[1]
-    edges = sorted({0, T, *(c for c in cuts if 0 < c < T)})
+    edges = edges_of(cuts, T)
 
     def pieces() -> tuple[Tensor, State]:
         outputs, state = [], problem.state()
@@ -224,7 +224,7 @@ def check_layer(
     mask = torch.rand(batch, time, generator=g) > 0.3 if ragged else None
     reset = torch.rand(batch, time, generator=g) > 0.8 if resets else None
     tensors = {"x": x, **dict(layer.named_parameters())}
-    edges = sorted({0, time, *(c for c in cuts if 0 < c < time)})
+    edges = edges_of(cuts, time)
 
     def run(edges: Sequence[int]) -> tuple[Tensor, LayerState]:
         outputs: list[Tensor] = []

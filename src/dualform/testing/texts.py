@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.testing.agreement import agree
+from dualform.testing.agreement import agree, edges_of
 
 
 def _text(model: Any, seed: int, batch: int, time: int, ragged: bool, resets: bool) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def _text(model: Any, seed: int, batch: int, time: int, ragged: bool, resets: bo
 def _logits(model: Any, text: dict[str, Tensor], cuts: Iterable[int] = ()) -> Tensor:
     """Read a text in parts, the cache carried."""
     T = text["input_ids"].shape[1]
-    edges = sorted({0, T, *(c for c in cuts if 0 < c < T)})
+    edges = edges_of(cuts, T)
     cache, found = None, []
     for start, stop in zip(edges, edges[1:], strict=False):
         part = {name: x[:, start:stop] for name, x in text.items()}
@@ -146,7 +146,7 @@ def check_model_rollback(
 ) -> None:
     """Law: columns that are read and taken back (`cache.crop`) were never read. taken: how many after each part of the text."""
     text, cuts = _text(model, seed, batch, time, ragged, resets), list(cuts)
-    edges = sorted({0, time, *(c for c in cuts if 0 < c < time)})
+    edges = edges_of(cuts, time)
     cache, found = None, []
     for n, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
         back = min(taken[n % len(taken)], time - stop) if cache is not None else 0
