@@ -153,7 +153,11 @@ def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
 
 ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
 CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
-HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;'
+HEAD = "static void rows(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;"
+RUN = """
+extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long memory, long threads) {
+  parallel(threads, [=](long k) { rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, s + k * memory); });
+}"""
 
 
 def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
@@ -192,7 +196,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *kept, "}",
         f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
-    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main)])
+    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main), RUN])
     return Unit(text, {"forward:": s}, tuple(w.arguments), s.scratch + fixed + state, state)
 
 
@@ -264,7 +268,7 @@ def backward_unit(
         f"for (long n = last - 1; n >= first; --n, st -= {state}) step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
-    text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main)])
+    text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main), RUN])
     advance.carried = tuple(range(len(advance.outputs)))
     back.carried = tuple(turning)
     parts = {"a state again:": advance, "in reverse:": back}

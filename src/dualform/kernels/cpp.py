@@ -91,8 +91,8 @@ def _one_product(p: Product) -> list[str]:
     lines.append(
         f"mm<{N}, {M}, {K}, {bn}, {bk}, {lda}, false>(turned, {ldm}, {B}, {packed}, {number(p.alpha)}, T(0), nullptr, 0);"
     )
-    added = f"turn_add<{N}, {M}>({C}, {cm}, turned, {ldm}, {number(p.beta)}, {Dp}, {dm});"
-    return [*lines, (added if D else f"turn<{N}, {M}>({C}, {cm}, turned, {ldm});") + " }"]
+    added = f", {number(p.beta)}, {Dp}, {dm}" if D else ""
+    return [*lines, f"turn<{N}, {M}>({C}, {cm}, turned, {ldm}{added}); }}"]
 
 
 def _pack(rows: int, columns: int, ld: int, p: str, row_step: int, column_step: int) -> list[str]:
