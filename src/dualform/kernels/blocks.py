@@ -97,8 +97,8 @@ class _Writer:
             self.arguments.append((role, what))
         return self.arguments.index((role, what))
 
-    def load(self, buffer: Buffer, role: str, what: Any, where: str) -> str:
-        return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where)
+    def load(self, buffer: Buffer, role: str, what: Any, where: str, ahead: str = "0") -> str:
+        return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where, ahead)
 
     def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
         return cpp.store_text(view, shape, self.number(role, what), self.dtype, where)
@@ -143,10 +143,11 @@ def _in_place(states: Sequence[Buffer], w: _Writer) -> list[str]:
     return lines
 
 
-def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
+def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input], turn: str) -> list[str]:
+    """Load what a mini-batch reads; the one whose turn is next ("" the later, "-" the earlier) is fetched meanwhile."""
     used = _used(s)
     return [
-        w.load(b, "input", x, WHERE)
+        w.load(b, "input", x, WHERE, turn + "g[{0}].sn")
         for b, x in zip(s.inputs, inputs, strict=True) if b.place == "scratch" and b in used
     ]  # fmt: skip
 
@@ -172,7 +173,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
     there = _in_place(states, w) if same else []
     state, fixed = _settle([s], "state"), _settle([s], "fixed")
     _own_state(after, states)
-    body = [*there, *_load_blocks(w, s, inputs), *cpp.statements(s)]
+    body = [*there, *_load_blocks(w, s, inputs, ""), *cpp.statements(s)]
     body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     for k, x in enumerate(after):
         if same:
@@ -219,7 +220,7 @@ def backward_unit(
     cotangents = _settle([back], "cotangent")
     w = _Writer(dtype)
     states = [b for b in back.inputs if b.place == "state"]
-    forth = [f"T* nx = st + {state};", *_load_blocks(w, advance, inputs), *cpp.statements(advance)]
+    forth = [f"T* nx = st + {state};", *_load_blocks(w, advance, inputs, ""), *cpp.statements(advance)]
     held = [b for b in advance.inputs if b.place == "state"]
     _own_state(advance.outputs, held)
     same = len(advance.outputs) == len(states)
@@ -227,7 +228,7 @@ def backward_unit(
         for b, x in zip(held, advance.outputs, strict=True):
             if not (isinstance(x, View) and x.buffer.place == "next"):
                 forth += cpp.copy_text(whole(Buffer(b.name, b.shape, align, "next", over=b)), x)
-    body = [*_load_blocks(w, back, both), *cpp.statements(back)]
+    body = [*_load_blocks(w, back, both, "-"), *cpp.statements(back)]
     carried = [b for b in back.inputs if b.place == "cotangent"]
     sums, size, results, ends, turned = [], 0, [], [], []
     shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]

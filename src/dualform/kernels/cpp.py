@@ -233,12 +233,12 @@ def _outside(arg: int, kind: str, names: Sequence[str], where: str) -> str:
     return f"at<{kind}>(g[{arg}], {where})[{inner}]"
 
 
-def load_text(view: View, arg: int, dtype: torch.dtype, where: str) -> str:
+def load_text(view: View, arg: int, dtype: torch.dtype, where: str, ahead: str = "0") -> str:
     *lead, n, step, inside = _rows(view.shape, view.strides)
     loops, names = _loops(lead)
     source = _outside(arg, TYPES[dtype], names, where)
     last = f"g[{arg}].s{len(lead)}" if view.shape else "1"
-    return f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{source}, {last});"
+    return f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{source}, {last}, {ahead.format(arg)});"
 
 
 def store_text(view: View | float, shape: Sequence[int], arg: int, dtype: torch.dtype, where: str) -> str:

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <utility>
+#if !defined(_OPENMP)
+#include <thread>
 #include <vector>
+#endif
 
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -40,9 +42,11 @@ INLINE T get(const int64_t* p) { return T(*p); }
 INLINE void put(float* p, T x) { *p = float(x); }
 INLINE void put(double* p, T x) { *p = double(x); }
 
-// A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back.
+// A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back. The row `ahead` entries on is needed soon.
 template <int n, int step, class U>
-INLINE void take(T* out, const U* in, long last) {
+INLINE void take(T* out, const U* in, long last, long ahead) {
+  if (last == 1 && ahead)
+    for (int j = 0; j < n; j += 64 / sizeof(U)) __builtin_prefetch((const char*)(in + j) + ahead * long(sizeof(U)));
   if (last == 1)
     FREE for (int j = 0; j < n; ++j) out[j * step] = get(in + j);
   else
