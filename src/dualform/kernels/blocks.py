@@ -1,7 +1,8 @@
 """Both directions of a step as C++ functions over rows: what is read, carried, kept and given back per mini-batch.
 
     forward    for each row: state <- start; per mini-batch: keep the state where asked, then the step
-    backward   for each row, group by group from the last: states of the group again from its first, then the vjp in reverse
+    backward   for each row, group by group from the last: states of the group again from its first, and what else the vjp
+               begins with (`sharing`), then the vjp in reverse
 
 Legend: n mini-batches of one call, G per kept state, P = B H rows.
 """
@@ -20,6 +21,7 @@ from dualform.kernels import cpp
 from dualform.kernels.lowering import lowered
 from dualform.kernels.report import Bound, bound, describe
 from dualform.kernels.schedule import schedule
+from dualform.kernels.sharing import shared
 from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
@@ -39,7 +41,7 @@ class Unit:
     parts: dict[str, Schedule]
     arguments: tuple[Argument, ...]
     memory: int  # per thread, without the states of a group
-    state: int  # entries of one state
+    state: int  # entries of one state, and of what is kept with it
 
     @property
     def flops(self) -> int:
@@ -74,6 +76,8 @@ def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
             return "state"
         if x.part == "cotangent":
             return "scratch" if x.name == "0" else "cotangent"
+        if x.part == "kept":
+            return "kept"
         return "scratch" if x.over == "block" else "fixed"
 
     return place
@@ -207,28 +211,36 @@ def backward_unit(
 ) -> Unit:  # fmt: skip
     """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
     align = LINE // dtype.itemsize
-    both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
-    advance = schedule(
-        lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0), beside=True
-    )
+    again, turned_back, kept = shared(lowered(only_outputs(plain, slice(1, None))), lowered(reverse), len(inputs))
+    both = [
+        *inputs, *(Input("cotangent", str(k), "block") for k in range(outputs)), *(Input("kept", str(k), "block") for k in range(kept))
+    ]  # fmt: skip
+    advance = schedule(again, align, _keep(inputs), _over(inputs, 0), beside=True, kept=kept)
     wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
     carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
     over = dict(zip(turning, carrying, strict=True)) if len(turning) == len(carrying) else {}
-    back = schedule(lowered(reverse), align, _keep(both), over)
+    back = schedule(turned_back, align, _keep(both), over)
     state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
-    cotangents = _settle([back], "cotangent")
+    cotangents, slot = _settle([back], "cotangent"), state + _settle([back], "kept")
     w = _Writer(dtype)
     states = [b for b in back.inputs if b.place == "state"]
-    forth = [f"T* nx = st + {state};", *_load_blocks(w, advance, inputs, ""), *cpp.statements(advance)]
+    after, keeps = advance.outputs[: len(advance.outputs) - kept], advance.outputs[len(advance.outputs) - kept :]
+    places = [b for b in back.inputs if b.place == "kept"]
+    for b, x in zip(places, keeps, strict=True):
+        if isinstance(x, View) and x.buffer.place == "kept":
+            x.buffer.offset = b.offset
+    forth = [f"T *kp = st + {state}, *nx = st + {slot};", *_load_blocks(w, advance, inputs, ""), *cpp.statements(advance)]
+    for b, x in zip(places, keeps, strict=True):
+        forth += cpp.copy_text(whole(b), x)
     held = [b for b in advance.inputs if b.place == "state"]
-    _own_state(advance.outputs, held)
-    same = len(advance.outputs) == len(states)
+    _own_state(after, held)
+    same = len(after) == len(states)
     if same:
-        for b, x in zip(held, advance.outputs, strict=True):
+        for b, x in zip(held, after, strict=True):
             if not (isinstance(x, View) and x.buffer.place == "next"):
                 forth += cpp.copy_text(whole(Buffer(b.name, b.shape, align, "next", over=b)), x)
-    body = [*_load_blocks(w, back, both, "-"), *cpp.statements(back)]
+    body = [f"T* kp = st + {state};", *_load_blocks(w, back, both, "-"), *cpp.statements(back)]
     carried = [b for b in back.inputs if b.place == "cotangent"]
     sums, size, results, ends, turned = [], 0, [], [], []
     shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]
@@ -264,16 +276,15 @@ def backward_unit(
         "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
         "for (long group = (count - 1) / G; group >= 0; --group) {",
         "long first = group * G, last = first + G < count ? first + G : count;", "T* st = ring;", *starts,
-        "for (long n = first; n + 1 < last; ++n) {",
-        f"advance({CALL.format('n', 'st')}); st += {state};", "}",
-        f"for (long n = last - 1; n >= first; --n, st -= {state}) step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
+        f"for (long n = first; n < last; ++n, st += {slot}) advance({CALL.format('n', 'st')});",
+        f"for (long n = last - 1; n >= first; --n) step({CALL.format('n', f'(st -= {slot})')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
     text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main), RUN])
-    advance.carried = tuple(range(len(advance.outputs)))
+    advance.carried = tuple(range(len(after)))
     back.carried = tuple(turning)
     parts = {"a state again:": advance, "in reverse:": back}
-    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, state)
+    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, slot)
 
 
 def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
