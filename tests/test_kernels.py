@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, launch, lowering, ops, report, sharing
+from dualform.kernels import backend, blocks, launch, lowering, ops, pipeline, report, sharing
 from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
 from dualform.testing import LawBroken, check_backend
@@ -67,11 +67,11 @@ def both_ways(dtype):
 
     gm = make_fx(f, tracing_mode="fake")(x, y)
     unit = blocks.forward_unit(gm, [Input("q", n, "block") for n in "xy"], dtype, "entries")
-    native = launch.Native(launch.compiled(unit.text), unit.memory, unit.state, unit.flops, dtype)
+    native = launch.Native(launch.compiled(unit.text), unit.flops, dtype)
     o = torch.full((1, 1, 1, len(entries), 3, 5), torch.nan, dtype=dtype)
     given = {"x": x, "y": y}
     tensors = [o if role == "o" else given[what.name][None, None, None] for role, what in unit.arguments]
-    native([launch.placed(t) for t in tensors], 1, 1, 1, 0, 0, 0)
+    native([launch.placed(t) for t in tensors], 1, 1, 1, 0, 0)
     return gm, o[0, 0, 0], f(x, y)[0]
 
 
@@ -211,6 +211,39 @@ def test_threads_change_no_bit(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+@pytest.fixture
+def sliced(monkeypatch):
+    """As on a machine with more processors than rows."""
+    monkeypatch.setattr(backend, "processors", lambda: 10**6)
+    monkeypatch.setattr(backend, "SLICED", 2)
+    monkeypatch.setattr(pipeline, "WINDOW", 2)
+    monkeypatch.setattr(launch, "FLOPS_PER_THREAD", 1)
+
+
+@pytest.mark.parametrize("n", range(max(len(learned), len(rules))))
+def test_slices_beside_each_other(n, sliced):
+    """Every learner and every rule, through windows and groups that are not all full."""
+    learner, aim, rule = learned[n % len(learned)], aims[n % len(aims)], names[n % len(names)]
+    program = of(learner, aim, rule, 2)
+    laws.check_backend(program, "cpp", batch=1, time=15, carried=n % 2 == 0, seed=n)
+    assert any(made.native.slices for plan in program.plans.values() for made in plan.natives.values())
+
+
+def test_slices_with_resets_and_padding(sliced):
+    laws.check_backend(mlp(), "cpp", time=20, carried=True, ragged=True, resets=True)
+
+
+def test_threads_change_no_bit_of_slices(sliced):
+    problem, before, found = laws.draw(mlp(), time=40, batch=1), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(laws.outcome(problem, partial(problem.run, "auto", backend="cpp")))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, other[name]) for name, x in found[0].items() for other in found[1:])
 
 
 def test_any_memory_layout():
@@ -573,7 +606,7 @@ def test_a_schedule_is_read():
 
 def test_slices():
     """Of a linear learner's step the products of keys with queries do not wait for the state; what is put out leads nowhere."""
-    schedule = of(built_in[0], squared, "sgd", 4).schedule("cpp")["forward"].parts["forward:"]
+    schedule = of(built_in[0], squared, "sgd", 4).schedule("cpp")["forward"].parts["step:"]
     found = report.slices(schedule)
     assert {*found} == {*report.SLICES}
     sources = {b for b in schedule.inputs if b.place not in ("scratch", "fixed")}

@@ -250,7 +250,6 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
     yield place, x
 
 
-
 def _each(name: str) -> float:
     """Say how many multiplications and additions of one lane a map takes about as long as."""
     text = TEXT[name]
