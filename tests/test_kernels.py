@@ -550,7 +550,7 @@ def test_a_schedule_counts_its_work(n):
         lowering.lowered(only_outputs(step.plain, slice(1, None))), lowering.lowered(step.reverse), len(step.wants)
     )
     assert abs(parts["backward"].flops / (counted(again) + counted(reverse)) - 1) < 0.05
-    assert counted(reverse) < counted(step.reverse)  # what the states' computation had is kept
+    assert counted(reverse) <= counted(step.reverse)  # what the states' computation had is kept
 
 
 def test_a_schedule_counts_its_bytes(monkeypatch):

@@ -122,7 +122,7 @@ class _Sequence(Whole):
             if plan.natives
             else f"from {self._enough(plan):,} tokens x heads on, or {TOKENS_WORTH_COMPILING:,} single tokens, which repay compiling"
         )
-        return f"on the CPU, {made}"
+        return f"on the CPU, {made}, mini-batches beside each other up to {processors() // 2} rows of batch x heads"
 
     @staticmethod
     def _enough(plan: scan.Plan) -> int:

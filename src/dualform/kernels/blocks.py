@@ -212,15 +212,16 @@ extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g
 def _row_by_row(
     name: str, layout: Layout, pieces: Sequence[Piece], functions: Sequence[str], row: RowText, main: Sequence[str], slots: str
 ) -> Unit:  # fmt: skip
-    """Put a unit together that runs each row from end to end."""
+    """Put a unit together that runs each row from end to end. slots: how many of them, or "" where one serves all mini-batches."""
     scratch = max(p.schedule.scratch for p in pieces)
     fixed, turned, sums = (layout.sizes.get(x, 0) for x in ("fixed", "cotangent", "sums"))
-    memory, slot = scratch + fixed + turned + sums, layout.slot
+    slot = layout.slot if slots else 0
+    memory = scratch + fixed + turned + sums + layout.slot - slot
     lines = [
         HEAD, "Flush flush;", f"T *f = s + {scratch}, *ct = f + {fixed}, *acc = ct + {turned}, *ring = acc + {sums}, *st = ring;",
         "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *row.begin, *main, *row.end, "}", "}",
     ]  # fmt: skip
-    run = RUN.format(memory=memory, slot=slot, slots=slots)
+    run = RUN.format(memory=memory, slot=slot, slots=slots or 0)
     text = cpp.source(layout.dtype, [f"// {name}", *functions, cpp.indented(lines), run])
     return Unit(text, {f"{p.name}:": p.schedule for p in pieces}, tuple(layout.arguments), memory, slot)
 
@@ -234,7 +235,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
         "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *row.keep, "}",
         f"step({CALL.format(n='n', s='s', st='st', kp='st')});", "}",
     ]  # fmt: skip
-    return _row_by_row(f"{name}, forward", d.layout, [step], functions, row, main, "1")
+    return _row_by_row(f"{name}, forward", d.layout, [step], functions, row, main, "")
 
 
 def backward_unit(
