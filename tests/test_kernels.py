@@ -401,7 +401,7 @@ def test_another_device_is_refused():
     assert not df.backends.build("cpp").build().whole.suits(program.plan(4, DOUBLE, "auto"), run.call)
 
 
-SOURCE = 'extern "C" void run(long, long, long, long, long, long, const void*, void*) {{}}  // {}'
+SOURCE = 'extern "C" long need(...) {{ return 0; }} extern "C" void run(...) {{}}  // {}'
 
 
 @pytest.fixture
@@ -518,8 +518,9 @@ def test_many_processes_at_once(folder):
 
 def test_explain_says_which_backend_and_why(monkeypatch):
     program = df.derive(built_in[0](8).double(), chunk=5)
+    few = f"mini-batches beside each other up to {backend.processors() // 2} rows of batch x heads"
     assert (
-        "backend  cpp on the CPU, from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling; else eager"
+        f"backend  cpp on the CPU, from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling, {few}; else eager"
         in str(program.explain())
     )
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
