@@ -218,7 +218,7 @@ def sliced(monkeypatch):
     """As on a machine with more processors than rows."""
     monkeypatch.setattr(backend, "processors", lambda: 10**6)
     monkeypatch.setattr(backend, "SLICED", 2)
-    monkeypatch.setattr(pipeline, "WINDOW", 2)
+    monkeypatch.setattr(pipeline, "WINDOW", (2, 2))
     monkeypatch.setattr(launch, "FLOPS_PER_THREAD", 1)
 
 

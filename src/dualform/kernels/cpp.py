@@ -18,7 +18,7 @@ import torch
 from dualform.kernels.ops import TEXT
 from dualform.kernels.statements import Buffer, Item, Nest, Operand, Product, Read, Schedule, View, space_of
 
-BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "cotangent": "ct", "sums": "acc"}
+BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "unsigned char", torch.int64: "int64_t"}
 LETTERS = "i", "k", "l", "m", "o"
 
