@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_threads.py [--threads 1 2 4 8] [--heads 1 2 4] [--lengths 2048 8192] [--rounds 7] [--output FILE]
 
-Forward and backward, batch 1. Row by row no more threads run than there are rows.
+Forward and backward, batch 1. Row by row no more threads run than there are rows; in slices four of a row at most. By default
+slices are taken from two threads of a row on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    most = backend.processors()
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--threads", nargs="+", type=int, default=[n for n in (1, 2, 4, 8, 16) if n <= most])
     parser.add_argument("--heads", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192])
@@ -58,8 +59,8 @@ def main() -> None:
                     torch.set_num_threads(threads)
                     found: dict[str, list[float]] = {"row by row": [], "slices": []}
                     for _ in range(options.rounds + 1):
-                        for way, processors in (("row by row", 0), ("slices", 10**6)):
-                            backend.processors = lambda n=processors: n
+                        for way in found:
+                            backend.cut = lambda rows, count, way=way: way == "slices" and count > 1
                             found[way].append(seconds(run))
                     ms = {f"{way} ms": 1e3 * statistics.median(x[1:]) for way, x in found.items()}
                     ratio = statistics.median(x / y for x, y in list(zip(*found.values(), strict=True))[1:])

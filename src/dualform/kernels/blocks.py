@@ -4,7 +4,7 @@
     backward   for each row, group by group from the last: states of the group again from its first, and what else the vjp
                begins with (`sharing`), then the vjp in reverse
 
-Rows run beside each other; where there are fewer rows than processors, `pipeline` runs mini-batches beside each other, too.
+Rows run beside each other; where there are fewer rows than threads, `pipeline` runs mini-batches beside each other, too.
 Legend: n mini-batches of one call, G per kept state, P = B H rows.
 """
 

@@ -1,4 +1,4 @@
-"""Rows cut in slices: where there are fewer rows than processors, mini-batches of a row run beside each other.
+"""Rows cut in slices: where there are fewer rows than threads, mini-batches of a row run beside each other.
 
 `learning.fission` splits a direction where the state passes: `before` does not wait for it, `loop` carries it on, nothing waits
 for `after`. Windows of mini-batches go through these as through a pipeline: while the loop is at one window, other threads are

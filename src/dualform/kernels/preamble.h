@@ -84,19 +84,29 @@ struct Flush {
 #endif
 };
 
+// a b + c, rounded once where the machine can. Left alone, a compiler would choose by what stands next to it, and how work is cut
+// into functions would show in the last bit; so it is left alone in matrix products only.
+#if defined(__FMA__) || defined(__aarch64__)
+INLINE float mad(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double mad(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+INLINE float mad(float a, float b, float c) { return a * b + c; }
+INLINE double mad(double a, double b, double c) { return a * b + c; }
+#endif
+
 // exp x = 2^n exp r, |r| <= ln 2 / 2, by a polynomial; branch-free, so that loops of it become vector code.
 INLINE float exp_(float x) {
   float z = x < -87.33654f ? -87.33654f : x > 88.72283f ? 88.72283f : x;
-  float n = std::floor(z * 1.44269504f + 0.5f);
+  float n = std::floor(mad(z, 1.44269504f, 0.5f));
   n = n > 127.0f ? 127.0f : n;
-  float r = z - n * 0.693359375f + n * 2.12194440e-4f, p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  float r = mad(n, 2.12194440e-4f, mad(n, -0.693359375f, z)), p = 1.0f / 5040;
+  p = mad(p, r, 1.0f / 720);
+  p = mad(p, r, 1.0f / 120);
+  p = mad(p, r, 1.0f / 24);
+  p = mad(p, r, 1.0f / 6);
+  p = mad(p, r, 0.5f);
+  p = mad(p, r, 1.0f);
+  p = mad(p, r, 1.0f);
   int32_t bits = (int32_t(n) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, 4);
@@ -107,22 +117,22 @@ INLINE float exp_(float x) {
 }
 INLINE double exp_(double x) {
   double z = x < -708.39 ? -708.39 : x > 709.78 ? 709.78 : x;
-  double n = std::floor(z * 1.4426950408889634 + 0.5);
+  double n = std::floor(mad(z, 1.4426950408889634, 0.5));
   n = n > 1023.0 ? 1023.0 : n;
-  double r = z - n * 0.693145751953125 - n * 1.42860682030941723212e-6, p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
+  double r = mad(n, -1.42860682030941723212e-6, mad(n, -0.693145751953125, z)), p = 1.0 / 6227020800.0;
+  p = mad(p, r, 1.0 / 479001600.0);
+  p = mad(p, r, 1.0 / 39916800.0);
+  p = mad(p, r, 1.0 / 3628800.0);
+  p = mad(p, r, 1.0 / 362880.0);
+  p = mad(p, r, 1.0 / 40320.0);
+  p = mad(p, r, 1.0 / 5040.0);
+  p = mad(p, r, 1.0 / 720.0);
+  p = mad(p, r, 1.0 / 120.0);
+  p = mad(p, r, 1.0 / 24.0);
+  p = mad(p, r, 1.0 / 6.0);
+  p = mad(p, r, 0.5);
+  p = mad(p, r, 1.0);
+  p = mad(p, r, 1.0);
   int64_t bits = (int64_t(n) + 1023) << 52;
   double scale;
   std::memcpy(&scale, &bits, 8);
@@ -277,6 +287,12 @@ INLINE void turn(T* out, int ldo, const T* in, int ldi, T beta = 0, const T* D =
     for (int r = c < columns ? rows : 0; r < R; ++r) out[c * ldo + r] = in[r * ldi + c] + (D ? beta * D[c * ldd + r] : T(0));
 }
 
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
 // A tile of C = beta D + alpha A B: MR rows, NV vectors. A is read entry by entry at any stride, B in vectors.
 template <int MR, int NV, int K, int SAM, int SAK, int LDB>
 INLINE void tile(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T* D, int ldd) {
@@ -338,3 +354,8 @@ static __attribute__((noinline)) void mv(T* C, int sc, const T* A, const T* B, T
     C[m * sc] = alpha * sum + (D ? beta * D[m * sd] : T(0));
   }
 }
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC pop_options
+#endif
