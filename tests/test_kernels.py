@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, launch, lowering, ops, report
+from dualform.kernels import backend, blocks, cpp, launch, lowering, ops, report
 from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
 from dualform.testing import LawBroken, check_backend
@@ -295,15 +296,82 @@ def test_two_calls_are_one():
         laws.agree(name, x, after.tensors()[name])
 
 
-def test_half_precision_in_and_out_autocast_no_grad_and_empty():
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+@pytest.mark.parametrize(
+    ("dtype", "drawn"),
+    [
+        (torch.bfloat16, {"time": 7}), (torch.bfloat16, {"time": 7, "ragged": True, "resets": True, "carried": True}),
+        (torch.float16, {"time": 3}), (torch.float32, {"time": 3}),
+    ],
+)  # fmt: skip
+def test_fewer_digits_in_and_out_are_those_of_a_copy(dtype, drawn, backend, monkeypatch):
+    """To the bit: numbers are widened while they are read, and rounded while they are written. One in another type, too."""
+    wide = torch.promote_types(torch.float32, dtype) if dtype != torch.float32 else DOUBLE
+    program = df.derive(built_in[1](4).to(wide), squared, rules["averaged"], chunk=3)
+    problem = laws.draw(program, dtype=wide, **drawn)
+    tokens = {name: x for name, x in problem.tensors.items() if name in ("q", "k", "v", "gate.lr")}
+    for layout in (lambda x: x, lambda x: x.mT.contiguous().mT):
+        few = {
+            name: layout(x.detach()).to(dtype if name != "v" else wide).requires_grad_() for name, x in tokens.items()
+        }
+        narrow = replace(problem, tensors=problem.tensors | few)
+        copy = replace(problem, tensors=problem.tensors | {name: x.to(wide) for name, x in few.items()})
+
+        def through_a_copy(copy=copy):
+            o, state = copy.run("auto", backend=backend)
+            return o.to(dtype), state
+
+        expected = laws.outcome(narrow, through_a_copy)
+        with monkeypatch.context() as within:
+            within.setattr(launch, "FLOPS_PER_THREAD", 1)
+            got = laws.outcome(narrow, lambda narrow=narrow: narrow.run("auto", backend=backend))
+        assert got["o"].dtype == got["d k"].dtype == dtype
+        assert {x.dtype for name, x in got.items() if name.startswith("state")} == {wide, torch.long}
+        assert [n for n, x in expected.items() if x.dtype != got[n].dtype or not torch.equal(x, got[n])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding(dtype):
+    """Both ways, of all numbers of two bytes and of many others, as torch does."""
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    low = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x, y = (high + low).view(torch.float32).flatten(), torch.arange(-(2**15), 2**15).short().view(dtype)
+    body = "Flush flush; for (long i = 0; i < n; ++i) {};"
+    head = 'extern "C" void run(long n, long, long, long, long, long, const void* in, void* out) {{\n{}\n}}'
+    kind = cpp.TYPES[dtype]
+    for put, numbers in (("put(({0}*)out + i, ((float*)in)[i])", x), ("((float*)out)[i] = get((const {0}*)in + i)", y)):
+        text = cpp.source(torch.float32, [head.format(body.format(put.format(kind)))])
+        got = torch.empty(len(numbers), dtype=dtype if numbers is x else torch.float32)
+        launch.compiled(text)(len(numbers), 0, 0, 0, 0, 0, numbers.data_ptr(), got.data_ptr())
+        torch.testing.assert_close(got, numbers.to(got.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_tokens_are_not_copied(monkeypatch):
+    """What the compiled code is given is the caller's own memory, and it writes to the result's."""
+    program, seen = df.derive(built_in[1](4).float(), squared, rules["averaged"], chunk=3), []
+    placed = backend.placed
+    monkeypatch.setattr(backend, "placed", lambda x: (seen.append(x.data_ptr()), placed(x))[1])
+    q, k, v = torch.randn(3, 2, 6, 2, 4).bfloat16().unbind()
+    with torch.no_grad():
+        o, _ = program(q, k, v, backend="cpp")
+    assert {x.data_ptr() for x in (q, k, v, o)} <= {*seen}
+
+
+def test_single_tokens_autocast_and_empty():
     program = df.derive(built_in[1](4), squared, rules["averaged"], chunk=3)
     q, k, v = torch.randn(3, 2, 6, 2, 4).bfloat16().unbind()
-    o, state = program(q, k, v, backend="cpp")
-    assert o.dtype == torch.bfloat16
-    assert all(x.dtype == torch.float32 for x in state.anchor.values())
-    laws.agree("bf16", o, program(q, k, v, backend="eager")[0])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        laws.agree("autocast", program(q, k, v, backend="cpp")[0], o)
+    with torch.no_grad():
+        o, state = program(q, k, v, backend="cpp")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(program(q, k, v, backend="cpp")[0], o)
+        steps, last = [], program.initial_state(2, 2)
+        for t in range(6):
+            y, last = program(*(x[:, t : t + 1] for x in (q, k, v)), state=last, backend="cpp")
+            steps.append(y)
+    laws.agree("o", torch.cat(steps, 1), o)
+    for name, x in state.tensors().items():
+        laws.agree(name, last.tensors()[name], x)
+    assert program.losses(k, v)[0].dtype == torch.float32
     assert program(q[:0], k[:0], v[:0], backend="cpp")[0].shape == (0, 6, 2, 4)
     assert program(q[:, :0], k[:, :0], v[:, :0], backend="cpp")[0].shape == (2, 0, 2, 4)
 

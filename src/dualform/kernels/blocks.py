@@ -29,6 +29,8 @@ WHERE, START = "n, b, h", "0, b, h"
 
 
 Argument = tuple[str, Any]
+# What the caller's tensors are made of, where that is not what is computed in: ((part, name) of an `Input`, type), ...
+Kinds = tuple[tuple[tuple[str, str], torch.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class _Writer:
     """Collects arguments, and the text that moves them."""
 
     dtype: torch.dtype
+    kinds: dict[tuple[str, str], torch.dtype]
     arguments: list[tuple[str, Any]] = field(default_factory=list)
 
     def number(self, role: str, what: Any) -> int:
@@ -101,7 +104,15 @@ class _Writer:
         return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where)
 
     def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
-        return cpp.store_text(view, shape, self.number(role, what), self.dtype, where)
+        token = (what.part, what.name) if role == "gradient" and what.over == "block" else (role, "")
+        return cpp.store_text(view, shape, self.number(role, what), self.kinds.get(token, self.dtype), where)
+
+
+def _typed(s: Schedule, inputs: Sequence[Input], kinds: Kinds) -> Schedule:
+    """Note what the caller's tensors are made of."""
+    for b, x in zip(s.inputs, inputs, strict=True):
+        b.dtype = dict(kinds).get((x.part, x.name), b.dtype)
+    return s
 
 
 def _used(s: Schedule) -> list[Buffer]:
@@ -156,13 +167,15 @@ CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
 HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;'
 
 
-def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
+def forward_unit(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str, kinds: Kinds = ()
+) -> Unit:
     """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
     align = LINE // dtype.itemsize
-    s = schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1))
-    s.carried = tuple(range(1, len(s.outputs)))
+    s = _typed(schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1)), inputs, kinds)
+    s.carried, s.types = tuple(range(1, len(s.outputs))), {0: dict(kinds).get(("o", ""), dtype)}
     states = [b for b in s.inputs if b.place == "state"]
-    w = _Writer(dtype)
+    w = _Writer(dtype, dict(kinds))
     o, *after = s.outputs
     same = len(after) == len(states)
     there = _in_place(states, w) if same else []
@@ -198,7 +211,7 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
 
 def backward_unit(
     plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
-    dtype: torch.dtype, name: str,
+    dtype: torch.dtype, name: str, kinds: Kinds = (),
 ) -> Unit:  # fmt: skip
     """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
     align = LINE // dtype.itemsize
@@ -206,14 +219,16 @@ def backward_unit(
     advance = schedule(
         lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0), beside=True
     )
+    _typed(advance, inputs, kinds)
     wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
     carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
     over = dict(zip(turning, carrying, strict=True)) if len(turning) == len(carrying) else {}
-    back = schedule(lowered(reverse), align, _keep(both), over)
+    back = _typed(schedule(lowered(reverse), align, _keep(both), over), both, kinds)
+    back.types = {k: dict(kinds).get((x.part, x.name), dtype) for k, x in enumerate(wanted) if x.over == "block"}
     state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
     cotangents = _settle([back], "cotangent")
-    w = _Writer(dtype)
+    w = _Writer(dtype, dict(kinds))
     states = [b for b in back.inputs if b.place == "state"]
     forth = [f"T* nx = st + {state};", *_load_blocks(w, advance, inputs), *cpp.statements(advance)]
     held = [b for b in advance.inputs if b.place == "state"]
@@ -276,4 +291,4 @@ def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
     return tuple(output.args[0][k].meta["val"].shape)
 
 
-__all__ = ["Argument", "Unit", "backward_unit", "forward_unit"]
+__all__ = ["Argument", "Kinds", "Unit", "backward_unit", "forward_unit"]

@@ -30,12 +30,48 @@ template <class U>
 INLINE U* at(const Arg& a, long n, long b, long h) {
   return (U*)a.p + n * a.sn + b * a.sb + h * a.sh;
 }
-INLINE T get(const float* p) { return T(*p); }
-INLINE T get(const double* p) { return T(*p); }
-INLINE T get(const unsigned char* p) { return T(*p != 0); }
-INLINE T get(const int64_t* p) { return T(*p); }
-INLINE void put(float* p, T x) { *p = float(x); }
-INLINE void put(double* p, T x) { *p = double(x); }
+// Numbers of two bytes: widened while they are read, rounded to the nearest (even, where two are) when they are written.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+INLINE float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+template <class U>
+INLINE T get(const U* p) {
+  return T(*p);
+}
+INLINE T get(const bf16* p) { return T(float_of(uint32_t(p->bits) << 16)); }
+INLINE T get(const f16* p) {
+  uint32_t u = p->bits, sign = (u & 0x8000u) << 16, e = u & 0x7c00u, all = (u & 0x7fffu) << 13;
+  uint32_t small = bits_of(float(int32_t(u & 0x3ffu)) * (1.0f / 16777216)), large = all + (e == 0x7c00u ? 0x70000000u : 0x38000000u);
+  return T(float_of(sign | (e ? large : small)));
+}
+template <class U>
+INLINE void put(U* p, T x) {
+  *p = U(x);
+}
+INLINE void put(bf16* p, T x) {
+  uint32_t u = bits_of(float(x)), near = (u + 0x7fffu + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40u;
+  p->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? nan : near);
+}
+INLINE void put(f16* p, T x) {
+  uint32_t u = bits_of(float(x)), sign = (u >> 16) & 0x8000u, all = u & 0x7fffffffu;
+  uint32_t small = bits_of(float_of(all) + 0.5f) - 0x3f000000u;  // below 2^-14 the sum has a half's last place
+  uint32_t large = (all - 0x38000000u + 0xfffu + ((all >> 13) & 1)) >> 13;
+  uint32_t y = all < 0x38800000u ? small : all < 0x477ff000u ? large : all > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  p->bits = uint16_t(sign | y);
+}
 
 // A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back.
 template <int n, int step, class U>
