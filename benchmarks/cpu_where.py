@@ -82,12 +82,12 @@ class Watch:
 
 def cycles_per_second() -> float:
     """Count the counter's steps in a tenth of a second."""
-    source = 'extern "C" void run(long, long, long, long, long, long, const void*, unsigned long* t) { *t = __builtin_ia32_rdtsc(); }'
+    source = 'extern "C" void run(long, long, long, long, long, const void*, unsigned long* t, long, long) { *t = __builtin_ia32_rdtsc(); }'
     run, at = launch.compiled(source), (ctypes.c_ulong * 2)()
     start = time.perf_counter()
-    run(0, 0, 0, 0, 0, 0, None, ctypes.addressof(at))
+    run(0, 0, 0, 0, 0, None, ctypes.addressof(at), 0, 0)
     time.sleep(0.1)
-    run(0, 0, 0, 0, 0, 0, None, ctypes.addressof(at) + 8)
+    run(0, 0, 0, 0, 0, None, ctypes.addressof(at) + 8, 0, 0)
     return (at[1] - at[0]) / (time.perf_counter() - start)
 
 

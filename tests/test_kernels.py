@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, cpp, launch, lowering, ops, report
+from dualform.kernels import backend, blocks, cpp, launch, lowering, ops, report, sharing
 from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
 from dualform.testing import LawBroken, check_backend
@@ -337,12 +337,12 @@ def test_rounding(dtype):
     low = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     x, y = (high + low).view(torch.float32).flatten(), torch.arange(-(2**15), 2**15).short().view(dtype)
     body = "Flush flush; for (long i = 0; i < n; ++i) {};"
-    head = 'extern "C" void run(long n, long, long, long, long, long, const void* in, void* out) {{\n{}\n}}'
+    head = 'extern "C" void run(long n, long, long, long, long, const void* in, void* out, long, long) {{\n{}\n}}'
     kind = cpp.TYPES[dtype]
     for put, numbers in (("put(({0}*)out + i, ((float*)in)[i])", x), ("((float*)out)[i] = get((const {0}*)in + i)", y)):
         text = cpp.source(torch.float32, [head.format(body.format(put.format(kind)))])
         got = torch.empty(len(numbers), dtype=dtype if numbers is x else torch.float32)
-        launch.compiled(text)(len(numbers), 0, 0, 0, 0, 0, numbers.data_ptr(), got.data_ptr())
+        launch.compiled(text)(len(numbers), 0, 0, 0, 0, numbers.data_ptr(), got.data_ptr(), 0, 0)
         torch.testing.assert_close(got, numbers.to(got.dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -581,8 +581,11 @@ def test_a_schedule_counts_its_work(n):
         return counter.get_total_flops()
 
     assert abs(parts["forward"].flops / counted(step.plain) - 1) < 0.05
-    again = counted(only_outputs(step.plain, slice(1, None)))
-    assert abs(parts["backward"].flops / (counted(step.reverse) + again) - 1) < 0.05
+    again, reverse, _ = sharing.shared(
+        lowering.lowered(only_outputs(step.plain, slice(1, None))), lowering.lowered(step.reverse), len(step.wants)
+    )
+    assert abs(parts["backward"].flops / (counted(again) + counted(reverse)) - 1) < 0.05
+    assert counted(reverse) < counted(step.reverse)  # what the states' computation had is kept
 
 
 def test_a_schedule_counts_its_bytes(monkeypatch):

@@ -282,7 +282,7 @@ class _Sequence(Whole):
     @staticmethod
     def _call(run: scan.Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
-        made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase, min(G, count))
+        made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase, min(G, count) + 1)
 
 
 def _never(graph: Any, examples: Any) -> Any:

@@ -1,7 +1,8 @@
 """Both directions of a step as C++ functions over rows: what is read, carried, kept and given back per mini-batch.
 
     forward    for each row: state <- start; per mini-batch: keep the state where asked, then the step
-    backward   for each row, group by group from the last: states of the group again from its first, then the vjp in reverse
+    backward   for each row, group by group from the last: states of the group again from its first, and what else the vjp
+               begins with (`sharing`), then the vjp in reverse
 
 Legend: n mini-batches of one call, G per kept state, P = B H rows.
 """
@@ -20,6 +21,7 @@ from dualform.kernels import cpp
 from dualform.kernels.lowering import lowered
 from dualform.kernels.report import Bound, bound, describe
 from dualform.kernels.schedule import schedule
+from dualform.kernels.sharing import shared
 from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
@@ -41,7 +43,7 @@ class Unit:
     parts: dict[str, Schedule]
     arguments: tuple[Argument, ...]
     memory: int  # per thread, without the states of a group
-    state: int  # entries of one state
+    state: int  # entries of one state, and of what is kept with it
 
     @property
     def flops(self) -> int:
@@ -76,6 +78,8 @@ def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
             return "state"
         if x.part == "cotangent":
             return "scratch" if x.name == "0" else "cotangent"
+        if x.part == "kept":
+            return "kept"
         return "scratch" if x.over == "block" else "fixed"
 
     return place
@@ -100,8 +104,8 @@ class _Writer:
             self.arguments.append((role, what))
         return self.arguments.index((role, what))
 
-    def load(self, buffer: Buffer, role: str, what: Any, where: str) -> str:
-        return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where)
+    def load(self, buffer: Buffer, role: str, what: Any, where: str, ahead: str = "0") -> str:
+        return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where, ahead)
 
     def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
         token = (what.part, what.name) if role == "gradient" and what.over == "block" else (role, "")
@@ -154,17 +158,22 @@ def _in_place(states: Sequence[Buffer], w: _Writer) -> list[str]:
     return lines
 
 
-def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input]) -> list[str]:
+def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input], turn: str) -> list[str]:
+    """Load what a mini-batch reads; the one whose turn is next ("" the later, "-" the earlier) is fetched meanwhile."""
     used = _used(s)
     return [
-        w.load(b, "input", x, WHERE)
+        w.load(b, "input", x, WHERE, turn + "g[{0}].sn")
         for b, x in zip(s.inputs, inputs, strict=True) if b.place == "scratch" and b in used
     ]  # fmt: skip
 
 
 ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
 CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
-HEAD = 'extern "C" void run(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;'
+HEAD = "static void rows(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;"
+RUN = """
+extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long memory, long threads) {
+  parallel(threads, [=](long k) { rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, s + k * memory); });
+}"""
 
 
 def forward_unit(
@@ -181,7 +190,7 @@ def forward_unit(
     there = _in_place(states, w) if same else []
     state, fixed = _settle([s], "state"), _settle([s], "fixed")
     _own_state(after, states)
-    body = [*there, *_load_blocks(w, s, inputs), *cpp.statements(s)]
+    body = [*there, *_load_blocks(w, s, inputs, ""), *cpp.statements(s)]
     body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
     for k, x in enumerate(after):
         if same:
@@ -205,7 +214,7 @@ def forward_unit(
         "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *kept, "}",
         f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
     ]  # fmt: skip
-    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main)])
+    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main), RUN])
     return Unit(text, {"forward:": s}, tuple(w.arguments), s.scratch + fixed + state, state)
 
 
@@ -215,30 +224,38 @@ def backward_unit(
 ) -> Unit:  # fmt: skip
     """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
     align = LINE // dtype.itemsize
-    both = [*inputs, *(Input("cotangent", str(k), "block") for k in range(outputs))]
-    advance = schedule(
-        lowered(only_outputs(plain, slice(1, None))), align, _keep(inputs), _over(inputs, 0), beside=True
-    )
+    again, turned_back, kept = shared(lowered(only_outputs(plain, slice(1, None))), lowered(reverse), len(inputs))
+    both = [
+        *inputs, *(Input("cotangent", str(k), "block") for k in range(outputs)), *(Input("kept", str(k), "block") for k in range(kept))
+    ]  # fmt: skip
+    advance = schedule(again, align, _keep(inputs), _over(inputs, 0), beside=True, kept=kept)
     _typed(advance, inputs, kinds)
     wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
     carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
     over = dict(zip(turning, carrying, strict=True)) if len(turning) == len(carrying) else {}
-    back = _typed(schedule(lowered(reverse), align, _keep(both), over), both, kinds)
+    back = _typed(schedule(turned_back, align, _keep(both), over), both, kinds)
     back.types = {k: dict(kinds).get((x.part, x.name), dtype) for k, x in enumerate(wanted) if x.over == "block"}
     state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
-    cotangents = _settle([back], "cotangent")
+    cotangents, slot = _settle([back], "cotangent"), state + _settle([back], "kept")
     w = _Writer(dtype, dict(kinds))
     states = [b for b in back.inputs if b.place == "state"]
-    forth = [f"T* nx = st + {state};", *_load_blocks(w, advance, inputs), *cpp.statements(advance)]
+    after, keeps = advance.outputs[: len(advance.outputs) - kept], advance.outputs[len(advance.outputs) - kept :]
+    places = [b for b in back.inputs if b.place == "kept"]
+    for b, x in zip(places, keeps, strict=True):
+        if isinstance(x, View) and x.buffer.place == "kept":
+            x.buffer.offset = b.offset
+    forth = [f"T *kp = st + {state}, *nx = st + {slot};", *_load_blocks(w, advance, inputs, ""), *cpp.statements(advance)]
+    for b, x in zip(places, keeps, strict=True):
+        forth += cpp.copy_text(whole(b), x)
     held = [b for b in advance.inputs if b.place == "state"]
-    _own_state(advance.outputs, held)
-    same = len(advance.outputs) == len(states)
+    _own_state(after, held)
+    same = len(after) == len(states)
     if same:
-        for b, x in zip(held, advance.outputs, strict=True):
+        for b, x in zip(held, after, strict=True):
             if not (isinstance(x, View) and x.buffer.place == "next"):
                 forth += cpp.copy_text(whole(Buffer(b.name, b.shape, align, "next", over=b)), x)
-    body = [*_load_blocks(w, back, both), *cpp.statements(back)]
+    body = [f"T* kp = st + {state};", *_load_blocks(w, back, both, "-"), *cpp.statements(back)]
     carried = [b for b in back.inputs if b.place == "cotangent"]
     sums, size, results, ends, turned = [], 0, [], [], []
     shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]
@@ -274,16 +291,15 @@ def backward_unit(
         "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
         "for (long group = (count - 1) / G; group >= 0; --group) {",
         "long first = group * G, last = first + G < count ? first + G : count;", "T* st = ring;", *starts,
-        "for (long n = first; n + 1 < last; ++n) {",
-        f"advance({CALL.format('n', 'st')}); st += {state};", "}",
-        f"for (long n = last - 1; n >= first; --n, st -= {state}) step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
+        f"for (long n = first; n < last; ++n, st += {slot}) advance({CALL.format('n', 'st')});",
+        f"for (long n = last - 1; n >= first; --n) step({CALL.format('n', f'(st -= {slot})')});", "}", *ends, "}", "}",
     ]  # fmt: skip
     functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
-    text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main)])
-    advance.carried = tuple(range(len(advance.outputs)))
+    text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main), RUN])
+    advance.carried = tuple(range(len(after)))
     back.carried = tuple(turning)
     parts = {"a state again:": advance, "in reverse:": back}
-    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, state)
+    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, slot)
 
 
 def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 from dualform.kernels.ops import TEXT
 from dualform.kernels.statements import Buffer, Item, Nest, Operand, Product, Read, Schedule, View, space_of
 
-BASES = {"scratch": "s", "fixed": "f", "state": "st", "cotangent": "ct", "sums": "acc"}
+BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "cotangent": "ct", "sums": "acc"}
 TYPES = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool",
     torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t",
@@ -94,8 +94,8 @@ def _one_product(p: Product) -> list[str]:
     lines.append(
         f"mm<{N}, {M}, {K}, {bn}, {bk}, {lda}, false>(turned, {ldm}, {B}, {packed}, {number(p.alpha)}, T(0), nullptr, 0);"
     )
-    added = f"turn_add<{N}, {M}>({C}, {cm}, turned, {ldm}, {number(p.beta)}, {Dp}, {dm});"
-    return [*lines, (added if D else f"turn<{N}, {M}>({C}, {cm}, turned, {ldm});") + " }"]
+    added = f", {number(p.beta)}, {Dp}, {dm}" if D else ""
+    return [*lines, f"turn<{N}, {M}>({C}, {cm}, turned, {ldm}{added}); }}"]
 
 
 def _pack(rows: int, columns: int, ld: int, p: str, row_step: int, column_step: int) -> list[str]:
@@ -236,12 +236,12 @@ def _outside(arg: int, kind: str, names: Sequence[str], where: str) -> str:
     return f"at<{kind}>(g[{arg}], {where})[{inner}]"
 
 
-def load_text(view: View, arg: int, dtype: torch.dtype, where: str) -> str:
+def load_text(view: View, arg: int, dtype: torch.dtype, where: str, ahead: str = "0") -> str:
     *lead, n, step, inside = _rows(view.shape, view.strides)
     loops, names = _loops(lead)
     source = _outside(arg, TYPES[dtype], names, where)
     last = f"g[{arg}].s{len(lead)}" if view.shape else "1"
-    return f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{source}, {last});"
+    return f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{source}, {last}, {ahead.format(arg)});"
 
 
 def store_text(view: View | float, shape: Sequence[int], arg: int, dtype: torch.dtype, where: str) -> str:

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from dualform.learning.backends import BackendError
 
 OPTIMISE = "-O3"
 FLAGS = (
-    "-std=c++17", "-march=native", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 # Below so many multiplications and additions a second thread costs more than it brings.
 FLOPS_PER_THREAD = 2_000_000
@@ -123,7 +122,11 @@ def _made(folder: Path, key: str, command: tuple[str, ...], text: str) -> Callab
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source, made = Path(work) / "block.cpp", Path(work) / "block.so"
         source.write_text(text)
-        _execute([*command, OPTIMISE, *FLAGS, str(source), "-o", str(made)])
+        call = [*command, OPTIMISE, *FLAGS, str(source), "-o", str(made)]
+        try:
+            _execute([*call, "-fopenmp"])
+        except CompilerError:
+            _execute(call)
         made.replace(folder / f"{key}.{_digest(made)}.so")  # whole or not at all, whoever else writes it
     _shrink(folder)
     found = _opened(folder, key)
@@ -142,7 +145,7 @@ def _opened(folder: Path, key: str) -> Callable[..., None] | None:
         try:
             if _digest(path) == path.name.split(".")[1]:
                 run = ctypes.CDLL(str(path)).run
-                run.argtypes = [ctypes.c_long] * 6 + [ctypes.c_void_p] * 2
+                run.argtypes = [*[ctypes.c_long] * 5, *[ctypes.c_void_p] * 2, *[ctypes.c_long] * 2]
                 run.restype = None
                 with contextlib.suppress(OSError):
                     os.utime(path)  # used: it stays longest
@@ -184,11 +187,6 @@ def clear_cache() -> tuple[int, int]:
 # -- calls -----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
 Place = tuple[int, ...]  # an `Arg` of the preamble: where a tensor's entries are, and strides of (n, B, H, ...)
 
 
@@ -222,16 +220,4 @@ class Native:
         if poison:
             scratch.fill_(float("nan"))
         start = scratch.data_ptr() + (-scratch.data_ptr()) % 64
-        edges = [rows * k // threads for k in range(threads + 1)]
-
-        def part(k: int) -> None:
-            where = start + k * size * self.dtype.itemsize
-            self.run(edges[k], edges[k + 1], heads, count, group, phase, table.ctypes.data, where)
-
-        if threads == 1:
-            part(0)
-            return
-        others = [_pool(threads - 1).submit(part, k) for k in range(1, threads)]
-        part(0)
-        for other in others:
-            other.result()
+        self.run(rows, heads, count, group, phase, table.ctypes.data, start, size, threads)

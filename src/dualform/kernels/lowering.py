@@ -26,9 +26,28 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
         known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS}
         table = {op: f for op, f in core_aten_decompositions().items() if op not in known} | _own
         inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-        return tidy(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table))
+        return tidy(_turned_last(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table)))
 
     return undisturbed(make)
+
+
+_TURNS = {aten.t.default, aten.transpose.int}
+
+
+def _turned_last(gm: fx.GraphModule) -> fx.GraphModule:
+    """Compute entry by entry in the order in which the operands lie: f(x^T, y^T) = f(x, y)^T."""
+    for n in gm.graph.nodes:
+        turns = {(x.target, *x.args[1:]) for x in n.all_input_nodes if x.target in _TURNS and "val" in x.meta}
+        if n.target not in MAPS or n.target in (aten.tril.default, aten.triu.default) or len(turns) != 1:
+            continue
+        if any(x.target not in _TURNS or x.meta["val"].shape != n.meta["val"].shape for x in n.all_input_nodes):
+            continue
+        ((turn, *axes),) = turns
+        with gm.graph.inserting_before(n):
+            inner = gm.graph.call_function(n.target, fx.map_arg(n.args, lambda x: x.args[0]), n.kwargs)
+        inner.meta["val"] = turn(n.meta["val"], *axes)
+        n.target, n.args, n.kwargs = turn, (inner, *axes), {}
+    return gm
 
 
 def specialised(gm: fx.GraphModule, values: Mapping[int, Tensor]) -> fx.GraphModule:

@@ -41,6 +41,13 @@ def into_pieces(statements: list[Statement], copies: Iterable[Nest], outputs: Se
         statements.remove(copy)
 
 
+def stay(outputs: Sequence[Output]) -> None:
+    """Let outputs that are buffers of their own be written where the mini-batch keeps them."""
+    for x in outputs:
+        if isinstance(x, View) and x.buffer.place == "scratch" and x == whole(x.buffer):
+            x.buffer.place = "kept"
+
+
 def write_beside(outputs: Sequence[Output], k: int, old: Buffer) -> None:
     """Let an output be written where the next mini-batch looks for an input: laid out like it, one state further."""
     x = outputs[k]

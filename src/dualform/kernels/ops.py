@@ -248,3 +248,24 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
 
     yield (lambda t: t), float(value)
     yield place, x
+
+
+
+def _each(name: str) -> float:
+    """Say how many multiplications and additions of one lane a map takes about as long as."""
+    text = TEXT[name]
+    if name in ("abs", "floor") or not ("/" in text or "_(" in text or "std::" in text):
+        return 1.0
+    return 6.0 if "/" in text or "sqrt" in text else 25.0
+
+
+def work(n: fx.Node) -> float:
+    """Estimate how many multiplications and additions a value takes; a view takes none."""
+    if n.target in VIEWS or not isinstance(n.meta.get("val"), torch.Tensor):
+        return 0.0
+    first = next((x.meta["val"] for x in n.all_input_nodes), n.meta["val"])
+    if n.target in PRODUCTS:
+        return float(n.meta["val"].numel() * first.shape[-1])
+    if n.target in REDUCTIONS:
+        return float(first.numel())
+    return n.meta["val"].numel() * (_each(MAPS[n.target](n)[0]) if n.target in MAPS else 1.0)

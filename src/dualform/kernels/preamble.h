@@ -3,6 +3,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#if !defined(_OPENMP)
+#include <thread>
+#include <vector>
+#endif
 
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -73,9 +78,11 @@ INLINE void put(f16* p, T x) {
   p->bits = uint16_t(sign | y);
 }
 
-// A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back.
+// A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back. The row `ahead` entries on is needed soon.
 template <int n, int step, class U>
-INLINE void take(T* out, const U* in, long last) {
+INLINE void take(T* out, const U* in, long last, long ahead) {
+  if (last == 1 && ahead)
+    for (int j = 0; j < n; j += 64 / sizeof(U)) __builtin_prefetch((const char*)(in + j) + ahead * long(sizeof(U)));
   if (last == 1)
     FREE for (int j = 0; j < n; ++j) out[j * step] = get(in + j);
   else
@@ -165,25 +172,67 @@ INLINE T tanh_(T x) {
   return x < 0 ? -y : x != x ? x : y;
 }
 
+// f(0), ..., f(n - 1) on threads of their own: OpenMP's, which wait for work where torch's do, if the compiler has it.
+template <class F>
+INLINE void parallel(long n, F f) {
+  if (n == 1) return f(0);
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(n) schedule(static, 1)
+  for (long k = 0; k < n; ++k) f(k);
+#else
+  std::vector<std::thread> others;
+  for (long k = 1; k < n; ++k) others.emplace_back(f, k);
+  f(0);
+  for (auto& x : others) x.join();
+#endif
+}
+
 INLINE V load(const T* p) { return *(const V*)p; }
 INLINE void store(T* p, V x) { *(V*)p = x; }
 
-// out[c * ldo + r] = in[r * ldi + c], R x C
-template <int R, int C>
-INLINE void turn(T* out, int ldo, const T* in, int ldi) {
-  for (int r0 = 0; r0 < R; r0 += 8)
-    for (int c = 0; c < C; ++c)
-#pragma GCC unroll 8
-      for (int r = r0; r < (r0 + 8 < R ? r0 + 8 : R); ++r) out[c * ldo + r] = in[r * ldi + c];
+// Vectors a and b, entries of which pick says from where: i of a, LANES + i of b. clang and GCC spell it differently.
+#if defined(__clang__)
+#define SHUFFLE(a, b, pick) __builtin_shufflevector(a, b, pick)
+#else
+#define SHUFFLE(a, b, pick) __builtin_shuffle(a, b, Lanes{pick})
+typedef std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Lane;
+typedef Lane Lanes __attribute__((vector_size(BYTES)));
+#endif
+template <int S, int... i>
+INLINE void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
+  V low = SHUFFLE(a, b, (i & S ? LANES + i - S : i)...), high = SHUFFLE(a, b, (i & S ? LANES + i : i + S)...);
+  a = low;
+  b = high;
+}
+// A square of vectors, transposed: where i has bit S and j not, entries (i, j) and (i - S, j + S) change places, for every S.
+template <int S = LANES / 2>
+INLINE void turn_square(V* x) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; ++r)
+      if (!(r & S)) exchange<S>(x[r], x[r + S], std::make_integer_sequence<int, LANES>());
+    turn_square<S / 2>(x);
+  }
 }
 
-// out[c * ldo + r] = in[r * ldi + c] + beta D[c * ldd + r]
+// out[c * ldo + r] = in[r * ldi + c], plus beta D[c * ldd + r] if there is a D; R x C
 template <int R, int C>
-INLINE void turn_add(T* out, int ldo, const T* in, int ldi, T beta, const T* D, int ldd) {
-  for (int r0 = 0; r0 < R; r0 += 8)
-    for (int c = 0; c < C; ++c)
-#pragma GCC unroll 8
-      for (int r = r0; r < (r0 + 8 < R ? r0 + 8 : R); ++r) out[c * ldo + r] = in[r * ldi + c] + beta * D[c * ldd + r];
+INLINE void turn(T* out, int ldo, const T* in, int ldi, T beta = 0, const T* D = nullptr, int ldd = 0) {
+  constexpr int rows = R - R % LANES, columns = C - C % LANES;
+  for (int r0 = 0; r0 < rows; r0 += LANES)
+    for (int c0 = 0; c0 < columns; c0 += LANES) {
+      V x[LANES];
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; ++r) x[r] = load(in + (r0 + r) * ldi + c0);
+      turn_square(x);
+#pragma GCC unroll 16
+      for (int c = 0; c < LANES; ++c) {
+        if (D) x[c] += beta * load(D + (c0 + c) * ldd + r0);
+        store(out + (c0 + c) * ldo + r0, x[c]);
+      }
+    }
+  for (int c = 0; c < C; ++c)
+    for (int r = c < columns ? rows : 0; r < R; ++r) out[c * ldo + r] = in[r * ldi + c] + (D ? beta * D[c * ldd + r] : T(0));
 }
 
 // A tile of C = beta D + alpha A B: MR rows, NV vectors. A is read entry by entry at any stride, B in vectors.

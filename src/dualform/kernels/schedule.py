@@ -23,13 +23,14 @@ def schedule(
     keep: Callable[[int], str],
     over: Mapping[int, int] | None = None,
     beside: bool = False,
+    kept: int = 0,
 ) -> Schedule:
     """Turn a graph into statements.
 
     keep(i): where input i stays; "scratch" if it may be written over. over: outputs that had better be written over an input;
-    beside: or where the next mini-batch has it.
+    beside: or where the next mini-batch has it. kept: how many outputs, the last, stay with the mini-batch.
     """
-    return _Scheduler(gm, align, keep).run(over or {}, beside)
+    return _Scheduler(gm, align, keep).run(over or {}, beside, kept)
 
 
 class _Scheduler:
@@ -51,7 +52,7 @@ class _Scheduler:
         self.added = _sums_of_products(self.nodes, set(self.results))
         self.inside = {p for p, *_ in self.added.values()}
 
-    def run(self, over: Mapping[int, int], beside: bool) -> Schedule:
+    def run(self, over: Mapping[int, int], beside: bool, kept: int) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
             n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
@@ -65,7 +66,8 @@ class _Scheduler:
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
         memory.into_pieces(self.statements, self.copies, outputs)
-        for k, i in over.items() if len(over) <= len(outputs) else ():
+        memory.stay(outputs[len(outputs) - kept :])
+        for k, i in over.items() if len(over) <= len(outputs) - kept else ():
             if beside:
                 memory.write_beside(outputs, k, self.inputs[i])
             else:

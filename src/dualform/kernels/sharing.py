@@ -1,0 +1,91 @@
+"""What the backward takes from the states computed again, and what it computes again itself: a minimum cut.
+
+A group's states are computed again before its vjp runs, and the vjp of a mini-batch begins with much of the same. A value that
+both have is kept, if to store and load it costs less than what it would take to compute it from what is kept below it.
+
+    minimise  sum over recomputed n of work(n) + sum over kept n of moved(n)
+    such that what the rest of the later graph reads, and what a recomputed value is made of, is recomputed or kept
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+from dualform.kernels.ops import PIECES, PRODUCTS, VIEWS, work
+
+# To store an entry and load it from the second cache takes as long as so many multiplications and additions.
+MOVED = 8.0
+
+
+def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node, int]:
+    """Number values so that equal numbers mean equal values; the first `given` inputs are the same in all graphs."""
+    found: dict[fx.Node, int] = {}
+    for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        found[n] = names.setdefault(("input", i if i < given else n), len(names))
+    for n in gm.graph.nodes:
+        if n.op == "call_function":
+            args, kwargs = fx.map_arg((n.args, n.kwargs), found.__getitem__)  # pyright: ignore[reportArgumentType]
+            found[n] = names.setdefault(repr((n.target, args, kwargs, _kind(n))), len(names))
+    return found
+
+
+def _kind(n: fx.Node) -> Any:
+    value = n.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+
+
+def _moved(n: fx.Node) -> float:
+    """Cost of keeping a value; infinite for what is no buffer of its own."""
+    if n.target in VIEWS or n.target in PIECES or n.target is operator.getitem or n.meta["val"].ndim == 0:
+        return math.inf
+    return MOVED * n.meta["val"].numel()
+
+
+def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[fx.GraphModule, fx.GraphModule, int]:
+    """Let `earlier` return, after its outputs, values that `later` then reads as inputs after its own; return both, and how many.
+
+    given: how many inputs are the same tensors in both.
+    """
+    names: dict[Any, int] = {}
+    made = {key: n for n, key in _keys(earlier, names, given).items() if n.op == "call_function"}
+    key_of = _keys(later, names, given)
+    both = [n for n in later.graph.nodes if n.op == "call_function" and key_of[n] in made]
+    kept = _cut(both)
+    graph = later.graph
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for n in reversed(kept):
+        with graph.inserting_after(last):
+            new = graph.placeholder(f"kept_{n.name}")
+        new.meta = dict(n.meta)
+        n.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+    (output,) = [n for n in earlier.graph.nodes if n.op == "output"]
+    output.args = ([*output.args[0], *(made[key_of[n]] for n in kept)],)  # pyright: ignore
+    return fx.GraphModule(earlier, earlier.graph), fx.GraphModule(later, graph), len(kept)
+
+
+def _cut(both: list[fx.Node]) -> list[fx.Node]:
+    """Choose which of the values that both graphs have are kept."""
+    import networkx  # with torch; a tenth of a second, not at `import dualform`
+
+    network, inside = networkx.DiGraph(), set(both)
+    network.add_nodes_from(["read", "work"])
+    for n in both:  # n: it is needed; "again n": it is computed again
+        if any(user not in inside for user in n.users):
+            network.add_edge("read", n)
+        moved = _moved(n)
+        network.add_edge(n, ("again", n), **({} if math.isinf(moved) else {"capacity": moved}))
+        network.add_edge(("again", n), "work", capacity=work(n))
+        for source in n.all_input_nodes:
+            if source in inside:
+                network.add_edge(("again", n), source)
+    _, (needed, _) = networkx.minimum_cut(network, "read", "work")
+    return [n for n in both if n in needed and ("again", n) not in needed]
+
+
+__all__ = ["shared"]
