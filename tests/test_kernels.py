@@ -4,6 +4,7 @@ What is compiled is compiled without optimising, which is most of the time; one 
 """
 
 import itertools
+import operator
 import os
 import subprocess
 import sys
@@ -42,9 +43,22 @@ def _quick(monkeypatch):
 
 # -- one op at a time ------------------------------------------------------------------------------------------------
 
-one_argument = "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan"
-entries = [getattr(torch, name) for name in one_argument.split()]
-entries = [lambda x, y, f=f: f(x) for f in entries] + [
+one_argument = (
+    "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan ceil trunc asinh "
+    "erfc exp2 log2 log10 digamma i0 special.i1 special.i0e special.i1e special.erfcx"
+)
+two = "fmod remainder atan2 hypot copysign fmax fmin logical_xor"
+entries = [lambda x, y, f=f: operator.attrgetter(f)(torch)(x) for f in one_argument.split()]
+entries += [lambda x, y, f=f: getattr(torch, f)(5 * x - 3, y) for f in two.split()]
+entries += [
+    lambda x, y: (5 * x - 3).round() * x, lambda x, y: x.round(decimals=1), lambda x, y: (1 + x).acosh(), lambda x, y: (x - 0.5).atanh(),
+    lambda x, y: (x - 1.2).erfinv(), lambda x, y: torch.special.ndtri(x - 0.19),
+    lambda x, y: torch.polygamma(2, x), lambda x, y: torch.polygamma(1, x), lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="floor"),
+    lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="trunc"), lambda x, y: (x - 0.7).signbit() * y,
+    lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y,
+    lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: ~(x > 0.7) * y, lambda x, y: (5 * x).bool() * y, lambda x, y: (9 * x - 5).long() * y,
+    lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x,
+] + [
     lambda x, y: (0.3 * x).asin(), lambda x, y: (0.3 * x).acos(), lambda x, y: x + y, lambda x, y: torch.add(x, y, alpha=2),
     lambda x, y: x - y, lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x, lambda x, y: x * y, lambda x, y: x / y,
     lambda x, y: x**y, lambda x, y: x**3, lambda x, y: x**-1, lambda x, y: 1.5**x, torch.maximum, torch.minimum,
@@ -58,22 +72,43 @@ entries = [lambda x, y, f=f: f(x) for f in entries] + [
 ]  # fmt: skip
 
 
+# What picks, puts and orders; with entries that are equal, and some that are no numbers.
+places = torch.tensor([[4, 0, 1, 3, 2]] * 3), torch.tensor([[1, 1, -1, 0, 1], [4, 0, 2, 2, 3]])
+picks = [
+    lambda x, y, P, Q: x.gather(1, P), lambda x, y, P, Q: x.gather(-1, x.argsort(-1, descending=True)), lambda x, y, P, Q: x[:2].gather(0, Q[:1] % 2).sum(0),
+    lambda x, y, P, Q: x.scatter_add(1, P % 3, y), lambda x, y, P, Q: x[:, :4].scatter_add(0, Q[1:, :4] % 3, y).sum(), lambda x, y, P, Q: x.scatter(1, P, y),
+    lambda x, y, P, Q: x.scatter(1, P[:, :2], 0.5), lambda x, y, P, Q: x.scatter(0, Q[1:, :3] % 3, y), lambda x, y, P, Q: (x > 0.7).long().sort(-1)[1] * x,
+    lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(-1)[1] * y, lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(0, descending=True)[1] * y,
+    lambda x, y, P, Q: torch.sort(torch.where(x > 0.9, torch.nan, x), stable=True, dim=-1, descending=True)[1] * y, lambda x, y, P, Q: x.sort(0)[0] * y,
+    lambda x, y, P, Q: torch.where(x > 0.9, torch.nan, x).sort(-1)[1] * y, lambda x, y, P, Q: torch.where(x > 0.7, torch.nan, x).argmax(1, keepdim=True) * y,
+    lambda x, y, P, Q: x.argmin() * y, lambda x, y, P, Q: x.max(0)[1] * y, lambda x, y, P, Q: x.cumsum(1), lambda x, y, P, Q: x.cumprod(0), lambda x, y, P, Q: x.logcumsumexp(-1),
+    lambda x, y, P, Q: x[Q[0] % 3, Q[1]], lambda x, y, P, Q: x[:, None].expand(3, 2, 5)[Q[0] % 3, :, Q[1]].sum(1), lambda x, y, P, Q: x[:, Q].sum(2).sum(1, True),
+    lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0]), lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0], accumulate=True),
+    lambda x, y, P, Q: x.index_put((Q[1][:4] % 3,), y[:1]), lambda x, y, P, Q: torch.diagonal_scatter(x, y[:, 0], 1), lambda x, y, P, Q: torch.diagonal_scatter(x, y[1:, 0], -1),
+    lambda x, y, P, Q: x.diagonal_scatter(x.diagonal() + 1), lambda x, y, P, Q: torch.nn.functional.embedding(Q[0] % 3, x)[:3], lambda x, y, P, Q: x.index_select(1, Q[1]),
+    lambda x, y, P, Q: x.index_add(1, Q[1], y), lambda x, y, P, Q: x.flip(0, 1), lambda x, y, P, Q: x / x.var(1, keepdim=True) + x.var(0, correction=0),
+    lambda x, y, P, Q: x.std() * x, lambda x, y, P, Q: x.clamp(y - 0.1, y + 0.1), lambda x, y, P, Q: x.repeat(2, 3)[2:5, 4:9], lambda x, y, P, Q: x.unfold(1, 3, 2).sum(-1).sum(1, True),
+    lambda x, y, P, Q: torch.nn.functional.pad(x, (-1, 1, 2, -2), value=3.0), lambda x, y, P, Q: torch.where(x > 0.7, 0.1, 0.2) + x,
+]  # fmt: skip
+
+
 def both_ways(dtype):
     """All of `entries` as one function in C++, and what torch makes of it."""
     g = torch.Generator().manual_seed(0)
     x, y = (0.2 + torch.rand(3, 5, generator=g, dtype=dtype) for _ in range(2))
 
-    def f(x, y):
-        return [torch.stack([torch.broadcast_to(entry(x, y), x.shape) for entry in entries])]
+    def f(x, y, *places):
+        found = [*(entry(x, y) for entry in entries), *(pick(x, y, *places) for pick in picks)]
+        return [torch.stack([torch.broadcast_to(value, x.shape) for value in found])]
 
-    gm = make_fx(f, tracing_mode="fake")(x, y)
-    unit = blocks.forward_unit(gm, [Input("q", n, "block") for n in "xy"], dtype, "entries")
+    gm = make_fx(f, tracing_mode="fake")(x, y, *places)
+    unit = blocks.forward_unit(gm, [Input("q", n, "block") for n in "xyPQ"], dtype, "entries")
     native = launch.Native(launch.compiled(unit.text), unit.memory, unit.state, unit.flops, dtype)
-    o = torch.full((1, 1, 1, len(entries), 3, 5), torch.nan, dtype=dtype)
-    given = {"x": x, "y": y}
+    o = torch.full((1, 1, 1, len(entries) + len(picks), 3, 5), torch.nan, dtype=dtype)
+    given = dict(zip("xyPQ", (x, y, *places), strict=True))
     tensors = [o if role == "o" else given[what.name][None, None, None] for role, what in unit.arguments]
     native([launch.placed(t) for t in tensors], 1, 1, 1, 0, 0, 0)
-    return gm, o[0, 0, 0], f(x, y)[0]
+    return gm, o[0, 0, 0], f(x, y, *places)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
@@ -99,6 +134,22 @@ def test_the_law_bites(monkeypatch):
         check_backend(of(built_in[3], squared, "sgd", 3), "cpp", time=3)
 
 
+class Sorts(nn.Module):
+    """The largest entries, where they were, the rest below them; running products; a running sum by rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = parameter(4, 4)
+
+    def forward(self, x):
+        h = x @ self.W
+        place = h.argsort(-1, descending=True)
+        most = h.gather(-1, place)
+        gate = torch.nn.functional.pad(most[..., :2].softmax(-1), (0, 2))
+        spread = torch.zeros_like(h).scatter(-1, place, gate)
+        return h.sort(-1)[0] + spread * h + (0.3 * h).cumprod(-1) / h.std(-1, keepdim=True)
+
+
 class Picks(nn.Module):
     """Columns by a table of whole numbers, sums along a row, and the row in reverse."""
 
@@ -113,8 +164,9 @@ class Picks(nn.Module):
         return torch.tanh(h).index_select(-1, self.places.abs()) @ x.new_ones(5, 4) * x
 
 
-def test_tables_of_whole_numbers_and_sums_along_a_row():
-    laws.check_backend(df.derive(Picks().double(), squared, rules["averaged"], chunk=3), "cpp", time=4)
+@pytest.mark.parametrize("kind", [Picks, Sorts])
+def test_what_picks_and_orders(kind):
+    laws.check_backend(df.derive(kind().double(), squared, rules["averaged"], chunk=3), "cpp", time=3)
 
 
 # -- learners, rules, objectives ---------------------------------------------------------------------------------------
@@ -403,26 +455,27 @@ def test_checkpoint_and_compile():
 # -- where it cannot be done -------------------------------------------------------------------------------------------
 
 
-class Running(nn.Module):
-    """A running product: an op without a row."""
+class Waits(nn.Module):
+    """An incomplete gamma function: an op without a row."""
 
     def __init__(self):
         super().__init__()
         self.W = parameter(4, 4)
 
     def forward(self, x):
-        return (x @ self.W).cumprod(-1)
+        return torch.igamma(x.square(), (x @ self.W).square())
 
 
 def test_an_op_without_a_row_is_named_with_its_line_or_left_to_eager(monkeypatch):
-    program = df.derive(Running(), chunk=3)
+    program = df.derive(Waits(), chunk=3)
     x = torch.randn(1, 6, 1, 4, dtype=DOUBLE)
     with pytest.raises(
-        ValueError, match=r"aten.cumprod.default at return \(x @ self.W\).cumprod\(-1\)   \(test_kernels.py:\d+\)"
+        ValueError,
+        match=r"aten.igamma.default at return torch.igamma\(x.square\(\), \(x @ self.W\).square\(\)\)   \(test_kernels.py:\d+\)",
     ):
         program(x, x, x, backend="cpp")
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
-    with pytest.warns(UserWarning, match="aten.cumprod.default .* run on backend='eager'"):
+    with pytest.warns(UserWarning, match="aten.igamma.default .* run on backend='eager'"):
         o, _ = program(x, x, x)
     laws.agree("o", o, program(x, x, x, backend="eager")[0])
     program(x, x, x)  # says so once: warnings are errors here
@@ -561,10 +614,10 @@ def test_explain_says_which_backend_and_why(monkeypatch):
     x = torch.randn(1, 5, 1, 8, dtype=DOUBLE)
     program(x, x, x)
     assert "cpp on the CPU, compiled already" in str(program.explain())
-    refused = df.derive(Running(), chunk=2)
-    with pytest.warns(UserWarning, match="cumprod"):
+    refused = df.derive(Waits(), chunk=2)
+    with pytest.warns(UserWarning, match="igamma"):
         refused(x[..., :4], x[..., :4], x[..., :4])
-    assert "backend  eager, because cpp: the op aten.cumprod.default" in str(refused.explain())
+    assert "backend  eager, because cpp: the op aten.igamma.default" in str(refused.explain())
 
 
 @pytest.mark.parametrize("n", range(len(built_in)), ids=lambda n: repr(built_in[n]))

@@ -169,7 +169,9 @@ def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input], turn: str) ->
 
 ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
 CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
-HEAD = "static void rows(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;"
+HEAD = (
+    "static void rows(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;"
+)
 RUN = """
 extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long memory, long threads) {
   parallel(threads, [=](long k) { rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, s + k * memory); });
@@ -245,7 +247,11 @@ def backward_unit(
     for b, x in zip(places, keeps, strict=True):
         if isinstance(x, View) and x.buffer.place == "kept":
             x.buffer.offset = b.offset
-    forth = [f"T *kp = st + {state}, *nx = st + {slot};", *_load_blocks(w, advance, inputs, ""), *cpp.statements(advance)]
+    forth = [
+        f"T *kp = st + {state}, *nx = st + {slot};",
+        *_load_blocks(w, advance, inputs, ""),
+        *cpp.statements(advance),
+    ]
     for b, x in zip(places, keeps, strict=True):
         forth += cpp.copy_text(whole(b), x)
     held = [b for b in advance.inputs if b.place == "state"]
