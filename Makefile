@@ -31,7 +31,7 @@ bench: $(VENV)/.demo
 sanitize: $(VENV)/.dev
 	DUALFORM_CACHE=$(VENV)/sanitized CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	$(RUN) -m pytest -n 0 tests/test_kernels.py -k "row or ones_own or padding or layout or threads or kept or few or vector"
+	$(RUN) -m pytest -n 0 tests/test_kernels.py -k "row or ones_own or padding or layout or threads or kept or few or vector or slices"
 
 clean:
 	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.trace import source_line
-from dualform.kernels.blocks import Argument, Kinds, Unit, backward_unit, forward_unit
-from dualform.kernels.launch import Native, Place, compiled, placed
+from dualform.kernels import blocks, pipeline
+from dualform.kernels.blocks import Argument, Unit
+from dualform.kernels.launch import Native, Place, compiled, placed, processors
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
+from dualform.kernels.pieces import Kinds
 from dualform.learning import scan
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.grid import Variant
@@ -26,6 +28,7 @@ class Made(NamedTuple):
 
 # Multiplications and additions, both directions, from which a call repays some seconds of compiling (LAB.md).
 WORTH_COMPILING = 2e8
+SLICED = 32  # mini-batches from which a stretch is cut in slices, if rows are few
 TOKENS_WORTH_COMPILING = 1000  # one by one: each saves a millisecond or two
 
 
@@ -38,14 +41,17 @@ def _kinds(plan: scan.Plan, call: scan.Call) -> Kinds:
     return tuple(one for one in found if one[1] != wide)
 
 
-def written(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None, kinds: Kinds = ()) -> Unit:
-    """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known."""
+def written(
+    plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False, kinds: Kinds = ()
+) -> Unit:  # fmt: skip
+    """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known. slices: for few rows."""
+    way = pipeline if slices else blocks
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
     try:
         if direction == "forward":
             end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
-            return forward_unit(specialised(step.plain, end), inputs, dtype, name, kinds)
-        return backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
+            return way.forward_unit(specialised(step.plain, end), inputs, dtype, name, kinds)
+        return way.backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
     except Unsupported as error:
         raise Unsupported(error.node, _line(plan, error.node)) from None
 
@@ -56,14 +62,22 @@ def _line(plan: scan.Plan, node: fx.Node) -> str:
     return next((source_line(n) for n in traced if n.target == node.target), "")
 
 
-def made(plan: scan.Plan, call: scan.Call, variant: Variant, direction: str, full: bool | None = None) -> Made:
+def made(
+    plan: scan.Plan, call: scan.Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
+) -> Made:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
-    key = (variant, direction, full, kinds := _kinds(plan, call))
+    key = (variant, direction, full, slices, kinds := _kinds(plan, call))
     if key not in plan.natives:
-        unit = written(plan, variant, direction, full, kinds)
-        native = Native(compiled(unit.text), unit.memory, unit.state, unit.flops, plan.derivation.dtype)
+        unit = written(plan, variant, direction, full, slices, kinds)
+        native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
         plan.natives[key] = Made(native, unit.arguments)
     return plan.natives[key]
+
+
+def _made_for(run: scan.Run_, piece: range, direction: str) -> Made:
+    """Return what runs a stretch: in slices, where rows alone would leave half of the processors idle."""
+    slices = len(piece) >= SLICED and 2 * run.B * run.H <= processors()
+    return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
 
 _ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
@@ -122,7 +136,7 @@ class _Sequence(Whole):
             if plan.natives
             else f"from {self._enough(plan):,} tokens x heads on, or {TOKENS_WORTH_COMPILING:,} single tokens, which repay compiling"
         )
-        return f"on the CPU, {made}"
+        return f"on the CPU, {made}, mini-batches beside each other up to {processors() // 2} rows of batch x heads"
 
     @staticmethod
     def _enough(plan: scan.Plan) -> int:
@@ -182,14 +196,14 @@ class _Sequence(Whole):
             "before": lambda k: (held[k].data_ptr(), 0, *held[k].stride()),
             "after": lambda k: (after[k].data_ptr(), 0, *after[k].stride()),
         }  # fmt: skip
-        native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0, 0)
+        native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0)
         return [o, *after, (call.position + 1) % chunk]
 
     def _advance(
         self, run: scan.Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
-        n, native = piece.start, made(run.plan, run.call, run.grid.variants[piece.start], "forward")
+        n, native = piece.start, _made_for(run, piece, "forward")
         before = run.enter(n, state)
         after = [torch.empty_like(x) for x in run.whole(state)[: (1 + run.returns_registers(n)) * run.L]]
         y = None if o is None else run.grid.place(o, piece)
@@ -254,7 +268,7 @@ class _Sequence(Whole):
         gradients: scan.Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
-        native = made(run.plan, run.call, run.grid.variants[piece.start], "backward")
+        native = _made_for(run, piece, "backward")
         turned = run.turn(piece.stop - 1, turned)
         turned = turned[: (1 + run.returns_registers(piece.start)) * run.L]
         before = [torch.empty_like(x[0]) for x in starts]
@@ -282,7 +296,7 @@ class _Sequence(Whole):
     @staticmethod
     def _call(run: scan.Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
-        made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase, min(G, count) + 1)
+        made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 
 
 def _never(graph: Any, examples: Any) -> Any:

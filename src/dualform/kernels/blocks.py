@@ -4,35 +4,38 @@
     backward   for each row, group by group from the last: states of the group again from its first, and what else the vjp
                begins with (`sharing`), then the vjp in reverse
 
+Rows run beside each other; where there are fewer rows than processors, `pipeline` runs mini-batches beside each other, too.
 Legend: n mini-batches of one call, G per kept state, P = B H rows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from dualform.kernels import cpp
 from dualform.kernels.lowering import lowered
+from dualform.kernels.pieces import (
+    CALL,
+    START,
+    WHERE,
+    Argument,
+    Kinds,
+    Layout,
+    Piece,
+    Target,
+    label,
+    place_of,
+    stays_there,
+)  # fmt: skip
 from dualform.kernels.report import Bound, bound, describe
-from dualform.kernels.schedule import schedule
 from dualform.kernels.sharing import shared
-from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
-from dualform.learning.backends import BackendError
+from dualform.kernels.statements import Buffer, Schedule, whole
 from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
-
-WHERE, START = "n, b, h", "0, b, h"
-
-
-Argument = tuple[str, Any]
-# What the caller's tensors are made of, where that is not what is computed in: ((part, name) of an `Input`, type), ...
-Kinds = tuple[tuple[tuple[str, str], torch.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Unit:
     text: str
     parts: dict[str, Schedule]
     arguments: tuple[Argument, ...]
-    memory: int  # per thread, without the states of a group
-    state: int  # entries of one state, and of what is kept with it
+    memory: int  # per thread, and per row where rows share threads; without slots
+    slot: int  # of a mini-batch in a group: its state, and what is kept with it
 
     @property
     def flops(self) -> int:
@@ -66,251 +69,196 @@ class Unit:
 
     def __str__(self) -> str:
         parts = [f"{name}\n{describe(s)}" for name, s in self.parts.items()]
-        kept = self.memory_bytes * self.state // self.memory if self.memory else 0
+        kept = self.memory_bytes * self.slot // self.memory if self.memory else 0
         states = f", and {kept:,} for each state of a group" if kept else ""
         return "\n".join([*parts, f"memory of a thread: {self.memory_bytes:,} bytes{states}"])
 
 
-def _keep(inputs: Sequence[Input]) -> Callable[[int], str]:
-    def place(i: int) -> str:
-        x = inputs[i]
-        if x.part in ("th", "R"):
-            return "state"
-        if x.part == "cotangent":
-            return "scratch" if x.name == "0" else "cotangent"
-        if x.part == "kept":
-            return "kept"
-        return "scratch" if x.over == "block" else "fixed"
-
-    return place
+def _state(inputs: Sequence[Input]) -> list[Input]:
+    return [x for x in inputs if x.part in ("th", "R")]
 
 
-def _over(inputs: Sequence[Input], first: int) -> dict[int, int]:
-    """Let each new state, from output `first` on, be written over the old one."""
-    states = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
-    return {first + k: i for k, i in enumerate(states)}
+def forward_targets(inputs: Sequence[Input], results: int) -> list[Target]:
+    """Say where (output, state) of a step go: each new state over the old one, if there are as many."""
+    states = _state(inputs)
+    if results - 1 == len(states):
+        after = [Target("over", x) for x in states]
+    else:
+        after = [Target("given", ("after", k, START)) for k in range(results - 1)]
+    return [Target("given", ("o", None, WHERE)), *after]
+
+
+def backward_targets(inputs: Sequence[Input], wants: Sequence[bool], cotangents: Sequence[Input]) -> list[Target]:
+    """Say where gradients go: of a mini-batch's own to the caller, of others into a sum, of the state on."""
+    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
+    turning, found = _state(wanted), []
+    for x in wanted:
+        if x not in turning:
+            found.append(Target("given", ("gradient", x, WHERE)) if x.over == "block" else Target("added", x))
+        elif len(turning) == len(cotangents):
+            found.append(Target("over", cotangents[turning.index(x)]))
+        else:
+            found.append(Target("given", ("turned", turning.index(x), START)))
+    return found
 
 
 @dataclass
-class _Writer:
-    """Collects arguments, and the text that moves them."""
+class RowText:
+    """What a row needs before its first mini-batch and after its last."""
 
-    dtype: torch.dtype
-    kinds: dict[tuple[str, str], torch.dtype]
-    arguments: list[tuple[str, Any]] = field(default_factory=list)
-
-    def number(self, role: str, what: Any) -> int:
-        if (role, what) not in self.arguments:
-            self.arguments.append((role, what))
-        return self.arguments.index((role, what))
-
-    def load(self, buffer: Buffer, role: str, what: Any, where: str, ahead: str = "0") -> str:
-        return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where, ahead)
-
-    def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
-        token = (what.part, what.name) if role == "gradient" and what.over == "block" else (role, "")
-        return cpp.store_text(view, shape, self.number(role, what), self.kinds.get(token, self.dtype), where)
+    begin: list[str]
+    keep: list[str]  # store the state that mini-batch n starts from
+    enter: list[str]  # load the state that a group starts from
+    end: list[str]
 
 
-def _typed(s: Schedule, inputs: Sequence[Input], kinds: Kinds) -> Schedule:
-    """Note what the caller's tensors are made of."""
-    for b, x in zip(s.inputs, inputs, strict=True):
-        b.dtype = dict(kinds).get((x.part, x.name), b.dtype)
-    return s
+def _fixed(layout: Layout, pieces: Sequence[Piece]) -> list[str]:
+    """Load what stays with a row."""
+    found = {}
+    for p in pieces:
+        for b, x in zip(p.schedule.inputs, p.sources, strict=True):
+            if b.place == "fixed" and b in p.used:
+                found[x] = layout.load(b, "input", x, START)
+    return list(found.values())
 
 
-def _used(s: Schedule) -> list[Buffer]:
-    read = {v.buffer for one in s.statements for v in one.reads()} | {
-        x.buffer for x in s.outputs if isinstance(x, View)
-    }
-    return [b for b in s.inputs if b in read]
+class Forward:
+    """The forward direction: (inputs of a block, state) -> (outputs, state)."""
+
+    def __init__(self, plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, kinds: Kinds) -> None:
+        self.inputs, self.layout, self.graph = inputs, Layout(dtype, kinds), lowered(plain)
+        (output,) = [n for n in self.graph.graph.nodes if n.op == "output"]
+        self.targets = forward_targets(inputs, len(output.args[0]))
+        placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
+        self.states: dict[Input, Buffer] = {}
+        self.there: dict[Input, str] = {}  # states that the caller lays out as a buffer stay with the caller
+        for x, n in zip(inputs, placeholders, strict=True):
+            if place_of(x) == "state":
+                b = Buffer(label(x), tuple(n.meta["val"].shape), self.layout.align, "state")
+                if stays_there(b) and Target("over", x) in self.targets:
+                    b.place = self.there[x] = f"after{len(self.states)}"
+                self.states[x] = b
+
+    def row(self, pieces: Sequence[Piece]) -> RowText:
+        layout, states = self.layout, [*self.states.values()]
+        for b in states:
+            if b.place == "state":
+                layout.settle(b)
+        begin = [*_fixed(layout, pieces), *self.addresses()]
+        for k, b in enumerate(states):
+            same = f"if (g[{layout.number('before', k)}].p != g[{layout.number('after', k)}].p) "
+            begin.append((same if b.place != "state" else "") + layout.load(b, "before", k, START))
+        keep = [layout.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, b in enumerate(states)]
+        over = [t.what for t in self.targets if t.kind == "over"]
+        end = [
+            layout.store(whole(b), b.shape, "after", k, START)
+            for k, (x, b) in enumerate(self.states.items()) if b.place == "state" and x in over
+        ]  # fmt: skip
+        return RowText(begin, keep, [], end)
+
+    def addresses(self) -> list[str]:
+        """Say where the states are that stay with the caller."""
+        at = [(b, self.layout.number("after", k)) for k, b in enumerate(self.states.values()) if b.place != "state"]
+        return [f"T* {b.place} = at<T>(g[{k}], {START});" for b, k in at]
 
 
-def _settle(schedules: Sequence[Schedule], place: str) -> int:
-    """Give the inputs that stay somewhere the same place in all schedules; return its size."""
-    size, at = 0, {}
-    for s in schedules:
-        for b in s.inputs:
-            if b.place == place:
-                if b.name not in at:
-                    at[b.name], size = size, size + b.size
-                b.offset = at[b.name]
-    return size
+class Backward:
+    """The backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
+
+    def __init__(
+        self, plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
+        dtype: torch.dtype, kinds: Kinds,
+    ) -> None:  # fmt: skip
+        self.layout, states = Layout(dtype, kinds), _state(inputs)
+        again, self.graph, kept = shared(lowered(only_outputs(plain, slice(1, None))), lowered(reverse), len(inputs))
+        self.cotangents = [Input("cotangent", str(k), "block") for k in range(1, outputs)]
+        names = [str(k) for k in range(kept)]
+        self.sources = [
+            *inputs, Input("cotangent", "0", "block"), *self.cotangents, *(Input("kept", x, "block") for x in names)
+        ]  # fmt: skip
+        self.targets = backward_targets(inputs, wants, self.cotangents)
+        if outputs - 1 == len(states):
+            on = [Target("next", x) for x in states]
+        else:  # such a mini-batch is the only one of its call
+            again, on = only_outputs(again, slice(outputs - 1, None)), []
+        self.advance = Piece("advance", again, inputs, [*on, *(Target("kept", x) for x in names)], self.layout)
+        self.states = [self.advance.buffer(x) for x in states]
+        given = [n.meta["val"].shape for n in self.graph.graph.nodes if n.op == "placeholder"]
+        self.shapes = {x: tuple(shape) for x, shape in zip(self.sources, given, strict=True)}
+
+    def row(self, pieces: Sequence[Piece]) -> RowText:
+        layout = self.layout
+        turned = {x: layout.buffer("cotangent", label(x), self.shapes[x]) for x in self.cotangents}
+        begin = _fixed(layout, pieces)
+        begin += [layout.load(b, "cotangent", k, START) for k, b in enumerate(turned.values())]
+        begin.append(f"for (long e = 0; e < {layout.sizes.get('sums', 0)}; ++e) acc[e] = 0;")
+        enter = [layout.load(b, "kept", k, "group, b, h") for k, b in enumerate(self.states)]
+        over = [t.what for t in self.targets if t.kind == "over"]
+        end = [layout.store(whole(turned[x]), turned[x].shape, "turned", k, START) for k, x in enumerate(over)]
+        for x in (t.what for t in self.targets if t.kind == "added"):
+            total = layout.buffer("sums", label(x), self.shapes[x])
+            end.append(layout.store(whole(total), total.shape, "gradient", x, START))
+        return RowText(begin, [], enter, end)
 
 
-def _own_state(after: Sequence[View | float], states: Sequence[Buffer]) -> None:
-    """Check that no new state is another one's old value, which is written over one by one."""
-    for k, x in enumerate(after):
-        if isinstance(x, View) and x.buffer in states and (k >= len(states) or x.buffer is not states[k]):
-            raise BackendError("cpp: a rule exchanges states as they are; expected new values. Use backend='eager'.")
-
-
-def _in_place(states: Sequence[Buffer], w: _Writer) -> list[str]:
-    """Let states that the caller lays out as a buffer stay with the caller, where they are left; return their addresses."""
-    lines = []
-    for k, b in enumerate(states):
-        plain = torch.empty(b.shape, device="meta").stride()
-        if b.size == math.prod(b.shape) and all(
-            n == 1 or s == t for n, s, t in zip(b.shape, b.strides, plain, strict=True)
-        ):
-            b.place = f"after{k}"
-            lines.append(f"T* {b.place} = at<T>(g[{w.number('after', k)}], {START});")
-    return lines
-
-
-def _load_blocks(w: _Writer, s: Schedule, inputs: Sequence[Input], turn: str) -> list[str]:
-    """Load what a mini-batch reads; the one whose turn is next ("" the later, "-" the earlier) is fetched meanwhile."""
-    used = _used(s)
-    return [
-        w.load(b, "input", x, WHERE, turn + "g[{0}].sn")
-        for b, x in zip(s.inputs, inputs, strict=True) if b.place == "scratch" and b in used
-    ]  # fmt: skip
-
-
-ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* ct, T* acc"
-CALL = "g, {0}, b, h, s, f, {1}, ct, acc"
-HEAD = (
-    "static void rows(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {\n  Flush flush;"
-)
+HEAD = "static void rows(long lo, long hi, long H, long count, long G, long phase, const Arg* g, T* s) {"
 RUN = """
-extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long memory, long threads) {
-  parallel(threads, [=](long k) { rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, s + k * memory); });
-}"""
+extern "C" long need(long P, long count, long G, long threads) {{ return threads * ({memory} + {slots} * {slot}); }}
+extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long threads) {{
+  long memory = need(1, count, G, 1);
+  parallel(threads, [=](long k) {{ rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, s + k * memory); }});
+}}"""
+
+
+def _row_by_row(
+    name: str, layout: Layout, pieces: Sequence[Piece], functions: Sequence[str], row: RowText, main: Sequence[str], slots: str
+) -> Unit:  # fmt: skip
+    """Put a unit together that runs each row from end to end. slots: how many of them, or "" where one serves all mini-batches."""
+    scratch = max(p.schedule.scratch for p in pieces)
+    fixed, turned, sums = (layout.sizes.get(x, 0) for x in ("fixed", "cotangent", "sums"))
+    slot = layout.slot if slots else 0
+    memory = scratch + fixed + turned + sums + layout.slot - slot
+    lines = [
+        HEAD, "Flush flush;", f"T *f = s + {scratch}, *ct = f + {fixed}, *acc = ct + {turned}, *ring = acc + {sums}, *st = ring;",
+        "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *row.begin, *main, *row.end, "}", "}",
+    ]  # fmt: skip
+    run = RUN.format(memory=memory, slot=slot, slots=slots or 0)
+    text = cpp.source(layout.dtype, [f"// {name}", *functions, cpp.indented(lines), run])
+    return Unit(text, {f"{p.name}:": p.schedule for p in pieces}, tuple(layout.arguments), memory, slot)
 
 
 def forward_unit(
     plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str, kinds: Kinds = ()
 ) -> Unit:
-    """Write the forward direction: (inputs of a block, state) -> (outputs, state)."""
-    align = LINE // dtype.itemsize
-    s = _typed(schedule(lowered(plain), align, _keep(inputs), _over(inputs, 1)), inputs, kinds)
-    s.carried, s.types = tuple(range(1, len(s.outputs))), {0: dict(kinds).get(("o", ""), dtype)}
-    states = [b for b in s.inputs if b.place == "state"]
-    w = _Writer(dtype, dict(kinds))
-    o, *after = s.outputs
-    same = len(after) == len(states)
-    there = _in_place(states, w) if same else []
-    state, fixed = _settle([s], "state"), _settle([s], "fixed")
-    _own_state(after, states)
-    body = [*there, *_load_blocks(w, s, inputs, ""), *cpp.statements(s)]
-    body.append(w.store(o, _shape(plain, 0), "o", None, WHERE))
-    for k, x in enumerate(after):
-        if same:
-            body += cpp.copy_text(whole(states[k]), x)
-        else:
-            body.append(w.store(x, _shape(plain, 1 + k), "after", k, START))
-    rows = [
-        w.load(b, "input", x, START)
-        for b, x in zip(s.inputs, inputs, strict=True)
-        if b.place == "fixed" and b in _used(s)
-    ]
-    rows += there
-    for k, b in enumerate(states):
-        other = f"if (g[{w.number('before', k)}].p != g[{w.number('after', k)}].p) " if b.place != "state" else ""
-        rows.append(other + w.load(b, "before", k, START))
-    kept = [w.store(whole(b), b.shape, "kept", k, "(n + phase) / G, b, h") for k, b in enumerate(states)]
-    ends = [w.store(whole(b), b.shape, "after", k, START) for k, b in enumerate(states) if same and b.place == "state"]
+    """Write the forward direction, row by row."""
+    d = Forward(plain, inputs, dtype, kinds)
+    step = Piece("step", d.graph, inputs, d.targets, d.layout, d.there)
+    functions, row = [step.text("", d.addresses())], d.row([step])
     main = [
-        HEAD, f"T *f = s + {s.scratch}, *st = f + {fixed}, *ct = st + {state}, *acc = ct;",
-        "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
-        "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *kept, "}",
-        f"step({CALL.format('n', 'st')});", "}", *ends, "}", "}",
+        "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *row.keep, "}",
+        f"step({CALL.format(n='n', s='s', st='st', kp='st')});", "}",
     ]  # fmt: skip
-    text = cpp.source(dtype, [f"// {name}, forward", cpp.function("step", ARGUMENTS, body), cpp.indented(main), RUN])
-    return Unit(text, {"forward:": s}, tuple(w.arguments), s.scratch + fixed + state, state)
+    return _row_by_row(f"{name}, forward", d.layout, [step], functions, row, main, "")
 
 
 def backward_unit(
     plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
     dtype: torch.dtype, name: str, kinds: Kinds = (),
 ) -> Unit:  # fmt: skip
-    """Write the backward direction: (inputs, kept states, cotangents) -> gradients of the inputs that have one."""
-    align = LINE // dtype.itemsize
-    again, turned_back, kept = shared(lowered(only_outputs(plain, slice(1, None))), lowered(reverse), len(inputs))
-    both = [
-        *inputs, *(Input("cotangent", str(k), "block") for k in range(outputs)), *(Input("kept", str(k), "block") for k in range(kept))
-    ]  # fmt: skip
-    advance = schedule(again, align, _keep(inputs), _over(inputs, 0), beside=True, kept=kept)
-    _typed(advance, inputs, kinds)
-    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
-    turning = [k for k, x in enumerate(wanted) if x.part in ("th", "R")]
-    carrying = [i for i, x in enumerate(both) if x.part == "cotangent" and x.name != "0"]
-    over = dict(zip(turning, carrying, strict=True)) if len(turning) == len(carrying) else {}
-    back = _typed(schedule(turned_back, align, _keep(both), over), both, kinds)
-    back.types = {k: dict(kinds).get((x.part, x.name), dtype) for k, x in enumerate(wanted) if x.over == "block"}
-    state, fixed = _settle([back, advance], "state"), _settle([back, advance], "fixed")
-    cotangents, slot = _settle([back], "cotangent"), state + _settle([back], "kept")
-    w = _Writer(dtype, dict(kinds))
-    states = [b for b in back.inputs if b.place == "state"]
-    after, keeps = advance.outputs[: len(advance.outputs) - kept], advance.outputs[len(advance.outputs) - kept :]
-    places = [b for b in back.inputs if b.place == "kept"]
-    for b, x in zip(places, keeps, strict=True):
-        if isinstance(x, View) and x.buffer.place == "kept":
-            x.buffer.offset = b.offset
-    forth = [
-        f"T *kp = st + {state}, *nx = st + {slot};",
-        *_load_blocks(w, advance, inputs, ""),
-        *cpp.statements(advance),
-    ]
-    for b, x in zip(places, keeps, strict=True):
-        forth += cpp.copy_text(whole(b), x)
-    held = [b for b in advance.inputs if b.place == "state"]
-    _own_state(after, held)
-    same = len(after) == len(states)
-    if same:
-        for b, x in zip(held, after, strict=True):
-            if not (isinstance(x, View) and x.buffer.place == "next"):
-                forth += cpp.copy_text(whole(Buffer(b.name, b.shape, align, "next", over=b)), x)
-    body = [f"T* kp = st + {state};", *_load_blocks(w, back, both, "-"), *cpp.statements(back)]
-    carried = [b for b in back.inputs if b.place == "cotangent"]
-    sums, size, results, ends, turned = [], 0, [], [], []
-    shapes = [b.shape for b, want in zip(back.inputs, wants, strict=False) if want]
-    at = 0
-    for x, value, shape in zip(wanted, back.outputs, shapes, strict=True):
-        if x.part in ("th", "R"):
-            if same:
-                turned += cpp.copy_text(whole(carried[at]), value)
-            else:
-                results.append(w.store(value, shape, "turned", at, START))
-            at += 1
-        elif x.over == "block":
-            results.append(w.store(value, shape, "gradient", x, WHERE))
-        else:
-            total = Buffer(f"sum_{x.name}", tuple(shape), align, "sums", offset=size)
-            size += total.size
-            sums.append(total)
-            results += cpp.add_text(whole(total), value)
-            ends.append(w.store(whole(total), shape, "gradient", x, START))
-    if same:
-        ends += [w.store(whole(b), b.shape, "turned", k, START) for k, b in enumerate(carried)]
-    used = {b.name for s in (back, advance) for b in _used(s)}
-    rows = [
-        w.load(b, "input", x, START) for b, x in zip(back.inputs, both, strict=True) if b.place == "fixed" and b.name in used
-    ]  # fmt: skip
-    rows += [w.load(b, "cotangent", k, START) for k, b in enumerate(carried)]
-    rows += [f"for (long e = 0; e < {size}; ++e) acc[e] = 0;"]
-    starts = [w.load(b, "kept", k, "group, b, h") for k, b in enumerate(states)]
-    scratch = max(back.scratch, advance.scratch)
+    """Write the backward direction, row by row."""
+    d = Backward(plain, reverse, inputs, wants, outputs, dtype, kinds)
+    step = Piece("step", d.graph, d.sources, d.targets, d.layout)
+    functions, row = [d.advance.text(""), step.text("-")], d.row([d.advance, step])
+    slot, call = d.layout.slot, CALL.format(n="n", s="s", st="st", kp=f"st + {d.layout.sizes.get('state', 0)}")
     main = [
-        HEAD,
-        f"T *f = s + {scratch}, *ct = f + {fixed}, *acc = ct + {cotangents}, *ring = acc + {size};",
-        "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *rows,
         "for (long group = (count - 1) / G; group >= 0; --group) {",
-        "long first = group * G, last = first + G < count ? first + G : count;", "T* st = ring;", *starts,
-        f"for (long n = first; n < last; ++n, st += {slot}) advance({CALL.format('n', 'st')});",
-        f"for (long n = last - 1; n >= first; --n) step({CALL.format('n', f'(st -= {slot})')});", "}", *ends, "}", "}",
+        "long first = group * G, last = first + G < count ? first + G : count;", "st = ring;", *row.enter,
+        f"for (long n = first; n < last; ++n, st += {slot}) advance({call});",
+        "for (long n = last - 1; n >= first; --n) {", f"st -= {slot};", f"step({call});", "}", "}",
     ]  # fmt: skip
-    functions = [cpp.function("advance", ARGUMENTS, forth), cpp.function("step", ARGUMENTS, [*body, *results, *turned])]
-    text = cpp.source(dtype, [f"// {name}, backward", *functions, cpp.indented(main), RUN])
-    advance.carried = tuple(range(len(after)))
-    back.carried = tuple(turning)
-    parts = {"a state again:": advance, "in reverse:": back}
-    return Unit(text, parts, tuple(w.arguments), scratch + fixed + cotangents + size, slot)
+    return _row_by_row(
+        f"{name}, backward", d.layout, [d.advance, step], functions, row, main, "((G < count ? G : count) + 1)"
+    )
 
 
-def _shape(gm: fx.GraphModule, k: int) -> tuple[int, ...]:
-    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-    return tuple(output.args[0][k].meta["val"].shape)
-
-
-__all__ = ["Argument", "Kinds", "Unit", "backward_unit", "forward_unit"]
+__all__ = ["Argument", "Backward", "Forward", "RowText", "Unit", "backward_unit", "forward_unit"]

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,8 +102,8 @@ def _is_private(folder: Path) -> bool:
     return found.st_uid == os.getuid() and not found.st_mode & 0o002
 
 
-def compiled(text: str) -> Callable[..., None]:
-    """Return the function `run` of a source, compiled now or before."""
+def compiled(text: str) -> ctypes.CDLL:
+    """Return a source's library, compiled now or before."""
     command = compiler()
     key = hashlib.sha256((text + _identity(command, (OPTIMISE, *FLAGS))).encode()).hexdigest()[:32]
     why: OSError | None = None
@@ -118,7 +118,7 @@ def compiled(text: str) -> Callable[..., None]:
     raise _fail(f"no folder takes compiled code ({why}); expected {cache_folder()} to be writable. Set $DUALFORM_CACHE")
 
 
-def _made(folder: Path, key: str, command: tuple[str, ...], text: str) -> Callable[..., None]:
+def _made(folder: Path, key: str, command: tuple[str, ...], text: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source, made = Path(work) / "block.cpp", Path(work) / "block.so"
         source.write_text(text)
@@ -139,17 +139,18 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _opened(folder: Path, key: str) -> Callable[..., None] | None:
+def _opened(folder: Path, key: str) -> ctypes.CDLL | None:
     """Load an entry; one that is not what was written goes: to map a file cut short may end the process."""
     for path in folder.glob(f"{key}.*.so"):
         try:
             if _digest(path) == path.name.split(".")[1]:
-                run = ctypes.CDLL(str(path)).run
-                run.argtypes = [*[ctypes.c_long] * 5, *[ctypes.c_void_p] * 2, *[ctypes.c_long] * 2]
-                run.restype = None
+                library = ctypes.CDLL(str(path))
+                library.run.argtypes = [*[ctypes.c_long] * 5, *[ctypes.c_void_p] * 2, ctypes.c_long]
+                library.run.restype = None
+                library.need.argtypes, library.need.restype = [ctypes.c_long] * 4, ctypes.c_long
                 with contextlib.suppress(OSError):
                     os.utime(path)  # used: it stays longest
-                return run
+                return library
         except (OSError, AttributeError):
             pass
         path.unlink(missing_ok=True)
@@ -187,6 +188,11 @@ def clear_cache() -> tuple[int, int]:
 # -- calls -----------------------------------------------------------------------------------------------------------
 
 
+def processors() -> int:
+    """Count the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 Place = tuple[int, ...]  # an `Arg` of the preamble: where a tensor's entries are, and strides of (n, B, H, ...)
 
 
@@ -202,22 +208,19 @@ _ZEROS = (0,) * 8
 class Native:
     """A compiled function with its memory."""
 
-    run: Callable[..., None]
-    memory: int
-    state: int
+    library: ctypes.CDLL
     flops: int
     dtype: torch.dtype
+    slices: bool = False  # does it run mini-batches of a row beside each other?
 
-    def __call__(
-        self, places: Sequence[Place], rows: int, heads: int, count: int, group: int, phase: int, ring: int
-    ) -> None:
-        """Run `count` mini-batches of all rows. ring: states kept per thread."""
+    def __call__(self, places: Sequence[Place], rows: int, heads: int, count: int, group: int, phase: int) -> None:
+        """Run `count` mini-batches of all rows."""
         table = np.array([(*x, *_ZEROS[len(x) :]) for x in places], dtype=np.int64)
         work = self.flops * rows * count
-        threads = max(1, min(torch.get_num_threads(), rows, work // FLOPS_PER_THREAD))
-        size = -(-(self.memory + ring * self.state + 64) // 64) * 64
-        scratch = torch.empty(threads * size + 64, dtype=self.dtype)
+        most = count if self.slices else rows
+        threads = max(1, min(torch.get_num_threads(), most, work // FLOPS_PER_THREAD))
+        scratch = torch.empty(self.library.need(rows, count, group, threads) + 128, dtype=self.dtype)
         if poison:
             scratch.fill_(float("nan"))
         start = scratch.data_ptr() + (-scratch.data_ptr()) % 64
-        self.run(rows, heads, count, group, phase, table.ctypes.data, start, size, threads)
+        self.library.run(rows, heads, count, group, phase, table.ctypes.data, start, threads)

@@ -7,6 +7,8 @@
 #if !defined(_OPENMP)
 #include <thread>
 #include <vector>
+#else
+extern "C" int omp_get_thread_num(void);
 #endif
 
 #if defined(__AVX512F__)
@@ -279,6 +281,26 @@ INLINE void parallel(long n, F f) {
   for (long k = 1; k < n; ++k) others.emplace_back(f, k);
   f(0);
   for (auto& x : others) x.join();
+#endif
+}
+
+// Stage after stage, f(stage, 0), ..., f(stage, items - 1) beside each other; f(.., .., k) on thread k.
+template <class F>
+INLINE void stages(long threads, long count, long items, F f) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  {
+    Flush flush;
+    long k = omp_get_thread_num();
+    for (long t = 0; t < count; ++t) {
+#pragma omp for schedule(dynamic)
+      for (long i = 0; i < items; ++i) f(t, i, k);
+    }
+  }
+#else
+  Flush flush;
+  for (long t = 0; t < count; ++t)
+    for (long i = 0; i < items; ++i) f(t, i, 0);
 #endif
 }
 

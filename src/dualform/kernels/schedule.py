@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,31 +18,28 @@ aten = torch.ops.aten
 
 
 def schedule(
-    gm: fx.GraphModule,
-    align: int,
-    keep: Callable[[int], str],
-    over: Mapping[int, int] | None = None,
-    beside: bool = False,
-    kept: int = 0,
-) -> Schedule:
+    gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str], over: Mapping[int, int], beside: bool = False,
+    kept: Sequence[int] = (),
+) -> Schedule:  # fmt: skip
     """Turn a graph into statements.
 
-    keep(i): where input i stays; "scratch" if it may be written over. over: outputs that had better be written over an input;
-    beside: or where the next mini-batch has it. kept: how many outputs, the last, stay with the mini-batch.
+    places: where each input is held; "scratch" if it may be written over. over: outputs that had better be written over an input;
+    beside: or where the next mini-batch has it. kept: outputs that stay with the mini-batch.
     """
-    return _Scheduler(gm, align, keep).run(over or {}, beside, kept)
+    return _Scheduler(gm, align, places, names).run(over, beside, kept)
 
 
 class _Scheduler:
-    def __init__(self, gm: fx.GraphModule, align: int, keep: Callable[[int], str]) -> None:
+    def __init__(self, gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str]) -> None:
         self.align = align
         self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
         (output,) = [n for n in gm.graph.nodes if n.op == "output"]
         self.results: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType]: a tuple of nodes
         self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
         self.inputs: list[Buffer] = []
-        for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-            buffer = Buffer(n.name, tuple(n.meta["val"].shape), align, keep(i), n.meta["val"].dtype)
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        for n, place, name in zip(inputs, places, names, strict=True):
+            buffer = Buffer(name, tuple(n.meta["val"].shape), align, place, n.meta["val"].dtype)
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)
         self.statements: list[Statement] = []
@@ -52,7 +49,7 @@ class _Scheduler:
         self.added = _sums_of_products(self.nodes, set(self.results))
         self.inside = {p for p, *_ in self.added.values()}
 
-    def run(self, over: Mapping[int, int], beside: bool, kept: int) -> Schedule:
+    def run(self, over: Mapping[int, int], beside: bool, kept: Sequence[int]) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
             n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
@@ -66,8 +63,8 @@ class _Scheduler:
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
         memory.into_pieces(self.statements, self.copies, outputs)
-        memory.stay(outputs[len(outputs) - kept :])
-        for k, i in over.items() if len(over) <= len(outputs) - kept else ():
+        memory.stay([outputs[k] for k in kept])
+        for k, i in over.items():
             if beside:
                 memory.write_beside(outputs, k, self.inputs[i])
             else:

@@ -9,14 +9,13 @@ both have is kept, if to store and load it costs less than what it would take to
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from typing import Any
 
 from torch import Tensor, fx
 
-from dualform.kernels.ops import PIECES, PRODUCTS, VIEWS, work
+from dualform.kernels.ops import PIECES, VIEWS, work
 
 # To store an entry and load it from the second cache takes as long as so many multiplications and additions.
 MOVED = 8.0

@@ -58,12 +58,19 @@ class Fission:
     after: Part
 
 
+def dispatch(node: fx.Node) -> float:
+    """Price an op that runs in the loop, one by one."""
+    return 1.0 if node.target in _views else BYTES_PER_OP
+
+
 def split(
-    gm: fx.GraphModule, carried: Sequence[int], returned: Sequence[int], fixed: Sequence[int], size: Callable[[fx.Node], float]
+    gm: fx.GraphModule, carried: Sequence[int], returned: Sequence[int], fixed: Sequence[int] | None,
+    size: Callable[[fx.Node], float], work: Callable[[fx.Node], float] = dispatch,
 ) -> Fission:  # fmt: skip
     """Split a graph whose inputs `carried` are what the previous mini-batch gave as outputs `returned`.
 
-    fixed: inputs that every mini-batch shares. size: bytes per row of a value; infinite if it cannot be cut by rows.
+    fixed: inputs that every mini-batch shares; None if nothing is to be made once. size: price of storing a value; infinite if it
+    cannot be, as one that is not cut by rows. work: price of an op in the loop.
     """
     inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
     (output,) = [n for n in gm.graph.nodes if n.op == "output"]
@@ -71,10 +78,10 @@ def split(
     others = tuple(x for i, x in enumerate(output.args[0]) if i not in set(returned))
     ends, nodes = _nodes(others), [n for n in gm.graph.nodes if n.op == "call_function"]
     state, waits = {inputs[i] for i in carried}, reached(gm.graph, carried)
-    varies = reached(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
+    varies = set(nodes) if fixed is None else reached(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
     loop = _sources(following) & waits - state
     free = [n for n in nodes if n in waits and n not in loop]
-    loop |= _cheaper_inside(free, loop | state, ends, size)
+    loop |= _cheaper_inside(free, loop | state, ends, size, work)
     place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(
         loop, "loop"
     )
@@ -92,7 +99,7 @@ def split(
     crossing = (*inner.inputs, *after.inputs, *ends)
     before = part("before", crossing)
     once = part("once", (*crossing, *before.inputs))
-    own = tuple(n for i, n in enumerate(inputs) if i not in {*carried, *fixed})
+    own = tuple(n for i, n in enumerate(inputs) if i not in {*carried, *(fixed or ())})
     return Fission(inputs, tuple(inputs[i] for i in carried), own, others, once, before, inner, after)
 
 
@@ -120,8 +127,9 @@ def _sources(goals: Iterable[Any]) -> set[fx.Node]:
 
 
 def _cheaper_inside(
-    free: list[fx.Node], fixed: set[fx.Node], ends: set[fx.Node], size: Callable[[fx.Node], float]
-) -> set[fx.Node]:
+    free: list[fx.Node], fixed: set[fx.Node], ends: set[fx.Node], size: Callable[[fx.Node], float],
+    work: Callable[[fx.Node], float],
+) -> set[fx.Node]:  # fmt: skip
     """Choose the free nodes that had better run in the loop: a minimum cut between the loop and what comes after."""
     import networkx  # with torch; a tenth of a second, not at `import dualform`
 
@@ -139,7 +147,7 @@ def _cheaper_inside(
         return name
 
     for node in free:
-        network.add_edge(node, "after", capacity=1.0 if node.target in _views else BYTES_PER_OP)
+        network.add_edge(node, "after", capacity=work(node))
         for source in node.all_input_nodes:
             if source in free_nodes or source in fixed:
                 network.add_edge(stored(source), node)
@@ -167,7 +175,9 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first
     def whole(node: fx.Node) -> fx.Node:
         if node.op == "placeholder" or node.meta["val"].is_contiguous():
             return made[node]
-        return graph.call_function(aten.clone.default, (made[node],), {"memory_format": torch.contiguous_format})
+        copy = graph.call_function(aten.clone.default, (made[node],), {"memory_format": torch.contiguous_format})
+        copy.meta = {"val": node.meta["val"].contiguous()}
+        return copy
 
     results = [whole(x) if isinstance(x, fx.Node) else x for x in returned]
     graph.output(results)
