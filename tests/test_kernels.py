@@ -268,10 +268,9 @@ def test_threads_change_no_bit(monkeypatch):
 
 @pytest.fixture
 def sliced(monkeypatch):
-    """As on a machine with more processors than rows."""
-    monkeypatch.setattr(backend, "processors", lambda: 10**6)
-    monkeypatch.setattr(backend, "SLICED", 2)
-    monkeypatch.setattr(pipeline, "WINDOW", 2)
+    """As with more threads than rows."""
+    monkeypatch.setattr(backend, "cut", lambda rows, count: count > 1)
+    monkeypatch.setattr(pipeline, "WINDOW", (2, 2))
     monkeypatch.setattr(launch, "FLOPS_PER_THREAD", 1)
 
 
@@ -288,14 +287,20 @@ def test_slices_with_resets_and_padding(sliced):
     laws.check_backend(mlp(), "cpp", time=20, carried=True, ragged=True, resets=True)
 
 
-def test_threads_change_no_bit_of_slices(sliced):
-    problem, before, found = laws.draw(mlp(), time=40, batch=1), torch.get_num_threads(), []
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_neither_slices_nor_threads_change_a_bit(dtype, monkeypatch):
+    """Not even with the flags of users: what is fused with what is not seen in a result."""
+    monkeypatch.setattr(launch, "OPTIMISE", "-O3")
+    monkeypatch.setattr(launch, "FLOPS_PER_THREAD", 1)
+    program = df.derive(df.learners.residual_norm(df.learners.MLP())(16).to(dtype), squared, rules["averaged"], chunk=4)
+    problem, before, found = laws.draw(program, time=160, batch=1, heads=2, dtype=dtype), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 4, 7):
             torch.set_num_threads(threads)
             found.append(laws.outcome(problem, partial(problem.run, "auto", backend="cpp")))
     finally:
         torch.set_num_threads(before)
+    assert {made.native.slices for plan in program.plans.values() for made in plan.natives.values()} == {False, True}
     assert all(torch.equal(x, other[name]) for name, x in found[0].items() for other in found[1:])
 
 
@@ -651,10 +656,9 @@ def test_many_processes_at_once(folder):
 
 def test_explain_says_which_backend_and_why(monkeypatch):
     program = df.derive(built_in[0](8).double(), chunk=5)
-    few = f"mini-batches beside each other up to {backend.processors() // 2} rows of batch x heads"
-    assert (
-        f"backend  cpp on the CPU, from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling, {few}; else eager"
-        in str(program.explain())
+    made = "from 231,482 tokens x heads on, or 1,000 single tokens, which repay compiling"
+    assert f"backend  cpp on the CPU, {made}, few rows in slices beside each other; else eager" in str(
+        program.explain()
     )
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
     x = torch.randn(1, 5, 1, 8, dtype=DOUBLE)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dualform.calculus.trace import source_line
 from dualform.kernels import blocks, pipeline
 from dualform.kernels.blocks import Argument, Unit
-from dualform.kernels.launch import Native, Place, compiled, placed, processors
+from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.pieces import Kinds
@@ -74,10 +74,14 @@ def made(
     return plan.natives[key]
 
 
+def cut(rows: int, count: int) -> bool:
+    """Is a stretch of so many mini-batches cut in slices: are there threads for two slices of each row, and mini-batches to fill them?"""
+    return count >= SLICED and torch.get_num_threads() >= 2 * rows
+
+
 def _made_for(run: scan.Run_, piece: range, direction: str) -> Made:
-    """Return what runs a stretch: in slices, where rows alone would leave half of the processors idle."""
-    slices = len(piece) >= SLICED and 2 * run.B * run.H <= processors()
-    return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
+    """Return what runs a stretch."""
+    return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
 
 
 _ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
@@ -136,7 +140,7 @@ class _Sequence(Whole):
             if plan.natives
             else f"from {self._enough(plan):,} tokens x heads on, or {TOKENS_WORTH_COMPILING:,} single tokens, which repay compiling"
         )
-        return f"on the CPU, {made}, mini-batches beside each other up to {processors() // 2} rows of batch x heads"
+        return f"on the CPU, {made}, few rows in slices beside each other"
 
     @staticmethod
     def _enough(plan: scan.Plan) -> int:

@@ -4,7 +4,7 @@
     backward   for each row, group by group from the last: states of the group again from its first, and what else the vjp
                begins with (`sharing`), then the vjp in reverse
 
-Rows run beside each other; where there are fewer rows than processors, `pipeline` runs mini-batches beside each other, too.
+Rows run beside each other; where there are fewer rows than threads, `pipeline` runs mini-batches beside each other, too.
 Legend: n mini-batches of one call, G per kept state, P = B H rows.
 """
 
@@ -236,7 +236,7 @@ def forward_unit(
     functions, row = [step.text("", d.addresses())], d.row([step])
     main = [
         "for (long n = 0; n < count; ++n) {", "if (G && (n + phase) % G == 0) {", *row.keep, "}",
-        f"step({CALL.format(n='n', s='s', st='st', kp='st')});", "}",
+        f"step({CALL.format(kp='st', ps='st')});", "}",
     ]  # fmt: skip
     return _row_by_row(f"{name}, forward", d.layout, [step], functions, row, main, "")
 
@@ -249,7 +249,7 @@ def backward_unit(
     d = Backward(plain, reverse, inputs, wants, outputs, dtype, kinds)
     step = Piece("step", d.graph, d.sources, d.targets, d.layout)
     functions, row = [d.advance.text(""), step.text("-")], d.row([d.advance, step])
-    slot, call = d.layout.slot, CALL.format(n="n", s="s", st="st", kp=f"st + {d.layout.sizes.get('state', 0)}")
+    slot, call = d.layout.slot, CALL.format(kp=f"st + {d.layout.sizes.get('state', 0)}", ps="st")
     main = [
         "for (long group = (count - 1) / G; group >= 0; --group) {",
         "long first = group * G, last = first + G < count ? first + G : count;", "st = ring;", *row.enter,

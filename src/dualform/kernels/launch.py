@@ -24,10 +24,11 @@ from dualform.learning.backends import BackendError
 
 OPTIMISE = "-O3"
 FLAGS = (
-    "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 # Below so many multiplications and additions a second thread costs more than it brings.
 FLOPS_PER_THREAD = 2_000_000
+THREADS_OF_A_ROW = 4  # cut in slices; more wait for the loop that carries its state on
 # The cache drops what was not used for longest beyond this: some thousand programs.
 CACHE_BYTES = 512 * 2**20
 SECONDS = 600  # after which a compiler is held to hang
@@ -190,11 +191,6 @@ def clear_cache() -> tuple[int, int]:
 # -- calls -----------------------------------------------------------------------------------------------------------
 
 
-def processors() -> int:
-    """Count the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 Place = tuple[int, ...]  # an `Arg` of the preamble: where a tensor's entries are, and strides of (n, B, H, ...)
 
 
@@ -219,7 +215,7 @@ class Native:
         """Run `count` mini-batches of all rows."""
         table = np.array([(*x, *_ZEROS[len(x) :]) for x in places], dtype=np.int64)
         work = self.flops * rows * count
-        most = count if self.slices else rows
+        most = THREADS_OF_A_ROW * rows if self.slices else rows
         threads = max(1, min(torch.get_num_threads(), most, work // FLOPS_PER_THREAD))
         scratch = torch.empty(self.library.need(rows, count, group, threads) + 128, dtype=self.dtype)
         if poison:

@@ -41,11 +41,10 @@ def into_pieces(statements: list[Statement], copies: Iterable[Nest], outputs: Se
         statements.remove(copy)
 
 
-def stay(outputs: Sequence[Output]) -> None:
-    """Let outputs that are buffers of their own be written where the mini-batch keeps them."""
-    for x in outputs:
-        if isinstance(x, View) and x.buffer.place == "scratch" and x == whole(x.buffer):
-            x.buffer.place = "kept"
+def stay(x: Output, place: str) -> None:
+    """Let an output that is a buffer of its own be written where the mini-batch keeps it."""
+    if isinstance(x, View) and x.buffer.place == "scratch" and x == whole(x.buffer):
+        x.buffer.place = place
 
 
 def write_beside(outputs: Sequence[Output], k: int, old: Buffer) -> None:

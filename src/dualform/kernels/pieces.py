@@ -20,8 +20,10 @@ from dualform.learning.backends import BackendError
 from dualform.learning.scan import Input
 
 WHERE, START = "n, b, h", "0, b, h"
-ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* kp, T* ct, T* acc"
-CALL = "g, {n}, b, h, {s}, f, {st}, {kp}, ct, acc"
+ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* kp, T* ps, T* ct, T* acc"
+CALL = "g, n, b, h, s, f, st, {kp}, {ps}, ct, acc"
+
+STAYS = ("kept", "passed")  # with a mini-batch
 
 Argument = tuple[str, Any]
 # What the caller's tensors are made of, where that is not what is computed in: ((part, name) of an `Input`, type), ...
@@ -32,7 +34,7 @@ class Target(NamedTuple):
     """Where an output goes.
 
     "given" to the caller, as argument `what` | "over" input `what`, which it replaces | "next": what the next mini-batch has as
-    input `what` | "added" to the sum of argument `what` | "kept" with the mini-batch, by name
+    input `what` | "added" to the sum of argument `what` | "kept" with the state by name, or "passed" on to what comes after
     """
 
     kind: str
@@ -45,7 +47,9 @@ def place_of(x: Input) -> str:
         return "state"
     if x.part == "cotangent":
         return "scratch" if x.name == "0" else "cotangent"
-    return "kept" if x.part == "kept" else "scratch" if x.over == "block" else "fixed"
+    if x.part in STAYS:
+        return x.part
+    return "scratch" if x.over == "block" else "fixed"
 
 
 def label(x: Input) -> str:
@@ -112,10 +116,10 @@ class Piece:
         self.name, self.sources, self.targets, self.layout = name, sources, targets, layout
         over = {k: list(sources).index(t.what) for k, t in enumerate(targets) if t.kind in ("over", "next")}
         beside = any(t.kind == "next" for t in targets)
-        kept = [k for k, t in enumerate(targets) if t.kind == "kept"]
+        stay = {k: t.kind for k, t in enumerate(targets) if t.kind in STAYS}
         places = [(there or {}).get(x, place_of(x)) for x in sources]
         names = [label(x) for x in sources]
-        self.schedule = schedule(graph, layout.align, places, names, over, beside, kept)
+        self.schedule = schedule(graph, layout.align, places, names, over, beside, stay)
         self.schedule.carried = tuple(over)
         self.schedule.types = {k: layout.kind(*t.what[:2]) for k, t in enumerate(targets) if t.kind == "given"}
         for x, b in zip(sources, self.schedule.inputs, strict=True):
@@ -125,10 +129,9 @@ class Piece:
         for x, b in zip(sources, self.schedule.inputs, strict=True):
             if x not in (there or {}):
                 layout.settle(b)
-        for k in kept:
-            x = self.schedule.outputs[k]
-            target = layout.buffer("kept", label(Input("kept", targets[k].what, "block")), self.shapes[k])
-            if isinstance(x, View) and x.buffer.place == "kept":
+        for k in stay:
+            x, target = self.schedule.outputs[k], self._stays(k)
+            if isinstance(x, View) and x.buffer.place == target.place:
                 x.buffer.offset = target.offset
         self._check()
 
@@ -141,6 +144,10 @@ class Piece:
                 raise BackendError(
                     "cpp: a rule exchanges states as they are; expected new values. Use backend='eager'."
                 )
+
+    def _stays(self, k: int) -> Buffer:
+        kind, what = self.targets[k]
+        return self.layout.buffer(kind, label(Input(kind, what, "block")), self.shapes[k])
 
     def buffer(self, source: Input) -> Buffer:
         return self.schedule.inputs[list(self.sources).index(source)]
@@ -165,8 +172,8 @@ class Piece:
             return [layout.store(x, shape, role, what, where)]
         if target.kind == "added":
             return cpp.add_text(whole(layout.buffer("sums", label(target.what), shape)), x)
-        if target.kind == "kept":
-            return cpp.copy_text(whole(layout.buffer("kept", label(Input("kept", target.what, "block")), shape)), x)
+        if target.kind in STAYS:
+            return cpp.copy_text(whole(self._stays(k)), x)
         old = self.buffer(target.what)
         if target.kind == "over":
             return cpp.copy_text(whole(old), x)

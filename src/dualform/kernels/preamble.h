@@ -9,6 +9,12 @@
 #include <vector>
 #else
 extern "C" int omp_get_thread_num(void);
+extern "C" int omp_get_num_threads(void);
+#endif
+#include <sched.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -114,19 +120,29 @@ struct Flush {
 #endif
 };
 
+// a b + c, rounded once where the machine can. Left alone, a compiler would choose by what stands next to it, and how work is cut
+// into functions would show in the last bit; so it is left alone in matrix products only.
+#if defined(__FMA__) || defined(__aarch64__)
+INLINE float mad(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double mad(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+INLINE float mad(float a, float b, float c) { return a * b + c; }
+INLINE double mad(double a, double b, double c) { return a * b + c; }
+#endif
+
 // exp x = 2^n exp r, |r| <= ln 2 / 2, by a polynomial; branch-free, so that loops of it become vector code.
 INLINE float exp_(float x) {
   float z = x < -87.33654f ? -87.33654f : x > 88.72283f ? 88.72283f : x;
-  float n = std::floor(z * 1.44269504f + 0.5f);
+  float n = std::floor(mad(z, 1.44269504f, 0.5f));
   n = n > 127.0f ? 127.0f : n;
-  float r = z - n * 0.693359375f + n * 2.12194440e-4f, p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  float r = mad(n, 2.12194440e-4f, mad(n, -0.693359375f, z)), p = 1.0f / 5040;
+  p = mad(p, r, 1.0f / 720);
+  p = mad(p, r, 1.0f / 120);
+  p = mad(p, r, 1.0f / 24);
+  p = mad(p, r, 1.0f / 6);
+  p = mad(p, r, 0.5f);
+  p = mad(p, r, 1.0f);
+  p = mad(p, r, 1.0f);
   int32_t bits = (int32_t(n) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, 4);
@@ -137,22 +153,22 @@ INLINE float exp_(float x) {
 }
 INLINE double exp_(double x) {
   double z = x < -708.39 ? -708.39 : x > 709.78 ? 709.78 : x;
-  double n = std::floor(z * 1.4426950408889634 + 0.5);
+  double n = std::floor(mad(z, 1.4426950408889634, 0.5));
   n = n > 1023.0 ? 1023.0 : n;
-  double r = z - n * 0.693145751953125 - n * 1.42860682030941723212e-6, p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
+  double r = mad(n, -1.42860682030941723212e-6, mad(n, -0.693145751953125, z)), p = 1.0 / 6227020800.0;
+  p = mad(p, r, 1.0 / 479001600.0);
+  p = mad(p, r, 1.0 / 39916800.0);
+  p = mad(p, r, 1.0 / 3628800.0);
+  p = mad(p, r, 1.0 / 362880.0);
+  p = mad(p, r, 1.0 / 40320.0);
+  p = mad(p, r, 1.0 / 5040.0);
+  p = mad(p, r, 1.0 / 720.0);
+  p = mad(p, r, 1.0 / 120.0);
+  p = mad(p, r, 1.0 / 24.0);
+  p = mad(p, r, 1.0 / 6.0);
+  p = mad(p, r, 0.5);
+  p = mad(p, r, 1.0);
+  p = mad(p, r, 1.0);
   int64_t bits = (int64_t(n) + 1023) << 52;
   double scale;
   std::memcpy(&scale, &bits, 8);
@@ -284,24 +300,74 @@ INLINE void parallel(long n, F f) {
 #endif
 }
 
-// Stage after stage, f(stage, 0), ..., f(stage, items - 1) beside each other; f(.., .., k) on thread k.
+// Wait until `turn` is no longer `now`: awake for some microseconds, then asleep, so that a thread without a core may have this one.
+INLINE void wait_turn(int* turn, int now, int* asleep) {
+  for (int k = 0; k < 1000; ++k) {
+    if (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != now) return;
+#if defined(__SSE__)
+    __builtin_ia32_pause();
+#endif
+  }
+  __atomic_add_fetch(asleep, 1, __ATOMIC_SEQ_CST);
+  while (__atomic_load_n(turn, __ATOMIC_SEQ_CST) == now)
+#if defined(__linux__)
+    syscall(SYS_futex, turn, 128 /* wait, within this process */, now, nullptr, nullptr, 0);
+#else
+    sched_yield();
+#endif
+  __atomic_sub_fetch(asleep, 1, __ATOMIC_SEQ_CST);
+}
+INLINE void next_turn(int* turn, int now, int* asleep) {
+  __atomic_store_n(turn, now + 1, __ATOMIC_SEQ_CST);
+#if defined(__linux__)
+  if (__atomic_load_n(asleep, __ATOMIC_SEQ_CST)) syscall(SYS_futex, turn, 129 /* wake, within this process */, 1 << 30, nullptr, nullptr, 0);
+#endif
+}
+// Step after step, f(step, 0), ..., f(step, items - 1) beside each other; f(.., .., k) on thread k.
 template <class F>
-INLINE void stages(long threads, long count, long items, F f) {
+INLINE void stages(long threads, long steps, long items, F f) {
+  long next = 0, here = 0;
+  int turn = 0, asleep = 0;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
+#endif
   {
     Flush flush;
-    long k = omp_get_thread_num();
-    for (long t = 0; t < count; ++t) {
-#pragma omp for schedule(dynamic)
-      for (long i = 0; i < items; ++i) f(t, i, k);
+#if defined(_OPENMP)
+    long k = omp_get_thread_num(), team = omp_get_num_threads();
+#else
+    long k = 0, team = 1;
+#endif
+    for (long t = 0; t <= steps; ++t) {
+      for (long i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) f(t, i, k);
+      int now = __atomic_load_n(&turn, __ATOMIC_ACQUIRE);
+      if (__atomic_add_fetch(&here, 1, __ATOMIC_ACQ_REL) == team) {
+        here = next = 0;
+        next_turn(&turn, now, &asleep);
+      } else {
+        wait_turn(&turn, now, &asleep);
+      }
     }
   }
-#else
-  Flush flush;
-  for (long t = 0; t < count; ++t)
-    for (long i = 0; i < items; ++i) f(t, i, 0);
-#endif
+}
+
+// Mini-batches that go through a pipeline together. Groups of E come in from the last to the first, each in windows of W, its
+// mini-batches in their order or from the last to the first.
+struct Window {
+  long at, order, group, from, first, last;  // its turn; its group's turn; the group and where it begins; from first to last
+};
+INLINE bool window(long at, long W, long E, long count, bool forth, Window& w) {
+  long each = (E - 1) / W + 1, groups = (count - 1) / E + 1, part = at % each;
+  if (at < 0 || at >= groups * each) return false;
+  w.at = at;
+  w.order = at / each;
+  w.group = groups - 1 - w.order;
+  w.from = w.group * E;
+  long end = w.from + E < count ? w.from + E : count;
+  w.first = forth ? w.from + part * W : end - (part + 1) * W;
+  w.last = forth ? (w.first + W < end ? w.first + W : end) : end - part * W;
+  if (w.first < w.from) w.first = w.from;
+  return w.first < w.last;
 }
 
 INLINE V load(const T* p) { return *(const V*)p; }
@@ -352,6 +418,12 @@ INLINE void turn(T* out, int ldo, const T* in, int ldi, T beta = 0, const T* D =
     for (int r = c < columns ? rows : 0; r < R; ++r) out[c * ldo + r] = in[r * ldi + c] + (D ? beta * D[c * ldd + r] : T(0));
 }
 
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
 // A tile of C = beta D + alpha A B: MR rows, NV vectors. A is read entry by entry at any stride, B in vectors.
 template <int MR, int NV, int K, int SAM, int SAK, int LDB>
 INLINE void tile(T* C, int ldc, const T* A, const T* B, T alpha, T beta, const T* D, int ldd) {
@@ -413,3 +485,8 @@ static __attribute__((noinline)) void mv(T* C, int sc, const T* A, const T* B, T
     C[m * sc] = alpha * sum + (D ? beta * D[m * sd] : T(0));
   }
 }
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC pop_options
+#endif

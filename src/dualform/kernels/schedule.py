@@ -19,14 +19,14 @@ aten = torch.ops.aten
 
 def schedule(
     gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str], over: Mapping[int, int], beside: bool = False,
-    kept: Sequence[int] = (),
+    stay: Mapping[int, str] | None = None,
 ) -> Schedule:  # fmt: skip
     """Turn a graph into statements.
 
     places: where each input is held; "scratch" if it may be written over. over: outputs that had better be written over an input;
-    beside: or where the next mini-batch has it. kept: outputs that stay with the mini-batch.
+    beside: or where the next mini-batch has it. stay: outputs that stay with the mini-batch, and where.
     """
-    return _Scheduler(gm, align, places, names).run(over, beside, kept)
+    return _Scheduler(gm, align, places, names).run(over, beside, stay or {})
 
 
 class _Scheduler:
@@ -49,7 +49,7 @@ class _Scheduler:
         self.added = _sums_of_products(self.nodes, set(self.results))
         self.inside = {p for p, *_ in self.added.values()}
 
-    def run(self, over: Mapping[int, int], beside: bool, kept: Sequence[int]) -> Schedule:
+    def run(self, over: Mapping[int, int], beside: bool, stay: Mapping[int, str]) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
             n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
@@ -63,7 +63,8 @@ class _Scheduler:
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
         memory.into_pieces(self.statements, self.copies, outputs)
-        memory.stay([outputs[k] for k in kept])
+        for k, place in stay.items():
+            memory.stay(outputs[k], place)
         for k, i in over.items():
             if beside:
                 memory.write_beside(outputs, k, self.inputs[i])

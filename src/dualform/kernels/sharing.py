@@ -38,8 +38,8 @@ def _kind(n: fx.Node) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
-def _moved(n: fx.Node) -> float:
-    """Cost of keeping a value; infinite for what is no buffer of its own."""
+def price(n: fx.Node) -> float:
+    """Price of keeping a value; infinite for what is no buffer of its own."""
     if n.target in VIEWS or n.target in PIECES or n.target is operator.getitem or n.meta["val"].ndim == 0:
         return math.inf
     return MOVED * n.meta["val"].numel()
@@ -54,7 +54,7 @@ def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[
     made = {key: n for n, key in _keys(earlier, names, given).items() if n.op == "call_function"}
     key_of = _keys(later, names, given)
     both = [n for n in later.graph.nodes if n.op == "call_function" and key_of[n] in made]
-    kept = _cut(both)
+    kept, _ = _cut(both)
     graph = later.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     for n in reversed(kept):
@@ -68,23 +68,29 @@ def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[
     return fx.GraphModule(earlier, earlier.graph), fx.GraphModule(later, graph), len(kept)
 
 
-def _cut(both: list[fx.Node]) -> list[fx.Node]:
-    """Choose which of the values that both graphs have are kept."""
+def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Of values that others read, choose those that are kept, and those that are made again from what is kept."""
     import networkx  # with torch; a tenth of a second, not at `import dualform`
 
-    network, inside = networkx.DiGraph(), set(both)
+    network, inside = networkx.DiGraph(), set(values)
     network.add_nodes_from(["read", "work"])
-    for n in both:  # n: it is needed; "again n": it is computed again
+    for n in values:  # n: it is needed; "again n": it is computed again
         if any(user not in inside for user in n.users):
             network.add_edge("read", n)
-        moved = _moved(n)
+        moved = price(n)
         network.add_edge(n, ("again", n), **({} if math.isinf(moved) else {"capacity": moved}))
         network.add_edge(("again", n), "work", capacity=work(n))
         for source in n.all_input_nodes:
             if source in inside:
                 network.add_edge(("again", n), source)
     _, (needed, _) = networkx.minimum_cut(network, "read", "work")
-    return [n for n in both if n in needed and ("again", n) not in needed]
+    made = [n for n in values if ("again", n) in needed]
+    return [n for n in values if n in needed and ("again", n) not in needed], made
 
 
-__all__ = ["shared"]
+def made_again(values: list[fx.Node]) -> set[fx.Node]:
+    """Of values that are at hand in one place, choose those that are made again in others."""
+    return set(_cut(values)[1])
+
+
+__all__ = ["made_again", "price", "shared"]

@@ -66,11 +66,13 @@ def dispatch(node: fx.Node) -> float:
 def split(
     gm: fx.GraphModule, carried: Sequence[int], returned: Sequence[int], fixed: Sequence[int] | None,
     size: Callable[[fx.Node], float], work: Callable[[fx.Node], float] = dispatch,
+    again: Callable[[list[fx.Node]], set[fx.Node]] | None = None,
 ) -> Fission:  # fmt: skip
     """Split a graph whose inputs `carried` are what the previous mini-batch gave as outputs `returned`.
 
     fixed: inputs that every mini-batch shares; None if nothing is to be made once. size: price of storing a value; infinite if it
-    cannot be, as one that is not cut by rows. work: price of an op in the loop.
+    cannot be, as one that is not cut by rows. work: price of an op in the loop. again: chooses, among values that do not wait, those
+    that are made where they are used, not stored.
     """
     inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
     (output,) = [n for n in gm.graph.nodes if n.op == "output"]
@@ -86,8 +88,10 @@ def split(
         loop, "loop"
     )
     homes = {node: {name} for node, name in place.items()}
-    for node in reversed(nodes):
-        if place[node] in ("once", "before") and node not in ends and _made_anew(node, size):
+    early = [n for n in nodes if place[n] in ("once", "before") and n not in ends]
+    anew = again(early) if again else {n for n in early if _made_anew(n, size)}
+    for node in reversed(early):
+        if node in anew:
             homes[node] = set().union(*(homes[u] for u in node.users if u in homes))
 
     def part(name: str, wanted: Iterable[fx.Node], first: Sequence[Any] = ()) -> Part:
