@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
@@ -107,78 +108,61 @@ def _in_turn(t: Target) -> Target:
     return Target("passed", f"sum_{label(t.what)}") if t.kind == "added" else t
 
 
-RUN = """
-extern "C" long need(long P, long count, long G, long threads) {{
-  long E = {extent};
-  return threads * {scratch} + P * ({memory} + {groups} * (E + 1) * {slot} + {ring} * {window} * {passed});
-}}
-extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long threads) {{
-  long W = {window}, E = {extent}, m = (E - 1) / W + 1, steps = ((count - 1) / E + 1) * m + {last} + 1;
-  T* rows = s + threads * {scratch};
-  stages(threads, steps, {turns} * P + {beside} * P * W, [=](long t, long i, long k) {{
-    item(t, i, P, H, count, G, phase, W, E, m, steps, g, s + k * {scratch}, rows);
-  }});
-}}"""
-ITEM = "static void item(long t, long i, long P, long H, long count, long G, long phase, long W, long E, long m, long steps, const Arg* g, T* s, T* rows) {"
-
-
-def _unit(
-    name: str, layout: Layout, pieces: Sequence[Piece], functions: Sequence[str], stages: Sequence[Stage], row: RowText,
-    extent: str, held: bool,
-) -> Unit:  # fmt: skip
-    """Put a unit together. extent: mini-batches of a group. held: does the state stay with the row? Else each mini-batch has its own."""
-    fixed, turned, sums, state, passed = (
-        layout.sizes.get(x, 0) for x in ("fixed", "cotangent", "sums", "state", "passed")
-    )
-    scratch, memory = max(p.schedule.scratch for p in pieces), fixed + turned + sums + held * state
-    slot, ring, groups = (
-        (0 if held else layout.slot),
-        len({x.delay for x in stages if x.piece != "advance"}),
-        "(2 + (m + 1) / m)",
-    )
-    low, high = WINDOW
-    window = min(max(WINDOW_BYTES // max(1, passed * layout.dtype.itemsize), low), high)
-    size = f"({memory} + {groups} * (E + 1) * {slot} + {ring} * W * {passed})"
-    at_row = [
-        "long b = row / H, h = row % H;",
-        f"T *f = rows + row * {size}, *ct = f + {fixed}, *acc = ct + {turned}, *st = acc + {sums}, *own = st + {held * state};",
-    ]
-    at_batch = [] if held else [f"st = own + ((w.order % {groups}) * (E + 1) + n - w.from) * {slot};"]
-    at_batch.append(f"T* ps = own + {groups} * (E + 1) * {slot} + ((w.at % {ring}) * W + n - w.first) * {passed};")
-    call = CALL.format(kp=f"st + {0 if held else state}", ps="ps")
-    lines = [
-        ITEM, "if (t == 0 || t == steps) {", "if (i >= P) return;", "long row = i;", *at_row,
-        "if (t == 0) {", *row.begin, "} else {", *row.end, "}", "return;", "}", "Window w;",
-    ]  # fmt: skip
+def _item(stages: Sequence[Stage], row: RowText, state: str) -> list[str]:
+    """Write what step t does with item i: first and last what a row needs, else a window in turn, or one of its mini-batches."""
+    argument = "const Arg* g = c.g; Row r = row_of(c, {}); long b = r.b, h = r.h, G = c.G, phase = c.phase; T *f = r.f, *ct = r.ct, *acc = r.acc, *st = r.st;"
+    one = f"st = state_of(c, r, w, n); T *kp = st + {state}, *ps = passed_of(r, w, n);"
     loops = {
         "forth": "for (long n = w.first; n < w.last; ++n) {",
         "back": "for (long n = w.last - 1; n >= w.first; --n) {",
     }
-    turns, beside = ([x for x in stages if (x.order == "each") == each] for each in (False, True))
-    for x in (*turns, *beside):
-        forth = "true" if held or x.order == "forth" else "false"
-        found = f"if (!window(t - 1 - ({x.delay}), W, E, count, {forth}, w)) return;"
+    lines = [
+        "static void item(const Call& c, long t, long i, T* s) {", "if (t == 0 || t == c.steps) {", "if (i >= c.P) return;",
+        argument.format("i"), "if (t == 0) {", *row.begin, "} else {", *row.end, "}", "return;", "}", "Window w;",
+    ]  # fmt: skip
+    for x in sorted(stages, key=lambda x: x.order == "each"):
+        forth = "STAYS" if x.order != "forth" else "true"
+        late = f"if (!window(t - 1 - ({x.delay}), c.E, c.count, {forth}, w)) return;"
+        call = f"{x.piece}({CALL.format(kp='kp', ps='ps')});"
         if x.order == "each":
             lines += [
-                "if (i < P * W) {",
-                "long row = i / W;",
-                found,
-                *at_row,
+                "if (i < c.P * W) {",
+                late,
+                argument.format("i / W"),
                 "long n = w.first + i % W;",
                 "if (n >= w.last) return;",
             ]
-            lines += [*at_batch, f"{x.piece}({call});", "return;", "}", "i -= P * W;"]
+            lines += [one, call, "return;", "}", "i -= c.P * W;"]
         else:
-            lines += ["if (i < P) {", "long row = i;", found, *at_row, *x.before, loops[x.order], *x.each]
-            lines += [*at_batch, f"{x.piece}({call});", "}", "return;", "}", "i -= P;"]
-    last = f"m + {ring - 1}" if not held else f"{ring - 1}"
-    run = RUN.format(
-        scratch=scratch, memory=memory, groups=groups, ring=ring, window=window, slot=slot, passed=passed, last=last, extent=extent,
-        turns=len(turns), beside=len(beside),
-    ).replace("  return threads", f"  long m = (E - 1) / {window} + 1;\n  return threads")  # fmt: skip
-    text = cpp.source(layout.dtype, [f"// {name}, in slices", *functions, cpp.indented([*lines, "}"]), run])
+            lines += ["if (i < c.P) {", late, argument.format("i"), *x.before, loops[x.order], *x.each]
+            lines += [one, call, "}", "return;", "}", "i -= c.P;"]
+    return [*lines, "}"]
+
+
+def _unit(
+    name: str, layout: Layout, pieces: Sequence[Piece], functions: Sequence[str], stages: Sequence[Stage], row: RowText, held: bool
+) -> Unit:  # fmt: skip
+    """Put a unit together. held: does the state stay with the row? Else each mini-batch has its own."""
+    size = {x: layout.sizes.get(x, 0) for x in ("fixed", "cotangent", "sums", "state", "passed")}
+    ring = len({x.delay for x in stages if x.piece != "advance"})
+    window = min(max(WINDOW_BYTES // max(1, size["passed"] * layout.dtype.itemsize), WINDOW[0]), WINDOW[1])
+    constants = {
+        "FIXED": size["fixed"], "TURNED": size["cotangent"], "SUMS": size["sums"], "STAYS": int(held), "HELD": held * size["state"],
+        "SLOT": 0 if held else layout.slot, "STATE": size["state"], "PASSED": size["passed"], "RING": ring, "W": window,
+        "SCRATCH": max(p.schedule.scratch for p in pieces), "LATE": ring - 1, "TURNS": sum(x.order != "each" for x in stages),
+        "BESIDE": sum(x.order == "each" for x in stages),
+    }  # fmt: skip
+    sizes = f"enum : long {{ {', '.join(f'{x} = {n}' for x, n in constants.items())} }};"
+    support = files("dualform.kernels").joinpath("pipeline.h").read_text()
+    item = cpp.indented(_item(stages, row, "0" if held else "STATE"))
+    text = cpp.source(layout.dtype, [f"// {name}, in slices", sizes, support, *functions, item])
+    memory = constants["SCRATCH"] + size["fixed"] + size["cotangent"] + size["sums"] + constants["HELD"]
     return Unit(
-        text, {f"{p.name}:": p.schedule for p in pieces}, tuple(layout.arguments), scratch + memory, slot + passed
+        text,
+        {f"{p.name}:": p.schedule for p in pieces},
+        tuple(layout.arguments),
+        memory,
+        constants["SLOT"] + size["passed"],
     )
 
 
@@ -194,7 +178,7 @@ def forward_unit(
     stages = [
         Stage("loop", "1", "forth", d.addresses(), keep), Stage("after", "2", "each"), Stage("before", "0", "each")
     ]  # fmt: skip
-    return _unit(f"{name}, forward", d.layout, [*pieces.values()], functions, stages, row, "count", held=True)
+    return _unit(f"{name}, forward", d.layout, [*pieces.values()], functions, stages, row, held=True)
 
 
 def backward_unit(
@@ -213,12 +197,12 @@ def backward_unit(
             sums += cpp.add_text(whole(here), whole(there))
     functions.append(cpp.function("total", ARGUMENTS, sums))
     row = d.row(every)
-    enter = [f"if (w.first == w.from) {{ long group = w.group; st = own + (w.order % (2 + (m + 1) / m)) * (E + 1) * {d.layout.slot};", *row.enter, "}"]  # fmt: skip
+    enter = ["if (w.first == w.from) {", "long group = w.group;", "st = state_of(c, r, w, w.from);", *row.enter, "}"]
     stages = [
-        Stage("total", "m + 3", "back"), Stage("loop", "m + 1", "back"), Stage("advance", "0", "forth", enter),
-        Stage("after", "m + 2", "each"), Stage("before", "m", "each"),
+        Stage("total", "c.m + 3", "back"), Stage("loop", "c.m + 1", "back"), Stage("advance", "0", "forth", enter),
+        Stage("after", "c.m + 2", "each"), Stage("before", "c.m", "each"),
     ]  # fmt: skip
-    return _unit(f"{name}, backward", d.layout, every, functions, stages, row, "(G < count ? G : count)", held=False)
+    return _unit(f"{name}, backward", d.layout, every, functions, stages, row, held=False)
 
 
 __all__ = ["backward_unit", "forward_unit"]

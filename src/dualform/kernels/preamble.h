@@ -7,14 +7,6 @@
 #if !defined(_OPENMP)
 #include <thread>
 #include <vector>
-#else
-extern "C" int omp_get_thread_num(void);
-extern "C" int omp_get_num_threads(void);
-#endif
-#include <sched.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -298,76 +290,6 @@ INLINE void parallel(long n, F f) {
   f(0);
   for (auto& x : others) x.join();
 #endif
-}
-
-// Wait until `turn` is no longer `now`: awake for some microseconds, then asleep, so that a thread without a core may have this one.
-INLINE void wait_turn(int* turn, int now, int* asleep) {
-  for (int k = 0; k < 1000; ++k) {
-    if (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != now) return;
-#if defined(__SSE__)
-    __builtin_ia32_pause();
-#endif
-  }
-  __atomic_add_fetch(asleep, 1, __ATOMIC_SEQ_CST);
-  while (__atomic_load_n(turn, __ATOMIC_SEQ_CST) == now)
-#if defined(__linux__)
-    syscall(SYS_futex, turn, 128 /* wait, within this process */, now, nullptr, nullptr, 0);
-#else
-    sched_yield();
-#endif
-  __atomic_sub_fetch(asleep, 1, __ATOMIC_SEQ_CST);
-}
-INLINE void next_turn(int* turn, int now, int* asleep) {
-  __atomic_store_n(turn, now + 1, __ATOMIC_SEQ_CST);
-#if defined(__linux__)
-  if (__atomic_load_n(asleep, __ATOMIC_SEQ_CST)) syscall(SYS_futex, turn, 129 /* wake, within this process */, 1 << 30, nullptr, nullptr, 0);
-#endif
-}
-// Step after step, f(step, 0), ..., f(step, items - 1) beside each other; f(.., .., k) on thread k.
-template <class F>
-INLINE void stages(long threads, long steps, long items, F f) {
-  long next = 0, here = 0;
-  int turn = 0, asleep = 0;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-#endif
-  {
-    Flush flush;
-#if defined(_OPENMP)
-    long k = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-    long k = 0, team = 1;
-#endif
-    for (long t = 0; t <= steps; ++t) {
-      for (long i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) f(t, i, k);
-      int now = __atomic_load_n(&turn, __ATOMIC_ACQUIRE);
-      if (__atomic_add_fetch(&here, 1, __ATOMIC_ACQ_REL) == team) {
-        here = next = 0;
-        next_turn(&turn, now, &asleep);
-      } else {
-        wait_turn(&turn, now, &asleep);
-      }
-    }
-  }
-}
-
-// Mini-batches that go through a pipeline together. Groups of E come in from the last to the first, each in windows of W, its
-// mini-batches in their order or from the last to the first.
-struct Window {
-  long at, order, group, from, first, last;  // its turn; its group's turn; the group and where it begins; from first to last
-};
-INLINE bool window(long at, long W, long E, long count, bool forth, Window& w) {
-  long each = (E - 1) / W + 1, groups = (count - 1) / E + 1, part = at % each;
-  if (at < 0 || at >= groups * each) return false;
-  w.at = at;
-  w.order = at / each;
-  w.group = groups - 1 - w.order;
-  w.from = w.group * E;
-  long end = w.from + E < count ? w.from + E : count;
-  w.first = forth ? w.from + part * W : end - (part + 1) * W;
-  w.last = forth ? (w.first + W < end ? w.first + W : end) : end - part * W;
-  if (w.first < w.from) w.first = w.from;
-  return w.first < w.last;
 }
 
 INLINE V load(const T* p) { return *(const V*)p; }
