@@ -4,10 +4,12 @@ What is compiled is compiled without optimising, which is most of the time; one 
 """
 
 import itertools
+import operator
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, launch, lowering, ops, pipeline, report, sharing
+from dualform.kernels import backend, blocks, cpp, launch, lowering, ops, pipeline, report, sharing
 from dualform.learning.derive import only_outputs
 from dualform.learning.scan import Input
 from dualform.testing import LawBroken, check_backend
@@ -41,9 +43,22 @@ def _quick(monkeypatch):
 
 # -- one op at a time ------------------------------------------------------------------------------------------------
 
-one_argument = "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan"
-entries = [getattr(torch, name) for name in one_argument.split()]
-entries = [lambda x, y, f=f: f(x) for f in entries] + [
+one_argument = (
+    "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan ceil trunc asinh "
+    "erfc exp2 log2 log10 digamma i0 special.i1 special.i0e special.i1e special.erfcx"
+)
+two = "fmod remainder atan2 hypot copysign fmax fmin logical_xor"
+entries = [lambda x, y, f=f: operator.attrgetter(f)(torch)(x) for f in one_argument.split()]
+entries += [lambda x, y, f=f: getattr(torch, f)(5 * x - 3, y) for f in two.split()]
+entries += [
+    lambda x, y: (5 * x - 3).round() * x, lambda x, y: x.round(decimals=1), lambda x, y: (1 + x).acosh(), lambda x, y: (x - 0.5).atanh(),
+    lambda x, y: (x - 1.2).erfinv(), lambda x, y: torch.special.ndtri(x - 0.19),
+    lambda x, y: torch.polygamma(2, x), lambda x, y: torch.polygamma(1, x), lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="floor"),
+    lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="trunc"), lambda x, y: (x - 0.7).signbit() * y,
+    lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y,
+    lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: ~(x > 0.7) * y, lambda x, y: (5 * x).bool() * y, lambda x, y: (9 * x - 5).long() * y,
+    lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x,
+] + [
     lambda x, y: (0.3 * x).asin(), lambda x, y: (0.3 * x).acos(), lambda x, y: x + y, lambda x, y: torch.add(x, y, alpha=2),
     lambda x, y: x - y, lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x, lambda x, y: x * y, lambda x, y: x / y,
     lambda x, y: x**y, lambda x, y: x**3, lambda x, y: x**-1, lambda x, y: 1.5**x, torch.maximum, torch.minimum,
@@ -57,22 +72,43 @@ entries = [lambda x, y, f=f: f(x) for f in entries] + [
 ]  # fmt: skip
 
 
+# What picks, puts and orders; with entries that are equal, and some that are no numbers.
+places = torch.tensor([[4, 0, 1, 3, 2]] * 3), torch.tensor([[1, 1, -1, 0, 1], [4, 0, 2, 2, 3]])
+picks = [
+    lambda x, y, P, Q: x.gather(1, P), lambda x, y, P, Q: x.gather(-1, x.argsort(-1, descending=True)), lambda x, y, P, Q: x[:2].gather(0, Q[:1] % 2).sum(0),
+    lambda x, y, P, Q: x.scatter_add(1, P % 3, y), lambda x, y, P, Q: x[:, :4].scatter_add(0, Q[1:, :4] % 3, y).sum(), lambda x, y, P, Q: x.scatter(1, P, y),
+    lambda x, y, P, Q: x.scatter(1, P[:, :2], 0.5), lambda x, y, P, Q: x.scatter(0, Q[1:, :3] % 3, y), lambda x, y, P, Q: (x > 0.7).long().sort(-1)[1] * x,
+    lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(-1)[1] * y, lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(0, descending=True)[1] * y,
+    lambda x, y, P, Q: torch.sort(torch.where(x > 0.9, torch.nan, x), stable=True, dim=-1, descending=True)[1] * y, lambda x, y, P, Q: x.sort(0)[0] * y,
+    lambda x, y, P, Q: torch.where(x > 0.9, torch.nan, x).sort(-1)[1] * y, lambda x, y, P, Q: torch.where(x > 0.7, torch.nan, x).argmax(1, keepdim=True) * y,
+    lambda x, y, P, Q: x.argmin() * y, lambda x, y, P, Q: x.max(0)[1] * y, lambda x, y, P, Q: x.cumsum(1), lambda x, y, P, Q: x.cumprod(0), lambda x, y, P, Q: x.logcumsumexp(-1),
+    lambda x, y, P, Q: x[Q[0] % 3, Q[1]], lambda x, y, P, Q: x[:, None].expand(3, 2, 5)[Q[0] % 3, :, Q[1]].sum(1), lambda x, y, P, Q: x[:, Q].sum(2).sum(1, True),
+    lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0]), lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0], accumulate=True),
+    lambda x, y, P, Q: x.index_put((Q[1][:4] % 3,), y[:1]), lambda x, y, P, Q: torch.diagonal_scatter(x, y[:, 0], 1), lambda x, y, P, Q: torch.diagonal_scatter(x, y[1:, 0], -1),
+    lambda x, y, P, Q: x.diagonal_scatter(x.diagonal() + 1), lambda x, y, P, Q: torch.nn.functional.embedding(Q[0] % 3, x)[:3], lambda x, y, P, Q: x.index_select(1, Q[1]),
+    lambda x, y, P, Q: x.index_add(1, Q[1], y), lambda x, y, P, Q: x.flip(0, 1), lambda x, y, P, Q: x / x.var(1, keepdim=True) + x.var(0, correction=0),
+    lambda x, y, P, Q: x.std() * x, lambda x, y, P, Q: x.clamp(y - 0.1, y + 0.1), lambda x, y, P, Q: x.repeat(2, 3)[2:5, 4:9], lambda x, y, P, Q: x.unfold(1, 3, 2).sum(-1).sum(1, True),
+    lambda x, y, P, Q: torch.nn.functional.pad(x, (-1, 1, 2, -2), value=3.0), lambda x, y, P, Q: torch.where(x > 0.7, 0.1, 0.2) + x,
+]  # fmt: skip
+
+
 def both_ways(dtype):
     """All of `entries` as one function in C++, and what torch makes of it."""
     g = torch.Generator().manual_seed(0)
     x, y = (0.2 + torch.rand(3, 5, generator=g, dtype=dtype) for _ in range(2))
 
-    def f(x, y):
-        return [torch.stack([torch.broadcast_to(entry(x, y), x.shape) for entry in entries])]
+    def f(x, y, *places):
+        found = [*(entry(x, y) for entry in entries), *(pick(x, y, *places) for pick in picks)]
+        return [torch.stack([torch.broadcast_to(value, x.shape) for value in found])]
 
-    gm = make_fx(f, tracing_mode="fake")(x, y)
-    unit = blocks.forward_unit(gm, [Input("q", n, "block") for n in "xy"], dtype, "entries")
+    gm = make_fx(f, tracing_mode="fake")(x, y, *places)
+    unit = blocks.forward_unit(gm, [Input("q", n, "block") for n in "xyPQ"], dtype, "entries")
     native = launch.Native(launch.compiled(unit.text), unit.flops, dtype)
-    o = torch.full((1, 1, 1, len(entries), 3, 5), torch.nan, dtype=dtype)
-    given = {"x": x, "y": y}
+    o = torch.full((1, 1, 1, len(entries) + len(picks), 3, 5), torch.nan, dtype=dtype)
+    given = dict(zip("xyPQ", (x, y, *places), strict=True))
     tensors = [o if role == "o" else given[what.name][None, None, None] for role, what in unit.arguments]
     native([launch.placed(t) for t in tensors], 1, 1, 1, 0, 0)
-    return gm, o[0, 0, 0], f(x, y)[0]
+    return gm, o[0, 0, 0], f(x, y, *places)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
@@ -98,6 +134,22 @@ def test_the_law_bites(monkeypatch):
         check_backend(of(built_in[3], squared, "sgd", 3), "cpp", time=3)
 
 
+class Sorts(nn.Module):
+    """The largest entries, where they were, the rest below them; running products; a running sum by rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = parameter(4, 4)
+
+    def forward(self, x):
+        h = x @ self.W
+        place = h.argsort(-1, descending=True)
+        most = h.gather(-1, place)
+        gate = torch.nn.functional.pad(most[..., :2].softmax(-1), (0, 2))
+        spread = torch.zeros_like(h).scatter(-1, place, gate)
+        return h.sort(-1)[0] + spread * h + (0.3 * h).cumprod(-1) / h.std(-1, keepdim=True)
+
+
 class Picks(nn.Module):
     """Columns by a table of whole numbers, sums along a row, and the row in reverse."""
 
@@ -112,8 +164,9 @@ class Picks(nn.Module):
         return torch.tanh(h).index_select(-1, self.places.abs()) @ x.new_ones(5, 4) * x
 
 
-def test_tables_of_whole_numbers_and_sums_along_a_row():
-    laws.check_backend(df.derive(Picks().double(), squared, rules["averaged"], chunk=3), "cpp", time=4)
+@pytest.mark.parametrize("kind", [Picks, Sorts])
+def test_what_picks_and_orders(kind):
+    laws.check_backend(df.derive(kind().double(), squared, rules["averaged"], chunk=3), "cpp", time=3)
 
 
 # -- learners, rules, objectives ---------------------------------------------------------------------------------------
@@ -333,15 +386,85 @@ def test_two_calls_are_one():
         laws.agree(name, x, after.tensors()[name])
 
 
-def test_half_precision_in_and_out_autocast_no_grad_and_empty():
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+@pytest.mark.parametrize(
+    ("dtype", "drawn"),
+    [
+        (torch.bfloat16, {"time": 7}), (torch.bfloat16, {"time": 7, "ragged": True, "resets": True, "carried": True}),
+        (torch.bfloat16, {"time": 9, "batch": 1, "heads": 1}), (torch.float16, {"time": 3}), (torch.float32, {"time": 3}),
+    ],
+)  # fmt: skip
+def test_fewer_digits_in_and_out_are_those_of_a_copy(dtype, drawn, backend, monkeypatch, request):
+    """To the bit: numbers are widened while they are read, and rounded while they are written. One in another type, too."""
+    wide = torch.promote_types(torch.float32, dtype) if dtype != torch.float32 else DOUBLE
+    if drawn.get("heads") == 1:
+        request.getfixturevalue("sliced")
+    program = df.derive(built_in[1](4).to(wide), squared, rules["averaged"], chunk=3)
+    problem = laws.draw(program, dtype=wide, **drawn)
+    tokens = {name: x for name, x in problem.tensors.items() if name in ("q", "k", "v", "gate.lr")}
+    for layout in (lambda x: x, lambda x: x.mT.contiguous().mT):
+        few = {
+            name: layout(x.detach()).to(dtype if name != "v" else wide).requires_grad_() for name, x in tokens.items()
+        }
+        narrow = replace(problem, tensors=problem.tensors | few)
+        copy = replace(problem, tensors=problem.tensors | {name: x.to(wide) for name, x in few.items()})
+
+        def through_a_copy(copy=copy):
+            o, state = copy.run("auto", backend=backend)
+            return o.to(dtype), state
+
+        expected = laws.outcome(narrow, through_a_copy)
+        with monkeypatch.context() as within:
+            within.setattr(launch, "FLOPS_PER_THREAD", 1)
+            got = laws.outcome(narrow, lambda narrow=narrow: narrow.run("auto", backend=backend))
+        assert got["o"].dtype == got["d k"].dtype == dtype
+        assert {x.dtype for name, x in got.items() if name.startswith("state")} == {wide, torch.long}
+        assert [n for n, x in expected.items() if x.dtype != got[n].dtype or not torch.equal(x, got[n])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding(dtype):
+    """Both ways, of all numbers of two bytes and of many others, as torch does."""
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    low = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x, y = (high + low).view(torch.float32).flatten(), torch.arange(-(2**15), 2**15).short().view(dtype)
+    body = "Flush flush; for (long i = 0; i < n; ++i) {};"
+    head = 'extern "C" long need(long, long, long, long) {{ return 0; }}\n'
+    head += 'extern "C" void run(long n, long, long, long, long, const void* in, void* out, long) {{\n{}\n}}'
+    kind = cpp.TYPES[dtype]
+    for put, numbers in (("put(({0}*)out + i, ((float*)in)[i])", x), ("((float*)out)[i] = get((const {0}*)in + i)", y)):
+        text = cpp.source(torch.float32, [head.format(body.format(put.format(kind)))])
+        got = torch.empty(len(numbers), dtype=dtype if numbers is x else torch.float32)
+        launch.compiled(text).run(len(numbers), 0, 0, 0, 0, numbers.data_ptr(), got.data_ptr(), 0)
+        torch.testing.assert_close(got, numbers.to(got.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_tokens_are_not_copied(monkeypatch):
+    """What the compiled code is given is the caller's own memory, and it writes to the result's."""
+    program, seen = df.derive(built_in[1](4).float(), squared, rules["averaged"], chunk=3), []
+    placed = backend.placed
+    monkeypatch.setattr(backend, "placed", lambda x: (seen.append(x.data_ptr()), placed(x))[1])
+    q, k, v = torch.randn(3, 2, 6, 2, 4).bfloat16().unbind()
+    with torch.no_grad():
+        o, _ = program(q, k, v, backend="cpp")
+    assert {x.data_ptr() for x in (q, k, v, o)} <= {*seen}
+
+
+def test_single_tokens_autocast_and_empty():
     program = df.derive(built_in[1](4), squared, rules["averaged"], chunk=3)
     q, k, v = torch.randn(3, 2, 6, 2, 4).bfloat16().unbind()
-    o, state = program(q, k, v, backend="cpp")
-    assert o.dtype == torch.bfloat16
-    assert all(x.dtype == torch.float32 for x in state.anchor.values())
-    laws.agree("bf16", o, program(q, k, v, backend="eager")[0])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        laws.agree("autocast", program(q, k, v, backend="cpp")[0], o)
+    with torch.no_grad():
+        o, state = program(q, k, v, backend="cpp")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(program(q, k, v, backend="cpp")[0], o)
+        steps, last = [], program.initial_state(2, 2)
+        for t in range(6):
+            y, last = program(*(x[:, t : t + 1] for x in (q, k, v)), state=last, backend="cpp")
+            steps.append(y)
+    laws.agree("o", torch.cat(steps, 1), o)
+    for name, x in state.tensors().items():
+        laws.agree(name, last.tensors()[name], x)
+    assert program.losses(k, v)[0].dtype == torch.float32
     assert program(q[:0], k[:0], v[:0], backend="cpp")[0].shape == (0, 6, 2, 4)
     assert program(q[:, :0], k[:, :0], v[:, :0], backend="cpp")[0].shape == (2, 0, 2, 4)
 
@@ -373,26 +496,27 @@ def test_checkpoint_and_compile():
 # -- where it cannot be done -------------------------------------------------------------------------------------------
 
 
-class Running(nn.Module):
-    """A running product: an op without a row."""
+class Waits(nn.Module):
+    """An incomplete gamma function: an op without a row."""
 
     def __init__(self):
         super().__init__()
         self.W = parameter(4, 4)
 
     def forward(self, x):
-        return (x @ self.W).cumprod(-1)
+        return torch.igamma(x.square(), (x @ self.W).square())
 
 
 def test_an_op_without_a_row_is_named_with_its_line_or_left_to_eager(monkeypatch):
-    program = df.derive(Running(), chunk=3)
+    program = df.derive(Waits(), chunk=3)
     x = torch.randn(1, 6, 1, 4, dtype=DOUBLE)
     with pytest.raises(
-        ValueError, match=r"aten.cumprod.default at return \(x @ self.W\).cumprod\(-1\)   \(test_kernels.py:\d+\)"
+        ValueError,
+        match=r"aten.igamma.default at return torch.igamma\(x.square\(\), \(x @ self.W\).square\(\)\)   \(test_kernels.py:\d+\)",
     ):
         program(x, x, x, backend="cpp")
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
-    with pytest.warns(UserWarning, match="aten.cumprod.default .* run on backend='eager'"):
+    with pytest.warns(UserWarning, match="aten.igamma.default .* run on backend='eager'"):
         o, _ = program(x, x, x)
     laws.agree("o", o, program(x, x, x, backend="eager")[0])
     program(x, x, x)  # says so once: warnings are errors here
@@ -457,6 +581,15 @@ def test_no_compiler_at_all(monkeypatch, tmp_path):
         launch.CompilerError, match=r"no C\+\+ compiler was found; expected \$CXX, g\+\+, clang\+\+ or c\+\+"
     ):
         launch.compiler()
+
+
+def test_a_compiler_with_no_library_of_threads(monkeypatch, folder, tmp_path):
+    script = (
+        f'case "$*" in *-fopenmp\\ *|*-fopenmp) extra=-Dneed=missing;; esac\n{" ".join(launch.compiler())} $extra "$@"'
+    )
+    monkeypatch.setenv("CXX", program_named(tmp_path / "cc", script))
+    assert launch.compiled(SOURCE.format(8)).need(0, 0, 0, 0) == 0
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, folder, tmp_path):
@@ -531,10 +664,10 @@ def test_explain_says_which_backend_and_why(monkeypatch):
     x = torch.randn(1, 5, 1, 8, dtype=DOUBLE)
     program(x, x, x)
     assert "cpp on the CPU, compiled already" in str(program.explain())
-    refused = df.derive(Running(), chunk=2)
-    with pytest.warns(UserWarning, match="cumprod"):
+    refused = df.derive(Waits(), chunk=2)
+    with pytest.warns(UserWarning, match="igamma"):
         refused(x[..., :4], x[..., :4], x[..., :4])
-    assert "backend  eager, because cpp: the op aten.cumprod.default" in str(refused.explain())
+    assert "backend  eager, because cpp: the op aten.igamma.default" in str(refused.explain())
 
 
 @pytest.mark.parametrize("n", range(len(built_in)), ids=lambda n: repr(built_in[n]))

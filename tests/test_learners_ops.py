@@ -58,6 +58,11 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
     "cumsum": lambda: Learner(lambda x, f, g: g(f(x).cumsum(-1).tanh()), nn.Linear(K, K), nn.Linear(K, K)),
     "attention": lambda: Learner(attending, nn.Linear(K, K), nn.Linear(2 * K, 4, bias=False)),
     "filter": lambda: Learner(filtered, nn.Linear(K, 1, bias=False), nn.Linear(K, K)),
+    "complex product": lambda: Learner(
+        lambda x, f, g: g(torch.view_as_real(torch.view_as_complex(f(x).unflatten(-1, (3, 2))) * (1 + 2j)).flatten(-2)),
+        nn.Linear(K, K),
+        nn.Linear(K, K),
+    ),
     "spectrum": lambda: Learner(
         lambda x, f, g: g(torch.fft.rfft(f(x)).abs()), nn.Linear(K, K), nn.Linear(K // 2 + 1, K)
     ),

@@ -15,6 +15,7 @@ from dualform.kernels.blocks import Argument, Unit
 from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
+from dualform.kernels.pieces import Kinds
 from dualform.learning import scan
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.grid import Variant
@@ -31,15 +32,26 @@ SLICED = 32  # mini-batches from which a stretch is cut in slices, if rows are f
 TOKENS_WORTH_COMPILING = 1000  # one by one: each saves a millisecond or two
 
 
-def written(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False) -> Unit:
+def _kinds(plan: scan.Plan, call: scan.Call) -> Kinds:
+    """Say which of the caller's tensors have fewer digits than are computed with."""
+    wide, o = call.dtype, plan.out_dtype(call)
+    found = [((part, part), getattr(call, part).dtype) for part in ("q", "k", "v")]
+    found += [(("gates", name), x.dtype) for name, x in call.gates.items()]
+    found += [(("o", ""), o), (("cotangent", "0"), o)]
+    return tuple(one for one in found if one[1] != wide)
+
+
+def written(
+    plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False, kinds: Kinds = ()
+) -> Unit:  # fmt: skip
     """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known. slices: for few rows."""
     way = pipeline if slices else blocks
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
     try:
         if direction == "forward":
             end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
-            return way.forward_unit(specialised(step.plain, end), inputs, dtype, name)
-        return way.backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name)
+            return way.forward_unit(specialised(step.plain, end), inputs, dtype, name, kinds)
+        return way.backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
     except Unsupported as error:
         raise Unsupported(error.node, _line(plan, error.node)) from None
 
@@ -50,11 +62,13 @@ def _line(plan: scan.Plan, node: fx.Node) -> str:
     return next((source_line(n) for n in traced if n.target == node.target), "")
 
 
-def made(plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False) -> Made:
-    """Return a direction's compiled function; made once per plan."""
-    key = (variant, direction, full, slices)
+def made(
+    plan: scan.Plan, call: scan.Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
+) -> Made:
+    """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
+    key = (variant, direction, full, slices, kinds := _kinds(plan, call))
     if key not in plan.natives:
-        unit = written(plan, variant, direction, full, slices)
+        unit = written(plan, variant, direction, full, slices, kinds)
         native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
         plan.natives[key] = Made(native, unit.arguments)
     return plan.natives[key]
@@ -67,7 +81,7 @@ def cut(rows: int, count: int) -> bool:
 
 def _made_for(run: scan.Run_, piece: range, direction: str) -> Made:
     """Return what runs a stretch."""
-    return made(run.plan, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
+    return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
 
 
 _ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
@@ -145,7 +159,7 @@ class _Sequence(Whole):
         state = run.held()
         saved = [x.new_empty(checkpoints, *x.shape) for x in state[: scan.checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0
-        o = grid.new(call.v, run.B, run.T, run.H, run.plan.derivation.out_width)
+        o = run.new_output()
         for piece in _stretches(run, 0, run.blocks):
             state = self._advance(run, piece, state, o, saved, G)
         after = [run.rowed(x) for x in run.whole(state)]
@@ -160,12 +174,12 @@ class _Sequence(Whole):
             return None
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
-        native, size = made(plan, _ONE, "forward", first + 1 == chunk), call.q.element_size()
+        native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
         if "marks" not in plan.natives:
-            plan.natives["marks"] = _marks(chunk, call.q.dtype)
+            plan.natives["marks"] = _marks(chunk, call.dtype)
         marks, slow = plan.natives["marks"], plan.derivation.constants | call.slow
         after = held if ours else [torch.empty_like(x) for x in held]
-        o = call.q.new_empty(B, 1, H, plan.derivation.out_width)
+        o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
 
         def tokens(x: Tensor) -> Place:
             row, token, head, *rest = x.stride()
@@ -200,7 +214,8 @@ class _Sequence(Whole):
         apart = y is None
         if y is None:
             W = run.grid.variants[n].width
-            y = run.call.q.new_empty(len(piece), run.B, run.H, W, run.plan.derivation.out_width)
+            shape = (len(piece), run.B, run.H, W, run.plan.derivation.out_width)
+            y = run.call.q.new_empty(shape, dtype=run.plan.out_dtype(run.call))
         kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
         keeps = [x[kept.start : kept.stop] for x in saved] + [
             x.new_empty(len(kept), *x.shape)
@@ -264,14 +279,11 @@ class _Sequence(Whole):
         placed: list[tuple[scan.Input, Tensor]] = []
 
         def gradient(x: scan.Input) -> Tensor:
-            own = (
-                run.grid.place(gradients.tokens[x.name], piece)
-                if x.name in gradients.tokens and x.over == "block"
-                else None
-            )
+            tokens = gradients.tokens.get(x.name) if x.over == "block" else None
+            own = None if tokens is None else run.grid.place(tokens, piece)
             if own is None:
-                like = _spread(run, x, piece)
-                own = torch.empty((len(piece) if x.over == "block" else 1, *like.shape[1:]), dtype=run.call.q.dtype)
+                shape = (len(piece) if x.over == "block" else 1, *_spread(run, x, piece).shape[1:])
+                own = torch.empty(shape, dtype=run.call.dtype if tokens is None else tokens.dtype)
                 placed.append((x, own))
             return own
 

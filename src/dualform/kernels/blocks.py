@@ -23,6 +23,7 @@ from dualform.kernels.pieces import (
     START,
     WHERE,
     Argument,
+    Kinds,
     Layout,
     Piece,
     Target,
@@ -124,8 +125,8 @@ def _fixed(layout: Layout, pieces: Sequence[Piece]) -> list[str]:
 class Forward:
     """The forward direction: (inputs of a block, state) -> (outputs, state)."""
 
-    def __init__(self, plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype) -> None:
-        self.inputs, self.layout, self.graph = inputs, Layout(dtype), lowered(plain)
+    def __init__(self, plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, kinds: Kinds) -> None:
+        self.inputs, self.layout, self.graph = inputs, Layout(dtype, kinds), lowered(plain)
         (output,) = [n for n in self.graph.graph.nodes if n.op == "output"]
         self.targets = forward_targets(inputs, len(output.args[0]))
         placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
@@ -166,9 +167,9 @@ class Backward:
 
     def __init__(
         self, plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype, kinds: Kinds,
     ) -> None:  # fmt: skip
-        self.layout, states = Layout(dtype), _state(inputs)
+        self.layout, states = Layout(dtype, kinds), _state(inputs)
         again, self.graph, kept = shared(lowered(only_outputs(plain, slice(1, None))), lowered(reverse), len(inputs))
         self.cotangents = [Input("cotangent", str(k), "block") for k in range(1, outputs)]
         names = [str(k) for k in range(kept)]
@@ -226,9 +227,11 @@ def _row_by_row(
     return Unit(text, {f"{p.name}:": p.schedule for p in pieces}, tuple(layout.arguments), memory, slot)
 
 
-def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
+def forward_unit(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str, kinds: Kinds = ()
+) -> Unit:
     """Write the forward direction, row by row."""
-    d = Forward(plain, inputs, dtype)
+    d = Forward(plain, inputs, dtype, kinds)
     step = Piece("step", d.graph, inputs, d.targets, d.layout, d.there)
     functions, row = [step.text("", d.addresses())], d.row([step])
     main = [
@@ -240,10 +243,10 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
 
 def backward_unit(
     plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
-    dtype: torch.dtype, name: str,
+    dtype: torch.dtype, name: str, kinds: Kinds = (),
 ) -> Unit:  # fmt: skip
     """Write the backward direction, row by row."""
-    d = Backward(plain, reverse, inputs, wants, outputs, dtype)
+    d = Backward(plain, reverse, inputs, wants, outputs, dtype, kinds)
     step = Piece("step", d.graph, d.sources, d.targets, d.layout)
     functions, row = [d.advance.text(""), step.text("-")], d.row([d.advance, step])
     slot, call = d.layout.slot, CALL.format(kp=f"st + {d.layout.sizes.get('state', 0)}", ps="st")

@@ -19,7 +19,10 @@ from dualform.kernels.ops import TEXT
 from dualform.kernels.statements import Buffer, Item, Nest, Operand, Product, Read, Schedule, View, space_of
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
-TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "unsigned char", torch.int64: "int64_t"}
+TYPES = {
+    torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool",
+    torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t",
+}  # fmt: skip
 LETTERS = "i", "k", "l", "m", "o"
 
 

@@ -124,16 +124,18 @@ def _made(folder: Path, key: str, command: tuple[str, ...], text: str) -> ctypes
         source, made = Path(work) / "block.cpp", Path(work) / "block.so"
         source.write_text(text)
         call = [*command, OPTIMISE, *FLAGS, str(source), "-o", str(made)]
-        try:
-            _execute([*call, "-fopenmp"])
-        except CompilerError:
-            _execute(call)
-        made.replace(folder / f"{key}.{_digest(made)}.so")  # whole or not at all, whoever else writes it
-    _shrink(folder)
-    found = _opened(folder, key)
-    if found is None:
-        raise _fail(f"what {command[0]} made could not be loaded from {folder}; expected a shared library")
-    return found
+        for more in (["-fopenmp"], []):  # there are compilers that take it, and have no library of it
+            try:
+                _execute([*call, *more])
+            except CompilerError:
+                if not more:
+                    raise
+                continue
+            made.replace(folder / f"{key}.{_digest(made)}.so")  # whole or not at all, whoever else writes it
+            _shrink(folder)
+            if found := _opened(folder, key):
+                return found
+    raise _fail(f"what {command[0]} made could not be loaded from {folder}; expected a shared library")
 
 
 def _digest(path: Path) -> str:

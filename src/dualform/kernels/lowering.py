@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS
+from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
+from dualform.kernels.picking import PICKING
 from dualform.learning.derive import trace_fake, undisturbed
 from dualform.learning.simplify import tidy
 
@@ -21,14 +24,43 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
     """Spell a graph out in ops that have a row."""
 
     def make() -> fx.GraphModule:
-        from torch._decomp import core_aten_decompositions
+        from torch._decomp import core_aten_decompositions, decomposition_table
 
-        known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS}
-        table = {op: f for op, f in core_aten_decompositions().items() if op not in known} | _own
+        table = {op: f for op, f in core_aten_decompositions().items() if op not in _known} | _own
         inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-        return tidy(_turned_last(trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table)))
+        refused: list[fx.Node] = []
+        while True:
+            made = trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table)
+            unknown = [n for n in made.graph.nodes if n.op == "call_function" and n.target not in _known]
+            more = {n.target: f for n in unknown if (f := decomposition_table.get(n.target)) and n.target not in table}
+            if not more:
+                break
+            refused, table = refused or unknown, table | more
+        digits = max((x.dtype.itemsize for x in inputs if x.is_floating_point()), default=0)
+        unknown += [n for n in made.graph.nodes if n.op == "call_function" and _rounds(n, digits)]
+        if unknown:  # named as the learner does, if it can be
+            raise Unsupported(next((n for n in unknown if "aten" in str(n.target)), (refused or unknown)[0]))
+        return tidy(_turned_last(made))
 
     return undisturbed(make)
+
+
+_known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS, operator.getitem}
+
+
+_CONSTANTS = {"fill", "where", "copy"}
+
+
+def _rounds(n: fx.Node, digits: int) -> bool:
+    """Is a value computed with fewer digits than the others? It would not be rounded. Or is it complex?"""
+
+    def few(x: Any) -> bool:
+        return isinstance(x, Tensor) and (x.is_complex() or (x.is_floating_point() and x.dtype.itemsize < digits))
+
+    passed_on = n.target in VIEWS or (n.target in MAPS and MAPS[n.target](n)[0] in _CONSTANTS)
+    if passed_on and all(few(x.meta["val"]) for x in n.all_input_nodes if x.meta["val"].is_floating_point()):
+        return any(x.is_complex() for x in tree_leaves(n.meta["val"]))
+    return any(few(x) for x in tree_leaves(n.meta.get("val")))
 
 
 _TURNS = {aten.t.default, aten.transpose.int}
@@ -90,6 +122,31 @@ def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Any
     return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
 
 
+def _clamp_between(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+    x = x if min is None else torch.maximum(x, min)
+    return x if max is None else torch.minimum(x, max)
+
+
+def _round(x: Tensor, *, decimals: int = 0) -> Tensor:
+    tens = 10.0 ** abs(decimals)
+    return (x * tens).round() / tens if decimals >= 0 else (x / tens).round() * tens
+
+
+def _variance(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return _variance_and_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def _variance_and_mean(
+    x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    axes = [d % x.ndim for d in dim or range(x.ndim)]
+    rest = max(math.prod(x.shape[d] for d in axes) - (1 if correction is None else correction), 0)
+    mean = x.mean(axes, keepdim=True)
+    found = ((x - mean) ** 2).sum(axes, keepdim=True) * (1 / rest if rest else math.inf)
+    kept = [n for d, n in enumerate(x.shape) if d not in axes]
+    return (found, mean) if keepdim else (found.reshape(kept), mean.reshape(kept))
+
+
 def _vector_norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
     axes = list(range(x.ndim)) if dim is None else dim
     if ord in (math.inf, -math.inf):
@@ -123,63 +180,36 @@ def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) ->
     return g - torch.exp(y) * g.sum(dim, keepdim=True)
 
 
-# What picks entries is spelt as a sum over all of them, a few dozen here; where, not times 0, so that a NaN stays where it is.
+def _shrunk_backward(g: Tensor, x: Tensor, threshold: float) -> Tensor:
+    return torch.where(x.abs() > threshold, g, 0.0)
 
 
-def _picked(x: Tensor, dim: int, taken: Tensor) -> Tensor:
-    """out[..., i, ...] = sum over j with taken[i, j] of x[..., j, ...]."""
-    rows = torch.where(taken, x.movedim(dim, -1).unsqueeze(-2), 0.0).sum(-1)
-    return rows.movedim(-1, dim)
+def _most(value: Callable[..., Tensor], place: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda x, dim, keepdim=False: (value(x, dim, keepdim), place(x, dim, keepdim))
 
 
-def _at(index: Tensor, n: int) -> Tensor:
-    """taken[i, j]: is j the index at i?"""
-    index = torch.where(index < 0, index + n, index)
-    return index[:, None] == torch.arange(n, device=index.device)
-
-
-def _cumsum(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    if not x.ndim:
-        return x
-    place = torch.arange(x.shape[dim], device=x.device)
-    return _picked(x, dim, place[:, None] >= place)
-
-
-def _flip(x: Tensor, dims: Any) -> Tensor:
-    for dim in dims:
-        place = torch.arange(x.shape[dim], device=x.device)
-        x = _picked(x, dim, place[:, None] + place == x.shape[dim] - 1)
-    return x
-
-
-def _one_axis(indices: Any) -> int | None:
-    """Find the only axis that is indexed, by a vector of numbers."""
-    axes = [k for k, i in enumerate(indices) if i is not None]
-    return axes[0] if len(axes) == 1 and indices[axes[0]].ndim == 1 and indices[axes[0]].dtype == torch.long else None
-
-
-def _index(x: Tensor, indices: Any) -> Any:
-    axis = _one_axis(indices)
-    return NotImplemented if axis is None else _picked(x, axis, _at(indices[axis], x.shape[axis]))
-
-
-def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
-    axis = _one_axis(indices)
-    if axis is None or not accumulate:
+def _pad(x: Tensor, pad: Any, value: float = 0.0) -> Any:
+    if min(pad, default=0) >= 0:
         return NotImplemented
-    return x + _picked(values.expand(_indexed(x, axis, indices[axis])), axis, _at(indices[axis], x.shape[axis]).T)
+    for k, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        axis, first, last = x.ndim - 1 - k, max(-before, 0), max(-after, 0)
+        x = x.narrow(axis, first, x.shape[axis] - first - last)
+    return aten.constant_pad_nd.default(x, [max(n, 0) for n in pad], value)
 
 
-def _indexed(x: Tensor, axis: int, index: Tensor) -> list[int]:
-    return [len(index) if k == axis else n for k, n in enumerate(x.shape)]
+def _windows(x: Tensor, axis: int, size: int, step: int) -> Tensor:
+    if not x.ndim:
+        return x.expand(1)
+    axis, starts = axis % x.ndim, range(0, x.shape[axis] - size + 1, step)
+    return torch.stack([x.narrow(axis, s, size).movedim(axis, -1) for s in starts], axis)
 
 
-def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    return _picked(x, dim, _at(index, x.shape[dim]))
-
-
-def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
-    return x + alpha * _picked(source, dim, _at(index, x.shape[dim]).T)
+def _repeat(x: Tensor, repeats: Any) -> Tensor:
+    """Put axes of repeats between those of x."""
+    sizes = [*[1] * (len(repeats) - x.ndim), *x.shape]
+    wide = x.reshape([n for size in sizes for n in (1, size)])
+    wide = wide.expand([n for size, r in zip(sizes, repeats, strict=True) for n in (r, size)])
+    return wide.reshape([size * r for size, r in zip(sizes, repeats, strict=True)])
 
 
 stop_gradient_op = torch.ops.dualform.stop_gradient.default
@@ -197,12 +227,18 @@ _own: dict[Any, Callable[..., Any]] = {
     aten._log_softmax.default: _log_softmax,
     aten._softmax_backward_data.default: _softmax_backward,
     aten._log_softmax_backward_data.default: _log_softmax_backward,
-    aten.cumsum.default: _cumsum,
-    aten.flip.default: _flip,
-    aten.index.Tensor: _index,
-    aten._unsafe_index.Tensor: _index,
-    aten.index_put.default: _index_put,
-    aten._unsafe_index_put.default: _index_put,
-    aten.index_select.default: _index_select,
-    aten.index_add.default: _index_add,
-}
+    aten.clamp.Tensor: _clamp_between,
+    aten.clamp_min.Tensor: _clamp_between,
+    aten.clamp_max.Tensor: torch.minimum,
+    aten.round.decimals: _round,
+    aten.var.correction: _variance,
+    aten.var_mean.correction: _variance_and_mean,
+    aten.std.correction: lambda *a, **k: _variance(*a, **k).sqrt(),
+    aten.max.dim: _most(torch.amax, torch.argmax),
+    aten.min.dim: _most(torch.amin, torch.argmin),
+    aten.softshrink_backward.default: _shrunk_backward,
+    aten.hardshrink_backward.default: _shrunk_backward,
+    aten.constant_pad_nd.default: _pad,
+    aten.unfold.default: _windows,
+    aten.repeat.default: _repeat,
+} | PICKING

@@ -54,7 +54,18 @@ TEXT = {
     "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
     "not": "T({0} == 0)", "fill": "T({value})", "arange": "T({start}) + T({step}) * T({i0})", "eye": "T({i0} == {i1})",
     "tril": "({row} >= {col} - ({diagonal}) ? {0} : T(0))", "triu": "({row} <= {col} - ({diagonal}) ? {0} : T(0))", "tan": "std::tan({0})",
-    "addcmul": "{0} + {alpha} * {1} * {2}",
+    "addcmul": "{0} + {alpha} * {1} * {2}", "ceil": "std::ceil({0})", "trunc": "std::trunc({0})", "round": "std::nearbyint({0})",
+    "asinh": "std::asinh({0})", "acosh": "std::acosh({0})", "atanh": "std::atanh({0})", "erfc": "std::erfc({0})",
+    "exp2": "std::exp2({0})", "log2": "std::log2({0})", "log10": "std::log10({0})", "atan2": "std::atan2({0}, {1})",
+    "hypot": "std::hypot({0}, {1})", "fmod": "std::fmod({0}, {1})", "remainder": "remainder_({0}, {1})",
+    "floor_divide": "floor_divide_({0}, {1})", "truncated": "std::trunc({0} / {1})", "copysign": "std::copysign({0}, {1})",
+    "signbit": "T(std::signbit({0}))", "isnan": "T({0} != {0})", "isinf": "T(std::fabs({0}) == T(INFINITY))",
+    "fmax": "std::fmax(T({0}), T({1}))", "fmin": "std::fmin(T({0}), T({1}))", "xor": "T(({0} != 0) != ({1} != 0))",
+    "nonzero": "T({0} != 0)", "bits_and": "T(int64_t({0}) & int64_t({1}))", "bits_or": "T(int64_t({0}) | int64_t({1}))",
+    "bits_not": "T(~int64_t({0}))", "bits_xor": "T(int64_t({0}) ^ int64_t({1}))", "shift_left": "T(int64_t({0}) << int64_t({1}))",
+    "shift_right": "T(int64_t({0}) >> int64_t({1}))", "digamma": "T(digamma_({0}))", "polygamma": "T(polygamma_({order}, {0}))",
+    "erfinv": "T(erfinv_({0}))", "ndtri": "T(ndtri_({0}))", "erfcx": "T(erfcx_({0}))", "bessel_i": "T(bessel_i_({order}, {0}))",
+    "bessel_ie": "T(bessel_ie_({order}, {0}))",
 }  # fmt: skip
 
 Row = tuple[str, list[Any], dict[str, Any]]
@@ -75,7 +86,8 @@ def _plain(*names: str, count: int, text: str | None = None) -> None:
 
 _plain(
     "neg", "exp", "log", "tanh", "sigmoid", "erf", "sqrt", "abs", "rsqrt", "reciprocal", "sin", "cos", "sign", "relu", "log1p", "expm1",
-    "atan", "sinh", "cosh", "floor", "lgamma", "tan", "asin", "acos", count=1,
+    "atan", "sinh", "cosh", "floor", "lgamma", "tan", "asin", "acos", "ceil", "trunc", "round.default", "asinh", "acosh", "atanh", "erfc",
+    "exp2", "log2", "log10", "signbit", "isnan", "isinf", "digamma", "erfinv", count=1,
 )  # fmt: skip
 _plain(
     "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2
@@ -83,11 +95,18 @@ _plain(
 _plain("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", count=2)
 _plain("maximum.default", count=2, text="max")
 _plain("minimum.default", count=2, text="min")
-_plain("logical_and.default", "bitwise_and.Tensor", count=2, text="and")
-_plain("logical_or.default", "bitwise_or.Tensor", count=2, text="or")
-_plain("logical_not.default", "bitwise_not.default", count=1, text="not")
+_plain("atan2", "hypot", "fmod", "remainder", "copysign", "fmax", "fmin", "floor_divide", count=2)
+_plain("logical_and.default", count=2, text="and")
+_plain("logical_or.default", count=2, text="or")
+_plain("logical_xor.default", count=2, text="xor")
+_plain("logical_not.default", count=1, text="not")
+_plain("__lshift__", "bitwise_left_shift", count=2, text="shift_left")
+_plain("__rshift__", "bitwise_right_shift", count=2, text="shift_right")
+_plain("special_ndtri.default", count=1, text="ndtri")
+_plain("special_erfcx.default", count=1, text="erfcx")
+_plain("special_erfc.default", count=1, text="erfc")
 _plain("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", count=3)
-_plain("clone.default", "contiguous.default", "lift_fresh_copy.default", "_to_copy.default", count=1, text="copy")
+_plain("clone.default", "contiguous.default", "lift_fresh_copy.default", count=1, text="copy")
 
 
 def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
@@ -97,6 +116,50 @@ def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
         return function
 
     return add
+
+
+@_row(
+    aten.bitwise_not.default,
+    *(getattr(getattr(aten, f"bitwise_{x}"), y) for x in ("and", "or", "xor") for y in ("Tensor", "Scalar", "Scalar_Tensor")),
+)  # fmt: skip
+def _bits(n: fx.Node) -> Row:
+    name: str = n.target._schema.name.rpartition("_")[2]  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
+    name = name if n.meta["val"].dtype == torch.bool else f"bits_{name}"
+    return name, list(n.args[:1] if "not" in name else n.args[:2]), {}
+
+
+@_row(aten._to_copy.default)
+def _cast(n: fx.Node) -> Row:
+    x: Any = n.args[0]
+    before, after = x.meta["val"].dtype, n.meta["val"].dtype
+    if after == torch.bool:
+        return "nonzero", [x], {}
+    return "trunc" if before.is_floating_point and not after.is_floating_point else "copy", [x], {}
+
+
+@_row(aten.copy.default)
+def _copy(n: fx.Node) -> Row:
+    return "copy", [n.args[1]], {}
+
+
+@_row(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _div(n: fx.Node) -> Row:
+    names: Any = {None: "div", "floor": "floor_divide", "trunc": "truncated"}
+    return names[n.kwargs.get("rounding_mode")], list(n.args[:2]), {}
+
+
+@_row(aten.polygamma.default)
+def _polygamma(n: fx.Node) -> Row:
+    return ("digamma", [n.args[1]], {}) if n.args[0] == 0 else ("polygamma", [n.args[1]], {"order": n.args[0]})
+
+
+for _order, _name in enumerate(("i0", "i1")):
+    MAPS[aten.i0.default if _order == 0 else aten.special_i1.default] = lambda n, k=_order: (
+        "bessel_i",
+        [n.args[0]],
+        {"order": k},
+    )
+    MAPS[getattr(aten, f"special_{_name}e").default] = lambda n, k=_order: ("bessel_ie", [n.args[0]], {"order": k})
 
 
 @_row(aten.add.Tensor, aten.add.Scalar)
@@ -147,7 +210,7 @@ def _triangle(n: fx.Node) -> Row:
 @_row(
     aten.full.default, aten.full_like.default, aten.zeros.default, aten.ones.default, aten.zeros_like.default,
     aten.ones_like.default, aten.scalar_tensor.default, aten.empty.memory_format, aten.empty_like.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.empty_strided.default,
 )  # fmt: skip
 def _fill(n: fx.Node) -> Row:
     name: str = n.target._schema.name  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
@@ -156,7 +219,7 @@ def _fill(n: fx.Node) -> Row:
     if "ones" in name:
         return "fill", [], {"value": 1.0}
     value: Any = n.args[0 if "scalar" in name else -1]
-    return "fill", [], {"value": float(value)}
+    return "fill", [], {"value": float(torch.tensor(value, dtype=n.meta["val"].dtype))}  # with the digits that it has
 
 
 @_row(aten.arange.start, aten.arange.default, aten.arange.start_step)

@@ -26,6 +26,8 @@ CALL = "g, n, b, h, s, f, st, {kp}, {ps}, ct, acc"
 STAYS = ("kept", "passed")  # with a mini-batch
 
 Argument = tuple[str, Any]
+# What the caller's tensors are made of, where that is not what is computed in: ((part, name) of an `Input`, type), ...
+Kinds = tuple[tuple[tuple[str, str], torch.dtype], ...]
 
 
 class Target(NamedTuple):
@@ -60,6 +62,7 @@ class Layout:
     """What all pieces share: the caller's arguments, and where values lie that stay from piece to piece."""
 
     dtype: torch.dtype
+    kinds: Kinds = ()
     arguments: list[Argument] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)  # entries of each place
     offsets: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -94,7 +97,12 @@ class Layout:
         return cpp.load_text(whole(buffer), self.number(role, what), buffer.dtype or self.dtype, where, ahead)
 
     def store(self, view: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> str:
-        return cpp.store_text(view, shape, self.number(role, what), self.dtype, where)
+        return cpp.store_text(view, shape, self.number(role, what), self.kind(role, what), where)
+
+    def kind(self, role: str, what: Any) -> torch.dtype:
+        """Say what an argument that is written is made of."""
+        token = (what.part, what.name) if role == "gradient" and what.over == "block" else (role, "")
+        return dict(self.kinds).get(token, self.dtype)
 
 
 class Piece:
@@ -113,6 +121,9 @@ class Piece:
         names = [label(x) for x in sources]
         self.schedule = schedule(graph, layout.align, places, names, over, beside, stay)
         self.schedule.carried = tuple(over)
+        self.schedule.types = {k: layout.kind(*t.what[:2]) for k, t in enumerate(targets) if t.kind == "given"}
+        for x, b in zip(sources, self.schedule.inputs, strict=True):
+            b.dtype = dict(layout.kinds).get((x.part, x.name), b.dtype)
         (output,) = [n for n in graph.graph.nodes if n.op == "output"]
         self.shapes = [tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else () for x in output.args[0]]  # pyright: ignore
         for x, b in zip(sources, self.schedule.inputs, strict=True):

@@ -24,7 +24,7 @@ from torch import fx
 from dualform.kernels import cpp
 from dualform.kernels.blocks import Backward, Forward, RowText, Unit
 from dualform.kernels.ops import VIEWS, work
-from dualform.kernels.pieces import ARGUMENTS, CALL, Layout, Piece, Target, label
+from dualform.kernels.pieces import ARGUMENTS, CALL, Kinds, Layout, Piece, Target, label
 from dualform.kernels.sharing import made_again, price
 from dualform.kernels.statements import whole
 from dualform.learning.fission import Part, split
@@ -166,9 +166,11 @@ def _unit(
     )
 
 
-def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str) -> Unit:
+def forward_unit(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str, kinds: Kinds = ()
+) -> Unit:
     """Write the forward direction, in slices."""
-    d = Forward(plain, inputs, dtype)
+    d = Forward(plain, inputs, dtype, kinds)
     pieces = _pieces(d.graph, inputs, d.targets, d.layout, d.there)
     functions = [p.text("", d.addresses() if p.name == "loop" else ()) for p in pieces.values()]
     row = d.row([*pieces.values()])
@@ -181,10 +183,10 @@ def forward_unit(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dt
 
 def backward_unit(
     plain: fx.GraphModule, reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int,
-    dtype: torch.dtype, name: str,
+    dtype: torch.dtype, name: str, kinds: Kinds = (),
 ) -> Unit:  # fmt: skip
     """Write the backward direction, in slices."""
-    d = Backward(plain, reverse, inputs, wants, outputs, dtype)
+    d = Backward(plain, reverse, inputs, wants, outputs, dtype, kinds)
     pieces = _pieces(d.graph, d.sources, d.targets, d.layout, {})
     every = [d.advance, *pieces.values()]
     functions, sums = [d.advance.text(""), *(p.text("-") for p in pieces.values())], []

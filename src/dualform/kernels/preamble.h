@@ -35,12 +35,48 @@ template <class U>
 INLINE U* at(const Arg& a, long n, long b, long h) {
   return (U*)a.p + n * a.sn + b * a.sb + h * a.sh;
 }
-INLINE T get(const float* p) { return T(*p); }
-INLINE T get(const double* p) { return T(*p); }
-INLINE T get(const unsigned char* p) { return T(*p != 0); }
-INLINE T get(const int64_t* p) { return T(*p); }
-INLINE void put(float* p, T x) { *p = float(x); }
-INLINE void put(double* p, T x) { *p = double(x); }
+// Numbers of two bytes: widened while they are read, rounded to the nearest (even, where two are) when they are written.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+INLINE float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+template <class U>
+INLINE T get(const U* p) {
+  return T(*p);
+}
+INLINE T get(const bf16* p) { return T(float_of(uint32_t(p->bits) << 16)); }
+INLINE T get(const f16* p) {
+  uint32_t u = p->bits, sign = (u & 0x8000u) << 16, e = u & 0x7c00u, all = (u & 0x7fffu) << 13;
+  uint32_t small = bits_of(float(int32_t(u & 0x3ffu)) * (1.0f / 16777216)), large = all + (e == 0x7c00u ? 0x70000000u : 0x38000000u);
+  return T(float_of(sign | (e ? large : small)));
+}
+template <class U>
+INLINE void put(U* p, T x) {
+  *p = U(x);
+}
+INLINE void put(bf16* p, T x) {
+  uint32_t u = bits_of(float(x)), near = (u + 0x7fffu + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40u;
+  p->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? nan : near);
+}
+INLINE void put(f16* p, T x) {
+  uint32_t u = bits_of(float(x)), sign = (u >> 16) & 0x8000u, all = u & 0x7fffffffu;
+  uint32_t small = bits_of(float_of(all) + 0.5f) - 0x3f000000u;  // below 2^-14 the sum has a half's last place
+  uint32_t large = (all - 0x38000000u + 0xfffu + ((all >> 13) & 1)) >> 13;
+  uint32_t y = all < 0x38800000u ? small : all < 0x477ff000u ? large : all > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  p->bits = uint16_t(sign | y);
+}
 
 // A row of the caller's, n entries `last` apart, into a row of ours, `step` apart, and back. The row `ahead` entries on is needed soon.
 template <int n, int step, class U>
@@ -145,6 +181,101 @@ INLINE T tanh_(T x) {
   T y = a < T(sizeof(T) == 4 ? 0.25 : 0.03) ? small : large;
   return x < 0 ? -y : x != x ? x : y;
 }
+
+// The remainder that has the divisor's sign, and the quotient that goes with it.
+INLINE T remainder_(T x, T y) {
+  T r = std::fmod(x, y);
+  return r != 0 && (r < 0) != (y < 0) ? r + y : r;
+}
+INLINE T floor_divide_(T x, T y) {
+  T r = std::fmod(x, y), q = std::nearbyint((x - r) / y);
+  return y == 0 ? x / y : r != 0 && (r < 0) != (y < 0) ? q - 1 : q;
+}
+// sum over k of (x + k)^-s: Euler and Maclaurin, from x >= 12 on. polygamma n: (-1)^(n + 1) n! of that at s = n + 1.
+static inline double polygamma_(int n, double x) {
+  if (n == 1) {  // as torch computes it: to nine digits
+    double sum = 0, sine = 0;
+    bool turned = x < 0.5;
+    if (turned) sine = std::sin(3.14159265358979323846 * x), sum = -9.86960440108935861883 / (sine * sine), x = 1 - x;
+    for (int k = 0; k < 6; ++k, x += 1) sum += 1 / (x * x);
+    double z = 1 / (x * x);
+    sum += (1 + 1 / (2 * x) + z * (1.0 / 6 - z * (1.0 / 30 - z * (1.0 / 42)))) / x;
+    return turned ? -sum : sum;
+  }
+  if (x <= 0 && x == std::floor(x)) return n % 2 ? INFINITY : NAN;
+  const double B[] = {1.0 / 6, -1.0 / 30, 1.0 / 42, -1.0 / 30, 5.0 / 66, -691.0 / 2730, 7.0 / 6};
+  double s = n + 1, sum = 0, factor = n % 2 ? 1 : -1;
+  for (int k = 2; k <= n; ++k) factor *= k;
+  for (; x < 12; x += 1) sum += std::pow(x, -s);
+  double term = s * std::pow(x, -s - 1) / 2;
+  sum += std::pow(x, 1 - s) / (s - 1) + std::pow(x, -s) / 2;
+  for (int k = 0; k < 7; ++k) {
+    sum += B[k] * term;
+    term *= (s + 2 * k + 1) * (s + 2 * k + 2) / (x * x * (2 * k + 3) * (2 * k + 4));
+  }
+  return factor * sum;
+}
+static inline double digamma_(double x) {
+  if (x == 0) return std::copysign(double(INFINITY), -x);
+  if (x < 0 && x == std::floor(x)) return NAN;
+  double y = 0, pi = 3.14159265358979323846;
+  if (x < 0) {
+    double r = std::fmod(x, 1.0);  // the tangent's period
+    y = -pi / std::tan(pi * r);
+    x = 1 - x;
+  }
+  for (; x < 12; x += 1) y -= 1 / x;
+  double z = 1 / (x * x), tail = z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z / 12))))));
+  return y + std::log(x) - 0.5 / x - tail;
+}
+// The y >= 0 whose erfc is c: a guess, then steps of third order.
+static inline double erfc_inverse_(double c) {
+  if (!(c > 0)) return c == 0 ? INFINITY : NAN;
+  double w = -std::log(c * (2 - c)), b = 4.330746750799873 - w / 2, y = std::sqrt(std::fmax(std::sqrt(b * b + w / 0.147) - b, 0.0));
+  if (c < 1e-4) y = std::sqrt(-std::log(c) - 0.5 * std::log(-3.14159265358979323846 * std::log(c)));
+  for (int k = 0; k < 4; ++k) {
+    double f = (c < 0.5 ? std::erfc(y) - c : (1 - c) - std::erf(y)) * 0.88622692545275801365 * std::exp(y * y);
+    y += f / (1 + y * f);
+  }
+  return y;
+}
+static inline double erfinv_(double x) {
+  double a = std::fabs(x), y = 0.88622692545275801365 * a;
+  if (a > 1 || x != x) return NAN;
+  if (a > 0.5) return std::copysign(erfc_inverse_(1 - a), x);
+  y *= 1 + 0.2617993877991494 * a * a;
+  for (int k = 0; k < 4; ++k) {
+    double f = (a - std::erf(y)) * 0.88622692545275801365 * std::exp(y * y);
+    y += f / (1 + y * f);
+  }
+  return std::copysign(y, x);
+}
+static inline double ndtri_(double p) {
+  if (!(p >= 0 && p <= 1)) return NAN;
+  double root = 1.41421356237309504880;
+  return p < 0.25 ? -root * erfc_inverse_(2 * p) : p > 0.75 ? root * erfc_inverse_(2 * (1 - p)) : root * erfinv_(2 * p - 1);
+}
+// exp(x^2) erfc x
+static inline double erfcx_(double x) {
+  if (x < 12) return std::exp(x * x) * std::erfc(x);
+  double z = 1 / (2 * x * x), term = 1, sum = 1;
+  for (int k = 1; k < 12; ++k) sum += term *= -(2 * k - 1) * z;
+  return sum * 0.56418958354775628695 / x;
+}
+// exp(-|x|) I_n x, n 0 or 1: a power series, all of one sign, or the expansion at infinity
+static inline double bessel_ie_(int n, double x) {
+  double a = std::fabs(x), term = n ? a / 2 : 1, sum = term, q = a * a / 4;
+  if (a < 30) {
+    for (int k = 1; k < 90; ++k) sum += term *= q / (k * double(k + n));
+    sum *= std::exp(-a);
+  } else {
+    term = sum = 1;
+    for (int k = 1; k < 25; ++k) sum += term *= -(4.0 * n * n - (2 * k - 1) * double(2 * k - 1)) / (8 * k * a);
+    sum /= std::sqrt(6.28318530717958647693 * a);
+  }
+  return n && x < 0 ? -sum : sum;
+}
+static inline double bessel_i_(int n, double x) { return std::exp(std::fabs(x)) * bessel_ie_(n, x); }
 
 // f(0), ..., f(n - 1) on threads of their own: OpenMP's, which wait for work where torch's do, if the compiler has it.
 template <class F>

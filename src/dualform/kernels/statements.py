@@ -164,6 +164,7 @@ class Schedule:
     scratch: int
     align: int
     carried: tuple[int, ...] = ()  # outputs that the next mini-batch starts from
+    types: dict[int, torch.dtype] = field(default_factory=dict)  # that outputs are rounded to for the caller
 
     @property
     def itemsize(self) -> int:
@@ -189,8 +190,13 @@ class Schedule:
     @property
     def nbytes(self) -> int:
         """The same in bytes, each in the type that the caller's tensor has."""
-        size = {torch.bool: 1, torch.bfloat16: 2}
-        outputs = [x for x in self.outputs if isinstance(x, View) and x.buffer.place == "scratch"]
-        inputs = [b for b in self.inputs if b.place == "scratch"]
-        given = sum(math.prod(b.shape) * size.get(b.dtype, self.itemsize) for b in inputs)  # pyright: ignore
-        return given + self.itemsize * sum(math.prod(x.shape) for x in outputs)
+
+        def size(shape: tuple[int, ...], dtype: torch.dtype | None) -> int:
+            return math.prod(shape) * (dtype.itemsize if dtype else self.itemsize)
+
+        outputs = (
+            size(x.shape, self.types.get(k))
+            for k, x in enumerate(self.outputs)
+            if isinstance(x, View) and x.buffer.place == "scratch"
+        )
+        return sum(size(b.shape, b.dtype) for b in self.inputs if b.place == "scratch") + sum(outputs)

@@ -122,7 +122,7 @@ def _reuse(graph: fx.Graph) -> None:
     """Write a result over an argument that nothing else needs: no new memory, and what was just read is in cache."""
     for node in graph.nodes:
         places, target = _over.get(node.target, ((), None))
-        for i in places:
+        for i in places[:1] if "alpha" in node.kwargs else places:  # x + alpha y is not y + alpha x
             x = node.args[i]
             if isinstance(x, fx.Node) and _fresh(x) and len(x.users) == 1 and node.args.count(x) == 1:
                 old, new = x.meta["val"], node.meta["val"]

@@ -111,7 +111,8 @@ class Grid:
             out[:, start:stop] = value[0, :, : stop - start]
         else:
             assert self.index is not None
-            out[torch.arange(out.shape[0], device=out.device)[:, None], self.index[piece.start : piece.stop]] = value
+            rows = torch.arange(out.shape[0], device=out.device)[:, None]
+            out[rows, self.index[piece.start : piece.stop]] = value.to(out.dtype)
 
     def done(self, out: Tensor) -> Tensor:
         """Return a result that all pieces were put into."""

@@ -49,7 +49,7 @@ class Bounded(OrderedDict[Any, T]):
 
 
 class Inputs(NamedTuple):
-    """A call, checked and cast: what every form takes."""
+    """A call, checked and cast; q, k, v and gates of fewer digits than are computed with stay as they are given."""
 
     learner: nn.Module
     objective: Callable[[Tensor, Tensor], Tensor]
@@ -66,6 +66,16 @@ class Inputs(NamedTuple):
     slow: dict[str, Tensor]  # (H, ...)
     init: dict[str, Tensor]  # (H, ...)
     buffers: dict[str, Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return next(iter(self.init.values())).dtype
+
+    def widened(self) -> Inputs:
+        """Cast all tokens to what is computed in."""
+        gates = {name: x.to(self.dtype) for name, x in self.gates.items()}
+        return self._replace(q=self.q.to(self.dtype), k=self.k.to(self.dtype), v=self.v.to(self.dtype), gates=gates)
 
 
 @dataclass(eq=False)
@@ -166,7 +176,7 @@ class ChunkProgram:
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False):
-                o, after = primal(call)
+                o, after = primal(call.widened())
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and not torch.compiler.is_compiling():
@@ -203,7 +213,7 @@ class ChunkProgram:
         """
         call = self._inputs(k, k, v, gates or {}, state, mask, reset, params or {})
         if 0 in k.shape[:3]:
-            none = call.v.new_zeros(call.v.shape[:3])
+            none = call.v.new_zeros(call.v.shape[:3], dtype=call.dtype)
             return none, none, call.state
         both, after = self._scan("losses", "auto", call, state is not None, "auto")
         return both[..., 0], both[..., 1], after
@@ -318,9 +328,9 @@ class ChunkProgram:
             target=self.target,
             rule=self.rule,
             chunk=self.chunk,
-            q=q.to(dtype),
-            k=k.to(dtype),
-            v=v.to(dtype),
+            q=_tokens(q, dtype),
+            k=_tokens(k, dtype),
+            v=_tokens(v, dtype),
             gates=self._gates(gates, (B, T, H), dtype, q.device),
             state=self._start(fast, B) if state is None else state,
             mask=mask,
@@ -352,7 +362,9 @@ class ChunkProgram:
         for name in self.rule.gates:
             wanted = (self.chunk,) if name == "offset" else shape
             x = gates.get(name)
-            x = torch.full(wanted, self.rule.default(name), dtype=dtype, device=device) if x is None else x.to(dtype)
+            if x is None:
+                x = torch.full(wanted, self.rule.default(name), dtype=dtype, device=device)
+            x = x.to(dtype) if name == "offset" else _tokens(x, dtype)
             if x.shape != wanted:
                 raise ShapeError(
                     f"program: gates[{name!r}] has shape {tuple(x.shape)}; expected {wanted}. Pass one value each."
@@ -423,6 +435,14 @@ class ChunkProgram:
     def cost(self) -> Cost:
         """Work and memory of one mini-batch for one head, forward."""
         return cost_of(self.step, self.rule.num_registers)
+
+
+def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast what is read token by token, unless each backend can widen it while it reads."""
+    return x if x.dtype in _narrow and torch.promote_types(x.dtype, dtype) == dtype else x.to(dtype)
+
+
+_narrow = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _fits(state: State, fast: Mapping[str, Tensor], B: int, r: int) -> bool:

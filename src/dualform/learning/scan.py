@@ -37,7 +37,7 @@ LEAF_BYTES_AT_ONCE = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 
 
 class Call(NamedTuple):
-    """The tensors of one call; the op takes them as a flat list."""
+    """The tensors of one call; the op takes them as a flat list. q, k, v and gates may be of fewer digits than the state."""
 
     q: Tensor
     k: Tensor
@@ -52,6 +52,11 @@ class Call(NamedTuple):
     mask: Tensor | None = None  # (B, T)
     reset: Tensor | None = None  # (B, T)
     carried: bool = False  # did the caller give a state?
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return next(iter(self.anchor.values())).dtype
 
 
 class Input(NamedTuple):
@@ -248,6 +253,10 @@ class Plan:
     natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
     counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
 
+    def out_dtype(self, call: Call) -> torch.dtype:
+        """Say what the outputs are rounded to: q's digits; losses keep all."""
+        return call.dtype if self.derivation.inner.observed else call.q.dtype
+
     def step(self, variant: Variant) -> Step:
         steps = self.derivation.steps
         return steps[variant] if variant in steps else undisturbed(lambda: self.derivation.step(variant))
@@ -294,7 +303,7 @@ class Run_:
         device = call.q.device
         self.slow = {name: x.to(device) for name, x in d.constants.items()} | call.slow
         self.grid: Grid = arrange(
-            self.T, d.chunk, call.position, call.mask, call.reset, call.q.dtype, call.carried, d.block
+            self.T, d.chunk, call.position, call.mask, call.reset, call.dtype, call.carried, d.block
         )
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
@@ -316,6 +325,8 @@ class Run_:
             if x not in found:
                 own = self.of_blocks(x, piece)
                 found[x] = more(x) if own is None else own.flatten(0, 2).contiguous()
+                if found[x].is_floating_point():
+                    found[x] = found[x].to(self.call.dtype)
             return found[x]
 
         return get
@@ -373,6 +384,11 @@ class Run_:
         scaled = [(k, s) for k, s in enumerate(self.rule.start) if s and dR]
         return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
 
+    def new_output(self) -> Tensor:
+        """Make what `grid.put` fills."""
+        like = self.call.q.new_empty(0, dtype=self.plan.out_dtype(self.call))
+        return self.grid.new(like, self.B, self.T, self.H, self.plan.derivation.out_width)
+
     def held(self) -> list[Tensor]:
         """The state of the call, by rows."""
         c = self.call
@@ -399,7 +415,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
     state = run.held()
     saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, call)]]
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
-    o = run.grid.new(call.v, run.B, run.T, run.H, plan.derivation.out_width)
+    o = run.new_output()
 
     def visit(n: int, state: list[Tensor]) -> list[Tensor]:
         if checkpoints and n % G == 0:
@@ -586,7 +602,7 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
         q, k, v, gate, rest_slow, anchor, registers, position, init,
         extra.get("offset"), extra.get("mask"), extra.get("reset"), "carried" in given,
     )  # fmt: skip
-    return source.plan(q.shape[-1], q.dtype, form), call, backend
+    return source.plan(q.shape[-1], call.dtype, form), call, backend
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -606,7 +622,7 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
 def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, _ = _call(key, tensors)
     held = [*call.anchor.values(), *call.registers.values()]
-    o = call.v.new_empty(*call.v.shape[:3], plan.derivation.out_width)
+    o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
     return [
         o,
         *(x.new_empty(x.shape) for x in held),
@@ -635,7 +651,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     _, call, _ = _call(ctx.key, tensors)
     ctx.held = len(call.anchor) + len(call.registers)
     ctx.count = len(tensors)
-    ctx.outputs = [x.shape for x in output[: 1 + ctx.held]]
+    ctx.outputs = [(x.shape, x.dtype) for x in output[: 1 + ctx.held]]
     ctx.set_materialize_grads(False)  # else the checkpoints get gradients of their size, all zero
     ctx.save_for_backward(*tensors, *output[2 + ctx.held :])
 
@@ -644,7 +660,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None,
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
     given = zip(grads, ctx.outputs, strict=False)
-    cotangents = [tensors[0].new_zeros(shape) if g is None else g for g, shape in given]
+    cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]
     found = iter(scan_backward_op(tensors, saved, cotangents, ctx.key, ctx.checkpoints))
     return [next(found) if x.is_floating_point() else None for x in tensors], None, None
 
@@ -672,7 +688,7 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
     alone = call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None
     if not alone or type(call.q) is not Tensor or torch.compiler.is_compiling() or _transforms():
         return None
-    plan = _sources[name].plan(call.q.shape[-1], call.q.dtype, form)
+    plan = _sources[name].plan(call.q.shape[-1], call.dtype, form)
     plan.counts["tokens"] += 1
     whole = found(chosen(backend, plan, call)).whole
     try:
@@ -692,7 +708,7 @@ def scan(
     state = keep = 0
     if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
         state = sum(x.nbytes for x in call.anchor.values())
-        keep = found(chosen(backend, _sources[name].plan(call.q.shape[-1], call.q.dtype, form), call)).keep
+        keep = found(chosen(backend, _sources[name].plan(call.q.shape[-1], call.dtype, form), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
     held = len(call.anchor) + len(call.registers)
     given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}

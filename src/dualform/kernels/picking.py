@@ -1,0 +1,235 @@
+"""What picks, puts and orders entries, spelt in ops that have a row: sums over all entries of an axis, a few dozen here.
+
+`where`, not times 0, so that a NaN stays where it is.
+
+Legend: taken[..., i, j] says whether the result's entry i is the operand's j, along one axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+aten = torch.ops.aten
+
+
+def _picked(x: Tensor, dim: int, taken: Tensor) -> Tensor:
+    """out[..., i, ...] = sum over j with taken[i, j] of x[..., j, ...]."""
+    rows = torch.where(taken, x.movedim(dim, -1).unsqueeze(-2), 0).sum(-1)
+    return rows.movedim(-1, dim)
+
+
+def _put(x: Tensor, dim: int, taken: Tensor, source: Tensor) -> Tensor:
+    """Write source's entry j over x's i where taken[..., i, j], the last of several."""
+    j = torch.arange(taken.shape[-1], device=x.device)
+    last = torch.where(taken, j, -1).amax(-1, keepdim=True)
+    shape = [*[1] * (x.ndim - last.ndim + 1), *last.shape[:-1]]
+    hit = (last >= 0).reshape(shape).movedim(-1, dim)
+    return torch.where(hit, _picked(source, dim, j == last), x)
+
+
+def _places(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
+
+
+def _counted(index: Tensor, n: int) -> Tensor:
+    """Count from the front what is counted from the end."""
+    return torch.where(index < 0, index + n, index)
+
+
+def _at(index: Tensor, n: int) -> Tensor:
+    """taken[..., i, j]: is j the index at i?"""
+    return _counted(index, n).unsqueeze(-1) == _places(n, index)
+
+
+# -- along one axis, the same for all rows -----------------------------------------------------------------------------
+
+
+def _flip(x: Tensor, dims: Any) -> Tensor:
+    for dim in dims:
+        place = _places(x.shape[dim], x)
+        x = _picked(x, dim, place[:, None] + place == x.shape[dim] - 1)
+    return x
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return _picked(x, dim, _at(index, x.shape[dim])) if x.ndim else x
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
+    return x + alpha * _picked(source, dim, _at(index, x.shape[dim]).T)
+
+
+class _Indexed:
+    """An index over some axes of a tensor, as one over their entries in order."""
+
+    def __init__(self, shape: Sequence[int], indices: Any) -> None:
+        self.axes = [k for k, i in enumerate(indices) if i is not None]
+        self.lead = list(range(len(self.axes)))
+        flat: Any = 0
+        for k in self.axes:
+            flat = flat * shape[k] + _counted(indices[k], shape[k])
+        self.flat: Tensor = flat
+        together = self.axes == list(range(self.axes[0], self.axes[-1] + 1))
+        first = self.axes[0] if together else 0  # where the result has the index's axes
+        self.own, self.there = list(range(flat.ndim)), list(range(first, first + flat.ndim))
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.movedim(self.axes, self.lead).flatten(0, len(self.axes) - 1)
+
+    def whole(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        sizes = [shape[k] for k in self.axes]
+        return rows.reshape(*sizes, *rows.shape[1:]).movedim(self.lead, self.axes)
+
+
+def _can_index(indices: Any) -> bool:
+    return all(i is None or i.dtype in (torch.long, torch.int32) for i in indices)
+
+
+def _index(x: Tensor, indices: Any) -> Any:
+    if not _can_index(indices):
+        return NotImplemented
+    at = _Indexed(x.shape, indices)
+    rows = at.rows(x)
+    picked = _picked(rows, 0, _at(at.flat.reshape(-1), len(rows)))
+    return picked.reshape(*at.flat.shape, *rows.shape[1:]).movedim(at.own, at.there)
+
+
+def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+    if not _can_index(indices):
+        return NotImplemented
+    at = _Indexed(x.shape, indices)
+    rows = at.rows(x)
+    lead = at.there[0] if at.there else 0
+    wanted = (*rows.shape[1 : 1 + lead], *at.flat.shape, *rows.shape[1 + lead :])
+    given = values.expand(wanted).movedim(at.there, at.own).reshape(-1, *rows.shape[1:])
+    taken = _at(at.flat.reshape(-1), len(rows)).T
+    return at.whole(rows + _picked(given, 0, taken) if accumulate else _put(rows, 0, taken, given), x.shape)
+
+
+# -- along one axis, each row its own ----------------------------------------------------------------------------------
+
+
+def _fitted(x: Tensor, dim: int, sizes: Sequence[int], fill: float = 0) -> Tensor:
+    """Cut or fill up all axes but one."""
+    for k, n in enumerate(sizes):
+        if k != dim and n < x.shape[k]:
+            x = x.narrow(k, 0, n)
+        elif k != dim and n > x.shape[k]:
+            x = pad(x, [0, 0] * (x.ndim - 1 - k) + [0, n - x.shape[k]], value=fill)
+    return x
+
+
+def _gather(x: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+    if not x.ndim:
+        return x.expand(index.shape)
+    dim = dim % x.ndim
+    return _picked(_fitted(x, dim, index.shape), dim, _at(index.movedim(dim, -1), x.shape[dim]))
+
+
+def _spread(x: Tensor, dim: int, index: Tensor, source: Any) -> tuple[Tensor, Tensor]:
+    """Return taken and the source, both as wide as x along the other axes; what fills them up goes nowhere."""
+    given = source if isinstance(source, Tensor) else torch.full_like(index, source, dtype=x.dtype)
+    given = _fitted(given, dim, index.shape).narrow(dim, 0, index.shape[dim])
+    index = _fitted(_counted(index, x.shape[dim]), dim, x.shape, -1).movedim(dim, -1)
+    return index.unsqueeze(-2) == _places(x.shape[dim], x)[:, None], _fitted(given, dim, x.shape)
+
+
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    dim = dim % max(x.ndim, 1)
+    taken, given = _spread(x, dim, index, source)
+    return x + _picked(given, dim, taken)
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, source: Any) -> Tensor:
+    dim = dim % max(x.ndim, 1)
+    taken, given = _spread(x, dim, index, source)
+    return _put(x, dim, taken, given)
+
+
+def _diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    whole = x.movedim((dim1, dim2), (-2, -1))
+    rows, columns = (_places(n, x) for n in whole.shape[-2:])
+    along = -1 if offset >= 0 else -2  # the rows or the columns count as the source does
+    wide = pad(source, (0, whole.shape[-2 if offset >= 0 else -1] - source.shape[-1]))
+    on = columns - rows[:, None] == offset
+    return torch.where(on, wide.unsqueeze(along), whole).movedim((-2, -1), (dim1, dim2))
+
+
+# -- along one axis, in order ------------------------------------------------------------------------------------------
+
+
+def _running(x: Tensor, dim: int, fill: float) -> Tensor:
+    """out[..., i, j]: entry j of an axis if j <= i, else `fill`."""
+    place = _places(x.shape[dim], x)
+    return torch.where(place[:, None] >= place, x.movedim(dim, -1).unsqueeze(-2), fill)
+
+
+def _cumsum(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    return _running(x, dim, 0).sum(-1).movedim(-1, dim) if x.ndim else x
+
+
+def _cumprod(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    return _running(x, dim, 1).prod(-1).movedim(-1, dim) if x.ndim else x
+
+
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    return torch.logsumexp(_running(x, dim, -math.inf), -1).movedim(-1, dim) if x.ndim else x
+
+
+def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Each entry to the place that is the number of those before it; equal ones stay in order, a NaN is the largest."""
+    if not x.ndim:
+        return x, torch.zeros_like(x, dtype=torch.long)
+    rows = x.movedim(dim, -1)
+    a, b, place = rows.unsqueeze(-1), rows.unsqueeze(-2), _places(rows.shape[-1], x)
+    less, more = ((p < q) | ((p == p) & (q != q)) for p, q in ((b, a), (a, b)))
+    before = torch.where(more if descending else less, True, ~less & ~more & (place < place[:, None]))
+    taken = before.to(torch.long).sum(-1).unsqueeze(-2) == place[:, None]
+    return _picked(rows, -1, taken).movedim(-1, dim), torch.where(taken, place, 0).sum(-1).movedim(-1, dim)
+
+
+def _stable_sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    return _sort(x, dim, descending)
+
+
+def _first(most: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def index(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        """The first of the largest, or smallest; a NaN is either."""
+        rows = x.reshape(-1) if dim is None or not x.ndim else x.movedim(dim, -1)
+        place = _places(rows.shape[-1], x)
+        found = torch.where((rows == most(rows)) | (rows != rows), place, len(place)).amin(-1)
+        return (
+            (found.reshape([1] * x.ndim) if dim is None or not x.ndim else found.unsqueeze(dim)) if keepdim else found
+        )
+
+    return index
+
+
+PICKING: dict[Any, Callable[..., Any]] = {
+    aten.flip.default: _flip,
+    aten.index.Tensor: _index,
+    aten._unsafe_index.Tensor: _index,
+    aten.index_put.default: _index_put,
+    aten._unsafe_index_put.default: _index_put,
+    aten.index_select.default: _index_select,
+    aten.index_add.default: _index_add,
+    aten.embedding.default: lambda weight, index, *rest: _index(weight, [index]),
+    aten.gather.default: _gather,
+    aten.scatter_add.default: _scatter_add,
+    aten.scatter.src: _scatter,
+    aten.scatter.value: _scatter,
+    aten.diagonal_scatter.default: _diagonal_scatter,
+    aten.cumsum.default: _cumsum,
+    aten.cumprod.default: _cumprod,
+    aten.logcumsumexp.default: _logcumsumexp,
+    aten.sort.default: _sort,
+    aten.sort.stable: _stable_sort,
+    aten.argmax.default: _first(lambda x: x.amax(-1, keepdim=True)),
+    aten.argmin.default: _first(lambda x: x.amin(-1, keepdim=True)),
+}
