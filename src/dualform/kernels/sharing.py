@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from dualform.kernels.ops import PIECES, VIEWS, work
 
-# To store an entry and load it from the second cache takes as long as so many multiplications and additions.
-MOVED = 8.0
+# To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
+MOVED = 32.0
 
 
 def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node, int]:
