@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import torch
 
 from dualform.kernels.ops import TEXT
-from dualform.kernels.statements import Buffer, Item, Nest, Operand, Product, Read, Schedule, View, space_of
+from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, View, space_of
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
 TYPES = {
@@ -283,20 +282,6 @@ def add_text(out: View, value: View | float) -> list[str]:
         operand = Read(value, value.along(out.shape))
     item = Item("map", "plus", [Read(out, out.along(out.shape)), operand], {}, out, out.along(out.shape), kept=True)
     return _NestText(Nest(space_of(out.shape), [item])).lines()
-
-
-@dataclass(eq=False)
-class Place:
-    """Buffers that stay from block to block, side by side."""
-
-    name: str
-    buffers: list[Buffer]
-    size: int = 0
-
-    def __post_init__(self) -> None:
-        for b in self.buffers:
-            b.place, b.offset = self.name, self.size
-            self.size += b.size
 
 
 def source(dtype: torch.dtype, functions: Iterable[str]) -> str:
