@@ -86,6 +86,8 @@ class Fingerprint:
             return (kind, x)
         if isinstance(x, Tensor):
             return self._tensor(x, name)
+        if isinstance(x, types.BuiltinFunctionType) and not isinstance(x.__self__, types.ModuleType | type | None):
+            return (kind, x.__name__, self._read(x.__self__, name))
         if isinstance(
             x, types.ModuleType | types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket
         ):

@@ -326,7 +326,7 @@ def _proved(program: Any, K: int, dtype: torch.dtype, retyped: bool, form: str, 
         right = outcome(partial(long.run, blocked, form, backend="eager", remat=None), _inputs(program, long))
         got = outcome(partial(long.run, program, form, backend="eager", remat=None), _inputs(program, long))
         worst = max(worst, _agreed(got, right, allowed, long))
-    silent = [n for n in (*program.parts.fast, *program.parts.slow) if not any(_moves(one, n) for one in expected)]
+    silent = _silent(program, form, blocked, problems[0])
     notes = [f"{n}, whose gradients are all zero" for n in silent]
     if noise == 0.0:
         notes.append("values other than the learner's own, where the definition is not finite")
@@ -352,9 +352,13 @@ def _definition(program: Any, problem: Problem) -> dict[str, Tensor]:
         raise _CannotRun(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _moves(expected: dict[str, Tensor], leaf: str) -> bool:
-    names = (f"the gradient of {leaf}", f"the gradient of the incoming {leaf}")
-    return any(bool(expected[n].any()) for n in names if n in expected)
+def _silent(program: Any, form: str, blocked: Any, problem: Problem) -> list[str]:
+    """List the leaves that no output depends on."""
+    o, _ = problem.run(blocked, form, backend="eager", remat=None)
+    leaves = problem.part("param.")
+    scalar = (o * torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(o)).sum()
+    grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return [name for name, g in zip(leaves, grads, strict=True) if not bool(g.any())]
 
 
 def _agreed(got: dict[str, Tensor], expected: dict[str, Tensor], allowed: float, problem: Problem) -> float:
@@ -368,7 +372,7 @@ def _dtypes(derivation: Any) -> set[torch.dtype]:
     """The floating dtypes that the learner and the objective go through."""
     graphs = [*derivation.analyses.values(), *(r.analysis for r in derivation.losses.values())]
     found = {n.meta["val"].dtype for a in graphs for n in a.nodes if isinstance(n.meta.get("val"), Tensor)}
-    return found & TOLERANCES.keys()
+    return (found - {derivation.source.dtype} if derivation.source else found) & TOLERANCES.keys()
 
 
 def _rate(draw: Callable[[], Draw], program: Any, form: str) -> tuple[float, float]:

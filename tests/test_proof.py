@@ -1,0 +1,244 @@
+"""The proof at `derive`: what it compares, what it says, what it refuses, what it remembers. On here alone."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import dualform as df
+from dualform.learning import emit, program
+from dualform.learning import proof as proving
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _on(monkeypatch, tmp_path):
+    monkeypatch.setenv("DUALFORM_PROVE", "1")
+    monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    """As a fresh process: nothing but the disk remembers."""
+    for name in ("_programs", "_structures", "_proved"):
+        monkeypatch.setattr(program, name, program.Bounded(64))
+
+
+class Net(nn.Module):
+    dim = 4
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.A, self.B = (nn.Parameter(0.5 * torch.randn(4, 4, generator=g).to(dtype)) for _ in "AB")
+
+    def forward(self, x):
+        return torch.tanh(x @ self.A) @ self.B
+
+
+@pytest.mark.parametrize("name", df.learners.names())
+def test_every_learner_of_the_catalogue_is_proved(name):
+    given = {"LowRank": {"rank": 2}, "residual_norm": {"spec": "linear"}}
+    learner = df.learners[name](**given.get(name, {}))(4)
+    found = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3).proof
+    assert found is not None
+    assert found.error < 1e-12
+    assert found.dtype == "float64"
+    assert not found.remembered
+    assert not found.unproved
+    parts = {*dict(learner.named_parameters())} | {"q", "k", "v", "the gate lr"}
+    assert {f"the gradient of {n}" for n in parts} <= {*found.compared}
+    assert "the outputs" in found.compared
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        df.rules.SGD(lr=0.5, averaged=True),
+        df.rules.SGD(lr=0.1, momentum=0.9),
+        df.rules.SGD(lr=0.1, decay=0.1),
+        df.rules.SGD(lr=0.1, momentum=0.5, decay=0.1),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_every_rule_is_proved(rule, chunk):
+    found = df.derive(Net(), rule=rule, chunk=chunk).proof
+    assert found.error < 1e-12
+    assert not found.unproved
+
+
+def test_long_mini_batches_are_proved_in_blocks():
+    found = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=70).proof
+    assert found.error < 1e-12
+    assert not found.unproved
+
+
+def plant(monkeypatch, fault):
+    real = emit.Emitter._corrected
+    monkeypatch.setattr(
+        emit.Emitter, "_corrected", lambda self, node, leaf, *rest: fault(real, self, node, leaf, *rest)
+    )
+
+
+def test_a_wrong_form_raises_with_what_how_much_and_the_line(monkeypatch):
+    plant(
+        monkeypatch,
+        lambda real, self, node, leaf, *rest: (
+            1.001 * real(self, node, leaf, *rest) if leaf == "B" and node else real(self, node, leaf, *rest)
+        ),
+    )
+    with pytest.raises(
+        df.DerivationError, match=r"form 'auto' and the definition differ in .* by .* of its largest entry"
+    ) as caught:
+        df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
+    assert re.search(r"at return torch\.tanh\(x @ self\.A\) @ self\.B   \(test_proof\.py:\d+\)", str(caught.value))
+    assert df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3, prove=False).proof is None
+
+
+def test_a_wrong_gradient_alone_is_found(monkeypatch):
+    """Outputs and state are right; one outer gradient is off by a millionth."""
+
+    def fault(real, self, node, leaf, y, *rest):
+        y = real(self, node, leaf, y, *rest)
+        return y + 1e-6 * (y - emit.torch.ops.dualform.stop_gradient(y)) if leaf == "A" else y
+
+    plant(monkeypatch, fault)
+    with pytest.raises(df.DerivationError, match=r"differ in the gradient of"):
+        df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
+
+
+def test_a_fault_of_ragged_blocks_alone_is_found(monkeypatch):
+    def fault(real, self, node, leaf, y, J, axis, x, coef, keys):
+        return real(self, node, leaf, y, J, axis, x, coef, keys) * (1.0 if self.variant.dense else 1.01)
+
+    plant(monkeypatch, fault)
+    with pytest.raises(df.DerivationError, match=r"differ in"):
+        df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
+
+
+def test_it_is_remembered_on_disk_and_proved_again_where_that_cannot_be_read(monkeypatch, tmp_path):
+    first = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof
+    (file,) = (tmp_path / "proofs").glob("*.json")
+    assert json.loads(file.read_text())["error"] == first.error
+    forget(monkeypatch)
+    second = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof
+    assert second.remembered
+    assert second.error == first.error
+    assert second.compared == first.compared
+    for text in ("", "{", "[1]", '{"form": 1}'):
+        forget(monkeypatch)
+        file.write_text(text)
+        assert not df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof.remembered
+    forget(monkeypatch)
+    assert not df.derive(Net(), rule=df.rules.SGD(lr=0.2), chunk=3).proof.remembered  # another structure
+
+
+def test_a_folder_that_takes_nothing_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path / "file"))
+    assert df.derive(Net(), chunk=3).proof.error < 1e-12
+
+
+def test_a_structure_is_proved_once_for_all_layers_alike(monkeypatch):
+    count = []
+    real = proving.prove
+    monkeypatch.setattr(proving, "prove", lambda *args: count.append(1) or real(*args))
+    layers = [df.TestTimeTraining(8, 2, learner=lambda d: Net(), chunk=3) for _ in range(3)]
+    assert len(count) == 1
+    assert all(layer.program.proof.error < 1e-12 for layer in layers)
+
+
+def test_forced_forms_are_proved_at_their_first_use():
+    made, x = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3), torch.randn(1, 5, 1, 4)
+    assert set(made.proofs) == {"auto"}
+    made(x, x, x, form="dual")
+    assert made.proofs["dual"].error < 1e-12
+
+
+def test_what_is_not_proved_is_said():
+    still = df.derive(Net(), rule=df.rules.SGD(lr=0.0), chunk=3)
+    assert "which moves the outputs by 0 % only" in str(still.proof)
+    assert "not proved: how the state learns" in str(still.explain())
+
+    class Spare(Net):
+        def __init__(self):
+            super().__init__()
+            self.C = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return super().forward(x) + 0 * self.C
+
+    assert df.derive(Spare(), rule=df.rules.SGD(lr=0.1), chunk=3).proof.unproved == ("C, whose gradients are all zero",)
+
+    class InPlace:
+        def __call__(self, p, v):
+            d = p - v
+            d.mul_(d)
+            return 0.5 * d.sum(-1)
+
+    cannot = df.derive(Net(), InPlace(), df.rules.SGD(lr=0.1), chunk=3).proof
+    assert not cannot.compared
+    assert "the definition cannot run: RuntimeError: one of the variables needed for gradient" in str(cannot)
+
+
+def test_what_cannot_be_float64_is_proved_as_it_is():
+    table = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+
+    class Single(Net):
+        def forward(self, x):
+            return super().forward(x) @ table
+
+    found = df.derive(Single(), rule=df.rules.SGD(lr=0.1), chunk=3).proof
+    assert found.dtype == "float32"
+    assert found.error < 1e-3
+    assert df.derive(Net(DOUBLE), rule=df.rules.SGD(lr=0.1), chunk=3).proof.error < 1e-12
+
+
+def test_the_smallest_number_of_a_dtype_may_stand_in_a_trace():
+    class Eps(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y / (y.square().mean(-1, keepdim=True) + 1e4 * torch.finfo(x.dtype).eps).sqrt()
+
+    assert df.derive(Eps(), rule=df.rules.SGD(lr=0.1), chunk=3).proof.error < 1e-12
+
+
+def test_a_domain_is_kept():
+    class Logs(Net):
+        def forward(self, x):
+            return (x @ self.A.abs().log().tanh()) @ self.B.square().sqrt()
+
+    found = df.derive(Logs(), rule=df.rules.SGD(lr=0.01), chunk=3).proof
+    assert found.error < 1e-9
+
+
+def test_it_runs_whatever_the_caller_has_switched_on():
+    with torch.no_grad():
+        assert df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=2).proof.error < 1e-12
+    with torch.inference_mode():
+        assert df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof.error < 1e-12
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=4).proof.error < 1e-12
+    with torch.device("meta"):
+        learner = Net()
+    assert df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=5).proof.error < 1e-12
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=6)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_explain_says_it_in_a_line(monkeypatch):
+    made = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
+    assert re.search(
+        r"proof +auto == primal to \d\.\de-\d\d \(float64; \d+ tensors, outer gradients among them; in",
+        str(made.explain()),
+    )
+    monkeypatch.setenv("DUALFORM_PROVE", "0")
+    forget(monkeypatch)
+    assert "proof    none: prove=False, or DUALFORM_PROVE=0" in str(
+        df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).explain()
+    )
