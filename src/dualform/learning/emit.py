@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils._pytree import tree_map
 
 from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
@@ -108,10 +109,10 @@ class _Keys:
     par: dict[tuple[fx.Node, str], Derivative] = field(default_factory=dict)
 
 
-def called(x: Tensor, name: str) -> Tensor:
-    """While tracing, name the node of a value, for the reader of the printed program."""
+def called(x: Any, name: str) -> Any:
+    """While tracing, name the node of a value, for the reader of the printed program; several results keep their names."""
     mode = get_proxy_mode()
-    held = None if mode is None else get_proxy_slot(x, mode.tracer, None)  # type: ignore[arg-type]
+    held = None if mode is None or not isinstance(x, Tensor) else get_proxy_slot(x, mode.tracer, None)  # type: ignore[arg-type]
     node = getattr(getattr(held, "proxy", None), "node", None)
     if node is not None and node.op == "call_function":
         node._rename(name)
@@ -198,7 +199,7 @@ class Emitter:
                 deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
         for site, delta in zip(proper, deltas, strict=False):
             called(delta, f"delta_{site.node.name}")
-        env = {node: value.detach() if isinstance(value, Tensor) else value for node, value in env.items()}
+        env = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, env)
         keys = _Keys(env, {leaf: [] for leaf in x.th})
         for site, delta in zip(proper, deltas, strict=False):
             for leaf, (J, axis) in self._site_derivatives(site, env, keys, "k").items():
