@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.grid import Variant
+from dualform.learning.lookups import lookups_as_gathers
 from dualform.learning.norms import whole_norms
 from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
@@ -39,12 +40,14 @@ Table = dict[Any, Callable[..., Any]]
 
 @cache
 def norms_as_arithmetic() -> Table:
-    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13)."""
+    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13), and
+    a batch norm's statistics have none at all."""
     from torch._decomp import get_decompositions  # slow: not at `import dualform`
 
-    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm"]
+    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"]
     parts = [getattr(aten, name + part) for name in norms for part in ("", "_backward")]
-    return get_decompositions([*parts, aten.unfold_backward])  # which vmap knows as a loop over rows only
+    loops = [aten.unfold_backward]  # which vmap knows as a loop over rows only
+    return get_decompositions([*parts, *loops]) | lookups_as_gathers()
 
 
 @cache
