@@ -42,7 +42,10 @@ def _reads_taken(call: Call, name: str, k: int | None) -> list[Term]:
 
 
 @row(
-    "aten::index_select", affine=ALL, reads=_reads_taken, examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))]
+    "aten::index_select",
+    affine=ALL,
+    reads=_reads_taken,
+    examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))],
 )
 def _index_select(call: Call, operand: int) -> list[Term]:
     x = call.operands[0]
@@ -50,7 +53,12 @@ def _index_select(call: Call, operand: int) -> list[Term]:
     return _taken(call, call.bound["dim"] % x.ndim, index) if x.ndim else diagonal_terms(call, operand)
 
 
-@row("aten::embedding", affine=FIRST, reads=_reads_taken, examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)])
+@row(
+    "aten::embedding",
+    affine=FIRST,
+    reads=_reads_taken,
+    examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)],
+)
 def _embedding(call: Call, operand: int) -> list[Term]:
     """A padding row is read, and gets no derivative."""
     index, padding = call.bound["indices"], call.bound["padding_idx"]

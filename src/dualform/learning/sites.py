@@ -28,6 +28,7 @@ from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
 
 aten = torch.ops.aten
+PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
 
 
 class DerivationError(ValueError):
@@ -69,15 +70,21 @@ class Analysis:
     """A learner's trace at W tokens, marked."""
 
     graph: fx.GraphModule
+    who: str  # whose: the learner's, the objective's or the rule's
+    tokens: tuple[fx.Node, ...]  # inputs with a token axis
     leaf_nodes: dict[str, fx.Node]
     slow_nodes: dict[str, fx.Node]
-    x: fx.Node
     output: fx.Node
-    constants: dict[str, Tensor]  # tensors that the learner closes over, as inputs
-    leaves: dict[fx.Node, frozenset[str]]  # fast leaves a node depends on
-    tok: set[fx.Node]
-    places: dict[fx.Node, Place]
+    constants: dict[str, Tensor]  # tensors that the trace made itself, as inputs
+    leaves: dict[fx.Node, frozenset[str]] = field(default_factory=dict)  # fast leaves a node depends on
+    tok: set[fx.Node] = field(default_factory=set)
+    places: dict[fx.Node, Place] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+
+    @property
+    def x(self) -> fx.Node:
+        """The tokens that a learner reads."""
+        return self.tokens[0]
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -120,55 +127,19 @@ def is_floating(value: Any) -> bool:
 _UNIFORM = {"zeros", "ones", "full", "empty", "scalar_tensor"}
 
 
-def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], x: Tensor) -> Analysis:
-    """Trace `run(*fast, *slow, x)` and mark it; raise if tokens mix or the learner ignores its input."""
-    for name, w in fast.items():
-        if not w.is_floating_point():
+def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
+    """Spell out and number a trace whose inputs are told apart; `mark` fills in the rest."""
+    for name, node in parts["leaf_nodes"].items():
+        if not is_floating(node.meta["val"]):
             raise DerivationError(
-                f"derive: the learner's fast weight {name!r} is {w.dtype}; expected real floating numbers, which a gradient step "
-                "keeps real. Keep torch.view_as_real(w) as the parameter and use torch.view_as_complex in forward."
+                f"derive: the learner's fast weight {name!r} is {node.meta['val'].dtype}; expected real floating numbers, which a "
+                "gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use torch.view_as_complex in forward."
             )
-    graph = trace(run, *fast.values(), *slow.values(), x)
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-    result = output.args[0]
-    if not isinstance(result, fx.Node):
-        raise DerivationError(
-            f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
-        )
-    constants, lifted = _lift_constants(graph)
     _spell_out(graph)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
-    got = Analysis(
-        graph=graph,
-        leaf_nodes=dict(zip(fast, inputs, strict=False)),
-        slow_nodes=dict(zip(slow, inputs[len(fast) :], strict=False)) | lifted,
-        x=inputs[-1],
-        output=output.all_input_nodes[0],
-        constants=constants,
-        leaves={},
-        tok=set(),
-        places={},
-    )
-    mark(got, x.shape[0])
-    return got
-
-
-def _lift_constants(graph: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, fx.Node]]:
-    """Make inputs of the tensors that a trace has baked in, so that nothing is held but by name."""
-    constants: dict[str, Tensor] = {}
-    lifted: dict[str, fx.Node] = {}
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
-        name = f"constant_{len(constants)}"
-        constants[name] = getattr(graph, str(node.target))
-        with graph.graph.inserting_after(last):
-            last = lifted[name] = graph.graph.placeholder(name)
-        lifted[name].meta["val"] = constants[name]
-        node.replace_all_uses_with(lifted[name])
-        graph.graph.erase_node(node)
-    return constants, lifted
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
 
 
 def _spell_out(graph: fx.GraphModule) -> None:
@@ -229,7 +200,7 @@ def _definition(node: fx.Node) -> Callable[..., Any] | None:
 
 def mark(a: Analysis, W: int) -> None:
     """Fill in leaves, tok, places (proving that tokens stay apart) and sites."""
-    a.leaves, a.tok, a.places, a.sites = {}, {a.x}, {a.x: Place(0, 1, 1)}, []
+    a.leaves, a.tok, a.places, a.sites = {}, set(a.tokens), dict.fromkeys(a.tokens, Place(0, 1, 1)), []
     names = {node: name for name, node in a.leaf_nodes.items()}
     env = {node: node.meta.get("val") for node in a.graph.graph.nodes}
     for node in a.graph.graph.nodes:
@@ -247,15 +218,6 @@ def mark(a: Analysis, W: int) -> None:
             pars = tuple(s for s in sources if a.is_par(s))
             if pars:
                 a.sites.append(_site(a, node, pars))
-    if a.output not in a.tok:
-        raise DerivationError(
-            "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. Use x in forward."
-        )
-    if W > 1 and a.places[a.output] != Place(0, 1, 1):
-        raise DerivationError(
-            f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as in its input: "
-            "(..., K) -> (..., V). Transpose back before returning."
-        )
 
 
 def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
@@ -280,7 +242,9 @@ def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
     if not all(p in operands for p in pars):
         return Site(node, pars, leaves, False, "a weight decides a branch or an index")
     if not is_of_one_type(node):
-        return Site(node, pars, leaves, False, f"{op_name(node)} meets numbers of several types, or gives several results")
+        return Site(
+            node, pars, leaves, False, f"{op_name(node)} meets numbers of several types, or gives several results"
+        )
     if not rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
         return Site(node, pars, leaves, False, f"{op_name(node)} is not jointly affine in its weights")
     crooked = next((bad for p in pars if (bad := first_crooked(a, p)) is not None), None)
@@ -332,14 +296,10 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
             found |= carried_places(rules.reads(call, name, k), a.places[source], W) or {None}
     place = found.pop() if len(found) == 1 else None
     if place is None:
-        raise _mixes(node)
+        raise _mixes(a, node)
     for name, k, source in read:
         if source not in a.tok and not _is_alike(a, call, name, k, source, place, W, env):
-            raise DerivationError(
-                f"derive: the learner treats tokens by their place in the batch at {source_line(node)}: {op_name(op)} takes numbers "
-                "that differ from row to row; expected a function of each row alone, (..., K) -> (..., V). Let them have size 1 "
-                "along the token axis, or make them part of the token."
-            )
+            raise _differs(a, node)
     return place
 
 
@@ -385,17 +345,32 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
     return True
 
 
-def _mixes(node: fx.Node) -> DerivationError:
+def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
+    where = source_line(node) or f"{op_name(op)}, called inside torch"
     if rules.find_row(op.target) is None and _has_no_row(op):
         return DerivationError(
-            f"derive: the learner uses {op_name(op)} at {source_line(node)}, which has no row in the table of ops; expected ops "
+            f"derive: the {a.who} uses {op_name(op)} at {where}, which has no row in the table of ops; expected ops "
             "that can be shown to keep tokens apart. Write it with other ops, or add a row (calculus/table.py)."
         )
     return DerivationError(
-        f"derive: the learner mixes tokens at {source_line(node)}: {op_name(op)} makes one row depend on others; expected a "
-        "function of each row alone, (..., K) -> (..., V). Remove the operation over the token axis."
+        f"derive: the {a.who} mixes tokens at {where}: {op_name(op)} makes one row depend on others; expected {_apart[a.who]}"
     )
+
+
+def _differs(a: Analysis, node: fx.Node) -> DerivationError:
+    op = maker(node)[0]
+    return DerivationError(
+        f"derive: the {a.who} treats tokens by their place in the batch at {source_line(node) or op_name(op)}: {op_name(op)} takes "
+        f"numbers that differ from row to row; expected {_apart[a.who]} Such numbers may have size 1 along the token axis."
+    )
+
+
+_apart = {
+    "learner": "a function of each row alone, (..., K) -> (..., V). Remove the operation over the token axis.",
+    "objective": f"a loss of each token alone, (..., V), (..., V) -> (...,). {PER_TOKEN}",
+    "rule": "coefficients made of each token's own position and gates. Remove the operation over the token axis.",
+}
 
 
 def carried_places(J: Derivative | None, place: Place, W: int) -> set[Place | None]:
