@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.casts import with_casts
+
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 
@@ -37,6 +39,7 @@ _SPLITS = {
 
 def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite results of several tensors as results of one each."""
+    with_casts(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue

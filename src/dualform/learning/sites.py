@@ -26,6 +26,7 @@ from dualform.calculus.definitions import definition_of
 from dualform.calculus.relations import Lookup
 from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
+from dualform.learning.lookups import lookups_as_gathers
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -138,8 +139,21 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
     _spell_out(graph)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
+        if node.all_input_nodes and not _has_rule_for_rows(node.target):
+            raise DerivationError(
+                f"derive: the {parts['who']} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch cannot map "
+                "over rows (batch and heads); expected ops with a vmap rule. Write that line with other ops."
+            )
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
     return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
+
+
+def _has_rule_for_rows(target: Any) -> bool:
+    """Does torch map an op over rows by a rule, not by a loop over them?"""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in lookups_as_gathers():
+        return True
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(target.name(), key) for key in ("FuncTorchBatched", "CompositeImplicitAutograd", "CompositeExplicitAutograd"))
 
 
 def _spell_out(graph: fx.GraphModule) -> None:
