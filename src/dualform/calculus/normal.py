@@ -2,7 +2,7 @@
 
 split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
 broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
-copy, fill -> what they write
+copy, fill -> what they write      x[arange(n), i] -> gather
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
+        elif node.target is aten.index.Tensor and _asks_own_rows(node):
+            node.replace_all_uses_with(_of_own_row(_emitter(gm.graph, node), *node.args))
         elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
             node.replace_all_uses_with(_written(_emitter(gm.graph, node), node))
     gm.graph.eliminate_dead_code()
@@ -79,6 +81,23 @@ def _written(emit: Emit, node: fx.Node) -> fx.Node:
     if new.meta["val"].dtype != like.dtype:
         new = emit(aten._to_copy.default, new, dtype=like.dtype)
     return new if new.meta["val"].shape == like.shape else emit(aten.expand.default, new, list(like.shape))
+
+
+def _asks_own_rows(node: fx.Node) -> bool:
+    """Is it x[arange(n), i], one place in each row?"""
+    x: Any = node.args[0]
+    indices: Any = node.args[1]
+    if len(indices) != 2 or None in indices or not all(i.meta["val"].shape == x.meta["val"].shape[:1] for i in indices):
+        return False
+    rows, n = indices[0], x.meta["val"].shape[0]
+    counts = {aten.arange.default: (n,), aten.arange.start: (0, n), aten.arange.start_step: (0, n, 1)}
+    return indices[1].meta["val"].dtype == torch.int64 and rows.args == counts.get(rows.target)
+
+
+def _of_own_row(emit: Emit, x: Any, indices: Any) -> fx.Node:
+    n, m, *rest = x.meta["val"].shape
+    place = emit(aten.reshape.default, emit(aten.remainder.Scalar, indices[1], m), [n, 1, *(1 for _ in rest)])
+    return emit(aten.squeeze.dim, emit(aten.gather.default, x, 1, emit(aten.expand.default, place, [n, 1, *rest])), 1)
 
 
 def _part(graph: fx.Graph, node: fx.Node) -> None:

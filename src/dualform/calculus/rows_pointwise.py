@@ -343,11 +343,10 @@ def _prelu(call: Call, operand: int) -> list[Term]:
     ]
 
 
-def _straight_through(x: Tensor, grid: Tensor, zero: Any, scale: Any, low: int, high: int) -> Tensor:
+def _straight_through(x: Tensor, grid: Tensor, level: Tensor, low: int, high: int) -> Tensor:
     """The nearest level, with the derivative of the identity inside and of a constant outside."""
-    level = ((grid.clamp(low, high) - zero).to(scale.dtype) * scale).to(x.dtype)
     inside = x * ((grid >= low) & (grid <= high)).to(x.dtype)
-    return level.detach() + (inside - inside.detach())
+    return level.to(x.dtype).detach() + (inside - inside.detach())
 
 
 @defined_row(
@@ -360,7 +359,8 @@ def _fake_quantize(self: Tensor, scale: Any, zero_point: Any, quant_min: int, qu
     if not isinstance(scale, Tensor):
         scale = self.new_full((), scale, dtype=torch.float32)
     grid = (self * (1 / scale.float())).round() + zero_point
-    return _straight_through(self, grid, zero_point, scale.float(), quant_min, quant_max)
+    level = (grid.clamp(quant_min, quant_max) - zero_point).float() * scale.float()
+    return _straight_through(self, grid, level, quant_min, quant_max)
 
 
 @defined_row(
@@ -370,8 +370,11 @@ def _fake_quantize(self: Tensor, scale: Any, zero_point: Any, quant_min: int, qu
 def _fake_quantize_channels(
     self: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> Tensor:
+    """As torch: here the product with the scale is of the input's precision."""
     shape = [-1 if k == axis % self.ndim else 1 for k in range(self.ndim)]
-    return _fake_quantize(self, scale.reshape(shape), zero_point.reshape(shape), quant_min, quant_max)
+    scale, zero = scale.reshape(shape), zero_point.reshape(shape)
+    grid = (self * (1 / scale)).round() + zero
+    return _straight_through(self, grid, (grid.clamp(quant_min, quant_max) - zero) * scale, quant_min, quant_max)
 
 
 def is_pointwise(target: Any) -> bool:

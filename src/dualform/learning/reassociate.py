@@ -147,27 +147,35 @@ def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
 
 def _combine(a: Analysis, term: Term, pieces: list[tuple[fx.Node, tuple[Axis, ...]]]) -> list[Term]:
     """Put each operand's own expansion in its place."""
-    terms = [term]
+    # the operands' axes ride along as extra output axes while labels are unified
+    shown, at = len(term.out), len(term.out)
+    terms = [replace(term, out=(*term.out, *(axis for _, axes in pieces for axis in axes)))]
     for node, axes in pieces:
         grown: list[Term] = []
         for inner in _expand(a, node):
             inner = renewed(inner)
             for t in terms:
-                # the operand's axes ride along as extra output axes while labels are unified
-                carrier = Term(t.coef * inner.coef, (*t.factors, *inner.factors), (*t.out, *axes, *inner.out), ())
-                carrier, axes_now = _unified(carrier, len(t.out), len(axes)), len(t.out)
-                grown.append(replace(carrier, out=carrier.out[:axes_now]))
-        terms = grown
+                carrier = Term(t.coef * inner.coef, (*t.factors, *inner.factors), (*t.out, *inner.out), ())
+                carrier = _unified(carrier, at, len(t.out), len(axes))
+                grown.append(replace(carrier, out=carrier.out[: len(t.out)]))
+        terms, at = grown, at + len(axes)
         if len(pieces) > 1 and len(terms) > 8:
             raise _NoProduct
-    return terms
+    return [_summed(t, shown) for t in terms]
 
 
-def _unified(term: Term, start: int, count: int) -> Term:
-    """Make output axes [start, start + count) and the `count` after them the same labels."""
+def _summed(term: Term, shown: int) -> Term:
+    """Leave the first output axes; an index that nothing else has is a sum of equal numbers."""
+    there = {*atoms(term.out[:shown]), *(label for f in term.factors for label in f.labels)}
+    free = volume(label for label in dict.fromkeys(atoms(term.out[shown:])) if label not in there)
+    return replace(term, coef=term.coef * free, out=term.out[:shown])
+
+
+def _unified(term: Term, start: int, other: int, count: int) -> Term:
+    """Make `count` output axes from `start` on and those from `other` on the same labels."""
     for k in range(count):
         while True:
-            left, right = list(term.out[start + k]), list(term.out[start + count + k])
+            left, right = list(term.out[start + k]), list(term.out[other + k])
             clash = None
             while left and right:
                 x, y = left.pop(), right.pop()

@@ -137,6 +137,8 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
                 "gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use torch.view_as_complex in forward."
             )
     _spell_out(graph)
+    for node in graph.graph.find_nodes(op="call_function", target=aten.select_scatter.default):
+        _as_slice_scatter(graph.graph, node)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
         if node.all_input_nodes and not _has_rule_for_rows(node.target):
@@ -146,6 +148,16 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
             )
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
     return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
+
+
+def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:
+    """Write a slice of width 1: vmap over select_scatter has a wrong derivative by its source (torch 2.13)."""
+    base, source, dim, index = node.args
+    index %= base.meta["val"].shape[dim]  # type: ignore[operator, union-attr, index]
+    with graph.inserting_before(node):
+        thick = graph.call_function(aten.unsqueeze.default, (source, dim))
+    thick.meta = {**node.meta, "val": source.meta["val"].unsqueeze(dim)}  # type: ignore[union-attr]
+    node.target, node.args = aten.slice_scatter.default, (base, thick, dim, index, index + 1)
 
 
 def _has_rule_for_rows(target: Any) -> bool:
