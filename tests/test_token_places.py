@@ -157,6 +157,7 @@ APART = {
     "view_as": (lambda s, x: (x @ s.W).flatten().view_as(x), {}),
     "one entry assigned": (written((..., 0), 0), {}),
     "half assigned": (written((..., slice(0, 2)), lambda h: h[..., 2:].tanh()), {}),
+    "the rest assigned": (written((..., slice(1, None)), lambda h: h[..., :3] * 2), {}),
     "assigned a tensor": (written((slice(None), 1), lambda h: h[:, 3] * 2), {}),
     "in-place fill": (lambda s, x: (lambda h: h[..., 1:].fill_(0.5) * 0 + h[..., 1:])((x @ s.W).clone()) @ s.W[1:], {}),
     "assigned where": (lambda s, x: written(x > 0, 0.0)(s, x), {}),
@@ -206,7 +207,7 @@ APART = {
     "maxout": (maxout, {}),
     "FiLM": (film, {}),
     "sparsemax": (sparsemax, {}),
-    "RBF": (lambda s, x: torch.exp(-torch.cdist(x, s.C) ** 2) @ s.C, {}),
+    "RBF": (lambda s, x: torch.exp(-(x.unsqueeze(-2) - s.C).square().sum(-1)) @ s.C, {}),
     "Fourier features": (lambda s, x: torch.cat([(x @ s.W[:, :2]).cos(), (x @ s.W[:, 2:]).sin()], -1) @ s.W, {}),
     "gated": (lambda s, x: F.glu(F.linear(x, torch.cat([s.W, s.W.T])), -1), {}),
     "grouped maximum": (lambda s, x: two(x @ s.W).max(-1).values.repeat_interleave(2, -1), {}),
@@ -284,5 +285,8 @@ def test_mixed_tokens_are_refused(name):
 
 @pytest.mark.parametrize("name", PLACED)
 def test_tokens_told_apart_by_their_place_are_refused(name):
-    with pytest.raises(df.DerivationError, match=r"(mixes tokens|treats tokens by their place in the batch) at .*test_token_places.py:\d+"):
+    with pytest.raises(
+        df.DerivationError,
+        match=r"(mixes tokens|treats tokens by their place in the batch) at .*test_token_places.py:\d+",
+    ):
         df.derive(Learner(PLACED[name]).double(), chunk=3).derivation  # noqa: B018

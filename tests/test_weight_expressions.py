@@ -236,7 +236,13 @@ def test_at_rate_0_a_program_is_the_learner(names):
 
 def test_the_dual_form_keeps_offsets():
     """Re-associated everywhere: (x A) B + sum of x, once for each number."""
-    names = ["product plus number", "number minus product", "gram plus ridge", "shift, transposed", "product of shifted"]
+    names = [
+        "product plus number",
+        "number minus product",
+        "gram plus ridge",
+        "shift, transposed",
+        "product of shifted",
+    ]
     torch.manual_seed(0)
     program = program_of([Weight(OFFSETS[n]) for n in names])
     assert {c.form for c in program.sites} == {"scores"}
@@ -360,4 +366,6 @@ def test_reads_and_writes_at_places_are_torch_s():
         for values in (torch.randn(found.shape, generator=g, dtype=x.dtype), found[..., :1], found.new_tensor(math.pi)):
             args = (x, index, values, True)
             torch.testing.assert_close(_index_put(*args), torch.ops.aten.index_put(*args))
-        assert torch.equal(_index_put(x, index, x.new_tensor(2.0)), torch.ops.aten.index_put(x, index, x.new_tensor(2.0)))
+        assert torch.equal(
+            _index_put(x, index, x.new_tensor(2.0)), torch.ops.aten.index_put(x, index, x.new_tensor(2.0))
+        )

@@ -54,7 +54,9 @@ def _cast(graph: fx.Graph, node: fx.Node, how: _Autocast) -> None:
         )  # fmt: skip
     sources = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
     made, plain = (_alone(node, sources, how._replace(enabled=on)) for on in (True, False))
-    casts = {x: dtype for x, dtype in _first_casts(made, sources).items() if _first_casts(plain, sources).get(x) != dtype}
+    casts = {
+        x: dtype for x, dtype in _first_casts(made, sources).items() if _first_casts(plain, sources).get(x) != dtype
+    }
     if _count(made) - _count(plain) == len(casts):
         for x, dtype in casts.items():
             with graph.inserting_before(node):

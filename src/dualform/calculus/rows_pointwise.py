@@ -352,7 +352,9 @@ def _straight_through(x: Tensor, grid: Tensor, level: Tensor, low: int, high: in
 @defined_row(
     "aten::fake_quantize_per_tensor_affine",
     call("", T("n m", "signed"), 0.125, 2, -8, 7),
-    call("fake_quantize_per_tensor_affine.tensor_qparams", T("n m", "signed"), torch.tensor(0.1), torch.tensor(1), -8, 7),
+    call(
+        "fake_quantize_per_tensor_affine.tensor_qparams", T("n m", "signed"), torch.tensor(0.1), torch.tensor(1), -8, 7
+    ),
 )
 def _fake_quantize(self: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
     """As torch: the scale and its inverse are of single precision."""

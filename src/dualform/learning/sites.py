@@ -137,8 +137,13 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
                 "gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use torch.view_as_complex in forward."
             )
     _spell_out(graph)
-    for node in graph.graph.find_nodes(op="call_function", target=aten.select_scatter.default):
-        _as_slice_scatter(graph.graph, node)
+    for node in list(graph.graph.nodes):
+        if node.target == aten.select_scatter.default:
+            _as_slice_scatter(graph.graph, node)
+        elif node.target == aten.slice_scatter.default:
+            _inside(node)
+        elif node.target == aten.embedding.default and len(node.args) > 2:
+            _without_padding(graph.graph, node)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
         if node.all_input_nodes and not _has_rule_for_rows(node.target):
@@ -155,9 +160,40 @@ def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:
     base, source, dim, index = node.args
     index %= base.meta["val"].shape[dim]  # type: ignore[operator, union-attr, index]
     with graph.inserting_before(node):
-        thick = graph.call_function(aten.unsqueeze.default, (source, dim))
-    thick.meta = {**node.meta, "val": source.meta["val"].unsqueeze(dim)}  # type: ignore[union-attr]
+        thick = _made(graph, node, aten.unsqueeze.default, source, dim)
     node.target, node.args = aten.slice_scatter.default, (base, thick, dim, index, index + 1)
+
+
+def _inside(node: fx.Node) -> None:
+    """Write where a slice ends, not that it goes on for ever, which vmap takes for a size."""
+    base, source, *rest = node.args
+    dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+    span = range(*slice(start, end, step).indices(base.meta["val"].shape[dim]))  # type: ignore[union-attr, misc, index]
+    node.args = (base, source, dim, span.start, span.stop, step)
+
+
+def _without_padding(graph: fx.Graph, node: fx.Node) -> None:
+    """Write what padding means, a row of the table that is read and does not learn, as a detach."""
+    padding, users = node.args[2], list(node.users)
+    node.args = node.args[:2]
+    if padding < 0:  # type: ignore[operator]
+        return
+    made: Any = node
+    with graph.inserting_before(node.next):
+        still = _made(graph, node, aten.detach.default, node)
+        is_padding = _made(
+            graph, node, aten.unsqueeze.default, _made(graph, node, aten.eq.Scalar, node.args[1], padding), -1
+        )
+        made = _made(graph, node, aten.where.self, is_padding, still, node)
+    for user in users:
+        user.replace_input_with(node, made)
+
+
+def _made(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert a call at the line of another."""
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "val": target(*map_arg(args, lambda x: x.meta["val"]))}
+    return node
 
 
 def _has_rule_for_rows(target: Any) -> bool:
@@ -165,7 +201,10 @@ def _has_rule_for_rows(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in lookups_as_gathers():
         return True
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(has(target.name(), key) for key in ("FuncTorchBatched", "CompositeImplicitAutograd", "CompositeExplicitAutograd"))
+    return any(
+        has(target.name(), key)
+        for key in ("FuncTorchBatched", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+    )
 
 
 def _spell_out(graph: fx.GraphModule) -> None:
