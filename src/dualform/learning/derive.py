@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.recorder import CannotRecord, record
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
@@ -332,12 +333,20 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
 def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None = None) -> fx.GraphModule:
     """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
     table = norms_as_arithmetic() if table is None else table
+    try:
+        gm = record(f, tensors, table)
+    except (CannotRecord, RuntimeError):  # torch's own tracer knows more, and refuses in its own words
+        gm = _traced_by_torch(f, tensors, table)
+    _plain_views(gm)
+    return gm
+
+
+def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table) -> fx.GraphModule:
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)
-    _plain_views(gm)
     return gm
 
 
