@@ -4,6 +4,7 @@ Several expressions share one program, each with parameters of its own, so that 
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,13 +77,6 @@ def monarch(s):
     return torch.einsum("kij,jkl->ikjl", left, right).reshape(D, D)
 
 
-def householder(s):
-    w = eye()
-    for column in (s.A[:, 0], s.A[:, 1]):
-        w = w - 2 * torch.outer(w @ column, column) / column.dot(column)
-    return w
-
-
 def ternary(s):
     """BitLinear: rounded to -1, 0, 1 with the derivative of the identity."""
     scale = s.W.abs().mean().clamp(min=1e-5)
@@ -107,7 +101,6 @@ def power_iteration(s):
 OFFSETS = {
     "product plus number": lambda s: s.A @ s.B + 1,
     "number minus product": lambda s: 1 - s.A @ s.B,
-    "twice a shifted product": lambda s: 2 * (s.A @ s.B - 0.5),
     "shift with alpha": lambda s: torch.add(s.A @ s.B, 0.5, alpha=3),
     "rsub": lambda s: torch.rsub(s.A @ s.B, 2.0),
     "gram plus ridge": lambda s: s.W @ s.W.T + 1e-3,
@@ -142,51 +135,30 @@ def _assigned(w):
 CURVED = {
     "tanh, bias": lambda s, x: F.linear(x, torch.tanh(s.W), s.v),
     "softmax, bias": lambda s, x: F.linear(x, s.W.softmax(-1), s.v),
-    "normalised, bias": lambda s, x: F.linear(x, s.W / s.W.norm(), s.v),
-    "square, bias": lambda s, x: F.linear(x, s.W * s.W, s.v),
     "addmm": lambda s, x: torch.addmm(s.v, x, s.W.exp()),
-    "softplus": lambda s: F.softplus(s.W),
-    "weight standardised": lambda s: (s.W - s.W.mean(1, keepdim=True)) / s.W.std(1, keepdim=True),
     "DoRA": lambda s: s.v.abs() * (s.W + s.A @ s.B) / (s.W + s.A @ s.B).norm(dim=0),
     "LoRA": lambda s: s.W + 2.0 * (s.A @ s.B),
     "low rank plus diagonal": lambda s: s.A @ s.B + s.v.diag(),
     "Cayley": lambda s: torch.linalg.solve(eye() + skew(s.W), eye() - skew(s.W)),
-    "exponential of skew": lambda s: torch.matrix_exp(skew(s.W)),
-    "Householder": householder,
     "butterfly": butterfly,
     "Monarch": monarch,
     "circulant": lambda s: torch.stack([s.v.roll(k) for k in range(D)]),
     "circulant by Fourier": lambda s, x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(s.v), n=D),
     "Toeplitz": lambda s: torch.cat([s.v, s.W[0]])[torch.arange(D)[:, None] - torch.arange(D) + 3],
-    "Hankel": lambda s: torch.cat([s.v, s.W[0]]).unfold(0, D, 1)[:D],
-    "Vandermonde": lambda s: torch.stack([s.v**k for k in range(D)], 1),
-    "Kronecker": lambda s: torch.kron(s.W[:2, :2], s.W[2:, 2:]),
-    "Kronecker sum": lambda s: torch.kron(s.B[:, :2], eye()[:2, :2]) + torch.kron(eye()[:2, :2], s.B[:, 2:]),
     "permuted rows": lambda s: s.W[s.order],
     "index add": lambda s: s.W.index_add(0, s.order, s.A @ s.B),
     "shared entries": lambda s: s.v[s.order[:, None] * s.order % 4],
-    "symmetric": lambda s: s.W.triu() + s.W.triu(1).T,
-    "lower, positive diagonal": lambda s: s.W.tril(-1) + s.W.diagonal().exp().diag(),
-    "stochastic": lambda s: s.W.exp() / s.W.exp().sum(0),
     "Sinkhorn": lambda s: (lambda p: p / p.sum(1, keepdim=True))(s.W.exp() / s.W.exp().sum(0)),
     "complex phases": lambda s: torch.view_as_real(torch.polar(s.W[:, :2].exp(), s.W[:, 2:])).flatten(1),
-    "scalar temperature": lambda s: s.W * s.s.exp(),
     "power iteration": power_iteration,
-    "hypernetwork": lambda s: torch.tanh(s.v @ s.W).outer(s.v).softmax(0),
-    "polynomial": lambda s: s.W + 0.5 * s.W @ s.W + s.W @ s.W @ s.W / 6,
-    "inverse": lambda s: torch.linalg.inv(s.W + 3 * eye()),
-    "pseudo-inverse": lambda s: torch.linalg.pinv(s.A) .T @ s.B,
     "Cholesky": lambda s: torch.linalg.cholesky(s.W @ s.W.T + eye()),
     "detached scale": lambda s: s.W / s.W.norm().detach(),
-    "clamped": lambda s: s.W.clamp(-0.3, 0.3),
-    "hard concrete": lambda s: s.W * (torch.sigmoid(s.v) * 1.2 - 0.1).clamp(0, 1),
 }  # fmt: skip
 
 # Ops with several results, positions among weights, and what rounds.
 SEVERAL = {
     "qr": lambda s: torch.linalg.qr(s.W + 2 * eye())[0],
     "svd": lambda s: torch.linalg.svd(s.W).S.diag(),
-    "truncated svd": lambda s: (lambda u, z, v: (u[:, :2] * z[:2]) @ v[:2])(*torch.linalg.svd(s.W)),
     "eigh": lambda s: (lambda e, q: (q * e.abs()) @ q.T)(*torch.linalg.eigh(s.W + s.W.T)),
     "slogdet": lambda s: s.W * torch.linalg.slogdet(s.W)[1],
     "var_mean": lambda s: (lambda var, mean: (s.W - mean) / var.sqrt())(*torch.var_mean(s.W, 1, keepdim=True)),
@@ -196,8 +168,6 @@ SEVERAL = {
     "sorted": lambda s: s.W.sort(0)[0] + s.W.sort(1).indices * s.W,
     "largest and where": lambda s: (lambda best, where: s.W - best + where * s.W)(*s.W.max(0)),
     "median": lambda s: s.W - s.W.median(0).values,
-    "kthvalue": lambda s: s.W * s.W.kthvalue(2, 0).values,
-    "running maximum": lambda s: s.W.cummax(0)[0],
     "split": lambda s: torch.cat(s.W.chunk(2, 0)[::-1]) * torch.cat(s.W.split(2, 1)[::-1], 1),
     "pruned": pruned,
     "ternary": ternary,
@@ -227,9 +197,17 @@ def test_a_program_is_primal(names):
     check_forms(program_of([Weight(EXPRESSIONS[n]) for n in names]), time=7)
 
 
-@pytest.mark.parametrize("names", grouped(OFFSETS, 12))
-def test_at_rate_0_a_program_is_the_learner(names):
+def test_at_rate_0_a_program_is_the_learner():
     torch.manual_seed(0)
+    names = (
+        "product plus number",
+        "number minus product",
+        "gram plus ridge",
+        "bool buffer",
+        "int constant",
+        "magnitude mask",
+        "gate by a sign",
+    )
     program = program_of([Weight(OFFSETS[n]) for n in names])
     check_static(program, program.learner, heads=1, time=5)
 
@@ -319,14 +297,19 @@ def test_autocast_inside():
     assert torch.equal(inside, plain(q, k, v)[0])
 
 
+# The rows of docs/learners_refused.md that are not about tokens (tests/test_token_places.py has those), by words of theirs.
 REFUSED = {
-    "a complex parameter": (
+    "a complex parameter that learns": (
         lambda: _complex(),
         r"'W' is torch.complex(64|128); expected real floating numbers.*torch.view_as_real",
     ),
-    "no vmap rule": (
+    "`linalg.lu`": (
         lambda: Weight(lambda s: torch.linalg.lu(s.W)[2]),
         "uses linalg_lu at .*lu.*cannot map over rows",
+    ),
+    '`form="dual"` where weights are cast': (
+        lambda: Weight(lambda s: s.W.float().to(s.W.dtype)),
+        "form='dual' does not exist at .*the weights pass through _?to",
     ),
 }
 
@@ -346,8 +329,10 @@ def _complex():
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_derived_is_refused(name):
     make, reason = REFUSED[name]
+    assert name in (Path(__file__).parents[1] / "docs" / "learners_refused.md").read_text()
     with pytest.raises(ValueError, match=reason):
-        df.derive(make(), chunk=3).derivation  # noqa: B018
+        program = df.derive(make(), chunk=3)
+        program.plan(D, torch.float64, "dual" if "dual" in name else "auto")
 
 
 def test_reads_and_writes_at_places_are_torch_s():
