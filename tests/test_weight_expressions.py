@@ -330,9 +330,12 @@ def _complex():
 def test_what_cannot_be_derived_is_refused(name):
     make, reason = REFUSED[name]
     assert name in (Path(__file__).parents[1] / "docs" / "learners_refused.md").read_text()
+
+    def planned():
+        return df.derive(make(), chunk=3).plan(D, torch.float64, "dual" if "dual" in name else "auto")
+
     with pytest.raises(ValueError, match=reason):
-        program = df.derive(make(), chunk=3)
-        program.plan(D, torch.float64, "dual" if "dual" in name else "auto")
+        planned()
 
 
 def test_reads_and_writes_at_places_are_torch_s():

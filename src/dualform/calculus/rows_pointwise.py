@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.examples import B, T, call
+from dualform.calculus.examples import B, I, T, call
 from dualform.calculus.relations import Triangle
 from dualform.calculus.table import (
     ALL,
@@ -18,7 +18,6 @@ from dualform.calculus.table import (
     Row,
     add_row,
     broadcast_axes,
-    defined_row,
     diagonal_terms,
     entrywise_reads,
     row,
@@ -244,7 +243,7 @@ def _marks(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), out, out[:-1])]
 
 
-row("aten::one_hot", reads=_marks)(_nothing)
+row("aten::one_hot", reads=_marks, examples=[call("", I("n", "m"), 4)])(_nothing)
 
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
@@ -341,42 +340,6 @@ def _prelu(call: Call, operand: int) -> list[Term]:
         Term(1.0, (make_factor((x >= 0).to(x.dtype), out, "[x>=0]"),), out, out),
         Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out),
     ]
-
-
-def _straight_through(x: Tensor, grid: Tensor, level: Tensor, low: int, high: int) -> Tensor:
-    """The nearest level, with the derivative of the identity inside and of a constant outside."""
-    inside = x * ((grid >= low) & (grid <= high)).to(x.dtype)
-    return level.to(x.dtype).detach() + (inside - inside.detach())
-
-
-@defined_row(
-    "aten::fake_quantize_per_tensor_affine",
-    call("", T("n m", "signed"), 0.125, 2, -8, 7),
-    call(
-        "fake_quantize_per_tensor_affine.tensor_qparams", T("n m", "signed"), torch.tensor(0.1), torch.tensor(1), -8, 7
-    ),
-)
-def _fake_quantize(self: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
-    """As torch: the scale and its inverse are of single precision."""
-    if not isinstance(scale, Tensor):
-        scale = self.new_full((), scale, dtype=torch.float32)
-    grid = (self * (1 / scale.float())).round() + zero_point
-    level = (grid.clamp(quant_min, quant_max) - zero_point).float() * scale.float()
-    return _straight_through(self, grid, level, quant_min, quant_max)
-
-
-@defined_row(
-    "aten::fake_quantize_per_channel_affine",
-    call("", T("n 2", "signed"), torch.tensor([0.1, 0.2]), torch.tensor([0, 1], dtype=torch.int32), 1, -8, 7),
-)
-def _fake_quantize_channels(
-    self: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
-) -> Tensor:
-    """As torch: here the product with the scale is of the input's precision."""
-    shape = [-1 if k == axis % self.ndim else 1 for k in range(self.ndim)]
-    scale, zero = scale.reshape(shape), zero_point.reshape(shape)
-    grid = (self * (1 / scale)).round() + zero
-    return _straight_through(self, grid, (grid.clamp(quant_min, quant_max) - zero) * scale, quant_min, quant_max)
 
 
 def is_pointwise(target: Any) -> bool:

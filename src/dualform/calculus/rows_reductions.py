@@ -132,8 +132,14 @@ def _elsewhere(call: Call, operand: int) -> list[Term]:
     return NotImplemented
 
 
-row("aten::kthvalue", "aten::mode", "aten::median.dim", "aten::nanmedian.dim", reads=_over)(_elsewhere)
-row("aten::sort", "aten::topk", "aten::cummax", "aten::cummin", reads=_along)(_elsewhere)
+row(
+    "aten::kthvalue", "aten::mode", "aten::median.dim", "aten::nanmedian.dim", reads=_over,
+    examples=[call("kthvalue", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("mode", "median.dim", "nanmedian.dim"))],
+)(_elsewhere)  # fmt: skip
+row(
+    "aten::sort", "aten::topk", "aten::cummax", "aten::cummin", reads=_along,
+    examples=[call("topk", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("sort", "cummax", "cummin"))],
+)(_elsewhere)  # fmt: skip
 
 
 @row(
