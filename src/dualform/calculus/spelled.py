@@ -1,6 +1,7 @@
 """Functions whose own code reads values or writes in place for no need of the result, written with ops that can be traced.
 
-cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        fake_quantize(x) = x + (level - x).detach()        vander(x) = x^0, x^1, ...
+cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        vander(x) = x^0, x^1, ...
+fake_quantize(x) = x + (level - x).detach()
 """
 
 from __future__ import annotations

@@ -342,7 +342,9 @@ def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None
 
 
 def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table) -> fx.GraphModule:
-    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+    with FakeTensorMode():  # a recording's tensors are on meta
+        tensors = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x for x in tensors]
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
