@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
@@ -75,6 +77,19 @@ def _straight_through(x: Tensor, grid: Tensor, level: Tensor, low: int, high: in
     return level.to(x.dtype).detach() + (inside - inside.detach())
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+
+
 SPELLED: dict[Any, Callable[..., Tensor]] = {
     torch.cov: _cov,
     Tensor.cov: _cov,
@@ -86,3 +101,17 @@ SPELLED: dict[Any, Callable[..., Tensor]] = {
     torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
 }
+
+# Functions that torch (2.13) differentiates twice wrongly (_weight_norm) or not at all.
+TWICE: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,
+    torch.cdist: _cdist,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+}
+
+
+class Twice(TorchFunctionMode):
+    """Run what torch cannot differentiate twice by its definition."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (TWICE.get(func) or func)(*args, **(kwargs or {}))
