@@ -7,7 +7,8 @@ fake_quantize(x) = x + (level - x).detach()
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,11 +86,6 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
-
-
 SPELLED: dict[Any, Callable[..., Tensor]] = {
     torch.cov: _cov,
     Tensor.cov: _cov,
@@ -106,12 +102,16 @@ SPELLED: dict[Any, Callable[..., Tensor]] = {
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,
     torch.cdist: _cdist,
-    torch.nn.functional.scaled_dot_product_attention: _attention,
 }
 
 
-class Twice(TorchFunctionMode):
-    """Run what torch cannot differentiate twice by its definition."""
-
+class _Twice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return (TWICE.get(func) or func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Run what torch cannot differentiate twice by its definition, fused attention on the CPU too."""
+    with sdpa_kernel(SDPBackend.MATH), _Twice():
+        yield
