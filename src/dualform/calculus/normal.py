@@ -2,6 +2,7 @@
 
 split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
 broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
+copy, fill -> what they write      x[arange(n), i] -> gather
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from dualform.calculus.casts import with_casts
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
@@ -25,6 +28,7 @@ _PICKS = {
     aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default, aten.median.dim, aten.nanmedian.dim,
     aten.mode.default, aten.cummax.default, aten.cummin.default,
 }  # fmt: skip
+_WRITTEN = {aten.copy, aten.fill, aten.zero}
 # Ops that are two ops of the same arguments.
 _PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("amin", "amax")}
 _SPLITS = {
@@ -35,6 +39,7 @@ _SPLITS = {
 
 def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite results of several tensors as results of one each."""
+    with_casts(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
@@ -45,15 +50,17 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
+        elif node.target is aten.index.Tensor and _asks_own_rows(node):
+            node.replace_all_uses_with(_of_own_row(_emitter(gm.graph, node), *node.args))
+        elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
+            node.replace_all_uses_with(_written(_emitter(gm.graph, node), node))
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
-def _part(graph: fx.Graph, node: fx.Node) -> None:
-    source: Any = node.args[0]
-    position: Any = node.args[1]
-    name = getattr(getattr(source.target, "_schema", None), "name", "")
+def _emitter(graph: fx.Graph, node: fx.Node) -> Emit:
+    """How to write a node before another, at its line."""
 
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with graph.inserting_before(node):
@@ -62,7 +69,42 @@ def _part(graph: fx.Graph, node: fx.Node) -> None:
         new.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
         return new
 
-    packet = name.removeprefix("aten::")
+    return emit
+
+
+def _written(emit: Emit, node: fx.Node) -> fx.Node:
+    """What an in-place write leaves, which keeps nothing but the shape and type of what was there."""
+    old, new = (*node.args, 0)[:2]
+    like = node.meta["val"]
+    if not isinstance(new, fx.Node):
+        return emit(aten.full_like.default, old, new)
+    if new.meta["val"].dtype != like.dtype:
+        new = emit(aten._to_copy.default, new, dtype=like.dtype)
+    return new if new.meta["val"].shape == like.shape else emit(aten.expand.default, new, list(like.shape))
+
+
+def _asks_own_rows(node: fx.Node) -> bool:
+    """Is it x[arange(n), i], one place in each row?"""
+    x: Any = node.args[0]
+    indices: Any = node.args[1]
+    if len(indices) != 2 or None in indices or not all(i.meta["val"].shape == x.meta["val"].shape[:1] for i in indices):
+        return False
+    rows, n = indices[0], x.meta["val"].shape[0]
+    counts = {aten.arange.default: (n,), aten.arange.start: (0, n), aten.arange.start_step: (0, n, 1)}
+    return indices[1].meta["val"].dtype == torch.int64 and rows.args == counts.get(rows.target)
+
+
+def _of_own_row(emit: Emit, x: Any, indices: Any) -> fx.Node:
+    n, m, *rest = x.meta["val"].shape
+    place = emit(aten.reshape.default, emit(aten.remainder.Scalar, indices[1], m), [n, 1, *(1 for _ in rest)])
+    return emit(aten.squeeze.dim, emit(aten.gather.default, x, 1, emit(aten.expand.default, place, [n, 1, *rest])), 1)
+
+
+def _part(graph: fx.Graph, node: fx.Node) -> None:
+    source: Any = node.args[0]
+    position: Any = node.args[1]
+    name = getattr(getattr(source.target, "_schema", None), "name", "")
+    emit, packet = _emitter(graph, node), name.removeprefix("aten::")
     if packet in _PAIRS:
         node.replace_all_uses_with(_one_of_two(emit, source, _PAIRS[packet][position]))
     elif name == "aten::broadcast_tensors":
@@ -108,13 +150,7 @@ def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
     x, value = given["self"], given["self"].meta["val"]
     if not value.ndim:
         return emit(aten.alias.default, x)
-    if source.target is aten.sort.default:
-        index = emit(aten.argsort.default, x, given["dim"], given["descending"])
-    elif source.target is aten.topk.default:
-        order = emit(aten.argsort.default, x, given["dim"], given["largest"])
-        return emit(aten.slice.Tensor, emit(aten.gather.default, x, given["dim"], order), given["dim"], 0, given["k"])
-    else:
-        index = emit(operator.getitem, source, 1)
+    index = emit(operator.getitem, source, 1)
     dropped = index.meta["val"].ndim < value.ndim
     index = emit(aten.unsqueeze.default, index, given["dim"]) if dropped else index
     best = emit(aten.gather.default, x, given["dim"], index)

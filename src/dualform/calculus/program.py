@@ -114,7 +114,9 @@ class Program:
         x = self.values[self.source]
         total: dict[fx.Node, Derivative] = {self.source: identity(x)}
         for node, parts in self.local.items():
-            if all(source in total for source, _ in parts) and self.values[node].numel() * x.numel() <= most:
+            if not parts:  # it is reached through integers and truth values only
+                total[node] = zero(self.values[node], x)
+            elif all(source in total for source, _ in parts) and self.values[node].numel() * x.numel() <= most:
                 total[node] = _summed([compose(local, total[source]) for source, local in parts])
         return total
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dualform.calculus.examples import B, I, T, call
 from dualform.calculus.relations import Lookup, window
-from dualform.calculus.table import ALL, FIRST, Call, broadcast_axes, defined_row, diagonal_terms, row
-from dualform.calculus.terms import Axis, Factor, Relation, Term, atoms, fresh_axes, make_factor, volume
+from dualform.calculus.table import ALL, FIRST, Call, broadcast_axes, defined_row, diagonal_terms, entrywise_reads, row
+from dualform.calculus.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
 
 
 def lookup(chosen: Sequence[Axis], big: Axis, index: Tensor, name: str = "idx") -> tuple[Relation, ...]:
@@ -32,8 +32,20 @@ def _taken(call: Call, dim: int, index: Tensor) -> list[Term]:
     return [Term(1.0, lookup(chosen, inn[dim], index), (*inn[:dim], *chosen, *inn[dim + 1 :]), inn)]
 
 
+def _reads_taken(call: Call, name: str, k: int | None) -> list[Term]:
+    """Where a whole index stands in the result."""
+    if name == "self" or name == "weight":
+        return NotImplemented
+    out, index = fresh_axes(call.out.shape), call.argument(name, k)
+    at = call.bound["dim"] % max(call.out.ndim, 1) if "dim" in call.bound else 0
+    return [Term(1.0, (), out, out[at : at + index.ndim])]
+
+
 @row(
-    "aten::index_select", affine=ALL, examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))]
+    "aten::index_select",
+    affine=ALL,
+    reads=_reads_taken,
+    examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))],
 )
 def _index_select(call: Call, operand: int) -> list[Term]:
     x = call.operands[0]
@@ -41,7 +53,12 @@ def _index_select(call: Call, operand: int) -> list[Term]:
     return _taken(call, call.bound["dim"] % x.ndim, index) if x.ndim else diagonal_terms(call, operand)
 
 
-@row("aten::embedding", affine=FIRST, examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)])
+@row(
+    "aten::embedding",
+    affine=FIRST,
+    reads=_reads_taken,
+    examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)],
+)
 def _embedding(call: Call, operand: int) -> list[Term]:
     """A padding row is read, and gets no derivative."""
     index, padding = call.bound["indices"], call.bound["padding_idx"]
@@ -52,8 +69,17 @@ def _embedding(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (kept, *term.factors), term.out, term.inn)]
 
 
+def _reads_indexed(call: Call, name: str, k: int | None) -> list[Term]:
+    """Where one of several indices stands: they are broadcast to each other."""
+    given = call.bound["indices"]
+    if name == "self" or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in given):
+        return NotImplemented
+    _, chosen, out, _ = _places(call.bound["self"], list(enumerate(given)))
+    return [Term(1.0, (), out, broadcast_axes(chosen, call.argument(name, k).shape))]
+
+
 @row(
-    "aten::index.Tensor", affine=FIRST,
+    "aten::index.Tensor", affine=FIRST, reads=_reads_indexed,
     examples=[
         call("", T("m n"), [None, I("k", "n")]), call("", T("n m"), [I("b k", "n")]), call("", T("n m"), [I("k", "n"), I("k", "m")]),
         call("", T("n k m"), [I("b 1", "n"), None, I("p", "m")]), call("", T("n m k"), [None, I("b 1", "m"), I("p", "k")]),
@@ -80,15 +106,22 @@ def _indexed(
         else:
             given.append((position, index))
             position += 1
+    inn, chosen, out, given = _places(x, given)
+    return out, _joint_lookup(x, given, inn, chosen), inn
+
+
+def _places(
+    x: Tensor, indices: Sequence[tuple[int, Tensor | None]]
+) -> tuple[tuple[Axis, ...], tuple[Axis, ...], tuple[Axis, ...], list[tuple[int, Tensor]]]:
+    """The axes of x, of the indices broadcast to each other, of x[indices]; the indices with the axes that they read."""
+    given = [(k, i) for k, i in indices if i is not None]
     inn = fresh_axes(x.shape)
-    shape = torch.broadcast_shapes(*(i.shape for _, i in given))
-    chosen = fresh_axes(shape)
+    chosen = fresh_axes(torch.broadcast_shapes(*(i.shape for _, i in given)))
     places = [k for k, _ in given]
     adjacent = places == list(range(places[0], places[0] + len(places)))
     kept = [axis for k, axis in enumerate(inn) if k not in places]
     front = places[0] if adjacent else 0
-    out = (*kept[:front], *chosen, *kept[front:])
-    return out, _joint_lookup(x, given, inn, chosen), inn
+    return inn, chosen, (*kept[:front], *chosen, *kept[front:]), given
 
 
 def _joint_lookup(
@@ -106,9 +139,15 @@ def _joint_lookup(
     return lookup(chosen, tuple(label for k, _ in given for label in inn[k]), flat)
 
 
+def _reads_each(call: Call, name: str, k: int | None) -> list[Term]:
+    """An index of its own for each entry of the result."""
+    return NotImplemented if name == "self" else entrywise_reads(call, name, k)
+
+
 @row(
     "aten::gather",
     affine=FIRST,
+    reads=_reads_each,
     examples=[
         call("", T("n m"), 1, I("n k", "m")),
         call("", T("n m"), 0, I("p 2", "n")),
@@ -139,9 +178,14 @@ def _gathered(
     return out, tuple(relations), tuple(inn)
 
 
+def _reads_along(call: Call, name: str, k: int | None) -> list[Term]:
+    return NotImplemented if name == "self" or call.bound["dim"] is None else entrywise_reads(call, name, k)
+
+
 @row(
     "aten::take_along_dim",
     affine=FIRST,
+    reads=_reads_along,
     examples=[call("", T("n m"), I("1 k", "m"), 1), call("", T("n m", "flat"), I("k", "12"))],
 )
 def _take_along_dim(call: Call, operand: int) -> list[Term]:
@@ -158,7 +202,7 @@ def _take_along_dim(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, lookup(own, inn[dim], index), tuple(out), tuple(inn))]
 
 
-@row("aten::take", affine=FIRST, examples=[call("", T("n m"), I("k p", "12"))])
+@row("aten::take", affine=FIRST, reads=_reads_each, examples=[call("", T("n m"), I("k p", "12"))])
 def _take(call: Call, operand: int) -> list[Term]:
     return _flat_taken(call.operands[0], call.bound["index"])
 
@@ -189,8 +233,28 @@ def _kept(covered: Tensor, axes: tuple[Axis, ...]) -> list[Term]:
     return [Term(1.0, (make_factor(1 - covered, broadcast_axes(axes, covered.shape), "[kept]"),), axes, axes)]
 
 
+def _reads_written(call: Call, name: str, k: int | None) -> list[Term]:
+    """An entry looks at the indices of its line, to see whether it is written."""
+    if name != "index":
+        return NotImplemented
+    index, base = call.argument(name, k), call.bound["self"]
+    out = fresh_axes(base.shape)
+    if not base.ndim:
+        return [Term(1.0, (), (), ((),) * index.ndim)]
+    dim = call.bound["dim"] % base.ndim
+    if index.ndim < base.ndim:  # one index for whole slices
+        return [Term(1.0, (Select(Label(1), out[dim][0], 0),), out, fresh_axes(index.shape))] if out[dim] else []
+    inn, relations = list(fresh_axes(index.shape)), []
+    for n, axis in enumerate(out):
+        if n != dim and index.shape[n] == base.shape[n]:
+            inn[n] = axis
+        elif n != dim:
+            relations += window([inn[n]], axis, 0, [1])
+    return [Term(1.0, tuple(relations), out, tuple(inn))]
+
+
 @row(
-    "aten::scatter_add", "aten::scatter.src", "aten::scatter.value", affine=ALL,
+    "aten::scatter_add", "aten::scatter.src", "aten::scatter.value", affine=ALL, reads=_reads_written,
     examples=[
         call("scatter_add", T("n m"), 1, I("n k", "m"), T("n k")),
         call("scatter.src", T("n 4"), 1, torch.tensor([[0, 2], [3, 1]]), T("2 k")), call("scatter.value", T("n m"), 0, I("k 2", "n"), 2.0),
@@ -217,7 +281,7 @@ def _scatter(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::index_add", "aten::index_copy", affine=ALL,
+    "aten::index_add", "aten::index_copy", affine=ALL, reads=_reads_written,
     examples=[
         call("index_add", T("n m"), 0, I("k", "n"), T("k m"), alpha=2), call("index_copy", T("3 m"), 0, torch.tensor([2, 0]), T("2 m")),
         call("index_add", T("n m"), 1, I("p", "m"), T("n p")),
@@ -247,6 +311,7 @@ def _covered(base: Tensor, dim: int, index: Tensor) -> Tensor:
 @row(
     "aten::index_fill",
     affine=ALL,
+    reads=_reads_written,
     examples=[
         call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0),
         call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T("")),
@@ -260,8 +325,18 @@ def _index_fill(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(covered, broadcast_axes(out, covered.shape), "[filled]"),), out, ())]
 
 
+def _reads_put(call: Call, name: str, k: int | None) -> list[Term]:
+    """A mask of the whole is looked at entry by entry; places that a value is put at are known by its own derivative."""
+    if name != "indices":
+        return NotImplemented
+    index, base = call.argument(name, k), call.bound["self"]
+    if index.dtype == torch.bool and index.shape == base.shape and call.bound["values"].numel() == 1:
+        return entrywise_reads(call, name, k)
+    return NotImplemented
+
+
 @row(
-    "aten::index_put", affine=ALL,
+    "aten::index_put", affine=ALL, reads=_reads_put,
     examples=[
         call("", T("3 m"), [torch.tensor([2, 0])], T("2 m")), call("", T("n m"), [I("k", "n"), I("k", "m")], T("k"), True),
         call("", T("n m"), [None, I("k", "m")], T("1"), True), call("", T("n m"), [B("n m")], T("")),

@@ -7,9 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.examples import B, T, call
+from dualform.calculus.examples import B, I, T, call
 from dualform.calculus.relations import Triangle
-from dualform.calculus.table import ALL, EACH, FIRST, Call, Product, Row, add_row, broadcast_axes, diagonal_terms, row
+from dualform.calculus.table import (
+    ALL,
+    EACH,
+    FIRST,
+    Call,
+    Product,
+    Row,
+    add_row,
+    broadcast_axes,
+    diagonal_terms,
+    entrywise_reads,
+    row,
+)
 from dualform.calculus.terms import Axis, Label, Term, fresh_axes, make_factor
 
 NM = T("n m")
@@ -124,7 +136,7 @@ def _called(call: Call, value: Any) -> str:
 
 
 @row(
-    "aten::where", affine=ALL,
+    "aten::where", affine=ALL, reads=entrywise_reads,
     examples=[call("where.self", B("n m"), T("n 1"), T("m")), call("where.ScalarOther", B("n m"), NM, 0.0)],
 )  # fmt: skip
 def _where(call: Call, operand: int) -> list[Term]:
@@ -135,7 +147,7 @@ def _where(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::masked_fill", affine=ALL,
+    "aten::masked_fill", affine=ALL, reads=entrywise_reads,
     examples=[call("masked_fill.Scalar", NM, B("m"), 0.5), call("masked_fill.Tensor", NM, B("n m"), T(""))],
 )  # fmt: skip
 def _masked_fill(call: Call, operand: int) -> list[Term]:
@@ -160,42 +172,78 @@ def _triangle(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::to", "aten::_to_copy", "aten::type_as", "aten::clone", "aten::contiguous", "aten::alias", "aten::lift_fresh",
-    "aten::lift_fresh_copy", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL,
+    "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::alias", "aten::lift_fresh",
+    "aten::lift_fresh_copy", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL, reads=entrywise_reads,
     examples=[
         *(call(op, NM) for op in ("clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "positive")),
         call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("_to_copy", NM, dtype=torch.float64),
-        call("type_as", T("n"), T("k")), call("dropout", NM, 0.5, False),
+        call("dropout", NM, 0.5, False),
     ],
 )  # fmt: skip
 def _same(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if operand == 0 else []
 
 
-@row("aten::copy", affine=ALL, examples=[call("", NM, T("m"))])
+row("aten::type_as", affine=ALL, reads=entrywise_reads, unread=["other"], examples=[call("", T("n"), T("k"))])(_same)
+
+
+@row("aten::copy", affine=ALL, reads=entrywise_reads, unread=["self"], examples=[call("", NM, T("m"))])
 def _copy(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "src" else []
 
 
-@row("aten::fill", affine=ALL, examples=[call("fill.Tensor", NM, T("")), call("fill.Scalar", NM, 2.0)])
+@row(
+    "aten::fill", affine=ALL, reads=entrywise_reads, unread=["self"],
+    examples=[call("fill.Tensor", NM, T("")), call("fill.Scalar", NM, 2.0)],
+)  # fmt: skip
 def _fill(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "value" else []
 
 
 @row(
-    "aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros",
-    "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::sign", "aten::sgn", "aten::floor", "aten::ceil",
-    "aten::round", "aten::trunc", "aten::heaviside", "aten::floor_divide",
-    "aten::bucketize", "aten::searchsorted",
+    "aten::detach", "aten::sign", "aten::sgn", "aten::floor", "aten::ceil", "aten::round", "aten::trunc", "aten::heaviside",
+    "aten::floor_divide", reads=entrywise_reads,
     examples=[
-        *(call(op, NM) for op in ("detach", "zeros_like", "ones_like", "sign", "sgn", "floor", "ceil", "round", "trunc")),
-        call("full_like", NM, 2.0), call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0),
-        call("floor_divide", NM, T("m")),
-        call("heaviside", NM, T("m")), call("bucketize.Tensor", NM, T("m")), call("searchsorted.Tensor", T("m"), NM),
+        *(call(op, NM) for op in ("detach", "sign", "sgn", "floor", "ceil", "round", "trunc")),
+        call("floor_divide", NM, T("m")), call("heaviside", NM, T("m")),
     ],
 )  # fmt: skip
 def _nothing(call: Call, operand: int) -> list[Term]:
     return []
+
+
+row(
+    "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones",
+    "aten::new_full", "aten::new_empty", unread=["self"],
+    examples=[
+        *(call(op, NM) for op in ("zeros_like", "ones_like")), call("full_like", NM, 2.0),
+        call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0),
+    ],
+)(_nothing)  # fmt: skip
+
+
+def _bins(call: Call, name: str, k: int | None) -> list[Term]:
+    """A value looks at all bounds of its own line; lines are the leading axes of bounds that have several."""
+    out, x = fresh_axes(call.out.shape), call.argument(name, k)
+    if name in ("self", "input") and x.shape == call.out.shape:
+        return [Term(1.0, (), out, out)]
+    lines = out[:-1] if x.ndim > 1 else ()
+    return [Term(1.0, (), out, (*lines, *fresh_axes(x.shape[-1:])))]
+
+
+row(
+    "aten::bucketize", "aten::searchsorted", reads=_bins,
+    examples=[call("bucketize.Tensor", NM, T("m")), call("searchsorted.Tensor", T("m"), NM)],
+)(_nothing)  # fmt: skip
+
+
+def _marks(call: Call, name: str, k: int | None) -> list[Term]:
+    """A row of marks looks at one number."""
+    out = fresh_axes(call.out.shape)
+    return [Term(1.0, (), out, out[:-1])]
+
+
+row("aten::one_hot", reads=_marks, examples=[call("", I("n", "m"), 4)])(_nothing)
 
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).

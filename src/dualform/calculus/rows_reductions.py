@@ -96,28 +96,50 @@ def _nothing(call: Call, operand: int) -> list[Term]:
     return []
 
 
-def _along(call: Call, operand: int) -> list[Term]:
+def _along(call: Call, name: str, k: int | None) -> list[Term]:
     """Each entry of a sort looks at its whole line."""
-    inn, dim = fresh_axes(call.operands[0].shape), call.bound["dim"]
+    inn, dim = fresh_axes(call.argument(name, k).shape), call.bound["dim"]
     out = list(inn)
     if inn:
         out[dim] = fresh_axes(call.out.shape)[dim]
     return [Term(1.0, (), tuple(out), inn)]
 
 
-def _over(call: Call, operand: int) -> list[Term]:
-    _, out, inn = _reduced(call)
-    return [Term(1.0, (), out, inn)]
+def _over(call: Call, name: str, k: int | None) -> list[Term]:
+    """Each entry of a reduction looks at the whole of what is reduced to it."""
+    inn = fresh_axes(call.argument(name, k).shape)
+    dims = dims_of(call.bound.get("dim"), len(inn))
+    kept = call.out.ndim == len(inn)
+    return [Term(1.0, (), tuple(() if k in dims else a for k, a in enumerate(inn) if kept or k not in dims), inn)]
 
 
-row("aten::argmax", "aten::argmin", reads=_over, examples=[call("", NM, 1), call("", NM), call("", NM, 0, True)])(
-    _nothing
-)
+row(
+    "aten::argmax", "aten::argmin", "aten::any", "aten::all", "aten::count_nonzero", reads=_over,
+    examples=[
+        *(call(op, NM, 1) for op in ("argmax", "argmin", "any.dim", "all.dim", "count_nonzero")), call("argmax", NM),
+        call("argmin", NM, 0, True),
+    ],
+)(_nothing)  # fmt: skip
 row(
     "aten::argsort",
     reads=_along,
     examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)],
 )(_nothing)
+
+
+def _elsewhere(call: Call, operand: int) -> list[Term]:
+    """The values of such an op are gathered at its indices (normal.py); those have no derivative."""
+    return NotImplemented
+
+
+row(
+    "aten::kthvalue", "aten::mode", "aten::median.dim", "aten::nanmedian.dim", reads=_over,
+    examples=[call("kthvalue", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("mode", "median.dim", "nanmedian.dim"))],
+)(_elsewhere)  # fmt: skip
+row(
+    "aten::sort", "aten::topk", "aten::cummax", "aten::cummin", reads=_along,
+    examples=[call("topk", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("sort", "cummax", "cummin"))],
+)(_elsewhere)  # fmt: skip
 
 
 @row(

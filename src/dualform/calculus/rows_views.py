@@ -35,7 +35,7 @@ def _moved(call: Call, operand: int) -> list[Term]:
 row(
     "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::mT", "aten::matrix_H", "aten::mH", "aten::adjoint",
     "aten::movedim", "aten::moveaxis", "aten::swapaxes", "aten::swapdims", "aten::unsqueeze", "aten::squeeze",
-    "aten::expand", "aten::expand_as", "aten::broadcast_to", affine=ALL,
+    "aten::expand", "aten::expand_as", "aten::broadcast_to", affine=ALL, unread=["other"],
     examples=[
         call("permute", T("n 1 m"), [2, 0, 1]), call("t", T("n m")), call("t", T("n")), call("numpy_T", T("n m k")),
         call("mT", T("b n m")), call("mH", T("n m")), call("matrix_H", T("n m")), call("adjoint", T("n m")),
@@ -49,7 +49,7 @@ row(
 
 @row(
     "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::ravel",
-    "aten::reshape_as", "aten::view_as", affine=ALL,
+    "aten::reshape_as", "aten::view_as", affine=ALL, unread=["other"],
     examples=[
         call("view", T("6"), [2, 3]), call("view_as", T("12"), T("3 4")), call("reshape", T("k 6"), [3, -1]),
         call("reshape", T("6 4"), [8, 3]), call("reshape", T("1"), []), call("_unsafe_view", T("12"), [3, 4]),

@@ -38,11 +38,15 @@ def _convolved(
     (group,) = fresh_axes([groups])
     first, second = fresh_axes([weight.shape[0] // groups, weight.shape[1]])
     taps = fresh_axes(weight.shape[2:])
-    seen, made = fresh_axes(x.shape[x.ndim - rank :]), fresh_axes(call.out.shape[call.out.ndim - rank :])
+    seen, made = fresh_axes(x.shape[x.ndim - rank :]), list(fresh_axes(call.out.shape[call.out.ndim - rank :]))
     inside, outside = (made, seen) if not transposed else (seen, made)
-    relations = tuple(
-        r for k in range(rank) for r in _slide(inside[k], taps[k], outside[k], -padding[k], stride[k], dilation[k])
-    )
+    relations: list[Relation] = []
+    for k in range(rank):
+        one_each = not taps[k] and stride[k] == 1 and x.shape[k - rank] == call.out.shape[k - rank]
+        if one_each and padding[k] == 0:
+            made[k] = seen[k]
+        else:
+            relations += _slide(inside[k], taps[k], outside[k], -padding[k], stride[k], dilation[k])
     channels = ((*group, *first), (*group, *second))
     x_channel, out_channel = channels if transposed else channels[::-1]
     axes = {"input": (*batch, x_channel, *seen), "weight": ((*group, *first), second, *taps), "bias": (out_channel,)}

@@ -7,8 +7,9 @@ differentiated through their own definition; the rest gets a dense derivative of
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from dualform.calculus.table import (
     Row,
     Target,
     as_derivative,
+    entrywise_reads,
     find_row,
     product_row,
     row,
@@ -48,7 +50,7 @@ from dualform.shapes import TraceError, fail
 
 __all__ = [
     "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
-    "product_row", "reads", "row",
+    "product_row", "reads", "row", "unread",
 ]  # fmt: skip
 
 # Importing them fills the table.
@@ -170,17 +172,58 @@ def multilinear(target: Call | Target) -> bool:
     return found is not None and found.multilinear
 
 
-def reads(call: Call, operand: int) -> Derivative | None:
-    """Tell which entries of an operand a result of integers looks at, as if it were a sum of them; None: not known.
+def reads(call: Call, name: str, k: int | None = None) -> Derivative | None:
+    """Tell which entries of a tensor argument a result looks at, as if it were a sum of them; None: not known.
 
-    Shape:  call.out.shape + operand.shape.
+    name, k: one of `call.arguments`, of whatever type; integers and masks are looked at as numbers are.
+    Shape:  call.out.shape + argument.shape.
     Dtype:  none; no value is read.
-    Raises: IndexError if there is no such operand.
+    Raises: KeyError if there is no such argument.
     """
-    found = find_row(call.target)
-    if found is None or found.reads is None:
+    x, found = call.argument(name, k), find_row(call.target)
+    if found is not None and found.reads is not None:
+        terms = found.reads(call, name, k)
+        if terms is not NotImplemented:
+            return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
+    if is_pointwise(call.target):
+        return Derivative(entrywise_reads(call, name, k), call.out.shape, x.shape, call.out.dtype, call.out.device)
+    if x.is_floating_point() and call.out.is_floating_point():
+        return derivative(call, call.places.index((name, k)))
+    if found is None or found.rule is None or name not in _NUMBERS or x.is_floating_point():
         return None
-    return as_derivative(found.reads(call, operand), call, operand)
+    numbers = _as_numbers(call)
+    return derivative(numbers, numbers.places.index((name, k)))
+
+
+# Arguments in which an op that takes integers or truth values does with them what it does with floating numbers.
+_NUMBERS = {"self", "input", "other", "src", "source", "tensors", "values", "value"}
+
+
+def _as_numbers(call: Call) -> Call:
+    """The same call of floating stand-ins."""
+
+    def number(x: Any) -> Any:
+        return torch.empty_like(x, dtype=torch.float64) if isinstance(x, Tensor) else x
+
+    values = {
+        name: ([*map(number, v)] if isinstance(v, (list, tuple)) else number(v)) if name in _NUMBERS else v
+        for name, v in call.bound.items()
+    }
+    schema = call.target._schema.arguments
+    args = tuple(values[a.name] for a in schema if not a.kwarg_only)
+    rest = {a.name: values[a.name] for a in schema if a.kwarg_only and a.name != "dtype"}
+    return replace(call, args=args, kwargs=rest, out=number(call.out))
+
+
+def unread(target: Target) -> frozenset[str]:
+    """Name the arguments of which an op takes only shape and type.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    found = find_row(target)
+    return frozenset() if found is None else found.unread
 
 
 def is_structured(target: Target) -> bool:

@@ -1,16 +1,20 @@
 """Functions whose own code reads values or writes in place for no need of the result, written with ops that can be traced.
 
 cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        vander(x) = x^0, x^1, ...
+fake_quantize(x) = x + (level - x).detach()
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
@@ -50,6 +54,38 @@ def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool
     return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
 
 
+def _fake_quantize(x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+    """As torch: the scale, its inverse and the product with it are of single precision."""
+    scale = scale.float() if isinstance(scale, Tensor) else x.new_full((), scale, dtype=torch.float32)
+    grid = (x * (1 / scale)).round() + zero_point
+    level = (grid.clamp(quant_min, quant_max) - zero_point).float() * scale
+    return _straight_through(x, grid, level, quant_min, quant_max)
+
+
+def _fake_quantize_channels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
+) -> Tensor:
+    """As torch: here the product with the scale is of the input's precision."""
+    shape = [-1 if k == axis % x.ndim else 1 for k in range(x.ndim)]
+    scale, zero = scale.reshape(shape), zero_point.reshape(shape)
+    grid = (x * (1 / scale)).round() + zero
+    return _straight_through(x, grid, (grid.clamp(quant_min, quant_max) - zero) * scale, quant_min, quant_max)
+
+
+def _straight_through(x: Tensor, grid: Tensor, level: Tensor, low: int, high: int) -> Tensor:
+    """The nearest level, with the derivative of the identity inside and of a constant outside."""
+    inside = x * ((grid >= low) & (grid <= high)).to(x.dtype)
+    return level.to(x.dtype).detach() + (inside - inside.detach())
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
 SPELLED: dict[Any, Callable[..., Tensor]] = {
     torch.cov: _cov,
     Tensor.cov: _cov,
@@ -58,4 +94,24 @@ SPELLED: dict[Any, Callable[..., Tensor]] = {
     torch.combinations: _combinations,
     torch.vander: _vander,
     torch.rrelu: _rrelu,
+    torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
 }
+
+# Functions that torch (2.13) differentiates twice wrongly (_weight_norm) or not at all.
+TWICE: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,
+    torch.cdist: _cdist,
+}
+
+
+class _Twice(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (TWICE.get(func) or func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Run what torch cannot differentiate twice by its definition, fused attention on the CPU too."""
+    with sdpa_kernel(SDPBackend.MATH), _Twice():
+        yield

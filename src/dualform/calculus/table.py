@@ -73,6 +73,20 @@ class Call:
         """The floating tensor arguments, lists flattened."""
         return tuple(self.bound[name] if k is None else self.bound[name][k] for name, k in self.places)
 
+    @cached_property
+    def arguments(self) -> tuple[tuple[str, int | None], ...]:
+        """Argument name, and position in it if it is a list, of every tensor, whatever its type."""
+        named = [*zip((a.name for a in self.target._schema.arguments), self.args, strict=False), *self.kwargs.items()]
+        found: list[tuple[str, int | None]] = []
+        for name, value in named:
+            parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
+            found += [(name, k) for k, item in parts if isinstance(item, Tensor)]
+        return tuple(found)
+
+    def argument(self, name: str, k: int | None) -> Tensor:
+        """One of `arguments`."""
+        return self.bound[name] if k is None else self.bound[name][k]
+
     def operand_name(self, operand: int) -> str:
         """What people call an operand: the given name, or one made from the schema."""
         if operand < len(self.names):
@@ -101,6 +115,7 @@ def _is_operand(value: Any) -> bool:
 
 
 Rule = Callable[[Call, int], "list[Term]"]
+Reads = Callable[[Call, str, "int | None"], "list[Term]"]
 Adjoint = Callable[[Call, Tensor], Tensor]
 
 
@@ -109,8 +124,10 @@ class Row:
     """What the calculus knows of an op.
 
     rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
-    arguments. reads: for a result of integers, which entries of the operands it looks at, as terms. affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself;
-    "all": all together. multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
+    arguments. reads: which entries of an argument (its name, its position in a list) the result looks at, as terms, where the
+    derivative does not say it: results of integers, indices, masks. unread: arguments of which it takes only shape and type.
+    affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself; "all": all together.
+    multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
     adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that is cheaper.
     """
 
@@ -121,8 +138,9 @@ class Row:
     form: Callable[[Call], Product] | None = None
     examples: tuple[Example, ...] = ()
     definition: Callable[..., Any] | None = None
-    reads: Rule | None = None
+    reads: Reads | None = None
     adjoint: Adjoint | None = None
+    unread: frozenset[str] = frozenset()
 
     def is_affine(self, operands: frozenset[int]) -> bool:
         if not operands or self.affine == "all":
@@ -152,14 +170,17 @@ def row(
     affine: str | tuple[frozenset[int], ...] = (),
     multilinear: bool = False,
     examples: Sequence[Example] = (),
-    reads: Rule | None = None,
+    reads: Reads | None = None,
     adjoint: Adjoint | None = None,
+    unread: Sequence[str] = (),
 ) -> Callable[[Rule], Rule]:
     """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            add_row(Row(name, rule, affine, multilinear, None, tuple(examples), reads=reads, adjoint=adjoint))
+            add_row(
+                Row(name, rule, affine, multilinear, None, tuple(examples), None, reads, adjoint, frozenset(unread))
+            )
         return rule
 
     return add
@@ -241,6 +262,12 @@ def diagonal_terms(
     inn = broadcast_axes(out, call.operands[operand].shape)
     factors = [] if factor is None else [make_factor(factor, broadcast_axes(out, factor.shape), name)]
     return [Term(coef, tuple(factors), out, inn)]
+
+
+def entrywise_reads(call: Call, name: str, k: int | None = None) -> list[Term]:
+    """Each entry of the result looks at one entry of the argument, broadcast to it."""
+    out = fresh_axes(call.out.shape)
+    return [Term(1.0, (), out, broadcast_axes(out, call.argument(name, k).shape))]
 
 
 def dims_of(dim: Any, rank: int) -> list[int]:

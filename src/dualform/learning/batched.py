@@ -33,7 +33,7 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool]) -> fx.GraphModule:
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)  # it would loop over ROWS rows
     try:
-        return tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples))
+        made = tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples))
     except RuntimeError as error:
         op = re.search(r"(\S+) hit the vmap fallback", str(error))
         if op is None:
@@ -49,6 +49,16 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool]) -> fx.GraphModule:
         )
     finally:
         functorch._set_vmap_fallback_enabled(before)
+    if any("arange" in str(n.target) and any(type(x) is int and x >= ROWS for x in n.args) for n in made.graph.nodes):
+        fail(
+            "derive",
+            "an op in a learner's step",
+            "is mapped over rows by their numbers, which its parts do not know",
+            "ops that act on each row alone",
+            "Write reads and writes at places with gather and scatter.",
+            TraceError,
+        )
+    return made
 
 
 def row_axis(node: fx.Node) -> int | None:

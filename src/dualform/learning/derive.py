@@ -28,6 +28,7 @@ from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
+from dualform.learning.lookups import lookups_as_gathers
 from dualform.learning.norms import whole_norms
 from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
@@ -43,12 +44,14 @@ Table = dict[Any, Callable[..., Any]]
 
 @cache
 def norms_as_arithmetic() -> Table:
-    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13)."""
+    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13), and
+    a batch norm's statistics have none at all."""
     from torch._decomp import get_decompositions  # slow: not at `import dualform`
 
-    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm"]
+    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"]
     parts = [getattr(aten, name + part) for name in norms for part in ("", "_backward")]
-    return get_decompositions([*parts, aten.unfold_backward])  # which vmap knows as a loop over rows only
+    loops = [aten.unfold_backward]  # which vmap knows as a loop over rows only
+    return get_decompositions([*parts, *loops]) | lookups_as_gathers()
 
 
 @cache
@@ -407,7 +410,9 @@ def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None
 
 
 def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table) -> fx.GraphModule:
-    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+    with FakeTensorMode():  # a recording's tensors are on meta
+        tensors = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x for x in tensors]
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():

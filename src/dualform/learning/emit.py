@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
@@ -103,9 +104,9 @@ class _Keys:
     par: dict[tuple[fx.Node, str], Derivative] = field(default_factory=dict)
 
 
-def called(x: Tensor, name: str) -> Tensor:
-    """While tracing, name the node of a value, for the reader of the printed program."""
-    node = node_of(x)
+def called(x: Any, name: str) -> Any:
+    """While tracing, name the node of a value, for the reader of the printed program; several results keep their names."""
+    node = node_of(x) if isinstance(x, Tensor) else None
     if node is not None and node.op == "call_function":
         node._rename(name)
     return x
@@ -205,7 +206,7 @@ class Emitter:
                 deltas = torch.autograd.grad(loss, ends, create_graph=True, allow_unused=True, materialize_grads=True)
         for site, delta in zip(proper, deltas, strict=False):
             called(delta, f"delta_{site.node.name}")
-        env = {node: value.detach() if isinstance(value, Tensor) else value for node, value in env.items()}
+        env = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, env)
         keys = _Keys(env, {leaf: [] for leaf in x.th})
         for site, delta in zip(proper, deltas, strict=False):
             for leaf, (J, axis) in self._site_derivatives(site, env, keys, "k").items():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
+from dualform.calculus.spelled import differentiable_twice
 from dualform.learning.state import State
 
 
@@ -43,7 +44,8 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
 
     def predict(theta: dict[str, Tensor], h: int, x: Tensor) -> Tensor:
         rest = {name: p[h] for name, p in call.slow.items()} | call.rest
-        return call.learner(theta | rest, x[None])[0]
+        with differentiable_twice():
+            return call.learner(theta | rest, x[None])[0]
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
         return call.objective(predict(theta, h, k), v - k if call.target == "v-k" else v)

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus import rules
+from dualform.calculus.rows_pointwise import is_pointwise
 from dualform.calculus.table import find_row
 from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
-from dualform.learning.sites import Analysis, Site, first_crooked, mark, operand_nodes
+from dualform.learning.sites import Analysis, first_crooked, is_of_one_type, mark, operand_nodes
 
 aten = torch.ops.aten
 
@@ -48,33 +50,37 @@ def reassociate(a: Analysis, W: int, *, always: bool) -> Analysis:
         site = next((s for s in a.sites if not s.admissible and s.node.name not in refused), None)
         if site is None:
             return a
-        if _split_bias(a, site):
-            mark(a, W)
-            continue
-        chains = _chains(a, site)
+        product = _without_bias(a, site.node)
+        chains = _chains(a, product)
         limit = W * sum(p.meta["val"].numel() for p in site.pars)
         if chains is None or not (always or all(chain.largest < limit for chain in chains)):
+            if product is not site.node:
+                a.graph.graph.erase_node(product)
             refused.add(site.node.name)
             continue
-        _emit(a, site, chains)
+        with a.graph.graph.inserting_before(site.node):
+            total = _emit(a, product, chains)
+            if product is not site.node:
+                total = _node(a.graph.graph, aten.add.Tensor, total, _bias(site.node))
+        _replace(a, site.node, total)
         mark(a, W)
 
 
-def _split_bias(a: Analysis, site: Site) -> bool:
-    """Separate the bias of linear and addmm, so that the product stands alone."""
-    node, graph = site.node, a.graph.graph
-    with graph.inserting_before(node):
-        if node.target == aten.linear.default and len(node.args) == 3 and node.args[2] is not None:
-            x, weight, bias = node.args
-            product = _node(graph, aten.linear.default, x, weight)
-        elif node.target == aten.addmm.default and not node.kwargs:
-            bias, x, weight = node.args
-            product = _node(graph, aten.mm.default, x, weight)
-        else:
-            return False
-        total = _node(graph, aten.add.Tensor, product, bias)
-    _replace(a, node, total)
-    return True
+def _bias(node: fx.Node) -> Any:
+    """What linear and addmm add to their product; None if there is nothing, or another op."""
+    if node.target == aten.linear.default:
+        return node.args[2] if len(node.args) == 3 else None
+    return node.args[0] if node.target == aten.addmm.default and not node.kwargs else None
+
+
+def _without_bias(a: Analysis, node: fx.Node) -> fx.Node:
+    """Put the product of linear and addmm, alone, beside it."""
+    if _bias(node) is None:
+        return node
+    with a.graph.graph.inserting_before(node):
+        if node.target == aten.linear.default:
+            return _node(a.graph.graph, aten.linear.default, *node.args[:2])
+        return _node(a.graph.graph, aten.mm.default, *node.args[1:])
 
 
 def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
@@ -102,17 +108,11 @@ def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
 # -- reading a product -------------------------------------------------------------------------------------------
 
 
-def _chains(a: Analysis, site: Site) -> list[_Chain] | None:
+def _chains(a: Analysis, node: fx.Node) -> list[_Chain] | None:
     try:
-        return [_chain(a, term) for term in _site_terms(a, site)]
+        return [_chain(a, term) for term in _product_of(a, node)]
     except _NoProduct:
         return None
-
-
-def _site_terms(a: Analysis, site: Site) -> list[Term]:
-    if not rules.multilinear(site.node.target):
-        raise _NoProduct
-    return _product_of(a, site.node)
 
 
 def _expand(a: Analysis, node: fx.Node) -> list[Term]:
@@ -120,24 +120,12 @@ def _expand(a: Analysis, node: fx.Node) -> list[Term]:
     if node in a.tok or first_crooked(a, node) is None:
         axes = fresh_axes(node.meta["val"].shape)
         return [Term(1.0, (_factor(node, axes),), axes, ())]
-    weights = [s for s in node.all_input_nodes if a.leaves[s]]
-    if rules.multilinear(node.target):
-        return _product_of(a, node)
-    if len(weights) == 1 and weights[0] in operand_nodes(node) and _is_linear(node, weights[0]):
-        return _through(a, node, weights[0])
-    if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
-        return _sum_of(a, node)
-    raise _NoProduct
+    return _product_of(a, node) if rules.multilinear(node.target) else _sum_of(a, node)
 
 
 def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
     labels = atoms(axes)
     return Factor(torch.empty(sizes(labels), device="meta"), labels, node.name)
-
-
-def _is_linear(node: fx.Node, operand: fx.Node) -> bool:
-    """Is the op affine in this operand, with no offset? Then it is a view, a sum, a scaling."""
-    return rules.affine(node.target, frozenset({operand_nodes(node).index(operand)})) and len(operand_nodes(node)) == 1
 
 
 def _meta_call(node: fx.Node) -> rules.Call:
@@ -148,7 +136,7 @@ def _meta_call(node: fx.Node) -> rules.Call:
 
 def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
     """A multilinear op as the table writes it: out[axes] = coef * sum prod operand_k[axes_k]."""
-    row, operands = find_row(node.target), operand_nodes(node)
+    row, operands = find_row(node.target), _numbers(node)
     if row is None or row.form is None:
         raise _NoProduct
     product = row.form(_meta_call(node))
@@ -159,27 +147,35 @@ def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
 
 def _combine(a: Analysis, term: Term, pieces: list[tuple[fx.Node, tuple[Axis, ...]]]) -> list[Term]:
     """Put each operand's own expansion in its place."""
-    terms = [term]
+    # the operands' axes ride along as extra output axes while labels are unified
+    shown, at = len(term.out), len(term.out)
+    terms = [replace(term, out=(*term.out, *(axis for _, axes in pieces for axis in axes)))]
     for node, axes in pieces:
         grown: list[Term] = []
         for inner in _expand(a, node):
             inner = renewed(inner)
             for t in terms:
-                # the operand's axes ride along as extra output axes while labels are unified
-                carrier = Term(t.coef * inner.coef, (*t.factors, *inner.factors), (*t.out, *axes, *inner.out), ())
-                carrier, axes_now = _unified(carrier, len(t.out), len(axes)), len(t.out)
-                grown.append(replace(carrier, out=carrier.out[:axes_now]))
-        terms = grown
+                carrier = Term(t.coef * inner.coef, (*t.factors, *inner.factors), (*t.out, *inner.out), ())
+                carrier = _unified(carrier, at, len(t.out), len(axes))
+                grown.append(replace(carrier, out=carrier.out[: len(t.out)]))
+        terms, at = grown, at + len(axes)
         if len(pieces) > 1 and len(terms) > 8:
             raise _NoProduct
-    return terms
+    return [_summed(t, shown) for t in terms]
 
 
-def _unified(term: Term, start: int, count: int) -> Term:
-    """Make output axes [start, start + count) and the `count` after them the same labels."""
+def _summed(term: Term, shown: int) -> Term:
+    """Leave the first output axes; an index that nothing else has is a sum of equal numbers."""
+    there = {*atoms(term.out[:shown]), *(label for f in term.factors for label in f.labels)}
+    free = volume(label for label in dict.fromkeys(atoms(term.out[shown:])) if label not in there)
+    return replace(term, coef=term.coef * free, out=term.out[:shown])
+
+
+def _unified(term: Term, start: int, other: int, count: int) -> Term:
+    """Make `count` output axes from `start` on and those from `other` on the same labels."""
     for k in range(count):
         while True:
-            left, right = list(term.out[start + k]), list(term.out[start + count + k])
+            left, right = list(term.out[start + k]), list(term.out[other + k])
             clash = None
             while left and right:
                 x, y = left.pop(), right.pop()
@@ -202,27 +198,45 @@ def _unified(term: Term, start: int, count: int) -> Term:
     return term
 
 
-def _through(a: Analysis, node: fx.Node, source: fx.Node) -> list[Term]:
-    """A view, sum or scaling of a product."""
-    call, found = _meta_call(node), []
-    for term in rules.derivative(call, operand_nodes(node).index(source)).terms:
-        if term.factors:
-            raise _NoProduct
-        term = renewed(term)
-        found += _combine(a, Term(term.coef, (), term.out, ()), [(source, term.inn)])
-    return found
-
-
 def _sum_of(a: Analysis, node: fx.Node) -> list[Term]:
-    call = _meta_call(node)
+    """A view, a sum, a scaling, a number added: a sum over the operands, and what is left when all of them are zero."""
+    operands, call = _numbers(node), _meta_call(node)
+    if not rules.affine(node.target, frozenset(range(len(operands)))):
+        raise _NoProduct
     found: list[Term] = []
-    for j, source in enumerate(operand_nodes(node)):
+    for j, source in enumerate(operands):
         for term in rules.derivative(call, j).terms:
             if term.factors:
                 raise _NoProduct
             term = renewed(term)
             found += _combine(a, Term(term.coef, (), term.out, ()), [(source, term.inn)])
-    return found
+    offset = _offset(node)
+    return [*found, Term(offset, (), fresh_axes(call.out.shape), ())] if offset else found
+
+
+# How a schema says that an argument may be a number that is computed with, not a size or a dimension.
+_NUMBERS = {"number", "float", "Tensor"}
+
+
+def _numbers(node: fx.Node) -> list[fx.Node]:
+    """The operands of an op that takes no other tensor, such as a mask, all of its result's type."""
+    operands = operand_nodes(node)
+    if not is_of_one_type(node) or set(node.all_input_nodes) != set(operands):
+        raise _NoProduct
+    return operands
+
+
+def _offset(node: fx.Node) -> float:
+    """The number that an affine op gives everywhere for operands of zero."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {x.name: value for x, value in zip(schema, node.args, strict=False)} | dict(node.kwargs)
+    if not any(isinstance(given.get(x.name), int | float) and str(x.type) in _NUMBERS for x in schema):
+        return 0.0
+    if not is_pointwise(node.target):
+        raise _NoProduct
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda _: torch.zeros((), dtype=torch.float64))
+    with _disable_current_modes():
+        return float(node.target(*args, **kwargs))  # type: ignore[operator]
 
 
 # -- writing a chain ---------------------------------------------------------------------------------------------
@@ -262,24 +276,22 @@ def _largest(start: Factor, order: Any, term: Term) -> int:
     return max([volume(after) for _, _, after in steps[:-1]], default=0)
 
 
-def _emit(a: Analysis, site: Site, chains: list[_Chain]) -> None:
-    graph, node = a.graph.graph, site.node
+def _emit(a: Analysis, node: fx.Node, chains: list[_Chain]) -> fx.Node:
+    """Write the chains of a product and their sum, where the graph inserts."""
+    graph = a.graph.graph
     by_name = {n.name: n for n in graph.nodes}
     shape = list(node.meta["val"].shape)
-    with graph.inserting_before(node):
-        total: fx.Node | None = None
-        for chain in chains:
-            final = chain.tokens[0].labels
-            value = _viewed(graph, by_name[chain.tokens[0].name], sizes(final))
-            for labels, f, after in _steps(chain.tokens[0], chain.weights, chain.term):
-                value = _product(
-                    graph, value, labels, _viewed(graph, by_name[f.name], sizes(f.labels)), f.labels, after
-                )
-                final = after
-            value = _finished(graph, value, final, chain.term, shape)
-            total = value if total is None else _node(graph, aten.add.Tensor, total, value)
+    total: fx.Node | None = None
+    for chain in chains:
+        final = chain.tokens[0].labels
+        value = _viewed(graph, by_name[chain.tokens[0].name], sizes(final))
+        for labels, f, after in _steps(chain.tokens[0], chain.weights, chain.term):
+            value = _product(graph, value, labels, _viewed(graph, by_name[f.name], sizes(f.labels)), f.labels, after)
+            final = after
+        value = _finished(graph, value, final, chain.term, shape)
+        total = value if total is None else _node(graph, aten.add.Tensor, total, value)
     assert total is not None
-    _replace(a, node, total)
+    return total
 
 
 def _viewed(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
@@ -304,6 +316,10 @@ def _finished(graph: fx.Graph, value: fx.Node, labels: tuple[Label, ...], term: 
     wanted = atoms(term.out)
     if len(set(wanted)) != len(wanted):
         raise _NoProduct
+    over = [k for k, label in enumerate(labels) if label not in wanted]
+    if over:  # no weight has met it: the weights are a number
+        value = _node(graph, aten.sum.dim_IntList, value, over)
+        labels = tuple(label for label in labels if label in wanted)
     present = tuple(label for label in wanted if label in labels)
     if present != labels:
         value = _node(graph, aten.permute.default, value, [labels.index(label) for label in present])

@@ -157,7 +157,13 @@ def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
     terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape(t[1]))))
     (sign, total), *rest = terms
     for own, x in rest:
-        total = call(graph, aten.add.Tensor if own == sign else aten.sub.Tensor, (total, x))
+        same = own == sign
+        if isinstance(total, fx.Node):
+            total = call(graph, aten.add.Tensor if same else aten.sub.Tensor, (total, x))
+        elif isinstance(x, fx.Node):  # a number stands second
+            total = call(graph, aten.add.Tensor, (x if same else call(graph, aten.neg.default, (x,)), total))
+        else:
+            total = total + x if same else total - x
     return sign, total
 
 

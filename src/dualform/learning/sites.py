@@ -10,6 +10,7 @@ Legend: W tokens in the trace, K key width.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,8 +23,10 @@ from torch.utils import _pytree
 
 from dualform.calculus import rules
 from dualform.calculus.definitions import definition_of
-from dualform.calculus.structure import Axis, Derivative, Label
+from dualform.calculus.relations import Lookup
+from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
+from dualform.learning.lookups import lookups_as_gathers
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -98,11 +101,17 @@ class Analysis:
 
     def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> rules.Call:
         """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+        made, part = maker(node)
+        args, kwargs = map_arg((made.args, dict(made.kwargs)), env.__getitem__)
         names = tuple(
-            row if s is self.x else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(node)
+            row if s is self.x else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(made)
         )
-        return rules.Call(node.target, args, kwargs, env[node], names=names)  # type: ignore[arg-type]
+        return rules.Call(made.target, args, kwargs, env[node], part, names)  # type: ignore[arg-type]
+
+
+def maker(node: fx.Node) -> tuple[fx.Node, int | None]:
+    """The node whose op makes a value, and which of its results the value is, if it has several."""
+    return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, None)  # type: ignore[return-value]
 
 
 def operand_nodes(node: fx.Node) -> list[fx.Node]:
@@ -115,23 +124,87 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-# Ops whose value does not depend on their tensor argument's numbers.
-_shape_only = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
-
-
-# Entry by entry, though torch does not tag them: a slot computed as a float becomes an index, or one of two.
-_entrywise = {"to", "_to_copy", "where"}
-# Ops that take only the shape of their second argument.
-_shape_from_second = {"expand_as", "view_as", "reshape_as", "type_as"}
+# Ops that make a tensor from its sizes alone, the same number in every entry.
+_UNIFORM = {"zeros", "ones", "full", "empty", "scalar_tensor"}
 
 
 def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
     """Spell out and number a trace whose inputs are told apart; `mark` fills in the rest."""
+    for name, node in parts["leaf_nodes"].items():
+        if not is_floating(node.meta["val"]):
+            raise DerivationError(
+                f"derive: the learner's fast weight {name!r} is {node.meta['val'].dtype}; expected real floating numbers, which a "
+                "gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use torch.view_as_complex in forward."
+            )
     _spell_out(graph)
+    for node in list(graph.graph.nodes):
+        if node.target == aten.select_scatter.default:
+            _as_slice_scatter(graph.graph, node)
+        elif node.target == aten.slice_scatter.default:
+            _inside(node)
+        elif node.target == aten.embedding.default and len(node.args) > 2:
+            _without_padding(graph.graph, node)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
+        if node.all_input_nodes and not _has_rule_for_rows(node.target):
+            raise DerivationError(
+                f"derive: the {parts['who']} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch cannot map "
+                "over rows (batch and heads); expected ops with a vmap rule. Write that line with other ops."
+            )
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
     return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
+
+
+def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:
+    """Write a slice of width 1: vmap over select_scatter has a wrong derivative by its source (torch 2.13)."""
+    base, source, dim, index = node.args
+    index %= base.meta["val"].shape[dim]  # type: ignore[operator, union-attr, index]
+    with graph.inserting_before(node):
+        thick = _made(graph, node, aten.unsqueeze.default, source, dim)
+    node.target, node.args = aten.slice_scatter.default, (base, thick, dim, index, index + 1)
+
+
+def _inside(node: fx.Node) -> None:
+    """Write where a slice ends, not that it goes on for ever, which vmap takes for a size."""
+    base, source, *rest = node.args
+    dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+    span = range(*slice(start, end, step).indices(base.meta["val"].shape[dim]))  # type: ignore[union-attr, misc, index]
+    node.args = (base, source, dim, span.start, span.stop, step)
+
+
+def _without_padding(graph: fx.Graph, node: fx.Node) -> None:
+    """Write what padding means, a row of the table that is read and does not learn, as a detach."""
+    padding, users = node.args[2], list(node.users)
+    node.args = node.args[:2]
+    if padding < 0:  # type: ignore[operator]
+        return
+    made: Any = node
+    with graph.inserting_before(node.next):
+        still = _made(graph, node, aten.detach.default, node)
+        is_padding = _made(
+            graph, node, aten.unsqueeze.default, _made(graph, node, aten.eq.Scalar, node.args[1], padding), -1
+        )
+        made = _made(graph, node, aten.where.self, is_padding, still, node)
+    for user in users:
+        user.replace_input_with(node, made)
+
+
+def _made(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert a call at the line of another."""
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "val": target(*map_arg(args, lambda x: x.meta["val"]))}
+    return node
+
+
+def _has_rule_for_rows(target: Any) -> bool:
+    """Does torch map an op over rows by a rule, not by a loop over them?"""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in lookups_as_gathers():
+        return True
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(
+        has(target.name(), key)
+        for key in ("FuncTorchBatched", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+    )
 
 
 def _spell_out(graph: fx.GraphModule) -> None:
@@ -146,29 +219,36 @@ def _spell_out(graph: fx.GraphModule) -> None:
         part = trace(definition, *(s.meta["val"] for s in sources))
         if any(n.op == "get_attr" or str(n.target).startswith("prims.") for n in part.graph.nodes):
             continue
-        copies: dict[fx.Node, fx.Node] = {}
-        holes = iter(sources)
+        copies: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), sources, strict=True))
         with graph.graph.inserting_before(node):
             for inner in part.graph.nodes:
-                if inner.op == "placeholder":
-                    copies[inner] = next(holes)
-                elif inner.op == "output":
-                    (result,) = inner.all_input_nodes
-                    node.replace_all_uses_with(copies[result])
-                else:
+                if inner.op == "call_function":
                     copies[inner] = graph.graph.node_copy(inner, copies.__getitem__)
                     copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
                     if _has_no_row(inner) and inner.target != node.target:
                         pending.append(copies[inner])
-        graph.graph.erase_node(node)
+        results = next(iter(part.graph.find_nodes(op="output"))).args[0]
+        _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
+
+
+def _stand_for(graph: fx.Graph, node: fx.Node, results: Any) -> None:
+    """Put what a definition returns, one value or several, in the place of a node."""
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(results)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _has_no_row(node: fx.Node) -> bool:
+    """Has the op no structure of its own? One of several results has none that is known before it is looked at."""
     is_op = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return is_op and isinstance(node.meta.get("val"), Tensor) and not rules.is_structured(node.target)
+    return is_op and not rules.is_structured(node.target)
 
 
-def _definition(node: fx.Node) -> Callable[..., Tensor] | None:
+def _definition(node: fx.Node) -> Callable[..., Any] | None:
     written = definition_of(node.target)
     if written is None:
         return None
@@ -194,20 +274,31 @@ def mark(a: Analysis, W: int) -> None:
             continue
         if node.op == "output":
             continue
-        sources = [] if _is_shape_only(node) else node.all_input_nodes
+        sources = _read_nodes(node)
         a.leaves[node] = frozenset().union(*(a.leaves[s] for s in sources))
         if any(s in a.tok for s in sources):
             a.tok.add(node)
-            if W > 1:
+            if W > 1 and isinstance(node.meta["val"], Tensor):
                 a.places[node] = _place(a, node, env, W)
             pars = tuple(s for s in sources if a.is_par(s))
             if pars:
                 a.sites.append(_site(a, node, pars))
 
 
-def _is_shape_only(node: fx.Node) -> bool:
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-    return name in _shape_only
+def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
+    """List the tensors that an op takes: argument, position in it if it is a list, node."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    found: list[tuple[str, int | None, fx.Node]] = []
+    for name, value in (*zip(names, node.args, strict=False), *node.kwargs.items()):
+        parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
+        found += [(name, k, x) for k, x in parts if isinstance(x, fx.Node)]
+    return found
+
+
+def _read_nodes(node: fx.Node) -> list[fx.Node]:
+    """List the inputs of a node whose numbers matter, not their shape or type alone."""
+    unread = rules.unread(node.target)
+    return [x for name, _, x in _arguments(node) if name not in unread] if unread else node.all_input_nodes
 
 
 def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
@@ -215,6 +306,10 @@ def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
     operands = operand_nodes(node)
     if not all(p in operands for p in pars):
         return Site(node, pars, leaves, False, "a weight decides a branch or an index")
+    if not is_of_one_type(node):
+        return Site(
+            node, pars, leaves, False, f"{op_name(node)} meets numbers of several types, or gives several results"
+        )
     if not rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
         return Site(node, pars, leaves, False, f"{op_name(node)} is not jointly affine in its weights")
     crooked = next((bad for p in pars if (bad := first_crooked(a, p)) is not None), None)
@@ -237,7 +332,13 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
             return found
     joint = frozenset(j for j, s in enumerate(operands) if a.leaves[s])
     straight = all(p in operands for p in pars) and rules.affine(node.target, joint) and not is_detach(node)
-    return None if straight else node
+    return None if straight and is_of_one_type(node) else node
+
+
+def is_of_one_type(node: fx.Node) -> bool:
+    """Does an op give one result of its operands' own type? A cast rounds, which no correction at the anchor repeats."""
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and all(x.meta["val"].dtype == value.dtype for x in operand_nodes(node))
 
 
 def is_detach(node: fx.Node) -> bool:
@@ -251,56 +352,82 @@ def op_name(node: fx.Node) -> str:
 
 
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
-    """Prove that a node keeps tokens apart and say where its token index sits."""
-    value = node.meta["val"]
-    if not isinstance(value, Tensor):
+    """Prove that a node keeps tokens apart and treats them alike, and say where its token index sits."""
+    call, op = a.call(node, env), maker(node)[0]  # type: ignore[arg-type]
+    read = [x for x in _arguments(op) if x[0] not in rules.unread(op.target)]
+    found: set[Place | None] = set()
+    for name, k, source in read:
+        if source in a.tok:
+            found |= carried_places(rules.reads(call, name, k), a.places[source], W) or {None}
+    place = found.pop() if len(found) == 1 else None
+    if place is None:
         raise _mixes(a, node)
-    tags = getattr(node.target, "tags", ())
-    found: set[Place] = set()
-    operands = operand_nodes(node)
-    for j, source in enumerate(node.all_input_nodes):
-        if source not in a.tok or (j > 0 and op_name(node) in _shape_from_second):
-            continue
-        if is_detach(node):
-            found.add(a.places[source])
-        elif torch.Tag.pointwise in tags or op_name(node) in _entrywise:
-            place = a.places[source]
-            found.add(place._replace(axis=place.axis + value.ndim - source.meta["val"].ndim))
-        elif source not in operands:
-            found.add(_looked_up(node, a.places[source]))  # type: ignore[arg-type]
-        else:
-            for k in (k for k, operand in enumerate(operands) if operand is source):
-                found |= _carried(a.call(node, env), k, a.places[source], W) or {None}  # type: ignore[arg-type]
-    if len(found) != 1 or None in found:
-        raise _mixes(a, node)
-    return found.pop()
+    for name, k, source in read:
+        if source not in a.tok and not _is_alike(a, call, name, k, source, place, W, env):
+            raise _differs(a, node)
+    return place
 
 
-def _looked_up(node: fx.Node, place: Place) -> Place | None:
-    """Where an op keeps the token index of an index that it is given; None if it loses it."""
-    if op_name(node) == "gather":  # an index of its own for each entry of the result stands where that entry does
-        return place
-    if op_name(node) in ("scatter", "scatter_add"):  # and one for each entry of the source, along the other axes
-        dim: Any = node.args[1]
-        return None if place.axis == dim % node.meta["val"].ndim else place
-    return None
+def _is_alike(
+    a: Analysis, call: rules.Call, name: str, k: int | None, source: fx.Node, place: Place, W: int, env: Mapping[fx.Node, Any]
+) -> bool:  # fmt: skip
+    """Does an argument that no token reaches enter a result in the same way at every token?"""
+    J = rules.reads(call, name, k)
+    if J is None:
+        return False
+    for term in J.terms:
+        hit = find_label(term.out[place.axis], place.inner, W)
+        labels = {hit[0]} if hit else set(term.out[place.axis])
+        if not _is_even_through(a, call, term, labels, source, env):
+            return False
+    return True
 
 
-def _carried(call: rules.Call, operand: int, place: Place, W: int) -> set[Place]:
-    """Where an op carries the token index of an operand; empty if it loses it."""
-    known = rules.derivative(call, operand) if is_floating(call.out) else rules.reads(call, operand)
-    return set() if known is None else carried_places(known, place, W)
+def _is_even_through(
+    a: Analysis, call: rules.Call, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
+) -> bool:  # fmt: skip
+    """Does a source bring no difference along some labels of a result?"""
+    looked_up = any(labels & set(r.labels) for r in term.relations)
+    # What is looked up by an index that is an argument too is as even as that index.
+    if _are_tied(term, labels) or (looked_up and all(is_floating(call.argument(*x)) for x in call.arguments)):
+        return False
+    return all(_is_even(a, source, n, env) for n, axis in enumerate(term.inn) if labels & set(axis))
+
+
+def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) -> bool:
+    """Is a value that no token reaches the same all along an axis?"""
+    if node.op != "call_function":
+        return False
+    op = maker(node)[0]
+    read = [x for x in _arguments(op) if x[0] not in rules.unread(op.target)]
+    if not read:
+        return op_name(op) in _UNIFORM or bool(rules.unread(op.target))
+    call = a.call(node, env)
+    for name, k, source in read:
+        J = rules.reads(call, name, k)
+        if J is None or not all(_is_even_through(a, call, t, set(t.out[axis]), source, env) for t in J.terms):
+            return False
+    return True
 
 
 def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
-    where = source_line(node) or f"{op_name(node)}, called inside torch"
-    if _has_no_row(node) or not isinstance(node.meta["val"], Tensor):
+    op = maker(node)[0]
+    where = source_line(node) or f"{op_name(op)}, called inside torch"
+    if rules.find_row(op.target) is None and _has_no_row(op):
         return DerivationError(
-            f"derive: the {a.who} uses {op_name(node)} at {where}, which has no row in the table of ops; expected ops "
+            f"derive: the {a.who} uses {op_name(op)} at {where}, which has no row in the table of ops; expected ops "
             "that can be shown to keep tokens apart. Write it with other ops, or add a row (calculus/table.py)."
         )
     return DerivationError(
-        f"derive: the {a.who} mixes tokens at {where}: {op_name(node)} makes one row depend on others; expected {_apart[a.who]}"
+        f"derive: the {a.who} mixes tokens at {where}: {op_name(op)} makes one row depend on others; expected {_apart[a.who]}"
+    )
+
+
+def _differs(a: Analysis, node: fx.Node) -> DerivationError:
+    op = maker(node)[0]
+    return DerivationError(
+        f"derive: the {a.who} treats tokens by their place in the batch at {source_line(node) or op_name(op)}: {op_name(op)} takes "
+        f"numbers that differ from row to row; expected {_apart[a.who]} Such numbers may have size 1 along the token axis."
     )
 
 
@@ -311,10 +438,10 @@ _apart = {
 }
 
 
-def carried_places(J: Derivative, place: Place, W: int) -> set[Place]:
+def carried_places(J: Derivative | None, place: Place, W: int) -> set[Place | None]:
     """Follow the token index of an input axis to the output: one place per term; empty if a term loses it."""
-    found: set[Place] = set()
-    for term in J.terms:
+    found: set[Place | None] = set()
+    for term in () if J is None else J.terms:
         hit = find_label(term.inn[place.axis], place.inner, W)
         if hit is None:
             return set()
@@ -325,12 +452,17 @@ def carried_places(J: Derivative, place: Place, W: int) -> set[Place]:
             for other, stride in strides(labels)
             if other is label
         ]
-        if len(where) != 1:
+        if len(where) != 1 or _are_tied(term, {label}):
             return set()
         axis, stride = where[0]
         inner *= stride
         found.add(Place(axis, math.prod(l.size for l in term.out[axis]) // (inner * W), inner))
     return found
+
+
+def _are_tied(term: Term, labels: set[Label]) -> bool:
+    """Does a relation say which index it is? To look up one number for each index does not."""
+    return any(labels & set(r.bigs if isinstance(r, Lookup) else r.labels) for r in term.relations)
 
 
 def strides(labels: Axis) -> list[tuple[Label, int]]:
