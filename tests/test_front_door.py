@@ -417,7 +417,7 @@ def test_parameters_that_are_not_registered_have_their_gradient():
     a, b = (torch.autograd.grad(program(x, x, x, form=f)[0].sum(), [g, learner.W]) for f in ("auto", "primal"))
     for got, expected in zip(a, b, strict=True):
         laws.agree("gradient", got, expected)
-    assert list(program.parts.closed.values())[0] is g
+    assert next(iter(program.parts.closed.values())) is g
 
 
 def test_a_weight_reached_through_a_global_is_refused(monkeypatch):
