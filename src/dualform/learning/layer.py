@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from dualform.learning.finite import NonFiniteError
-from dualform.learning.grid import places
+from dualform.learning.grid import lasting, places
 from dualform.learning.learners import learners
 from dualform.learning.program import derive
 from dualform.learning.state import Carried, State, from_tensors
@@ -82,7 +82,7 @@ class TestTimeTraining(nn.Module):
 
     __test__ = False  # the name is not a test's
     # How it runs and complains, not what it is: no configuration holds these.
-    backend: str = "auto"
+    backend: Any = "auto"
     nan_policy: str = "propagate"
     name: str = ""  # of the layer in its model, for errors
 
@@ -281,7 +281,7 @@ def angles(position: Tensor, f: int, theta: float, dtype: torch.dtype) -> Tensor
 @lru_cache(maxsize=64)
 def angles_below(count: int, f: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the angles of positions 0 ... count - 1, computed once."""
-    with torch.inference_mode(False), torch.no_grad():  # they serve later calls, that may have gradients
+    with lasting():
         return angles(torch.arange(count, device=device), f, theta, dtype)
 
 

@@ -37,7 +37,7 @@ class Run_:
         )
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
-        widest = max(v.width for v in self.grid.variants)
+        widest = max((v.width for v in self.grid.variants), default=1)
         kind = "cpu" if device.type == "cpu" else "cuda"
         by_tokens = TOKENS_AT_ONCE[kind] // (self.B * self.H * widest)
         by_leaves = LEAF_BYTES_AT_ONCE[kind] // max(x.nbytes for x in call.anchor.values())
@@ -131,6 +131,18 @@ class Run_:
     def whole(self, state: list[Tensor]) -> list[Tensor]:
         return state if len(state) > self.L else state + self.start(state)
 
+    def again(self, like: Tensor) -> Tensor:
+        """Which rows of a state (B, ...) start anew in a call without a token?"""
+        starts = self.call.position.new_zeros(self.B, 1) if self.call.reset is None else self.call.reset
+        return starts.any(1).reshape(self.B, *[1] * (like.ndim - 1))
+
+    def idle(self) -> list[Tensor]:
+        """The state after a call without a token, where the learner never runs."""
+        c = self.call
+        starts = [torch.stack([s * x for s in self.rule.start], 1) for x in c.init.values()]
+        held = zip((*c.init.values(), *starts), (*c.anchor.values(), *c.registers.values()), strict=True)
+        return [torch.where(self.again(x), new, x) for new, x in held]
+
 
 def _runs_whole(
     backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run_], list[Tensor]]
@@ -138,7 +150,7 @@ def _runs_whole(
     """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
     name = chosen(backend, plan, call)
     run, whole = Run_(plan, call, name), found(name).whole
-    if whole is None:
+    if whole is None or not run.blocks:
         return run
     try:
         return direction(whole, run)
@@ -176,9 +188,24 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
         way = plan.way(run.grid.variants[piece.start], "forward")
         state, (y,), _ = way.run(piece, run.given(piece, _none), state, visit, run.rows, run.once(way))
         run.grid.put(o, piece, y.unflatten(0, (len(piece), run.B, run.H)))
-    lead = (run.B, run.H)
-    after = [x.unflatten(0, lead) for x in run.whole(state)]
-    return [run.grid.done(o), *after, run.grid.position, *(x.unflatten(1, lead) for x in saved)]
+    after = [run.rowed(x) for x in run.whole(state)] if run.blocks else run.idle()
+    return [run.grid.done(o), *after, run.grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
+
+
+def run_visible(plan: Plan, call: Call) -> list[Tensor]:
+    """Return [o, *anchor, *registers, position] by ops that autograd and every transform of torch.func see, one by one."""
+    with torch.autocast(call.q.device.type, enabled=False):
+        run = Run_(plan, call, "eager")
+        if not run.blocks:
+            o = call.q.new_zeros(run.B, run.T, run.H, plan.derivation.out_width, dtype=plan.out_dtype(call))
+            return [o, *run.idle(), run.grid.position]
+        state, pieces, outputs = run.held(), run.grid.pieces(run.at_once), []
+        for piece in pieces:
+            way = plan.way(run.grid.variants[piece.start], "visible")
+            state, (y,), _ = way.run(piece, run.given(piece, _none), state, run.enter, run.rows, run.once(way))
+            outputs.append(y.unflatten(0, (len(piece), run.B, run.H)))
+        o = run.grid.join(pieces, outputs, run.T).to(plan.out_dtype(call))
+        return [o, *map(run.rowed, run.whole(state)), run.grid.position]
 
 
 def checkpointed(plan: Plan, call: Call) -> int:
@@ -218,6 +245,14 @@ class Gradients:
         elif x.part in ("q", "k", "v", "gates"):
             g.put(self.tokens[x.name], piece, value)
 
+    def idle(self, state: list[Tensor]) -> list[Tensor]:
+        """Return what `flat` does for a call without a token; state: the gradient of the one after it, (B, H, ...)."""
+        run, L = self.run, self.run.L
+        started, held = zip(*((torch.where(a := run.again(x), x, 0), torch.where(a, 0, x)) for x in state), strict=True)
+        for name, th, R in zip(run.call.init, started[:L], started[L:], strict=True):
+            self.sums["init", name] += th.sum(0) + sum(s * R[:, :, k].sum(0) for k, s in enumerate(run.rule.start))
+        return self.flat([x.flatten(0, 1) for x in held])
+
     def flat(self, state: list[Tensor]) -> list[Tensor]:
         """Return the gradient of every floating tensor of the call, in order; state: of the one it began with."""
         run, call, L = self.run, self.run.call, self.run.L
@@ -246,7 +281,11 @@ def run_backward(
     run = _runs_whole(backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints))
     if isinstance(run, list):
         return run
+    if not run.blocks:
+        return Gradients(run).idle(cotangents[1:])
     g = run.grid
+    if not checkpoints:  # none was kept: the state that the call began with is one
+        saved, checkpoints = [x[None] for x in (*call.anchor.values(), *call.registers.values())], 1
     G = -(-run.blocks // checkpoints)
     do, state = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
     saved = [x.flatten(1, 2) for x in saved]

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dualform.learning.backends import Backend, Run, backends
+from dualform.learning.backends import Backend, Run, backend_of, backends, visible
 from dualform.learning.batched import at, example, joined, mapped, row_axis, row_bytes
-from dualform.learning.derive import Derivation, Step, only_outputs, undisturbed
+from dualform.learning.derive import Derivation, Step, only_outputs, slopes_as_arithmetic, undisturbed
 from dualform.learning.fission import Fission, split
 from dualform.learning.grid import Variant
 from dualform.learning.norms import native_norms
@@ -96,18 +96,26 @@ class Way:
     inputs: list[Input]
     fission: Fission
     returns: int  # tensors of state that the loop returns
+    prepare: Callable[[fx.GraphModule], Run]
     made: dict[Any, Run] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: fx.GraphModule, inputs: list[Input], carried: Sequence[int], returned: Sequence[int]) -> Way:
+    def of(
+        cls,
+        graph: fx.GraphModule,
+        inputs: list[Input],
+        carried: Sequence[int],
+        returned: Sequence[int],
+        prepare: Callable[[fx.GraphModule], Run],
+    ) -> Way:
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
-        return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned))
+        return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned), prepare)
 
     def part(self, name: str, rows: int, device: torch.device) -> Run:
         """Return a part, ready to run op by op on so many rows."""
         key = (name, rows, device)
         if key not in self.made:
-            self.made[key] = found("eager").prepare(at(getattr(self.fission, name).graph, rows, device), list)
+            self.made[key] = self.prepare(at(getattr(self.fission, name).graph, rows, device))
         return self.made[key]
 
     def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
@@ -200,8 +208,12 @@ class Way:
 
 @cache
 def found(backend: str) -> Backend:
-    """Look a backend up."""
-    return backends.build(backend).build()
+    """Look a backend up by its key."""
+    return backend_of(backend)
+
+
+def _in_place(gm: fx.GraphModule) -> Run:
+    return found("eager").prepare(gm, list)
 
 
 def chosen(backend: str, plan: Plan, call: Call) -> str:
@@ -249,7 +261,10 @@ class Plan:
         return found
 
     def way(self, variant: Variant, name: str) -> Way:
-        """Return a direction of a block: "forward", "advance" (the state alone) or "reverse"."""
+        """Return a direction of a block: "forward", "advance" (the state alone), "reverse" or "visible".
+
+        The last is forward again, of plain ops alone, each with a derivative of its own.
+        """
         key = (variant, name)
         if key not in self.ways:
             step, inputs = self.step(variant), self.inputs(variant)
@@ -261,11 +276,12 @@ class Plan:
                 carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
                 inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
             else:
-                graph, carried, returned = step.plain, state, range(1, count)
-            whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs]))
+                graph, carried, returned = step.graph if name == "visible" else step.plain, state, range(1, count)
+            table = slopes_as_arithmetic() if name == "visible" else None
+            whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs], table))
             native_norms(whole.graph)
             if name == "advance":
                 whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
             whole = ready_first(whole, carried)
-            self.ways[key] = Way.of(whole, inputs, carried, returned)
+            self.ways[key] = Way.of(whole, inputs, carried, returned, visible if name == "visible" else _in_place)
         return self.ways[key]

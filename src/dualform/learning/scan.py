@@ -15,17 +15,24 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from dualform.learning import shipped
 from dualform.learning.backends import BackendError
-from dualform.learning.loop import checkpointed, run_backward, run_forward
+from dualform.learning.derive import undisturbed
+from dualform.learning.grid import variants_of
+from dualform.learning.loop import checkpointed, run_backward, run_forward, run_visible
 from dualform.learning.plan import Call, Leaves, Plan, chosen, found
 from dualform.learning.plan import chosen_in_words as chosen_in_words
 
-_transforms = torch._C._are_functorch_transforms_active  # inside vmap and the like tensors have no memory of their own
+
+def watched() -> bool:
+    """Is a transform of torch.func at work, or forward differentiation? They must see every op."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Source(Protocol):
-    """What stands behind a key: a program, which knows its names and makes its plans."""
+    """What stands behind a key: a program, or the text of one; it knows its names and makes its plans."""
 
     @property
     def tensor_names(self) -> tuple[list[str], list[str], list[str]]: ...  # gates of (B, T, H), leaves, slow
@@ -33,6 +40,7 @@ class Source(Protocol):
 
 
 _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
+_compiled: dict[str, Source] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
 
 
@@ -43,9 +51,15 @@ def register(source: Source) -> str:
     return name
 
 
+def _source(key: str) -> Source:
+    """Find what stands behind a key: "program|form|backend|optional tensors"."""
+    name = key.partition("|")[0]
+    return shipped.read(name) if name.startswith(shipped.MARK) else _sources[name]
+
+
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
-    name, form, backend, optional = key.split("|")
-    source, rest = _sources[name], iter(tensors)
+    _, form, backend, optional = key.split("|")
+    source, rest = _source(key), iter(tensors)
     gates, leaves, slow = source.tensor_names
     q, k, v, position = (next(rest) for _ in range(4))
 
@@ -60,6 +74,20 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
         extra.get("offset"), extra.get("mask"), extra.get("reset"), "carried" in given,
     )  # fmt: skip
     return source.plan(q.shape[-1], call.dtype, form), call, backend
+
+
+@torch.compiler.assume_constant_result
+def _as_text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: tuple[str, ...]) -> str:
+    """Write a program for a file that other processes read. T: the length of every call, None if it may vary."""
+    source = _sources[name]
+    d = source.plan(K, dtype, form).derivation
+    carried, masked, resets = (x in given for x in ("carried", "mask", "reset"))
+
+    def write() -> str:
+        kinds = variants_of(T, d.chunk, d.block, carried, masked, resets)
+        return shipped.written(d, kinds, source.tensor_names)
+
+    return undisturbed(write)
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -77,6 +105,8 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
 
 @scan_op.register_fake
 def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
+    if (name := key.partition("|")[0]) in _sources:
+        _compiled[name] = _sources[name]
     plan, call, _ = _call(key, tensors)
     held = [*call.anchor.values(), *call.registers.values()]
     o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
@@ -105,6 +135,7 @@ def _(tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key:
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
+    ctx.source = _source(ctx.key)  # lives as long as the graph
     _, call, _ = _call(ctx.key, tensors)
     ctx.held = len(call.anchor) + len(call.registers)
     ctx.count = len(tensors)
@@ -116,10 +147,28 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
+    if torch.is_grad_enabled() or watched():  # these gradients are differentiated again, or many at once
+        return _backward_visibly(ctx.key, tensors, grads), None, None
     given = zip(grads, ctx.outputs, strict=False)
     cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]
     found = iter(scan_backward_op(tensors, saved, cotangents, ctx.key, ctx.checkpoints))
     return [next(found) if x.is_floating_point() else None for x in tensors], None, None
+
+
+def _backward_visibly(key: str, tensors: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the gradients as functions of the tensors and of `grads`: through the forward, run again in plain ops."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = [x.view_as(x) for x in tensors]  # one given twice has a gradient for each place
+        plan, call, _ = _call(key, given)
+        outputs = run_visible(plan, call)
+        wanted = [x for x in given if x.requires_grad]
+        ends = [(y, g) for y, g in zip(outputs, grads, strict=False) if g is not None and y.requires_grad]
+        if not ends:
+            return [None] * len(given)
+        values, cotangents = zip(*ends, strict=True)
+        found = iter(torch.autograd.grad(values, wanted, cotangents, create_graph=again, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in given]
 
 
 scan_op.register_autograd(_backward, setup_context=_setup)
@@ -135,6 +184,8 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, ke
         return N + 1
     if isinstance(remat, int):
         return N // remat + 1
+    if torch.compiler.is_exporting():  # one file for every length
+        return 16
     if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
         return next(K for K in (4, 16, 64, 256, 1024) if K * K > N or K == 1024)
     return N if N * nbytes <= keep else -(-N // (1 << (N.bit_length() // 2)))
@@ -142,8 +193,9 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, ke
 
 def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) -> list[Tensor] | None:
     """Run one token as plain a way as there is: without an op around it."""
-    alone = call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None
-    if not alone or type(call.q) is not Tensor or torch.compiler.is_compiling() or _transforms():
+    if type(call.q) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if not (call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None):
         return None
     plan = _sources[name].plan(call.q.shape[-1], call.dtype, form)
     plan.counts["tokens"] += 1
@@ -158,6 +210,8 @@ def scan(
     name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool = False
 ) -> list[Tensor]:
     """Run the op for a registered program: [o, *anchor, *registers, position]. overwrite: the state given may be lost."""
+    if watched():
+        return run_visible(_sources[name].plan(call.q.shape[-1], call.dtype, form), call)
     tensors = call.flat()
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
@@ -168,6 +222,10 @@ def scan(
         keep = found(chosen(backend, _sources[name].plan(call.q.shape[-1], call.dtype, form), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
     held = len(call.anchor) + len(call.registers)
-    given = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
-    key = f"{name}|{form}|{backend}|{','.join(n for n, x in given.items() if x is not None)}"
-    return scan_op(tensors, key, checkpoints)[: 2 + held]
+    optional = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
+    given = tuple(n for n, x in optional.items() if x is not None)
+    if torch.compiler.is_exporting():
+        T = call.q.shape[1]
+        fixed = type(T) is int and not torch.compiler.is_dynamo_compiling()
+        name = _as_text(name, form, call.q.shape[-1], call.dtype, T if fixed else None, given)
+    return scan_op(tensors, f"{name}|{form}|{backend}|{','.join(given)}", checkpoints)[: 2 + held]
