@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -300,12 +301,20 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
+# Held while anything is traced: torch's tracers change what all threads share. Who fills a cache by tracing holds it, too.
+TRACING = threading.RLock()
+_here = threading.local()
+
+
 def undisturbed(make: Callable[[], Any]) -> Any:
     """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
     nothing is real."""
-    _first_fake_tensors()
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+    if getattr(_here, "is_apart", False):
+        return make()
+    with TRACING:
+        _first_fake_tensors()
+        with ThreadPoolExecutor(1, initializer=setattr, initargs=(_here, "is_apart", True)) as thread:
+            return thread.submit(make).result()
 
 
 @cache

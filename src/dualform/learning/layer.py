@@ -305,7 +305,7 @@ def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor |
     began = torch.zeros_like(valid) if reset is None else reset.cumsum(1) > 0
     token = torch.full((B, T + 1), T + n - 1, dtype=torch.long, device=device)
     token = token.scatter(1, torch.where(valid, rank - 1, T), torch.arange(T, device=device).expand(B, T) + n - 1)
-    token[:, T] = T + n - 1
+    token = torch.cat([token[:, :T], token.new_full((B, 1), T + n - 1)], 1)  # where padding went
     rows = torch.arange(B, device=device)[:, None]
 
     def at(wanted: Tensor, first: Tensor, began: Tensor) -> Tensor:

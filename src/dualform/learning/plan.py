@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from dualform.learning.backends import Backend, Run, backend_of, backends, visible
 from dualform.learning.batched import at, example, joined, mapped, row_axis, row_bytes
-from dualform.learning.derive import Derivation, Step, only_outputs, slopes_as_arithmetic, undisturbed
+from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, slopes_as_arithmetic, undisturbed
 from dualform.learning.fission import Fission, split
 from dualform.learning.grid import Variant
 from dualform.learning.norms import native_norms
@@ -115,7 +115,8 @@ class Way:
         """Return a part, ready to run op by op on so many rows."""
         key = (name, rows, device)
         if key not in self.made:
-            self.made[key] = self.prepare(at(getattr(self.fission, name).graph, rows, device))
+            with TRACING:
+                self.made[key] = self.prepare(at(getattr(self.fission, name).graph, rows, device))
         return self.made[key]
 
     def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
@@ -267,21 +268,26 @@ class Plan:
         """
         key = (variant, name)
         if key not in self.ways:
-            step, inputs = self.step(variant), self.inputs(variant)
-            state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
-            count = step.num_outputs
-            if name == "reverse":
-                wanted = list(itertools.compress(range(len(inputs)), step.wants))
-                graph = step.reverse
-                carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
-                inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
-            else:
-                graph, carried, returned = step.graph if name == "visible" else step.plain, state, range(1, count)
-            table = slopes_as_arithmetic() if name == "visible" else None
-            whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs], table))
-            native_norms(whole.graph)
-            if name == "advance":
-                whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
-            whole = ready_first(whole, carried)
-            self.ways[key] = Way.of(whole, inputs, carried, returned, visible if name == "visible" else _in_place)
+            with TRACING:
+                if key not in self.ways:
+                    self.ways[key] = self._way(variant, name)
         return self.ways[key]
+
+    def _way(self, variant: Variant, name: str) -> Way:
+        step, inputs = self.step(variant), self.inputs(variant)
+        state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
+        count = step.num_outputs
+        if name == "reverse":
+            wanted = list(itertools.compress(range(len(inputs)), step.wants))
+            graph = step.reverse
+            carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
+            inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
+        else:
+            graph, carried, returned = step.graph if name == "visible" else step.plain, state, range(1, count)
+        table = slopes_as_arithmetic() if name == "visible" else None
+        whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs], table))
+        native_norms(whole.graph)
+        if name == "advance":
+            whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
+        whole = ready_first(whole, carried)
+        return Way.of(whole, inputs, carried, returned, visible if name == "visible" else _in_place)

@@ -99,6 +99,11 @@ def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.custom_op("dualform::scan", mutates_args=())
 def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected plain ones, its "
+            "tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
+        )
     with torch.autocast(tensors[0].device.type, enabled=False):
         return _own(run_forward(plan, call, checkpoints, backend), tensors)
 
@@ -116,6 +121,17 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
         torch.empty_like(call.position),
         *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
     ]
+
+
+def _seen(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
+    """The op under a transform of torch.func, as a graph that holds it calls it: ops in its place."""
+    plan, call, _ = _call(key, tensors)
+    found = run_visible(plan, call)
+    return [*found, *(x.new_zeros(checkpoints, *x.shape) for x in found[1 : 1 + checkpointed(plan, call)])]
+
+
+_library = torch.library.Library("dualform", "FRAGMENT")  # registrations live as long as it
+_library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
 
 
 @torch.library.custom_op("dualform::scan_backward", mutates_args=())
@@ -206,12 +222,19 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
         return None  # the op says why
 
 
+@torch.compiler.disable(
+    reason="a transform of torch.func is traced around a program: compile what is inside it, or not at all"
+)
+def _visibly(name: str, form: str, call: Call) -> list[Tensor]:
+    return run_visible(_sources[name].plan(call.q.shape[-1], call.dtype, form), call)
+
+
 def scan(
     name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool = False
 ) -> list[Tensor]:
     """Run the op for a registered program: [o, *anchor, *registers, position]. overwrite: the state given may be lost."""
     if watched():
-        return run_visible(_sources[name].plan(call.q.shape[-1], call.dtype, form), call)
+        return _visibly(name, form, call)
     tensors = call.flat()
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
