@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -185,10 +186,12 @@ def arrange(
     `block`: at most so many tokens at once, where rows stand alike; it never changes a result.
     `carried`: the caller gave a state, whose registers count (and have gradients) even where a mini-batch begins.
     """
-    if any(x is not None and is_mapped(x) for x in (position, mask, reset)):
+    known = get_proxy_mode() is None and not any(x is not None and is_mapped(x) for x in (position, mask, reset))
+    plain = mask is None and reset is None
+    if not known and (carried or not plain):
         return _token_by_token(T, chunk, position, mask, reset, dtype)
-    first = int(position[0])
-    alike = mask is None and reset is None and bool((position == first).all())
+    first = int(position[0]) if known else 0
+    alike = plain and (not known or bool((position == first).all()))
     if alike:
         kind = (len(position), dtype, position.device)
         grid = _sliced(T, chunk, first, *kind, carried, min(chunk, block or chunk))
@@ -296,7 +299,7 @@ def _gathered(
 def _stand_ins(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Find, for each row, a valid token: its own first one, or that of a row that has one."""
     first, has = mask.long().argmax(1), mask.any(1)
-    other = has.long().argmax()
+    other = has.long().argmax(0, keepdim=True)
     return torch.where(has, torch.arange(len(has), device=mask.device), other), torch.where(has, first, first[other])
 
 

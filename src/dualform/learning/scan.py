@@ -163,7 +163,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
-    if torch.is_grad_enabled() or watched():  # these gradients are differentiated again, or many at once
+    many = (g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    if torch.is_grad_enabled() or watched() or any(many):  # these gradients are differentiated again, or many at once
         return _backward_visibly(ctx.key, tensors, grads), None, None
     given = zip(grads, ctx.outputs, strict=False)
     cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]
