@@ -8,24 +8,15 @@ Legend: B batch, T time, N blocks, W slots of a block, b the mini-batch (chunk).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import _disable_current_modes
 
-
-@contextmanager
-def lasting() -> Iterator[None]:
-    """Make tensors that later calls will use: no mode, grad mode or transform of the first caller reaches them."""
-    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
-        yield
+from dualform.learning.transforms import is_known, lasting
 
 
 class Variant(NamedTuple):
@@ -186,7 +177,7 @@ def arrange(
     `block`: at most so many tokens at once, where rows stand alike; it never changes a result.
     `carried`: the caller gave a state, whose registers count (and have gradients) even where a mini-batch begins.
     """
-    known = get_proxy_mode() is None and not any(x is not None and is_mapped(x) for x in (position, mask, reset))
+    known = all(x is None or is_known(x) for x in (position, mask, reset))
     plain = mask is None and reset is None
     if not known and (carried or not plain):
         return _token_by_token(T, chunk, position, mask, reset, dtype)
@@ -301,16 +292,6 @@ def _stand_ins(mask: Tensor) -> tuple[Tensor, Tensor]:
     first, has = mask.long().argmax(1), mask.any(1)
     other = has.long().argmax(0, keepdim=True)
     return torch.where(has, torch.arange(len(has), device=mask.device), other), torch.where(has, first, first[other])
-
-
-def is_mapped(x: Tensor) -> bool:
-    """Do a tensor's values differ along an axis that vmap hides, so that no layout may depend on them?"""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False
 
 
 def _token_by_token(

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from dualform.learning.finite import NonFiniteError
-from dualform.learning.grid import lasting, places
+from dualform.learning.grid import places
 from dualform.learning.learners import learners
 from dualform.learning.program import derive
 from dualform.learning.state import Carried, State, from_tensors
+from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError
 
 

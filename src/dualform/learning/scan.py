@@ -15,7 +15,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError
@@ -24,11 +23,7 @@ from dualform.learning.grid import variants_of
 from dualform.learning.loop import checkpointed, run_backward, run_forward, run_visible
 from dualform.learning.plan import Call, Leaves, Plan, chosen, found
 from dualform.learning.plan import chosen_in_words as chosen_in_words
-
-
-def watched() -> bool:
-    """Is a transform of torch.func at work, or forward differentiation? They must see every op."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from dualform.learning.transforms import has_tangent, is_one_of_many, watched
 
 
 class Source(Protocol):
@@ -99,7 +94,7 @@ def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.custom_op("dualform::scan", mutates_args=())
 def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if any(has_tangent(x) for x in tensors):
         raise NotImplementedError(
             "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected plain ones, its "
             "tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
@@ -163,8 +158,9 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
-    many = (g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
-    if torch.is_grad_enabled() or watched() or any(many):  # these gradients are differentiated again, or many at once
+    if (
+        torch.is_grad_enabled() or watched() or any(g is not None and is_one_of_many(g) for g in grads)
+    ):  # these gradients are differentiated again, or many at once
         return _backward_visibly(ctx.key, tensors, grads), None, None
     given = zip(grads, ctx.outputs, strict=False)
     cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]

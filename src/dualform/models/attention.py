@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualform.learning.layer import rotate
+from dualform.learning.transforms import watched
 from dualform.models.cache import Columns, DocumentCache
 
 
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.extend(k, v, columns)
-        if with_weights:
+        if with_weights or watched():  # SDPA's kernels have no forward derivative
             o, weights = attend(q, k, v, mask)
         else:
             causal = mask is None
