@@ -120,7 +120,7 @@ def test_a_layer_whose_parameters_learn_or_do_not(strict, frozen):
     module = Two().requires_grad_(not frozen)
     T = Dim("T", min=2, max=64)
     found = export(module, (torch.randn(1, 9, 8),), dynamic_shapes={"x": {1: T}}, strict=strict)
-    assert all(f"program{n}|" not in found.graph_module.code for n in range(1000))
+    assert all(f"plan{n}|" not in found.graph_module.code for n in range(1000))
     for length in (2, 9, 30):
         x = torch.randn(1, length, 8)
         laws.agree("y", found.module()(x), module(x))
@@ -142,9 +142,9 @@ def test_a_fixed_length_carries_its_own_blocks_only():
     found = export(First(), (x,))
     (call,) = [n for n in found.graph.nodes if n.target is torch.ops.dualform.scan.default]
     told = shipped.read(call.args[1].partition("|")[0])
-    assert {v.width for v in told.only.derivation.told} == {1, 4}
+    assert {v.width for v in told.derivation.told} == {1, 4}
     with pytest.raises(ValueError, match=r"blocks of Variant\(width=2.*Export it again"):
-        told.only.step(arrange(6, 4, torch.zeros(1), None, None, torch.float32, False).variants[-1])
+        told.step(arrange(6, 4, torch.zeros(1), None, None, torch.float32, False).variants[-1])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
-from dualform.learning.program import derive
+from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.state import Carried, State, from_tensors
 from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError
@@ -86,6 +86,7 @@ class TestTimeTraining(nn.Module):
     backend: Any = "auto"
     nan_policy: str = "propagate"
     name: str = ""  # of the layer in its model, for errors
+    program: ChunkProgram  # of a template: no part of this module
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class TestTimeTraining(nn.Module):
         )
         with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
             models = [recipe(f) for _ in range(heads)]
-        self.program = derive(models[0], objective, rule, chunk=chunk)
+        object.__setattr__(self, "program", derive(models[0], objective, rule, chunk=chunk))
         parts = self.program.parts
         self.leaves = {name: "initial_" + name.replace(".", "_") for name in (*parts.fast, *parts.slow)}
         for name, own in self.leaves.items():

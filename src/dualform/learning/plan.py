@@ -27,6 +27,7 @@ from dualform.learning.norms import native_norms
 from dualform.learning.regroup import ready_first
 
 Leaves = dict[str, Tensor]
+Names = tuple[list[str], list[str], list[str]]
 
 
 class Call(NamedTuple):
@@ -237,12 +238,17 @@ def chosen_in_words(plan: Plan) -> str:
 
 @dataclass(eq=False)
 class Plan:
-    """A derivation and its directions."""
+    """A derivation and its directions.
+
+    names: of the gates with a time axis, of the fast leaves, and of what is not fast, as a call has them.
+    """
 
     derivation: Derivation
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
     natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
     counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
+    names: Names = ([], [], [])
+    key: str = ""  # what an op knows it by
 
     def out_dtype(self, call: Call) -> torch.dtype:
         """Say what the outputs are rounded to: q's digits; losses keep all."""
@@ -257,7 +263,7 @@ class Plan:
         d, found = self.derivation, []
         for part, value in self.step(variant).inputs._asdict().items():
             for name in value if isinstance(value, dict) else [] if value is None else [part]:
-                own = "shared" if name in d.parts.buffers or name in d.constants else "heads"
+                own = "heads" if part == "init" or name in d.parts.slow else "shared"
                 found.append(Input(part, name, own if part in ("slow", "init") else "block"))
         return found
 

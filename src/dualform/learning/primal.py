@@ -11,7 +11,7 @@ from operator import mul
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.utils._pytree import tree_map
 
 from dualform.learning.state import State
@@ -23,8 +23,8 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
     (B, T, H), rows = call.q.shape[:3], []
 
     def predict(theta: dict[str, Tensor], h: int, x: Tensor) -> Tensor:
-        rest = {name: p[h] for name, p in call.slow.items()} | call.buffers
-        return functional_call(call.learner, theta | rest, (x[None],))[0]
+        rest = {name: p[h] for name, p in call.slow.items()} | call.rest
+        return call.learner(theta | rest, x[None])[0]
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
         return call.objective(predict(theta, h, k), v - k if call.target == "v-k" else v)

@@ -18,71 +18,81 @@ from torch import Tensor
 
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import undisturbed
+from dualform.learning.derive import TRACING, undisturbed
 from dualform.learning.grid import variants_of
 from dualform.learning.loop import checkpointed, run_backward, run_forward, run_visible
-from dualform.learning.plan import Call, Leaves, Plan, chosen, found
+from dualform.learning.plan import Call, Leaves, Names, Plan, chosen, found
 from dualform.learning.plan import chosen_in_words as chosen_in_words
 from dualform.learning.transforms import has_tangent, is_one_of_many, watched
 
 
 class Source(Protocol):
-    """What stands behind a key: a program, or the text of one; it knows its names and makes its plans."""
+    """What makes plans: a program."""
 
     @property
-    def tensor_names(self) -> tuple[list[str], list[str], list[str]]: ...  # gates of (B, T, H), leaves, slow
+    def tensor_names(self) -> Names: ...
     def plan(self, K: int, dtype: torch.dtype, form: str) -> Plan: ...
 
 
 _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
-_compiled: dict[str, Source] = {}  # what compiled graphs, which hold keys alone, may call at any time
+_plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
+_compiled: dict[str, Plan] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
 
 
 def register(source: Source) -> str:
-    """Name a program, for keys."""
+    """Name a program."""
     name = f"program{next(_count)}"
     _sources[name] = source
     return name
 
 
-def _source(key: str) -> Source:
-    """Find what stands behind a key: "program|form|backend|optional tensors"."""
+def _plan(name: str, form: str, K: int, dtype: torch.dtype) -> Plan:
+    """Return a program's plan for a call, under a key of its own: what a program changes into has another."""
+    source = _sources[name]
+    plan = source.plan(K, dtype, form)
+    if not plan.key:
+        with TRACING:
+            plan.names, plan.key = source.tensor_names, plan.key or f"plan{next(_count)}"
+            _plans[plan.key] = plan
+    return plan
+
+
+@torch.compiler.assume_constant_result
+def _key(name: str, form: str, K: int, dtype: torch.dtype) -> str:
+    return _plan(name, form, K, dtype).key
+
+
+@torch.compiler.assume_constant_result
+def _text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: tuple[str, ...]) -> str:
+    """Write a plan for a file that other processes read. T: the length of every call, None if it may vary."""
+    plan = _plan(name, form, K, dtype)
+    d, (carried, masked, resets) = plan.derivation, (x in given for x in ("carried", "mask", "reset"))
+    return undisturbed(lambda: shipped.written(plan, variants_of(T, d.chunk, d.block, carried, masked, resets)))
+
+
+def _planned(key: str) -> Plan:
+    """Find what stands behind a key: "plan|backend|optional tensors"."""
     name = key.partition("|")[0]
-    return shipped.read(name) if name.startswith(shipped.MARK) else _sources[name]
+    return shipped.read(name) if name.startswith(shipped.MARK) else _plans[name]
 
 
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
-    _, form, backend, optional = key.split("|")
-    source, rest = _source(key), iter(tensors)
-    gates, leaves, slow = source.tensor_names
+    plan, (_, backend, optional), rest = _planned(key), key.split("|"), iter(tensors)
+    gates, leaves, others = plan.names
     q, k, v, position = (next(rest) for _ in range(4))
 
     def take(names: list[str]) -> Leaves:
         return {n: next(rest) for n in names}
 
-    gate, rest_slow, anchor, registers, init = take(gates), take(slow), take(leaves), take(leaves), take(leaves)
+    gate, slow, anchor, registers, init = take(gates), take(others), take(leaves), take(leaves), take(leaves)
     given = optional.split(",")
     extra = {n: next(rest) for n in given if n not in ("", "carried")}
     call = Call(
-        q, k, v, gate, rest_slow, anchor, registers, position, init,
+        q, k, v, gate, slow, anchor, registers, position, init,
         extra.get("offset"), extra.get("mask"), extra.get("reset"), "carried" in given,
     )  # fmt: skip
-    return source.plan(q.shape[-1], call.dtype, form), call, backend
-
-
-@torch.compiler.assume_constant_result
-def _as_text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: tuple[str, ...]) -> str:
-    """Write a program for a file that other processes read. T: the length of every call, None if it may vary."""
-    source = _sources[name]
-    d = source.plan(K, dtype, form).derivation
-    carried, masked, resets = (x in given for x in ("carried", "mask", "reset"))
-
-    def write() -> str:
-        kinds = variants_of(T, d.chunk, d.block, carried, masked, resets)
-        return shipped.written(d, kinds, source.tensor_names)
-
-    return undisturbed(write)
+    return plan, call, backend
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -105,9 +115,9 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
 
 @scan_op.register_fake
 def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    if (name := key.partition("|")[0]) in _sources:
-        _compiled[name] = _sources[name]
     plan, call, _ = _call(key, tensors)
+    if plan.key:
+        _compiled[plan.key] = plan
     held = [*call.anchor.values(), *call.registers.values()]
     o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
     return [
@@ -146,8 +156,7 @@ def _(tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key:
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
-    ctx.source = _source(ctx.key)  # lives as long as the graph
-    _, call, _ = _call(ctx.key, tensors)
+    ctx.plan, call, _ = _call(ctx.key, tensors)  # which lives as long as the graph
     ctx.held = len(call.anchor) + len(call.registers)
     ctx.count = len(tensors)
     ctx.outputs = [(x.shape, x.dtype) for x in output[: 1 + ctx.held]]
@@ -210,7 +219,7 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
         return None
     if not (call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None):
         return None
-    plan = _sources[name].plan(call.q.shape[-1], call.dtype, form)
+    plan = _plan(name, form, call.q.shape[-1], call.dtype)
     plan.counts["tokens"] += 1
     whole = found(chosen(backend, plan, call)).whole
     try:
@@ -223,7 +232,7 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
     reason="a transform of torch.func is traced around a program: compile what is inside it, or not at all"
 )
 def _visibly(name: str, form: str, call: Call) -> list[Tensor]:
-    return run_visible(_sources[name].plan(call.q.shape[-1], call.dtype, form), call)
+    return run_visible(_plan(name, form, call.q.shape[-1], call.dtype), call)
 
 
 def scan(
@@ -239,13 +248,16 @@ def scan(
     state = keep = 0
     if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
         state = sum(x.nbytes for x in call.anchor.values())
-        keep = found(chosen(backend, _sources[name].plan(call.q.shape[-1], call.dtype, form), call)).keep
+        keep = found(chosen(backend, _plan(name, form, call.q.shape[-1], call.dtype), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
     held = len(call.anchor) + len(call.registers)
     optional = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
     given = tuple(n for n, x in optional.items() if x is not None)
+    kind = (name, form, call.q.shape[-1], call.dtype)
     if torch.compiler.is_exporting():
         T = call.q.shape[1]
         fixed = type(T) is int and not torch.compiler.is_dynamo_compiling()
-        name = _as_text(name, form, call.q.shape[-1], call.dtype, T if fixed else None, given)
-    return scan_op(tensors, f"{name}|{form}|{backend}|{','.join(given)}", checkpoints)[: 2 + held]
+        key = _text(*kind, T if fixed else None, given)
+    else:
+        key = _key(*kind)
+    return scan_op(tensors, f"{key}|{backend}|{','.join(given)}", checkpoints)[: 2 + held]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import Derivation, Parts, Step, flatten, trace_fake, undisturbed
+from dualform.learning.derive import Step, flatten, trace_fake, undisturbed
 from dualform.learning.emit import StepInputs
 from dualform.learning.grid import Variant
 from dualform.learning.plan import Plan
@@ -30,13 +30,12 @@ MARK = "text:"  # what such a text begins with, and no program's name does
 _kinds = {torch.dtype: "dtype", torch.device: "device", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
-def written(derivation: Derivation, variants: Sequence[Variant], names: tuple[list[str], list[str], list[str]]) -> str:
-    """Write what runs these kinds of blocks. names: of the gates with a time axis, of the fast leaves, of slow parameters
-    and buffers."""
-    d, rule = derivation, derivation.inner.rule
+def written(plan: Plan, variants: Sequence[Variant]) -> str:
+    """Write what runs these kinds of blocks."""
+    d, rule = plan.derivation, plan.derivation.inner.rule
     told = {
-        "names": names,
-        "buffers": list(d.parts.buffers),
+        "names": plan.names,
+        "slow": list(d.parts.slow),
         "sizes": [p.numel() for p in d.parts.fast.values()],
         "start": rule.start,
         "resets": rule.resets,
@@ -151,7 +150,7 @@ class Shipped:
     block: int | None
     dtype: torch.dtype
     out_width: int
-    parts: Parts
+    parts: Any
     constants: dict[str, Tensor]
     told: dict[Variant, Any]
     steps: dict[Variant, Step] = field(default_factory=dict)
@@ -178,34 +177,24 @@ class Shipped:
         return self.steps[variant]
 
 
-class Text:
-    """A text as what stands behind an op's key."""
-
-    def __init__(self, text: str) -> None:
-        told = json.loads(lzma.decompress(base64.b64decode(text.removeprefix(MARK))))
-        gates, leaves, slow = told["names"]
-        self.tensor_names: tuple[list[str], list[str], list[str]] = (gates, leaves, slow)
-        rule = SimpleNamespace(
-            start=tuple(told["start"]), resets=tuple(told["resets"]), num_registers=len(told["start"])
-        )
-        fast = {name: torch.empty(n, device="meta") for name, n in zip(leaves, told["sizes"], strict=True)}
-        derivation: Any = Shipped(
-            inner=SimpleNamespace(rule=rule, observed=told["observed"]),
-            chunk=told["chunk"],
-            block=told["block"],
-            dtype=_read(told["dtype"]),
-            out_width=told["out_width"],
-            parts=Parts(fast, {}, dict.fromkeys(told["buffers"], torch.empty(0, device="meta"))),
-            constants={name: _tensor(x) for name, x in told["constants"].items()},
-            told={Variant(*variant): step for variant, step in told["steps"]},
-        )
-        self.only = Plan(derivation)
-
-    def plan(self, K: int, dtype: torch.dtype, form: str) -> Plan:
-        return self.only
-
-
 @lru_cache(maxsize=256)
-def read(text: str) -> Text:
+def read(text: str) -> Plan:
     """Read what `written` wrote."""
-    return undisturbed(lambda: Text(text))
+    return undisturbed(lambda: _plan(json.loads(lzma.decompress(base64.b64decode(text.removeprefix(MARK))))))
+
+
+def _plan(told: dict[str, Any]) -> Plan:
+    gates, leaves, others = told["names"]
+    rule = SimpleNamespace(start=tuple(told["start"]), resets=tuple(told["resets"]), num_registers=len(told["start"]))
+    fast = {name: torch.empty(n, device="meta") for name, n in zip(leaves, told["sizes"], strict=True)}
+    derivation: Any = Shipped(
+        inner=SimpleNamespace(rule=rule, observed=told["observed"]),
+        chunk=told["chunk"],
+        block=told["block"],
+        dtype=_read(told["dtype"]),
+        out_width=told["out_width"],
+        parts=SimpleNamespace(fast=fast, slow=told["slow"]),
+        constants={name: _tensor(x) for name, x in told["constants"].items()},
+        told={Variant(*variant): step for variant, step in told["steps"]},
+    )
+    return Plan(derivation, names=(gates, leaves, others))
