@@ -5,8 +5,12 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 
 from __future__ import annotations
 
+import itertools
+import keyword
 import math
+import re
 import threading
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.recorder import CannotRecord, record
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
@@ -265,16 +270,26 @@ class Derivation:
         )
 
 
-def names_of(inputs: StepInputs) -> list[str]:
-    """Name every tensor of a step's inputs as the printed program does."""
-    found: list[str] = []
-    for part, value in inputs._asdict().items():
-        if isinstance(value, dict):
-            prefix = {"R": "R_", "init": "init_", "gates": "", "th": "", "slow": ""}[part]
-            found += [prefix + name.replace(".", "_") for name in value]
-        elif value is not None:
-            found.append(part)
+def identifier(name: str, taken: set[str]) -> str:
+    """Spell any name as an identifier of its own, and take it: `0.weight` is w_0_weight, a second `a_w` is a_w_2."""
+    plain = re.sub(r"\W", "_", unicodedata.normalize("NFKC", name))
+    plain = plain if plain[:1].isidentifier() else f"w_{plain}"
+    tries = itertools.chain([plain], (f"{plain.rstrip('_')}_{n}" for n in itertools.count(2)))
+    found = next(x for x in tries if x not in taken and not keyword.iskeyword(x))
+    taken.add(found)
     return found
+
+
+def names_of(inputs: StepInputs) -> list[str]:
+    """Name every tensor of a step's inputs as the printed program does, each apart: q, k, v and gates keep theirs."""
+    tree = inputs._asdict()
+    parts = [part for part, value in tree.items() if value is not None and not isinstance(value, dict)]
+    found = {part: [part] for part in parts}
+    taken = {"torch", "mini_batch", *parts}
+    for part in sorted((p for p, value in tree.items() if isinstance(value, dict)), key=lambda p: p != "gates"):
+        prefix = {"R": "R_", "init": "init_"}.get(part, "")
+        found[part] = [identifier(prefix + name, taken) for name in tree[part]]
+    return [name for part in tree for name in found.get(part, ())]
 
 
 def flatten(inputs: Any) -> list[Tensor]:
@@ -329,12 +344,20 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
 def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None = None) -> fx.GraphModule:
     """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
     table = norms_as_arithmetic() if table is None else table
+    try:
+        gm = record(f, tensors, table)
+    except (CannotRecord, RuntimeError):  # torch's own tracer knows more, and refuses in its own words
+        gm = _traced_by_torch(f, tensors, table)
+    _plain_views(gm)
+    return gm
+
+
+def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table) -> fx.GraphModule:
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)
-    _plain_views(gm)
     return gm
 
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
 from dualform.calculus.program import identity
+from dualform.calculus.recorder import node_of, recorded_so_far
 from dualform.calculus.structure import Derivative, compose
 from dualform.calculus.trace import source_line
 from dualform.learning.front_door import Routine, TracedRule
@@ -105,9 +105,7 @@ class _Keys:
 
 def called(x: Tensor, name: str) -> Tensor:
     """While tracing, name the node of a value, for the reader of the printed program."""
-    mode = get_proxy_mode()
-    held = None if mode is None else get_proxy_slot(x, mode.tracer, None)  # type: ignore[arg-type]
-    node = getattr(getattr(held, "proxy", None), "node", None)
+    node = node_of(x)
     if node is not None and node.op == "call_function":
         node._rename(name)
     return x
@@ -137,10 +135,8 @@ class Emitter:
 
     def begin(self, section: str) -> None:
         """While tracing, file what was recorded so far under its heading and start another."""
-        mode = get_proxy_mode()
-        if mode is not None:
-            for node in mode.tracer.graph.nodes:  # type: ignore[union-attr]
-                node.meta.setdefault("section", self.section)
+        for node in recorded_so_far():
+            node.meta.setdefault("section", self.section)
         self.section = section
 
     def __call__(self, x: StepInputs) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:

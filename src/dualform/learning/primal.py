@@ -1,4 +1,4 @@
-"""The definition: one token after another, with the user's own module and torch.func.grad. Everything else is tested
+"""The definition: one token after another, with the user's own module and torch's own gradients. Everything else is tested
 against this and shares no line with it.
 
 Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini-batch (from 1), g gradient.
@@ -6,8 +6,10 @@ Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,23 @@ from torch.func import grad
 from torch.utils._pytree import tree_map
 
 from dualform.learning.state import State
+
+
+def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
+    """Differentiate a token's loss by the weights: as autograd does, so that hooks and custom Functions count; by torch.func
+    inside its transforms, where autograd cannot be asked."""
+    if torch._C._are_functorch_transforms_active():
+        return grad(loss)(th, *rest)
+    outer = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = {w: x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for w, x in th.items()}
+        value = loss(own, *rest)
+        if not value.requires_grad:
+            return {w: torch.zeros_like(x) for w, x in th.items()}
+        found = torch.autograd.grad(
+            value, list(own.values()), create_graph=outer, allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(own, found, strict=True))
 
 
 def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `call` is program.Inputs, checked and cast
@@ -43,7 +62,7 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
             i += 1
             gates = {name: x[i - 1] if name == "offset" else x[row, t, h] for name, x in call.gates.items()}
             A, b, u, a = rule.step(call.q.new_tensor(float(i)), **gates)
-            g = grad(loss)(th, h, call.k[row, t, h], call.v[row, t, h])
+            g = gradient(loss, th, h, call.k[row, t, h], call.v[row, t, h])
             R = {w: [sum(map(mul, A[m], R[w])) - b[m] * g[w] for m in range(len(b))] for w in th}
             theta = {w: a * th[w] + sum(map(mul, u, R[w])) for w in th}
             outputs.append(predict(theta, h, call.q[row, t, h]))

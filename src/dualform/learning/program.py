@@ -503,11 +503,19 @@ def check_state(state: State, like: State) -> State:
     )
 
 
+# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
+_TRIALS = 32
+
+
 def infer_width(learner: nn.Module) -> int | None:
     """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
     said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
-    sizes = [n for p in itertools.chain(learner.parameters(), learner.buffers()) for n in p.shape]
-    candidates = list(dict.fromkeys(said + sizes))
+    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
+    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
+    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
+    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
+    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
+    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
     return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
 
 
