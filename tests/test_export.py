@@ -219,6 +219,29 @@ def test_gradients_outlive_the_program():
     assert name not in scan._sources
 
 
+def test_gradients_are_those_of_the_call_whatever_the_learner_becomes():
+    """What changes a program after a call does not reach that call's graph."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W, self.scale = nn.Parameter(torch.randn(4, 4, dtype=torch.float64)), 1.0
+
+        def forward(self, x):
+            return torch.tanh(x @ self.W * self.scale)
+
+    torch.manual_seed(0)
+    program = df.derive(Scaled(), chunk=3)
+    x = torch.randn(2, 6, 2, 4, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(program(x, x, x)[0].sin().sum(), x)
+    loss = program(x, x, x)[0].sin().sum()
+    program.learner.scale = 3.0
+    (other,) = torch.autograd.grad(program(x, x, x)[0].sin().sum(), x)
+    assert not torch.allclose(other, wanted)
+    laws.agree("gradient", torch.autograd.grad(loss, x, retain_graph=True)[0], wanted)
+    laws.agree("gradient", torch.autograd.grad(loss, x, create_graph=True)[0].detach(), wanted)
+
+
 def test_a_compiled_backward_outlives_the_program():
     torch._dynamo.reset()
     x = torch.randn(1, 9, 8, dtype=torch.float64, requires_grad=True)

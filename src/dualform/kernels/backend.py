@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.pieces import Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
+from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, Run_, checkpointed
 from dualform.learning.plan import Call, Input, Plan
@@ -68,11 +70,12 @@ def made(
 ) -> Made:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
     key = (variant, direction, full, slices, kinds := _kinds(plan, call))
-    if key not in plan.natives:
-        unit = written(plan, variant, direction, full, slices, kinds)
-        native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
-        plan.natives[key] = Made(native, unit.arguments)
-    return plan.natives[key]
+    with TRACING if key not in plan.natives else nullcontext():
+        if key not in plan.natives:
+            unit = written(plan, variant, direction, full, slices, kinds)
+            native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
+            plan.natives[key] = Made(native, unit.arguments)
+        return plan.natives[key]
 
 
 def cut(rows: int, count: int) -> bool:
