@@ -245,7 +245,8 @@ def _gathered(
     mask = true if mask is None else mask
     reset = ~true if reset is None else reset
     if not bool(mask.any()):
-        return Grid([], None, None, None, *[torch.empty(0)] * 3, None, torch.where(reset.any(1), 0, position))
+        none = torch.empty(0)
+        return Grid([], None, None, None, none, none, none, None, torch.where(reset.any(1), 0, position))
     rows = torch.arange(B, device=device)[:, None].expand(B, T)
     segment, place = places(T, position, mask, reset)
     counts = torch.zeros(B, T + 1, dtype=torch.long, device=device).index_put(

@@ -53,8 +53,9 @@ def _plan(name: str, form: str, K: int, dtype: torch.dtype) -> Plan:
     plan = source.plan(K, dtype, form)
     if not plan.key:
         with TRACING:
-            plan.names, plan.key = source.tensor_names, plan.key or f"plan{next(_count)}"
-            _plans[plan.key] = plan
+            key = plan.key or f"plan{next(_count)}"
+            plan.names, _plans[key] = source.tensor_names, plan
+            plan.key = key  # last: who reads it finds the rest
     return plan
 
 
@@ -167,9 +168,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
-    if (
-        torch.is_grad_enabled() or watched() or any(g is not None and is_one_of_many(g) for g in grads)
-    ):  # these gradients are differentiated again, or many at once
+    many = any(g is not None and is_one_of_many(g) for g in grads)
+    if many or torch.is_grad_enabled() or watched():  # these gradients will be differentiated again
         return _backward_visibly(ctx.key, tensors, grads), None, None
     given = zip(grads, ctx.outputs, strict=False)
     cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]

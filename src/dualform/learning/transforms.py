@@ -20,7 +20,7 @@ def watched() -> bool:
 
 def is_known(x: Tensor) -> bool:
     """May a call depend on a tensor's values? Not while it is traced, nor where they differ along an axis that vmap hides."""
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return False
     while functorch.is_functorch_wrapped_tensor(x):
@@ -32,7 +32,7 @@ def is_known(x: Tensor) -> bool:
 
 def is_one_of_many(x: Tensor) -> bool:
     """Is a tensor a batch of gradients, as torch.autograd.grad takes them with is_grads_batched?"""
-    return torch._C._functorch.is_legacy_batchedtensor(x)
+    return torch._C._functorch.is_legacy_batchedtensor(x)  # type: ignore[attr-defined]
 
 
 def has_tangent(x: Tensor) -> bool:
