@@ -387,3 +387,28 @@ def test_layers(options):
     for name, g in zip(own, again, strict=True):
         laws.agree(f"Hessian times a vector, {name}", twice[name], g)
         assert torch.allclose(g, (sides[0][name] - sides[1][name]) / (2 * h), atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["test_time", "full_attention", "sliding_attention"])
+def test_models(kind):
+    """An ensemble of weights by vmap; forward mode is the transpose of reverse mode."""
+    torch.manual_seed(0)
+    config = df.DualformConfig(preset="tiny-ttt-linear", num_hidden_layers=1, layer_types=[kind], sliding_window=4)
+    model = df.DualformForCausalLM(config).double().eval()
+    ids = torch.randint(3, 259, (2, 9))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logits(parameters):
+        return functional_call(model, parameters, (), {"input_ids": ids, "use_cache": False}).logits
+
+    ensemble = {name: torch.stack([p, 1.1 * p]) for name, p in parameters.items()}
+    laws.agree("ensemble", vmap(logits)(ensemble)[1], logits({name: p[1] for name, p in ensemble.items()}))
+    dp = random_like(parameters)
+    y, pushed = jvp(logits, (parameters,), (dp,))
+    dy = torch.randn_like(y)
+    own = dict(model.named_parameters())
+    pulled = torch.autograd.grad(
+        (logits(own) * dy).sum(), list(own.values()), allow_unused=True, materialize_grads=True
+    )
+    sides = (pushed * dy).sum(), sum((g * dp[name]).sum() for name, g in zip(own, pulled, strict=True)).detach()
+    assert torch.allclose(*sides, rtol=1e-6), sides  # norms are computed in float32
