@@ -259,3 +259,22 @@ def test_a_compiled_backward_outlives_the_program():
     torch._dynamo.reset()
     gc.collect()
     laws.agree("gradient", torch.autograd.grad(compiled, x)[0], wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["test_time", "sliding_attention"])
+def test_models_of_any_length(kind, masked):
+    torch.manual_seed(0)
+    config = df.DualformConfig(preset="tiny-ttt-linear", num_hidden_layers=1, layer_types=[kind], sliding_window=5)
+    model = df.DualformForCausalLM(config).eval()
+    T = Dim("T", min=2, max=64)
+    names = ["input_ids", *(["attention_mask"] if masked else [])]
+    example = {name: torch.randint(1, 2, (2, 13)) for name in names} | {"use_cache": False}
+    shapes = {name: {1: T} for name in names} | {"use_cache": None}
+    found = export(model, (), example, dynamic_shapes=shapes).module()
+    for length in (3, 21):
+        given = {"input_ids": torch.randint(3, 259, (2, length)), "use_cache": False}
+        mask = torch.rand(2, length) > 0.3 * masked  # what padding says is not defined
+        if masked:
+            given["attention_mask"] = mask.long()
+        laws.agree("logits", found(**given).logits[mask], model(**given).logits[mask])
