@@ -5,6 +5,8 @@ import os
 import hypothesis
 import torch
 
+os.environ.setdefault("DUALFORM_PROVE", "0")  # the laws are the proof here; tests/test_proof.py switches it on
+
 hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))

@@ -47,10 +47,10 @@ class Recorded(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def _outside(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} outside its recording")
+
+    __torch_dispatch__ = _outside  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 class Recorder(TorchDispatchMode):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dualform.kernels.launch import cache_folder, clear_cache
+from dualform.kernels.launch import clear_cache
+from dualform.learning.proof import cache_folder
 
 
 def cache(action: Literal["clear"], /) -> None:

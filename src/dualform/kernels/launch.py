@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dualform.learning.backends import BackendError
+from dualform.learning.proof import cache_folder
 
 OPTIMISE = "-O3"
 FLAGS = (
@@ -83,12 +84,6 @@ def _identity(command: tuple[str, ...], flags: tuple[str, ...]) -> str:
 
 
 # -- the cache: KEY.DIGEST.so, the key of what was compiled, the digest of what came out ------------------------------
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept: $DUALFORM_CACHE, else the user's cache folder."""
-    base = os.environ.get("DUALFORM_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualform"
 
 
 def _folders() -> Iterator[Path]:

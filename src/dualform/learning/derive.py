@@ -5,14 +5,16 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 
 from __future__ import annotations
 
+import gc
 import itertools
 import keyword
 import math
 import re
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -35,7 +37,7 @@ from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
 from dualform.learning.regroup import join_products
 from dualform.learning.simplify import tidy
-from dualform.learning.sites import Analysis, DerivationError, mark
+from dualform.learning.sites import Analysis, DerivationError, mark, op_name
 
 aten = torch.ops.aten
 
@@ -140,6 +142,27 @@ class Step:
 
         return undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
 
+    def retyped(self, old: torch.dtype, new: torch.dtype) -> Step:
+        """Return the same step, and its reverse, with numbers of another dtype."""
+
+        def cast(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(new) if x.dtype == old else x
+            return new if x is old else x
+
+        def graph(gm: fx.GraphModule) -> fx.GraphModule:
+            copy = fx.Graph()
+            copy.output(copy.graph_copy(gm.graph, {}))
+            for node in copy.nodes:
+                node.args, node.kwargs = _pytree.tree_map(cast, (node.args, node.kwargs))
+                if "val" in node.meta:
+                    node.meta["val"] = _pytree.tree_map(cast, node.meta["val"])
+            return fx.GraphModule(gm, copy)
+
+        step = Step(graph(self.graph), _pytree.tree_map(cast, self.inputs), self.choices)
+        step.plain, step.reverse = graph(self.plain), graph(self.reverse)
+        return step
+
 
 @dataclass(eq=False)
 class Derivation:
@@ -151,6 +174,8 @@ class Derivation:
     K: int
     dtype: torch.dtype
     block: int | None = None
+    per_token: int | None = None  # a site whose weights are to be formed per token, whatever it allows
+    source: Derivation | None = None  # the same in another dtype, whose graphs are taken
     parts: Parts = field(init=False)
     V: int = field(init=False, default=0)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -162,6 +187,10 @@ class Derivation:
 
     def __post_init__(self) -> None:
         self.parts = self.door.parts
+        if self.source is not None:
+            self.V, self.constants, self.cut = self.source.V, self.source.constants, self.source.cut
+            self.analyses, self.losses, self.rules = self.source.analyses, self.source.losses, self.source.rules
+            return
         proof = self.analysis(self._proved)
         self.V = proof.output.meta["val"].shape[-1]
         if self.inner.target == "v-k" and self.V != self.K:
@@ -195,14 +224,23 @@ class Derivation:
         named = [(n, tuple(x.shape), x.dtype) for n, x in (*self.parts.fast.items(), *self.slow_values().items())]
         return (
             self.analyses[W].graph.code, self.losses[W].text, self.rules[W].text, rule.gates, rule.start, rule.resets,
-            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype,
+            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype, self.per_token,
         )  # fmt: skip
 
     def analysis(self, W: int) -> Analysis:
         """Trace and mark the learner at W tokens, re-associated where that is better."""
         if W not in self.analyses:
-            self.analyses[W] = reassociate(self.as_written(W), W, always=self.inner.form == "dual")
+            a = self.as_written(W)
+            if self.per_token is None:
+                a = reassociate(a, W, always=self.inner.form == "dual")
+            else:
+                a.sites[self.per_token].admissible, a.sites[self.per_token].why = False, "it was asked for"
+            self.analyses[W] = a
         return self.analyses[W]
+
+    def site_lines(self) -> list[str]:
+        """Name the learner's line of every site."""
+        return [source_line(site.node) or op_name(site.node) for site in self.as_written(self._proved).sites]
 
     def as_written(self, W: int) -> Analysis:
         """Trace and mark the learner at W tokens."""
@@ -230,6 +268,8 @@ class Derivation:
 
     def step(self, variant: Variant) -> Step:
         """Trace one block for one head."""
+        if variant not in self.steps and self.source is not None:
+            self.steps[variant] = self.source.step(variant).retyped(self.source.dtype, self.dtype)
         if variant not in self.steps:
             many = self.analysis(variant.width)
             needs_one = any(not site.admissible for site in many.sites)
@@ -304,25 +344,53 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
-# torch's tracers keep state for the whole process: one trace at a time, whichever thread asks.
-TRACING = threading.RLock()
-_inside = threading.local()
+_inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
 
 
-def undisturbed(make: Callable[[], Any]) -> Any:
+class _Tracing:
+    """torch's tracers keep state for the whole process: one thread at a time, and those that it waits for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not _inside.__dict__:
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        if not _inside.__dict__:
+            self._lock.release()
+
+
+TRACING = _Tracing()
+
+
+def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
     """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
-    nothing is real. One at a time."""
+    nothing is real. One at a time; role "holds": what runs may trace in turn."""
     if getattr(_inside, "worker", False):
         return make()
 
     def run() -> Any:
-        _inside.worker = True
+        setattr(_inside, role, True)
         return make()
 
-    with TRACING:
+    with TRACING, _uncollected():
         _first_fake_tensors()
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(run).result()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the garbage collector back: a graph is many small objects that live, and each collection goes through all of torch's."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @cache

@@ -71,7 +71,7 @@ class Account:
 
 
 def account(
-    learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, code: str, level: str, backend: str
+    learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, code: str, level: str, backend: str, proof: str
 ) -> Account:
     """Tell a derivation from its traced step."""
     if level not in ("one-line", "steps", "proof"):
@@ -92,6 +92,7 @@ def account(
         f"rule     {inner.rule.name}: theta_t = c_t th + d_t . R_0 - sum over s <= t of C[t,s] g_s;  "
         f"{registers} register{'s' if registers > 1 else ''}, gates {', '.join(inner.rule.gates)}",
         f"backend  {backend}",
+        f"proof    {proof}",
     )
     steps = tuple(_site(n, choice) for n, choice in enumerate(step.choices, 1))
     forms = ", ".join(f"{c.leaf} {c.form}" for c in step.choices)

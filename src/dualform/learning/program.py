@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dualform.calculus.fingerprint import Fingerprint
 from dualform.calculus.twin import Twin
 from dualform.catalogue import Bound, Catalogue
+from dualform.learning import proof as proving
 from dualform.learning import scan as scan_module
 from dualform.learning.backends import backends_key
 from dualform.learning.derive import TRACING, Derivation, Step, undisturbed
@@ -29,6 +30,7 @@ from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.primal import primal
 from dualform.learning.printer import Cost, cost_of, print_step
+from dualform.learning.proof import Proof, cache_folder
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
@@ -100,20 +102,25 @@ class ChunkProgram(nn.Module):
         chunk: int,
         slow: tuple[str, ...] = (),
         block: int | None = None,
+        prove: bool = False,
+        per_token: int | None = None,
     ) -> None:
         super().__init__()
         self.learner, self.objective, self.rule, self.chunk, self.slow, self.block = (
             learner, objective, rule, chunk, slow, block,
         )  # fmt: skip
+        self.prove, self.per_token = prove, per_token
+        self.proofs: dict[str, Proof] = {}
         self.door = FrontDoor(learner, objective, rule, slow)
         self.name = scan_module.register(self)
         self.plans: dict[Any, scan_module.Plan] = {}
-        self.width, self.out_width = infer_width(learner), None
+        self.width: int | None = infer_width(learner)
+        self.out_width: int | None = None
         self._derive()
 
     def _derive(self) -> None:
         if self.width is not None:
-            self.out_width = self.plan(self.width, self._kind()[0], "auto").derivation.V
+            self.plan(self.width, self._kind()[0], "auto")
 
     @property
     def parts(self) -> Parts:
@@ -143,17 +150,59 @@ class ChunkProgram(nn.Module):
         found = self.plans.get(key)
         return self._planned(key) if found is None else found
 
-    def _planned(self, key: tuple[int, torch.dtype, str]) -> scan_module.Plan:
+    def plan_again(self, K: int, dtype: torch.dtype, form: str, retyped: bool) -> scan_module.Plan:
+        """Make a plan anew: traced, or that of the learner's own dtype with the numbers' type exchanged."""
+        source = self.plans.get((K, self._kind()[0], form)) if retyped else None
+        with TRACING:
+            self.plans.pop((K, dtype, form), None)
+            return self._planned((K, dtype, form), source and source.derivation)
+
+    def _planned(self, key: tuple[int, torch.dtype, str], source: Derivation | None = None) -> scan_module.Plan:
         K, dtype, form = key
         with TRACING:
             if key not in self.plans:
                 observed = form == "losses"
                 inner = Inner(self.rule, self.target, "auto" if observed else form, observed)
-                made = undisturbed(partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block))
+                build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, source)
+                made = undisturbed(build)
                 twin = _structures.setdefault(made.structure, scan_module.Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
                 self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
+                self.out_width = made.V if K == self.width else self.out_width
+                if not observed and proving.is_on(self.prove):
+                    self.proofs[form] = self._proof(made, form)
             return self.plans[key]
+
+    def _proof(self, made: Derivation, form: str) -> Proof:
+        """Prove a form, or remember that a structure like it was proved; a form that fails is not kept."""
+        found = _proved.get(made.structure)
+        if found is not None:
+            return found
+        device = next(iter(self.parts.fast.values())).device.type
+        folder, key = cache_folder() / "proofs", proving.digest(made.structure, form, device)
+        found = proving.recall(folder, key)
+        if found is None:
+            try:
+                found = undisturbed(partial(proving.prove, self, made.K, form), role="holds")
+            except DerivationError:
+                self.plans = {k: plan for k, plan in self.plans.items() if k[2] != form}
+                raise
+            proving.remember(folder, key, found)
+        _proved[made.structure] = found
+        return found
+
+    @property
+    def proof(self) -> Proof | None:
+        """What was compared with the definition when this structure was first derived; None: nothing (prove=False)."""
+        return self.proofs.get("auto")
+
+    def in_blocks(self, block: int) -> ChunkProgram:
+        """Return the same program computed so many tokens at once."""
+        return ChunkProgram(self.learner, self.objective, self.rule, self.chunk, self.slow, block)
+
+    def with_site_per_token(self, site: int) -> ChunkProgram:
+        """Return the same program with one site's weights formed for every token."""
+        return ChunkProgram(self.learner, self.objective, self.rule, self.chunk, self.slow, self.block, False, site)
 
     @property
     def tensor_names(self) -> tuple[list[str], list[str], list[str]]:
@@ -248,6 +297,8 @@ class ChunkProgram(nn.Module):
     def _scan(
         self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
+        if not torch.compiler.is_compiling():
+            self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -450,11 +501,12 @@ class ChunkProgram(nn.Module):
     def explain(self, level: str = "steps") -> Account:
         """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms, costs) or "proof" (and the code)."""
         words = scan_module.chosen_in_words(self.plan(self.derivation.K, self.derivation.dtype, "auto"))
-        return account(self.learner, self.derivation, self.step, self.cost, self.code, level, words)
+        proof = str(self.proof or "none: prove=False, or DUALFORM_PROVE=0")
+        return account(self.learner, self.derivation, self.step, self.cost, self.code, level, words, proof)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it was made of; who reads it derives it again."""
-        return ChunkProgram, (self.learner, self.objective, self.rule, self.chunk, self.slow, self.block)
+        return ChunkProgram, (self.learner, self.objective, self.rule, self.chunk, self.slow, self.block, self.prove)
 
     def __fingerprint__(self) -> tuple[Any, ...]:
         return self.learner, self.objective, self.rule, self.chunk, self.slow
@@ -533,6 +585,7 @@ def _runs(learner: nn.Module, K: int) -> bool:
 # Programs by learner, and traced steps by structure; the oldest go first.
 _programs: Bounded[ChunkProgram] = Bounded(256)
 _structures: Bounded[scan_module.Plan] = Bounded(256)
+_proved: Bounded[Proof] = Bounded(1024)
 
 
 def derive(
@@ -543,15 +596,18 @@ def derive(
     chunk: int = 16,
     slow: tuple[str, ...] = (),
     block: int | None = None,
+    prove: bool = True,
 ) -> ChunkProgram:
     """Derive a chunk program from an inner model: its gradients, its dual form where one exists, its state.
 
     th <- mini-batch of `chunk` tokens <- gradients at th; outputs with each token's own weights
     Shape:  learner maps rows (..., K) -> (..., V), K != V allowed; its parameters are fast unless `slow` (fnmatch) or the
             module's own attribute `slow` names them. block: at most so many tokens are computed at once (any value gives
-            the same results).
+            the same results). prove: the first time a structure is seen, compare the derived form with the definition in outputs,
+            state and outer gradients (`program.proof`; about a second, remembered on disk); DUALFORM_PROVE=0 switches it off.
     Dtype:  see ChunkProgram.
-    Raises: DerivationError if tokens mix, randomness is active or buffers are written, naming the learner's line.
+    Raises: DerivationError if tokens mix, randomness is active or buffers are written, naming the learner's line, and where the
+            proof finds a difference.
     Source: DESIGN section 1 of this project.
     Example:
         >>> import dualform as df, torch
@@ -575,9 +631,9 @@ def derive(
     frozen = tuple(name for name, p in learner.named_parameters() if not p.requires_grad)
     with TRACING:
         reading = Fingerprint(learner, loss, built).key or object()
-        key = (id(learner), id(loss), id(built), reading, chunk, tuple(slow), block, frozen)
+        key = (id(learner), id(loss), id(built), reading, chunk, tuple(slow), block, prove, frozen)
         if key not in _programs:
-            _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block)
+            _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block, prove)
         return _programs[key]
 
 

@@ -1,0 +1,413 @@
+"""The proof at `derive`: the first time a structure is seen, its derived form is compared with the definition on drawn data.
+
+Two problems are drawn, two rows and two heads each: one of whole mini-batches, as most calls are, and one with padding, resets, a
+carried state, a cut and tokens of rate 0. In the first head the weights are the learner's own, in the second these with noise.
+Outputs, state and the gradients of a random scalar by everything that may have one are compared, in float64 where the learner
+can be. What was found is remembered on disk.
+
+Legend: B = H = 2, T tokens, b the mini-batch (chunk).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.learning.sites import DerivationError
+from dualform.learning.state import State
+from dualform.shapes import TraceError
+
+# The largest error, relative to the largest entry of what is compared, by the least precise dtype that the learner goes through.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+WHOLE = 32  # mini-batches up to which the definition runs over whole ones; longer ones are proved in blocks of so many
+MOVES = 0.01  # the state must move the outputs by this share, or nothing is proved of how it learns
+_proving: ContextVar[bool] = ContextVar("proving", default=False)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared with the definition: the largest relative error, of what, in how many seconds.
+
+    `unproved`: why parts (or all) could not be compared; `remembered`: was it found on disk?
+    """
+
+    form: str
+    error: float
+    compared: tuple[str, ...]
+    seconds: float
+    dtype: str
+    unproved: tuple[str, ...] = ()
+    remembered: bool = False
+
+    def __str__(self) -> str:
+        if not self.compared:
+            return f"{self.form} not proved: {'; '.join(self.unproved)}"
+        when = "remembered" if self.remembered else f"in {self.seconds:.2f} s"
+        but = f"; not proved: {'; '.join(self.unproved)}" if self.unproved else ""
+        return f"{self.form} == primal to {self.error:.1e} ({self.dtype}; {len(self.compared)} tensors, outer gradients among them; {when}){but}"
+
+
+def is_on(prove: bool) -> bool:
+    """Is this the time to prove: asked for, not switched off by DUALFORM_PROVE=0, and no proof under way?"""
+    return prove and os.environ.get("DUALFORM_PROVE", "1") != "0" and not _proving.get()
+
+
+@contextmanager
+def _under_way() -> Iterator[None]:
+    token = _proving.set(True)
+    try:
+        yield
+    finally:
+        _proving.reset(token)
+
+
+# -- the memory --------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where proofs and compiled code are kept: $DUALFORM_CACHE, else the user's cache folder."""
+    base = os.environ.get("DUALFORM_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualform"
+
+
+@cache
+def _source() -> str:
+    """Digest this package's code."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def digest(structure: Any, form: str, device: str) -> str:
+    """Key a structure: the three graphs' text and shapes, this package's code, torch, device and form."""
+    text = repr((structure, form, device, torch.__version__, _source()))
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def recall(folder: Path, key: str) -> Proof | None:
+    """Read a remembered proof; None if there is none that can be read."""
+    try:
+        held = json.loads((folder / f"{key}.json").read_text())
+        lists = {name: tuple(map(str, held[name])) for name in ("compared", "unproved")}
+        return Proof(
+            str(held["form"]), float(held["error"]), lists["compared"], float(held["seconds"]), str(held["dtype"]),
+            lists["unproved"], True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(folder: Path, key: str, proof: Proof) -> None:
+    """Write a proof beside and rename it; a folder that takes nothing is no error."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(proof), file)
+        Path(name).replace(folder / f"{key}.json")
+    except OSError:
+        pass
+
+
+# -- what is compared --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Drawn inputs of a program; every floating tensor in `leaves` has a gradient."""
+
+    leaves: dict[str, Tensor]  # q, k, v, gate.*, param.*, anchor.*, register.*
+    position: Tensor | None = None
+    mask: Tensor | None = None
+    reset: Tensor | None = None
+    cut: int | None = None
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: x for name, x in self.leaves.items() if name.startswith(prefix)}
+
+    def run(self, program: Any, form: str, *, whole: bool = False, **options: Any) -> tuple[Tensor, State]:
+        """Run the program, in two calls where there is a cut; whole: in one."""
+        state = None if self.position is None else State(self.part("anchor."), self.part("register."), self.position)
+        T = self.leaves["q"].shape[1]
+        cut = T if self.cut is None or whole else self.cut
+        outputs = []
+        for time_ in (slice(0, cut), slice(cut, T)) if cut < T else (slice(0, T),):
+            q, k, v = (self.leaves[n][:, time_] for n in "qkv")
+            gates = {n: x if n == "offset" else x[:, time_] for n, x in self.part("gate.").items()}
+            marks = {n: None if x is None else x[:, time_] for n, x in (("mask", self.mask), ("reset", self.reset))}
+            o, state = program(q, k, v, gates, state=state, params=self.part("param."), form=form, **marks, **options)
+            outputs.append(o)
+        assert state is not None
+        return torch.cat(outputs, 1), state
+
+
+def outcome(run: Callable[[], tuple[Tensor, State]], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collect outputs, state, and the gradients of a random scalar of both by every input."""
+    o, state = run()
+    results = {"the outputs": o, **{f"the state's {n}": x for n, x in state.tensors().items() if x.is_floating_point()}}
+    g = torch.Generator().manual_seed(1)
+    terms = [(x * torch.randn(x.shape, generator=g).to(x)).sum() for x in results.values()]
+    grads = torch.autograd.grad(
+        sum(terms[1:], terms[0]), list(inputs.values()), allow_unused=True, materialize_grads=True
+    )
+    found = {f"the gradient of {_called(n)}": x for n, x in zip(inputs, grads, strict=True)}
+    return {n: x.detach() for n, x in results.items()} | found
+
+
+def _called(name: str) -> str:
+    part, _, rest = name.partition(".")
+    return {
+        "gate": f"the gate {rest}",
+        "param": rest,
+        "anchor": f"the incoming {rest}",
+        "register": f"the register of {rest}",
+    }.get(part, name)
+
+
+def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Measure every tensor's largest error, relative to its largest entry (and to a small share of all gradients')."""
+    largest = max((_size(x) for n, x in expected.items() if n.startswith("the gradient")), default=0.0)
+    found = {}
+    for name, x in expected.items():
+        scale = max(_size(x), 1e-3 * largest if name.startswith("the gradient") else 0.0) or 1.0
+        error = _size(got[name] - x) / scale
+        found[name] = math.inf if math.isnan(error) else error
+    return found
+
+
+def _size(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+class Draw:
+    """Draws the problems of a program at a width, in a dtype, deterministically."""
+
+    def __init__(self, program: Any, K: int, V: int, dtype: torch.dtype, noise: float) -> None:
+        self.program, self.K, self.V, self.dtype, self.noise = program, K, V, dtype, noise
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The learner's own in the first head; in the second own times exp(noise), and a little where they are zero."""
+        found = {}
+        for name, p in {**self.program.parts.fast, **self.program.parts.slow}.items():
+            own = self.normal(*p.shape) * 0.3 if p.is_meta else p.detach().to("cpu", self.dtype)
+            typical = float(own.abs().mean()) or 0.1
+            drawn = own * torch.exp(self.noise * self.normal(*p.shape)) + (
+                own == 0
+            ) * self.noise * typical * self.normal(*p.shape)
+            found[f"param.{name}"] = torch.stack([own, drawn])
+        return found
+
+    def gates(self, T: int, rate: float) -> dict[str, Tensor]:
+        rule, found = self.program.rule, {}
+        for name in rule.gates:
+            if name == "offset":
+                found["gate.offset"] = 0.1 * self.normal(self.program.chunk)
+                continue
+            middle = rate if name == "lr" else rule.default(name) or 0.2
+            found[f"gate.{name}"] = middle * (0.7 + 0.3 * self.uniform(2, T, 2))
+        return found
+
+    def problem(self, T: int, rate: float, ragged: bool) -> Problem:
+        x = {"q": self.normal(2, T, 2, self.K), "k": self.normal(2, T, 2, self.K), "v": self.normal(2, T, 2, self.V)}
+        x |= self.gates(T, rate) | self.weights()
+        if not ragged and self.program.chunk <= WHOLE:
+            return Problem(_leaves(x))
+        program, b = self.program, self.program.chunk
+        position = torch.tensor([0, b // 2]) if b <= WHOLE else torch.tensor([b - T // 2, b // 2])
+        fresh = (position == 0)[:, None] & torch.tensor(program.rule.resets)
+        for name, p in program.parts.fast.items():
+            anchor = x[f"param.{name}"].expand(2, 2, *p.shape) * (1 + 0.5 * self.noise * self.normal(2, 2, *p.shape))
+            start = torch.stack([s * anchor for s in program.rule.start], 2)
+            drawn = start + self.noise * float(anchor.abs().mean()) * self.normal(*start.shape)
+            at_start = fresh[:, None].reshape(2, 1, -1, *[1] * p.ndim)
+            x |= {f"anchor.{name}": anchor, f"register.{name}": torch.where(at_start, start, drawn)}
+        if not ragged:
+            return Problem(_leaves(x), position[:1].expand(2).clone())
+        if "gate.lr" in x:
+            x["gate.lr"][1, T // 2 :] = 0.0
+        mask, reset, cut = torch.ones(2, T, dtype=torch.bool), torch.zeros(2, T, dtype=torch.bool), (T + 1) // 2
+        mask[:, 1] = False
+        reset[1, min(3, cut - 1)] = reset[0, (cut + T) // 2] = (
+            True  # one in each part, which are then blocks of one kind
+        )
+        return Problem(_leaves(x), position, mask, reset, cut)
+
+
+def _leaves(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone().requires_grad_() for name, t in x.items()}
+
+
+# -- the proof ---------------------------------------------------------------------------------------------------
+
+
+def prove(program: Any, K: int, form: str) -> Proof:
+    """Compare a program's form with the definition; raise DerivationError where they differ.
+
+    Runs on the CPU, on a copy of the learner's tensors, in float64 where the learner can be, else in its own dtype. The graphs
+    are those of its own dtype with the numbers' type exchanged; where that does not hold, they are traced again.
+    """
+    began = time.perf_counter()
+    own = torch.promote_types(torch.float32, next(iter(program.parts.fast.values())).dtype)
+    with _under_way(), torch.enable_grad():
+        why = ""
+        for dtype, retyped in dict.fromkeys(
+            [(torch.float64, own != torch.float64), (torch.float64, False), (own, False)]
+        ):
+            try:
+                return _proved(program, K, dtype, retyped, form, began)
+            except _Differs as error:
+                if not retyped:
+                    raise _blamed(program, error, form) from None
+            except _CannotRun as error:
+                why = str(error)
+            except (DerivationError, TraceError, RuntimeError, TypeError):
+                if dtype == own and not retyped:
+                    raise
+        return Proof(form, math.nan, (), time.perf_counter() - began, "", (f"the definition cannot run: {why}",))
+
+
+class _CannotRun(Exception):
+    """The definition raises."""
+
+
+class _Differs(Exception):
+    """Something differs: what, by how much, the problem and the expected outcome."""
+
+    def __init__(self, found: dict[str, float], allowed: float, problem: Problem, expected: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.name = max(found, key=lambda n: found[n])
+        self.error, self.allowed, self.problem, self.expected = found[self.name], allowed, problem, expected
+
+
+def _proved(program: Any, K: int, dtype: torch.dtype, retyped: bool, form: str, began: float) -> Proof:
+    derivation, b = program.plan_again(K, dtype, form, retyped).derivation, program.chunk
+    allowed = max(TOLERANCES[d] for d in {dtype, *_dtypes(derivation)})
+    blocked = program if b <= WHOLE else program.in_blocks(WHOLE)
+    name = str(dtype).removeprefix("torch.")
+    for noise in (0.2, 0.02, 0.0):
+        draw = partial(Draw, program, K, derivation.V, dtype, noise)
+        rate, moved = _rate(draw, blocked, form)
+        problems = [draw().problem(_tokens(b, ragged), rate, ragged) for ragged in (False, True)]
+        expected = [_definition(program, problem) for problem in problems]
+        if all(bool(x.isfinite().all()) for one in expected for x in one.values()):
+            break
+    else:
+        return Proof(
+            form, math.nan, (), time.perf_counter() - began, name, ("the definition is not finite on drawn data",)
+        )
+    worst = 0.0
+    for problem, right in zip(problems, expected, strict=True):
+        got = outcome(partial(problem.run, blocked, form, backend="eager", remat=None), _inputs(program, problem))
+        worst = max(worst, _agreed(got, right, allowed, problem))
+    if blocked is not program:
+        long = replace(draw().problem(b + 3, rate, False), position=None)
+        right = outcome(partial(long.run, blocked, form, backend="eager", remat=None), _inputs(program, long))
+        got = outcome(partial(long.run, program, form, backend="eager", remat=None), _inputs(program, long))
+        worst = max(worst, _agreed(got, right, allowed, long))
+    silent = [n for n in (*program.parts.fast, *program.parts.slow) if not any(_moves(one, n) for one in expected)]
+    notes = [f"{n}, whose gradients are all zero" for n in silent]
+    if noise == 0.0:
+        notes.append("values other than the learner's own, where the definition is not finite")
+    if moved < MOVES:
+        notes.append(f"how the state learns, which moves the outputs by {100 * moved:.2g} % only")
+    names = tuple(dict.fromkeys(n for one in expected for n in one))
+    return Proof(form, worst, names, time.perf_counter() - began, name, tuple(notes))
+
+
+def _tokens(b: int, ragged: bool) -> int:
+    return (b + 4 if ragged else 2 * b) if b <= WHOLE else WHOLE + 8
+
+
+def _inputs(program: Any, problem: Problem) -> dict[str, Tensor]:
+    """All that has a gradient: what was drawn, and the tensors that the user's code closes over."""
+    return problem.leaves | {n: x for n, x in program.parts.closed.items() if x.requires_grad}
+
+
+def _definition(program: Any, problem: Problem) -> dict[str, Tensor]:
+    try:
+        return outcome(partial(problem.run, program, "primal", whole=True), _inputs(program, problem))
+    except Exception as error:  # the user's code, run as it is
+        raise _CannotRun(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _moves(expected: dict[str, Tensor], leaf: str) -> bool:
+    names = (f"the gradient of {leaf}", f"the gradient of the incoming {leaf}")
+    return any(bool(expected[n].any()) for n in names if n in expected)
+
+
+def _agreed(got: dict[str, Tensor], expected: dict[str, Tensor], allowed: float, problem: Problem) -> float:
+    found = differences(got, expected)
+    if not max(found.values()) <= allowed:
+        raise _Differs(found, allowed, problem, expected)
+    return max(found.values())
+
+
+def _dtypes(derivation: Any) -> set[torch.dtype]:
+    """The floating dtypes that the learner and the objective go through."""
+    graphs = [*derivation.analyses.values(), *(r.analysis for r in derivation.losses.values())]
+    found = {n.meta["val"].dtype for a in graphs for n in a.nodes if isinstance(n.meta.get("val"), Tensor)}
+    return found & TOLERANCES.keys()
+
+
+def _rate(draw: Callable[[], Draw], program: Any, form: str) -> tuple[float, float]:
+    """Find a rate at which the state moves the outputs by some percent, and by how much it does."""
+    if "lr" not in program.rule.gates:
+        return 1.0, 1.0
+
+    def outputs(rate: float) -> Tensor:
+        problem = draw().problem(_tokens(program.chunk, False), rate, False)
+        with torch.no_grad():
+            return problem.run(program, form, backend="eager", remat=None)[0]
+
+    rate, still, moved = 1.0, outputs(0.0), 0.0
+    for _ in range(12):
+        moved = _size(outputs(rate) - still) / (_size(still) or 1.0)
+        if not moved <= 0.5:
+            rate /= 4
+        elif moved < 2 * MOVES:
+            rate *= 4 if moved == 0 else min(64.0, 8 * MOVES / moved)
+        else:
+            break
+    return rate, moved
+
+
+def _blamed(program: Any, differs: _Differs, form: str) -> DerivationError:
+    """Say what differs, by how much, and the nearest line: the first site whose weights, formed per token, repair it."""
+    problem, where = differs.problem, ""
+    K, dtype = problem.leaves["k"].shape[-1], problem.leaves["k"].dtype
+    for site, line in enumerate(program.plan(K, dtype, form).derivation.site_lines()):
+        try:
+            spelled = program.with_site_per_token(site)
+            got = outcome(partial(problem.run, spelled, "auto", backend="eager", remat=None), _inputs(program, problem))
+        except (RuntimeError, ValueError, KeyError, AssertionError):
+            continue
+        if max(differences(got, differs.expected).values()) <= differs.allowed:
+            where = f", at {line}"
+            break
+    return DerivationError(
+        f"derive: form {form!r} and the definition differ in {differs.name} by {differs.error:.2g} of its largest entry{where}; expected "
+        f"at most {differs.allowed:.0e} in {dtype}. This is a fault of dualform, please report it: form='primal' is the definition, "
+        "prove=False goes on as it is."
+    )
