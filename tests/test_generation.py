@@ -10,7 +10,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 from dualform import testing as laws
 from dualform.kernels import launch
 from dualform.learning.layer import TestTimeTraining
-from dualform.learning.scan import found
+from dualform.learning.plan import found
 from dualform.models import DualformConfig, DualformForCausalLM
 from dualform.models.state_file import load_state, save_state
 from dualform.train.data import byte_tokenizer

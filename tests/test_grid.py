@@ -1,12 +1,19 @@
 """The grid puts every valid token into its mini-batch, in order, whatever the padding, resets and starting positions."""
 
+from dataclasses import replace
 from itertools import chain
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import dualform as df
+from dualform import testing as laws
+from dualform.learning import scan
 from dualform.learning.grid import arrange
+from dualform.testing.programs import outcome, same_outcome
 
 
 def walk(T, chunk, position, mask, reset):
@@ -73,3 +80,88 @@ def test_grid_is_the_walk(data):
                 assert not grid.full[n][b]
         assert list(chain(*found)) == list(chain(*blocks.values()))
         assert all(len({i for _, i in part}) == len(part) for part in found)  # no block spans two mini-batches
+
+
+# -- what padding holds reaches nothing ----------------------------------------------------------------------------
+
+
+class Unit(nn.Module):
+    """Singular where its input is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.tanh(x / x.norm(dim=-1, keepdim=True) @ self.W)
+
+
+masks = {
+    "a row": [[1, 1, 0, 1, 1], [0, 0, 0, 0, 0]],
+    "the first row": [[0, 0, 0, 0, 0], [1, 0, 1, 1, 1]],
+    "parts": [[0, 0, 1, 1, 0], [1, 0, 1, 0, 0]],
+    "all": [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("mask", list(masks))
+@pytest.mark.parametrize("learner", [Unit, lambda: df.learners.MLP(depth=2)(4)], ids=["singular", "mlp"])
+def test_padding_reaches_nothing(learner, mask, fill, resets):
+    """Outputs, state and every gradient are those of harmless padding, in both forms, carried state and gates included."""
+    torch.manual_seed(0)
+    program = df.derive(learner().double(), rule=df.rules.SGD(momentum=0.3, decay=0.1), chunk=3)
+    p = laws.draw(program, time=5, carried=True)
+    valid = torch.tensor(masks[mask], dtype=torch.bool)
+    reset = torch.tensor([[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool) if resets else None
+    drawn = {}
+    for name, x in p.tensors.items():
+        if name in "qkv" or name.startswith("gate."):
+            gone = ~valid.reshape(*valid.shape, *[1] * (x.ndim - 2)).expand(x.shape)
+            drawn[name] = (x.detach().masked_fill(gone, fill), x.detach())
+        else:
+            drawn[name] = (x.detach(), x.detach())
+    filled, clean = (
+        replace(p, mask=valid, reset=reset, tensors={n: t[k].clone().requires_grad_() for n, t in drawn.items()})
+        for k in (0, 1)
+    )
+    wanted = outcome(clean, lambda: clean.run("primal"))
+    for form, backend in (("auto", "eager"), ("auto", "auto"), ("primal", "auto")):
+        got = outcome(filled, lambda form=form, backend=backend: filled.run(form, backend=backend))
+        same_outcome(got, wanted, f"{form} {backend}")
+
+
+@pytest.mark.parametrize("mask", list(masks))
+def test_padding_reaches_nothing_in_generated_code(mask):
+    torch.manual_seed(0)
+    program = df.derive(Unit().double(), chunk=3)
+    x, valid = torch.randn(2, 5, 2, 4, dtype=torch.float64), torch.tensor(masks[mask], dtype=torch.bool)
+    x = x.masked_fill(~valid[..., None, None], torch.nan)
+    found = []
+    for backend in ("eager", "cpp"):
+        leaf = x.clone().requires_grad_()
+        o, state = program(leaf, leaf, leaf, mask=valid, backend=backend)
+        loss = o.square().sum() + sum(w.square().sum() for w in state.anchor.values())
+        found.append([o, *state.tensors().values(), *torch.autograd.grad(loss, [leaf, *program.learner.parameters()])])
+    for a, b in zip(*found, strict=True):
+        laws.agree("cpp", b, a)
+        assert a.isfinite().all()
+
+
+def test_gradients_from_no_kept_state():
+    """A graph that was exported without gradients kept none; its backward starts from the state it was given."""
+    torch.manual_seed(0)
+    program = df.derive(df.learners.MLP()(4).double(), chunk=2)
+    x = torch.randn(2, 9, 2, 4, dtype=torch.float64)
+    calls = []
+    real = scan.scan_op
+    for count in (None, 0):
+        leaf = x.clone().requires_grad_()
+        scan.scan_op = real if count is None else lambda tensors, key, _: real(tensors, key, 0)
+        try:
+            o, state = program(leaf, leaf, leaf)
+        finally:
+            scan.scan_op = real
+        calls.append(torch.autograd.grad(o.sum() + state.anchor["W1"].sum(), leaf)[0])
+    laws.agree("gradient", calls[1], calls[0])

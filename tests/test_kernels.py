@@ -28,7 +28,7 @@ import dualform as df
 from dualform import testing as laws
 from dualform.kernels import backend, blocks, cpp, launch, lowering, ops, pipeline, report, sharing
 from dualform.learning.derive import only_outputs
-from dualform.learning.scan import Input
+from dualform.learning.plan import Input
 from dualform.testing import LawBroken, check_backend
 
 squared = df.objectives.Squared()

@@ -10,7 +10,7 @@ from torch import nn
 
 import dualform as df
 from dualform import testing as laws
-from dualform.learning import emit, layer, program, scan
+from dualform.learning import emit, layer, loop, program, scan
 from dualform.learning.state import State
 
 
@@ -123,9 +123,9 @@ def test_forms_notice_a_gradient_that_the_vjp_loses(fresh):
 
 
 def test_forms_and_resets_notice_a_grid_that_ignores_a_reset(fresh):
-    real = scan.arrange
+    real = loop.arrange
     fresh.setattr(
-        scan, "arrange", lambda T, chunk, position, mask, reset, *rest: real(T, chunk, position, mask, None, *rest)
+        loop, "arrange", lambda T, chunk, position, mask, reset, *rest: real(T, chunk, position, mask, None, *rest)
     )
     bites(laws.check_forms, derive(), time=6, resets=True)
     assert "o from 2" in bites(laws.check_reset, derive(), 2, time=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.pieces import Kinds
-from dualform.learning import scan
 from dualform.learning.backends import Backend, BackendError, Whole, backends
+from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
+from dualform.learning.loop import Gradients, Run_, checkpointed
+from dualform.learning.plan import Call, Input, Plan
 
 
 class Made(NamedTuple):
@@ -32,7 +35,7 @@ SLICED = 32  # mini-batches from which a stretch is cut in slices, if rows are f
 TOKENS_WORTH_COMPILING = 1000  # one by one: each saves a millisecond or two
 
 
-def _kinds(plan: scan.Plan, call: scan.Call) -> Kinds:
+def _kinds(plan: Plan, call: Call) -> Kinds:
     """Say which of the caller's tensors have fewer digits than are computed with."""
     wide, o = call.dtype, plan.out_dtype(call)
     found = [((part, part), getattr(call, part).dtype) for part in ("q", "k", "v")]
@@ -42,7 +45,7 @@ def _kinds(plan: scan.Plan, call: scan.Call) -> Kinds:
 
 
 def written(
-    plan: scan.Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False, kinds: Kinds = ()
+    plan: Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False, kinds: Kinds = ()
 ) -> Unit:  # fmt: skip
     """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known. slices: for few rows."""
     way = pipeline if slices else blocks
@@ -56,22 +59,23 @@ def written(
         raise Unsupported(error.node, _line(plan, error.node)) from None
 
 
-def _line(plan: scan.Plan, node: fx.Node) -> str:
+def _line(plan: Plan, node: fx.Node) -> str:
     """Name the learner's line that asked for an op, if it is there under the same name."""
     traced = (n for a in plan.derivation.analyses.values() for n in a.nodes)
     return next((source_line(n) for n in traced if n.target == node.target), "")
 
 
 def made(
-    plan: scan.Plan, call: scan.Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
+    plan: Plan, call: Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
 ) -> Made:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
     key = (variant, direction, full, slices, kinds := _kinds(plan, call))
-    if key not in plan.natives:
-        unit = written(plan, variant, direction, full, slices, kinds)
-        native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
-        plan.natives[key] = Made(native, unit.arguments)
-    return plan.natives[key]
+    with TRACING if key not in plan.natives else nullcontext():
+        if key not in plan.natives:
+            unit = written(plan, variant, direction, full, slices, kinds)
+            native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
+            plan.natives[key] = Made(native, unit.arguments)
+        return plan.natives[key]
 
 
 def cut(rows: int, count: int) -> bool:
@@ -79,7 +83,7 @@ def cut(rows: int, count: int) -> bool:
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
 
 
-def _made_for(run: scan.Run_, piece: range, direction: str) -> Made:
+def _made_for(run: Run_, piece: range, direction: str) -> Made:
     """Return what runs a stretch."""
     return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
 
@@ -93,7 +97,7 @@ def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"i": place.to(dtype), "valid": torch.ones(chunk, dtype=dtype), "full": place == chunk}
 
 
-def _stretches(run: scan.Run_, start: int, end: int) -> list[range]:
+def _stretches(run: Run_, start: int, end: int) -> list[range]:
     """Cut blocks into runs of one kind whose state passes from one to the next as it is."""
     g, found = run.grid, []
     while start < end:
@@ -107,7 +111,7 @@ def _stretches(run: scan.Run_, start: int, end: int) -> list[range]:
     return found
 
 
-def _spread(run: scan.Run_, x: scan.Input, piece: range, do: Tensor | None = None) -> Tensor:
+def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
     """View an input as (n, B, H, ...)."""
     if x.part == "cotangent":
         assert do is not None
@@ -143,7 +147,7 @@ class _Sequence(Whole):
         return f"on the CPU, {made}, few rows in slices beside each other"
 
     @staticmethod
-    def _enough(plan: scan.Plan) -> int:
+    def _enough(plan: Plan) -> int:
         """Count the tokens of single heads from which a call repays compiling."""
         return math.ceil(WORTH_COMPILING / (12 * sum(p.numel() for p in plan.derivation.parts.fast.values())))
 
@@ -157,7 +161,7 @@ class _Sequence(Whole):
                 f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes. Use backend='auto', or move it."
             )
         state = run.held()
-        saved = [x.new_empty(checkpoints, *x.shape) for x in state[: scan.checkpointed(run.plan, call)]]
+        saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0
         o = run.new_output()
         for piece in _stretches(run, 0, run.blocks):
@@ -185,7 +189,7 @@ class _Sequence(Whole):
             row, token, head, *rest = x.stride()
             return (x.data_ptr(), 0, row, head, token, *rest)
 
-        def given(x: scan.Input) -> Place:
+        def given(x: Input) -> Place:
             if x.over != "block":
                 value = (slow if x.part == "slow" else call.init)[x.name]
                 return (value.data_ptr(), 0, 0, *[0] * (x.over == "shared"), *value.stride())
@@ -204,7 +208,7 @@ class _Sequence(Whole):
         return [o, *after, (call.position + 1) % chunk]
 
     def _advance(
-        self, run: scan.Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
+        self, run: Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
         n, native = piece.start, _made_for(run, piece, "forward")
@@ -237,12 +241,12 @@ class _Sequence(Whole):
     def backward(self, run: Any, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
         do, turned = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
         saved = [x.flatten(1, 2) for x in saved]
-        gradients = scan.Gradients(run)
+        gradients = Gradients(run)
         for piece, G, starts in self._jobs(run, saved, -(-run.blocks // checkpoints)):
             turned = self._reverse(run, piece, G, starts, turned, do, gradients)
         return gradients.flat(turned)
 
-    def _jobs(self, run: scan.Run_, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
+    def _jobs(self, run: Run_, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
         """Yield stretches from the last to the first: with blocks per kept state, and these states."""
         stop = run.blocks
         while stop > 0:
@@ -268,17 +272,17 @@ class _Sequence(Whole):
             stop = group * G
 
     def _reverse(
-        self, run: scan.Run_, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
-        gradients: scan.Gradients,
+        self, run: Run_, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
+        gradients: Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
         native = _made_for(run, piece, "backward")
         turned = run.turn(piece.stop - 1, turned)
         turned = turned[: (1 + run.returns_registers(piece.start)) * run.L]
         before = [torch.empty_like(x[0]) for x in starts]
-        placed: list[tuple[scan.Input, Tensor]] = []
+        placed: list[tuple[Input, Tensor]] = []
 
-        def gradient(x: scan.Input) -> Tensor:
+        def gradient(x: Input) -> Tensor:
             tokens = gradients.tokens.get(x.name) if x.over == "block" else None
             own = None if tokens is None else run.grid.place(tokens, piece)
             if own is None:
@@ -298,7 +302,7 @@ class _Sequence(Whole):
         return before
 
     @staticmethod
-    def _call(run: scan.Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
+    def _call(run: Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 

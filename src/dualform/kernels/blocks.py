@@ -35,7 +35,7 @@ from dualform.kernels.report import Bound, bound, describe
 from dualform.kernels.sharing import shared
 from dualform.kernels.statements import Buffer, Schedule, whole
 from dualform.learning.derive import only_outputs
-from dualform.learning.scan import Input
+from dualform.learning.plan import Input
 
 
 @dataclass(frozen=True)

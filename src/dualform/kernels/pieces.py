@@ -17,7 +17,7 @@ from dualform.kernels import cpp
 from dualform.kernels.schedule import schedule
 from dualform.kernels.statements import LINE, Buffer, View, whole
 from dualform.learning.backends import BackendError
-from dualform.learning.scan import Input
+from dualform.learning.plan import Input
 
 WHERE, START = "n, b, h", "0, b, h"
 ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* kp, T* ps, T* ct, T* acc"

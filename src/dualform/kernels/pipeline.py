@@ -28,7 +28,7 @@ from dualform.kernels.pieces import ARGUMENTS, CALL, Kinds, Layout, Piece, Targe
 from dualform.kernels.sharing import made_again, price
 from dualform.kernels.statements import whole
 from dualform.learning.fission import Part, split
-from dualform.learning.scan import Input
+from dualform.learning.plan import Input
 
 # Bytes that a window passes on, to stay in the second cache; and how many mini-batches it has at least and at most.
 WINDOW_BYTES, WINDOW = 2**19, (4, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from dualform.catalogue import Catalogue
+from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
 
 aten = torch.ops.aten
 Run = Callable[..., Sequence[Tensor]]
@@ -43,6 +44,31 @@ _entries = {
 
 class BackendError(ValueError):
     """A backend cannot run what it was given; the message says why. Where nobody chose it, eager runs instead."""
+
+
+def backends_key(spec: Any, where: str = "program") -> str:
+    """Write a backend, spelt in any way, as the one text that stands for it: `cpp`, `inductor {"blocks": 2}`, `auto`."""
+    if isinstance(spec, str) and (spec == "auto" or spec in backends.names()):
+        return spec
+    if isinstance(spec, str) and normalise(spec) == "auto":
+        return "auto"
+    try:
+        bound = backends.build(spec)
+    except CatalogueError as error:
+        known = ("auto", *backends.names())
+        what = f"{where}: backend is {spec!r}; expected 'auto' or one of {backends.names()}, with options or without."
+        hint = near_misses(spec, list(known)) if isinstance(spec, str) else str(error)
+        raise BackendError(f"{what} {hint}") from None
+    options = bound.to_json()
+    name, plain = options.pop("name"), bound.record.options
+    given = {option: value for option, value in options.items() if value != plain[option]}
+    return f"{name} {json.dumps(given, sort_keys=True)}" if given else name
+
+
+def backend_of(key: str) -> Backend:
+    """Build the backend that a key stands for."""
+    name, _, options = key.partition(" ")
+    return backends[name](**json.loads(options or "{}")).build()
 
 
 class Whole(Protocol):
@@ -114,6 +140,15 @@ def _eager(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
     _reuse(gm.graph)
     for node in gm.graph.nodes:
         node.target = _entries.get(node.target, node.target) if node.op == "call_function" else node.target
+    gm.recompile()
+    return gm.forward
+
+
+def visible(gm: fx.GraphModule) -> Run:
+    """Run a graph op by op and out of place, so that autograd and every transform see what is done."""
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.dualform.stop_gradient.default:
+            node.target = torch.Tensor.detach  # which cuts both modes, at every level
     gm.recompile()
     return gm.forward
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree
 
-from dualform.learning.derive import trace_fake
+from dualform.learning.derive import Table, trace_fake
 from dualform.learning.fission import Fission, Part
 from dualform.learning.simplify import tidy
 from dualform.shapes import TraceError, fail
@@ -24,8 +24,8 @@ aten = torch.ops.aten
 ROWS = 2**31 - 1
 
 
-def mapped(gm: fx.GraphModule, shared: Sequence[bool]) -> fx.GraphModule:
-    """Map a graph over ROWS rows; `shared` inputs are the same for all."""
+def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = None) -> fx.GraphModule:
+    """Map a graph over ROWS rows; `shared` inputs are the same for all. table: what is decomposed, norms if None."""
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     dims = tuple(None if s else 0 for s in shared)
     examples = [x.new_empty(x.shape if s else (ROWS, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
@@ -33,7 +33,7 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool]) -> fx.GraphModule:
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)  # it would loop over ROWS rows
     try:
-        made = tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples))
+        made = tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples, table))
     except RuntimeError as error:
         op = re.search(r"(\S+) hit the vmap fallback", str(error))
         if op is None:

@@ -6,8 +6,12 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 from __future__ import annotations
 
 import gc
+import itertools
+import keyword
 import math
+import re
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -309,16 +313,26 @@ class Derivation:
         )
 
 
-def names_of(inputs: StepInputs) -> list[str]:
-    """Name every tensor of a step's inputs as the printed program does."""
-    found: list[str] = []
-    for part, value in inputs._asdict().items():
-        if isinstance(value, dict):
-            prefix = {"R": "R_", "init": "init_", "gates": "", "th": "", "slow": ""}[part]
-            found += [prefix + name.replace(".", "_") for name in value]
-        elif value is not None:
-            found.append(part)
+def identifier(name: str, taken: set[str]) -> str:
+    """Spell any name as an identifier of its own, and take it: `0.weight` is w_0_weight, a second `a_w` is a_w_2."""
+    plain = re.sub(r"\W", "_", unicodedata.normalize("NFKC", name))
+    plain = plain if plain[:1].isidentifier() else f"w_{plain}"
+    tries = itertools.chain([plain], (f"{plain.rstrip('_')}_{n}" for n in itertools.count(2)))
+    found = next(x for x in tries if x not in taken and not keyword.iskeyword(x))
+    taken.add(found)
     return found
+
+
+def names_of(inputs: StepInputs) -> list[str]:
+    """Name every tensor of a step's inputs as the printed program does, each apart: q, k, v and gates keep theirs."""
+    tree = inputs._asdict()
+    parts = [part for part, value in tree.items() if value is not None and not isinstance(value, dict)]
+    found = {part: [part] for part in parts}
+    taken = {"torch", "mini_batch", *parts}
+    for part in sorted((p for p, value in tree.items() if isinstance(value, dict)), key=lambda p: p != "gates"):
+        prefix = {"R": "R_", "init": "init_"}.get(part, "")
+        found[part] = [identifier(prefix + name, taken) for name in tree[part]]
+    return [name for part in tree for name in found.get(part, ())]
 
 
 def flatten(inputs: Any) -> list[Tensor]:

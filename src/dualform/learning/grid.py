@@ -8,12 +8,15 @@ Legend: B batch, T time, N blocks, W slots of a block, b the mini-batch (chunk).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dualform.learning.transforms import is_known, lasting
 
 
 class Variant(NamedTuple):
@@ -36,12 +39,15 @@ class Grid:
     variants: list[Variant]
     spans: list[tuple[int, int]] | None  # every row alike: block n is these tokens
     index: Tensor | None  # (N, B, W) token of each slot, T where empty
-    stand_in: Tensor | None  # (B,) a valid token of the row, which an empty slot may read
+    stand_in: (
+        tuple[Tensor, Tensor] | None
+    )  # (B,) each: the row and place of a valid token, which an empty slot may read
     i: Tensor  # (N, B, W) position in the mini-batch, from 1
     valid: Tensor  # (N, B, W)
     full: Tensor  # (N, B)
     opens: Tensor | None  # (N, B)
     position: Tensor  # (B,) after the call
+    some: Tensor | None = None  # (): is any token valid? None: so it is, or there is no block
 
     def pieces(self, most: int, start: int = 0, end: int | None = None) -> list[range]:
         """Cut blocks start ... end into stretches of one variant: `most` at once, then ever smaller powers of two."""
@@ -74,13 +80,15 @@ class Grid:
             part = part.unflatten(1, (n, W)).transpose(0, 1)
         else:
             assert self.index is not None and self.stand_in is not None
-            index = self.index[piece.start : piece.stop]
-            empty = index == x.shape[1]
-            part = x[
-                torch.arange(x.shape[0], device=x.device)[:, None], torch.where(empty, self.stand_in[:, None], index)
-            ]
+            index, (other, place) = self.index[piece.start : piece.stop], self.stand_in
+            empty, rows = index == x.shape[1], torch.arange(x.shape[0], device=x.device)[:, None]
+            part = x[torch.where(empty, other[:, None], rows), torch.where(empty, place[:, None], index)]
             if not fill:
                 part = part.masked_fill(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), 0)
+            elif self.some is not None:
+                part = torch.where(
+                    self.some, part, torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
+                )
         return part.transpose(2, 3)  # (n, B, W, H, ...) -> (n, B, H, W, ...)
 
     def new(self, like: Tensor, *shape: int) -> Tensor:
@@ -114,6 +122,22 @@ class Grid:
             rows = torch.arange(out.shape[0], device=out.device)[:, None]
             out[rows, self.index[piece.start : piece.stop]] = value.to(out.dtype)
 
+    def join(self, pieces: Sequence[range], values: Sequence[Tensor], T: int) -> Tensor:
+        """Make the token-major result of all blocks, piece after piece, as `put` would, without writing to anything."""
+        rows_first = [
+            x.transpose(2, 3).transpose(0, 1).flatten(1, 2) for x in values
+        ]  # (n, B, H, W, ...) -> (B, n W, H, ...)
+        if self.spans is not None:
+            sizes = [self.spans[p.stop - 1][1] - self.spans[p.start][0] for p in pieces]
+            return torch.cat([x[:, :n] for x, n in zip(rows_first, sizes, strict=True)], 1)
+        assert self.index is not None
+        flat, token = torch.cat(rows_first, 1), self.index.transpose(0, 1).flatten(1)
+        B, slots = token.shape
+        places = torch.arange(slots, device=token.device).expand(B, slots)
+        slot = torch.full((B, T + 1), -1, device=token.device).scatter(1, token, places)[:, :T]
+        found = flat[torch.arange(B, device=token.device)[:, None], slot.clamp(min=0)]
+        return found.masked_fill((slot < 0).reshape(B, T, *[1] * (found.ndim - 2)), 0)
+
     def done(self, out: Tensor) -> Tensor:
         """Return a result that all pieces were put into."""
         return out if self.spans is not None else out[:, :-1].contiguous()
@@ -122,6 +146,26 @@ class Grid:
 def bucket(width: int, chunk: int) -> int:
     """Round a block's width up to a power of two (at most the mini-batch), so that few programs are traced."""
     return min(chunk, 1 << (width - 1).bit_length())
+
+
+def variants_of(
+    T: int | None, chunk: int, block: int | None, carried: bool, masked: bool, resets: bool
+) -> list[Variant]:
+    """List every kind of block that calls alike may meet: of length T, None for any; with a state, a mask, resets."""
+    b, apart = min(chunk, block or chunk), carried or masked or resets
+    if T is not None and not apart:
+        grid = _sliced(T, chunk, 0, 1, torch.float32, torch.device("cpu"), False, b)
+        return list(dict.fromkeys(grid.variants))
+    most = chunk if T is None else min(T, chunk)
+    found: dict[Variant, None] = {}
+    for n in range(1, min(b, most) + 1) if not (masked or resets) else ():
+        for fresh in (True, False) if carried or b < chunk else (True,):
+            found[Variant(bucket(n, b), fresh, bucket(n, b) == n, False)] = None
+    for n in range(1, most + 1) if apart else ():
+        W = bucket(n, chunk)
+        found |= dict.fromkeys([Variant(W, True, True, False), Variant(W, False, False, False)])
+        found |= {Variant(W, False, False, True): None} if resets else {}
+    return list(found)
 
 
 def arrange(
@@ -133,13 +177,15 @@ def arrange(
     `block`: at most so many tokens at once, where rows stand alike; it never changes a result.
     `carried`: the caller gave a state, whose registers count (and have gradients) even where a mini-batch begins.
     """
-    first = int(position[0])
-    alike = mask is None and reset is None and bool((position == first).all())
+    known = all(x is None or is_known(x) for x in (position, mask, reset))
+    plain = mask is None and reset is None
+    if not known and (carried or not plain):
+        return _token_by_token(T, chunk, position, mask, reset, dtype)
+    first = int(position[0]) if known else 0
+    alike = plain and (not known or bool((position == first).all()))
     if alike:
-        # the same tensors for every call alike: in plain mode, whatever the first call's was
-        with torch.inference_mode(False):
-            kind = (len(position), dtype, position.device)
-            grid = _sliced(T, chunk, first, *kind, carried, min(chunk, block or chunk))
+        kind = (len(position), dtype, position.device)
+        grid = _sliced(T, chunk, first, *kind, carried, min(chunk, block or chunk))
         return replace(grid, position=(position + T) % chunk)
     return _gathered(T, chunk, position, mask, reset, dtype, carried)
 
@@ -163,6 +209,7 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
 
 
 @lru_cache(maxsize=16)
+@lasting()
 def _sliced(
     T: int, chunk: int, first: int, B: int, dtype: torch.dtype, device: torch.device, carried: bool, block: int
 ) -> Grid:
@@ -197,6 +244,9 @@ def _gathered(
     true = torch.ones(B, T, dtype=torch.bool, device=device)
     mask = true if mask is None else mask
     reset = ~true if reset is None else reset
+    if not bool(mask.any()):
+        none = torch.empty(0)
+        return Grid([], None, None, None, none, none, none, None, torch.where(reset.any(1), 0, position))
     rows = torch.arange(B, device=device)[:, None].expand(B, T)
     segment, place = places(T, position, mask, reset)
     counts = torch.zeros(B, T + 1, dtype=torch.long, device=device).index_put(
@@ -212,7 +262,7 @@ def _gathered(
     n, within = first + place // chunk, place % chunk
     slot = within - torch.where(place < chunk, carried.gather(1, segment), 0)
     N = max(1, int(blocks.sum(1).max()))
-    W = bucket(int(slot[mask].max()) + 1 if bool(mask.any()) else 1, chunk)
+    W = bucket(int(slot[mask].max()) + 1, chunk)
     where = (n[mask], rows[mask], slot[mask])
 
     def scatter(values: Tensor, empty: float, dtype: torch.dtype) -> Tensor:
@@ -233,6 +283,31 @@ def _gathered(
     last = segment[:, -1:]
     after = ((carried + counts).gather(1, last) % chunk)[:, 0]
     return Grid(
-        variants, None, scatter(tokens, T, torch.long), mask.long().argmax(1), scatter(within + 1, 1, dtype), valid, full,
+        variants, None, scatter(tokens, T, torch.long), _stand_ins(mask), scatter(within + 1, 1, dtype), valid, full,
         opens if resets else None, after,
+    )  # fmt: skip
+
+
+def _stand_ins(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Find, for each row, a valid token: its own first one, or that of a row that has one."""
+    first, has = mask.long().argmax(1), mask.any(1)
+    other = has.long().argmax(0, keepdim=True)
+    return torch.where(has, torch.arange(len(has), device=mask.device), other), torch.where(has, first, first[other])
+
+
+def _token_by_token(
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+) -> Grid:
+    """Lay out rows of which nothing is known, a token a block: right for every mask, reset and position, and slower."""
+    B, device = position.shape[0], position.device
+    true = torch.ones(B, T, dtype=torch.bool, device=device)
+    mask = true if mask is None else mask
+    _, place = places(T, position, mask, reset)
+    within = place % chunk
+    index = torch.where(mask, torch.arange(T, device=device), T)
+    i, valid, full = (within + 1).to(dtype), mask.to(dtype), mask & (within == chunk - 1)
+    after = (place[:, -1] + 1) % chunk
+    return Grid(
+        [Variant(1, fresh=False, dense=False, opens=reset is not None)] * T, None, index.T[..., None], _stand_ins(mask),
+        i.T[..., None], valid.T[..., None], full.T, None if reset is None else reset.T, after, mask.any(),
     )  # fmt: skip

@@ -22,6 +22,7 @@ from dualform.learning.grid import places
 from dualform.learning.learners import learners
 from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.state import Carried, State, from_tensors
+from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError
 
 
@@ -82,7 +83,7 @@ class TestTimeTraining(nn.Module):
 
     __test__ = False  # the name is not a test's
     # How it runs and complains, not what it is: no configuration holds these.
-    backend: str = "auto"
+    backend: Any = "auto"
     nan_policy: str = "propagate"
     name: str = ""  # of the layer in its model, for errors
     program: ChunkProgram  # of a template: no part of this module
@@ -282,7 +283,7 @@ def angles(position: Tensor, f: int, theta: float, dtype: torch.dtype) -> Tensor
 @lru_cache(maxsize=64)
 def angles_below(count: int, f: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the angles of positions 0 ... count - 1, computed once."""
-    with torch.inference_mode(False), torch.no_grad():  # they serve later calls, that may have gradients
+    with lasting():
         return angles(torch.arange(count, device=device), f, theta, dtype)
 
 
@@ -306,7 +307,7 @@ def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor |
     began = torch.zeros_like(valid) if reset is None else reset.cumsum(1) > 0
     token = torch.full((B, T + 1), T + n - 1, dtype=torch.long, device=device)
     token = token.scatter(1, torch.where(valid, rank - 1, T), torch.arange(T, device=device).expand(B, T) + n - 1)
-    token[:, T] = T + n - 1
+    token = torch.cat([token[:, :T], token.new_full((B, 1), T + n - 1)], 1)  # where padding went
     rows = torch.arange(B, device=device)[:, None]
 
     def at(wanted: Tensor, first: Tensor, began: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
-from dualform.learning.derive import Derivation, Step, names_of
+from dualform.learning.derive import Derivation, Step, identifier, names_of
 
 aten = torch.ops.aten
 
@@ -68,24 +69,33 @@ _spelled: dict[Any, Callable[..., str]] = {
     aten.square.default: lambda a: f"{a} ** 2",
     aten.sum.default: lambda a: f"{a}.sum()",
     aten._unsafe_view.default: lambda a, shape: f"{a}.view({shape})",
+    torch.ops.dualform.stop_gradient.default: lambda a: f"{a}.detach()",
 }
 
 
 _defaults = {("pin_memory", False), ("device", torch.device("cpu"))}
 
 
-def _text(value: Any) -> str:
+Names = dict[fx.Node, str]
+
+
+def _text(value: Any, names: Names) -> str:
     if isinstance(value, fx.Node):
-        return value.name
+        return names[value]
     if isinstance(value, list | tuple):
-        inner = ", ".join(_text(x) for x in value)
+        inner = ", ".join(_text(x, names) for x in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{'-' * (value < 0)}torch.{str(value).lstrip('-')}"
     return f"torch.{value!r}" if isinstance(value, torch.device) else repr(value)
 
 
-def statement(node: fx.Node) -> str:
+def statement(node: fx.Node, names: Names) -> str:
     """Spell one node: an operator, a method or torch function where Python has one, the op itself elsewhere."""
-    target, args = node.target, [_text(x) for x in node.args]
+    target, args = node.target, [_text(x, names) for x in node.args]
+    if node.op == "get_attr":
+        held = getattr(node.graph.owning_module, str(target))
+        return f"torch.tensor({held.tolist()!r}, dtype={held.dtype})"
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
     given = {k: v for k, v in node.kwargs.items() if v is not None and (k, v) not in _defaults}
     plain = not given
@@ -93,7 +103,7 @@ def statement(node: fx.Node) -> str:
         return f"{args[0]} {_infix[target]} {args[1]}"
     if target in _spelled and plain and (target != aten.addmm.default or len(args) == 3):
         return _spelled[target](*args)
-    kwargs = [f"{k}={_text(v)}" for k, v in given.items()]
+    kwargs = [f"{k}={_text(v, names)}" for k, v in given.items()]
     if name in _methods and str(target).startswith("aten."):
         return f"{args[0]}.{name}({', '.join([*args[1:], *kwargs])})"
     if name == "sum" and len(args) > 1:
@@ -113,24 +123,18 @@ def _shape(node: fx.Node) -> str:
 
 def print_step(step: Step, derivation: Derivation) -> str:
     """Print a step with a shape behind every line and a heading above every part."""
-    names = names_of(step.inputs)
-    inputs = [n for n in step.graph.graph.nodes if n.op == "placeholder"]
-    for node, name in zip(inputs, names, strict=True):
-        node.name = name if name.isidentifier() else node.name
-    leaves = [name.replace(".", "_") for name in step.inputs.th]
-    (output,) = [n for n in step.graph.graph.nodes if n.op == "output"]
-    returned = ["o", *(f"{name}_next" for name in leaves)]
-    returned += [f"R_{name}_next" for name in leaves][: len(output.args[0]) - len(returned)]
-    for node, name in zip(output.args[0], returned, strict=True):  # type: ignore[arg-type]
-        if (
-            isinstance(node, fx.Node)
-            and node.op != "placeholder"
-            and not any(n.name == name for n in step.graph.graph.nodes)
-        ):
-            node.name = name
-    lines = ["import torch", "", "", f"def mini_batch({', '.join(n.name for n in inputs)}):"]
+    nodes = list(step.graph.graph.nodes)
+    inputs, returned = [n for n in nodes if n.op == "placeholder"], nodes[-1].args[0]
+    names = dict(zip(inputs, names_of(step.inputs), strict=True))
+    taken = {"torch", "mini_batch", *names.values()}
+    leaves = [names[node] for node in inputs[: len(step.inputs.th)]]
+    for node, name in zip(returned, ["o", *(f"{r}{w}_next" for r in ("", "R_") for w in leaves)], strict=False):
+        if isinstance(node, fx.Node) and node not in names:
+            names[node] = identifier(name, taken)
+    names |= {n: identifier(n.name, taken) for n in nodes if n not in names}
+    lines = ["import torch", "", "", f"def mini_batch({', '.join(names[n] for n in inputs)}):"]
     lines.append(
-        f'    """{derivation.chunk} tokens, one head: {", ".join(f"{n.name} {_shape(n)}" for n in inputs)}."""'
+        f'    """{derivation.chunk} tokens, one head: {", ".join(f"{names[n]} {_shape(n)}" for n in inputs)}."""'
     )
     section = None
     for node in step.graph.graph.nodes:
@@ -139,7 +143,7 @@ def print_step(step: Step, derivation: Derivation) -> str:
         if node.meta.get("section") != section:
             section = node.meta.get("section")
             lines.append(f"    # {section}")
-        text = f"    {node.name} = {statement(node)}"
+        text = f"    {names[node]} = {statement(node, names)}"
         lines.append(f"{text:<64}  # {_shape(node)}")
-    lines.append(f"    return {', '.join(_text(x) for x in output.args[0])}")
+    lines.append(f"    return {', '.join(_text(x, names) for x in returned)}")
     return "\n".join(lines)

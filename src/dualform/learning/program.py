@@ -20,7 +20,7 @@ from dualform.calculus.twin import Twin
 from dualform.catalogue import Bound, Catalogue
 from dualform.learning import proof as proving
 from dualform.learning import scan as scan_module
-from dualform.learning.backends import backends
+from dualform.learning.backends import backends_key
 from dualform.learning.derive import TRACING, Derivation, Step, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
@@ -224,7 +224,7 @@ class ChunkProgram(nn.Module):
         reset: Tensor | None = None,
         params: Mapping[str, Tensor] | None = None,
         form: str = "auto",
-        backend: str = "auto",
+        backend: Any = "auto",
         remat: str | int | None = "auto",
         nan_policy: str = "propagate",
         overwrite: bool = False,
@@ -238,10 +238,7 @@ class ChunkProgram(nn.Module):
         """
         if form not in forms:
             raise DerivationError(f"program: form is {form!r}; expected one of {forms}. Choose one of these.")
-        if backend != "auto" and backend not in backends.names():
-            raise DerivationError(
-                f"program: backend is {backend!r}; expected 'auto' or one of {backends.names()}. Choose one of these."
-            )
+        backend = backends_key(backend)
         if not (remat in ("auto", None) or (isinstance(remat, int) and remat > 0)):
             raise ShapeError(
                 f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one of these."
@@ -470,14 +467,14 @@ class ChunkProgram(nn.Module):
     def step(self) -> Step:
         return self.derivation.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
 
-    def schedule(self, backend: str = "cpp") -> Any:
+    def schedule(self, backend: Any = "cpp") -> Any:
         """Say what a backend that generates code makes of one whole mini-batch: a part per direction, with its source.
 
         Shape:  none.
         Dtype:  none.
         Raises: DerivationError for a backend that runs the graphs as they are.
         """
-        whole = scan_module.found(backend).whole
+        whole = scan_module.found(backends_key(backend, "program.schedule")).whole
         if whole is None:
             raise DerivationError(
                 f"program.schedule: backend is {backend!r}; expected one that generates code, as 'cpp'. Print the program instead."

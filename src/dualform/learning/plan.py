@@ -1,0 +1,299 @@
+"""What a call needs of its derivation: each direction of a block mapped over rows, split, and made ready by a backend.
+
+Each direction is the traced graph of one mini-batch, split where the state passes (`fission`): what does not wait for the
+state runs for many mini-batches at once, the loop holds only what carries the state on.
+
+Legend: B batch, T time, H heads, P = B H rows, n blocks of a piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from dualform.learning.backends import Backend, Run, backend_of, backends, visible
+from dualform.learning.batched import at, example, joined, mapped, row_axis, row_bytes
+from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, slopes_as_arithmetic, undisturbed
+from dualform.learning.fission import Fission, split
+from dualform.learning.grid import Variant
+from dualform.learning.norms import native_norms
+from dualform.learning.regroup import ready_first
+
+Leaves = dict[str, Tensor]
+Names = tuple[list[str], list[str], list[str]]
+
+
+class Call(NamedTuple):
+    """The tensors of one call; the op takes them as a flat list. q, k, v and gates may be of fewer digits than the state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Leaves  # (B, T, H) each
+    slow: Leaves  # (H, ...) parameters, and buffers as they are
+    anchor: Leaves  # (B, H, ...)
+    registers: Leaves  # (B, H, r, ...)
+    position: Tensor  # (B,)
+    init: Leaves  # (H, ...): where a document starts
+    offset: Tensor | None = None  # (chunk,)
+    mask: Tensor | None = None  # (B, T)
+    reset: Tensor | None = None  # (B, T)
+    carried: bool = False  # did the caller give a state?
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return next(iter(self.anchor.values())).dtype
+
+    def flat(self) -> list[Tensor]:
+        """List the tensors as the op takes them."""
+        optional = [x for x in (self.offset, self.mask, self.reset) if x is not None]
+        named = (x for part in (self.gates, self.slow, self.anchor, self.registers, self.init) for x in part.values())
+        return [self.q, self.k, self.v, self.position, *named, *optional]
+
+
+class Input(NamedTuple):
+    """One tensor of a block: which part of the step's inputs, its name there, and how it varies over rows."""
+
+    part: str
+    name: str
+    over: str  # "block" each block's own | "heads" one per head | "shared"
+
+
+class Rows(NamedTuple):
+    """What a call's rows are, and what runs them."""
+
+    batch: int
+    heads: int
+    backend: str
+
+
+Visit = Callable[[int, list[Tensor]], list[Tensor]]
+Once = dict[tuple[fx.Node, int], Tensor]  # 0: per head; else for so many rows
+
+
+class Result(NamedTuple):
+    """What some blocks gave."""
+
+    state: list[Tensor]
+    others: list[Tensor]
+    states: list[Tensor] | None = None  # what each block started from, where it is at hand
+
+
+Given = Callable[[Input], Tensor]  # a block's own for the rows of all blocks, one per head, or shared
+
+
+@dataclass(eq=False)
+class Way:
+    """One direction of a step, mapped over rows and split."""
+
+    inputs: list[Input]
+    fission: Fission
+    returns: int  # tensors of state that the loop returns
+    prepare: Callable[[fx.GraphModule], Run]
+    made: dict[Any, Run] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        graph: fx.GraphModule,
+        inputs: list[Input],
+        carried: Sequence[int],
+        returned: Sequence[int],
+        prepare: Callable[[fx.GraphModule], Run],
+    ) -> Way:
+        fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
+        return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned), prepare)
+
+    def part(self, name: str, rows: int, device: torch.device) -> Run:
+        """Return a part, ready to run op by op on so many rows."""
+        key = (name, rows, device)
+        if key not in self.made:
+            with TRACING:
+                self.made[key] = self.prepare(at(getattr(self.fission, name).graph, rows, device))
+        return self.made[key]
+
+    def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
+        """Return all parts of some blocks as one compiled function."""
+        key = (len(blocks), blocks[0] > blocks[-1], rows, device)
+        if key not in self.made:
+            f, n, P = self.fission, len(blocks), rows.batch * rows.heads
+            count = {
+                **dict.fromkeys(f.inputs, rows.heads),
+                **dict.fromkeys(f.varying, n * P),
+                **dict.fromkeys(f.carried, P),
+            }
+
+            def make() -> Run:
+                graph = joined(f, [j - min(blocks) for j in blocks], P, rows.heads, device)
+                return found(rows.backend).prepare(graph, lambda: [example(x, count[x], device) for x in f.inputs])
+
+            self.made[key] = undisturbed(make)
+        return self.made[key]
+
+    def run(
+        self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows, once: Once
+    ) -> Result:
+        """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
+
+        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from. once: what was
+        computed for other blocks of the call and is the same for all.
+        """
+        if found(rows.backend).blocks == len(blocks) and self.returns == len(self.fission.carried):
+            return self._run_whole(blocks, given, state, visit, rows)
+        f, n, P, device = self.fission, len(blocks), rows.batch * rows.heads, state[0].device
+        source = dict(zip(f.inputs, self.inputs, strict=True))
+        made: dict[fx.Node, Tensor] = {}
+
+        def value(x: fx.Node, count: int) -> Tensor:
+            if x in made:
+                return made[x]
+            if x in f.varying:
+                return given(source[x])
+            if (x, count) not in once:
+                per_head, axis = once[x, 0] if (x, 0) in once else given(source[x]), row_axis(x)
+                alone = axis is None or count == rows.heads
+                once[x, count] = per_head if alone else torch.cat([per_head] * (count // rows.heads), axis or 0)
+            return once[x, count]
+
+        def compute(name: str, count: int) -> list[tuple[fx.Node, Tensor]]:
+            part = getattr(f, name)
+            if not part.outputs:
+                return []
+            values = [value(x, count) for x in part.inputs]
+            return list(zip(part.outputs, self.part(name, count, device)(*values), strict=True))
+
+        if f.once.outputs and (f.once.outputs[0], 0) not in once:
+            once |= {(x, 0): y for x, y in compute("once", rows.heads)}
+        made |= compute("before", n * P)
+        slots: list[Any] = []
+        for x in f.loop.inputs:
+            axis = row_axis(x)
+            if x in f.carried:
+                slots.append(f.carried.index(x))
+            elif axis is None or not (x in made or x in f.varying):
+                slots.append([value(x, P)] * n)
+            else:
+                slots.append(value(x, n * P).chunk(n, axis))
+        loop, first = self.part("loop", P, device), min(blocks)
+        kept: list[Sequence[Tensor]] = [()] * n
+        for block in blocks:
+            j = block - first
+            state = visit(block, state)
+            out = loop(*[state[x] if isinstance(x, int) else x[j] for x in slots])
+            state, kept[j] = list(out[: self.returns]), out[self.returns :]
+        for x, parts in zip(f.loop.outputs[self.returns :], zip(*kept, strict=True), strict=True):
+            made[x] = parts[0] if n == 1 else torch.cat(parts, row_axis(x) or 0)
+        made |= compute("after", n * P)
+        return Result(state, [value(x, n * P) for x in f.others])
+
+    def _run_whole(self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows) -> Result:
+        f, n = self.fission, len(blocks)
+        state = visit(blocks[0], state)
+        held = dict(zip(f.carried, state, strict=True))
+        source = zip(f.inputs, self.inputs, strict=True)
+        out = self.whole(blocks, rows, state[0].device)(*(held[x] if x in held else given(y) for x, y in source))
+        r = self.returns
+        states = list(out[r : 2 * r])
+        for block, *each in zip(range(min(blocks), max(blocks) + 1), *(x.chunk(n) for x in states), strict=True):
+            if block != blocks[0]:
+                visit(block, each)  # between blocks alike it changes nothing
+        return Result(list(out[:r]), list(out[2 * r :]), states)
+
+
+@cache
+def found(backend: str) -> Backend:
+    """Look a backend up by its key."""
+    return backend_of(backend)
+
+
+def _in_place(gm: fx.GraphModule) -> Run:
+    return found("eager").prepare(gm, list)
+
+
+def chosen(backend: str, plan: Plan, call: Call) -> str:
+    """Choose a backend where nobody did: the first that says it suits, else eager."""
+    if backend != "auto":
+        return backend
+    if "refused" in plan.natives:
+        return "eager"
+    each = ((name, found(name).whole) for name in backends.names())
+    return next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
+
+
+def chosen_in_words(plan: Plan) -> str:
+    """Say what runs calls where nobody chose."""
+    if "refused" in plan.natives:
+        return f"eager, because {plan.natives['refused']}"
+    each = ((name, found(name).whole) for name in backends.names())
+    return "; ".join([*(f"{name} {whole.says(plan)}" for name, whole in each if whole is not None), "else eager"])
+
+
+@dataclass(eq=False)
+class Plan:
+    """A derivation and its directions.
+
+    names: of the gates with a time axis, of the fast leaves, and of what is not fast, as a call has them.
+    """
+
+    derivation: Derivation
+    ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
+    natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
+    counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
+    names: Names = ([], [], [])
+    key: str = ""  # what an op knows it by
+
+    def out_dtype(self, call: Call) -> torch.dtype:
+        """Say what the outputs are rounded to: q's digits; losses keep all."""
+        return call.dtype if self.derivation.inner.observed else call.q.dtype
+
+    def step(self, variant: Variant) -> Step:
+        steps = self.derivation.steps
+        return steps[variant] if variant in steps else undisturbed(lambda: self.derivation.step(variant))
+
+    def inputs(self, variant: Variant) -> list[Input]:
+        """List a block's inputs, in the order of its graph."""
+        d, found = self.derivation, []
+        for part, value in self.step(variant).inputs._asdict().items():
+            for name in value if isinstance(value, dict) else [] if value is None else [part]:
+                own = "shared" if part == "slow" and name not in d.parts.slow else "heads"
+                found.append(Input(part, name, own if part in ("slow", "init") else "block"))
+        return found
+
+    def way(self, variant: Variant, name: str) -> Way:
+        """Return a direction of a block: "forward", "advance" (the state alone), "reverse" or "visible".
+
+        The last is forward again, of plain ops alone, each with a derivative of its own.
+        """
+        key = (variant, name)
+        if key not in self.ways:
+            with TRACING:
+                if key not in self.ways:
+                    self.ways[key] = self._way(variant, name)
+        return self.ways[key]
+
+    def _way(self, variant: Variant, name: str) -> Way:
+        step, inputs = self.step(variant), self.inputs(variant)
+        state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
+        count = step.num_outputs
+        if name == "reverse":
+            wanted = list(itertools.compress(range(len(inputs)), step.wants))
+            graph = step.reverse
+            carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
+            inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
+        else:
+            graph, carried, returned = step.graph if name == "visible" else step.plain, state, range(1, count)
+        table = slopes_as_arithmetic() if name == "visible" else None
+        whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs], table))
+        native_norms(whole.graph)
+        if name == "advance":
+            whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
+        whole = ready_first(whole, carried)
+        return Way.of(whole, inputs, carried, returned, visible if name == "visible" else _in_place)

@@ -1,0 +1,47 @@
+"""What torch's transforms ask of a call: to be seen op by op, to read no value that they hide, to keep nothing of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def watched() -> bool:
+    """Is a transform of torch.func at work, or forward differentiation? They must see every op."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_known(x: Tensor) -> bool:
+    """May a call depend on a tensor's values? Not while it is traced, nor where they differ along an axis that vmap hides."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return False
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
+
+
+def is_one_of_many(x: Tensor) -> bool:
+    """Is a tensor a batch of gradients, as torch.autograd.grad takes them with is_grads_batched?"""
+    return torch._C._functorch.is_legacy_batchedtensor(x)  # type: ignore[attr-defined]
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Is a tensor a dual number of torch.autograd.forward_ad?"""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that later calls will use: no mode, grad mode or transform of the first caller reaches them."""
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+        yield
