@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dualform.learning.layer import TestTimeTraining, causal_windows, depthwise
+from dualform.learning.layer import DepthwiseConv, TestTimeTraining, causal_windows, convolved
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
 from dualform.learning.rules import rules
@@ -51,17 +51,18 @@ class ShortConv(nn.Module):
     def __init__(self, config: DualformConfig) -> None:
         super().__init__()
         dim = config.hidden_size
+        self.kernel_size = config.conv_kernel
         self.norm = RMSNorm(dim, config.rms_norm_eps)
-        self.conv = nn.Conv1d(dim, dim, config.conv_kernel, groups=dim)
+        self.conv = DepthwiseConv(dim, dim, config.conv_kernel, groups=dim)
 
     def forward(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
         if tail is None:
-            tail = x.new_zeros(x.shape[0], self.conv.kernel_size[0] - 1, x.shape[2])
+            tail = x.new_zeros(x.shape[0], self.kernel_size - 1, x.shape[2])
         windows, tail = causal_windows(x, tail.to(x.dtype), mask, reset)
-        return depthwise(windows, self.conv), tail
+        return convolved(windows, self.conv), tail
 
 
 def learning_layer(config: DualformConfig, name: str = "") -> TestTimeTraining:
@@ -154,12 +155,12 @@ class DualformBlock(GradientCheckpointingLayer):
         if not isinstance(mixer, TestTimeTraining):
             return {}
         if self.conv is not None:
-            tails["conv.pre"] = self.conv.conv
+            tails["conv.pre"] = self.conv.kernel_size - 1
         if mixer.conv_q is not None:
-            tails["layer.conv.qk"] = mixer.conv_q
+            tails["layer.conv.qk"] = mixer.conv_kernel - 1
         fast = {name: mixer.get_parameter(mixer.leaves[name]) for name in mixer.program.parts.fast}
         shapes = {f"layer.memory.anchor.{name}": tuple(p.shape) for name, p in fast.items()}
-        shapes |= {name: (conv.kernel_size[0] - 1, conv.in_channels) for name, conv in tails.items()}
+        shapes |= {name: (length, mixer.dim) for name, length in tails.items()}
         return shapes | {"chunk": (mixer.chunk,)}
 
     def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
