@@ -375,7 +375,7 @@ def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor |
     """
     B, T, d = x.shape
     n = tail.shape[1] + 1
-    if mask is None and reset is None or T == 0:
+    if (mask is None and reset is None) or T == 0:
         joined = torch.cat([tail, x], 1)
         return Windows(joined, False), joined[:, T:].clone()  # not the whole text
     device = x.device

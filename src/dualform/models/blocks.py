@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -111,6 +113,31 @@ class Call:
     positions: Tensor
     views: dict[str, View]
     with_weights: bool = False
+    # What each layer's cache held before it read, for blocks that run again to have their gradients; None without gradients.
+    before: dict[int, Any] | None = None
+
+    def once(self, index: int, cache: Any) -> Any:
+        """Return the cache that block `index` reads on: its own the first time, then a copy of what that held before."""
+        assert self.before is not None
+        if index in self.before:
+            return copy.copy(self.before[index])
+        self.before[index] = copy.copy(cache)
+        cache.cut = not torch.is_grad_enabled()
+        return cache
+
+    def to(self, *args: Any, **kwargs: Any) -> Call:
+        """Move the tensors, as hooks do that run each layer on a device of its own."""
+        moved = _pytree.tree_map_only(
+            Tensor, lambda x: x.to(*args, **kwargs), (self.mask, self.reset, self.positions, self.views)
+        )
+        return Call(*moved, self.with_weights, self.before)
+
+    def select(self, rows: Tensor) -> Call:
+        """Return the same call with the given rows only; `first` makes its views again."""
+        rows = rows.to(self.positions.device)
+        mask, reset = (None if y is None else y.index_select(0, rows) for y in (self.mask, self.reset))
+        positions = self.positions if self.positions.shape[0] == 1 else self.positions.index_select(0, rows)
+        return Call(mask, reset, positions, self.views)
 
     def first(self, x: Tensor, cache: Any) -> Call:
         """Return the same call with the columns of x only, its first ones, for the layer that holds this cache."""
@@ -163,10 +190,13 @@ class DualformBlock(GradientCheckpointingLayer):
         shapes |= {name: (length, mixer.dim) for name, length in tails.items()}
         return shapes | {"chunk": (mixer.chunk,)}
 
-    def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
-        cache: Any = None if past_key_values is None else past_key_values.layers[self.index]
-        if cache is not None and cache.record_past:
-            cache.record(h.shape[1], lambda own, n: self.mix(h[:, :n], call.first(h[:, :n], own), own))
+    def forward(self, h: Tensor, call: Call, past: Cache | None = None) -> Tensor:
+        # By position: transformers' checkpointing, which runs a layer twice, drops what has a cache's name.
+        cache: Any = None if past is None else past.layers[self.index]
+        if cache is not None and call.before is not None and self.training and self.gradient_checkpointing:
+            cache = call.once(self.index, cache)
+        if cache is not None:
+            cache.record(h, call, self.mix)
         y = self.mix(h, call, cache)
         return y + self.mlp(self.ffn_norm(y))
 

@@ -5,25 +5,36 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from dualform.catalogue import near_misses
 from dualform.learning.layer import TestTimeTraining
 from dualform.models.attention import Attention
 from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
 from dualform.models.cache import Rollback, adopt
 from dualform.models.configuration import DualformConfig
+from dualform.models.documents import (
+    joined,
+    onto_padding,
+    read_mask,
+    starts_by_index,
+    starts_by_lengths,
+    starts_by_positions,
+)
+from dualform.models.versions import CACHE, OTHER, BaseOutput, CausalOutput, one_cache, renamed, transformers_version
 from dualform.models.weight_files import check_weights
 
 
@@ -38,7 +49,7 @@ class DualformPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_context_parallel = False
     _no_split_modules = ["DualformBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _can_record_outputs = {"hidden_states": DualformBlock, "attentions": Attention}
 
     @classmethod
@@ -146,32 +157,35 @@ class DualformModel(DualformPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         reset: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseOutput:
         if (input_ids is None) == (inputs_embeds is None):
             given = "both" if input_ids is not None else "neither"
             raise ValueError(
                 f"DualformModel: {given} of input_ids and inputs_embeds given; expected one. Pass one of them."
             )
+        refuse_unknown("DualformModel", DualformModel.forward, kwargs)
+        past = one_cache("DualformModel", past_key_values, cache)
         if inputs_embeds is None:
             assert input_ids is not None
             check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        assert inputs_embeds is not None and self.config.layer_types is not None
-        kinds = self.config.layer_types
-        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt(past_key_values, kinds, self.config.sliding_window)
+        assert inputs_embeds is not None
+        if use_cache and past is None and not (self.training and self.gradient_checkpointing):
+            past = DynamicCache(config=self.config)
+        if past is not None:
+            transformers_version.check(
+                lambda: DualformForCausalLM(DualformConfig(preset="tiny-ttt-linear", **smallest))
+            )
+            adopt(past, self.config)
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        if (ends := kwargs.get("cu_seq_lens_q")) is not None:
-            starts = packed_starts(torch.as_tensor(ends, device=inputs_embeds.device), *inputs_embeds.shape[:2])
-            reset = starts if reset is None else reset.bool() | starts
-        call = self._call(inputs_embeds, attention_mask, position_ids, past_key_values, reset, with_weights)
+        packed = {"reset": reset, "seq_idx": kwargs.get("seq_idx"), "cu_seq_lens_q": kwargs.get("cu_seq_lens_q")}
+        call = self._call(inputs_embeds, attention_mask, position_ids, past, packed, with_weights)
         h = inputs_embeds
         for layer in self.layers:
-            h = layer(h, call, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(h), past_key_values=past_key_values)
+            h = layer(h, call, past)
+        return BaseOutput(last_hidden_state=self.norm(h), **{CACHE: past})
 
     def _call(
         self,
@@ -179,7 +193,7 @@ class DualformModel(DualformPreTrainedModel):
         mask: Tensor | None,
         positions: Tensor | None,
         cache: Cache | None,
-        reset: Tensor | None,
+        packed: dict[str, Tensor | None],
         with_weights: bool,
     ) -> Call:
         """Check what was given, and prepare what every layer of a kind needs."""
@@ -190,21 +204,21 @@ class DualformModel(DualformPreTrainedModel):
             )
         B, T, _ = x.shape
         seen = 0 if cache is None else cache.get_seq_length()
-        if reset is not None and reset.shape != (B, T):
+        if cache is not None and torch.is_grad_enabled() and any(getattr(held, "cut", False) for held in cache.layers):
             raise ValueError(
-                f"DualformModel: reset has shape {tuple(reset.shape)}; expected (batch, tokens) = {(B, T)}."
+                "DualformModel: past_key_values holds a state that reentrant activation checkpointing made without gradients; expected "
+                "one that has them, or that was detached on purpose. Call cache.detach(), or use "
+                'activation_checkpointing_kwargs={"use_reentrant": False}.'
             )
+        mask, starts = read_mask(mask, B, T, seen)
         if positions is not None:
             positions = positions[None] if positions.ndim == 1 else positions
             if positions.shape not in ((1, T), (B, T)):
                 raise ValueError(
                     f"DualformModel: position_ids has shape {tuple(positions.shape)}; expected (batch or 1, tokens) = {(B, T)}."
                 )
-            if mask is None and not seen and T > 1:
-                starts = F.pad(positions[:, 1:] == 0, (1, 0)).expand(B, T)
-                reset = starts if reset is None else reset.bool() | starts
-        mask = new_columns(mask, B, T, seen)
-        reset = None if reset is None or (not torch.compiler.is_compiling() and not reset.any()) else reset.bool()
+            starts = joined(starts, starts_by_positions(positions, mask, B, seen))
+        reset = joined(starts, said_starts(packed, B, T, seen, x.device))
         views: dict[str, View] = {}
         assert self.config.layer_types is not None
         for kind in {"full_attention", "sliding_attention"} & set(self.config.layer_types):
@@ -214,7 +228,7 @@ class DualformModel(DualformPreTrainedModel):
         if positions is None:
             ranks = [v.columns.ranks[:, -T:] for v in views.values() if v.columns is not None and T]
             positions = ranks[0].clamp(min=0) if ranks else torch.arange(seen, seen + T, device=x.device)[None]
-        return Call(mask, reset, positions, views, with_weights)
+        return Call(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None)
 
 
 class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
@@ -249,8 +263,11 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         reset: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalOutput:
+        for_loss = {name: kwargs.pop(name) for name in ("shift_labels", "ignore_index") if name in kwargs}
+        refuse_unknown("DualformForCausalLM", DualformForCausalLM.forward, kwargs)
         body = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -259,29 +276,61 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             reset=reset,
+            cache=cache,
             **kwargs,
         )
         h = body.last_hidden_state
         if attention_mask is not None:
-            h = onto_padding(h, attention_mask[:, -h.shape[1] :])
+            h = onto_padding(h, attention_mask[:, attention_mask.shape[1] - h.shape[1] :])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            for_loss |= kwargs
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
+        return CausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=body.past_key_values,
             hidden_states=body.hidden_states,
             attentions=body.attentions,
+            **{CACHE: getattr(body, CACHE)},
         )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does, on a cache by either of its names.
+
+        Shape:  see transformers' generate; a cache that is passed has read the first columns of the ids, which are all given.
+        Raises: ValueError for ids that a cache has read already, for names that nobody knows.
+        """
+        kwargs = renamed("generate", kwargs)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(cache := kwargs.get(CACHE), Cache) and ids is not None and ids.shape[1] <= cache.get_seq_length():
+            seen = cache.get_seq_length()
+            raise ValueError(
+                f"generate: input_ids has {ids.shape[1]} columns and the cache has read {seen}; expected what was read and what is new "
+                "together, more than those. Pass torch.cat([ids that were read, new ids], 1), and a mask of as many columns."
+            )
+        if ids is not None:
+            kwargs = as_reset(kwargs, *ids.shape[:2], ids.device)
+        found = super().generate(inputs, *args, **kwargs)
+        if isinstance(found, ModelOutput) and not hasattr(found, OTHER):
+            setattr(found, OTHER, getattr(found, CACHE))
+        return found
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        try:
+            cast("Any", super())._validate_model_kwargs(model_kwargs)
+        except ValueError:
+            known = [*GenerationConfig().to_dict(), *inspect.signature(GenerationMixin.generate).parameters]
+            refuse_unknown("generate", type(self).forward, model_kwargs, [name for name in known if name[0] != "_"])
+            raise
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]: names, not positions
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         # `reset` speaks of the prompt; generated tokens belong to its last document.
-        reset, cache = kwargs.pop("reset", None), kwargs.get("past_key_values")
+        kwargs = renamed("prepare_inputs_for_generation", kwargs)
+        reset, cache = kwargs.pop("reset", None), kwargs.get(CACHE)
         inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         new = inputs.get("input_ids")
         B, T = (new if new is not None else inputs["inputs_embeds"]).shape[:2]
@@ -307,8 +356,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
     ) -> Any:
         result = cast("Any", super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Before anything asks the layers to record: transformers makes layers of its own for kinds of attention.
-        if isinstance(cache := model_kwargs.get("past_key_values"), Cache) and self.config.layer_types is not None:
-            adopt(cache, self.config.layer_types, self.config.sliding_window)
+        if isinstance(cache := model_kwargs.get(CACHE), Cache):
+            adopt(cache, self.config)
         return result
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
@@ -316,7 +365,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             return cast("Any", super())._assisted_decoding(*args, **kwargs)
         finally:
             # It has switched recording on; whoever reads on with the cache would pay for what nobody takes back.
-            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+            for layer in getattr(kwargs.get(CACHE), "layers", ()):
                 if isinstance(layer, Rollback):
                     layer.record_past, layer.records = False, []
 
@@ -338,37 +387,45 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def packed_starts(ends: Tensor, B: int, T: int) -> Tensor:
-    """Return where documents of one packed row start, (1, T) bool, from its cumulative lengths 0, ..., T (n + 1,)."""
-    if B != 1 or ends.ndim != 1 or ends.numel() < 2:
-        raise ValueError(
-            f"DualformModel: cu_seq_lens_q has shape {tuple(ends.shape)} with batch = {B}; expected (documents + 1,) and one "
-            "packed row, batch = 1. Pass reset (batch, tokens) for more rows."
-        )
-    return (torch.arange(T, device=ends.device) == ends[1:-1, None]).any(0)[None]
+def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, device: torch.device) -> Tensor | None:
+    """Return the starts that reset, seq_idx and cu_seq_lens_q say, whichever are given."""
+    reset, index, ends = (packed.get(name) for name in packing)
+    if reset is not None and reset.shape != (B, T):
+        raise ValueError(f"DualformModel: reset has shape {tuple(reset.shape)}; expected (batch, tokens) = {(B, T)}.")
+    by_index = None if index is None else starts_by_index(torch.as_tensor(index, device=device), B, T, seen)
+    by_lengths = None if ends is None else starts_by_lengths(torch.as_tensor(ends, device=device), B, T)
+    return joined(reset, by_index, by_lengths)
 
 
-def onto_padding(h: Tensor, mask: Tensor) -> Tensor:
-    """Give padding (B, T) what the last token before it says, so that right-padded prompts go on from their own ends."""
-    column = torch.arange(h.shape[1], device=h.device).expand(mask.shape)
-    last = torch.where(mask.bool(), column, 0).cummax(1).values
-    return h.gather(1, last[..., None].expand_as(h))
+def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dict[str, Any]:
+    """Say where documents start as `reset` does: `generate` hands the same arguments to calls that read other columns."""
+    valid, starts = read_mask(given.get("attention_mask"), B, T, 0)
+    starts = joined(starts, said_starts({name: given.get(name) for name in packing}, B, T, 0, device))
+    rest = {name: value for name, value in given.items() if name not in packing}
+    if starts is None:
+        return rest
+    return {**rest, "reset": starts} | ({} if valid is None else {"attention_mask": valid.long()})
 
 
-def new_columns(mask: Tensor | None, B: int, T: int, seen: int) -> Tensor | None:
-    """Return the last T columns of a padding mask as bool, None if it masks nothing."""
-    if mask is None:
-        return None
-    if mask.shape not in ((B, T), (B, seen + T)):
-        past = f" or (batch, past + tokens) = {(B, seen + T)}" if seen else ""
-        raise ValueError(
-            f"DualformModel: attention_mask has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)}{past}. Pass "
-            "the 2D padding mask, 1 for tokens and 0 for padding."
-        )
-    mask = mask[:, mask.shape[1] - T :].bool()
-    return None if not torch.compiler.is_compiling() and mask.all() else mask
+def refuse_unknown(where: str, forward: Any, given: dict[str, Any], more: Sequence[str] = ()) -> None:
+    """Refuse a keyword argument that nobody reads: what it asks for would silently not happen."""
+    if given.keys() <= spoken:
+        return
+    own = [name for name in inspect.signature(forward).parameters if name not in ("self", "args", "kwargs")]
+    known = [*own, *more, *sorted(spoken)]
+    for name, value in given.items():
+        if value is not None and name not in known:
+            raise ValueError(f"{where}: unknown argument {name!r}. {near_misses(name, known)}")
 
 
+packing = ("reset", "seq_idx", "cu_seq_lens_q")
+# What transformers hands to every model, needed or not.
+spoken = TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__ | {"return_dict"}
+# For the check on versions of transformers that no test run has seen.
+smallest = {
+    "vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk": 4,
+    "layer_types": ["test_time", "full_attention"], "initializer_range": 0.3, "share_qk": True,
+}  # fmt: skip
 AutoConfig.register("dualform", DualformConfig)
 AutoModel.register(DualformConfig, DualformModel)
 AutoModelForCausalLM.register(DualformConfig, DualformForCausalLM)

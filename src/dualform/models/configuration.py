@@ -41,7 +41,7 @@ class DualformConfig(PreTrainedConfig):
     """
 
     model_type = "dualform"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 768
