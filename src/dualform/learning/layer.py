@@ -22,7 +22,7 @@ from dualform.catalogue import Bound
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
-from dualform.learning.program import DerivationError, derive
+from dualform.learning.program import ChunkProgram, DerivationError, derive
 from dualform.learning.state import Carried, State, from_tensors
 from dualform.shapes import ShapeError
 
@@ -87,6 +87,7 @@ class TestTimeTraining(nn.Module):
     backend: str = "auto"
     nan_policy: str = "propagate"
     name: str = ""  # of the layer in its model, for errors
+    program: ChunkProgram
 
     def __init__(
         self,
@@ -120,8 +121,9 @@ class TestTimeTraining(nn.Module):
         with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
             models = [recipe(f) for _ in range(heads)]
         born = [dict(model.named_parameters()) for model in models if isinstance(model, nn.Module)]
-        more = {"prove": prove} if "prove" in signature(derive).parameters else {}
-        self.program = derive(materialised(models[0]), objective, rule, chunk=chunk, **more)
+        more: dict[str, Any] = {"prove": prove} if "prove" in signature(derive).parameters else {}
+        made = derive(materialised(models[0]), objective, rule, chunk=chunk, **more)
+        object.__setattr__(self, "program", made)  # of a template: no part of this module
         parts = self.program.parts
         self.leaves = own_names("initial_", [*parts.fast, *parts.slow])
         for name, own in self.leaves.items():

@@ -127,10 +127,10 @@ class Call:
 
     def to(self, *args: Any, **kwargs: Any) -> Call:
         """Move the tensors, as hooks do that run each layer on a device of its own."""
-        moved = _pytree.tree_map_only(
+        mask, reset, positions, views = _pytree.tree_map_only(
             Tensor, lambda x: x.to(*args, **kwargs), (self.mask, self.reset, self.positions, self.views)
         )
-        return Call(*moved, self.with_weights, self.before)
+        return Call(mask, reset, positions, views, self.with_weights, self.before)
 
     def select(self, rows: Tensor) -> Call:
         """Return the same call with the given rows only; `first` makes its views again."""

@@ -122,6 +122,10 @@ class Rollback:
         """Keep the rows of these numbers of what is held."""
         raise NotImplementedError
 
+    def detach(self) -> None:
+        """Cut what is held from the graph that made it."""
+        raise NotImplementedError
+
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the given rows, in that order: numbers (negative ones count from the end) or a truth value for each row."""
         if self.num_rows is not None:
@@ -224,7 +228,6 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         self._state = self._state and self._state.select(rows)  # copies: still nobody else's
 
     def detach(self) -> None:
-        """Cut the state from the graph that made it."""
         self._state, self.cut = self._state and self._state.detach(), False
 
     def offload(self) -> None:
@@ -299,7 +302,6 @@ class DocumentCache(Rollback, DynamicLayer):
             self._over(lambda x: x.index_select(0, rows.to(x.device)))
 
     def detach(self) -> None:
-        """Cut what is held from the graph that made it."""
         self.cut = False
         if self.keys is not None:
             self._over(Tensor.detach)

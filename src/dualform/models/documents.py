@@ -5,9 +5,13 @@ B batch, T new columns, S past and new columns. A start is a column that begins 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+packing = ("reset", "seq_idx", "cu_seq_lens_q")
 
 
 def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | None, Tensor | None]:
@@ -124,6 +128,26 @@ def joined(*starts: Tensor | None) -> Tensor | None:
         if one is not None:
             found = one.bool() if found is None else found | one.bool()
     return None if found is None or (not torch.compiler.is_compiling() and not found.any()) else found
+
+
+def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, device: torch.device) -> Tensor | None:
+    """Return the starts that reset, seq_idx and cu_seq_lens_q say, whichever are given."""
+    reset, index, ends = (packed.get(name) for name in packing)
+    if reset is not None and reset.shape != (B, T):
+        raise ValueError(f"DualformModel: reset has shape {tuple(reset.shape)}; expected (batch, tokens) = {(B, T)}.")
+    by_index = None if index is None else starts_by_index(torch.as_tensor(index, device=device), B, T, seen)
+    by_lengths = None if ends is None else starts_by_lengths(torch.as_tensor(ends, device=device), B, T)
+    return joined(reset, by_index, by_lengths)
+
+
+def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dict[str, Any]:
+    """Say where documents start as `reset` does: `generate` hands the same arguments to calls that read other columns."""
+    valid, starts = read_mask(given.get("attention_mask"), B, T, 0)
+    starts = joined(starts, said_starts({name: given.get(name) for name in packing}, B, T, 0, device))
+    rest = {name: value for name, value in given.items() if name not in packing}
+    if starts is None:
+        return rest
+    return {**rest, "reset": starts} | ({} if valid is None else {"attention_mask": valid.long()})
 
 
 def onto_padding(h: Tensor, mask: Tensor) -> Tensor:
