@@ -192,6 +192,10 @@ class DualformModel(DualformPreTrainedModel):
                 f"DualformModel: {given} of input_ids and inputs_embeds given; expected one. Pass one of them."
             )
         refuse_unknown("DualformModel", DualformModel.forward, kwargs)
+        if kwargs.get("is_causal") is False:
+            raise ValueError(
+                "DualformModel: is_causal is False; expected a causal model's True or nothing. Every layer reads from left to right."
+            )
         past = one_cache("DualformModel", past_key_values, cache)
         if inputs_embeds is None:
             assert input_ids is not None
@@ -206,6 +210,9 @@ class DualformModel(DualformPreTrainedModel):
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
         packed = {"reset": reset, "seq_idx": kwargs.get("seq_idx"), "cu_seq_lens_q": kwargs.get("cu_seq_lens_q")}
         call = self._call(inputs_embeds, attention_mask, position_ids, past, packed, with_weights)
+        if past is not None and past.layers:
+            first: Any = past.layers[0]
+            first.note(None if torch.compiler.is_compiling() else input_ids)
         h = inputs_embeds
         for layer in self.layers:
             h = layer(h, call, past)

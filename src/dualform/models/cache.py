@@ -76,6 +76,9 @@ class Rollback:
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.records: list[Reading] = []
+        self.read: Tensor | None = (
+            None  # the last ids (B, n), which tell whether more ids go on from them; None: not known
+        )
 
     def __copy__(self) -> Self:
         made = type(self).__new__(type(self))
@@ -109,9 +112,16 @@ class Rollback:
             vars(self).update({name: x for name, x in vars(before).items() if name not in ("records", "record_past")})
             kept = max(h.shape[1] - n, 0)
             if kept:
+                self.read = None
                 read(h[:, :kept], call.first(h[:, :kept], self), self)
             n -= min(n, h.shape[1])
         self.record_past = recording
+
+    def note(self, ids: Tensor | None) -> None:
+        """Remember the last ids that were read (B, T), few of them."""
+        if ids is not None and self.seen:
+            ids = None if self.read is None else torch.cat([self.read, ids], 1)
+        self.read = None if ids is None else ids[:, -8:]
 
     @property
     def num_rows(self) -> int | None:
@@ -120,7 +130,7 @@ class Rollback:
 
     def take(self, rows: Tensor) -> None:
         """Keep the rows of these numbers of what is held."""
-        raise NotImplementedError
+        self.read = None if self.read is None else self.read.index_select(0, rows.to(self.read.device))
 
     def detach(self) -> None:
         """Cut what is held from the graph that made it."""
@@ -219,12 +229,14 @@ class FastWeightCache(Rollback, CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.seen, self.is_initialized, self.records, self.cut = None, 0, False, [], False
+        self.read = None
 
     @property
     def num_rows(self) -> int | None:
         return None if self._state is None else self._state.layer.position.shape[0]
 
     def take(self, rows: Tensor) -> None:
+        super().take(rows)
         self._state = self._state and self._state.select(rows)  # copies: still nobody else's
 
     def detach(self) -> None:
@@ -292,12 +304,14 @@ class DocumentCache(Rollback, DynamicLayer):
     def reset(self) -> None:
         self.keys, self.values, self.is_initialized = None, None, False
         self.columns, self.conv, self.seen, self.records, self.cut = None, None, 0, [], False
+        self.read = None
 
     @property
     def num_rows(self) -> int | None:
         return None if self.keys is None else self.keys.shape[0]
 
     def take(self, rows: Tensor) -> None:
+        super().take(rows)
         if self.keys is not None and self.values is not None:
             self._over(lambda x: x.index_select(0, rows.to(x.device)))
 

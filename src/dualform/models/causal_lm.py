@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -91,19 +92,18 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, on a cache by either of its names.
 
-        Shape:  see transformers' generate; a cache that is passed has read the first columns of the ids, which are all given.
-        Raises: ValueError for ids that a cache has read already, for names that nobody knows.
+        Shape:  see transformers' generate. The ids begin with those that a cache has read; or they are new ones only, where
+                attention_mask (batch, read + new) says so.
+        Raises: ValueError for ids that do not go on from what the cache has read, and for names that nobody knows.
         """
         kwargs = renamed("generate", kwargs)
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if isinstance(cache := kwargs.get(CACHE), Cache) and ids is not None and ids.shape[1] <= cache.get_seq_length():
-            seen = cache.get_seq_length()
-            raise ValueError(
-                f"generate: input_ids has {ids.shape[1]} columns and the cache has read {seen}; expected what was read and what is new "
-                "together, more than those. Pass torch.cat([ids that were read, new ids], 1), and a mask of as many columns."
-            )
+        ids, cache = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get(CACHE)
         if ids is not None:
-            kwargs = as_reset(kwargs, ids.shape[0], ids.shape[1], ids.device)
+            length = ids.shape[1]
+            if isinstance(cache, Cache) and cache.get_seq_length():
+                config = args[0] if args else kwargs.get("generation_config")
+                length = continued(cache, ids, kwargs.get("attention_mask"), getattr(config, "is_assistant", False))
+            kwargs = as_reset(kwargs, ids.shape[0], length, ids.device)
         found = cast("Any", super()).generate(inputs, *args, **kwargs)
         if isinstance(found, ModelOutput) and not hasattr(found, OTHER):
             setattr(found, OTHER, getattr(found, CACHE))
@@ -126,6 +126,10 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         # `reset` speaks of the prompt; generated tokens belong to its last document.
         kwargs = renamed("prepare_inputs_for_generation", kwargs)
         reset, cache = kwargs.pop("reset", None), kwargs.get(CACHE)
+        if getattr(
+            cache, drafted, False
+        ):  # transformers takes the first call of assisted decoding for one on an empty cache
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cast("Cache", cache).get_seq_length()
         inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         new = inputs.get("input_ids")
         B, T = (new if new is not None else inputs["inputs_embeds"]).shape[:2]
@@ -156,15 +160,49 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         return result
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE)
+        if getattr(cache, only_new, False):
+            raise ValueError(
+                "generate: input_ids holds new columns only; expected those that the cache has read too, since drafts are compared "
+                "with the whole text. Pass torch.cat([ids that were read, new ids], 1)."
+            )
+        if cache is not None:
+            setattr(cache, drafted, True)
         try:
             return cast("Any", super())._assisted_decoding(*args, **kwargs)
         finally:
             # It has switched recording on; whoever reads on with the cache would pay for what nobody takes back.
-            for layer in getattr(kwargs.get(CACHE), "layers", ()):
+            for layer in getattr(cache, "layers", ()):
                 if isinstance(layer, Rollback):
                     layer.record_past, layer.records = False, []
+            if cache is not None:
+                setattr(cache, drafted, False)
 
 
+def continued(cache: Cache, ids: Tensor, mask: Tensor | None, is_draft: bool) -> int:
+    """Return how many columns there are, read and new; refuse ids that a filled cache does not go on with."""
+    seen, new = cache.get_seq_length(), ids.shape[1]
+    setattr(cache, only_new, mask is not None and mask.shape[1] == seen + new)
+    if getattr(cache, only_new):
+        return seen + new
+    read = getattr(cache.layers[0], "read", None)
+    wrong = f"has {new} columns" if new <= seen else ""
+    if not wrong and read is not None and len(read) == len(ids) and not is_draft:
+        given = ids[:, seen - read.shape[1] : seen].to(read.device)
+        wrong = (
+            "" if torch.equal(given, read) else f"has {given[0].tolist()} before column {seen}, not {read[0].tolist()},"
+        )
+    if wrong:
+        raise ValueError(
+            f"generate: input_ids {wrong} and the cache has read {seen} columns; expected those and the new ones together. Pass "
+            "torch.cat([ids that were read, new ids], 1); or the new ids with attention_mask (batch, read + new) = "
+            f"{(len(ids), seen + new)}."
+        )
+    return new
+
+
+# What `generate` notes on a cache: do the ids hold new columns only; are drafts being tried.
+only_new, drafted = "_dualform_only_new", "_dualform_drafted"
 # For the check on versions of transformers that no test run has seen.
 smallest = {
     "vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk": 4,

@@ -147,7 +147,8 @@ def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dic
     rest = {name: value for name, value in given.items() if name not in packing}
     if starts is None:
         return rest
-    return {**rest, "reset": starts} | ({} if valid is None else {"attention_mask": valid.long()})
+    tokens = torch.ones(B, T, dtype=torch.long, device=device) if valid is None else valid.long()
+    return {**rest, "reset": starts, "attention_mask": tokens}
 
 
 def onto_padding(h: Tensor, mask: Tensor) -> Tensor:
