@@ -61,7 +61,7 @@ def test_adapters_of_convolutions(ids):
     peft = pytest.importorskip("peft")
     model = build("learner")
     before = model(ids).logits
-    lora = peft.LoraConfig(r=4, target_modules=r".*(conv_q|conv_k|conv\.conv|q_proj)", init_lora_weights=False)
+    lora = peft.LoraConfig(r=16, target_modules=r".*(conv_q|conv_k|conv\.conv|q_proj)", init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(model), lora)
     out = adapted(input_ids=ids, labels=ids)
     assert (out.logits - before).abs().max() > 1e-3
@@ -227,14 +227,12 @@ def test_gradients_reach_what_an_earlier_call_made(model, ids):
 
 def test_a_state_without_its_gradients_is_not_taken_for_one_with(model, ids):
     called, cache = checkpointed(model, True), DynamicCache(config=model.config)
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
-        called(ids[:, :4], cache=cache)
+    called(ids[:, :4], cache=cache)
     with pytest.raises(
         ValueError, match=r"reentrant activation checkpointing made without gradients; .*cache\.detach\(\)"
     ):
         called(ids[:, 4:], cache=cache)
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
-        called(ids[:, 4:], cache=cache.detach())
+    called(ids[:, 4:], cache=cache.detach())
 
 
 def test_generation_while_training_with_checkpointing(model, ids):
@@ -264,6 +262,10 @@ def saved(tmp_path_factory):
     return folder
 
 
+def fields_of(config):
+    return {name: getattr(config, name) for name in DualformConfig.__annotations__ if name in config.to_dict()}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -285,13 +287,12 @@ def test_what_is_given_at_load_is_laid_over(saved, tmp_path, field, value, capfd
     given = value
     if isinstance(value, dict):  # options alone keep the rest
         given = {**written[field], **value}
-    want = DualformConfig(**{**written, **below, field: given}).to_dict()
+    want = fields_of(DualformConfig(**{**written, **below, field: given}))
+    assert fields_of(AutoConfig.from_pretrained(saved, **{field: value})) == want
     model = AutoModelForCausalLM.from_pretrained(saved, **{field: value})
-    assert AutoConfig.from_pretrained(saved, **{field: value}).to_dict() == want
-    assert getattr(model.config, field) == want[field]
+    assert fields_of(model.config) == want
     model.save_pretrained(tmp_path)
-    again = AutoConfig.from_pretrained(tmp_path).to_dict()
-    assert {**again, "use_cache": None} == {**model.config.to_dict(), "use_cache": None}
+    assert fields_of(AutoConfig.from_pretrained(tmp_path)) == {**want, "use_cache": True}
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_rows_are_chosen_in_any_way(model, rows, wanted):
         assert torch.equal(state.layer.select(rows).position, state.layer.position[wanted])
 
 
-@pytest.mark.parametrize("rows", [[True, False], torch.tensor([[0]]), torch.tensor([0.0, 1.0]), [0, 3], [-4]])
+@pytest.mark.parametrize("rows", [[True], torch.tensor([[0]]), torch.tensor([0.0, 1.0]), [0, 3], [-4]])
 def test_rows_that_are_not_there_are_refused(model, ids, rows):
     cache = model(ids, use_cache=True).cache
     with pytest.raises(IndexError):

@@ -162,12 +162,19 @@ class TestTimeTraining(nn.Module):
         attention_mask: Tensor | None = None,
         reset: Tensor | None = None,
         overwrite: bool = False,
-    ) -> tuple[Tensor, LayerState]:
+        observed: bool = False,
+    ) -> tuple[Tensor, Any]:
         """Return (y, state); any split of x over calls with the state carried gives the same y.
 
         overwrite: the state given is not needed again; without gradients, the new one may take its memory.
+        observed: return `inner_losses` instead, within a call, where hooks have brought the weights.
         """
         read = self._read(x, state, attention_mask, reset)
+        if observed:
+            before, after, _ = self.program.losses(
+                read.k, read.v, read.gates, state=state and state.memory, **read.rest
+            )
+            return before.transpose(1, 2), after.transpose(1, 2)
         rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
         rest["overwrite"] = overwrite
         try:
@@ -194,9 +201,7 @@ class TestTimeTraining(nn.Module):
         Dtype:  float32, or float64 if x or the layer is.
         Raises: ShapeError.
         """
-        read = self._read(x, state, attention_mask, reset)
-        before, after, _ = self.program.losses(read.k, read.v, read.gates, state=state and state.memory, **read.rest)
-        return before.transpose(1, 2), after.transpose(1, 2)
+        return self(x, state, attention_mask=attention_mask, reset=reset, observed=True)
 
     def _read(self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None) -> _Read:
         if x.ndim != 3 or x.shape[-1] != self.dim:
