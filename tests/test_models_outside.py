@@ -275,7 +275,6 @@ def fields_of(config):
         ("rule", "sgd"),
         ("objective", "dot_product"),
         ("learner", {"spec": {"name": "MLP", "depth": 2, "expand": 4, "activation": "silu"}}),
-        ("chunk", 8),
         ("rope_theta", 500),
         ("num_hidden_layers", 1),
         ("use_cache", False),
@@ -311,6 +310,12 @@ def test_what_is_given_at_load_is_laid_over(saved, tmp_path, field, value, capfd
 def test_what_is_given_at_load_is_checked(saved, given, message, auto):
     with pytest.raises(ValueError, match=message):
         auto.from_pretrained(saved, **given)
+
+
+def test_a_field_at_load_that_changes_shapes(saved):
+    assert AutoConfig.from_pretrained(saved, chunk=8).chunk == 8
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForCausalLM.from_pretrained(saved, chunk=8)  # the offsets of 4 places in a mini-batch
 
 
 def test_a_spec_that_is_assigned_is_json(tmp_path):

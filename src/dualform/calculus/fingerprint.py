@@ -6,12 +6,18 @@ each call, so that nothing closed over can be stale. What cannot be read (object
 
 from __future__ import annotations
 
+import operator
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterator
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -29,19 +35,50 @@ class Unreadable(Exception):
 class Fingerprint:
     """The key of some objects, and the tensors in it in the order in which they were met.
 
-    key: hashable, or None if something could not be read; names: what the code calls each tensor
+    key: hashable, or None if something could not be read (`unreadable`: its type); names: what the code calls each tensor
     """
 
-    def __init__(self, *objects: Any) -> None:
+    def __init__(self, *objects: Any, watch: bool = False) -> None:
+        self._watches = watch
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
+        self.unreadable = ""
         self._slots: dict[int, int] = {}
         self._seen: dict[int, int] = {}
         self._held: list[Any] = []  # ids are only unique among the living
+        self._watched: list[tuple[Any, tuple[Any, ...]]] = []  # mappings, lists and sets with what they held
+        self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
+        self._arrays: list[tuple[numpy.ndarray, bytes]] = []
+        self._kinds: list[tuple[Tensor, torch.Size, torch.dtype, torch.device]] = []
         try:
             self.key: Hashable | None = (_context(), *(self._read(x, "") for x in objects))
-        except Unreadable:
-            self.key = None
+        except Unreadable as error:
+            self.key, self.unreadable = None, str(error)
+
+    def holds(self) -> bool:
+        """Is all that was read under `watch` what it was, by identity? False says only that it must be read again.
+
+        An object that cannot be read is taken for changed at each question.
+        """
+        if self.key is None:
+            return False
+        for x, values in self._watched:
+            if len(x) != len(values) or not all(map(operator.is_, x.values() if isinstance(x, Mapping) else x, values)):
+                return False
+        for x, name, value in self._named:
+            if (x.get(name, x) if type(x) is dict else getattr(x, name, x)) is not value:
+                return False
+        return all(
+            x.shape == shape and x.dtype is dtype and x.device == place for x, shape, dtype, place in self._kinds
+        )
+
+    def _watch(self, x: Any) -> None:
+        if self._watches:
+            self._watched.append((x, tuple(x.values() if isinstance(x, Mapping) else x)))
+
+    def _watch_names(self, items: Iterable[tuple[Any, str, Any]]) -> None:
+        if self._watches:
+            self._named += items
 
     def _read(self, x: Any, name: str) -> Hashable:
         kind = type(x)
@@ -58,16 +95,29 @@ class Fingerprint:
         self._seen[id(x)] = len(self._seen)
         self._held.append(x)
         if len(self._seen) > _LIMIT:
-            raise Unreadable
-        if isinstance(x, list | tuple):
+            raise Unreadable(f"more than {_LIMIT} objects")
+        if isinstance(x, list | tuple | deque):
+            if not isinstance(x, tuple):
+                self._watch(x)
             return (kind, *(self._read(v, f"{name}{k}") for k, v in enumerate(x)))
-        if kind is dict:
-            return (kind, *((self._read(k, ""), self._read(v, str(k))) for k, v in x.items()))
+        if isinstance(x, dict):
+            self._watch(x)
+            return (dict, *((self._read(k, ""), self._read(v, str(k))) for k, v in x.items()))
+        if isinstance(x, set | frozenset):
+            self._watch(x)
+            return (kind, *sorted((self._read(v, "") for v in x), key=repr))
+        if isinstance(x, Enum):
+            return (kind, x.name)
+        if isinstance(x, range | slice | numpy.generic):
+            return (kind, repr(x))
+        if isinstance(x, numpy.ndarray) and x.dtype != object:
+            self._arrays.append((x, x.tobytes()))
+            return (kind, x.shape, x.dtype.str, x.tobytes())
         if isinstance(x, types.FunctionType):
             return self._function(x)
         if isinstance(x, types.MethodType):
             return (kind, self._read(x.__func__, name), self._read(x.__self__, name))
-        if kind is partial:
+        if isinstance(x, partial):
             return (kind, *(self._read(v, name) for v in (x.func, x.args, x.keywords)))
         if isinstance(x, type):
             return self._class(x)
@@ -75,33 +125,41 @@ class Fingerprint:
 
     def _tensor(self, x: Tensor, name: str) -> Hashable:
         if type(x) not in (Tensor, nn.Parameter):
-            raise Unreadable
+            raise Unreadable(type(x).__name__)
         if id(x) in self._slots:
             return ("tensor", self._slots[id(x)])
         self._slots[id(x)] = len(self.tensors)
         self.tensors.append(x)
         self.names.append(name)
+        self._kinds.append((x, x.shape, x.dtype, x.device))
         layout = x.stride() if x.layout is torch.strided else x.layout
         return (type(x), tuple(x.shape), layout, x.dtype, x.device)
 
     def _function(self, f: types.FunctionType) -> Hashable:
-        if _is_fixed(f.__module__):
+        self._watch_names((f, name, getattr(f, name)) for name in ("__code__", "__defaults__", "__kwdefaults__"))
+        if is_fixed(f.__module__):
             # Library code is known by identity, but a closure that a library made (torch.func.functional_call, vmap, a
             # decorator) closes over the caller's things.
             return (f.__code__, *self._cells(f)) if f.__closure__ else f
-        parts = [self._read(v, n) for n, v in _globals_read(f)]
+        globals_read = list(_globals_read(f))
+        self._watch_names(globals_read)
+        parts = [self._read(v, n) for _, n, v in globals_read]
         return (f.__code__, *self._cells(f), *parts, self._read(f.__defaults__, ""), self._read(f.__kwdefaults__, ""))
 
     def _cells(self, f: types.FunctionType) -> Iterator[Hashable]:
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
             try:
-                yield self._read(cell.cell_contents, name)
+                content = cell.cell_contents
             except ValueError:  # not bound yet
-                yield None
+                content = None
+            else:
+                self._watch_names([(cell, "cell_contents", content)])
+            yield self._read(content, name)
 
     def _class(self, kind: type) -> Hashable:
-        if _is_fixed(kind.__module__):
+        if is_fixed(kind.__module__):
             return kind
+        self._watch(vars(kind))
         bases = (self._read(base, "") for base in kind.__bases__)
         return (kind, *bases, *(self._member(v, n) for n, v in vars(kind).items()))
 
@@ -117,35 +175,40 @@ class Fingerprint:
 
     def _object(self, x: Any) -> Hashable:
         kind = type(x)
-        fixed = _is_fixed(kind.__module__)
-        if not hasattr(x, "__dict__") or (fixed and not isinstance(x, nn.Module)):
-            raise Unreadable
-        items = sorted(vars(x).items(), key=lambda item: item[0])
-        return (self._read(kind, ""), *((n, self._read(_plain(v), n.strip("_"))) for n, v in items))
+        if hasattr(kind, "__fingerprint__"):
+            return (kind, self._read(x.__fingerprint__(), ""))
+        readable = not is_fixed(kind.__module__) or isinstance(x, nn.Module | types.SimpleNamespace | Namespace)
+        slots = [n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(x, n)]
+        if not (readable or is_dataclass(x)) or not (hasattr(x, "__dict__") or slots):
+            wrapped = getattr(x, "__wrapped__", None)  # a cache or the like around a function
+            if wrapped is not None:
+                return (kind, self._read(wrapped, ""))
+            raise Unreadable(kind.__name__)
+        items = [(n, getattr(x, n)) for n in slots if n != "__dict__"]
+        self._watch_names((x, n, v) for n, v in items)
+        if hasattr(x, "__dict__"):
+            self._watch(vars(x))
+            items += vars(x).items()
+        return (self._read(kind, ""), *((n, self._read(v, n.strip("_"))) for n, v in sorted(items, key=_name)))
 
 
-def _plain(value: Any) -> Any:
-    """torch keeps a module's parts in subclasses of dict and set; empty ones (hooks) are nothing."""
-    if isinstance(value, dict):
-        return dict(value) if value else None
-    if isinstance(value, set | frozenset):
-        return tuple(sorted(value)) if value else None
-    return value
+def _name(item: tuple[str, Any]) -> str:
+    return item[0]
 
 
-def _is_fixed(module: str | None) -> bool:
+def is_fixed(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] in _FIXED
 
 
-def _globals_read(f: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The globals that a function names, and the attributes it may read of the caller's own modules."""
+def _globals_read(f: types.FunctionType) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The globals that a function names, and the attributes it may read of the caller's own modules: where, name, value."""
     names = _names(f.__code__)
     for name in names:
         if name in f.__globals__:
             value = f.__globals__[name]
-            yield name, value
-            if isinstance(value, types.ModuleType) and not _is_fixed(value.__name__):
-                yield from ((n, vars(value)[n]) for n in names if n in vars(value))
+            yield f.__globals__, name, value
+            if isinstance(value, types.ModuleType) and not is_fixed(value.__name__):
+                yield from ((vars(value), n, vars(value)[n]) for n in names if n in vars(value))
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:

@@ -205,7 +205,28 @@ def _alias_infos(node: fx.Node) -> list[Any]:
 
 
 def without_repeats(graph: fx.Graph) -> fx.Graph:
-    """Keep one of equal nodes."""
-    from torch._functorch.compile_utils import fx_graph_cse  # brings sympy, half a second: not at `import dualform`
+    """Keep one of equal nodes; what is random or writes is never equal to another."""
+    kept: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or _writes(node) or _is_random(node):
+            continue
+        key = (node.target, _keyed(node.args), _keyed(node.kwargs))
+        first = kept.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+    return graph
 
-    return fx_graph_cse(graph)
+
+def _keyed(x: Any) -> Any:
+    """A hashable twin of an argument; 1, 1.0 and True are three."""
+    if isinstance(x, list | tuple):
+        return (type(x).__name__, *map(_keyed, x))
+    if isinstance(x, dict):
+        return tuple((name, _keyed(v)) for name, v in sorted(x.items()))
+    return x if isinstance(x, fx.Node) else (type(x), str(x) if isinstance(x, float | slice) else x)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "empty" in str(node.target)

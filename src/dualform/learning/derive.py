@@ -5,31 +5,33 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 
 from __future__ import annotations
 
-import fnmatch
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, functionalize
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.recorder import CannotRecord, record
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
+from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
 from dualform.learning.norms import whole_norms
 from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
 from dualform.learning.regroup import join_products
 from dualform.learning.simplify import tidy
-from dualform.learning.sites import Analysis, DerivationError, analyse, mark
+from dualform.learning.sites import Analysis, DerivationError, mark
 
 aten = torch.ops.aten
 
@@ -79,34 +81,6 @@ def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return 2u and its derivative, u = sqrt(2/pi) (x + 0.044715 x^3)."""
     c, square = 2 * math.sqrt(2 / math.pi), x * x
     return x * (c + c * 0.044715 * square), c + 3 * c * 0.044715 * square
-
-
-class Parts(NamedTuple):
-    """A learner's tensors by role."""
-
-    fast: dict[str, Tensor]
-    slow: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
-def split_parameters(learner: nn.Module, slow: tuple[str, ...]) -> Parts:
-    """Sort a learner's parameters into fast and slow by the patterns given and the module's own attribute `slow`."""
-    patterns = (*slow, *getattr(learner, "slow", ()))
-    named = dict(learner.named_parameters())
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            raise DerivationError(
-                f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an fnmatch "
-                "pattern of one. Correct or drop it."
-            )
-    is_slow = {name: any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
-    fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
-    if not fast:
-        raise DerivationError(
-            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}); expected at least "
-            "one. A learner without weights cannot learn: give it an nn.Parameter."
-        )
-    return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()))
 
 
 @dataclass(eq=False)
@@ -165,28 +139,33 @@ class Step:
 
 @dataclass(eq=False)
 class Derivation:
-    """A learner with its objective and rule, at one width and dtype; steps are traced as they are asked for."""
+    """What came in by the front door, at one width and dtype; steps are traced as they are asked for."""
 
-    learner: nn.Module
+    door: FrontDoor
     inner: Inner
     chunk: int
-    parts: Parts
     K: int
     dtype: torch.dtype
     block: int | None = None
-    V: int = 0
+    parts: Parts = field(init=False)
+    V: int = field(init=False, default=0)
     constants: dict[str, Tensor] = field(default_factory=dict)
     cut: Ranges = field(default_factory=dict)  # leaves that are only ever sliced, in pieces
     analyses: dict[int, Analysis] = field(default_factory=dict)
+    losses: dict[int, Routine] = field(default_factory=dict)
+    rules: dict[int, Routine] = field(default_factory=dict)
     steps: dict[Variant, Step] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        proof = self.analysis(max(2, self.chunk))  # with one token nothing can be seen to mix
+        self.parts = self.door.parts
+        proof = self.analysis(self._proved)
         self.V = proof.output.meta["val"].shape[-1]
         if self.inner.target == "v-k" and self.V != self.K:
             raise DerivationError(
                 f"derive: the objective's target is v - k with K = {self.K}, V = {self.V}; expected K = V. Use target='v'."
             )
+        self.loss(self._proved)
+        self.rule(self._proved)
         if self.inner.form == "dual":
             bad = next((site for site in proof.sites if not site.admissible), None)
             if bad is not None:
@@ -196,17 +175,23 @@ class Derivation:
                 )
 
     @property
+    def _proved(self) -> int:
+        """Tokens of the traces that prove them apart: with one token nothing can be seen to mix."""
+        return max(2, self.chunk)
+
+    @property
     def out_width(self) -> int:
         """How many numbers a token's result has."""
         return 2 if self.inner.observed else self.V
 
     @property
     def structure(self) -> Any:
-        """What decides a trace: the learner's graph, shapes, and the inner problem; equal for layers that are alike."""
-        proof = self.analyses[max(2, self.chunk)]
+        """What decides a trace: the three graphs and shapes; equal for layers that are alike."""
+        W, rule = self._proved, self.inner.rule
         named = [(n, tuple(x.shape), x.dtype) for n, x in (*self.parts.fast.items(), *self.slow_values().items())]
         return (
-            proof.graph.code, tuple(named), len(self.parts.fast), self.inner, self.chunk, self.K, self.dtype,
+            self.analyses[W].graph.code, self.losses[W].text, self.rules[W].text, rule.gates, rule.start, rule.resets,
+            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype,
         )  # fmt: skip
 
     def analysis(self, W: int) -> Analysis:
@@ -217,48 +202,52 @@ class Derivation:
 
     def as_written(self, W: int) -> Analysis:
         """Trace and mark the learner at W tokens."""
-        fast = {n: self._example(p) for n, p in self.parts.fast.items()}
-        rest = {n: self._example(p) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
-        x = torch.empty(W, self.K, dtype=self.dtype, device="cpu")
-        names = [*fast, *rest]
-
-        def run(*tensors: Tensor) -> Tensor:
-            return functional_call(self.learner, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],))
-
-        a = analyse(run, fast, rest, x)
+        a = self.door.trace_learner(W, self.K, self.dtype)
         self.cut = cut_leaves(a)
         if self.cut:
             mark(a, W)
         self.constants |= a.constants
         return a
 
-    def _example(self, p: Tensor) -> Tensor:
-        """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
-        return torch.empty(p.shape, dtype=self.dtype if p.is_floating_point() else p.dtype, device="cpu")
+    def loss(self, W: int) -> Routine:
+        """Trace the objective at W tokens."""
+        if W not in self.losses:
+            prediction = self.analysis(W).output.meta["val"]
+            self.losses[W] = self.door.trace_objective(W, self.V, prediction.dtype, self.dtype)
+            self.constants |= self.losses[W].analysis.constants
+        return self.losses[W]
+
+    def rule(self, W: int) -> Routine:
+        """Trace the rule at W tokens."""
+        if W not in self.rules:
+            self.rules[W] = self.door.trace_rule(W, self.dtype)
+            self.constants |= self.rules[W].analysis.constants
+        return self.rules[W]
 
     def step(self, variant: Variant) -> Step:
         """Trace one block for one head."""
         if variant not in self.steps:
             many = self.analysis(variant.width)
             needs_one = any(not site.admissible for site in many.sites)
-            emitter = Emitter(self.inner, many, self.as_written(1) if needs_one else None, variant, self.chunk)
+            one, W = self.as_written(1) if needs_one else None, variant.width
+            emitter = Emitter(self.inner, many, one, self.loss(W), self.rule(W), variant, self.chunk)
             example = self.example(variant)
             whole = InPieces(emitter, self.cut) if self.cut else emitter
             self.steps[variant] = Step(trace_flat(whole, example), example, emitter.choices)
         return self.steps[variant]
 
     def slow_values(self) -> dict[str, Tensor]:
-        return {**self.parts.slow, **self.parts.buffers, **self.constants}
+        return {**self.parts.rest, **self.constants}
 
     def example(self, variant: Variant) -> StepInputs:
         """Make inputs of a block's shapes, for tracing."""
-        self.analysis(variant.width)
         rule, W = self.inner.rule, variant.width
+        self.analysis(W), self.loss(W), self.rule(W)  # which find what is closed over
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device="cpu")
 
-        th = {n: self._example(p) for n, p in self.parts.fast.items()}
+        th = {n: like(p, self.dtype) for n, p in self.parts.fast.items()}
         known = variant.fresh and all(rule.resets) and not variant.opens
         return StepInputs(
             th=th,
@@ -267,7 +256,8 @@ class Derivation:
             k=new(W, self.K),
             v=new(W, self.V),
             gates={name: new(W) for name in rule.gates},
-            slow={n: self._example(p) for n, p in self.slow_values().items()},
+            slow={n: like(p, self.dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+            | {n: like(p, p.dtype) for n, p in {**self.parts.closed, **self.constants}.items()},
             i=None if variant.fresh else new(W),
             valid=None if variant.dense else new(W),
             full=None if variant.completes(self.chunk) else torch.empty((), dtype=torch.bool, device="cpu"),
@@ -300,12 +290,25 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
+# torch's tracers keep state for the whole process: one trace at a time, whichever thread asks.
+TRACING = threading.RLock()
+_inside = threading.local()
+
+
 def undisturbed(make: Callable[[], Any]) -> Any:
     """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
-    nothing is real."""
-    _first_fake_tensors()
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+    nothing is real. One at a time."""
+    if getattr(_inside, "worker", False):
+        return make()
+
+    def run() -> Any:
+        _inside.worker = True
+        return make()
+
+    with TRACING:
+        _first_fake_tensors()
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(run).result()
 
 
 @cache
@@ -327,12 +330,20 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
 def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None = None) -> fx.GraphModule:
     """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
     table = norms_as_arithmetic() if table is None else table
+    try:
+        gm = record(f, tensors, table)
+    except (CannotRecord, RuntimeError):  # torch's own tracer knows more, and refuses in its own words
+        gm = _traced_by_torch(f, tensors, table)
+    _plain_views(gm)
+    return gm
+
+
+def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table) -> fx.GraphModule:
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
         if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)
-    _plain_views(gm)
     return gm
 
 

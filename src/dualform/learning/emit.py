@@ -12,19 +12,20 @@ Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
 from dualform.calculus.program import identity
+from dualform.calculus.recorder import node_of, recorded_so_far
 from dualform.calculus.structure import Derivative, compose
 from dualform.calculus.trace import source_line
+from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
@@ -67,19 +68,13 @@ class Choice:
         return f"{self.leaf} in {self.op_text}: {self.form}"
 
 
-@dataclass(frozen=True)
-class Inner:
+class Inner(NamedTuple):
     """Everything about a layer's inner problem that does not depend on sizes."""
 
     rule: Rule
-    objective: Callable[[Tensor, Tensor], Tensor]
     target: str
     form: str
     observed: bool = False  # give each token's inner loss, before and after its own update, in place of the output
-
-    def loss(self, prediction: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the inner loss of each token."""
-        return self.objective(prediction, v - k if self.target == "v-k" else v)
 
 
 class StepInputs(NamedTuple):
@@ -110,9 +105,7 @@ class _Keys:
 
 def called(x: Tensor, name: str) -> Tensor:
     """While tracing, name the node of a value, for the reader of the printed program."""
-    mode = get_proxy_mode()
-    held = None if mode is None else get_proxy_slot(x, mode.tracer, None)  # type: ignore[arg-type]
-    node = getattr(getattr(held, "proxy", None), "node", None)
+    node = node_of(x)
     if node is not None and node.op == "call_function":
         node._rename(name)
     return x
@@ -121,8 +114,18 @@ def called(x: Tensor, name: str) -> Tensor:
 class Emitter:
     """Run one block of a learner whose trace is `many` (W tokens) and, for leaf sites, `one` (a single token)."""
 
-    def __init__(self, inner: Inner, many: Analysis, one: Analysis | None, variant: Variant, chunk: int) -> None:
+    def __init__(
+        self,
+        inner: Inner,
+        many: Analysis,
+        one: Analysis | None,
+        loss: Routine,
+        rule: Routine,
+        variant: Variant,
+        chunk: int,
+    ) -> None:
         self.inner, self.many, self.variant, self.chunk = inner, many, variant, chunk
+        self.loss, self.rule = loss, rule
         self.sites = {site.node: site for site in many.sites}
         self.cut = sorted({leaf for site in many.sites if not site.admissible for leaf in site.leaves})
         self.twin = twins(many, one) if one else {}
@@ -132,10 +135,8 @@ class Emitter:
 
     def begin(self, section: str) -> None:
         """While tracing, file what was recorded so far under its heading and start another."""
-        mode = get_proxy_mode()
-        if mode is not None:
-            for node in mode.tracer.graph.nodes:  # type: ignore[union-attr]
-                node.meta.setdefault("section", self.section)
+        for node in recorded_so_far():
+            node.meta.setdefault("section", self.section)
         self.section = section
 
     def __call__(self, x: StepInputs) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor] | None]:
@@ -145,15 +146,16 @@ class Emitter:
         x = self._opened(x)
         i = torch.arange(1, W + 1, dtype=x.q.dtype, device=x.q.device) if x.i is None else x.i
         last = None if self.variant.completes(self.chunk) else (i == self.chunk).to(i.dtype)
-        coef = unroll(rule, i, x.gates, x.valid, last if last is None or x.valid is None else last * x.valid)
+        traced = TracedRule(rule.num_registers, self.rule, x.slow)
+        coef = unroll(traced, i, x.gates, x.valid, last if last is None or x.valid is None else last * x.valid)
         called(coef.C, "C")
         self.begin("key pass: the learner at the anchor")
         keys = self._key_pass(x)
         self.begin("query pass: the learner with each token's own weights, corrected at every site")
         if self.inner.observed:
-            before = self.inner.loss(keys.env[self.many.output], x.k, x.v)
+            before = self._losses(keys.env[self.many.output], x)
             learnt = self._query_pass(x._replace(q=x.k), coef, keys)
-            o = torch.stack([before, self.inner.loss(learnt, x.k, x.v)], -1)
+            o = torch.stack([before, self._losses(learnt, x)], -1)
         else:
             o = self._query_pass(x, coef, keys)
         self.begin("state: the weights that the next mini-batch starts from")
@@ -172,6 +174,11 @@ class Emitter:
     def _start(self, th: Tensor) -> Tensor:
         return torch.stack([s * th for s in self.inner.rule.start])
 
+    def _losses(self, prediction: Tensor, x: StepInputs) -> Tensor:
+        """Return the inner loss of each token."""
+        (loss,) = self.loss((prediction, x.v - x.k if self.inner.target == "v-k" else x.v), x.slow)
+        return loss
+
     # -- key pass ------------------------------------------------------------------------------------------------
 
     def _key_pass(self, x: StepInputs) -> _Keys:
@@ -187,7 +194,7 @@ class Emitter:
                     env[node] = called(a.value(node, env), f"{node.name}_k" if node in a.tok else node.name)
                 else:
                     env[node] = called(self._per_token(site, copies, env), f"{node.name}_k")
-            loss = self.inner.loss(env[a.output], x.k, x.v).sum()
+            loss = self._losses(env[a.output], x).sum()
             proper = [site for site in a.sites if site.admissible]
             ends = [env[site.node] for site in proper] + list(copies.values())
             self.begin(
@@ -209,7 +216,7 @@ class Emitter:
 
     def _inputs(self, x: StepInputs, th: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
         a = self.many
-        return {a.leaf_nodes[n]: w for n, w in th.items()} | {a.slow_nodes[n]: w for n, w in x.slow.items()}
+        return {a.leaf_nodes[n]: w for n, w in th.items()} | {node: x.slow[n] for n, node in a.slow_nodes.items()}
 
     def _copied(self, w: Tensor) -> Derivative:
         """Derivative of W copies of a leaf: a delta on its own axes, a broadcast along the tokens."""

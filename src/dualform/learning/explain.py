@@ -81,7 +81,8 @@ def account(
     inner, leaves = derivation.inner, step.inputs.th
     shapes = ", ".join(f"{name} {tuple(w.shape)}" for name, w in leaves.items())
     slow = ", ".join(derivation.parts.slow) or "none"
-    loss = getattr(getattr(inner.objective, "loss", inner.objective), "__name__", "loss")
+    objective = derivation.door.objective
+    loss = getattr(getattr(objective, "loss", objective), "__name__", "loss")
     target = "v - k" if inner.target == "v-k" else "v"
     registers = inner.rule.num_registers
     facts = (

@@ -87,7 +87,7 @@ class TestTimeTraining(nn.Module):
     backend: str = "auto"
     nan_policy: str = "propagate"
     name: str = ""  # of the layer in its model, for errors
-    program: ChunkProgram
+    program: ChunkProgram  # of a template: no part of this module
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class TestTimeTraining(nn.Module):
         born = [dict(model.named_parameters()) for model in models if isinstance(model, nn.Module)]
         more: dict[str, Any] = {"prove": prove} if "prove" in signature(derive).parameters else {}
         made = derive(materialised(models[0]), objective, rule, chunk=chunk, **more)
-        object.__setattr__(self, "program", made)  # of a template: no part of this module
+        object.__setattr__(self, "program", made)
         parts = self.program.parts
         self.leaves = own_names("initial_", [*parts.fast, *parts.slow])
         for name, own in self.leaves.items():

@@ -1,4 +1,4 @@
-"""The definition: one token after another, with the user's own module and torch.func.grad. Everything else is tested
+"""The definition: one token after another, with the user's own module and torch's own gradients. Everything else is tested
 against this and shares no line with it.
 
 Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini-batch (from 1), g gradient.
@@ -6,15 +6,34 @@ Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.utils._pytree import tree_map
 
 from dualform.learning.state import State
+
+
+def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
+    """Differentiate a token's loss by the weights: as autograd does, so that hooks and custom Functions count; by torch.func
+    inside its transforms, where autograd cannot be asked."""
+    if torch._C._are_functorch_transforms_active():
+        return grad(loss)(th, *rest)
+    outer = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = {w: x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for w, x in th.items()}
+        value = loss(own, *rest)
+        if not value.requires_grad:
+            return {w: torch.zeros_like(x) for w, x in th.items()}
+        found = torch.autograd.grad(
+            value, list(own.values()), create_graph=outer, allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(own, found, strict=True))
 
 
 def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `call` is program.Inputs, checked and cast
@@ -23,8 +42,8 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
     (B, T, H), rows = call.q.shape[:3], []
 
     def predict(theta: dict[str, Tensor], h: int, x: Tensor) -> Tensor:
-        rest = {name: p[h] for name, p in call.slow.items()} | call.buffers
-        return functional_call(call.learner, theta | rest, (x[None],))[0]
+        rest = {name: p[h] for name, p in call.slow.items()} | call.rest
+        return call.learner(theta | rest, x[None])[0]
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
         return call.objective(predict(theta, h, k), v - k if call.target == "v-k" else v)
@@ -43,7 +62,7 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
             i += 1
             gates = {name: x[i - 1] if name == "offset" else x[row, t, h] for name, x in call.gates.items()}
             A, b, u, a = rule.step(call.q.new_tensor(float(i)), **gates)
-            g = grad(loss)(th, h, call.k[row, t, h], call.v[row, t, h])
+            g = gradient(loss, th, h, call.k[row, t, h], call.v[row, t, h])
             R = {w: [sum(map(mul, A[m], R[w])) - b[m] * g[w] for m in range(len(b))] for w in th}
             theta = {w: a * th[w] + sum(map(mul, u, R[w])) for w in th}
             outputs.append(predict(theta, h, call.q[row, t, h]))

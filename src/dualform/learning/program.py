@@ -8,26 +8,29 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from dualform.calculus.fingerprint import Fingerprint
+from dualform.calculus.twin import Twin
 from dualform.catalogue import Bound, Catalogue
 from dualform.learning import scan as scan_module
 from dualform.learning.backends import backends
-from dualform.learning.derive import Derivation, DerivationError, Parts, Step, split_parameters, undisturbed
+from dualform.learning.derive import TRACING, Derivation, Step, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
+from dualform.learning.front_door import FrontDoor, Parts
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.primal import primal
 from dualform.learning.printer import Cost, cost_of, print_step
 from dualform.learning.rules import Rule, rules
+from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
 from dualform.shapes import ShapeError
 
@@ -51,7 +54,7 @@ class Bounded(OrderedDict[Any, T]):
 class Inputs(NamedTuple):
     """A call, checked and cast; q, k, v and gates of fewer digits than are computed with stay as they are given."""
 
-    learner: nn.Module
+    learner: Any  # a Twin, for the definition alone
     objective: Callable[[Tensor, Tensor], Tensor]
     target: str
     rule: Rule
@@ -65,7 +68,7 @@ class Inputs(NamedTuple):
     reset: Tensor | None
     slow: dict[str, Tensor]  # (H, ...)
     init: dict[str, Tensor]  # (H, ...)
-    buffers: dict[str, Tensor]
+    rest: dict[str, Tensor]  # buffers, and what is closed over: shared by heads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,34 +81,53 @@ class Inputs(NamedTuple):
         return self._replace(q=self.q.to(self.dtype), k=self.k.to(self.dtype), v=self.v.to(self.dtype), gates=gates)
 
 
-@dataclass(eq=False)
-class ChunkProgram:
+class ChunkProgram(nn.Module):
     """A learner, an objective and a rule, ready to run over sequences; `print` it to read one mini-batch's code.
 
+    A module like any other: its learner is its part, and so is an objective that is a module. What it derives follows them: a
+    changed attribute, mode, closure or replaced parameter is seen at the next call.
     Shape:  q, k (B, T, H, K), v, o (B, T, H, V), gates {name: (B, T, H)}, offset (chunk,), mask, reset (B, T) bool.
     Dtype:  computes in float32, or float64 if q or the learner is; o has q's dtype, the state never less than float32.
     Raises: ShapeError for inputs that do not fit; DerivationError for a form that does not exist.
     Source: DESIGN sections 1 and 2 of this project.
     """
 
-    learner: nn.Module
-    objective: Callable[[Tensor, Tensor], Tensor]
-    rule: Rule
-    chunk: int
-    slow: tuple[str, ...] = ()
-    block: int | None = None
-    parts: Parts = field(init=False)
-    name: str = field(init=False, default="")
-    width: int | None = field(init=False, default=None)
-    out_width: int | None = field(init=False, default=None)
-    plans: dict[Any, scan_module.Plan] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.parts = split_parameters(self.learner, self.slow)
+    def __init__(
+        self,
+        learner: nn.Module,
+        objective: Callable[[Tensor, Tensor], Tensor],
+        rule: Rule,
+        chunk: int,
+        slow: tuple[str, ...] = (),
+        block: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.learner, self.objective, self.rule, self.chunk, self.slow, self.block = (
+            learner, objective, rule, chunk, slow, block,
+        )  # fmt: skip
+        self.door = FrontDoor(learner, objective, rule, slow)
         self.name = scan_module.register(self)
-        self.width = infer_width(self.learner)
+        self.plans: dict[Any, scan_module.Plan] = {}
+        self.width, self.out_width = infer_width(learner), None
+        self._derive()
+
+    def _derive(self) -> None:
         if self.width is not None:
             self.out_width = self.plan(self.width, self._kind()[0], "auto").derivation.V
+
+    @property
+    def parts(self) -> Parts:
+        """The learner's tensors by role, and those that learner, objective and rule close over; live."""
+        return self.door.parts
+
+    def refresh(self) -> None:
+        """Follow what has changed since the last call."""
+        if torch.compiler.is_compiling() or self.door.is_current():
+            return
+        with TRACING:
+            if not self.door.is_current() and not self.door.read():
+                self.plans.clear()
+                self._derive()
 
     def _kind(self) -> tuple[torch.dtype, torch.device]:
         p = next(iter(self.parts.fast.values()))
@@ -113,29 +135,35 @@ class ChunkProgram:
 
     @property
     def target(self) -> str:
-        return getattr(self.objective, "target", "v")
+        return self.door.target
 
     def plan(self, K: int, dtype: torch.dtype, form: str) -> scan_module.Plan:
         """Return the derivation for a width, dtype and form, with its batched graphs; made once."""
         key = (K, dtype, form)
-        if key not in self.plans:
-            observed = form == "losses"
-            inner = Inner(self.rule, self.objective, self.target, "auto" if observed else form, observed)
-            made = undisturbed(partial(Derivation, self.learner, inner, self.chunk, self.parts, K, dtype, self.block))
-            twin = _structures.setdefault(made.structure, scan_module.Plan(made))
-            made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-            self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
-        return self.plans[key]
+        found = self.plans.get(key)
+        return self._planned(key) if found is None else found
+
+    def _planned(self, key: tuple[int, torch.dtype, str]) -> scan_module.Plan:
+        K, dtype, form = key
+        with TRACING:
+            if key not in self.plans:
+                observed = form == "losses"
+                inner = Inner(self.rule, self.target, "auto" if observed else form, observed)
+                made = undisturbed(partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block))
+                twin = _structures.setdefault(made.structure, scan_module.Plan(made))
+                made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
+                self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
+            return self.plans[key]
 
     @property
     def tensor_names(self) -> tuple[list[str], list[str], list[str]]:
-        """Names of the gates with a time axis, of the fast leaves, and of slow parameters and buffers."""
+        """Names of the gates with a time axis, of the fast leaves, and of what is not fast."""
         gates = [name for name in self.rule.gates if name != "offset"]
-        return gates, list(self.parts.fast), [*self.parts.slow, *self.parts.buffers]
+        return gates, list(self.parts.fast), list(self.parts.rest)
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def __call__(
+    def forward(
         self,
         q: Tensor,
         k: Tensor,
@@ -171,12 +199,13 @@ class ChunkProgram:
             )
         if nan_policy not in policies:
             raise ShapeError(f"program: nan_policy is {nan_policy!r}; expected one of {policies}. Choose one of these.")
+        self.refresh()
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
         if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False):
-                o, after = primal(call.widened())
+                o, after = primal(call.widened()._replace(learner=Twin(self.learner)))
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and not torch.compiler.is_compiling():
@@ -211,6 +240,7 @@ class ChunkProgram:
         Dtype:  float32, or float64 if k or the learner is.
         Raises: ShapeError.
         """
+        self.refresh()
         call = self._inputs(k, k, v, gates or {}, state, mask, reset, params or {})
         if 0 in k.shape[:3]:
             none = call.v.new_zeros(call.v.shape[:3], dtype=call.dtype)
@@ -226,7 +256,7 @@ class ChunkProgram:
             k=call.k,
             v=call.v,
             gates={name: x for name, x in call.gates.items() if name != "offset"},
-            slow=call.slow | call.buffers,
+            slow=call.slow | call.rest,
             anchor=call.state.anchor,
             registers=call.state.registers,
             position=call.state.position,
@@ -244,7 +274,7 @@ class ChunkProgram:
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
         dtype, device = self._kind()
-        fast, _ = self._parameters(params or {}, heads, dtype, device)
+        fast, _ = self._with_heads(params or {}, heads, dtype, device)
         return self._start(fast, batch)
 
     def _start(self, fast: Mapping[str, Tensor], B: int) -> State:
@@ -260,7 +290,7 @@ class ChunkProgram:
         registers = {name: w[:, :, None].expand(*w.shape[:2], n, *w.shape[2:]) for name, w in anchor.items()}
         return State(anchor, registers, next(iter(fast.values())).new_zeros(B, dtype=torch.long))
 
-    def _parameters(
+    def _with_heads(
         self, params: Mapping[str, Tensor], H: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return fast and slow parameters with a head axis."""
@@ -319,11 +349,11 @@ class ChunkProgram:
                     f"torch.bool. Pass {name}.bool() of that shape."
                 )
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
-        fast, slow = self._parameters(params, H, dtype, q.device)
+        fast, slow = self._with_heads(params, H, dtype, q.device)
         if state is not None:
             state = state if _fits(state, fast, B, self.rule.num_registers) else check_state(state, self._like(fast, B))
         return Inputs(
-            learner=self.learner,
+            learner=None,
             objective=self.objective,
             target=self.target,
             rule=self.rule,
@@ -337,7 +367,8 @@ class ChunkProgram:
             reset=reset,
             slow=slow,
             init=fast,
-            buffers={n: self._buffer(n, params.get(n, x), dtype, q.device) for n, x in self.parts.buffers.items()},
+            rest={n: self._buffer(n, params.get(n, x), dtype, q.device) for n, x in self.parts.buffers.items()}
+            | {n: x.to(q.device) for n, x in self.parts.closed.items()},
         )
 
     def _buffer(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -428,8 +459,8 @@ class ChunkProgram:
         """Pickle what it was made of; who reads it derives it again."""
         return ChunkProgram, (self.learner, self.objective, self.rule, self.chunk, self.slow, self.block)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkProgram:
-        return self  # immutable: weights are arguments, or the learner's own
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        return self.learner, self.objective, self.rule, self.chunk, self.slow
 
     @property
     def cost(self) -> Cost:
@@ -475,23 +506,28 @@ def check_state(state: State, like: State) -> State:
     )
 
 
+# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
+_TRIALS = 32
+
+
 def infer_width(learner: nn.Module) -> int | None:
-    """Find the width of the rows that a learner takes: its own word, or the one size that runs."""
+    """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
     said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
-    sizes = [n for p in learner.parameters() for n in p.shape]
-    for K in itertools.chain(dict.fromkeys(said + sizes), range(1, 513)):
-        if _runs(learner, K):
-            return K
-    return said[0] if said else None
+    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
+    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
+    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
+    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
+    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
+    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
+    return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
 
 
 def _runs(learner: nn.Module, K: int) -> bool:
     p = next(learner.parameters(), torch.empty(()))
+    buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
     try:
-        x = torch.zeros(3, K, dtype=p.dtype, device=p.device)
-        buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = functional_call(learner, buffers, (x,))
+            found = Twin(learner)(buffers, torch.zeros(3, K, dtype=p.dtype, device=p.device))
             return not isinstance(found, Tensor) or found.shape[:1] == (3,)
     except Exception:
         return False
@@ -532,16 +568,20 @@ def derive(
         raise DerivationError(
             f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: spec(dim)."
         )
-    if chunk < 1:
-        raise DerivationError(
-            f"derive: chunk is {chunk}; expected the size of a mini-batch, chunk >= 1. Pass a positive number."
-        )
+    for name, x in (("chunk", chunk), ("block", block)):
+        if not (isinstance(x, int) and not isinstance(x, bool) and x >= 1) and not (name == "block" and x is None):
+            raise DerivationError(
+                f"derive: {name} is {x!r}; expected a number of tokens, a whole number >= 1. Pass a positive int."
+            )
     loss = _resolved(objectives, objective, Callable)
     built = _resolved(rules, rule, Rule)
-    key = _fingerprint(learner, loss, built, chunk, tuple(slow), block)
-    if key not in _programs:
-        _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block)
-    return _programs[key]
+    frozen = tuple(name for name, p in learner.named_parameters() if not p.requires_grad)
+    with TRACING:
+        reading = Fingerprint(learner, loss, built).key or object()
+        key = (id(learner), id(loss), id(built), reading, chunk, tuple(slow), block, frozen)
+        if key not in _programs:
+            _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block)
+        return _programs[key]
 
 
 def _resolved(catalogue: Catalogue, spec: Any, kind: Any) -> Any:
@@ -554,31 +594,3 @@ def _resolved(catalogue: Catalogue, spec: Any, kind: Any) -> Any:
 @lru_cache(maxsize=256)
 def _built(bound: Bound) -> Any:
     return bound.build()
-
-
-def _fingerprint(learner: nn.Module, *rest: Any) -> Any:
-    """Key the cache by what a trace bakes in: shapes, dtypes, devices, plain attributes, mode; never by identity alone."""
-    modules = tuple(
-        (
-            type(m),
-            m.training,
-            tuple(
-                (n, x)
-                for n, x in sorted(vars(m).items())
-                if isinstance(x, int | float | str | bool | tuple) and _hashable(x)
-            ),
-        )
-        for m in learner.modules()
-    )
-    tensors = tuple(
-        (n, p.shape, p.dtype, p.device) for n, p in itertools.chain(learner.named_parameters(), learner.named_buffers())
-    )
-    return (id(learner), modules, tensors, *(x if _hashable(x) else id(x) for x in rest))
-
-
-def _hashable(x: Any) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -148,6 +148,15 @@ def _plain(i: Tensor, lr: Tensor, *, rate: float) -> Step:
     return Step(A=((1.0,),), b=(rate * lr,), u=(1.0,), a=1.0)
 
 
+class Recurrence(Protocol):
+    """A rule, or its trace."""
+
+    @property
+    def num_registers(self) -> int: ...
+    @property
+    def step(self) -> Callable[..., Step]: ...
+
+
 class Coefficients(NamedTuple):
     """A rule unrolled over a block: theta_t = c_t th + d_t . R_0 - sum_{s<=t} C[t,s] g_s, and the same for R at the end.
 
@@ -165,7 +174,7 @@ class Coefficients(NamedTuple):
 
 
 def unroll(
-    rule: Rule, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | None, last: Tensor | None = None
+    rule: Recurrence, i: Tensor, gates: Mapping[str, Tensor], valid: Tensor | None, last: Tensor | None = None
 ) -> Coefficients:
     """Unroll the recurrence over a block of n tokens at positions i (n,); invalid tokens have A = I, b = 0.
 

@@ -266,7 +266,7 @@ class Plan:
         d, found = self.derivation, []
         for part, value in self.step(variant).inputs._asdict().items():
             for name in value if isinstance(value, dict) else [] if value is None else [part]:
-                own = "shared" if name in d.parts.buffers or name in d.constants else "heads"
+                own = "shared" if part == "slow" and name not in d.parts.slow else "heads"
                 found.append(Input(part, name, own if part in ("slow", "init") else "block"))
         return found
 

@@ -26,6 +26,7 @@ from dualform.calculus.structure import Axis, Derivative, Label
 from dualform.calculus.trace import source_line, trace
 
 aten = torch.ops.aten
+PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
 
 
 class DerivationError(ValueError):
@@ -67,15 +68,21 @@ class Analysis:
     """A learner's trace at W tokens, marked."""
 
     graph: fx.GraphModule
+    who: str  # whose: the learner's, the objective's or the rule's
+    tokens: tuple[fx.Node, ...]  # inputs with a token axis
     leaf_nodes: dict[str, fx.Node]
     slow_nodes: dict[str, fx.Node]
-    x: fx.Node
     output: fx.Node
-    constants: dict[str, Tensor]  # tensors that the learner closes over, as inputs
-    leaves: dict[fx.Node, frozenset[str]]  # fast leaves a node depends on
-    tok: set[fx.Node]
-    places: dict[fx.Node, Place]
+    constants: dict[str, Tensor]  # tensors that the trace made itself, as inputs
+    leaves: dict[fx.Node, frozenset[str]] = field(default_factory=dict)  # fast leaves a node depends on
+    tok: set[fx.Node] = field(default_factory=set)
+    places: dict[fx.Node, Place] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+
+    @property
+    def x(self) -> fx.Node:
+        """The tokens that a learner reads."""
+        return self.tokens[0]
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -118,49 +125,13 @@ _entrywise = {"to", "_to_copy", "where"}
 _shape_from_second = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 
-def analyse(run: Callable[..., Tensor], fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], x: Tensor) -> Analysis:
-    """Trace `run(*fast, *slow, x)` and mark it; raise if tokens mix or the learner ignores its input."""
-    graph = trace(run, *fast.values(), *slow.values(), x)
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-    result = output.args[0]
-    if not isinstance(result, fx.Node):
-        raise DerivationError(
-            f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
-        )
-    constants, lifted = _lift_constants(graph)
+def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
+    """Spell out and number a trace whose inputs are told apart; `mark` fills in the rest."""
     _spell_out(graph)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
-    got = Analysis(
-        graph=graph,
-        leaf_nodes=dict(zip(fast, inputs, strict=False)),
-        slow_nodes=dict(zip(slow, inputs[len(fast) :], strict=False)) | lifted,
-        x=inputs[-1],
-        output=output.all_input_nodes[0],
-        constants=constants,
-        leaves={},
-        tok=set(),
-        places={},
-    )
-    mark(got, x.shape[0])
-    return got
-
-
-def _lift_constants(graph: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, fx.Node]]:
-    """Make inputs of the tensors that a trace has baked in, so that nothing is held but by name."""
-    constants: dict[str, Tensor] = {}
-    lifted: dict[str, fx.Node] = {}
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
-        name = f"constant_{len(constants)}"
-        constants[name] = getattr(graph, str(node.target))
-        with graph.graph.inserting_after(last):
-            last = lifted[name] = graph.graph.placeholder(name)
-        lifted[name].meta["val"] = constants[name]
-        node.replace_all_uses_with(lifted[name])
-        graph.graph.erase_node(node)
-    return constants, lifted
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
 
 
 def _spell_out(graph: fx.GraphModule) -> None:
@@ -214,7 +185,7 @@ def _definition(node: fx.Node) -> Callable[..., Tensor] | None:
 
 def mark(a: Analysis, W: int) -> None:
     """Fill in leaves, tok, places (proving that tokens stay apart) and sites."""
-    a.leaves, a.tok, a.places, a.sites = {}, {a.x}, {a.x: Place(0, 1, 1)}, []
+    a.leaves, a.tok, a.places, a.sites = {}, set(a.tokens), dict.fromkeys(a.tokens, Place(0, 1, 1)), []
     names = {node: name for name, node in a.leaf_nodes.items()}
     env = {node: node.meta.get("val") for node in a.graph.graph.nodes}
     for node in a.graph.graph.nodes:
@@ -232,15 +203,6 @@ def mark(a: Analysis, W: int) -> None:
             pars = tuple(s for s in sources if a.is_par(s))
             if pars:
                 a.sites.append(_site(a, node, pars))
-    if a.output not in a.tok:
-        raise DerivationError(
-            "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. Use x in forward."
-        )
-    if W > 1 and a.places[a.output] != Place(0, 1, 1):
-        raise DerivationError(
-            f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as in its input: "
-            "(..., K) -> (..., V). Transpose back before returning."
-        )
 
 
 def _is_shape_only(node: fx.Node) -> bool:
@@ -292,7 +254,7 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
     """Prove that a node keeps tokens apart and say where its token index sits."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
-        raise _mixes(node)
+        raise _mixes(a, node)
     tags = getattr(node.target, "tags", ())
     found: set[Place] = set()
     operands = operand_nodes(node)
@@ -310,7 +272,7 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
             for k in (k for k, operand in enumerate(operands) if operand is source):
                 found |= _carried(a.call(node, env), k, a.places[source], W) or {None}  # type: ignore[arg-type]
     if len(found) != 1 or None in found:
-        raise _mixes(node)
+        raise _mixes(a, node)
     return found.pop()
 
 
@@ -330,16 +292,23 @@ def _carried(call: rules.Call, operand: int, place: Place, W: int) -> set[Place]
     return set() if known is None else carried_places(known, place, W)
 
 
-def _mixes(node: fx.Node) -> DerivationError:
+def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
+    where = source_line(node) or f"{op_name(node)}, called inside torch"
     if _has_no_row(node) or not isinstance(node.meta["val"], Tensor):
         return DerivationError(
-            f"derive: the learner uses {op_name(node)} at {source_line(node)}, which has no row in the table of ops; expected ops "
+            f"derive: the {a.who} uses {op_name(node)} at {where}, which has no row in the table of ops; expected ops "
             "that can be shown to keep tokens apart. Write it with other ops, or add a row (calculus/table.py)."
         )
     return DerivationError(
-        f"derive: the learner mixes tokens at {source_line(node)}: {op_name(node)} makes one row depend on others; expected a "
-        "function of each row alone, (..., K) -> (..., V). Remove the operation over the token axis."
+        f"derive: the {a.who} mixes tokens at {where}: {op_name(node)} makes one row depend on others; expected {_apart[a.who]}"
     )
+
+
+_apart = {
+    "learner": "a function of each row alone, (..., K) -> (..., V). Remove the operation over the token axis.",
+    "objective": f"a loss of each token alone, (..., V), (..., V) -> (...,). {PER_TOKEN}",
+    "rule": "coefficients made of each token's own position and gates. Remove the operation over the token axis.",
+}
 
 
 def carried_places(J: Derivative, place: Place, W: int) -> set[Place]:

@@ -1,0 +1,151 @@
+"""A module on other tensors, itself untouched: a copy of its structure in which every place that held a parameter or a
+buffer takes what it is given.
+
+torch.func.functional_call puts tensors into the module itself while it runs: other threads see them, and a submodule that is
+reached by two names keeps them. Here the user's objects are only read.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualform.calculus.fingerprint import is_fixed
+from dualform.shapes import TraceError
+
+
+class Twin:
+    """Run a module's code on other tensors: `Twin(module)({name: tensor}, *args)`.
+
+    Shared, tied and nested parts stay so; lists, dicts, bound methods, hooks and closures that lead to the module lead to its
+    copy; what forward writes (attributes, lists) it writes to the copy. Tensors that are not registered are the module's own.
+    Shape:  tensors: of named_parameters() and named_buffers(), any shapes the code takes.
+    Dtype:  any.
+    Raises: TraceError if forward puts another tensor in the place of a parameter or buffer, or the module is scripted.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        registered = [*module.named_parameters(), *module.named_buffers()]
+        self._names = {id(x): name for name, x in registered}
+        self._held = [x for _, x in registered]  # ids are only unique among the living
+        self._slots: list[tuple[Any, Any, str]] = []
+        self._copies: dict[int, Any] = {}
+        self.module: nn.Module = self._copy(module)
+
+    def __call__(self, tensors: Mapping[str, Tensor], *args: Any) -> Any:
+        """Run forward with these tensors in place of the module's own."""
+        for holder, key, name in self._slots:
+            if name in tensors:
+                holder[key] = tensors[name]
+        result = self.module(*args)
+        for holder, key, name in self._slots:
+            if name in tensors and holder[key] is not tensors[name]:
+                raise TraceError(
+                    f"trace: forward of {type(self.module).__name__} puts another tensor in the place of {name!r}; expected a pure "
+                    "function of its inputs. Compute the new value without assigning it, or call .eval()."
+                )
+        return result
+
+    def _copy(self, x: Any) -> Any:
+        if id(x) in self._copies:
+            return self._copies[id(x)]
+        self._held.append(x)
+        return next(make for kind, make in _MAKERS if isinstance(x, kind))(self, x)
+
+    def _object(self, x: Any) -> Any:
+        """A plain object of the user's is copied where something in it was."""
+        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__") or is_fixed(type(x).__module__):
+            return x
+        new = self._copies[id(x)] = object.__new__(type(x))
+        self._fill(new.__dict__, x.__dict__)
+        slots = any(holder is new.__dict__ for holder, _, _ in self._slots)
+        if not slots and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
+            self._copies[id(x)] = x
+        return self._copies[id(x)]
+
+    def _module(self, x: nn.Module) -> nn.Module:
+        if isinstance(x, torch.jit.ScriptModule):
+            raise TraceError(
+                f"trace: {type(x).__name__} is scripted; expected Python code that can be traced. Pass the module it was made of."
+            )
+        new = self._copies[id(x)] = type(x).__new__(type(x))
+        self._fill(new.__dict__, x.__dict__)
+        return new
+
+    def _dict(self, x: dict[Any, Any]) -> dict[Any, Any]:
+        new = self._copies[id(x)] = x.copy()
+        self._fill(new, x)
+        return new
+
+    def _list(self, x: list[Any]) -> list[Any]:
+        new = self._copies[id(x)] = x.copy()
+        self._fill(new, dict(enumerate(x)))
+        return new
+
+    def _fill(self, holder: Any, items: Mapping[Any, Any]) -> None:
+        for key, value in items.items():
+            if id(value) in self._names:
+                self._slots.append((holder, key, self._names[id(value)]))
+            holder[key] = self._copy(value)
+
+    def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts = [self._copy(v) for v in x]
+        if all(new is old for new, old in zip(parts, x, strict=True)):
+            return x
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+    def _method(self, x: types.MethodType) -> Any:
+        return types.MethodType(x.__func__, self._copy(x.__self__))
+
+    def _partial(self, x: partial[Any]) -> Any:
+        return partial(self._copy(x.func), *self._tuple(x.args), **{k: self._copy(v) for k, v in x.keywords.items()})
+
+    def _function(self, x: types.FunctionType) -> Any:
+        """A function that closes over something that was copied is made anew, over the copy."""
+        if not x.__closure__:
+            return x
+        cells = tuple(types.CellType() for _ in x.__closure__)
+        new = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, cells)
+        new.__kwdefaults__, new.__dict__ = x.__kwdefaults__, x.__dict__
+        self._copies[id(x)] = new
+        changed = False
+        for cell, old in zip(cells, x.__closure__, strict=True):
+            try:
+                content = old.cell_contents
+            except ValueError:  # not bound yet
+                continue
+            if id(content) in self._names:
+                self._slots.append((_Cell(cell), 0, self._names[id(content)]))
+                changed = True
+            copied = self._copy(content)
+            cell.cell_contents = copied
+            changed = changed or (copied is not content and copied is not new)
+        if not changed:
+            self._copies[id(x)] = x
+        return self._copies[id(x)]
+
+
+class _Cell:
+    """A closure's cell, written to as a list is."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, key: int) -> Any:
+        return self.cell.cell_contents
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        self.cell.cell_contents = value
+
+
+_MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
+    (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (tuple, Twin._tuple),
+    (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),
+    (object, Twin._object),
+]  # fmt: skip

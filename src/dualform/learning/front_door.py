@@ -1,0 +1,290 @@
+"""The front door: how a user's learner, objective and rule come in.
+
+All three are read by one fingerprint, traced by the one tracer (on a twin, so that the user's module is never touched), and
+proved to keep tokens apart. Tensors that they close over become inputs under a name: live, and reached by outer gradients.
+Nothing else in this folder calls them but `primal`, the definition.
+
+Legend: W tokens in a trace, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from dualform.calculus.fingerprint import Fingerprint
+from dualform.calculus.trace import source_line, trace
+from dualform.calculus.twin import Twin
+from dualform.learning.rules import Rule, Step
+from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, mark, prepared
+
+aten = torch.ops.aten
+
+
+class Parts(NamedTuple):
+    """A learner's tensors by role; `closed`: those that learner, objective and rule close over."""
+
+    fast: dict[str, Tensor]
+    slow: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    closed: dict[str, Tensor]
+
+    @property
+    def rest(self) -> dict[str, Tensor]:
+        """All that is not fast."""
+        return {**self.slow, **self.buffers, **self.closed}
+
+
+def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Parts:
+    """Sort a learner's tensors: slow are those that patterns (given, and the module's own `slow`) or `frozen` name."""
+    patterns = (*slow, *getattr(learner, "slow", ()))
+    named = dict(learner.named_parameters())
+    for pattern in patterns:
+        if not fnmatch.filter(named, pattern):
+            raise DerivationError(
+                f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an fnmatch "
+                "pattern of one. Correct or drop it."
+            )
+    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
+    fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
+    if not fast:
+        still = f", requires_grad=False {sorted(n for n in frozen if n in named)}" if frozen else ""
+        raise DerivationError(
+            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}{still}); expected at "
+            "least one. A learner without weights cannot learn: give it an nn.Parameter that requires a gradient."
+        )
+    return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
+
+
+@dataclass(eq=False)
+class Routine:
+    """A traced function of tokens: an objective's loss, a rule's coefficients. Numbers among its results stay numbers."""
+
+    analysis: Analysis
+    results: list[Any]  # nodes and numbers
+
+    def __call__(self, tokens: Iterable[Tensor], rest: Mapping[str, Tensor]) -> list[Any]:
+        """Run it op by op on (W, ...) tokens; rest: the tensors that it closes over, by name."""
+        a = self.analysis
+        env: dict[fx.Node, Any] = dict(zip(a.tokens, tokens, strict=True))
+        env |= {node: rest[name] for name, node in a.slow_nodes.items()}
+        for node in a.nodes:
+            env[node] = a.value(node, env)
+        return [env[x] if isinstance(x, fx.Node) else x for x in self.results]
+
+    @property
+    def text(self) -> str:
+        """What decides it, its numbers included."""
+        return f"{self.analysis.graph.code} {[x.name if isinstance(x, fx.Node) else x for x in self.results]}"
+
+
+class FrontDoor:
+    """A learner, an objective and a rule as they are now: read, sorted, traced on demand.
+
+    `is_current` asks whether anything that a trace bakes in has changed; `read` reads anew.
+    """
+
+    def __init__(self, learner: nn.Module, objective: Callable[..., Any], rule: Rule, slow: tuple[str, ...]) -> None:
+        for name, p in learner.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise DerivationError(
+                    f"derive: the learner's {name!r} has no shape yet; expected built parameters. Run it once: learner(torch.zeros(1, K))."
+                )
+        self.learner, self.objective, self.rule, self.slow = learner, objective, rule, slow
+        self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
+        self.key: Any = None
+        self._found: dict[
+            str, int | Tensor
+        ] = {}  # closed-over tensors by name: where the fingerprint has them, or themselves
+        self.read()
+
+    @property
+    def target(self) -> str:
+        return getattr(self.objective, "target", "v")
+
+    def read(self) -> bool:
+        """Read everything anew; return whether a trace made before still stands."""
+        reading = Fingerprint(self.learner, self.objective, self.rule, watch=True)
+        stands = reading.key is not None and reading.key == self.key
+        self.reading, self.key = reading, reading.key
+        parts = split_parameters(self.learner, self.slow, self.frozen)
+        if not stands:
+            self._found = {}
+        closed = {n: reading.tensors[x] if isinstance(x, int) else x for n, x in self._found.items()}
+        self.parts = parts._replace(closed=closed)
+        self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
+        self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
+        # A tensor that is closed over may have been read by value (`.item()`, a mask's places): its writes are counted.
+        other = (x for x in reading.tensors if id(x) not in self._own and not x.requires_grad and not x.is_inference())
+        self._versions = [(x, x._version) for x in other]
+        return stands
+
+    def is_current(self) -> bool:
+        """Is everything as it was read?"""
+        return self.reading.holds() and all(x._version == n for x, n in self._versions)
+
+    # -- the three traces ----------------------------------------------------------------------------------------
+
+    def trace_learner(self, W: int, K: int, dtype: torch.dtype) -> Analysis:
+        """Trace and mark the learner on W tokens (W, K)."""
+        fast = {n: like(p, dtype) for n, p in self.parts.fast.items()}
+        rest = {n: like(p, dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+        names, twin = [*fast, *rest], Twin(self.learner)
+
+        def run(*tensors: Tensor) -> Any:
+            return twin(dict(zip(names, tensors[:-1], strict=True)), tensors[-1])
+
+        gm = trace(run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device="cpu"))
+        inputs, result = _ends(gm)
+        if not isinstance(result, fx.Node):
+            raise DerivationError(
+                f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
+            )
+        a = self._analysis("learner", gm, inputs[-1:], dict(zip(names, inputs, strict=False)), set(fast))
+        mark(a, W)
+        if a.output not in a.tok:
+            raise DerivationError(
+                "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. Use x in forward."
+            )
+        if W > 1 and a.places[a.output] != Place(0, 1, 1):
+            raise DerivationError(
+                f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as in its input: "
+                "(..., K) -> (..., V). Transpose back before returning."
+            )
+        return a
+
+    def trace_objective(self, W: int, V: int, *dtypes: torch.dtype) -> Routine:
+        """Trace the objective on predictions and targets (W, V) of two dtypes; prove that each token has a loss of its own."""
+        tokens = [torch.empty(W, V, dtype=dtype, device="cpu") for dtype in dtypes]
+        gm = trace(lambda prediction, target: self.objective(prediction, target), *tokens)
+        inputs, result = _ends(gm)
+        value = result.meta["val"] if isinstance(result, fx.Node) else None
+        if not isinstance(value, Tensor):
+            raise DerivationError(
+                f"derive: the objective returns {type(result).__name__}; expected one tensor (...,), a loss per token. {PER_TOKEN}"
+            )
+        if W > 1 and tuple(value.shape) != (W,):
+            raise DerivationError(
+                f"derive: the objective gives shape {tuple(value.shape)} for predictions and targets (W, V) = {(W, V)}; expected one "
+                f"loss per token, (W,) = {(W,)}. {PER_TOKEN}"
+            )
+        if not value.is_floating_point():
+            raise DerivationError(
+                f"derive: the objective gives {value.dtype}; expected a floating loss that has a gradient. {PER_TOKEN}"
+            )
+        a = self._analysis("objective", gm, inputs, {}, set())
+        mark(a, W)
+        if W > 1 and a.places.get(a.output) not in (None, Place(0, 1, 1)):
+            raise DerivationError(
+                f"derive: the objective's losses have their tokens at axis {a.places[a.output].axis}; expected axis 0. {PER_TOKEN}"
+            )
+        return Routine(a, [a.output])
+
+    def trace_rule(self, W: int, dtype: torch.dtype) -> Routine:
+        """Trace the rule's step on positions and gates (W,) each; prove that a token's coefficients are its own."""
+        names, spec, leaves = self.rule.gates, None, []
+
+        def run(i: Tensor, *gates: Tensor) -> list[Tensor]:
+            nonlocal spec, leaves
+            leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
+            return [x for x in leaves if isinstance(x, Tensor)]
+
+        gm = trace(run, *(torch.empty(W, dtype=dtype, device="cpu") for _ in ("i", *names)))
+        inputs, found = _ends(gm)
+        a = self._analysis("rule", gm, inputs, {}, set())
+        mark(a, W)
+        nodes = iter(found)
+        results = [next(nodes) if isinstance(x, Tensor) else x for x in leaves]
+        for node in found:
+            shape = tuple(node.meta["val"].shape)
+            if shape not in ((), (W,)) or (shape == (W,) and W > 1 and a.places.get(node) != Place(0, 1, 1)):
+                raise DerivationError(
+                    f"derive: the rule {self.rule.name!r} returns a coefficient of shape {shape} for {W} tokens; expected a number, "
+                    "a tensor () or one entry per token, made of that token's position and gates. Write it entry by entry."
+                )
+        return Routine(a, [*results, spec])
+
+    def _analysis(
+        self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
+    ) -> Analysis:
+        constants, lifted = self._lifted(who, gm)
+        return prepared(
+            gm,
+            who=who,
+            tokens=tuple(tokens),
+            leaf_nodes={n: x for n, x in named.items() if n in fast},
+            slow_nodes={n: x for n, x in named.items() if n not in fast} | lifted,
+            constants=constants,
+        )
+
+    def _lifted(self, who: str, gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, fx.Node]]:
+        """Make inputs of the tensors that a trace has baked in: (those that it made itself, all of them by name)."""
+        constants: dict[str, Tensor] = {}
+        lifted: dict[str, fx.Node] = {}
+        last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
+        for node in [node for node in gm.graph.nodes if node.op == "get_attr"]:
+            value: Tensor = getattr(gm, str(node.target))
+            own = self._own.get(id(value))
+            if who == "learner" and own is not None:
+                raise DerivationError(
+                    f"derive: the learner reaches its own {own!r} at {source_line(next(iter(node.users)))} by another way than itself, so it "
+                    f"would not learn there; expected self.{own}. Read it from the module that is passed."
+                )
+            name = self._name(who, value, len(constants))
+            if name not in lifted:
+                with gm.graph.inserting_after(last):
+                    last = lifted[name] = gm.graph.placeholder(f"closed{len(lifted)}")
+                lifted[name].meta["val"] = value.detach()
+                if name not in self.parts.closed:
+                    constants[name] = value
+            node.replace_all_uses_with(lifted[name])
+            gm.graph.erase_node(node)
+        return constants, lifted
+
+    def _name(self, who: str, value: Tensor, count: int) -> str:
+        """Name a closed-over tensor; one that existed before the trace is the front door's, live."""
+        known = {id(x): name for name, x in self.parts.closed.items()}
+        if id(value) in known:
+            return known[id(value)]
+        slot = self._slot.get(id(value))
+        taken = {*self._own.values(), *self.parts.closed}
+        if slot is None and not value.requires_grad:
+            return _free(f"{who}.constant{count}", taken)
+        name = _free(f"{who}.{(self.reading.names[slot] if slot is not None else '') or 'closed'}", taken)
+        self._found[name] = value if slot is None else slot
+        self.parts.closed[name] = value
+        return name
+
+
+class TracedRule(NamedTuple):
+    """A rule whose step runs as traced."""
+
+    num_registers: int
+    routine: Routine
+    rest: Mapping[str, Tensor]
+
+    def step(self, i: Tensor, **gates: Tensor) -> Step:
+        """Return the record's coefficients at every token."""
+        *leaves, spec = self.routine((i, *gates.values()), self.rest)
+        return _pytree.tree_unflatten(leaves, spec)
+
+
+def like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
+    return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device="cpu")
+
+
+def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:
+    """A graph's inputs and its result."""
+    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
+    return [n for n in gm.graph.nodes if n.op == "placeholder"], output.args[0]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    return name if name not in taken else _free(name + "_", taken)
