@@ -115,6 +115,7 @@ class Call:
     with_weights: bool = False
     # What each layer's cache held before it read, for blocks that run again to have their gradients; None without gradients.
     before: dict[int, Any] | None = None
+    observed: list[tuple[Tensor, Tensor]] | None = None  # where layers leave their inner losses, if anyone asks
 
     def once(self, index: int, cache: Any) -> Any:
         """Return the cache that block `index` reads on: its own the first time, then a copy of what that held before."""
@@ -130,7 +131,7 @@ class Call:
         mask, reset, positions, views = _pytree.tree_map_only(
             Tensor, lambda x: x.to(*args, **kwargs), (self.mask, self.reset, self.positions, self.views)
         )
-        return Call(mask, reset, positions, views, self.with_weights, self.before)
+        return Call(mask, reset, positions, views, self.with_weights, self.before, self.observed)
 
     def select(self, rows: Tensor) -> Call:
         """Return the same call with the given rows only; `first` makes its views again."""
@@ -209,8 +210,10 @@ class DualformBlock(GradientCheckpointingLayer):
         if cache is not None and not torch.compiler.is_compiling():
             cache.check(self.carried, h.shape[0])
         h, tail = self._convolve(h, call, past and past.conv.get("pre"))
-        more = {"attention_mask": call.mask, "reset": call.reset, "overwrite": ours}
-        y, state = self.mixer(self.seq_norm(h), past and past.layer, **more)
+        x, held, rows = self.seq_norm(h), past and past.layer, {"attention_mask": call.mask, "reset": call.reset}
+        if call.observed is not None:
+            call.observed.append(self.mixer(x, held, **rows, observed=True))
+        y, state = self.mixer(x, held, **rows, overwrite=ours)
         if cache is not None:
             cache.advance(BlockState(state, {} if tail is None else {"pre": tail}), h.shape[1])
         return h + y

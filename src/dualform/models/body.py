@@ -5,9 +5,9 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
-import threading
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ import_us = f'''"""A model of the package dualform (`pip install dualform`), for
 
 from dualform.models import {", ".join(auto_classes.values())}
 '''
+
+
+# Where the layers leave their inner losses, for whoever asks: one request's own, whatever else runs at the same time.
+observing: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("observing", default=None)
 
 
 class DualformPreTrainedModel(PreTrainedModel):
@@ -120,26 +124,16 @@ class DualformPreTrainedModel(PreTrainedModel):
             >>> before.shape, bool((after < before).all())
             (torch.Size([2, 1, 4, 5]), True)
         """
-        mixers = [m for m in self.modules() if isinstance(m, TestTimeTraining)]
-        if not mixers:
+        if not any(isinstance(m, TestTimeTraining) for m in self.modules()):
             raise ValueError(
                 f"inner_losses: layer_types is {self.config.layer_types}; expected a 'test_time' layer. Attention has no inner loss."
             )
         found: list[tuple[Tensor, Tensor]] = []
-        own = threading.get_ident()
-
-        def read(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != own or kwargs.get("observed"):
-                return  # another request, at the same time; or the call below
-            inputs = {name: x for name, x in kwargs.items() if name != "overwrite"}  # nothing is written here
-            found.append(cast("TestTimeTraining", mixer).inner_losses(*args, **inputs))
-
-        hooks = [mixer.register_forward_pre_hook(read, with_kwargs=True) for mixer in mixers]
+        token = observing.set(found)
         try:
             self(input_ids, attention_mask, past_key_values=past_key_values, reset=reset, **kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
+            observing.reset(token)
         before, after = zip(*found, strict=True)
         return torch.stack(before), torch.stack(after)
 
@@ -260,7 +254,8 @@ class DualformModel(DualformPreTrainedModel):
         if positions is None:
             ranks = [v.columns.ranks[:, -T:] for v in views.values() if v.columns is not None and T]
             positions = ranks[0].clamp(min=0) if ranks else torch.arange(seen, seen + T, device=x.device)[None]
-        return Call(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None)
+        observed = None if torch.compiler.is_compiling() else observing.get()
+        return Call(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None, observed)
 
 
 AutoConfig.register("dualform", DualformConfig)
