@@ -204,12 +204,13 @@ class DualformModel(DualformPreTrainedModel):
         with_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
         packed = {"reset": reset, "seq_idx": kwargs.get("seq_idx"), "cu_seq_lens_q": kwargs.get("cu_seq_lens_q")}
         call = self._call(inputs_embeds, attention_mask, position_ids, past, packed, with_weights)
-        if past is not None and past.layers:
-            first: Any = past.layers[0]
-            first.note(None if torch.compiler.is_compiling() else input_ids)
+        first: Any = past.layers[0] if past is not None and past.layers else None
+        is_first = first is None or not first.seen
         h = inputs_embeds
         for layer in self.layers:
             h = layer(h, call, past)
+        if first is not None:
+            first.note(None if torch.compiler.is_compiling() else input_ids, is_first)
         carried: dict[str, Any] = {CACHE: past}
         return BaseOutput(last_hidden_state=self.norm(h), **carried)
 

@@ -117,9 +117,9 @@ class Rollback:
             n -= min(n, h.shape[1])
         self.record_past = recording
 
-    def note(self, ids: Tensor | None) -> None:
-        """Remember the last ids that were read (B, T), few of them."""
-        if ids is not None and self.seen:
+    def note(self, ids: Tensor | None, is_first: bool) -> None:
+        """Remember the last of the ids that were just read (B, T), few of them."""
+        if ids is not None and not is_first:
             ids = None if self.read is None else torch.cat([self.read, ids], 1)
         self.read = None if ids is None else ids[:, -8:]
 
