@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, TextIteratorStreamer
 
 from dualform import testing as laws
