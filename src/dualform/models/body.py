@@ -118,8 +118,8 @@ class DualformPreTrainedModel(PreTrainedModel):
         Raises: as forward; ValueError if no layer learns at test time.
         Source: Sun et al. 2024, figure 4.
         Example:
-            >>> import torch
-            >>> model = DualformForCausalLM(DualformConfig(preset="tiny-ttt-linear"))
+            >>> import dualform as df, torch
+            >>> model = df.DualformForCausalLM(df.DualformConfig(preset="tiny-ttt-linear"))
             >>> before, after = model.inner_losses(torch.tensor([[1, 72, 105, 72, 105]]))
             >>> before.shape, bool((after < before).all())
             (torch.Size([2, 1, 4, 5]), True)
