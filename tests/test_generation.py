@@ -68,6 +68,43 @@ def test_a_smaller_model_may_draft(model, ids, assistant):
     assert torch.equal(greedy(model, ids, assistant_model=drafter), greedy(model, ids))
 
 
+@pytest.mark.parametrize("seen", [1, 5, 14, 20])
+@pytest.mark.parametrize(
+    "options", [{}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": 0}, {"prefill_chunk_size": 3}]
+)
+def test_generation_goes_on_from_a_filled_cache(model, ids, seen, options):
+    options = {
+        n: build("learner", seed=1, num_hidden_layers=1) if n == "assistant_model" else x for n, x in options.items()
+    }
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    for prompt, mask in ((ids, torch.ones_like(ids)), (padded, (padded > 0).long())):
+        n = prompt.shape[1] - ids.shape[1] + seen
+        want = greedy(model, prompt, 12, attention_mask=mask)
+        with torch.no_grad():
+            cache = model(prompt[:, :n], attention_mask=mask[:, :n], use_cache=True).past_key_values
+        found = greedy(model, prompt, 12, attention_mask=mask, past_key_values=copy.deepcopy(cache), **options)
+        assert torch.equal(found, want)
+        if not options:  # the new ids alone, where the mask says so
+            found = greedy(model, prompt[:, n:], 12, attention_mask=mask, past_key_values=cache)
+            assert torch.equal(found, want[:, n:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "options", "message"),
+    [
+        (lambda x: x[:, :3], {}, r"generate: input_ids has 3 columns and the cache has read 9 columns; .*read \+ new\) = \(1, 12\)"),
+        (lambda x: x[:, 9:], {}, r"input_ids has \[.*\] before column 9, not \[.*\], and the cache has read 9 columns"),
+        (lambda x: x[:, 9:], {"attention_mask": torch.ones(1, 21), "prompt_lookup_num_tokens": 3}, "holds new columns only"),
+    ],
+)  # fmt: skip
+def test_ids_that_do_not_go_on_from_a_cache_are_named(model, ids, wrong, options, message):
+    ids = ids.clone()
+    ids[0, 9:] = ids[0, 9:].flip(0)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=message):
+        greedy(model, wrong(ids), past_key_values=cache, **options)
+
+
 def test_only_what_was_recorded_is_taken_back(model, ids):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

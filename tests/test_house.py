@@ -13,7 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "dualform"
 # Each imports only from those before it (DESIGN, section 4); files of one folder may import each other, without cycles.
-floors = ["shapes", "catalogue", "calculus", "functions", "learning", "kernels", "models", "train", "cli", "testing"]
+floors = [
+    "auto_classes",
+    "shapes",
+    "catalogue",
+    "calculus",
+    "functions",
+    "learning",
+    "kernels",
+    "models",
+    "train",
+    "cli",
+    "testing",
+]
 extras = ["transformers", "accelerate", "cyclopts", "rich", "matplotlib", "plotille"]
 modules = sorted(SOURCE.rglob("*.py"))
 

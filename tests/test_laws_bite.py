@@ -215,8 +215,8 @@ def test_layers_notice_convolutions_that_forget(monkeypatch):
 
 def test_layers_notice_a_convolution_over_the_future(monkeypatch):
     made = df.TestTimeTraining(8, 2, learner=df.learners.Linear(), rule=df.rules.SGD(), chunk=2, share_qk=True).double()
-    real = layer.depthwise
-    monkeypatch.setattr(layer, "depthwise", lambda windows, conv: real([x.roll(-1, 1) for x in windows], conv))
+    real = layer.convolved
+    monkeypatch.setattr(layer, "convolved", lambda windows, conv: real(windows._replace(columns=windows.columns.roll(-1, 1)), conv))  # fmt: skip
     assert "y before" in bites(laws.check_layer, made, [], time=5)
 
 

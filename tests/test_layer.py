@@ -1,7 +1,9 @@
 """The layer against an independent reading of the paper's equations, and the laws of sequence layers for its every variant."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -322,3 +324,118 @@ def test_where_a_state_stops_being_finite(form):
         program(q, k, v, state=state, form=form, nan_policy="raise")
     with pytest.raises(ValueError, match="nan_policy is 'stop'; expected one of"):
         program(q, k, v, nan_policy="stop")
+
+
+class Pair(nn.Module):
+    """Two parameters and two buffers whose names differ by a dot."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.a = nn.Module()
+        self.a.w, self.a_w = nn.Parameter(0.3 * torch.randn(dim, dim)), nn.Parameter(0.3 * torch.randn(dim, dim))
+        self.a.register_buffer("t", torch.linspace(0.5, 1, dim))
+        self.register_buffer("a_t", torch.linspace(1, 2, dim))
+
+    def forward(self, x):
+        return (x @ self.a.w) * self.a.t + torch.tanh(x @ self.a_w) * self.a_t
+
+
+def test_names_that_differ_by_a_dot_are_two_tensors():
+    torch.manual_seed(0)
+    models = [Pair(4), Pair(4)]
+    drawn = iter(models)
+    layer = df.TestTimeTraining(8, 2, learner=lambda dim: next(drawn), chunk=3).double()
+    assert layer.leaves == {"a.w": "initial_a_w_", "a_w": "initial_a_w"}
+    assert layer.tables == {"a.t": "learner_a_t_", "a_t": "learner_a_t"}
+    for name, own in layer.leaves.items():
+        laws.agree(name, getattr(layer, own), torch.stack([m.get_parameter(name).double() for m in models]))
+    laws.check_layer(layer, [2], time=5)
+    y, _ = layer(rand(1, 5, 8))
+    y.square().sum().backward()
+    assert all(getattr(layer, own).grad.abs().max() > 0 for own in layer.leaves.values())
+    again = df.TestTimeTraining(8, 2, learner=Pair, chunk=3).double()
+    again.load_state_dict(layer.state_dict())
+    laws.agree("loaded", again(rand(1, 5, 8))[0], y)
+
+
+def test_names_of_saved_layers_are_what_they_were():
+    layer = df.TestTimeTraining(8, 2, learner=df.learners.residual_norm(df.learners.MLP()))
+    assert set(layer.leaves.values()) == {"initial_inner_W1", "initial_inner_b1", "initial_inner_W2", "initial_inner_b2", "initial_norm_weight", "initial_norm_bias"}  # fmt: skip
+
+
+class Frozen(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.W, self.table = (
+            nn.Parameter(0.3 * torch.randn(dim, dim)),
+            nn.Parameter(torch.ones(dim), requires_grad=False),
+        )
+
+    def forward(self, x):
+        return x @ self.W * self.table
+
+
+def test_frozen_parameters_stay_frozen():
+    layer = df.TestTimeTraining(8, 2, learner=Frozen)
+    assert layer.initial_W.requires_grad
+    assert not layer.initial_table.requires_grad
+    assert "table" not in layer(torch.randn(1, 3, 8))[1].memory.anchor
+    layer(torch.randn(1, 3, 8))[0].sum().backward()
+    assert layer.initial_table.grad is None
+
+
+class Moody(nn.Module):
+    """Twice as much in training."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.W = nn.Parameter(0.3 * torch.randn(dim, dim))
+
+    def forward(self, x):
+        return x @ self.W * (2 if self.training else 1)
+
+
+def test_the_mode_reaches_the_learner():
+    torch.manual_seed(0)
+    layer, x = df.TestTimeTraining(8, 2, learner=Moody, post_norm=False).double(), rand(1, 5, 8)
+    trained = layer(x)[0]
+    twin = copy.deepcopy(layer).eval()
+    laws.agree("its twin's mode is another's", layer(x)[0], trained)
+    answered = layer.eval()(x)[0]
+    laws.agree("twin", twin(x)[0], answered)
+    assert (trained - answered).abs().max() > 1e-3
+    laws.agree("and back", layer.train()(x)[0], trained)
+    whole = nn.Sequential(layer).eval()
+    laws.agree("as a part", whole[0](x)[0], answered)
+    laws.agree("pickled", pickle.loads(pickle.dumps(layer))(x)[0], answered)
+
+
+@pytest.mark.parametrize(
+    "learner",
+    [
+        Frozen,
+        lambda dim: Frozen(dim),
+        df.learners.Linear(),
+        "linear",
+        ("MLP", {"depth": 1}),
+        {"name": "LowRank", "rank": 2},
+    ],
+)
+def test_a_learner_is_said_in_many_ways(learner):
+    assert df.TestTimeTraining(8, 2, learner=learner)(torch.randn(1, 3, 8))[0].shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        (Frozen(4), r"learner is a built Frozen; .* Pass Frozen, not Frozen\(...\); the head width is dim / heads = 4"),
+        (nn.Linear(4, 4), r"Pass Linear, not Linear\(...\)"),
+        (4, r"learner is a int; expected a class or function of the head width, here 4"),
+        ("MPL", r"no record is called 'MPL'. Did you mean 'MLP'"),
+        (df.rules.SGD(), r"belongs to the catalogue 'rules'"),
+        (lambda dim: torch.ones(dim), r"learner is a Tensor; expected a built nn.Module"),
+    ],
+)
+def test_what_is_no_learner_is_named(learner, message):
+    with pytest.raises(ValueError, match=message):
+        df.TestTimeTraining(8, 2, learner=learner)

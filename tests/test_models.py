@@ -161,7 +161,7 @@ def test_saved_and_loaded_it_is_the_same(model, ids, tmp_path):
     lm = model.float()
     try:
         lm.save_pretrained(tmp_path)
-        assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
+        assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json", ".py"}
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert type(loaded) is DualformForCausalLM
         assert not loaded.training

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dualform import auto_classes as _auto_classes  # noqa: F401 - transformers' Auto classes know our models from here on
 from dualform import functions
 from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
@@ -27,7 +28,14 @@ from dualform.shapes import ShapeError, TraceError
 
 if TYPE_CHECKING:
     from dualform import models
-    from dualform.models import DualformConfig, DualformForCausalLM, DualformModel, presets
+    from dualform.models import (
+        DualformConfig,
+        DualformForCausalLM,
+        DualformForSequenceClassification,
+        DualformForTokenClassification,
+        DualformModel,
+        presets,
+    )
     from dualform.models.tabular import RPNClassifier, RPNRegressor
 
 __version__ = "0.1.0"
@@ -36,6 +44,8 @@ __version__ = "0.1.0"
 _with_extras = {
     "DualformConfig": ("dualform.models", "models"),
     "DualformForCausalLM": ("dualform.models", "models"),
+    "DualformForSequenceClassification": ("dualform.models", "models"),
+    "DualformForTokenClassification": ("dualform.models", "models"),
     "DualformModel": ("dualform.models", "models"),
     "RPNClassifier": ("dualform.models.tabular", "sklearn"),
     "RPNRegressor": ("dualform.models.tabular", "sklearn"),
@@ -73,6 +83,8 @@ __all__ = [
     "Derivative",
     "DualformConfig",
     "DualformForCausalLM",
+    "DualformForSequenceClassification",
+    "DualformForTokenClassification",
     "DualformModel",
     "Explanation",
     "Head",

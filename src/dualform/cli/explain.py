@@ -23,7 +23,7 @@ from dualform.learning.layer import TestTimeTraining
 from dualform.learning.program import derive
 from dualform.learning.rules import rules
 from dualform.models import DualformConfig, presets
-from dualform.models.causal_lm import learning_layer
+from dualform.models.blocks import learning_layer
 
 
 def explain(

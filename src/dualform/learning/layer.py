@@ -5,9 +5,10 @@ Legend: B batch, T time, H heads, d model width, f head width, b mini-batch (chu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
 
+from dualform.catalogue import Bound
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
-from dualform.learning.program import ChunkProgram, derive
+from dualform.learning.program import ChunkProgram, DerivationError, derive
 from dualform.learning.state import Carried, State, from_tensors
 from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError
@@ -102,6 +104,7 @@ class TestTimeTraining(nn.Module):
         use_gate: bool = False,
         post_norm: bool = True,
         conv_kernel: int = 4,
+        prove: bool = True,
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
@@ -115,18 +118,20 @@ class TestTimeTraining(nn.Module):
             )
         self.dim, self.heads, self.head_dim, self.chunk, self.rope_theta = dim, heads, f, chunk, float(rope_theta)
         self.conv_kernel = conv_kernel
-        recipe: Callable[[int], nn.Module] = (
-            learners.build(learner) if isinstance(learner, str | tuple | list | dict) else learner
-        )
+        recipe = recipe_of(learner, f)
         with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
             models = [recipe(f) for _ in range(heads)]
-        object.__setattr__(self, "program", derive(models[0], objective, rule, chunk=chunk))
+        born = [dict(model.named_parameters()) for model in models if isinstance(model, nn.Module)]
+        more: dict[str, Any] = {"prove": prove} if "prove" in signature(derive).parameters else {}
+        made = derive(materialised(models[0]), objective, rule, chunk=chunk, **more)
+        object.__setattr__(self, "program", made)
         parts = self.program.parts
-        self.leaves = {name: "initial_" + name.replace(".", "_") for name in (*parts.fast, *parts.slow)}
+        self.leaves = own_names("initial_", [*parts.fast, *parts.slow])
         for name, own in self.leaves.items():
-            stacked = torch.stack([m.get_parameter(name).detach() for m in models])
-            self.register_parameter(own, nn.Parameter(stacked.to(torch.get_default_device())))
-        self.tables = {name: "learner_" + name.replace(".", "_") for name in parts.buffers}
+            stacked = torch.stack([tensors[name].detach() for tensors in born])
+            stacked = stacked if stacked.is_meta else stacked.to(torch.get_default_device())
+            self.register_parameter(own, nn.Parameter(stacked, requires_grad=born[0][name].requires_grad))
+        self.tables = own_names("learner_", list(parts.buffers))
         for name, own in self.tables.items():
             self.register_buffer(own, parts.buffers[name].clone().to(torch.get_default_device()))
         self.q_proj = nn.Linear(dim, dim, bias=False)
@@ -134,8 +139,8 @@ class TestTimeTraining(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.g_proj = nn.Linear(dim, dim, bias=False) if use_gate else None
-        self.conv_q = nn.Conv1d(dim, dim, conv_kernel, groups=dim) if share_qk else None
-        self.conv_k = nn.Conv1d(dim, dim, conv_kernel, groups=dim) if share_qk else None
+        self.conv_q = DepthwiseConv(dim, dim, conv_kernel, groups=dim) if share_qk else None
+        self.conv_k = DepthwiseConv(dim, dim, conv_kernel, groups=dim) if share_qk else None
         self.post_norm = nn.LayerNorm(dim, eps=1e-6) if post_norm else None
         gates = self.program.rule.gates
         self.rate_weight = nn.Parameter(0.02 * torch.randn(heads, dim)) if "lr" in gates else None
@@ -143,6 +148,12 @@ class TestTimeTraining(nn.Module):
         self.offset = nn.Parameter(torch.zeros(chunk)) if "offset" in gates else None
         self.rate_scale: Tensor
         self.register_buffer("rate_scale", torch.ones(()))
+
+    def train(self, mode: bool = True) -> TestTimeTraining:
+        """Set the mode of the layer, and of the learner that its program runs."""
+        super().train(mode)
+        self.program.learner.train(mode)
+        return self
 
     def forward(
         self,
@@ -152,12 +163,19 @@ class TestTimeTraining(nn.Module):
         attention_mask: Tensor | None = None,
         reset: Tensor | None = None,
         overwrite: bool = False,
-    ) -> tuple[Tensor, LayerState]:
+        observed: bool = False,
+    ) -> tuple[Tensor, Any]:
         """Return (y, state); any split of x over calls with the state carried gives the same y.
 
         overwrite: the state given is not needed again; without gradients, the new one may take its memory.
+        observed: return `inner_losses` instead, within a call, where hooks have brought the weights.
         """
         read = self._read(x, state, attention_mask, reset)
+        if observed:
+            before, after, _ = self.program.losses(
+                read.k, read.v, read.gates, state=state and state.memory, **read.rest
+            )
+            return before.transpose(1, 2), after.transpose(1, 2)
         rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
         rest["overwrite"] = overwrite
         try:
@@ -184,9 +202,7 @@ class TestTimeTraining(nn.Module):
         Dtype:  float32, or float64 if x or the layer is.
         Raises: ShapeError.
         """
-        read = self._read(x, state, attention_mask, reset)
-        before, after, _ = self.program.losses(read.k, read.v, read.gates, state=state and state.memory, **read.rest)
-        return before.transpose(1, 2), after.transpose(1, 2)
+        return self(x, state, attention_mask=attention_mask, reset=reset, observed=True)
 
     def _read(self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None) -> _Read:
         if x.ndim != 3 or x.shape[-1] != self.dim:
@@ -250,7 +266,7 @@ class TestTimeTraining(nn.Module):
             else state.conv["qk"].to(shared.dtype)
         )
         window, tail = causal_windows(shared, tail, mask, reset)
-        return depthwise(window, self.conv_q), depthwise(window, self.conv_k), {"qk": tail}
+        return convolved(window, self.conv_q), convolved(window, self.conv_k), {"qk": tail}
 
     def explain(self, level: str = "steps") -> Any:
         """Explain the derivation of this layer's program: sites, structured derivatives, forms, costs, code."""
@@ -258,6 +274,51 @@ class TestTimeTraining(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, chunk={self.chunk}, learner={type(self.program.learner).__name__}, rule={self.program.rule.name}"
+
+
+def recipe_of(learner: Any, f: int) -> Callable[[int], Any]:
+    """Return what builds a head's model of a width: a class or function as it is, or what a spec names."""
+    if isinstance(learner, nn.Module):
+        kind = type(learner).__name__
+        raise DerivationError(
+            f"TestTimeTraining: learner is a built {kind}; expected what builds one for each head: a class, a function of "
+            f"the head width, or a spec. Pass {kind}, not {kind}(...); the head width is dim / heads = {f}."
+        )
+    if isinstance(learner, Bound | str | tuple | list | Mapping):
+        return learners.build(learner)
+    if not callable(learner):
+        raise DerivationError(
+            f"TestTimeTraining: learner is a {type(learner).__name__}; expected a class or function of the head width, here {f}, "
+            "or a spec: a name, (name, {options}), {'name': ..., options}, df.learners.MLP(...). Pass one of these."
+        )
+    return learner
+
+
+def own_names(prefix: str, names: list[str]) -> dict[str, str]:
+    """Give each tensor of a learner an attribute of its own: its dots become "_"; those that would coincide grow a "_".
+
+    Example:
+        >>> own_names("initial_", ["a.w", "a_w"])
+        {'a.w': 'initial_a_w_', 'a_w': 'initial_a_w'}
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: name.count(".")):
+        own = prefix + name.replace(".", "_")
+        while own in found.values():
+            own += "_"
+        found[name] = own
+    return {name: found[name] for name in names}
+
+
+def materialised(template: nn.Module) -> nn.Module:
+    """Put a template on the CPU where a context (`init_empty_weights`) took its parameters to the meta device."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in template.modules() if isinstance(template, nn.Module) else ():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                drawn = torch.empty(p.shape, dtype=p.dtype, device="cpu").normal_(std=0.02)
+                module._parameters[name] = made.setdefault(p, nn.Parameter(drawn, requires_grad=p.requires_grad))
+    return template
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -287,18 +348,44 @@ def angles_below(count: int, f: int, theta: float, dtype: torch.dtype, device: t
         return angles(torch.arange(count, device=device), f, theta, dtype)
 
 
-def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Give each token its last n valid tokens of the same document, n of (B, T, d), and the next call's tail (B, n-1, d).
+class DepthwiseConv(nn.Conv1d):
+    """Be an nn.Conv1d; with a filter for each channel, run as the few sums of products that it is, which CPUs do faster.
+
+    y_t = bias + sum_j weight_j x_{t+j}
+    Shape:  (B, dim, T + n - 1) -> (B, dim, T).
+    Dtype:  as x.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]: its name for x
+        if self.weight.shape[1] > 1:  # adapters make others of its kind, of low rank
+            return super().forward(x)
+        T = x.shape[-1] - self.kernel_size[0] + 1
+        weights = self.weight.to(x.dtype).unbind(2)
+        total = x[..., :T] * weights[0]
+        if self.bias is not None:
+            total = total + self.bias.to(x.dtype)[:, None]
+        for j, w in enumerate(weights[1:], 1):
+            total = torch.addcmul(total, x[..., j : j + T], w)
+        return total
+
+
+class Windows(NamedTuple):
+    """What a causal convolution sees: the columns themselves (B, n - 1 + T, d), or each token's own n (B, T, n, d)."""
+
+    columns: Tensor
+    apart: bool
+
+
+def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Windows, Tensor]:
+    """Give each token its last n valid tokens of the same document, and the next call's tail (B, n-1, d).
 
     The last is the token itself; what lies before a document's start is zero. tail (B, n-1, d) holds the tokens before.
     """
     B, T, d = x.shape
     n = tail.shape[1] + 1
-    if T == 0:
-        return [x] * n, tail
-    if mask is None and reset is None:
+    if (mask is None and reset is None) or T == 0:
         joined = torch.cat([tail, x], 1)
-        return [joined[:, j : j + T] for j in range(n)], joined[:, T:].clone()  # not the whole text
+        return Windows(joined, False), joined[:, T:].clone()  # not the whole text
     device = x.device
     valid = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask
     joined = torch.cat([tail, x, x.new_zeros(B, 1, d)], 1)  # the last row is the zero that empty places read
@@ -316,17 +403,15 @@ def causal_windows(x: Tensor, tail: Tensor, mask: Tensor | None, reset: Tensor |
         index = torch.where(wanted > first, here, torch.where(wanted > -(n - 1), before, T + n - 1))
         return joined[rows, torch.where((wanted <= first) & (wanted > 0), T + n - 1, index)]
 
-    windows = [at(rank - back, first, began) for back in range(n - 1, -1, -1)]
+    windows = torch.stack([at(rank - back, first, began) for back in range(n - 1, -1, -1)], 2)
     last = rank[:, -1:] - torch.arange(n - 2, -1, -1, device=device)
-    return windows, at(last, first[:, -1:], began[:, -1:])
+    return Windows(windows, True), at(last, first[:, -1:], began[:, -1:])
 
 
-def depthwise(windows: list[Tensor], conv: nn.Conv1d) -> Tensor:
-    """Apply a depthwise causal convolution to windows, n of (B, T, d)."""
-    weights = conv.weight[:, 0].to(windows[0].dtype).unbind(1)
-    total = windows[0] * weights[0]
-    if conv.bias is not None:
-        total = total + conv.bias.to(total.dtype)
-    for x, w in zip(windows[1:], weights[1:], strict=True):
-        total = torch.addcmul(total, x, w)
-    return total
+def convolved(windows: Windows, conv: nn.Module) -> Tensor:
+    """Apply a convolution, called as the module it is, to what each token sees: (B, T, d)."""
+    x, apart = windows
+    if not apart:
+        return conv(x.mT).mT
+    B, T = x.shape[:2]
+    return conv(x.flatten(0, 1).mT)[..., 0].unflatten(0, (B, T))

@@ -59,9 +59,9 @@ class Carried:
         """Repeat every row n times, copies beside each other, as beam search wants."""
         return self._map(lambda x: x.repeat_interleave(n, 0))
 
-    def select(self, rows: Tensor) -> Self:
-        """Keep the given rows of the batch, in that order."""
-        return self._map(lambda x: x.index_select(0, torch.as_tensor(rows, device=x.device)))
+    def select(self, rows: Any) -> Self:
+        """Keep the given rows of the batch, in that order: numbers (negative ones count from the end) or a bool for each."""
+        return self._map(lambda x: x.index_select(0, row_numbers(rows, x.shape[0]).to(x.device)))
 
     def save(self, path: str | Path) -> None:
         """Write the state as a safetensors file."""
@@ -86,6 +86,24 @@ class State(Carried):
     def load(cls, path: str | Path) -> State:
         """Read what `save` wrote."""
         return from_tensors(cls, load_file(str(path)), path)
+
+
+def row_numbers(rows: Any, count: int) -> Tensor:
+    """Return the numbers of the rows, out of so many, that a tensor or list of numbers or truth values chooses.
+
+    Example:
+        >>> row_numbers([True, False, True], 3), row_numbers([-1, 0], 3)
+        (tensor([0, 2]), tensor([2, 0]))
+    """
+    chosen = torch.as_tensor(rows)
+    if chosen.dtype == torch.bool and chosen.shape == (count,):
+        return chosen.nonzero()[:, 0]
+    if chosen.ndim != 1 or chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
+        raise IndexError(
+            f"select: rows has shape {tuple(chosen.shape)} and type {chosen.dtype}; expected a list of row numbers, or one truth "
+            f"value for each of the batch = {count} rows. Pass one of these."
+        )
+    return torch.where(chosen < 0, chosen + count, chosen).long()
 
 
 def from_tensors(kind: type[State], tensors: dict[str, Tensor], path: str | Path) -> State:

@@ -7,7 +7,9 @@ and asking for one says so.
 from typing import Never
 
 try:
-    from dualform.models.causal_lm import DualformForCausalLM, DualformModel
+    from dualform.models.body import DualformModel
+    from dualform.models.causal_lm import DualformForCausalLM
+    from dualform.models.classifiers import DualformForSequenceClassification, DualformForTokenClassification
     from dualform.models.configuration import DualformConfig
     from dualform.models.folder import read_folder
     from dualform.models.official import load_official, official_names, to_official
@@ -29,6 +31,8 @@ __all__ = [
     "CheckpointError",
     "DualformConfig",
     "DualformForCausalLM",
+    "DualformForSequenceClassification",
+    "DualformForTokenClassification",
     "DualformModel",
     "from_jax",
     "from_kernels",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dualform.learning.layer import TestTimeTraining, causal_windows, depthwise
+from dualform.learning.layer import DepthwiseConv, TestTimeTraining, causal_windows, convolved
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
 from dualform.learning.rules import rules
@@ -51,17 +53,18 @@ class ShortConv(nn.Module):
     def __init__(self, config: DualformConfig) -> None:
         super().__init__()
         dim = config.hidden_size
+        self.kernel_size = config.conv_kernel
         self.norm = RMSNorm(dim, config.rms_norm_eps)
-        self.conv = nn.Conv1d(dim, dim, config.conv_kernel, groups=dim)
+        self.conv = DepthwiseConv(dim, dim, config.conv_kernel, groups=dim)
 
     def forward(
         self, x: Tensor, tail: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
         if tail is None:
-            tail = x.new_zeros(x.shape[0], self.conv.kernel_size[0] - 1, x.shape[2])
+            tail = x.new_zeros(x.shape[0], self.kernel_size - 1, x.shape[2])
         windows, tail = causal_windows(x, tail.to(x.dtype), mask, reset)
-        return depthwise(windows, self.conv), tail
+        return convolved(windows, self.conv), tail
 
 
 def learning_layer(config: DualformConfig, name: str = "") -> TestTimeTraining:
@@ -110,6 +113,32 @@ class Call:
     positions: Tensor
     views: dict[str, View]
     with_weights: bool = False
+    # What each layer's cache held before it read, for blocks that run again to have their gradients; None without gradients.
+    before: dict[int, Any] | None = None
+    observed: list[tuple[Tensor, Tensor]] | None = None  # where layers leave their inner losses, if anyone asks
+
+    def once(self, index: int, cache: Any) -> Any:
+        """Return the cache that block `index` reads on: its own the first time, then a copy of what that held before."""
+        assert self.before is not None
+        if index in self.before:
+            return copy.copy(self.before[index])
+        self.before[index] = copy.copy(cache)
+        cache.cut = not torch.is_grad_enabled()
+        return cache
+
+    def to(self, *args: Any, **kwargs: Any) -> Call:
+        """Move the tensors, as hooks do that run each layer on a device of its own."""
+        mask, reset, positions, views = _pytree.tree_map_only(
+            Tensor, lambda x: x.to(*args, **kwargs), (self.mask, self.reset, self.positions, self.views)
+        )
+        return Call(mask, reset, positions, views, self.with_weights, self.before, self.observed)
+
+    def select(self, rows: Tensor) -> Call:
+        """Return the same call with the given rows only; `first` makes its views again."""
+        rows = rows.to(self.positions.device)
+        mask, reset = (None if y is None else y.index_select(0, rows) for y in (self.mask, self.reset))
+        positions = self.positions if self.positions.shape[0] == 1 else self.positions.index_select(0, rows)
+        return Call(mask, reset, positions, self.views)
 
     def first(self, x: Tensor, cache: Any) -> Call:
         """Return the same call with the columns of x only, its first ones, for the layer that holds this cache."""
@@ -154,18 +183,21 @@ class DualformBlock(GradientCheckpointingLayer):
         if not isinstance(mixer, TestTimeTraining):
             return {}
         if self.conv is not None:
-            tails["conv.pre"] = self.conv.conv
+            tails["conv.pre"] = self.conv.kernel_size - 1
         if mixer.conv_q is not None:
-            tails["layer.conv.qk"] = mixer.conv_q
+            tails["layer.conv.qk"] = mixer.conv_kernel - 1
         fast = {name: mixer.get_parameter(mixer.leaves[name]) for name in mixer.program.parts.fast}
         shapes = {f"layer.memory.anchor.{name}": tuple(p.shape) for name, p in fast.items()}
-        shapes |= {name: (conv.kernel_size[0] - 1, conv.in_channels) for name, conv in tails.items()}
+        shapes |= {name: (length, mixer.dim) for name, length in tails.items()}
         return shapes | {"chunk": (mixer.chunk,)}
 
-    def forward(self, h: Tensor, call: Call, past_key_values: Cache | None = None) -> Tensor:
-        cache: Any = None if past_key_values is None else past_key_values.layers[self.index]
-        if cache is not None and cache.record_past:
-            cache.record(h.shape[1], lambda own, n: self.mix(h[:, :n], call.first(h[:, :n], own), own))
+    def forward(self, h: Tensor, call: Call, past: Cache | None = None) -> Tensor:
+        # By position: transformers' checkpointing, which runs a layer twice, drops what has a cache's name.
+        cache: Any = None if past is None else past.layers[self.index]
+        if cache is not None and call.before is not None and self.training and self.gradient_checkpointing:
+            cache = call.once(self.index, cache)
+        if cache is not None:
+            cache.record(h, call, self.mix)
         y = self.mix(h, call, cache)
         return y + self.mlp(self.ffn_norm(y))
 
@@ -178,8 +210,10 @@ class DualformBlock(GradientCheckpointingLayer):
         if cache is not None and not torch.compiler.is_compiling():
             cache.check(self.carried, h.shape[0])
         h, tail = self._convolve(h, call, past and past.conv.get("pre"))
-        more = {"attention_mask": call.mask, "reset": call.reset, "overwrite": ours}
-        y, state = self.mixer(self.seq_norm(h), past and past.layer, **more)
+        x, held, rows = self.seq_norm(h), past and past.layer, {"attention_mask": call.mask, "reset": call.reset}
+        if call.observed is not None:
+            call.observed.append(self.mixer(x, held, **rows, observed=True))
+        y, state = self.mixer(x, held, **rows, overwrite=ours)
         if cache is not None:
             cache.advance(BlockState(state, {} if tail is None else {"pre": tail}), h.shape[1])
         return h + y

@@ -5,16 +5,18 @@ B batch, H heads, S past columns, T new columns. A column is a token or padding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer
 
 from dualform.learning.layer import LayerState
-from dualform.learning.state import Carried
+from dualform.learning.state import Carried, row_numbers
+from dualform.models.configuration import DualformConfig
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,25 @@ class Columns(NamedTuple):
         return Columns(*(function(x) for x in self))
 
 
+class Reading(NamedTuple):
+    """One call that a cache recorded: what it held before, what was read (h (B, T, d), call), and how to read it again."""
+
+    before: Rollback
+    h: Tensor
+    call: Any  # blocks.Call
+    read: Callable[[Tensor, Any, Any], object]
+
+    def select(self, rows: Tensor) -> Reading:
+        before = copy.copy(self.before)
+        before.take(rows)
+        return Reading(before, self.h.index_select(0, rows.to(self.h.device)), self.call.select(rows), self.read)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
+        return self  # nothing in it is ever written
+
+
 class Rollback:
-    """Undo the last columns, for decoding that tries tokens and takes some back (`crop`).
+    """Undo the last columns, for decoding that tries tokens and takes some back (`crop`); move by rows.
 
     What fast weights learnt cannot be unlearnt: while recording, a layer keeps what it held before each call, and how to
     read the first columns of that call again.
@@ -51,39 +70,85 @@ class Rollback:
 
     is_croppable = True
     record_past = False
+    cut = False  # was the state made without the gradients that were asked for? Then nobody may go on as if it had them
     seen: int
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.records: list[tuple[dict[str, Any], int, Callable[[Any, int], object]]] = []
+        self.records: list[Reading] = []
+        self.read: Tensor | None = (
+            None  # the last ids (B, n), which tell whether more ids go on from them; None: not known
+        )
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self), records=[*self.records])
+        return made
 
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def record(self, num_columns: int, read_again: Callable[[Any, int], object]) -> None:
-        """Say, before a call of so many columns, how a cache (this one or a copy) reads its first ones again."""
+    def record(self, h: Tensor, call: Any, read: Callable[[Tensor, Any, Any], object]) -> None:
+        """Say, before a call, what it reads and how a cache (this one or a copy) reads its first columns again."""
         if self.record_past:
-            held = {name: value for name, value in vars(self).items() if name not in ("records", "record_past")}
-            self.records.append((held, num_columns, read_again))
+            before = copy.copy(self)
+            before.records, before.record_past = [], False
+            self.records.append(Reading(before, h, call, read))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove columns, exactly; what is left is kept for good."""
-        n, known = -tokens_to_remove, sum(num_columns for _, num_columns, _ in self.records)
+        n, known = -tokens_to_remove, sum(reading.h.shape[1] for reading in self.records)
         if not 0 <= n <= known:
+            asked = f"forget {n} columns" if n >= 0 else f"keep {tokens_to_remove} columns, which crop does not know"
             raise ValueError(
-                f"{type(self).__name__}: crop is asked to forget {n} columns; expected 0 ... {known}, those read since the last "
-                "crop while recording. Call `cache.activate_past_recording()` before they are read, or keep an earlier "
+                f"{type(self).__name__}: crop is asked to {asked}; expected 0 ... {known}, those read since the last crop while "
+                "recording, as a negative number. Call `cache.activate_past_recording()` before they are read, or keep an earlier "
                 "state (`copy.deepcopy(cache)`)."
             )
         records, self.records = self.records, []
         recording, self.record_past = self.record_past, False
         while n:
-            held, num_columns, read_again = records.pop()
-            vars(self).update(held)
-            if n < num_columns:
-                read_again(self, num_columns - n)
-            n -= min(n, num_columns)
+            before, h, call, read = records.pop()
+            vars(self).update({name: x for name, x in vars(before).items() if name not in ("records", "record_past")})
+            kept = max(h.shape[1] - n, 0)
+            if kept:
+                self.read = None
+                read(h[:, :kept], call.first(h[:, :kept], self), self)
+            n -= min(n, h.shape[1])
         self.record_past = recording
+
+    def note(self, ids: Tensor | None, is_first: bool) -> None:
+        """Remember the last of the ids that were just read (B, T), few of them."""
+        if ids is not None and not is_first:
+            ids = None if self.read is None else torch.cat([self.read, ids], 1)
+        self.read = None if ids is None else ids[:, -8:]
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows are held; None before anything was read."""
+        raise NotImplementedError
+
+    def take(self, rows: Tensor) -> None:
+        """Keep the rows of these numbers of what is held."""
+        self.read = None if self.read is None else self.read.index_select(0, rows.to(self.read.device))
+
+    def detach(self) -> None:
+        """Cut what is held from the graph that made it."""
+        raise NotImplementedError
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the given rows, in that order: numbers (negative ones count from the end) or a truth value for each row."""
+        if self.num_rows is not None:
+            rows = row_numbers(indices, self.num_rows)
+            self.records = [reading.select(rows) for reading in self.records]
+            self.take(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.num_rows is not None:
+            self.batch_select_indices(torch.arange(self.num_rows).repeat_interleave(repeats))
 
 
 class FastWeightCache(Rollback, CacheLayerMixin):
@@ -111,10 +176,8 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         self._state, self._ours = state, False
 
     def __copy__(self) -> FastWeightCache:
-        made = type(self).__new__(type(self))
-        self._ours = False
-        vars(made).update(vars(self))
-        return made
+        self._ours = False  # what two hold, nobody writes over
+        return super().__copy__()
 
     def lend(self) -> tuple[BlockState | None, bool]:
         """Give a layer the state to go on from, and say whether it may write the next one over it."""
@@ -165,15 +228,19 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         raise TypeError("FastWeightCache: a test-time layer has no keys and values to update. Call `advance` instead.")
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized, self.records = None, 0, False, []
+        self.state, self.seen, self.is_initialized, self.records, self.cut = None, 0, False, [], False
+        self.read = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._state, self.records = self._state and self._state.select(beam_idx), []  # copies: still nobody else's
+    @property
+    def num_rows(self) -> int | None:
+        return None if self._state is None else self._state.layer.position.shape[0]
 
-    batch_select_indices = reorder_cache
+    def take(self, rows: Tensor) -> None:
+        super().take(rows)
+        self._state = self._state and self._state.select(rows)  # copies: still nobody else's
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._state, self.records = self._state and self._state.fork(repeats), []
+    def detach(self) -> None:
+        self._state, self.cut = self._state and self._state.detach(), False
 
     def offload(self) -> None:
         """Stay where the state is: it is as small after a million tokens as after one."""
@@ -236,25 +303,28 @@ class DocumentCache(Rollback, DynamicLayer):
 
     def reset(self) -> None:
         self.keys, self.values, self.is_initialized = None, None, False
-        self.columns, self.conv, self.seen, self.records = None, None, 0, []
+        self.columns, self.conv, self.seen, self.records, self.cut = None, None, 0, [], False
+        self.read = None
 
-    def _rows(self, rows: Tensor) -> None:
-        self.records = []
+    @property
+    def num_rows(self) -> int | None:
+        return None if self.keys is None else self.keys.shape[0]
+
+    def take(self, rows: Tensor) -> None:
+        super().take(rows)
         if self.keys is not None and self.values is not None:
-            rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            self.columns = self.columns and self.columns.map(lambda x: x.index_select(0, rows))
-            self.conv = None if self.conv is None else self.conv.index_select(0, rows)
+            self._over(lambda x: x.index_select(0, rows.to(x.device)))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def detach(self) -> None:
+        self.cut = False
         if self.keys is not None:
-            self._rows(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            self._over(Tensor.detach)
+
+    def _over(self, function: Callable[[Tensor], Tensor]) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = function(self.keys), function(self.values)
+        self.columns = self.columns and self.columns.map(function)
+        self.conv = None if self.conv is None else function(self.conv)
 
 
 def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, like: Tensor) -> Columns | None:
@@ -276,8 +346,21 @@ def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, 
     return Columns(torch.cat([old.documents, documents], 1), torch.cat([old.ranks, ranks], 1), *after)
 
 
-def adopt(cache: Cache, kinds: list[str], window: int | None) -> None:
+def detach(cache: Cache) -> Cache:
+    """Cut all that a cache holds from the graph that made it, and return the cache."""
+    for layer in cache.layers:
+        if isinstance(layer, Rollback):
+            layer.detach()
+    return cache
+
+
+# The caches that carry our layers are transformers' own, and it makes them.
+Cache.detach = detach  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def adopt(cache: Cache, config: DualformConfig) -> None:
     """Put our layers in place of empty ones; refuse a cache that another model has filled."""
+    kinds, window = config.layer_types or [], config.sliding_window
     if not isinstance(cache, Cache):
         raise ValueError(
             f"past_key_values: is a {type(cache).__name__}; expected a Cache. Pass what this model returned as past_key_values, "

@@ -41,7 +41,7 @@ class DualformConfig(PreTrainedConfig):
     """
 
     model_type = "dualform"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -88,11 +88,31 @@ class DualformConfig(PreTrainedConfig):
         if kind != cls.model_type:
             advice = "Convert it: `python -m dualform convert FOLDER NEW`" if kind == "ttt" else "Use AutoConfig"
             raise ValueError(f"DualformConfig: model_type is {kind!r}; expected {cls.model_type!r}. {advice}.")
-        return super().from_dict(config_dict, **kwargs)
+        if "preset" in kwargs:
+            raise ValueError(
+                f"DualformConfig: preset is {kwargs['preset']!r} while a configuration is read; expected fields to lay over it. Make a "
+                "new one: DualformConfig(preset=...)."
+            )
+        own = cls.__annotations__
+        _refuse_near_misses(kwargs.keys() - own.keys(), list(own))
+        given = {name: kwargs.pop(name) for name in own if name in kwargs}
+        given = {name: value for name, value in given.items() if not (name in specs and value is None)}
+        kinds = config_dict.get("layer_types") or []
+        if "num_hidden_layers" in given and "layer_types" not in given and len(set(kinds)) == 1:
+            given["layer_types"] = kinds[:1]  # one kind for all, however many there are now
+        return super().from_dict(_over(config_dict, given), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Leave out the copy of our source that transformers would save: models save a file that imports the package."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Specs are JSON values at any time, so that a configuration can be saved at any time.
+        if name in specs and value is not None:
+            value = specs[name].build(value).to_json()
+        super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, catalogue in specs.items():
-            setattr(self, name, catalogue.build(getattr(self, name)).to_json())
         kinds = self.layer_types or ["test_time"]
         self.layer_types = list(kinds) * self.num_hidden_layers if len(kinds) == 1 else list(kinds)
         # Before super's: @strict wraps what the validators raise in an error that is no ValueError.

@@ -76,8 +76,7 @@ def load_state(path: Path, config: DualformConfig, device: torch.device | str = 
                 "Use the model that wrote it."
             )
     cache, seen = DynamicCache(config=config), int(about["seen"])
-    assert config.layer_types is not None
-    adopt(cache, config.layer_types, config.sliding_window)
+    adopt(cache, config)
     for i, layer in enumerate(cache.layers):
         own = _under(tensors, f"{i}.")
         if isinstance(layer, FastWeightCache):
