@@ -1,4 +1,4 @@
-# make demo | test | check | docs | bench | sanitize. Each makes its own environment in .venv, from nothing but Python and pip.
+# make demo | test | check | docs | bench | sanitize | matrix. Each makes its own environment in .venv, from nothing but Python and pip.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # Threads that wait by spinning make everything ten times slower as soon as another program wants the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check docs bench sanitize clean
+.PHONY: demo test check docs bench sanitize matrix clean
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(RUN) examples/demo.py
@@ -32,6 +32,10 @@ sanitize: $(VENV)/.dev
 	DUALFORM_CACHE=$(VENV)/sanitized CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(RUN) -m pytest -n 0 tests/test_kernels.py -k "row or ones_own or padding or layout or threads or kept or few or vector or slices"
+
+# The core of the suite beside other versions, each in a fresh environment, into docs/versions.md: before a release, not in CI.
+matrix:
+	$(PYTHON) tests/matrix.py $(ROWS)
 
 clean:
 	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ Both read the same bytes of Shakespeare in the same order; two plays are held ou
 from __future__ import annotations
 
 import argparse
-import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from dualform.cli.output import show
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
 from dualform.train.loop import Outcome, num_parameters, train
 from dualform.train.metrics import baselines, evaluate, plot_loss_by_position, terminal_plot, without_learning
-from dualform.train.settings import Settings
+from dualform.train.run import PICTURE, expect_only_a_run, remove_run
+from dualform.train.settings import Settings, SettingsError
 
 presets = {"attention": "tiny-attention", "TTT-MLP": "tiny-ttt-mlp"}
 
@@ -56,6 +57,23 @@ def step_seconds(outcome: Outcome, rows: PackedRows, size: int, backend: str) ->
     return min(found[1:])
 
 
+def clear(folder: Path) -> None:
+    """Remove what an earlier demo left here, and nothing else: a folder that holds anything else is refused as it is."""
+    if not folder.exists():
+        return
+    held = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    runs = [path for path in held if path.name in presets.values()]
+    strange = [path for path in held if path not in runs and (not runs or path.name != PICTURE)]
+    if strange:
+        raise SettingsError(
+            f"demo: {strange[0]} is not the demo's; expected --output {folder} to be new, empty, or what a demo wrote. Name another."
+        )
+    for run in runs:
+        expect_only_a_run(run)
+    for run in runs:
+        remove_run(run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=250)
@@ -66,8 +84,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     start = time.perf_counter()
-    shutil.rmtree(options.output, ignore_errors=True)  # the demo's own folder, written anew each time
-
+    clear(options.output)
     corpus = load_corpus("shakespeare")
     held_out = PackedRows(corpus.test, options.seq_len, keep_rest=True)
     outcomes: dict[str, Outcome] = {}
@@ -115,7 +132,7 @@ def main() -> None:
 
     curves = {label: o.evaluation.loss_by_position for label, o in outcomes.items() if o.evaluation is not None}
     picture = plot_loss_by_position(
-        curves | {"TTT-MLP, inner rate 0": still.loss_by_position}, options.output / "loss_by_position.png"
+        curves | {"TTT-MLP, inner rate 0": still.loss_by_position}, options.output / PICTURE
     )
     print(f"\nheld-out loss by position\n{terminal_plot(curves)}")
     text = sample(learner, "MACBETH\n", 400)
@@ -125,4 +142,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SettingsError as error:
+        sys.exit(str(error))

@@ -25,6 +25,7 @@ from dualform.calculus.examples import SIZES, Example
 from dualform.calculus.reference import op_table
 from dualform.calculus.rules import ROWS, Call, affine, derivative, multilinear
 from dualform.calculus.structure import Derivative
+from dualform.calculus.table import add_row
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -272,6 +273,14 @@ def test_the_documented_table_has_every_row_and_tells_the_truth() -> None:
         if " of " in cell[5]:
             kept, dense = map(int, cell[5].split(" of "))
             assert kept <= dense, cell
+
+
+def test_an_op_that_this_torch_lacks_has_no_row() -> None:
+    known, lacking = ROWS["aten::mm"], "aten::an_op_of_another_version"
+    for name in (lacking, "aten::mm.an_overload_of_another_version", "a_library_that_is_not_loaded::mm"):
+        add_row(replace(known, name=name))
+        assert name not in ROWS
+    assert all(example.target is not None for row in ROWS.values() for example in row.examples)
 
 
 # -- without a row

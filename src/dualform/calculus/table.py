@@ -156,8 +156,18 @@ FIRST = (frozenset({0}),)
 ROWS: dict[str, Row] = {}
 
 
+def is_known(name: str) -> bool:
+    """Has this version of torch such an op? Old spellings go, and new ones come."""
+    space, _, op = name.rpartition("::")
+    op, _, overload = op.partition(".")
+    packet = getattr(getattr(torch.ops, space), op, None)
+    return packet is not None and (not overload or overload in packet.overloads())
+
+
 def add_row(row: Row) -> None:
-    """Put a row into the table; of its examples it keeps those that call it."""
+    """Put a row into the table, if torch has the op; of its examples it keeps those that call it."""
+    if not is_known(row.name):
+        return
     op, _, overload = row.name.removeprefix("aten::").partition(".")
     own = tuple(
         replace(e, op=e.op or f"{op}{'.' if overload else ''}{overload}") for e in row.examples if e.calls(op, overload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -10,15 +11,17 @@ from dualform.cli.output import UsageError, load_model, show
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
 from dualform.train.metrics import baselines
 from dualform.train.metrics import evaluate as score
+from dualform.train.run import run_of
+from dualform.train.settings import Settings
 
 
 def evaluate(
     model: str,
     /,
     *,
-    data: str = "shakespeare",
-    seq_len: int = 128,
-    batch_size: int = 16,
+    data: str | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Score a model on the held-out part of a text.
@@ -28,22 +31,28 @@ def evaluate(
     model
         A folder that `train` wrote.
     data
-        A file, a folder, or "shakespeare"; its held-out part is scored.
+        A file, a folder, or "shakespeare"; its held-out part is scored. Default: what the model was trained on, and
+        "shakespeare" for a model outside of a run.
     seq_len
-        Tokens per row; each row starts with an unread state.
+        Tokens per row; each row starts with an unread state. Default: as in training, or 128.
     batch_size
-        Rows at once.
+        Rows at once. Default: as in training, or 16.
     as_json
         Print JSON instead of a table.
     """
-    corpus = load_corpus(data)
-    rows = PackedRows(corpus.test, seq_len, keep_rest=True)
+    for name, value in {"seq_len": seq_len, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"evaluate: {name} is {value}; expected a whole number >= 1.")
     lm, tokenizer = load_model(model)
     if len(tokenizer) != len(byte_tokenizer()):
         raise UsageError(
             f"{model} has a tokenizer of {len(tokenizer)} tokens; expected bytes, 259. Evaluate byte models here."
         )
-    result = score(lm, rows, batch_size=batch_size)
+    run = run_of(Path(model))
+    settings = Settings() if run is None else run.settings
+    corpus = run.corpus() if run is not None and data is None else load_corpus(data or settings.data)
+    rows = PackedRows(corpus.test, seq_len or settings.seq_len, keep_rest=True)
+    result = score(lm, rows, batch_size=batch_size or settings.batch_size)
     table = [{"model": name, "bits per byte": bits} for name, bits in baselines(corpus.train, corpus.test).items()]
     table.append(
         {

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dualform.models import DualformForCausalLM
+from dualform.train.run import newest_whole
 
 
 class UsageError(ValueError):
@@ -48,9 +49,13 @@ def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFas
     path = Path(folder)
     path = path / "model" if (path / "model" / "config.json").exists() else path
     if not (path / "config.json").exists():
-        raise UsageError(
-            f"{folder} is no model; expected a folder with config.json. Pass the folder that `train` wrote."
+        whole, _ = newest_whole(path)
+        advice = (
+            "Pass the folder that `train` wrote."
+            if whole is None
+            else f"`train --resume` ends the run; or pass {whole}."
         )
+        raise UsageError(f"{folder} is no model; expected a folder with config.json. {advice}")
     model = DualformForCausalLM.from_pretrained(path, local_files_only=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -13,7 +13,8 @@ from dualform.cli.output import show
 from dualform.train.loop import num_parameters
 from dualform.train.loop import train as run
 from dualform.train.metrics import plot_loss_by_position, terminal_plot
-from dualform.train.settings import resolve
+from dualform.train.run import resumed
+from dualform.train.settings import Settings, asked
 
 
 def train(
@@ -55,7 +56,8 @@ def train(
     seed
         Of weights and order. Default 0.
     resume
-        Go on from the last checkpoint in the output folder.
+        Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is given beside
+        this must be what the run was made with.
     assignments
         A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated.
     as_json
@@ -71,7 +73,8 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    settings = resolve(config, assignments or [], flags)
+    document = asked(config, assignments or [], flags)
+    settings = resumed(document) if resume else Settings(**document)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log where the table belongs
         outcome = run(settings, resume=resume)
     if outcome.evaluation is None:

@@ -6,6 +6,7 @@ a stream's first is predicted exactly once. L row length.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,6 +45,21 @@ class Corpus:
     train: tuple[Document, ...]
     test: tuple[Document, ...]
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what is trained on and what is held out, whatever the files are called."""
+        found = hashlib.sha256()
+        for part in (self.train, self.test):
+            found.update(f"{len(part)} texts\n".encode())
+            for document in part:
+                found.update(f"{len(document.text)} bytes\n".encode() + document.text)
+        return found.hexdigest()
+
+
+def source_path(source: str) -> Path | None:
+    """Return the path that a corpus is read from, or None for the embedded plays."""
+    return None if source == "shakespeare" and not Path(source).exists() else Path(source)
+
 
 def load_corpus(source: str) -> Corpus:
     """Read the corpus called `shakespeare`, or a file, or a folder of files.
@@ -54,9 +70,10 @@ def load_corpus(source: str) -> Corpus:
     Dtype:  none.
     Raises: CorpusError if there is nothing to read.
     """
-    if source == "shakespeare" and not Path(source).exists():
+    path = source_path(source)
+    if path is None:
         return shakespeare()
-    documents = _read(Path(source))
+    documents = _read(path)
     if len(documents) == 1:
         train, test = _cut(documents[0])
         return Corpus(source, (train,), (test,))

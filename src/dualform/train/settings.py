@@ -1,14 +1,18 @@
-"""The settings of a training run: defaults, then a TOML file, then `--set`, then flags."""
+"""The settings of a training run: defaults (or those of the run that goes on), then a TOML file, then `--set`, then flags."""
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from dualform.catalogue import near_misses
+from huggingface_hub.errors import StrictDataclassError
+
+from dualform.catalogue import near_misses, normalise
+from dualform.models import DualformConfig
 
 
 class SettingsError(ValueError):
@@ -49,12 +53,32 @@ class Settings:
         for name in ("max_steps", "batch_size", "save_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"train: {name} is {getattr(self, name)}; expected a whole number >= 1.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise SettingsError(f"train: learning_rate is {self.learning_rate}; expected a number > 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SettingsError(f"train: weight_decay is {self.weight_decay}; expected a number >= 0.")
+        if self.warmup_steps < 0:
+            raise SettingsError(f"train: warmup_steps is {self.warmup_steps}; expected a whole number >= 0.")
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"train: seed is {self.seed}; expected a whole number, 0 <= seed < 2**32 = {2**32}.")
 
     @property
     def folder(self) -> Path:
         return Path(self.output or f"runs/{self.preset}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def configure(settings: Settings) -> DualformConfig:
+    """Build the model's configuration: the preset with the overrides, which must name fields that exist."""
+    known = [f.name for f in fields(DualformConfig)]
+    for name in settings.model.keys() - set(known):
+        raise SettingsError(f"train: the model has no field {name!r}. {near_misses(name, known)}")
+    try:
+        return DualformConfig(preset=settings.preset, **settings.model)
+    except StrictDataclassError as error:
+        raise SettingsError(f"train: [model] does not fit: {error.__cause__ or error}. Change it.") from None
 
 
 def resolve(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> Settings:
@@ -64,6 +88,11 @@ def resolve(file: Path | None, assignments: list[str], flags: Mapping[str, Any])
     Dtype:  none.
     Raises: SettingsError for a file that cannot be read, an unknown name, or a value that does not fit.
     """
+    return Settings(**asked(file, assignments, flags))
+
+
+def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else."""
     document = {} if file is None else _read(file)
     for assignment in assignments:
         _assign(document, assignment)
@@ -75,7 +104,57 @@ def resolve(file: Path | None, assignments: list[str], flags: Mapping[str, Any])
         raise SettingsError(
             f"train: model is {document['model']!r}; expected a table of fields. Write [model] in the file."
         )
-    return Settings(**document)
+    return document
+
+
+def laid_over(own: Settings, document: Mapping[str, Any]) -> Settings:
+    """Change of a run's settings what was asked for, its model's fields one by one."""
+    return Settings(**_over(own.to_dict(), document))
+
+
+def _over(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(own)
+    for name, value in other.items():
+        before = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            # Options of another learner, objective or rule do not mix with these.
+            same = value.get("name") in (None, before.get("name"))
+            merged[name] = _over(cast("Mapping[str, Any]", before), value) if same else value
+        else:
+            merged[name] = value
+    return merged
+
+
+def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
+    """Name the settings in which two runs differ, with both values; spellings of one preset or model are no difference.
+
+    Where a run lies and where its text lies is not compared: neither changes a number.
+    """
+    found = {
+        name: (value, theirs.to_dict()[name])
+        for name, value in ours.to_dict().items()
+        if name not in ("output", "data", "model", "preset") and value != theirs.to_dict()[name]
+    }
+    if normalise(ours.preset) != normalise(theirs.preset):
+        return {"preset": (ours.preset, theirs.preset)} | found
+    mine, other = (dict(_leaves("model", described(configure(settings)))) for settings in (ours, theirs))
+    for name in mine | other:
+        if mine.get(name) != other.get(name):
+            found[name] = (mine.get(name), other.get(name))
+    return found
+
+
+def described(config: DualformConfig) -> dict[str, Any]:
+    """Return the fields that say what a model is; those that transformers adds do not."""
+    return {name: getattr(config, name) for name in DualformConfig.__annotations__}
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for name, part in value.items():
+        yield from _leaves(f"{path}.{name}", part)
 
 
 def _read(file: Path) -> dict[str, Any]:
