@@ -42,6 +42,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = aten.reshape.default
         elif node.target in _COPIES:
             original: Any = node.args[0]
+            original.meta["fresh"] = original.op == "get_attr"  # a number that the function made, not one that it found
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)

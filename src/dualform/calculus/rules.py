@@ -27,6 +27,7 @@ from dualform.calculus import (
     rows_windows,
 )
 from dualform.calculus.definitions import definition_terms
+from dualform.calculus.rows_kept import kept_terms
 from dualform.calculus.rows_pointwise import is_pointwise, pointwise
 from dualform.calculus.structure import Derivative, Route, zero
 from dualform.calculus.table import (
@@ -38,6 +39,7 @@ from dualform.calculus.table import (
     Product,
     Row,
     Target,
+    add_row,
     as_derivative,
     find_row,
     product_row,
@@ -92,6 +94,9 @@ def derivative(call: Call, operand: int) -> Derivative:
         return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
     terms = _terms(call, operand)
     return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
+
+
+add_row(Row("dualform::kept", lambda call, operand: kept_terms(call, operand, derivative)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.custom import Listener, listening, requires_grad, set_requires_grad, transforms
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
 from dualform.calculus.pairs import paired
@@ -45,7 +46,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
     Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
     two, its real and its imaginary part.
-    The graph is for these shapes, dtypes and devices. `f` must not take gradients inside. A module goes through
+    A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
+    The graph is for these shapes, dtypes and devices. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
     Dtype:  any; nothing is computed.
@@ -79,23 +81,18 @@ def _standin(value: Tensor) -> Tensor:
 
 
 class _Lines(TorchFunctionMode):
-    """Write the caller's line into the nodes that a torch call makes, and refuse transforms inside the function."""
+    """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.depth = _transforms()
+        self.listener = Listener(trace, _note, transforms())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        frame = sys._getframe(1)
-        while frame is not None and _is_ours(frame.f_code.co_filename):
-            frame = frame.f_back
-        if frame is not None:
-            code = frame.f_code
-            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-            text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
-            fx_traceback.current_meta["stack_trace"] = text
-            if _transforms() != self.depth:
-                _refuse_transform(_shown(code.co_filename, frame.f_lineno, line))
+        kwargs, where = kwargs or {}, _note()
+        if self.listener.is_transformed and where:
+            _refuse_transform(where)
+        if func in _ASKED:
+            return _ASKED[func](self.listener, *args, **kwargs)
         if func in _MASKED and not kwargs and _is_known_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args))
             func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
@@ -103,8 +100,34 @@ class _Lines(TorchFunctionMode):
             args = (args[0], _places(args[1]))
         elif func in _SIZED and type(args[0]) is Tensor and not args[0].is_floating_point():
             with temporarily_clear_interpreter_stack(), _disable_current_modes():
-                return func(*args, **(kwargs or {}))
-        return (SPELLED.get(func) or func)(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        result = (SPELLED.get(func) or func)(*args, **kwargs)
+        self.listener.mark(func, args, kwargs, result)
+        return result
+
+
+def _note() -> str:
+    """Write the caller's line into the nodes that are made next; and give it as people read it, empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and _is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    code = frame.f_code
+    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
+    fx_traceback.current_meta["stack_trace"] = text
+    return _shown(code.co_filename, frame.f_lineno, line)
+
+
+# What a function asks of a tensor that is no op.
+_ASKED: dict[Any, Callable[..., Any]] = {
+    Tensor.requires_grad.__get__: lambda listener, x: requires_grad(x),
+    Tensor.requires_grad.__set__: lambda listener, x, flag: set_requires_grad(x, flag),
+    Tensor.requires_grad_: lambda listener, x, requires_grad=True: set_requires_grad(x, requires_grad),
+    Tensor.register_hook: lambda listener, x, hook: listener.hook(x, hook),
+    Tensor.data.__get__: lambda listener, x: x.detach(),
+}
 
 
 # Their results' sizes depend on values: of places and masks that the function closes over, these are known.
@@ -131,16 +154,12 @@ def _places(index: Any, shape: torch.Size | None = None) -> Any:
     return tuple(found)
 
 
-def _transforms() -> int:
-    """How many torch.func transforms are active."""
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (an extension module that the stubs lack)
-    return functorch.maybe_current_level() or 0
-
-
 def _with_lines(f: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines():
+        with _Lines() as lines, listening(lines.listener):
+            for x in args:
+                lines.listener.input(x)
             return f(*args)
 
     return run

@@ -1,0 +1,462 @@
+"""What of a function is not ops: its own gradients. A Function, a hook or a checkpoint becomes a node of the trace.
+
+    y = Round.apply(x)        ->    y = kept([x], "Round.apply", 0), its backward traced beside its forward
+    h.register_hook(f)        ->    every use of h, before and after, is one of kept([h], "hook f", 0)
+
+While a trace runs, `torch.autograd.Function` asks here first; on other threads, and inside a transform, it is torch's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import Function, FunctionCtx, _is_setup_context_defined, _SingleLevelFunction
+from torch.autograd.function import once_differentiable as _once
+from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, get_proxy_slot, set_proxy_slot
+from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dualform.calculus.kept import Kept, Vjp, keep, kept, kept_op, named
+from dualform.shapes import TraceError
+
+aten = torch.ops.aten
+Trace = Callable[..., fx.GraphModule]
+_ONCE = _once(lambda ctx: None).__code__
+_LIVE = "_dualform_requires_grad"
+
+
+class _Listening(threading.local):
+    """The traces of a thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.to: list[Listener] = []
+
+
+_listening = _Listening()
+_lock = threading.Lock()
+_count = 0
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Hand this thread's Functions to a trace; the last one out leaves torch as it was."""
+    global _count
+    with _lock:
+        _count += 1
+        setattr(_SingleLevelFunction, "apply", classmethod(_applied))  # noqa: B010
+    _listening.to.append(listener)
+    try:
+        yield
+    finally:
+        _listening.to.pop()
+        with _lock:
+            _count -= 1
+            if not _count:
+                delattr(_SingleLevelFunction, "apply")  # torch's own is the base's
+
+
+def _applied(cls: Any, *args: Any) -> Any:
+    listener = _listening.to[-1] if _listening.to else None
+    if listener is None or cls is Vjp or cls.__module__.startswith("torch._library") or listener.is_transformed:
+        return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
+    return listener.function(cls, args)
+
+
+class Context(FunctionCtx):
+    """What a Function's forward leaves for its backward."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.to_save: tuple[Any, ...] = ()
+        self.non_differentiable: tuple[Tensor, ...] = ()
+        self.dirty_tensors: tuple[Tensor, ...] = ()
+        self.materialize_grads = True
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        """What was saved."""
+        return tuple(self.to_save)
+
+    def read(self, results: dict[int, Tensor]) -> None:
+        """Let what refers to a result, by its identity, mean that result as it was given out."""
+        for name, value in vars(self).items():
+            setattr(self, name, pytree.tree_map(lambda x: results.get(id(x), x), value))
+
+
+class Listener:
+    """The gradients that the function of one trace defines."""
+
+    def __init__(self, trace: Trace, note: Callable[[], str], depth: int) -> None:
+        self.trace = trace
+        self.note = note  # writes the caller's line into the next node, and gives it as text
+        self.depth = depth
+
+    @property
+    def is_transformed(self) -> bool:
+        """Is a torch.func transform active that was not when the trace began?"""
+        return transforms() != self.depth
+
+    # -- what requires a gradient
+
+    def input(self, x: Any) -> None:
+        """An input requires a gradient, if it can."""
+        if isinstance(x, FakeTensor) and can_move(x):
+            setattr(x, _LIVE, True)
+
+    def mark(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """What is made of what requires a gradient requires one, where gradients are on."""
+        if func in _DETACH or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return
+        if any(isinstance(x, Tensor) and requires_grad(x) for x in pytree.tree_leaves((args, kwargs))):
+            for x in pytree.tree_leaves(result):
+                self.input(x)
+
+    # -- Functions
+
+    def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
+        """Apply a Function: what it computes, with the gradient that it defines."""
+        if cls.__module__ == "torch.utils.checkpoint":  # it computes the same again later, with the same gradient
+            return args[0](*args[2:])
+        where = self.note()
+        name = f"{cls.__qualname__.split('.')[-1]}.apply"
+        if cls.__name__ == "BackwardHookFunction":
+            raise TraceError(
+                f"trace: `{where}` calls a module with a backward hook; expected gradients that the module's own forward "
+                "says. Remove the hook, or register one on a tensor in forward: h.register_hook(...)."
+            )
+        needs = tuple(isinstance(a, Tensor) and requires_grad(a) for a in args)
+        if not any(needs) or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return _Called(cls, args, needs, where).result()
+        called = _Called(cls, args, needs, where)
+        results = self.keep(name, called.forward, called.backward, called.tensors)
+        return called.rebuilt(results)
+
+    # -- hooks
+
+    def hook(self, h: Tensor, f: Callable[[Tensor], Tensor | None]) -> _Handle:
+        """Let the gradient of a tensor go through a function."""
+        where, node = self.note(), _node(h)
+        if not requires_grad(h) or node is None:
+            raise TraceError(
+                f"trace: `{where}` hooks a tensor that requires no gradient; expected one that depends on an input. "
+                "Guard it with `if h.requires_grad:`."
+            )
+
+        def backward(result: int, g: Tensor, given: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor | None]:
+            found = f(g)
+            return [g if found is None else fitted(found, given[0], where)]
+
+        raw = node
+        while raw.meta.get("hooked") is not None:
+            raw = raw.meta["hooked"]
+        made = self._keep(f"hook {getattr(f, '__name__', 'f')}", lambda *x: x, [backward], [h], {id(h): 0})
+        key, given = made
+        self._insert(h, raw, node, key, given, where)
+        return _Handle(where)
+
+    def _insert(self, h: Tensor, raw: fx.Node, last: fx.Node, key: str, given: Sequence[Tensor], where: str) -> None:
+        """Put a hook between a tensor and all its uses; the hooks that it had already come after it."""
+        mode: Any = get_proxy_mode()
+        graph = mode.tracer.graph
+        operands = [raw, *(_operand(mode.tracer, x) for x in given[1:])]
+        uses = list(raw.users)
+        new = graph.call_function(kept_op, (operands, key, 0))
+        new.meta |= {**raw.meta, "hooked": raw, "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", "")}
+        if uses:
+            order = {n: k for k, n in enumerate(graph.nodes)}
+            first = min(uses, key=order.__getitem__)
+            if any(order[n] > order[first] for n in operands[1:]):
+                raise TraceError(
+                    f"trace: `{where}` registers a hook on a tensor that was used before, and the hook reads a tensor made "
+                    "since; expected it registered where its tensor is made. Move it up, or compute inside the hook."
+                )
+            first.prepend(new)
+            for user in uses:
+                user.replace_input_with(raw, new)
+                if user.meta.get("hooked") is raw:
+                    user.meta["hooked"] = new
+        if last is raw:
+            set_proxy_slot(h, mode.tracer, _ProxyTensor(fx.Proxy(new, mode.tracer), None))
+
+    # -- making a node
+
+    def keep(
+        self, name: str, forward: Callable[..., Any], backward: Sequence[Callable[..., Any] | None] | Any,
+        inputs: Sequence[Tensor],
+    ) -> list[Tensor]:  # fmt: skip
+        """Trace a function and its backward aside, and call them as one node for each result."""
+        key, given = self._keep(name, forward, backward, inputs, {})
+        made = []
+        for k, back in enumerate(named(key).backward):
+            x = kept(given, key, k)
+            if back is not None:
+                self.input(x)
+            made.append(x)
+        return made
+
+    def _keep(
+        self, name: str, forward: Callable[..., Any], backward: Any, inputs: Sequence[Tensor], own: dict[int, int]
+    ) -> tuple[str, list[Tensor]]:
+        """The key of a function and its backward, and their inputs: those given and the tensors that they close over.
+
+        own: which tensor, by its identity, is which result
+        """
+        closed: list[Tensor] = []
+        with _aside(inputs) as stand_ins:
+            made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
+            results = [n.meta["val"] for n in _outputs(made)]
+            backwards = backward() if callable(backward) else backward
+            pulled: list[fx.GraphModule | None] = []
+            count = len(stand_ins)
+            for k, f in enumerate(backwards):
+
+                def pull(*x: Tensor, k: int = k, f: Any = f) -> tuple[Any, ...]:
+                    return tuple(f(k, x[0], x[1 : 1 + count], x[1 + count :]))
+
+                examples = [results[k], *stand_ins, *results]
+                pulled.append(None if f is None else self.trace(pull, *examples))
+        graphs = [made, *(gm for gm in pulled if gm is not None)]
+        for gm in graphs:
+            _collect(gm, closed, own)
+        for gm in graphs:
+            _open(gm, 0 if gm is made else 1, count, closed, own)
+        return keep(Kept(name, made, tuple(pulled))), [*inputs, *closed]
+
+
+class _Called:
+    """One call of a Function: its forward, and for each result its backward, as functions of the tensors among its arguments."""
+
+    def __init__(self, cls: Any, args: tuple[Any, ...], needs: tuple[bool, ...], where: str) -> None:
+        self.cls, self.args, self.needs, self.where = cls, args, needs, where
+        self.places = [k for k, a in enumerate(args) if isinstance(a, Tensor)]
+        self.tensors: list[Tensor] = [args[k] for k in self.places]
+        self.single = False
+        self.entries: list[Any] = []  # what forward gives; where it is a tensor, its place among the results
+        self.moves: list[bool] = []  # which results have a gradient
+
+    def run(self, tensors: Sequence[Tensor], ctx: Context) -> tuple[Any, ...]:
+        """Run the author's forward."""
+        args = list(self.args)
+        for k, x in zip(self.places, tensors, strict=True):
+            args[k] = x
+        with torch.no_grad():
+            if _is_setup_context_defined(self.cls.setup_context):
+                out = self.cls.forward(*args)
+                self.cls.setup_context(ctx, tuple(args), out)
+            else:
+                out = self.cls.forward(ctx, *args)
+        self.single = not isinstance(out, tuple)
+        return (out,) if self.single else out
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The results."""
+        ctx = Context(self.needs)
+        found = self.run(tensors, ctx)
+        still = [id(x) for x in ctx.non_differentiable]
+        results = [x for x in found if isinstance(x, Tensor)]
+        self.entries = [len([y for y in found[:k] if isinstance(y, Tensor)]) if isinstance(x, Tensor) else [x] for k, x in enumerate(found)]
+        self.moves = [can_move(x) and id(x) not in still for x in results]
+        return tuple(results)
+
+    def backward(self) -> list[Callable[..., Any] | None]:
+        """How each result is pulled back; None where there is nothing to pull."""
+        return [self.pull if moves else None for moves in self.moves]
+
+    def pull(self, k: int, g: Tensor, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor | None]:
+        """The author's backward for a gradient of one result, the others' being zero."""
+        user: Any = self.cls.vjp if self.cls.vjp is not Function.vjp else self.cls.backward
+        if user is Function.backward:
+            raise TraceError(
+                f"trace: `{self.where}` has no backward; expected one, which torch's gradients need too. Write it, or use plain ops."
+            )
+        if getattr(user, "__code__", None) is _ONCE:
+            user, message = user.__wrapped__, f"trace: `{self.where}` is marked once_differentiable; expected no derivative of its gradient. Take the mark away, if its backward is made of torch ops."
+            inputs, results = ([_once_only(x, message) for x in some] for some in (inputs, results))
+        ctx = Context(self.needs)
+        found = self.run(inputs, ctx)
+        own = {id(x) for x in inputs}
+        made = [x for x in found if isinstance(x, Tensor)]
+        ctx.read({id(x): y for x, y in zip(made, results, strict=True) if id(x) not in own})
+        blank = [torch.zeros_like(x) if ctx.materialize_grads else None for x in results]
+        pulled = [g if j == k else b for j, b in enumerate(blank)]
+        cotangents = [pulled[e] if isinstance(e, int) else None for e in self.entries]
+        grads = user(ctx, cotangents) if getattr(self.cls, "boxed_grads_call", False) else user(ctx, *cotangents)
+        grads = list(grads) if isinstance(grads, tuple) else [grads]
+        if len(grads) < len(self.args) or any(x is not None for x in grads[len(self.args) :]):
+            raise TraceError(
+                f"trace: the backward of `{self.where}` returns {len(grads)} gradients; expected one for each argument of "
+                f"forward = {len(self.args)}. Return None for what has none."
+            )
+        return [
+            fitted(grads[p], x, self.where) if self.needs[p] and grads[p] is not None else None
+            for p, x in zip(self.places, inputs, strict=True)
+        ]
+
+    def rebuilt(self, results: Sequence[Tensor]) -> Any:
+        """The results in the form in which forward gives them."""
+        found = tuple(results[e] if isinstance(e, int) else e[0] for e in self.entries)
+        return found[0] if self.single else found
+
+    def result(self) -> Any:
+        """What it computes, where nothing needs a gradient."""
+        return self.rebuilt(self.forward(*self.tensors))
+
+
+class _Handle:
+    """What `register_hook` gives inside a trace."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def remove(self) -> None:
+        """Refuse: the hook is in the graph."""
+        raise TraceError(f"trace: the hook of `{self.where}` is removed again; expected it to stay. Do not register it.")
+
+
+# -- pieces
+
+
+def transforms() -> int:
+    """How many torch.func transforms are active."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (an extension module that the stubs lack)
+    return functorch.maybe_current_level() or 0
+
+
+def can_move(x: Any) -> bool:
+    """Is it a tensor that can have a gradient?"""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def requires_grad(x: Tensor) -> bool:
+    """Will it require a gradient when the function is run with inputs that do?"""
+    known = getattr(x, _LIVE, None)
+    return can_move(x) and (x.requires_grad if known is None else known)
+
+
+def set_requires_grad(x: Tensor, flag: bool = True) -> Tensor:
+    """x.requires_grad_(flag) inside a trace."""
+    if isinstance(x, FakeTensor):
+        setattr(x, _LIVE, flag)
+    return x
+
+
+_DETACH = {Tensor.detach, torch.detach, Tensor.detach_, torch.detach_}
+
+
+def fitted(g: Any, x: Tensor, where: str) -> Tensor:
+    """A gradient in the shape and dtype of what it is a gradient of, as torch fits it: copies are summed."""
+    lead = g.ndim - x.ndim if isinstance(g, Tensor) else -1
+    if lead < 0 or any(a not in (1, b) for a, b in zip(x.shape, g.shape[lead:], strict=True)):
+        got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+        raise TraceError(
+            f"trace: the backward of `{where}` gives a gradient of shape {got}; expected its input's = {tuple(x.shape)}. "
+            "Return it in that shape."
+        )
+    if g.shape != x.shape:
+        g = g.sum_to_size(x.shape)
+    return g if g.dtype == x.dtype else g.to(x.dtype)
+
+
+def _once_only(x: Tensor, message: str) -> Tensor:
+    """x, of which nobody may ask a derivative."""
+    if not can_move(x):
+        return x
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    return kept([x], keep(Kept("once", fx.GraphModule({}, graph), (None,), message)))
+
+
+def _node(x: Tensor) -> fx.Node | None:
+    """The node of a tensor in the trace that is going on."""
+    mode: Any = get_proxy_mode()
+    held: Any = None if mode is None else get_proxy_slot(x, mode.tracer, None)
+    return getattr(getattr(held, "proxy", None), "node", None)
+
+
+def _operand(tracer: Any, x: Tensor) -> fx.Node:
+    return _node(x) or tracer.create_arg(x)
+
+
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    (output,) = gm.graph.find_nodes(op="output")
+    return list(output.args[0])  # type: ignore[arg-type]
+
+
+@contextmanager
+def _aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Out of sight of the trace that is going on: stand-ins of the inputs, all of one fake mode."""
+    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
+    with ExitStack() as stack:
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(_without_function_modes())
+        fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
+        yield [x if isinstance(x, FakeTensor) else fake.from_tensor(x.detach()) for x in inputs]
+
+
+@contextmanager
+def _without_function_modes() -> Iterator[None]:
+    """All but the default device."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+    devices = [m for m in modes if isinstance(m, DeviceContext)]
+    for m in devices:
+        torch._C._push_on_torch_function_stack(m)
+    try:
+        yield
+    finally:
+        for _ in devices:
+            torch._C._pop_torch_function_stack()
+        for m in modes:
+            torch._C._push_on_torch_function_stack(m)
+
+
+def _collect(gm: fx.GraphModule, closed: list[Tensor], own: dict[int, int]) -> None:
+    """Note the tensors that a graph closes over; a number that it made itself stays a number."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target))
+        if node.meta.get("fresh") and value.numel() == 1 and not isinstance(value, FakeTensor):
+            with gm.graph.inserting_before(node):
+                number = gm.graph.call_function(
+                    aten.full.default, (list(value.shape), value.item()), {"dtype": value.dtype, "device": value.device}
+                )
+            number.meta["val"] = node.meta.get("val", value)
+            node.replace_all_uses_with(number)
+            gm.graph.erase_node(node)
+        elif id(value) not in own and not any(value is x for x in closed):
+            closed.append(value)
+
+
+def _open(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own: dict[int, int]) -> None:
+    """Make inputs of closed-over tensors: after the function's own `count`, which stand after `first` others."""
+    given = gm.graph.find_nodes(op="placeholder")
+    last, results, made = given[first + count - 1], given[first + count :], []
+    for k, x in enumerate(closed):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"closed{k}")
+        last.meta["val"] = x
+        made.append(last)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target))
+        at = next((n for n, x in zip(made, closed, strict=True) if x is value), None)
+        at = results[own[id(value)]] if id(value) in own else at
+        node.meta.setdefault("val", value)
+        node.replace_all_uses_with(at)
+        gm.graph.erase_node(node)
+        delattr(gm, str(node.target))
+    if first:
+        (output,) = gm.graph.find_nodes(op="output")
+        output.args = ((*output.args[0], *[None] * len(closed)),)
+    else:
+        for node in gm.graph.find_nodes(op="call_function", target=aten.detach.default):
+            node.replace_all_uses_with(node.args[0])  # nobody differentiates a forward
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
