@@ -8,6 +8,7 @@ While a trace runs, `torch.autograd.Function` asks here first; on other threads,
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, FunctionCtx, _is_setup_context_defined, _SingleLevelFunction
 from torch.autograd.function import once_differentiable as _once
-from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, get_proxy_slot, set_proxy_slot
+from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, get_proxy_slot, make_fx, set_proxy_slot
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
@@ -98,6 +99,7 @@ class Listener:
         self.trace = trace
         self.note = note  # writes the caller's line into the next node, and gives it as text
         self.depth = depth
+        self.hooked: dict[fx.Node, tuple[fx.Node, tuple[Any, ...]]] = {}  # what a tensor was before, and its hooks
 
     @property
     def is_transformed(self) -> bool:
@@ -142,49 +144,34 @@ class Listener:
     # -- hooks
 
     def hook(self, h: Tensor, f: Callable[[Tensor], Tensor | None]) -> _Handle:
-        """Let the gradient of a tensor go through a function."""
+        """Let the gradient of a tensor go through a function, after those that it goes through already."""
         where, node = self.note(), _node(h)
         if not requires_grad(h) or node is None:
             raise TraceError(
                 f"trace: `{where}` hooks a tensor that requires no gradient; expected one that depends on an input. "
                 "Guard it with `if h.requires_grad:`."
             )
+        raw, earlier = self.hooked.get(node, (node, ()))
+        hooks = (*earlier, f)
+        maker = _Maker.of(raw)
 
-        def backward(result: int, g: Tensor, given: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor | None]:
-            found = f(g)
-            return [g if found is None else fitted(found, given[0], where)]
+        def backward(k: int, g: Tensor, given: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor | None]:
+            for each in hooks:
+                found = each(g)
+                g = g if found is None else fitted(found, results[0], where)
+            return [g] if maker is None else maker.pull(g, given, results[0])
 
-        raw = node
-        while raw.meta.get("hooked") is not None:
-            raw = raw.meta["hooked"]
-        made = self._keep(f"hook {getattr(f, '__name__', 'f')}", lambda *x: x, [backward], [h], {id(h): 0})
-        key, given = made
-        self._insert(h, raw, node, key, given, where)
+        name = f"hook {getattr(f, '__name__', 'f')}"
+        given = [h] if maker is None else maker.values
+        forward = (lambda x: (x,)) if maker is None else maker.forward
+        key, inputs = self._keep(name, forward, [backward], given, {id(h): 0})
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        operands = [raw] if maker is None else maker.nodes
+        operands = [*operands, *(_operand(tracer, x) for x in inputs[len(given) :])]
+        new = _hooked(tracer.graph, raw, node, key, operands, where)
+        self.hooked[new] = (raw, hooks)
+        set_proxy_slot(h, tracer, _ProxyTensor(fx.Proxy(new, tracer), None))
         return _Handle(where)
-
-    def _insert(self, h: Tensor, raw: fx.Node, last: fx.Node, key: str, given: Sequence[Tensor], where: str) -> None:
-        """Put a hook between a tensor and all its uses; the hooks that it had already come after it."""
-        mode: Any = get_proxy_mode()
-        graph = mode.tracer.graph
-        operands = [raw, *(_operand(mode.tracer, x) for x in given[1:])]
-        uses = list(raw.users)
-        new = graph.call_function(kept_op, (operands, key, 0))
-        new.meta |= {**raw.meta, "hooked": raw, "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", "")}
-        if uses:
-            order = {n: k for k, n in enumerate(graph.nodes)}
-            first = min(uses, key=order.__getitem__)
-            if any(order[n] > order[first] for n in operands[1:]):
-                raise TraceError(
-                    f"trace: `{where}` registers a hook on a tensor that was used before, and the hook reads a tensor made "
-                    "since; expected it registered where its tensor is made. Move it up, or compute inside the hook."
-                )
-            first.prepend(new)
-            for user in uses:
-                user.replace_input_with(raw, new)
-                if user.meta.get("hooked") is raw:
-                    user.meta["hooked"] = new
-        if last is raw:
-            set_proxy_slot(h, mode.tracer, _ProxyTensor(fx.Proxy(new, mode.tracer), None))
 
     # -- making a node
 
@@ -321,6 +308,87 @@ class _Handle:
         raise TraceError(f"trace: the hook of `{self.where}` is removed again; expected it to stay. Do not register it.")
 
 
+class _Maker:
+    """The op that made a hooked tensor, where its own gradient reads that tensor: in second derivatives, through the hook."""
+
+    def __init__(self, node: fx.Node, joint: fx.GraphModule) -> None:
+        self.node, self.joint = node, joint
+        self.nodes = _made_by(node).all_input_nodes
+        self.values: list[Tensor] = [n.meta["val"] for n in self.nodes]
+
+    @staticmethod
+    def of(node: fx.Node) -> _Maker | None:
+        """None for an op whose gradient does not read its result: a hook is then a node of its own behind it."""
+        source = _made_by(node)
+        moved = [n for n in source.all_input_nodes if can_move(n.meta.get("val"))]
+        if source.op != "call_function" or not moved:
+            return None
+        at = [source.all_input_nodes.index(n) for n in moved]
+
+        def joint(g: Tensor, *given: Tensor) -> list[Tensor | None]:
+            inputs = [x.detach().requires_grad_() if k in at else x for k, x in enumerate(given)]
+            out = _run(node, inputs)
+            leaves = [inputs[k] for k in at]
+            found = dict(zip(at, torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True), strict=True))
+            return [out, *(found.get(k) for k in range(len(inputs)))]
+
+        with _aside([n.meta["val"] for n in source.all_input_nodes]) as stand_ins, torch.enable_grad():
+            made = make_fx(joint, tracing_mode="real")(torch.empty_like(node.meta["val"]), *stand_ins)
+        _without_detach(made.graph)
+        out, *grads = _outputs(made)
+        if all(user.op == "output" for user in out.users):
+            return None
+        last = made.graph.find_nodes(op="placeholder")[-1]
+        with made.graph.inserting_after(last):
+            given = made.graph.placeholder("out")
+        out.replace_all_uses_with(given)
+        made.graph.find_nodes(op="output")[0].args = (grads,)
+        made.graph.eliminate_dead_code()
+        made.recompile()
+        return _Maker(node, made)
+
+    def forward(self, *given: Tensor) -> tuple[Tensor]:
+        """The op."""
+        return (_run(self.node, given),)
+
+    def pull(self, g: Tensor, given: Sequence[Tensor], out: Tensor) -> list[Tensor | None]:
+        """Its gradient."""
+        return list(self.joint(g, *given, out))
+
+
+def _made_by(node: fx.Node) -> fx.Node:
+    source: Any = node.args[0] if node.target is operator.getitem else node
+    return source
+
+
+def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
+    """The op that made a node, on other tensors."""
+    source: Any = _made_by(node)
+    at = dict(zip(source.all_input_nodes, given, strict=True))
+    args, kwargs = fx.map_arg((source.args, dict(source.kwargs)), at.__getitem__)
+    made = source.target(*args, **kwargs)
+    return made if source is node else made[node.args[1]]
+
+
+def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx.Node], where: str) -> fx.Node:
+    """Put a hook between a tensor and all its uses, in place of the one that is there."""
+    new = graph.call_function(kept_op, (operands, key, 0))
+    new.meta |= {**raw.meta, "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", "")}
+    order = {n: k for k, n in enumerate(graph.nodes)}
+    uses = [user for user in node.users if user is not new]
+    if uses:
+        first = min(uses, key=order.__getitem__)
+        if any(order[n] > order[first] for n in operands):
+            raise TraceError(
+                f"trace: `{where}` registers a hook on a tensor that was used before, and the hook reads a tensor made "
+                "since; expected it registered where its tensor is made. Move it up, or compute inside the hook."
+            )
+        first.prepend(new)
+        for user in uses:
+            user.replace_input_with(node, new)
+    return new
+
+
 # -- pieces
 
 
@@ -455,8 +523,13 @@ def _open(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own:
         (output,) = gm.graph.find_nodes(op="output")
         output.args = ((*output.args[0], *[None] * len(closed)),)
     else:
-        for node in gm.graph.find_nodes(op="call_function", target=aten.detach.default):
-            node.replace_all_uses_with(node.args[0])  # nobody differentiates a forward
-            gm.graph.erase_node(node)
+        _without_detach(gm.graph)  # nobody differentiates a forward
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _without_detach(graph: fx.Graph) -> None:
+    """A detached tensor is that tensor, where gradients are not asked for, or are taken already."""
+    for node in graph.find_nodes(op="call_function", target=aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
+from dualform.calculus.kept import carried
+
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
 
@@ -27,7 +29,7 @@ _SCATTER: dict[Any, Callable[..., tuple[Any, tuple]]] = {
     aten.transpose.int: lambda base, value, a, b: (aten.transpose.int, (value, a, b)),
     aten.t.default: lambda base, value: (aten.t.default, (value,)),
     aten.permute.default: lambda base, value, dims: (aten.permute.default, (value, _inverse(dims))),
-    aten.detach.default: lambda base, value: (aten.alias.default, (value,)),
+    aten.detach.default: lambda base, value: carried(base, value),
     aten.alias.default: lambda base, value: (aten.alias.default, (value,)),
     aten.lift_fresh.default: lambda base, value: (aten.alias.default, (value,)),
 }
@@ -88,20 +90,20 @@ class _Rewriter:
         self.value: dict[fx.Node, fx.Node] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.stale: set[fx.Node] = set()
+        self.grad = True
 
     def run(self) -> fx.GraphModule:
-        grad = True
         for node in self.gm.graph.nodes:
             switch = _switch(node)
             if switch is not None:
-                grad = switch
+                self.grad = switch
             elif node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self.read))
             elif _writes(node):
                 self.write(node)
             else:
                 self.copy(node)
-                if not grad and isinstance(node.meta.get("val"), torch.Tensor):
+                if not self.grad and isinstance(node.meta.get("val"), torch.Tensor):
                     self.value[node] = self.emit(aten.detach.default, (self.value[node],), node)
         result = fx.GraphModule(self.gm, self.graph)
         result.graph.eliminate_dead_code()
@@ -151,8 +153,13 @@ class _Rewriter:
             root = self.parent[root]
         if root.op in ("placeholder", "get_attr"):
             self.blame(node, "writes to an input or a buffer", "Clone it first, or return the new value.")
+        before = self.value[root]
         self.assign(dst, self.functional(node), node)
-        self.value[node] = self.value[dst]
+        if not self.grad and before.meta["val"].is_floating_point():  # another value, the gradient that it had
+            self.spoil(root)
+            self.stale.discard(root)
+            self.value[root] = self.emit(*carried(before, self.value[root]), node)
+        self.value[node] = self.read(dst)
         self.parent[node] = dst
 
     def functional(self, node: fx.Node) -> fx.Node:

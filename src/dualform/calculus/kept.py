@@ -177,9 +177,28 @@ def _results(gm: fx.GraphModule) -> list[Any]:
     return list(output.args[0])  # type: ignore[arg-type]
 
 
-def forwards() -> dict[Any, Callable[..., Tensor]]:
-    """A table of decompositions that writes the op out: its value, without its gradient."""
-    return {kept_op: _forward}
+def written_out(gm: fx.GraphModule) -> fx.GraphModule:
+    """Write the op out as the forward's ops, for a graph that nobody differentiates any more."""
+    if not any(is_kept(n) for n in gm.graph.nodes):
+        return gm
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    pending = [n for n in graph.nodes if is_kept(n)]
+    while pending:
+        node = pending.pop()
+        inputs, key, result = node.args
+        forward = _known[key].forward
+        copies = dict(zip(forward.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(forward.graph, copies)
+        for made in copies.values():
+            if made not in inputs:
+                made.meta |= {name: node.meta[name] for name in ("section", "stack_trace") if name in node.meta}
+                pending += [made] if is_kept(made) else []
+        node.replace_all_uses_with(results[result])
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
 
 
 def is_kept(node: Any) -> bool:
@@ -211,6 +230,6 @@ def stop_gradient(x: Tensor) -> Tensor:
     return kept([x], _STOPPED)
 
 
-def carried(x: Tensor, data: Tensor) -> Tensor:
-    """The value of `data` with the gradient of x: what autograd makes of x.data.copy_(data)."""
-    return kept([x, data], _CARRIED)
+def carried(x: Any, data: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The call that has the value of `data` and the gradient of x: what autograd makes of x.data.copy_(data)."""
+    return kept_op, ([x, data], _CARRIED, 0)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,48 +83,70 @@ def _bend(gm: fx.GraphModule, active: frozenset[int]) -> fx.Node | None:
     """The first op that is not linear in these inputs together."""
     inputs = gm.graph.find_nodes(op="placeholder")
     late = set().union(*(reached(gm.graph, inputs[k]) for k in active))
-    return next((n for n in gm.graph.nodes if n in late and n.op == "call_function" and not _is_linear(n, late)), None)
+    zeros: set[fx.Node] = set()
+    for node in (n for n in gm.graph.nodes if n.op == "call_function"):
+        if node in late:
+            if not _is_linear(node, late, zeros):
+                return node
+        elif _is_zero(node, zeros):
+            zeros.add(node)
+    return None
 
 
-def _is_linear(node: fx.Node, late: set[fx.Node]) -> bool:
+def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
     """Is an op linear in those of its operands that depend on the gradient? Affine by its row, and 0 where they are 0."""
     if node.target in (aten.detach.default, aten.alias.default):
         return True
-    flat: list[fx.Node] = []
-    fx.map_arg((node.args, dict(node.kwargs)), lambda n: flat.append(n))
-    operands = [n for n in flat if n.meta["val"].is_floating_point()]
-    row, active = find_row(node.target), frozenset(k for k, n in enumerate(operands) if n in late)
-    if any(n in late and n not in operands for n in flat):
+    row, operands = find_row(node.target), _operands(node)
+    if any(n in late and n not in operands for n in node.all_input_nodes):
         return False
     if row is None or row.rule is None:  # by its definition
+        flat = _nodes(node)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         found = None if is_kept(node) else defined(Call(node.target, args, kwargs, node.meta["val"]))
         return found is not None and _bend(found[0], frozenset(k for k, n in enumerate(flat) if n in late)) is None
-    if not row.is_affine(active):
+    if not row.is_affine(frozenset(k for k, n in enumerate(operands) if n in late)):
         return False
-    return row.multilinear or not any(_at_zero(node, late, bool(mask)).any() for mask in (0, 1))
+    return row.multilinear or _vanishes(node, late | zeros)
 
 
-def _at_zero(node: fx.Node, late: set[fx.Node], mask: bool) -> Tensor:
-    """The value of an op where the gradient is 0, everything else is 1, and its masks are all the same."""
-    target: Any = node.target
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), partial(_stand_in, late, mask))
-    return target(*args, **kwargs)
-
-
-def _stand_in(late: set[fx.Node], mask: bool, n: fx.Node) -> Tensor:
-    value = n.meta["val"]
-    full = partial(torch.full, tuple(value.shape), dtype=value.dtype)
-    if value.dtype == torch.bool:
-        return full(mask)
-    return full(1 if value.is_floating_point() and n not in late and not is_zero(n) else 0)
-
-
-def is_zero(node: Any) -> bool:
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     """Does the graph say that a tensor is all zeros?"""
-    while getattr(node.target, "_opname", "") in ("expand", "reshape", "view", "clone", "alias", "detach", "_to_copy"):
-        node = node.args[0]
-    name = getattr(node.target, "_opname", "")
-    if name in ("full", "full_like", "new_full", "scalar_tensor", "fill"):
-        return node.args[0 if name == "scalar_tensor" else 1] == 0
-    return name in ("zeros", "zeros_like", "new_zeros")
+    operands, row = _operands(node), find_row(node.target)
+    if getattr(node.target, "_opname", "") in _FILLED:
+        return _vanishes(node, zeros)
+    if not operands:
+        return False
+    if row is not None and row.multilinear:
+        return any(n in zeros for n in operands)
+    return all(n in zeros for n in operands) and _vanishes(node, zeros)
+
+
+_FILLED = {"zeros", "full", "scalar_tensor", "zeros_like", "full_like", "new_zeros", "new_full", "fill"}
+
+
+def _vanishes(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    """Is an op 0 where these operands are 0 and all others 1, whatever its masks?"""
+    target: Any = node.target
+
+    def value(mask: bool) -> Tensor:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _stand_in(n, n in zeros, mask))
+        return target(*args, **kwargs)
+
+    return not any(bool(value(mask).any()) for mask in (False, True))
+
+
+def _stand_in(n: fx.Node, is_zero: bool, mask: bool) -> Tensor:
+    value = n.meta["val"]
+    number = mask if value.dtype == torch.bool else int(value.is_floating_point() and not is_zero)
+    return torch.full(tuple(value.shape), number, dtype=value.dtype)
+
+
+def _nodes(node: fx.Node) -> list[fx.Node]:
+    flat: list[fx.Node] = []
+    fx.map_arg((node.args, dict(node.kwargs)), lambda n: flat.append(n))
+    return flat
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [n for n in _nodes(node) if n.meta["val"].is_floating_point()]

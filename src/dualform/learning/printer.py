@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
+from dualform.calculus.kept import written_out
 from dualform.learning.derive import Derivation, Step, names_of
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ class Cost(NamedTuple):
 
 def cost_of(step: Step, registers: int) -> Cost:
     """Count a step's cost from its graph."""
-    nodes = [n for n in step.graph.graph.nodes if n.op == "call_function"]
+    nodes = [n for n in written_out(step.graph).graph.nodes if n.op == "call_function"]
     leaves = sum(w.numel() * w.element_size() for w in step.inputs.th.values())
     return Cost(
         flops=sum(_flops(n) for n in nodes),
@@ -114,18 +115,19 @@ def _shape(node: fx.Node) -> str:
 def print_step(step: Step, derivation: Derivation) -> str:
     """Print a step with a shape behind every line and a heading above every part."""
     names = names_of(step.inputs)
-    inputs = [n for n in step.graph.graph.nodes if n.op == "placeholder"]
+    graph = written_out(step.graph).graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for node, name in zip(inputs, names, strict=True):
         node.name = name if name.isidentifier() else node.name
     leaves = [name.replace(".", "_") for name in step.inputs.th]
-    (output,) = [n for n in step.graph.graph.nodes if n.op == "output"]
+    (output,) = [n for n in graph.nodes if n.op == "output"]
     returned = ["o", *(f"{name}_next" for name in leaves)]
     returned += [f"R_{name}_next" for name in leaves][: len(output.args[0]) - len(returned)]
     for node, name in zip(output.args[0], returned, strict=True):  # type: ignore[arg-type]
         if (
             isinstance(node, fx.Node)
             and node.op != "placeholder"
-            and not any(n.name == name for n in step.graph.graph.nodes)
+            and not any(n.name == name for n in graph.nodes)
         ):
             node.name = name
     lines = ["import torch", "", "", f"def mini_batch({', '.join(n.name for n in inputs)}):"]
@@ -133,7 +135,7 @@ def print_step(step: Step, derivation: Derivation) -> str:
         f'    """{derivation.chunk} tokens, one head: {", ".join(f"{n.name} {_shape(n)}" for n in inputs)}."""'
     )
     section = None
-    for node in step.graph.graph.nodes:
+    for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if node.meta.get("section") != section:

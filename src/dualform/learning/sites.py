@@ -9,10 +9,11 @@ Legend: W tokens in the trace, K key width.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +23,8 @@ from torch.utils import _pytree
 
 from dualform.calculus import rules
 from dualform.calculus.definitions import definition_of
+from dualform.calculus.kept import is_kept, named, stop_gradient
+from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label
 from dualform.calculus.trace import source_line, trace
 
@@ -38,17 +41,6 @@ class Place(NamedTuple):
     axis: int
     outer: int
     inner: int
-
-
-@torch.library.custom_op("dualform::stop_gradient", mutates_args=())
-def stop_gradient(x: Tensor) -> Tensor:
-    """A learner's own detach: the identity, with no gradient in either loop. (A trace drops aten's, autograd makes many.)"""
-    return x.clone()
-
-
-stop_gradient.register_fake(torch.empty_like)
-stop_gradient.register_autograd(lambda ctx, g: None)
-stop_gradient.register_vmap(lambda info, dims, x: (stop_gradient(x), dims[0]))
 
 
 @dataclass(eq=False)
@@ -230,8 +222,10 @@ def mark(a: Analysis, W: int) -> None:
             if W > 1:
                 a.places[node] = _place(a, node, env, W)
             pars = tuple(s for s in sources if a.is_par(s))
-            if pars:
+            if pars or _sums_tokens(a, node):
                 a.sites.append(_site(a, node, pars))
+        if is_kept(node):
+            _expect_apart(a, node)
     if a.output not in a.tok:
         raise DerivationError(
             "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. Use x in forward."
@@ -251,6 +245,8 @@ def _is_shape_only(node: fx.Node) -> bool:
 def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
     leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
     operands = operand_nodes(node)
+    if is_kept(node):
+        return Site(node, pars, leaves, False, f"{op_name(node)} has a gradient of its own")
     if not all(p in operands for p in pars):
         return Site(node, pars, leaves, False, "a weight decides a branch or an index")
     if not rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
@@ -284,6 +280,8 @@ def is_detach(node: fx.Node) -> bool:
 
 
 def op_name(node: fx.Node) -> str:
+    if is_kept(node):
+        return named(str(node.args[1])).name
     packet = getattr(node.target, "overloadpacket", node.target)
     return getattr(packet, "__name__", str(packet))
 
@@ -293,6 +291,8 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         raise _mixes(node)
+    if is_kept(node):
+        return _kept_place(a, node, W)
     tags = getattr(node.target, "tags", ())
     found: set[Place] = set()
     operands = operand_nodes(node)
@@ -312,6 +312,76 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
     if len(found) != 1 or None in found:
         raise _mixes(node)
     return found.pop()
+
+
+def _kept_place(a: Analysis, node: fx.Node, W: int) -> Place:
+    """Prove that a function with a gradient of its own keeps tokens apart, and that its gradient does."""
+    inputs, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
+    made, places = named(key), [a.places.get(s) for s in inputs]
+    results = _followed(made.forward, places, range(len(made.backward)), W)
+    place, backward = results[result], made.backward[result]
+    if place is None:
+        raise _mixes(node)
+    if backward is not None:
+        wanted = [k for k, s in enumerate(inputs) if s in a.tok]
+        pulled = _followed(backward, [place, *places, *results], wanted, W)
+        if any(pulled[k] not in (None, places[k]) for k in wanted):
+            raise _mixes(node)
+    return place
+
+
+def _followed(
+    gm: fx.GraphModule, places: Sequence[Place | None], wanted: Iterable[int], W: int
+) -> list[Place | None]:
+    """Where the tokens of a graph's inputs are in its results; None: in none of them, or it was not asked for."""
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    _spell_out(gm)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    at = {n: p for n, p in zip(inputs, places, strict=True) if p is not None}
+    part = Analysis(gm, {}, {}, inputs[0], inputs[0], {}, {}, set(at), at)
+    env = {n: n.meta.get("val") for n in gm.graph.nodes}
+    (output,) = gm.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    needed = {results[k] for k in wanted if results[k] is not None}
+    for node in reversed(gm.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in part.nodes:
+        if node in needed and not _is_shape_only(node) and any(s in part.tok for s in node.all_input_nodes):
+            part.tok.add(node)
+            part.places[node] = _place(part, node, env, W)
+    return [part.places.get(n) for n in results]
+
+
+def _sums_tokens(a: Analysis, node: fx.Node) -> bool:
+    """Does a gradient of its own sum over tokens? It is run token by token: what it sums is then known."""
+    return is_kept(node) and node in a.tok and any(s not in a.tok for s in _given_gradients(node))
+
+
+def _given_gradients(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a function with a gradient of its own that get one."""
+    inputs, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
+    backward = named(key).backward[result]
+    if backward is None:
+        return []
+    (output,) = backward.graph.find_nodes(op="output")
+    grads: Any = output.args[0]
+    return [s for s, g in zip(inputs, grads, strict=True) if g is not None]
+
+
+def _expect_apart(a: Analysis, node: fx.Node) -> None:
+    """A gradient that is not linear in the one it is given is one token's: what tokens share has no such gradient."""
+    _, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
+    made = named(key)
+    backward = made.backward[result]
+    bend = None if backward is None else first_bend(backward)
+    shared = node not in a.tok and not a.leaves[node]
+    if bend is not None and (shared or sum(b is not None for b in made.backward) > 1):
+        why = "is shared by all tokens, whose gradients come as a sum" if shared else "has several results"
+        raise DerivationError(
+            f"derive: {made.name} at {source_line(node)} {why}, and its gradient is not linear in the one that it is given: "
+            f"`{source_line(bend)}`; expected a linear backward there. Make it linear, or apply it to one token's result."
+        )
 
 
 def _looked_up(node: fx.Node, place: Place) -> Place | None:
