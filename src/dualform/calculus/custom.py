@@ -12,7 +12,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -20,12 +20,20 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, FunctionCtx, _is_setup_context_defined, _SingleLevelFunction
 from torch.autograd.function import once_differentiable as _once
-from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, get_proxy_slot, make_fx, set_proxy_slot
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    _ProxyTensor,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    set_proxy_slot,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.kept import Kept, Vjp, keep, kept, kept_op, named
+from dualform.calculus.functional import functionalized
+from dualform.calculus.kept import Kept, Vjp, keep, kept, kept_op, named, stop_gradient, stopped, written_out
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -108,18 +116,26 @@ class Listener:
 
     # -- what requires a gradient
 
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Take the inputs of the function that is traced."""
+        for x in inputs:
+            self.input(x)
+        self.given = {n: x for x in inputs if (n := _node(x)) is not None}
+
     def input(self, x: Any) -> None:
-        """An input requires a gradient, if it can."""
+        """What is made of inputs requires a gradient, if it can."""
         if isinstance(x, FakeTensor) and can_move(x):
             setattr(x, _LIVE, True)
 
-    def mark(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """What is made of what requires a gradient requires one, where gradients are on."""
-        if func in _DETACH or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return
-        if any(isinstance(x, Tensor) and requires_grad(x) for x in pytree.tree_leaves((args, kwargs))):
-            for x in pytree.tree_leaves(result):
-                self.input(x)
+    def marked(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """What is made of what requires a gradient requires one, where gradients are on; inference mode makes constants."""
+        if torch.is_inference_mode_enabled():
+            return pytree.tree_map_only(Tensor, lambda x: x.detach() if can_move(x) else x, result)
+        if func not in _DETACH and torch.is_grad_enabled():
+            if any(isinstance(x, Tensor) and requires_grad(x) for x in pytree.tree_leaves((args, kwargs))):
+                for x in pytree.tree_leaves(result):
+                    self.input(x)
+        return result
 
     # -- Functions
 
@@ -173,6 +189,84 @@ class Listener:
         set_proxy_slot(h, tracer, _ProxyTensor(fx.Proxy(new, tracer), None))
         return _Handle(where)
 
+    # -- gradients taken inside
+
+    def sees(self, args: Any) -> bool:
+        """Is a call one of the trace's own, and not of a transform's tensors?"""
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+        return not self.is_transformed and not any(isinstance(x, Tensor) and wrapped(x) for x in pytree.tree_leaves(args))
+
+    def below(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A call inside a torch.func transform: the trace sees what the transform makes of it."""
+        mode: Any = get_proxy_mode()
+        before = len(mode.tracer.graph.nodes)
+        if func in _DETACH or func is Tensor.data.__get__:
+            func = stop_gradient
+        with _below_dispatch(mode):
+            result = func(*args, **kwargs)
+        for node in list(mode.tracer.graph.nodes)[before:]:
+            if node.target is aten.detach.default:  # autograd's own: it keeps results so
+                node.target = aten.alias.default
+        return result
+
+    def gradient(
+        self, outputs: Any, inputs: Any, grad_outputs: Any = None, retain_graph: bool | None = None,
+        create_graph: bool = False, only_inputs: bool = True, allow_unused: bool | None = None,
+        is_grads_batched: bool = False, materialize_grads: bool = False,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """torch.autograd.grad: the part of the trace between inputs and outputs is differentiated, and that is traced."""
+        where = self.note()
+        outs, ins = ([x] if isinstance(x, Tensor) else list(x) for x in (outputs, inputs))
+        seeds = [grad_outputs] if grad_outputs is None or isinstance(grad_outputs, Tensor) else list(grad_outputs)
+        nodes = [_node(x) for x in ins]
+        known = all(requires_grad(x) and _node(x) is not None for x in [*outs, *ins])
+        if is_grads_batched or not known or any(n in self.hooked for n in nodes):
+            why = (
+                "is batched" if is_grads_batched else "is of a hooked tensor" if known else "is of tensors without gradient"
+            )
+            raise TraceError(
+                f"trace: `{where}` {why}; expected a gradient of what depends on an input, by a tensor that it depends on. "
+                "Call h.requires_grad_() on that tensor, or differentiate the function from outside."
+            )
+        seeds = [None] * len(outs) if grad_outputs is None else seeds
+        found = [self._slope(outs, x, seeds, where) for x in ins]
+        if any(x is None for x in found) and not (allow_unused or materialize_grads):
+            raise TraceError(
+                f"trace: `{where}` differentiates by a tensor that the result does not depend on; expected one that it does. "
+                "Pass allow_unused=True or materialize_grads=True."
+            )
+        if materialize_grads:
+            found = [torch.zeros_like(x) if g is None else g for x, g in zip(ins, found, strict=True)]
+        return tuple(g if g is None or create_graph else g.detach() for g in found)
+
+    def _slope(self, outs: list[Tensor], x: Tensor, seeds: list[Any], where: str) -> Tensor | None:
+        """The gradient of some tensors of the trace by another."""
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        part, leaves = _between(tracer, [_node(o) for o in outs], _node(x))
+        rest = [self.given[n] if n.op == "placeholder" else getattr(tracer.root, str(n.target)) for n in leaves]
+        given = [s for s in seeds if s is not None]
+
+        def joint(x: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+            at, more = x.detach().requires_grad_(), iter(tensors[len(rest) :])
+            made = part(at, *tensors[: len(rest)])
+            cotangents = [None if s is None else next(more) for s in seeds]
+            live = [k for k, o in enumerate(made) if o.requires_grad]
+            if not live:
+                return [None]
+            outs, given = [made[k] for k in live], [cotangents[k] for k in live]
+            return list(torch.autograd.grad(outs, at, given, create_graph=True, allow_unused=True))
+
+        with _aside([x, *rest, *given]) as stand_ins, torch.enable_grad():
+            try:
+                made = functionalized(make_fx(joint, tracing_mode="real")(*stand_ins), _blame)
+            except RuntimeError as error:
+                raise TraceError(f"trace: `{where}` failed with {error}; expected a gradient that torch can take.") from error
+        _without_detach(made.graph)
+        (found,) = _replayed(made, [x, *rest, *given])
+        if found is not None:
+            self.input(found)
+        return found
+
     # -- making a node
 
     def keep(
@@ -210,6 +304,7 @@ class Listener:
 
                 examples = [results[k], *stand_ins, *results]
                 pulled.append(None if f is None else self.trace(pull, *examples))
+        made = written_out(made)  # nobody differentiates a forward
         graphs = [made, *(gm for gm in pulled if gm is not None)]
         for gm in graphs:
             _collect(gm, closed, own)
@@ -327,7 +422,7 @@ class _Maker:
 
         def joint(g: Tensor, *given: Tensor) -> list[Tensor | None]:
             inputs = [x.detach().requires_grad_() if k in at else x for k, x in enumerate(given)]
-            out = _run(node, inputs)
+            out = _run(node, [x.clone() for x in inputs] if source.target._schema.is_mutable else inputs)
             leaves = [inputs[k] for k in at]
             found = dict(zip(at, torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True), strict=True))
             return [out, *(found.get(k) for k in range(len(inputs)))]
@@ -338,6 +433,11 @@ class _Maker:
         out, *grads = _outputs(made)
         if all(user.op == "output" for user in out.users):
             return None
+        if source.target._schema.is_mutable:
+            raise TraceError(
+                f"trace: a hook on the result of {source.target._opname}, written in place, whose gradient reads that result; "
+                "expected one made anew. Write h = op(h)."
+            )
         last = made.graph.find_nodes(op="placeholder")[-1]
         with made.graph.inserting_after(last):
             given = made.graph.placeholder("out")
@@ -373,7 +473,7 @@ def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
 def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx.Node], where: str) -> fx.Node:
     """Put a hook between a tensor and all its uses, in place of the one that is there."""
     new = graph.call_function(kept_op, (operands, key, 0))
-    new.meta |= {**raw.meta, "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", "")}
+    new.meta |= {**raw.meta, "hooks": raw in operands, "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", "")}
     order = {n: k for k, n in enumerate(graph.nodes)}
     uses = [user for user in node.users if user is not new]
     if uses:
@@ -387,6 +487,51 @@ def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx
         for user in uses:
             user.replace_input_with(node, new)
     return new
+
+
+def _between(tracer: Any, outs: list[Any], x: Any) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The part of a trace from one tensor to others, as a function of that tensor and of what else the part reads."""
+    copy, copies = fx.Graph(), {}
+    for node in tracer.graph.nodes:
+        copies[node] = copy.node_copy(node, copies.__getitem__)
+    copy.output((copies[x], *(copies[o] for o in outs)))
+    back = {copies[n].name: n for n in tracer.graph.nodes}
+    whole = functionalized(fx.GraphModule(tracer.root, copy), _blame)
+    at, *ends = _outputs(whole)
+    needed, todo = set(), list(ends)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += [] if node is at else node.all_input_nodes
+    part = fx.Graph()
+    made = {at: part.placeholder("x")}
+    leaves = [n for n in whole.graph.nodes if n in needed and n is not at and n.op in ("placeholder", "get_attr")]
+    made |= {n: part.placeholder(n.name) for n in leaves}
+    for node in whole.graph.nodes:
+        if node not in needed or node in made:
+            continue
+        made[node] = part.node_copy(node, made.__getitem__)
+        if node.target is aten.detach.default:
+            made[node].target, made[node].args = stopped(made[node].args[0])
+    part.output(tuple(made[n] for n in ends))
+    return fx.GraphModule({}, part), [back[n.name] for n in leaves]
+
+
+def _replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
+    """Run a graph op by op, so that the trace that is going on sees its ops."""
+    at: dict[fx.Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), tensors, strict=True))
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            at[node] = getattr(gm, str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), at.__getitem__)
+            at[node] = node.target(*args, **kwargs)
+    return [None if n is None else at[n] for n in _outputs(gm)]
+
+
+def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+    raise TraceError(f"trace: {node.target} {what} inside a gradient; expected plain ops. {advice}")
 
 
 # -- pieces
@@ -471,6 +616,21 @@ def _aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def _below_dispatch(mode: Any) -> Iterator[None]:
+    """Trace into the same graph from below torch.func's transforms, no longer from above all of torch."""
+    pre_dispatch = torch._ops.unset_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY)
+    if pre_dispatch is None:  # we are there already
+        yield
+        return
+    lower = ProxyTorchDispatchMode(mode.tracer, mode.tracing_mode, False, mode._allow_fake_constant)
+    try:
+        with lower:
+            yield
+    finally:
+        torch._ops._set_mode_pre_dispatch(pre_dispatch)
+
+
+@contextmanager
 def _without_function_modes() -> Iterator[None]:
     """All but the default device."""
     modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
@@ -523,7 +683,7 @@ def _open(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own:
         (output,) = gm.graph.find_nodes(op="output")
         output.args = ((*output.args[0], *[None] * len(closed)),)
     else:
-        _without_detach(gm.graph)  # nobody differentiates a forward
+        _without_detach(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

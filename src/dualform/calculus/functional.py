@@ -123,7 +123,8 @@ class _Rewriter:
         self.value[node] = new
         if node.op != "call_function":
             return
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        first: Any = node.args[0][0] if node.meta.get("hooks") else node.args[0] if node.args else None  # type: ignore[index]
+        source = first if isinstance(first, fx.Node) else None
         if source is not None and self.is_view(node):
             self.parent[node] = source
 
@@ -132,6 +133,9 @@ class _Rewriter:
         if node.target is operator.getitem:
             pieces: Any = node.args[0]
             return pieces.target in _MULTI_VIEWS
+        if node.meta.get("hooks"):  # a hook is a node behind its tensor: it sees what is written to the memory of that
+            behind: Any = node.args[0]
+            return _Rewriter.is_view(behind[0])
         return node.target in _SCATTER or node.target in _MULTI_VIEWS or node.target in _OPAQUE_VIEWS
 
     def read(self, node: fx.Node) -> fx.Node:
@@ -168,6 +172,8 @@ class _Rewriter:
         packet, overload = target._schema.name.split("::")[1], target._overloadname
         if packet == "detach_":
             return self.emit(aten.detach.default, (self.read(first),), node)
+        if packet == "copy_":  # whose functional twin torch cannot differentiate
+            return self.fitted(self.read(node.args[1]), first.meta["val"], node)  # type: ignore[arg-type]
         base = getattr(aten, packet.removesuffix("_"), None)
         twin = getattr(base, overload, None) if base is not None else None
         if twin is None and base is not None:  # transpose_.default is transpose.int
@@ -179,6 +185,13 @@ class _Rewriter:
         args = fx.map_arg(node.args, self.read)
         kwargs = fx.map_arg(node.kwargs, self.read)
         return self.emit(twin, args, node, kwargs)
+
+    def fitted(self, new: fx.Node, like: torch.Tensor, node: fx.Node) -> fx.Node:
+        """A value in the shape and dtype of what it is written to."""
+        if new.meta["val"].dtype != like.dtype:
+            new = self.emit(aten._to_copy.default, (new,), node, {"dtype": like.dtype})
+        same = new.meta["val"].shape == like.shape
+        return new if same else self.emit(aten.expand.default, (new, list(like.shape)), node)
 
     def assign(self, dst: fx.Node, new: fx.Node, node: fx.Node) -> None:
         """dst now means `new`: so do its base, through the inverse of the view, and all other views of that base."""

@@ -230,6 +230,11 @@ def stop_gradient(x: Tensor) -> Tensor:
     return kept([x], _STOPPED)
 
 
+def stopped(x: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The call of `stop_gradient` in a graph."""
+    return kept_op, ([x], _STOPPED, 0)
+
+
 def carried(x: Any, data: Any) -> tuple[Any, tuple[Any, ...]]:
     """The call that has the value of `data` and the gradient of x: what autograd makes of x.data.copy_(data)."""
     return kept_op, ([x, data], _CARRIED, 0)

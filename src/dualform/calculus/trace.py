@@ -89,8 +89,8 @@ class _Lines(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, where = kwargs or {}, _note()
-        if self.listener.is_transformed and where:
-            _refuse_transform(where)
+        if not self.listener.sees((args, kwargs)):
+            return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
         if func in _MASKED and not kwargs and _is_known_mask(args[1]):
@@ -102,8 +102,7 @@ class _Lines(TorchFunctionMode):
             with temporarily_clear_interpreter_stack(), _disable_current_modes():
                 return func(*args, **kwargs)
         result = (SPELLED.get(func) or func)(*args, **kwargs)
-        self.listener.mark(func, args, kwargs, result)
-        return result
+        return self.listener.marked(func, args, kwargs, result)
 
 
 def _note() -> str:
@@ -120,12 +119,32 @@ def _note() -> str:
     return _shown(code.co_filename, frame.f_lineno, line)
 
 
+def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
+    def refuse(listener: Listener, x: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TraceError(f"trace: `{_note()}` {what}; expected a pure function of its inputs. {advice}")
+
+    return refuse
+
+
+def _grad_fn(listener: Listener, x: Tensor) -> None:
+    if requires_grad(x):
+        advice = "Ask h.requires_grad, or hook the tensor: h.register_hook(...)."
+        _refused("reads how autograd made a tensor (grad_fn; a backward hook of a module does)", advice)(listener, x)
+
+
 # What a function asks of a tensor that is no op.
 _ASKED: dict[Any, Callable[..., Any]] = {
     Tensor.requires_grad.__get__: lambda listener, x: requires_grad(x),
     Tensor.requires_grad.__set__: lambda listener, x, flag: set_requires_grad(x, flag),
     Tensor.requires_grad_: lambda listener, x, requires_grad=True: set_requires_grad(x, requires_grad),
     Tensor.register_hook: lambda listener, x, hook: listener.hook(x, hook),
+    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[attr-defined]
+    Tensor.retain_grad: lambda listener, x: None,
+    Tensor.backward: _refused("writes gradients into .grad", "Use torch.autograd.grad, which gives them back."),
+    Tensor.register_post_accumulate_grad_hook: _refused(
+        "hooks the writing of .grad, which a gradient that is a value does not do", "Use h.register_hook."
+    ),
+    torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
     Tensor.data.__get__: lambda listener, x: x.detach(),
 }
 
@@ -158,8 +177,7 @@ def _with_lines(f: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
         with _Lines() as lines, listening(lines.listener):
-            for x in args:
-                lines.listener.input(x)
+            lines.listener.begin(args)
             return f(*args)
 
     return run
