@@ -256,13 +256,13 @@ class Listener:
             outs, given = [made[k] for k in live], [cotangents[k] for k in live]
             return list(torch.autograd.grad(outs, at, given, create_graph=True, allow_unused=True))
 
-        with _aside([x, *rest, *given]) as stand_ins, torch.enable_grad():
+        with aside([x, *rest, *given]) as stand_ins, torch.enable_grad():
             try:
                 made = functionalized(make_fx(joint, tracing_mode="real")(*stand_ins), _blame)
             except RuntimeError as error:
                 raise TraceError(f"trace: `{where}` failed with {error}; expected a gradient that torch can take.") from error
         _without_detach(made.graph)
-        (found,) = _replayed(made, [x, *rest, *given])
+        (found,) = replayed(made, [x, *rest, *given])
         if found is not None:
             self.input(found)
         return found
@@ -291,7 +291,7 @@ class Listener:
         own: which tensor, by its identity, is which result
         """
         closed: list[Tensor] = []
-        with _aside(inputs) as stand_ins:
+        with aside(inputs) as stand_ins:
             made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
             results = [n.meta["val"] for n in _outputs(made)]
             backwards = backward() if callable(backward) else backward
@@ -427,7 +427,7 @@ class _Maker:
             found = dict(zip(at, torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True), strict=True))
             return [out, *(found.get(k) for k in range(len(inputs)))]
 
-        with _aside([n.meta["val"] for n in source.all_input_nodes]) as stand_ins, torch.enable_grad():
+        with aside([n.meta["val"] for n in source.all_input_nodes]) as stand_ins, torch.enable_grad():
             made = make_fx(joint, tracing_mode="real")(torch.empty_like(node.meta["val"]), *stand_ins)
         _without_detach(made.graph)
         out, *grads = _outputs(made)
@@ -518,7 +518,7 @@ def _between(tracer: Any, outs: list[Any], x: Any) -> tuple[fx.GraphModule, list
     return fx.GraphModule({}, part), [back[n.name] for n in leaves]
 
 
-def _replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
+def replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
     """Run a graph op by op, so that the trace that is going on sees its ops."""
     at: dict[fx.Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), tensors, strict=True))
     for node in gm.graph.nodes:
@@ -526,12 +526,17 @@ def _replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
             at[node] = getattr(gm, str(node.target))
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), at.__getitem__)
-            at[node] = node.target(*args, **kwargs)
+            at[node] = value_of(node, args, kwargs)
     return [None if n is None else at[n] for n in _outputs(gm)]
 
 
 def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
     raise TraceError(f"trace: {node.target} {what} inside a gradient; expected plain ops. {advice}")
+
+
+def value_of(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Run the op of a node, where autograd may be watching: a detach of the function's own is no detach of autograd's."""
+    return stop_gradient(*args) if node.target is aten.detach.default else node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 # -- pieces
@@ -604,7 +609,7 @@ def _outputs(gm: fx.GraphModule) -> list[Any]:
 
 
 @contextmanager
-def _aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Out of sight of the trace that is going on: stand-ins of the inputs, all of one fake mode."""
     mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
     with ExitStack() as stack:
@@ -678,7 +683,8 @@ def _open(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own:
         node.meta.setdefault("val", value)
         node.replace_all_uses_with(at)
         gm.graph.erase_node(node)
-        delattr(gm, str(node.target))
+    for name in [name for name, x in vars(gm).items() if isinstance(x, Tensor)] + [*gm._buffers, *gm._parameters]:
+        delattr(gm, name)  # a kept function holds no tensors
     if first:
         (output,) = gm.graph.find_nodes(op="output")
         output.args = ((*output.args[0], *[None] * len(closed)),)

@@ -177,13 +177,18 @@ def _results(gm: fx.GraphModule) -> list[Any]:
     return list(output.args[0])  # type: ignore[arg-type]
 
 
-def written_out(gm: fx.GraphModule) -> fx.GraphModule:
+def is_kept(node: Any) -> bool:
+    """Is it a call of the op?"""
+    return isinstance(node, fx.Node) and node.target is kept_op
+
+
+def written_out(gm: fx.GraphModule, which: Callable[[fx.Node], bool] = is_kept) -> fx.GraphModule:
     """Write the op out as the forward's ops, for a graph that nobody differentiates any more."""
-    if not any(is_kept(n) for n in gm.graph.nodes):
+    if not any(which(n) for n in gm.graph.nodes):
         return gm
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    pending = [n for n in graph.nodes if is_kept(n)]
+    pending = [n for n in graph.nodes if which(n)]
     while pending:
         node = pending.pop()
         inputs, key, result = node.args
@@ -199,11 +204,6 @@ def written_out(gm: fx.GraphModule) -> fx.GraphModule:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     return fx.GraphModule(gm, graph)
-
-
-def is_kept(node: Any) -> bool:
-    """Is it a call of the op?"""
-    return isinstance(node, fx.Node) and node.target is kept_op
 
 
 # -- two that every trace knows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.definitions import defined
-from dualform.calculus.kept import is_kept, named
+from dualform.calculus.kept import is_kept, named, written_out
 from dualform.calculus.program import LocalRule, Program
 from dualform.calculus.queries import flipped
 from dualform.calculus.table import Call, find_row
@@ -45,18 +45,19 @@ def kept_terms(call: Call, operand: int, rule: LocalRule) -> list[Term]:
         )
     names = ["g", *(call.operand_name(k) for k in range(len(call.operands)))] if len(call.operands) == len(inputs) else ()
     tensors: Any = [torch.zeros_like(call.out), *inputs, *made.results(result, inputs, call.out, key)]
-    program = Program(_reads_gradient(backward), tensors, 0, rule, names, place)
+    program = Program(_of_gradient(backward), tensors, 0, rule, names, place)
     return list(flipped(program.terms()))
 
 
 @cache
-def _reads_gradient(gm: fx.GraphModule) -> fx.GraphModule:
-    """A backward in which a detached gradient is the gradient: what a second derivative must not see, the first does."""
+def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
+    """A backward as the function of the gradient that it is: a detached gradient is the gradient, a kept function its value."""
+    late = reached(gm.graph, gm.graph.find_nodes(op="placeholder")[0])
+    own = {n.name for n in late if is_kept(n) and all(x in late for x in n.all_input_nodes)}
+    gm = written_out(gm, lambda n: n.name in own)
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    first = graph.find_nodes(op="placeholder")[0]
-    late = reached(graph, first)
+    graph.output(graph.graph_copy(gm.graph, {}))
+    late = reached(graph, graph.find_nodes(op="placeholder")[0])
     for node in list(graph.nodes):
         if node.target is aten.detach.default and node in late:
             node.replace_all_uses_with(node.args[0])
@@ -76,7 +77,7 @@ def reached(graph: fx.Graph, first: fx.Node) -> set[fx.Node]:
 @cache
 def first_bend(gm: fx.GraphModule) -> fx.Node | None:
     """The first op of a backward that is not linear in the incoming gradient; None if all are."""
-    return _bend(gm, frozenset({0}))
+    return _bend(_of_gradient(gm), frozenset({0}))
 
 
 def _bend(gm: fx.GraphModule, active: frozenset[int]) -> fx.Node | None:

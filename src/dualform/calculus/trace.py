@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,11 +22,20 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.custom import Listener, listening, requires_grad, set_requires_grad, transforms
+from dualform.calculus.custom import (
+    Listener,
+    aside,
+    listening,
+    replayed,
+    requires_grad,
+    set_requires_grad,
+    transforms,
+)
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
 from dualform.calculus.pairs import paired
@@ -63,7 +72,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     mode = "real" if fake else "fake"
     # A graph's Python code is written when somebody runs it: most are only read.
     lazy = _use_lazy_graph_module(True)
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, _quiet("torch._subclasses.fake_tensor"):
+    quiet = _quiet("torch._subclasses.fake_tensor")
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, quiet, _uncompiled():
         try:
             gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -73,6 +83,28 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     _refuse_values(gm)
     _refuse_randomness(gm)
     return paired(normalised(functionalized(gm, _blame)), _blame)
+
+
+def replay(f: Callable[..., Any], *args: Tensor) -> Any:
+    """Call a function inside a trace of something else by its own trace: its detach and its gradients stay what they are.
+
+    f(*args), op by op; outside of a trace, f is called as it is
+    Shape:  f gives a tree of tensors and other things.
+    Dtype:  any.
+    Raises: as `trace`.
+    """
+    if get_proxy_mode() is None:
+        return f(*args)
+    shown: list[Any] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        shown[:] = pytree.tree_flatten(f(*tensors))
+        return tuple(x for x in shown[0] if isinstance(x, Tensor))
+
+    with aside(args) as stand_ins:
+        gm = trace(flat, *stand_ins)
+    made = iter(replayed(gm, args))
+    return pytree.tree_unflatten([next(made) if isinstance(x, Tensor) else x for x in shown[0]], shown[1])
 
 
 def _standin(value: Tensor) -> Tensor:
@@ -195,6 +227,12 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made is traced as what it was made of."""
+    config: Any = sys.modules.get("torch._dynamo.config")  # nothing is compiled where it is not loaded
+    return nullcontext() if config is None else config.patch(error_on_nested_fx_trace=False)
+
+
 def source_line(node: fx.Node) -> str:
     """Name the line of the caller's code that made a node, as `h = x @ w   (mine.py:12)`; empty if it is not known.
 
@@ -246,6 +284,11 @@ def _reraise(error: Exception) -> NoReturn:
     text = str(error)
     if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
         _refuse_data(where)
+    if "TorchScript interpreter" in text:
+        raise TraceError(
+            f"trace: `{where}` runs TorchScript, which a trace cannot look into; expected Python. Use the module or the "
+            "function that it was scripted or traced from."
+        ) from error
     if "does not require grad" in text:
         _refuse_transform(where)
     if "tensor subclasses" in text:

@@ -24,7 +24,7 @@ from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
 from dualform.calculus.program import identity
 from dualform.calculus.structure import Derivative, compose
-from dualform.calculus.trace import source_line
+from dualform.calculus.trace import replay, source_line
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
@@ -79,7 +79,7 @@ class Inner:
 
     def loss(self, prediction: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the inner loss of each token."""
-        return self.objective(prediction, v - k if self.target == "v-k" else v)
+        return replay(self.objective, prediction, v - k if self.target == "v-k" else v)
 
 
 class StepInputs(NamedTuple):

@@ -13,7 +13,7 @@ Legend: r registers, n tokens in a block, t query token, s source token, k, l re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.calculus.trace import replay
 from dualform.catalogue import Catalogue
 
 Scalar = float | Tensor
@@ -171,7 +172,8 @@ def unroll(
 
     `last` (n,) is 1 at the token that ends the mini-batch, if one does; None: the block's last token does.
     """
-    A, b, u, a = rule.step(i, **gates)
+    step = partial(_named, rule.step, list(gates))
+    A, b, u, a = replay(step, i, *gates.values())
     r, ones = rule.num_registers, torch.ones_like(i)
     sources = [vector(x, ones) if valid is None else vector(x, ones) * valid for x in b]
     end = (_at(a, last), tuple(_at(x, last) for x in u))
@@ -208,6 +210,10 @@ def unroll(
         write=reach[-1].unbind(-1),
         end=end,
     )
+
+
+def _named(step: Callable[..., Step], names: Sequence[str], i: Tensor, *gates: Tensor) -> Step:
+    return step(i, **dict(zip(names, gates, strict=True)))
 
 
 def segment_products(A: Tensor) -> tuple[Tensor, Tensor]:

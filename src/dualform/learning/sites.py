@@ -22,8 +22,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree
 
 from dualform.calculus import rules
+from dualform.calculus.custom import value_of
 from dualform.calculus.definitions import definition_of
-from dualform.calculus.kept import is_kept, named, stop_gradient
+from dualform.calculus.kept import is_kept, named
 from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label
 from dualform.calculus.trace import source_line, trace
@@ -79,7 +80,7 @@ class Analysis:
     def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values in `env`."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-        return stop_gradient(*args) if is_detach(node) else node.target(*args, **kwargs)  # type: ignore[operator]
+        return value_of(node, args, kwargs)
 
     def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> rules.Call:
         """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
