@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -204,9 +204,11 @@ class Listener:
             func = stop_gradient
         with _below_dispatch(mode):
             result = func(*args, **kwargs)
-        for node in list(mode.tracer.graph.nodes)[before:]:
+        new = list(mode.tracer.graph.nodes)[before:]
+        for node in new:
             if node.target is aten.detach.default:  # autograd's own: it keeps results so
                 node.target = aten.alias.default
+        _ones_by_shape(new)
         return result
 
     def gradient(
@@ -262,6 +264,8 @@ class Listener:
             except RuntimeError as error:
                 raise TraceError(f"trace: `{where}` failed with {error}; expected a gradient that torch can take.") from error
         _without_detach(made.graph)
+        _ones_by_shape(made.graph.nodes)
+        made.graph.eliminate_dead_code()
         (found,) = replayed(made, [x, *rest, *given])
         if found is not None:
             self.input(found)
@@ -692,6 +696,15 @@ def _open(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own:
         _without_detach(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _ones_by_shape(nodes: Iterable[fx.Node]) -> None:
+    """Autograd begins with ones like the sum that it differentiates: they do not read it."""
+    for node in nodes:
+        if node.target in (aten.ones_like.default, aten.zeros_like.default):
+            x, number = node.meta["val"], float(node.target is aten.ones_like.default)
+            node.target, node.args = aten.full.default, (list(x.shape), number)
+            node.kwargs = {"dtype": x.dtype, "device": x.device}
 
 
 def _without_detach(graph: fx.Graph) -> None:
