@@ -131,10 +131,10 @@ class Listener:
         """What is made of what requires a gradient requires one, where gradients are on; inference mode makes constants."""
         if torch.is_inference_mode_enabled():
             return pytree.tree_map_only(Tensor, lambda x: x.detach() if can_move(x) else x, result)
-        if func not in _DETACH and torch.is_grad_enabled():
-            if any(isinstance(x, Tensor) and requires_grad(x) for x in pytree.tree_leaves((args, kwargs))):
-                for x in pytree.tree_leaves(result):
-                    self.input(x)
+        leaves = pytree.tree_leaves((args, kwargs)) if func not in _DETACH and torch.is_grad_enabled() else []
+        if any(isinstance(x, Tensor) and requires_grad(x) for x in leaves):
+            for x in pytree.tree_leaves(result):
+                self.input(x)
         return result
 
     # -- Functions
@@ -194,7 +194,9 @@ class Listener:
     def sees(self, args: Any) -> bool:
         """Is a call one of the trace's own, and not of a transform's tensors?"""
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
-        return not self.is_transformed and not any(isinstance(x, Tensor) and wrapped(x) for x in pytree.tree_leaves(args))
+        return not self.is_transformed and not any(
+            isinstance(x, Tensor) and wrapped(x) for x in pytree.tree_leaves(args)
+        )
 
     def below(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call inside a torch.func transform: the trace sees what the transform makes of it."""
@@ -224,7 +226,11 @@ class Listener:
         known = all(requires_grad(x) and _node(x) is not None for x in [*outs, *ins])
         if is_grads_batched or not known or any(n in self.hooked for n in nodes):
             why = (
-                "is batched" if is_grads_batched else "is of a hooked tensor" if known else "is of tensors without gradient"
+                "is batched"
+                if is_grads_batched
+                else "is of a hooked tensor"
+                if known
+                else "is of tensors without gradient"
             )
             raise TraceError(
                 f"trace: `{where}` {why}; expected a gradient of what depends on an input, by a tensor that it depends on. "
@@ -262,7 +268,9 @@ class Listener:
             try:
                 made = functionalized(make_fx(joint, tracing_mode="real")(*stand_ins), _blame)
             except RuntimeError as error:
-                raise TraceError(f"trace: `{where}` failed with {error}; expected a gradient that torch can take.") from error
+                raise TraceError(
+                    f"trace: `{where}` failed with {error}; expected a gradient that torch can take."
+                ) from error
         _without_detach(made.graph)
         _ones_by_shape(made.graph.nodes)
         made.graph.eliminate_dead_code()
@@ -348,7 +356,10 @@ class _Called:
         found = self.run(tensors, ctx)
         still = [id(x) for x in ctx.non_differentiable]
         results = [x for x in found if isinstance(x, Tensor)]
-        self.entries = [len([y for y in found[:k] if isinstance(y, Tensor)]) if isinstance(x, Tensor) else [x] for k, x in enumerate(found)]
+        self.entries = [
+            len([y for y in found[:k] if isinstance(y, Tensor)]) if isinstance(x, Tensor) else [x]
+            for k, x in enumerate(found)
+        ]
         self.moves = [can_move(x) and id(x) not in still for x in results]
         return tuple(results)
 
@@ -364,7 +375,10 @@ class _Called:
                 f"trace: `{self.where}` has no backward; expected one, which torch's gradients need too. Write it, or use plain ops."
             )
         if getattr(user, "__code__", None) is _ONCE:
-            user, message = user.__wrapped__, f"trace: `{self.where}` is marked once_differentiable; expected no derivative of its gradient. Take the mark away, if its backward is made of torch ops."
+            user, message = (
+                user.__wrapped__,
+                f"trace: `{self.where}` is marked once_differentiable; expected no derivative of its gradient. Take the mark away, if its backward is made of torch ops.",
+            )
             inputs, results = ([_once_only(x, message) for x in some] for some in (inputs, results))
         ctx = Context(self.needs)
         found = self.run(inputs, ctx)
@@ -404,7 +418,9 @@ class _Handle:
 
     def remove(self) -> None:
         """Refuse: the hook is in the graph."""
-        raise TraceError(f"trace: the hook of `{self.where}` is removed again; expected it to stay. Do not register it.")
+        raise TraceError(
+            f"trace: the hook of `{self.where}` is removed again; expected it to stay. Do not register it."
+        )
 
 
 class _Maker:
@@ -428,7 +444,9 @@ class _Maker:
             inputs = [x.detach().requires_grad_() if k in at else x for k, x in enumerate(given)]
             out = _run(node, [x.clone() for x in inputs] if source.target._schema.is_mutable else inputs)
             leaves = [inputs[k] for k in at]
-            found = dict(zip(at, torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True), strict=True))
+            found = dict(
+                zip(at, torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True), strict=True)
+            )
             return [out, *(found.get(k) for k in range(len(inputs)))]
 
         with aside([n.meta["val"] for n in source.all_input_nodes]) as stand_ins, torch.enable_grad():
@@ -477,7 +495,11 @@ def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
 def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx.Node], where: str) -> fx.Node:
     """Put a hook between a tensor and all its uses, in place of the one that is there."""
     new = graph.call_function(kept_op, (operands, key, 0))
-    new.meta |= {**raw.meta, "hooks": raw in operands, "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", "")}
+    new.meta |= {
+        **raw.meta,
+        "hooks": raw in operands,
+        "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", ""),
+    }
     order = {n: k for k, n in enumerate(graph.nodes)}
     uses = [user for user in node.users if user is not new]
     if uses:

@@ -1,6 +1,6 @@
 """The derivative of an op with a gradient of its own: the transpose of what its backward does to a gradient.
 
-    g -> backward(g, x) linear        J = (d backward / d g)^T, structure and all
+g -> backward(g, x) linear        J = (d backward / d g)^T, structure and all
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def kept_terms(call: Call, operand: int, rule: LocalRule) -> list[Term]:
             f"`{source_line(bent) or bent.target}`; expected a backward that is a matrix product with it. "
             "There is no derivative then: take torch's gradients, or write a linear backward."
         )
-    names = ["g", *(call.operand_name(k) for k in range(len(call.operands)))] if len(call.operands) == len(inputs) else ()
+    names = (
+        ["g", *(call.operand_name(k) for k in range(len(call.operands)))] if len(call.operands) == len(inputs) else ()
+    )
     tensors: Any = [torch.zeros_like(call.out), *inputs, *made.results(result, inputs, call.out, key)]
     program = Program(_of_gradient(backward), tensors, 0, rule, names, place)
     return list(flipped(program.terms()))

@@ -120,7 +120,8 @@ class _Lines(TorchFunctionMode):
         self.listener = Listener(trace, _note, transforms())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, where = kwargs or {}, _note()
+        kwargs = kwargs or {}
+        _note()
         if not self.listener.sees((args, kwargs)):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:

@@ -124,11 +124,7 @@ def print_step(step: Step, derivation: Derivation) -> str:
     returned = ["o", *(f"{name}_next" for name in leaves)]
     returned += [f"R_{name}_next" for name in leaves][: len(output.args[0]) - len(returned)]
     for node, name in zip(output.args[0], returned, strict=True):  # type: ignore[arg-type]
-        if (
-            isinstance(node, fx.Node)
-            and node.op != "placeholder"
-            and not any(n.name == name for n in graph.nodes)
-        ):
+        if isinstance(node, fx.Node) and node.op != "placeholder" and not any(n.name == name for n in graph.nodes):
             node.name = name
     lines = ["import torch", "", "", f"def mini_batch({', '.join(n.name for n in inputs)}):"]
     lines.append(

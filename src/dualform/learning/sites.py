@@ -331,9 +331,7 @@ def _kept_place(a: Analysis, node: fx.Node, W: int) -> Place:
     return place
 
 
-def _followed(
-    gm: fx.GraphModule, places: Sequence[Place | None], wanted: Iterable[int], W: int
-) -> list[Place | None]:
+def _followed(gm: fx.GraphModule, places: Sequence[Place | None], wanted: Iterable[int], W: int) -> list[Place | None]:
     """Where the tokens of a graph's inputs are in its results; None: in none of them, or it was not asked for."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     _spell_out(gm)
