@@ -504,12 +504,14 @@ def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx
     uses = [user for user in node.users if user is not new]
     if uses:
         first = min(uses, key=order.__getitem__)
-        if any(order[n] > order[first] for n in operands):
+        constants = [n for n in operands if n.op == "get_attr" and order[n] > order[first]]
+        if any(order[n] >= order[first] for n in operands if n not in constants):
             raise TraceError(
                 f"trace: `{where}` registers a hook on a tensor that was used before, and the hook reads a tensor made "
                 "since; expected it registered where its tensor is made. Move it up, or compute inside the hook."
             )
-        first.prepend(new)
+        for n in (*constants, new):
+            first.prepend(n)
         for user in uses:
             user.replace_input_with(node, new)
     return new

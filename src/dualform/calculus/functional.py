@@ -142,9 +142,8 @@ class _Rewriter:
         """The node's present value; a view of rewritten memory is taken again."""
         if node in self.stale:
             self.stale.discard(node)
-            self.read(self.parent[node])
-            fresh = self.graph.node_copy(node, self.read)
-            self.value[node] = fresh
+            behind = self.read(self.parent[node])
+            self.value[node] = behind if _writes(node) else self.graph.node_copy(node, self.read)
         return self.value[node]
 
     def write(self, node: fx.Node) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.definitions import defined
 from dualform.calculus.kept import is_kept, named, written_out
@@ -51,6 +53,24 @@ def kept_terms(call: Call, operand: int, rule: LocalRule) -> list[Term]:
     return list(flipped(program.terms()))
 
 
+def expect_twice(gm: fx.GraphModule) -> None:
+    """Refuse a second derivative through a gradient whose value and whose derivative are two things."""
+    for node in gm.graph.nodes:
+        backward = named(node.args[1]).backward[node.args[2]] if is_kept(node) else None
+        if backward is None:
+            continue
+        late = reached(backward.graph, backward.graph.find_nodes(op="placeholder")[0])
+        other = next(
+            (n for n in backward.graph.nodes if n in late and (is_kept(n) or n.target is aten.detach.default)), None
+        )
+        if other is not None:
+            raise TraceError(
+                f"hessian: the gradient of {named(node.args[1]).name} detaches the gradient that it is given, or hands it to "
+                f"another function with a gradient of its own: `{source_line(other) or other.target}`; expected a gradient "
+                "whose derivative is that of its value. Use torch.autograd.functional.hessian."
+            )
+
+
 @cache
 def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
     """A backward as the function of the gradient that it is: a detached gradient is the gradient, a kept function its value."""
@@ -79,7 +99,8 @@ def reached(graph: fx.Graph, first: fx.Node) -> set[fx.Node]:
 @cache
 def first_bend(gm: fx.GraphModule) -> fx.Node | None:
     """The first op of a backward that is not linear in the incoming gradient; None if all are."""
-    return _bend(_of_gradient(gm), frozenset({0}))
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():  # it computes, also while others trace
+        return _bend(_of_gradient(gm), frozenset({0}))
 
 
 def _bend(gm: fx.GraphModule, active: frozenset[int]) -> fx.Node | None:

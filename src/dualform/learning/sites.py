@@ -308,7 +308,8 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
         elif source not in operands:
             found.add(_looked_up(node, a.places[source]))  # type: ignore[arg-type]
         else:
-            for k in (k for k, operand in enumerate(operands) if operand is source):
+            shape_only = op_name(node) in _shape_from_second
+            for k in (k for k, operand in enumerate(operands) if operand is source and not (k and shape_only)):
                 found |= _carried(a.call(node, env), k, a.places[source], W) or {None}  # type: ignore[arg-type]
     if len(found) != 1 or None in found:
         raise _mixes(node)
