@@ -167,7 +167,7 @@ class Inside(Function):
         (x,) = ctx.saved_tensors
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (found,) = torch.autograd.grad((leaf @ M).sin(), leaf, g)
+            (found,) = torch.autograd.grad((leaf @ M).sin(), leaf, g, create_graph=True)
         return found
 
 

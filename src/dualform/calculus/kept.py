@@ -222,7 +222,7 @@ def _written(name: str, inputs: int, forward: int, backward: tuple[int | None, .
 
 
 _STOPPED = _written("stop_gradient", 1, 0, None)
-_CARRIED = _written("data", 2, 1, (0, None))
+CARRIED = _written("data", 2, 1, (0, None))
 
 
 def stop_gradient(x: Tensor) -> Tensor:
@@ -237,4 +237,4 @@ def stopped(x: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def carried(x: Any, data: Any) -> tuple[Any, tuple[Any, ...]]:
     """The call that has the value of `data` and the gradient of x: what autograd makes of x.data.copy_(data)."""
-    return kept_op, ([x, data], _CARRIED, 0)
+    return kept_op, ([x, data], CARRIED, 0)

@@ -46,15 +46,30 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
+        elif node.target is aten.index_put.default:
+            _masked(gm.graph, node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
-def _part(graph: fx.Graph, node: fx.Node) -> None:
-    source: Any = node.args[0]
-    position: Any = node.args[1]
-    name = getattr(getattr(source.target, "_schema", None), "name", "")
+def _masked(graph: fx.Graph, node: fx.Node) -> None:
+    """x[mask] = number -> where(mask, number, x): entry by entry, as it is meant."""
+    given = bound_arguments(node)
+    x, number, (mask, *rest) = given["self"], given["values"], given["indices"]
+    if rest or given["accumulate"] or mask is None or mask.meta["val"].dtype != torch.bool:
+        return
+    if number.meta["val"].numel() != 1 or number.meta["val"].dtype != x.meta["val"].dtype:
+        return
+    value, emit = x.meta["val"], _emitter(graph, node)
+    for _ in range(value.ndim - mask.meta["val"].ndim):
+        mask = emit(aten.unsqueeze.default, mask, -1)
+    number = emit(aten.reshape.default, number, []) if number.meta["val"].ndim else number
+    node.replace_all_uses_with(emit(aten.where.self, mask, number, x))
+
+
+def _emitter(graph: fx.Graph, node: fx.Node) -> Emit:
+    """Insert calls before a node, with their values and its line."""
 
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with graph.inserting_before(node):
@@ -63,6 +78,14 @@ def _part(graph: fx.Graph, node: fx.Node) -> None:
         new.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
         return new
 
+    return emit
+
+
+def _part(graph: fx.Graph, node: fx.Node) -> None:
+    source: Any = node.args[0]
+    position: Any = node.args[1]
+    name = getattr(getattr(source.target, "_schema", None), "name", "")
+    emit = _emitter(graph, node)
     packet = name.removeprefix("aten::")
     if packet in _PAIRS:
         node.replace_all_uses_with(_one_of_two(emit, source, _PAIRS[packet][position]))
