@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, FunctionCtx, _is_setup_context_defined, _SingleLevelFunction
 from torch.autograd.function import once_differentiable as _once
+from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     _ProxyTensor,
@@ -202,7 +203,7 @@ class Listener:
         """A call inside a torch.func transform: the trace sees what the transform makes of it."""
         mode: Any = get_proxy_mode()
         before = len(mode.tracer.graph.nodes)
-        if func in _DETACH or func is Tensor.data.__get__:
+        if func in _DETACH or func == DATA:
             func = stop_gradient
         with _below_dispatch(mode):
             result = func(*args, **kwargs)
@@ -281,10 +282,7 @@ class Listener:
 
     # -- making a node
 
-    def keep(
-        self, name: str, forward: Callable[..., Any], backward: Sequence[Callable[..., Any] | None] | Any,
-        inputs: Sequence[Tensor],
-    ) -> list[Tensor]:  # fmt: skip
+    def keep(self, name: str, forward: Callable[..., Any], backward: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Trace a function and its backward aside, and call them as one node for each result."""
         key, given = self._keep(name, forward, backward, inputs, {})
         made = []
@@ -306,7 +304,7 @@ class Listener:
         with aside(inputs) as stand_ins:
             made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
             results = [n.meta["val"] for n in _outputs(made)]
-            backwards = backward() if callable(backward) else backward
+            backwards: Any = backward() if callable(backward) else backward
             pulled: list[fx.GraphModule | None] = []
             count = len(stand_ins)
             for k, f in enumerate(backwards):
@@ -478,9 +476,8 @@ class _Maker:
         return list(self.joint(g, *given, out))
 
 
-def _made_by(node: fx.Node) -> fx.Node:
-    source: Any = node.args[0] if node.target is operator.getitem else node
-    return source
+def _made_by(node: fx.Node) -> Any:
+    return node.args[0] if node.target is operator.getitem else node
 
 
 def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
@@ -498,7 +495,7 @@ def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx
     new.meta |= {
         **raw.meta,
         "hooks": raw in operands,
-        "stack_trace": torch.fx.traceback.current_meta.get("stack_trace", ""),
+        "stack_trace": fx_traceback.current_meta.get("stack_trace", ""),
     }
     order = {n: k for k, n in enumerate(graph.nodes)}
     uses = [user for user in node.users if user is not new]
@@ -594,6 +591,7 @@ def set_requires_grad(x: Tensor, flag: bool = True) -> Tensor:
     return x
 
 
+DATA = vars(torch._C.TensorBase)["data"].__get__  # what x.data calls
 _DETACH = {Tensor.detach, torch.detach, Tensor.detach_, torch.detach_}
 
 

@@ -115,7 +115,7 @@ class Vjp(_SingleLevelFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]: so torch's docs
         """Run the backward, whose ops have derivatives of their own."""
         *inputs, out = ctx.saved_tensors
         return None, None, *named(ctx.key).gradients(ctx.result, g, inputs, out, ctx.key)
@@ -163,9 +163,8 @@ def _mapped(key: str, dims: tuple[int | None, ...], inputs: Sequence[Tensor]) ->
         results = list(forward(*examples))
         backwards: list[fx.GraphModule | None] = []
         for gm, out in zip(one.backward, results, strict=True):
-            run = partial(backward, gm)
-            cotangent = torch.empty_like(out)
-            backwards.append(gm and make_fx(run, tracing_mode="real")(cotangent, *examples, *results))
+            given = [torch.empty_like(out), *examples, *results]
+            backwards.append(None if gm is None else make_fx(partial(backward, gm), tracing_mode="real")(*given))
         return Kept(one.name, make_fx(forward, tracing_mode="real")(*examples), tuple(backwards), one.refusal)
 
     with ThreadPoolExecutor(1) as thread:  # where nothing is being mapped: a rule of vmap cannot begin another

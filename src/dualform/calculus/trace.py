@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.custom import (
+    DATA,
     Listener,
     aside,
     listening,
@@ -165,10 +166,11 @@ def _grad_fn(listener: Listener, x: Tensor) -> None:
         _refused("reads how autograd made a tensor (grad_fn; a backward hook of a module does)", advice)(listener, x)
 
 
+_flag = vars(torch._C.TensorBase)["requires_grad"]
 # What a function asks of a tensor that is no op.
 _ASKED: dict[Any, Callable[..., Any]] = {
-    Tensor.requires_grad.__get__: lambda listener, x: requires_grad(x),
-    Tensor.requires_grad.__set__: lambda listener, x, flag: set_requires_grad(x, flag),
+    _flag.__get__: lambda listener, x: requires_grad(x),
+    _flag.__set__: lambda listener, x, flag: set_requires_grad(x, flag),
     Tensor.requires_grad_: lambda listener, x, requires_grad=True: set_requires_grad(x, requires_grad),
     Tensor.register_hook: lambda listener, x, hook: listener.hook(x, hook),
     Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[attr-defined]
@@ -178,7 +180,7 @@ _ASKED: dict[Any, Callable[..., Any]] = {
         "hooks the writing of .grad, which a gradient that is a value does not do", "Use h.register_hook."
     ),
     torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
-    Tensor.data.__get__: lambda listener, x: x.detach(),
+    DATA: lambda listener, x: x.detach(),
 }
 
 
@@ -266,8 +268,8 @@ def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
 
 def _refuse_transform(where: str) -> NoReturn:
     raise TraceError(
-        f"trace: `{where}` runs inside a gradient or a torch.func transform; expected plain tensor ops. "
-        "Differentiate the function from outside."
+        f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain tensor ops. "
+        "Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
     )
 
 
