@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualform.calculus.chain import Link, derive
 from dualform.calculus.code import vjp_code
-from dualform.calculus.explain import LEVELS, Explanation, Stage, Step, deviation
+from dualform.calculus.explain import LEVELS, Explanation, Stage, Step, agreed, deviation
 from dualform.calculus.notation import Formula, Names, formula
 from dualform.calculus.structure import Derivative, Route
 from dualform.calculus.wording import meaning, reasons
@@ -98,4 +98,4 @@ class Joined(Route):
         if max(math.prod(K.shape) for K in (J, self.inner, self.outer)) <= MAX_COMPARED:
             product = torch.tensordot(self.outer.dense(), self.inner.dense(), len(self.inner.out_shape))
             checks.append(("every entry against the product of the factors", deviation(J.dense(), product)))
-        return checks
+        return agreed(checks, J.dtype)

@@ -311,6 +311,18 @@ def _verdict(error: float) -> str:
     return f"max error {error:.1e}"
 
 
+def agreed(checks: list[tuple[str, float]], dtype: torch.dtype) -> list[tuple[str, float]]:
+    """Hand checks on; one that failed is an error, not a line of an account."""
+    most = torch.finfo(dtype).eps ** 0.5
+    for what, error in checks:
+        if error > most:
+            raise ArithmeticError(
+                f"explain: {what}: the largest error is {error:.1e}; expected at most {most:.1e}. The derivative is wrong here: "
+                "do not use it, and report the function."
+            )
+    return checks
+
+
 def deviation(a: Tensor, b: Tensor) -> float:
     """The largest difference, as a part of the largest number where that is above 1."""
     apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
+from dualform.calculus.kept import carried
+
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
 
@@ -27,7 +29,7 @@ _SCATTER: dict[Any, Callable[..., tuple[Any, tuple]]] = {
     aten.transpose.int: lambda base, value, a, b: (aten.transpose.int, (value, a, b)),
     aten.t.default: lambda base, value: (aten.t.default, (value,)),
     aten.permute.default: lambda base, value, dims: (aten.permute.default, (value, _inverse(dims))),
-    aten.detach.default: lambda base, value: (aten.alias.default, (value,)),
+    aten.detach.default: lambda base, value: carried(base, value),
     aten.alias.default: lambda base, value: (aten.alias.default, (value,)),
     aten.lift_fresh.default: lambda base, value: (aten.alias.default, (value,)),
 }
@@ -88,20 +90,20 @@ class _Rewriter:
         self.value: dict[fx.Node, fx.Node] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.stale: set[fx.Node] = set()
+        self.grad = True
 
     def run(self) -> fx.GraphModule:
-        grad = True
         for node in self.gm.graph.nodes:
             switch = _switch(node)
             if switch is not None:
-                grad = switch
+                self.grad = switch
             elif node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self.read))
             elif _writes(node):
                 self.write(node)
             else:
                 self.copy(node)
-                if not grad and isinstance(node.meta.get("val"), torch.Tensor):
+                if not self.grad and isinstance(node.meta.get("val"), torch.Tensor):
                     self.value[node] = self.emit(aten.detach.default, (self.value[node],), node)
         result = fx.GraphModule(self.gm, self.graph)
         result.graph.eliminate_dead_code()
@@ -121,7 +123,8 @@ class _Rewriter:
         self.value[node] = new
         if node.op != "call_function":
             return
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        first: Any = node.args[0][0] if node.meta.get("hooks") else node.args[0] if node.args else None  # type: ignore[index]
+        source = first if isinstance(first, fx.Node) else None
         if source is not None and self.is_view(node):
             self.parent[node] = source
 
@@ -130,15 +133,17 @@ class _Rewriter:
         if node.target is operator.getitem:
             pieces: Any = node.args[0]
             return pieces.target in _MULTI_VIEWS
+        if node.meta.get("hooks"):  # a hook is a node behind its tensor: it sees what is written to the memory of that
+            behind: Any = node.args[0]
+            return _Rewriter.is_view(behind[0])
         return node.target in _SCATTER or node.target in _MULTI_VIEWS or node.target in _OPAQUE_VIEWS
 
     def read(self, node: fx.Node) -> fx.Node:
         """The node's present value; a view of rewritten memory is taken again."""
         if node in self.stale:
             self.stale.discard(node)
-            self.read(self.parent[node])
-            fresh = self.graph.node_copy(node, self.read)
-            self.value[node] = fresh
+            behind = self.read(self.parent[node])
+            self.value[node] = behind if _writes(node) else self.graph.node_copy(node, self.read)
         return self.value[node]
 
     def write(self, node: fx.Node) -> None:
@@ -151,8 +156,13 @@ class _Rewriter:
             root = self.parent[root]
         if root.op in ("placeholder", "get_attr"):
             self.blame(node, "writes to an input or a buffer", "Clone it first, or return the new value.")
+        before = self.value[root]
         self.assign(dst, self.functional(node), node)
-        self.value[node] = self.value[dst]
+        if not self.grad and before.meta["val"].is_floating_point():  # another value, the gradient that it had
+            self.spoil(root)
+            self.stale.discard(root)
+            self.value[root] = self.emit(*carried(before, self.value[root]), node)
+        self.value[node] = self.read(dst)
         self.parent[node] = dst
 
     def functional(self, node: fx.Node) -> fx.Node:
@@ -161,6 +171,8 @@ class _Rewriter:
         packet, overload = target._schema.name.split("::")[1], target._overloadname
         if packet == "detach_":
             return self.emit(aten.detach.default, (self.read(first),), node)
+        if packet == "copy_":  # whose functional twin torch cannot differentiate
+            return self.fitted(self.read(node.args[1]), first.meta["val"], node)  # type: ignore[arg-type]
         base = getattr(aten, packet.removesuffix("_"), None)
         twin = getattr(base, overload, None) if base is not None else None
         if twin is None and base is not None:  # transpose_.default is transpose.int
@@ -172,6 +184,13 @@ class _Rewriter:
         args = fx.map_arg(node.args, self.read)
         kwargs = fx.map_arg(node.kwargs, self.read)
         return self.emit(twin, args, node, kwargs)
+
+    def fitted(self, new: fx.Node, like: torch.Tensor, node: fx.Node) -> fx.Node:
+        """A value in the shape and dtype of what it is written to."""
+        if new.meta["val"].dtype != like.dtype:
+            new = self.emit(aten._to_copy.default, (new,), node, {"dtype": like.dtype})
+        same = new.meta["val"].shape == like.shape
+        return new if same else self.emit(aten.expand.default, (new, list(like.shape)), node)
 
     def assign(self, dst: fx.Node, new: fx.Node, node: fx.Node) -> None:
         """dst now means `new`: so do its base, through the inverse of the view, and all other views of that base."""

@@ -24,6 +24,7 @@ from dualform.calculus.normal import normalised
 from dualform.calculus.notation import Formula
 from dualform.calculus.pairs import paired
 from dualform.calculus.program import Program, outputs, run
+from dualform.calculus.rows_kept import expect_twice
 from dualform.calculus.rules import derivative as local_derivative
 from dualform.calculus.story import Story
 from dualform.calculus.structure import Derivative, Route
@@ -49,6 +50,7 @@ def hessian(f: Callable[..., Any], *args: Any, wrt: Wrt = 0, **kwargs: Any) -> A
     given = Given(f, args, kwargs)
     chosen = given.chosen("hessian", wrt)
     at = given.traced(None)
+    expect_twice(at.traced.gm)
     if len(at.traced.out_values) != 1:
         what = f"returns {len(at.traced.out_values)} tensors"
         fail("hessian", "f", what, "one tensor", "Choose one of them.", ValueError)

@@ -47,6 +47,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = aten.reshape.default
         elif node.target in _COPIES:
             original: Any = node.args[0]
+            original.meta["fresh"] = original.op == "get_attr"  # a number that the function made, not one that it found
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
@@ -54,13 +55,30 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(_of_own_row(_emitter(gm.graph, node), *node.args))
         elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
             node.replace_all_uses_with(_written(_emitter(gm.graph, node), node))
+        elif node.target is aten.index_put.default:
+            _masked(gm.graph, node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
+def _masked(graph: fx.Graph, node: fx.Node) -> None:
+    """x[mask] = number -> where(mask, number, x): entry by entry, as it is meant."""
+    given = bound_arguments(node)
+    x, number, (mask, *rest) = given["self"], given["values"], given["indices"]
+    if rest or given["accumulate"] or mask is None or mask.meta["val"].dtype != torch.bool:
+        return
+    if number.meta["val"].numel() != 1 or number.meta["val"].dtype != x.meta["val"].dtype:
+        return
+    value, emit = x.meta["val"], _emitter(graph, node)
+    for _ in range(value.ndim - mask.meta["val"].ndim):
+        mask = emit(aten.unsqueeze.default, mask, -1)
+    number = emit(aten.reshape.default, number, []) if number.meta["val"].ndim else number
+    node.replace_all_uses_with(emit(aten.where.self, mask, number, x))
+
+
 def _emitter(graph: fx.Graph, node: fx.Node) -> Emit:
-    """How to write a node before another, at its line."""
+    """Insert calls before a node, with their values and its line."""
 
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with graph.inserting_before(node):

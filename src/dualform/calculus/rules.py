@@ -28,6 +28,10 @@ from dualform.calculus import (
     rows_windows,
 )
 from dualform.calculus.definitions import definition_terms
+from dualform.calculus.examples import T
+from dualform.calculus.examples import call as example
+from dualform.calculus.kept import CARRIED
+from dualform.calculus.rows_kept import kept_terms
 from dualform.calculus.rows_pointwise import is_pointwise, pointwise
 from dualform.calculus.structure import Derivative, Route, zero
 from dualform.calculus.table import (
@@ -39,6 +43,7 @@ from dualform.calculus.table import (
     Product,
     Row,
     Target,
+    add_row,
     as_derivative,
     entrywise_reads,
     find_row,
@@ -94,6 +99,15 @@ def derivative(call: Call, operand: int) -> Derivative:
         return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
     terms = _terms(call, operand)
     return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
+
+
+add_row(
+    Row(
+        "dualform::kept",
+        lambda call, operand: kept_terms(call, operand, derivative),
+        examples=(example("dualform::kept", [T("n"), T("n")], CARRIED, 0),),
+    )
+)
 
 
 @dataclass(frozen=True)

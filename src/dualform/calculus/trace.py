@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +22,21 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.custom import (
+    DATA,
+    Listener,
+    aside,
+    listening,
+    replayed,
+    requires_grad,
+    set_requires_grad,
+    transforms,
+)
 from dualform.calculus.functional import functionalized
 from dualform.calculus.normal import normalised
 from dualform.calculus.pairs import paired
@@ -45,7 +56,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
     Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
     two, its real and its imaginary part.
-    The graph is for these shapes, dtypes and devices. `f` must not take gradients inside. A module goes through
+    A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
+    The graph is for these shapes, dtypes and devices. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
     Dtype:  any; nothing is computed.
@@ -61,7 +73,8 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     mode = "real" if fake else "fake"
     # A graph's Python code is written when somebody runs it: most are only read.
     lazy = _use_lazy_graph_module(True)
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, _quiet("torch._subclasses.fake_tensor"):
+    quiet = _quiet("torch._subclasses.fake_tensor")
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, quiet, _uncompiled():
         try:
             gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -73,29 +86,47 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     return paired(normalised(functionalized(gm, _blame)), _blame)
 
 
+def replay(f: Callable[..., Any], *args: Tensor) -> Any:
+    """Call a function inside a trace of something else by its own trace: its detach and its gradients stay what they are.
+
+    f(*args), op by op; outside of a trace, f is called as it is
+    Shape:  f gives a tree of tensors and other things.
+    Dtype:  any.
+    Raises: as `trace`.
+    """
+    if get_proxy_mode() is None:
+        return f(*args)
+    shown: list[Any] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        shown[:] = pytree.tree_flatten(f(*tensors))
+        return tuple(x for x in shown[0] if isinstance(x, Tensor))
+
+    with aside(args) as stand_ins:
+        gm = trace(flat, *stand_ins)
+    made = iter(replayed(gm, args))
+    return pytree.tree_unflatten([next(made) if isinstance(x, Tensor) else x for x in shown[0]], shown[1])
+
+
 def _standin(value: Tensor) -> Tensor:
     """A tensor object of its own (make_fx merges identical ones) that no caller can see being written to."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _Lines(TorchFunctionMode):
-    """Write the caller's line into the nodes that a torch call makes, and refuse transforms inside the function."""
+    """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.depth = _transforms()
+        self.listener = Listener(trace, _note, transforms())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        frame = sys._getframe(1)
-        while frame is not None and _is_ours(frame.f_code.co_filename):
-            frame = frame.f_back
-        if frame is not None:
-            code = frame.f_code
-            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-            text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
-            fx_traceback.current_meta["stack_trace"] = text
-            if _transforms() != self.depth:
-                _refuse_transform(_shown(code.co_filename, frame.f_lineno, line))
+        kwargs = kwargs or {}
+        _note()
+        if not self.listener.sees((args, kwargs)):
+            return self.listener.below(func, args, kwargs)
+        if func in _ASKED:
+            return _ASKED[func](self.listener, *args, **kwargs)
         if func in _MASKED and not kwargs and _is_known_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args))
             func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
@@ -103,8 +134,54 @@ class _Lines(TorchFunctionMode):
             args = (args[0], _places(args[1]))
         elif func in _SIZED and type(args[0]) is Tensor and not args[0].is_floating_point():
             with temporarily_clear_interpreter_stack(), _disable_current_modes():
-                return func(*args, **(kwargs or {}))
-        return (SPELLED.get(func) or func)(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
+        result = (SPELLED.get(func) or func)(*args, **kwargs)
+        return self.listener.marked(func, args, kwargs, result)
+
+
+def _note() -> str:
+    """Write the caller's line into the nodes that are made next; and give it as people read it, empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and _is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    code = frame.f_code
+    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
+    fx_traceback.current_meta["stack_trace"] = text
+    return _shown(code.co_filename, frame.f_lineno, line)
+
+
+def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
+    def refuse(listener: Listener, x: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TraceError(f"trace: `{_note()}` {what}; expected a pure function of its inputs. {advice}")
+
+    return refuse
+
+
+def _grad_fn(listener: Listener, x: Tensor) -> None:
+    if requires_grad(x):
+        advice = "Ask h.requires_grad, or hook the tensor: h.register_hook(...)."
+        _refused("reads how autograd made a tensor (grad_fn; a backward hook of a module does)", advice)(listener, x)
+
+
+_flag = vars(torch._C.TensorBase)["requires_grad"]
+# What a function asks of a tensor that is no op.
+_ASKED: dict[Any, Callable[..., Any]] = {
+    _flag.__get__: lambda listener, x: requires_grad(x),
+    _flag.__set__: lambda listener, x, flag: set_requires_grad(x, flag),
+    Tensor.requires_grad_: lambda listener, x, requires_grad=True: set_requires_grad(x, requires_grad),
+    Tensor.register_hook: lambda listener, x, hook: listener.hook(x, hook),
+    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[attr-defined]
+    Tensor.retain_grad: lambda listener, x: None,
+    Tensor.backward: _refused("writes gradients into .grad", "Use torch.autograd.grad, which gives them back."),
+    Tensor.register_post_accumulate_grad_hook: _refused(
+        "hooks the writing of .grad, which a gradient that is a value does not do", "Use h.register_hook."
+    ),
+    torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
+    DATA: lambda listener, x: x.detach(),
+}
 
 
 # Their results' sizes depend on values: of places and masks that the function closes over, these are known.
@@ -131,16 +208,11 @@ def _places(index: Any, shape: torch.Size | None = None) -> Any:
     return tuple(found)
 
 
-def _transforms() -> int:
-    """How many torch.func transforms are active."""
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (an extension module that the stubs lack)
-    return functorch.maybe_current_level() or 0
-
-
 def _with_lines(f: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines():
+        with _Lines() as lines, listening(lines.listener):
+            lines.listener.begin(args)
             return f(*args)
 
     return run
@@ -156,6 +228,12 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made is traced as what it was made of."""
+    config: Any = sys.modules.get("torch._dynamo.config")  # nothing is compiled where it is not loaded
+    return nullcontext() if config is None else config.patch(error_on_nested_fx_trace=False)
 
 
 def source_line(node: fx.Node) -> str:
@@ -190,8 +268,8 @@ def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
 
 def _refuse_transform(where: str) -> NoReturn:
     raise TraceError(
-        f"trace: `{where}` runs inside a gradient or a torch.func transform; expected plain tensor ops. "
-        "Differentiate the function from outside."
+        f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain tensor ops. "
+        "Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
     )
 
 
@@ -209,6 +287,11 @@ def _reraise(error: Exception) -> NoReturn:
     text = str(error)
     if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
         _refuse_data(where)
+    if "TorchScript interpreter" in text:
+        raise TraceError(
+            f"trace: `{where}` runs TorchScript, which a trace cannot look into; expected Python. Use the module or the "
+            "function that it was scripted or traced from."
+        ) from error
     if "does not require grad" in text:
         _refuse_transform(where)
     if "tensor subclasses" in text:

@@ -212,11 +212,9 @@ def _repeat(x: Tensor, repeats: Any) -> Tensor:
     return wide.reshape([size * r for size, r in zip(sizes, repeats, strict=True)])
 
 
-stop_gradient_op = torch.ops.dualform.stop_gradient.default
 _own: dict[Any, Callable[..., Any]] = {
     torch.ops.dualform.standardize.default: _standardize,
     torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
-    stop_gradient_op: lambda x: x.detach(),
     aten.gelu.default: _gelu,
     aten.silu.default: lambda x: x * torch.sigmoid(x),
     aten.clamp.default: _clamp,

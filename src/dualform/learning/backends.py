@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.kept import is_stopped
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
 
 aten = torch.ops.aten
@@ -147,8 +148,8 @@ def _eager(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
 def visible(gm: fx.GraphModule) -> Run:
     """Run a graph op by op and out of place, so that autograd and every transform see what is done."""
     for node in gm.graph.nodes:
-        if node.target is torch.ops.dualform.stop_gradient.default:
-            node.target = torch.Tensor.detach  # which cuts both modes, at every level
+        if is_stopped(node):
+            node.target, node.args = torch.Tensor.detach, tuple(node.args[0])  # which cuts both modes, at every level
     gm.recompile()
     return gm.forward
 

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.kept import written_out
 from dualform.calculus.recorder import CannotRecord, record
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
@@ -114,7 +115,12 @@ class Step:
 
     @cached_property
     def plain(self) -> fx.GraphModule:
-        """The same block for running and differentiating: norms are whole, slopes of activations are arithmetic.
+        """The same block for running: functions with gradients of their own are written out."""
+        return written_out(self.differentiable)
+
+    @cached_property
+    def differentiable(self) -> fx.GraphModule:
+        """The same block for differentiating: norms are whole, slopes of activations are arithmetic.
 
         A slope that is a product shows what does not wait for the state; as one op with the gradient it would all wait.
         """
@@ -130,20 +136,21 @@ class Step:
     @cached_property
     def reverse(self) -> fx.GraphModule:
         """The vjp, as a graph: (inputs, cotangents of the outputs) -> gradients of the inputs that have one."""
-        inputs, wants, plain = flatten(self.inputs), self.wants, self.plain
+        inputs, wants, block = flatten(self.inputs), self.wants, self.differentiable
         (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
         cotangents = [inputs[0].new_empty(node.meta["val"].shape) for node in output.args[0]]
 
         def run(*tensors: Tensor) -> list[Tensor]:
             given = [x.detach().requires_grad_(w) for x, w in zip(tensors, wants, strict=False)]
             leaves = [x for x, w in zip(given, wants, strict=True) if w]
-            outputs = plain(*given)
+            outputs = block(*given)
             found = torch.autograd.grad(
                 outputs, leaves, list(tensors[len(given) :]), allow_unused=True, materialize_grads=True
             )
             return list(found)
 
-        return undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
+        made = undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
+        return written_out(made)
 
     def retyped(self, old: torch.dtype, new: torch.dtype) -> Step:
         """Return the same step, and its reverse, with numbers of another dtype."""
@@ -163,7 +170,10 @@ class Step:
             return fx.GraphModule(gm, copy)
 
         step = Step(graph(self.graph), _pytree.tree_map(cast, self.inputs), self.choices)
-        step.plain, step.reverse = graph(self.plain), graph(self.reverse)
+        step.plain, step.reverse = (
+            graph(self.plain),
+            graph(self.reverse),
+        )  # where gradients of one's own are written out
         return step
 
 
@@ -203,7 +213,7 @@ class Derivation:
         self.loss(self._proved)
         self.rule(self._proved)
         if self.inner.form == "dual":
-            bad = next((site for site in proof.sites if not site.admissible), None)
+            bad = next((site for site in proof.sites if site.leaves and not site.admissible), None)
             if bad is not None:
                 raise DerivationError(
                     f"derive: form='dual' does not exist at {source_line(bad.node)}: {bad.why}; expected weights that enter "

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
+from dualform.calculus.kept import is_kept, is_stopped, written_out
 from dualform.learning.derive import Derivation, Step, identifier, names_of
 
 aten = torch.ops.aten
@@ -30,7 +31,7 @@ class Cost(NamedTuple):
 
 def cost_of(step: Step, registers: int) -> Cost:
     """Count a step's cost from its graph."""
-    nodes = [n for n in step.graph.graph.nodes if n.op == "call_function"]
+    nodes = [n for n in written_out(step.graph).graph.nodes if n.op == "call_function"]
     leaves = sum(w.numel() * w.element_size() for w in step.inputs.th.values())
     return Cost(
         flops=sum(_flops(n) for n in nodes),
@@ -69,7 +70,6 @@ _spelled: dict[Any, Callable[..., str]] = {
     aten.square.default: lambda a: f"{a} ** 2",
     aten.sum.default: lambda a: f"{a}.sum()",
     aten._unsafe_view.default: lambda a, shape: f"{a}.view({shape})",
-    torch.ops.dualform.stop_gradient.default: lambda a: f"{a}.detach()",
 }
 
 
@@ -96,6 +96,8 @@ def statement(node: fx.Node, names: Names) -> str:
     if node.op == "get_attr":
         held = getattr(node.graph.owning_module, str(target))
         return f"torch.tensor({held.tolist()!r}, dtype={held.dtype})"
+    if is_stopped(node):
+        return f"{_text(node.args[0][0], names)}.detach()"  # type: ignore[index]
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
     given = {k: v for k, v in node.kwargs.items() if v is not None and (k, v) not in _defaults}
     plain = not given
@@ -123,7 +125,8 @@ def _shape(node: fx.Node) -> str:
 
 def print_step(step: Step, derivation: Derivation) -> str:
     """Print a step with a shape behind every line and a heading above every part."""
-    nodes = list(step.graph.graph.nodes)
+    graph = written_out(step.graph, lambda n: is_kept(n) and not is_stopped(n)).graph
+    nodes = list(graph.nodes)
     inputs, returned = [n for n in nodes if n.op == "placeholder"], nodes[-1].args[0]
     names = dict(zip(inputs, names_of(step.inputs), strict=True))
     taken = {"torch", "mini_batch", *names.values()}
@@ -137,7 +140,7 @@ def print_step(step: Step, derivation: Derivation) -> str:
         f'    """{derivation.chunk} tokens, one head: {", ".join(f"{names[n]} {_shape(n)}" for n in inputs)}."""'
     )
     section = None
-    for node in step.graph.graph.nodes:
+    for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if node.meta.get("section") != section:

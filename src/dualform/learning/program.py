@@ -184,9 +184,11 @@ class ChunkProgram(nn.Module):
         if found is None:
             try:
                 found = undisturbed(partial(proving.prove, self, made.K, form), role="holds")
-            except DerivationError:
+            except BaseException:
                 self.plans = {k: plan for k, plan in self.plans.items() if k[2] != form}
                 raise
+            # Graphs whose numbers' type was exchanged served the proof alone.
+            self.plans = {k: plan for k, plan in self.plans.items() if plan.derivation.source is None}
             proving.remember(folder, key, found)
         _proved[made.structure] = found
         return found

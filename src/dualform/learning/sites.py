@@ -9,11 +9,12 @@ Legend: W tokens in the trace, K key width.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,8 +23,11 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree
 
 from dualform.calculus import rules
+from dualform.calculus.custom import value_of
 from dualform.calculus.definitions import definition_of
+from dualform.calculus.kept import is_kept, named
 from dualform.calculus.relations import Lookup
+from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
 from dualform.learning.lookups import lookups_as_gathers
@@ -42,17 +46,6 @@ class Place(NamedTuple):
     axis: int
     outer: int
     inner: int
-
-
-@torch.library.custom_op("dualform::stop_gradient", mutates_args=())
-def stop_gradient(x: Tensor) -> Tensor:
-    """A learner's own detach: the identity, with no gradient in either loop. (A trace drops aten's, autograd makes many.)"""
-    return x.clone()
-
-
-stop_gradient.register_fake(torch.empty_like)
-stop_gradient.register_autograd(lambda ctx, g: None)
-stop_gradient.register_vmap(lambda info, dims, x: (stop_gradient(x), dims[0]))
 
 
 @dataclass(eq=False)
@@ -97,7 +90,7 @@ class Analysis:
     def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values in `env`."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-        return stop_gradient(*args) if is_detach(node) else node.target(*args, **kwargs)  # type: ignore[operator]
+        return value_of(node, args, kwargs)
 
     def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> rules.Call:
         """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
@@ -281,8 +274,10 @@ def mark(a: Analysis, W: int) -> None:
             if W > 1 and isinstance(node.meta["val"], Tensor):
                 a.places[node] = _place(a, node, env, W)
             pars = tuple(s for s in sources if a.is_par(s))
-            if pars:
+            if pars or _sums_tokens(a, node):
                 a.sites.append(_site(a, node, pars))
+        if is_kept(node):
+            _expect_apart(a, node)
 
 
 def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
@@ -304,6 +299,8 @@ def _read_nodes(node: fx.Node) -> list[fx.Node]:
 def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
     leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
     operands = operand_nodes(node)
+    if is_kept(node):
+        return Site(node, pars, leaves, False, f"{op_name(node)} has a gradient of its own")
     if not all(p in operands for p in pars):
         return Site(node, pars, leaves, False, "a weight decides a branch or an index")
     if not is_of_one_type(node):
@@ -347,12 +344,16 @@ def is_detach(node: fx.Node) -> bool:
 
 
 def op_name(node: fx.Node) -> str:
+    if is_kept(node):
+        return named(str(node.args[1])).name
     packet = getattr(node.target, "overloadpacket", node.target)
     return getattr(packet, "__name__", str(packet))
 
 
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
     """Prove that a node keeps tokens apart and treats them alike, and say where its token index sits."""
+    if is_kept(node):
+        return _kept_place(a, node, W)
     call, op = a.call(node, env), maker(node)[0]  # type: ignore[arg-type]
     read = [x for x in _arguments(op) if x[0] not in rules.unread(op.target)]
     found: set[Place | None] = set()
@@ -381,6 +382,76 @@ def _is_alike(
         if not _is_even_through(a, call, term, labels, source, env):
             return False
     return True
+
+
+def _kept_place(a: Analysis, node: fx.Node, W: int) -> Place:
+    """Prove that a function with a gradient of its own keeps tokens apart, and that its gradient does."""
+    inputs, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
+    made, places = named(key), [a.places.get(s) for s in inputs]
+    results = _followed(a.who, made.forward, places, range(len(made.backward)), W)
+    place, backward = results[result], made.backward[result]
+    if place is None:
+        raise _mixes(a, node)
+    if backward is not None:
+        wanted = [k for k, s in enumerate(inputs) if s in a.tok]
+        pulled = _followed(a.who, backward, [place, *places, *results], wanted, W)
+        if any(pulled[k] not in (None, places[k]) for k in wanted):
+            raise _mixes(a, node)
+    return place
+
+
+def _followed(
+    who: str, gm: fx.GraphModule, places: Sequence[Place | None], wanted: Iterable[int], W: int
+) -> list[Place | None]:
+    """Where the tokens of a graph's inputs are in its results; None: in none of them, or it was not asked for."""
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    _spell_out(gm)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    at = {n: p for n, p in zip(inputs, places, strict=True) if p is not None}
+    part = Analysis(gm, who, (), {}, {}, inputs[0], {}, tok=set(at), places=at)
+    env = {n: n.meta.get("val") for n in gm.graph.nodes}
+    (output,) = gm.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    needed = {results[k] for k in wanted if results[k] is not None}
+    for node in reversed(gm.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in part.nodes:
+        if node in needed and any(s in part.tok for s in _read_nodes(node)):
+            part.tok.add(node)
+            part.places[node] = _place(part, node, env, W)
+    return [part.places.get(n) for n in results]
+
+
+def _sums_tokens(a: Analysis, node: fx.Node) -> bool:
+    """Does a gradient of its own sum over tokens? It is run token by token: what it sums is then known."""
+    return is_kept(node) and node in a.tok and any(s not in a.tok for s in _given_gradients(node))
+
+
+def _given_gradients(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a function with a gradient of its own that get one."""
+    inputs, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
+    backward = named(key).backward[result]
+    if backward is None:
+        return []
+    (output,) = backward.graph.find_nodes(op="output")
+    grads: Any = output.args[0]
+    return [s for s, g in zip(inputs, grads, strict=True) if g is not None]
+
+
+def _expect_apart(a: Analysis, node: fx.Node) -> None:
+    """A gradient that is not linear in the one it is given is one token's: what tokens share has no such gradient."""
+    _, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
+    made = named(key)
+    backward = made.backward[result]
+    bend = None if backward is None else first_bend(backward)
+    shared = node not in a.tok and not a.leaves[node]
+    if bend is not None and (shared or sum(b is not None for b in made.backward) > 1):
+        why = "is shared by all tokens, whose gradients come as a sum" if shared else "has several results"
+        raise DerivationError(
+            f"derive: {made.name} at {source_line(node)} {why}, and its gradient is not linear in the one that it is given: "
+            f"`{source_line(bend)}`; expected a linear backward there. Make it linear, or apply it to one token's result."
+        )
 
 
 def _is_even_through(
