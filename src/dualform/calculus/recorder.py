@@ -44,13 +44,11 @@ class Recorded(Tensor):
         self.shape_of, self.node = value, node
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
-    def _outside(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} outside its recording")
-
-    __torch_dispatch__ = _outside  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 class Recorder(TorchDispatchMode):

@@ -100,7 +100,7 @@ SPELLED: dict[Any, Callable[..., Tensor]] = {
 
 # Functions that torch (2.13) differentiates twice wrongly (_weight_norm) or not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.cdist: _cdist,
 }
 

@@ -192,7 +192,7 @@ def _accumulate(graph: fx.Graph, node: fx.Node, products: set[Any]) -> None:
             or len(product.users) > 1
             or product.kwargs
             or product.target not in products
-            or any(x.meta["val"].dtype != node.meta["val"].dtype for x in (total, *product.all_input_nodes))
+            or len({x.meta["val"].dtype for x in (node, total, *product.all_input_nodes) if "val" in x.meta}) > 1
         ):
             continue
         full = product.meta["val"].shape == node.meta["val"].shape

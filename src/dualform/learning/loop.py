@@ -71,7 +71,7 @@ class Run_:
         if x.part in ("q", "k", "v"):
             return g.take(getattr(c, x.part), piece, fill=True)
         if x.part == "gates" and x.name != "offset":
-            return g.take(c.gates[x.name], piece)
+            return g.take(c.gates[x.name], piece, fill=True)  # a rule may be singular at 0, too
         if x.part not in ("i", "valid", "full", "opens", "gates"):
             return None
         W = g.variants[piece.start].width

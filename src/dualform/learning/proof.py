@@ -353,10 +353,10 @@ def _definition(program: Any, problem: Problem) -> dict[str, Tensor]:
 
 
 def _silent(program: Any, form: str, blocked: Any, problem: Problem) -> list[str]:
-    """List the leaves that no output depends on."""
+    """List the leaves that no output depends on, neither as they begin nor as they are carried."""
     o, _ = problem.run(blocked, form, backend="eager", remat=None)
-    leaves = problem.part("param.")
     scalar = (o * torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(o)).sum()
+    leaves = {**problem.part("param."), **problem.part("anchor.")}
     grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return [name for name, g in zip(leaves, grads, strict=True) if not bool(g.any())]
 

@@ -9,8 +9,8 @@ Legend: B batch, T time, H heads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -38,6 +38,7 @@ _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
 _plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _compiled: dict[str, Plan] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register(source: Source) -> str:
@@ -59,12 +60,18 @@ def _plan(name: str, form: str, K: int, dtype: torch.dtype) -> Plan:
     return plan
 
 
-@torch.compiler.assume_constant_result
+def _constant(f: F) -> F:
+    """Mark a function whose result a compiler may keep, as torch.compiler.assume_constant_result does at the price of its import."""
+    setattr(f, "_dynamo_marked_constant", True)  # noqa: B010
+    return f
+
+
+@_constant
 def _key(name: str, form: str, K: int, dtype: torch.dtype) -> str:
     return _plan(name, form, K, dtype).key
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: tuple[str, ...]) -> str:
     """Write a plan for a file that other processes read. T: the length of every call, None if it may vary."""
     plan = _plan(name, form, K, dtype)

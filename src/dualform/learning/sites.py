@@ -215,13 +215,19 @@ def _spell_out(graph: fx.GraphModule) -> None:
         copies: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), sources, strict=True))
         with graph.graph.inserting_before(node):
             for inner in part.graph.nodes:
-                if inner.op == "call_function":
+                if inner.op == "call_function" and not _is_named_tuple(inner):
                     copies[inner] = graph.graph.node_copy(inner, copies.__getitem__)
                     copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
                     if _has_no_row(inner) and inner.target != node.target:
                         pending.append(copies[inner])
-        results = next(iter(part.graph.find_nodes(op="output"))).args[0]
+        results: Any = next(iter(part.graph.find_nodes(op="output"))).args[0]
+        results = results.args if _is_named_tuple(results) else results
         _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
+
+
+def _is_named_tuple(x: Any) -> bool:
+    """Is it a call that only gives names to several results?"""
+    return isinstance(x, fx.Node) and isinstance(x.target, type) and issubclass(x.target, tuple)
 
 
 def _stand_for(graph: fx.Graph, node: fx.Node, results: Any) -> None:
