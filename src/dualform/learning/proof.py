@@ -282,9 +282,15 @@ def prove(program: Any, K: int, form: str) -> Proof:
                     raise _blamed(program, error, form) from None
             except _CannotRun as error:
                 why = str(error)
-            except (DerivationError, TraceError, RuntimeError, TypeError):
+            except (DerivationError, TraceError):
                 if dtype == own and not retyped:
                     raise
+            except (RuntimeError, TypeError, LookupError, AssertionError) as error:
+                if dtype == own and not retyped:
+                    raise DerivationError(
+                        f"derive: form {form!r} fails with {type(error).__name__} ({str(error).partition(chr(10))[0]}); expected a program "
+                        "that runs. This is a fault of dualform, please report it: form='primal' is the definition."
+                    ) from error
         return Proof(form, math.nan, (), time.perf_counter() - began, "", (f"the definition cannot run: {why}",))
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dualform.catalogue import Catalogue
 
@@ -180,8 +181,8 @@ def unroll(
 
     `last` (n,) is 1 at the token that ends the mini-batch, if one does; None: the block's last token does.
     """
-    A, b, u, a = rule.step(i, **gates)
     r, ones = rule.num_registers, torch.ones_like(i)
+    A, b, u, a = tree_map_only(Tensor, partial(vector, ones=ones), tuple(rule.step(i, **gates)))
     sources = [vector(x, ones) if valid is None else vector(x, ones) * valid for x in b]
     end = (_at(a, last), tuple(_at(x, last) for x in u))
     if all(is_number(A[k][l], float(k == l)) for k in range(r) for l in range(r)):

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError
@@ -235,9 +236,7 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
         return None  # the op says why
 
 
-@torch.compiler.disable(
-    reason="a transform of torch.func is traced around a program: compile what is inside it, or not at all"
-)
+@_disable_dynamo  # torch.compiler.disable imports the compiler at once
 def _visibly(name: str, form: str, call: Call) -> list[Tensor]:
     return run_visible(_plan(name, form, call.q.shape[-1], call.dtype), call)
 
