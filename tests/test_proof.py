@@ -11,6 +11,7 @@ import dualform as df
 from dualform.calculus.kept import stop_gradient
 from dualform.learning import emit, program
 from dualform.learning import proof as proving
+from dualform.learning.backends import BackendError
 
 DOUBLE = torch.float64
 
@@ -243,3 +244,49 @@ def test_explain_says_it_in_a_line(monkeypatch):
     assert "proof    none: prove=False, or DUALFORM_PROVE=0" in str(
         df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).explain()
     )
+
+
+def call(made, T=40, grad=True):
+    x = torch.randn(2, T, 2, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(grad)
+    o, state = made(x, x, x, backend="cpp")
+    if grad:
+        o.sum().backward()
+    return o, state
+
+
+def test_a_generated_kernel_is_compared_with_eager_at_its_first_use(monkeypatch, tmp_path):
+    made = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=4)
+    before = len([*(tmp_path / "proofs").glob("*.json")])
+    call(made)
+    first = len([*(tmp_path / "proofs").glob("*.json")])
+    assert first == before + 2  # forward and backward
+    call(made)
+    _, state = call(made, T=38)  # a tail: another kind of block
+    assert len([*(tmp_path / "proofs").glob("*.json")]) == first + 2
+    x = torch.randn(2, 1, 2, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            _, state = made(x, x, x, state=state, backend="cpp")
+    assert len([*(tmp_path / "proofs").glob("*.json")]) > first + 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_kernel_is_refused(monkeypatch, direction):
+    from dualform.kernels import backend
+
+    real = getattr(backend._Sequence, direction)
+    monkeypatch.setattr(
+        backend._Sequence,
+        direction,
+        lambda self, *args: [1.01 * x if x.is_floating_point() else x for x in real(self, *args)],
+    )
+    made = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=4)
+    with pytest.raises(BackendError, match=r"cpp: its code and eager differ in .* by 0\.01 of the largest entry"):
+        call(made)
+    x = torch.randn(2, 6000, 2, 4)
+    forget(monkeypatch)
+    if direction == "forward":
+        with pytest.warns(UserWarning, match="cpp: its code and eager differ"):
+            df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=4)(
+                x.repeat(1, 60, 1, 1), x.repeat(1, 60, 1, 1), x.repeat(1, 60, 1, 1)
+            )

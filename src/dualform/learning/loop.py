@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from dualform.learning import proof
 from dualform.learning.backends import BackendError, Whole
+from dualform.learning.derive import TRACING
 from dualform.learning.grid import Grid, arrange
 from dualform.learning.plan import Call, Given, Input, Once, Plan, Rows, Way, chosen, found
 
@@ -145,7 +148,7 @@ class Run_:
 
 
 def _runs_whole(
-    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run_], list[Tensor]]
+    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run_], list[Tensor]], backward: bool = False
 ) -> list[Tensor] | Run_:
     """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
     name = chosen(backend, plan, call)
@@ -153,6 +156,8 @@ def _runs_whole(
     if whole is None or not run.blocks:
         return run
     try:
+        if plan.is_checked:
+            _check(name, plan, run, backward)
         return direction(whole, run)
     except BackendError as error:
         if backend != "auto":
@@ -160,6 +165,86 @@ def _runs_whole(
         plan.natives["refused"] = str(error)
         warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
         return Run_(plan, call, "eager")
+
+
+def _check(name: str, plan: Plan, run: Run_, backward: bool) -> None:
+    """Compare generated code with eager at its first use, for each kind of block, on a part of the call."""
+    kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
+    key = (name, backward, frozenset(run.grid.variants), kinds)
+    if key in plan.checked:
+        return
+    with TRACING:
+        if key not in plan.checked:
+            plan.checked.add(key)  # what compares runs the same
+            small = _part(plan, run)
+            words = (name, backward, sorted(map(tuple, run.grid.variants)), kinds)
+            unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, name, plan, small, backward))
+            if unlike:
+                raise _faulty(name, unlike)
+
+
+def check_step(name: str, plan: Plan, call: Call) -> None:
+    """Compare the code for one token with eager at its first use, inside a mini-batch and at its end."""
+    whole, ends = found(name).whole, int(call.position[0]) + 1 == plan.derivation.chunk
+    key = (name, "step", ends, str(call.q.dtype))
+    if whole is None or key in plan.checked:
+        return
+    plan.checked.add(key)
+
+    def compare() -> str:
+        got = whole.step(plan, call, False)
+        names = ["the outputs", *(f"the state's {part} {n}" for part in ("anchor", "register") for n in call.anchor)]
+        expected = run_forward(plan, call, 0, "eager")
+        return (
+            ""
+            if got is None
+            else proof.unlike(
+                dict(zip(names, got, strict=False)), dict(zip(names, expected, strict=False)), call.q.dtype
+            )
+        )
+
+    if unlike := proof.kernel(plan.derivation.structure, key, compare):
+        raise _faulty(name, unlike)
+
+
+def _faulty(name: str, unlike: str) -> BackendError:
+    return BackendError(
+        f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of the compiler, "
+        "please report it; backend='eager' is the reference."
+    )
+
+
+def _part(plan: Plan, run: Run_) -> Call:
+    """Take two rows, and of their tokens as many as have every kind of block, if few do."""
+    c, b = run.call, plan.derivation.chunk
+    T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(c.position[0])) % b
+    rows = slice(0, 2)
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[rows, :T].detach()
+
+    return c._replace(
+        q=c.q[rows, :T], k=c.k[rows, :T], v=c.v[rows, :T], mask=cut(c.mask), reset=cut(c.reset), position=c.position[rows],
+        gates={n: x[rows, :T] for n, x in c.gates.items()}, anchor={n: x[rows] for n, x in c.anchor.items()},
+        registers={n: x[rows] for n, x in c.registers.items()},
+    )  # fmt: skip
+
+
+def _unlike(name: str, plan: Plan, call: Call, backward: bool) -> str:
+    """Say what generated code and eager differ in; nothing if in nothing."""
+    count = 1 if backward else 0
+    sides = [run_forward(plan, call, count, side) for side in (name, "eager")]
+    names = ["the outputs", *(f"the state's {part} {n}" for part in ("anchor", "register") for n in call.anchor)]
+    if backward:
+        held = 1 + 2 * len(call.anchor)
+        g = torch.Generator().manual_seed(0)
+        cotangents = [torch.randn(x.shape, generator=g).to(x) for x in sides[1][:held]]
+        saved = sides[1][held + 1 :]
+        sides = [run_backward(plan, call, saved, cotangents, count, side) for side in (name, "eager")]
+        names = [f"gradient {n}" for n in range(len(sides[0]))]
+    return proof.unlike(
+        dict(zip(names, sides[0], strict=False)), dict(zip(names, sides[1], strict=False)), call.q.dtype
+    )
 
 
 def _power(n: int) -> int:
@@ -278,7 +363,9 @@ def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    run = _runs_whole(backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints))
+    run = _runs_whole(
+        backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints), backward=True
+    )
     if isinstance(run, list):
         return run
     if not run.blocks:

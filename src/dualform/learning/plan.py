@@ -249,6 +249,8 @@ class Plan:
     counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
     names: Names = ([], [], [])
     key: str = ""  # what an op knows it by
+    is_checked: bool = False  # is generated code compared with eager at its first use?
+    checked: set[Any] = field(default_factory=set)  # what was
 
     def out_dtype(self, call: Call) -> torch.dtype:
         """Say what the outputs are rounded to: q's digits; losses keep all."""

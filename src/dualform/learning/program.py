@@ -167,7 +167,9 @@ class ChunkProgram(nn.Module):
                 made = undisturbed(build)
                 twin = _structures.setdefault(made.structure, scan_module.Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-                self.plans[key] = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
+                plan = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
+                plan.is_checked, plan.checked = proving.is_on(self.prove), twin.checked
+                self.plans[key] = plan
                 self.out_width = made.V if K == self.width else self.out_width
                 if not observed and proving.is_on(self.prove):
                     self.proofs[form] = self._proof(made, form)

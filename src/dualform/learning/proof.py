@@ -113,15 +113,45 @@ def recall(folder: Path, key: str) -> Proof | None:
 
 
 def remember(folder: Path, key: str, proof: Proof) -> None:
-    """Write a proof beside and rename it; a folder that takes nothing is no error."""
+    """Write a proof down."""
+    _write(folder, key, asdict(proof))
+
+
+def _write(folder: Path, key: str, what: dict[str, Any]) -> None:
+    """Write beside and rename; a folder that takes nothing is no error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
-            json.dump(asdict(proof), file)
+            json.dump(what, file)
         Path(name).replace(folder / f"{key}.json")
     except OSError:
         pass
+
+
+def kernel(structure: Any, words: Any, compare: Callable[[], str]) -> str:
+    """Say what a kernel differs in, "" for nothing: as remembered, or as `compare` finds."""
+    folder, key = cache_folder() / "proofs", digest(structure, repr(words), "kernel")
+    path = folder / f"{key}.json"
+    try:
+        if json.loads(path.read_text()) == {"unlike": ""}:
+            return ""
+    except (OSError, ValueError):
+        pass
+    with _under_way(), torch.no_grad():
+        unlike = compare()
+    if not unlike:
+        _write(folder, key, {"unlike": ""})
+    return unlike
+
+
+def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str:
+    """Name what differs most, and by how much, where that is more than digits of a dtype allow; what is not finite is left out."""
+    finite = {n: x for n, x in expected.items() if x.is_floating_point() and bool(x.isfinite().all())}
+    found = {n: _size(got[n].to(x) - x) / (_size(x) or 1.0) for n, x in finite.items()}
+    worst = max(found, key=lambda n: math.inf if math.isnan(found[n]) else found[n], default="")
+    allowed = max(TOLERANCES[d] for d in {dtype, *(x.dtype for x in finite.values())} & TOLERANCES.keys())
+    return "" if not worst or found[worst] <= allowed else f"{worst} by {found[worst]:.2g} of the largest entry"
 
 
 # -- what is compared --------------------------------------------------------------------------------------------

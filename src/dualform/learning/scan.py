@@ -21,7 +21,7 @@ from dualform.learning import shipped
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import TRACING, undisturbed
 from dualform.learning.grid import variants_of
-from dualform.learning.loop import checkpointed, run_backward, run_forward, run_visible
+from dualform.learning.loop import check_step, checkpointed, run_backward, run_forward, run_visible
 from dualform.learning.plan import Call, Leaves, Names, Plan, chosen, found
 from dualform.learning.plan import chosen_in_words as chosen_in_words
 from dualform.learning.transforms import has_tangent, is_one_of_many, watched
@@ -231,7 +231,11 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
     plan.counts["tokens"] += 1
     whole = found(chosen(backend, plan, call)).whole
     try:
-        return None if whole is None else whole.step(plan, call, overwrite)
+        if whole is None:
+            return None
+        if plan.is_checked:
+            check_step(chosen(backend, plan, call), plan, call)
+        return whole.step(plan, call, overwrite)
     except BackendError:
         return None  # the op says why
 
