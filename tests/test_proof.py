@@ -290,3 +290,17 @@ def test_a_wrong_kernel_is_refused(monkeypatch, direction):
             df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=4)(
                 x.repeat(1, 60, 1, 1), x.repeat(1, 60, 1, 1), x.repeat(1, 60, 1, 1)
             )
+
+
+def test_layers_and_language_models_are_proved_unless_told(tmp_path):
+    pytest.importorskip("transformers")
+    config = df.DualformConfig(preset="tiny-ttt-linear", num_hidden_layers=2)
+    for make in (df.DualformForCausalLM, df.DualformModel, df.DualformForSequenceClassification):
+        found = [m.program.proof for m in make(config).modules() if isinstance(m, df.TestTimeTraining)]
+        assert [p.error < 1e-9 for p in found] == [True, True]
+        found = [m.program.proof for m in make(config, prove=False).modules() if isinstance(m, df.TestTimeTraining)]
+        assert found == [None, None]
+    df.DualformForCausalLM(config).save_pretrained(tmp_path / "model")
+    loaded = df.DualformForCausalLM.from_pretrained(tmp_path / "model", prove=False)
+    assert all(m.program.proof is None for m in loaded.modules() if isinstance(m, df.TestTimeTraining))
+    assert "prove" not in loaded.config.to_dict()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,8 +121,7 @@ class TestTimeTraining(nn.Module):
         with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
             models = [recipe(f) for _ in range(heads)]
         born = [dict(model.named_parameters()) for model in models if isinstance(model, nn.Module)]
-        more: dict[str, Any] = {"prove": prove} if "prove" in signature(derive).parameters else {}
-        made = derive(materialised(models[0]), objective, rule, chunk=chunk, **more)
+        made = derive(materialised(models[0]), objective, rule, chunk=chunk, prove=prove)
         object.__setattr__(self, "program", made)
         parts = self.program.parts
         self.leaves = own_names("initial_", [*parts.fast, *parts.slow])

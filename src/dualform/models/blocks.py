@@ -67,8 +67,8 @@ class ShortConv(nn.Module):
         return convolved(windows, self.conv), tail
 
 
-def learning_layer(config: DualformConfig, name: str = "") -> TestTimeTraining:
-    """Build the layer that a configuration describes; name: how errors call it."""
+def learning_layer(config: DualformConfig, name: str = "", prove: bool = True) -> TestTimeTraining:
+    """Build the layer that a configuration describes; name: how errors call it; prove: as df.derive's."""
     layer = TestTimeTraining(
         config.hidden_size,
         config.num_attention_heads,
@@ -80,6 +80,7 @@ def learning_layer(config: DualformConfig, name: str = "") -> TestTimeTraining:
         share_qk=config.share_qk,
         use_gate=config.use_gate,
         conv_kernel=config.conv_kernel,
+        prove=prove,
     )
     layer.name = name
     for tensor in own_tensors(layer).values():
@@ -163,14 +164,14 @@ def view(
 class DualformBlock(GradientCheckpointingLayer):
     """h + conv(norm(h)) if asked for, h + mixer(norm(h)), h + ffn(norm(h))."""
 
-    def __init__(self, config: DualformConfig, index: int) -> None:
+    def __init__(self, config: DualformConfig, index: int, prove: bool = True) -> None:
         super().__init__()
         assert config.layer_types is not None
         self.index, self.kind = index, config.layer_types[index]
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.seq_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         if self.kind == "test_time":
-            self.mixer: nn.Module = learning_layer(config, f"layer {index}")
+            self.mixer: nn.Module = learning_layer(config, f"layer {index}", prove)
         else:
             self.mixer = Attention(dim, config.num_attention_heads, config.rope_theta)
         self.conv = ShortConv(config) if config.pre_conv else None

@@ -94,7 +94,7 @@ class DualformPreTrainedModel(PreTrainedModel):
                 init.uniform_(tensor, -bound, bound)
         elif isinstance(module, TestTimeTraining):
             missing = {n: x for n, x in own_tensors(module).items() if not getattr(x, "_is_hf_initialized", False)}
-            fresh = own_tensors(learning_layer(self.config)) if missing else {}
+            fresh = own_tensors(learning_layer(self.config, prove=False)) if missing else {}
             for name, tensor in missing.items():
                 init.copy_(tensor, fresh[name].to(tensor))
         else:
@@ -158,10 +158,10 @@ class DualformModel(DualformPreTrainedModel):
     Source: Sun et al. 2024, figure 16.
     """
 
-    def __init__(self, config: DualformConfig) -> None:
+    def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DualformBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DualformBlock(config, i, prove) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

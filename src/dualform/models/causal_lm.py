@@ -37,9 +37,9 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: DualformConfig) -> None:
+    def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
         super().__init__(config)
-        self.model = DualformModel(config)
+        self.model = DualformModel(config, prove=prove)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -28,10 +28,10 @@ class DualformForSequenceClassification(DualformPreTrainedModel):
     Source: transformers' heads for causal models. Differs: rows may be padded on either side, with or without pad_token_id.
     """
 
-    def __init__(self, config: DualformConfig) -> None:
+    def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 2)
-        self.model = DualformModel(config)
+        self.model = DualformModel(config, prove=prove)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
@@ -70,10 +70,10 @@ class DualformForTokenClassification(DualformPreTrainedModel):
     Raises: as DualformModel.
     """
 
-    def __init__(self, config: DualformConfig) -> None:
+    def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 2)
-        self.model = DualformModel(config)
+        self.model = DualformModel(config, prove=prove)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
