@@ -512,6 +512,17 @@ def test_every_objective_of_the_catalogue(name):
     laws.check_forms(df.derive(Square(), name, df.rules.SGD(lr=0.2), chunk=3), time=7)
 
 
+def test_a_size_that_is_the_mini_batchs_by_chance_is_no_token_axis():
+    class Folded(Square):
+        def forward(self, x):
+            return (x @ self.W).reshape(4, -1)
+
+    with pytest.raises(ValueError, match=r"reshape\(4, -1\)"):
+        df.derive(Folded(), chunk=4)
+    with pytest.raises(ValueError, match=r"shape \(4,\) for predictions and targets \(W, V\) = \(5, 4\)"):
+        df.derive(Square(), lambda p, t: (p - t).square().reshape(4, -1).sum(-1), chunk=4)
+
+
 # -- threads ------------------------------------------------------------------------------------------------------------
 
 

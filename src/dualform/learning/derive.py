@@ -212,6 +212,9 @@ class Derivation:
             )
         self.loss(self._proved)
         self.rule(self._proved)
+        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at another number, too.
+        other = self.door.trace_learner(self._proved + 1, self.K, self.dtype).output.meta["val"].dtype
+        self.door.trace_objective(self._proved + 1, self.V, other, self.dtype)
         if self.inner.form == "dual":
             bad = next((site for site in proof.sites if site.leaves and not site.admissible), None)
             if bad is not None:
