@@ -304,3 +304,13 @@ def test_layers_and_language_models_are_proved_unless_told(tmp_path):
     loaded = df.DualformForCausalLM.from_pretrained(tmp_path / "model", prove=False)
     assert all(m.program.proof is None for m in loaded.modules() if isinstance(m, df.TestTimeTraining))
     assert "prove" not in loaded.config.to_dict()
+
+
+def test_a_layer_that_changes_its_type_is_proved_again_and_runs():
+    layer = df.TestTimeTraining(8, 2, learner=lambda d: Net(), chunk=3)
+    x = torch.randn(1, 7, 8)
+    layer(x)
+    y, _ = layer.double()(x.double())
+    assert y.dtype == DOUBLE
+    assert {k[1] for k in layer.program.plans} == {torch.float32, DOUBLE}
+    assert all(plan.derivation.source is None for plan in layer.program.plans.values())

@@ -120,6 +120,9 @@ class FrontDoor:
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
         self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
+        # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
+        places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
+        self.device = next(places, torch.device("cpu"))
         # A tensor that is closed over may have been read by value (`.item()`, a mask's places): its writes are counted.
         other = (x for x in reading.tensors if id(x) not in self._own and not x.requires_grad and not x.is_inference())
         self._versions = [(x, x._version) for x in other]
@@ -133,14 +136,14 @@ class FrontDoor:
 
     def trace_learner(self, W: int, K: int, dtype: torch.dtype) -> Analysis:
         """Trace and mark the learner on W tokens (W, K)."""
-        fast = {n: like(p, dtype) for n, p in self.parts.fast.items()}
-        rest = {n: like(p, dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+        fast = {n: like(p, dtype, self.device) for n, p in self.parts.fast.items()}
+        rest = {n: like(p, dtype, self.device) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
         names, twin = [*fast, *rest], Twin(self.learner)
 
         def run(*tensors: Tensor) -> Any:
             return twin(dict(zip(names, tensors[:-1], strict=True)), tensors[-1])
 
-        gm = trace(run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device="cpu"))
+        gm = trace(run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device=self.device))
         inputs, result = _ends(gm)
         if not isinstance(result, fx.Node):
             raise DerivationError(
@@ -161,7 +164,7 @@ class FrontDoor:
 
     def trace_objective(self, W: int, V: int, *dtypes: torch.dtype) -> Routine:
         """Trace the objective on predictions and targets (W, V) of two dtypes; prove that each token has a loss of its own."""
-        tokens = [torch.empty(W, V, dtype=dtype, device="cpu") for dtype in dtypes]
+        tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
         gm = trace(lambda prediction, target: self.objective(prediction, target), *tokens)
         inputs, result = _ends(gm)
         value = result.meta["val"] if isinstance(result, fx.Node) else None
@@ -195,7 +198,7 @@ class FrontDoor:
             leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
             return [x for x in leaves if isinstance(x, Tensor)]
 
-        gm = trace(run, *(torch.empty(W, dtype=dtype, device="cpu") for _ in ("i", *names)))
+        gm = trace(run, *(torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)))
         inputs, found = _ends(gm)
         a = self._analysis("rule", gm, inputs, {}, set())
         mark(a, W)
@@ -275,9 +278,9 @@ class TracedRule(NamedTuple):
         return _pytree.tree_unflatten(leaves, spec)
 
 
-def like(p: Tensor, dtype: torch.dtype) -> Tensor:
+def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
-    return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device="cpu")
+    return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
 
 
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:

@@ -152,7 +152,11 @@ class ChunkProgram(nn.Module):
 
     def plan_again(self, K: int, dtype: torch.dtype, form: str, retyped: bool) -> scan_module.Plan:
         """Make a plan anew: traced, or that of the learner's own dtype with the numbers' type exchanged."""
-        source = self.plans.get((K, self._kind()[0], form)) if retyped else None
+        source = (
+            next((p for (k, t, f), p in self.plans.items() if (k, f) == (K, form) and t != dtype), None)
+            if retyped
+            else None
+        )
         with TRACING:
             self.plans.pop((K, dtype, form), None)
             return self._planned((K, dtype, form), source and source.derivation)
@@ -184,13 +188,13 @@ class ChunkProgram(nn.Module):
         folder, key = cache_folder() / "proofs", proving.digest(made.structure, form, device)
         found = proving.recall(folder, key)
         if found is None:
+            kept = dict(self.plans)  # what the proof makes beside them serves it alone
             try:
-                found = undisturbed(partial(proving.prove, self, made.K, form), role="holds")
+                found = undisturbed(partial(proving.prove, self, made.K, made.dtype, form), role="holds")
             except BaseException:
-                self.plans = {k: plan for k, plan in self.plans.items() if k[2] != form}
+                self.plans = {k: plan for k, plan in kept.items() if k[2] != form}
                 raise
-            # Graphs whose numbers' type was exchanged served the proof alone.
-            self.plans = {k: plan for k, plan in self.plans.items() if plan.derivation.source is None}
+            self.plans = kept
             proving.remember(folder, key, found)
         _proved[made.structure] = found
         return found

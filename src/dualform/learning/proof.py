@@ -262,8 +262,9 @@ class Draw:
     def problem(self, T: int, rate: float, ragged: bool) -> Problem:
         x = {"q": self.normal(2, T, 2, self.K), "k": self.normal(2, T, 2, self.K), "v": self.normal(2, T, 2, self.V)}
         x |= self.gates(T, rate) | self.weights()
+        device = self.program.door.device
         if not ragged and self.program.chunk <= WHOLE:
-            return Problem(_leaves(x))
+            return Problem(_leaves(x, device))
         program, b = self.program, self.program.chunk
         position = torch.tensor([0, b // 2]) if b <= WHOLE else torch.tensor([b - T // 2, b // 2])
         fresh = (position == 0)[:, None] & torch.tensor(program.rule.resets)
@@ -274,7 +275,7 @@ class Draw:
             at_start = fresh[:, None].reshape(2, 1, -1, *[1] * p.ndim)
             x |= {f"anchor.{name}": anchor, f"register.{name}": torch.where(at_start, start, drawn)}
         if not ragged:
-            return Problem(_leaves(x), position[:1].expand(2).clone())
+            return Problem(_leaves(x, device), position[:1].expand(2).clone().to(device))
         if "gate.lr" in x:
             x["gate.lr"][1, T // 2 :] = 0.0
         mask, reset, cut = torch.ones(2, T, dtype=torch.bool), torch.zeros(2, T, dtype=torch.bool), (T + 1) // 2
@@ -282,24 +283,23 @@ class Draw:
         reset[1, min(3, cut - 1)] = reset[0, (cut + T) // 2] = (
             True  # one in each part, which are then blocks of one kind
         )
-        return Problem(_leaves(x), position, mask, reset, cut)
+        return Problem(_leaves(x, device), position.to(device), mask.to(device), reset.to(device), cut)
 
 
-def _leaves(x: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().clone().requires_grad_() for name, t in x.items()}
+def _leaves(x: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: t.detach().clone().to(device).requires_grad_() for name, t in x.items()}
 
 
 # -- the proof ---------------------------------------------------------------------------------------------------
 
 
-def prove(program: Any, K: int, form: str) -> Proof:
-    """Compare a program's form with the definition; raise DerivationError where they differ.
+def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:
+    """Compare a program's form, planned in a dtype, with the definition; raise DerivationError where they differ.
 
-    Runs on the CPU, on a copy of the learner's tensors, in float64 where the learner can be, else in its own dtype. The graphs
+    Runs on the CPU (or where what the learner closes over lies), on a copy of the learner's tensors, in float64 where the learner can be, else in its own dtype. The graphs
     are those of its own dtype with the numbers' type exchanged; where that does not hold, they are traced again.
     """
     began = time.perf_counter()
-    own = torch.promote_types(torch.float32, next(iter(program.parts.fast.values())).dtype)
     with _under_way(), torch.enable_grad():
         why = ""
         for dtype, retyped in dict.fromkeys(

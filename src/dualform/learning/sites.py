@@ -414,7 +414,7 @@ def _followed(
     _spell_out(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
     at = {n: p for n, p in zip(inputs, places, strict=True) if p is not None}
-    part = Analysis(gm, who, (), {}, {}, inputs[0], {}, tok=set(at), places=at)
+    part = Analysis(gm, who, (*at, inputs[0]), {}, {}, inputs[0], {}, tok=set(at), places=at)
     env = {n: n.meta.get("val") for n in gm.graph.nodes}
     (output,) = gm.graph.find_nodes(op="output")
     results: Any = output.args[0]
