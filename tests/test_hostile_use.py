@@ -160,3 +160,20 @@ def test_a_closed_over_table_that_moves_costs_no_trace(monkeypatch: pytest.Monke
     after, definition = _both(program)
     torch.testing.assert_close(after, definition)
     assert not torch.allclose(before, after, rtol=1e-2)
+
+
+@pytest.mark.parametrize("form", ["auto", "primal"])
+def test_second_derivatives_through_a_layer_norm_are_those_of_differences(form: str) -> None:
+    learner = df.learners.residual_norm(df.learners.Linear())(4).double()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.2), chunk=2, prove=False)
+    x = torch.randn(1, 4, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def slope(v: Tensor) -> Tensor:
+        v = v.detach().requires_grad_() if not v.requires_grad else v
+        (g,) = torch.autograd.grad(program(x, x, v, form=form)[0].square().sum(), v, create_graph=True)
+        return (g * x.cos()).sum()
+
+    v, step = x.sin().requires_grad_(), 1e-5 * x.exp()
+    (found,) = torch.autograd.grad(slope(v), v)
+    numeric = (slope(v.detach() + step) - slope(v.detach() - step)).detach() / 2
+    torch.testing.assert_close((found * step).sum(), numeric, rtol=1e-5, atol=0)
