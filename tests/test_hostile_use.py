@@ -177,3 +177,21 @@ def test_second_derivatives_through_a_layer_norm_are_those_of_differences(form: 
     (found,) = torch.autograd.grad(slope(v), v)
     numeric = (slope(v.detach() + step) - slope(v.detach() - step)).detach() / 2
     torch.testing.assert_close((found * step).sum(), numeric, rtol=1e-5, atol=0)
+
+
+class Holding(nn.Module):
+    """A learner that runs a program of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.linear = 4, nn.Linear(4, 4)
+        self.inner = df.derive(nn.Linear(4, 4), chunk=2, prove=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)[:, None, None]
+        return self.inner(h, h, h)[0][:, 0, 0]
+
+
+def test_a_learner_that_holds_a_program_is_refused_for_what_it_is() -> None:
+    with pytest.raises(df.DerivationError, match="the learner's 'inner' is a program"):
+        df.derive(Holding(), chunk=2)

@@ -96,6 +96,12 @@ class FrontDoor:
                 raise DerivationError(
                     f"derive: the learner's {name!r} has no shape yet; expected built parameters. Run it once: learner(torch.zeros(1, K))."
                 )
+        for name, part in learner.named_modules():
+            if isinstance(getattr(part, "door", None), FrontDoor):
+                raise DerivationError(
+                    f"derive: the learner's {name!r} is a program, which learns over a sequence; expected a function of one token. "
+                    "Run it before or after this one, on its outputs."
+                )
         self.learner, self.objective, self.rule, self.slow = learner, objective, rule, slow
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
