@@ -98,10 +98,30 @@ SPELLED: dict[Any, Callable[..., Tensor]] = {
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
 }
 
-# Functions that torch (2.13) differentiates twice wrongly (_weight_norm) or not at all.
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """As torch: its mean and deviation are of single precision at least."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    wide = x.to(torch.promote_types(torch.float32, x.dtype))
+    apart = wide - wide.mean(axes, keepdim=True)
+    normed = apart * (apart.square().mean(axes, keepdim=True) + eps).rsqrt()
+    scaled = normed if weight is None else normed * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
+
+
+# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm) wrongly, or twice not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.cdist: _cdist,
+    torch.layer_norm: _layer_norm,
+    torch.nn.functional.layer_norm: _layer_norm,
 }
 
 
@@ -112,6 +132,6 @@ class _Twice(TorchFunctionMode):
 
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Run what torch cannot differentiate twice by its definition, fused attention on the CPU too."""
+    """Run what torch cannot differentiate twice or thrice by its definition, fused attention on the CPU too."""
     with sdpa_kernel(SDPBackend.MATH), _Twice():
         yield

@@ -55,7 +55,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
     Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
-    two, its real and its imaginary part.
+    two, its real and its imaginary part. gm.meta["read"]: closed-over tensors whose values the graph was made for.
     A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
     The graph is for these shapes, dtypes and devices. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
@@ -68,7 +68,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         >>> [node.target._opname for node in gm.graph.nodes if node.op == "call_function"]
         ['clone', 'relu']
     """
-    inputs = [_standin(a) for a in args]
+    inputs, read = [_standin(a) for a in args], []
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
     # A graph's Python code is written when somebody runs it: most are only read.
@@ -76,14 +76,18 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     quiet = _quiet("torch._subclasses.fake_tensor")
     with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, quiet, _uncompiled():
         try:
-            gm = make_fx(_with_lines(f), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
+            gm = make_fx(_with_lines(f, read), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(
+                *inputs
+            )
         except (ShapeError, TraceError):
             raise
         except Exception as error:
             _reraise(error)
     _refuse_values(gm)
     _refuse_randomness(gm)
-    return paired(normalised(functionalized(gm, _blame)), _blame)
+    gm = paired(normalised(functionalized(gm, _blame)), _blame)
+    gm.meta["read"] = read
+    return gm
 
 
 def replay(f: Callable[..., Any], *args: Tensor) -> Any:
@@ -116,13 +120,17 @@ def _standin(value: Tensor) -> Tensor:
 class _Lines(TorchFunctionMode):
     """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: list[Tensor]) -> None:
         super().__init__()
+        self.read = read
         self.listener = Listener(trace, _note, transforms())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         _note()
+        if func in _READ or func in _SIZED or func in _MASKED or func is Tensor.__getitem__:
+            masks = func in _MASKED or func is Tensor.__getitem__
+            self.read += [x for x in pytree.tree_leaves(args) if type(x) is Tensor and (not masks or _is_known_mask(x))]
         if not self.listener.sees((args, kwargs)):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
@@ -187,6 +195,11 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 # Their results' sizes depend on values: of places and masks that the function closes over, these are known.
 _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
+_READ = {
+    getattr(Tensor, n)
+    for n in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
+}
+_READ |= {Tensor.__complex__, Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__}
 _MASKED = {Tensor.masked_select, torch.masked_select}
 
 
@@ -208,10 +221,10 @@ def _places(index: Any, shape: torch.Size | None = None) -> Any:
     return tuple(found)
 
 
-def _with_lines(f: Callable[..., Any]) -> Callable[..., Any]:
+def _with_lines(f: Callable[..., Any], read: list[Tensor]) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines() as lines, listening(lines.listener):
+        with _Lines(read) as lines, listening(lines.listener):
             lines.listener.begin(args)
             return f(*args)
 

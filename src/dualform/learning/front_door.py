@@ -96,12 +96,19 @@ class FrontDoor:
                 raise DerivationError(
                     f"derive: the learner's {name!r} has no shape yet; expected built parameters. Run it once: learner(torch.zeros(1, K))."
                 )
+        for name, part in learner.named_modules():
+            if isinstance(getattr(part, "door", None), FrontDoor):
+                raise DerivationError(
+                    f"derive: the learner's {name!r} is a program, which learns over a sequence; expected a function of one token. "
+                    "Run it before or after this one, on its outputs."
+                )
         self.learner, self.objective, self.rule, self.slow = learner, objective, rule, slow
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
-        self._found: dict[
-            str, int | Tensor
-        ] = {}  # closed-over tensors by name: where the fingerprint has them, or themselves
+        # Closed-over tensors: those that a trace read by value, with the count of their writes; and by name, where the
+        # fingerprint has them, or themselves.
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._found: dict[str, int | Tensor] = {}
         self.read()
 
     @property
@@ -111,11 +118,12 @@ class FrontDoor:
     def read(self) -> bool:
         """Read everything anew; return whether a trace made before still stands."""
         reading = Fingerprint(self.learner, self.objective, self.rule, watch=True)
-        stands = reading.key is not None and reading.key == self.key
+        unread = all(x._version == n for x, n in self._versions.values())
+        stands = unread and reading.key is not None and reading.key == self.key
         self.reading, self.key = reading, reading.key
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
-            self._found = {}
+            self._found, self._versions = {}, {}
         closed = {n: reading.tensors[x] if isinstance(x, int) else x for n, x in self._found.items()}
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
@@ -123,14 +131,11 @@ class FrontDoor:
         # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
         places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
         self.device = next(places, torch.device("cpu"))
-        # A tensor that is closed over may have been read by value (`.item()`, a mask's places): its writes are counted.
-        other = (x for x in reading.tensors if id(x) not in self._own and not x.requires_grad and not x.is_inference())
-        self._versions = [(x, x._version) for x in other]
         return stands
 
     def is_current(self) -> bool:
         """Is everything as it was read?"""
-        return self.reading.holds() and all(x._version == n for x, n in self._versions)
+        return self.reading.holds() and all(x._version == n for x, n in self._versions.values())
 
     # -- the three traces ----------------------------------------------------------------------------------------
 
@@ -217,6 +222,7 @@ class FrontDoor:
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
     ) -> Analysis:
         constants, lifted = self._lifted(who, gm)
+        self._versions |= {id(x): (x, x._version) for x in gm.meta["read"] if not x.is_inference()}
         return prepared(
             gm,
             who=who,
