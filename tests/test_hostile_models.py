@@ -79,3 +79,38 @@ def test_a_policy_that_looks_at_values_under_vmap():
     layer.nan_policy = "raise"
     x = torch.randn(3, 2, 5, 8)
     torch.testing.assert_close(vmap(lambda x: layer(x)[0])(x), torch.stack([layer(y)[0] for y in x]))
+
+
+@pytest.mark.parametrize("share_qk", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_padding_holds_reaches_no_gradient(share_qk, value):
+    torch.manual_seed(0)
+    layer = df.TestTimeTraining(
+        8, 2, learner=df.learners.Linear(), objective="squared", rule="sgd", chunk=3, use_gate=True, share_qk=share_qk
+    ).double()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = mask[1, :2] = False
+    x = torch.randn(2, 7, 8, dtype=torch.double)
+
+    def gradients(held):
+        given = torch.where(mask[..., None], x, held).requires_grad_()
+        y, _ = layer(given, attention_mask=mask)
+        return y[mask], torch.autograd.grad(y[mask].square().sum(), [given, *layer.parameters()])
+
+    (y, found), (want_y, want) = gradients(value), gradients(0.5)
+    torch.testing.assert_close(y, want_y)
+    torch.testing.assert_close(found, want)
+
+
+def test_what_padding_embeds_reaches_no_gradient(model, ids):
+    mask = said()["mask"]["attention_mask"][1]
+    embeds = model.get_input_embeddings()(ids[1]).detach()
+    labels = torch.where(mask.bool(), ids[1], -100)
+    params = list(model.model.layers.parameters())
+
+    def gradients(held):
+        given = torch.where(mask.bool()[..., None], embeds, held)
+        out = model(inputs_embeds=given, attention_mask=mask, labels=labels, use_cache=False)
+        return torch.autograd.grad(out.loss, params)
+
+    torch.testing.assert_close(gradients(torch.nan), gradients(0.5))

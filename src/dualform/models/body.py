@@ -207,7 +207,8 @@ class DualformModel(DualformPreTrainedModel):
         call = self._call(inputs_embeds, attention_mask, position_ids, past, packed, with_weights)
         first: Any = past.layers[0] if past is not None and past.layers else None
         is_first = first is None or not first.seen
-        h = inputs_embeds
+        # What padding holds reaches no gradient, not even as 0 times NaN.
+        h = inputs_embeds if call.mask is None else inputs_embeds.masked_fill(~call.mask[..., None], 0)
         for layer in self.layers:
             h = layer(h, call, past)
         if first is not None:
