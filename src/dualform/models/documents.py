@@ -68,7 +68,8 @@ def previous(valid: Tensor) -> Tensor:
     """Return the last token's column before each column of valid (B, S); -1 where there is none."""
     column = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid, column, -1).cummax(1).values
-    return F.pad(last[:, :-1], (1, 0), value=-1)
+    # No tensor of T - 1 columns: an export of any length would ask if that is 1.
+    return F.pad(last, (1, 0), value=-1)[:, :-1]
 
 
 def starts_by_positions(positions: Tensor, valid: Tensor | None, B: int, seen: int) -> Tensor | None:
