@@ -114,3 +114,14 @@ def test_what_padding_embeds_reaches_no_gradient(model, ids):
         return torch.autograd.grad(out.loss, params)
 
     torch.testing.assert_close(gradients(torch.nan), gradients(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16])
+def test_masks_of_every_type(model, ids, dtype):
+    for case in ("mask", "numbered mask"):
+        mask = said()[case]["attention_mask"][2 if case == "numbered mask" else 1]
+        want = model(ids[0], attention_mask=mask).logits
+        torch.testing.assert_close(model(ids[0], attention_mask=mask.to(dtype)).logits, want)
+    falls = (3 - said()["numbered mask"]["attention_mask"][2]).to(dtype)
+    with pytest.raises(ValueError, match="numbers documents that fall"):
+        model(ids[0], attention_mask=falls)

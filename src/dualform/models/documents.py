@@ -30,6 +30,8 @@ def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | 
             f"DualformModel: attention_mask has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)}{past}. Pass "
             "the 2D padding mask, 1 for tokens and 0 for padding."
         )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        mask = mask.long()  # in uint8 no step falls, and 2**31 is 0
     valid, starts = mask.bool(), None
     if mask.dtype != torch.bool and (not is_known(mask) or _is_numbered(mask)):
         before = previous(valid)
