@@ -125,3 +125,10 @@ def test_masks_of_every_type(model, ids, dtype):
     falls = (3 - said()["numbered mask"]["attention_mask"][2]).to(dtype)
     with pytest.raises(ValueError, match="numbers documents that fall"):
         model(ids[0], attention_mask=falls)
+
+
+@pytest.mark.parametrize("rows", [[2], [0, -3], torch.tensor([5])])
+def test_rows_that_are_not_there(model, ids, rows):
+    cache = model(ids[0], use_cache=True).past_key_values
+    with pytest.raises(IndexError, match=r"expected numbers of the batch = 2 rows, -2 \.\.\. 1"):
+        cache.batch_select_indices(rows)
