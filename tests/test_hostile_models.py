@@ -132,3 +132,10 @@ def test_rows_that_are_not_there(model, ids, rows):
     cache = model(ids[0], use_cache=True).past_key_values
     with pytest.raises(IndexError, match=r"expected numbers of the batch = 2 rows, -2 \.\.\. 1"):
         cache.batch_select_indices(rows)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_models_on_the_meta_device(model, ids, masked):
+    """Shapes without values, for who plans memory."""
+    given = {"attention_mask": torch.ones_like(ids[0], device="meta")} if masked else {}
+    assert model.to("meta")(ids[0].to("meta"), **given).logits.shape == (B, T, 259)
