@@ -56,6 +56,7 @@ _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"
 class _Read(NamedTuple):
     """What a layer makes of its input for the program, and what it carries beside the program's state."""
 
+    x: Tensor  # as it was given, padding blank
     q: Tensor
     k: Tensor
     v: Tensor
@@ -182,7 +183,7 @@ class TestTimeTraining(nn.Module):
             raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
         z = z.flatten(2)
         z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
-        z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
+        z = z if self.g_proj is None else F.gelu(self.g_proj(read.x), approximate="tanh") * z
         return self.o_proj(z), LayerState(memory, read.tails, read.position)
 
     def inner_losses(
@@ -220,6 +221,8 @@ class TestTimeTraining(nn.Module):
             )
         mask = None if attention_mask is None else attention_mask.bool()
         reset = None if reset is None else reset.bool()
+        if mask is not None:  # 0 times NaN is NaN, in each gradient that what padding holds would reach
+            x = x.masked_fill(~mask[..., None], 0)
         document = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.position
         segment, place = places(T, document, mask, reset)
         q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
@@ -234,7 +237,7 @@ class TestTimeTraining(nn.Module):
             gates["offset"] = self.offset
         params = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
         last = place[:, -1] + 1 if T else document
-        return _Read(q, k, v, gates, {"mask": mask, "reset": reset, "params": params}, tails, last)
+        return _Read(x, q, k, v, gates, {"mask": mask, "reset": reset, "params": params}, tails, last)
 
     def _angles(self, place: Tensor, like: Tensor) -> Tensor:
         kind = (self.head_dim, self.rope_theta, torch.promote_types(torch.float32, like.dtype))

@@ -34,6 +34,7 @@ from dualform.learning.proof import Proof, cache_folder
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
+from dualform.learning.transforms import is_known
 from dualform.shapes import ShapeError
 
 T = TypeVar("T")
@@ -262,7 +263,7 @@ class ChunkProgram(nn.Module):
                 o, after = primal(call.widened()._replace(learner=Twin(self.learner)))
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
-        if nan_policy == "raise" and not torch.compiler.is_compiling():
+        if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
 
             def after_tokens(n: int) -> State:
                 def cut(x: Tensor | None) -> Tensor | None:

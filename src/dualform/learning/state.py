@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree
 
+from dualform.learning.transforms import is_known
+
 
 class Carried:
     """Methods shared by everything that is carried: every field is a tensor, a mapping or another `Carried`, batch first."""
@@ -103,7 +105,12 @@ def row_numbers(rows: Any, count: int) -> Tensor:
             f"select: rows has shape {tuple(chosen.shape)} and type {chosen.dtype}; expected a list of row numbers, or one truth "
             f"value for each of the batch = {count} rows. Pass one of these."
         )
-    return torch.where(chosen < 0, chosen + count, chosen).long()
+    chosen = chosen.long()
+    if is_known(chosen) and bool(((chosen < -count) | (chosen >= count)).any()):
+        raise IndexError(
+            f"select: rows holds {chosen.tolist()}; expected numbers of the batch = {count} rows, {-count} ... {count - 1}. Pass those."
+        )
+    return torch.where(chosen < 0, chosen + count, chosen)
 
 
 def from_tensors(kind: type[State], tensors: dict[str, Tensor], path: str | Path) -> State:

@@ -19,9 +19,9 @@ def watched() -> bool:
 
 
 def is_known(x: Tensor) -> bool:
-    """May a call depend on a tensor's values? Not while it is traced, nor where they differ along an axis that vmap hides."""
+    """May a call depend on a tensor's values? Not while it is traced, nor on the meta device, nor where they differ along an axis that vmap hides."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+    if torch.compiler.is_compiling() or x.is_meta or get_proxy_mode() is not None:
         return False
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):

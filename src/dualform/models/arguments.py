@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils.generic import TransformersKwargs
 
 from dualform.catalogue import near_misses
+from dualform.learning.transforms import is_known
 
 # What transformers hands to every model, needed or not.
 spoken = TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__ | {"return_dict"}
@@ -28,13 +29,13 @@ def refuse_unknown(where: str, forward: Any, given: dict[str, Any], more: Sequen
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Refuse token ids that the embedding has no row for (not under torch.compile, which must not wait for values)."""
+    """Refuse token ids that the embedding has no row for (not where values are hidden: under torch.compile and vmap)."""
     if ids.ndim != 2 or ids.dtype not in (torch.long, torch.int):
         raise ValueError(
             f"DualformModel: input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected (batch, tokens) of whole "
             "numbers. Pass what the tokenizer returns with return_tensors='pt'."
         )
-    if torch.compiler.is_compiling() or not ids.numel():
+    if not ids.numel() or not is_known(ids):
         return
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= vocab_size:

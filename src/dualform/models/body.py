@@ -18,6 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from dualform.learning.layer import TestTimeTraining
+from dualform.learning.transforms import is_known
 from dualform.models.arguments import check_ids, refuse_unknown
 from dualform.models.attention import Attention
 from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
@@ -206,11 +207,12 @@ class DualformModel(DualformPreTrainedModel):
         call = self._call(inputs_embeds, attention_mask, position_ids, past, packed, with_weights)
         first: Any = past.layers[0] if past is not None and past.layers else None
         is_first = first is None or not first.seen
-        h = inputs_embeds
+        # What padding holds reaches no gradient, not even as 0 times NaN.
+        h = inputs_embeds if call.mask is None else inputs_embeds.masked_fill(~call.mask[..., None], 0)
         for layer in self.layers:
             h = layer(h, call, past)
         if first is not None:
-            first.note(None if torch.compiler.is_compiling() else input_ids, is_first)
+            first.note(input_ids if input_ids is not None and is_known(input_ids) else None, is_first)
         carried: dict[str, Any] = {CACHE: past}
         return BaseOutput(last_hidden_state=self.norm(h), **carried)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualform.learning.transforms import is_known
+
 packing = ("reset", "seq_idx", "cu_seq_lens_q")
 
 
@@ -28,12 +30,14 @@ def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | 
             f"DualformModel: attention_mask has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)}{past}. Pass "
             "the 2D padding mask, 1 for tokens and 0 for padding."
         )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        mask = mask.long()  # in uint8 no step falls, and 2**31 is 0
     valid, starts = mask.bool(), None
-    if mask.dtype != torch.bool and (torch.compiler.is_compiling() or _is_numbered(mask)):
+    if mask.dtype != torch.bool and (not is_known(mask) or _is_numbered(mask)):
         before = previous(valid)
         step = mask - mask.gather(1, before.clamp(min=0))
         starts = (valid & (before >= 0) & (step != 0))[:, mask.shape[1] - T :]
-        if not torch.compiler.is_compiling():
+        if is_known(mask):
             if bool((valid & (before >= 0) & (step < 0)).any()):
                 raise ValueError(
                     "DualformModel: attention_mask numbers documents that fall along a row; expected 0 for padding and documents "
@@ -45,7 +49,7 @@ def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | 
                     f"past + tokens) = {(B, seen + T)}, which says whether the first goes on. Pass that, or reset."
                 )
     valid = valid[:, mask.shape[1] - T :]
-    return None if not torch.compiler.is_compiling() and valid.all() else valid, starts
+    return None if is_known(valid) and valid.all() else valid, starts
 
 
 def _is_numbered(mask: Tensor) -> bool:
@@ -66,7 +70,8 @@ def previous(valid: Tensor) -> Tensor:
     """Return the last token's column before each column of valid (B, S); -1 where there is none."""
     column = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid, column, -1).cummax(1).values
-    return F.pad(last[:, :-1], (1, 0), value=-1)
+    # No tensor of T - 1 columns: an export of any length would ask if that is 1.
+    return F.pad(last, (1, 0), value=-1)[:, :-1]
 
 
 def starts_by_positions(positions: Tensor, valid: Tensor | None, B: int, seen: int) -> Tensor | None:
@@ -85,7 +90,7 @@ def starts_by_positions(positions: Tensor, valid: Tensor | None, B: int, seen: i
         step = positions - positions.gather(1, before.clamp(min=0))
         gap = torch.arange(T, device=positions.device) - before
         starts = valid & (before >= 0) & (step != 1) & (step != gap)
-    if seen and (torch.compiler.is_compiling() or not starts.any()):
+    if seen and (not is_known(starts) or not starts.any()):
         return None
     if seen:
         raise ValueError(
@@ -113,7 +118,7 @@ def starts_by_lengths(ends: Tensor, B: int, T: int) -> Tensor:
             f"DualformModel: cu_seq_lens_q has shape {tuple(ends.shape)} with batch = {B}; expected (documents + 1,) and one "
             "packed row, batch = 1. Pass reset (batch, tokens) for more rows."
         )
-    if not torch.compiler.is_compiling() and (int(ends[0]) != 0 or int(ends[-1]) != T or bool((ends.diff() < 0).any())):
+    if is_known(ends) and (int(ends[0]) != 0 or int(ends[-1]) != T or bool((ends.diff() < 0).any())):
         raise ValueError(
             f"DualformModel: cu_seq_lens_q is {ends.tolist()}; expected lengths that grow from 0 to the number of tokens = {T}. "
             "Pass the cumulative lengths of this row's documents."
@@ -127,7 +132,7 @@ def joined(*starts: Tensor | None) -> Tensor | None:
     for one in starts:
         if one is not None:
             found = one.bool() if found is None else found | one.bool()
-    return None if found is None or (not torch.compiler.is_compiling() and not found.any()) else found
+    return None if found is None or (is_known(found) and not found.any()) else found
 
 
 def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, device: torch.device) -> Tensor | None:
