@@ -1,0 +1,37 @@
+"""What a search of public learners, weights, objectives and rules found, each with its variants."""
+
+import torch
+from torch import nn
+
+import dualform as df
+from dualform.learning.lookups import _index_put
+from dualform.testing import check_forms
+
+D = 4
+
+
+class Learner(nn.Module):
+    """Any function of the tokens, weights and 32-bit places."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+        for name, shape in {"W": (D, D), "U": (D, D), "b": (D,)}.items():
+            setattr(self, name, nn.Parameter(0.5 * torch.randn(shape, dtype=torch.float64)))
+        self.register_buffer("places", torch.tensor([2, 0, 3, 0], dtype=torch.int32))
+
+    def forward(self, x):
+        return torch.tanh(self.run(self, x))
+
+
+def program_of(run):
+    torch.manual_seed(0)
+    return df.derive(Learner(run), rule=df.rules.SGD(lr=0.2), chunk=3)
+
+
+def test_places_of_32_bits():
+    """Where rows are wide, torch adds them at places of 64 bits only."""
+    x, at, rows = torch.zeros(4, 48), torch.tensor([2, 0, 3, 0], dtype=torch.int32), torch.randn(4, 48)
+    expected = torch.ops.aten.index_put(x, [at.long()], rows, True)
+    assert torch.equal(_index_put(x, [at], rows, True), expected)
+    check_forms(program_of(lambda s, x: x @ s.W[s.places] + s.U[(x @ s.W).argmax(-1).int()]), time=5)
