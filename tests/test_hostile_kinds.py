@@ -1,5 +1,6 @@
 """What a search of public learners, weights, objectives and rules found, each with its variants."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,3 +36,24 @@ def test_places_of_32_bits():
     expected = torch.ops.aten.index_put(x, [at.long()], rows, True)
     assert torch.equal(_index_put(x, [at], rows, True), expected)
     check_forms(program_of(lambda s, x: x @ s.W[s.places] + s.U[(x @ s.W).argmax(-1).int()]), time=5)
+
+
+def fixed_point(s, x):
+    """A step after some that carry no gradient, from zeros: deep equilibrium."""
+    z = torch.zeros_like(x)
+    with torch.no_grad():
+        for _ in range(2):
+            z = torch.tanh(z @ s.U + x @ s.W + s.b)
+    return z @ s.U + x @ s.W + s.b
+
+
+SHAPED = {
+    "fixed point": fixed_point,
+    "detached": lambda s, x: x @ s.W + (torch.ones_like(x) @ s.U).detach(),
+    "from a state of zeros": lambda s, x: torch.tanh(torch.zeros_like(x) @ s.U + s.b) @ s.U.exp() + x,
+}
+
+
+@pytest.mark.parametrize("run", SHAPED.values(), ids=SHAPED)
+def test_tensors_that_have_only_the_shape_of_the_tokens(run):
+    check_forms(program_of(run), time=5)
