@@ -57,3 +57,44 @@ SHAPED = {
 @pytest.mark.parametrize("run", SHAPED.values(), ids=SHAPED)
 def test_tensors_that_have_only_the_shape_of_the_tokens(run):
     check_forms(program_of(run), time=5)
+
+
+class Halved(torch.autograd.Function):
+    """The identity, with half its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 0.5 * g
+
+
+class Product(torch.autograd.Function):
+    """A product and where it is positive, with the gradient of one side halved."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        positive = a * b > 0
+        ctx.mark_non_differentiable(positive)
+        return a * b, positive
+
+    @staticmethod
+    def backward(ctx, g, _):
+        a, b = ctx.saved_tensors
+        return 0.5 * g * b, g * a
+
+
+def product(s, x):
+    y, positive = Product.apply(x @ s.W, x + s.b)
+    return y + positive
+
+
+FUNCTIONS = {"on tokens": lambda s, x: Halved.apply(x @ s.W) * s.b, "of two": product}
+
+
+@pytest.mark.parametrize("run", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_custom_functions_of_tokens(run):
+    check_forms(program_of(run), time=5)
