@@ -98,3 +98,12 @@ FUNCTIONS = {"on tokens": lambda s, x: Halved.apply(x @ s.W) * s.b, "of two": pr
 @pytest.mark.parametrize("run", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_custom_functions_of_tokens(run):
     check_forms(program_of(run), time=5)
+
+
+def test_a_closed_over_tensor_is_a_coefficient_as_it_is():
+    kept = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    rule = df.Rule(lambda i, lr: df.Step(A=((kept,),), b=(0.1 * lr,), u=(1.0,), a=1.0), resets=(False,))
+    program = df.derive(nn.Linear(D, D).double(), rule=rule, chunk=3)
+    check_forms(program, time=5)
+    x = torch.randn(1, 5, 1, D, dtype=torch.float64)
+    assert torch.autograd.grad(program(x, x, x)[0].square().sum(), kept)[0] != 0
