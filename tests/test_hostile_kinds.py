@@ -107,3 +107,9 @@ def test_a_closed_over_tensor_is_a_coefficient_as_it_is():
     check_forms(program, time=5)
     x = torch.randn(1, 5, 1, D, dtype=torch.float64)
     assert torch.autograd.grad(program(x, x, x)[0].square().sum(), kept)[0] != 0
+
+
+def test_a_norm_of_odd_order_is_an_objective():
+    """Its gradient is made with pow_, whose twin has another overload's name."""
+    program = df.derive(nn.Linear(D, D).double(), lambda p, t: (p - t).norm(p=3, dim=-1), chunk=3)
+    check_forms(program, time=5)
