@@ -51,6 +51,17 @@ class Recorded(Tensor):
         raise AssertionError(f"{func} outside its recording")
 
 
+def _twin(func: Any) -> Any:
+    """Find the op that does the same and is not in place: of the same arguments, as pow_.Scalar is pow.Tensor_Scalar."""
+    name = func._schema.name.removeprefix("aten::")
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    for overload in [] if packet is None else sorted(packet.overloads(), key=func._overloadname.__ne__):
+        twin = getattr(packet, overload)
+        if [str(a.type) for a in twin._schema.arguments] == [str(a.type) for a in func._schema.arguments]:
+            return twin
+    return None
+
+
 class Recorder(TorchDispatchMode):
     """Record every op into `graph`; ops in `table` run by their definition instead."""
 
@@ -79,13 +90,7 @@ class Recorder(TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op in place by its twin that is not, where nobody else sees the tensor."""
-        name = func._schema.name.removeprefix("aten::")
-        twin = (
-            getattr(getattr(aten, name.removesuffix("_"), None), func._overloadname, None)
-            if name.endswith("_")
-            else None
-        )
-        x = args[0] if args else None
+        twin, x = _twin(func), args[0] if args else None
         if twin is None or not isinstance(x, Recorded) or self.storages[_storage(x.shape_of)] > 1:
             raise CannotRecord(str(func))
         with self:

@@ -367,6 +367,8 @@ class Emitter:
         def run(weights: dict[str, Tensor], tokens: list[Tensor]) -> Tensor:
             local: dict[fx.Node, Any] = {one.leaf_nodes[n]: w for n, w in weights.items()}
             local |= {one.slow_nodes[n]: env[a.slow_nodes[n]] for n in one.slow_nodes}
+            # zeros_like(x) is no token and asks for its shape.
+            local |= {n: env[a.x].new_zeros(n.meta["val"].shape) for n in one.tokens}
             local |= {
                 self.twin[n]: x.reshape(self.twin[n].meta["val"].shape) for n, x in zip(toks, tokens, strict=True)
             }

@@ -204,9 +204,9 @@ class FrontDoor:
             return [x for x in leaves if isinstance(x, Tensor)]
 
         gm = trace(run, *(torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)))
-        inputs, found = _ends(gm)
-        a = self._analysis("rule", gm, inputs, {}, set())
+        a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
         mark(a, W)
+        _, found = _ends(gm)  # now: a tensor that is a coefficient as it is has become an input
         nodes = iter(found)
         results = [next(nodes) if isinstance(x, Tensor) else x for x in leaves]
         for node in found:

@@ -40,7 +40,7 @@ def _as_table(x: Tensor, indices: Indices) -> _Table:
     asked = list(torch.broadcast_shapes(*(i.shape for _, i in given)))
     flat = torch.zeros((), dtype=torch.int64, device=x.device)
     for k, i in given:
-        flat = flat * x.shape[k] + torch.remainder(i, x.shape[k])
+        flat = flat * x.shape[k] + torch.remainder(i.long(), x.shape[k])  # int32 is no index of gather
     rest = [x.shape[k] for k in others]
     rows = x.permute(axes + others).reshape(math.prod(x.shape[k] for k in axes), math.prod(rest))
     place = flat.expand(asked).reshape(-1, 1).expand(-1, rows.shape[1])

@@ -97,7 +97,7 @@ class Analysis:
         made, part = maker(node)
         args, kwargs = map_arg((made.args, dict(made.kwargs)), env.__getitem__)
         names = tuple(
-            row if s is self.x else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(made)
+            row if s in self.tokens[:1] else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(made)
         )
         return rules.Call(made.target, args, kwargs, env[node], part, names)  # type: ignore[arg-type]
 
