@@ -80,6 +80,9 @@ class Recorder(TorchDispatchMode):
                 result = written(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func._can_decompose():  # as below a definition of the table, where dispatch has gone past this
+            with self:
+                return func.decompose(*args, **kwargs)
         if func._schema.is_mutable:
             return self._write(func, args, kwargs)
         made = func(*_each(args, _shape), **{name: _shape(_each(x, _shape)) for name, x in kwargs.items()})

@@ -105,9 +105,14 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that an operator may: none that it was given, each laid out as its fake says."""
-    theirs = {x.data_ptr() for x in given}
-    return [x.clone(memory_format=torch.contiguous_format) if x.data_ptr() in theirs else x.contiguous() for x in found]
+    """Return tensors that an operator may: of no memory that it was given or returns twice, each laid out as its fake says."""
+    taken, own = {x.untyped_storage().data_ptr() for x in given}, []
+    for x in found:
+        y = x.contiguous()
+        y = y.clone(memory_format=torch.contiguous_format) if y.untyped_storage().data_ptr() in taken else y
+        taken.add(y.untyped_storage().data_ptr())
+        own.append(y)
+    return own
 
 
 @torch.library.custom_op("dualform::scan", mutates_args=())
