@@ -10,7 +10,6 @@ import itertools
 import keyword
 import math
 import re
-import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,7 @@ from dualform.learning.reassociate import reassociate
 from dualform.learning.regroup import join_products
 from dualform.learning.simplify import tidy
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
+from dualform.learning.transforms import TRACING, inside
 
 aten = torch.ops.aten
 
@@ -212,9 +212,15 @@ class Derivation:
             )
         self.loss(self._proved)
         self.rule(self._proved)
-        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at another number, too.
-        other = self.door.trace_learner(self._proved + 1, self.K, self.dtype).output.meta["val"].dtype
-        self.door.trace_objective(self._proved + 1, self.V, other, self.dtype)
+        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that is no size, too.
+        sizes = {
+            self.K,
+            self.V,
+            *(n for x in (*self.parts.fast.values(), *self.slow_values().values()) for n in x.shape),
+        }
+        W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
+        other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
+        self.door.trace_objective(W, self.V, other, self.dtype)
         if self.inner.form == "dual":
             bad = next((site for site in proof.sites if site.leaves and not site.admissible), None)
             if bad is not None:
@@ -360,35 +366,14 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
-_inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
-
-
-class _Tracing:
-    """torch's tracers keep state for the whole process: one thread at a time, and those that it waits for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        if not _inside.__dict__:
-            self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        if not _inside.__dict__:
-            self._lock.release()
-
-
-TRACING = _Tracing()
-
-
 def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
     """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
     nothing is real. One at a time; role "holds": what runs may trace in turn."""
-    if getattr(_inside, "worker", False):
+    if getattr(inside, "worker", False):
         return make()
 
     def run() -> Any:
-        setattr(_inside, role, True)
+        setattr(inside, role, True)
         return make()
 
     with TRACING, _uncollected():

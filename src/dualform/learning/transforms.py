@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,26 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
+
+inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
+
+
+class _Tracing:
+    """torch's tracers keep state for the whole process: one thread at a time, and those that it waits for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not inside.__dict__:
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        if not inside.__dict__:
+            self._lock.release()
+
+
+TRACING = _Tracing()
 
 
 def watched() -> bool:
@@ -42,6 +63,15 @@ def has_tangent(x: Tensor) -> bool:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Make tensors that later calls will use: no mode, grad mode or transform of the first caller reaches them."""
-    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+    """Make tensors that later calls will use: no mode, grad mode or transform of the first caller reaches them.
+
+    While it switches modes off it holds the tracers' lock: one stack of modes is the whole process's.
+    """
+    with (
+        TRACING,
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         yield
