@@ -243,8 +243,8 @@ def segment_products(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vector(x: Scalar, ones: Tensor) -> Tensor:
-    """Return x as a vector shaped like `ones`."""
-    return x.expand_as(ones) if isinstance(x, Tensor) else x * ones
+    """Return x as a vector like `ones`: a literal of fewer digits meets the others in theirs."""
+    return x.expand_as(ones).to(ones.dtype) if isinstance(x, Tensor) else x * ones
 
 
 def _at(x: Scalar, last: Tensor | None) -> Scalar:
