@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -30,9 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.calculus.custom import (
     DATA,
     Listener,
-    aside,
     listening,
-    replayed,
     requires_grad,
     set_requires_grad,
     transforms,
@@ -88,28 +86,6 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     gm = paired(normalised(functionalized(gm, _blame)), _blame)
     gm.meta["read"] = read
     return gm
-
-
-def replay(f: Callable[..., Any], *args: Tensor) -> Any:
-    """Call a function inside a trace of something else by its own trace: its detach and its gradients stay what they are.
-
-    f(*args), op by op; outside of a trace, f is called as it is
-    Shape:  f gives a tree of tensors and other things.
-    Dtype:  any.
-    Raises: as `trace`.
-    """
-    if get_proxy_mode() is None:
-        return f(*args)
-    shown: list[Any] = []
-
-    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        shown[:] = pytree.tree_flatten(f(*tensors))
-        return tuple(x for x in shown[0] if isinstance(x, Tensor))
-
-    with aside(args) as stand_ins:
-        gm = trace(flat, *stand_ins)
-    made = iter(replayed(gm, args))
-    return pytree.tree_unflatten([next(made) if isinstance(x, Tensor) else x for x in shown[0]], shown[1])
 
 
 def _standin(value: Tensor) -> Tensor:
