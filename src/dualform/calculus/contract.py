@@ -76,10 +76,9 @@ class _Task:
 def _path(inputs: tuple[frozenset[int], ...], output: frozenset[int], extents: tuple[int, ...]) -> tuple:
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
-    symbol = opt_einsum.get_symbol
-    search = DynamicProgramming(minimize="flops", cost_cap=False, search_outer=True)
-    named = [frozenset(symbol(k) for k in labels) for labels in inputs]
-    found = search(named, frozenset(symbol(k) for k in output), {symbol(k): n for k, n in enumerate(extents)})
+    search: Any = DynamicProgramming(minimize="flops", cost_cap=False, search_outer=True)
+    # Labels are numbers, not letters: sets of letters have another order in every process.
+    found = search(list(inputs), output, dict(enumerate(extents)))
     return tuple(tuple(sorted(pair)) for pair in found)
 
 

@@ -114,8 +114,9 @@ def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1
 
 
-def _nodes(values: Iterable[Any]) -> set[fx.Node]:
-    return {x for x in values if isinstance(x, fx.Node)}
+def _nodes(values: Iterable[Any]) -> dict[fx.Node, None]:
+    """Keep the nodes among some values, each once, in their order: a set would have that of their addresses."""
+    return dict.fromkeys(x for x in values if isinstance(x, fx.Node))
 
 
 def _sources(goals: Iterable[Any]) -> set[fx.Node]:
@@ -131,7 +132,7 @@ def _sources(goals: Iterable[Any]) -> set[fx.Node]:
 
 
 def _cheaper_inside(
-    free: list[fx.Node], fixed: set[fx.Node], ends: set[fx.Node], size: Callable[[fx.Node], float],
+    free: list[fx.Node], fixed: set[fx.Node], ends: dict[fx.Node, None], size: Callable[[fx.Node], float],
     work: Callable[[fx.Node], float],
 ) -> set[fx.Node]:  # fmt: skip
     """Choose the free nodes that had better run in the loop: a minimum cut between the loop and what comes after."""
@@ -157,8 +158,9 @@ def _cheaper_inside(
                 network.add_edge(stored(source), node)
             if source in free_nodes:
                 network.add_edge(node, source)  # inside only with all that it needs
-    for node in ends & (free_nodes | fixed):
-        network.add_edge(stored(node), "after")
+    for node in ends:
+        if node in free_nodes or node in fixed:
+            network.add_edge(stored(node), "after")
     _, (inside, _) = networkx.minimum_cut(network, "loop", "after")
     return {n for n in inside if n in free_nodes}
 
