@@ -516,87 +516,53 @@ def brief(one: Fields) -> str:
     )
 
 
-def rows(header: str, lines: list[list[str]]) -> str:
-    return harness.table(header.split(" | "), lines)
-
-
-def label(case: Fields) -> list[str]:
-    return [case["learner"], str(case["B"]), str(case["T"]), case["mode"], str(case["threads"])]
+def per_case(cases: list[Fields], columns: dict[str, Callable[[Fields], str]]) -> str:
+    """Spell a table with a row per case."""
+    lines = [[c["learner"], c["B"], c["T"], c["mode"], c["threads"], *(f(c) for f in columns.values())] for c in cases]
+    return harness.table(["learner", "B", "T", "pass", "threads", *columns], lines)
 
 
 def report(found: Fields) -> str:
     """Render every table as Markdown."""
-    cases = found["cases"]
+    cases, m = found["cases"], found["machine"]
     seen = {s for c in cases for s in c["ms"]} | {x["side"] for x in found["memory"] if "peak_bytes" in x}
-    ours = [s for s in OURS if s in seen]
-    m = found["machine"]
+    ours = {f"ours {s}": s for s in OURS if s in seen}
+    sides = {"official": "official", "naive": "naive", "SDPA": "sdpa"} | ours
     rates = {
         n: statistics.median([2 * 1024**3 / c["ms"]["gemm"]["median"] / 1e6 for c in cases if c["threads"] == n])
         for n in sorted({c["threads"] for c in cases})
     }
+    layers: dict[str, Callable[[Fields], str]] = {"official": lambda c: show_ms(c, "official layer")}
+    for name, s in ours.items():
+        layers[name] = lambda c, s=s: show_ms(c, f"{s} layer")
+        layers[f"ratio to {name}"] = lambda c, s=s: show_ratio(ratio(c, "official layer", f"{s} layer"))
+    beside = {f"{o} / {s}": (lambda c, o=o, s=s: show_ratio(ratio(c, o, s))) for s in ours.values() for o in INNER[:3]}
     text = [
         f"{m['processor']}, {m['cores']} cores ({m['vectors']}), torch {found['versions']['torch']}, commit {found['commit'][:9]}"
         f"{' and uncommitted changes' if found['uncommitted'] else ''}; load average {m['load'][0]} before the run. "
         + "".join(f"Matrix products of size 1024, {n} thread(s): {rate:.0f} GF/s. " for n, rate in rates.items())
         + "\n",
         "Inner part: medians, ms.\n",
-        rows(
-            "learner | B | T | pass | threads | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
-            [[*label(c), *(show_ms(c, s) for s in ("official", "naive", "sdpa", *ours))] for c in cases],
-        ),
+        per_case(cases, {name: (lambda c, s=s: show_ms(c, s)) for name, s in sides.items()}),
         "Time of the other over ours, median (quartiles) over rounds; more than 1: ours is faster.\n",
-        rows(
-            "learner | B | T | pass | threads | " + " | ".join(f"{o} / {s}" for s in ours for o in INNER[:3]),
-            [[*label(c), *(show_ratio(ratio(c, o, s)) for s in ours for o in INNER[:3])] for c in cases],
-        ),
+        per_case(cases, beside),
         "Share of the matrix-product rate, %. Every side is credited with the same work, a recomputed forward pass included.\n",
-        rows(
-            "learner | B | T | pass | threads | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
-            [[*label(c), *(show_share(c, s) for s in ("official", "naive", "sdpa", *ours))] for c in cases],
-        ),
+        per_case(cases, {name: (lambda c, s=s: show_share(c, s)) for name, s in sides.items()}),
         "Whole layer (projections, convolutions, rotary positions, norm, gate): medians, ms, and official / ours.\n",
-        rows(
-            "learner | B | T | pass | threads | official | " + " | ".join(f"ours {s} | ratio" for s in ours),
-            [
-                [
-                    *label(c),
-                    show_ms(c, "official layer"),
-                    *(
-                        cell
-                        for s in ours
-                        for cell in (
-                            show_ms(c, f"{s} layer"),
-                            show_ratio(ratio(c, "official layer", f"{s} layer")),
-                        )
-                    ),
-                ]
-                for c in cases
-            ],
-        ),
+        per_case(cases, layers),
     ]
     if found["memory"]:
         at = sorted({(x["learner"], x["T"]) for x in found["memory"]})
+        peaks = [[n, T, *(show_peak(found, n, s, T) for s in sides.values())] for n, T in at]
         text += [
             "Peak memory of forward + backward above the inputs (q, k, v, gates and the output's gradient), B 1, MiB.\n",
-            rows(
-                "learner | T | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
-                [
-                    [n, str(T), *(show_peak(found, n, s, T) for s in ("official", "naive", "sdpa", *ours))]
-                    for n, T in at
-                ],
-            ),
+            harness.table(["learner", "T", *sides], peaks),
         ]
     if found["compile"]:
+        cold = [[x["learner"], x["T"], x["side"], compile_seconds(x)] for x in found["compile"] if not x.get("skipped")]
         text += [
             "First forward + backward of a process with empty caches, less a later one, B 1, s.\n",
-            rows(
-                "learner | T | backend | s",
-                [
-                    [x["learner"], str(x["T"]), x["side"], f"{compile_seconds(x):.1f}"]
-                    for x in found["compile"]
-                    if not x.get("skipped")
-                ],
-            ),
+            harness.table(["learner", "T", "backend", "s"], cold),
         ]
     return "\n".join([*text, "Goals.\n", "\n".join(f"- {line}" for line in goals(found)), ""])
 
