@@ -109,6 +109,14 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             setattr(found, OTHER, getattr(found, CACHE))
         return found
 
+    def _expand_inputs_for_generation(self, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Beams, and several answers to one text, each go on from what its row has read.
+        ids, cache, copies = (kwargs.get(name) for name in ("input_ids", CACHE, "expand_size"))
+        for layer in cache.layers if isinstance(cache, Cache) and copies > 1 else ():
+            if isinstance(layer, Rollback) and layer.num_rows == len(ids):
+                layer.batch_repeat_interleave(copies)
+        return cast("Any", super())._expand_inputs_for_generation(**kwargs)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         try:
             cast("Any", super())._validate_model_kwargs(model_kwargs)
