@@ -144,7 +144,7 @@ def _family(
     def one(**values: float) -> Expansion:
         return log_densities(f"naive_{name}", [(density, tuple(values.values()))], slope, floor)
 
-    def several(theta: Any = usual) -> Expansion:
+    def several(theta: Sequence[float | Sequence[float]] = usual) -> Expansion:
         each = [t if isinstance(t, (tuple, list)) else (t,) for t in theta]
         return log_densities(name, [(density, t) for t in each], slope, floor)
 
