@@ -82,11 +82,12 @@ def expect(
         deepest = max(wrong, key=lambda e: sum(isinstance(part, int) for part in e["loc"]))
         place, found = "".join(f"[{part}]" for part in deepest["loc"] if isinstance(part, int)), deepest["input"]
         rules = dict.fromkeys(e["msg"].partition("Input should be ")[2] for e in wrong if e["input"] is found)
-        is_of_type = deepest["type"] in ("literal_error", "finite_number") or "ctx" in deepest
-        if not all(rules) or not (place or is_of_type):
+        says_more = ("literal", "finite", "greater", "less", "multiple")
+        if not all(rules) or not (place or deepest["type"].startswith(says_more)):
             rules = [f"a value of type {type_name(hint)}"]
-        if get_origin(hint) is Literal and isinstance(found, str):
-            advice = near_misses(found, [choice for choice in get_args(hint) if isinstance(choice, str)])
+        choices = [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
+        if normalise(str(found)) in map(normalise, choices):
+            advice = near_misses(str(found), choices)
         raise kind(f"{where}: {name}{place} is {found!r}; expected {' or '.join(rules)}. {advice}") from None
 
 
@@ -104,7 +105,7 @@ def _checker(hint: Any) -> Any:
     return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
 
 
-def annotations(function: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Return what a function says its parameters are, names looked up in its module; Any where it says nothing."""
     module, found = sys.modules.get(function.__module__), dict[str, Any]()
     names = dict(vars(module)) if module else {}
@@ -196,7 +197,7 @@ class Record:
     @cached_property
     def hints(self) -> dict[str, Any]:
         """What the function says each option is."""
-        return annotations(self.function)
+        return hints_of(self.function)
 
     @property
     def options(self) -> dict[str, Any]:

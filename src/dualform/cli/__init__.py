@@ -62,7 +62,7 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name in ("matplotlib", "plotille"):
         text = f"plots need the package {error.name!r}; expected the extra 'viz'. Run `pip install \"dualform[viz]\"`."
     elif not isinstance(error, (ValueError, OSError, TrainingDiverged, ModuleNotFoundError)):
-        first = text.strip().partition("\n")[0]
-        text = f"{type(error).__name__}: {first} This was not foreseen; --debug shows where it came from."
+        first = text.strip().partition("\n")[0].rstrip(".")
+        text = f"{type(error).__name__}: {first}. This was not foreseen; --debug shows where it came from."
     print(f"dualform: {text}", file=sys.stderr)
     return 2 if isinstance(error, (UsageError, SettingsError, CatalogueError)) else 1

@@ -30,7 +30,7 @@ def explain(
     target: str,
     /,
     *,
-    dim: int = 64,
+    dim: int | None = None,
     shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     wrt: str | None = None,
     axes: str | None = None,
@@ -46,7 +46,7 @@ def explain(
         A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a formula such
         as "x + y" or a FILE.py:NAME that is a function of tensors.
     dim
-        The width that a learner from a file is made with.
+        The width that a learner from a file is made with. Default 64.
     shapes
         The arguments and their shapes: --shapes x=2 y=2,2.
     wrt
@@ -62,7 +62,9 @@ def explain(
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
-    found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim)
+    if dim is not None and (shapes or not is_file_object(target) or dim < 1):
+        raise UsageError(f"explain: --dim is {dim}; expected a width >= 1 for a learner FILE.py:NAME. Leave it out.")
+    found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim or 64)
     if json:
         print(dumps(found.to_dict(), indent=2, ensure_ascii=False))
     elif format == "latex":
@@ -90,7 +92,10 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
     named = {n: tensors.pop(n) for n in names if n in _keyword_only(function)}
     chosen = wrt or next(iter(shapes))
     at: int | str = chosen if chosen in named else list(tensors).index(chosen)
-    found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
+    try:
+        found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
+    except ArithmeticError as error:
+        raise UsageError(f"explain: {target!r} cannot be computed ({error}); expected numbers. Change it.") from error
     if not isinstance(found, Derivative):
         raise UsageError(
             f"explain: {target!r} gives a {type(found).__name__}; expected one tensor. Take one of its parts."
@@ -127,7 +132,14 @@ def _matched(target: str, function: Callable[..., Any], names: list[str]) -> lis
 
 def _of_learner(target: str, dim: int) -> Any:
     if is_file_object(target):
-        learner = load_object(target)(dim)
+        make = load_object(target)
+        try:
+            learner = make(dim)
+        except Exception as error:  # the caller's too
+            raise UsageError(
+                f"explain: {target} called with ({dim}) raises {type(error).__name__}: {error}; expected NAME(dim) to make an "
+                "nn.Module. For a function of tensors pass --shapes."
+            ) from error
         if not isinstance(learner, nn.Module):
             raise UsageError(
                 f"explain: {target} made a {type(learner).__name__}; expected NAME(dim) to make an nn.Module. For a function of "
@@ -135,18 +147,19 @@ def _of_learner(target: str, dim: int) -> Any:
             )
         return derive(learner, rule=rules.SGD(lr=0.1)).explain()
     if target in presets:
-        return learning_layer(DualformConfig(preset=target, layer_types=["test_time"])).explain()
-    if Path(target).is_dir():
-        model, _ = load_model(target)
-        for layer in model.modules():
-            if isinstance(layer, TestTimeTraining):
-                return layer.explain()
-        raise UsageError(f"explain: no layer of {target} learns at test time; expected a 'test_time' layer.")
-    if not target.replace("-", "").replace("_", "").isalnum():
+        config = DualformConfig(preset=target)
+        found = [learning_layer(config)] if "test_time" in (config.layer_types or ()) else []
+    elif Path(target).is_dir():
+        found = [layer for layer in load_model(target)[0].modules() if isinstance(layer, TestTimeTraining)]
+    elif target.replace("-", "").replace("_", "").isalnum():
+        return presets[target]  # raises, with the near misses
+    else:
         raise UsageError(
             f"explain: {target!r} is no preset, folder or FILE.py:NAME; for a formula pass --shapes x=2 y=2,2."
         )
-    return presets[target]  # raises, with the near misses
+    if not found:
+        raise UsageError(f"explain: no layer of {target} learns at test time; expected a 'test_time' layer.")
+    return found[0].explain()
 
 
 def is_file_object(target: str) -> bool:

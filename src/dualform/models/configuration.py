@@ -153,6 +153,13 @@ class DualformConfig(PreTrainedConfig):
                 raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a finite number > 0.")
         if self.initializer_range < 0:
             raise ValueError(f"DualformConfig: initializer_range is {self.initializer_range}; expected a number >= 0.")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, held in (("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)):
+            if held is not None and not 0 <= held < self.vocab_size:
+                raise ValueError(
+                    f"DualformConfig: {name} is {held}; expected an id of the vocabulary, at most vocab_size - 1 = "
+                    f"{self.vocab_size - 1}, or None. Change one of the two."
+                )
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"DualformConfig: pad_token_id is {self.pad_token_id}; expected an id of the embedding, at most vocab_size - 1 = "
