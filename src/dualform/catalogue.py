@@ -231,7 +231,7 @@ class Record:
         if inner is not None and not is_left_out and (isinstance(value, Bound) or not callable(value)):
             return inner.build(value)
         frozen = _freeze(f"{where}: option {key!r}", value)
-        expect(where, f"option {key!r}", frozen, self.hints[key], self._advice(key), CatalogueError)
+        expect(where, key, frozen, self.hints[key], self._advice(key), CatalogueError)
         return frozen
 
     def _advice(self, key: str) -> str:
