@@ -13,8 +13,8 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 
 import dualform as df
-from dualform.catalogue import Bound, Catalogue, CatalogueError, _of_kind, expect, hints_of, type_name
-from dualform.cli import main
+from dualform.catalogue import Catalogue, CatalogueError, _of_kind, expect, hints_of, type_name
+from dualform.cli import bench, evaluate, explain, generate, main, train
 from dualform.functions.describe import given
 from dualform.models.configuration import DualformConfig
 from dualform.train.settings import Settings, SettingsError
@@ -55,26 +55,30 @@ def build(catalogue, name, **options):
     return catalogue.build({"name": name, **{n: needed[n] for n in empty}, **options})
 
 
+def refusal(call, kind=ValueError):
+    """Return the words with which a call is refused, which say what is right; None if it is not."""
+    try:
+        call()
+    except kind as error:
+        assert re.search("expected|Did you mean|Known|There are none", str(error)), error
+        return str(error)
+    return None
+
+
 def check_record(catalogue, name):
     """Each option refuses what is not of its type, by its name; what is of its type builds, or is refused in words."""
     record = catalogue[name]
     for option, hint in record.hints.items():
-        assert hint is not Any or option in record.nested or record.options[option] is None, f"{option} has no type"
+        is_open = option in record.nested or hint is Any
+        assert not is_open or option in record.nested or record.options[option] is None, f"{option} has no type"
+        where = rf"{record.kind}\.{record.name}: (option ')?{option}\b"
         for value in values:
-            try:
-                made = build(catalogue, name, **{option: value})
-            except ValueError as error:
-                text = str(error)
-                assert "expected" in text or "Did you mean" in text or "Known" in text or "There are none" in text, text
-                if option not in record.nested and not fits(value, hint):
-                    where = rf"{record.kind}\.{record.name}: (option ')?{option}\b"
-                    assert re.match(where, text) or hint is Any, f"{option} = {value!r} fails late: {text}"
-            else:
-                assert isinstance(made, Bound)
-                if option in record.nested or hint is Any:
-                    assert value is None or isinstance(value, tuple), f"{option} takes {value!r}"
-                else:
-                    assert fits(value, hint), f"{option} takes {value!r}"
+            text = refusal(lambda option=option, value=value: build(catalogue, name, **{option: value}))
+            if text is None:
+                is_right = value is None or isinstance(value, tuple) if is_open else fits(value, hint)
+                assert is_right, f"{option} takes {value!r}"
+            elif not is_open and not fits(value, hint):
+                assert re.match(where, text), f"{option} = {value!r} fails late: {text}"
 
 
 @pytest.mark.parametrize(("catalogue", "name"), records, ids=lambda x: x.kind if isinstance(x, Catalogue) else x)
@@ -178,28 +182,26 @@ own = [f for f in fields(DualformConfig) if f.name in DualformConfig.__annotatio
 def test_every_field_of_the_configuration_is_typed(field):
     hint = DualformConfig.__annotations__[field.name]
     for value in [*values, ["a"], [1], [None]]:
-        try:
-            config = DualformConfig(preset="tiny-ttt-linear", **{field.name: value})
-        except ValueError as error:
-            assert "expected" in str(error) or "Did you mean" in str(error) or "Known" in str(error), error
-            if hint is not Any and not fits(value, hint):
-                assert f"DualformConfig: {field.name}" in str(error), error
-        else:
+        text = refusal(lambda value=value: DualformConfig(preset="tiny-ttt-linear", **{field.name: value}))
+        if text is None:
             assert value is None if hint is Any else fits(value, hint), f"{field.name} takes {value!r}"
-            assert isinstance(getattr(config, field.name), float) or hint is not float
+        elif hint is not Any and not fits(value, hint):
+            assert f"DualformConfig: {field.name}" in text
+
+
+def test_whole_numbers_become_the_fractions_that_fields_are():
+    config = DualformConfig(preset="tiny-ttt-linear", rope_theta=3, initializer_range=1)
+    assert [type(config.rope_theta), type(config.initializer_range)] == [float, float]
 
 
 @pytest.mark.parametrize("field", fields(Settings), ids=lambda f: f.name)
 def test_every_setting_is_typed(field):
     hint = hints_of(Settings)[field.name]
     for value in values:
-        try:
-            Settings(**{field.name: value})
-        except SettingsError as error:
-            assert f"{field.name} is " in str(error), error
-            assert "expected" in str(error)
-        else:
-            assert fits(value, hint), f"{field.name} takes {value!r}"
+        text = refusal(lambda value=value: Settings(**{field.name: value}), SettingsError)
+        assert fits(value, hint) if text is None else f"{field.name} is " in text, (
+            f"{field.name} takes {value!r}: {text}"
+        )
 
 
 # -- and by the command line, with no traceback
@@ -318,6 +320,20 @@ def test_a_users_mistake_is_one_line(folder, capfd, monkeypatch, words):
     assert "Traceback" not in err
     assert "not foreseen" not in err
     assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
+
+
+def test_words_are_not_rounded(capfd):
+    """Every number of every verb that counts something."""
+    counted = 0
+    for verb in (train, generate, evaluate, bench, explain):
+        needs = {"generate": ["model", "--prompt", "a"], "evaluate": ["model"], "bench": ["cpu"], "explain": ["x"]}
+        for option, hint in hints_of(verb).items():
+            if int in (hint, *typing.get_args(hint)):
+                words = [verb.__name__, *needs.get(verb.__name__, []), f"--{option.replace('_', '-')}", "1.5"]
+                assert main(words) == 2
+                assert "it is 1.5; expected a whole number" in " ".join(capfd.readouterr().err.replace("│", "").split())
+                counted += 1
+    assert counted > 12
 
 
 def test_debug_shows_where_an_error_came_from(folder, capfd, monkeypatch):

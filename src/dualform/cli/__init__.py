@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import convert as converted
 from transformers.utils import logging
 
 from dualform.catalogue import CatalogueError
@@ -23,8 +26,19 @@ from dualform.cli.train import train
 from dualform.train.loop import TrainingDiverged
 from dualform.train.settings import SettingsError
 
+
+def read_words(kind: Any, words: Sequence[Token]) -> Any:
+    """Read what stands on the command line as cyclopts does, but round nothing: 1.5 steps are a mistake."""
+    value = converted(kind, words)
+    for word in words if kind is int else ():
+        if "." in word.value and float(word.value) != value:
+            raise ValueError(f"it is {word.value}; expected a whole number.")
+    return value
+
+
 app = App(
     name="dualform",
+    default_parameter=Parameter(converter=read_words),
     help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert, bench; functions that such layers are made of. "
     "--debug anywhere shows where an error came from.",
     version_flags=[],

@@ -64,15 +64,22 @@ def explain(
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
     if dim is not None and (shapes or not is_file_object(target) or dim < 1):
         raise UsageError(f"explain: --dim is {dim}; expected a width >= 1 for a learner FILE.py:NAME. Leave it out.")
-    found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim or 64)
+    try:
+        found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim or 64)
+        text = _written(found, target, format, json)
+    except ArithmeticError as error:
+        raise UsageError(f"explain: {target} cannot be computed ({error}); expected numbers. Change it.") from error
+    print(text)
+
+
+def _written(found: Any, target: str, format: str, json: bool) -> str:
     if json:
-        print(dumps(found.to_dict(), indent=2, ensure_ascii=False))
-    elif format == "latex":
-        print(found.to_latex())
-    elif format == "html":
-        print(f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(target)}</title>\n{found._repr_html_()}')
-    else:
-        print(found)
+        return dumps(found.to_dict(), indent=2, ensure_ascii=False)
+    if format == "latex":
+        return found.to_latex()
+    if format == "html":
+        return f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(target)}</title>\n{found._repr_html_()}'
+    return str(found)
 
 
 def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None, level: str) -> Any:
@@ -92,10 +99,7 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
     named = {n: tensors.pop(n) for n in names if n in _keyword_only(function)}
     chosen = wrt or next(iter(shapes))
     at: int | str = chosen if chosen in named else list(tensors).index(chosen)
-    try:
-        found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
-    except ArithmeticError as error:
-        raise UsageError(f"explain: {target!r} cannot be computed ({error}); expected numbers. Change it.") from error
+    found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
     if not isinstance(found, Derivative):
         raise UsageError(
             f"explain: {target!r} gives a {type(found).__name__}; expected one tensor. Take one of its parts."
