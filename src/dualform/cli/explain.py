@@ -30,7 +30,7 @@ def explain(
     target: str,
     /,
     *,
-    dim: int | None = None,
+    dim: int = 64,
     shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     wrt: str | None = None,
     axes: str | None = None,
@@ -46,7 +46,7 @@ def explain(
         A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a formula such
         as "x + y" or a FILE.py:NAME that is a function of tensors.
     dim
-        The width that a learner from a file is made with. Default 64.
+        The width that a learner from a file is made with.
     shapes
         The arguments and their shapes: --shapes x=2 y=2,2.
     wrt
@@ -62,10 +62,10 @@ def explain(
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
-    if dim is not None and (shapes or not is_file_object(target) or dim < 1):
-        raise UsageError(f"explain: --dim is {dim}; expected a width >= 1 for a learner FILE.py:NAME. Leave it out.")
+    if dim < 1:
+        raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64.")
     try:
-        found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim or 64)
+        found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim)
         text = _written(found, target, format, json)
     except ArithmeticError as error:
         raise UsageError(f"explain: {target} cannot be computed ({error}); expected numbers. Change it.") from error
