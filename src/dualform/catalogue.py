@@ -114,7 +114,7 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
         hint = Any if parameter.annotation is parameter.empty else parameter.annotation
         try:
             found[name] = eval(hint, names) if isinstance(hint, str) else hint
-        except NameError:  # a type that another function made
+        except (NameError, AttributeError):  # a type that is made elsewhere, or for type checkers only
             found[name] = Any
     return found
 
