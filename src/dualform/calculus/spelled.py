@@ -7,8 +7,7 @@ fake_quantize(x) = x + (level - x).detach()
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,22 +115,24 @@ def _layer_norm(
     return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """As its definition, not fused, on the CPU too."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+
+
 # Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm) wrongly, or twice not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.cdist: _cdist,
     torch.layer_norm: _layer_norm,
     torch.nn.functional.layer_norm: _layer_norm,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
 }
 
 
-class _Twice(TorchFunctionMode):
+class differentiable_twice(TorchFunctionMode):
+    """Run what torch cannot differentiate twice or thrice by its definition."""
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return (TWICE.get(func) or func)(*args, **(kwargs or {}))
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Run what torch cannot differentiate twice or thrice by its definition, fused attention on the CPU too."""
-    with sdpa_kernel(SDPBackend.MATH), _Twice():
-        yield

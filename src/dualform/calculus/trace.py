@@ -6,6 +6,7 @@ randomness, data-dependent control flow and writes to inputs or buffers are refu
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import logging
 import re
@@ -30,14 +31,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.calculus.custom import (
     DATA,
     Listener,
+    Plain,
     listening,
     requires_grad,
     set_requires_grad,
     transforms,
 )
 from dualform.calculus.functional import functionalized
+from dualform.calculus.hollow import Hollow, Hollows
 from dualform.calculus.normal import normalised
 from dualform.calculus.pairs import paired
+from dualform.calculus.recorder import record_as_called
 from dualform.calculus.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -66,21 +70,48 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         >>> [node.target._opname for node in gm.graph.nodes if node.op == "call_function"]
         ['clone', 'relu']
     """
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled():
+        try:
+            return _recorded(f, args)
+        except Exception:  # whatever it is, torch's own tracer knows more, or says it better
+            return _traced_by_torch(f, args)
+
+
+def _recorded(f: Callable[..., Any], args: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
+    read: list[Tensor] = []
+    listener = Plain(trace, _note, transforms())
+    gm = record_as_called(_with_lines(f, read, listener), _names(f, len(args)), args)
+    with Hollows():
+        return _checked(gm, read)
+
+
+def _names(f: Callable[..., Any], count: int) -> list[str]:
+    """Name a graph's inputs as torch's tracer does, after f's."""
+    code = getattr(inspect.unwrap(f), "__code__", None)
+    if code is None or code.co_flags & inspect.CO_VARARGS:
+        return [f"arg{n}_1" for n in range(count)]
+    return [f"{name}_1" for name in list(inspect.signature(f).parameters)[:count]]
+
+
+def _traced_by_torch(f: Callable[..., Any], args: tuple[Tensor, ...]) -> fx.GraphModule:
     inputs, read = [_standin(a) for a in args], []
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
+    run = _with_lines(f, read, Listener(trace, _note, transforms()))
     # A graph's Python code is written when somebody runs it: most are only read.
-    lazy = _use_lazy_graph_module(True)
-    quiet = _quiet("torch._subclasses.fake_tensor")
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, quiet, _uncompiled():
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"):
         try:
-            gm = make_fx(_with_lines(f, read), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(
-                *inputs
-            )
+            gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
             raise
         except Exception as error:
             _reraise(error)
+    return _checked(gm, read)
+
+
+def _checked(gm: fx.GraphModule, read: list[Tensor]) -> fx.GraphModule:
+    """Refuse what a trace cannot hold, and bring the rest into one form."""
     _refuse_values(gm)
     _refuse_randomness(gm)
     gm = paired(normalised(functionalized(gm, _blame)), _blame)
@@ -90,16 +121,17 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
 
 def _standin(value: Tensor) -> Tensor:
     """A tensor object of its own (make_fx merges identical ones) that no caller can see being written to."""
+    if isinstance(value, Hollow):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _Lines(TorchFunctionMode):
     """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
-    def __init__(self, read: list[Tensor]) -> None:
+    def __init__(self, read: list[Tensor], listener: Listener) -> None:
         super().__init__()
-        self.read = read
-        self.listener = Listener(trace, _note, transforms())
+        self.read, self.listener = read, listener
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -197,11 +229,11 @@ def _places(index: Any, shape: torch.Size | None = None) -> Any:
     return tuple(found)
 
 
-def _with_lines(f: Callable[..., Any], read: list[Tensor]) -> Callable[..., Any]:
+def _with_lines(f: Callable[..., Any], read: list[Tensor], listener: Listener) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(read) as lines, listening(lines.listener):
-            lines.listener.begin(args)
+        with _Lines(read, listener), listening(listener):
+            listener.begin(args)
             return f(*args)
 
     return run

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.editing import without_dead
 from dualform.calculus.kept import is_stopped
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
 
@@ -182,7 +183,7 @@ def _in_one_pass(graph: fx.Graph, products: set[Any]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
             _accumulate(graph, node, products)
-    graph.eliminate_dead_code()
+    without_dead(graph)
 
 
 def _accumulate(graph: fx.Graph, node: fx.Node, products: set[Any]) -> None:

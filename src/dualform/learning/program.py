@@ -160,19 +160,20 @@ class ChunkProgram(nn.Module):
         )
         with TRACING:
             self.plans.pop((K, dtype, form), None)
-            return self._planned((K, dtype, form), source and source.derivation)
+            return self._planned((K, dtype, form), source)
 
-    def _planned(self, key: tuple[int, torch.dtype, str], source: Derivation | None = None) -> scan_module.Plan:
+    def _planned(self, key: tuple[int, torch.dtype, str], source: scan_module.Plan | None = None) -> scan_module.Plan:
         K, dtype, form = key
         with TRACING:
             if key not in self.plans:
                 observed = form == "losses"
                 inner = Inner(self.rule, self.target, "auto" if observed else form, observed)
-                build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, source)
+                given = source and source.derivation
+                build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, given)
                 made = undisturbed(build)
                 twin = _structures.setdefault(made.structure, scan_module.Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-                plan = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
+                plan = scan_module.Plan(made, twin.ways, twin.natives, twin.counts, source=source)
                 plan.is_checked, plan.checked = proving.is_on(self.prove), twin.checked
                 self.plans[key] = plan
                 self.out_width = made.V if K == self.width else self.out_width

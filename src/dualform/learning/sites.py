@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
@@ -26,6 +25,7 @@ from dualform.calculus import rules
 from dualform.calculus.custom import value_of
 from dualform.calculus.definitions import definition_of
 from dualform.calculus.kept import is_kept, named
+from dualform.calculus.recorder import below_dispatch
 from dualform.calculus.relations import Lookup
 from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label, Term
@@ -259,7 +259,7 @@ def _definition(node: fx.Node) -> Callable[..., Any] | None:
 
     if getattr(written, "__self__", None) is not node.target:
         return definition
-    return make_fx(definition, tracing_mode="real")(*(s.meta["val"] for s in node.all_input_nodes))  # after dispatch
+    return below_dispatch(definition, [s.meta["val"] for s in node.all_input_nodes])
 
 
 def mark(a: Analysis, W: int) -> None:
