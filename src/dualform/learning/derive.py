@@ -34,6 +34,7 @@ from dualform.calculus.kept import written_out
 from dualform.calculus.recorder import CannotRecord, record
 from dualform.calculus.trace import source_line
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
+from dualform.learning.forms import Form, forms
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
 from dualform.learning.lookups import lookups_as_gathers
@@ -247,13 +248,22 @@ class Derivation:
         W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
-        if self.inner.form == "dual":
-            bad = next((site for site in proof.sites if site.leaves and not site.admissible), None)
-            if bad is not None:
-                raise DerivationError(
-                    f"derive: form='dual' does not exist at {source_line(bad.node)}: {bad.why}; expected weights that enter "
-                    "affinely, or as a product that can be re-associated. Use form='auto' (weights per token there)."
-                )
+        self._expect_form(forms[self.inner.form], proof)
+
+    def _expect_form(self, form: Form, a: Analysis) -> None:
+        if why := form.applies(self.inner.rule, a):
+            raise DerivationError(
+                f"derive: form={form.name!r} does not exist at {why}; expected {form.expected}. Use form='auto' (weights per token there)."
+            )
+
+    def forms(self) -> dict[str, str | None]:
+        """Say for each form why it does not apply; None if it does."""
+
+        def why(form: Form) -> str | None:
+            W = self._proved
+            return form.applies(self.inner.rule, reassociate(self.as_written(W), W, always=form.reassociates))
+
+        return undisturbed(lambda: {name: why(form) for name, form in forms.items() if name != "auto"})
 
     @property
     def _proved(self) -> int:
@@ -280,7 +290,7 @@ class Derivation:
         if W not in self.analyses:
             a = self.as_written(W)
             if self.per_token is None:
-                a = reassociate(a, W, always=self.inner.form == "dual")
+                a = reassociate(a, W, always=forms[self.inner.form].reassociates)
             else:
                 a.sites[self.per_token].admissible, a.sites[self.per_token].why = False, "it was asked for"
             self.analyses[W] = a

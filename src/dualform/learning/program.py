@@ -25,6 +25,7 @@ from dualform.learning.derive import TRACING, Derivation, Step, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
+from dualform.learning.forms import forms
 from dualform.learning.front_door import FrontDoor, Parts
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
@@ -38,7 +39,6 @@ from dualform.learning.transforms import is_known
 from dualform.shapes import ShapeError
 
 T = TypeVar("T")
-forms = ("auto", "dual", "primal")
 
 
 class Bounded(OrderedDict[Any, T]):
@@ -247,7 +247,7 @@ class ChunkProgram(nn.Module):
                 NonFiniteError where the state is not finite, naming row, head and mini-batch (not inside torch.compile).
         """
         if form not in forms:
-            raise DerivationError(f"program: form is {form!r}; expected one of {forms}. Choose one of these.")
+            raise DerivationError(f"program: form is {form!r}; expected one of {(*forms,)}. Choose one of these.")
         backend = backends_key(backend)
         if not (remat in ("auto", None) or (isinstance(remat, int) and remat > 0)):
             raise ShapeError(
@@ -259,7 +259,7 @@ class ChunkProgram(nn.Module):
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
         if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
-        if form == "primal":
+        if not forms[form].corrections:
             with torch.autocast(q.device.type, enabled=False):
                 o, after = primal(call.widened()._replace(learner=Twin(self.learner)))
         else:
@@ -502,6 +502,11 @@ class ChunkProgram(nn.Module):
 
     def __repr__(self) -> str:
         return f"ChunkProgram({type(self.learner).__name__}, rule={self.rule.name!r}, chunk={self.chunk})"
+
+    @property
+    def forms(self) -> dict[str, str | None]:
+        """Each form by name: None if it applies, or the learner's line and why it does not; `form="auto"` takes what is cheapest."""
+        return self.derivation.forms()
 
     @property
     def sites(self) -> list[Choice]:
