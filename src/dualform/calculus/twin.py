@@ -53,6 +53,8 @@ class Twin:
         return result
 
     def _copy(self, x: Any) -> Any:
+        if type(x) in _ATOMS:
+            return x
         if id(x) in self._copies:
             return self._copies[id(x)]
         self._held.append(x)
@@ -144,6 +146,7 @@ class _Cell:
         self.cell.cell_contents = value
 
 
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (tuple, Twin._tuple),
     (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),

@@ -57,7 +57,7 @@ class Bounded(OrderedDict[Any, T]):
 class Inputs(NamedTuple):
     """A call, checked and cast; q, k, v and gates of fewer digits than are computed with stay as they are given."""
 
-    learner: Any  # a Twin, for the definition alone
+    learner: Any  # runs the learner on other tensors, for the definition alone
     objective: Callable[[Tensor, Tensor], Tensor]
     target: str
     rule: Rule
@@ -260,7 +260,8 @@ class ChunkProgram(nn.Module):
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False):
-                o, after = primal(call.widened()._replace(learner=Twin(self.learner)))
+                # A twin for each call of it: what runs late (hooks, checkpoints, a Function's context) reads that call's tensors.
+                o, after = primal(call.widened()._replace(learner=lambda tensors, x: Twin(self.learner)(tensors, x)))
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
