@@ -11,22 +11,22 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.constants import Constants
 from dualform.calculus.custom import (
     DATA,
     Listener,
@@ -44,16 +44,17 @@ from dualform.shapes import ShapeError, TraceError
 aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parents[1])
 
 
-def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({})) -> fx.GraphModule:
     """Trace a function of flat tensors into a graph of functional aten ops.
 
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
     Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
-    two, its real and its imaginary part. gm.meta["read"]: closed-over tensors whose values the graph was made for.
+    two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for, closed-over ones or of
+    `known`: inputs, by position, that are constants.
     A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
     The graph is for these shapes, dtypes and devices. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
@@ -66,7 +67,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         >>> [node.target._opname for node in gm.graph.nodes if node.op == "call_function"]
         ['clone', 'relu']
     """
-    inputs, read = [_standin(a) for a in args], []
+    inputs, constants = [_standin(a) for a in args], Constants(known)
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
     # A graph's Python code is written when somebody runs it: most are only read.
@@ -74,7 +75,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     quiet = _quiet("torch._subclasses.fake_tensor")
     with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, quiet, _uncompiled():
         try:
-            gm = make_fx(_with_lines(f, read), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(
+            gm = make_fx(_with_lines(f, constants), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(
                 *inputs
             )
         except (ShapeError, TraceError):
@@ -84,7 +85,7 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     _refuse_values(gm)
     _refuse_randomness(gm)
     gm = paired(normalised(functionalized(gm, _blame)), _blame)
-    gm.meta["read"] = read
+    gm.meta["read"] = constants.read
     return gm
 
 
@@ -96,31 +97,24 @@ def _standin(value: Tensor) -> Tensor:
 class _Lines(TorchFunctionMode):
     """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
-    def __init__(self, read: list[Tensor]) -> None:
+    def __init__(self, constants: Constants) -> None:
         super().__init__()
-        self.read = read
+        self.constants = constants
         self.listener = Listener(trace, _note, transforms())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         _note()
-        if func in _READ or func in _SIZED or func in _MASKED or func is Tensor.__getitem__:
-            masks = func in _MASKED or func is Tensor.__getitem__
-            self.read += [x for x in pytree.tree_leaves(args) if type(x) is Tensor and (not masks or _is_known_mask(x))]
         if not self.listener.sees((args, kwargs)):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
-        if func in _MASKED and not kwargs and _is_known_mask(args[1]):
-            shape = torch.broadcast_shapes(*(t.shape for t in args))
-            func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
-        elif func is Tensor.__getitem__:
-            args = (args[0], _places(args[1]))
-        elif func in _SIZED and type(args[0]) is Tensor and not args[0].is_floating_point():
-            with temporarily_clear_interpreter_stack(), _disable_current_modes():
-                return func(*args, **kwargs)
+        call = self.constants.call(func, args, kwargs)
+        if isinstance(call, list):
+            return call[0]
+        func, args, kwargs = call
         result = (SPELLED.get(func) or func)(*args, **kwargs)
-        return self.listener.marked(func, args, kwargs, result)
+        return self.constants.made(func, args, kwargs, self.listener.marked(func, args, kwargs, result))
 
 
 def _note() -> str:
@@ -168,40 +162,12 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 }
 
 
-# Their results' sizes depend on values: of places and masks that the function closes over, these are known.
-_SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
-_SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
-_READ = {
-    getattr(Tensor, n)
-    for n in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
-}
-_READ |= {Tensor.__complex__, Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__}
-_MASKED = {Tensor.masked_select, torch.masked_select}
-
-
-def _is_known_mask(value: Any) -> bool:
-    """Is it a mask that the function closes over? Its values are the function's, not its inputs'."""
-    return type(value) is Tensor and value.dtype == torch.bool
-
-
-def _places(index: Any, shape: torch.Size | None = None) -> Any:
-    """An index whose closed-over masks say where they are true."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(map(_is_known_mask, parts)):
-        return index
-    found: list[Any] = []
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        for part in parts:
-            mask = part if shape is None or not _is_known_mask(part) else part.expand(shape)
-            found += mask.nonzero(as_tuple=True) if _is_known_mask(part) else [part]
-    return tuple(found)
-
-
-def _with_lines(f: Callable[..., Any], read: list[Tensor]) -> Callable[..., Any]:
+def _with_lines(f: Callable[..., Any], constants: Constants) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(read) as lines, listening(lines.listener):
+        with _Lines(constants) as lines, listening(lines.listener):
             lines.listener.begin(args)
+            constants.begin(args)
             return f(*args)
 
     return run

@@ -148,7 +148,10 @@ class FrontDoor:
         def run(*tensors: Tensor) -> Any:
             return twin(dict(zip(names, tensors[:-1], strict=True)), tensors[-1])
 
-        gm = trace(run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device=self.device))
+        tables = {k: self.parts.buffers[n] for k, n in enumerate(names) if n in self.parts.buffers}
+        gm = trace(
+            run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device=self.device), known=tables
+        )
         inputs, result = _ends(gm)
         if not isinstance(result, fx.Node):
             raise DerivationError(
