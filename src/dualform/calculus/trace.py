@@ -236,7 +236,7 @@ def _refuse_data(where: str) -> NoReturn:
 
 
 def _reraise(error: Exception) -> NoReturn:
-    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename)]
+    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename) and fr.line]
     where = _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
     reads = ("DataDependent", "DynamicOutputShape")
     text = str(error)

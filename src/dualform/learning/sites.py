@@ -31,6 +31,7 @@ from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
 from dualform.learning.lookups import lookups_as_gathers
+from dualform.shapes import TraceError
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -209,7 +210,15 @@ def _spell_out(graph: fx.GraphModule) -> None:
         if definition is None:
             continue
         sources = list(node.all_input_nodes)
-        part = trace(definition, *(s.meta["val"] for s in sources))
+        try:
+            part = trace(definition, *(s.meta["val"] for s in sources))
+        except TraceError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+            raise DerivationError(
+                f"derive: {op_name(node)} at {source_line(node)} has no definition for {error.__cause__}; expected a form of it that "
+                "is in the table of ops. Write it with other ops."
+            ) from error
         if any(n.op == "get_attr" or str(n.target).startswith("prims.") for n in part.graph.nodes):
             continue
         copies: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), sources, strict=True))
