@@ -105,9 +105,9 @@ class FrontDoor:
         self.learner, self.objective, self.rule, self.slow = learner, objective, rule, slow
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
-        # Closed-over tensors: those that a trace read by value, with the count of their writes; and by name, where the
-        # fingerprint has them, or themselves.
-        self._versions: dict[int, tuple[Tensor, int]] = {}
+        # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them; closed-over ones
+        # by name, where it has them, or themselves.
+        self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self.read()
 
@@ -118,8 +118,9 @@ class FrontDoor:
     def read(self) -> bool:
         """Read everything anew; return whether a trace made before still stands."""
         reading = Fingerprint(self.learner, self.objective, self.rule, watch=True)
-        unread = all(x._version == n for x, n in self._versions.values())
-        stands = unread and reading.key is not None and reading.key == self.key
+        there = dict(enumerate(reading.tensors))
+        same = all(at is None or there.get(at) is x for x, _, at in self._versions.values())
+        stands = same and self._unwritten() and reading.key is not None and reading.key == self.key
         self.reading, self.key = reading, reading.key
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
@@ -135,7 +136,15 @@ class FrontDoor:
 
     def is_current(self) -> bool:
         """Is everything as it was read?"""
-        return self.reading.holds() and all(x._version == n for x, n in self._versions.values())
+        return self.reading.holds() and self._unwritten()
+
+    def _unwritten(self) -> bool:
+        return all(_writes(x) == n for x, n, _ in self._versions.values())
+
+    @property
+    def fixed(self) -> list[str]:
+        """Buffers whose values a trace has read: numbers, masks and sizes that the graph was made for."""
+        return [self._own[x] for x in self._versions if x in self._own]
 
     # -- the three traces ----------------------------------------------------------------------------------------
 
@@ -225,7 +234,7 @@ class FrontDoor:
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
     ) -> Analysis:
         constants, lifted = self._lifted(who, gm)
-        self._versions |= {id(x): (x, x._version) for x in gm.meta["read"] if not x.is_inference()}
+        self._versions |= {id(x): (x, _writes(x), self._slot.get(id(x))) for x in gm.meta["read"]}
         return prepared(
             gm,
             who=who,
@@ -290,6 +299,10 @@ class TracedRule(NamedTuple):
 def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
     return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
+
+
+def _writes(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:

@@ -309,6 +309,7 @@ class ChunkProgram(nn.Module):
     ) -> tuple[Tensor, State]:
         if not torch.compiler.is_compiling():
             self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            self._expect_fixed(call.rest)
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -328,6 +329,16 @@ class ChunkProgram(nn.Module):
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])
+
+    def _expect_fixed(self, rest: Mapping[str, Tensor]) -> None:
+        """Refuse other values of a buffer than those that the graph was made for."""
+        for name in self.door.fixed:
+            own, x = self.parts.buffers[name], rest[name]
+            if x is not own and not (is_known(x) and torch.equal(x, own.to(x))):
+                raise ShapeError(
+                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as numbers (an "
+                    "index, a size, an if); expected the same. Write them into the learner's buffer, which derives again."
+                )
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
