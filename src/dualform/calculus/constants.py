@@ -29,7 +29,15 @@ _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero,
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
-_RANDOM = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like}
+_RANDOM = {
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.rand_like,
+    torch.randn_like,
+    torch.randint_like,
+}
 _RANDOM |= {torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.normal, torch.poisson}
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -74,7 +82,12 @@ class Constants:
         """Note what an op made, if it made it of constants."""
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         found = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and type(x) is not Tensor]
-        if not found or func in _RANDOM or not all(map(self.knows, leaves)) or any(x is y for x in found for y in leaves):
+        if (
+            not found
+            or func in _RANDOM
+            or not all(map(self.knows, leaves))
+            or any(x is y for x in found for y in leaves)
+        ):
             return result
         versions = [(x, x._version) for x in leaves if type(x) is not Tensor]
 
@@ -82,7 +95,9 @@ class Constants:
             if any(x._version != n for x, n in versions):
                 raise _Written
             with _aside():
-                again = pytree.tree_leaves(func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs)))
+                again = pytree.tree_leaves(
+                    func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
+                )
             return [x for x in again if isinstance(x, Tensor)][k]
 
         for k, x in enumerate(found):
@@ -110,7 +125,9 @@ class Constants:
             places = self.places(args[1], shape)
             source = args[2].reshape(-1)[: len(places[0])]
             return Tensor.index_put, (args[0].expand(shape), places, source), {}
-        elif func is Tensor.__getitem__ or (func is Tensor.__setitem__ and isinstance(args[2], Tensor) and args[2].ndim):
+        elif func is Tensor.__getitem__ or (
+            func is Tensor.__setitem__ and isinstance(args[2], Tensor) and args[2].ndim
+        ):
             return func, (args[0], self.places(args[1]), *args[2:]), kwargs
         return func, args, kwargs
 

@@ -148,12 +148,31 @@ def _layer_norm(
     return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
-# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm) wrongly, or twice not at all.
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return torch.instance_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, False)
+    normed = _layer_norm(input, input.shape[2:], None, None, eps)
+    shape = [-1, *(1 for _ in input.shape[2:])]
+    scaled = normed if weight is None else normed * weight.reshape(shape)
+    return scaled if bias is None else scaled + bias.reshape(shape)
+
+
+# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm, instance_norm) wrongly, or twice not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.cdist: _cdist,
     torch.layer_norm: _layer_norm,
     torch.nn.functional.layer_norm: _layer_norm,
+    torch.nn.functional.instance_norm: _instance_norm,
 }
 
 

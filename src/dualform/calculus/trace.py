@@ -24,7 +24,6 @@ from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from dualform.calculus.constants import Constants
 from dualform.calculus.custom import (
@@ -44,7 +43,9 @@ from dualform.shapes import ShapeError, TraceError
 aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parents[1])
+_HERE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
+_doors: set[str] = set()  # files of ours that hand a user's function to the tracer
 
 
 def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({})) -> fx.GraphModule:
@@ -67,6 +68,9 @@ def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = Ma
         >>> [node.target._opname for node in gm.graph.nodes if node.op == "call_function"]
         ['clone', 'relu']
     """
+    code = getattr(f, "__code__", None)
+    if code is not None and code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_HERE):
+        _doors.add(code.co_filename)
     inputs, constants = [_standin(a) for a in args], Constants(known)
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
@@ -109,7 +113,7 @@ class _Lines(TorchFunctionMode):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
-        call = self.constants.call(func, args, kwargs)
+        call: Any = self.constants.call(func, args, kwargs)
         if isinstance(call, list):
             return call[0]
         func, args, kwargs = call
@@ -119,16 +123,23 @@ class _Lines(TorchFunctionMode):
 
 def _note() -> str:
     """Write the caller's line into the nodes that are made next; and give it as people read it, empty if there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-    text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
+    frame, inner = sys._getframe(1), None
+    while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
+        inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
+        # Who asked a door for a trace has no line of the function.
+        at_door = frame.f_code is trace.__code__ and getattr(frame.f_locals["code"], "co_filename", "") in _doors
+        frame = None if at_door else frame.f_back
+    file, line, name = "", "", "forward"
+    if frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        line = linecache.getline(file, frame.f_lineno).strip()
+    elif inner is not None and isinstance(module := inner.f_locals.get("self"), torch.nn.Module):
+        # A part of torch's that is called by torch alone, as in nn.Sequential: the part says where.
+        frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
+    number = frame.f_lineno if frame else 0
+    text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
     fx_traceback.current_meta["stack_trace"] = text
-    return _shown(code.co_filename, frame.f_lineno, line)
+    return _shown(file, number, line) if file else ""
 
 
 def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
@@ -205,10 +216,11 @@ def source_line(node: fx.Node) -> str:
     return ""
 
 
-def _is_ours(file: str) -> bool:
-    return (
-        file.startswith((_TORCH, _HERE)) or "/site-packages/opt_einsum/" in file or file.startswith("<eval_with_key>")
-    )
+def _is_ours(file: str, name: str = "") -> bool:
+    """Is a line no line of the caller's: torch's, the tracer's, or what fx and dataclasses wrote?"""
+    if file == "<string>":
+        return name in ("<lambda>", "__init__")
+    return file.startswith((_TORCH, _HERE, "<eval_with_key>")) or file in _doors or "/site-packages/opt_einsum/" in file
 
 
 def _shown(file: str, line: int, text: str) -> str:
@@ -236,7 +248,7 @@ def _refuse_data(where: str) -> NoReturn:
 
 
 def _reraise(error: Exception) -> NoReturn:
-    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename) and fr.line]
+    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
     where = _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
     reads = ("DataDependent", "DynamicOutputShape")
     text = str(error)

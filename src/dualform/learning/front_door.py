@@ -10,6 +10,7 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -98,13 +99,15 @@ class FrontDoor:
                 )
         for name, part in learner.named_modules():
             if isinstance(getattr(part, "door", None), FrontDoor):
+                whose = f"the learner's {name!r}" if name else "the learner"
                 raise DerivationError(
-                    f"derive: the learner's {name!r} is a program, which learns over a sequence; expected a function of one token. "
+                    f"derive: {whose} is a program, which learns over a sequence; expected a function of one token. "
                     "Run it before or after this one, on its outputs."
                 )
         self.learner, self.objective, self.rule, self.slow = learner, objective, rule, slow
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
+        self._unread = ""  # what cannot be read, once it was said
         # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them; closed-over ones
         # by name, where it has them, or themselves.
         self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
@@ -122,6 +125,13 @@ class FrontDoor:
         same = all(at is None or there.get(at) is x for x, _, at in self._versions.values())
         stands = same and self._unwritten() and reading.key is not None and reading.key == self.key
         self.reading, self.key = reading, reading.key
+        if reading.unreadable not in ("", self._unread):
+            self._unread = reading.unreadable
+            warnings.warn(
+                f"derive: learner, objective or rule hold {reading.unreadable}, whose state cannot be read; they are traced again at "
+                "each call, as it may have changed. Keep numbers, lists or tensors in its place, or give it a __fingerprint__().",
+                stacklevel=2,
+            )
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
             self._found, self._versions = {}, {}

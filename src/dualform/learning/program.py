@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -82,6 +83,26 @@ class Inputs(NamedTuple):
         """Cast all tokens to what is computed in."""
         gates = {name: x.to(self.dtype) for name, x in self.gates.items()}
         return self._replace(q=self.q.to(self.dtype), k=self.k.to(self.dtype), v=self.v.to(self.dtype), gates=gates)
+
+    def plain(self) -> Inputs:
+        """Copy what was made in inference mode: the definition takes gradients."""
+
+        def own(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: own(t) for name, t in x.items()}
+            if isinstance(x, State):
+                return State(own(x.anchor), own(x.registers), own(x.position))
+            return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+        return self._replace(**{name: own(x) for name, x in self._asdict().items()})
+
+
+@contextmanager
+def _without_inference() -> Iterator[None]:
+    """Out of inference mode, with gradients on where they were."""
+    outer = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(outer):
+        yield
 
 
 class ChunkProgram(nn.Module):
@@ -259,9 +280,11 @@ class ChunkProgram(nn.Module):
         if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
         if form == "primal":
-            with torch.autocast(q.device.type, enabled=False):
+            with torch.autocast(q.device.type, enabled=False), _without_inference():
                 # A twin for each call of it: what runs late (hooks, checkpoints, a Function's context) reads that call's tensors.
-                o, after = primal(call.widened()._replace(learner=lambda tensors, x: Twin(self.learner)(tensors, x)))
+                o, after = primal(
+                    call.widened().plain()._replace(learner=lambda tensors, x: Twin(self.learner)(tensors, x))
+                )
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
@@ -416,6 +439,12 @@ class ChunkProgram(nn.Module):
                 raise ShapeError(
                     f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = {(B, T)} of "
                     f"torch.bool. Pass {name}.bool() of that shape."
+                )
+        marks = {"k": k, "v": v, "mask": mask, "reset": reset, **{f"gates[{n!r}]": x for n, x in gates.items()}}
+        for name, x in (marks | {f"state's {n}": x for n, x in (state.tensors() if state else {}).items()}).items():
+            if x is not None and x.device != q.device:
+                raise ShapeError(
+                    f"program: {name} is on {x.device}; expected q's device = {q.device}. Move it there: .to({str(q.device)!r})."
                 )
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
         fast, slow = self._with_heads(params, H, dtype, q.device)
