@@ -343,6 +343,43 @@ def test_the_third_derivative_of_an_instance_norm():
         agree("third", third(lambda x: F.instance_norm(x) + x.sin()), third(lambda x: spelled(x) + x.sin()))
 
 
+# -- complex constants --------------------------------------------------------------------------------------------------
+
+
+def turned(x, by):
+    return torch.view_as_real(torch.view_as_complex(x.reshape(-1, 2, 2)) * by).flatten(1)
+
+
+def recurrent(s, x):
+    """A linear recurrent unit inside a token, from a state of complex zeros."""
+    pole, into = torch.exp(-s.b[:2].exp() + 1j * s.b[2:].exp()), torch.complex(s.W[:2, 0], s.W[:2, 1])
+    h, found = torch.zeros(x.shape[0], 2, dtype=torch.complex128), []
+    for k in range(D):
+        h = pole * h + into * x[:, k : k + 1]
+        found.append((h * into).sum(-1).real)
+    return torch.stack(found, -1) @ s.U
+
+
+COMPLEX = {
+    "recurrent": recurrent,
+    "buffer": lambda s, x: turned(x @ s.W, torch.polar(s.table[0, :2], s.table[1, :2])),
+    "ones": lambda s, x: turned(x @ s.W, torch.ones(2, dtype=torch.complex128)),
+    "ones as pairs": lambda s, x: x @ s.W + torch.view_as_real(torch.ones(2, dtype=torch.complex128)).flatten(),
+    "number": lambda s, x: turned(x @ s.W, torch.full((2,), 1 + 2j, dtype=torch.complex128)),
+    "linspace": lambda s, x: turned(x @ s.W, torch.linspace(0, 1j, 2, dtype=torch.complex128)),
+    "like": lambda s, x: turned(x @ s.W, torch.full_like(torch.view_as_complex(s.W.reshape(4, 2, 2))[0], 1 - 1j)),
+    "eye": lambda s, x: torch.view_as_real(
+        torch.view_as_complex((x @ s.W).reshape(-1, 2, 2)) @ torch.eye(2, dtype=torch.complex128)
+    ).flatten(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", COMPLEX.values(), ids=COMPLEX)
+def test_complex_constants(run):
+    torch.manual_seed(0)
+    check_forms(df.derive(Tables(run), rule=df.rules.SGD(lr=0.2), chunk=3), time=5)
+
+
 # -- what cannot be read, and what is where -----------------------------------------------------------------------------
 
 
