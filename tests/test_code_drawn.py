@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from test_printer import check_printed
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,11 +58,6 @@ class Written(nn.Module):
 
     def extra_repr(self):
         return self.line
-
-
-def runs_when_pasted(program):
-    """The printed code is Python that runs."""
-    exec(program.code, {})
 
 
 RESIDUALS = {
@@ -121,7 +117,7 @@ def test_objectives(residual, size, factor, sums):
             for f in ("auto", "primal")
         )
         laws.agree("closed", a, b)
-    runs_when_pasted(program)
+    check_printed(program)
 
 
 @drawn(*_parts, st.sampled_from(sorted(WRONG)), examples=40)
@@ -175,7 +171,7 @@ def test_rules(given_rule):
     program = df.derive(Written("torch.tanh(x @ self.W)"), rule=rule(*given_rule, w), chunk=3)
     laws.check_forms(program, time=7)
     laws.check_forms(program, time=5, carried=True, ragged=True, resets=True)
-    runs_when_pasted(program)
+    check_printed(program)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -237,7 +233,7 @@ def test_shapes_of_modules(ways):
     laws.check_forms(program, time=5)
     for n, p in learner.named_parameters(remove_duplicate=False):
         assert (id(p), True) == (before[n][0], bool(torch.equal(p, before[n][1])))
-    runs_when_pasted(program)
+    check_printed(program)
 
 
 # -- these laws bite -----------------------------------------------------------------------------------------------------------

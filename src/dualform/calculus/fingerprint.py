@@ -41,6 +41,7 @@ _PLAIN = (
     logging.Logger, re.Pattern, pathlib.PurePath, fractions.Fraction, decimal.Decimal, datetime.date, datetime.time,
     datetime.timedelta, type(threading.Lock()), type(threading.RLock()), inspect.Signature, types.GenericAlias,
     types.UnionType, numpy.ufunc, numpy.dtype, torch.memory_format, torch.layout, torch.Generator,
+    types.CodeType,
 )  # fmt: skip
 # An object graph larger than this is cheaper to trace than to read.
 _LIMIT = 4000
