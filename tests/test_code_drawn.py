@@ -4,6 +4,7 @@ The law of forms holds for each, and what is not of one token is refused. DUALFO
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -208,23 +209,32 @@ class Tree(nn.Module):
                 part.register_forward_hook(lambda m, args, out: out * (1 + m.bias.sum()))
             elif way == "normed":
                 nn.utils.parametrizations.weight_norm(part)
+            elif way == "nested":
+                self.parts[str(n)] = nn.Sequential(nn.ModuleList([part])[0], nn.Sequential(nn.Identity()))
+            elif way == "bound":
+                self.table[way, n] = part.forward
+            elif way == "partial":
+                self.table[way, n] = partial(F.linear, weight=part.weight, bias=part.bias)
             self.listed.append(part)
             self.table[n] = lambda x, n=n: self.listed[n](x)
 
     def forward(self, x):
         for n, way in enumerate(self.ways):
-            held = {"shared": self.again, "listed": self.listed[n], "closure": self.table[n]}.get(
-                way, self.parts[str(n)]
-            )
+            called = {"shared": self.again, "listed": self.listed[n], "closure": self.table[n]}
+            held = called.get(way) or self.table.get((way, n)) or self.parts[str(n)]
             x = x + torch.tanh(held(x))
         return x
 
 
 @drawn(
     st.lists(
-        st.sampled_from(["plain", "shared", "tied", "hooked", "normed", "listed", "closure"]), min_size=1, max_size=3
+        st.sampled_from(
+            ["plain", "shared", "tied", "hooked", "normed", "listed", "closure", "nested", "bound", "partial"]
+        ),
+        min_size=1,
+        max_size=3,
     ),
-    examples=8,
+    examples=10,
 )
 def test_shapes_of_modules(ways):
     learner = Tree(ways)

@@ -5,6 +5,7 @@ import itertools
 import random
 import warnings
 from array import array
+from functools import partial
 
 import numpy
 import pytest
@@ -192,6 +193,48 @@ def test_what_runs_late_reads_its_own_heads_weights(way):
         each = [program(*(x[:, :, h : h + 1] for x in (q, k, v)), params={"s": gain[h]}, form=form)[0] for h in (0, 1)]
         for a, b in zip(gradients(both), gradients(torch.cat(each, 2)), strict=True):
             agree("gradient", a, b)
+
+
+class Reached(nn.Module):
+    """Weights that forward reaches by a partial, a default or a tuple, beside their names."""
+
+    dim = D
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.W, self.U = (nn.Parameter(0.5 * torch.randn(D, D, dtype=torch.float64)) for _ in range(2))
+        w, u = self.W, self.U
+        self.run = {
+            "partial": lambda: partial(F.linear, weight=w),
+            "positional": lambda: partial(torch.matmul, w),
+            "default": lambda: lambda x, w=w: x @ w,
+            "keyword": lambda: self.keyword(w),
+            "tuple": lambda: None,
+            "method": lambda: self.method,
+        }[way]()
+        self.pair = (w, [u]) if way == "tuple" else None
+
+    @staticmethod
+    def keyword(given):
+        def run(x, *, w=given):
+            return x @ w
+
+        return run
+
+    def method(self, x):
+        return x @ self.W
+
+    def forward(self, x):
+        if self.pair:
+            return torch.tanh(x @ self.pair[0]) @ self.pair[1][0]
+        made = self.run(x.mT).mT if getattr(self.run, "args", ()) else self.run(x)
+        return torch.tanh(made) @ self.U
+
+
+@pytest.mark.parametrize("way", ["partial", "positional", "default", "keyword", "tuple", "method"])
+def test_weights_are_reached_by_any_way(way):
+    check_forms(df.derive(Reached(way), rule=df.rules.SGD(lr=0.2), chunk=3), time=5)
 
 
 # -- values that are known: closed-over tensors and buffers ------------------------------------------------------------

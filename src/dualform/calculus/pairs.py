@@ -50,7 +50,12 @@ def _is_complex(x: Any) -> bool:
 
 
 # Tensors that are made of a number.
-_FILLED = {aten.zeros.default: 0.0, aten.ones.default: 1.0, aten.full.default: 0.0, aten.scalar_tensor.default: 0.0}
+_FILLED: dict[Any, float] = {
+    aten.zeros.default: 0.0,
+    aten.ones.default: 1.0,
+    aten.full.default: 0.0,
+    aten.scalar_tensor.default: 0.0,
+}
 Rule = Callable[["_Rewriter", fx.Node, dict[str, Any]], Any]
 _RULES: dict[str, Rule] = {}
 

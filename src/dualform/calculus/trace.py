@@ -106,7 +106,7 @@ class _Lines(TorchFunctionMode):
         self.constants = constants
         self.listener = Listener(trace, _note, transforms())
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _note()
         if not self.listener.sees((args, kwargs)):

@@ -281,10 +281,7 @@ class ChunkProgram(nn.Module):
             return v.to(q.dtype), call.state
         if form == "primal":
             with torch.autocast(q.device.type, enabled=False), _without_inference():
-                # A twin for each call of it: what runs late (hooks, checkpoints, a Function's context) reads that call's tensors.
-                o, after = primal(
-                    call.widened().plain()._replace(learner=lambda tensors, x: Twin(self.learner)(tensors, x))
-                )
+                o, after = primal(call.widened().plain()._replace(learner=Twin(self.learner)))
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
