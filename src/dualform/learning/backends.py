@@ -121,10 +121,8 @@ def eager() -> Backend:
 )
 def inductor(blocks: int = 8) -> Backend:
     """Compile a few mini-batches at once with torch's inductor; the first call with a new batch takes about a minute."""
-    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
-        raise BackendError(
-            f"inductor: blocks is {blocks!r}; expected a number of mini-batches >= 1. Pass a positive int."
-        )
+    if blocks < 1:
+        raise ValueError(f"inductor: blocks is {blocks}; expected a number of mini-batches >= 1. Leave it out for 8.")
     return Backend(_inductor, blocks)
 
 
