@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -57,7 +58,7 @@ class Bounded(OrderedDict[Any, T]):
 class Inputs(NamedTuple):
     """A call, checked and cast; q, k, v and gates of fewer digits than are computed with stay as they are given."""
 
-    learner: Any  # a Twin, for the definition alone
+    learner: Any  # runs the learner on other tensors, for the definition alone
     objective: Callable[[Tensor, Tensor], Tensor]
     target: str
     rule: Rule
@@ -82,6 +83,26 @@ class Inputs(NamedTuple):
         """Cast all tokens to what is computed in."""
         gates = {name: x.to(self.dtype) for name, x in self.gates.items()}
         return self._replace(q=self.q.to(self.dtype), k=self.k.to(self.dtype), v=self.v.to(self.dtype), gates=gates)
+
+    def plain(self) -> Inputs:
+        """Copy what was made in inference mode: the definition takes gradients."""
+
+        def own(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: own(t) for name, t in x.items()}
+            if isinstance(x, State):
+                return State(own(x.anchor), own(x.registers), own(x.position))
+            return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+        return self._replace(**{name: own(x) for name, x in self._asdict().items()})
+
+
+@contextmanager
+def _without_inference() -> Iterator[None]:
+    """Out of inference mode, with gradients on where they were."""
+    outer = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(outer):
+        yield
 
 
 class ChunkProgram(nn.Module):
@@ -260,8 +281,8 @@ class ChunkProgram(nn.Module):
         if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
         if not forms[form].corrections:
-            with torch.autocast(q.device.type, enabled=False):
-                o, after = primal(call.widened()._replace(learner=Twin(self.learner)))
+            with torch.autocast(q.device.type, enabled=False), _without_inference():
+                o, after = primal(call.widened().plain()._replace(learner=Twin(self.learner)))
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
@@ -309,6 +330,7 @@ class ChunkProgram(nn.Module):
     ) -> tuple[Tensor, State]:
         if not torch.compiler.is_compiling():
             self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            self._expect_fixed(call.rest)
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -328,6 +350,16 @@ class ChunkProgram(nn.Module):
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])
+
+    def _expect_fixed(self, rest: Mapping[str, Tensor]) -> None:
+        """Refuse other values of a buffer than those that the graph was made for."""
+        for name in self.door.fixed:
+            own, x = self.parts.buffers[name], rest[name]
+            if x is not own and not (is_known(x) and torch.equal(x, own.to(x))):
+                raise ShapeError(
+                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as numbers (an "
+                    "index, a size, an if); expected the same. Write them into the learner's buffer, which derives again."
+                )
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
@@ -405,6 +437,12 @@ class ChunkProgram(nn.Module):
                 raise ShapeError(
                     f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = {(B, T)} of "
                     f"torch.bool. Pass {name}.bool() of that shape."
+                )
+        marks = {"k": k, "v": v, "mask": mask, "reset": reset, **{f"gates[{n!r}]": x for n, x in gates.items()}}
+        for name, x in (marks | {f"state's {n}": x for n, x in (state.tensors() if state else {}).items()}).items():
+            if x is not None and x.device != q.device:
+                raise ShapeError(
+                    f"program: {name} is on {x.device}; expected q's device = {q.device}. Move it there: .to({str(q.device)!r})."
                 )
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
         fast, slow = self._with_heads(params, H, dtype, q.device)
