@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 from dualform.calculus.functional import functionalized
 from dualform.calculus.kept import Kept, Vjp, keep, kept, kept_op, named, stop_gradient, stopped, written_out
@@ -142,8 +143,10 @@ class Listener:
 
     def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
         """Apply a Function: what it computes, with the gradient that it defines."""
-        if cls.__module__ == "torch.utils.checkpoint":  # it computes the same again later, with the same gradient
+        if cls is CheckpointFunction:  # it computes the same again later, with the same gradient
             return args[0](*args[2:])
+        if cls.__module__ == "torch.utils.checkpoint":  # 2.11: keeps its inputs for later
+            return cls.forward(*args)
         where = self.note()
         name = f"{cls.__qualname__.split('.')[-1]}.apply"
         if cls.__name__ == "BackwardHookFunction":

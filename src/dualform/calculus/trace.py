@@ -104,6 +104,8 @@ class _Lines(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         _note()
+        if getattr(func, "__module__", "") == "torch._functorch.predispatch":
+            func = _unlisted(func)
         if func in _READ or func in _SIZED or func in _MASKED or func is Tensor.__getitem__:
             masks = func in _MASKED or func is Tensor.__getitem__
             self.read += [x for x in pytree.tree_leaves(args) if type(x) is Tensor and (not masks or _is_known_mask(x))]
@@ -177,6 +179,16 @@ _READ = {
 }
 _READ |= {Tensor.__complex__, Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__}
 _MASKED = {Tensor.masked_select, torch.masked_select}
+
+
+def _unlisted(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Begin or end a transform unseen: torch's tracer makes nodes of that for torch.export (2.11: always), a graph of ops has none."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return func(*args, **kwargs)
+
+    return run
 
 
 def _is_known_mask(value: Any) -> bool:
