@@ -175,9 +175,10 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         transformers 5.17 cuts ids, masks and positions as if the cache had read nothing (5.24 does not).
         """
         whole = {name: x for name in ("attention_mask", "position_ids") if (x := model_kwargs.get(name)) is not None}
-        mask, read = whole.get("attention_mask"), cache.get_seq_length()
-        total = ids.shape[1] if mask is None else mask.shape[1]
-        left_out = total - ids.shape[1]  # columns that were read, where ids holds new ones only
+        read = cache.get_seq_length()
+        # A mask need not be there to say it: 5.24 drops one that is all ones.
+        left_out = read if getattr(cache, only_new, False) else 0
+        total = left_out + ids.shape[1]
         for stop in range(read + size, total, size):
             part = {name: x[..., : stop - total] for name, x in whole.items()}
             given = {**model_kwargs, **part, "next_sequence_length": size}
