@@ -289,12 +289,7 @@ class Derivation:
         return self.rules[W]
 
     def step(self, variant: Variant) -> Step:
-        """Trace one block for one head, out of sight of whoever asks: torch.export prints programs while it traces."""
-        if variant not in self.steps:
-            undisturbed(lambda: self._trace(variant))
-        return self.steps[variant]
-
-    def _trace(self, variant: Variant) -> None:
+        """Trace one block for one head."""
         if variant not in self.steps and self.source is not None:
             self.steps[variant] = self.source.step(variant).retyped(self.source.dtype, self.dtype)
         if variant not in self.steps:
@@ -305,6 +300,7 @@ class Derivation:
             example = self.example(variant)
             whole = InPieces(emitter, self.cut) if self.cut else emitter
             self.steps[variant] = Step(trace_flat(whole, example), example, emitter.choices)
+        return self.steps[variant]
 
     def slow_values(self) -> dict[str, Tensor]:
         return {**self.parts.rest, **self.constants}
