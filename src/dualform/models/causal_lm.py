@@ -160,11 +160,13 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             adopt(cache, self.config)
         return result
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _prefill(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
         cache, size = model_kwargs.get(CACHE), generation_config.prefill_chunk_size
-        filled = isinstance(cache, Cache) and cache.get_seq_length() > 0
-        if size is not None and filled and model_kwargs.get("inputs_embeds") is None:
-            input_ids = self._read_parts(input_ids, size, cache, model_kwargs)
+        filled = cache if isinstance(cache, Cache) and cache.get_seq_length() else None
+        if size is not None and filled is not None and model_kwargs.get("inputs_embeds") is None:
+            input_ids = self._read_parts(input_ids, size, filled, model_kwargs)
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return cast("Any", super())._prefill(input_ids, generation_config, model_kwargs, **kwargs)
