@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree
 
+from dualform.graphs.edit import copied
 from dualform.learning.derive import Table, trace_fake
 from dualform.learning.fission import Fission, Part
 from dualform.learning.simplify import tidy
@@ -77,13 +78,12 @@ def row_bytes(node: fx.Node) -> float:
 
 def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
     """Write a number of rows and a device into a mapped graph, or a part of one."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    for node in graph.nodes:
+    gm = copied(gm)
+    for node in gm.graph.nodes:
         if node.op == "call_function":
             node.args = _pytree.tree_map(lambda x: _real(x, rows), node.args)
             node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
-    return fx.GraphModule(gm, graph)
+    return gm
 
 
 def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: torch.device) -> fx.GraphModule:

@@ -14,6 +14,7 @@ Legend: a node is *free* if it depends on the state and the next state does not 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dualform.learning.regroup import reached
+from dualform.graphs.cut import Edge, source_side
+from dualform.graphs.edit import add, extract, inputs_of, needed, nodes_in, results_of
+from dualform.learning.regroup import waiting
 
 aten = torch.ops.aten
 # An op run in the loop costs about as much time as storing this many bytes per row (LAB.md, 2026-11-24).
@@ -74,14 +77,13 @@ def split(
     cannot be, as one that is not cut by rows. work: price of an op in the loop. again: chooses, among values that do not wait, those
     that are made where they are used, not stored.
     """
-    inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
-    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-    following = tuple(output.args[0][i] for i in returned)
-    others = tuple(x for i, x in enumerate(output.args[0]) if i not in set(returned))
-    ends, nodes = _nodes(others), [n for n in gm.graph.nodes if n.op == "call_function"]
-    state, waits = {inputs[i] for i in carried}, reached(gm.graph, carried)
-    varies = set(nodes) if fixed is None else reached(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
-    loop = _sources(following) & waits - state
+    inputs, results = tuple(inputs_of(gm.graph)), results_of(gm.graph)
+    following = tuple(results[i] for i in returned)
+    others = tuple(x for i, x in enumerate(results) if i not in set(returned))
+    ends, nodes = set(nodes_in(others)), [n for n in gm.graph.nodes if n.op == "call_function"]
+    state, waits = {inputs[i] for i in carried}, waiting(gm.graph, carried)
+    varies = set(nodes) if fixed is None else waiting(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
+    loop = needed(following) & waits - state
     free = [n for n in nodes if n in waits and n not in loop]
     loop |= _cheaper_inside(free, loop | state, ends, size, work)
     place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(
@@ -109,25 +111,9 @@ def split(
 
 def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
     """Is a value better made where it is used than stored: one that cannot be cut, or larger than what it is made of?"""
-    if size(node) == float("inf") or node.target in _turned:
+    if size(node) == math.inf or node.target in _turned:
         return True
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1
-
-
-def _nodes(values: Iterable[Any]) -> set[fx.Node]:
-    return {x for x in values if isinstance(x, fx.Node)}
-
-
-def _sources(goals: Iterable[Any]) -> set[fx.Node]:
-    """Collect the goals and everything they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(_nodes(goals))
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _cheaper_inside(
@@ -135,55 +121,40 @@ def _cheaper_inside(
     work: Callable[[fx.Node], float],
 ) -> set[fx.Node]:  # fmt: skip
     """Choose the free nodes that had better run in the loop: a minimum cut between the loop and what comes after."""
-    import networkx  # with torch; a tenth of a second, not at `import dualform`
-
-    network = networkx.DiGraph()
-    network.add_nodes_from(["loop", "after"])
-    free_nodes = set(free)
+    free_nodes, edges = set(free), list[Edge]()
 
     def stored(node: fx.Node) -> str:
-        name = f"stored {node.name}"
-        if not network.has_edge(node, name):
-            nbytes = size(node)
-            network.add_edge(node, name, **({} if nbytes == float("inf") else {"capacity": nbytes}))  # none: never cut
-            if node in fixed:
-                network.add_edge("loop", node)
-        return name
+        edges.append((node, f"stored {node.name}", size(node)))
+        if node in fixed:
+            edges.append(("loop", node, math.inf))
+        return f"stored {node.name}"
 
     for node in free:
-        network.add_edge(node, "after", capacity=work(node))
+        edges.append((node, "after", work(node)))
         for source in node.all_input_nodes:
             if source in free_nodes or source in fixed:
-                network.add_edge(stored(source), node)
+                edges.append((stored(source), node, math.inf))
             if source in free_nodes:
-                network.add_edge(node, source)  # inside only with all that it needs
-    for node in ends & (free_nodes | fixed):
-        network.add_edge(stored(node), "after")
-    _, (inside, _) = networkx.minimum_cut(network, "loop", "after")
-    return {n for n in inside if n in free_nodes}
+                edges.append((node, source, math.inf))  # inside only with all that it needs
+    edges += [(stored(node), "after", math.inf) for node in ends & (free_nodes | fixed)]
+    inside = source_side(edges, "loop", "after")
+    return {n for n in free if n in inside}
 
 
 def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first: Sequence[Any] = ()) -> Part:
     """Copy a part's nodes into a graph of their own; what it returns is `first`, then `kept` in the whole's order."""
-    graph, own = fx.Graph(), set(nodes)
-    returned = (*first, *(n for n in gm.graph.nodes if n in kept))
-    needed = [*_nodes(returned), *(source for node in nodes for source in node.all_input_nodes)]
-    inputs = tuple(dict.fromkeys(n for n in needed if n not in own))
-    made: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        made[node] = graph.placeholder(node.name)
-        made[node].meta = dict(node.meta)
-    for node in nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
+    own, returned = set(nodes), (*first, *(n for n in gm.graph.nodes if n in kept))
+    asked = [*nodes_in(returned), *(source for node in nodes for source in node.all_input_nodes)]
+    inputs = tuple(dict.fromkeys(n for n in asked if n not in own))
 
-    def whole(node: fx.Node) -> fx.Node:
-        if node.op == "placeholder" or node.meta["val"].is_contiguous():
-            return made[node]
-        copy = graph.call_function(aten.clone.default, (made[node],), {"memory_format": torch.contiguous_format})
-        copy.meta = {"val": node.meta["val"].contiguous()}
-        return copy
+    def laid_out(graph: fx.Graph, made: dict[fx.Node, fx.Node]) -> list[Any]:
+        def whole(x: Any) -> Any:
+            if not isinstance(x, fx.Node) or x.op == "placeholder" or x.meta["val"].is_contiguous():
+                return made[x] if isinstance(x, fx.Node) else x
+            return add(graph, aten.clone.default, made[x], memory_format=torch.contiguous_format)
 
-    results = [whole(x) if isinstance(x, fx.Node) else x for x in returned]
-    graph.output(results)
+        return [whole(x) for x in returned]
+
+    graph = extract(nodes, inputs, laid_out)
     graph.eliminate_dead_code()
     return Part(fx.GraphModule(gm, graph), inputs, returned)
