@@ -52,4 +52,6 @@ def test_the_lab_books_index_has_every_entry_once():
     anchors = [re.sub(r"[^\w\- ]", "", entry.lower()).replace(" ", "-") for entry in entries]
     assert sorted(anchor for _, anchor in index) == sorted(anchors)
     assert all(anchors.count(anchor) == 1 for anchor in anchors)
-    assert {(name, anchor) for name, anchor in index} == {(e.split(": ", 1)[1], a) for e, a in zip(entries, anchors, strict=True)}
+    assert {(name, anchor) for name, anchor in index} == {
+        (e.split(": ", 1)[1], a) for e, a in zip(entries, anchors, strict=True)
+    }

@@ -14,8 +14,8 @@ import dualform as df
 from dualform.calculus.hollow import META, Hollow, Hollows, computed
 from dualform.calculus.recorder import CannotRecord
 from dualform.calculus.trace import trace
+from dualform.graphs.cut import minimum_cut
 from dualform.learning.batched import ROWS
-from dualform.learning.cuts import minimum_cut
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten

@@ -15,6 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.graphs.edit import emitter, inline, inputs_of, replace
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
@@ -59,21 +60,10 @@ def _cast(graph: fx.Graph, node: fx.Node, how: _Autocast) -> None:
     }
     if _count(made) - _count(plain) == len(casts):
         for x, dtype in casts.items():
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
-            cast.meta = {**node.meta, "val": x.meta["val"].to(dtype)}
-            node.replace_input_with(x, cast)
+            node.replace_input_with(x, emitter(graph, node)(aten._to_copy.default, x, dtype=dtype))
         return
-    copies = dict(zip(made.graph.find_nodes(op="placeholder"), sources, strict=True))
-    for inner in made.graph.nodes:
-        if inner.op == "call_function":
-            with graph.inserting_before(node):
-                copies[inner] = graph.node_copy(inner, copies.__getitem__)
-            copies[inner].meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace
-        elif inner.op == "output":
-            (result,) = inner.all_input_nodes
-            node.replace_all_uses_with(copies[result])
-    graph.erase_node(node)
+    (result,), _ = inline(graph, node, made.graph, sources)
+    replace(node, result)
 
 
 def _alone(node: fx.Node, sources: list[fx.Node], how: _Autocast) -> fx.GraphModule:
@@ -92,10 +82,11 @@ def _alone(node: fx.Node, sources: list[fx.Node], how: _Autocast) -> fx.GraphMod
 def _first_casts(gm: fx.GraphModule, sources: list[fx.Node]) -> dict[fx.Node, torch.dtype]:
     """Which arguments are cast, each to one type, before anything else is done with them."""
     found: dict[fx.Node, torch.dtype] = {}
-    for x, hole in zip(sources, gm.graph.find_nodes(op="placeholder"), strict=True):
-        to = {user.kwargs.get("dtype") for user in hole.users if user.target == aten._to_copy.default}
-        if len(to) == 1 and len(to) == len(hole.users):
-            found[x] = to.pop()  # type: ignore[assignment]
+    for x, hole in zip(sources, inputs_of(gm.graph), strict=True):
+        (only, *others) = [*hole.users, None]
+        if only is not None and others == [None] and only.target == aten._to_copy.default and "dtype" in only.kwargs:
+            dtype: Any = only.kwargs["dtype"]
+            found[x] = dtype
     return found
 
 

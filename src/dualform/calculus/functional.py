@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from dualform.calculus.editing import unwritten, writes
 from dualform.calculus.kept import carried
+from dualform.graphs.edit import unwritten, writes
 
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
@@ -218,31 +218,3 @@ class _Rewriter:
 
 def _alias_infos(node: fx.Node) -> list[Any]:
     return [a.alias_info for a in node.target._schema.arguments if a.alias_info is not None]  # type: ignore[union-attr]
-
-
-def without_repeats(graph: fx.Graph) -> fx.Graph:
-    """Keep one of equal nodes; what is random or writes is never equal to another."""
-    kept: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or writes(node) or _is_random(node):
-            continue
-        key = (node.target, _keyed(node.args), _keyed(node.kwargs))
-        first = kept.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-    return graph
-
-
-def _keyed(x: Any) -> Any:
-    """A hashable twin of an argument; 1, 1.0 and True are three."""
-    if isinstance(x, list | tuple):
-        return (type(x).__name__, *map(_keyed, x))
-    if isinstance(x, dict):
-        return tuple((name, _keyed(v)) for name, v in sorted(x.items()))
-    return x if isinstance(x, fx.Node) else (type(x), str(x) if isinstance(x, float | slice) else x)
-
-
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or "empty" in str(node.target)

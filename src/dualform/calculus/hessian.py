@@ -105,7 +105,7 @@ class Second(Route):
         values = run(slope.graph, inputs)
         like = traced.out_values[0]
         blank = torch.empty((), dtype=like.dtype, device=like.device)
-        made = [values[node] for node in outputs(slope.graph)]
+        made = [values[node] for node in outputs(slope.graph.graph)]
         moved: dict[int, Sequence[Term]] = {}
         total: list[Term] = []
         for term, places in zip(slope.terms, slope.places, strict=True):

@@ -14,10 +14,12 @@ from torch import fx
 from dualform.calculus.normal import bound_arguments
 from dualform.calculus.rewriting import Rewriter, is_number, name_of, rewrites, rewritten, value
 from dualform.calculus.table import dims_of
+from dualform.graphs.verify import verified
 
 aten = torch.ops.aten
 
 
+@verified
 def canonical_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite a graph by all identities: the same function written in two ways becomes the same ops."""
     return rewritten(gm)

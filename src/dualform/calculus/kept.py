@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.calculus.editing import unwritten, without_dead
+from dualform.graphs.edit import unwritten, without_dead
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten

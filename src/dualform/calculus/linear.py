@@ -18,7 +18,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.functional import functionalized, without_repeats
+from dualform.calculus.functional import functionalized
+from dualform.graphs.edit import emitter, extract, inputs_of, reached, replace, results_of, without_repeats
 
 aten = torch.ops.aten
 _functions = torch._C._VariableFunctions  # type: ignore[attr-defined]
@@ -48,22 +49,14 @@ def blame(node: fx.Node, what: str, advice: str) -> NoReturn:
 def split(compute: Callable[..., Tensor], seed: Tensor, *inputs: Tensor) -> Split:
     """Trace compute(seed, *inputs), linear in the seed, and part it in two."""
     gm = straight(compute, seed, *inputs)
-    first, *rest = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    first, *rest = inputs_of(gm.graph)
     _fuse(gm.graph, first)
-    late = _reached(gm.graph, first)
-    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    late, (result,) = reached(gm.graph, [first]), results_of(gm.graph)
     early = [n for n in gm.graph.nodes if n.op in ("call_function", "get_attr") and n not in late]
-    wanted = [n for n in (*rest, *early) if any(user in late or user is output for user in n.users)]
-    prepare, apply = fx.Graph(), fx.Graph()
-    here: dict[fx.Node, fx.Node] = {n: prepare.placeholder(n.name) for n in rest}
-    for n in early:
-        here[n] = prepare.node_copy(n, here.__getitem__)
-    prepare.output(tuple(here[n] for n in wanted))
-    there: dict[fx.Node, fx.Node] = {n: apply.placeholder(n.name) for n in (first, *wanted)}
-    for n in gm.graph.nodes:
-        if n in late and n.op == "call_function":
-            there[n] = apply.node_copy(n, there.__getitem__)
-    apply.output(there[output.args[0]])
+    wanted = [n for n in (*rest, *early) if n is result or any(user in late for user in n.users)]
+    after = [n for n in gm.graph.nodes if n in late and n.op == "call_function"]
+    prepare = extract(early, rest, lambda _, made: tuple(made[n] for n in wanted))
+    apply = extract(after, (first, *wanted), lambda _, made: made[result])
     return Split(runnable(prepare, gm), runnable(apply, gm))
 
 
@@ -80,18 +73,9 @@ def runnable(graph: fx.Graph, owner: fx.GraphModule) -> Callable[..., Any]:
     return fx.GraphModule(owner, graph).forward
 
 
-def _reached(graph: fx.Graph, first: fx.Node) -> set[fx.Node]:
-    """What depends on the seed."""
-    late = {first}
-    for node in graph.nodes:
-        if any(n in late for n in node.all_input_nodes):
-            late.add(node)
-    return late
-
-
 def _fuse(graph: fx.Graph, seed: fx.Node) -> None:
     """Move numbers and axes of size 1 to what is known before the seed, and make one call of two where there is one."""
-    late = _reached(graph, seed)
+    late = reached(graph, [seed])
     passes: list[tuple[Any, Callable[[fx.Graph, fx.Node, set[fx.Node]], None]]] = [
         (aten.mul.Tensor, _move_number),
         (aten.unsqueeze.default, _move_unsqueeze),
@@ -105,7 +89,7 @@ def _fuse(graph: fx.Graph, seed: fx.Node) -> None:
             if node.target is target and not node.kwargs and node in late:
                 rewrite(graph, node, late)
         graph.eliminate_dead_code()
-        late = _reached(graph, seed)
+        late = reached(graph, [seed])
 
 
 def _move_number(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
@@ -128,10 +112,7 @@ def _move_number(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
         inner = inner.args[0]
     if _alone(inner, aten.mul.Tensor) and any(isinstance(a, fx.Node) and a not in late for a in inner.args):
         product, known = inner, [a for a in inner.args if isinstance(a, fx.Node) and a not in late]
-    with graph.inserting_before(product):
-        scaled = graph.call_function(aten.mul.Tensor, (known[0], scale))
-    scaled.meta["val"] = known[0].meta["val"]
-    product.replace_input_with(known[0], scaled)
+    product.replace_input_with(known[0], emitter(graph, product)(aten.mul.Tensor, known[0], scale))
     node.replace_all_uses_with(at[0])
 
 
@@ -147,9 +128,7 @@ def _move_unsqueeze(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
         return
     raised = []
     for a in parts:
-        with graph.inserting_before(node):
-            new = graph.call_function(aten.unsqueeze.default, (a, dim))
-        new.meta["val"] = a.meta["val"].unsqueeze(dim)
+        new = emitter(graph, node)(aten.unsqueeze.default, a, dim)
         if a in late:
             late.add(new)
         raised.append(new)
@@ -214,9 +193,6 @@ def _multiplies(part: Any, other: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> fx.Node:
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args, kwargs)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    new = emitter(graph, node)(target, *args, **kwargs or {})
+    replace(node, new)
     return new

@@ -8,16 +8,16 @@ copy, fill -> what they write      x[arange(n), i] -> gather, and scatter where 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from dualform.calculus.casts import with_casts
+from dualform.graphs.edit import Emit, emitter
+from dualform.graphs.verify import verified
 
 aten = torch.ops.aten
-Emit = Callable[..., fx.Node]
 
 # A view is a reshape that promises how its numbers lie; a rewritten graph need not keep that promise.
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
@@ -38,6 +38,7 @@ _SPLITS = {
 }  # fmt: skip
 
 
+@verified
 def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite results of several tensors as results of one each."""
     with_casts(gm.graph)
@@ -53,11 +54,11 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
         elif node.target is operator.getitem:
             _part(gm.graph, node)
         elif node.target is aten.index.Tensor and _asks_own_rows(node):
-            node.replace_all_uses_with(_of_own_row(_emitter(gm.graph, node), *node.args))
+            node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), *node.args))
         elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
-            node.replace_all_uses_with(_written(_emitter(gm.graph, node), node))
+            node.replace_all_uses_with(_written(emitter(gm.graph, node), node))
         elif node.target is aten.index_put.default and _asks_own_rows(node):
-            node.replace_all_uses_with(_to_own_row(_emitter(gm.graph, node), *node.args))
+            node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), *node.args))
         elif node.target is aten.index_put.default:
             _masked(gm.graph, node)
     gm.graph.eliminate_dead_code()
@@ -73,24 +74,11 @@ def _masked(graph: fx.Graph, node: fx.Node) -> None:
         return
     if number.meta["val"].numel() != 1 or number.meta["val"].dtype != x.meta["val"].dtype:
         return
-    value, emit = x.meta["val"], _emitter(graph, node)
+    value, emit = x.meta["val"], emitter(graph, node)
     for _ in range(value.ndim - mask.meta["val"].ndim):
         mask = emit(aten.unsqueeze.default, mask, -1)
     number = emit(aten.reshape.default, number, []) if number.meta["val"].ndim else number
     node.replace_all_uses_with(emit(aten.where.self, mask, number, x))
-
-
-def _emitter(graph: fx.Graph, node: fx.Node) -> Emit:
-    """Insert calls before a node, with their values and its line."""
-
-    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args, kwargs)
-        new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-        new.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
-        return new
-
-    return emit
 
 
 def _written(emit: Emit, node: fx.Node) -> fx.Node:
@@ -154,7 +142,7 @@ def _part(graph: fx.Graph, node: fx.Node) -> None:
     source: Any = node.args[0]
     position: Any = node.args[1]
     name = getattr(getattr(source.target, "_schema", None), "name", "")
-    emit, packet = _emitter(graph, node), name.removeprefix("aten::")
+    emit, packet = emitter(graph, node), name.removeprefix("aten::")
     if packet in _PAIRS:
         node.replace_all_uses_with(_one_of_two(emit, source, _PAIRS[packet][position]))
     elif name == "aten::broadcast_tensors":

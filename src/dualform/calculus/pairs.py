@@ -23,6 +23,7 @@ from dualform.calculus.functional import Blame, functionalized
 from dualform.calculus.normal import bound_arguments, normalised
 from dualform.calculus.rows_fourier import cosines, sines
 from dualform.calculus.table import find_row
+from dualform.graphs.edit import emitter, inputs_of
 
 aten = torch.ops.aten
 Part = Any  # a node, a number, or None for zero
@@ -139,12 +140,7 @@ class _Rewriter:
         return part if part.meta["val"].shape == like.shape else self.emit(aten.expand.default, part, list(like.shape))
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.at):
-            new = self.graph.call_function(target, args, kwargs)
-        args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        new.meta["val"] = target(*args, **kwargs)
-        new.meta["stack_trace"] = self.at.meta.get("stack_trace") or self.at.stack_trace or ""
-        return new
+        return emitter(self.graph, self.at)(target, *args, **kwargs)
 
     def pair(self, x: Any) -> Pair:
         """The parts of an argument; a real one has no imaginary part."""
@@ -450,7 +446,7 @@ def _spelled(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
     gm = normalised(functionalized(gm, r.blame))
     if any(n.target is node.target for n in gm.graph.nodes):
         r.refuse(node)
-    inside: dict[fx.Node, Any] = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), nodes, strict=True))
+    inside: dict[fx.Node, Any] = dict(zip(inputs_of(gm.graph), nodes, strict=True))
     for n in gm.graph.nodes:
         if n.op == "call_function":
             with r.graph.inserting_before(node):

@@ -21,6 +21,8 @@ from dualform.calculus.structure import Derivative, Term, compose, identity, zer
 from dualform.calculus.table import Call
 from dualform.calculus.trace import source_line
 from dualform.calculus.wording import plain
+from dualform.graphs.edit import inputs_of
+from dualform.graphs.edit import results_of as outputs
 
 LocalRule = Callable[[Call, int], Derivative]
 
@@ -40,11 +42,11 @@ class Program:
         """`args`: the inputs, or the values of all nodes; `names`: of the inputs, or of any nodes; `output`: which result."""
         self.gm = gm
         self.rule = rule
-        self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.inputs = inputs_of(gm.graph)
         self.names = dict(names if isinstance(names, Mapping) else zip(self.inputs, names, strict=False))
         self.source = self.inputs[wrt]
         self.values = args if isinstance(args, Mapping) else run(gm, args)
-        self.output: Any = outputs(gm)[output]
+        self.output: Any = outputs(gm.graph)[output]
         self.active = self._active()
 
     def name_of(self, node: fx.Node) -> str:
@@ -171,20 +173,14 @@ def run(gm: fx.GraphModule, args: Sequence[Tensor]) -> dict[fx.Node, Any]:
     return values
 
 
-def outputs(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that a graph returns."""
-    found: Any = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-    return list(found) if isinstance(found, (list, tuple)) else [found]
-
-
 def name_nodes(gm: fx.GraphModule, names: Sequence[str], closed: Mapping[int, str] | None = None) -> dict[fx.Node, str]:
     """What people call the nodes: the inputs' names, the caller's own variables where a line assigns one, else the op.
 
     closed: what the code calls the tensors that it closes over, by their identity
     """
     nodes = list(gm.graph.nodes)
-    found: dict[fx.Node, str] = dict(zip((n for n in nodes if n.op == "placeholder"), names, strict=False))
-    results, taken = set(outputs(gm)), set(names)
+    found: dict[fx.Node, str] = dict(zip(inputs_of(gm.graph), names, strict=False))
+    results, taken = set(outputs(gm.graph)), set(names)
     last = {line: node for node in nodes if (line := source_line(node))}
     for node in nodes:
         if node.op not in ("call_function", "get_attr"):

@@ -20,8 +20,8 @@ from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch, map
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
-from dualform.calculus.editing import unwritten
 from dualform.calculus.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
+from dualform.graphs.edit import unwritten
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]

@@ -20,6 +20,7 @@ from dualform.calculus.definitions import defined
 from dualform.calculus.normal import bound_arguments
 from dualform.calculus.rows_pointwise import is_pointwise
 from dualform.calculus.table import Call, dims_of, find_row
+from dualform.graphs.edit import emitter, frozen, inputs_of
 
 aten = torch.ops.aten
 Rewriting = Callable[["Rewriter", Any], Any]
@@ -64,7 +65,7 @@ def inline(graph: fx.Graph) -> None:
         if found is None:
             continue
         given = [n for n in tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
-        inside = dict(zip((n for n in found[0].graph.nodes if n.op == "placeholder"), given, strict=True))
+        inside = dict(zip(inputs_of(found[0].graph), given, strict=True))
         if any(n.op == "get_attr" for n in found[0].graph.nodes):
             continue
         with graph.inserting_before(node):
@@ -98,11 +99,7 @@ class Rewriter:
         found = self._first(target, args, kwargs)
         if found is not None:
             return found
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.graph.inserting_before(at):
-            new = self.graph.call_function(target, args, kwargs)
-        new.meta["val"] = target(*values[0], **values[1])
-        new.meta["stack_trace"] = at.meta.get("stack_trace") or at.stack_trace or ""
+        new = emitter(self.graph, at)(target, *args, **kwargs)
         other = self._rewritten(new)
         if other is None:
             self._first(target, args, kwargs, new)
@@ -117,17 +114,8 @@ class Rewriter:
 
     def _first(self, target: Any, args: Any, kwargs: Any, node: fx.Node | None = None) -> Any:
         """The first node of this call, which is `node` if there was none."""
-        key = (target, _frozen(args), _frozen(kwargs))
+        key = (target, frozen(args), frozen(kwargs))
         return self.known.get(key) if node is None else self.known.setdefault(key, node)
-
-
-def _frozen(x: Any) -> Hashable:
-    """Arguments as a key; 1, 1.0 and True are three things."""
-    if isinstance(x, list | tuple):
-        return tuple(map(_frozen, x))
-    if isinstance(x, dict):
-        return tuple((k, _frozen(v)) for k, v in sorted(x.items()))
-    return x if isinstance(x, fx.Node) else (type(x), x)
 
 
 def name_of(node: Any) -> str:

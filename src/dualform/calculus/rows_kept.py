@@ -20,6 +20,7 @@ from dualform.calculus.queries import flipped
 from dualform.calculus.table import Call, find_row
 from dualform.calculus.terms import Term
 from dualform.calculus.trace import source_line
+from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -59,7 +60,7 @@ def expect_twice(gm: fx.GraphModule) -> None:
         backward = named(node.args[1]).backward[node.args[2]] if is_kept(node) else None
         if backward is None:
             continue
-        late = reached(backward.graph, backward.graph.find_nodes(op="placeholder")[0])
+        late = reached(backward.graph, inputs_of(backward.graph)[:1])
         other = next(
             (n for n in backward.graph.nodes if n in late and (is_kept(n) or n.target is aten.detach.default)), None
         )
@@ -74,26 +75,16 @@ def expect_twice(gm: fx.GraphModule) -> None:
 @cache
 def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
     """A backward as the function of the gradient that it is: a detached gradient is the gradient, a kept function its value."""
-    late = reached(gm.graph, gm.graph.find_nodes(op="placeholder")[0])
+    late = reached(gm.graph, inputs_of(gm.graph)[:1])
     own = {n.name for n in late if is_kept(n) and all(x in late for x in n.all_input_nodes)}
     gm = written_out(gm, lambda n: n.name in own)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    late = reached(graph, graph.find_nodes(op="placeholder")[0])
+    gm = copied(gm)
+    graph = gm.graph
+    late = reached(graph, inputs_of(graph)[:1])
     for node in list(graph.nodes):
         if node.target is aten.detach.default and node in late:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return fx.GraphModule(gm, graph)
-
-
-def reached(graph: fx.Graph, first: fx.Node) -> set[fx.Node]:
-    """What depends on an input."""
-    late = {first}
-    for node in graph.nodes:
-        if node.op == "call_function" and any(n in late for n in node.all_input_nodes):
-            late.add(node)
-    return late
+            replace(node, node.args[0])
+    return gm
 
 
 @cache
@@ -105,8 +96,8 @@ def first_bend(gm: fx.GraphModule) -> fx.Node | None:
 
 def _bend(gm: fx.GraphModule, active: frozenset[int]) -> fx.Node | None:
     """The first op that is not linear in these inputs together."""
-    inputs = gm.graph.find_nodes(op="placeholder")
-    late = set().union(*(reached(gm.graph, inputs[k]) for k in active))
+    inputs = inputs_of(gm.graph)
+    late = reached(gm.graph, [inputs[k] for k in active])
     zeros: set[fx.Node] = set()
     for node in (n for n in gm.graph.nodes if n.op == "call_function"):
         if node in late:
@@ -125,7 +116,7 @@ def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
     if any(n in late and n not in operands for n in node.all_input_nodes):
         return False
     if row is None or row.rule is None:  # by its definition
-        flat = _nodes(node)
+        flat = nodes_in((node.args, dict(node.kwargs)))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         found = None if is_kept(node) else defined(Call(node.target, args, kwargs, node.meta["val"]))
         return found is not None and _bend(found[0], frozenset(k for k, n in enumerate(flat) if n in late)) is None
@@ -166,11 +157,5 @@ def _stand_in(n: fx.Node, is_zero: bool, mask: bool) -> Tensor:
     return torch.full(tuple(value.shape), number, dtype=value.dtype)
 
 
-def _nodes(node: fx.Node) -> list[fx.Node]:
-    flat: list[fx.Node] = []
-    fx.map_arg((node.args, dict(node.kwargs)), lambda n: flat.append(n))
-    return flat
-
-
 def _operands(node: fx.Node) -> list[fx.Node]:
-    return [n for n in _nodes(node) if n.meta["val"].is_floating_point()]
+    return [n for n in nodes_in((node.args, dict(node.kwargs))) if n.meta["val"].is_floating_point()]

@@ -136,8 +136,8 @@ class Traced:
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
-        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm)]
-        _refuse_steps(outputs(self.gm))
+        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm.graph)]
+        _refuse_steps(outputs(self.gm.graph))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 

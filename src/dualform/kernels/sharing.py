@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from dualform.graphs.cut import minimum_cut
 from dualform.kernels.ops import PIECES, VIEWS, work
-from dualform.learning.cuts import minimum_cut
 
 # To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
 MOVED = 32.0

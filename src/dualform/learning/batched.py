@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from dualform.calculus.editing import stepped, unwritten
+from dualform.graphs.edit import copied, inputs_of, stepped, unwritten
 from dualform.learning.derive import Table, trace_fake
 from dualform.learning.fission import Fission, Part
 from dualform.learning.simplify import tidy
@@ -79,16 +79,15 @@ def row_bytes(node: fx.Node) -> float:
 
 def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
     """Write a number of rows and a device into a mapped graph, or a part of one."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    _write(graph, lambda times: times * rows, device)
-    return unwritten(gm, graph)
+    gm = copied(gm)
+    _write(gm.graph, lambda times: times * rows, device)
+    return gm
 
 
 def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """Make the number of rows of a mapped graph, or of a part of one, its last input; and write a device into it."""
     graph, made = fx.Graph(), dict[int, fx.Node]()
-    copies: dict[fx.Node, fx.Node] = {n: graph.node_copy(n) for n in gm.graph.find_nodes(op="placeholder")}
+    copies = {n: graph.node_copy(n) for n in inputs_of(gm.graph)}
     rows = made[1] = graph.placeholder("rows")
     last = rows
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -108,7 +107,9 @@ def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -
     """Write a device, and multiples of the number of rows."""
     for node in list(graph.nodes):
         if node.op == "call_function":
-            node.args = map_aggregate(node.args, lambda x: times(x // ROWS) if isinstance(x, int) and _counts_rows(x) else x)
+            node.args = map_aggregate(
+                node.args, lambda x: times(x // ROWS) if isinstance(x, int) and _counts_rows(x) else x
+            )
             node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
 
 

@@ -28,11 +28,11 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.editing import stepped, unwritten, without_dead, writes
 from dualform.calculus.hollow import Hollows
 from dualform.calculus.kept import written_out
 from dualform.calculus.recorder import CannotRecord, record
 from dualform.calculus.trace import source_line
+from dualform.graphs.edit import stepped, unwritten, without_dead, writes
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.forms import Form, forms
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dualform.calculus.editing import unwritten, without_dead
-from dualform.learning.cuts import minimum_cut
-from dualform.learning.regroup import reached
+from dualform.graphs.cut import minimum_cut
+from dualform.graphs.edit import add, extract, inputs_of, needed, nodes_in, results_of, unwritten, without_dead
+from dualform.learning.regroup import waiting
 
 aten = torch.ops.aten
 # An op run in the loop costs about as much time as storing this many bytes per row (LAB.md, 2026-11-24).
@@ -77,14 +77,13 @@ def split(
     cannot be, as one that is not cut by rows. work: price of an op in the loop. again: chooses, among values that do not wait, those
     that are made where they are used, not stored.
     """
-    inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
-    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-    following = tuple(output.args[0][i] for i in returned)
-    others = tuple(x for i, x in enumerate(output.args[0]) if i not in set(returned))
-    ends, nodes = _nodes(others), [n for n in gm.graph.nodes if n.op == "call_function"]
-    state, waits = {inputs[i] for i in carried}, reached(gm.graph, carried)
-    varies = set(nodes) if fixed is None else reached(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
-    loop = _sources(following) & waits - state
+    inputs, results = tuple(inputs_of(gm.graph)), results_of(gm.graph)
+    following = tuple(results[i] for i in returned)
+    others = tuple(x for i, x in enumerate(results) if i not in set(returned))
+    ends, nodes = dict.fromkeys(nodes_in(others)), [n for n in gm.graph.nodes if n.op == "call_function"]
+    state, waits = {inputs[i] for i in carried}, waiting(gm.graph, carried)
+    varies = set(nodes) if fixed is None else waiting(gm.graph, [i for i in range(len(inputs)) if i not in set(fixed)])
+    loop = needed(following) & waits - state
     free = [n for n in nodes if n in waits and n not in loop]
     loop |= _cheaper_inside(free, loop | state, ends, size, work)
     place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(
@@ -112,26 +111,9 @@ def split(
 
 def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
     """Is a value better made where it is used than stored: one that cannot be cut, or larger than what it is made of?"""
-    if size(node) == float("inf") or node.target in _turned:
+    if size(node) == math.inf or node.target in _turned:
         return True
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1
-
-
-def _nodes(values: Iterable[Any]) -> dict[fx.Node, None]:
-    """Keep the nodes among some values, each once, in their order: a set would have that of their addresses."""
-    return dict.fromkeys(x for x in values if isinstance(x, fx.Node))
-
-
-def _sources(goals: Iterable[Any]) -> set[fx.Node]:
-    """Collect the goals and everything they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(_nodes(goals))
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _cheaper_inside(
@@ -166,25 +148,17 @@ def _cheaper_inside(
 
 def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first: Sequence[Any] = ()) -> Part:
     """Copy a part's nodes into a graph of their own; what it returns is `first`, then `kept` in the whole's order."""
-    graph, own = fx.Graph(), set(nodes)
-    returned = (*first, *(n for n in gm.graph.nodes if n in kept))
-    needed = [*_nodes(returned), *(source for node in nodes for source in node.all_input_nodes)]
-    inputs = tuple(dict.fromkeys(n for n in needed if n not in own))
-    made: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        made[node] = graph.placeholder(node.name)
-        made[node].meta = dict(node.meta)
-    for node in nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
+    own, returned = set(nodes), (*first, *(n for n in gm.graph.nodes if n in kept))
+    asked = [*nodes_in(returned), *(source for node in nodes for source in node.all_input_nodes)]
+    inputs = tuple(dict.fromkeys(n for n in asked if n not in own))
 
-    def whole(node: fx.Node) -> fx.Node:
-        if node.op == "placeholder" or node.meta["val"].is_contiguous():
-            return made[node]
-        copy = graph.call_function(aten.clone.default, (made[node],), {"memory_format": torch.contiguous_format})
-        copy.meta = {"val": node.meta["val"].contiguous()}
-        return copy
+    def laid_out(graph: fx.Graph, made: dict[fx.Node, fx.Node]) -> list[Any]:
+        def whole(x: Any) -> Any:
+            if not isinstance(x, fx.Node) or x.op == "placeholder" or x.meta["val"].is_contiguous():
+                return made[x] if isinstance(x, fx.Node) else x
+            return add(graph, aten.clone.default, made[x], memory_format=torch.contiguous_format)
 
-    results = [whole(x) if isinstance(x, fx.Node) else x for x in returned]
-    graph.output(results)
-    without_dead(graph)
+        return [whole(x) for x in returned]
+
+    graph = without_dead(extract(nodes, inputs, laid_out))
     return Part(unwritten(gm, graph), inputs, returned)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
-from dualform.calculus.editing import without_dead
+from dualform.graphs.edit import add, without_dead
+from dualform.graphs.verify import verified_below_autograd
 from dualform.learning.operators import custom_operator, library
 
 aten = torch.ops.aten
@@ -137,6 +137,7 @@ layer_norms = {
 }
 
 
+@verified_below_autograd
 def whole_norms(graph: fx.Graph) -> None:
     """Recognise norms and their derivatives in a traced graph, as torch decomposes them."""
     for target, recognise in ((aten.var_mean.correction, _norm), (aten.mul.Tensor, _norm_vjp)):
@@ -146,6 +147,7 @@ def whole_norms(graph: fx.Graph) -> None:
     without_dead(graph)
 
 
+@verified_below_autograd
 def native_norms(graph: fx.Graph) -> None:
     """Write torch's kernels in place of the operations of this file."""
     for node in list(graph.nodes):
@@ -157,16 +159,9 @@ def native_norms(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 args = (g, x, [_shape(x)[-1]], mean, rstd, None, None, [True, False, False])
                 node.replace_all_uses_with(
-                    call(graph, operator.getitem, (call(graph, aten.native_layer_norm_backward.default, args), 0))
+                    add(graph, operator.getitem, add(graph, aten.native_layer_norm_backward.default, *args), 0)
                 )
     without_dead(graph)
-
-
-def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-    """Add a node and its value."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, args))
-    return node
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -196,8 +191,8 @@ def _norm(graph: fx.Graph, node: Any) -> None:
     if shifted is None or root is None or len(shifted.users) > 1 or not isinstance(shifted.args[1], float):
         return
     with graph.inserting_before(node):
-        norm = call(graph, torch.ops.dualform.standardize.default, (x, shifted.args[1]))
-        hat, mean, rstd = (call(graph, operator.getitem, (norm, i)) for i in range(3))
+        norm = add(graph, torch.ops.dualform.standardize.default, x, shifted.args[1])
+        hat, mean, rstd = (add(graph, operator.getitem, norm, i) for i in range(3))
     for centred in [n for n in parts[1].users if n.target == aten.sub.Tensor and n.args == (x, parts[1])]:
         for product in [n for n in centred.users if n.target == aten.mul.Tensor and set(n.args) == {centred, root}]:
             product.replace_all_uses_with(hat)
@@ -230,6 +225,6 @@ def _norm_vjp(graph: fx.Graph, node: Any) -> None:
     if matched:
         norm = hat.args[0]
         with graph.inserting_before(node):
-            mean = call(graph, operator.getitem, (norm, 1))
-            found = call(graph, torch.ops.dualform.standardize_vjp.default, (g, norm.args[0], hat, mean, rstd))
+            mean = add(graph, operator.getitem, norm, 1)
+            found = add(graph, torch.ops.dualform.standardize_vjp.default, g, norm.args[0], hat, mean, rstd)
         node.replace_all_uses_with(found)

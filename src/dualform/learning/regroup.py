@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dualform.calculus.editing import without_dead
-from dualform.learning.norms import call
+from dualform.graphs.edit import add, inputs_of, reached, without_dead
+from dualform.graphs.verify import verified_below_autograd
 from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
@@ -29,12 +29,19 @@ def shape(x: Any) -> tuple[int, ...]:
     return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
 
 
+@verified_below_autograd
 def ready_first(gm: fx.GraphModule, carried: Sequence[int]) -> fx.GraphModule:
     """Regroup the sums and products that wait for the state."""
     _pass(gm.graph, carried)
     gm = tidy(gm)  # signs that sums have passed on
     _pass(gm.graph, carried)
     return gm
+
+
+def waiting(graph: fx.Graph, inputs: Sequence[int]) -> set[fx.Node]:
+    """Collect what depends on some of the inputs, and these."""
+    given = inputs_of(graph)
+    return reached(graph, [given[i] for i in inputs])
 
 
 def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
@@ -44,22 +51,14 @@ def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
         if node.target in _elementwise and not node.kwargs:
             _drop_expands(node)
     for kinds, regroup in ((_sums.keys(), _regroup_sum), (_products | _quotients, _regroup_product)):
-        waits = reached(graph, carried)
+        waits = waiting(graph, carried)
         for node in reversed(list(graph.nodes)):
             if node in waits and node.target in kinds and not node.kwargs and not _inner(node, kinds):
                 regroup(graph, node, waits)
     without_dead(graph)
 
 
-def reached(graph: fx.Graph, inputs: Sequence[int]) -> set[fx.Node]:
-    """Collect the nodes that depend on some of the inputs, and these."""
-    found = {n for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if i in set(inputs)}
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
+@verified_below_autograd
 def join_products(graph: fx.Graph) -> None:
     """Write a @ x + b @ x as (a + b) @ x: the corrections of a weight and of its bias share their gradients."""
     for root in reversed(list(graph.nodes)):
@@ -80,7 +79,7 @@ def join_products(graph: fx.Graph) -> None:
                 continue
             with graph.inserting_before(root):
                 sign, left = _added(graph, lefts)
-                terms.append((sign, call(graph, terms[places[0]][1].target, (left, right))))
+                terms.append((sign, add(graph, terms[places[0]][1].target, left, right)))
                 kept = [t for i, t in enumerate(terms) if i not in places]
                 root.replace_all_uses_with(_total(graph, kept))
             break
@@ -107,8 +106,8 @@ def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
         source = node.args[0]
         if source.target == aten.expand.default:
             with graph.inserting_before(node):
-                small = call(graph, node.target, (source.args[0], node.args[1]))
-                node.replace_all_uses_with(call(graph, aten.expand.default, (small, *source.args[1:])))
+                small = add(graph, node.target, source.args[0], node.args[1])
+                node.replace_all_uses_with(add(graph, aten.expand.default, small, *source.args[1:]))
 
 
 def _drop_expands(node: fx.Node) -> None:
@@ -150,7 +149,7 @@ def _terms(root: fx.Node) -> tuple[list[tuple[int, Any]], int]:
 
 def _total(graph: fx.Graph, terms: list[tuple[int, Any]]) -> fx.Node:
     sign, total = _added(graph, terms)
-    return total if sign > 0 else call(graph, aten.neg.default, (total,))
+    return total if sign > 0 else add(graph, aten.neg.default, total)
 
 
 def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
@@ -160,9 +159,9 @@ def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
     for own, x in rest:
         same = own == sign
         if isinstance(total, fx.Node):
-            total = call(graph, aten.add.Tensor if same else aten.sub.Tensor, (total, x))
+            total = add(graph, aten.add.Tensor if same else aten.sub.Tensor, total, x)
         elif isinstance(x, fx.Node):  # a number stands second
-            total = call(graph, aten.add.Tensor, (x if same else call(graph, aten.neg.default, (x,)), total))
+            total = add(graph, aten.add.Tensor, x if same else add(graph, aten.neg.default, x), total)
         else:
             total = total + x if same else total - x
     return sign, total
@@ -199,7 +198,7 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
     with graph.inserting_before(root):
         if scaled:
             group = ready or late
-            group[0] = call(graph, aten.mul.Tensor, (group[0], number))
+            group[0] = add(graph, aten.mul.Tensor, group[0], number)
         groups = [_multiplied(graph, part) for part in (late, ready) if part]
         root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape(x)))))
 
@@ -207,5 +206,5 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
 def _multiplied(graph: fx.Graph, factors: list[fx.Node]) -> fx.Node:
     total = factors[0]
     for x in factors[1:]:
-        total = call(graph, aten.mul.Tensor, (total, x))
+        total = add(graph, aten.mul.Tensor, total, x)
     return total

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.editing import unwritten, without_dead
-from dualform.calculus.functional import without_repeats
+from dualform.graphs.edit import emitter, replace, unwritten, without_dead, without_repeats
+from dualform.graphs.verify import verified_below_autograd
 
 aten = torch.ops.aten
 _same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
@@ -29,6 +29,7 @@ _bilinear = {aten.bmm.default, aten.mm.default}
 _reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.squeeze.dim, aten.reshape.default}
 
 
+@verified_below_autograd
 def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     """Simplify a graph; inputs, outputs and their order stay."""
     _Folder(gm.graph).run()
@@ -60,7 +61,7 @@ class _Folder:
             return
         unchanged = before.shape == value.shape and before.dtype == value.dtype
         if target in _same_value or (target in _same_if_shape and unchanged):
-            self.replace(node, first)
+            replace(node, first)
         elif target in _filled:
             self.constant[node] = _filled[target]  # pyright: ignore[reportArgumentType]: it is an OpOverload
         elif target == aten.fill.Scalar and isinstance(args[1], int | float):
@@ -71,14 +72,14 @@ class _Folder:
         elif target in _products and not node.kwargs:
             self.product(node, first, args[1])
         elif target == aten.pow.Tensor_Scalar and args[1] == 1.0 and unchanged:
-            self.replace(node, first)
+            replace(node, first)
         elif target == aten.add.Tensor and not node.kwargs and isinstance(args[1], fx.Node):
             self.sum(node, first, args[1])
         elif target == aten.sub.Tensor and not node.kwargs and isinstance(args[1], fx.Node):
             if args[1].target == aten.neg.default:
                 node.target, node.args = aten.add.Tensor, (first, args[1].args[0])
         elif target == aten.neg.default and first.target == aten.neg.default:
-            self.replace(node, first.args[0])  # type: ignore[arg-type]
+            replace(node, first.args[0])  # type: ignore[arg-type]
         elif target in _odd and first.target == aten.neg.default:
             self.negate(node, (first.args[0], *args[1:]))
         elif target in _bilinear and isinstance(args[1], fx.Node) and args[1].target == aten.neg.default:
@@ -86,11 +87,11 @@ class _Folder:
         elif target == aten.transpose.int and first.target == target:
             axes = [{n % value.ndim for n in x.args[1:]} for x in (node, first)]
             if axes[0] == axes[1]:
-                self.replace(node, first.args[0])  # type: ignore[arg-type]
+                replace(node, first.args[0])  # type: ignore[arg-type]
         elif target == aten.t.default and first.target == target:
-            self.replace(node, first.args[0])  # type: ignore[arg-type]
+            replace(node, first.args[0])  # type: ignore[arg-type]
         elif target == aten.permute.default and list(args[1]) == list(range(value.ndim)):  # type: ignore[arg-type]
-            self.replace(node, first)
+            replace(node, first)
 
     def product(self, node: fx.Node, x: fx.Node, y: Any) -> None:
         """x * number: fold into a product with another number, drop a factor of 1; a filled tensor is a number."""
@@ -114,15 +115,13 @@ class _Folder:
             if not isinstance(x, fx.Node) or x.meta["val"].shape != node.meta["val"].shape:
                 return
         if scale == 1.0:
-            self.replace(node, x)
+            replace(node, x)
         elif math.isfinite(scale):
             node.target, node.args = aten.mul.Tensor, (x, scale)
 
     def negate(self, node: fx.Node, args: tuple[Any, ...]) -> None:
         """Turn a node into minus itself of other arguments."""
-        with self.graph.inserting_before(node):
-            positive = self.graph.call_function(node.target, args, node.kwargs)  # type: ignore[arg-type]
-        positive.meta = dict(node.meta)
+        positive = emitter(self.graph, node)(node.target, *args, **node.kwargs)
         node.target, node.args, node.kwargs = aten.neg.default, (positive,), {}
         self.visit(positive)
 
@@ -132,7 +131,3 @@ class _Folder:
             if right.target == aten.neg.default and right not in self.constant:
                 node.target, node.args = aten.sub.Tensor, (left, right.args[0])
                 return
-
-    def replace(self, node: fx.Node, by: fx.Node) -> None:
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)

@@ -30,6 +30,7 @@ from dualform.calculus.relations import Lookup
 from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
+from dualform.graphs.edit import add
 from dualform.learning.lookups import lookups_as_gathers
 from dualform.shapes import TraceError
 
@@ -185,8 +186,8 @@ def _without_padding(graph: fx.Graph, node: fx.Node) -> None:
 
 def _made(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     """Insert a call at the line of another."""
-    node = graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*map_arg(args, lambda x: x.meta["val"]))}
+    node = add(graph, target, *args)
+    node.meta = {**like.meta, "val": node.meta["val"]}
     return node
 
 
