@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import count
 from typing import Any
 
-import opt_einsum
 import torch
-from opt_einsum.paths import DynamicProgramming
 from torch import Tensor
 
+from dualform.calculus.planner import Price, flop_count, free_order, get_symbol, letters
 from dualform.calculus.relations import Reading, Triangle, Window, is_padded, read, summed_up, write
 from dualform.calculus.terms import Factor, Label, Relation, diagonal, sizes, volume
 
@@ -31,35 +30,43 @@ class Step:
     left: str
     right: str
     result: str
-    flops: int
-    bytes: int
+    price: Price
 
     def __str__(self) -> str:
-        return f"{self.left} {self.right} -> {self.result}   {self.kind}, {self.flops:,} flops, {self.bytes:,} bytes"
+        flops, written, _ = self.price
+        return f"{self.left} {self.right} -> {self.result}   {self.kind}, {flops:,} flops, {written:,} bytes"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a contraction and its cost; `bytes` counts what the steps write."""
+    """The order of a contraction and its cost; `bytes` counts what the steps write, `naive` is flops in one loop nest."""
 
     path: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]
+    naive: int
+
+    @property
+    def price(self) -> Price:
+        return sum((step.price for step in self.steps), Price())
 
     @property
     def flops(self) -> int:
-        return sum(step.flops for step in self.steps)
+        return int(self.price.flops)
 
     @property
     def matmul_flops(self) -> int:
         """The part of `flops` that runs as matrix products."""
-        return sum(step.flops for step in self.steps if step.kind == "mm")
+        return sum(int(step.price.flops) for step in self.steps if step.kind == "mm")
 
     @property
     def bytes(self) -> int:
-        return sum(step.bytes for step in self.steps)
+        return int(self.price.bytes)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.steps)} steps, {self.flops:,} flops, {self.bytes:,} bytes written"]
+        lines = [
+            f"{len(self.steps)} steps, {self.flops:,} flops, {self.bytes:,} bytes written; "
+            f"one loop nest: {self.naive:,} flops; largest intermediate: {self.price.largest:,} numbers"
+        ]
         return "\n".join([*lines, *(f"  {k + 1}. {step}" for k, step in enumerate(self.steps))])
 
 
@@ -72,23 +79,10 @@ class _Task:
     writes: list[tuple[Reading, tuple[Label, ...]]]
 
 
-@lru_cache(maxsize=4096)
-def _path(inputs: tuple[frozenset[int], ...], output: frozenset[int], extents: tuple[int, ...]) -> tuple:
-    if len(inputs) <= 2:
-        return (tuple(range(len(inputs))),)
-    symbol = opt_einsum.get_symbol
-    search = DynamicProgramming(minimize="flops", cost_cap=False, search_outer=True)
-    named = [frozenset(symbol(k) for k in labels) for labels in inputs]
-    found = search(named, frozenset(symbol(k) for k in output), {symbol(k): n for k, n in enumerate(extents)})
-    return tuple(tuple(sorted(pair)) for pair in found)
-
-
 def _ordered(operands: Sequence[Factor], out: Sequence[Label]) -> tuple[tuple[int, ...], ...]:
-    number: dict[Label, int] = {}
-    for label in [*out, *(label for f in operands for label in f.labels)]:
-        number.setdefault(label, len(number))
-    inputs = tuple(frozenset(number[label] for label in f.labels) for f in operands)
-    return _path(inputs, frozenset(number[label] for label in out), tuple(label.size for label in number))
+    name = letters(out, *(f.labels for f in operands))
+    inputs = tuple(frozenset(name[label] for label in f.labels) for f in operands)
+    return free_order(inputs, frozenset(name[label] for label in out), tuple((x, k.size) for k, x in name.items()))
 
 
 def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Task:
@@ -184,7 +178,8 @@ def _summed(f: Factor, labels: Sequence[Label]) -> Factor:
 def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
     """Choose the order of a contraction and price it; reads shapes only.
 
-    flops of a pairwise step = 2 prod(sizes) if it sums an index, prod(sizes) if it does not
+    flops of a pairwise step = 2 prod(sizes) if it sums an index, prod(sizes) if it does not; naive = n prod(all sizes) for n
+    factors if they sum an index, (n - 1) prod(all sizes) if not
     Shape:  as `contract`.
     Dtype:  bytes are counted in the dtype of the factors.
     Raises: ValueError if a label of `out` is in no factor.
@@ -206,20 +201,17 @@ def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
         union = list(dict.fromkeys([*left.labels, *right.labels]))
         kept = tuple(sorted((label for label in union if label in keep), key=_rank(task.out)))
         kind = _kind(left, right, keep)
-        flops = volume(union) * (1 if kind == "mul" else 2)
-        result = Factor(left.tensor, kept, f"t{next(fresh)}")
-        steps.append(
-            Step(
-                kind,
-                show(left.name or "_", left.labels),
-                show(right.name or "_", right.labels),
-                show(result.name, kept),
-                flops,
-                volume(kept) * left.tensor.element_size(),
-            )
+        made = volume(kept)
+        price = Price(
+            volume(union) * (1 if kind == "mul" else 2), made * left.tensor.element_size(), made if work else 0
         )
+        result = Factor(left.tensor, kept, f"t{next(fresh)}")
+        a, b = (show(f.name or "_", f.labels) for f in (left, right))
+        steps.append(Step(kind, a, b, show(result.name, kept), price))
         work.append(result)
-    return Plan(path, tuple(steps))
+    extents = {label: label.size for f in task.operands for label in f.labels}
+    naive = flop_count(extents, len(extents) > len(task.out), len(task.operands), extents) if steps else 0
+    return Plan(path, tuple(steps), naive)
 
 
 def _rank(order: Sequence[Label]) -> Callable[[Label], int]:
@@ -237,11 +229,11 @@ def _kind(a: Factor, b: Factor, keep: set[Label]) -> str:
 
 def _names(task: _Task) -> dict[Label, str]:
     names: dict[Label, str] = {}
-    letters = (opt_einsum.get_symbol(k) for k in count(8))
+    free_letters = (get_symbol(k) for k in count(8))
     for label in [*task.out, *(label for f in task.operands for label in f.labels)]:
         if label not in names:
             free = label.name and label.name not in names.values()
-            names[label] = label.name if free else next(x for x in letters if x not in names.values())
+            names[label] = label.name if free else next(x for x in free_letters if x not in names.values())
     return names
 
 

@@ -11,11 +11,9 @@ Legend: m input, D expanded, n output, l parameters; rows "i" or "ik" (n = p s),
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualform.calculus.planner import Meeting, TokenOrder, token_order
 from dualform.shapes import fail
 
 
@@ -231,93 +230,19 @@ def largest_factor(size: int) -> int:
 # -- the order of the steps ------------------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
-    """Meet one more operand: a factor, or the other token (which = None); its labels, and the labels left afterwards."""
-
-    which: int | None
-    right: str
-    out: str
-
-
-class Plan(NamedTuple):
-    """The token to start at, what it meets in turn, and what the other token meets before the two meet."""
-
-    start: int
-    steps: tuple[Step, ...]
-    other: tuple[Step, ...] = ()
-
-
-class Problem(NamedTuple):
-    """What a plan depends on: labels of tokens and factors, which factors are identities, the rows, the labels' sizes."""
-
-    tokens: tuple[str, ...]
-    factors: tuple[str, ...]
-    fixed: tuple[bool, ...]
-    rows: str
-    sizes: tuple[tuple[str, int], ...]
-
-    def meet(self, labels: str, which: int | None, right: str, later: str) -> tuple[Step, float]:
-        """Return the step and its price per token: products, and numbers moved, which cost more than one made."""
-        size = dict(self.sizes)
-        union = "".join(dict.fromkeys(labels + right))
-        out = "".join(label for label in union if label in later)
-        is_eye = which is not None and self.fixed[which]
-        moved = math.prod(size[label] for label in out)
-        if which is not None and not is_eye and not _is_product(labels, right, out):
-            moved += math.prod(size[label] for label in right)  # laid out anew
-        flops = 0 if is_eye else math.prod(size[label] for label in union)
-        return Step(which, right, out), flops + 16.0 * moved
-
-    def walk(self, labels: str, order: tuple[int, ...], later: str) -> tuple[list[Step], float, str]:
-        """Meet factors in this order; what comes later needs its labels."""
-        steps, price = [], 0.0
-        for k, index in enumerate(order):
-            needed = later + "".join(self.factors[i] for i in order[k + 1 :])
-            step, cost = self.meet(labels, index, self.factors[index], needed)
-            steps.append(step)
-            price, labels = price + cost, step.out
-        return steps, price, labels
-
-    def plan(self, start: int, order: tuple[int, ...], a: int, b: int) -> tuple[float, Plan]:
-        """Meet order[:a] first, with the other token meeting order[a:b] before it is met itself, then the rest."""
-        partner = "".join(token for k, token in enumerate(self.tokens) if k != start)
-        rest, after = ("".join(self.factors[i] for i in order[k:]) for k in (a, b))
-        steps, price, labels = self.walk(self.tokens[start], order[:a], self.rows + partner + rest)
-        other: list[Step] = []
-        if partner:
-            other, cost, right = self.walk(partner, order[a:b], self.rows + labels + after)
-            join, more = self.meet(labels, None, right, self.rows + after)
-            steps.append(join)
-            price, labels = price + cost + more, join.out
-        last, cost, _ = self.walk(labels, order[b:], self.rows)
-        return price + cost, Plan(start, (*steps, *last), tuple(other))
-
-
-def plan_steps(*problem: Any) -> Plan:
-    """Find the plan again; torch.compile takes it as it is."""
-    return _plan(Problem(*problem))
+def plan_steps(*problem: Any) -> TokenOrder:
+    """Find the order again; torch.compile takes it as it is."""
+    order = token_order(*problem)
+    assert order is not None  # nothing is too large
+    return order
 
 
 # What torch.compiler.assume_constant_result sets; that would import the whole compiler, which takes as long as torch.
 plan_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1024)
-def _plan(problem: Problem) -> Plan:
-    """Choose the order that moves and multiplies least, from the tokens on."""
-    count, pair = len(problem.factors), len(problem.tokens) > 1
-    cuts = [(a, b) for b in range(count + 1) for a in range(b + 1)] if pair else [(0, 0)]
-    plans = (
-        problem.plan(start, order, a, b)
-        for start in range(len(problem.tokens))
-        for order in itertools.permutations(range(count))
-        for a, b in cuts
-    )
-    return min(plans, key=lambda found: found[0])[1]
-
-
 def _walk(
-    y: Tensor, labels: str, steps: tuple[Step, ...], factors: list[Tensor | None], sizes: dict[str, int], other: Tensor | None
+    y: Tensor, labels: str, steps: tuple[Meeting, ...], factors: list[Tensor | None], sizes: dict[str, int], other: Tensor | None
 ) -> tuple[Tensor, str]:  # fmt: skip
     for step in steps:
         if step.which is None:
@@ -350,7 +275,7 @@ def _is_product(labels: str, right: str, out: str) -> bool:
     return summed and lies and out == labels[:-1] + right.replace(last, "")
 
 
-def _through_eye(y: Tensor, labels: str, step: Step, sizes: dict[str, int]) -> Tensor:
+def _through_eye(y: Tensor, labels: str, step: Meeting, sizes: dict[str, int]) -> Tensor:
     """Meet an identity matrix: one label takes the place of the other, cut or filled with zeros to its size."""
     row, col = step.right
     axis = labels.index(col)

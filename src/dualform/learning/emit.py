@@ -11,7 +11,6 @@ Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
+from dualform.calculus.planner import Price
 from dualform.calculus.program import identity
 from dualform.calculus.recorder import node_of, recorded_so_far
 from dualform.calculus.structure import Derivative, compose
@@ -31,7 +31,6 @@ from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
 from dualform.learning.token_maps import (
-    Price,
     is_elementwise,
     kernel_first,
     masked,
@@ -40,6 +39,7 @@ from dualform.learning.token_maps import (
     prefix,
     price,
     price_shape,
+    running,
     separated,
     token_back,
     token_first,
@@ -308,12 +308,13 @@ class Emitter:
             y = y + (J.jvp(tensor) if is_number(weight, 1.0) else weighted(J, axis, weight).jvp(tensor))
         sources = keys.derivatives[leaf]
         kernels = [(masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
-        scores = sum((kernel_first(K, delta) for K, delta in kernels), Price(0, 0))
+        scores = sum((kernel_first(K, delta) for K, delta in kernels), Price())
         per_token = [(per_source(K, other), delta) for K, other, delta in sources]
         spread = per_target(J, axis)
-        size = self.variant.width * math.prod(x.th[leaf].shape)
-        state = sum((price(K, delta) for K, delta in per_token), self._prefix_price(coef, size, y.element_size()))
-        state = state + price_shape(spread, (self.variant.width, *x.th[leaf].shape), y)
+        W = self.variant.width
+        _, summed = running(coef, W, W * x.th[leaf].numel(), y.element_size())
+        state = sum((price(K, delta) for K, delta in per_token), summed)
+        state = state + price_shape(spread, (W, *x.th[leaf].shape), y)
         if is_elementwise(J):
             form = "scan"
         else:
@@ -352,11 +353,6 @@ class Emitter:
             elif self.inner.rule.start[k] != 0.0:
                 c = c + d * self.inner.rule.start[k]
         return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not is_number(w, 0.0)]
-
-    def _prefix_price(self, coef: Coefficients, size: int, itemsize: int) -> Price:
-        if coef.row is not None:
-            return Price(3 * size, 6 * size * itemsize)
-        return Price(2 * self.variant.width * size, 2 * size * itemsize)
 
     def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Tensor:
         """Run an inadmissible site with each token's own weights: the traced op at one token, mapped over tokens."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dualform.calculus.planner import Price
 from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice
 from dualform.learning.printer import Cost
-from dualform.learning.token_maps import Price
 
 _names = {
     "scores": "scores (dual): query with key first, no weight per token",

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.calculus import rules as table
 from dualform.calculus.contract import plan
+from dualform.calculus.planner import Price
 from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
-from dualform.calculus.terms import atoms, sizes
+from dualform.calculus.terms import atoms, sizes, volume
 from dualform.learning.rules import Coefficients, Scalar
 from dualform.learning.sites import Place
-
-# Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
-FLOPS_PER_BYTE = 16.0
-
-
-class Price(NamedTuple):
-    """What a contraction costs: flops and bytes moved, and their sum in flops."""
-
-    flops: float
-    bytes: float
-
-    @property
-    def total(self) -> float:
-        return self.flops + FLOPS_PER_BYTE * self.bytes
-
-    def __add__(self, other: object) -> Price:
-        assert isinstance(other, tuple)
-        return Price(self.flops + other[0], self.bytes + other[1])
 
 
 def token_first(x: Tensor, place: Place, W: int) -> Tensor:
@@ -113,10 +96,18 @@ def per_target(J: Derivative, axis: int | None) -> Derivative:
     return _edit(J, change, J.out_shape, (count(J, axis), *J.in_shape))
 
 
+def running(coef: Coefficients, W: int, size: int, itemsize: int) -> tuple[bool, Price]:
+    """Is sum_{s<=t} C[t,s] g_s a running sum, for W g's of so many numbers in all? It can be where C is tril(row x col)."""
+    added, product = Price(3 * size, 6 * size * itemsize), Price(2 * W * size, 2 * size * itemsize)
+    found = coef.row is not None and coef.col is not None and added.total < product.total
+    return found, added if found else product
+
+
 def prefix(g: Tensor, coef: Coefficients) -> Tensor:
-    """sum_{s<=t} C[t,s] g_s: a running sum where C is tril(row x col)."""
+    """sum_{s<=t} C[t,s] g_s."""
     shape = (-1, *[1] * (g.ndim - 1))
-    if coef.row is not None and coef.col is not None and g.shape[0] > FLOPS_PER_BYTE * 2 * g.element_size():
+    if running(coef, g.shape[0], g.numel(), g.element_size())[0]:
+        assert coef.row is not None and coef.col is not None
         return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
     return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
 
@@ -128,14 +119,14 @@ def is_elementwise(J: Derivative) -> bool:
 
 def kernel_first(K: Derivative, v: Tensor) -> Price:
     """Price K[v] with the kernel made before it meets v: query with key first."""
-    total = Price(0, 0)
+    total = Price()
     for term in K.terms:
         present = {label for f in term.factors for label in getattr(f, "labels", ())}
         kept = tuple(label for label in dict.fromkeys(atoms((*term.out, *term.inn))) if label in present)
-        p = plan(term.factors, kept)
+        p = plan(term.factors, kept).price
         made = Factor(v.new_empty(sizes(kept)), kept, "K")
         alone = Derivative((replace(term, factors=(made,)),), K.out_shape, K.in_shape, K.dtype, K.device)
-        total = total + (p.flops, p.bytes) + price(alone, v)
+        total = total + p._replace(largest=max(p.largest, volume(kept))) + price(alone, v)
     return total
 
 
@@ -145,12 +136,11 @@ def price(J: Derivative, v: Tensor) -> Price:
 
 def price_shape(J: Derivative, shape: Sequence[int], like: Tensor) -> Price:
     """Price J[v] without computing it: every term's contraction, as planned."""
-    total = Price(0, 0)
+    total = Price()
     for term in J.terms:
         labels = tuple(label for axis in term.inn for label in axis)
         v = Factor(like.new_empty(_sizes(*term.inn)), labels, "v")
         present = {label for f in (*term.factors, v) for label in getattr(f, "labels", ())}
         out = [label for axis in term.out for label in axis if label in present]
-        p = plan((*term.factors, v), tuple(dict.fromkeys(out)))
-        total = total + (p.flops, p.bytes)
+        total = total + plan((*term.factors, v), tuple(dict.fromkeys(out))).price
     return total
