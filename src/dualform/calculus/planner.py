@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 # Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
 FLOPS_PER_BYTE = 16.0
 NUMBER = 4  # bytes, where an order is chosen
+CACHE = 1 << 18  # numbers: where no operand has more, what a step writes is still near when the next reads it
 
 Sizes = tuple[tuple[str, int], ...]
 
@@ -66,9 +67,12 @@ def free_order(inputs: tuple[frozenset[str], ...], output: frozenset[str], sizes
     """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its end."""
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
-    written = round(FLOPS_PER_BYTE * NUMBER / 2)  # the search counts a multiply-add as one
-    search = DynamicProgramming(minimize=f"combo-{written}", cost_cap=False, search_outer=True)
-    return tuple(tuple(sorted(pair)) for pair in search(list(inputs), output, dict(sizes)))
+    extents = dict(sizes)
+    is_near = all(math.prod(extents[x] for x in labels) <= CACHE for labels in inputs)
+    written = FLOPS_PER_BYTE * NUMBER / 2  # the search counts a multiply-add as one
+    minimize = "flops" if is_near else f"combo-{round(written)}"
+    search = DynamicProgramming(minimize, cost_cap=False, search_outer=True)
+    return tuple(tuple(sorted(pair)) for pair in search(list(inputs), output, extents))
 
 
 class Meeting(NamedTuple):
@@ -105,8 +109,10 @@ def token_order(
     operands, extents = (*tokens, *factors), dict(sizes)
 
     def meet(way: TokenOrder, which: int | None, right: str, later: str, other: TokenOrder | None = None) -> TokenOrder:
-        out = "".join(x for x in dict.fromkeys(way.labels + right) if x in later)
+        out = _only(way.labels + right, later)
         price = way.price + _met(way.labels, right, out, extents, which is not None and fixed[which])
+        if later == rows and out != _only(rows, out):
+            price += Price(0, NUMBER * math.prod(extents[x] for x in out))
         found = way._replace(labels=out, steps=(*way.steps, Meeting(which, right, out)), price=price)
         return found._replace(other=other.steps, price=price + other.price) if other else found
 
@@ -128,6 +134,10 @@ def token_order(
         return min(found, key=lambda way: way.price.total, default=None)
 
     return best(frozenset(range(len(operands))))
+
+
+def _only(labels: str, wanted: str) -> str:
+    return "".join(x for x in dict.fromkeys(labels) if x in wanted)
 
 
 def _met(left: str, right: str, out: str, extents: dict[str, int], renames: bool) -> Price:
