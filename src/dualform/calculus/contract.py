@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.planner import Price, flop_count, free_order, get_symbol, letters
+from dualform.calculus.planner import Price, flops, free_order, get_symbol, letters
 from dualform.calculus.relations import Reading, Triangle, Window, is_padded, read, summed_up, write
 from dualform.calculus.terms import Factor, Label, Relation, diagonal, sizes, volume
 
@@ -33,8 +33,8 @@ class Step:
     price: Price
 
     def __str__(self) -> str:
-        flops, written, _ = self.price
-        return f"{self.left} {self.right} -> {self.result}   {self.kind}, {flops:,} flops, {written:,} bytes"
+        step = f"{self.left} {self.right} -> {self.result}   {self.kind}"
+        return f"{step}, {self.price.flops:,} flops, {self.price.bytes:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,7 @@ def _summed_up(
 
 def _one_dtype(operands: list[Factor]) -> list[Factor]:
     """Promote factors to their common dtype, as an elementwise op would."""
-    common = (
-        reduce(torch.promote_types, (f.tensor.dtype for f in operands), operands[0].tensor.dtype) if operands else None
-    )
+    common = reduce(torch.promote_types, (f.tensor.dtype for f in operands)) if operands else None
     return [f if f.tensor.dtype == common else Factor(f.tensor.to(common), f.labels, f.name) for f in operands]
 
 
@@ -178,8 +176,7 @@ def _summed(f: Factor, labels: Sequence[Label]) -> Factor:
 def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
     """Choose the order of a contraction and price it; reads shapes only.
 
-    flops of a pairwise step = 2 prod(sizes) if it sums an index, prod(sizes) if it does not; naive = n prod(all sizes) for n
-    factors if they sum an index, (n - 1) prod(all sizes) if not
+    flops of a pairwise step = 2 prod(sizes) if it sums an index, prod(sizes) if it does not
     Shape:  as `contract`.
     Dtype:  bytes are counted in the dtype of the factors.
     Raises: ValueError if a label of `out` is in no factor.
@@ -202,16 +199,13 @@ def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
         kept = tuple(sorted((label for label in union if label in keep), key=_rank(task.out)))
         kind = _kind(left, right, keep)
         made = volume(kept)
-        price = Price(
-            volume(union) * (1 if kind == "mul" else 2), made * left.tensor.element_size(), made if work else 0
-        )
+        price = Price(flops(volume(union), kind != "mul"), made * left.tensor.element_size(), made if work else 0)
         result = Factor(left.tensor, kept, f"t{next(fresh)}")
         a, b = (show(f.name or "_", f.labels) for f in (left, right))
         steps.append(Step(kind, a, b, show(result.name, kept), price))
         work.append(result)
-    extents = {label: label.size for f in task.operands for label in f.labels}
-    naive = flop_count(extents, len(extents) > len(task.out), len(task.operands), extents) if steps else 0
-    return Plan(path, tuple(steps), naive)
+    every = {label for f in task.operands for label in f.labels}
+    return Plan(path, tuple(steps), flops(volume(every), len(every) > len(task.out), len(task.operands)))
 
 
 def _rank(order: Sequence[Label]) -> Callable[[Label], int]:

@@ -17,9 +17,9 @@ from itertools import combinations, permutations, product
 from typing import Any, NamedTuple
 
 from opt_einsum import get_symbol
-from opt_einsum.helpers import flop_count
 from opt_einsum.paths import DynamicProgramming
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 # Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
@@ -27,6 +27,7 @@ FLOPS_PER_BYTE = 16.0
 NUMBER = 4  # bytes, where an order is chosen
 CACHE = 1 << 18  # numbers: where no operand has more, what a step writes is still near when the next reads it
 
+Words = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]
 
 
@@ -46,14 +47,19 @@ class Price(NamedTuple):
         return Price(self.flops + other.flops, self.bytes + other.bytes, max(self.largest, other.largest))
 
 
+def flops(points: int, is_sum: bool, operands: int = 2) -> int:
+    """Count the flops of a product of operands in one loop nest of so many points."""
+    return points * (operands - 1 + is_sum)
+
+
 def counted(nodes: Iterable[fx.Node]) -> Price:
     """Price what is traced: flops of matrix products as torch counts them, bytes that ops write, the largest of their values."""
     total = Price()
     for node in (n for n in nodes if n.op == "call_function"):
-        args, kwargs, made = fx.node.map_arg((node.args, node.kwargs, node), lambda n: n.meta.get("val"))
+        args, kwargs, made = map_arg((node.args, node.kwargs, node), lambda n: n.meta.get("val"))
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-        flops = int(formula(*args, **kwargs, out_val=made)) if formula else 0
-        total += Price(flops, made.nbytes, made.numel()) if isinstance(made, Tensor) else Price(flops)
+        work = int(formula(*args, **kwargs, out_val=made)) if formula else 0
+        total += Price(work, made.nbytes, made.numel()) if isinstance(made, Tensor) else Price(work)
     return total
 
 
@@ -67,18 +73,20 @@ def free_order(inputs: tuple[frozenset[str], ...], output: frozenset[str], sizes
     """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its end."""
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
-    extents = dict(sizes)
+    extents, written = (
+        dict(sizes),
+        round(FLOPS_PER_BYTE * NUMBER / 2),
+    )  # for a multiply-add, which the search counts as one
     is_near = all(math.prod(extents[x] for x in labels) <= CACHE for labels in inputs)
-    written = FLOPS_PER_BYTE * NUMBER / 2  # the search counts a multiply-add as one
-    minimize = "flops" if is_near else f"combo-{round(written)}"
-    search = DynamicProgramming(minimize, cost_cap=False, search_outer=True)
+    search = DynamicProgramming("flops" if is_near else f"combo-{written}", cost_cap=False, search_outer=True)
     return tuple(tuple(sorted(pair)) for pair in search(list(inputs), output, extents))
 
 
 class Meeting(NamedTuple):
-    """Meet one more operand: a factor, or the other token (which = None); its labels, and the labels left afterwards."""
+    """Meet one more operand: a factor, or the other token (which = None); the labels before, its own, and those left."""
 
     which: int | None
+    left: str
     right: str
     out: str
 
@@ -95,12 +103,7 @@ class TokenOrder(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def token_order(
-    tokens: tuple[str, ...],
-    factors: tuple[str, ...],
-    fixed: tuple[bool, ...],
-    rows: str,
-    sizes: Sizes,
-    limit: float = math.inf,
+    tokens: Words, factors: Words, fixed: tuple[bool, ...], rows: str, sizes: Sizes, limit: float = math.inf
 ) -> TokenOrder | None:
     """Find the cheapest order in which one token, or two that meet on the way, meet the factors one by one.
 
@@ -108,13 +111,17 @@ def token_order(
     """
     operands, extents = (*tokens, *factors), dict(sizes)
 
-    def meet(way: TokenOrder, which: int | None, right: str, later: str, other: TokenOrder | None = None) -> TokenOrder:
-        out = _only(way.labels + right, later)
-        price = way.price + _met(way.labels, right, out, extents, which is not None and fixed[which])
-        if later == rows and out != _only(rows, out):
-            price += Price(0, NUMBER * math.prod(extents[x] for x in out))
-        found = way._replace(labels=out, steps=(*way.steps, Meeting(which, right, out)), price=price)
-        return found._replace(other=other.steps, price=price + other.price) if other else found
+    def only(labels: str, wanted: str) -> str:
+        return "".join(x for x in dict.fromkeys(labels) if x in wanted)
+
+    def meet(way: TokenOrder, which: int | None, other: TokenOrder, later: str) -> TokenOrder:
+        right = other.labels
+        out = only(way.labels + right, later)
+        price = _met(way.labels, right, out, extents, which is not None and fixed[which])
+        if later == rows:  # the result: no intermediate, and wanted in the order of the rows
+            price = Price(price.flops, price.bytes + (out != only(rows, out)) * NUMBER * price.largest)
+        steps = (*way.steps, Meeting(which, way.labels, right, out))
+        return TokenOrder(way.start, out, steps, other.steps or way.other, way.price + other.price + price)
 
     @cache
     def best(those: frozenset[int]) -> TokenOrder | None:
@@ -124,31 +131,28 @@ def token_order(
             return TokenOrder(own[0], operands[own[0]])
         later = rows + "".join(labels for k, labels in enumerate(operands) if k not in those)
         rest = sorted(those.difference(own), reverse=True)
-        found = [meet(way, k - len(tokens), operands[k], later) for k in rest if (way := best(those - {k}))]
+        found = [
+            meet(way, k - len(tokens), TokenOrder(k, operands[k]), later) for k in rest if (way := best(those - {k}))
+        ]
         for (one, _), count in product(permutations(own, 2), range(len(rest) + 1)):
             for part in combinations(rest, count):
                 way, other = best(frozenset((one, *part))), best(those.difference((one, *part)))
-                found += [meet(way, None, other.labels, later, other)] if way and other else []
-        if len(those) < len(operands):
-            found = [way for way in found if way.price.largest < limit]
-        return min(found, key=lambda way: way.price.total, default=None)
+                found += [meet(way, None, other, later)] if way and other else []
+        return min((way for way in found if way.price.largest < limit), key=lambda way: way.price.total, default=None)
 
     return best(frozenset(range(len(operands))))
 
 
-def _only(labels: str, wanted: str) -> str:
-    return "".join(x for x in dict.fromkeys(labels) if x in wanted)
-
-
 def _met(left: str, right: str, out: str, extents: dict[str, int], renames: bool) -> Price:
-    """Price one step. A product reads the axes that it sums side by side; axes that it does not sum, it wants before the tokens'."""
+    """Price a step, with what it lays out anew: a product wants what it sums side by side, and axes that both keep up front."""
     shared = [x for x in left if x in right]
     summed = "".join(x for x in shared if x not in out)
-    size, beside, whole = (math.prod(extents[x] for x in labels) for labels in (out, left, right))
+    size, tokens, factor = (math.prod(extents[x] for x in labels) for labels in (out, left, right))
     moved, is_batched = size, 0 < len(summed) < len(shared)
     if is_batched or not left.endswith(summed):
-        moved += (1 + is_batched) * beside
+        moved += (1 + is_batched) * tokens
     if not renames and (is_batched or not (right.startswith(summed) or right.endswith(summed))):
-        moved += whole
-    flops = 0 if renames else flop_count({*left, *right}, len({*left, *right}) > len(out), 2, extents)
-    return Price(flops, NUMBER * moved, size)
+        moved += factor
+    every = {*left, *right}
+    work = 0 if renames else flops(math.prod(extents[x] for x in every), len(every) > len(out))
+    return Price(work, NUMBER * moved, size)

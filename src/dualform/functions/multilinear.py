@@ -12,7 +12,7 @@ Legend: m input, D expanded, n output, l parameters; rows "i" or "ik" (n = p s),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,12 +185,11 @@ class Multilinear:
         tokens, specs, tensors, sizes = self._split(kappa, specs, tensors, sizes)
         fixed = tuple(t is None for t in tensors)
         plan = plan_steps(tuple(spec for spec, _ in tokens), tuple(specs), fixed, self.rows, tuple(sizes.items()))
-        first, *others = (tokens[plan.start], *(t for k, t in enumerate(tokens) if k != plan.start))
-        other = None
-        for labels, x in others:  # at most one: kappa is a row or an outer product of two
-            other, _ = _walk(x, labels, plan.other, tensors, sizes, None)
-        y, labels = _walk(first[1], first[0], plan.steps, tensors, sizes, other)
-        y = _finish(y, labels, self.rows, sizes)
+        _, y = tokens.pop(plan.start)
+        others = [
+            _walk(x, plan.other, tensors, sizes, None) for _, x in tokens
+        ]  # at most one: kappa is an outer product of two
+        y = _finish(_walk(y, plan.steps, tensors, sizes, *(others or [None])), plan.labels, self.rows, sizes)
         y = y.reshape(*y.shape[: y.ndim - len(self.rows)], n)
         return y if self.coef == 1.0 else y * self.coef
 
@@ -227,9 +226,6 @@ def largest_factor(size: int) -> int:
     return next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
 
 
-# -- the order of the steps ------------------------------------------------------------------------------------------
-
-
 def plan_steps(*problem: Any) -> TokenOrder:
     """Find the order again; torch.compile takes it as it is."""
     order = token_order(*problem)
@@ -242,18 +238,16 @@ plan_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _walk(
-    y: Tensor, labels: str, steps: tuple[Meeting, ...], factors: list[Tensor | None], sizes: dict[str, int], other: Tensor | None
-) -> tuple[Tensor, str]:  # fmt: skip
-    for step in steps:
-        if step.which is None:
-            assert other is not None
-            y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, other)
-        elif (factor := factors[step.which]) is None:
-            y = _through_eye(y, labels, step, sizes)
+    y: Tensor, steps: Sequence[Meeting], factors: list[Tensor | None], sizes: dict[str, int], other: Any
+) -> Tensor:
+    for which, left, right, out in steps:
+        if which is None:
+            y = torch.einsum(f"...{left},...{right}->...{out}", y, other)
+        elif (factor := factors[which]) is None:
+            y = _through_eye(y, left, right, out, sizes)
         else:
-            y = _meet(y, labels, factor, step.right, step.out)
-        labels = step.out
-    return y, labels
+            y = _meet(y, left, factor, right, out)
+    return y
 
 
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:
@@ -275,15 +269,15 @@ def _is_product(labels: str, right: str, out: str) -> bool:
     return summed and lies and out == labels[:-1] + right.replace(last, "")
 
 
-def _through_eye(y: Tensor, labels: str, step: Meeting, sizes: dict[str, int]) -> Tensor:
+def _through_eye(y: Tensor, labels: str, right: str, out: str, sizes: dict[str, int]) -> Tensor:
     """Meet an identity matrix: one label takes the place of the other, cut or filled with zeros to its size."""
-    row, col = step.right
+    row, col = right
     axis = labels.index(col)
     y = y.movedim(axis - len(labels), -1)
     size = sizes[row]
     y = y[..., :size] if size <= sizes[col] else F.pad(y, (0, size - sizes[col]))
     now = labels.replace(col, "") + row
-    return y if now == step.out else torch.einsum(f"...{now}->...{step.out}", y)
+    return y if now == out else torch.einsum(f"...{now}->...{out}", y)
 
 
 def _finish(y: Tensor, labels: str, rows: str, sizes: dict[str, int]) -> Tensor:

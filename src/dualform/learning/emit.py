@@ -38,7 +38,6 @@ from dualform.learning.token_maps import (
     per_target,
     prefix,
     price,
-    price_shape,
     running,
     separated,
     token_back,
@@ -311,10 +310,8 @@ class Emitter:
         scores = sum((kernel_first(K, delta) for K, delta in kernels), Price())
         per_token = [(per_source(K, other), delta) for K, other, delta in sources]
         spread = per_target(J, axis)
-        W = self.variant.width
-        _, summed = running(coef, W, W * x.th[leaf].numel(), y.element_size())
-        state = sum((price(K, delta) for K, delta in per_token), summed)
-        state = state + price_shape(spread, (W, *x.th[leaf].shape), y)
+        _, summed = running(coef, W := self.variant.width, W * x.th[leaf].numel(), y.element_size())
+        state = sum((price(K, delta) for K, delta in per_token), summed) + price(spread, y)
         if is_elementwise(J):
             form = "scan"
         else:

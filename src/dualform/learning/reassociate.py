@@ -250,9 +250,8 @@ def _chain(a: Analysis, term: Term, limit: float) -> _Chain:
     by_name = {n.name: n for n in a.graph.graph.nodes}
     tokens = [f for f in term.tensors if by_name[f.name] in a.tok]
     weights = [f for f in term.tensors if by_name[f.name] not in a.tok]
-    if len(tokens) != 1 or any(f.tensor.numel() != by_name[f.name].meta["val"].numel() for f in term.tensors):
-        raise _NoProduct
-    if len(weights) > 6:
+    whole = all(f.tensor.numel() == by_name[f.name].meta["val"].numel() for f in term.tensors)
+    if len(tokens) != 1 or len(weights) > 6 or not whole:
         raise _NoProduct
     spelled = [f.labels for f in (*tokens, *weights)] + [atoms(term.out)]
     name = letters(*spelled)
@@ -261,8 +260,7 @@ def _chain(a: Analysis, term: Term, limit: float) -> _Chain:
     order = token_order((labels,), tuple(others), (False,) * len(weights), rows, extents, limit)
     if order is None:
         raise _NoProduct
-    before = [labels, *(step.out for step in order.steps)]
-    steps = [(x, weights[which], right, out) for x, (which, right, out) in zip(before, order.steps, strict=False)]
+    steps = [(left, weights[k], right, out) for k, left, right, out in order.steps if k is not None]
     return _Chain(term, tokens[0], steps, tuple(label for x in order.labels for label in name if name[label] == x))
 
 

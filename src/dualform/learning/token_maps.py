@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from dualform.calculus import rules as table
 from dualform.calculus.contract import plan
 from dualform.calculus.planner import Price
 from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
-from dualform.calculus.terms import atoms, sizes, volume
+from dualform.calculus.terms import Label, Relation, atoms, sizes, volume
 from dualform.learning.rules import Coefficients, Scalar
 from dualform.learning.sites import Place
 
@@ -43,10 +42,6 @@ def _edit(J: Derivative, change: Callable[[Term], Term], out: Sequence[int], inn
     return Derivative(tuple(change(term) for term in J.terms), tuple(out), tuple(inn), J.dtype, J.device)
 
 
-def _sizes(*axes: Sequence[Any]) -> list[int]:
-    return [label.size for axis in axes for label in axis]
-
-
 def tokens(axes: tuple[Axis, ...], axis: int | None) -> Axis:
     return () if axis is None else axes[axis]
 
@@ -60,7 +55,7 @@ def masked(kernel: Derivative, q: int | None, k: int | None, C: Tensor) -> Deriv
 
     def change(term: Term) -> Term:
         t, s = tokens(term.out, q), tokens(term.inn, k)
-        return replace(term, factors=(*term.factors, Factor(C.reshape(_sizes(t, s)), (*t, *s), "C")))
+        return replace(term, factors=(*term.factors, Factor(C.reshape(sizes((*t, *s))), (*t, *s), "C")))
 
     return _edit(kernel, change, kernel.out_shape, kernel.in_shape)
 
@@ -72,7 +67,7 @@ def weighted(J: Derivative, axis: int | None, w: Scalar) -> Derivative:
 
     def change(term: Term) -> Term:
         t = tokens(term.out, axis)
-        return replace(term, factors=(*term.factors, Factor(w.reshape(_sizes(t)), t, "w")))
+        return replace(term, factors=(*term.factors, Factor(w.reshape(sizes(t)), t, "w")))
 
     return _edit(J, change, J.out_shape, J.in_shape)
 
@@ -106,8 +101,8 @@ def running(coef: Coefficients, W: int, size: int, itemsize: int) -> tuple[bool,
 def prefix(g: Tensor, coef: Coefficients) -> Tensor:
     """sum_{s<=t} C[t,s] g_s."""
     shape = (-1, *[1] * (g.ndim - 1))
-    if running(coef, g.shape[0], g.numel(), g.element_size())[0]:
-        assert coef.row is not None and coef.col is not None
+    is_running, _ = running(coef, g.shape[0], g.numel(), g.element_size())
+    if coef.row is not None and coef.col is not None and is_running:
         return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
     return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
 
@@ -121,26 +116,22 @@ def kernel_first(K: Derivative, v: Tensor) -> Price:
     """Price K[v] with the kernel made before it meets v: query with key first."""
     total = Price()
     for term in K.terms:
-        present = {label for f in term.factors for label in getattr(f, "labels", ())}
-        kept = tuple(label for label in dict.fromkeys(atoms((*term.out, *term.inn))) if label in present)
-        p = plan(term.factors, kept).price
+        kept = _present((*term.out, *term.inn), term.factors)
         made = Factor(v.new_empty(sizes(kept)), kept, "K")
         alone = Derivative((replace(term, factors=(made,)),), K.out_shape, K.in_shape, K.dtype, K.device)
-        total = total + p._replace(largest=max(p.largest, volume(kept))) + price(alone, v)
+        total += plan(term.factors, kept).price + Price(largest=volume(kept)) + price(alone, v)
     return total
 
 
-def price(J: Derivative, v: Tensor) -> Price:
-    return price_shape(J, J.in_shape, v)
+def _present(axes: tuple[Axis, ...], factors: Sequence[Factor | Relation]) -> tuple[Label, ...]:
+    return tuple(x for x in dict.fromkeys(atoms(axes)) if any(x in f.labels for f in factors))
 
 
-def price_shape(J: Derivative, shape: Sequence[int], like: Tensor) -> Price:
-    """Price J[v] without computing it: every term's contraction, as planned."""
+def price(J: Derivative, like: Tensor) -> Price:
+    """Price J[v] without computing it, v of a dtype like this: every term's contraction, as planned."""
     total = Price()
     for term in J.terms:
-        labels = tuple(label for axis in term.inn for label in axis)
-        v = Factor(like.new_empty(_sizes(*term.inn)), labels, "v")
-        present = {label for f in (*term.factors, v) for label in getattr(f, "labels", ())}
-        out = [label for axis in term.out for label in axis if label in present]
-        total = total + plan((*term.factors, v), tuple(dict.fromkeys(out))).price
+        labels = atoms(term.inn)
+        factors = (*term.factors, Factor(like.new_empty(sizes(labels)), labels, "v"))
+        total += plan(factors, _present(term.out, factors)).price
     return total
