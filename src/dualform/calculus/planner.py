@@ -109,7 +109,7 @@ def token_order(
 
     fixed: which factors are identities, whose products rename. limit: what no intermediate may reach; None: each order has one.
     """
-    operands, extents = (*tokens, *factors), dict(sizes)
+    operands, first, extents = (*tokens, *factors), len(tokens), dict(sizes)
 
     def only(labels: str, wanted: str) -> str:
         return "".join(x for x in dict.fromkeys(labels) if x in wanted)
@@ -126,14 +126,12 @@ def token_order(
     @cache
     def best(those: frozenset[int]) -> TokenOrder | None:
         """Contract these operands, a token or both among them."""
-        own = sorted(k for k in those if k < len(tokens))
+        own = sorted(k for k in those if k < first)
         if len(those) == 1:
             return TokenOrder(own[0], operands[own[0]])
         later = rows + "".join(labels for k, labels in enumerate(operands) if k not in those)
         rest = sorted(those.difference(own), reverse=True)
-        found = [
-            meet(way, k - len(tokens), TokenOrder(k, operands[k]), later) for k in rest if (way := best(those - {k}))
-        ]
+        found = [meet(way, k - first, TokenOrder(k, operands[k]), later) for k in rest if (way := best(those - {k}))]
         for (one, _), count in product(permutations(own, 2), range(len(rest) + 1)):
             for part in combinations(rest, count):
                 way, other = best(frozenset((one, *part))), best(those.difference((one, *part)))

@@ -186,9 +186,7 @@ class Multilinear:
         fixed = tuple(t is None for t in tensors)
         plan = plan_steps(tuple(spec for spec, _ in tokens), tuple(specs), fixed, self.rows, tuple(sizes.items()))
         _, y = tokens.pop(plan.start)
-        others = [
-            _walk(x, plan.other, tensors, sizes, None) for _, x in tokens
-        ]  # at most one: kappa is an outer product of two
+        others = [_walk(x, plan.other, tensors, sizes, None) for _, x in tokens]  # one, where kappa is an outer product
         y = _finish(_walk(y, plan.steps, tensors, sizes, *(others or [None])), plan.labels, self.rows, sizes)
         y = y.reshape(*y.shape[: y.ndim - len(self.rows)], n)
         return y if self.coef == 1.0 else y * self.coef
