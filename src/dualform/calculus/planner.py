@@ -114,31 +114,34 @@ def token_order(
     def only(labels: str, wanted: str) -> str:
         return "".join(x for x in dict.fromkeys(labels) if x in wanted)
 
+    def rank(way: TokenOrder) -> Any:  # of equals: what comes first
+        return way.price.total, way.start, [-1 if step.which is None else step.which for step in way.steps]
+
     def meet(way: TokenOrder, which: int | None, other: TokenOrder, later: str) -> TokenOrder:
-        right = other.labels
-        out = only(way.labels + right, later)
-        price = _met(way.labels, right, out, extents, which is not None and fixed[which])
+        out = only(way.labels + other.labels, later)
+        price = _met(way.labels, other.labels, out, extents, which is not None and fixed[which])
         if later == rows:  # the result: no intermediate, and wanted in the order of the rows
             price = Price(price.flops, price.bytes + (out != only(rows, out)) * NUMBER * price.largest)
-        steps = (*way.steps, Meeting(which, way.labels, right, out))
+        steps = (*way.steps, Meeting(which, way.labels, other.labels, out))
         return TokenOrder(way.start, out, steps, other.steps or way.other, way.price + other.price + price)
 
     @cache
-    def best(those: frozenset[int]) -> TokenOrder | None:
-        """Contract these operands, a token or both among them."""
+    def ways(those: frozenset[int]) -> list[TokenOrder]:
+        """Contract these operands, a token or both among them: the cheapest way to each order of the axes left."""
         own = sorted(k for k in those if k < first)
         if len(those) == 1:
-            return TokenOrder(own[0], operands[own[0]])
+            return [TokenOrder(own[0], operands[own[0]])]
         later = rows + "".join(labels for k, labels in enumerate(operands) if k not in those)
-        rest = sorted(those.difference(own), reverse=True)
-        found = [meet(way, k - first, TokenOrder(k, operands[k]), later) for k in rest if (way := best(those - {k}))]
+        rest = sorted(those.difference(own))
+        found = [meet(way, k - first, TokenOrder(k, operands[k]), later) for k in rest for way in ways(those - {k})]
         for (one, _), count in product(permutations(own, 2), range(len(rest) + 1)):
             for part in combinations(rest, count):
-                way, other = best(frozenset((one, *part))), best(those.difference((one, *part)))
-                found += [meet(way, None, other, later)] if way and other else []
-        return min((way for way in found if way.price.largest < limit), key=lambda way: way.price.total, default=None)
+                pairs = product(ways(frozenset((one, *part))), ways(those.difference((one, *part))))
+                found += [meet(way, None, other, later) for way, other in pairs]
+        below = [way for way in found if way.price.largest < limit]
+        return list({way.labels: way for way in sorted(below, key=rank, reverse=True)}.values())
 
-    return best(frozenset(range(len(operands))))
+    return min(ways(frozenset(range(len(operands)))), key=rank, default=None)
 
 
 def _met(left: str, right: str, out: str, extents: dict[str, int], renames: bool) -> Price:
