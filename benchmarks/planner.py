@@ -35,7 +35,6 @@ contraction = import_module("dualform.calculus.contract")  # the package's name 
 # tokens, factors, rows, sizes; and the order of before: where it starts, what is met (None: the other token), what that meets
 HEADS = {
     "outer, identity": (("g", "h"), ("igh",), "i", {"i": 64, "g": 29, "h": 28}, (0, [None], [0])),
-    "outer, identity, small": (("g", "h"), ("igh",), "i", {"i": 4, "g": 4, "h": 3}, (0, [None], [0])),
     "outer, loha": (
         ("g", "h"), ("ia", "agh", "ib", "bgh"), "i", {"i": 64, "a": 2, "b": 2, "g": 29, "h": 28}, (0, [1, 3, None, 2, 0], []),
     ),

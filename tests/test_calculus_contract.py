@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.calculus.contract import contract, plan
-from dualform.calculus.planner import Price, _met, counted, token_order
+from dualform.calculus.planner import CALL, Price, _met, counted, token_order
 from dualform.calculus.terms import Factor, Label, Select
 
 t, s, i, o = (Label(n, name) for n, name in ((5, "t"), (5, "s"), (3, "i"), (4, "o")))
@@ -198,5 +198,5 @@ def test_the_search_from_the_tokens_equals_all_orders(seed: int) -> None:
                     total += price + join
                 price, labels = walk(labels, order[b:], rows)
                 turned = labels != "".join(x for x in rows if x in labels)
-                every.append(total + price + 64 * turned * math.prod(extents[x] for x in labels))
+                every.append(total + price + 64 * turned * (CALL + math.prod(extents[x] for x in labels)))
         assert found.price.total == min(every)

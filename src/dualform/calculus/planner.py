@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 # Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
 FLOPS_PER_BYTE = 16.0
 NUMBER = 4  # bytes, where an order is chosen
+CALL = 16  # numbers per token that cost as much as one operation more, in calls of few tokens
 CACHE = 1 << 18  # numbers: where no operand has more, what a step writes is still near when the next reads it
 
 Words = tuple[str, ...]
@@ -121,7 +122,7 @@ def token_order(
         out = only(way.labels + other.labels, later)
         price = _met(way.labels, other.labels, out, extents, which is not None and fixed[which])
         if later == rows:  # the result: no intermediate, and wanted in the order of the rows
-            price = Price(price.flops, price.bytes + (out != only(rows, out)) * NUMBER * price.largest)
+            price = Price(price.flops, price.bytes + (out != only(rows, out)) * NUMBER * (CALL + price.largest))
         steps = (*way.steps, Meeting(which, way.labels, other.labels, out))
         return TokenOrder(way.start, out, steps, other.steps or way.other, way.price + other.price + price)
 
@@ -154,6 +155,6 @@ def _met(left: str, right: str, out: str, extents: dict[str, int], renames: bool
         moved += (1 + is_batched) * tokens
     if not renames and (is_batched or not (right.startswith(summed) or right.endswith(summed))):
         moved += factor
-    every = {*left, *right}
-    work = 0 if renames else flops(math.prod(extents[x] for x in every), len(every) > len(out))
+    moved += CALL * (moved > size or len(summed) != 1)  # no matrix product of what lies there
+    work = 0 if renames else flops(math.prod(extents[x] for x in {*left, *right}), len({*left, *right}) > len(out))
     return Price(work, NUMBER * moved, size)

@@ -92,17 +92,16 @@ def per_target(J: Derivative, axis: int | None) -> Derivative:
 
 
 def running(coef: Coefficients, W: int, size: int, itemsize: int) -> tuple[bool, Price]:
-    """Is sum_{s<=t} C[t,s] g_s a running sum, for W g's of so many numbers in all? It can be where C is tril(row x col)."""
+    """Is sum_{s<=t} C[t,s] g_s a running sum, and its price, that of one where C = tril(row x col); size: numbers of all W g's."""
     added, product = Price(3 * size, 6 * size * itemsize), Price(2 * W * size, 2 * size * itemsize)
-    found = coef.row is not None and coef.col is not None and added.total < product.total
-    return found, added if found else product
+    can = coef.row is not None and coef.col is not None
+    return can and added.total < product.total, added if can else product
 
 
 def prefix(g: Tensor, coef: Coefficients) -> Tensor:
     """sum_{s<=t} C[t,s] g_s."""
     shape = (-1, *[1] * (g.ndim - 1))
-    is_running, _ = running(coef, g.shape[0], g.numel(), g.element_size())
-    if coef.row is not None and coef.col is not None and is_running:
+    if coef.row is not None and coef.col is not None and running(coef, len(g), g.numel(), g.element_size())[0]:
         return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
     return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
 
