@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from opt_einsum.paths import DynamicProgramming
 
-from dualform.calculus.planner import FLOPS_PER_BYTE, Meeting, TokenOrder, token_order
+from dualform.calculus.planner import FLOPS_PER_BYTE, Pairing, TokenOrder, token_order
 from dualform.calculus.terms import Factor, Label
 from dualform.functions import multilinear
 
@@ -68,7 +68,7 @@ def spelled(tokens, factors, rows, start, steps, other):
             if None in met[n + 1 :]:
                 rest += "".join(factors[m] for m in other)
             out = "".join(x for x in dict.fromkeys(labels + right) if x in later + rest)
-            found.append(Meeting(k, labels, right, out))
+            found.append(Pairing(k, labels, right, out))
             labels = out
         return tuple(found), labels
 

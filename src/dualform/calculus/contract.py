@@ -81,8 +81,8 @@ class _Task:
 
 def _ordered(operands: Sequence[Factor], out: Sequence[Label]) -> tuple[tuple[int, ...], ...]:
     name = letters(out, *(f.labels for f in operands))
-    inputs = tuple(frozenset(name[label] for label in f.labels) for f in operands)
-    return free_order(inputs, frozenset(name[label] for label in out), tuple((x, k.size) for k, x in name.items()))
+    inputs = tuple("".join(name[label] for label in f.labels) for f in operands)
+    return free_order(inputs, "".join(name[label] for label in out), tuple((x, k.size) for k, x in name.items()))
 
 
 def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Task:

@@ -34,7 +34,9 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.calculus.functional import functionalized
+from dualform.calculus.hollow import Hollow
 from dualform.calculus.kept import Kept, Vjp, keep, kept, kept_op, named, stop_gradient, stopped, written_out
+from dualform.calculus.recorder import CannotRecord
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -125,7 +127,7 @@ class Listener:
 
     def input(self, x: Any) -> None:
         """What is made of inputs requires a gradient, if it can."""
-        if isinstance(x, FakeTensor) and can_move(x):
+        if isinstance(x, FakeTensor | Hollow) and can_move(x):
             setattr(x, _LIVE, True)
 
     def marked(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -142,7 +144,7 @@ class Listener:
 
     def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
         """Apply a Function: what it computes, with the gradient that it defines."""
-        if cls.__module__ == "torch.utils.checkpoint":  # it computes the same again later, with the same gradient
+        if _is_checkpoint(cls):
             return args[0](*args[2:])
         where = self.note()
         name = f"{cls.__qualname__.split('.')[-1]}.apply"
@@ -321,6 +323,39 @@ class Listener:
         for gm in graphs:
             _open(gm, 0 if gm is made else 1, count, closed, own)
         return keep(Kept(name, made, tuple(pulled))), [*inputs, *closed]
+
+
+def _is_checkpoint(cls: Any) -> bool:
+    """It computes the same again later, with the same gradient."""
+    return cls.__module__ == "torch.utils.checkpoint"
+
+
+class Plain(Listener):
+    """The listener of a recording that holds nothing but ops: it gives up where a function defines or takes a gradient."""
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Take the inputs of the function that is traced."""
+        for x in inputs:
+            self.input(x)
+
+    def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
+        """Apply a checkpoint."""
+        return args[0](*args[2:]) if _is_checkpoint(cls) else self._give_up()
+
+    def hook(self, h: Tensor, f: Callable[[Tensor], Tensor | None]) -> Any:
+        """Give up."""
+        self._give_up()
+
+    def below(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Give up."""
+        self._give_up()
+
+    def gradient(self, *args: Any, **kwargs: Any) -> Any:
+        """Give up."""
+        self._give_up()
+
+    def _give_up(self) -> NoReturn:
+        raise CannotRecord(self.note())
 
 
 class _Called:
@@ -586,7 +621,7 @@ def requires_grad(x: Tensor) -> bool:
 
 def set_requires_grad(x: Tensor, flag: bool = True) -> Tensor:
     """x.requires_grad_(flag) inside a trace."""
-    if isinstance(x, FakeTensor):
+    if isinstance(x, FakeTensor | Hollow):
         setattr(x, _LIVE, flag)
     return x
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.hollow import META, Hollow, Hollows
 from dualform.calculus.program import LocalRule, Program
+from dualform.calculus.recorder import below_dispatch
 from dualform.calculus.table import Call, Target, find_row
 from dualform.calculus.terms import Term
 from dualform.calculus.trace import trace
@@ -68,18 +69,23 @@ def _traced(
         result = definition(*args, **kwargs)
         return result if part is None else result[part]
 
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            stand_ins = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), Hollows():
+        stand_ins = _stand_ins(likes)
         try:
             # A composite kernel shows its ops after dispatch only: before it, it is one op again.
-            written = make_fx(defined, tracing_mode="real")(*stand_ins) if composite else defined
-            gm = trace(written, *stand_ins)
+            gm = trace(below_dispatch(defined, stand_ins) if composite else defined, *stand_ins)
         except Exception:  # whatever the reason, there is no definition to differentiate; the op is refused or dense
             return None
     ops = [n.target for n in gm.graph.nodes if n.op == "call_function"]
     # A definition that is the op itself again, or is written below the ops that have rows, says nothing.
     return None if any(op == target or str(op).startswith("prims.") for op in ops) else gm
+
+
+def _stand_ins(likes: tuple[_Like, ...]) -> list[Tensor]:
+    if all(device.type == "cpu" for _, _, device in likes):
+        return [Hollow(torch.empty(shape, dtype=dtype, device=META)) for shape, dtype, _ in likes]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
 
 
 def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:

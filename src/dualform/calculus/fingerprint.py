@@ -14,10 +14,12 @@ import inspect
 import logging
 import operator
 import pathlib
+import pickle
 import re
 import sys
 import threading
 import types
+import warnings
 import weakref
 from argparse import Namespace
 from collections import deque
@@ -39,6 +41,7 @@ _PLAIN = (
     logging.Logger, re.Pattern, pathlib.PurePath, fractions.Fraction, decimal.Decimal, datetime.date, datetime.time,
     datetime.timedelta, type(threading.Lock()), type(threading.RLock()), inspect.Signature, types.GenericAlias,
     types.UnionType, numpy.ufunc, numpy.dtype, torch.memory_format, torch.layout, torch.Generator,
+    types.CodeType,
 )  # fmt: skip
 # An object graph larger than this is cheaper to trace than to read.
 _LIMIT = 4000
@@ -69,6 +72,8 @@ class Fingerprint:
         self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
         self._arrays: list[tuple[numpy.ndarray, bytes]] = []
         self._kinds: list[tuple[Tensor, torch.Size, torch.dtype, torch.device]] = []
+        self._states: list[tuple[Any, Hashable]] = []  # library objects that say what is in them
+        self._default = torch.get_default_dtype()
         try:
             self.key: Hashable | None = (_context(), *(self._read(x, "") for x in objects), *self._read_modules())
         except Unreadable as error:
@@ -79,7 +84,7 @@ class Fingerprint:
 
         An object that cannot be read is taken for changed at each question.
         """
-        if self.key is None:
+        if self.key is None or torch.get_default_dtype() is not self._default:
             return False
         for x, values, keys in self._watched:
             if len(x) != len(values) or not all(map(operator.is_, x, keys)):
@@ -87,6 +92,8 @@ class Fingerprint:
             if keys is not values and not all(map(operator.is_, x.values(), values)):
                 return False
         if any(x.tobytes() != entries for x, entries in self._arrays):
+            return False
+        if any(Fingerprint(x).key != state for x, state in self._states):
             return False
         for x, name, value in self._named:
             if (x.get(name, x) if type(x) is dict else getattr(x, name, x)) is not value:
@@ -126,6 +133,8 @@ class Fingerprint:
         self._held.append(x)
         if len(self._seen) > _LIMIT:
             raise Unreadable(f"more than {_LIMIT} objects")
+        if kind is tuple and all(type(v) in _VALUES for v in x):
+            return (kind, x, *map(type, x))
         if isinstance(x, list | tuple | deque):
             if not isinstance(x, tuple):
                 self._watch(x)
@@ -247,13 +256,36 @@ class Fingerprint:
             wrapped = getattr(x, "__wrapped__", None)  # a cache or the like around a function
             if wrapped is not None:
                 return (kind, self._read(wrapped, ""))
-            raise Unreadable(kind.__name__)
+            return self._state(x)
         items = [(n, getattr(x, n)) for n in slots if n != "__dict__"]
         self._watch_names([*((x, n, v) for n, v in items), (x, "__class__", kind)])
         if hasattr(x, "__dict__"):
             self._watch(vars(x))
             items += vars(x).items()
         return (self._read(kind, ""), *((n, self._read(v, n.strip("_"))) for n, v in sorted(items, key=_name)))
+
+    def _state(self, x: Any) -> Hashable:
+        """What an object of a library would be pickled as: random.Random, itertools.count, array, UserDict, ..."""
+        kind = type(x)
+        if not is_fixed(kind.__module__):
+            raise Unreadable(f"{kind.__module__}.{kind.__qualname__}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made = x.__reduce_ex__(2)
+        except (TypeError, NotImplementedError, pickle.PicklingError) as error:
+            raise Unreadable(f"{kind.__module__}.{kind.__qualname__}") from error
+        if isinstance(made, str):  # a global's name
+            return (kind, made)
+        maker, *rest = (*made, None, None, None)[:5]
+        found = (
+            kind,
+            self._read(maker, ""),
+            *(self._read(v if k < 2 else v and list(v), "") for k, v in enumerate(rest)),
+        )
+        if self._watches:
+            self._states.append((x, Fingerprint(x).key))
+        return found
 
 
 def _name(item: tuple[str, Any]) -> str:

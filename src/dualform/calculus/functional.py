@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
+from dualform.calculus.editing import unwritten, writes
 from dualform.calculus.kept import carried
 
 aten = torch.ops.aten
@@ -62,15 +63,11 @@ def _inverse(dims: list[int]) -> list[int]:
 
 def functionalized(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
     """Rewrite a graph without in-place ops, grad-mode switches and dead nodes; `blame` reports what cannot be rewritten."""
-    if not any(_writes(n) for n in gm.graph.nodes) and not any(_switch(n) is not None for n in gm.graph.nodes):
+    if not any(writes(n) for n in gm.graph.nodes) and not any(_switch(n) is not None for n in gm.graph.nodes):
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return gm
     return _Rewriter(gm, blame).run()
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _switch(node: fx.Node) -> bool | None:
@@ -99,13 +96,13 @@ class _Rewriter:
                 self.grad = switch
             elif node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self.read))
-            elif _writes(node):
+            elif writes(node):
                 self.write(node)
             else:
                 self.copy(node)
                 if not self.grad and isinstance(node.meta.get("val"), torch.Tensor):
                     self.value[node] = self.emit(aten.detach.default, (self.value[node],), node)
-        result = fx.GraphModule(self.gm, self.graph)
+        result = unwritten(self.gm, self.graph)
         result.graph.eliminate_dead_code()
         result.recompile()
         return result
@@ -143,7 +140,7 @@ class _Rewriter:
         if node in self.stale:
             self.stale.discard(node)
             behind = self.read(self.parent[node])
-            self.value[node] = behind if _writes(node) else self.graph.node_copy(node, self.read)
+            self.value[node] = behind if writes(node) else self.graph.node_copy(node, self.read)
         return self.value[node]
 
     def write(self, node: fx.Node) -> None:
@@ -210,7 +207,7 @@ class _Rewriter:
 
     def put_back(self, view: fx.Node, new: fx.Node, node: fx.Node) -> fx.Node:
         base = self.read(self.parent[view])
-        if _writes(view):
+        if writes(view):
             return new
         rule = _SCATTER.get(view.target)
         if rule is None:
@@ -227,7 +224,7 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     """Keep one of equal nodes; what is random or writes is never equal to another."""
     kept: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or _writes(node) or _is_random(node):
+        if node.op != "call_function" or writes(node) or _is_random(node):
             continue
         key = (node.target, _keyed(node.args), _keyed(node.kwargs))
         first = kept.setdefault(key, node)

@@ -23,6 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dualform.calculus.editing import unwritten, without_dead
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -203,8 +204,8 @@ def written_out(gm: fx.GraphModule, which: Callable[[fx.Node], bool] = is_kept) 
                 pending += [made] if is_kept(made) else []
         node.replace_all_uses_with(results[result])
         graph.erase_node(node)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(gm, graph)
+    without_dead(graph)
+    return unwritten(gm, graph)
 
 
 # -- two that every trace knows

@@ -2,7 +2,7 @@
 
 split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
 broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
-copy, fill -> what they write      x[arange(n), i] -> gather
+copy, fill -> what they write      x[arange(n), i] -> gather, and scatter where it is written
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _PICKS = {
     aten.mode.default, aten.cummax.default, aten.cummin.default,
 }  # fmt: skip
 _WRITTEN = {aten.copy, aten.fill, aten.zero}
+_SHAPED = {aten.unsqueeze.default, aten.reshape.default, aten.slice.Tensor, aten.alias.default}
 # Ops that are two ops of the same arguments.
 _PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("amin", "amax")}
 _SPLITS = {
@@ -55,6 +56,8 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(_of_own_row(_emitter(gm.graph, node), *node.args))
         elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
             node.replace_all_uses_with(_written(_emitter(gm.graph, node), node))
+        elif node.target is aten.index_put.default and _asks_own_rows(node):
+            node.replace_all_uses_with(_to_own_row(_emitter(gm.graph, node), *node.args))
         elif node.target is aten.index_put.default:
             _masked(gm.graph, node)
     gm.graph.eliminate_dead_code()
@@ -102,20 +105,49 @@ def _written(emit: Emit, node: fx.Node) -> fx.Node:
 
 
 def _asks_own_rows(node: fx.Node) -> bool:
-    """Is it x[arange(n), i], one place in each row?"""
+    """Is it x[arange(n), i], or x[arange(n)[:, None], i], places in each row?"""
     x: Any = node.args[0]
     indices: Any = node.args[1]
-    if len(indices) != 2 or None in indices or not all(i.meta["val"].shape == x.meta["val"].shape[:1] for i in indices):
+    if len(indices) != 2 or None in indices or x.meta["val"].ndim < 2:
         return False
-    rows, n = indices[0], x.meta["val"].shape[0]
+    n, (rows, place) = x.meta["val"].shape[0], indices
+    if place.meta["val"].dtype not in (torch.int64, torch.int32) or not _counts(rows, n):
+        return False
+    return torch.broadcast_shapes(rows.meta["val"].shape, place.meta["val"].shape)[0] == n and (
+        place.meta["val"].ndim <= rows.meta["val"].ndim
+    )
+
+
+def _counts(rows: Any, n: int) -> bool:
+    """Is it 0 ... n-1 along the first axis?"""
+    if rows.meta["val"].shape[:1] != (n,) or rows.meta["val"].numel() != n:
+        return False
+    while rows.target in _SHAPED:
+        rows = rows.args[0]
     counts = {aten.arange.default: (n,), aten.arange.start: (0, n), aten.arange.start_step: (0, n, 1)}
-    return indices[1].meta["val"].dtype == torch.int64 and rows.args == counts.get(rows.target)
+    return rows.args == counts.get(rows.target)
+
+
+def _own_places(emit: Emit, x: Any, indices: Any) -> tuple[fx.Node, list[int]]:
+    """Places (n, k, *rest) in the second axis of x (n, m, *rest), and the shape of what lies there."""
+    n, m, *rest = x.meta["val"].shape
+    shape = list(torch.broadcast_shapes(*(i.meta["val"].shape for i in indices)))
+    place = emit(aten.expand.default, emit(aten.remainder.Scalar, indices[1], m), shape)
+    if place.meta["val"].dtype != torch.int64:
+        place = emit(aten._to_copy.default, place, dtype=torch.int64)
+    place = emit(aten.reshape.default, place, [n, -1, *(1 for _ in rest)])
+    return emit(aten.expand.default, place, [-1, -1, *rest]), [*shape, *rest]
 
 
 def _of_own_row(emit: Emit, x: Any, indices: Any) -> fx.Node:
-    n, m, *rest = x.meta["val"].shape
-    place = emit(aten.reshape.default, emit(aten.remainder.Scalar, indices[1], m), [n, 1, *(1 for _ in rest)])
-    return emit(aten.squeeze.dim, emit(aten.gather.default, x, 1, emit(aten.expand.default, place, [n, 1, *rest])), 1)
+    place, shape = _own_places(emit, x, indices)
+    return emit(aten.reshape.default, emit(aten.gather.default, x, 1, place), shape)
+
+
+def _to_own_row(emit: Emit, x: Any, indices: Any, values: Any, accumulate: bool = False) -> fx.Node:
+    place, shape = _own_places(emit, x, indices)
+    values = emit(aten.reshape.default, emit(aten.expand.default, values, shape), list(place.meta["val"].shape))
+    return emit(aten.scatter_add.default if accumulate else aten.scatter.src, x, 1, place, values)
 
 
 def _part(graph: fx.Graph, node: fx.Node) -> None:

@@ -49,6 +49,13 @@ def _is_complex(x: Any) -> bool:
     return isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex())
 
 
+# Tensors that are made of a number.
+_FILLED: dict[Any, float] = {
+    aten.zeros.default: 0.0,
+    aten.ones.default: 1.0,
+    aten.full.default: 0.0,
+    aten.scalar_tensor.default: 0.0,
+}
 Rule = Callable[["_Rewriter", fx.Node, dict[str, Any]], Any]
 _RULES: dict[str, Rule] = {}
 
@@ -145,13 +152,16 @@ class _Rewriter:
             return Pair(x.real or None, x.imag or None) if isinstance(x, complex) else Pair(x, None)
         if not _is_complex(x):
             return Pair(x, None)
+        if x.target in _FILLED:
+            value = complex(bound_arguments(x).get("fill_value", _FILLED[x.target]))
+            return Pair(value.real or None, value.imag or None)
         if x not in self.pairs:  # an input or a constant
             self.pairs[x] = Pair(self.emit(aten.real.default, x), self.emit(aten.imag.default, x))
         return self.pairs[x]
 
     def whole(self, x: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The parts as tensors, zeros included."""
-        re, im = (self.full(0.0, x.meta["val"]) if part is None else part for part in self.pair(x))
+        re, im = (p if isinstance(p, fx.Node) else self.full(p or 0.0, x.meta["val"]) for p in self.pair(x))
         return re, im
 
     def full(self, value: float, like: Tensor) -> fx.Node:
@@ -212,6 +222,14 @@ def _real(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
 @_rule("imag")
 def _imag(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
     return r.whole(given["self"])[1]
+
+
+@_rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+def _filled_like(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
+    value = complex(given.get("fill_value", "ones" in node.target._opname))  # type: ignore[union-attr]
+    if not _is_complex(node):
+        return r.full(value.real, node.meta["val"])
+    return Pair(value.real or None, value.imag or None)
 
 
 @_rule("view_as_real", "view_as_real_copy")

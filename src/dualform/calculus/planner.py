@@ -70,7 +70,7 @@ def letters(*operands: Iterable[Hashable]) -> dict[Any, str]:
 
 
 @lru_cache(maxsize=4096)
-def free_order(inputs: tuple[frozenset[str], ...], output: frozenset[str], sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+def free_order(inputs: Words, output: str, sizes: Sizes) -> tuple[tuple[int, ...], ...]:
     """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its end."""
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
@@ -79,11 +79,14 @@ def free_order(inputs: tuple[frozenset[str], ...], output: frozenset[str], sizes
         round(FLOPS_PER_BYTE * NUMBER / 2),
     )  # for a multiply-add, which the search counts as one
     is_near = all(math.prod(extents[x] for x in labels) <= CACHE for labels in inputs)
-    search = DynamicProgramming("flops" if is_near else f"combo-{written}", cost_cap=False, search_outer=True)
-    return tuple(tuple(sorted(pair)) for pair in search(list(inputs), output, extents))
+    search: Any = DynamicProgramming("flops" if is_near else f"combo-{written}", cost_cap=False, search_outer=True)
+    # Numbers in place of letters: sets of letters have another order in every process.
+    number = {x: k for k, x in enumerate(extents)}
+    *operands, out = (frozenset(number[x] for x in labels) for labels in (*inputs, output))
+    return tuple(tuple(sorted(pair)) for pair in search(operands, out, dict(enumerate(extents.values()))))
 
 
-class Meeting(NamedTuple):
+class Pairing(NamedTuple):
     """Meet one more operand: a factor, or the other token (which = None); the labels before, its own, and those left."""
 
     which: int | None
@@ -97,8 +100,8 @@ class TokenOrder(NamedTuple):
 
     start: int
     labels: str
-    steps: tuple[Meeting, ...] = ()
-    other: tuple[Meeting, ...] = ()
+    steps: tuple[Pairing, ...] = ()
+    other: tuple[Pairing, ...] = ()
     price: Price = Price()
 
 
@@ -123,7 +126,7 @@ def token_order(
         price = _met(way.labels, other.labels, out, extents, which is not None and fixed[which])
         if later == rows:  # the result: no intermediate, and wanted in the order of the rows
             price = Price(price.flops, price.bytes + (out != only(rows, out)) * NUMBER * (CALL + price.largest))
-        steps = (*way.steps, Meeting(which, way.labels, other.labels, out))
+        steps = (*way.steps, Pairing(which, way.labels, other.labels, out))
         return TokenOrder(way.start, out, steps, other.steps or way.other, way.price + other.price + price)
 
     @cache

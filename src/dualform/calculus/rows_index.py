@@ -384,20 +384,48 @@ def _masked_scatter(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 
 
 @defined_row(
-    "aten::scatter_reduce", *(call("scatter_reduce.two", T("k m"), 0, I("n m", "k"), T("n m"), r, include_self=s) for r in ("sum", "mean") for s in (True, False))
+    "aten::scatter_reduce", *(call("scatter_reduce.two", T("k m"), 0, I("n m", "k"), T("n m"), r, include_self=s) for r in ("sum", "mean", "prod", "amax", "amin") for s in (True, False))
 )  # fmt: skip
 def _scatter_reduce(
     self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
-    """Sums and averages of what lands on a place; the largest and products are differentiated whole."""
-    if reduce not in ("sum", "mean"):
-        raise NotImplementedError(reduce)
+    """Sums and averages of what lands on a place; for products and the largest, all that may land there side by side."""
+    if reduce in ("prod", "amax", "amin"):
+        return _landed(self, dim, index, src, reduce, include_self)
     own = self if include_self else self.scatter(dim, index, 0.0)
     total = own.scatter_add(dim, index, src)
     if reduce == "sum":
         return total
     one = torch.ones_like(self) if include_self else torch.ones_like(self).scatter(dim, index, 0.0)
     return total / one.scatter_add(dim, index, torch.ones_like(src)).clamp(min=1)
+
+
+def _landed(self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, include_self: bool) -> Tensor:
+    """(..., n) numbers that land on (..., m): a table (..., n + 1, m) of what each brings to each place, and its own."""
+    dim %= self.ndim
+    if any(a != b for k, (a, b) in enumerate(zip(index.shape, self.shape, strict=True)) if k != dim):
+        raise NotImplementedError(f"{reduce} on a part of the places")
+    none = {"prod": 1.0, "amax": -torch.inf, "amin": torch.inf}[reduce]
+    for k, size in enumerate(index.shape):
+        src = src.narrow(k, 0, size)
+    places = torch.arange(self.shape[dim], device=index.device)
+    hits = index.movedim(dim, -1)[..., None] == places
+    brought = torch.where(hits, src.movedim(dim, -1)[..., None], none)
+    own = self.movedim(dim, -1)
+    own = own if include_self else torch.where(hits.any(-2), none, own)
+    table = torch.cat([brought, own[..., None, :]], -2)
+    return (table.prod(-2) if reduce == "prod" else getattr(table, reduce)(-2)).movedim(-1, dim)
+
+
+@defined_row(
+    "aten::index_reduce", *(call("", T("k m"), 0, I("n", "k"), T("n m"), r, include_self=s) for r in ("mean", "prod", "amax", "amin") for s in (True, False))
+)  # fmt: skip
+def _index_reduce(
+    self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    shape = [-1 if k == dim % self.ndim else 1 for k in range(self.ndim)]
+    places = index.to(torch.int64).reshape(shape).expand_as(source)
+    return self.scatter_reduce(dim, places, source, reduce, include_self=include_self)
 
 
 @defined_row(

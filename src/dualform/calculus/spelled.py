@@ -1,15 +1,15 @@
 """Functions whose own code reads values or writes in place for no need of the result, written with ops that can be traced.
 
 cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        vander(x) = x^0, x^1, ...
-fake_quantize(x) = x + (level - x).detach()
+fake_quantize(x) = x + (level - x).detach()        lstsq(A, B) = pinv(A) B
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +86,38 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
-SPELLED: dict[Any, Callable[..., Tensor]] = {
+class _LeastSquares(NamedTuple):
+    solution: Tensor
+    residuals: Tensor
+    rank: Tensor
+    singular_values: Tensor
+
+
+def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> _LeastSquares:
+    """The shortest of the nearest, which torch differentiates by the pseudo-inverse too."""
+    is_vector = B.ndim == A.ndim - 1
+    X = torch.linalg.pinv(A, rtol=rcond) @ (B[..., None] if is_vector else B)
+    apart = (A @ X - (B[..., None] if is_vector else B)).square().sum(-2)
+    X, apart = (X[..., 0], apart[..., 0]) if is_vector else (X, apart)
+    rest = apart if A.shape[-2] > A.shape[-1] else apart.new_empty(0)
+    return _LeastSquares(X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0))
+
+
+def _gaussian_nll(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """Where torch raises, at a negative variance, the loss is no number."""
+    var = var if isinstance(var, Tensor) else var * torch.ones_like(input)
+    var = var.unsqueeze(-1) if var.shape != input.shape and input.shape[:-1] == var.shape else var
+    bounded = torch.where(var < 0, torch.nan, var + (var.clamp(min=eps) - var).detach())
+    loss = 0.5 * (bounded.log() + (input - target).square() / bounded)
+    loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+SPELLED: dict[Any, Callable[..., Any]] = {
+    torch.linalg.lstsq: _lstsq,
+    torch.nn.functional.gaussian_nll_loss: _gaussian_nll,
     torch.cov: _cov,
     Tensor.cov: _cov,
     torch.corrcoef: _corrcoef,
@@ -116,22 +147,43 @@ def _layer_norm(
     return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
-# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm) wrongly, or twice not at all.
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """As its definition, not fused, on the CPU too."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return torch.instance_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, False)
+    normed = _layer_norm(input, input.shape[2:], None, None, eps)
+    shape = [-1, *(1 for _ in input.shape[2:])]
+    scaled = normed if weight is None else normed * weight.reshape(shape)
+    return scaled if bias is None else scaled + bias.reshape(shape)
+
+
+# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm, instance_norm) wrongly, or twice not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.cdist: _cdist,
     torch.layer_norm: _layer_norm,
     torch.nn.functional.layer_norm: _layer_norm,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.nn.functional.instance_norm: _instance_norm,
 }
 
 
-class _Twice(TorchFunctionMode):
+class differentiable_twice(TorchFunctionMode):
+    """Run what torch cannot differentiate twice or thrice by its definition."""
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return (TWICE.get(func) or func)(*args, **(kwargs or {}))
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Run what torch cannot differentiate twice or thrice by its definition, fused attention on the CPU too."""
-    with sdpa_kernel(SDPBackend.MATH), _Twice():
-        yield

@@ -6,38 +6,41 @@ randomness, data-dependent control flow and writes to inputs or buffers are refu
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.constants import Constants
 from dualform.calculus.custom import (
     DATA,
     Listener,
+    Plain,
     listening,
     requires_grad,
     set_requires_grad,
     transforms,
 )
 from dualform.calculus.functional import functionalized
+from dualform.calculus.hollow import Hollow, Hollows
 from dualform.calculus.normal import normalised
 from dualform.calculus.pairs import paired
+from dualform.calculus.recorder import record_as_called
 from dualform.calculus.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -45,15 +48,18 @@ aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
+_doors: set[str] = set()  # files of ours that hand a user's function to the tracer
 
 
-def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({})) -> fx.GraphModule:
     """Trace a function of flat tensors into a graph of functional aten ops.
 
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
     that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
     Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
-    two, its real and its imaginary part. gm.meta["read"]: closed-over tensors whose values the graph was made for.
+    two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for, closed-over ones or of
+    `known`: inputs, by position, that are constants.
     A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
     The graph is for these shapes, dtypes and devices. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
@@ -66,21 +72,50 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
         >>> [node.target._opname for node in gm.graph.nodes if node.op == "call_function"]
         ['clone', 'relu']
     """
-    inputs, read = [_standin(a) for a in args], []
+    code = getattr(f, "__code__", None)
+    if code is not None and code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_HERE):
+        _doors.add(code.co_filename)
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled():
+        try:
+            return _recorded(f, args, known)
+        except Exception:  # whatever it is, torch's own tracer knows more, or says it better
+            return _traced_by_torch(f, args, known)
+
+
+def _recorded(f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor]) -> fx.GraphModule:
+    """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
+    constants, listener = Constants(known), Plain(trace, _note, transforms())
+    gm = record_as_called(_with_lines(f, constants, listener), _names(f, len(args)), args)
+    with Hollows():
+        return _checked(gm, constants.read)
+
+
+def _names(f: Callable[..., Any], count: int) -> list[str]:
+    """Name a graph's inputs as torch's tracer does, after f's."""
+    code = getattr(inspect.unwrap(f), "__code__", None)
+    if code is None or code.co_flags & inspect.CO_VARARGS:
+        return [f"arg{n}_1" for n in range(count)]
+    return [f"{name}_1" for name in list(inspect.signature(f).parameters)[:count]]
+
+
+def _traced_by_torch(f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor]) -> fx.GraphModule:
+    inputs, constants = [_standin(a) for a in args], Constants(known)
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
+    run = _with_lines(f, constants, Listener(trace, _note, transforms()))
     # A graph's Python code is written when somebody runs it: most are only read.
-    lazy = _use_lazy_graph_module(True)
-    quiet = _quiet("torch._subclasses.fake_tensor")
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), lazy, quiet, _uncompiled():
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"):
         try:
-            gm = make_fx(_with_lines(f, read), pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(
-                *inputs
-            )
+            gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
             raise
         except Exception as error:
             _reraise(error)
+    return _checked(gm, constants.read)
+
+
+def _checked(gm: fx.GraphModule, read: list[Tensor]) -> fx.GraphModule:
+    """Refuse what a trace cannot hold, and bring the rest into one form."""
     _refuse_values(gm)
     _refuse_randomness(gm)
     gm = paired(normalised(functionalized(gm, _blame)), _blame)
@@ -90,51 +125,52 @@ def trace(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
 
 def _standin(value: Tensor) -> Tensor:
     """A tensor object of its own (make_fx merges identical ones) that no caller can see being written to."""
+    if isinstance(value, Hollow):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class _Lines(TorchFunctionMode):
     """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
-    def __init__(self, read: list[Tensor]) -> None:
+    def __init__(self, constants: Constants, listener: Listener) -> None:
         super().__init__()
-        self.read = read
-        self.listener = Listener(trace, _note, transforms())
+        self.constants, self.listener = constants, listener
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _note()
-        if func in _READ or func in _SIZED or func in _MASKED or func is Tensor.__getitem__:
-            masks = func in _MASKED or func is Tensor.__getitem__
-            self.read += [x for x in pytree.tree_leaves(args) if type(x) is Tensor and (not masks or _is_known_mask(x))]
         if not self.listener.sees((args, kwargs)):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
-        if func in _MASKED and not kwargs and _is_known_mask(args[1]):
-            shape = torch.broadcast_shapes(*(t.shape for t in args))
-            func, args = Tensor.__getitem__, (args[0].expand(shape), _places(args[1], shape))
-        elif func is Tensor.__getitem__:
-            args = (args[0], _places(args[1]))
-        elif func in _SIZED and type(args[0]) is Tensor and not args[0].is_floating_point():
-            with temporarily_clear_interpreter_stack(), _disable_current_modes():
-                return func(*args, **kwargs)
+        call: Any = self.constants.call(func, args, kwargs)
+        if isinstance(call, list):
+            return call[0]
+        func, args, kwargs = call
         result = (SPELLED.get(func) or func)(*args, **kwargs)
-        return self.listener.marked(func, args, kwargs, result)
+        return self.constants.made(func, args, kwargs, self.listener.marked(func, args, kwargs, result))
 
 
 def _note() -> str:
     """Write the caller's line into the nodes that are made next; and give it as people read it, empty if there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    code = frame.f_code
-    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-    text = f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}'
+    frame, inner = sys._getframe(1), None
+    while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
+        inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
+        # Who asked a door for a trace has no line of the function.
+        at_door = frame.f_code is trace.__code__ and getattr(frame.f_locals["code"], "co_filename", "") in _doors
+        frame = None if at_door else frame.f_back
+    file, line, name = "", "", "forward"
+    if frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        line = linecache.getline(file, frame.f_lineno).strip()
+    elif inner is not None and isinstance(module := inner.f_locals.get("self"), torch.nn.Module):
+        # A part of torch's that is called by torch alone, as in nn.Sequential: the part says where.
+        frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
+    number = frame.f_lineno if frame else 0
+    text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
     fx_traceback.current_meta["stack_trace"] = text
-    return _shown(code.co_filename, frame.f_lineno, line)
+    return _shown(file, number, line) if file else ""
 
 
 def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
@@ -168,40 +204,12 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 }
 
 
-# Their results' sizes depend on values: of places and masks that the function closes over, these are known.
-_SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
-_SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
-_READ = {
-    getattr(Tensor, n)
-    for n in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__")
-}
-_READ |= {Tensor.__complex__, Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__}
-_MASKED = {Tensor.masked_select, torch.masked_select}
-
-
-def _is_known_mask(value: Any) -> bool:
-    """Is it a mask that the function closes over? Its values are the function's, not its inputs'."""
-    return type(value) is Tensor and value.dtype == torch.bool
-
-
-def _places(index: Any, shape: torch.Size | None = None) -> Any:
-    """An index whose closed-over masks say where they are true."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(map(_is_known_mask, parts)):
-        return index
-    found: list[Any] = []
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        for part in parts:
-            mask = part if shape is None or not _is_known_mask(part) else part.expand(shape)
-            found += mask.nonzero(as_tuple=True) if _is_known_mask(part) else [part]
-    return tuple(found)
-
-
-def _with_lines(f: Callable[..., Any], read: list[Tensor]) -> Callable[..., Any]:
+def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(read) as lines, listening(lines.listener):
-            lines.listener.begin(args)
+        with _Lines(constants, listener), listening(listener):
+            listener.begin(args)
+            constants.begin(args)
             return f(*args)
 
     return run
@@ -239,10 +247,11 @@ def source_line(node: fx.Node) -> str:
     return ""
 
 
-def _is_ours(file: str) -> bool:
-    return (
-        file.startswith((_TORCH, _HERE)) or "/site-packages/opt_einsum/" in file or file.startswith("<eval_with_key>")
-    )
+def _is_ours(file: str, name: str = "") -> bool:
+    """Is a line no line of the caller's: torch's, the tracer's, or what fx and dataclasses wrote?"""
+    if file == "<string>":
+        return name in ("<lambda>", "__init__")
+    return file.startswith((_TORCH, _HERE, "<eval_with_key>")) or file in _doors or "/site-packages/opt_einsum/" in file
 
 
 def _shown(file: str, line: int, text: str) -> str:
@@ -270,7 +279,7 @@ def _refuse_data(where: str) -> NoReturn:
 
 
 def _reraise(error: Exception) -> NoReturn:
-    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename)]
+    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
     where = _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
     reads = ("DataDependent", "DynamicOutputShape")
     text = str(error)

@@ -24,35 +24,37 @@ class Twin:
     """Run a module's code on other tensors: `Twin(module)({name: tensor}, *args)`.
 
     Shared, tied and nested parts stay so; lists, dicts, bound methods, hooks and closures that lead to the module lead to its
-    copy; what forward writes (attributes, lists) it writes to the copy. Tensors that are not registered are the module's own.
+    copy; what forward writes (attributes, lists) it writes to the copy, which is made for each call. Tensors that are not registered are the module's own.
     Shape:  tensors: of named_parameters() and named_buffers(), any shapes the code takes.
     Dtype:  any.
     Raises: TraceError if forward puts another tensor in the place of a parameter or buffer, or the module is scripted.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        registered = [*module.named_parameters(), *module.named_buffers()]
-        self._names = {id(x): name for name, x in registered}
-        self._held = [x for _, x in registered]  # ids are only unique among the living
-        self._slots: list[tuple[Any, Any, str]] = []
-        self._copies: dict[int, Any] = {}
-        self.module: nn.Module = self._copy(module)
+        self._source = module
 
     def __call__(self, tensors: Mapping[str, Tensor], *args: Any) -> Any:
         """Run forward with these tensors in place of the module's own."""
-        for holder, key, name in self._slots:
-            if name in tensors:
-                holder[key] = tensors[name]
-        result = self.module(*args)
-        for holder, key, name in self._slots:
-            if name in tensors and holder[key] is not tensors[name]:
+        own = [*self._source.named_parameters(), *self._source.named_buffers()]
+        self._own = {id(x): tensors[name] for name, x in own if name in tensors}
+        self._slots: list[tuple[Any, Any, Tensor]] = []
+        self._copies: dict[int, Any] = {}
+        self._held: list[Any] = [x for _, x in own]  # ids are only unique among the living
+        result = self._copy(self._source)(*args)
+        for holder, key, x in self._slots:
+            if holder[key] is not x:
+                name = next((n for n, t in tensors.items() if t is x), str(key))
                 raise TraceError(
-                    f"trace: forward of {type(self.module).__name__} puts another tensor in the place of {name!r}; expected a pure "
+                    f"trace: forward of {type(self._source).__name__} puts another tensor in the place of {name!r}; expected a pure "
                     "function of its inputs. Compute the new value without assigning it, or call .eval()."
                 )
         return result
 
     def _copy(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self._own.get(id(x), x)
+        if type(x) in _ATOMS:
+            return x
         if id(x) in self._copies:
             return self._copies[id(x)]
         self._held.append(x)
@@ -90,9 +92,9 @@ class Twin:
 
     def _fill(self, holder: Any, items: Mapping[Any, Any]) -> None:
         for key, value in items.items():
-            if id(value) in self._names:
-                self._slots.append((holder, key, self._names[id(value)]))
             holder[key] = self._copy(value)
+            if id(value) in self._own:
+                self._slots.append((holder, key, holder[key]))
 
     def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
         parts = [self._copy(v) for v in x]
@@ -107,25 +109,26 @@ class Twin:
         return partial(self._copy(x.func), *self._tuple(x.args), **{k: self._copy(v) for k, v in x.keywords.items()})
 
     def _function(self, x: types.FunctionType) -> Any:
-        """A function that closes over something that was copied is made anew, over the copy."""
-        if not x.__closure__:
+        """A function that closes over something that was copied, or has it as a default, is made anew, over the copy."""
+        given, named, closure = x.__defaults__ or (), x.__kwdefaults__ or {}, x.__closure__ or ()
+        if not (given or named or closure):
             return x
-        cells = tuple(types.CellType() for _ in x.__closure__)
-        new = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, cells)
-        new.__kwdefaults__, new.__dict__ = x.__kwdefaults__, x.__dict__
+        cells = tuple(types.CellType() for _ in closure)
+        new = types.FunctionType(x.__code__, x.__globals__, x.__name__, None, cells)
         self._copies[id(x)] = new
-        changed = False
-        for cell, old in zip(cells, x.__closure__, strict=True):
+        new.__defaults__, new.__kwdefaults__ = self._tuple(given), {n: self._copy(v) for n, v in named.items()}
+        new.__dict__ = x.__dict__
+        changed = new.__defaults__ is not given or any(new.__kwdefaults__[n] is not v for n, v in named.items())
+        for cell, old in zip(cells, closure, strict=True):
             try:
                 content = old.cell_contents
             except ValueError:  # not bound yet
                 continue
-            if id(content) in self._names:
-                self._slots.append((_Cell(cell), 0, self._names[id(content)]))
-                changed = True
             copied = self._copy(content)
             cell.cell_contents = copied
-            changed = changed or (copied is not content and copied is not new)
+            if id(content) in self._own:
+                self._slots.append((_Cell(cell), 0, copied))
+            changed = changed or id(content) in self._own or (copied is not content and copied is not new)
         if not changed:
             self._copies[id(x)] = x
         return self._copies[id(x)]
@@ -144,6 +147,7 @@ class _Cell:
         self.cell.cell_contents = value
 
 
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (tuple, Twin._tuple),
     (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),

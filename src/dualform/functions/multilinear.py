@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dualform.calculus.planner import Meeting, TokenOrder, token_order
+from dualform.calculus.planner import Pairing, TokenOrder, token_order
 from dualform.shapes import fail
 
 
@@ -234,7 +234,7 @@ plan_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _walk(
-    y: Tensor, steps: Sequence[Meeting], factors: list[Tensor | None], sizes: dict[str, int], other: Any
+    y: Tensor, steps: Sequence[Pairing], factors: list[Tensor | None], sizes: dict[str, int], other: Any
 ) -> Tensor:
     for which, left, right, out in steps:
         if which is None:

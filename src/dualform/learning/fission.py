@@ -14,6 +14,7 @@ Legend: a node is *free* if it depends on the state and the next state does not 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dualform.calculus.editing import unwritten, without_dead
+from dualform.learning.cuts import minimum_cut
 from dualform.learning.regroup import reached
 
 aten = torch.ops.aten
@@ -114,8 +117,9 @@ def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1
 
 
-def _nodes(values: Iterable[Any]) -> set[fx.Node]:
-    return {x for x in values if isinstance(x, fx.Node)}
+def _nodes(values: Iterable[Any]) -> dict[fx.Node, None]:
+    """Keep the nodes among some values, each once, in their order: a set would have that of their addresses."""
+    return dict.fromkeys(x for x in values if isinstance(x, fx.Node))
 
 
 def _sources(goals: Iterable[Any]) -> set[fx.Node]:
@@ -131,36 +135,33 @@ def _sources(goals: Iterable[Any]) -> set[fx.Node]:
 
 
 def _cheaper_inside(
-    free: list[fx.Node], fixed: set[fx.Node], ends: set[fx.Node], size: Callable[[fx.Node], float],
+    free: list[fx.Node], fixed: set[fx.Node], ends: dict[fx.Node, None], size: Callable[[fx.Node], float],
     work: Callable[[fx.Node], float],
 ) -> set[fx.Node]:  # fmt: skip
     """Choose the free nodes that had better run in the loop: a minimum cut between the loop and what comes after."""
-    import networkx  # with torch; a tenth of a second, not at `import dualform`
-
-    network = networkx.DiGraph()
-    network.add_nodes_from(["loop", "after"])
+    network: dict[tuple[Any, Any], float] = {}
     free_nodes = set(free)
 
     def stored(node: fx.Node) -> str:
         name = f"stored {node.name}"
-        if not network.has_edge(node, name):
-            nbytes = size(node)
-            network.add_edge(node, name, **({} if nbytes == float("inf") else {"capacity": nbytes}))  # none: never cut
+        if (node, name) not in network:
+            network[node, name] = size(node)
             if node in fixed:
-                network.add_edge("loop", node)
+                network["loop", node] = math.inf
         return name
 
     for node in free:
-        network.add_edge(node, "after", capacity=work(node))
+        network[node, "after"] = work(node)
         for source in node.all_input_nodes:
             if source in free_nodes or source in fixed:
-                network.add_edge(stored(source), node)
+                network[stored(source), node] = math.inf
             if source in free_nodes:
-                network.add_edge(node, source)  # inside only with all that it needs
-    for node in ends & (free_nodes | fixed):
-        network.add_edge(stored(node), "after")
-    _, (inside, _) = networkx.minimum_cut(network, "loop", "after")
-    return {n for n in inside if n in free_nodes}
+                network[node, source] = math.inf  # inside only with all that it needs
+    for node in ends:
+        if node in free_nodes or node in fixed:
+            network[stored(node), "after"] = math.inf
+    inside = minimum_cut(((a, b, c) for (a, b), c in network.items()), "loop", "after")
+    return {n for n in free if n in inside}
 
 
 def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first: Sequence[Any] = ()) -> Part:
@@ -185,5 +186,5 @@ def _extract(gm: fx.GraphModule, nodes: list[fx.Node], kept: set[fx.Node], first
 
     results = [whole(x) if isinstance(x, fx.Node) else x for x in returned]
     graph.output(results)
-    graph.eliminate_dead_code()
-    return Part(fx.GraphModule(gm, graph), inputs, returned)
+    without_dead(graph)
+    return Part(unwritten(gm, graph), inputs, returned)

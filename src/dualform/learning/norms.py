@@ -8,6 +8,7 @@ through torch's own norms the second derivative would be some thirty operations 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,30 +17,19 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from dualform.calculus.editing import without_dead
+from dualform.learning.operators import custom_operator, library
+
 aten = torch.ops.aten
 
 
-@torch.library.custom_op("dualform::standardize", mutates_args=())
-def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hat, mean and rstd."""
-    return aten.native_layer_norm(x, [x.shape[-1]], None, None, eps)
-
-
-@torch.library.custom_op("dualform::standardize_vjp", mutates_args=())
-def standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Return N(g)."""
-    return aten.native_layer_norm_backward(g, x, [x.shape[-1]], mean, rstd, None, None, [True, False, False])[0]
-
-
-@standardize.register_fake
-def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_shapes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     small = (*x.shape[:-1], 1)
-    return torch.empty_like(x), x.new_empty(small), x.new_empty(small)
+    return x.new_empty(x.shape), x.new_empty(small), x.new_empty(small)
 
 
-@standardize_vjp.register_fake
-def _(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _vjp_shape(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -68,8 +58,16 @@ def _vjp_backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, Tensor, None, Tens
     return standardize_vjp(u, x, hat, mean, rstd), None, dhat, None, (u * N).sum(-1, keepdim=True) / rstd
 
 
-standardize.register_autograd(_standardize_backward, setup_context=_keep)
-standardize_vjp.register_autograd(_vjp_backward, setup_context=_keep_all)
+@custom_operator("standardize", _norm_shapes, _standardize_backward, _keep)
+def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hat, mean and rstd."""
+    return aten.native_layer_norm(x, [x.shape[-1]], None, None, eps)
+
+
+@custom_operator("standardize_vjp", _vjp_shape, _vjp_backward, _keep_all)
+def standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Return N(g)."""
+    return aten.native_layer_norm_backward(g, x, [x.shape[-1]], mean, rstd, None, None, [True, False, False])[0]
 
 
 def _rows_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -79,14 +77,64 @@ def _rows_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]
     ]
 
 
-@standardize.register_vmap
-def _(info: Any, dims: Any, x: Tensor, eps: float) -> Any:
+def _norm_of_rows(info: Any, dims: Any, x: Tensor, eps: float) -> Any:
     return standardize(*_rows_first(info, dims[:1], [x]), eps), (0, 0, 0)
 
 
-@standardize_vjp.register_vmap
-def _(info: Any, dims: Any, *tensors: Tensor) -> Any:
+def _vjp_of_rows(info: Any, dims: Any, *tensors: Tensor) -> Any:
     return standardize_vjp(*_rows_first(info, dims, tensors)), 0
+
+
+torch.library.register_vmap(standardize, _norm_of_rows, lib=library)
+torch.library.register_vmap(standardize_vjp, _vjp_of_rows, lib=library)
+
+
+# -- what a layer norm is; torch's own definitions are these, and load sympy
+
+
+def _layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _widened(x)
+    var, mean = torch.var_mean(wide, list(range(x.ndim - len(shape), x.ndim)), correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    y = (wide - mean) * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y.to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
+
+
+def _layer_norm_backward(
+    g: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    wide, axes = _widened(g), list(range(x.ndim - len(shape), x.ndim))
+    N, rest = math.prod(shape), axes[0] if axes else x.ndim
+    hat = (_widened(x) - mean) * rstd
+    dx = wide if weight is None else wide * weight
+    inner = dx * N - torch.sum(dx, axes, True) - hat * torch.sum(dx * hat, axes, True)
+
+    def over_rows(of: Tensor, leaf: Tensor | None, is_wanted: bool) -> Tensor | None:
+        if leaf is None or not is_wanted:
+            return None
+        return (of.sum(list(range(rest))) if rest else of).to(leaf.dtype)
+
+    dweight = over_rows(wide * hat, weight, wanted[1])
+    return (
+        ((rstd / N) * inner).to(x.dtype) if wanted[0] else None,
+        dweight,
+        over_rows(wide, bias, wanted[2]),
+    )
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+layer_norms = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
 
 
 def whole_norms(graph: fx.Graph) -> None:
@@ -95,7 +143,7 @@ def whole_norms(graph: fx.Graph) -> None:
         for node in list(graph.nodes):
             if node.target == target:
                 recognise(graph, node)
-    graph.eliminate_dead_code()
+    without_dead(graph)
 
 
 def native_norms(graph: fx.Graph) -> None:
@@ -111,7 +159,7 @@ def native_norms(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(
                     call(graph, operator.getitem, (call(graph, aten.native_layer_norm_backward.default, args), 0))
                 )
-    graph.eliminate_dead_code()
+    without_dead(graph)
 
 
 def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:

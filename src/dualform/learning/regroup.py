@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dualform.calculus.editing import without_dead
 from dualform.learning.norms import call
 from dualform.learning.simplify import tidy
 
@@ -33,7 +34,7 @@ def ready_first(gm: fx.GraphModule, carried: Sequence[int]) -> fx.GraphModule:
     _pass(gm.graph, carried)
     gm = tidy(gm)  # signs that sums have passed on
     _pass(gm.graph, carried)
-    return fx.GraphModule(gm, gm.graph)
+    return gm
 
 
 def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
@@ -47,7 +48,7 @@ def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
         for node in reversed(list(graph.nodes)):
             if node in waits and node.target in kinds and not node.kwargs and not _inner(node, kinds):
                 regroup(graph, node, waits)
-    graph.eliminate_dead_code()
+    without_dead(graph)
 
 
 def reached(graph: fx.Graph, inputs: Sequence[int]) -> set[fx.Node]:
@@ -83,7 +84,7 @@ def join_products(graph: fx.Graph) -> None:
                 kept = [t for i, t in enumerate(terms) if i not in places]
                 root.replace_all_uses_with(_total(graph, kept))
             break
-    graph.eliminate_dead_code()
+    without_dead(graph)
 
 
 def _inner(node: fx.Node, kinds: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dualform.calculus.editing import unwritten, without_dead
 from dualform.calculus.functional import without_repeats
 
 aten = torch.ops.aten
@@ -32,11 +33,11 @@ def tidy(gm: fx.GraphModule) -> fx.GraphModule:
     """Simplify a graph; inputs, outputs and their order stay."""
     _Folder(gm.graph).run()
     graph = without_repeats(gm.graph)
-    graph.eliminate_dead_code()
+    without_dead(graph)
     for node in graph.nodes:  # a view of what was laid out otherwise before the rewriting may be none now
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-    return fx.GraphModule(gm, graph)
+    return unwritten(gm, graph)
 
 
 class _Folder:

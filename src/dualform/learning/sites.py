@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
@@ -26,11 +25,13 @@ from dualform.calculus import rules
 from dualform.calculus.custom import value_of
 from dualform.calculus.definitions import definition_of
 from dualform.calculus.kept import is_kept, named
+from dualform.calculus.recorder import below_dispatch
 from dualform.calculus.relations import Lookup
 from dualform.calculus.rows_kept import first_bend
 from dualform.calculus.structure import Axis, Derivative, Label, Term
 from dualform.calculus.trace import source_line, trace
 from dualform.learning.lookups import lookups_as_gathers
+from dualform.shapes import TraceError
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -209,8 +210,16 @@ def _spell_out(graph: fx.GraphModule) -> None:
         if definition is None:
             continue
         sources = list(node.all_input_nodes)
-        part = trace(definition, *(s.meta["val"] for s in sources))
-        if any(n.op == "get_attr" or str(n.target).startswith("prims.") for n in part.graph.nodes):
+        try:
+            part = trace(definition, *(s.meta["val"] for s in sources))
+        except TraceError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+            raise DerivationError(
+                f"derive: {op_name(node)} at {source_line(node)} has no definition for {error.__cause__}; expected a form of it that "
+                "is in the table of ops. Write it with other ops."
+            ) from error
+        if any(_says_nothing(n, node) for n in part.graph.nodes):
             continue
         copies: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), sources, strict=True))
         with graph.graph.inserting_before(node):
@@ -218,11 +227,16 @@ def _spell_out(graph: fx.GraphModule) -> None:
                 if inner.op == "call_function" and not _is_named_tuple(inner):
                     copies[inner] = graph.graph.node_copy(inner, copies.__getitem__)
                     copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
-                    if _has_no_row(inner) and inner.target != node.target:
+                    if _has_no_row(inner):
                         pending.append(copies[inner])
         results: Any = next(iter(part.graph.find_nodes(op="output"))).args[0]
         results = results.args if _is_named_tuple(results) else results
         _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
+
+
+def _says_nothing(part: fx.Node, whole: fx.Node) -> bool:
+    """Does a definition close over tensors, go below the ops that have rows, or need the op itself?"""
+    return part.op == "get_attr" or str(part.target).startswith("prims.") or part.target == whole.target
 
 
 def _is_named_tuple(x: Any) -> bool:
@@ -243,6 +257,9 @@ def _stand_for(graph: fx.Graph, node: fx.Node, results: Any) -> None:
 
 def _has_no_row(node: fx.Node) -> bool:
     """Has the op no structure of its own? One of several results has none that is known before it is looked at."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_complex():  # made of constants: the tracer leaves no others
+        return False
     is_op = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
     return is_op and not rules.is_structured(node.target)
 
@@ -259,7 +276,7 @@ def _definition(node: fx.Node) -> Callable[..., Any] | None:
 
     if getattr(written, "__self__", None) is not node.target:
         return definition
-    return make_fx(definition, tracing_mode="real")(*(s.meta["val"] for s in node.all_input_nodes))  # after dispatch
+    return below_dispatch(definition, [s.meta["val"] for s in node.all_input_nodes])
 
 
 def mark(a: Analysis, W: int) -> None:

@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from dualform.models.arguments import refuse_unknown
-from dualform.models.body import DualformModel, DualformPreTrainedModel
+from dualform.models.body import DualformModel, DualformPreTrainedModel, cross_entropy
 from dualform.models.cache import Rollback, adopt
 from dualform.models.configuration import DualformConfig
 from dualform.models.documents import as_reset, onto_padding
@@ -30,7 +30,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
     Shape:  as DualformModel; labels (B, T), -100 = not counted -> logits (B, T or logits_to_keep, vocab), loss scalar,
             past_key_values, which carries the fast weights and makes any split of a text exact. Padding has the logits
             of the last token before it.
-    Dtype:  logits as the parameters; the loss in float32, in nats per token.
+    Dtype:  logits as the parameters; the loss in float32 at least, in nats per token.
     Raises: as DualformModel.
     Source: Sun et al. 2024.
     """
@@ -42,6 +42,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         self.model = DualformModel(config, prove=prove)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = next_token_loss
         self.post_init()
 
     @can_return_tuple
@@ -108,6 +109,14 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         if isinstance(found, ModelOutput) and not hasattr(found, OTHER):
             setattr(found, OTHER, getattr(found, CACHE))
         return found
+
+    def _expand_inputs_for_generation(self, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Beams, and several answers to one text, each go on from what its row has read.
+        ids, cache, copies = kwargs["input_ids"], kwargs.get(CACHE), kwargs["expand_size"]
+        for layer in cache.layers if isinstance(cache, Cache) and copies > 1 else ():
+            if isinstance(layer, Rollback) and layer.num_rows == len(ids):
+                layer.batch_repeat_interleave(copies)
+        return cast("Any", super())._expand_inputs_for_generation(**kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         try:
@@ -177,6 +186,15 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
                     layer.record_past, layer.records = False, []
             if cache is not None:
                 setattr(cache, drafted, False)
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **kwargs: Any
+) -> Tensor:
+    """Score each token's logits against the next label; shift_labels: labels that stand there already."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return cross_entropy(logits, shift_labels, ignore_index=ignore_index, **kwargs)
 
 
 def continued(cache: Cache, ids: Tensor, mask: Tensor | None, is_draft: bool) -> int:
