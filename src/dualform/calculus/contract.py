@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.planner import Price, flops, free_order, get_symbol, letters
+from dualform.calculus.planner import Price, flops, free_order, get_symbol
 from dualform.calculus.relations import Reading, Triangle, Window, is_padded, read, summed_up, write
 from dualform.calculus.terms import Factor, Label, Relation, diagonal, sizes, volume
 
@@ -80,9 +80,9 @@ class _Task:
 
 
 def _ordered(operands: Sequence[Factor], out: Sequence[Label]) -> tuple[tuple[int, ...], ...]:
-    name = letters(out, *(f.labels for f in operands))
-    inputs = tuple("".join(name[label] for label in f.labels) for f in operands)
-    return free_order(inputs, "".join(name[label] for label in out), tuple((x, k.size) for k, x in name.items()))
+    number = {x: k for k, x in enumerate(dict.fromkeys([*out, *(x for f in operands for x in f.labels)]))}
+    inputs = tuple(frozenset(number[x] for x in f.labels) for f in operands)
+    return free_order(inputs, frozenset(number[x] for x in out), tuple(sizes(number)))
 
 
 def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Task:

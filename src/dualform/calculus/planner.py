@@ -28,6 +28,7 @@ NUMBER = 4  # bytes, where an order is chosen
 CALL = 16  # numbers per token that cost as much as one operation more, in calls of few tokens
 CACHE = 1 << 18  # numbers: where no operand has more, what a step writes is still near when the next reads it
 
+Path = tuple[tuple[int, ...], ...]
 Words = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]
 
@@ -70,20 +71,15 @@ def letters(*operands: Iterable[Hashable]) -> dict[Any, str]:
 
 
 @lru_cache(maxsize=4096)
-def free_order(inputs: Words, output: str, sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+def free_order(inputs: tuple[frozenset[int], ...], out: frozenset[int], extents: tuple[int, ...]) -> Path:
     """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its end."""
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
-    extents, written = (
-        dict(sizes),
-        round(FLOPS_PER_BYTE * NUMBER / 2),
-    )  # for a multiply-add, which the search counts as one
-    is_near = all(math.prod(extents[x] for x in labels) <= CACHE for labels in inputs)
-    search: Any = DynamicProgramming("flops" if is_near else f"combo-{written}", cost_cap=False, search_outer=True)
-    # Numbers in place of letters: sets of letters have another order in every process.
-    number = {x: k for k, x in enumerate(extents)}
-    *operands, out = (frozenset(number[x] for x in labels) for labels in (*inputs, output))
-    return tuple(tuple(sorted(pair)) for pair in search(operands, out, dict(enumerate(extents.values()))))
+    is_near = all(math.prod(extents[k] for k in labels) <= CACHE for labels in inputs)
+    minimize = "flops" if is_near else f"combo-{round(FLOPS_PER_BYTE * NUMBER / 2)}"  # a multiply-add is one, there
+    search: Any = DynamicProgramming(minimize, cost_cap=False, search_outer=True)
+    # Labels are numbers, not letters: sets of letters have another order in every process.
+    return tuple(tuple(sorted(pair)) for pair in search(list(inputs), out, dict(enumerate(extents))))
 
 
 class Pairing(NamedTuple):

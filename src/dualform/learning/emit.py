@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_map
 
 from dualform.calculus import rules as table
 from dualform.calculus.notation import Formula, formula
-from dualform.calculus.planner import Price
 from dualform.calculus.program import identity
 from dualform.calculus.recorder import node_of, recorded_so_far
 from dualform.calculus.structure import Derivative, compose
@@ -31,7 +30,7 @@ from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
-from dualform.learning.token_maps import separated, token_back, token_first, weighted
+from dualform.learning.token_maps import Price, separated, token_back, token_first, weighted
 
 
 @dataclass

@@ -9,7 +9,6 @@ Legend: W tokens, t query token, s key token, J d y / d leaf, delta d loss / d y
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,7 +90,7 @@ def _scores(m: Meeting) -> Tensor:
 
 
 def _state_price(m: Meeting) -> Price:
-    _, summed = running(m.coef, m.W, m.W * math.prod(m.shape), m.y.element_size())
+    _, summed = running(m.coef, m.W, m.W * m.shape.numel(), m.y.element_size())
     return sum((price(K, delta) for K, delta in m.gradients), summed) + price(m.spread, m.y)
 
 
