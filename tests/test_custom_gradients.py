@@ -361,6 +361,15 @@ def test_structure_is_kept_and_the_account_holds() -> None:
     assert not check(lambda g, x: g * (x >= 0), lambda x: Legacy.apply(x), X).ok
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, at the first jvp of a process
+@pytest.mark.parametrize("name", ["func.jacrev", "func.jvp", "vmap", "vmap of grad"])
+def test_transforms_inside_are_ops_while_torch_exports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)  # torch's tracer then keeps transforms as nodes
+    gm = trace(EXACT[name], X)
+    assert all(isinstance(n.target, torch._ops.OpOverload) for n in gm.graph.nodes if n.op == "call_function")
+    torch.testing.assert_close(gm(X), EXACT[name](X), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_reentrant_checkpoints_and_compiled_parts_are_what_they_are_made_of() -> None:
     def inner(x: Tensor) -> Tensor:

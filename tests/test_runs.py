@@ -24,6 +24,15 @@ small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "nu
 chosen = {"preset": "tiny-attention", "max_steps": 24, "seq_len": 16, "batch_size": 2, "save_steps": 5, "seed": 3}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Bit for bit is promised on one device; where there is a GPU, Trainer would train there and a model from a file score here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that tests start
+        yield
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "fox.txt"

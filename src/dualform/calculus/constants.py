@@ -19,6 +19,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.calculus.recorder import Recorded
+
 # What reads values; what makes sizes of them.
 _READ = {
     getattr(Tensor, n)
@@ -58,7 +60,7 @@ class Constants:
                 self._keep(inputs[k], lambda value=value, x=inputs[k]: self._noted(value).to(x.dtype, copy=True))
 
     def _keep(self, x: Tensor, value: Callable[[], Tensor]) -> None:
-        self._made[id(x)] = (x, x._version, value)
+        self._made[id(x)] = (x, _version(x), value)
 
     def _noted(self, x: Tensor) -> Tensor:
         self.read.append(x)
@@ -69,7 +71,7 @@ class Constants:
         if not isinstance(x, Tensor) or type(x) is Tensor:
             return True
         made = self._made.get(id(x))
-        return made is not None and made[0] is x and made[1] == x._version
+        return made is not None and made[0] is x and made[1] == _version(x)
 
     def value(self, x: Any) -> Any:
         """The value of what is known."""
@@ -89,10 +91,10 @@ class Constants:
             or any(x is y for x in found for y in leaves)
         ):
             return result
-        versions = [(x, x._version) for x in leaves if type(x) is not Tensor]
+        versions = [(x, _version(x)) for x in leaves if type(x) is not Tensor]
 
         def value(k: int) -> Tensor:
-            if any(x._version != n for x, n in versions):
+            if any(_version(x) != n for x, n in versions):
                 raise _Written
             with _aside():
                 again = pytree.tree_leaves(
@@ -154,6 +156,11 @@ class Constants:
         """A slice whose known ends are numbers."""
         ends = (part.start, part.stop, part.step)
         return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor's memory was written to, by views of it too."""
+    return x.writes[0] if isinstance(x, Recorded) else x._version
 
 
 class _Written(Exception):

@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 from dualform.calculus.functional import functionalized
 from dualform.calculus.hollow import Hollow
@@ -142,10 +143,19 @@ class Listener:
 
     # -- Functions
 
+    def transform(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Begin or end a transform unseen: torch's tracer makes nodes of that for torch.export (2.11: always), a graph of ops has none."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
+
+        return run
+
     def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
         """Apply a Function: what it computes, with the gradient that it defines."""
         if _is_checkpoint(cls):
-            return args[0](*args[2:])
+            return _checkpointed(cls, args)
         where = self.note()
         name = f"{cls.__qualname__.split('.')[-1]}.apply"
         if cls.__name__ == "BackwardHookFunction":
@@ -330,6 +340,10 @@ def _is_checkpoint(cls: Any) -> bool:
     return cls.__module__ == "torch.utils.checkpoint"
 
 
+def _checkpointed(cls: Any, args: tuple[Any, ...]) -> Any:
+    return args[0](*args[2:]) if cls is CheckpointFunction else cls.forward(*args)  # 2.11: one that keeps its inputs
+
+
 class Plain(Listener):
     """The listener of a recording that holds nothing but ops: it gives up where a function defines or takes a gradient."""
 
@@ -340,7 +354,11 @@ class Plain(Listener):
 
     def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
         """Apply a checkpoint."""
-        return args[0](*args[2:]) if _is_checkpoint(cls) else self._give_up()
+        return _checkpointed(cls, args) if _is_checkpoint(cls) else self._give_up()
+
+    def transform(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Give up."""
+        self._give_up()
 
     def hook(self, h: Tensor, f: Callable[[Tensor], Tensor | None]) -> Any:
         """Give up."""

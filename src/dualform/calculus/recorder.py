@@ -35,11 +35,12 @@ class Recorded(Hollow):
     """A tensor of a recording: hollow, and made by a node."""
 
     node: fx.Node
+    writes: list[int]  # how often its memory was written to, the same list for all views of it
 
     @staticmethod
-    def __new__(cls, value: Tensor, node: fx.Node) -> Recorded:
+    def __new__(cls, value: Tensor, node: fx.Node, writes: list[int] | None = None) -> Recorded:
         self: Any = Hollow.__new__(cls, value)
-        self.node = node
+        self.node, self.writes = node, [0] if writes is None else writes
         return self
 
 
@@ -191,6 +192,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)  # the other loads torch's compiler
         self._mode_key = torch._C._TorchDispatchModeKey.PROXY
         self.enter_stack = []
+        self.writes: dict[int, list[int]] = {}  # by memory; nodes keep it alive
         self._begin()
 
     def input(self, like: Tensor, name: str) -> Recorded:
@@ -198,7 +200,10 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         made = on_meta(like).clone()
         node = self.graph.placeholder(name)
         node.meta["val"] = self._shown(made)
-        return Recorded(made, node)
+        return self._recorded(made, node)
+
+    def _recorded(self, made: Tensor, node: fx.Node) -> Recorded:
+        return Recorded(made, node, self.writes.setdefault(_storage(made), [0]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -216,6 +221,8 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
                 made = func(*hollow[0], **hollow[1])
             else:
                 made = each(computed(func, *hollow), lambda x: Hollow(x) if isinstance(x, Tensor) else x)
+        if writes:
+            args[0].writes[0] += 1
         if not any(isinstance(x, Tensor) for x in leaves_in((made,), {})):
             return made
         node = self._call(func, each(args, self._node), {name: each(x, self._node) for name, x in kwargs.items()})
@@ -244,7 +251,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
             return made
         node.meta["val"] = self._shown(made.shape_of)
         if not isinstance(made, Recorded):
-            return Recorded(made.shape_of, node)
+            return self._recorded(made.shape_of, node)
         made.node = node
         return made
 

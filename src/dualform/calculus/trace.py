@@ -140,6 +140,8 @@ class _Lines(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _note()
+        if getattr(func, "__module__", "") == "torch._functorch.predispatch":
+            func = self.listener.transform(func)
         if not self.listener.sees((args, kwargs)):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:

@@ -108,7 +108,7 @@ def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -
     """Write a device, and multiples of the number of rows."""
     for node in list(graph.nodes):
         if node.op == "call_function":
-            node.args = map_aggregate(node.args, lambda x: times(x // ROWS) if _counts_rows(x) else x)
+            node.args = map_aggregate(node.args, lambda x: times(x // ROWS) if isinstance(x, int) and _counts_rows(x) else x)
             node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
 
 

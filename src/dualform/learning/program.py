@@ -502,18 +502,24 @@ class ChunkProgram(nn.Module):
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
-    def derivation(self) -> Derivation:
-        """The derivation that is printed: at the inferred width, in the learner's dtype."""
+    def _shown(self) -> scan_module.Plan:
+        """The plan that is printed: at the inferred width, in the learner's dtype."""
         if self.width is None:
             raise DerivationError(
                 "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` or a call. "
                 "Set learner.dim = K, or call the program once."
             )
-        return self.plan(self.width, self._kind()[0], "auto").derivation
+        return self.plan(self.width, self._kind()[0], "auto")
+
+    @property
+    def derivation(self) -> Derivation:
+        """The derivation that is printed."""
+        return self._shown.derivation
 
     @property
     def step(self) -> Step:
-        return self.derivation.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
+        # Of the plan, which traces out of sight: torch 2.11's export prints each module while it traces.
+        return self._shown.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
 
     def schedule(self, backend: Any = "cpp") -> Any:
         """Say what a backend that generates code makes of one whole mini-batch: a part per direction, with its source.
@@ -527,8 +533,7 @@ class ChunkProgram(nn.Module):
             raise DerivationError(
                 f"program.schedule: backend is {backend!r}; expected one that generates code, as 'cpp'. Print the program instead."
             )
-        plan = self.plan(self.derivation.K, self.derivation.dtype, "auto")
-        return whole.schedule(plan, Variant(self.chunk, True, True, False))
+        return whole.schedule(self._shown, Variant(self.chunk, True, True, False))
 
     @property
     def code(self) -> str:

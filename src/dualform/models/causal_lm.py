@@ -5,6 +5,7 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, cast
 
@@ -167,6 +168,34 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         if isinstance(cache := model_kwargs.get(CACHE), Cache):
             adopt(cache, self.config)
         return result
+
+    def _prefill(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        cache, size = model_kwargs.get(CACHE), generation_config.prefill_chunk_size
+        filled = cache if isinstance(cache, Cache) and cache.get_seq_length() else None
+        if size is not None and filled is not None and model_kwargs.get("inputs_embeds") is None:
+            input_ids = self._read_parts(input_ids, size, filled, model_kwargs)
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return cast("Any", super())._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _read_parts(self, ids: Tensor, size: int, cache: Cache, model_kwargs: dict[str, Any]) -> Tensor:
+        """Read all but the last `size` columns or fewer; return the ids to go on with.
+
+        transformers 5.17 cuts ids, masks and positions as if the cache had read nothing (5.24 does not).
+        """
+        whole = {name: x for name in ("attention_mask", "position_ids") if (x := model_kwargs.get(name)) is not None}
+        read = cache.get_seq_length()
+        # A mask need not be there to say it: 5.24 drops one that is all ones.
+        left_out = read if getattr(cache, only_new, False) else 0
+        total = left_out + ids.shape[1]
+        for stop in range(read + size, total, size):
+            part = {name: x[..., : stop - total] for name, x in whole.items()}
+            given = {**model_kwargs, **part, "next_sequence_length": size}
+            self(**self.prepare_inputs_for_generation(ids[:, : stop - left_out], **given), return_dict=True)
+            read = stop
+        return ids[:, read - left_out :] if left_out else ids
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
