@@ -112,6 +112,18 @@ def test_the_readme_shows_the_tree_on_disk():
     assert readme_tree() - {"__main__.py"} == on_disk
 
 
+def test_contractions_are_planned_in_one_place():
+    """One planner, one price: no other file searches for an order or weighs flops against bytes."""
+    signs = {
+        "opt_einsum": r"(import|from) opt_einsum",
+        "orders": r"\bpermutations\(",
+        "weighs": r"FLOPS_PER_BYTE|flop_registry",
+    }
+    turned = {"slips", "mistakes"}  # permutes the axes of a tensor
+    found = {(sign, path.stem) for path in modules for sign, text in signs.items() if re.search(text, path.read_text())}
+    assert found - {("orders", stem) for stem in turned} == {(sign, "planner") for sign in signs}
+
+
 def test_no_file_is_empty_and_none_names_this_machine():
     for path in modules:
         assert path.read_text().strip(), f"{path} is empty"

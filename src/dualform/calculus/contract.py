@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import count
 from typing import Any
 
-import opt_einsum
 import torch
-from opt_einsum.paths import DynamicProgramming
 from torch import Tensor
 
+from dualform.calculus.planner import Price, flops, free_order, get_symbol
 from dualform.calculus.relations import Reading, Triangle, Window, is_padded, read, summed_up, write
 from dualform.calculus.terms import Factor, Label, Relation, diagonal, sizes, volume
 
@@ -31,35 +30,43 @@ class Step:
     left: str
     right: str
     result: str
-    flops: int
-    bytes: int
+    price: Price
 
     def __str__(self) -> str:
-        return f"{self.left} {self.right} -> {self.result}   {self.kind}, {self.flops:,} flops, {self.bytes:,} bytes"
+        step = f"{self.left} {self.right} -> {self.result}   {self.kind}"
+        return f"{step}, {self.price.flops:,} flops, {self.price.bytes:,} bytes"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a contraction and its cost; `bytes` counts what the steps write."""
+    """The order of a contraction and its cost; `bytes` counts what the steps write, `naive` is flops in one loop nest."""
 
     path: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]
+    naive: int
+
+    @property
+    def price(self) -> Price:
+        return sum((step.price for step in self.steps), Price())
 
     @property
     def flops(self) -> int:
-        return sum(step.flops for step in self.steps)
+        return int(self.price.flops)
 
     @property
     def matmul_flops(self) -> int:
         """The part of `flops` that runs as matrix products."""
-        return sum(step.flops for step in self.steps if step.kind == "mm")
+        return sum(int(step.price.flops) for step in self.steps if step.kind == "mm")
 
     @property
     def bytes(self) -> int:
-        return sum(step.bytes for step in self.steps)
+        return int(self.price.bytes)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.steps)} steps, {self.flops:,} flops, {self.bytes:,} bytes written"]
+        lines = [
+            f"{len(self.steps)} steps, {self.flops:,} flops, {self.bytes:,} bytes written; "
+            f"one loop nest: {self.naive:,} flops; largest intermediate: {self.price.largest:,} numbers"
+        ]
         return "\n".join([*lines, *(f"  {k + 1}. {step}" for k, step in enumerate(self.steps))])
 
 
@@ -72,22 +79,10 @@ class _Task:
     writes: list[tuple[Reading, tuple[Label, ...]]]
 
 
-@lru_cache(maxsize=4096)
-def _path(inputs: tuple[frozenset[int], ...], output: frozenset[int], extents: tuple[int, ...]) -> tuple:
-    if len(inputs) <= 2:
-        return (tuple(range(len(inputs))),)
-    search: Any = DynamicProgramming(minimize="flops", cost_cap=False, search_outer=True)
-    # Labels are numbers, not letters: sets of letters have another order in every process.
-    found = search(list(inputs), output, dict(enumerate(extents)))
-    return tuple(tuple(sorted(pair)) for pair in found)
-
-
 def _ordered(operands: Sequence[Factor], out: Sequence[Label]) -> tuple[tuple[int, ...], ...]:
-    number: dict[Label, int] = {}
-    for label in [*out, *(label for f in operands for label in f.labels)]:
-        number.setdefault(label, len(number))
-    inputs = tuple(frozenset(number[label] for label in f.labels) for f in operands)
-    return _path(inputs, frozenset(number[label] for label in out), tuple(label.size for label in number))
+    number = {x: k for k, x in enumerate(dict.fromkeys([*out, *(x for f in operands for x in f.labels)]))}
+    inputs = tuple(frozenset(number[x] for x in f.labels) for f in operands)
+    return free_order(inputs, frozenset(number[x] for x in out), tuple(sizes(number)))
 
 
 def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Task:
@@ -162,9 +157,7 @@ def _summed_up(
 
 def _one_dtype(operands: list[Factor]) -> list[Factor]:
     """Promote factors to their common dtype, as an elementwise op would."""
-    common = (
-        reduce(torch.promote_types, (f.tensor.dtype for f in operands), operands[0].tensor.dtype) if operands else None
-    )
+    common = reduce(torch.promote_types, (f.tensor.dtype for f in operands)) if operands else None
     return [f if f.tensor.dtype == common else Factor(f.tensor.to(common), f.labels, f.name) for f in operands]
 
 
@@ -205,20 +198,14 @@ def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
         union = list(dict.fromkeys([*left.labels, *right.labels]))
         kept = tuple(sorted((label for label in union if label in keep), key=_rank(task.out)))
         kind = _kind(left, right, keep)
-        flops = volume(union) * (1 if kind == "mul" else 2)
+        made = volume(kept)
+        price = Price(flops(volume(union), kind != "mul"), made * left.tensor.element_size(), made if work else 0)
         result = Factor(left.tensor, kept, f"t{next(fresh)}")
-        steps.append(
-            Step(
-                kind,
-                show(left.name or "_", left.labels),
-                show(right.name or "_", right.labels),
-                show(result.name, kept),
-                flops,
-                volume(kept) * left.tensor.element_size(),
-            )
-        )
+        a, b = (show(f.name or "_", f.labels) for f in (left, right))
+        steps.append(Step(kind, a, b, show(result.name, kept), price))
         work.append(result)
-    return Plan(path, tuple(steps))
+    every = {label for f in task.operands for label in f.labels}
+    return Plan(path, tuple(steps), flops(volume(every), len(every) > len(task.out), len(task.operands)))
 
 
 def _rank(order: Sequence[Label]) -> Callable[[Label], int]:
@@ -236,11 +223,11 @@ def _kind(a: Factor, b: Factor, keep: set[Label]) -> str:
 
 def _names(task: _Task) -> dict[Label, str]:
     names: dict[Label, str] = {}
-    letters = (opt_einsum.get_symbol(k) for k in count(8))
+    free_letters = (get_symbol(k) for k in count(8))
     for label in [*task.out, *(label for f in task.operands for label in f.labels)]:
         if label not in names:
             free = label.name and label.name not in names.values()
-            names[label] = label.name if free else next(x for x in letters if x not in names.values())
+            names[label] = label.name if free else next(x for x in free_letters if x not in names.values())
     return names
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dualform.calculus.planner import Price
 from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice
 from dualform.learning.forms import says
 from dualform.learning.printer import Cost
-from dualform.learning.token_maps import Price
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Legend: W tokens, t query token, s key token, J d y / d leaf, delta d loss / d y
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +16,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dualform.calculus.planner import Price
 from dualform.calculus.structure import Derivative, compose
 from dualform.calculus.trace import source_line
 from dualform.learning.rules import Coefficients, Rule
 from dualform.learning.sites import Analysis
 from dualform.learning.token_maps import (
-    Price,
     is_elementwise,
     kernel_first,
     masked,
@@ -30,7 +29,7 @@ from dualform.learning.token_maps import (
     per_target,
     prefix,
     price,
-    price_shape,
+    running,
 )
 
 # A leaf at one site of the keys: d y / d leaf, the token axis of y, delta.
@@ -66,12 +65,6 @@ class Meeting:
         """The map from a weight per token to y."""
         return per_target(self.J, self.axis)
 
-    def prefix_price(self) -> Price:
-        size, itemsize = self.W * math.prod(self.shape), self.y.element_size()
-        if self.coef.row is not None:
-            return Price(3 * size, 6 * size * itemsize)
-        return Price(2 * self.W * size, 2 * size * itemsize)
-
 
 @dataclass(frozen=True)
 class Correction:
@@ -86,7 +79,7 @@ class Correction:
 
 
 def _scores_price(m: Meeting) -> Price:
-    return sum((kernel_first(K, delta) for K, delta in m.kernels), Price(0, 0))
+    return sum((kernel_first(K, delta) for K, delta in m.kernels), Price())
 
 
 def _scores(m: Meeting) -> Tensor:
@@ -97,8 +90,8 @@ def _scores(m: Meeting) -> Tensor:
 
 
 def _state_price(m: Meeting) -> Price:
-    total = sum((price(K, delta) for K, delta in m.gradients), m.prefix_price())
-    return total + price_shape(m.spread, (m.W, *m.shape), m.y)
+    _, summed = running(m.coef, m.W, m.W * m.shape.numel(), m.y.element_size())
+    return sum((price(K, delta) for K, delta in m.gradients), summed) + price(m.spread, m.y)
 
 
 def _state(m: Meeting) -> Tensor:
