@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from dualform.calculus.trace import source_line
-from dualform.kernels import blocks, pipeline
-from dualform.kernels.blocks import Argument, Unit
+from dualform.kernels import cpp_rows, cpp_slices, targets
+from dualform.kernels.dialect import Unit
 from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.pieces import Kinds
+from dualform.kernels.targets import Argument, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
@@ -48,13 +48,14 @@ def written(
     plan: Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False, kinds: Kinds = ()
 ) -> Unit:  # fmt: skip
     """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known. slices: for few rows."""
-    way = pipeline if slices else blocks
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
     try:
         if direction == "forward":
             end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
-            return way.forward_unit(specialised(step.plain, end), inputs, dtype, name, kinds)
-        return way.backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
+            d = targets.forward(specialised(step.plain, end), inputs, dtype, name, kinds)
+        else:
+            d = targets.backward(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
+        return (cpp_slices if slices else cpp_rows).unit(d)
     except Unsupported as error:
         raise Unsupported(error.node, _line(plan, error.node)) from None
 

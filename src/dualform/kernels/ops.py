@@ -1,7 +1,7 @@
 """Which ops a schedule is made of, and how each reads: a row per op.
 
-MAPS        op -> (text, operands, parameters)    entry by entry; `text` names the row of `TEXT`
-REDUCTIONS  op -> (text, operands, parameters)    over axes
+MAPS        op -> (entry, operands, parameters)   entry by entry; a dialect says how it spells an entry, by name
+REDUCTIONS  op -> (entry, operands, parameters)   over axes
 PRODUCTS    op -> factors and summand             matrix products
 PIECES      op -> (place, value), ...             put together from pieces
 VIEWS                                             the same memory, read otherwise
@@ -38,34 +38,6 @@ VIEWS = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.slice.Tensor,
     aten.expand.default, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.diagonal.default, aten.detach.default,
     aten.alias.default,
-}  # fmt: skip
-
-# Text of each map: {0}, {1}, ... are operands; {T} the type; {i0}, {i1}, ... index along the value's axes.
-TEXT = {
-    "copy": "{0}", "add": "{0} + {alpha} * {1}", "plus": "{0} + {1}", "sub": "{0} - {1}", "submul": "{0} - {alpha} * {1}",
-    "rsub": "{1} - {0}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
-    "tanh": "tanh_({0})", "sigmoid": "sigmoid_({0})", "erf": "std::erf({0})", "sqrt": "std::sqrt({0})", "abs": "std::fabs({0})",
-    "rsqrt": "T(1) / std::sqrt({0})", "reciprocal": "T(1) / {0}", "sin": "std::sin({0})", "cos": "std::cos({0})",
-    "sign": "T(({0} > 0) - ({0} < 0))", "relu": "({0} > 0 || {0} != {0} ? {0} : T(0))", "log1p": "std::log1p({0})",
-    "expm1": "std::expm1({0})", "atan": "std::atan({0})", "sinh": "std::sinh({0})", "cosh": "std::cosh({0})",
-    "floor": "std::floor({0})", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
-    "pow": "std::pow({0}, {1})", "max": "({0} > {1} || {0} != {0} ? {0} : {1})", "min": "({0} < {1} || {0} != {0} ? {0} : {1})",
-    "where": "({0} != 0 ? {1} : {2})", "eq": "T({0} == {1})", "ne": "T({0} != {1})", "ge": "T({0} >= {1})", "gt": "T({0} > {1})",
-    "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
-    "not": "T({0} == 0)", "fill": "T({value})", "arange": "T({start}) + T({step}) * T({i0})", "eye": "T({i0} == {i1})",
-    "tril": "({row} >= {col} - ({diagonal}) ? {0} : T(0))", "triu": "({row} <= {col} - ({diagonal}) ? {0} : T(0))", "tan": "std::tan({0})",
-    "addcmul": "{0} + {alpha} * {1} * {2}", "ceil": "std::ceil({0})", "trunc": "std::trunc({0})", "round": "std::nearbyint({0})",
-    "asinh": "std::asinh({0})", "acosh": "std::acosh({0})", "atanh": "std::atanh({0})", "erfc": "std::erfc({0})",
-    "exp2": "std::exp2({0})", "log2": "std::log2({0})", "log10": "std::log10({0})", "atan2": "std::atan2({0}, {1})",
-    "hypot": "std::hypot({0}, {1})", "fmod": "std::fmod({0}, {1})", "remainder": "remainder_({0}, {1})",
-    "floor_divide": "floor_divide_({0}, {1})", "truncated": "std::trunc({0} / {1})", "copysign": "std::copysign({0}, {1})",
-    "signbit": "T(std::signbit({0}))", "isnan": "T({0} != {0})", "isinf": "T(std::fabs({0}) == T(INFINITY))",
-    "fmax": "std::fmax(T({0}), T({1}))", "fmin": "std::fmin(T({0}), T({1}))", "xor": "T(({0} != 0) != ({1} != 0))",
-    "nonzero": "T({0} != 0)", "bits_and": "T(int64_t({0}) & int64_t({1}))", "bits_or": "T(int64_t({0}) | int64_t({1}))",
-    "bits_not": "T(~int64_t({0}))", "bits_xor": "T(int64_t({0}) ^ int64_t({1}))", "shift_left": "T(int64_t({0}) << int64_t({1}))",
-    "shift_right": "T(int64_t({0}) >> int64_t({1}))", "digamma": "T(digamma_({0}))", "polygamma": "T(polygamma_({order}, {0}))",
-    "erfinv": "T(erfinv_({0}))", "ndtri": "T(ndtri_({0}))", "erfcx": "T(erfcx_({0}))", "bessel_i": "T(bessel_i_({order}, {0}))",
-    "bessel_ie": "T(bessel_ie_({order}, {0}))",
 }  # fmt: skip
 
 Row = tuple[str, list[Any], dict[str, Any]]
@@ -313,12 +285,12 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
     yield place, x
 
 
-def _each(name: str) -> float:
-    """Say how many multiplications and additions of one lane a map takes about as long as."""
-    text = TEXT[name]
-    if name in ("abs", "floor") or not ("/" in text or "_(" in text or "std::" in text):
-        return 1.0
-    return 6.0 if "/" in text or "sqrt" in text else 25.0
+# As many multiplications and additions of one lane as an entry takes about as long as, where that is not one.
+SLOW: dict[str, float] = dict.fromkeys("div sqrt rsqrt reciprocal truncated".split(), 6.0) | dict.fromkeys(
+    "exp log tanh sigmoid erf sin cos log1p expm1 atan sinh cosh lgamma asin acos pow tan ceil trunc round asinh acosh atanh erfc exp2 log2 "
+    "log10 atan2 hypot fmod remainder floor_divide copysign signbit isinf fmax fmin digamma polygamma erfinv ndtri erfcx bessel_i bessel_ie"
+    .split(), 25.0,
+)  # fmt: skip
 
 
 def work(n: fx.Node) -> float:
@@ -330,4 +302,4 @@ def work(n: fx.Node) -> float:
         return float(n.meta["val"].numel() * first.shape[-1])
     if n.target in REDUCTIONS:
         return float(first.numel())
-    return n.meta["val"].numel() * (_each(MAPS[n.target](n)[0]) if n.target in MAPS else 1.0)
+    return n.meta["val"].numel() * (SLOW.get(MAPS[n.target](n)[0], 1.0) if n.target in MAPS else 1.0)

@@ -1,7 +1,7 @@
-"""A schedule as C++: one statement per value, static sizes, no header but the preamble's.
+"""A schedule as C++: one statement per value, static sizes, no header but `cpp_text.h`.
 
-A generated file holds `forward` or `backward` for some rows (batch x heads): a loop over mini-batches whose state stays in
-the cache. What the caller gives and takes is an array of `Arg`s; scratch memory is the caller's, too.
+A function is for one mini-batch of one row: what moves into its buffers, its statements, what moves out. What the caller gives and
+takes is an array of `Arg`s; scratch memory is the caller's, too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,48 @@ from typing import Any
 
 import torch
 
-from dualform.kernels.ops import TEXT
-from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, View, space_of
+from dualform.kernels.dialect import Dialect
+from dualform.kernels.layout import CHECKPOINT, GROUP, Add, Address, Body, Clear, Copy, Load, Move, Store
+from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, Statement, View, space_of
+from dualform.kernels.targets import EACH, ROW
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
+ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* kp, T* ps, T* ct, T* acc"
+CALL = "g, n, b, h, s, f, st, {kp}, {ps}, ct, acc"
 TYPES = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool",
     torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t",
+}  # fmt: skip
+ENTRIES = {
+    "copy": "{0}", "add": "{0} + {alpha} * {1}", "plus": "{0} + {1}", "sub": "{0} - {1}", "submul": "{0} - {alpha} * {1}",
+    "rsub": "{1} - {0}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
+    "tanh": "tanh_({0})", "sigmoid": "sigmoid_({0})", "erf": "std::erf({0})", "sqrt": "std::sqrt({0})", "abs": "std::fabs({0})",
+    "rsqrt": "T(1) / std::sqrt({0})", "reciprocal": "T(1) / {0}", "sin": "std::sin({0})", "cos": "std::cos({0})",
+    "sign": "T(({0} > 0) - ({0} < 0))", "relu": "({0} > 0 || {0} != {0} ? {0} : T(0))", "log1p": "std::log1p({0})",
+    "expm1": "std::expm1({0})", "atan": "std::atan({0})", "sinh": "std::sinh({0})", "cosh": "std::cosh({0})",
+    "floor": "std::floor({0})", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
+    "pow": "std::pow({0}, {1})", "max": "({0} > {1} || {0} != {0} ? {0} : {1})", "min": "({0} < {1} || {0} != {0} ? {0} : {1})",
+    "where": "({0} != 0 ? {1} : {2})", "eq": "T({0} == {1})", "ne": "T({0} != {1})", "ge": "T({0} >= {1})", "gt": "T({0} > {1})",
+    "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
+    "not": "T({0} == 0)", "fill": "T({value})", "arange": "T({start}) + T({step}) * T({i0})", "eye": "T({i0} == {i1})",
+    "tril": "({row} >= {col} - ({diagonal}) ? {0} : T(0))", "triu": "({row} <= {col} - ({diagonal}) ? {0} : T(0))", "tan": "std::tan({0})",
+    "addcmul": "{0} + {alpha} * {1} * {2}", "ceil": "std::ceil({0})", "trunc": "std::trunc({0})", "round": "std::nearbyint({0})",
+    "asinh": "std::asinh({0})", "acosh": "std::acosh({0})", "atanh": "std::atanh({0})", "erfc": "std::erfc({0})",
+    "exp2": "std::exp2({0})", "log2": "std::log2({0})", "log10": "std::log10({0})", "atan2": "std::atan2({0}, {1})",
+    "hypot": "std::hypot({0}, {1})", "fmod": "std::fmod({0}, {1})", "remainder": "remainder_({0}, {1})",
+    "floor_divide": "floor_divide_({0}, {1})", "truncated": "std::trunc({0} / {1})", "copysign": "std::copysign({0}, {1})",
+    "signbit": "T(std::signbit({0}))", "isnan": "T({0} != {0})", "isinf": "T(std::fabs({0}) == T(INFINITY))",
+    "fmax": "std::fmax(T({0}), T({1}))", "fmin": "std::fmin(T({0}), T({1}))", "xor": "T(({0} != 0) != ({1} != 0))",
+    "nonzero": "T({0} != 0)", "bits_and": "T(int64_t({0}) & int64_t({1}))", "bits_or": "T(int64_t({0}) | int64_t({1}))",
+    "bits_not": "T(~int64_t({0}))", "bits_xor": "T(int64_t({0}) ^ int64_t({1}))", "shift_left": "T(int64_t({0}) << int64_t({1}))",
+    "shift_right": "T(int64_t({0}) >> int64_t({1}))", "digamma": "T(digamma_({0}))", "polygamma": "T(polygamma_({order}, {0}))",
+    "erfinv": "T(erfinv_({0}))", "ndtri": "T(ndtri_({0}))", "erfcx": "T(erfcx_({0}))", "bessel_i": "T(bessel_i_({order}, {0}))",
+    "bessel_ie": "T(bessel_ie_({order}, {0}))",
+}  # fmt: skip
+STARTS = {"sum": "T(0)", "amax": "T(-INFINITY)", "amin": "T(INFINITY)", "prod": "T(1)"}
+UPDATES = {
+    "sum": "{0} += {1};", "prod": "{0} *= {1};", "amax": "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});",
+    "amin": "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});",
 }  # fmt: skip
 LETTERS = "i", "k", "l", "m", "o"
 
@@ -101,7 +136,7 @@ def _pack(rows: int, columns: int, ld: int, p: str, row_step: int, column_step: 
     """Write packed[r * ld + c] = p[r * row_step + c * column_step]."""
     if row_step == 1:
         return [f"turn<{columns}, {rows}>(packed, {ld}, {p}, {column_step});"]
-    return [f"for (int r = 0; r < {rows}; ++r) for (int c = 0; c < {columns}; ++c) packed[r * {ld} + c] = ({p})[r * {row_step} + c * {column_step}];"]  # fmt: skip
+    return [f"{loop('r', rows)} {loop('c', columns)} packed[r * {ld} + c] = ({p})[r * {row_step} + c * {column_step}];"]  # fmt: skip
 
 
 class _NestText:
@@ -137,13 +172,7 @@ class _NestText:
 
     def value(self, item: Item, loops: Sequence[str]) -> str:
         at = [loops[a] if a is not None else "0" for a in item.axes]
-        names = {f"i{k}": x for k, x in enumerate(at)} | {
-            "row": (["0", *at])[-2] if at else "0",
-            "col": at[-1] if at else "0",
-        }
-        operands = [f"{self.operand(x, item, loops)}" for x in item.operands]
-        params = {k: (number(v) if k in ("value", "alpha", "start", "step") else v) for k, v in item.params.items()}
-        return TEXT[item.op].format(*operands, T="T", **names, **params)
+        return CPP.entry(item.op, [self.operand(x, item, loops) for x in item.operands], item.params, at)
 
     def lines(self) -> list[str]:
         nest, loops = self.nest, self.loops
@@ -152,19 +181,17 @@ class _NestText:
         lines = [f"// {shown}", "{"]
         for item in nest.items:
             if item.kind == "total":
-                lines.append(
-                    f"for (int e = 0; e < {item.out.buffer.size}; ++e) ({pointer(item.out)})[e] = {START[item.op]};"
-                )
+                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] = {STARTS[item.op]};")
         for x in self.later:
             if not x.kept:
                 lines.append(f"alignas(64) T {self.names[x]}_[{self.column + 64}];")
-        lines += [f"for (int {i} = 0; {i} < {n}; ++{i}) {{" for i, n in zip(inner, self.lead, strict=True)]
+        lines += [loop(i, n) + " {" for i, n in zip(inner, self.lead, strict=True)]
         for stage in range(nest.stages):
             lines += self.stage(stage, inner)
         lines += ["}" for _ in inner]
         for item in nest.items:
             if item.kind == "total" and item.params.get("scale", 1.0) != 1.0:
-                lines.append(f"for (int e = 0; e < {item.out.buffer.size}; ++e) ({pointer(item.out)})[e] *= {number(item.params['scale'])};")  # fmt: skip
+                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] *= {number(item.params['scale'])};")  # fmt: skip
         return [*lines, "}"]
 
     def stage(self, stage: int, inner: Sequence[str]) -> list[str]:
@@ -182,8 +209,8 @@ class _NestText:
                     body.append(f"{names[item]}_[j] = {names[item]};")
             elif item.kind == "reduce" and item.stage == stage + 1:
                 value = self.operand(item.operands[0], item, self.loops)
-                lines.append(f"T {names[item]} = {START[item.op]};")
-                body.append(UPDATE[item.op].format(names[item], value))
+                lines.append(f"T {names[item]} = {STARTS[item.op]};")
+                body.append(UPDATES[item.op].format(names[item], value))
                 sums += [names[item]] if item.op == "sum" else []
                 plain = plain and item.op == "sum"
                 if item.params.get("scale", 1.0) != 1.0:
@@ -193,61 +220,81 @@ class _NestText:
             elif item.kind == "total" and item.stage == stage:
                 value, steps = self.operand(item.operands[0], item, self.loops), item.steps
                 if steps and steps[-1]:
-                    body.append(UPDATE[item.op].format(self.place(item.out, steps, self.loops), value))
+                    body.append(UPDATES[item.op].format(self.place(item.out, steps, self.loops), value))
                 else:
-                    lines.append(f"T {names[item]} = {START[item.op]};")
-                    body.append(UPDATE[item.op].format(names[item], value))
+                    lines.append(f"T {names[item]} = {STARTS[item.op]};")
+                    body.append(UPDATES[item.op].format(names[item], value))
                     sums += [names[item]] if item.op == "sum" else []
                     plain = plain and item.op == "sum"
                     target = self.place(item.out, steps[:-1], inner) if steps else f"({pointer(item.out)})[0]"
-                    after.append(UPDATE[item.op].format(target, names[item]))
+                    after.append(UPDATES[item.op].format(target, names[item]))
         if body:
             pragma = f'_Pragma("omp simd reduction(+ : {", ".join(sums)})")' if sums else "FREE"
-            lines.append(f"{pragma if plain else ''} for (int j = 0; j < {self.column}; ++j) {{")
+            lines.append(f"{pragma if plain else ''} {loop('j', self.column)} {{")
             lines += [*body, "}"]
         return [*lines, *after]
 
 
-START = {"sum": "T(0)", "amax": "T(-INFINITY)", "amin": "T(INFINITY)", "prod": "T(1)"}
-UPDATE = {
-    "sum": "{0} += {1};", "prod": "{0} *= {1};", "amax": "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});",
-    "amin": "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});",
-}  # fmt: skip
+def statement_text(s: Statement) -> list[str]:
+    return product_text(s) if isinstance(s, Product) else _NestText(s).lines()
 
 
 def statements(s: Schedule) -> list[str]:
-    lines: list[str] = []
-    for one in s.statements:
-        lines += product_text(one) if isinstance(one, Product) else _NestText(one).lines()
-    return lines
+    return [line for one in s.statements for line in statement_text(one)]
 
 
-# -- what moves between the caller and a block ----------------------------------------------------------------------
+# -- what moves ----------------------------------------------------------------------------------------------------
+
+
+def moved(moves: Iterable[Move]) -> list[str]:
+    """Print moves, one after another."""
+    return [line for move in moves for line in _moved(move)]
+
+
+def _moved(move: Move) -> list[str]:
+    match move:
+        case Load():
+            same = "" if move.unless is None else f"if (g[{move.argument}].p != g[{move.unless}].p) "
+            return [same + load_text(move)]
+        case Store():
+            return [store_text(move)]
+        case Copy(out, value):
+            return copy_text(out, value)
+        case Add(out, value):
+            return add_text(out, value)
+        case Clear(entries):
+            return [f"for (long e = 0; e < {entries}; ++e) acc[e] = 0;"]
+        case Address(place, argument):
+            return [f"T* {place} = at<T>(g[{argument}], {CPP.where[ROW]});"]
 
 
 def _loops(shape: Sequence[int]) -> tuple[str, list[str]]:
     names = ["a", "c", "d", "e"][: len(shape)]
-    return "".join(f"for (int {x} = 0; {x} < {n}; ++{x}) " for x, n in zip(names, shape, strict=True)), names
+    return "".join(loop(x, n) + " " for x, n in zip(names, shape, strict=True)), names
 
 
-def _outside(arg: int, kind: str, names: Sequence[str], where: str) -> str:
-    inner = " + ".join([f"{x} * g[{arg}].s{k}" for k, x in enumerate(names)]) or "0"
-    return f"at<{kind}>(g[{arg}], {where})[{inner}]"
+def _outside(move: Load | Store, names: Sequence[str]) -> str:
+    inner = " + ".join([f"{x} * g[{move.argument}].s{k}" for k, x in enumerate(names)]) or "0"
+    return f"at<{TYPES[move.dtype]}>(g[{move.argument}], {CPP.where[move.where]})[{inner}]"
 
 
-def load_text(view: View, arg: int, dtype: torch.dtype, where: str, ahead: str = "0") -> str:
+def load_text(move: Load) -> str:
+    view, arg = move.out, move.argument
     *lead, n, step, inside = _rows(view.shape, view.strides)
     loops, names = _loops(lead)
-    source = _outside(arg, TYPES[dtype], names, where)
     last = f"g[{arg}].s{len(lead)}" if view.shape else "1"
-    return f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{source}, {last}, {ahead.format(arg)});"
+    ahead = {0: "0", 1: f"g[{arg}].sn", -1: f"-g[{arg}].sn"}[move.turn]
+    return (
+        f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{_outside(move, names)}, {last}, {ahead});"
+    )
 
 
-def store_text(view: View | float, shape: Sequence[int], arg: int, dtype: torch.dtype, where: str) -> str:
+def store_text(move: Store) -> str:
+    view, shape = move.value, move.shape
     *lead, n, step, inside = _rows(shape, view.strides if isinstance(view, View) else [0] * len(shape))
     loops, names = _loops(lead)
-    target = _outside(arg, TYPES[dtype], names, where)
-    last = f"g[{arg}].s{len(lead)}" if shape else "1"
+    target = _outside(move, names)
+    last = f"g[{move.argument}].s{len(lead)}" if shape else "1"
     if not isinstance(view, View):
         return f"{{ T x = {number(view)}; {loops}give<{n}, 0>(&{target}, &x, {last}); }}"
     return f"{loops}give<{n}, {step}>(&{target}, {pointer(view)}{_inside(inside, names)}, {last});"
@@ -263,34 +310,42 @@ def _inside(strides: Sequence[int], names: Sequence[str]) -> str:
 
 
 def copy_text(out: View, value: View | float) -> list[str]:
-    if not isinstance(value, View):
-        operand: object = value
-    else:
-        if out.buffer in (value.buffer, value.buffer.over) and value.offset == out.offset:
-            return []
-        operand = Read(value, value.along(out.shape))
-    item = Item("map", "copy", [operand], {}, out, out.along(out.shape), kept=True)
-    return _NestText(Nest(space_of(out.shape), [item])).lines()
+    if isinstance(value, View) and out.buffer in (value.buffer, value.buffer.over) and value.offset == out.offset:
+        return []
+    return _written("copy", out, [value])
 
 
 def add_text(out: View, value: View | float) -> list[str]:
-    if not isinstance(value, View):
-        if value == 0:
-            return []
-        operand: object = value
-    else:
-        operand = Read(value, value.along(out.shape))
-    item = Item("map", "plus", [Read(out, out.along(out.shape)), operand], {}, out, out.along(out.shape), kept=True)
+    return [] if value == 0 else _written("plus", out, [out, value])
+
+
+def _written(op: str, out: View, values: Sequence[View | float]) -> list[str]:
+    """Write an entry-by-entry function of values."""
+    operands = [Read(x, x.along(out.shape)) if isinstance(x, View) else x for x in values]
+    item = Item("map", op, operands, {}, out, out.along(out.shape), kept=True)
     return _NestText(Nest(space_of(out.shape), [item])).lines()
 
 
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def header(name: str) -> str:
+    return files("dualform.kernels").joinpath(name).read_text()
+
+
 def source(dtype: torch.dtype, functions: Iterable[str]) -> str:
-    preamble = files("dualform.kernels").joinpath("preamble.h").read_text()
-    return f"typedef {TYPES[dtype]} T;\n{preamble}\n" + "\n".join(functions)
+    return f"typedef {TYPES[dtype]} T;\n{header('cpp_text.h')}\n" + "\n".join(functions)
 
 
-def function(name: str, arguments: str, body: Sequence[str]) -> str:
-    return indented([f"static void {name}({arguments}) {{", *body, "}", ""])
+def body_text(body: Body) -> str:
+    """Print a function with what moves before its statements and after them."""
+    beside = [f"T* nx = st + {body.layout.slot};"] if body.beside else []
+    lines = [*beside, *moved(body.first), *statements(body.schedule), *moved(body.last)]
+    return function(body.function.name, lines)
+
+
+def function(name: str, body: Sequence[str]) -> str:
+    return indented([f"static void {name}({ARGUMENTS}) {{", *body, "}", ""])
 
 
 def indented(lines: Iterable[str]) -> str:
@@ -301,3 +356,14 @@ def indented(lines: Iterable[str]) -> str:
         found.append("  " * (depth - closes) + line)
         depth += line.count("{") - line.count("}")
     return "\n".join(found)
+
+
+def loop(i: str, n: int, kind: str = "int") -> str:
+    return f"for ({kind} {i} = 0; {i} < {n}; ++{i})"
+
+
+CPP = Dialect(
+    "cpp", TYPES, ENTRIES, STARTS, UPDATES,
+    {EACH: "n, b, h", ROW: "0, b, h", GROUP: "group, b, h", CHECKPOINT: "(n + phase) / G, b, h"},
+    number, loop, load_text, store_text,
+)  # fmt: skip
