@@ -18,7 +18,7 @@ from typing import NamedTuple
 from dualform.kernels import cpp_text
 from dualform.kernels.cpp_text import CALL, body_text, function, header, indented, moved
 from dualform.kernels.dialect import Unit
-from dualform.kernels.layout import Add, Frame
+from dualform.kernels.layout import Frame, Write
 from dualform.kernels.statements import whole
 from dualform.kernels.targets import Direction, in_turn, label
 from dualform.learning.plan import Input
@@ -57,7 +57,7 @@ def _total(d: Direction, frame: Frame) -> str:
     for t in d.step.targets:
         if t.kind == "added":
             here, passed = frame.sums[t.what], Input("passed", in_turn(t).what, "block")
-            moves.append(Add(whole(here), whole(frame.layout.buffer("passed", label(passed), here.shape))))
+            moves.append(Write("plus", whole(here), whole(frame.layout.buffer("passed", label(passed), here.shape))))
     return function("total", moved(moves))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dualform.kernels.dialect import Dialect
-from dualform.kernels.layout import CHECKPOINT, GROUP, Add, Address, Body, Clear, Copy, Load, Move, Store
-from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, Statement, View, space_of
+from dualform.kernels.layout import CHECKPOINT, GROUP, Address, Body, Clear, Load, Move, Store, Write
+from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, Statement, View, entrywise
 from dualform.kernels.targets import EACH, ROW
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
@@ -101,16 +101,15 @@ def _one_product(p: Product) -> list[str]:
     D = p.init
     dm, dn = D.strides if D else (0, 0)
     A, B, C = pointer(p.a), pointer(p.b), pointer(p.out)
-    Dp = f"{pointer(D)}" if D else "nullptr"
+    Dp, sums = (pointer(D), "true") if D else ("nullptr", "false")
     scale = f"{number(p.alpha)}, {number(p.beta)}"
-    sums = "true" if D else "false"
     if N == 1:
         return [f"mv<{M}, {K}, {am}, {ak}, {bk}>({C}, {cm}, {A}, {B}, {scale}, {Dp}, {dm});"]
     if M == 1 and bn != 1:  # (B^T a^T)^T
         return [f"mv<{N}, {K}, {bn}, {bk}, {ak}>({C}, {cn}, {B}, {A}, {scale}, {Dp}, {dn});"]
     assert cn == 1
     if D and dn != 1:  # laid out otherwise than the result: there first
-        return [*copy_text(p.out, D), *_one_product(Product(p.out, p.a, p.b, p.alpha, p.beta, p.out))]
+        return [*moved([Write("copy", p.out, D)]), *_one_product(Product(p.out, p.a, p.b, p.alpha, p.beta, p.out))]
     if bn == 1:
         return [f"mm<{M}, {N}, {K}, {am}, {ak}, {bk}, {sums}>({C}, {cm}, {A}, {B}, {scale}, {Dp}, {dm});"]
     align = p.out.buffer.align
@@ -207,27 +206,23 @@ class _NestText:
                     body.append(f"{self.place(item.out, item.steps, self.loops)} = {names[item]};")
                 elif item in self.later:
                     body.append(f"{names[item]}_[j] = {names[item]};")
-            elif item.kind == "reduce" and item.stage == stage + 1:
-                value = self.operand(item.operands[0], item, self.loops)
-                lines.append(f"T {names[item]} = {STARTS[item.op]};")
-                body.append(UPDATES[item.op].format(names[item], value))
-                sums += [names[item]] if item.op == "sum" else []
-                plain = plain and item.op == "sum"
-                if item.params.get("scale", 1.0) != 1.0:
-                    after.append(f"{names[item]} *= {number(item.params['scale'])};")
-                if item.kept:
-                    after.append(f"{self.place(item.out, item.steps, inner)} = {names[item]};")
-            elif item.kind == "total" and item.stage == stage:
-                value, steps = self.operand(item.operands[0], item, self.loops), item.steps
-                if steps and steps[-1]:
+            elif item.kind in ("reduce", "total") and self.used(item) == stage:
+                name, value, steps = names[item], self.operand(item.operands[0], item, self.loops), item.steps
+                if item.kind == "total" and steps and steps[-1]:  # no sum along the row
                     body.append(UPDATES[item.op].format(self.place(item.out, steps, self.loops), value))
-                else:
-                    lines.append(f"T {names[item]} = {STARTS[item.op]};")
-                    body.append(UPDATES[item.op].format(names[item], value))
-                    sums += [names[item]] if item.op == "sum" else []
-                    plain = plain and item.op == "sum"
+                    continue
+                lines.append(f"T {name} = {STARTS[item.op]};")
+                body.append(UPDATES[item.op].format(name, value))
+                sums += [name] if item.op == "sum" else []
+                plain = plain and item.op == "sum"
+                if item.kind == "total":
                     target = self.place(item.out, steps[:-1], inner) if steps else f"({pointer(item.out)})[0]"
-                    after.append(UPDATES[item.op].format(target, names[item]))
+                    after.append(UPDATES[item.op].format(target, name))
+                    continue
+                if item.params.get("scale", 1.0) != 1.0:
+                    after.append(f"{name} *= {number(item.params['scale'])};")
+                if item.kept:
+                    after.append(f"{self.place(item.out, steps, inner)} = {name};")
         if body:
             pragma = f'_Pragma("omp simd reduction(+ : {", ".join(sums)})")' if sums else "FREE"
             lines.append(f"{pragma if plain else ''} {loop('j', self.column)} {{")
@@ -255,15 +250,17 @@ def _moved(move: Move) -> list[str]:
     match move:
         case Load():
             same = "" if move.unless is None else f"if (g[{move.argument}].p != g[{move.unless}].p) "
-            return [same + load_text(move)]
+            return [same + CPP.load(move)]
         case Store():
-            return [store_text(move)]
-        case Copy(out, value):
-            return copy_text(out, value)
-        case Add(out, value):
-            return add_text(out, value)
+            return [CPP.store(move)]
+        case Write("copy", out, View() as x) if out.buffer in (x.buffer, x.buffer.over) and x.offset == out.offset:
+            return []  # it is there
+        case Write("plus", _, 0):
+            return []
+        case Write(op, out, value):
+            return statement_text(entrywise(op, out, [value] if op == "copy" else [out, value]))
         case Clear(entries):
-            return [f"for (long e = 0; e < {entries}; ++e) acc[e] = 0;"]
+            return [f"{loop('e', entries, 'long')} acc[e] = 0;"]
         case Address(place, argument):
             return [f"T* {place} = at<T>(g[{argument}], {CPP.where[ROW]});"]
 
@@ -279,14 +276,13 @@ def _outside(move: Load | Store, names: Sequence[str]) -> str:
 
 
 def load_text(move: Load) -> str:
-    view, arg = move.out, move.argument
+    view, arg = move.out, f"g[{move.argument}]"
     *lead, n, step, inside = _rows(view.shape, view.strides)
     loops, names = _loops(lead)
-    last = f"g[{arg}].s{len(lead)}" if view.shape else "1"
-    ahead = {0: "0", 1: f"g[{arg}].sn", -1: f"-g[{arg}].sn"}[move.turn]
-    return (
-        f"{loops}take<{n}, {step}>({pointer(view)}{_inside(inside, names)}, &{_outside(move, names)}, {last}, {ahead});"
-    )
+    last = f"{arg}.s{len(lead)}" if view.shape else "1"
+    ahead = {0: "0", 1: f"{arg}.sn", -1: f"-{arg}.sn"}[move.turn]
+    out = f"{pointer(view)}{_inside(inside, names)}"
+    return f"{loops}take<{n}, {step}>({out}, &{_outside(move, names)}, {last}, {ahead});"
 
 
 def store_text(move: Store) -> str:
@@ -307,23 +303,6 @@ def _rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[Any, ...]:
 
 def _inside(strides: Sequence[int], names: Sequence[str]) -> str:
     return "".join(f" + {s} * {x}" for s, x in zip(strides, names, strict=True) if s)
-
-
-def copy_text(out: View, value: View | float) -> list[str]:
-    if isinstance(value, View) and out.buffer in (value.buffer, value.buffer.over) and value.offset == out.offset:
-        return []
-    return _written("copy", out, [value])
-
-
-def add_text(out: View, value: View | float) -> list[str]:
-    return [] if value == 0 else _written("plus", out, [out, value])
-
-
-def _written(op: str, out: View, values: Sequence[View | float]) -> list[str]:
-    """Write an entry-by-entry function of values."""
-    operands = [Read(x, x.along(out.shape)) if isinstance(x, View) else x for x in values]
-    item = Item("map", op, operands, {}, out, out.along(out.shape), kept=True)
-    return _NestText(Nest(space_of(out.shape), [item])).lines()
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -8,26 +8,15 @@ Legend: slot, the memory of one mini-batch of a row (state, kept values); the re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from dualform.kernels.schedule import schedule
 from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
-from dualform.kernels.targets import (
-    CARRIED,
-    EACH,
-    ROW,
-    STAYS,
-    Argument,
-    Direction,
-    Function,
-    Kinds,
-    label,
-    place_of,
-)
+from dualform.kernels.targets import EACH, ROW, Direction, Function, Kinds, What, label, place_of
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
 
@@ -58,12 +47,10 @@ class Store(NamedTuple):
     where: str
 
 
-class Copy(NamedTuple):
-    out: View
-    value: View | float
+class Write(NamedTuple):
+    """A value to another place, "copy", or added to what is there, "plus"."""
 
-
-class Add(NamedTuple):
+    op: str
     out: View
     value: View | float
 
@@ -75,13 +62,13 @@ class Clear(NamedTuple):
 
 
 class Address(NamedTuple):
-    """A state that stays with the caller: its place is that of an argument."""
+    """A state that stays with the caller: its place is that of an argument, ("after", k)."""
 
     place: str
     argument: int
 
 
-Move = Load | Store | Copy | Add | Clear | Address
+Move = Load | Store | Write | Clear | Address
 
 
 @dataclass
@@ -90,7 +77,7 @@ class Layout:
 
     dtype: torch.dtype
     kinds: Kinds = ()
-    arguments: list[Argument] = field(default_factory=list)
+    arguments: list[tuple[str, What]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)  # entries of each place
     offsets: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -103,7 +90,7 @@ class Layout:
         """Entries of a mini-batch's own memory: its state, then what is kept."""
         return self.sizes.get("state", 0) + self.sizes.get("kept", 0)
 
-    def number(self, role: str, what: Any) -> int:
+    def number(self, role: str, what: What) -> int:
         if (role, what) not in self.arguments:
             self.arguments.append((role, what))
         return self.arguments.index((role, what))
@@ -120,34 +107,39 @@ class Layout:
     def buffer(self, place: str, name: str, shape: Sequence[int]) -> Buffer:
         return self.settle(Buffer(name, tuple(shape), self.align, place))
 
-    def load(self, b: Buffer, role: str, what: Any, where: str, turn: int = 0, unless: int | None = None) -> Load:
+    def load(self, b: Buffer, role: str, what: What, where: str, turn: int = 0, unless: int | None = None) -> Load:
         return Load(whole(b), self.number(role, what), b.dtype or self.dtype, where, turn, unless)
 
-    def store(self, value: View | float, shape: Sequence[int], role: str, what: Any, where: str) -> Store:
+    def store(self, value: View | float, shape: Sequence[int], role: str, what: What, where: str) -> Store:
         return Store(value, tuple(shape), self.number(role, what), self.kind(role, what), where)
 
-    def kind(self, role: str, what: Any) -> torch.dtype:
+    def kind(self, role: str, what: What) -> torch.dtype:
         """Say what an argument that is written is made of."""
-        token = (what.part, what.name) if role == "gradient" and what.over == "block" else (role, "")
+        token = (what.part, what.name) if isinstance(what, Input) and what.over == "block" else (role, "")
         return dict(self.kinds).get(token, self.dtype)
+
+
+def after(k: int) -> str:
+    """Name the place of a state that stays with the caller."""
+    return f"after{k}"
 
 
 class Body:
     """A function as statements over buffers; made first, its moves when all of its direction are."""
 
-    def __init__(self, function: Function, layout: Layout, there: Mapping[Input, str]) -> None:
-        """there: inputs that stay with the caller, and the place that has the address."""
+    def __init__(self, function: Function, layout: Layout, there: Mapping[Input, int]) -> None:
+        """there: states that stay with the caller, and their numbers."""
         self.function, self.layout = function, layout
-        self.sources, self.targets = function.sources, function.targets
-        over = {k: self.sources.index(t.what) for k, t in enumerate(self.targets) if t.kind in CARRIED}
+        self.sources, self.targets, self.shapes = function.sources, function.targets, function.result_shapes
+        self.there = [there[x] for x in self.sources if x in there]
+        over = {k: self.sources.index(t.what) for k, t in enumerate(self.targets) if t.is_carried}
         self.beside = any(t.kind == "next" for t in self.targets)  # is the next state written one slot further?
-        stay = {k: t.kind for k, t in enumerate(self.targets) if t.kind in STAYS}
-        places = [there.get(x, place_of(x)) for x in self.sources]
+        stay = {k: t.kind for k, t in enumerate(self.targets) if t.stays}
+        places = [after(there[x]) if x in there else place_of(x) for x in self.sources]
         names = [label(x) for x in self.sources]
         self.schedule = schedule(function.graph, layout.align, places, names, over, self.beside, stay)
         self.schedule.carried = tuple(over)
         self.schedule.types = {k: layout.kind(*t.what[:2]) for k, t in enumerate(self.targets) if t.kind == "given"}
-        self.shapes = function.result_shapes
         for x, b in zip(self.sources, self.schedule.inputs, strict=True):
             b.dtype = dict(layout.kinds).get((x.part, x.name), b.dtype)
             if x not in there:
@@ -160,7 +152,7 @@ class Body:
 
     def _check(self) -> None:
         """Check that no new state is another one's old value, which is written over one by one."""
-        moves = {k: self.buffer(t.what) for k, t in enumerate(self.targets) if t.kind in CARRIED}
+        moves = {k: self.buffer(t.what) for k, t in enumerate(self.targets) if t.is_carried}
         for k, own in moves.items():
             x = self.schedule.outputs[k]
             if isinstance(x, View) and x.buffer is not own and x.buffer in moves.values():
@@ -175,12 +167,13 @@ class Body:
     def buffer(self, source: Input) -> Buffer:
         return self.schedule.inputs[self.sources.index(source)]
 
-    def place(self, first: Iterable[Move]) -> None:
-        """Say what moves before the statements, `first` first, and after them; number the arguments."""
+    def place(self) -> None:
+        """Say what moves before the statements and after them; number the arguments."""
+        self.addresses = [Address(after(k), self.layout.number("after", k)) for k in self.there]
         # others may yet read the old values of what is carried
-        order = sorted(range(len(self.targets)), key=lambda k: self.targets[k].kind in CARRIED)
+        order = sorted(range(len(self.targets)), key=lambda k: self.targets[k].is_carried)
         self.last = [move for k in order for move in self._leave(k)]
-        self.first = [*first, *self._loads("scratch", EACH, self.function.turn)]
+        self.first = [*self.addresses, *self._loads("scratch", EACH, self.function.turn)]
 
     def fixed(self) -> list[Load]:
         """Load what stays with a row."""
@@ -200,15 +193,15 @@ class Body:
             role, what, where = target.what
             return [layout.store(x, shape, role, what, where)]
         if target.kind == "added":
-            return [Add(whole(layout.buffer("sums", label(target.what), shape)), x)]
-        if target.kind in STAYS:
-            return [Copy(whole(self._stays(k)), x)]
+            return [Write("plus", whole(layout.buffer("sums", label(target.what), shape)), x)]
+        if target.stays:
+            return [Write("copy", whole(self._stays(k)), x)]
         old = self.buffer(target.what)
         if target.kind == "over":
-            return [Copy(whole(old), x)]
+            return [Write("copy", whole(old), x)]
         if isinstance(x, View) and x.buffer.place == "next":
             return []
-        return [Copy(whole(Buffer(old.name, old.shape, layout.align, "next", over=old)), x)]
+        return [Write("copy", whole(Buffer(old.name, old.shape, layout.align, "next", over=old)), x)]
 
 
 class Frame:
@@ -220,26 +213,17 @@ class Frame:
     def __init__(self, d: Direction, functions: Sequence[Function]) -> None:
         self.layout, self.shapes = Layout(d.dtype, d.kinds), d.step.shapes
         self.over = [t.what for t in d.step.targets if t.kind == "over"]
-        self.addresses: list[Address] = []  # of states that stay with the caller
         self.keep: list[Move] = []
         self.enter: list[Move] = []
         states = {x: self._state(k, x) for k, x in enumerate(d.states)} if d.advance is None else {}
-        there = {x: b.place for x, b in states.items() if b.place != "state"}
-        self.bodies = [Body(f, self.layout, {x: there[x] for x in f.sources if x in there}) for f in functions]
+        there = {x: k for k, (x, b) in enumerate(states.items()) if b.place != "state"}
+        self.bodies = [Body(f, self.layout, there) for f in functions]
         for body in self.bodies:
-            if any(x in there for x in body.sources):
-                pairs = enumerate(states.values())
-                self.addresses = [
-                    Address(b.place, self.layout.number("after", k)) for k, b in pairs if b.place != "state"
-                ]
-                body.place(self.addresses)
-            else:
-                body.place(())
+            body.place()
+        self.addresses = [x for body in self.bodies for x in body.addresses]  # of states that stay with the caller
         self.sums = {x: self.layout.buffer("sums", label(x), self.shapes[x]) for x in d.summed}
-        self.begin: list[Move] = [
-            *{x.argument: x for body in self.bodies for x in body.fixed()}.values(),
-            *self.addresses,
-        ]
+        fixed = {x.argument: x for body in self.bodies for x in body.fixed()}
+        self.begin: list[Move] = [*fixed.values(), *self.addresses]
         self.end = self._forward(states) if d.advance is None else self._backward(d)
 
     @property
@@ -259,7 +243,7 @@ class Frame:
         plain = torch.empty(b.shape, device="meta").stride()
         alike = all(n == 1 or s == t for n, s, t in zip(b.shape, b.strides, plain, strict=True))
         if x in self.over and alike and b.size == math.prod(b.shape):
-            b.place = f"after{k}"
+            b.place = after(k)
         return b
 
     def _forward(self, states: Mapping[Input, Buffer]) -> list[Move]:
@@ -281,7 +265,6 @@ class Frame:
         self.begin.append(Clear(self.size("sums")))
         states = (bodies[0].buffer(x) for x in d.states)  # where `advance` reads them
         self.enter += [layout.load(b, "kept", k, GROUP) for k, b in enumerate(states)]
-        end: list[Move] = [
-            layout.store(whole(turned[x]), turned[x].shape, "turned", k, ROW) for k, x in enumerate(self.over)
-        ]
-        return end + [layout.store(whole(b), b.shape, "gradient", x, ROW) for x, b in self.sums.items()]
+        ends = [("turned", k, turned[x]) for k, x in enumerate(self.over)]
+        ends += [("gradient", x, b) for x, b in self.sums.items()]
+        return [layout.store(whole(b), b.shape, role, what, ROW) for role, what, b in ends]

@@ -47,38 +47,22 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {}
 PIECES: dict[Any, Callable[..., Any]] = {}
 
 
-def _plain(*names: str, count: int, text: str | None = None) -> None:
-    for name in names:
-        packet = getattr(aten, name.split(".")[0])
-        for overload in [name.split(".")[1]] if "." in name else packet.overloads():
-            target = getattr(packet, overload)
-            label = text or name.split(".")[0]
-            MAPS[target] = lambda n, label=label: (label, list(n.args[:count]), {})
-
-
-_plain(
-    "neg", "exp", "log", "tanh", "sigmoid", "erf", "sqrt", "abs", "rsqrt", "reciprocal", "sin", "cos", "sign", "relu", "log1p", "expm1",
-    "atan", "sinh", "cosh", "floor", "lgamma", "tan", "asin", "acos", "ceil", "trunc", "round.default", "asinh", "acosh", "atanh", "erfc",
-    "exp2", "log2", "log10", "signbit", "isnan", "isinf", "digamma", "erfinv", count=1,
-)  # fmt: skip
-_plain(
-    "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2
-)
-_plain("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", count=2)
-_plain("maximum.default", count=2, text="max")
-_plain("minimum.default", count=2, text="min")
-_plain("atan2", "hypot", "fmod", "remainder", "copysign", "fmax", "fmin", "floor_divide", count=2)
-_plain("logical_and.default", count=2, text="and")
-_plain("logical_or.default", count=2, text="or")
-_plain("logical_xor.default", count=2, text="xor")
-_plain("logical_not.default", count=1, text="not")
-_plain("__lshift__", "bitwise_left_shift", count=2, text="shift_left")
-_plain("__rshift__", "bitwise_right_shift", count=2, text="shift_right")
-_plain("special_ndtri.default", count=1, text="ndtri")
-_plain("special_erfcx.default", count=1, text="erfcx")
-_plain("special_erfc.default", count=1, text="erfc")
-_plain("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", count=3)
-_plain("clone.default", "contiguous.default", "lift_fresh_copy.default", count=1, text="copy")
+# Entry by entry, of so many operands and without parameters: name, name.overload, or either = entry.
+for _count, _names in {
+    1: "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan asin acos ceil "
+       "trunc round.default asinh acosh atanh erfc exp2 log2 log10 signbit isnan isinf digamma erfinv logical_not.default=not "
+       "special_ndtri.default=ndtri special_erfcx.default=erfcx special_erfc.default=erfc clone.default=copy contiguous.default=copy "
+       "lift_fresh_copy.default=copy",
+    2: "mul.Tensor mul.Scalar div.Tensor div.Scalar eq ne ge gt le lt rsub.Scalar pow.Tensor_Tensor pow.Scalar maximum.default=max "
+       "minimum.default=min atan2 hypot fmod remainder copysign fmax fmin floor_divide logical_and.default=and logical_or.default=or "
+       "logical_xor.default=xor __lshift__=shift_left bitwise_left_shift=shift_left __rshift__=shift_right bitwise_right_shift=shift_right",
+    3: "where.self where.ScalarSelf where.ScalarOther where.Scalar",
+}.items():  # fmt: skip
+    for _op, _, _entry in (x.partition("=") for x in _names.split()):
+        _name, _, _overload = _op.partition(".")
+        _packet = getattr(aten, _name)
+        for _x in [_overload] if _overload else _packet.overloads():
+            MAPS[getattr(_packet, _x)] = lambda n, k=_count, e=_entry or _name: (e, list(n.args[:k]), {})
 
 
 def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
@@ -90,12 +74,17 @@ def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
     return add
 
 
+def _name_of(n: fx.Node) -> str:
+    target: Any = n.target
+    return target._schema.name.removeprefix("aten::")
+
+
 @_row(
     aten.bitwise_not.default,
     *(getattr(getattr(aten, f"bitwise_{x}"), y) for x in ("and", "or", "xor") for y in ("Tensor", "Scalar", "Scalar_Tensor")),
 )  # fmt: skip
 def _bits(n: fx.Node) -> Row:
-    name: str = n.target._schema.name.rpartition("_")[2]  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
+    name = _name_of(n).rpartition("_")[2]
     name = name if n.meta["val"].dtype == torch.bool else f"bits_{name}"
     return name, list(n.args[:1] if "not" in name else n.args[:2]), {}
 
@@ -125,25 +114,17 @@ def _polygamma(n: fx.Node) -> Row:
     return ("digamma", [n.args[1]], {}) if n.args[0] == 0 else ("polygamma", [n.args[1]], {"order": n.args[0]})
 
 
-for _order, _name in enumerate(("i0", "i1")):
-    MAPS[aten.i0.default if _order == 0 else aten.special_i1.default] = lambda n, k=_order: (
-        "bessel_i",
-        [n.args[0]],
-        {"order": k},
-    )
-    MAPS[getattr(aten, f"special_{_name}e").default] = lambda n, k=_order: ("bessel_ie", [n.args[0]], {"order": k})
+@_row(aten.i0.default, aten.special_i1.default, aten.special_i0e.default, aten.special_i1e.default)
+def _bessel(n: fx.Node) -> Row:
+    name = _name_of(n)
+    return "bessel_ie" if name.endswith("e") else "bessel_i", [n.args[0]], {"order": int("1" in name)}
 
 
-@_row(aten.add.Tensor, aten.add.Scalar)
-def _add(n: fx.Node) -> Row:
+@_row(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def _sum(n: fx.Node) -> Row:
     alpha = n.kwargs.get("alpha", n.args[2] if len(n.args) > 2 else 1)
-    return ("plus", list(n.args[:2]), {}) if alpha == 1 else ("add", list(n.args[:2]), {"alpha": alpha})
-
-
-@_row(aten.sub.Tensor, aten.sub.Scalar)
-def _sub(n: fx.Node) -> Row:
-    alpha = n.kwargs.get("alpha", n.args[2] if len(n.args) > 2 else 1)
-    return ("sub", list(n.args[:2]), {}) if alpha == 1 else ("submul", list(n.args[:2]), {"alpha": alpha})
+    plain, scaled = ("plus", "add") if _name_of(n) == "add" else ("sub", "submul")
+    return (plain, list(n.args[:2]), {}) if alpha == 1 else (scaled, list(n.args[:2]), {"alpha": alpha})
 
 
 @_row(aten.addcmul.default)
@@ -175,8 +156,7 @@ def _clamp(n: fx.Node) -> Row:
 
 @_row(aten.tril.default, aten.triu.default)
 def _triangle(n: fx.Node) -> Row:
-    name = "tril" if n.target == aten.tril.default else "triu"
-    return name, [n.args[0]], {"diagonal": n.args[1] if len(n.args) > 1 else n.kwargs.get("diagonal", 0)}
+    return _name_of(n), [n.args[0]], {"diagonal": n.args[1] if len(n.args) > 1 else n.kwargs.get("diagonal", 0)}
 
 
 @_row(
@@ -185,7 +165,7 @@ def _triangle(n: fx.Node) -> Row:
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.empty_strided.default,
 )  # fmt: skip
 def _fill(n: fx.Node) -> Row:
-    name: str = n.target._schema.name  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
+    name = _name_of(n)
     if "zeros" in name or "empty" in name:
         return "fill", [], {"value": 0.0}
     if "ones" in name:
@@ -253,18 +233,12 @@ def _cat(n: fx.Node, shape: tuple[int, ...]) -> Any:
             at += size
 
 
-@_row(aten.select_backward.default, table=PIECES)
-def _select_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
-    x, _, axis, index = n.args
+@_row(aten.select_backward.default, aten.slice_backward.default, table=PIECES)
+def _window(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    x, _, *where = n.args
+    view: Any = aten.select.int if n.target == aten.select_backward.default else aten.slice.Tensor
     yield (lambda t: t), 0.0
-    yield (lambda t: t.select(axis, index)), x
-
-
-@_row(aten.slice_backward.default, table=PIECES)
-def _slice_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
-    x, _, axis, start, end, step = n.args
-    yield (lambda t: t), 0.0
-    yield (lambda t: aten.slice.Tensor(t, axis, start, end, step)), x
+    yield (lambda t: view(t, *where)), x
 
 
 @_row(aten.constant_pad_nd.default, table=PIECES)
@@ -286,11 +260,15 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
 
 
 # As many multiplications and additions of one lane as an entry takes about as long as, where that is not one.
-SLOW: dict[str, float] = dict.fromkeys("div sqrt rsqrt reciprocal truncated".split(), 6.0) | dict.fromkeys(
-    "exp log tanh sigmoid erf sin cos log1p expm1 atan sinh cosh lgamma asin acos pow tan ceil trunc round asinh acosh atanh erfc exp2 log2 "
-    "log10 atan2 hypot fmod remainder floor_divide copysign signbit isinf fmax fmin digamma polygamma erfinv ndtri erfcx bessel_i bessel_ie"
-    .split(), 25.0,
-)  # fmt: skip
+SLOW = {
+    name: flops
+    for flops, names in {
+        6.0: "div sqrt rsqrt reciprocal truncated",
+        25.0: "exp log tanh sigmoid erf sin cos log1p expm1 atan sinh cosh lgamma asin acos pow tan ceil trunc round asinh acosh atanh erfc exp2 "
+        "log2 log10 atan2 hypot fmod remainder floor_divide copysign signbit isinf fmax fmin digamma polygamma erfinv ndtri erfcx bessel_i bessel_ie",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 
 
 def work(n: fx.Node) -> float:

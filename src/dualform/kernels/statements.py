@@ -129,6 +129,12 @@ class Nest:
         return 0
 
 
+def entrywise(op: str, out: View, values: Sequence[View | float]) -> Nest:
+    """Make a nest of its own for an entry-by-entry function of values in memory, or numbers."""
+    operands = [Read(x, x.along(out.shape)) if isinstance(x, View) else x for x in values]
+    return Nest(space_of(out.shape), [Item("map", op, operands, {}, out, out.along(out.shape), kept=True)])
+
+
 @dataclass(eq=False)
 class Product:
     """out = beta init + alpha a b, for each of `batch` pairs."""
@@ -181,22 +187,20 @@ class Schedule:
         return sum(math.prod(s.space) * len(s.items) for s in self.statements if isinstance(s, Nest))
 
     @property
+    def _crossing(self) -> list[tuple[int, int]]:
+        """Entries of what comes from and goes to the caller with each mini-batch, and bytes of one; what stays with a row is not counted."""
+        outputs = [(k, x) for k, x in enumerate(self.outputs) if isinstance(x, View) and x.buffer.place == "scratch"]
+        types = [(b.shape, b.dtype) for b in self.inputs if b.place == "scratch"] + [
+            (x.shape, self.types.get(k)) for k, x in outputs
+        ]
+        return [(math.prod(shape), t.itemsize if t else self.itemsize) for shape, t in types]
+
+    @property
     def moved(self) -> int:
-        """Entries that come from and go to the caller with each mini-batch; what stays with a row is not counted."""
-        outputs = [x for x in self.outputs if isinstance(x, View) and x.buffer.place == "scratch"]
-        inputs = [b for b in self.inputs if b.place == "scratch"]
-        return sum(math.prod(x.shape) for x in (*inputs, *outputs))
+        """Entries that come from and go to the caller."""
+        return sum(n for n, _ in self._crossing)
 
     @property
     def nbytes(self) -> int:
         """The same in bytes, each in the type that the caller's tensor has."""
-
-        def size(shape: tuple[int, ...], dtype: torch.dtype | None) -> int:
-            return math.prod(shape) * (dtype.itemsize if dtype else self.itemsize)
-
-        outputs = (
-            size(x.shape, self.types.get(k))
-            for k, x in enumerate(self.outputs)
-            if isinstance(x, View) and x.buffer.place == "scratch"
-        )
-        return sum(size(b.shape, b.dtype) for b in self.inputs if b.place == "scratch") + sum(outputs)
+        return sum(n * size for n, size in self._crossing)

@@ -40,7 +40,8 @@ from dualform.learning.plan import Input
 
 EACH, ROW = "each", "row"  # an argument of mini-batch n; the only one of its row
 
-Argument = tuple[str, Any]
+What = Input | int | None
+Argument = tuple[str, What]
 # What the caller's tensors are made of, where that is not what is computed in: ((part, name) of an `Input`, type), ...
 Kinds = tuple[tuple[tuple[str, str], torch.dtype], ...]
 
@@ -56,9 +57,17 @@ class Target(NamedTuple):
     kind: str
     what: Any
 
+    @property
+    def is_carried(self) -> bool:
+        return self.kind in ("over", "next")
 
-STAYS = ("kept", "passed")  # with a mini-batch
-CARRIED = ("over", "next")
+    @property
+    def stays(self) -> bool:
+        """With its mini-batch?"""
+        return self.kind in STAYS
+
+
+STAYS = ("kept", "passed")
 
 
 def place_of(x: Input) -> str:
@@ -134,13 +143,15 @@ def forward(
     plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str, kinds: Kinds = ()
 ) -> Direction:
     """Describe the forward direction: (inputs of a block, state) -> (outputs, state), each new state over the old one, if there are as many."""
-    graph, states = lowered(plain), tuple(x for x in inputs if place_of(x) == "state")
-    (output,) = [n for n in graph.graph.nodes if n.op == "output"]
-    count = len(output.args[0]) - 1  # pyright: ignore[reportArgumentType]: a tuple of nodes
+    step, states = (
+        Function("step", lowered(plain), tuple(inputs), ()),
+        tuple(x for x in inputs if place_of(x) == "state"),
+    )
+    count = len(step.results) - 1
     after = [Target("over", x) for x in states]
     if count != len(states):
         after = [Target("given", ("after", k, ROW)) for k in range(count)]
-    step = Function("step", graph, tuple(inputs), (Target("given", ("o", None, EACH)), *after))
+    step = replace(step, targets=(Target("given", ("o", None, EACH)), *after))
     return Direction(f"{name}, forward", dtype, kinds, step, states)
 
 
