@@ -287,6 +287,11 @@ def test_slices_with_resets_and_padding(sliced):
     laws.check_backend(mlp(), "cpp", time=20, carried=True, ragged=True, resets=True)
 
 
+def test_slices_of_a_state_that_waits_for_nothing(sliced):
+    """A cotangent that is carried on, made of nothing that is: the loop hands it on, and must have made it. It was memory as it lay."""
+    laws.check_backend(of(learned[1], aims[1], "decay", 2), "cpp", batch=1, time=12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
 def test_neither_slices_nor_threads_change_a_bit(dtype, monkeypatch):
     """Not even with the flags of users: what is fused with what is not seen in a result."""
