@@ -207,7 +207,7 @@ def _parts(step: Function) -> list[Function]:
     home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
     crossing = {x for part in parts.values() for x in part.inputs}
     crossing |= {x for x in f.loop.outputs if x in f.carried}  # the state that a mini-batch starts from
-    found = []
+    found: list[Function] = []
     for name, part in parts.items():
         first = on if name == "loop" else []
         passed = [x for x in part.outputs[len(first) :] if x in crossing]
@@ -217,6 +217,8 @@ def _parts(step: Function) -> list[Function]:
         goes = [*(targets[k] for k in first), *(Target("passed", x.name) for x in passed), *(in_turn(targets[k]) for k in ends)]  # fmt: skip
         given = {x: y for x, y in known.items() if name != "after" or x not in f.carried}
         made = tuple(given.get(x, Input("passed", x.name, "block")) for x in inputs)
+        at_hand = {t.what for f in found for t in f.targets}
+        assert not (late := [x for x in made if x.part == "passed" and x.name not in at_hand]), f"{name} reads {late}"
         found.append(replace(step, name=name, graph=inner, sources=made, targets=tuple(goes)))
     return found
 
