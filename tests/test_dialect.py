@@ -72,20 +72,20 @@ class Walk:
         return after
 
     def forward(self, count, G, phase):
-        state = {x: self.take("before", k) for k, x in enumerate(self.d.states)}
+        state = {x: self.take("before", k) for k, x in enumerate(self.d.held("state"))}
         for n in range(count):
-            for k, x in enumerate(self.d.states if G and (n + phase) % G == 0 else ()):
+            for k, x in enumerate(self.d.held("state") if G and (n + phase) % G == 0 else ()):
                 self.give("kept", k, EACH, (n + phase) // G, state[x])
             state = self.run(self.step, n, state, {})
         over = [t.what for t in self.d.step.targets if t.kind == "over"]
-        for k, x in enumerate(self.d.states):
+        for k, x in enumerate(self.d.held("state")):
             if x in over:
                 self.give("after", k, ROW, 0, state[x])
 
     def backward(self, count, G, phase):
-        turned = {x: self.take("cotangent", k) for k, x in enumerate(self.d.cotangents)}
+        turned = {x: self.take("cotangent", k) for k, x in enumerate(self.d.held("cotangent"))}
         for group in reversed(range(-(-count // G))):
-            state, begun = {x: self.take("kept", k, group) for k, x in enumerate(self.d.states)}, []
+            state, begun = {x: self.take("kept", k, group) for k, x in enumerate(self.d.held("state"))}, []
             for n in range(group * G, min(group * G + G, count)):
                 stays = {}
                 begun.append((n, state, stays))

@@ -16,7 +16,7 @@ from dualform.kernels.dialect import Unit
 from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.targets import Argument, Kinds
+from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
@@ -46,9 +46,7 @@ def _kinds(plan: Plan, call: Call) -> Kinds:
     return tuple(one for one in found if one[1] != wide)
 
 
-def described(
-    plan: Plan, variant: Variant, direction: str, full: bool | None = None, kinds: Kinds = ()
-) -> targets.Direction:  # fmt: skip
+def described(plan: Plan, variant: Variant, direction: str, full: bool | None = None, kinds: Kinds = ()) -> Direction:
     """Describe a direction of a kind of block. full: whether its mini-batches end with it, where that is known."""
     step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
     if direction == "backward":
@@ -175,9 +173,8 @@ class _Sequence(Whole):
     def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         first, chunk, (B, _, H, _) = int(call.position[0]), plan.derivation.chunk, call.q.shape
         held = [*call.anchor.values(), *call.registers.values()]
-        if (B > 1 and bool((call.position != first).any())) or not all(x.is_contiguous() for x in held):
-            return None
-        if not 0 <= first < chunk:
+        alike = B == 1 or not bool((call.position != first).any())
+        if not (alike and all(x.is_contiguous() for x in held) and 0 <= first < chunk):
             return None
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
@@ -220,8 +217,7 @@ class _Sequence(Whole):
         y = None if o is None else run.grid.place(o, piece)
         apart = y is None
         if y is None:
-            W = run.grid.variants[n].width
-            shape = (len(piece), run.B, run.H, W, run.plan.derivation.out_width)
+            shape = (len(piece), run.B, run.H, run.grid.variants[n].width, run.plan.derivation.out_width)
             y = run.call.q.new_empty(shape, dtype=run.plan.out_dtype(run.call))
         kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
         known = before[len(saved) :]  # to be at their start

@@ -20,7 +20,7 @@ from dualform.kernels.cpp_text import CALL, body_text, function, header, indente
 from dualform.kernels.dialect import Unit
 from dualform.kernels.layout import Frame, Write
 from dualform.kernels.statements import whole
-from dualform.kernels.targets import Direction, in_turn, label
+from dualform.kernels.targets import Direction, Target, in_turn, label
 from dualform.learning.plan import Input
 
 # Bytes that a window passes on, to stay in the second cache; and how many mini-batches it has at least and at most.
@@ -51,13 +51,12 @@ def _turns(d: Direction, frame: Frame) -> list[Turn]:
     ]  # fmt: skip
 
 
-def _total(d: Direction, frame: Frame) -> str:
+def _total(frame: Frame) -> str:
     """Write what adds a mini-batch's summands."""
     moves = []
-    for t in d.step.targets:
-        if t.kind == "added":
-            here, passed = frame.sums[t.what], Input("passed", in_turn(t).what, "block")
-            moves.append(Write("plus", whole(here), whole(frame.layout.buffer("passed", label(passed), here.shape))))
+    for x, here in frame.sums.items():
+        summand = label(Input("passed", in_turn(Target("added", x)).what, "block"))
+        moves.append(Write("plus", whole(here), whole(frame.layout.buffer("passed", summand, here.shape))))
     return function("total", moved(moves))
 
 
@@ -94,7 +93,7 @@ def unit(d: Direction) -> Unit:
     """Write a direction."""
     frame = Frame(d, d.sliced())
     held = d.advance is None  # does the state stay with the row? Else each mini-batch has its own
-    functions = [*map(body_text, frame.bodies), *([] if held else [_total(d, frame)])]
+    functions = [*map(body_text, frame.bodies), *([] if held else [_total(frame)])]
     turns = _turns(d, frame)
     size = {x: frame.size(x) for x in ("fixed", "cotangent", "sums", "state", "passed")}
     ring = len({x.delay for x in turns if x.function != "advance"})

@@ -147,11 +147,8 @@ class _NestText:
         self.loops = [*LETTERS[: len(lead)], "j"] if nest.space else []
         self.later = dict.fromkeys(
             x for item in nest.items for x in item.operands
-            if isinstance(x, Item) and x.kind == "map" and self.used(item) > x.stage
+            if isinstance(x, Item) and x.kind == "map" and item.reads_in > x.stage
         )  # fmt: skip
-
-    def used(self, item: Item) -> int:
-        return item.stage - (item.kind == "reduce")
 
     def index(self, steps: Sequence[int], loops: Sequence[str]) -> str:
         parts = [(f"{s} * {i}" if s != 1 else i) for s, i in zip(steps, loops, strict=True) if s]
@@ -165,7 +162,7 @@ class _NestText:
             return self.place(x.view, x.steps, loops)
         if not isinstance(x, Item):
             return number(x)
-        if x in self.later and self.used(item) > x.stage:
+        if x in self.later and item.reads_in > x.stage:
             return self.place(x.out, x.steps, self.loops) if x.kept else f"{self.names[x]}_[j]"
         return self.names[x]
 
@@ -180,7 +177,7 @@ class _NestText:
         lines = [f"// {shown}", "{"]
         for item in nest.items:
             if item.kind == "total":
-                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] = {STARTS[item.op]};")
+                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] = {CPP.starts[item.op]};")
         for x in self.later:
             if not x.kept:
                 lines.append(f"alignas(64) T {self.names[x]}_[{self.column + 64}];")
@@ -206,18 +203,18 @@ class _NestText:
                     body.append(f"{self.place(item.out, item.steps, self.loops)} = {names[item]};")
                 elif item in self.later:
                     body.append(f"{names[item]}_[j] = {names[item]};")
-            elif item.kind in ("reduce", "total") and self.used(item) == stage:
+            elif item.kind in ("reduce", "total") and item.reads_in == stage:
                 name, value, steps = names[item], self.operand(item.operands[0], item, self.loops), item.steps
                 if item.kind == "total" and steps and steps[-1]:  # no sum along the row
-                    body.append(UPDATES[item.op].format(self.place(item.out, steps, self.loops), value))
+                    body.append(CPP.updates[item.op].format(self.place(item.out, steps, self.loops), value))
                     continue
-                lines.append(f"T {name} = {STARTS[item.op]};")
-                body.append(UPDATES[item.op].format(name, value))
+                lines.append(f"T {name} = {CPP.starts[item.op]};")
+                body.append(CPP.updates[item.op].format(name, value))
                 sums += [name] if item.op == "sum" else []
                 plain = plain and item.op == "sum"
                 if item.kind == "total":
                     target = self.place(item.out, steps[:-1], inner) if steps else f"({pointer(item.out)})[0]"
-                    after.append(UPDATES[item.op].format(target, name))
+                    after.append(CPP.updates[item.op].format(target, name))
                     continue
                 if item.params.get("scale", 1.0) != 1.0:
                     after.append(f"{name} *= {number(item.params['scale'])};")
@@ -272,7 +269,7 @@ def _loops(shape: Sequence[int]) -> tuple[str, list[str]]:
 
 def _outside(move: Load | Store, names: Sequence[str]) -> str:
     inner = " + ".join([f"{x} * g[{move.argument}].s{k}" for k, x in enumerate(names)]) or "0"
-    return f"at<{TYPES[move.dtype]}>(g[{move.argument}], {CPP.where[move.where]})[{inner}]"
+    return f"at<{CPP.types[move.dtype]}>(g[{move.argument}], {CPP.where[move.where]})[{inner}]"
 
 
 def load_text(move: Load) -> str:
@@ -313,7 +310,7 @@ def header(name: str) -> str:
 
 
 def source(dtype: torch.dtype, functions: Iterable[str]) -> str:
-    return f"typedef {TYPES[dtype]} T;\n{header('cpp_text.h')}\n" + "\n".join(functions)
+    return f"typedef {CPP.types[dtype]} T;\n{header('cpp_text.h')}\n" + "\n".join(functions)
 
 
 def body_text(body: Body) -> str:

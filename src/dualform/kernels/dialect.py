@@ -2,7 +2,7 @@
 
 A second printer is one record and one walker:
 
-    Dialect   the texts below, for its language; every name of `ops.ENTRIES` and of `ops.REDUCTIONS` that it lacks is refused
+    Dialect   the texts below, for its language; what `ops` gives as an entry's or a reduction's name and it lacks, the walker refuses
     walker    unit(direction: targets.Direction) -> Unit: goes through the graphs of `direction.functions`, or of `.sliced()`, reads
               each source where `targets` says it is held, spells each node, leaves each result where its target says
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from dualform.kernels.schedule import schedule
-from dualform.kernels.statements import LINE, Buffer, Schedule, View, whole
+from dualform.kernels.statements import LINE, Buffer, View, whole
 from dualform.kernels.targets import EACH, ROW, Direction, Function, Kinds, What, label, place_of
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
@@ -173,13 +173,10 @@ class Body:
         # others may yet read the old values of what is carried
         order = sorted(range(len(self.targets)), key=lambda k: self.targets[k].is_carried)
         self.last = [move for k in order for move in self._leave(k)]
-        self.first = [*self.addresses, *self._loads("scratch", EACH, self.function.turn)]
+        self.first = [*self.addresses, *self.loads("scratch", EACH, self.function.turn)]
 
-    def fixed(self) -> list[Load]:
-        """Load what stays with a row."""
-        return self._loads("fixed", ROW, 0)
-
-    def _loads(self, place: str, where: str, turn: int) -> list[Load]:
+    def loads(self, place: str, where: str, turn: int = 0) -> list[Load]:
+        """Load what is read of the inputs that are held somewhere."""
         s = self.schedule
         read = {v.buffer for one in s.statements for v in one.reads()}
         read |= {x.buffer for x in s.outputs if isinstance(x, View)}
@@ -215,24 +212,18 @@ class Frame:
         self.over = [t.what for t in d.step.targets if t.kind == "over"]
         self.keep: list[Move] = []
         self.enter: list[Move] = []
-        states = {x: self._state(k, x) for k, x in enumerate(d.states)} if d.advance is None else {}
+        states = {x: self._state(k, x) for k, x in enumerate(d.held("state"))} if d.advance is None else {}
         there = {x: k for k, (x, b) in enumerate(states.items()) if b.place != "state"}
         self.bodies = [Body(f, self.layout, there) for f in functions]
+        self.parts = {f"{body.function.name}:": body.schedule for body in self.bodies}
+        self.scratch = max(s.scratch for s in self.parts.values())
         for body in self.bodies:
             body.place()
         self.addresses = [x for body in self.bodies for x in body.addresses]  # of states that stay with the caller
         self.sums = {x: self.layout.buffer("sums", label(x), self.shapes[x]) for x in d.summed}
-        fixed = {x.argument: x for body in self.bodies for x in body.fixed()}
+        fixed = {x.argument: x for body in self.bodies for x in body.loads("fixed", ROW)}
         self.begin: list[Move] = [*fixed.values(), *self.addresses]
         self.end = self._forward(states) if d.advance is None else self._backward(d)
-
-    @property
-    def scratch(self) -> int:
-        return max(body.schedule.scratch for body in self.bodies)
-
-    @property
-    def parts(self) -> dict[str, Schedule]:
-        return {f"{body.function.name}:": body.schedule for body in self.bodies}
 
     def size(self, place: str) -> int:
         return self.layout.sizes.get(place, 0)
@@ -260,10 +251,10 @@ class Frame:
 
     def _backward(self, d: Direction) -> list[Move]:
         layout, bodies = self.layout, self.bodies
-        turned = {x: layout.buffer("cotangent", label(x), self.shapes[x]) for x in d.cotangents}
+        turned = {x: layout.buffer("cotangent", label(x), self.shapes[x]) for x in d.held("cotangent")}
         self.begin += [layout.load(b, "cotangent", k, ROW) for k, b in enumerate(turned.values())]
         self.begin.append(Clear(self.size("sums")))
-        states = (bodies[0].buffer(x) for x in d.states)  # where `advance` reads them
+        states = (bodies[0].buffer(x) for x in d.held("state"))  # where `advance` reads them
         self.enter += [layout.load(b, "kept", k, GROUP) for k, b in enumerate(states)]
         ends = [("turned", k, turned[x]) for k, x in enumerate(self.over)]
         ends += [("gradient", x, b) for x, b in self.sums.items()]

@@ -49,6 +49,7 @@ PIECES: dict[Any, Callable[..., Any]] = {}
 
 # Entry by entry, of so many operands and without parameters: name, name.overload, or either = entry.
 for _count, _names in {
+    0: "eye.default eye.m",
     1: "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan asin acos ceil "
        "trunc round.default asinh acosh atanh erfc exp2 log2 log10 signbit isnan isinf digamma erfinv logical_not.default=not "
        "special_ndtri.default=ndtri special_erfcx.default=erfcx special_erfc.default=erfc clone.default=copy contiguous.default=copy "
@@ -180,36 +181,20 @@ def _arange(n: fx.Node) -> Row:
     return "arange", [], {"start": start, "step": step}
 
 
-@_row(aten.eye.default, aten.eye.m)
-def _eye(n: fx.Node) -> Row:
-    return "eye", [], {}
-
-
-def _reduction(name: str) -> Callable[[fx.Node], Row]:
-    def row(n: fx.Node) -> Row:
-        x: Any = n.args[0]
-        shape = tuple(x.meta["val"].shape)
-        dims: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
-        keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
-        named = [dims] if isinstance(dims, int) else dims or range(len(shape))
-        over = {d % len(shape) for d in named} if shape else set()
-        kept: list[int | None] = []
-        at = 0
-        for a in range(len(shape)):
-            kept.append(None if a in over else at)
-            at += keep or a not in over
-        scale = 1 / math.prod(shape[a] for a in over) if name == "mean" else 1.0
-        return {"mean": "sum"}.get(name, name), [x], {"kept": tuple(kept), "scale": scale}
-
-    return row
-
-
-for _name, _targets in {
-    "sum": (aten.sum.dim_IntList, aten.sum.default), "mean": (aten.mean.dim, aten.mean.default), "amax": (aten.amax.default,),
-    "amin": (aten.amin.default,), "prod": (aten.prod.dim_int, aten.prod.default),
-}.items():  # fmt: skip
-    for _target in _targets:
-        REDUCTIONS[_target] = _reduction(_name)
+@_row(
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int,
+    aten.prod.default, table=REDUCTIONS,
+)  # fmt: skip
+def _reduction(n: fx.Node) -> Row:
+    x: Any = n.args[0]
+    name, shape = _name_of(n), tuple(x.meta["val"].shape)
+    dims: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
+    named = [dims] if isinstance(dims, int) else dims or range(len(shape))
+    over = {d % len(shape) for d in named} if shape else set()
+    kept = [None if a in over else sum(keep or b not in over for b in range(a)) for a in range(len(shape))]
+    scale = 1 / math.prod(shape[a] for a in over) if name == "mean" else 1.0
+    return "sum" if name == "mean" else name, [x], {"kept": kept, "scale": scale}
 
 
 @_row(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, table=PRODUCTS)

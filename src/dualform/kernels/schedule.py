@@ -54,7 +54,7 @@ class _Scheduler:
     def run(self, over: Mapping[int, int], beside: bool, stay: Mapping[int, str]) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
-            n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
+            n = next((n for n in pending if all(x in self.values for x in self._sources(n)) and self._takes(n)), None)
             if n is None:
                 if self.nest is not None:
                     self._close()
@@ -77,17 +77,17 @@ class _Scheduler:
 
     # -- order ---------------------------------------------------------------------------------------------------
 
-    def _ready(self, n: fx.Node) -> bool:
-        product = self.added.get(n)
-        sources = n.all_input_nodes if product is None else [*product[0].all_input_nodes, *n.all_input_nodes]
-        return all(x in self.values or x in self.inside for x in sources)
+    def _sources(self, n: fx.Node) -> list[fx.Node]:
+        """List what a node reads; a sum that a product is added into reads the product's factors."""
+        product = self.added[n][0] if n in self.added else None
+        return [*(product.all_input_nodes if product else ()), *(x for x in n.all_input_nodes if x is not product)]
 
     def _takes(self, n: fx.Node) -> bool:
         """Add a node to what is open, or make a statement of it; False if it must wait until the open nest is closed."""
         if n.target in VIEWS or n.target is operator.getitem:
             return self._view(n)
         if n in self.added or n.target in PRODUCTS:
-            if any(v.buffer in self.own for v in self._operands(n)):
+            if any(self.values[x].buffer in self.own for x in self._sources(n)):
                 return False
             self._product(n)
             return True
@@ -97,12 +97,6 @@ class _Scheduler:
             self._pieces(n)
             return True
         return self._joins(n)
-
-    def _operands(self, n: fx.Node) -> list[View]:
-        nodes = n.all_input_nodes if n not in self.added else [
-            *self.added[n][0].all_input_nodes, *(x for x in n.all_input_nodes if x is not self.added[n][0])
-        ]  # fmt: skip
-        return [self.values[x] for x in nodes]
 
     # -- views ---------------------------------------------------------------------------------------------------
 

@@ -36,17 +36,13 @@ class Buffer:
     over: Buffer | None = None  # it is written over this one
 
     @property
-    def space(self) -> tuple[int, ...]:
-        return space_of(self.shape)
-
-    @property
     def strides(self) -> tuple[int, ...]:
         """Strides in entries, per axis of the shape."""
         step, found = 1, []
         for n in reversed(self.shape):
             found.append(step if n > 1 else 0)
             if n > 1:
-                step *= -(-n // self.align) * self.align if step == 1 and len(self.space) > 1 else n
+                step *= -(-n // self.align) * self.align if step == 1 and len(space_of(self.shape)) > 1 else n
         return tuple(reversed(found))
 
     @property
@@ -104,6 +100,11 @@ class Item:
     stage: int = 0
     kept: bool = False  # does anything outside the nest read it?
     axes: tuple[int | None, ...] = ()  # for each axis of the value, the loop that counts it
+
+    @property
+    def reads_in(self) -> int:
+        """The pass over a row in which it reads."""
+        return self.stage - (self.kind == "reduce")
 
 
 @dataclass(eq=False)

@@ -38,7 +38,7 @@ from dualform.learning.derive import only_outputs
 from dualform.learning.fission import Part, split
 from dualform.learning.plan import Input
 
-EACH, ROW = "each", "row"  # an argument of mini-batch n; the only one of its row
+EACH, ROW = "n", "0"  # the place of an argument along n: each mini-batch has its own; the only one of its row
 
 What = Input | int | None
 Argument = tuple[str, What]
@@ -115,19 +115,21 @@ class Function:
 
 @dataclass(frozen=True)
 class Direction:
-    """The functions that a row runs, and what it carries; `name` for people, `kinds` of the caller's tensors."""
+    """The functions that a row runs; `name` for people, `kinds` of the caller's tensors. advance: in the backward."""
 
     name: str
     dtype: torch.dtype
     kinds: Kinds
     step: Function
-    states: tuple[Input, ...]
-    cotangents: tuple[Input, ...] = ()
-    advance: Function | None = None  # in the backward
+    advance: Function | None = None
 
     @property
     def functions(self) -> list[Function]:
         return [self.step] if self.advance is None else [self.advance, self.step]
+
+    def held(self, place: str) -> list[Input]:
+        """List what the step is given that is held somewhere: "state", "cotangent", ..."""
+        return [x for x in self.step.sources if place_of(x) == place]
 
     @property
     def summed(self) -> list[Input]:
@@ -142,17 +144,18 @@ class Direction:
 def forward(
     plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, name: str, kinds: Kinds = ()
 ) -> Direction:
-    """Describe the forward direction: (inputs of a block, state) -> (outputs, state), each new state over the old one, if there are as many."""
-    step, states = (
-        Function("step", lowered(plain), tuple(inputs), ()),
-        tuple(x for x in inputs if place_of(x) == "state"),
-    )
-    count = len(step.results) - 1
-    after = [Target("over", x) for x in states]
-    if count != len(states):
-        after = [Target("given", ("after", k, ROW)) for k in range(count)]
-    step = replace(step, targets=(Target("given", ("o", None, EACH)), *after))
-    return Direction(f"{name}, forward", dtype, kinds, step, states)
+    """Describe the forward direction: (inputs of a block, state) -> (outputs, state)."""
+    step = Function("step", lowered(plain), tuple(inputs), ())
+    step = replace(step, targets=tuple(forward_targets(inputs, len(step.results))))
+    return Direction(f"{name}, forward", dtype, kinds, step)
+
+
+def forward_targets(inputs: Sequence[Input], results: int) -> list[Target]:
+    """Say where (output, state) of a step go: each new state over the old one, if there are as many."""
+    after = [Target("over", x) for x in inputs if place_of(x) == "state"]
+    if len(after) != results - 1:
+        after = [Target("given", ("after", k, ROW)) for k in range(results - 1)]
+    return [Target("given", ("o", None, EACH)), *after]
 
 
 def backward(
@@ -169,13 +172,13 @@ def backward(
     if outputs - 1 != len(states):  # such a mini-batch is the only one of its call
         again, on = only_outputs(again, slice(outputs - 1, None)), []
     advance = Function("advance", again, tuple(inputs), (*on, *(Target("kept", x) for x in names)))
-    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
-    step = Function("step", graph, sources, tuple(_gradients(wanted, cotangents)), -1)
-    return Direction(f"{name}, backward", dtype, kinds, step, states, cotangents, advance)
+    step = Function("step", graph, sources, tuple(backward_targets(inputs, wants, cotangents)), -1)
+    return Direction(f"{name}, backward", dtype, kinds, step, advance)
 
 
-def _gradients(wanted: Sequence[Input], cotangents: Sequence[Input]) -> list[Target]:
+def backward_targets(inputs: Sequence[Input], wants: Sequence[bool], cotangents: Sequence[Input]) -> list[Target]:
     """Say where gradients go: of a mini-batch's own to the caller, of others into a sum, of the state on."""
+    wanted = [x for x, want in zip(inputs, wants, strict=True) if want]
     turning, found = [x for x in wanted if place_of(x) == "state"], []
     for x in wanted:
         if x not in turning:
