@@ -85,7 +85,7 @@ def made(
 
 
 def cut(rows: int, count: int) -> bool:
-    """Is a stretch of so many mini-batches cut in slices: are there threads for two slices of each row, and mini-batches to fill them?"""
+    """Is a stretch of so many mini-batches cut in slices: are there threads for two of a row, enough to fill them?"""
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
 
 
@@ -158,9 +158,8 @@ class _Sequence(Whole):
     def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         if call.q.device.type != "cpu":
-            raise BackendError(
-                f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes. Use backend='auto', or move it."
-            )
+            what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
+            raise BackendError(f"{what} Use backend='auto', or move it.")
         state = run.held()
         saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0
@@ -223,7 +222,8 @@ class _Sequence(Whole):
         known = before[len(saved) :]  # to be at their start
         keeps = [*(x[kept.start : kept.stop] for x in saved), *(x.new_empty(len(kept), *x.shape) for x in known)]
         tensors = {
-            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None], "after": lambda k: run.rowed(after[k])[None],
+            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None],
+            "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
         self._call(run, native, tensors, len(piece), G, n - kept.start * G)
@@ -307,5 +307,5 @@ def _never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoRet
     name="cpp", formula="C++ made of the traced graphs, compiled on the spot", source="this project, kernels/"
 )
 def cpp() -> Backend:
-    """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes a few seconds."""
+    """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes some seconds."""
     return Backend(_never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page

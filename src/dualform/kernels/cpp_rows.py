@@ -13,7 +13,8 @@ RUN = """
 extern "C" long need(long P, long count, long G, long threads) {{ return threads * ({memory} + {slots} * {slot}); }}
 extern "C" void run(long P, long H, long count, long G, long phase, const Arg* g, T* s, long threads) {{
   long memory = need(1, count, G, 1);
-  parallel(threads, [=](long k) {{ rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, s + k * memory); }});
+  parallel(threads, [=](long k) {{ rows(P * k / threads, P * (k + 1) / threads, H, count, G, phase, g, \
+s + k * memory); }});
 }}"""
 
 
@@ -44,7 +45,8 @@ def unit(d: Direction) -> Unit:
     fixed, turned, sums = (frame.size(x) for x in ("fixed", "cotangent", "sums"))
     memory = scratch + fixed + turned + sums + frame.layout.slot - slot
     lines = [
-        HEAD, "Flush flush;", f"T *f = s + {scratch}, *ct = f + {fixed}, *acc = ct + {turned}, *ring = acc + {sums}, *st = ring;",
+        HEAD, "Flush flush;",
+        f"T *f = s + {scratch}, *ct = f + {fixed}, *acc = ct + {turned}, *ring = acc + {sums}, *st = ring;",
         "for (long row = lo; row < hi; ++row) {", "long b = row / H, h = row % H;", *moved(frame.begin),
         *(_forward(frame) if once else _backward(frame)), *moved(frame.end), "}", "}",
     ]  # fmt: skip

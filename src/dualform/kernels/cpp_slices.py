@@ -1,13 +1,13 @@
-"""A direction in C++, rows cut in slices: where there are fewer rows than threads, mini-batches of a row run beside each other.
+"""A direction in C++, rows cut in slices: where rows are fewer than threads, mini-batches of one run beside each other.
 
-Windows of mini-batches go through the functions of a split direction (`targets`) as through a pipeline: while the loop is at one
-window, other threads are with the windows before and after it.
+Windows of mini-batches go through the functions of a split direction (`targets`) as through a pipeline: while the loop
+is at one window, other threads are with the windows before and after it. At the same time, step by step:
 
-    forward     before(t)      loop(t - 1)      after(t - 2)                                    at the same time, step by step
+    forward     before(t)      loop(t - 1)      after(t - 2)
     backward    advance(t)     before(t - m)    loop(t - m - 1)    after(t - m - 2)    sums of t - m - 3
 
-In the backward pass groups come from the last to the first, m windows each, their states computed again one group ahead. Which
-thread runs what changes no bit: what is added over mini-batches is added in their order, in the row's own turn.
+In the backward groups come from the last to the first, m windows each, their states computed again one group ahead.
+Which thread runs what changes no bit: what is added over mini-batches is added in their order, in the row's own turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WINDOW_BYTES, WINDOW = 2**19, (4, 16)
 
 
 class Turn(NamedTuple):
-    """What happens to a window, so many steps after it came in: in turn ("forth" or "back") or beside each other ("each")."""
+    """What happens to a window, so many steps after it came in: in turn ("forth", "back"), or all at once ("each")."""
 
     function: str
     delay: str
@@ -61,29 +61,28 @@ def _total(frame: Frame) -> str:
 
 
 def _item(turns: Sequence[Turn], frame: Frame, state: str) -> list[str]:
-    """Write what step t does with item i: first and last what a row needs, else a window in turn, or one of its mini-batches."""
-    argument = "const Arg* g = c.g; Row r = row_of(c, {}); long b = r.b, h = r.h, G = c.G, phase = c.phase; T *f = r.f, *ct = r.ct, *acc = r.acc, *st = r.st;"
+    """Write what step t does with item i: first and last what a row needs, else a window, or a mini-batch of it."""
+    argument = "const Arg* g = c.g; Row r = row_of(c, {}); long b = r.b, h = r.h, G = c.G, phase = c.phase; "
+    argument += "T *f = r.f, *ct = r.ct, *acc = r.acc, *st = r.st;"
     one = f"st = state_of(c, r, w, n); T *kp = st + {state}, *ps = passed_of(r, w, n);"
-    loops = {
-        "forth": "for (long n = w.first; n < w.last; ++n) {",
-        "back": "for (long n = w.last - 1; n >= w.first; --n) {",
-    }
+    forth, back = "for (long n = w.first; n < w.last; ++n) {", "for (long n = w.last - 1; n >= w.first; --n) {"
     lines = [
-        "static void item(const Call& c, long t, long i, T* s) {", "if (t == 0 || t == c.steps) {", "if (i >= c.P) return;",
-        argument.format("i"), "if (t == 0) {", *moved(frame.begin), "} else {", *moved(frame.end), "}", "return;", "}", "Window w;",
+        "static void item(const Call& c, long t, long i, T* s) {", "if (t == 0 || t == c.steps) {",
+        "if (i >= c.P) return;", argument.format("i"), "if (t == 0) {", *moved(frame.begin),
+        "} else {", *moved(frame.end), "}", "return;", "}", "Window w;",
     ]  # fmt: skip
     for x in sorted(turns, key=lambda x: x.order == "each"):
-        forth = "STAYS" if x.order != "forth" else "true"
-        late = f"if (!window(t - 1 - ({x.delay}), c.E, c.count, {forth}, w)) return;"
+        up, loop = ("true", forth) if x.order == "forth" else ("STAYS", back)
+        late = f"if (!window(t - 1 - ({x.delay}), c.E, c.count, {up}, w)) return;"
         call = f"{x.function}({CALL.format(kp='kp', ps='ps')});"
         if x.order == "each":
             lines += [
-                "if (i < c.P * W) {", late, argument.format("i / W"), "long n = w.first + i % W;", "if (n >= w.last) return;",
-                one, call, "return;", "}", "i -= c.P * W;",
+                "if (i < c.P * W) {", late, argument.format("i / W"), "long n = w.first + i % W;",
+                "if (n >= w.last) return;", one, call, "return;", "}", "i -= c.P * W;",
             ]  # fmt: skip
         else:
             lines += [
-                "if (i < c.P) {", late, argument.format("i"), *x.before, loops[x.order], *x.each,
+                "if (i < c.P) {", late, argument.format("i"), *x.before, loop, *x.each,
                 one, call, "}", "return;", "}", "i -= c.P;",
             ]  # fmt: skip
     return [*lines, "}"]
@@ -99,9 +98,10 @@ def unit(d: Direction) -> Unit:
     ring = len({x.delay for x in turns if x.function != "advance"})
     window = min(max(WINDOW_BYTES // max(1, size["passed"] * d.dtype.itemsize), WINDOW[0]), WINDOW[1])
     constants = {
-        "FIXED": size["fixed"], "TURNED": size["cotangent"], "SUMS": size["sums"], "STAYS": int(held), "HELD": held * size["state"],
-        "SLOT": 0 if held else frame.layout.slot, "STATE": size["state"], "PASSED": size["passed"], "RING": ring, "W": window,
-        "SCRATCH": frame.scratch, "LATE": ring - 1, "TURNS": sum(x.order != "each" for x in turns),
+        "FIXED": size["fixed"], "TURNED": size["cotangent"], "SUMS": size["sums"], "STAYS": int(held),
+        "HELD": held * size["state"], "SLOT": 0 if held else frame.layout.slot, "STATE": size["state"],
+        "PASSED": size["passed"], "RING": ring, "W": window, "SCRATCH": frame.scratch, "LATE": ring - 1,
+        "TURNS": sum(x.order != "each" for x in turns),
         "BESIDE": sum(x.order == "each" for x in turns),
     }  # fmt: skip
     sizes = f"enum : long {{ {', '.join(f'{x} = {n}' for x, n in constants.items())} }};"

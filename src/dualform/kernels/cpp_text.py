@@ -1,7 +1,7 @@
 """A schedule as C++: one statement per value, static sizes, no header but `cpp_text.h`.
 
-A function is for one mini-batch of one row: what moves into its buffers, its statements, what moves out. What the caller gives and
-takes is an array of `Arg`s; scratch memory is the caller's, too.
+A function is for one mini-batch of one row: what moves into its buffers, its statements, what moves out. What the
+caller gives and takes is an array of `Arg`s; scratch memory is the caller's, too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def comment(view: View) -> str:
 def product_text(p: Product) -> list[str]:
     batch = p.out.shape[:-2]
     if not batch:
-        return [f"// {comment(p.out)} = {p.alpha:g} {comment(p.a)} @ {comment(p.b)}" + (f" {p.beta:+g} {comment(p.init)}" if p.init else "")] + _one_product(p)  # fmt: skip
+        added = f" {p.beta:+g} {comment(p.init)}" if p.init else ""
+        return [f"// {comment(p.out)} = {p.alpha:g} {comment(p.a)} @ {comment(p.b)}{added}", *_one_product(p)]
     lines = [f"// {comment(p.out)} = {comment(p.a)} @ {comment(p.b)}, one by one"]
     for at in itertools.product(*map(range, batch)):
 
@@ -123,9 +124,9 @@ def _one_product(p: Product) -> list[str]:
     lines = [f"{{ alignas(64) T turned[{N * ldm}];"]  # (B^T A^T)^T
     if am != 1:
         lines += [f"alignas(64) T packed[{K * ldm}];", *_pack(K, M, ldm, A, ak, am)]
-    packed, lda = (A, ak) if am == 1 else ("packed", ldm)
+    (packed, lda), alpha = (A, ak) if am == 1 else ("packed", ldm), number(p.alpha)
     lines.append(
-        f"mm<{N}, {M}, {K}, {bn}, {bk}, {lda}, false>(turned, {ldm}, {B}, {packed}, {number(p.alpha)}, T(0), nullptr, 0);"
+        f"mm<{N}, {M}, {K}, {bn}, {bk}, {lda}, false>(turned, {ldm}, {B}, {packed}, {alpha}, T(0), nullptr, 0);"
     )
     added = f", {number(p.beta)}, {Dp}, {dm}" if D else ""
     return [*lines, f"turn<{N}, {M}>({C}, {cm}, turned, {ldm}{added}); }}"]
@@ -135,7 +136,8 @@ def _pack(rows: int, columns: int, ld: int, p: str, row_step: int, column_step: 
     """Write packed[r * ld + c] = p[r * row_step + c * column_step]."""
     if row_step == 1:
         return [f"turn<{columns}, {rows}>(packed, {ld}, {p}, {column_step});"]
-    return [f"{loop('r', rows)} {loop('c', columns)} packed[r * {ld} + c] = ({p})[r * {row_step} + c * {column_step}];"]  # fmt: skip
+    entry = f"({p})[r * {row_step} + c * {column_step}]"
+    return [f"{loop('r', rows)} {loop('c', columns)} packed[r * {ld} + c] = {entry};"]
 
 
 class _NestText:
@@ -186,8 +188,8 @@ class _NestText:
             lines += self.stage(stage, inner)
         lines += ["}" for _ in inner]
         for item in nest.items:
-            if item.kind == "total" and item.params.get("scale", 1.0) != 1.0:
-                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] *= {number(item.params['scale'])};")  # fmt: skip
+            if item.kind == "total" and (scale := item.params.get("scale", 1.0)) != 1.0:
+                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] *= {number(scale)};")
         return [*lines, "}"]
 
     def stage(self, stage: int, inner: Sequence[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 A second printer is one record and one walker:
 
-    Dialect   the texts below, for its language; what `ops` gives as an entry's or a reduction's name and it lacks, the walker refuses
-    walker    unit(direction: targets.Direction) -> Unit: goes through the graphs of `direction.functions`, or of `.sliced()`, reads
-              each source where `targets` says it is held, spells each node, leaves each result where its target says
+    Dialect   the texts below, for its language; an entry or reduction that `ops` names and it lacks, the walker refuses
+    walker    unit(direction: targets.Direction) -> Unit: goes through the graphs of `direction.functions`, or of
+              `.sliced()`, reads each source where `targets` says it is held, spells each node, leaves each result
+              where its target says
 
-The caller (`backend`) hands over what `Unit.arguments` names, in that order. C++ walks statements over buffers (`schedule`,
-`layout`: `cpp_rows` from row to row, `cpp_slices` where rows are few); a walker over tiles walks the graphs, its values in registers,
-and gives `load` and `store` a tile where they have a buffer here.
+The caller (`backend`) hands over what `Unit.arguments` names, in that order. C++ walks statements over buffers
+(`schedule`, `layout`: `cpp_rows` from row to row, `cpp_slices` where rows are few); one over tiles walks graphs, its
+values in registers, and gives `load` and `store` a tile where they have a buffer here.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from dualform.kernels.targets import Argument
 class Dialect:
     """A language.
 
-    types: of numbers. entries: of a result's entry, by name; {0}, {1}, ... are operands, {alpha}, ... parameters, {i0}, {i1}, ... the
-    index along the value's axes, {row} and {col} along the last two. starts, updates: what each sum over entries begins with, and how
-    {1} goes into {0}. where: the index (n, b, h) of an argument. number: a constant. loop: over so many, the variable's name given.
-    load, store: between an argument and a value, as `layout.Load` and `layout.Store` say.
+    types: of numbers. entries: of a result's entry, by name; {0}, {1}, ... are operands, {alpha}, ... parameters, {i0},
+    {i1}, ... the index along the value's axes, {row} and {col} along the last two. starts, updates: what each sum over
+    entries begins with, and how {1} goes into {0}. where: the index (n, b, h) of an argument. number: a constant. loop:
+    over so many, the variable's name given. load, store: as `layout.Load` and `layout.Store` say.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Functions laid out in memory, for walkers over statements: where values lie that stay, and what moves before and after them.
+"""Functions laid out in memory, for walkers over statements: where values lie that stay, what moves before and after.
 
 Nothing here is text: a dialect spells the moves. A walker over tiles, whose values live in registers, needs none of it.
 
-Legend: slot, the memory of one mini-batch of a row (state, kept values); the rest of a row's memory stays from block to block.
+Legend: slot, the memory of one mini-batch of a row (state, kept values); the rest of a row stays from block to block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dualform.kernels.targets import EACH, ROW, Direction, Function, Kinds, What
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
 
-# Which of an argument's entries along n, beside `EACH` and `ROW`: the state that a group, or the group from mini-batch n on, starts from.
+# Places of an argument along n, beside `EACH` and `ROW`: what a group, or that from mini-batch n on, starts from.
 GROUP, CHECKPOINT = "group", "checkpoint"
 # Memory of a row, of a mini-batch of it; all else is scratch memory, or the caller's.
 PLACES = ("fixed", "state", "kept", "passed", "cotangent", "sums")
@@ -210,8 +210,7 @@ class Frame:
     def __init__(self, d: Direction, functions: Sequence[Function]) -> None:
         self.layout, self.shapes = Layout(d.dtype, d.kinds), d.step.shapes
         self.over = [t.what for t in d.step.targets if t.kind == "over"]
-        self.keep: list[Move] = []
-        self.enter: list[Move] = []
+        self.keep, self.enter = list[Move](), list[Move]()
         states = {x: self._state(k, x) for k, x in enumerate(d.held("state"))} if d.advance is None else {}
         there = {x: k for k, (x, b) in enumerate(states.items()) if b.place != "state"}
         self.bodies = [Body(f, self.layout, there) for f in functions]

@@ -46,8 +46,6 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 _known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS, operator.getitem}
-
-
 _CONSTANTS = {"fill", "where", "copy"}
 
 

@@ -88,6 +88,3 @@ def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 def made_again(values: list[fx.Node]) -> set[fx.Node]:
     """Of values that are at hand in one place, choose those that are made again in others."""
     return set(_cut(values)[1])
-
-
-__all__ = ["made_again", "price", "shared"]

@@ -1,20 +1,20 @@
 """What a generated function reads, writes, keeps and sums: one description, in whatever language and however it fuses.
 
-A *function* is a graph of one mini-batch of one row (batch x head), with what each input is and where each output goes. A
-*direction* is the functions that a row runs, mini-batch after mini-batch:
+A *function* is a graph of one mini-batch of one row (batch x head), with what each input is and where each output goes.
+A *direction* is the functions that a row runs, mini-batch after mini-batch:
 
     forward    state <- start; per mini-batch: keep the state where asked, then `step`
-    backward   group by group from the last: `advance`, the states of the group again from its first, and what else the vjp
-               begins with (`sharing`); then `step`, the vjp, in reverse
+    backward   group by group from the last: `advance`, the states of the group again from its first, and what else the
+               vjp begins with (`sharing`); then `step`, the vjp, in reverse
 
-Where there are few rows a step is split where the state passes (`sliced`): `before` does not wait for it, `loop` carries it on,
-nothing waits for `after`. The caller's tensors are arguments (role, what), (n, B, H, ...) each, of any strides, 0 among them:
+Where rows are few a step is split where the state passes (`sliced`): `before` does not wait for it, `loop` carries it
+on, nothing waits for `after`. The caller's tensors are arguments (role, what), (n, B, H, ...) each, of any strides:
 
-    held         an input is ...                            and comes from, and goes to
-    scratch      a mini-batch's own                         ("input", x) of mini-batch n
-    fixed        the row's, or everybody's                  ("input", x), the same for every n
-    state        carried to the next mini-batch             forward ("before", k) -> ("after", k); a group's first is ("kept", k)
-    cotangent    carried to the one before                  ("cotangent", k) -> ("turned", k)
+    held         an input is ...                     and comes from, and goes to
+    scratch      a mini-batch's own                  ("input", x) of mini-batch n
+    fixed        the row's, or everybody's           ("input", x), the same for every n
+    state        carried to the next mini-batch      ("before", k) -> ("after", k); in a group from ("kept", k)
+    cotangent    carried to the one before           ("cotangent", k) -> ("turned", k)
     kept         made by `advance` with a state, and stays with the mini-batch until `step` has read it
     passed       made by one function of a split step, stays with the mini-batch until a later one has read it
 
@@ -49,9 +49,9 @@ Kinds = tuple[tuple[tuple[str, str], torch.dtype], ...]
 class Target(NamedTuple):
     """Where an output goes.
 
-    "given" to the caller, `what` = (role, what, EACH or ROW) | "over" input `what`, which it replaces | "next": what the next
-    mini-batch has as input `what` | "added" over all mini-batches, for argument ("gradient", what) of the row; the caller adds
-    rows | "kept" with the state by name, or "passed" on to what comes after
+    "given" to the caller, `what` = (role, what, EACH or ROW) | "over" input `what`, which it replaces | "next": what
+    the next mini-batch has as input `what` | "added" over all mini-batches, for argument ("gradient", what) of the row
+    (the caller adds rows) | "kept" with the state by name, or "passed" on to what comes after
     """
 
     kind: str
@@ -88,7 +88,7 @@ def label(x: Input) -> str:
 
 @dataclass(frozen=True)
 class Function:
-    """A graph, what its inputs are, where its outputs go; turn: whose turn is next, 1 the later mini-batch's or -1 the earlier's."""
+    """A graph, what its inputs are, where its outputs go. turn: the next mini-batch is the later, 1, or earlier, -1."""
 
     name: str
     graph: fx.GraphModule
@@ -190,7 +190,7 @@ def backward_targets(inputs: Sequence[Input], wants: Sequence[bool], cotangents:
     return found
 
 
-# -- split where the state passes -----------------------------------------------------------------------------------------
+# -- split where the state passes --------------------------------------------------------------------------------------
 
 
 def in_turn(t: Target) -> Target:
@@ -200,7 +200,7 @@ def in_turn(t: Target) -> Target:
 
 def _parts(step: Function) -> list[Function]:
     """Make `before`, `loop` and `after`; what passes from one to the next stays with the mini-batch."""
-    _views_apart(step.graph)
+    views_apart(step.graph)
     sources, targets, results = step.sources, step.targets, step.results
     on = [k for k, t in enumerate(targets) if t.kind == "over"]
     carried = [targets[k].what for k in on]
@@ -216,8 +216,9 @@ def _parts(step: Function) -> list[Function]:
         passed = [x for x in part.outputs[len(first) :] if x in crossing]
         ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
         wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
-        inner, inputs = _module(part, wanted, f.carried if name == "loop" else ())
-        goes = [*(targets[k] for k in first), *(Target("passed", x.name) for x in passed), *(in_turn(targets[k]) for k in ends)]  # fmt: skip
+        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
+        goes = [*(targets[k] for k in first), *(Target("passed", x.name) for x in passed)]
+        goes += [in_turn(targets[k]) for k in ends]
         given = {x: y for x, y in known.items() if name != "after" or x not in f.carried}
         made = tuple(given.get(x, Input("passed", x.name, "block")) for x in inputs)
         at_hand = {t.what for f in found for t in f.targets}
@@ -226,7 +227,7 @@ def _parts(step: Function) -> list[Function]:
     return found
 
 
-def _views_apart(gm: fx.GraphModule) -> None:
+def views_apart(gm: fx.GraphModule) -> None:
     """Give every reader a view of its own: a view is no reason to be in the same place."""
     for n in reversed(list(gm.graph.nodes)):
         if n.op == "call_function" and (n.target in VIEWS or n.target is operator.getitem):
@@ -236,7 +237,7 @@ def _views_apart(gm: fx.GraphModule) -> None:
                 user.replace_input_with(n, twin)
 
 
-def _module(part: Part, wanted: Sequence[Any], carried: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def part_module(part: Part, wanted: Sequence[Any], carried: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Copy a part so that it returns what is wanted, inputs among it, and takes all that is carried."""
     graph, copies = fx.Graph(), {}
     outputs: Any = graph.graph_copy(part.graph.graph, copies)
