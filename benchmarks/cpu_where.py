@@ -22,7 +22,7 @@ import torch
 from cpu_learners import H, b, cases, d
 
 import dualform as df
-from dualform.kernels import cpp, launch
+from dualform.kernels import cpp_text, launch
 from dualform.kernels.report import _statement as in_words
 from dualform.kernels.statements import Product, Schedule
 
@@ -37,7 +37,7 @@ class Watch:
         self.statements: list[tuple[str, str, int]] = []  # kind, text, flops
         self.libraries: list[ctypes.CDLL] = []
         self.native = 0.0
-        printed, loaded, call = cpp.source, ctypes.CDLL, launch.Native.__call__
+        printed, loaded, call = cpp_text.source, ctypes.CDLL, launch.Native.__call__
 
         def library(path: str) -> ctypes.CDLL:
             self.libraries.append(loaded(path))
@@ -48,16 +48,16 @@ class Watch:
             call(native, *arguments)
             self.native += time.process_time() - start
 
-        cpp.statements = self.lines
+        cpp_text.statements = self.lines
         head = f'extern "C" unsigned long spent[{MOST}]; unsigned long spent[{MOST}];'
-        cpp.source = lambda dtype, functions: printed(dtype, [head, *functions])
+        cpp_text.source = lambda dtype, functions: printed(dtype, [head, *functions])
         launch.ctypes.CDLL = library  # pyright: ignore[reportAttributeAccessIssue]
         launch.Native.__call__ = timed
 
     def lines(self, schedule: Schedule) -> list[str]:
         lines: list[str] = []
         for one in schedule.statements:
-            text = cpp.product_text(one) if isinstance(one, Product) else cpp._NestText(one).lines()
+            text = cpp_text.statement_text(one)
             anew = any("turn<" in line or "packed[" in line for line in text)
             kind = KINDS[2] if not isinstance(one, Product) else KINDS[anew]
             place = f"spent[{len(self.statements)}]"

@@ -30,13 +30,10 @@ def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node
     for n in gm.graph.nodes:
         if n.op == "call_function":
             args, kwargs = fx.map_arg((n.args, n.kwargs), found.__getitem__)  # pyright: ignore[reportArgumentType]
-            found[n] = names.setdefault(repr((n.target, args, kwargs, _kind(n))), len(names))
+            value = n.meta.get("val")
+            kind = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+            found[n] = names.setdefault(repr((n.target, args, kwargs, kind)), len(names))
     return found
-
-
-def _kind(n: fx.Node) -> Any:
-    value = n.meta.get("val")
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
 def price(n: fx.Node) -> float:
@@ -88,6 +85,3 @@ def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 def made_again(values: list[fx.Node]) -> set[fx.Node]:
     """Of values that are at hand in one place, choose those that are made again in others."""
     return set(_cut(values)[1])
-
-
-__all__ = ["made_again", "price", "shared"]

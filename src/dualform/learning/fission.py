@@ -93,8 +93,8 @@ def split(
     early = [n for n in nodes if place[n] in ("once", "before") and n not in ends]
     anew = again(early) if again else {n for n in early if _made_anew(n, size)}
     for node in reversed(early):
-        if node in anew:
-            homes[node] = set().union(*(homes[u] for u in node.users if u in homes))
+        if node in anew:  # the loop returns the next state, even one that does not wait for the last
+            homes[node] = set().union(*(homes[u] for u in node.users if u in homes), ["loop"] * (node in following))
 
     def part(name: str, wanted: Iterable[fx.Node], first: Sequence[Any] = ()) -> Part:
         kept = {n for n in wanted if place.get(n) == name or (name == "loop" and n in state)}
