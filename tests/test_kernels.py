@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_laws import DOUBLE, built_in, names, of, own, parameter, rules, wobble
 from test_learners_drawn import is_tame, learners
 from test_learners_drawn import rules as tame
-from torch import nn
+from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +28,7 @@ import dualform as df
 from dualform import testing as laws
 from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, ops, report, sharing, targets
 from dualform.learning.derive import only_outputs
+from dualform.learning.fission import split
 from dualform.learning.plan import Input
 from dualform.testing import LawBroken, check_backend
 
@@ -290,6 +291,21 @@ def test_slices_with_resets_and_padding(sliced):
 def test_slices_of_a_state_that_waits_for_nothing(sliced):
     """A cotangent that is carried on, made of nothing that is: the loop hands it on, and must have made it. It was memory as it lay."""
     laws.check_backend(of(learned[1], aims[1], "decay", 2), "cpp", batch=1, time=12)
+
+
+@pytest.mark.parametrize("again", [None, set])
+def test_a_split_hands_on_in_order_what_waits_for_nothing(again):
+    """The next state, made of no state: passed to the loop in its order, which texts show; or made again, and then in the loop."""
+    for _ in range(30):
+        graph = fx.Graph()
+        *state, x = [graph.placeholder(name) for name in (*"abcdefgh", "x")]
+        after = [graph.call_function(torch.ops.aten.mul.Tensor, (x, k)) for k in range(len(state))]
+        graph.output(after)
+        for n in graph.nodes:
+            n.meta["val"] = torch.empty(2, 2, device="meta")
+        f = split(fx.GraphModule({}, graph), range(8), range(8), None, lambda n: 1.0, again=again)
+        assert list(f.loop.inputs) == ([x] if again else after)
+        assert list(f.before.outputs) == ([] if again else after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
