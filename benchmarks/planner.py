@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from opt_einsum.paths import DynamicProgramming
 
-from dualform.calculus.planner import FLOPS_PER_BYTE, Pairing, TokenOrder, token_order
-from dualform.calculus.terms import Factor, Label
+from dualform.algebra.planner import FLOPS_PER_BYTE, Pairing, TokenOrder, token_order
+from dualform.algebra.terms import Factor, Label
 from dualform.functions import multilinear
 
 RESULT = Path(__file__).parent / "results" / "planner.json"
-contraction = import_module("dualform.calculus.contract")  # the package's name is the function's
+contraction = import_module("dualform.algebra.contract")  # the package's name is the function's
 
 # tokens, factors, rows, sizes; and the order of before: where it starts, what is met (None: the other token), what that meets
 HEADS = {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.calculus.contract import contract, plan
-from dualform.calculus.planner import CALL, Price, _met, counted, token_order
-from dualform.calculus.terms import Factor, Label, Select
+from dualform.algebra.contract import contract, plan
+from dualform.algebra.planner import CALL, Price, _met, counted, token_order
+from dualform.algebra.terms import Factor, Label, Select
 
 t, s, i, o = (Label(n, name) for n, name in ((5, "t"), (5, "s"), (3, "i"), (4, "o")))
 

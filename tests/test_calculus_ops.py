@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualform.calculus import jacobian, rules
+from dualform.calculus import jacobian
+from dualform.graphs import local_rules
 from dualform.shapes import TraceError
 
 torch.manual_seed(0)
@@ -142,7 +143,7 @@ def test_function_is_exact_and_keeps_its_structure(name: str) -> None:
         with pytest.raises(TraceError, match="reads a tensor's values"):
             jacobian(f, x)
         return
-    rules._warned.clear()
+    local_rules._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         J = jacobian(f, x)
@@ -169,7 +170,7 @@ DENSE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", DENSE)
 def test_what_has_no_structured_rule_is_exact_and_says_so(name: str) -> None:
     f, x = DENSE[name]
-    rules._warned.clear()
+    local_rules._warned.clear()
     with pytest.warns(UserWarning, match=f"aten::{name} has no derivative row"):
         found = jacobian(f, x).dense()
     torch.testing.assert_close(found, torch.func.jacrev(f, chunk_size=1)(x), rtol=1e-10, atol=1e-10)

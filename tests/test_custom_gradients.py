@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dualform as df
 from dualform import testing as laws
-from dualform.calculus import check, custom, jacobian, kept, trace
-from dualform.calculus.custom import Listener
+from dualform.calculus import check, jacobian, trace
+from dualform.graphs import custom, kept
+from dualform.graphs.custom import Listener
 from dualform.learning import derive, program
 from dualform.learning.sites import DerivationError
 from dualform.shapes import TraceError

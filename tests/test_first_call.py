@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import dualform as df
-from dualform.calculus.hollow import META, Hollow, Hollows, computed
-from dualform.calculus.recorder import CannotRecord
-from dualform.calculus.trace import trace
 from dualform.graphs.cut import minimum_cut
+from dualform.graphs.hollow import META, Hollow, Hollows, computed
+from dualform.graphs.recorder import CannotRecord
+from dualform.graphs.trace import trace
 from dualform.learning.batched import ROWS
 from dualform.shapes import TraceError
 
@@ -111,7 +111,7 @@ def test_an_op_of_values_has_no_shape() -> None:
 
 
 def _graph(f, *args) -> list[str]:
-    return [str(node.target) for node in sys.modules["dualform.calculus.trace"]._recorded(f, args, {}).graph.nodes]
+    return [str(node.target) for node in sys.modules["dualform.graphs.trace"]._recorded(f, args, {}).graph.nodes]
 
 
 def test_an_op_in_place_is_what_its_tensor_is_from_then_on() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import dualform as df
 from dualform import testing as laws
-from dualform.calculus.twin import Twin
+from dualform.graphs.twin import Twin
 
 DOUBLE = torch.float64
 
@@ -597,7 +597,7 @@ def breaches(name, tree):
     """What a module of learning/ does without the front door."""
     imported = imports_of(tree)
     doors = imported.get("dualform.learning.front_door", set())
-    tracers = {n for m in ("trace", "twin") for n in imported.get(f"dualform.calculus.{m}", set()) & {"trace", "Twin"}}
+    tracers = {n for m in ("trace", "twin") for n in imported.get(f"dualform.graphs.{m}", set()) & {"trace", "Twin"}}
     found = [f"imports {n}" for n in tracers - TRACERS.get(name, set())]
     if name not in APART and "unroll" in imported.get("dualform.learning.rules", set()) and "TracedRule" not in doors:
         found.append("unrolls a rule that was not traced")
@@ -614,8 +614,8 @@ def test_the_imports_say_who_looks_at_user_code():
 @pytest.mark.parametrize(
     "planted",
     [
-        "from dualform.calculus.trace import trace",
-        "from dualform.calculus.twin import Twin",
+        "from dualform.graphs.trace import trace",
+        "from dualform.graphs.twin import Twin",
         "from dualform.learning.rules import unroll",
         "loss = program.objective(prediction, target)",
         "run = vmap(call.objective)",

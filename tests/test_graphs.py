@@ -6,7 +6,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dualform as df
-from dualform.calculus.kept import stop_gradient
 from dualform.graphs.cut import minimum_cut
 from dualform.graphs.edit import (
     add,
@@ -22,9 +21,10 @@ from dualform.graphs.edit import (
     results_of,
     without_repeats,
 )  # fmt: skip
+from dualform.graphs.kept import stop_gradient
+from dualform.graphs.simplify import tidy
 from dualform.graphs.verify import BrokenGraph, verified, verify
 from dualform.learning.grid import Variant
-from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
 

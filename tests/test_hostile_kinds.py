@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dualform as df
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.spelled import differentiable_twice
+from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.spelled import differentiable_twice
 from dualform.learning.lookups import _index_put
 from dualform.shapes import ShapeError, TraceError
 from dualform.testing import agree, check_forms

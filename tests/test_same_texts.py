@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import dualform as df
+from dualform.graphs.split import split
 from dualform.kernels.backend import written
-from dualform.learning.fission import split
 from dualform.learning.grid import Variant
 from dualform.learning.plan import row_bytes
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dualform.calculus.planner import Pairing, TokenOrder, token_order
+from dualform.algebra.planner import Pairing, TokenOrder, token_order
 from dualform.shapes import fail
 
 

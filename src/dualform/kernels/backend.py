@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.trace import source_line
+from dualform.graphs.trace import source_line
 from dualform.kernels import cpp_rows, cpp_slices, targets
 from dualform.kernels.dialect import Unit
 from dualform.kernels.launch import Native, Place, compiled, placed

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from dualform.graphs.simplify import tidy
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.picking import PICKING
 from dualform.learning.derive import trace_fake, undisturbed
-from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
 

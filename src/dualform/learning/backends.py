@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.kept import is_stopped
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
 from dualform.graphs.edit import without_dead
+from dualform.graphs.kept import is_stopped
 
 aten = torch.ops.aten
 Run = Callable[..., Sequence[Tensor]]

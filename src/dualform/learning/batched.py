@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from dualform.graphs.edit import copied, inputs_of, stepped, unwritten
+from dualform.graphs.simplify import tidy
+from dualform.graphs.split import Fission, Part
 from dualform.learning.derive import Table, trace_fake
-from dualform.learning.fission import Fission, Part
-from dualform.learning.simplify import tidy
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten

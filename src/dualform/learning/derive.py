@@ -28,21 +28,21 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.hollow import Hollows
-from dualform.calculus.kept import written_out
-from dualform.calculus.recorder import CannotRecord, record
-from dualform.calculus.trace import source_line
 from dualform.graphs.edit import stepped, unwritten, without_dead, writes
+from dualform.graphs.hollow import Hollows
+from dualform.graphs.kept import written_out
+from dualform.graphs.recorder import CannotRecord, record
+from dualform.graphs.regroup import join_products
+from dualform.graphs.simplify import tidy
+from dualform.graphs.trace import source_line
+from dualform.graphs.whole_norms import layer_norms, whole_norms
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
+from dualform.learning.flat_leaves import InPieces, Ranges, cut_leaves
 from dualform.learning.forms import Form, forms
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
 from dualform.learning.lookups import lookups_as_gathers
-from dualform.learning.norms import layer_norms, whole_norms
-from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
-from dualform.learning.regroup import join_products
-from dualform.learning.simplify import tidy
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
 from dualform.learning.transforms import TRACING, inside
 

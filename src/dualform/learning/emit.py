@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from dualform.calculus import rules as table
-from dualform.calculus.notation import Formula, formula
-from dualform.calculus.program import identity
-from dualform.calculus.recorder import node_of, recorded_so_far
-from dualform.calculus.structure import Derivative, compose
-from dualform.calculus.trace import source_line
+from dualform.algebra.linear_map import Derivative, compose
+from dualform.algebra.notation import Formula, formula
+from dualform.graphs import local_rules as table
+from dualform.graphs.local_derivatives import identity
+from dualform.graphs.recorder import node_of, recorded_so_far
+from dualform.graphs.trace import source_line
 from dualform.learning.forms import Meeting, Written, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dualform.calculus.planner import Price
+from dualform.algebra.planner import Price
 from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice
 from dualform.learning.forms import says

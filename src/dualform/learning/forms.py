@@ -16,9 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dualform.calculus.planner import Price
-from dualform.calculus.structure import Derivative, compose
-from dualform.calculus.trace import source_line
+from dualform.algebra.linear_map import Derivative, compose
+from dualform.algebra.planner import Price
+from dualform.graphs.trace import source_line
 from dualform.learning.rules import Coefficients, Rule
 from dualform.learning.sites import Analysis
 from dualform.learning.token_maps import (

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.trace import source_line, trace
-from dualform.calculus.twin import Twin
+from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.trace import source_line, trace
+from dualform.graphs.twin import Twin
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, mark, prepared
 

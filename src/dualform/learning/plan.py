@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.regroup import ready_first
+from dualform.graphs.split import Fission, split
+from dualform.graphs.whole_norms import native_norms
 from dualform.learning.backends import Backend, Run, backend_of, backends, visible
 from dualform.learning.batched import at_any, example, joined, mapped, row_axis, row_bytes
 from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, retyped, slopes_as_arithmetic, undisturbed
-from dualform.learning.fission import Fission, split
 from dualform.learning.grid import Variant
-from dualform.learning.norms import native_norms
-from dualform.learning.regroup import ready_first
 
 Leaves = dict[str, Tensor]
 Names = tuple[list[str], list[str], list[str]]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from dualform.calculus.spelled import differentiable_twice
+from dualform.graphs.spelled import differentiable_twice
 from dualform.learning.state import State
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.kept import is_kept, is_stopped, written_out
-from dualform.calculus.planner import counted
+from dualform.algebra.planner import counted
+from dualform.graphs.kept import is_kept, is_stopped, written_out
 from dualform.learning.derive import Derivation, Step, identifier, names_of
 
 aten = torch.ops.aten

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.twin import Twin
 from dualform.catalogue import Bound, Catalogue
+from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning import scan as scan_module
 from dualform.learning.backends import backends_key

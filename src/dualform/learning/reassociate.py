@@ -6,7 +6,7 @@ The same function, so exact. A par node is written as a sum of products of affin
 the one table of derivative rules (a multilinear op is its own derivative times its operand); the site then becomes a
 chain of contractions that starts at the tokens.
 
-Legend: labels are axes' atoms (calculus.terms); a product is a Term without input axes whose factors are named by nodes.
+Legend: labels are axes' atoms (algebra.terms); a product is a Term without input axes whose factors are named by nodes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus import rules
-from dualform.calculus.planner import letters, token_order
-from dualform.calculus.rows_pointwise import is_pointwise
-from dualform.calculus.table import find_row
-from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
+from dualform.algebra.planner import letters, token_order
+from dualform.algebra.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
+from dualform.graphs import local_rules
 from dualform.learning.sites import Analysis, first_crooked, is_of_one_type, mark, operand_nodes
+from dualform.ops.pointwise import is_pointwise
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 
@@ -121,7 +121,7 @@ def _expand(a: Analysis, node: fx.Node) -> list[Term]:
     if node in a.tok or first_crooked(a, node) is None:
         axes = fresh_axes(node.meta["val"].shape)
         return [Term(1.0, (_factor(node, axes),), axes, ())]
-    return _product_of(a, node) if rules.multilinear(node.target) else _sum_of(a, node)
+    return _product_of(a, node) if local_rules.multilinear(node.target) else _sum_of(a, node)
 
 
 def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
@@ -129,10 +129,10 @@ def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
     return Factor(torch.empty(sizes(labels), device="meta"), labels, node.name)
 
 
-def _meta_call(node: fx.Node) -> rules.Call:
+def _meta_call(node: fx.Node) -> local_rules.Call:
     """Describe an op on meta tensors: only its labels are asked for."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
-    return rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
+    return local_rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
 
 
 def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
@@ -202,11 +202,11 @@ def _unified(term: Term, start: int, other: int, count: int) -> Term:
 def _sum_of(a: Analysis, node: fx.Node) -> list[Term]:
     """A view, a sum, a scaling, a number added: a sum over the operands, and what is left when all of them are zero."""
     operands, call = _numbers(node), _meta_call(node)
-    if not rules.affine(node.target, frozenset(range(len(operands)))):
+    if not local_rules.affine(node.target, frozenset(range(len(operands)))):
         raise _NoProduct
     found: list[Term] = []
     for j, source in enumerate(operands):
-        for term in rules.derivative(call, j).terms:
+        for term in local_rules.derivative(call, j).terms:
             if term.factors:
                 raise _NoProduct
             term = renewed(term)

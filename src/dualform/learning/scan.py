@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from dualform.graphs.operators import custom_operator, library
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import TRACING, undisturbed
 from dualform.learning.grid import variants_of
 from dualform.learning.loop import check_step, checkpointed, run_backward, run_forward, run_visible
-from dualform.learning.operators import custom_operator, library
 from dualform.learning.plan import Call, Leaves, Names, Plan, chosen, found
 from dualform.learning.plan import chosen_in_words as chosen_in_words
 from dualform.learning.transforms import has_tangent, is_one_of_many, watched

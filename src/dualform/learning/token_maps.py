@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dualform.calculus import rules as table
-from dualform.calculus.contract import plan
-from dualform.calculus.planner import Price
-from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
-from dualform.calculus.terms import Label, Relation, atoms, sizes, volume
+from dualform.algebra.contract import plan
+from dualform.algebra.linear_map import Axis, Derivative, Factor, Term, compose
+from dualform.algebra.planner import Price
+from dualform.algebra.terms import Label, Relation, atoms, sizes, volume
+from dualform.graphs import local_rules as table
 from dualform.learning.rules import Coefficients, Scalar
 from dualform.learning.sites import Place
 
