@@ -9,19 +9,13 @@ tokens (structured weights), the free order of few and of many numbers (contract
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import argparse
-import json
 import math
-import platform
 import statistics
 import time
 from importlib import import_module
-from pathlib import Path
 
+import harness
 import torch
 from opt_einsum.paths import DynamicProgramming
 
@@ -29,7 +23,6 @@ from dualform.algebra.planner import FLOPS_PER_BYTE, Pairing, TokenOrder, token_
 from dualform.algebra.terms import Factor, Label
 from dualform.functions import multilinear
 
-RESULT = Path(__file__).parent / "results" / "planner.json"
 contraction = import_module("dualform.algebra.contract")  # the package's name is the function's
 
 # tokens, factors, rows, sizes; and the order of before: where it starts, what is met (None: the other token), what that meets
@@ -156,17 +149,16 @@ def race(chosen, other, rounds):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+def measure(options: argparse.Namespace) -> harness.Found:
+    """Race the chosen side of each case with the other."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases = {}
+    told = []
 
     def note(name, *sides):
-        cases[name] = race(*sides, rounds)
-        print(name, cases[name], flush=True)
+        found = race(*sides, options.rounds)
+        told.append({"case": name} | {f"{x}, {what}": v for what, part in found.items() for x, v in part.items()})
+        print(told[-1], flush=True)
 
     for name, case in HEADS.items():
         tokens, factors, rows, sizes, before = case
@@ -183,12 +175,13 @@ def main():
         runs = W > 8 * FLOPS_PER_BYTE  # what `running` says of float32
         sides = sums(leaf, W, runs), sums(leaf, W, not runs)
         note(f"{'running sum' if runs else 'product'} of {W} tokens, a leaf of {leaf}", *sides)
-    told = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, load {os.getloadavg()[0]:.0f}",
-        "torch": torch.__version__, "rounds": rounds, "unit": "process time", "cases": cases,
-    }  # fmt: skip
-    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+    return {"rounds": options.rounds, "unit": "processor time", "rows": told}
+
+
+def report(found: harness.Found) -> str:
+    """Spell the table: microseconds of the chosen side, and the other's over them."""
+    return harness.rows_table(found["rows"], 2)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(measure, report, harness.options(__doc__, rounds=9))

@@ -10,7 +10,7 @@ from torch import nn
 
 import dualform as df
 from dualform import testing as laws
-from dualform.learning import emit, layer, loop, program, scan
+from dualform.learning import emit, forms, layer, loop, program, scan
 from dualform.learning.state import State
 
 
@@ -75,9 +75,9 @@ def test_forms_notice_an_objective_without_its_half(fresh):
 
 
 def test_forms_notice_a_token_that_reads_itself_too_late(fresh):
-    real = emit.masked
-    fresh.setattr(emit, "masked", lambda kernel, q, k, C: real(kernel, q, k, C.tril(-1)))
-    fresh.setattr(emit, "prefix", lambda g, coef: (coef.C.tril(-1) @ g.flatten(1)).reshape(g.shape))
+    real = forms.masked
+    fresh.setattr(forms, "masked", lambda kernel, q, k, C: real(kernel, q, k, C.tril(-1)))
+    fresh.setattr(forms, "prefix", lambda g, coef: (coef.C.tril(-1) @ g.flatten(1)).reshape(g.shape))
     assert "auto o" in bites(laws.check_forms, derive(), time=4)
 
 

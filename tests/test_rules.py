@@ -74,3 +74,24 @@ def test_a_rule_must_agree_with_itself():
         Rule(lambda i, lr: Step(((1.0,),), (lr,), (1.0,), 1.0), ("lr",), start=(0.0, 0.0), resets=(True, True))
     with pytest.raises(ValueError, match=r"momentum = 0\.9"):
         rules.SGD(averaged=True, momentum=0.9).build()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "PlainSGD"),
+        ({"averaged": True}, "AveragedSGD"),
+        ({"momentum": 0.5}, "MomentumSGD"),
+        ({"momentum": 0.5, "decay": 0.1}, "MomentumSGD"),
+        ({"decay": 0.1}, "DecayedSGD"),
+    ],
+)
+def test_sgd_is_the_front_of_four_records(options, name):
+    front = rules.SGD(lr=0.3, **options).build()
+    record = rules[name](lr=0.3, **{n: x for n, x in options.items() if n != "averaged"}).build()
+    gates = {gate: torch.tensor(0.2, dtype=torch.float64) for gate in front.gates}
+    i = torch.tensor(2.0, dtype=torch.float64)
+    assert (front.gates, front.constants, front.start, front.resets, front.name) == (
+        record.gates, record.constants, record.start, record.resets, record.name,
+    )  # fmt: skip
+    assert front.step(i, **gates) == record.step(i, **gates)

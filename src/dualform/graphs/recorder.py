@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_autocast_cache, make_fx
 from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch, map_aggregate
@@ -177,6 +178,10 @@ def below_dispatch(f: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
         except (CannotRecord, RuntimeError):  # torch's own tracer knows more
             pass
     with _disable_current_modes():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            tensors = [
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Hollow) else x for x in tensors
+            ]
         return make_fx(f, tracing_mode="real")(*tensors)
 
 

@@ -100,6 +100,7 @@ class Rule:
 def SGD(lr: float = 1.0, *, averaged: bool = False, momentum: float = 0.0, decay: float = 0.0) -> Rule:
     """Build (averaged) stochastic gradient descent with per-token, per-head rates, momentum and weight decay.
 
+    One of the four records below, by its options:
     S_t = momentum S_{t-1} - lr_t g_t;  theta_t = (1 - decay_t) theta_{t-1} + S_t
     averaged: theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j, i from 1 in the mini-batch
     Shape:  gates lr, momentum, decay (batch, time, head); offset (chunk,). Effective rate = lr * gates["lr"].
@@ -110,28 +111,85 @@ def SGD(lr: float = 1.0, *, averaged: bool = False, momentum: float = 0.0, decay
         >>> df.rules.SGD(lr=0.1, momentum=0.9).gates
         ('lr', 'momentum')
     """
-    if not math.isfinite(lr):
-        raise ValueError(f"SGD: lr is {lr}; expected a finite number. Choose another.")
     if averaged and (momentum or decay):
         raise ValueError(
             f"SGD: averaged=True with momentum = {momentum}, decay = {decay}; expected both = 0, the average has no "
             "memory across mini-batches. Drop averaged, or write a Rule of your own."
         )
     if averaged:
-        return Rule(partial(_average, rate=lr), ("lr", "offset"), name="averaged SGD")
+        return AveragedSGD(lr)
     if momentum:
-        gates = ("lr", "momentum", "decay") if decay else ("lr", "momentum")
-        constants = {"momentum": momentum, "decay": decay}
-        step = partial(_heavy_ball, rate=lr)
-        return Rule(step, gates, constants, start=(1.0, 0.0), resets=(False, False), name="SGD with momentum")
-    if decay:
-        return Rule(
-            partial(_forget, rate=lr), ("lr", "decay"), {"decay": decay}, (1.0,), (False,), name="SGD with decay"
-        )
-    return Rule(partial(_plain, rate=lr), name="SGD")
+        return MomentumSGD(lr, momentum, decay)
+    return DecayedSGD(lr, decay) if decay else PlainSGD(lr)
 
 
-# Functions of the module, not of SGD: a model is pickled with its rule.
+@rules.record(name="PlainSGD", formula="theta_t = theta_{t-1} - lr_t g_t", source="Robbins and Monro 1951")
+def PlainSGD(lr: float = 1.0) -> Rule:
+    """Build plain stochastic gradient descent, a step per token.
+
+    theta_t = theta_{t-1} - lr_t g_t
+    Shape:  gate lr (batch, time, head). Effective rate = lr * gates["lr"].
+    Raises: ValueError if lr is not finite.
+    """
+    return Rule(partial(_plain, rate=_finite(lr)), name="SGD")
+
+
+@rules.record(
+    name="AveragedSGD",
+    formula="theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j",
+    source="Sun et al. 2024 (TTT), code: eta_ij = tok_i lr_j",
+)
+def AveragedSGD(lr: float = 1.0) -> Rule:
+    """Build TTT's rule: the average of a mini-batch's steps so far, with a learnable offset per position.
+
+    theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j, i from 1 in the mini-batch
+    Shape:  gates lr (batch, time, head), offset (chunk,).
+    Raises: ValueError if lr is not finite.
+    """
+    return Rule(partial(_average, rate=_finite(lr)), ("lr", "offset"), name="averaged SGD")
+
+
+@rules.record(
+    name="MomentumSGD",
+    formula="S_t = momentum_t S_{t-1} - lr_t g_t; theta_t = (1 - decay_t) theta_{t-1} + S_t",
+    source="Polyak 1964; Behrouz et al. 2024 (Titans), eq. 13-14",
+)
+def MomentumSGD(lr: float = 1.0, momentum: float = 0.9, decay: float = 0.0) -> Rule:
+    """Build stochastic gradient descent with momentum, and with weight decay unless that is 0.
+
+    S_t = momentum_t S_{t-1} - lr_t g_t;  theta_t = (1 - decay_t) theta_{t-1} + S_t
+    Shape:  gates lr, momentum and, if decay is not 0, decay (batch, time, head).
+    Raises: ValueError if lr is not finite.
+    """
+    gates = ("lr", "momentum", "decay") if decay else ("lr", "momentum")
+    constants = {"momentum": momentum, "decay": decay}
+    step = partial(_heavy_ball, rate=_finite(lr))
+    return Rule(step, gates, constants, start=(1.0, 0.0), resets=(False, False), name="SGD with momentum")
+
+
+@rules.record(
+    name="DecayedSGD",
+    formula="theta_t = (1 - decay_t) theta_{t-1} - lr_t g_t",
+    source="Behrouz et al. 2024 (Titans), eq. 13-14 without momentum",
+)
+def DecayedSGD(lr: float = 1.0, decay: float = 0.1) -> Rule:
+    """Build stochastic gradient descent with weight decay.
+
+    theta_t = (1 - decay_t) theta_{t-1} - lr_t g_t
+    Shape:  gates lr, decay (batch, time, head).
+    Raises: ValueError if lr is not finite.
+    """
+    constants, step = {"decay": decay}, partial(_forget, rate=_finite(lr))
+    return Rule(step, ("lr", "decay"), constants, (1.0,), (False,), name="SGD with decay")
+
+
+def _finite(lr: float) -> float:
+    if not math.isfinite(lr):
+        raise ValueError(f"SGD: lr is {lr}; expected a finite number. Choose another.")
+    return lr
+
+
+# Functions of the module, not of a record's: a model is pickled with its rule.
 def _average(i: Tensor, lr: Tensor, offset: Tensor, *, rate: float) -> Step:
     return Step(A=((1.0,),), b=(rate * lr,), u=((1 / i + offset).clamp(min=0),), a=1.0)
 
