@@ -56,10 +56,10 @@ def written(
             return way.forward_unit(specialised(step.plain, end), inputs, dtype, name, kinds)
         return way.backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
     except Unsupported as error:
-        raise Unsupported(error.node, _line(plan, error.node)) from None
+        raise Unsupported(error.node, line_of(plan, error.node)) from None
 
 
-def _line(plan: Plan, node: fx.Node) -> str:
+def line_of(plan: Plan, node: fx.Node) -> str:
     """Name the learner's line that asked for an op, if it is there under the same name."""
     traced = (n for a in plan.derivation.analyses.values() for n in a.nodes)
     return next((source_line(n) for n in traced if n.target == node.target), "")
@@ -81,11 +81,6 @@ def made(
 def cut(rows: int, count: int) -> bool:
     """Is a stretch of so many mini-batches cut in slices: are there threads for two slices of each row, and mini-batches to fill them?"""
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
-
-
-def _made_for(run: Run_, piece: range, direction: str) -> Made:
-    """Return what runs a stretch."""
-    return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
 
 
 _ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
@@ -126,7 +121,7 @@ def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tens
     return found
 
 
-class _Sequence(Whole):
+class Stretches(Whole):
     """Runs calls by stretches."""
 
     def suits(self, plan: Any, call: Any) -> bool:
@@ -154,12 +149,20 @@ class _Sequence(Whole):
     def schedule(self, plan: Any, variant: Any) -> dict[str, Unit]:
         return {way: written(plan, variant, way) for way in ("forward", "backward")}
 
-    def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
-        call, grid = run.call, run.grid
+    def check(self, call: Any) -> None:
+        """Refuse calls that are not for this backend."""
         if call.q.device.type != "cpu":
             raise BackendError(
                 f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes. Use backend='auto', or move it."
             )
+
+    def made(self, run: Run_, piece: range, direction: str) -> Any:
+        """Return what runs a stretch."""
+        return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
+
+    def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
+        call, grid = run.call, run.grid
+        self.check(call)
         state = run.held()
         saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0
@@ -211,7 +214,7 @@ class _Sequence(Whole):
         self, run: Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
-        n, native = piece.start, _made_for(run, piece, "forward")
+        n, native = piece.start, self.made(run, piece, "forward")
         before = run.enter(n, state)
         after = [torch.empty_like(x) for x in run.whole(state)[: (1 + run.returns_registers(n)) * run.L]]
         y = None if o is None else run.grid.place(o, piece)
@@ -229,7 +232,7 @@ class _Sequence(Whole):
             "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None], "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
-        self._call(run, native, tensors, len(piece), G, n - kept.start * G)
+        self.call(run, native, tensors, len(piece), G, n - kept.start * G)
         if apart and o is not None:
             run.grid.put(o, piece, y)
         if len(saved) > len(before):
@@ -276,7 +279,7 @@ class _Sequence(Whole):
         gradients: Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
-        native = _made_for(run, piece, "backward")
+        native = self.made(run, piece, "backward")
         turned = run.turn(piece.stop - 1, turned)
         turned = turned[: (1 + run.returns_registers(piece.start)) * run.L]
         before = [torch.empty_like(x[0]) for x in starts]
@@ -296,13 +299,13 @@ class _Sequence(Whole):
             "cotangent": lambda k: run.rowed(turned[k])[None], "turned": lambda k: run.rowed(before[k])[None],
             "gradient": gradient,
         }  # fmt: skip
-        self._call(run, native, tensors, len(piece), G, 0)
+        self.call(run, native, tensors, len(piece), G, 0)
         for x, value in placed:
             gradients.add(x, piece, value)
         return before
 
-    @staticmethod
-    def _call(run: Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
+    def call(self, run: Run_, made: Any, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
+        """Run a direction over a stretch. tensors: what is each argument's, by role; G mini-batches per kept state, 0: none is kept."""
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 
@@ -316,4 +319,4 @@ def _never(graph: Any, examples: Any) -> Any:
 )
 def cpp() -> Backend:
     """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes a few seconds."""
-    return Backend(_never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page
+    return Backend(_never, whole=Stretches(), keep=0)  # computing a state again costs no more than a fresh page

@@ -1,0 +1,232 @@
+"""The backend "triton": stretches of mini-batches of one kind, each in one kernel.
+
+Which stretch, which tensors and which kept states are what they are in C++ (`backend`); here a stretch's kernels are written, and run.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.kernels import triton_launch
+from dualform.kernels.backend import Stretches, line_of
+from dualform.kernels.lowering import specialised
+from dualform.kernels.ops import Unsupported
+from dualform.kernels.triton_launch import Launch
+from dualform.kernels.triton_schedule import Argument, Kernel, Outside, Refused, advance_kernel, forward_kernel, reverse_kernel
+from dualform.kernels.triton_text import Precision
+from dualform.learning.backends import Backend, BackendError, backends
+from dualform.learning.batched import ROWS, at, mapped
+from dualform.learning.derive import TRACING, undisturbed
+from dualform.learning.grid import Variant
+from dualform.learning.loop import Run_
+from dualform.learning.plan import Input, Plan, found
+
+# States that a stretch computes again, for its backward, at once.
+STATE_BYTES = 512 * 2**20
+
+
+@dataclass(eq=False)
+class Made:
+    """A direction's kernels, and what each of its tensors is, as for C++."""
+
+    kernels: dict[str, Kernel]
+    how: Launch
+    arguments: tuple[tuple[str, Any], ...]
+    parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+
+
+def written(plan: Plan, variant: Variant, direction: str, precision: Precision, full: bool | None = None) -> dict[str, Kernel]:
+    """Write a direction's kernels: "forward", or "advance" and "reverse"."""
+    step, inputs, dtype = plan.step(variant), plan.inputs(variant), plan.derivation.dtype
+    try:
+        if direction == "forward":
+            end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
+            plain = specialised(step.plain, end)
+            return {f"forward {keeps}".strip(): forward_kernel(plain, inputs, dtype, precision, keeps) for keeps in ("", "some")}
+        states = sum(x.part in ("th", "R") for x in inputs)
+        found = {"reverse": reverse_kernel(step.reverse, inputs, step.wants, step.num_outputs, dtype, precision)}
+        if step.num_outputs - 1 == states:  # else such a mini-batch is the only one of its call
+            found["advance"] = advance_kernel(step.plain, inputs, dtype, precision)
+        return found
+    except Refused as error:
+        raise Refused(error.node, error.why, line_of(plan, error.node)) from None
+    except Unsupported as error:
+        raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
+
+
+class _Rows(Stretches):
+    """Runs calls by stretches, a program per row."""
+
+    def __init__(self, precision: Precision, how: Launch) -> None:
+        self.precision, self.how = precision, how
+
+    def suits(self, plan: Any, call: Any) -> bool:
+        return False  # not yet chosen where nobody did
+
+    def says(self, plan: Any) -> str:
+        return "on CUDA, where it is asked for"
+
+    def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
+        return {name: k for way in ("forward", "backward") for name, k in written(plan, variant, way, self.precision).items() if name != "forward some"}
+
+    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+        return None
+
+    def check(self, call: Any) -> None:
+        triton_launch.triton_module()
+        if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
+            raise BackendError(
+                f"triton: q is on {call.q.device}; expected a CUDA device, whose code this backend makes. Use backend='auto', or move it."
+            )
+        if call.dtype == torch.float64 and not triton_launch.is_interpreted():
+            raise BackendError(
+                "triton: the state is float64; expected float32, the most that products of its kernels have. Use backend='eager'."
+            )
+
+    def made(self, run: Run_, piece: range, direction: str) -> Made:
+        plan, variant = run.plan, run.grid.variants[piece.start]
+        factors = run.call.q.dtype if run.call.q.dtype.itemsize == 2 and run.call.dtype == torch.float32 else None
+        precision = self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
+        key = ("triton", variant, direction, precision, self.how)
+        with TRACING if key not in plan.natives else nullcontext():
+            if key not in plan.natives:
+                kernels = written(plan, variant, direction, precision)
+                inner = ("made", "passed", *(["before"] if direction == "backward" else []))
+                wanted = dict.fromkeys((a.role, a.what) for k in kernels.values() for a in k.arguments if a.role not in inner)
+                for k in kernels.values():
+                    for part in (k.before, k.after):
+                        wanted |= dict.fromkeys(_outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input))
+                        wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
+                plan.natives[key] = Made(kernels, self.how, tuple(wanted))
+            return plan.natives[key]
+
+    def call(self, run: Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
+        given = {(role, what): tensors[role](what) for role, what in made.arguments}
+        if "reverse" not in made.kernels:
+            kernel = made.kernels["forward some" if G else "forward"]
+            self._run(run, made, kernel, given, 1, (count, count, max(G, 1), phase))
+            return
+        self._reverse_of(run, made, given, count, G)
+
+    def _reverse_of(self, run: Run_, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
+        """Run the vjp: some groups at once from the last, their states computed again beside each other."""
+        kept = [key for key in given if key[0] == "kept"]
+        nbytes = sum(given[key][0].nbytes for key in kept) or 1
+        most = max(1, STATE_BYTES // (nbytes * G)) * G
+        stops = [*range(most, count, most), count]
+        turned: dict[Any, Tensor] = {}
+        for stop in reversed(stops):
+            start = (stop - 1) // most * most
+            own = {key: self._cut(key, x, start, stop, G) for key, x in given.items()}
+            sums = [key for key in own if key[0] == "gradient" and key[1].over != "block"]
+            if stop != count:
+                own |= {("cotangent", k): x for (_, k), x in turned.items()}
+                own |= {key: torch.empty_like(own[key]) for key in sums}
+            if start and stop - start:
+                own |= {key: torch.empty_like(x) for key, x in own.items() if key[0] == "turned"}
+            if G > 1 and stop - start > 1:
+                own |= self._states(run, made, own, kept, stop - start, G)
+            self._run(run, made, made.kernels["reverse"], own, 1, (stop - start, stop - start, 1, 0))
+            turned = {key: own[key] for key in own if key[0] == "turned"}
+            if stop != count:
+                for key in sums:
+                    given[key].add_(own[key])
+
+    @staticmethod
+    def _cut(key: Any, x: Tensor, start: int, stop: int, G: int) -> Tensor:
+        role, what = key
+        if role == "kept":
+            return x[start // G : -(-stop // G)]
+        return x[start:stop] if role in ("input", "gradient") and what.over == "block" else x
+
+    def _states(self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int) -> dict[Any, Tensor]:
+        """Compute what each mini-batch started from again."""
+        kernel = made.kernels["advance"]
+        starts = {("before", key[1]): given[key] for key in kept}
+        states = {key: given[key].new_empty(count, *given[key].shape[1:]) for key in kept}
+        groups = -(-count // G)
+        self._run(run, made, kernel, {**given, **starts, **states}, groups, (count, G, 1, 0))
+        return states
+
+    def _run(self, run: Run_, made: Made, kernel: Kernel, given: dict[Any, Tensor], groups: int, scalars: tuple[int, int, int, int]) -> None:
+        """Run a kernel with what torch does before it and after."""
+        count = scalars[0]
+        room = {}
+        if kernel.before is not None:
+            names = [x.name for x in _placeholders_of(kernel.before, "output")]
+            found_ = self._torch(run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count)
+            room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
+        for name, shape, kind in kernel.passed:
+            room["passed", name] = torch.empty(count, run.B, run.H, *shape, dtype=run.call.dtype if kind == torch.bool else kind, device=run.call.q.device)
+        tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
+        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, made.how)
+        if kernel.after is None:
+            return
+        values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]
+        found_ = self._torch(run, made, kernel, kernel.after, values, count)
+        for t, x in zip(kernel.after.targets, found_, strict=True):
+            goal = given[_goal(t)]
+            if t.kind == "added":
+                x = x.sum(0, keepdim=True)
+            goal.copy_(x)
+
+    @staticmethod
+    def _torch(run: Run_, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
+        """Compute what is outside, for the rows of all mini-batches."""
+        rows, device = count * run.B * run.H, run.call.q.device
+        key = (kernel.name, part is kernel.before, rows, device)
+        if key not in made.parts:
+            whole = (kernel.name, part is kernel.before)
+            if whole not in made.parts:
+                made.parts[whole] = undisturbed(lambda: mapped(part.graph, [False] * len(values)))
+            prepare = found("eager").prepare
+            made.parts[key] = undisturbed(lambda: prepare(at(made.parts[whole], rows, device), list))
+        flat = []
+        for x, shape, kind in zip(values, part.shapes, part.kinds, strict=True):
+            wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
+            flat.append(wide.to(kind))
+        found_ = made.parts[key](*flat)
+        (output,) = [n for n in made.parts[kernel.name, part is kernel.before].graph.nodes if n.op == "output"]
+        whole_ = [x.meta["val"].shape[:1] == (ROWS,) for x in output.args[0]]
+        return [
+            (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x, own in zip(found_, whole_, strict=True)
+        ]  # fmt: skip
+
+
+def _outer(x: Input, kernel: Kernel) -> tuple[str, Any]:
+    """Name the tensor of an input that torch reads: in reverse, a state is one that was kept."""
+    if kernel.name == "reverse" and x.part in ("th", "R"):
+        return "kept", kernel.states.index(x)
+    return "input", x
+
+
+def _goal(t: Any) -> tuple[str, Any]:
+    return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
+
+
+def _placeholders_of(part: Outside, op: str) -> list[Any]:
+    (output,) = [n for n in part.graph.graph.nodes if n.op == op]
+    return list(output.args[0])  # pyright: ignore[reportArgumentType]
+
+
+def _shaped(x: Tensor, a: Argument) -> Tensor:
+    assert x.ndim == 3 + a.rank, (a, x.shape)
+    return x
+
+
+def _never(graph: Any, examples: Any) -> Any:
+    raise AssertionError("the scan runs this backend's calls whole")
+
+
+@backends.record(
+    name="triton", formula="Triton made of the traced graphs, a program per row", source="this project, kernels/"
+)
+def triton(warps: int = 4, stages: int = 2, float32: str = "ieee") -> Backend:
+    """Compile the step and its vjp to kernels of a GPU. warps, stages: of a program; float32: how its products are, "tf32" say."""
+    return Backend(_never, whole=_Rows(Precision(None, float32), Launch(warps, stages)), keep=0)

@@ -1,0 +1,477 @@
+"""Both directions of a step as Triton kernels: a program per row, which scans its mini-batches with the state in registers.
+
+    forward    state <- start; per mini-batch: keep the state where asked, then the step
+    advance    the same without outputs, for each group of mini-batches beside the others: the states that the reverse starts from
+    reverse    from the last mini-batch: the vjp, the state's gradient in registers, sums of what all mini-batches share
+
+What no tile can hold and the next state need not wait for, torch computes for all mini-batches at once: `before` the kernel what does
+not wait for the state (coefficients of a rule with several registers, say), `after` it what nothing in the kernel waits for.
+
+Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as in learning/plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from dualform.kernels import triton_ops
+from dualform.kernels.blocks import backward_targets, forward_targets
+from dualform.kernels.lowering import lowered
+from dualform.kernels.ops import Unsupported
+from dualform.kernels.pieces import Target, label
+from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, padded, permuted
+from dualform.kernels.triton_text import Precision, Walker, Writer
+from dualform.learning.backends import BackendError
+from dualform.learning.derive import only_outputs
+from dualform.learning.plan import Input
+
+SCALARS = ("H", "count", "group", "G", "phase")
+_RESERVED = {*SCALARS, "tl", "triton", "row", "part", "first", "last", "n", "m", "j", "b", "h", "STAGES", "float", "forward", "advance", "reverse"}
+
+
+class Refused(BackendError):
+    """An op that has to be in the kernel and cannot."""
+
+    def __init__(self, node: fx.Node, why: str, line: str = "") -> None:
+        where = f" at {line}" if line else ""
+        super().__init__(
+            f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: {why}; expected ops "
+            "on tiles with a text in kernels/triton_ops.py. Use backend='eager' or 'inductor', or add its text."
+        )
+        self.node, self.why = node, why
+
+
+class Argument(NamedTuple):
+    """A tensor of a kernel, (n, B, H, ...): what it is (as for C++), its name, and how many axes an entry has."""
+
+    role: str
+    what: Any
+    name: str
+    rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What torch computes for all mini-batches: `graph(*inputs) -> outputs`; each input an `Input`, or the name of a passed value."""
+
+    graph: fx.GraphModule
+    inputs: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    kinds: tuple[torch.dtype, ...]
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's source, what its tensors are, and what torch does before and after it."""
+
+    name: str
+    text: str
+    arguments: tuple[Argument, ...]
+    before: Outside | None
+    after: Outside | None
+    passed: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it hands to `after`
+    states: tuple[Input, ...]
+    flops: int  # of matrix products, for one mini-batch of one row
+
+    def __str__(self) -> str:
+        outside = [
+            f"# {len(part.graph.graph.nodes) - len(part.inputs) - 1} ops {when} it, by torch, for all mini-batches at once"
+            for when, part in (("before", self.before), ("after", self.after)) if part is not None
+        ]  # fmt: skip
+        return "\n".join([*outside, self.text])
+
+
+def _nodes(x: Any) -> list[fx.Node]:
+    return [n for n in x if isinstance(n, fx.Node)]
+
+
+def _sources(goals: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(goals)
+    while stack:
+        n = stack.pop()
+        if n not in found:
+            found.add(n)
+            stack += n.all_input_nodes
+    return found
+
+
+@dataclass
+class Direction:
+    """A graph, where its inputs come from and its outputs go; and its kernel, written.
+
+    carried: inputs that the next mini-batch has from this one, with the output that they become (None: none does).
+    """
+
+    name: str
+    graph: fx.GraphModule
+    sources: Sequence[Input]
+    targets: Sequence[Target]
+    dtype: torch.dtype
+    precision: Precision
+    keeps: str = ""  # "" | "some" | "each": does it store the state that a mini-batch starts from?
+    backwards: bool = False
+    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # how carried variables lie, if not as their tensors
+
+    def __post_init__(self) -> None:
+        nodes = list(self.graph.graph.nodes)
+        self.inputs = [n for n in nodes if n.op == "placeholder"]
+        (output,) = [n for n in nodes if n.op == "output"]
+        self.results: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType]
+        self.steps = [n for n in nodes if n.op == "call_function"]
+        self.source = dict(zip(self.inputs, self.sources, strict=True))
+        self.carried = {n: x for n, x in self.source.items() if self._is_carried(x)}
+        self.over = {self.targets[k].what: x for k, x in enumerate(self.results) if self.targets[k].kind == "over"}
+
+    def _is_carried(self, x: Input) -> bool:
+        return (x.part == "cotangent" and x.name != "0") if self.backwards else x.part in ("th", "R")
+
+    # -- where what is computed ----------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Say which values torch computes before the kernel and after it, by writing the kernel once."""
+        waits = set(self.carried)
+        for n in self.steps:
+            if any(x in waits for x in n.all_input_nodes):
+                waits.add(n)
+        leads = _sources(_nodes(self.over.values())) if self.over else set()
+        self.waits, self.early, self.late = waits, set[fx.Node](), set[fx.Node]()
+        self._begin()
+        for n in self.steps:
+            inside = n in waits and n in leads
+            if not inside and n in waits and any(x in self.late for x in n.all_input_nodes):
+                self.late.add(n)
+                continue
+            try:
+                if not inside and _is_deep(n):
+                    raise Untileable("it has more than two axes", n)
+                self.walker.step(n)
+            except (Untileable, Unsupported) as error:
+                why = error.why if isinstance(error, Untileable) else "it has no row in kernels/ops.py"
+                if inside:
+                    raise Refused(n, why) from None
+                if n in waits:
+                    self.late.add(n)
+                else:
+                    self.early.add(n)
+                    self.walker.values[n] = self._memory("made", n)
+
+    def _memory(self, role: str, n: fx.Node) -> Any:
+        """Read a value of torch's."""
+        made = n.meta["val"]
+        if isinstance(made, list | tuple):
+            raise Refused(n, "it has several results")
+        return self._read(role, n.name, n.name, tuple(made.shape), made.dtype, True)
+
+    def _outside(self, goals: Sequence[fx.Node], nodes: set[fx.Node], targets: Sequence[Target] = ()) -> Outside:
+        """Take nodes out as a graph of their own."""
+        graph, made, inputs, shapes, kinds = fx.Graph(), dict[fx.Node, fx.Node](), [], [], []
+        needed = _sources(goals)
+        ordered = [n for n in self.steps if n in needed and n in nodes]
+        for n in [*self.inputs, *self.steps]:
+            if n not in nodes and any(n in x.all_input_nodes for x in ordered) or (n in goals and n not in nodes):
+                made[n] = graph.placeholder(n.name)
+                made[n].meta = dict(n.meta)
+                inputs.append(self.source[n] if n in self.source and n not in self.carried else n.name)
+                shapes.append(tuple(n.meta["val"].shape))
+                kinds.append(n.meta["val"].dtype)
+        for n in ordered:
+            made[n] = graph.node_copy(n, made.__getitem__)
+        graph.output([made[n] for n in goals])
+        return Outside(fx.GraphModule(self.graph, graph), tuple(inputs), tuple(shapes), tuple(kinds), tuple(targets))
+
+    # -- the kernel ----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Start writing: what is carried is in registers, all else in memory."""
+        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED))
+        self.walker, self.arguments = Walker(self.writer), list[Argument]()
+        self.variables: dict[Input, list[Tile]] = {}
+        self.head: list[str] = []
+        for n, x in self.source.items():
+            shape, kind = tuple(n.meta["val"].shape), n.meta["val"].dtype
+            if n in self.carried:
+                self.walker.values[n] = self._variable(x, shape, kind)
+            else:
+                looped = x.over == "block"
+                state = self.backwards and x.part in ("th", "R")
+                role, what = ("kept", [y for y in self.sources if y.part in ("th", "R")].index(x)) if state else ("input", x)
+                self.walker.values[n] = self._read(role, what, label(x), shape, kind, looped)
+
+    def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
+        found = next((a.name for a in self.arguments if (a.role, a.what) == (role, what)), None)
+        if found is None:
+            found, k = hint, 2
+            while found in {a.name for a in self.arguments}:
+                found, k = f"{hint}_{k}", k + 1
+            self.writer.taken |= {f"{found}_{x}" for x in ("p", "row", "at", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))}
+            self.arguments.append(Argument(role, what, found, rank, dtype))
+        return found
+
+    def _read(self, role: str, what: Any, hint: str, shape: tuple[int, ...], kind: torch.dtype, looped: bool) -> Memory:
+        return Memory.whole(self._argument(role, what, hint, len(shape), kind), shape, kind, looped)
+
+    def _variable(self, x: Input, shape: tuple[int, ...], kind: torch.dtype) -> Value:
+        """Have what is carried on as variables: registers beside each other."""
+        registers = shape[0] if self._has_registers(x) else 0
+        role = "cotangent" if self.backwards else "before"
+        index = [*self.carried.values()].index(x)
+        memory = self._argument(role, index, f"{label(x)}_{role}", len(shape), kind)
+        found = []
+        for k in range(registers or 1):
+            own = shape[1:] if registers else shape
+            name = self.writer.named(f"{label(x)}_{k}" if registers else label(x))
+            order = self.orders.get(name, tuple(a for a, n in enumerate(own) if n != 1))
+            axes = tuple(order.index(a) if a in order else None for a in range(len(own)))
+            tile = Tile(name, own, axes, frozenset(range(len(order))), kind, held=True)
+            at = Memory.whole(memory, shape, kind, False)
+            shift = len(shape) - len(own)
+            start = (k, *[0] * len(own)) if registers else (0,) * len(own)
+            where, mask = self.writer._address(  # noqa: SLF001
+                Memory(memory, shape, at.axes, start, at.steps, kind, False), [a + shift for a in order], f"{memory}_row"
+            )  # fmt: skip
+            self.head.append(f"{name} = tl.load({where}{f', mask={mask}, other=0' if mask else ''}).to({self.writer.T})")
+            found.append(tile)
+        self.variables[x] = found
+        if not registers:
+            return found[0]
+        wide = [Tile(t.text, (1, *t.shape), (None, *t.axes), t.clean, t.kind, held=True) for t in found]
+        return Parts(0, tuple(wide))
+
+    def _has_registers(self, x: Input) -> bool:
+        if not self.backwards:
+            return x.part == "R"
+        return int(x.name) > sum(y.part == "th" for y in self.sources)  # cotangents of anchors come first
+
+    def kernel(self) -> Kernel:
+        """Write the kernel; again, if what is carried on had better lie otherwise."""
+        for _ in range(3):
+            self._place()
+            late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late]
+            after = passed = before = None
+            if late:
+                goals = [self.results[k] for k in late]
+                own = {n for n in self.steps if n in self.late or n not in self.waits}
+                after = self._outside(goals, own, [self.targets[k] for k in late])
+                passed = [n for n in [*self.inputs, *self.steps] if n.name in {x for x in after.inputs if isinstance(x, str)}]
+            self._write([k for k in range(len(self.results)) if k not in late], passed or [])
+            if not self._reordered():
+                break
+        made = [a.what for a in self.arguments if a.role == "made"]
+        if made:
+            goals = [n for n in self.steps if n.name in made]
+            before = self._outside(goals, set(self.steps))
+        states = tuple(x for x in self.sources if x.part in ("th", "R"))
+        crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
+        return Kernel(self.name, self._text(), tuple(self.arguments), before, after, crossing, states, self.writer.flops)
+
+    def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
+        """Write what the kernel computes, in order, and where it goes."""
+        self._begin()
+        goals = [*_nodes(self.results[k] for k in wanted), *passed]
+        needed, stack = set[fx.Node](), list(goals)
+        while stack:
+            n = stack.pop()
+            if n not in needed:
+                needed.add(n)
+                stack += [] if n in self.early else n.all_input_nodes
+        self._keep()
+        for n in self.steps:
+            if n in needed and n in self.early:
+                self.walker.values[n] = self._memory("made", n)
+            elif n in needed:
+                self.walker.step(n)
+        for n in passed:
+            value = self.walker.values[n]
+            name = self._argument("passed", n.name, f"{n.name}_out", len(value.shape), value.kind)
+            self.writer.store(name, value, True)
+        self.tail, self.moves, self.sums = list[str](), dict[str, Tile](), list[str]()
+        for k in wanted:
+            self._leave(self.targets[k], self.results[k])
+        used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
+        self.arguments = [a for a in self.arguments if a in used]
+
+    def _is_used(self, a: Argument) -> bool:
+        return any(f"{a.name}_at" in line for line in (*self.writer.once, *self.writer.loop)) or (a.role == "kept" and bool(self.keeps))
+
+    def _keep(self) -> None:
+        """Store the state that a mini-batch starts from."""
+        if not self.keeps:
+            return
+        some = self.keeps == "some"
+        if some:
+            self.writer.line("if (n + phase) % G == 0:", True)
+        for k, (n, x) in enumerate(self.carried.items()):
+            value = self.walker.values[n]
+            name = self._argument("kept", k, f"{label(x)}_kept", len(value.shape), value.kind)
+            where = "(m + phase) // G" if some else "m"
+            base = f"{name}_row + {where} * {name}_sn"
+            self.writer.store(name, value, True, "    " if some else "", base)
+
+    def _leave(self, target: Target, x: Any) -> None:
+        """Put an output where it goes."""
+        w = self.writer
+        value = self.walker.values[x]
+        if target.kind == "over":
+            own = value.values if isinstance(value, Parts) and self._has_registers(target.what) else None
+            if self._has_registers(target.what):
+                shape = value.shape[1:]
+                parts = own if own and len(own) == value.shape[0] and value.axis == 0 else [
+                    w.slice(value, 0, k, k + 1) for k in range(value.shape[0])
+                ]  # fmt: skip
+                found = [w.view(x.name, v, shape) for v in parts]
+            else:
+                found = [value]
+            for variable, v in zip(self.variables[target.what], found, strict=True):
+                self.moves[variable.text] = w.all_clean(w.real(v))
+            return
+        if target.kind == "added":
+            tile = w.real(value)
+            space = [a for a, n in enumerate(tile.shape) if n != 1]
+            name = w.named(f"sum_{label(target.what)}")
+            sizes = ", ".join(str(padded(tile.shape[a])) for a in space)
+            self.head.append(f"{name} = tl.full([{sizes}], 0.0, {w.T})")
+            w.line(f"{name} += {w.aligned(tile, space, len(tile.shape))}", True)
+            axes = tuple(space.index(a) if a in space else None for a in range(len(tile.shape)))
+            total = Tile(name, tile.shape, axes)
+            goal = self._argument("gradient", target.what, f"{label(target.what)}_gradient", len(tile.shape), self.dtype)
+            self._after(lambda: w.store(goal, total, True, base=f"{goal}_row"))
+            return
+        role, what, where = target.what
+        hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(role, f"{label(what)}_gradient" if isinstance(what, Input) else role)
+        name = self._argument(role, what, hint, len(value.shape), value.kind)
+        w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
+
+    def _after(self, write: Any) -> None:
+        """Write lines that come after the loop."""
+        kept, self.writer.loop = self.writer.loop, []
+        write()
+        self.tail += self.writer.loop
+        self.writer.loop = kept
+
+    def _reordered(self) -> bool:
+        """Had what is carried on better lie as its next value does?"""
+        changed = False
+        for x, variables in self.variables.items():
+            for v in variables:
+                new = self.moves.get(v.text)
+                if new is None or new.rank != v.rank or new.rank < 2:
+                    continue
+                order = tuple(a for _, a in sorted((k, a) for a, k in enumerate(new.axes) if k is not None))
+                if order != self.orders.get(v.text, tuple(sorted(order))):
+                    self.orders[v.text] = order
+                    changed = True
+        return changed
+
+    def _carry(self) -> list[str]:
+        """Let the new values take the place of the old."""
+        variables = {v.text: v for many in self.variables.values() for v in many}
+        lines = []
+        for name, new in self.moves.items():
+            v = variables[name]
+            space = [a for _, a in sorted((k, a) for a, k in enumerate(v.axes) if k is not None)]
+            text = self.writer.aligned(new, space, len(v.shape))
+            sizes = [padded(v.shape[a]) for a in space]
+            if new.number is not None:
+                text = f"tl.full({sizes}, {new.text}, {self.writer.T})"
+            elif new.rank < v.rank:
+                text = f"tl.broadcast_to({text}, {sizes})"
+            lines.append((name, text))
+        names = {name for name, _ in lines}
+        found = []
+        for k, (_, text) in enumerate(lines):
+            if text in names:
+                found.append(f"old_{k} = {text}")
+        for k, (name, text) in enumerate(lines):
+            if text != name:
+                found.append(f"{name} = {f'old_{k}' if text in names else text}")
+        return found
+
+    def _ends(self) -> list[str]:
+        """Store what is carried on, after the loop."""
+        for x, variables in self.variables.items():
+            if x not in self.over or self.keeps == "each":
+                continue
+            index = [*self.carried.values()].index(x)
+            role = "turned" if self.backwards else "after"
+            registers = self._has_registers(x)
+            rank = len(variables[0].shape) + registers
+            name = self._argument(role, index, f"{label(x)}_{role}", rank, self.dtype)
+            for k, v in enumerate(variables):
+                wide = Tile(v.text, (1, *v.shape), (None, *v.axes), v.clean, v.kind) if registers else v
+                start = (k, *[0] * len(v.shape)) if registers else ()
+                self._after(lambda n=name, t=wide, s=start: self.writer.store(n, t, True, base=f"{n}_row", start=s))
+        return self.tail
+
+    def _text(self) -> str:
+        """Put the source together."""
+        carry, tail = self._carry(), self._ends()
+        w = self.writer
+        names = [", ".join(f"{a.name}_{x}" for x in ("p", "sn", "sb", "sh", *(f"s{k}" for k in range(a.rank)))) for a in self.arguments]
+        rows = [f"{a.name}_row = {a.name}_p + b * {a.name}_sb + h * {a.name}_sh" for a in self.arguments]
+        fixed = [f"{a.name}_at = {a.name}_row" for a in self.arguments if any(f"{a.name}_at" in x for x in w.once)]
+        for a in self.arguments:
+            if a.role in ("before",):
+                rows.append(f"{a.name}_row += part * {a.name}_sn")
+        moving = [f"{a.name}_at = {a.name}_row + m * {a.name}_sn" for a in self.arguments if any(f"{a.name}_at" in x for x in w.loop)]
+        turn = ["n = last - 1 - j"] if self.backwards else []
+        begin = ["row = tl.program_id(0).to(tl.int64)", "part = tl.program_id(1).to(tl.int64)", "b = row // H", "h = row % H"]
+        begin += ["first = tl.program_id(1) * group", "last = tl.minimum(first + group, count)"]
+        places = [f"i{n} = tl.arange(0, {n})" for n in sorted(w.places)]
+        counter, span = ("j", "0, last - first") if self.backwards else ("n", "first, last")
+        loop = [*turn, "m = row * 0 + n", *moving, *w.loop, *carry]
+        body = [*begin, *places, *rows, *fixed, *w.once, *self.head, f"for {counter} in tl.range({span}, num_stages=STAGES):"]
+        lines = [*(f"    {x}" for x in body), *(f"        {x}" for x in loop), *(f"    {x}" for x in tail)]
+        scalars = ", ".join(f'"{x}"' for x in SCALARS[1:])
+        text = "\n".join(lines)
+        head = f"@triton.jit(do_not_specialize=[{scalars}])\ndef {self.name}({', '.join([*names, *SCALARS])}, STAGES: tl.constexpr):"
+        parts = ["import triton", "import triton.language as tl", "", "", triton_ops.helpers(text), "", f"{head}\n{text}\n"]
+        return "\n".join(parts)
+
+
+def _is_deep(n: fx.Node) -> bool:
+    """Has a value more than two axes, short ones that would fill a tile with nothing?"""
+    made = n.meta.get("val")
+    return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
+
+
+# -- directions --------------------------------------------------------------------------------------------------------
+
+
+def _results(gm: fx.GraphModule) -> int:
+    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
+    return len(output.args[0])  # pyright: ignore[reportArgumentType]
+
+
+def forward_kernel(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str) -> Kernel:
+    """Write the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
+    graph = lowered(plain)
+    targets = forward_targets(inputs, _results(graph))
+    return Direction("forward", graph, inputs, targets, dtype, precision, keeps).kernel()
+
+
+def advance_kernel(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision) -> Kernel:
+    """Write what computes a group's states again, and stores each."""
+    graph = lowered(only_outputs(plain, slice(1, None)))
+    targets = forward_targets(inputs, 1 + _results(graph))[1:]
+    return Direction("advance", graph, inputs, targets, dtype, precision, "each").kernel()
+
+
+def reverse_kernel(
+    reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int, dtype: torch.dtype, precision: Precision
+) -> Kernel:  # fmt: skip
+    """Write the vjp, from the last mini-batch to the first."""
+    cotangents = [Input("cotangent", str(k), "block") for k in range(outputs)]
+    targets = backward_targets(inputs, wants, cotangents[1:])
+    sources = [*inputs, *cotangents]
+    return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True).kernel()
+
+
+__all__ = ["Argument", "Kernel", "Outside", "Refused", "advance_kernel", "forward_kernel", "reverse_kernel"]
