@@ -96,7 +96,8 @@ class _Rows(Stretches):
         key = ("triton", variant, direction, precision, self.how)
         with TRACING if key not in plan.natives else nullcontext():
             if key not in plan.natives:
-                kernels = written(plan, variant, direction, precision)
+                kernels = plan.natives.get(key[:4]) or written(plan, variant, direction, precision)
+                plan.natives[key[:4]] = kernels
                 inner = ("made", "passed", *(["before"] if direction == "backward" else []))
                 wanted = dict.fromkeys((a.role, a.what) for k in kernels.values() for a in k.arguments if a.role not in inner)
                 for k in kernels.values():

@@ -54,10 +54,10 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
-def run(kernel: Kernel, tensors: Sequence[Tensor], rows: int, heads: int, groups: int, scalars: Sequence[int], how: Launch) -> None:
+def run(kernel: Kernel, tensors: Sequence[Tensor], rows: int, heads: int, groups: int, scalars: Sequence[int], how: Launch) -> Any:
     """Run a kernel on (n, B, H, ...) tensors. scalars: count, group, G, phase."""
     places = [y for x in tensors for y in (x, *x.stride())]
-    loaded(kernel.text, kernel.name)[(rows, groups)](*places, heads, *scalars, STAGES=how.stages, num_warps=how.warps)
+    return loaded(kernel.text, kernel.name)[(rows, groups)](*places, heads, *scalars, STAGES=how.stages, num_warps=how.warps)
 
 
 # -- compiling without a card ------------------------------------------------------------------------------------------
