@@ -290,7 +290,7 @@ class Stretches(Whole):
             own = None if tokens is None else run.grid.place(tokens, piece)
             if own is None:
                 shape = (len(piece) if x.over == "block" else 1, *_spread(run, x, piece).shape[1:])
-                own = torch.empty(shape, dtype=run.call.dtype if tokens is None else tokens.dtype)
+                own = do.new_empty(shape, dtype=run.call.dtype if tokens is None else tokens.dtype)
                 placed.append((x, own))
             return own
 

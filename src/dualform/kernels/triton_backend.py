@@ -91,7 +91,8 @@ class _Rows(Stretches):
 
     def made(self, run: Run_, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
-        factors = run.call.q.dtype if run.call.q.dtype.itemsize == 2 and run.call.dtype == torch.float32 else None
+        short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
+        factors = torch.bfloat16 if short and not triton_launch.is_interpreted() else None  # whose interpreter multiplies their bits
         precision = self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
         key = ("triton", variant, direction, precision, self.how)
         with TRACING if key not in plan.natives else nullcontext():

@@ -57,7 +57,20 @@ class Launch(NamedTuple):
 def run(kernel: Kernel, tensors: Sequence[Tensor], rows: int, heads: int, groups: int, scalars: Sequence[int], how: Launch) -> Any:
     """Run a kernel on (n, B, H, ...) tensors. scalars: count, group, G, phase."""
     places = [y for x in tensors for y in (x, *x.stride())]
-    return loaded(kernel.text, kernel.name)[(rows, groups)](*places, heads, *scalars, STAGES=how.stages, num_warps=how.warps)
+    function = loaded(kernel.text, kernel.name)[(rows, groups)]
+    for stages in range(_stages.get((kernel.text, how), how.stages), 0, -1):
+        try:
+            made = function(*places, heads, *scalars, STAGES=stages, num_warps=how.warps)
+            _stages[kernel.text, how] = stages
+            return made
+        except triton_module().runtime.errors.OutOfResources as error:
+            lack = str(error)
+    raise BackendError(
+        f"triton: {kernel.name} does not fit: {lack} Expected what this card has. Use backend='inductor' or 'eager', or a smaller mini-batch."
+    )
+
+
+_stages: dict[tuple[str, Launch], int] = {}  # with which a kernel fits its card
 
 
 # -- compiling without a card ------------------------------------------------------------------------------------------
