@@ -100,6 +100,11 @@ class Parts:
 Value = Tile | Memory | Parts
 
 
+def behind(axis: int, values: Sequence[Value]) -> Value:
+    """Lay values behind each other along an axis."""
+    return values[0] if len(values) == 1 else Parts(axis, tuple(values))
+
+
 def constant(number: float, shape: Sequence[int], kind: torch.dtype) -> Tile:
     """Fill a shape with a number."""
     return Tile(spelt(number), tuple(shape), (None,) * len(shape), kind=kind, looped=False, number=number)
@@ -118,6 +123,8 @@ def spelt(x: float) -> str:
 def _along(x: Value, shape: Sequence[int], order: Sequence[int | None]) -> Value:
     """Give a value new axes: axis order[a] of the old, or None for one that is new or repeated."""
     if isinstance(x, Parts):
+        if x.axis not in order and x.shape[x.axis] == 1:
+            return _along(x.values[0], shape, order)
         if order.count(x.axis) != 1:
             raise Untileable("an axis of parts is repeated or gone")
         at = order.index(x.axis)
@@ -257,6 +264,6 @@ def relabelled(x: Value, shape: Sequence[int]) -> Value | None:
 
 
 __all__ = [
-    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "constant", "expanded", "padded", "permuted", "regrouped", "relabelled",
+    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "behind", "constant", "expanded", "padded", "permuted", "regrouped", "relabelled",
     "selected", "sliced", "spelt", "squeezed", "unsqueezed",
 ]  # fmt: skip

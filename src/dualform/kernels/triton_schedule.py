@@ -24,7 +24,7 @@ from dualform.kernels.blocks import backward_targets, forward_targets
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.pieces import Target, label
-from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, padded, permuted
+from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
@@ -243,7 +243,7 @@ class Direction:
         if not registers:
             return found[0]
         wide = [Tile(t.text, (1, *t.shape), (None, *t.axes), t.clean, t.kind, held=True) for t in found]
-        return Parts(0, tuple(wide))
+        return behind(0, wide)
 
     def _has_registers(self, x: Input) -> bool:
         if not self.backwards:

@@ -30,6 +30,7 @@ from dualform.kernels.tiles import (
     Tile,
     Untileable,
     Value,
+    behind,
     constant,
     expanded,
     padded,
@@ -177,8 +178,8 @@ class Writer:
         """Spell a tile as a variable whose axes are those of `space`, axes of a result of r."""
         if not x.rank:
             return f"({x.text})" if x.text.startswith("-") else x.text
-        behind = r - len(x.shape)
-        own = [x.axes[a - behind] if a >= behind else None for a in space]
+        before = r - len(x.shape)
+        own = [x.axes[a - before] if a >= before else None for a in space]
         order = [k for k in own if k is not None]
         text = x.text if order == sorted(order) else f"tl.permute({x.text}, {order})"
         return text if None not in own else f"{text}[{', '.join('None' if k is None else ':' for k in own)}]"
@@ -213,8 +214,8 @@ class Writer:
         r = len(shape)
 
         def own(x: Tile) -> list[int]:
-            behind = r - len(x.shape)
-            pairs = [(k, a + behind) for a, k in enumerate(x.axes) if k is not None]
+            before = r - len(x.shape)
+            pairs = [(k, a + before) for a, k in enumerate(x.axes) if k is not None]
             return [a for _, a in sorted(pairs)]
 
         needed = sorted({a for x in tiles for a in own(x)})
@@ -268,8 +269,8 @@ class Writer:
         """Say along which axes a map gives zero beyond the edge."""
         found = set()
         for p, a in enumerate(space):
-            behind = [a - (len(shape) - len(x.shape)) for x in tiles]
-            own = [x.axes[k] if k >= 0 else None for x, k in zip(tiles, behind, strict=True)]
+            places = [a - (len(shape) - len(x.shape)) for x in tiles]
+            own = [x.axes[k] if k >= 0 else None for x, k in zip(tiles, places, strict=True)]
             zero = [x.number == 0 or (k is not None and k in x.clean) for x, k in zip(tiles, own, strict=True)]
             absent = [k is None for k in own]
             if (
@@ -531,7 +532,7 @@ class Writer:
             return x
         if places.step == 1 and (n <= 4 or isinstance(x, Parts)):
             ends = [constant(0.0, (*shape[:dim], k, *shape[dim + 1 :]), x.kind) for k in (places.start, n - places.start - len(places))]
-            return Parts(dim, tuple(v for v in (ends[0], x, ends[1]) if v.shape[dim]))
+            return behind(dim, [v for v in (ends[0], x, ends[1]) if v.shape[dim]])
         tile = self.real(x)
         if tile.axes[dim] is not None:
             index = f"tl.minimum(tl.maximum(({self.place(n)} - {places.start}) // {places.step}, 0), {len(places) - 1})"
@@ -584,7 +585,10 @@ class Writer:
 
     def view(self, hint: str, x: Value, shape: Sequence[int]) -> Value:
         """Read a value's entries, in order, in another shape."""
-        found = relabelled(x, shape)
+        try:
+            found = relabelled(x, shape)
+        except Untileable:
+            found = relabelled(self.real(x), shape)
         if found is not None:
             return found
         tile = self.real(x)
@@ -778,8 +782,8 @@ class Walker:
             dim = dim % len(shape)
             found = [self._given(x) for x in args[0]]  # pyright: ignore[reportGeneralTypeIssues]
             if n.target == aten.stack.default:
-                return Parts(dim, tuple(unsqueezed(x, dim) for x in found))
-            return Parts(dim, tuple(x for x in found if x.shape[dim]))
+                return behind(dim, [unsqueezed(x, dim) for x in found])
+            return behind(dim, [x for x in found if x.shape[dim]])
         x = self._given(args[0])
         if n.target == aten.select_backward.default:
             _, _, dim, index = args
@@ -801,7 +805,7 @@ class Walker:
             dim = len(shape) - 1 - k
             ends = [constant(fill, (*x.shape[:dim], m, *x.shape[dim + 1 :]), x.kind) for m in (before, after)]
             if before or after:
-                x = Parts(dim, tuple(v for v in (ends[0], x, ends[1]) if v.shape[dim]))
+                x = behind(dim, [v for v in (ends[0], x, ends[1]) if v.shape[dim]])
         return x
 
 
