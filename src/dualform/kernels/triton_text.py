@@ -191,7 +191,7 @@ class Writer:
 
     def cleaned(self, x: Tile, axis: int, neutral: str = "0.0") -> Tile:
         """Put a number into what lies beyond a tile's edge."""
-        n, key = x.sizes[axis], (x.text, axis, neutral)
+        n, key = x.sizes[axis], (x.text, axis, x.sizes[axis], neutral)
         if n == padded(n) or (axis in x.clean and neutral == "0.0"):
             return x
         if key in self.loaded:
