@@ -48,7 +48,8 @@ aten = torch.ops.aten
 TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 # Of these a number may be an operand as it is; other rows are functions, and take tiles.
 _INFIX = {
-    "plus", "add", "sub", "submul", "rsub", "mul", "div", "addcmul", "max", "min", "fmax", "fmin", "eq", "ne", "ge", "gt", "le", "lt",
+    "plus", "add", "sub", "submul", "rsub", "mul", "div", "addcmul", "max", "min", "fmax", "fmin", "eq", "ne", "ge", "gt", "le", "lt", "bits_and",
+    "bits_or", "bits_xor", "shift_left", "shift_right",
 }  # fmt: skip
 
 
