@@ -145,7 +145,7 @@ class _Rows(Stretches):
         role, what = key
         if role == "kept":
             return x[start // G : -(-stop // G)]
-        return x[start:stop] if role in ("input", "gradient") and what.over == "block" else x
+        return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
     def _states(self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
@@ -186,7 +186,7 @@ class _Rows(Stretches):
         if key not in made.parts:
             whole = (kernel.name, part is kernel.before)
             if whole not in made.parts:
-                made.parts[whole] = undisturbed(lambda: mapped(part.graph, [False] * len(values)))
+                made.parts[whole] = undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
             prepare = found("eager").prepare
             made.parts[key] = undisturbed(lambda: prepare(at(made.parts[whole], rows, device), list))
         flat = []
