@@ -44,7 +44,7 @@ class Stage(NamedTuple):
     each: Sequence[str] = ()  # what comes before each mini-batch
 
 
-def _views_apart(gm: fx.GraphModule) -> None:
+def views_apart(gm: fx.GraphModule) -> None:
     """Give every reader a view of its own: a view is no reason to be in the same place."""
     for n in reversed(list(gm.graph.nodes)):
         if n.op == "call_function" and (n.target in VIEWS or n.target is operator.getitem):
@@ -58,7 +58,7 @@ def _pieces(
     graph: fx.GraphModule, sources: Sequence[Input], targets: Sequence[Target], layout: Layout, there: dict[Input, str]
 ) -> dict[str, Piece]:
     """Make `before`, `loop` and `after` of a direction; what passes from one to the next stays with the mini-batch."""
-    _views_apart(graph)
+    views_apart(graph)
     (output,) = [n for n in graph.graph.nodes if n.op == "output"]
     results: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType]: a tuple of nodes
     on = [k for k, t in enumerate(targets) if t.kind == "over"]
@@ -75,7 +75,7 @@ def _pieces(
         passed = [x for x in part.outputs[len(first) :] if x in crossing]
         ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
         wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
-        inner, inputs = _module(part, wanted, f.carried if name == "loop" else ())
+        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
         goes = [*(targets[k] for k in first), *(Target("passed", x.name) for x in passed), *(_in_turn(targets[k]) for k in ends)]  # fmt: skip
         given = {x: y for x, y in known.items() if name != "after" or x not in f.carried}
         made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
@@ -83,7 +83,7 @@ def _pieces(
     return found
 
 
-def _module(part: Part, wanted: Sequence[Any], carried: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def part_module(part: Part, wanted: Sequence[Any], carried: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Copy a part so that it returns what is wanted, inputs among it, and takes all that is carried."""
     graph, copies = fx.Graph(), {}
     outputs: Any = graph.graph_copy(part.graph.graph, copies)

@@ -5,9 +5,9 @@ Which stretch, which tensors and which kept states are what they are in C++ (`ba
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +18,22 @@ from dualform.kernels.backend import Stretches, line_of
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.triton_launch import Launch
-from dualform.kernels.triton_schedule import Argument, Kernel, Outside, Refused, advance_kernel, forward_kernel, reverse_kernel
+from dualform.kernels.triton_schedule import (
+    Argument,
+    Direction,
+    Kernel,
+    Outside,
+    Refused,
+    advance_direction,
+    forward_direction,
+    place_of_input,
+    reverse_direction,
+    sliced,
+)
 from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import Backend, BackendError, backends
-from dualform.learning.batched import ROWS, at, mapped
+from dualform.learning.batched import ROWS as EVERY_ROW
+from dualform.learning.batched import at, mapped
 from dualform.learning.derive import TRACING, undisturbed
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Run_
@@ -29,30 +41,45 @@ from dualform.learning.plan import Input, Plan, found
 
 # States that a stretch computes again, for its backward, at once.
 STATE_BYTES = 512 * 2**20
+PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
+# Rows from which they fill a card by themselves, and mini-batches that are worth three kernels.
+ROWS, WORTH_SLICES = {"forward": 80, "backward": 1 << 30}, 16
+
+
+def cut(rows: int, count: int, direction: str) -> bool:
+    """Is a stretch cut in slices?"""
+    return count >= WORTH_SLICES and rows < ROWS[direction]
 
 
 @dataclass(eq=False)
 class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
 
-    kernels: dict[str, Kernel]
+    kernels: dict[str, list[Kernel]]
     how: Launch
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
 
 
-def written(plan: Plan, variant: Variant, direction: str, precision: Precision, full: bool | None = None) -> dict[str, Kernel]:
-    """Write a direction's kernels: "forward", or "advance" and "reverse"."""
+def written(
+    plan: Plan, variant: Variant, direction: str, precision: Precision, slices: bool = False, full: bool | None = None
+) -> dict[str, list[Kernel]]:  # fmt: skip
+    """Write a direction's kernels, which run one after the other: "forward", or "advance" and "reverse". slices: for few rows."""
     step, inputs, dtype = plan.step(variant), plan.inputs(variant), plan.derivation.dtype
+    states = sum(x.part in ("th", "R") for x in inputs)
+    alone = step.num_outputs - 1 != states  # such a mini-batch is the only one of its call
+
+    def kernels(d: Direction) -> list[Kernel]:
+        return sliced(d) if slices and not alone else [d.kernel()]
+
     try:
         if direction == "forward":
             end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
             plain = specialised(step.plain, end)
-            return {f"forward {keeps}".strip(): forward_kernel(plain, inputs, dtype, precision, keeps) for keeps in ("", "some")}
-        states = sum(x.part in ("th", "R") for x in inputs)
-        found = {"reverse": reverse_kernel(step.reverse, inputs, step.wants, step.num_outputs, dtype, precision)}
-        if step.num_outputs - 1 == states:  # else such a mini-batch is the only one of its call
-            found["advance"] = advance_kernel(step.plain, inputs, dtype, precision)
+            return {f"forward {k}".strip(): kernels(forward_direction(plain, inputs, dtype, precision, k)) for k in ("", "some")}
+        found = {"reverse": kernels(reverse_direction(step.reverse, inputs, step.wants, step.num_outputs, dtype, precision))}
+        if not alone:
+            found["advance"] = [advance_direction(step.plain, inputs, dtype, precision).kernel()]
         return found
     except Refused as error:
         raise Refused(error.node, error.why, line_of(plan, error.node)) from None
@@ -63,8 +90,8 @@ def written(plan: Plan, variant: Variant, direction: str, precision: Precision, 
 class _Rows(Stretches):
     """Runs calls by stretches, a program per row."""
 
-    def __init__(self, precision: Precision, how: Launch) -> None:
-        self.precision, self.how = precision, how
+    def __init__(self, precision: Precision, how: Launch, slices: bool | None) -> None:
+        self.precision, self.how, self.slices = precision, how, slices
 
     def suits(self, plan: Any, call: Any) -> bool:
         return False  # not yet chosen where nobody did
@@ -73,7 +100,8 @@ class _Rows(Stretches):
         return "on CUDA, where it is asked for"
 
     def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
-        return {name: k for way in ("forward", "backward") for name, k in written(plan, variant, way, self.precision).items() if name != "forward some"}
+        ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
+        return {k.name: k for way in ways for name, kernels in way.items() if name != "forward some" for k in kernels}
 
     def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
         return None
@@ -94,32 +122,34 @@ class _Rows(Stretches):
         short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
         factors = torch.bfloat16 if short and not triton_launch.is_interpreted() else None  # whose interpreter multiplies their bits
         precision = self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
-        key = ("triton", variant, direction, precision, self.how)
+        slices = cut(run.B * run.H, len(piece), direction) if self.slices is None else self.slices
+        key = ("triton", variant, direction, precision, slices, self.how)
         with TRACING if key not in plan.natives else nullcontext():
             if key not in plan.natives:
-                kernels = plan.natives.get(key[:4]) or written(plan, variant, direction, precision)
-                plan.natives[key[:4]] = kernels
-                inner = ("made", "passed", *(["before"] if direction == "backward" else []))
-                wanted = dict.fromkeys((a.role, a.what) for k in kernels.values() for a in k.arguments if a.role not in inner)
-                for k in kernels.values():
+                kernels = plan.natives.get(key[:5]) or written(plan, variant, direction, precision, slices)
+                plan.natives[key[:5]] = kernels
+                every = [k for some in kernels.values() for k in some]
+                inner = ("made", "passed", "slice", *(["before"] if direction == "backward" else []))
+                wanted = dict.fromkeys((a.role, a.what) for k in every for a in k.arguments if a.role not in inner)
+                for k in every:
                     for part in (k.before, k.after):
                         wanted |= dict.fromkeys(_outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input))
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                plan.natives[key] = Made(kernels, self.how, tuple(wanted))
+                plan.natives[key] = Made(kernels, self.how, tuple(x for x in wanted if x[0] not in inner))
             return plan.natives[key]
 
     def call(self, run: Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
-            kernel = made.kernels["forward some" if G else "forward"]
-            self._run(run, made, kernel, given, 1, (count, count, max(G, 1), phase))
+            self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
             return
         self._reverse_of(run, made, given, count, G)
 
     def _reverse_of(self, run: Run_, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
-        nbytes = sum(given[key][0].nbytes for key in kept) or 1
+        passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
+        nbytes = sum(given[key][0].nbytes for key in kept) + passed * run.B * run.H or 1
         most = max(1, STATE_BYTES // (nbytes * G)) * G
         stops = [*range(most, count, most), count]
         turned: dict[Any, Tensor] = {}
@@ -134,7 +164,7 @@ class _Rows(Stretches):
                 own |= {key: torch.empty_like(x) for key, x in own.items() if key[0] == "turned"}
             if G > 1 and stop - start > 1:
                 own |= self._states(run, made, own, kept, stop - start, G)
-            self._run(run, made, made.kernels["reverse"], own, 1, (stop - start, stop - start, 1, 0))
+            self._run_all(run, made, made.kernels["reverse"], own, stop - start, 1, 0)
             turned = {key: own[key] for key in own if key[0] == "turned"}
             if stop != count:
                 for key in sums:
@@ -149,12 +179,30 @@ class _Rows(Stretches):
 
     def _states(self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
-        kernel = made.kernels["advance"]
+        (kernel,) = made.kernels["advance"]
         starts = {("before", key[1]): given[key] for key in kept}
         states = {key: given[key].new_empty(count, *given[key].shape[1:]) for key in kept}
         groups = -(-count // G)
         self._run(run, made, kernel, {**given, **starts, **states}, groups, (count, G, 1, 0))
         return states
+
+    def _run_all(self, run: Run_, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int) -> None:
+        """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
+        room = {
+            ("slice", x.name): torch.empty(count, run.B, run.H, *x.shape, dtype=x.dtype, device=run.call.q.device)
+            for k in kernels for x in k.slices
+        }  # fmt: skip
+        for kernel in kernels:
+            if kernel.carries or len(kernels) == 1:
+                self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
+                continue
+            group = min(max(run.B * run.H * count // PROGRAMS, 1), 16)
+            groups = -(-count // group)
+            sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
+            own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
+            self._run(run, made, kernel, given | room | own, groups, (count, group, 1, 0))
+            for key in sums:
+                torch.sum(own[key], 0, keepdim=True, out=given[key])
 
     def _run(self, run: Run_, made: Made, kernel: Kernel, given: dict[Any, Tensor], groups: int, scalars: tuple[int, int, int, int]) -> None:
         """Run a kernel with what torch does before it and after."""
@@ -195,7 +243,7 @@ class _Rows(Stretches):
             flat.append(wide.to(kind))
         found_ = made.parts[key](*flat)
         (output,) = [n for n in made.parts[kernel.name, part is kernel.before].graph.nodes if n.op == "output"]
-        whole_ = [x.meta["val"].shape[:1] == (ROWS,) for x in output.args[0]]
+        whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in output.args[0]]
         return [
             (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x, own in zip(found_, whole_, strict=True)
         ]  # fmt: skip
@@ -203,12 +251,14 @@ class _Rows(Stretches):
 
 def _outer(x: Input, kernel: Kernel) -> tuple[str, Any]:
     """Name the tensor of an input that torch reads: in reverse, a state is one that was kept."""
-    if kernel.name == "reverse" and x.part in ("th", "R"):
+    if kernel.name.startswith("reverse") and x.part in ("th", "R"):
         return "kept", kernel.states.index(x)
-    return "input", x
+    return place_of_input(x)
 
 
 def _goal(t: Any) -> tuple[str, Any]:
+    if t.kind == "passed":
+        return "slice", t.what
     return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
 
 
@@ -229,6 +279,10 @@ def _never(graph: Any, examples: Any) -> Any:
 @backends.record(
     name="triton", formula="Triton made of the traced graphs, a program per row", source="this project, kernels/"
 )
-def triton(warps: int = 4, stages: int = 2, float32: str = "ieee") -> Backend:
-    """Compile the step and its vjp to kernels of a GPU. warps, stages: of a program; float32: how its products are, "tf32" say."""
-    return Backend(_never, whole=_Rows(Precision(None, float32), Launch(warps, stages)), keep=0)
+def triton(warps: int = 4, stages: int = 2, float32: str = "ieee", slices: bool | None = None) -> Backend:
+    """Compile the step and its vjp to kernels of a GPU.
+
+    warps, stages: of a program; float32: how its products are, "tf32" say; slices: is what need not wait for the state a kernel of its
+    own? None: where rows are few.
+    """
+    return Backend(_never, whole=_Rows(Precision(None, float32), Launch(warps, stages), slices), keep=0)

@@ -12,6 +12,8 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as i
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,12 +24,14 @@ from torch import fx
 from dualform.kernels import triton_ops
 from dualform.kernels.blocks import backward_targets, forward_targets
 from dualform.kernels.lowering import lowered
-from dualform.kernels.ops import Unsupported
+from dualform.kernels.ops import VIEWS, Unsupported
 from dualform.kernels.pieces import Target, label
+from dualform.kernels.pipeline import part_module, views_apart
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
+from dualform.learning.fission import Part, split
 from dualform.learning.plan import Input
 
 SCALARS = ("H", "count", "group", "G", "phase")
@@ -67,6 +71,14 @@ class Outside:
     targets: tuple[Target, ...] = ()
 
 
+class Crossing(NamedTuple):
+    """A value of each mini-batch that passes from one kernel to the next."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel's source, what its tensors are, and what torch does before and after it."""
@@ -78,6 +90,8 @@ class Kernel:
     after: Outside | None
     passed: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it hands to `after`
     states: tuple[Input, ...]
+    slices: tuple[Crossing, ...]  # what it hands to later kernels
+    carries: bool  # is one mini-batch after another?
     flops: int  # of matrix products, for one mini-batch of one row
 
     def __str__(self) -> str:
@@ -118,9 +132,13 @@ class Direction:
     precision: Precision
     keeps: str = ""  # "" | "some" | "each": does it store the state that a mini-batch starts from?
     backwards: bool = False
+    whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
     orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # how carried variables lie, if not as their tensors
 
     def __post_init__(self) -> None:
+        self.whole = self.whole or self.sources
+        self.states = [x for x in self.whole if x.part in ("th", "R")]
+        self.order = [x for x in self.whole if self._is_carried(x)]
         nodes = list(self.graph.graph.nodes)
         self.inputs = [n for n in nodes if n.op == "placeholder"]
         (output,) = [n for n in nodes if n.op == "output"]
@@ -202,7 +220,7 @@ class Direction:
             else:
                 looped = x.over == "block"
                 state = self.backwards and x.part in ("th", "R")
-                role, what = ("kept", [y for y in self.sources if y.part in ("th", "R")].index(x)) if state else ("input", x)
+                role, what = ("kept", self.states.index(x)) if state else place_of_input(x)
                 self.walker.values[n] = self._read(role, what, label(x), shape, kind, looped)
 
     def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
@@ -222,7 +240,7 @@ class Direction:
         """Have what is carried on as variables: registers beside each other."""
         registers = shape[0] if self._has_registers(x) else 0
         role = "cotangent" if self.backwards else "before"
-        index = [*self.carried.values()].index(x)
+        index = self.order.index(x)
         memory = self._argument(role, index, f"{label(x)}_{role}", len(shape), kind)
         found = []
         for k in range(registers or 1):
@@ -248,7 +266,7 @@ class Direction:
     def _has_registers(self, x: Input) -> bool:
         if not self.backwards:
             return x.part == "R"
-        return int(x.name) > sum(y.part == "th" for y in self.sources)  # cotangents of anchors come first
+        return int(x.name) > sum(y.part == "th" for y in self.whole)  # cotangents of anchors come first
 
     def kernel(self) -> Kernel:
         """Write the kernel; again, if what is carried on had better lie otherwise."""
@@ -268,9 +286,11 @@ class Direction:
         if made:
             goals = [n for n in self.steps if n.name in made]
             before = self._outside(goals, set(self.steps))
-        states = tuple(x for x in self.sources if x.part in ("th", "R"))
+        slices = tuple(
+            Crossing(t.what, tuple(x.meta["val"].shape), self.dtype) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
+        )  # fmt: skip
         crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
-        return Kernel(self.name, self._text(), tuple(self.arguments), before, after, crossing, states, self.writer.flops)
+        return Kernel(self.name, self._text(), tuple(self.arguments), before, after, crossing, tuple(self.states), slices, bool(self.carried), self.writer.flops)
 
     def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
         """Write what the kernel computes, in order, and where it goes."""
@@ -308,9 +328,9 @@ class Direction:
         some = self.keeps == "some"
         if some:
             self.writer.line("if (n + phase) % G == 0:", True)
-        for k, (n, x) in enumerate(self.carried.items()):
+        for n, x in self.carried.items():
             value = self.walker.values[n]
-            name = self._argument("kept", k, f"{label(x)}_kept", len(value.shape), value.kind)
+            name = self._argument("kept", self.order.index(x), f"{label(x)}_kept", len(value.shape), value.kind)
             where = "(m + phase) // G" if some else "m"
             base = f"{name}_row + {where} * {name}_sn"
             self.writer.store(name, value, True, "    " if some else "", base)
@@ -342,10 +362,10 @@ class Direction:
             axes = tuple(space.index(a) if a in space else None for a in range(len(tile.shape)))
             total = Tile(name, tile.shape, axes)
             goal = self._argument("gradient", target.what, f"{label(target.what)}_gradient", len(tile.shape), self.dtype)
-            self._after(lambda: w.store(goal, total, True, base=f"{goal}_row"))
+            self._after(lambda: w.store(goal, total, True, base=f"{goal}_row + part * {goal}_sn"))
             return
-        role, what, where = target.what
-        hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(role, f"{label(what)}_gradient" if isinstance(what, Input) else role)
+        role, what, where = ("slice", target.what, "n") if target.kind == "passed" else target.what
+        hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(role, f"{label(what)}_gradient" if isinstance(what, Input) else f"{what}_passed")
         name = self._argument(role, what, hint, len(value.shape), value.kind)
         w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
 
@@ -399,7 +419,7 @@ class Direction:
         for x, variables in self.variables.items():
             if x not in self.over or self.keeps == "each":
                 continue
-            index = [*self.carried.values()].index(x)
+            index = self.order.index(x)
             role = "turned" if self.backwards else "after"
             registers = self._has_registers(x)
             rank = len(variables[0].shape) + registers
@@ -436,10 +456,55 @@ class Direction:
         return "\n".join(parts)
 
 
+def place_of_input(x: Input) -> tuple[str, Any]:
+    """Name the tensor of an input."""
+    return ("slice", x.name) if x.part == "passed" else ("input", x)
+
+
 def _is_deep(n: fx.Node) -> bool:
     """Has a value more than two axes, short ones that would fill a tile with nothing?"""
     made = n.meta.get("val")
     return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
+
+
+# -- slices ------------------------------------------------------------------------------------------------------------
+
+
+def _stored(n: fx.Node) -> float:
+    """Price passing a value on, for one row: its bytes."""
+    made = n.meta.get("val")
+    views = n.target in VIEWS or n.target is operator.getitem
+    return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) and not views else math.inf
+
+
+def sliced(d: Direction) -> list[Kernel]:
+    """Cut a direction where its state passes: before, loop and after, of which only the loop goes mini-batch by mini-batch."""
+    views_apart(d.graph)
+    results: list[Any] = list(next(n for n in d.graph.graph.nodes if n.op == "output").args[0])
+    on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
+    carried = [d.targets[k].what for k in on]
+    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored)
+    known = dict(zip(f.inputs, d.sources, strict=True))
+    parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
+    home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
+    crossing = {x for part in parts.values() for x in part.inputs}
+    crossing |= {x for x in parts["loop"].outputs if x in f.carried}  # the state that a mini-batch starts from
+    found = []
+    for name, part in parts.items():
+        first = on if name == "loop" else []
+        passed = [x for x in part.outputs[len(first) :] if x in crossing]
+        ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
+        wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
+        if not wanted:
+            continue
+        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
+        goes = [*(d.targets[k] for k in first), *(Target("passed", x.name) for x in passed), *(d.targets[k] for k in ends)]
+        given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
+        made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
+        keeps = d.keeps if name == "loop" else ""
+        one = Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
+        found.append(one.kernel())
+    return found
 
 
 # -- directions --------------------------------------------------------------------------------------------------------
@@ -450,28 +515,28 @@ def _results(gm: fx.GraphModule) -> int:
     return len(output.args[0])  # pyright: ignore[reportArgumentType]
 
 
-def forward_kernel(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str) -> Kernel:
-    """Write the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
+def forward_direction(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str) -> Direction:
+    """Read the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
     graph = lowered(plain)
     targets = forward_targets(inputs, _results(graph))
-    return Direction("forward", graph, inputs, targets, dtype, precision, keeps).kernel()
+    return Direction("forward", graph, inputs, targets, dtype, precision, keeps)
 
 
-def advance_kernel(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision) -> Kernel:
-    """Write what computes a group's states again, and stores each."""
+def advance_direction(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision) -> Direction:
+    """Read what computes a group's states again, and stores each."""
     graph = lowered(only_outputs(plain, slice(1, None)))
     targets = forward_targets(inputs, 1 + _results(graph))[1:]
-    return Direction("advance", graph, inputs, targets, dtype, precision, "each").kernel()
+    return Direction("advance", graph, inputs, targets, dtype, precision, "each")
 
 
-def reverse_kernel(
+def reverse_direction(
     reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int, dtype: torch.dtype, precision: Precision
-) -> Kernel:  # fmt: skip
-    """Write the vjp, from the last mini-batch to the first."""
+) -> Direction:  # fmt: skip
+    """Read the vjp, from the last mini-batch to the first."""
     cotangents = [Input("cotangent", str(k), "block") for k in range(outputs)]
     targets = backward_targets(inputs, wants, cotangents[1:])
     sources = [*inputs, *cotangents]
-    return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True).kernel()
+    return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
 
 
-__all__ = ["Argument", "Kernel", "Outside", "Refused", "advance_kernel", "forward_kernel", "reverse_kernel"]
+__all__ = ["Argument", "Direction", "Kernel", "Outside", "Refused", "advance_direction", "forward_direction", "place_of_input", "reverse_direction", "sliced"]
