@@ -29,9 +29,10 @@ from dualform.kernels.pieces import Target, label
 from dualform.kernels.pipeline import part_module, views_apart
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
+from dualform.kernels.sharing import made_again
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
-from dualform.learning.fission import Part, split
+from dualform.learning.fission import Part, dispatch, split
 from dualform.learning.plan import Input
 
 SCALARS = ("H", "count", "group", "G", "phase")
@@ -272,7 +273,7 @@ class Direction:
         """Write the kernel; again, if what is carried on had better lie otherwise."""
         for _ in range(3):
             self._place()
-            late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late]
+            late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late | self.early]
             after = passed = before = None
             if late:
                 goals = [self.results[k] for k in late]
@@ -314,7 +315,10 @@ class Direction:
             self.writer.store(name, value, True)
         self.tail, self.moves, self.sums = list[str](), dict[str, Tile](), list[str]()
         for k in wanted:
-            self._leave(self.targets[k], self.results[k])
+            try:
+                self._leave(self.targets[k], self.results[k])
+            except Untileable as error:
+                raise Refused(self.results[k], error.why) from None
         used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
         self.arguments = [a for a in self.arguments if a in used]
 
@@ -470,11 +474,14 @@ def _is_deep(n: fx.Node) -> bool:
 # -- slices ------------------------------------------------------------------------------------------------------------
 
 
+import os
+WEIGHT = float(os.environ.get("WEIGHT", "1"))
+
+
 def _stored(n: fx.Node) -> float:
     """Price passing a value on, for one row: its bytes."""
     made = n.meta.get("val")
-    views = n.target in VIEWS or n.target is operator.getitem
-    return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) and not views else math.inf
+    return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) else math.inf
 
 
 def sliced(d: Direction) -> list[Kernel]:
@@ -483,7 +490,7 @@ def sliced(d: Direction) -> list[Kernel]:
     results: list[Any] = list(next(n for n in d.graph.graph.nodes if n.op == "output").args[0])
     on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
     carried = [d.targets[k].what for k in on]
-    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored)
+    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, lambda n: dispatch(n) / WEIGHT, made_again if WEIGHT != 2 else None)
     known = dict(zip(f.inputs, d.sources, strict=True))
     parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
     home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
