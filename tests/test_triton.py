@@ -78,7 +78,7 @@ def written_for(f, dtype):
 def value_of(f, dtype=DOUBLE):
     gm, direction, x, y = written_for(f, dtype)
     kernel = direction.kernel()
-    assert kernel.before is None and kernel.after is None
+    assert (kernel.before, kernel.after) == (None, None)
     o = torch.full((1, 1, 1, 3, 5), torch.nan, dtype=dtype)
     given = {"x": x, "y": y}
     tensors = [o if a.role == "o" else given[a.what.name][None, None, None] for a in kernel.arguments]
@@ -89,7 +89,12 @@ def value_of(f, dtype=DOUBLE):
 
 def of_two(f):
     """Take functions of one argument as functions of two."""
-    return f if getattr(f, "__name__", "") == "<lambda>" or f in (torch.hypot, torch.fmax, torch.fmin, torch.maximum, torch.minimum) else lambda x, y: f(x)
+    return (
+        f
+        if getattr(f, "__name__", "") == "<lambda>"
+        or f in (torch.hypot, torch.fmax, torch.fmin, torch.maximum, torch.minimum)
+        else lambda x, y: f(x)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,25 +131,36 @@ def test_a_wrong_row_is_found(row, monkeypatch):
 pairs = [
     (built_in[6], shifted, "averaged", 3, hard), (built_in[6], squared, "titans", 4, {}), (built_in[1], shifted, "sgd", 3, hard),
     (built_in[5], dot, "averaged", 4, {}), (built_in[2], squared, "decay", 3, {}), (built_in[3], wobble, "momentum", 3, hard),
-    (built_in[4], shifted, "user", 3, hard), (built_in[0], dot, "titans", 5, hard), (built_in[0], wobble, "averaged", 1, {}),
+    (built_in[4], shifted, "user", 3, hard), (built_in[0], wobble, "averaged", 1, {}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("n", range(len(pairs)))
 def test_learners_objectives_and_rules(n):
+    """Every other one in slices."""
     recipe, objective, rule, chunk, drawn = pairs[n]
-    check_backend(of(recipe, objective, rule, chunk), "triton", time=2 * chunk + 2, seed=n, **drawn)
+    heads = 1 if drawn else 2
+    check_backend(
+        of(recipe, objective, rule, chunk),
+        ("triton", {"slices": n % 2 == 1}),
+        time=2 * chunk + 2,
+        heads=heads,
+        seed=n,
+        **drawn,
+    )
 
 
-@pytest.mark.parametrize("kind", own[:6], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", own[1:4], ids=lambda k: k.__name__)
 def test_learners_that_no_file_knows(kind):
     n = own.index(kind)
-    check_backend(df.derive(kind(), squared, rules[list(rules)[n % len(rules)]], chunk=3), "triton", time=7, seed=n, **hard)
+    check_backend(
+        df.derive(kind(), squared, rules[list(rules)[n % 2]], chunk=3), "triton", time=4, heads=1, seed=n, **hard
+    )
 
 
 heads = [
-    {"expansion": "taylor"}, {"reconciliation": "hypernet", "remainder": "identity"}, {"reconciliation": "hm", "expansion": "legendre"},
-    {"channels": 2, "fusion": "lowrank_parameterized_concatenation"}, {"expansion": "bspline"},
+    {"expansion": "taylor"}, {"reconciliation": "hypernet", "remainder": "identity"},
+    {"channels": 2, "fusion": "lowrank_parameterized_concatenation"},
 ]  # fmt: skip
 
 
@@ -153,23 +169,23 @@ def test_heads(n):
     """What no tile holds torch computes, before and after."""
     torch.manual_seed(0)
     program = df.derive(df.learners.Head(**heads[n])(4).double(), rule=df.rules.SGD(lr=0.05), chunk=2)
-    check_backend(program, "triton", time=5, **hard)
+    check_backend(program, ("triton", {"slices": n == 2}), time=4, heads=1)
 
 
-@pytest.mark.parametrize("rule", ["averaged", "momentum"])
-def test_groups_of_states_computed_again(rule, monkeypatch):
+@pytest.mark.parametrize(("rule", "slices"), [("averaged", True), ("momentum", False)])
+def test_groups_of_states_computed_again(rule, slices, monkeypatch):
     """Groups beside each other, some at once; the last is shorter."""
     monkeypatch.setattr(triton_backend, "STATE_BYTES", 3000)
-    program = of(built_in[6], shifted, rule, 2)
-    problem = laws.draw(program, time=22, seed=3)
+    problem = laws.draw(of(built_in[6 * slices], shifted, rule, 2), time=10, heads=1, seed=3)
     expected = laws.outcome(problem, lambda: problem.run("auto", backend="eager"))
-    for remat in (3, 1, 20, "auto"):
-        laws.same_outcome(laws.outcome(problem, lambda r=remat: problem.run("auto", backend="triton", remat=r)), expected, f"remat {remat}")
+    for remat in (1, 2):
+        run = lambda r=remat: problem.run("auto", backend=("triton", {"slices": slices}), remat=r)  # noqa: E731
+        laws.same_outcome(laws.outcome(problem, run), expected, f"remat {remat}")
 
 
 def test_sizes_that_fill_tiles_and_do_not():
-    for dim, chunk, time in ((16, 16, 40), (24, 20, 45)):
-        check_backend(of(built_in[6], shifted, "averaged", chunk, dim), "triton", time=time, batch=1)
+    for dim, chunk, time in ((16, 16, 32), (24, 20, 45)):
+        check_backend(of(built_in[6], shifted, "averaged", chunk, dim), "triton", time=time, batch=1, heads=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -196,16 +212,24 @@ def test_the_law_bites(monkeypatch):
 # -- the text --------------------------------------------------------------------------------------------------------
 
 
-def kernels_of(recipe, rule="averaged", dim=16, chunk=16, objective=shifted, precision=Precision()):
-    plan = df.derive(recipe(dim), objective, rules[rule], chunk=chunk).plan(dim, torch.float32, "auto")
+def kernels_of(recipe, rule="averaged", dim=16, chunk=16, precision=None, slices=False):
+    plan = df.derive(recipe(dim), shifted, rules[rule], chunk=chunk).plan(dim, torch.float32, "auto")
     variant = Variant(chunk, True, True, False)
-    ways = (triton_backend.written(plan, variant, way, precision) for way in ("forward", "backward"))
-    return {name: kernel for way in ways for name, kernel in way.items()}
+    ways = (
+        triton_backend.written(plan, variant, way, precision or Precision(), slices) for way in ("forward", "backward")
+    )
+    return {name: kernel for way in ways for name, kernels in way.items() for kernel in kernels}
 
 
 def test_nothing_that_is_carried_is_transposed_in_a_product():
-    for recipe, rule in ((built_in[6], "averaged"), (built_in[5], "titans"), (built_in[3], "sgd")):
-        for kernel in kernels_of(recipe, rule).values():
+    for recipe, rule, slices in (
+        (built_in[6], "averaged", True),
+        (built_in[5], "momentum", False),
+        (built_in[3], "sgd", False),
+    ):
+        for kernel in kernels_of(recipe, rule, slices=slices).values():
+            if not kernel.carries:
+                continue
             carried = re.findall(r"^    (\w+) = tl\.load\(\w+_(?:before|cotangent)_row", kernel.text, re.M)
             assert carried
             products = [line for line in kernel.text.splitlines() if "tl.dot(" in line]
@@ -216,7 +240,13 @@ def test_nothing_that_is_carried_is_transposed_in_a_product():
 def test_a_schedule_is_readable_source():
     program = df.derive(built_in[6](16), shifted, rules["averaged"], chunk=16)
     text = str(program.schedule("triton")["forward"])
-    assert "def forward(" in text and "for n in tl.range(first, last" in text and "  # 16 x 16" in text
+    for line in ("def forward(", "for n in tl.range(first, last", "  # 16 x 16"):
+        assert line in text
+    parts = program.schedule(("triton", {"slices": True}))
+    assert list(parts) == [
+        *(f"{way}_{part}" for way in ("forward", "reverse") for part in ("before", "loop", "after")),
+        "advance",
+    ]
 
 
 COMPILED = """
@@ -235,12 +265,24 @@ print(json.dumps(made))
 
 def test_it_compiles_where_there_is_no_card(tmp_path):
     """For cards of three generations and one of another maker, in a process that does not interpret."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     command = [sys.executable, "-c", COMPILED, str(Path(__file__).parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"forward 80", "forward 90", "forward 100", "forward gfx942", "forward some 90", "advance 90", "reverse 90"}
+    assert set(found) == {
+        "forward 80",
+        "forward 90",
+        "forward 100",
+        "forward gfx942",
+        "forward some 90",
+        "advance 90",
+        "reverse 90",
+    }
     assert all(shared <= 48 * 1024 and size for shared, size in found.values())
 
 
@@ -261,7 +303,10 @@ class LogGamma(nn.Module):
 def test_an_op_without_a_text_is_refused_by_name_and_line():
     program = df.derive(LogGamma(), squared, rules["sgd"], chunk=2)
     x = torch.rand(1, 4, 1, 4)
-    with pytest.raises(BackendError, match=r"triton: the op aten\.lgamma\.default at return torch\.lgamma\(.*'lgamma' has no Triton text.*backend='eager'"):
+    with pytest.raises(
+        BackendError,
+        match=r"triton: the op aten\.lgamma\.default at return torch\.lgamma\(.*'lgamma' has no Triton text.*backend='eager'",
+    ):
         program(x, x, x, backend="triton")
 
 

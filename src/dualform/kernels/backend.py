@@ -158,7 +158,9 @@ class Stretches(Whole):
 
     def made(self, run: Run_, piece: range, direction: str) -> Any:
         """Return what runs a stretch."""
-        return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
+        return made(
+            run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece))
+        )
 
     def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid

@@ -42,13 +42,21 @@ from dualform.learning.plan import Input, Plan, found
 # States that a stretch computes again, for its backward, at once.
 STATE_BYTES = 512 * 2**20
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Rows from which they fill a card by themselves, and mini-batches that are worth three kernels.
-ROWS, WORTH_SLICES = {"forward": 80, "backward": 1 << 30}, 16
+# Rows from which they fill a card by themselves; mini-batches that are worth three kernels; tokens of one that fill a processor; and
+# entries of a state that leave registers for what slices make again (LAB.md, one H200).
+ROWS, COUNT, TOKENS, ENTRIES = 80, 16, 32, 8192
+ENTRIES_PER_WARP = 2048  # of the state: 64 registers of a thread, or fewer
 
 
-def cut(rows: int, count: int, direction: str) -> bool:
-    """Is a stretch cut in slices?"""
-    return count >= WORTH_SLICES and rows < ROWS[direction]
+def cut(entries: int, width: int, rows: int, count: int, direction: str) -> bool:
+    """Is a stretch cut in slices? Its chain is what takes time, if rows are few or mini-batches are short."""
+    few, short = rows < ROWS, width <= TOKENS
+    return count >= COUNT and entries <= ENTRIES and (few and short if direction == "forward" else few or short)
+
+
+def launch_for(entries: int, warps: int | None, stages: int) -> Launch:
+    """Choose the warps of a program: enough to hold the state."""
+    return Launch(warps or min(max(4, 1 << (max(1, entries // ENTRIES_PER_WARP) - 1).bit_length()), 16), stages)
 
 
 @dataclass(eq=False)
@@ -76,8 +84,13 @@ def written(
         if direction == "forward":
             end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
             plain = specialised(step.plain, end)
-            return {f"forward {k}".strip(): kernels(forward_direction(plain, inputs, dtype, precision, k)) for k in ("", "some")}
-        found = {"reverse": kernels(reverse_direction(step.reverse, inputs, step.wants, step.num_outputs, dtype, precision))}
+            return {
+                f"forward {k}".strip(): kernels(forward_direction(plain, inputs, dtype, precision, k))
+                for k in ("", "some")
+            }
+        found = {
+            "reverse": kernels(reverse_direction(step.reverse, inputs, step.wants, step.num_outputs, dtype, precision))
+        }
         if not alone:
             found["advance"] = [advance_direction(step.plain, inputs, dtype, precision).kernel()]
         return found
@@ -90,8 +103,8 @@ def written(
 class _Rows(Stretches):
     """Runs calls by stretches, a program per row."""
 
-    def __init__(self, precision: Precision, how: Launch, slices: bool | None) -> None:
-        self.precision, self.how, self.slices = precision, how, slices
+    def __init__(self, precision: Precision, warps: int | None, stages: int, slices: bool | None) -> None:
+        self.precision, self.warps, self.stages, self.slices = precision, warps, stages, slices
 
     def suits(self, plan: Any, call: Any) -> bool:
         return False  # not yet chosen where nobody did
@@ -120,10 +133,19 @@ class _Rows(Stretches):
     def made(self, run: Run_, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
         short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
-        factors = torch.bfloat16 if short and not triton_launch.is_interpreted() else None  # whose interpreter multiplies their bits
-        precision = self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
-        slices = cut(run.B * run.H, len(piece), direction) if self.slices is None else self.slices
-        key = ("triton", variant, direction, precision, slices, self.how)
+        factors = (
+            torch.bfloat16 if short and not triton_launch.is_interpreted() else None
+        )  # whose interpreter multiplies their bits
+        precision = (
+            self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
+        )
+        entries = sum(p.numel() for p in plan.derivation.parts.fast.values()) * (
+            1 + plan.derivation.inner.rule.num_registers * (not run.known(piece.start))
+        )
+        sizes = (entries, variant.width, run.B * run.H, len(piece))
+        slices = cut(*sizes, direction) if self.slices is None else self.slices
+        how = launch_for(entries, self.warps, self.stages)
+        key = ("triton", variant, direction, precision, slices, how)
         with TRACING if key not in plan.natives else nullcontext():
             if key not in plan.natives:
                 kernels = plan.natives.get(key[:5]) or written(plan, variant, direction, precision, slices)
@@ -133,9 +155,11 @@ class _Rows(Stretches):
                 wanted = dict.fromkeys((a.role, a.what) for k in every for a in k.arguments if a.role not in inner)
                 for k in every:
                     for part in (k.before, k.after):
-                        wanted |= dict.fromkeys(_outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input))
+                        wanted |= dict.fromkeys(
+                            _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
+                        )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                plan.natives[key] = Made(kernels, self.how, tuple(x for x in wanted if x[0] not in inner))
+                plan.natives[key] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
             return plan.natives[key]
 
     def call(self, run: Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
@@ -177,7 +201,9 @@ class _Rows(Stretches):
             return x[start // G : -(-stop // G)]
         return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
-    def _states(self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int) -> dict[Any, Tensor]:
+    def _states(
+        self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+    ) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
         (kernel,) = made.kernels["advance"]
         starts = {("before", key[1]): given[key] for key in kept}
@@ -186,7 +212,9 @@ class _Rows(Stretches):
         self._run(run, made, kernel, {**given, **starts, **states}, groups, (count, G, 1, 0))
         return states
 
-    def _run_all(self, run: Run_, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int) -> None:
+    def _run_all(
+        self, run: Run_, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+    ) -> None:
         """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
         room = {
             ("slice", x.name): torch.empty(count, run.B, run.H, *x.shape, dtype=x.dtype, device=run.call.q.device)
@@ -204,16 +232,33 @@ class _Rows(Stretches):
             for key in sums:
                 torch.sum(own[key], 0, keepdim=True, out=given[key])
 
-    def _run(self, run: Run_, made: Made, kernel: Kernel, given: dict[Any, Tensor], groups: int, scalars: tuple[int, int, int, int]) -> None:
+    def _run(
+        self,
+        run: Run_,
+        made: Made,
+        kernel: Kernel,
+        given: dict[Any, Tensor],
+        groups: int,
+        scalars: tuple[int, int, int, int],
+    ) -> None:
         """Run a kernel with what torch does before it and after."""
         count = scalars[0]
         room = {}
         if kernel.before is not None:
             names = [x.name for x in _placeholders_of(kernel.before, "output")]
-            found_ = self._torch(run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count)
+            found_ = self._torch(
+                run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count
+            )
             room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
         for name, shape, kind in kernel.passed:
-            room["passed", name] = torch.empty(count, run.B, run.H, *shape, dtype=run.call.dtype if kind == torch.bool else kind, device=run.call.q.device)
+            room["passed", name] = torch.empty(
+                count,
+                run.B,
+                run.H,
+                *shape,
+                dtype=run.call.dtype if kind == torch.bool else kind,
+                device=run.call.q.device,
+            )
         tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
         triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, made.how)
         if kernel.after is None:
@@ -234,7 +279,9 @@ class _Rows(Stretches):
         if key not in made.parts:
             whole = (kernel.name, part is kernel.before)
             if whole not in made.parts:
-                made.parts[whole] = undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
+                made.parts[whole] = (
+                    undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
+                )
             prepare = found("eager").prepare
             made.parts[key] = undisturbed(lambda: prepare(at(made.parts[whole], rows, device), list))
         flat = []
@@ -279,10 +326,11 @@ def _never(graph: Any, examples: Any) -> Any:
 @backends.record(
     name="triton", formula="Triton made of the traced graphs, a program per row", source="this project, kernels/"
 )
-def triton(warps: int = 4, stages: int = 2, float32: str = "ieee", slices: bool | None = None) -> Backend:
+def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", slices: bool | None = None) -> Backend:
     """Compile the step and its vjp to kernels of a GPU.
 
-    warps, stages: of a program; float32: how its products are, "tf32" say; slices: is what need not wait for the state a kernel of its
-    own? None: where rows are few.
+    warps: of a program, None: as many as hold the state; stages: mini-batches whose reads are under way, at most; float32: how its
+    products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
+    that was found faster.
     """
-    return Backend(_never, whole=_Rows(Precision(None, float32), Launch(warps, stages), slices), keep=0)
+    return Backend(_never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=0)

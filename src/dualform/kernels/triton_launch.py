@@ -54,7 +54,9 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
-def run(kernel: Kernel, tensors: Sequence[Tensor], rows: int, heads: int, groups: int, scalars: Sequence[int], how: Launch) -> Any:
+def run(
+    kernel: Kernel, tensors: Sequence[Tensor], rows: int, heads: int, groups: int, scalars: Sequence[int], how: Launch
+) -> Any:
     """Run a kernel on (n, B, H, ...) tensors. scalars: count, group, G, phase."""
     places = [y for x in tensors for y in (x, *x.stride())]
     function = loaded(kernel.text, kernel.name)[(rows, groups)]
@@ -75,10 +77,19 @@ _stages: dict[tuple[str, Launch], int] = {}  # with which a kernel fits its card
 
 # -- compiling without a card ------------------------------------------------------------------------------------------
 
-_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1", torch.int64: "*i64"}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
 
 
-def signature(arguments: Sequence[Argument], types: Callable[[Argument], torch.dtype] = lambda a: a.dtype) -> dict[str, str]:
+def signature(
+    arguments: Sequence[Argument], types: Callable[[Argument], torch.dtype] = lambda a: a.dtype
+) -> dict[str, str]:
     """List a kernel's parameters and their types, the last axis of each tensor one after another."""
     found = {}
     for a in arguments:
@@ -87,7 +98,9 @@ def signature(arguments: Sequence[Argument], types: Callable[[Argument], torch.d
     return found | dict.fromkeys(SCALARS, "i32") | {"STAGES": "constexpr"}
 
 
-def compiled(kernel: Kernel, target: Any, how: Launch, types: Callable[[Argument], torch.dtype] = lambda a: a.dtype) -> Any:
+def compiled(
+    kernel: Kernel, target: Any, how: Launch, types: Callable[[Argument], torch.dtype] = lambda a: a.dtype
+) -> Any:
     """Compile a kernel for a target, `GPUTarget("cuda", 90, 32)` say: registers, spills and shared memory are in what it made."""
     triton = triton_module()
     from triton.compiler import ASTSource
@@ -95,7 +108,11 @@ def compiled(kernel: Kernel, target: Any, how: Launch, types: Callable[[Argument
     ones = {f"{a.name}_s{a.rank - 1}": 1 for a in kernel.arguments if a.rank}
     kinds = {x: "constexpr" if x in ones else kind for x, kind in signature(kernel.arguments, types).items()}
     function = loaded(kernel.text, kernel.name)
-    aligned = {(k,): [["tt.divisibility", 16]] for k, (x, kind) in enumerate(kinds.items()) if kind.startswith("*") or re.search(r"_s(n|b|h|0)$", x)}
+    aligned = {
+        (k,): [["tt.divisibility", 16]]
+        for k, (x, kind) in enumerate(kinds.items())
+        if kind.startswith("*") or re.search(r"_s(n|b|h|0)$", x)
+    }
     aligned = {k: v for k, v in aligned.items() if list(kinds.values())[k[0]] != "constexpr"}
     source = ASTSource(fn=function, signature=kinds, constexprs={**ones, "STAGES": how.stages}, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": how.warps})

@@ -13,7 +13,6 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as i
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,19 +23,37 @@ from torch import fx
 from dualform.kernels import triton_ops
 from dualform.kernels.blocks import backward_targets, forward_targets
 from dualform.kernels.lowering import lowered
-from dualform.kernels.ops import VIEWS, Unsupported
+from dualform.kernels.ops import Unsupported
 from dualform.kernels.pieces import Target, label
 from dualform.kernels.pipeline import part_module, views_apart
+from dualform.kernels.sharing import made_again
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
-from dualform.kernels.sharing import made_again
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
-from dualform.learning.fission import Part, dispatch, split
+from dualform.learning.fission import Part, split
 from dualform.learning.plan import Input
 
 SCALARS = ("H", "count", "group", "G", "phase")
-_RESERVED = {*SCALARS, "tl", "triton", "row", "part", "first", "last", "n", "m", "j", "b", "h", "STAGES", "float", "forward", "advance", "reverse"}
+_RESERVED = {
+    *SCALARS,
+    "tl",
+    "triton",
+    "row",
+    "part",
+    "first",
+    "last",
+    "n",
+    "m",
+    "j",
+    "b",
+    "h",
+    "STAGES",
+    "float",
+    "forward",
+    "advance",
+    "reverse",
+}
 
 
 class Refused(BackendError):
@@ -134,7 +151,9 @@ class Direction:
     keeps: str = ""  # "" | "some" | "each": does it store the state that a mini-batch starts from?
     backwards: bool = False
     whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
-    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # how carried variables lie, if not as their tensors
+    orders: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # how carried variables lie, if not as their tensors
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.sources
@@ -195,7 +214,7 @@ class Direction:
         needed = _sources(goals)
         ordered = [n for n in self.steps if n in needed and n in nodes]
         for n in [*self.inputs, *self.steps]:
-            if n not in nodes and any(n in x.all_input_nodes for x in ordered) or (n in goals and n not in nodes):
+            if (n not in nodes and any(n in x.all_input_nodes for x in ordered)) or (n in goals and n not in nodes):
                 made[n] = graph.placeholder(n.name)
                 made[n].meta = dict(n.meta)
                 inputs.append(self.source[n] if n in self.source and n not in self.carried else n.name)
@@ -230,7 +249,9 @@ class Direction:
             found, k = hint, 2
             while found in {a.name for a in self.arguments}:
                 found, k = f"{hint}_{k}", k + 1
-            self.writer.taken |= {f"{found}_{x}" for x in ("p", "row", "at", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))}
+            self.writer.taken |= {
+                f"{found}_{x}" for x in ("p", "row", "at", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
+            }
             self.arguments.append(Argument(role, what, found, rank, dtype))
         return found
 
@@ -253,10 +274,12 @@ class Direction:
             at = Memory.whole(memory, shape, kind, False)
             shift = len(shape) - len(own)
             start = (k, *[0] * len(own)) if registers else (0,) * len(own)
-            where, mask = self.writer._address(  # noqa: SLF001
+            where, mask = self.writer._address(
                 Memory(memory, shape, at.axes, start, at.steps, kind, False), [a + shift for a in order], f"{memory}_row"
             )  # fmt: skip
-            self.head.append(f"{name} = tl.load({where}{f', mask={mask}, other=0' if mask else ''}).to({self.writer.T})")
+            self.head.append(
+                f"{name} = tl.load({where}{f', mask={mask}, other=0' if mask else ''}).to({self.writer.T})"
+            )
             found.append(tile)
         self.variables[x] = found
         if not registers:
@@ -279,7 +302,9 @@ class Direction:
                 goals = [self.results[k] for k in late]
                 own = {n for n in self.steps if n in self.late or n not in self.waits}
                 after = self._outside(goals, own, [self.targets[k] for k in late])
-                passed = [n for n in [*self.inputs, *self.steps] if n.name in {x for x in after.inputs if isinstance(x, str)}]
+                passed = [
+                    n for n in [*self.inputs, *self.steps] if n.name in {x for x in after.inputs if isinstance(x, str)}
+                ]
             self._write([k for k in range(len(self.results)) if k not in late], passed or [])
             if not self._reordered():
                 break
@@ -291,7 +316,18 @@ class Direction:
             Crossing(t.what, tuple(x.meta["val"].shape), self.dtype) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
         )  # fmt: skip
         crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
-        return Kernel(self.name, self._text(), tuple(self.arguments), before, after, crossing, tuple(self.states), slices, bool(self.carried), self.writer.flops)
+        return Kernel(
+            self.name,
+            self._text(),
+            tuple(self.arguments),
+            before,
+            after,
+            crossing,
+            tuple(self.states),
+            slices,
+            bool(self.carried),
+            self.writer.flops,
+        )
 
     def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
         """Write what the kernel computes, in order, and where it goes."""
@@ -323,7 +359,9 @@ class Direction:
         self.arguments = [a for a in self.arguments if a in used]
 
     def _is_used(self, a: Argument) -> bool:
-        return any(f"{a.name}_at" in line for line in (*self.writer.once, *self.writer.loop)) or (a.role == "kept" and bool(self.keeps))
+        return any(f"{a.name}_at" in line for line in (*self.writer.once, *self.writer.loop)) or (
+            a.role == "kept" and bool(self.keeps)
+        )
 
     def _keep(self) -> None:
         """Store the state that a mini-batch starts from."""
@@ -365,11 +403,15 @@ class Direction:
             w.line(f"{name} += {w.aligned(tile, space, len(tile.shape))}", True)
             axes = tuple(space.index(a) if a in space else None for a in range(len(tile.shape)))
             total = Tile(name, tile.shape, axes)
-            goal = self._argument("gradient", target.what, f"{label(target.what)}_gradient", len(tile.shape), self.dtype)
+            goal = self._argument(
+                "gradient", target.what, f"{label(target.what)}_gradient", len(tile.shape), self.dtype
+            )
             self._after(lambda: w.store(goal, total, True, base=f"{goal}_row + part * {goal}_sn"))
             return
         role, what, where = ("slice", target.what, "n") if target.kind == "passed" else target.what
-        hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(role, f"{label(what)}_gradient" if isinstance(what, Input) else f"{what}_passed")
+        hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(
+            role, f"{label(what)}_gradient" if isinstance(what, Input) else f"{what}_passed"
+        )
         name = self._argument(role, what, hint, len(value.shape), value.kind)
         w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
 
@@ -383,7 +425,7 @@ class Direction:
     def _reordered(self) -> bool:
         """Had what is carried on better lie as its next value does?"""
         changed = False
-        for x, variables in self.variables.items():
+        for variables in self.variables.values():
             for v in variables:
                 new = self.moves.get(v.text)
                 if new is None or new.rank != v.rank or new.rank < 2:
@@ -438,25 +480,53 @@ class Direction:
         """Put the source together."""
         carry, tail = self._carry(), self._ends()
         w = self.writer
-        names = [", ".join(f"{a.name}_{x}" for x in ("p", "sn", "sb", "sh", *(f"s{k}" for k in range(a.rank)))) for a in self.arguments]
+        names = [
+            ", ".join(f"{a.name}_{x}" for x in ("p", "sn", "sb", "sh", *(f"s{k}" for k in range(a.rank))))
+            for a in self.arguments
+        ]
         rows = [f"{a.name}_row = {a.name}_p + b * {a.name}_sb + h * {a.name}_sh" for a in self.arguments]
         fixed = [f"{a.name}_at = {a.name}_row" for a in self.arguments if any(f"{a.name}_at" in x for x in w.once)]
         for a in self.arguments:
             if a.role in ("before",):
                 rows.append(f"{a.name}_row += part * {a.name}_sn")
-        moving = [f"{a.name}_at = {a.name}_row + m * {a.name}_sn" for a in self.arguments if any(f"{a.name}_at" in x for x in w.loop)]
+        moving = [
+            f"{a.name}_at = {a.name}_row + m * {a.name}_sn"
+            for a in self.arguments
+            if any(f"{a.name}_at" in x for x in w.loop)
+        ]
         turn = ["n = last - 1 - j"] if self.backwards else []
-        begin = ["row = tl.program_id(0).to(tl.int64)", "part = tl.program_id(1).to(tl.int64)", "b = row // H", "h = row % H"]
+        begin = [
+            "row = tl.program_id(0).to(tl.int64)",
+            "part = tl.program_id(1).to(tl.int64)",
+            "b = row // H",
+            "h = row % H",
+        ]
         begin += ["first = tl.program_id(1) * group", "last = tl.minimum(first + group, count)"]
         places = [f"i{n} = tl.arange(0, {n})" for n in sorted(w.places)]
         counter, span = ("j", "0, last - first") if self.backwards else ("n", "first, last")
         loop = [*turn, "m = row * 0 + n", *moving, *w.loop, *carry]
-        body = [*begin, *places, *rows, *fixed, *w.once, *self.head, f"for {counter} in tl.range({span}, num_stages=STAGES):"]
+        body = [
+            *begin,
+            *places,
+            *rows,
+            *fixed,
+            *w.once,
+            *self.head,
+            f"for {counter} in tl.range({span}, num_stages=STAGES):",
+        ]
         lines = [*(f"    {x}" for x in body), *(f"        {x}" for x in loop), *(f"    {x}" for x in tail)]
         scalars = ", ".join(f'"{x}"' for x in SCALARS[1:])
         text = "\n".join(lines)
         head = f"@triton.jit(do_not_specialize=[{scalars}])\ndef {self.name}({', '.join([*names, *SCALARS])}, STAGES: tl.constexpr):"
-        parts = ["import triton", "import triton.language as tl", "", "", triton_ops.helpers(text), "", f"{head}\n{text}\n"]
+        parts = [
+            "import triton",
+            "import triton.language as tl",
+            "",
+            "",
+            triton_ops.helpers(text),
+            "",
+            f"{head}\n{text}\n",
+        ]
         return "\n".join(parts)
 
 
@@ -474,12 +544,9 @@ def _is_deep(n: fx.Node) -> bool:
 # -- slices ------------------------------------------------------------------------------------------------------------
 
 
-import os
-WEIGHT = float(os.environ.get("WEIGHT", "1"))
-
-
 def _stored(n: fx.Node) -> float:
-    """Price passing a value on, for one row: its bytes."""
+    """Price passing a value on, for one row: its bytes. An op in the loop is worth 4096, as on the CPU: a tile there takes about as
+    long as an op's latency where rows are few, and three of them where rows fill the card."""
     made = n.meta.get("val")
     return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) else math.inf
 
@@ -490,7 +557,7 @@ def sliced(d: Direction) -> list[Kernel]:
     results: list[Any] = list(next(n for n in d.graph.graph.nodes if n.op == "output").args[0])
     on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
     carried = [d.targets[k].what for k in on]
-    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, lambda n: dispatch(n) / WEIGHT, made_again if WEIGHT != 2 else None)
+    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, again=made_again)
     known = dict(zip(f.inputs, d.sources, strict=True))
     parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
     home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
@@ -505,7 +572,11 @@ def sliced(d: Direction) -> list[Kernel]:
         if not wanted:
             continue
         inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
-        goes = [*(d.targets[k] for k in first), *(Target("passed", x.name) for x in passed), *(d.targets[k] for k in ends)]
+        goes = [
+            *(d.targets[k] for k in first),
+            *(Target("passed", x.name) for x in passed),
+            *(d.targets[k] for k in ends),
+        ]
         given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
         made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
         keeps = d.keeps if name == "loop" else ""
@@ -522,14 +593,18 @@ def _results(gm: fx.GraphModule) -> int:
     return len(output.args[0])  # pyright: ignore[reportArgumentType]
 
 
-def forward_direction(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str) -> Direction:
+def forward_direction(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str
+) -> Direction:
     """Read the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
     graph = lowered(plain)
     targets = forward_targets(inputs, _results(graph))
     return Direction("forward", graph, inputs, targets, dtype, precision, keeps)
 
 
-def advance_direction(plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision) -> Direction:
+def advance_direction(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision
+) -> Direction:
     """Read what computes a group's states again, and stores each."""
     graph = lowered(only_outputs(plain, slice(1, None)))
     targets = forward_targets(inputs, 1 + _results(graph))[1:]
@@ -546,4 +621,15 @@ def reverse_direction(
     return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
 
 
-__all__ = ["Argument", "Direction", "Kernel", "Outside", "Refused", "advance_direction", "forward_direction", "place_of_input", "reverse_direction", "sliced"]
+__all__ = [
+    "Argument",
+    "Direction",
+    "Kernel",
+    "Outside",
+    "Refused",
+    "advance_direction",
+    "forward_direction",
+    "place_of_input",
+    "reverse_direction",
+    "sliced",
+]

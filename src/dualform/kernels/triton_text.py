@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,7 +45,12 @@ from dualform.kernels.tiles import (
 )  # fmt: skip
 
 aten = torch.ops.aten
-TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
 # Of these a number may be an operand as it is; other rows are functions, and take tiles.
 _INFIX = {
     "plus", "add", "sub", "submul", "rsub", "mul", "div", "addcmul", "max", "min", "fmax", "fmin", "eq", "ne", "ge", "gt", "le", "lt", "bits_and",
@@ -130,7 +135,9 @@ class Writer:
 
     def load(self, x: Memory, hint: str = "") -> Tile:
         """Read a value, once: as its tensor's axes lie."""
-        space = sorted((a for a, k in enumerate(x.axes) if k is not None and x.shape[a] != 1), key=lambda a: x.axes[a] or 0)
+        space = sorted(
+            (a for a, k in enumerate(x.axes) if k is not None and x.shape[a] != 1), key=lambda a: x.axes[a] or 0
+        )
         key = (x.name, x.start, *((x.axes[a], x.steps[a], x.shape[a]) for a in space))
         if key in self.loaded:
             found = self.loaded[key]
@@ -146,7 +153,9 @@ class Writer:
     def typed(self, kind: torch.dtype) -> str:
         return "tl.int1" if kind == torch.bool else self.T if kind.is_floating_point else "tl.int32"
 
-    def store(self, name: str, value: Value, looped: bool, indent: str = "", base: str = "", start: Sequence[int] = ()) -> None:
+    def store(
+        self, name: str, value: Value, looped: bool, indent: str = "", base: str = "", start: Sequence[int] = ()
+    ) -> None:
         """Write a value to the tensor of an argument."""
         start = list(start) or [0] * len(value.shape)
         if isinstance(value, Parts):
@@ -226,9 +235,19 @@ class Writer:
 
     # -- maps ----------------------------------------------------------------------------------------------------
 
-    def mapped(self, hint: str, row: str, operands: Sequence[Any], params: dict[str, Any], shape: Sequence[int], kind: torch.dtype) -> Value:
+    def mapped(
+        self,
+        hint: str,
+        row: str,
+        operands: Sequence[Any],
+        params: dict[str, Any],
+        shape: Sequence[int],
+        kind: torch.dtype,
+    ) -> Value:
         """Compute entry by entry."""
-        values = [x if isinstance(x, Tile | Memory | Parts) else constant(x, (), torch.get_default_dtype()) for x in operands]
+        values = [
+            x if isinstance(x, Tile | Memory | Parts) else constant(x, (), torch.get_default_dtype()) for x in operands
+        ]
         if any(isinstance(x, Parts) for x in values):
             return self._mapped_parts(hint, row, values, params, shape, kind)
         if row == "copy" and values[0].kind == kind:
@@ -252,7 +271,11 @@ class Writer:
             elif not truth and (x.kind == torch.bool or (kind.is_floating_point and not x.kind.is_floating_point)):
                 text = f"{text}.to({self.T if kind.is_floating_point else 'tl.int32'})"
             texts.append(text)
-        text = self._power(texts, tiles[1].number) if row == "pow" else triton_ops.TEXT[row].format(*texts, T=self.T, **params)
+        text = (
+            self._power(texts, tiles[1].number)
+            if row == "pow"
+            else triton_ops.TEXT[row].format(*texts, T=self.T, **params)
+        )
         if row == "copy" or (row == "trunc" and not kind.is_floating_point):
             text = f"({text}).to({self.typed(kind)})"
         held = any(x.held and x.rank == len(space) for x in tiles)
@@ -283,16 +306,22 @@ class Writer:
                 found.add(p)
         return frozenset(found)
 
-    def _mapped_parts(self, hint: str, row: str, values: list[Any], params: dict[str, Any], shape: Sequence[int], kind: torch.dtype) -> Value:
+    def _mapped_parts(
+        self, hint: str, row: str, values: list[Any], params: dict[str, Any], shape: Sequence[int], kind: torch.dtype
+    ) -> Value:
         """Compute part by part, if what is not cut alike can be cut; else put parts together first."""
         r = len(shape)
         first = next(x for x in values if isinstance(x, Parts))
         at = first.axis + r - len(first.shape)
         alike = all(x.axis + r - len(x.shape) == at and x.sizes == first.sizes for x in values if isinstance(x, Parts))
-        moves = [x for x in values if isinstance(x, Tile) and (k := at - (r - len(x.shape))) >= 0 and x.axes[k] is not None]
+        moves = [
+            x for x in values if isinstance(x, Tile) and (k := at - (r - len(x.shape))) >= 0 and x.axes[k] is not None
+        ]
         small = sum(n != 1 for n in shape) <= 2
         if not alike or sum(first.sizes) != shape[at] or (moves and small):
-            return self.mapped(hint, row, [self.real(x) if isinstance(x, Parts) else x for x in values], params, shape, kind)
+            return self.mapped(
+                hint, row, [self.real(x) if isinstance(x, Parts) else x for x in values], params, shape, kind
+            )
         found, start = [], 0
         for k, n in enumerate(first.sizes):
             own = []
@@ -308,7 +337,9 @@ class Writer:
             found.append(self.mapped(hint, row, own, params, (*shape[:at], n, *shape[at + 1 :]), kind))
         return Parts(at, tuple(found))
 
-    def filled(self, hint: str, row: str, params: dict[str, Any], x: Value | None, shape: Sequence[int], kind: torch.dtype) -> Tile:
+    def filled(
+        self, hint: str, row: str, params: dict[str, Any], x: Value | None, shape: Sequence[int], kind: torch.dtype
+    ) -> Tile:
         """Make a value of places: numbers, counts, triangles."""
         if row == "fill":
             return constant(params["value"], shape, kind)
@@ -341,7 +372,9 @@ class Writer:
 
     # -- reductions ----------------------------------------------------------------------------------------------
 
-    def reduced(self, hint: str, row: str, x: Value, kept: Sequence[int | None], scale: float, shape: Sequence[int]) -> Value:
+    def reduced(
+        self, hint: str, row: str, x: Value, kept: Sequence[int | None], scale: float, shape: Sequence[int]
+    ) -> Value:
         """Sum, or so, over the axes that are not kept."""
         if row not in triton_ops.REDUCTIONS:
             raise Untileable(f"its row {row!r} has no Triton text in kernels/triton_ops.py")
@@ -383,11 +416,15 @@ class Writer:
         assert found is not None
         return found
 
-    def _reduced_parts(self, hint: str, row: str, x: Parts, kept: Sequence[int | None], scale: float, shape: Sequence[int]) -> Value:
+    def _reduced_parts(
+        self, hint: str, row: str, x: Parts, kept: Sequence[int | None], scale: float, shape: Sequence[int]
+    ) -> Value:
         goal = kept[x.axis]
         if goal is not None:
             shapes = [(*shape[:goal], n, *shape[goal + 1 :]) for n in x.sizes]
-            return Parts(goal, tuple(self.reduced(hint, row, v, kept, scale, s) for v, s in zip(x.values, shapes, strict=True)))
+            return Parts(
+                goal, tuple(self.reduced(hint, row, v, kept, scale, s) for v, s in zip(x.values, shapes, strict=True))
+            )
         found = [self.reduced(hint, row, v, kept, scale, shape) for v in x.values]
         join = {"sum": "plus", "amax": "max", "amin": "min", "prod": "mul"}[row]
         total = found[0]
@@ -532,7 +569,10 @@ class Writer:
         if len(places) == n:
             return x
         if places.step == 1 and (n <= 4 or isinstance(x, Parts)):
-            ends = [constant(0.0, (*shape[:dim], k, *shape[dim + 1 :]), x.kind) for k in (places.start, n - places.start - len(places))]
+            ends = [
+                constant(0.0, (*shape[:dim], k, *shape[dim + 1 :]), x.kind)
+                for k in (places.start, n - places.start - len(places))
+            ]
             return behind(dim, [v for v in (ends[0], x, ends[1]) if v.shape[dim]])
         tile = self.real(x)
         if tile.axes[dim] is not None:
@@ -547,7 +587,9 @@ class Writer:
         value = self.aligned(tile, space, len(shape))
         value = f"tl.full([], {value}, {self.T})" if tile.number is not None else value
         text = f"tl.where({' & '.join(there)}, {value}, 0)"
-        clean = frozenset(p for p, a in enumerate(space) if a == dim or (tile.axes[a] is not None and tile.axes[a] in tile.clean))
+        clean = frozenset(
+            p for p, a in enumerate(space) if a == dim or (tile.axes[a] is not None and tile.axes[a] in tile.clean)
+        )
         return self.made(hint, text, shape, space, tile.looped, tile.kind, clean)
 
     def _together(self, x: Parts, hint: str) -> Tile:
@@ -580,9 +622,18 @@ class Writer:
             texts[0] = f"tl.full([], {texts[0]}, {self.T})"
         text = f"tl.where({i} < {at}, {texts[0]}, {texts[1]})"
         clean = [
-            {p for p, a in enumerate(space) if t.number == 0 or (t.axes[a] is not None and t.axes[a] in t.clean)} for t in (first, second)
+            {p for p, a in enumerate(space) if t.number == 0 or (t.axes[a] is not None and t.axes[a] in t.clean)}
+            for t in (first, second)
         ]
-        return self.made(hint, text, shape, space, first.looped or second.looped, first.kind, frozenset(clean[0] & clean[1] - {space.index(dim)}))
+        return self.made(
+            hint,
+            text,
+            shape,
+            space,
+            first.looped or second.looped,
+            first.kind,
+            frozenset(clean[0] & clean[1] - {space.index(dim)}),
+        )
 
     def view(self, hint: str, x: Value, shape: Sequence[int]) -> Value:
         """Read a value's entries, in order, in another shape."""
@@ -630,9 +681,8 @@ class Writer:
         def plain(sizes: Sequence[int]) -> list[int]:
             return [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
 
-        if length == math.prod(map(padded, old)) and parts(old)[1:] == plain(old)[1:] and parts(new)[1:] == plain(new)[1:]:
-            if parts(old)[:1] == plain(old)[:1] and parts(new)[:1] == plain(new)[:1]:
-                return ""
+        if length == math.prod(map(padded, old)) and (parts(old), parts(new)) == (plain(old), plain(new)):
+            return ""
         self.places.add(length)
         i = f"i{length}"
         entry = " + ".join(
@@ -640,7 +690,9 @@ class Writer:
             for size, far, near in zip(new, parts(new), plain(new), strict=True)
         )
         entry = f"tl.minimum({entry}, {number - 1})"
-        return " + ".join(f"({entry}) // {near} % {size} * {far}" for size, far, near in zip(old, parts(old), plain(old), strict=True))
+        return " + ".join(
+            f"({entry}) // {near} % {size} * {far}" for size, far, near in zip(old, parts(old), plain(old), strict=True)
+        )
 
     def diagonal(self, hint: str, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
         """Take the entries whose places along two axes differ by a number; they come last."""
@@ -726,7 +778,13 @@ class Walker:
 
     def _view(self, n: fx.Node) -> Any:
         w, x, target, args = self.writer, self._given(n.args[0]), n.target, tuple(n.args[1:])
-        if isinstance(x, Parts) and target not in (aten.select.int, aten.slice.Tensor, aten.unbind.int, aten.detach.default, aten.alias.default):
+        if isinstance(x, Parts) and target not in (
+            aten.select.int,
+            aten.slice.Tensor,
+            aten.unbind.int,
+            aten.detach.default,
+            aten.alias.default,
+        ):
             try:
                 return self._moved(n, x, target, args)
             except Untileable:
@@ -771,7 +829,9 @@ class Walker:
         if target in (aten.split.Tensor, aten.split_with_sizes.default):
             dim: Any = args[1] if len(args) > 1 else n.kwargs.get("dim", 0)
             total = x.shape[dim]
-            sizes = args[0] if not isinstance(args[0], int) else [min(args[0], total - k) for k in range(0, total, args[0])]
+            sizes = (
+                args[0] if not isinstance(args[0], int) else [min(args[0], total - k) for k in range(0, total, args[0])]
+            )
             starts = [sum(sizes[:k]) for k in range(len(sizes))]
             return tuple(w.slice(x, dim, s, s + size, 1, n.name) for s, size in zip(starts, sizes, strict=True))
         raise Untileable(f"the view {target} has no Triton text")
@@ -809,7 +869,5 @@ class Walker:
                 x = behind(dim, [v for v in (ends[0], x, ends[1]) if v.shape[dim]])
         return x
 
-
-Line = Callable[[str], None]
 
 __all__ = ["TYPES", "Precision", "Walker", "Writer"]
