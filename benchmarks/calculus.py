@@ -2,7 +2,7 @@
 
     python benchmarks/calculus.py [--peers PYTHON] [--seconds 20] [--gib 8] [--cases add,gelu]
 
-writes benchmarks/results/calculus.json (machine, versions, commit, every sample) and calculus.md (the tables of the docs).
+writes benchmarks/results/calculus.json (machine, versions, commit, medians and extremes) and calculus.md (the tables of the docs).
 `--peers`: a Python that has jax, sparsejac and asdex, if this one does not; peers that do not import are named as absent.
 Every case and tool runs in a process of its own, n doubling until the next size would pass the limits; memory is the growth
 of the resident set's high-water mark.
@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "calculus.json"
+import harness
+from harness import growth, seconds, summary
+
 OURS = "dualform"
 TORCH = ("jacrev", "jacrev_chunked", "jacfwd")
 JAX = ("jax_jacrev", "jax_jacfwd", "sparsejac", "asdex")
@@ -37,43 +35,19 @@ CASES = {
     "bmm": ("a @ b, a (4, 1, n, n), b (4, n, n), wrt b", 8, 256, 4),
     "block": ("transformer block, x (n, 64), 4 heads, wrt x", 8, 256, 2),
 }
-WANTED = {"add": 0, "gelu": 1, "softmax": 1, "layer_norm": 1, "product": 2, "mlp": 2, "bmm": 2}
 
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def peak(run: Callable[[], Any]) -> tuple[Any, int]:
-    """The result of a call, and how far the resident set rose during it."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    result = run()
-    return result, max(status("VmHWM") - before, 0)
-
-
-def timed(run: Callable[[], Any], budget: float = 0.3, most: int = 30, least: int = 1) -> list[float]:
-    """Seconds of single calls: at least `least`, then until the budget is spent."""
-    samples: list[float] = []
-    while len(samples) < least or (sum(samples) < budget and len(samples) < most):
-        start = time.perf_counter()
-        run()
-        samples.append(time.perf_counter() - start)
+def timed(run: Callable[[], Any], budget: float = 0.3, most: int = 30) -> list[float]:
+    """Seconds of single calls, until the budget is spent."""
+    samples = [seconds(run)]
+    while sum(samples) < budget and len(samples) < most:
+        samples.append(seconds(run))
     return samples
 
 
 def repeated(run: Callable[[], Any], rounds: int = 7) -> list[float]:
     """Seconds per call of short calls: each sample is a mean over about 5 ms."""
-    once = min(timed(run, 0.01, 5))
-    count = max(1, int(0.005 / once))
-    samples = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        samples.append((time.perf_counter() - start) / count)
-    return samples
+    return [harness.repeated(run, 0.005) for _ in range(rounds)]
 
 
 # -- the functions, in torch and in jax
@@ -163,15 +137,17 @@ def run_ours(name: str, n: int, limits: argparse.Namespace) -> dict[str, Any]:
     f, args = torch_case(name, n)
     f(*args)
     df.calculus.clear_cache()
-    row: dict[str, Any] = {"build_cold": timed(lambda: (df.calculus.clear_cache(), df.jacobian(f, *args)), 0.2, 5)}
+    row: dict[str, Any] = {
+        "build_cold": summary(timed(lambda: (df.calculus.clear_cache(), df.jacobian(f, *args)), 0.2, 5))
+    }
     J = df.jacobian(f, *args)
-    row["build_cached"] = repeated(lambda: df.jacobian(f, *args))
+    row["build_cached"] = summary(repeated(lambda: df.jacobian(f, *args)))
     row["dense_bytes"] = J.dense_nbytes
     # A block's structure is dense: every output depends on every input.
     if name != "block" or J.dense_nbytes < 2**26:
         _with_terms(df, f, args)
         df.calculus.clear_cache()
-        fresh, row["peak"] = peak(lambda: _with_terms(df, f, args))
+        fresh, row["peak"] = growth(lambda: _with_terms(df, f, args))
         row["stored"] = fresh.nbytes // 4
         row["structure"] = fresh.structure
     x = args[0].clone().requires_grad_()
@@ -179,18 +155,16 @@ def run_ours(name: str, n: int, limits: argparse.Namespace) -> dict[str, Any]:
     g, v = torch.randn_like(y), torch.randn_like(args[0])
     for _ in range(3):
         J.vjp(g), J.jvp(v)
-    for _ in range(2):  # two rounds, interleaved
-        for key, call in (
-            ("vjp", lambda: J.vjp(g)),
-            ("autograd_vjp", lambda: torch.autograd.grad(y, x, g, retain_graph=True)),
-            ("jvp", lambda: J.jvp(v)),
-            ("autograd_jvp", lambda: torch.func.jvp(lambda t: f(t, *args[1:]), (args[0],), (v,))),
-        ):
-            row.setdefault(key, []).extend(repeated(call))
+    calls = {
+        "vjp": lambda: J.vjp(g), "autograd_vjp": lambda: torch.autograd.grad(y, x, g, retain_graph=True),
+        "jvp": lambda: J.jvp(v), "autograd_jvp": lambda: torch.func.jvp(lambda t: f(t, *args[1:]), (args[0],), (v,)),
+    }  # fmt: skip
+    turns = harness.alternating(calls, 14, warm=0, clock=lambda call: harness.repeated(call, 0.005))
+    row |= {key: summary(samples) for key, samples in turns.items()}
     if "stored" in row and J.dense_nbytes < limits.gib * 2**30 / 2:
         assert J.terms
-        _, row["dense_peak"] = peak(J.dense)
-        row["dense"] = timed(lambda: J.dense(), 1.0, 5)
+        _, row["dense_peak"] = growth(J.dense)
+        row["dense"] = summary(timed(lambda: J.dense(), 1.0, 5))
     return row
 
 
@@ -200,6 +174,13 @@ def _with_terms(df: Any, f: Any, args: Any) -> Any:
     return J
 
 
+def first_call(run: Callable[[], Any]) -> tuple[tuple[Any, int], float]:
+    """Return a call's result and growth, and its seconds."""
+    found: list[Any] = []
+    spent = seconds(lambda: found.append(growth(run)))
+    return found[0], spent
+
+
 def run_torch(tool: str, name: str, n: int) -> dict[str, Any]:
     import torch
 
@@ -207,12 +188,10 @@ def run_torch(tool: str, name: str, n: int) -> dict[str, Any]:
     make: Any = (
         torch.func.jacfwd(f) if tool == "jacfwd" else torch.func.jacrev(f, chunk_size=64 if "chunk" in tool else None)
     )
-    start = time.perf_counter()
-    result, high = peak(lambda: make(*args))
-    first = time.perf_counter() - start
+    (result, high), first = first_call(lambda: make(*args))
     row = {"peak": high, "dense_bytes": result.numel() * 4}
     del result
-    return {**row, "seconds": timed(lambda: make(*args), 0.5, 5) if first < 2 else [first]}
+    return {**row, "seconds": summary(timed(lambda: make(*args), 0.5, 5) if first < 2 else [first])}
 
 
 def run_jax(tool: str, name: str, n: int) -> dict[str, Any]:
@@ -220,7 +199,7 @@ def run_jax(tool: str, name: str, n: int) -> dict[str, Any]:
     import jax.numpy as jnp
 
     f, (x,) = jax_case(name, n)
-    start = time.perf_counter()
+    begun: list[Any] = []
     if tool == "asdex":
         import asdex
 
@@ -233,16 +212,13 @@ def run_jax(tool: str, name: str, n: int) -> dict[str, Any]:
         make, given = jax.jit(sparsejac.jacfwd(flat, sparsity=_pattern(name, n))), x.reshape(-1)
     else:
         make, given = jax.jit(getattr(jax, tool.removeprefix("jax_"))(f)), x
-    compiled = make.lower(given).compile()
-    setup = time.perf_counter() - start
-    wait = lambda: jax.block_until_ready(compiled(given))  # noqa: E731
-    begin = time.perf_counter()
-    result, high = peak(wait)
-    first = time.perf_counter() - begin
+    setup = seconds(lambda: begun.append(make.lower(given).compile()))
+    wait = lambda: jax.block_until_ready(begun[0](given))  # noqa: E731
+    (result, high), first = first_call(wait)
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))
     row = {"peak": high, "setup": setup, "result_bytes": stored, "out": int(jnp.size(x))}
     del result
-    return {**row, "seconds": timed(wait, 0.5, 5) if first < 2 else [first]}
+    return {**row, "seconds": summary(timed(wait, 0.5, 5) if first < 2 else [first])}
 
 
 def _pattern(name: str, n: int) -> Any:
@@ -282,12 +258,12 @@ def worker(tool: str, name: str, limits: argparse.Namespace) -> None:
     while n <= last:
         row = run(n)
         print(json.dumps({"n": n, **row}), flush=True)
-        growth = 2 ** (CASES[name][3] + 0.5)
+        grows = 2 ** (CASES[name][3] + 0.5)
         if before is not None and before["peak"] > 2**24:
-            growth = max(row["peak"] / before["peak"], 2.0)
+            grows = max(row["peak"] / before["peak"], 2.0)
         if tool != OURS:
-            next_seconds = min(row["seconds"]) * growth + 2 * row.get("setup", 0)
-            if row["peak"] * growth > limits.gib * 2**30 or next_seconds > limits.seconds:
+            next_seconds = row["seconds"]["min"] * grows + 2 * row.get("setup", 0)
+            if row["peak"] * grows > limits.gib * 2**30 or next_seconds > limits.seconds:
                 return
         before = row if "peak" in row else None
         n *= 2
@@ -296,23 +272,15 @@ def worker(tool: str, name: str, limits: argparse.Namespace) -> None:
 # -- all of them, and the tables
 
 
-def measure(tool: str, name: str, limits: argparse.Namespace) -> dict[str, Any]:
+def one(tool: str, name: str, limits: argparse.Namespace) -> dict[str, Any]:
     """Run one tool on one case in a process of its own."""
-    python = limits.peers if tool in JAX else sys.executable
-    flags = ["--seconds", str(limits.seconds), "--gib", str(limits.gib)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JAX_PLATFORMS": "cpu"}
+    words = ["--worker", tool, "--cases", name, "--seconds", limits.seconds, "--gib", limits.gib]
+    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    command = [python, __file__, "--worker", tool, "--cases", name, *flags]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=env, timeout=60 + 6 * limits.seconds, check=False
-        )
-        out, error = done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        out, error = (late.stdout or b"").decode(), "time is up"
-    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    ended = error.strip().splitlines()[-1][:200] if error.strip() and not rows else ""
-    return {"case": name, "tool": tool, "rows": rows, "absent": ended}
+    python = limits.peers if tool in JAX else sys.executable
+    rows = list(harness.alone(words, env, python, limit=60 + 6 * limits.seconds))
+    failed = rows.pop()["failed"] if rows and "failed" in rows[-1] else ""
+    return {"case": name, "tool": tool, "rows": rows, "absent": "" if rows else failed}
 
 
 def slope(rows: list[dict[str, Any]], key: str) -> float | None:
@@ -324,52 +292,53 @@ def slope(rows: list[dict[str, Any]], key: str) -> float | None:
     return sum((a - mean[0]) * (b - mean[1]) for a, b in some) / sum((a - mean[0]) ** 2 for a, _ in some)
 
 
-def tables(found: list[dict[str, Any]]) -> Iterator[str]:
+def tables(found: harness.Found) -> Iterator[str]:
     """The tables of the docs."""
-    rows = {(m["case"], m["tool"]): m["rows"] for m in found}
+    rows = {(m["case"], m["tool"]): m["rows"] for m in found["measured"]}
     cases = [name for name in CASES if (name, OURS) in rows]
     tools = [t for t in (*TORCH, *JAX) if any(rows.get((c, t)) for c in cases)]
     yield "Growth: exponent of n over the last three sizes; ours: numbers stored, peers: peak memory.\n"
-    yield "| case | dense size | dualform | " + " | ".join(tools) + " |"
-    yield "|---" * (3 + len(tools)) + "|"
-    for c in cases:
-        shown = [_number(slope(rows.get((c, t), []), "peak")) for t in tools]
-        yield (
-            f"| {CASES[c][0]} | {CASES[c][3]} | {_number(slope(rows[c, OURS], 'stored'))} | " + " | ".join(shown) + " |"
-        )
-    yield "\nAt each peer's last size within the limits: n, peak memory, and how many times our stored numbers (and our peak) that is.\n"
-    yield "| case | " + " | ".join(tools) + " |"
-    yield "|---" * (1 + len(tools)) + "|"
-    for c in cases:
-        yield f"| {c} | " + " | ".join(_against(rows[c, OURS], rows.get((c, t), [])) for t in tools) + " |"
-    yield "\nApplying it: microseconds, best of all samples, and the ratio to autograd.\n"
-    yield "| case | n | vjp | autograd | ratio | jvp | torch.func.jvp | ratio |"
-    yield "|---|---|---|---|---|---|---|---|"
+    exponents = [
+        [
+            CASES[c][0],
+            CASES[c][3],
+            slope(rows[c, OURS], "stored"),
+            *(slope(rows.get((c, t), []), "peak") for t in tools),
+        ]
+        for c in cases
+    ]
+    yield harness.table(["case", "dense size", OURS, *tools], exponents)
+    yield "At each peer's last size within the limits: n, peak memory, and how many times our stored numbers (and our peak) that is.\n"
+    yield harness.table(
+        ["case", *tools], [[c, *(_against(rows[c, OURS], rows.get((c, t), [])) for t in tools)] for c in cases]
+    )
+    yield "Applying it: microseconds, best of all samples, and the ratio to autograd.\n"
+    times = []
     for c in cases:
         for r in rows[c, OURS]:
             if r["n"] in (128, 256, 512, 1024):
-                a, b, p, q = (min(r[k]) * 1e6 for k in ("vjp", "autograd_vjp", "jvp", "autograd_jvp"))
-                yield f"| {c} | {r['n']} | {a:.1f} | {b:.1f} | {a / b:.2f} | {p:.1f} | {q:.1f} | {p / q:.2f} |"
-    yield "\n`dense()` beside jacrev: seconds, and peak over the result's bytes; at the largest size that both ran.\n"
-    yield "| case | n | result, MB | dense() | jacrev | peak / result | jacrev's |"
-    yield "|---|---|---|---|---|---|---|"
+                a, b, p, q = (r[k]["min"] * 1e6 for k in ("vjp", "autograd_vjp", "jvp", "autograd_jvp"))
+                times.append([c, r["n"], a, b, f"{a / b:.2f}", p, q, f"{p / q:.2f}"])
+    yield harness.table("case | n | vjp | autograd | ratio | jvp | torch.func.jvp | ratio".split(" | "), times)
+    yield "`dense()` beside jacrev: seconds, and peak over the result's bytes; at the largest size that both ran.\n"
+    dense = []
     for c in cases:
         peers = {r["n"]: r for r in rows.get((c, "jacrev"), [])}
         both = [r for r in rows[c, OURS] if "dense" in r and r["n"] in peers]
         if both:
-            r, q = both[-1], peers[both[-1]["n"]]
-            size = r["dense_bytes"]
-            times = f"{min(r['dense']):.3f} | {min(q['seconds']):.3f}"
-            yield f"| {c} | {r['n']} | {size / 1e6:.0f} | {times} | {r['dense_peak'] / size:.2f} | {q['peak'] / size:.2f} |"
-    yield "\nBuilding `df.jacobian(f, ...)`: milliseconds, best, at n = 128 or the nearest.\n"
-    yield "| case | cold | cached |"
-    yield "|---|---|---|"
-    for c in cases:
-        r = min(rows[c, OURS], key=lambda r: abs(r["n"] - 128))
-        yield f"| {c} | {min(r['build_cold']) * 1e3:.1f} | {min(r['build_cached']) * 1e3:.3f} |"
-    missing = {m["tool"]: m["absent"] for m in found if m["absent"]}
+            r, q, size = both[-1], peers[both[-1]["n"]], both[-1]["dense_bytes"]
+            spent = [f"{x['min']:.3f}" for x in (r["dense"], q["seconds"])]
+            dense.append(
+                [c, r["n"], f"{size / 1e6:.0f}", *spent, f"{r['dense_peak'] / size:.2f}", f"{q['peak'] / size:.2f}"]
+            )
+    yield harness.table("case | n | result, MB | dense() | jacrev | peak / result | jacrev's".split(" | "), dense)
+    yield "Building `df.jacobian(f, ...)`: milliseconds, best, at n = 128 or the nearest.\n"
+    near = {c: min(rows[c, OURS], key=lambda r: abs(r["n"] - 128)) for c in cases}
+    best = [[c, r["build_cold"]["min"] * 1e3, f"{r['build_cached']['min'] * 1e3:.3f}"] for c, r in near.items()]
+    yield harness.table(["case", "cold", "cached"], best)
+    missing = {m["tool"]: m["absent"] for m in found["measured"] if m["absent"]}
     if missing:
-        yield "\nNot run: " + "; ".join(f"{t} ({why})" for t, why in missing.items()) + "."
+        yield "Not run: " + "; ".join(f"{t} ({why})" for t, why in missing.items()) + ".\n"
 
 
 def _number(x: float | None) -> str:
@@ -387,51 +356,29 @@ def _against(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
     return f"{shown}, {last['peak'] / max(own['stored'] * 4, 4):,.0f}x ({last['peak'] / max(own['peak'], 4096):,.0f}x)"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=sys.executable)
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--gib", type=float, default=8)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--tools", default=",".join((OURS, *TORCH, *JAX)))
-    parser.add_argument("--worker")
-    limits = parser.parse_args()
-    names = limits.cases.split(",")
-    if limits.worker:
-        worker(limits.worker, names[0], limits)
-        return
-    found = []
-    for name in names:
-        for tool in limits.tools.split(","):
-            begin = time.perf_counter()
-            found.append(measure(tool, name, limits))
-            sizes = [r["n"] for r in found[-1]["rows"]]
-            print(
-                f"{name} {tool}: n {sizes[:1]} to {sizes[-1:]}, {time.perf_counter() - begin:.0f} s {found[-1]['absent']}",
-                flush=True,
-            )
-    text = "\n".join(tables(found))
-    print(text)
-    import torch
+def report(found: harness.Found) -> str:
+    m, limits = found["machine"], found["limits"]
+    head = f"{m['processor']}, {m['cores']} cores, 1 thread used; torch {found['versions']['torch']}, peers {found['peers']}; "
+    return head + f"until {limits['gib']:g} GiB or {limits['seconds']:g} s.\n\n" + "\n".join(tables(found))
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent, check=False
-    )
+
+def measure(limits: argparse.Namespace) -> harness.Found:
+    found = []
+    for name in limits.cases.split(","):
+        for tool in limits.tools.split(","):
+            spent = seconds(lambda: found.append(one(tool, name, limits)))  # noqa: B023
+            sizes = [r["n"] for r in found[-1]["rows"]]
+            print(f"{name} {tool}: n {sizes[:1]} to {sizes[-1:]}, {spent:.0f} s {found[-1]['absent']}", flush=True)
     ask = "import importlib.metadata as m; print({p: m.version(p) for p in ('jax', 'sparsejac', 'asdex')})"
     peers = subprocess.run([limits.peers, "-c", ask], capture_output=True, text=True, check=False)
-    about = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread used",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peers": peers.stdout.strip() or "not installed",
-        "commit": commit.stdout.strip(),
-        "limits": {"seconds": limits.seconds, "gib": limits.gib},
-        "dtype": "float32",
-    }
-    RESULT.write_text(json.dumps({**about, "measured": found}, indent=1) + "\n")
-    head = f"{about['machine']}; torch {about['torch']}, peers {about['peers']}; until {limits.gib:g} GiB or {limits.seconds:g} s.\n\n"
-    RESULT.with_suffix(".md").write_text(head + text + "\n")
+    bounds = {"seconds": limits.seconds, "gib": limits.gib}
+    return {"peers": peers.stdout.strip() or "not installed", "limits": bounds, "dtype": "float32", "measured": found}
 
 
 if __name__ == "__main__":
-    main()
+    defaults = {"peers": sys.executable, "seconds": 20.0, "gib": 8.0, "cases": ",".join(CASES)}
+    given = harness.options(__doc__, **defaults, tools=",".join((OURS, *TORCH, *JAX)), worker=str)
+    if given.worker:
+        worker(given.worker, given.cases, given)
+    else:
+        harness.main(measure, report, given)

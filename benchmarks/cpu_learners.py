@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from pathlib import Path
 from typing import Any
+
+import harness
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
-from record import write
 from torch import Tensor, nn
 
 import dualform as df
 from dualform.cli.bench import compare
 
-RESULT = Path(__file__).parent / "results" / "cpu_learners.json"
 H, d, b = 4, 64, 16
 
 
@@ -60,12 +58,8 @@ cases = {
 
 def bytes_per_second() -> float:
     """Measure how fast memory is read and written, beyond the caches."""
-    x, y, found = torch.randn(1 << 24), torch.empty(1 << 24), []
-    for _ in range(5):
-        start = time.perf_counter()
-        y.copy_(x)
-        found.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(found)
+    x, y = torch.randn(1 << 24), torch.empty(1 << 24)
+    return 2 * x.nbytes / min(harness.seconds(lambda: y.copy_(x)) for _ in range(5))
 
 
 def bounded(row: dict[str, Any], program: df.ChunkProgram, steps: float, moved: float) -> dict[str, Any]:
@@ -77,24 +71,22 @@ def bounded(row: dict[str, Any], program: df.ChunkProgram, steps: float, moved: 
     return row | {"bound ms": least, "bound by": max(bounds).by, "times the bound": row["cpp ms"] / least}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
+def measure(options: argparse.Namespace) -> harness.Found:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, options.length, H, d, requires_grad=True) for _ in range(3))
-    load, moved = os.getloadavg(), bytes_per_second()
-    rows = []
+    moved, rows = bytes_per_second(), []
     for name, (recipe, rule) in cases.items():
         program = df.derive(recipe(d), rule=rule, chunk=b)
         row = {"learner": name} | compare(program, (q, k, v), options.rounds)
         rows.append(bounded(row, program, options.length / b * H, moved))
         print(rows[-1], flush=True)
     settings = {"batch": 1, "length": options.length, "heads": H, "dim": d, "chunk": b, "rounds": options.rounds}
-    write(options.output, "forward + backward, ms", load, settings, rows)
+    return {"settings": settings, "rows": rows}
+
+
+def report(found: harness.Found) -> str:
+    return harness.rows_table(found["rows"])
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(measure, report, harness.options(__doc__, length=2048, rounds=3))

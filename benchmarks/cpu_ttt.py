@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_ttt.py [--official PATH/ttt.py] [--quick] [--cases REGEX] [--only time memory compile]
                                  [--threads 1 2] [--rounds 7] [--budget 40] [--output FILE]     one run, all sides
-    python benchmarks/cpu_ttt.py --report [--output FILE]      table and goals again, from the samples of an earlier run
+    python benchmarks/cpu_ttt.py --report [--output FILE]      table and goals again, from an earlier run
 
-writes benchmarks/results/cpu_ttt.json (machine, versions, commit, every sample) and .md.
+writes benchmarks/results/cpu_ttt.json (machine, versions, commit, medians, quartiles of ratios) and .md.
 
 Sides, float32, 4 heads of width 64, mini-batches of 16. The inner part, from q, k, v (B, T, H, d), the rate gate and the weights
 to the outputs and the gradients of all of them: `official`, `ttt()` of ttt-lm-pytorch's layer, unchanged; `naive`, a loop of
@@ -28,27 +28,24 @@ import gc
 import hashlib
 import importlib.util
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
+from harness import quartiles, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
 import dualform as df
 
-RESULT = Path(__file__).parent / "results" / "cpu_ttt.json"
 H, d, b = 4, 64, 16
 BASE_RATE = {"TTT-Linear": 1.0, "TTT-MLP": 0.1}
 OURS = ("eager", "inductor", "cpp")
@@ -284,25 +281,20 @@ def errors(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[s
 # -- time -----------------------------------------------------------------------------------------------------------
 
 
-def clock(f: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    f()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def reset_peak() -> None:
-    """Let VmHWM, the high-water mark of the resident set, start again from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def memory_available() -> float:
     line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
     return int(line.split()[1]) / 2**20
+
+
+def ratios(samples: dict[str, list[float]]) -> Fields:
+    """Quartiles over rounds of a side's time over ours, both of the same round."""
+    pairs = [(o, s) for s in OURS for o in INNER[:3]] + [("official layer", f"{s} layer") for s in OURS]
+    found = {}
+    for other, ours in pairs:
+        each = [x / y for x, y in zip(samples.get(other, []), samples.get(ours, []), strict=False)]
+        if each:
+            found[f"{other} / {ours}"] = [float(f"{x:.8g}") for x in quartiles(each)]
+    return found
 
 
 @dataclass
@@ -353,11 +345,10 @@ class Timer:
             for length in (2 * b, T) if "inductor" in name else (2 * b,):  # traced and compiled before the clock runs
                 self._call(self.maker.make(name, B, length), mode)
             side = self.maker.make(name, B, T)
-            reset_peak()
-            before, start = status("VmRSS"), time.perf_counter()
-            found = self._call(side, mode)
-            first[name] = time.perf_counter() - start
-            self.took[name, mode, B, T] = first[name], (status("VmHWM") - before) / 2**30
+            results: list[Any] = []
+            first[name] = seconds(lambda: results.extend(harness.growth(lambda: self._call(side, mode))))  # noqa: B023
+            found, size = results
+            self.took[name, mode, B, T] = first[name], size / 2**30
             if name != "sdpa":
                 wrong[name] = errors(found, reference.setdefault(name in LAYER, found))
                 bad = {n: e for n, e in wrong[name].items() if not e < TOLERANCE}
@@ -371,13 +362,13 @@ class Timer:
         counts = {name: max(1, min(self.rounds, int(self.budget / first[name]))) for name in sides}
         for r in range(max([1, *counts.values()])):
             order = [name for name in sides if r < counts[name]]
-            samples["gemm"].append(clock(lambda: self.A @ self.B))
+            samples["gemm"].append(1e3 * seconds(lambda: self.A @ self.B))
             for name in order[r % len(order) :] + order[: r % len(order)]:
-                samples[name].append(clock(sides[name]))
+                samples[name].append(1e3 * seconds(sides[name]))
         return {
             "learner": self.maker.learner, "B": B, "T": T, "mode": mode, "threads": self.threads,
-            "ms": {name: [round(t, 3) for t in ts] for name, ts in samples.items()},
-            "relative_errors": {name: {n: float(f"{e:.1e}") for n, e in es.items()} for name, es in wrong.items()},
+            "ms": {name: harness.summary(ts) for name, ts in samples.items()}, "ratios": ratios(samples),
+            "relative_error": {name: float(f"{max(es.values()):.1e}") for name, es in wrong.items()},
             "skipped": skipped,
         }  # fmt: skip
 
@@ -398,19 +389,14 @@ def peak(maker: Maker, side: str, T: int) -> Fields:
     run = maker.make(side, 1, T)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    reset_peak()
-    before = status("VmRSS")
-    found = run.both()
-    after = status("VmHWM")
-    del found
-    return {"learner": maker.learner, "side": side, "B": 1, "T": T, "peak_bytes": after - before}
+    return {"learner": maker.learner, "side": side, "B": 1, "T": T, "peak_bytes": harness.growth(run.both)[1]}
 
 
 def cold(maker: Maker, side: str, T: int) -> Fields:
     """First call of this process, its caches empty, and the calls after it."""
     torch.set_num_threads(1)
     run = maker.make(side, 1, T)
-    times = [clock(run.both) for _ in range(4)]
+    times = [1e3 * seconds(run.both) for _ in range(4)]
     return {"learner": maker.learner, "side": side, "B": 1, "T": T, "calls_ms": [round(t, 1) for t in times]}
 
 
@@ -433,26 +419,9 @@ def work(job: Fields) -> None:
 def results_of(job: Fields, caches: Path) -> Iterator[Fields]:
     """Run a job in a process of its own, with that folder for what is compiled, and yield its results as they come."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "DUALFORM_CACHE")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), **dict.fromkeys(names, str(caches))}
-    command = [sys.executable, __file__, "--worker", json.dumps(job)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
-    if process.returncode:
-        yield {"failed": f"exit status {process.returncode}", "job": job}
-
-
-def machine() -> Fields:
-    info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", info)
-    return {
-        "cpu": model[1] if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "vectors": next((name for name in ("amx_tile", "avx512f", "avx2") if name in info), "unknown"),
-        "load_before": [round(x, 2) for x in os.getloadavg()],
-    }
+    environment = {"OMP_NUM_THREADS": str(job["threads"]), **dict.fromkeys(names, str(caches))}
+    for one in harness.alone(["--worker", json.dumps(job)], environment):
+        yield one | {"job": job} if "failed" in one else one
 
 
 def source(official: str | None) -> Fields | None:
@@ -462,18 +431,13 @@ def source(official: str | None) -> Fields | None:
     return {"file": "ttt.py of test-time-training/ttt-lm-pytorch", "sha256": digest}
 
 
-def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], capture_output=True, text=True, cwd=RESULT.parent, check=False
-    ).stdout.strip()
+def measure(args: argparse.Namespace) -> Fields:
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(args, Path(folder))
 
 
-def measure(args: argparse.Namespace, caches: Path) -> Fields:
-    found: Fields = {
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "dualform": df.__version__},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted": bool(git("status", "--porcelain", "--", "../../src", "../cpu_ttt.py")),
+def measured(args: argparse.Namespace, caches: Path) -> Fields:
+    found: Fields = harness.about() | {
         "official": source(args.official),
         "settings": {"heads": H, "d": d, "chunk": b, "dtype": "float32", "rounds": args.rounds, "budget_s": args.budget},
         "cases": [], "memory": [], "compile": [], "failed": [],
@@ -489,7 +453,7 @@ def measure(args: argparse.Namespace, caches: Path) -> Fields:
             found["failed" if "failed" in one else part].append(one)
             print(brief(one), flush=True)
             if not args.quick:
-                args.output.write_text(json.dumps(found, indent=1) + "\n")
+                args.output.write_text(harness.spelt(found) + "\n")
         return len(found[part]) - before
 
     for learner in BASE_RATE:
@@ -510,32 +474,23 @@ def measure(args: argparse.Namespace, caches: Path) -> Fields:
                     collect("memory", "threads1", learner=learner, side=side, T=T)
             for side in OURS if "compile" in args.only and T < 8192 else ():
                 collect("compile", f"cold-{learner}-{side}", learner=learner, side=side, T=T)
-    found["machine"]["load_after"] = [round(x, 2) for x in os.getloadavg()]
     return found
 
 
 # -- report ---------------------------------------------------------------------------------------------------------
 
 
-def quartiles(xs: list[float]) -> tuple[float, float, float]:
-    if len(xs) == 1:
-        return xs[0], xs[0], xs[0]
-    low, middle, high = statistics.quantiles(xs, n=4, method="inclusive")
-    return low, middle, high
+def ratio(case: Fields, other: str, ours: str) -> list[float] | None:
+    """Quartiles over rounds of other's time / ours."""
+    return case["ratios"].get(f"{other} / {ours}")
 
 
-def ratio(case: Fields, other: str, ours: str) -> tuple[float, float, float] | None:
-    """Quartiles over rounds of other's time / ours, both of the same round."""
-    pairs = list(zip(case["ms"].get(other, []), case["ms"].get(ours, []), strict=False))
-    return quartiles([x / y for x, y in pairs]) if pairs else None
-
-
-def show_ratio(q: tuple[float, float, float] | None) -> str:
+def show_ratio(q: list[float] | None) -> str:
     return "-" if q is None else f"{q[1]:.2f} ({q[0]:.2f}-{q[2]:.2f})"
 
 
 def median(case: Fields, side: str) -> float | None:
-    return statistics.median(case["ms"][side]) if case["ms"].get(side) else None
+    return case["ms"].get(side, {}).get("median")
 
 
 def show_ms(case: Fields, side: str) -> str:
@@ -555,96 +510,59 @@ def brief(one: Fields) -> str:
     if "mode" not in one:
         return json.dumps(one)
     name = f"{one['learner']} B{one['B']} T{one['T']} {one['mode']}, {one['threads']} thread(s)"
-    worst = max((e for es in one["relative_errors"].values() for e in es.values()), default=0.0)
+    worst = max(one["relative_error"].values(), default=0.0)
     return (
         f"{name}: { ({s: show_ms(one, s) for s in one['ms']}) } ms, largest error {worst:.0e}, skipped {one['skipped']}"
     )
 
 
-def rows(header: str, lines: list[list[str]]) -> str:
-    names = header.split(" | ")
-    if not lines:
-        return "Not measured.\n"
-    return "\n".join("| " + " | ".join(x) + " |" for x in [names, ["---"] * len(names), *lines]) + "\n"
-
-
-def label(case: Fields) -> list[str]:
-    return [case["learner"], str(case["B"]), str(case["T"]), case["mode"], str(case["threads"])]
+def per_case(cases: list[Fields], columns: dict[str, Callable[[Fields], str]]) -> str:
+    """Spell a table with a row per case."""
+    lines = [[c["learner"], c["B"], c["T"], c["mode"], c["threads"], *(f(c) for f in columns.values())] for c in cases]
+    return harness.table(["learner", "B", "T", "pass", "threads", *columns], lines)
 
 
 def report(found: Fields) -> str:
     """Render every table as Markdown."""
-    cases = found["cases"]
+    cases, m = found["cases"], found["machine"]
     seen = {s for c in cases for s in c["ms"]} | {x["side"] for x in found["memory"] if "peak_bytes" in x}
-    ours = [s for s in OURS if s in seen]
-    m = found["machine"]
+    ours = {f"ours {s}": s for s in OURS if s in seen}
+    sides = {"official": "official", "naive": "naive", "SDPA": "sdpa"} | ours
     rates = {
-        n: statistics.median([2 * 1024**3 / t / 1e6 for c in cases if c["threads"] == n for t in c["ms"]["gemm"]])
+        n: statistics.median([2 * 1024**3 / c["ms"]["gemm"]["median"] / 1e6 for c in cases if c["threads"] == n])
         for n in sorted({c["threads"] for c in cases})
     }
+    layers: dict[str, Callable[[Fields], str]] = {"official": lambda c: show_ms(c, "official layer")}
+    for name, s in ours.items():
+        layers[name] = lambda c, s=s: show_ms(c, f"{s} layer")
+        layers[f"ratio to {name}"] = lambda c, s=s: show_ratio(ratio(c, "official layer", f"{s} layer"))
+    beside = {f"{o} / {s}": (lambda c, o=o, s=s: show_ratio(ratio(c, o, s))) for s in ours.values() for o in INNER[:3]}
     text = [
-        f"{m['cpu']}, {m['cores']} cores ({m['vectors']}), torch {found['versions']['torch']}, commit {found['commit'][:9]}"
-        f"{' and uncommitted changes' if found['uncommitted'] else ''}; load average {m['load_before'][0]} before the run. "
+        f"{m['processor']}, {m['cores']} cores ({m['vectors']}), torch {found['versions']['torch']}, commit {found['commit'][:9]}"
+        f"{' and uncommitted changes' if found['uncommitted'] else ''}; load average {m['load'][0]} before the run. "
         + "".join(f"Matrix products of size 1024, {n} thread(s): {rate:.0f} GF/s. " for n, rate in rates.items())
         + "\n",
         "Inner part: medians, ms.\n",
-        rows(
-            "learner | B | T | pass | threads | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
-            [[*label(c), *(show_ms(c, s) for s in ("official", "naive", "sdpa", *ours))] for c in cases],
-        ),
+        per_case(cases, {name: (lambda c, s=s: show_ms(c, s)) for name, s in sides.items()}),
         "Time of the other over ours, median (quartiles) over rounds; more than 1: ours is faster.\n",
-        rows(
-            "learner | B | T | pass | threads | " + " | ".join(f"{o} / {s}" for s in ours for o in INNER[:3]),
-            [[*label(c), *(show_ratio(ratio(c, o, s)) for s in ours for o in INNER[:3])] for c in cases],
-        ),
+        per_case(cases, beside),
         "Share of the matrix-product rate, %. Every side is credited with the same work, a recomputed forward pass included.\n",
-        rows(
-            "learner | B | T | pass | threads | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
-            [[*label(c), *(show_share(c, s) for s in ("official", "naive", "sdpa", *ours))] for c in cases],
-        ),
+        per_case(cases, {name: (lambda c, s=s: show_share(c, s)) for name, s in sides.items()}),
         "Whole layer (projections, convolutions, rotary positions, norm, gate): medians, ms, and official / ours.\n",
-        rows(
-            "learner | B | T | pass | threads | official | " + " | ".join(f"ours {s} | ratio" for s in ours),
-            [
-                [
-                    *label(c),
-                    show_ms(c, "official layer"),
-                    *(
-                        cell
-                        for s in ours
-                        for cell in (
-                            show_ms(c, f"{s} layer"),
-                            show_ratio(ratio(c, "official layer", f"{s} layer")),
-                        )
-                    ),
-                ]
-                for c in cases
-            ],
-        ),
+        per_case(cases, layers),
     ]
     if found["memory"]:
         at = sorted({(x["learner"], x["T"]) for x in found["memory"]})
+        peaks = [[n, T, *(show_peak(found, n, s, T) for s in sides.values())] for n, T in at]
         text += [
             "Peak memory of forward + backward above the inputs (q, k, v, gates and the output's gradient), B 1, MiB.\n",
-            rows(
-                "learner | T | official | naive | SDPA | " + " | ".join(f"ours {s}" for s in ours),
-                [
-                    [n, str(T), *(show_peak(found, n, s, T) for s in ("official", "naive", "sdpa", *ours))]
-                    for n, T in at
-                ],
-            ),
+            harness.table(["learner", "T", *sides], peaks),
         ]
     if found["compile"]:
+        cold = [[x["learner"], x["T"], x["side"], compile_seconds(x)] for x in found["compile"] if not x.get("skipped")]
         text += [
             "First forward + backward of a process with empty caches, less a later one, B 1, s.\n",
-            rows(
-                "learner | T | backend | s",
-                [
-                    [x["learner"], str(x["T"]), x["side"], f"{compile_seconds(x):.1f}"]
-                    for x in found["compile"]
-                    if not x.get("skipped")
-                ],
-            ),
+            harness.table(["learner", "T", "backend", "s"], cold),
         ]
     return "\n".join([*text, "Goals.\n", "\n".join(f"- {line}" for line in goals(found)), ""])
 
@@ -753,32 +671,24 @@ def verdict(what: str, holds: Any, value: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--official", help="path of the official ttt.py; without it that side is skipped")
-    parser.add_argument("--quick", action="store_true", help="T 512, B 1, three rounds; writes nothing")
-    parser.add_argument("--cases", default="", help="regular expression on names like 'TTT-MLP B8 T2048 f+b'")
-    parser.add_argument("--only", nargs="+", default=["time", "memory", "compile"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds per side and case")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--report", action="store_true", help="render the tables again; measure nothing")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    only = ["time", "memory", "compile"]
+    # official: path of the official ttt.py; cases: a regular expression on names like 'TTT-MLP B8 T2048 f+b'; budget: seconds a side
+    defaults = {
+        "official": str,
+        "quick": False,
+        "cases": "",
+        "only": only,
+        "threads": [1, 2],
+        "rounds": 7,
+        "budget": 40.0,
+    }
+    args = harness.options(__doc__, **defaults, worker=str)
     if args.worker:
         work(json.loads(args.worker))
         return 0
-    args.rounds = min(3, args.rounds) if args.quick else args.rounds
-    if args.report:
-        found = json.loads(args.output.read_text())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(args, Path(folder))
-    text = report(found)
-    if not args.quick:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(text)
-    print(text)
+    if args.quick:  # T 512, B 1, three rounds; the results stay as they are
+        args.rounds, args.output = min(3, args.rounds), Path(tempfile.gettempdir()) / "cpu_ttt.json"
+    found = harness.main(measure, report, args)
     wrong = [r for c in found["cases"] for r in c["skipped"].values() if r.startswith("disagrees")]
     return 1 if wrong or found["failed"] else 0
 

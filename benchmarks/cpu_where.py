@@ -12,20 +12,20 @@ import argparse
 import ctypes
 import os
 import time
-from pathlib import Path
 from typing import Any
+
+import harness
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
 from cpu_learners import H, b, cases, d
-from record import write
 
 import dualform as df
-from dualform.kernels import cpp, launch, report
+from dualform.kernels import cpp_text, launch
+from dualform.kernels.report import _statement as in_words
 from dualform.kernels.statements import Product, Schedule
 
-RESULT = Path(__file__).parent / "results" / "cpu_where.json"
 MOST = 1000
 KINDS = ("products", "products of a factor laid out anew", "entry by entry")
 
@@ -37,7 +37,7 @@ class Watch:
         self.statements: list[tuple[str, str, int]] = []  # kind, text, flops
         self.libraries: list[ctypes.CDLL] = []
         self.native = 0.0
-        printed, loaded, call = cpp.source, ctypes.CDLL, launch.Native.__call__
+        printed, loaded, call = cpp_text.source, ctypes.CDLL, launch.Native.__call__
 
         def library(path: str) -> ctypes.CDLL:
             self.libraries.append(loaded(path))
@@ -48,20 +48,20 @@ class Watch:
             call(native, *arguments)
             self.native += time.process_time() - start
 
-        cpp.statements = self.lines
+        cpp_text.statements = self.lines
         head = f'extern "C" unsigned long spent[{MOST}]; unsigned long spent[{MOST}];'
-        cpp.source = lambda dtype, functions: printed(dtype, [head, *functions])
+        cpp_text.source = lambda dtype, functions: printed(dtype, [head, *functions])
         launch.ctypes.CDLL = library  # pyright: ignore[reportAttributeAccessIssue]
         launch.Native.__call__ = timed
 
     def lines(self, schedule: Schedule) -> list[str]:
         lines: list[str] = []
         for one in schedule.statements:
-            text = cpp.product_text(one) if isinstance(one, Product) else cpp._NestText(one).lines()
+            text = cpp_text.statement_text(one)
             anew = any("turn<" in line or "packed[" in line for line in text)
             kind = KINDS[2] if not isinstance(one, Product) else KINDS[anew]
             place = f"spent[{len(self.statements)}]"
-            self.statements.append((kind, report._statement(one), one.flops))
+            self.statements.append((kind, in_words(one), one.flops))
             lines += [
                 "{ unsigned long since = __builtin_ia32_rdtsc();",
                 *text,
@@ -92,15 +92,8 @@ def cycles_per_second() -> float:
     return (at[1] - at[0]) / (time.perf_counter() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", default=list(cases))
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--most", type=int, default=5, help="statements of each learner to print")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
-    load = os.getloadavg()
+def measure(options: argparse.Namespace) -> harness.Found:
+    torch.set_num_threads(1)
     rate, rows, detail = cycles_per_second(), [], {}
     watch = Watch()
     q, k, v = (torch.randn(1, options.length, H, d, requires_grad=True) for _ in range(3))
@@ -115,26 +108,26 @@ def main() -> None:
             torch.autograd.grad(program(q, k, v, backend="cpp")[0].sum(), [q, k, v, *program.learner.parameters()])
             times.append((watch.native, time.process_time() - start))
         native, whole = (1e3 * min(x) for x in zip(*times[1:], strict=True))
-        spent = watch.spent()
-        runs = options.length / b * H
+        spent, runs = watch.spent(), options.length / b * H
         ms = {kind: 1e3 * runs * sum(c for c, x, *_ in spent if x == kind) / rate for kind in KINDS}
-        rates = {
-            kind: sum(f for _, x, _, f in spent if x == kind) * runs / max(ms[kind], 1e-9) / 1e6 for kind in KINDS[:2]
-        }
+        flops = {kind: sum(f for _, x, _, f in spent if x == kind) * runs for kind in KINDS[:2]}
         rows.append(
             {"learner": name, "whole ms": whole, "compiled ms": native}
             | {f"{kind} ms": t for kind, t in ms.items()}
             | {"rest ms": native - sum(ms.values())}
-            | {f"GFLOP/s of {kind}": r for kind, r in rates.items()}
+            | {f"GFLOP/s of {kind}": f / max(ms[kind], 1e-9) / 1e6 for kind, f in flops.items()}
         )
-        detail[name] = [
-            f"{c} cycles, {f} flops: {text}" for c, _, text, f in sorted(spent, reverse=True)[: options.most]
-        ]
+        most = sorted(spent, reverse=True)[: options.most]
+        detail[name] = [f"{c} cycles, {f} flops: {text}" for c, _, text, f in most]
     settings = {"batch": 1, "length": options.length, "heads": H, "dim": d, "chunk": b, "threads": 1}
-    title = "forward + backward, CPU time"
-    write(options.output, title, load, settings, rows, machine={"cycles per second": rate}, most=detail)
+    return {"settings": settings, "rows": rows, "cycles per second": rate, "most": detail}
+
+
+def report(found: harness.Found) -> str:
+    return harness.rows_table(found["rows"])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    parser = harness.parser(__doc__, length=2048, rounds=8, most=5)
+    parser.add_argument("names", nargs="*", default=list(cases))
+    harness.main(measure, report, parser.parse_args())

@@ -11,62 +11,57 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
-from pathlib import Path
+
+import harness
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
-from record import write
 
 import dualform as df
 
-RESULT = Path(__file__).parent / "results" / "decode.json"
 HEADS, WIDTH = 6, 64
 LEARNERS = {"TTT-Linear": df.learners.Linear(), "TTT-MLP": df.learners.MLP()}
 SIDES = {"eager": ("eager", False), "cpp, kept": ("cpp", False), "cpp": ("cpp", True)}
 
 
-def measure(learner: object, positions: list[int], tokens: int) -> list[dict[str, float]]:
+def positions(learner: object, starts: list[int], tokens: int) -> list[harness.Found]:
     """Return, per position, the median of each side in microseconds."""
     torch.manual_seed(0)
     rule = df.rules.SGD(averaged=True)
     options = {"learner": df.learners.residual_norm(learner), "objective": df.objectives.Squared("v-k"), "rule": rule}
     layer = df.TestTimeTraining(HEADS * WIDTH, HEADS, **options)
-    x = torch.randn(1, max(positions) + tokens, HEADS * WIDTH)
+    x = torch.randn(1, max(starts) + tokens, HEADS * WIDTH)
     rows = []
-    for start in positions:
+    for start in starts:
         layer.backend = "auto"
         _, state = layer(x[:, :start])
-        states = dict.fromkeys(SIDES, state)
+        states, at = dict.fromkeys(SIDES, state), dict.fromkeys(SIDES, start)
         states["cpp"] = state.fork(1)
-        found: dict[str, list[float]] = {side: [] for side in SIDES}
-        for n in range(start, start + tokens):
-            for side, (layer.backend, over) in SIDES.items():
-                begin = time.perf_counter()
-                _, states[side] = layer(x[:, n : n + 1], states[side], overwrite=over)
-                found[side].append(1e6 * (time.perf_counter() - begin))
-        medians = {side: statistics.median(times[16:]) for side, times in found.items()}  # the first compile
+
+        def step(side: str) -> None:
+            layer.backend, over = SIDES[side]
+            n = at[side]  # noqa: B023
+            _, states[side] = layer(x[:, n : n + 1], states[side], overwrite=over)  # noqa: B023
+            at[side] += 1  # noqa: B023
+
+        steps = {side: lambda side=side: step(side) for side in SIDES}
+        found = harness.alternating(steps, tokens - 16, warm=16)  # the first compile
+        medians = {side: 1e6 * statistics.median(times) for side, times in found.items()}
         rows.append({"position": start} | medians | {"eager / cpp": medians["eager"] / medians["cpp"]})
     return rows
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--positions", type=int, nargs="+", default=[64, 1024, 8192, 32768])
-    parser.add_argument("--tokens", type=int, default=320)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
-    load = os.getloadavg()
-    rows = [
-        {"layer": name} | row
-        for name, learner in LEARNERS.items()
-        for row in measure(learner, options.positions, options.tokens)
-    ]
+def measure(options: argparse.Namespace) -> harness.Found:
+    found = {name: positions(learner, options.positions, options.tokens) for name, learner in LEARNERS.items()}
     settings = {"batch": 1, "heads": HEADS, "dim": WIDTH, "chunk": 16, "tokens": options.tokens}
-    write(options.output, "microseconds per token and layer, median", load, settings, rows)
+    return {"settings": settings, "rows": [{"layer": name} | row for name, rows in found.items() for row in rows]}
+
+
+def report(found: harness.Found) -> str:
+    return harness.rows_table(found["rows"])
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(measure, report, harness.options(__doc__, positions=[64, 1024, 8192, 32768], tokens=320))

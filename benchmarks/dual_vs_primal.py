@@ -1,6 +1,6 @@
 """Time and memory of the dual and the primal form of one mini-batch, over chunk and width, beside the cost model's choice.
 
-    python benchmarks/dual_vs_primal.py [--quick]      writes benchmarks/results/dual_vs_primal.json and .md
+    python benchmarks/dual_vs_primal.py [--quick] [--again]      writes benchmarks/results/dual_vs_primal.json and .md
 
 Sides, in the same process, alternating: `primal`, the vectorised definition (vmap of grad, running sums of every weight,
 vmap of the learner: per-token weights are materialised); `dual`, our program with form="dual"; `auto`, with form="auto".
@@ -10,23 +10,16 @@ The paper (Sun et al. 2024, section 2.5) says of its JAX code that the dual form
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import platform
-import statistics
-import subprocess
-import time
-from pathlib import Path
 
+import harness
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import dualform as df
 
-RESULT = Path(__file__).parent / "results" / "dual_vs_primal.json"
 LIMIT = 3e8  # bytes of per-token weights beyond which the primal side is not run
 
 
@@ -75,31 +68,13 @@ def primal(learner, rate):
     return run
 
 
-def peak(function):
-    """Return the growth of the resident set while a function runs, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status")
-
-    def read(field):
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)) * 1024
-
-    before = read("VmRSS")
-    function()
-    return max(0, read("VmHWM") - before)
-
-
-def measure(sides, repeats):
-    """Time the sides in turn; return per side all samples in ms and the peak memory."""
-    times = {name: [] for name in sides}
+def timed(sides, repeats):
+    """Return per side its times in ms and its peak of memory; the sides take turns."""
     for f in sides.values():
         f()
-    memory = {name: peak(f) for name, f in sides.items()}
-    for _ in range(repeats):
-        for name, f in sides.items():
-            start = time.perf_counter()
-            f()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: {"ms": [round(t, 4) for t in times[name]], "peak_bytes": memory[name]} for name in sides}
+    peaks = {name: harness.growth(f)[1] for name, f in sides.items()}
+    times = harness.alternating(sides, repeats, warm=0)
+    return {name: {"ms": harness.summary(times[name], 1e3), "peak_bytes": peaks[name]} for name in sides}
 
 
 def case(name, d, chunk, repeats):
@@ -138,75 +113,44 @@ def case(name, d, chunk, repeats):
         "chunk": chunk,
         "per_token_weights_bytes": size,
         "forms": {f"{c.site}:{c.leaf}": c.form for c in program.sites},
-        "forward": measure(forward, repeats),
-        "forward_backward": measure(both, repeats),
+        "forward": timed(forward, repeats),
+        "forward_backward": timed(both, repeats),
     }
 
 
-def table(results):
+def report(found):
     """Render the cases as Markdown: medians, ratios and the cost model's choices."""
-    lines = [
-        "| learner | d | chunk | f: primal ms | dual ms | ratio | f+b: primal ms | dual ms | ratio | auto ms | peak f+b, MiB: primal / dual | auto takes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for c in results["cases"]:
-
-        def med(part, side, c=c):
-            got = c[part].get(side)
-            return statistics.median(got["ms"]) if got else None
-
-        def show(x):
-            return "-" if x is None else f"{x:.2f}"
-
-        row = [c["learner"], str(c["d"]), str(c["chunk"])]
+    header = "learner | d | chunk | f: primal ms | dual ms | ratio | f+b: primal ms | dual ms | ratio | auto ms"
+    rows = []
+    for c in found["cases"]:
+        row = [c["learner"], c["d"], c["chunk"]]
         for part in ("forward", "forward_backward"):
-            p, q = med(part, "primal"), med(part, "dual")
-            row += [show(p), show(q), "-" if p is None else f"{p / q:.1f}x"]
-        mib = [c["forward_backward"].get(s) for s in ("primal", "dual")]
-        row += [show(med("forward_backward", "auto"))]
-        row += [" / ".join("-" if m is None else f"{m['peak_bytes'] / 2**20:.1f}" for m in mib)]
-        row += [", ".join(sorted(set(c["forms"].values())))]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+            p, q = (c[part][side]["ms"]["median"] if side in c[part] else None for side in ("primal", "dual"))
+            row += [p, q, "-" if p is None else f"{p / q:.1f}x"]
+        both = c["forward_backward"]
+        mib = [f"{both[s]['peak_bytes'] / 2**20:.1f}" if s in both else "-" for s in ("primal", "dual")]
+        rows.append([*row, both["auto"]["ms"]["median"], " / ".join(mib), ", ".join(sorted(set(c["forms"].values())))])
+    names = [*header.split(" | "), "peak f+b, MiB: primal / dual", "auto takes"]
+    return harness.table(names, rows, digits=2)
 
 
-def write(cases, quick):
-    """Store what was measured so far, with the machine, versions and commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent
-    ).stdout.strip()
-    results = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread used",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "cases": cases,
-    }
-    if not quick:
-        RESULT.write_text(json.dumps(results, indent=1))
-        RESULT.with_suffix(".md").write_text(table(results) + "\n")
-    return results
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+def measure(options):
     torch.set_num_threads(1)
-    chunks, widths = ([1, 16], [16]) if quick else ([1, 16, 128, 1024], [16, 64, 256])
-    done = json.loads(RESULT.read_text())["cases"] if RESULT.exists() and not quick else []  # a cut run goes on
-    cases = list(done)
+    chunks, widths = ([1, 16], [16]) if options.quick else ([1, 16, 128, 1024], [16, 64, 256])
+    goes_on = options.output.exists() and not options.quick and not options.again
+    found = json.loads(options.output.read_text()) if goes_on else harness.about() | {"cases": []}
+    done = {(c["learner"], c["d"], c["chunk"]) for c in found["cases"]}
     for name in LEARNERS:
         for d in widths:
             for chunk in chunks:
-                if any((c["learner"], c["d"], c["chunk"]) == (name, d, chunk) for c in done):
-                    continue
-                cases.append(case(name, d, chunk, 3 if chunk * d >= 65536 else 7))
-                last = cases[-1]["forward_backward"]
-                print(name, d, chunk, {s: round(statistics.median(x["ms"]), 2) for s, x in last.items()}, flush=True)
-                write(cases, quick)
-    print(table(write(cases, quick)))
+                if (name, d, chunk) not in done:
+                    found["cases"].append(case(name, d, chunk, 3 if chunk * d >= 65536 else 7))
+                    last = found["cases"][-1]["forward_backward"]
+                    print(name, d, chunk, {s: x["ms"]["median"] for s, x in last.items()}, flush=True)
+                    if not options.quick:
+                        harness.write(options.output, found, report)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(measure, report, harness.options(__doc__, quick=False, again=False))

@@ -1,6 +1,6 @@
 """Functions beside the obvious PyTorch and beside tinyBIG: time forward, time forward and backward, peak memory, code size.
 
-    python benchmarks/functions.py [--tinybig FOLDER [--interpreter PYTHON]] [--only WORD] [--rounds N]
+    python benchmarks/functions.py [--tinybig FOLDER [--interpreter PYTHON]] [--only REGEX] [--append] [--rounds N]
 
 FOLDER holds the package `tinybig` (0.2.1: `pip download --no-deps tinybig==0.2.1`, unzipped). Its side runs in a process of
 its own, under any interpreter with torch, numpy, scipy and scikit-learn; what else it imports is stubbed. All sides take
@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import math
-import platform
 import re
 import subprocess
 import sys
@@ -25,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], Any]
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -314,19 +313,8 @@ def all_cases() -> list[Case]:
 def wavelet_options() -> dict[str, Any]:
     import dualform as df
 
-    known = df.expansions["ricker_wavelet"].options
-    wanted = {
-        "a": 2.0,
-        "scale": 2.0,
-        "base": 2.0,
-        "s": 3,
-        "scales": 3,
-        "num_scales": 3,
-        "t": 3,
-        "shifts": 3,
-        "num_shifts": 3,
-    }
-    return {name: value for name, value in wanted.items() if name in known}
+    wanted = {"a": 2.0, "scale": 2.0, "base": 2.0} | dict.fromkeys("s scales num_scales t shifts num_shifts".split(), 3)
+    return {name: value for name, value in wanted.items() if name in df.expansions["ricker_wavelet"].options}
 
 
 # -- running -------------------------------------------------------------------------------------------------------------
@@ -357,15 +345,9 @@ def prepared(module: nn.Module, c: Case) -> tuple[Run, Run]:
     return forward, both
 
 
-def seconds(run: Run, least: float = 0.05) -> float:
-    """Process time of one call, repeated to last at least so long."""
-    start, count = time.process_time(), 0
-    while True:
-        run()
-        count += 1
-        spent = time.process_time() - start
-        if spent >= least:
-            return spent / count
+def seconds(run: Run) -> float:
+    """Process time of one call, repeated to last at least 50 ms."""
+    return harness.repeated(run, 0.05, time.process_time)
 
 
 def peak(run: Run) -> int:
@@ -490,7 +472,7 @@ def theirs(folder: str) -> dict[str, Any]:
     return place
 
 
-def measure(c: Case, rounds: int, other: Other | None) -> dict[str, Any]:
+def row_of(c: Case, rounds: int, other: Other | None) -> dict[str, Any]:
     torch.manual_seed(0)
     ours, obvious = c.ours(c), c.obvious(c)
     sides = {"ours": prepared(ours, c), "obvious": prepared(obvious, c)}
@@ -499,10 +481,7 @@ def measure(c: Case, rounds: int, other: Other | None) -> dict[str, Any]:
             if hasattr(ours, "w") and hasattr(obvious, "w"):
                 obvious.w.copy_(ours.w)
         torch.testing.assert_close(sides["ours"][0](), sides["obvious"][0](), rtol=2e-3, atol=2e-3)
-    row: dict[str, Any] = {"case": c.name, "samples": {}}
-    built = (
-        other.ask(build=c.tinybig, name=c.name, b=c.b, m=c.m, n=c.n) if other is not None else {"error": "not asked"}
-    )
+    built = {"error": "not asked"} if other is None else other.ask(build=c.tinybig, name=c.name, b=c.b, m=c.m, n=c.n)
     samples: dict[str, dict[str, list[float]]] = {s: {"f": [], "fb": []} for s in (*sides, "tinybig")}
     for _ in range(rounds):
         for name, (forward, both) in sides.items():
@@ -512,13 +491,12 @@ def measure(c: Case, rounds: int, other: Other | None) -> dict[str, Any]:
             for kind, value in other.ask().items():
                 if kind in ("f", "fb"):
                     samples["tinybig"][kind].append(value)
-    row["samples"] = samples
-    row["peak"] = {name: peak(both) for name, (_, both) in sides.items()}
+    peaks = {name: peak(both) for name, (_, both) in sides.items()}
     if other is not None and "error" not in built:
-        row["peak"]["tinybig"] = other.ask(peak=True).get("peak")
-    row["need"] = None if c.need is None else 4 * c.need(c)
-    row["tinybig error"] = built.get("error")
-    return row
+        peaks["tinybig"] = other.ask(peak=True).get("peak")
+    kept = {side: {kind: harness.summary(x) for kind, x in kinds.items()} for side, kinds in samples.items()}
+    need = None if c.need is None else 4 * c.need(c)
+    return {"case": c.name, "samples": kept, "peak": peaks, "need": need, "tinybig error": built.get("error")}
 
 
 def stripped(text: str) -> int:
@@ -527,11 +505,8 @@ def stripped(text: str) -> int:
     previous = tokenize.INDENT
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-        is_docstring = token.type == tokenize.STRING and previous in (
-            tokenize.INDENT,
-            tokenize.NEWLINE,
-            tokenize.DEDENT,
-        )
+        starts = (tokenize.INDENT, tokenize.NEWLINE, tokenize.DEDENT)
+        is_docstring = token.type == tokenize.STRING and previous in starts
         if token.type not in silent and not is_docstring:
             kept |= set(range(token.start[0], token.end[0] + 1))
         if token.type not in (tokenize.COMMENT, tokenize.NL):
@@ -554,68 +529,49 @@ def code_size(tinybig: str | None) -> dict[str, Any]:
     return found
 
 
-def table(rows: list[dict[str, Any]], size: dict[str, Any]) -> str:
-    def best(row: dict[str, Any], side: str, kind: str) -> float | None:
-        return min(row["samples"][side][kind], default=None)
-
-    def ratio(row: dict[str, Any], side: str, kind: str) -> str:
-        theirs, ours = best(row, side, kind), best(row, "ours", kind)
-        return f"{theirs / ours:.2f}x" if theirs and ours else "-"
-
-    lines = [
-        "| case | ours f / f+b ms | obvious f / f+b | tinyBIG f / f+b | peak MB: ours, obvious, tinyBIG | peak / need |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ms = " / ".join(f"{1e3 * (best(row, 'ours', k) or 0):.2f}" for k in ("f", "fb"))
-        beside = [" / ".join(ratio(row, side, k) for k in ("f", "fb")) for side in ("obvious", "tinybig")]
-        peaks = ", ".join(
-            f"{p / 1e6:.1f}" if (p := row["peak"].get(s)) else "-" for s in ("ours", "obvious", "tinybig")
-        )
-        need = f"{row['peak']['ours'] / row['need']:.2f}" if row["need"] else "-"
-        lines.append(f"| {row['case']} | {ms} | {beside[0]} | {beside[1]} | {peaks} | {need} |")
-    lines += ["", "| code | files | lines | without comments, docstrings, blanks |", "|---|---|---|---|"]
-    lines += [f"| {name} | {s['files']} | {s['raw']:,} | {s['stripped']:,} |" for name, s in size.items()]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tinybig", help="folder that holds the package tinybig")
-    parser.add_argument("--interpreter", default=sys.executable, help="Python for tinyBIG's side")
-    parser.add_argument("--only", default="", help="regular expression: cases whose name it finds")
-    parser.add_argument("--append", action="store_true", help="keep the other cases that the output file holds")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "functions.json")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.serve:
-        serve(options.serve)
-        return
-    other = Other(options.interpreter, options.tinybig) if options.tinybig else None
+def report(found: harness.Found) -> str:
     rows = []
+    for row in found["rows"]:
+        best = {s: [kinds[k].get("min") for k in ("f", "fb")] for s, kinds in row["samples"].items()}
+
+        def beside(side: str) -> str:
+            pairs = zip(best[side], best["ours"], strict=True)  # noqa: B023
+            return " / ".join(f"{theirs / ours:.2f}x" if theirs and ours else "-" for theirs, ours in pairs)
+
+        ms = " / ".join(f"{1e3 * (t or 0):.2f}" for t in best["ours"])
+        sides = ("ours", "obvious", "tinybig")
+        peaks = ", ".join(f"{p / 1e6:.1f}" if (p := row["peak"].get(s)) else "-" for s in sides)
+        need = f"{row['peak']['ours'] / row['need']:.2f}" if row["need"] else "-"
+        rows.append([row["case"], ms, beside("obvious"), beside("tinybig"), peaks, need])
+    header = (
+        "case | ours f / f+b ms | obvious f / f+b | tinyBIG f / f+b | peak MB: ours, obvious, tinyBIG | peak / need"
+    )
+    sizes = [[name, s["files"], f"{s['raw']:,}", f"{s['stripped']:,}"] for name, s in found["code"].items()]
+    lines = harness.table(["code", "files", "lines", "without comments, docstrings, blanks"], sizes)
+    return harness.table(header.split(" | "), rows) + "\n" + lines
+
+
+def measure(options: argparse.Namespace) -> harness.Found:
+    torch.set_num_threads(1)
+    other = Other(options.interpreter, options.tinybig) if options.tinybig else None
+    rows = {}
+    if options.append and options.output.exists():
+        rows = {row["case"]: row for row in json.loads(options.output.read_text())["rows"]}
     for c in all_cases():
         if re.search(options.only, c.name):
-            rows.append(measure(c, options.rounds, other))
-            print(table(rows[-1:], {}).splitlines()[2], rows[-1]["tinybig error"] or "", flush=True)
+            rows[c.name] = row_of(c, options.rounds, other)
+            print(json.dumps(rows[c.name]), flush=True)
     if other is not None:
         other.close()
-    if options.append and options.output.exists():
-        kept = {row["case"]: row for row in json.loads(options.output.read_text())["rows"]}
-        kept |= {row["case"]: row for row in rows}
-        rows = [kept[c.name] for c in all_cases() if c.name in kept]
-    size = code_size(options.tinybig)
-    about = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": 1,
-    }
-    options.output.write_text(json.dumps({"about": about, "code": size, "rows": rows}, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(rows, size))
-    print(table([], size))
+    return {"code": code_size(options.tinybig), "rows": [rows[c.name] for c in all_cases() if c.name in rows]}
 
 
 if __name__ == "__main__":
-    main()
+    # tinybig: a folder that holds the package; only: a regular expression; append: keep the other cases of the output file
+    defaults = {"tinybig": str, "interpreter": sys.executable, "only": "", "append": False, "rounds": 5, "serve": str}
+    given = harness.options(__doc__, **defaults)
+    if given.serve:
+        torch.set_num_threads(1)
+        serve(given.serve)
+    else:
+        harness.main(measure, report, given)

@@ -1,23 +1,17 @@
 """The same programs on a GPU: equal to the CPU's in float64, and how long a layer's step takes.
 
-python benchmarks/gpu_check.py [--output FILE]      writes benchmarks/results/gpu_check.json; needs CUDA
+python benchmarks/gpu_check.py [--rounds 5] [--lengths 512 2048]      writes benchmarks/results/gpu_check.json and .md; needs CUDA
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import subprocess
 import sys
-import time
-from pathlib import Path
 
+import harness
 import torch
 
 import dualform as df
 
-RESULT = Path(__file__).parent / "results" / "gpu_check.json"
 LEARNERS = {
     "TTT-Linear": df.learners.residual_norm(df.learners.Linear()),
     "TTT-MLP": df.learners.residual_norm(df.learners.MLP(depth=2, expand=4)),
@@ -49,7 +43,17 @@ def agreement(spec, rule, dtype):
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(*results, strict=True))
 
 
-def timings(spec, T, dtype):
+def milliseconds(run):
+    """Time one call by the device's clock."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def timings(spec, T, dtype, rounds):
     """Milliseconds of a layer's inner program, forward and forward + backward, B 8, H 12, d 64, mini-batch 16."""
     learner = spec(64).cuda()
     program = df.derive(learner, df.objectives.Squared(), RULES["averaged"], chunk=16)
@@ -63,22 +67,12 @@ def timings(spec, T, dtype):
         o, _ = program(q, k, v)
         torch.autograd.grad(o.float().square().sum(), [q, k, v, *program.parts.fast.values()])
 
-    samples = {}
-    for name, f in (("forward", forward), ("forward_backward", both)):
-        f()
-        samples[name] = []
-        for _ in range(5):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            f()
-            stop.record()
-            torch.cuda.synchronize()
-            samples[name].append(round(start.elapsed_time(stop), 3))
+    sides = {"forward": forward, "forward_backward": both}
+    found = {n: harness.summary(x) for n, x in harness.alternating(sides, rounds, clock=milliseconds).items()}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     both()
-    samples["peak_bytes_forward_backward"] = torch.cuda.max_memory_allocated() - before
-    return samples
+    return found | {"peak_bytes_forward_backward": torch.cuda.max_memory_allocated() - before}
 
 
 def distance(f, *inputs):
@@ -126,19 +120,13 @@ def digits():
     scale = StandardScaler().fit(train)
     found = {}
     for device in ("cpu", "cuda"):
-        start = time.perf_counter()
-        model = df.RPNClassifier(random_state=0, device=device).fit(scale.transform(train), a)
-        found[device] = {
-            "accuracy": model.score(scale.transform(test), b),
-            "seconds": round(time.perf_counter() - start, 1),
-        }
+        model = df.RPNClassifier(random_state=0, device=device)
+        spent = harness.seconds(lambda: model.fit(scale.transform(train), a))  # noqa: B023
+        found[device] = {"accuracy": model.score(scale.transform(test), b), "seconds": round(spent, 1)}
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, default=RESULT)
-    output = parser.parse_args().output
+def measure(options):
     if not torch.cuda.is_available():
         sys.exit("gpu_check: no CUDA device; expected one. Run this where there is a GPU.")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -154,28 +142,28 @@ def main():
     assert all(e < 1e-10 for e in others.values()), others
     times = {}
     for name in ("TTT-Linear", "TTT-MLP"):
-        for T in (512, 2048):
-            times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"] = timings(
-                LEARNERS[name], T, torch.bfloat16
-            )
-            print(name, T, times[f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    output.write_text(
-        json.dumps(
-            {
-                "machine": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "commit": commit,
-                "relative_error_cuda_against_cpu": errors,
-                "milliseconds": times,
-                "functions": others,
-                "digits": digits(),
-            },
-            indent=1,
-        )
-    )
+        for T in options.lengths:
+            what = f"{name} B8 T{T} H12 d64 chunk16 bfloat16 in, float32 state"
+            times[what] = timings(LEARNERS[name], T, torch.bfloat16, options.rounds)
+            print(what, times[what], flush=True)
+    return {
+        "relative_error_cuda_against_cpu": errors, "milliseconds": times, "functions": others, "digits": digits(),
+    }  # fmt: skip
+
+
+def report(found):
+    times = [
+        [what, *(x[way]["median"] for way in ("forward", "forward_backward")), x["peak_bytes_forward_backward"] / 2**20]
+        for what, x in found["milliseconds"].items()
+    ]
+    errors = found["relative_error_cuda_against_cpu"] | found["functions"]
+    doubles = {n: e for n, e in errors.items() if "float32" not in n}
+    worst = max(doubles, key=doubles.__getitem__)
+    digits = ", ".join(f"{device} {x['accuracy']:.3f} in {x['seconds']} s" for device, x in found["digits"].items())
+    head = f"{found['machine']['gpu']}, torch {found['versions']['torch']}. Largest difference of {len(doubles)} in float64: "
+    head += f"{doubles[worst]:.1e} ({worst}). Digits: {digits}.\n\n"
+    return head + harness.table(["what", "forward, ms", "forward + backward, ms", "peak, MiB"], times)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(measure, report, harness.options(__doc__, rounds=5, lengths=[512, 2048]))

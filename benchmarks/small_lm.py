@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
-from pathlib import Path
+from functools import partial
+
+import harness
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make everything slower on a shared machine
 
 import torch
-from record import write
 
 from dualform.learning.layer import TestTimeTraining
 from dualform.models import DualformConfig, DualformForCausalLM
 
-RESULT = Path(__file__).parent / "results" / "small_lm.json"
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1024}
 SIDES = [
     ("TTT-Linear", "tiny-ttt-linear", "cpp"), ("TTT-Linear", "tiny-ttt-linear", "eager"), ("TTT-MLP", "tiny-ttt-mlp", "cpp"),
@@ -30,36 +29,25 @@ SIDES = [
 ]  # fmt: skip
 
 
-def step(model: DualformForCausalLM, optimiser: torch.optim.Optimizer, backend: str, ids: torch.Tensor) -> float:
-    """Take a training step and return its seconds."""
+def step(model: DualformForCausalLM, optimiser: torch.optim.Optimizer, backend: str, ids: torch.Tensor) -> None:
     for layer in model.modules():
         if isinstance(layer, TestTimeTraining):
             layer.backend = backend
-    start = time.perf_counter()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     optimiser.step()
     optimiser.zero_grad()
-    return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
-    load, models = os.getloadavg(), {}
+def measure(options: argparse.Namespace) -> harness.Found:
+    models = {}
     for preset in dict.fromkeys(preset for _, preset, _ in SIDES):
         torch.manual_seed(0)
         model = DualformForCausalLM(DualformConfig(preset=preset, **SIZES))
         models[preset] = model, torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(3, 259, (options.batch, options.length))
-    found: dict[tuple[str, str], list[float]] = {(name, backend): [] for name, _, backend in SIDES}
-    for _ in range(options.rounds + 1):
-        for name, preset, backend in SIDES:
-            found[name, backend].append(step(*models[preset], backend, ids))
-    seconds = {key: statistics.median(times[1:]) for key, times in found.items()}
+    steps = {(name, way): partial(step, *models[preset], way, ids) for name, preset, way in SIDES}
+    found = harness.alternating(steps, options.rounds)
+    seconds = {key: statistics.median(times) for key, times in found.items()}
     parameters = {name: sum(p.numel() for p in models[preset][0].parameters()) for name, preset, _ in SIDES}
     rows = [
         {
@@ -69,9 +57,13 @@ def main() -> None:
         for (name, backend), t in seconds.items()
     ]  # fmt: skip
     settings = {**SIZES, "batch": options.batch, "length": options.length, "chunk": 16, "rounds": options.rounds}
-    samples = [{"model": name, "backend": backend, "s": times} for (name, backend), times in found.items()]
-    write(options.output, "a training step", load, settings, rows, digits=2, samples=samples)
+    samples = [{"model": name, "backend": way, "s": harness.summary(x)} for (name, way), x in found.items()]
+    return {"settings": settings, "rows": rows, "samples": samples}
+
+
+def report(found: harness.Found) -> str:
+    return harness.rows_table(found["rows"], digits=2)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(measure, report, harness.options(__doc__, length=1024, batch=1, rounds=3))

@@ -1,6 +1,6 @@
 """Estimators of heads beside scikit-learn's common choices and pykan: five data sets, 24 Feynman formulas, KAN's toys.
 
-    python benchmarks/tabular.py [--kan FOLDER] [--jobs N]     writes benchmarks/results/tabular.json and .md
+    python benchmarks/tabular.py [--kan FOLDER] [--jobs N] [--seeds N]     writes benchmarks/results/tabular.json and .md
 
 FOLDER holds pykan (`pip install --no-deps --target FOLDER pykan`). Every model sees the same rows; nothing is tuned on test rows.
 Classification: a quarter held out, accuracy. diabetes: a quarter held out, R2. Formulas: 400 rows to learn, 1000 others to judge, no
@@ -9,21 +9,17 @@ noise, relative root mean square error. Times are of the processor (one thread),
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
+import harness
 import numpy as np
-import sklearn
 import torch
 from sklearn import datasets
 from sklearn.ensemble import (
@@ -41,8 +37,6 @@ from sklearn.svm import SVC, SVR
 
 import dualform as df
 
-RESULT = Path(__file__).parent / "results" / "tabular.json"
-NUM_SEEDS = 5
 pi, sin, cos, exp, sqrt = np.pi, np.sin, np.cos, np.exp, np.sqrt
 
 # Number: (formula, ranges). Feynman's lectures, as in Udrescu and Tegmark 2020, table 4; constants are variables there too.
@@ -236,7 +230,7 @@ def run(task, group, models, X, test, y, want, found):
             row["formula"] = str(made) if len(str(made)) < 300 else f"{len(made.lines[-1].terms)} terms"
 
 
-def measure(seed, group, kan):
+def one_seed(seed, group, kan):
     """Run one seed of one group; a process of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -268,78 +262,69 @@ def add(found, part):
                     before["seconds"] += row["seconds"]
 
 
-def cell(row, group, best):
-    scores = np.array(row["scores"])
-    if group in ("tables", "diabetes"):
-        shown = f"{scores.mean():.3f} ± {scores.std():.3f}"
-    else:
-        shown = f"{np.median(scores):.1e} ({scores.min():.0e} to {scores.max():.0e})"
-    return f"**{shown}**" if best else shown
+def summed(found):
+    """Keep what the tables quote of the seeds' scores and seconds."""
+
+    def few(xs):
+        return harness.summary(xs) | {"mean": float(np.mean(xs)), "std": float(np.std(xs))}
+
+    def of_row(row):
+        return row | {key: few(row[key]) for key in ("scores", "seconds")}
+
+    def of_rows(x, depth):
+        return {name: of_row(y) if depth == 1 else of_rows(y, depth - 1) for name, y in x.items()}
+
+    return of_rows(found, 3)  # group, task, model
 
 
-def markdown(results):
-    parts = []
+def group_table(group, tasks):
+    error = "Relative root mean square error on 1000 new rows, median (least to greatest) of {seeds} seeds"
     said = {
         "tables": "Accuracy on the held-out quarter, mean ± standard deviation over {seeds} seeds",
         "diabetes": "R2 on the held-out quarter, as above",
-        "Feynman": "Relative root mean square error on 1000 new rows, median (least to greatest) of {seeds} seeds",
-        "KAN's toys": "Relative root mean square error on 1000 new rows, median (least to greatest) of {seeds} seeds",
     }
-    for group, tasks in results["found"].items():
-        names = list(next(iter(tasks.values())))
-        seeds = len(next(iter(tasks.values()))["RPN"]["scores"])
-        lines = [f"| {said[group].format(seeds=seeds)} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        for task, rows in tasks.items():
-            mean = {
-                name: np.mean(row["scores"]) if group in ("tables", "diabetes") else -np.median(row["scores"])
-                for name, row in rows.items()
-            }
-            lines.append(
-                f"| {task} | " + " | ".join(cell(rows[n], group, mean[n] == max(mean.values())) for n in names) + " |"
-            )
-        seconds = [np.mean([np.mean(rows[n]["seconds"]) for rows in tasks.values()]) for n in names]
-        lines.append("| *processor seconds to fit, mean* | " + " | ".join(f"{s:.2f}" for s in seconds) + " |")
-        counts = [[rows[n]["parameters"] for rows in tasks.values()] for n in names]
-        lines.append(
-            "| *parameters* | " + " | ".join("-" if None in c else f"{min(c):,} to {max(c):,}" for c in counts) + " |"
-        )
-        parts.append("\n".join(lines))
+
+    def cell(x, best):
+        mean = f"{x['mean']:.3f} ± {x['std']:.3f}"
+        text = mean if group in said else f"{x['median']:.1e} ({x['min']:.0e} to {x['max']:.0e})"
+        return f"**{text}**" if best else text
+
+    first = next(iter(tasks.values()))
+    names, rows = list(first), []
+    for task, found in tasks.items():
+        scores = {name: row["scores"] for name, row in found.items()}
+        value = {name: x["mean"] if group in said else -x["median"] for name, x in scores.items()}
+        rows.append([task, *(cell(scores[n], value[n] == max(value.values())) for n in names)])
+    seconds = [np.mean([found[n]["seconds"]["mean"] for found in tasks.values()]) for n in names]
+    rows.append(["*processor seconds to fit, mean*", *(f"{s:.2f}" for s in seconds)])
+    counts = [[found[n]["parameters"] for found in tasks.values()] for n in names]
+    rows.append(["*parameters*", *("-" if None in c else f"{min(c):,} to {max(c):,}" for c in counts)])
+    return harness.table([said.get(group, error).format(seeds=first["RPN"]["scores"]["n"]), *names], rows)
+
+
+def report(results):
+    parts = [group_table(*pair) for pair in results["found"].items()]
     feynman = results["found"].get("Feynman", {})
     if feynman:
-        lines = ["| formula | truth | what `formula()` printed (first seed) |", "|---|---|---|"]
         shown = {name: (FEYNMAN[name][0], rows["RPN symbolic"]["formula"]) for name, rows in feynman.items()}
-        lines += [f"| {name} | `{truth}` | `{printed}` |" for name, (truth, printed) in shown.items()]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+        rows = [[name, f"`{truth}`", f"`{printed}`"] for name, (truth, printed) in shown.items()]
+        parts.append(harness.table(["formula", "truth", "what `formula()` printed (first seed)"], rows))
+    return "\n".join(parts)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kan", help="a folder with pykan in it")
-    parser.add_argument("--groups", nargs="*", default=["tables", "Feynman", "KAN's toys"])
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, a thread each")
-    args = parser.parse_args()
+def measure(options):
+    """Measure some groups; those that this run does not measure stay as they were."""
     found = {}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        cases = [(seed, group, args.kan) for seed in range(NUM_SEEDS) for group in args.groups]
-        for (seed, group, _), part in zip(cases, pool.map(measure, *zip(*cases, strict=True)), strict=True):
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        cases = [(seed, group, options.kan) for seed in range(options.seeds) for group in options.groups]
+        for (seed, group, _), part in zip(cases, pool.map(one_seed, *zip(*cases, strict=True)), strict=True):
             add(found, part)
             print(f"seed {seed}: {group}", flush=True)
-    write(found)
-    print(RESULT.with_suffix(".md").read_text())
-
-
-def write(found):
-    """Write what was found; groups that this run did not measure stay as they were."""
-    before = json.loads(RESULT.read_text())["found"] if RESULT.exists() else {}
-    results = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread to a model",
-        "python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__,
-        "found": before | found,
-    }  # fmt: skip
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
-    RESULT.with_suffix(".md").write_text(markdown(results))
+    before = json.loads(options.output.read_text())["found"] if options.output.exists() else {}
+    return {"found": before | summed(found)}
 
 
 if __name__ == "__main__":
-    main()
+    # kan: a folder with pykan in it; jobs: processes at a time, a thread each
+    groups = ["tables", "Feynman", "KAN's toys"]
+    harness.main(measure, report, harness.options(__doc__, kan=str, groups=groups, jobs=1, seeds=5), "scikit-learn")

@@ -11,27 +11,22 @@ and a hybrid of test-time, full and sliding-window attention layers.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
-import subprocess
 import sys
-import time
 import unittest
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
-import transformers
 from transformers.exporters.base import ExportedModel
 from transformers.models.auto import modeling_auto
 
 from dualform.models import DualformConfig, DualformForCausalLM, DualformModel
 
-RESULT = Path(__file__).parent / "results" / "transformers_suite.json"
 # What does not apply to these models, by the test's name, and why. Whatever fails beside these is a fault of ours.
 not_applicable = {
     "test_attention_outputs": "expects attention weights of every layer; here only attention layers have any",
@@ -153,57 +148,55 @@ def run(source: Path, select: str) -> dict[str, dict[str, str]]:
     return recorder.found
 
 
-def table(found: dict[str, dict[str, str]]) -> str:
+def kept(found: dict[str, dict[str, str]]) -> harness.Found:
+    """Count the tests of each model by outcome, and keep those that did not pass: one entry for all of an outcome and a reason."""
+    counts: dict[str, Counter[str]] = {}
+    others: dict[tuple[str, str], list[str]] = {}
+    for name, entry in found.items():
+        counts.setdefault(name.split("::")[0], Counter())[entry["outcome"]] += 1
+        if entry["outcome"] != "passed":
+            others.setdefault((entry["outcome"], entry["reason"]), []).append(name)
+    listed = [{"outcome": outcome, "reason": reason, "tests": tests} for (outcome, reason), tests in others.items()]
+    return {"counts": {kind: dict(count) for kind, count in counts.items()}, "not passed": listed}
+
+
+def report(found: harness.Found) -> str:
     """One row per model, then what failed or does not apply, each with its reason."""
     outcomes = ("passed", "failed", "not applicable", "skipped")
-    lines = ["| model | " + " | ".join(outcomes) + " |", "|---" * (len(outcomes) + 1) + "|"]
-    for kind in sorted({name.split("::")[0] for name in found}):
-        count = Counter(entry["outcome"] for name, entry in found.items() if name.startswith(kind + "::"))
-        lines.append(f"| {kind.removeprefix('Test').lower()} | " + " | ".join(str(count[o]) for o in outcomes) + " |")
-    listed: dict[tuple[str, str], set[str]] = {}
-    for name, entry in found.items():
-        if entry["outcome"] in ("failed", "not applicable"):
-            listed.setdefault((name.split("::")[1], entry["reason"]), set()).add(name.split("::")[0][4:].lower())
+    counts = [
+        [kind[4:].lower(), *(count.get(o, 0) for o in outcomes)] for kind, count in sorted(found["counts"].items())
+    ]
+    parts, listed, skips = [harness.table(["model", *outcomes], counts)], {}, Counter()
+    for entry in found["not passed"]:
+        for name in entry["tests"]:
+            kind, test = name.split("::")
+            if entry["outcome"] == "skipped":
+                skips[entry["reason"].replace("|", "/")] += 1
+            else:
+                listed.setdefault((test, entry["reason"]), set()).add(kind[4:].lower())
     if listed:
-        lines += ["", "| test | model | why it is not passed |", "|---|---|---|"]
-        lines += [f"| `{test}` | {', '.join(sorted(kinds))} | {why} |" for (test, why), kinds in sorted(listed.items())]
-    skips = Counter(entry["reason"] for entry in found.values() if entry["outcome"] == "skipped")
+        rows = [[f"`{test}`", ", ".join(sorted(kinds)), why] for (test, why), kinds in sorted(listed.items())]
+        parts.append(harness.table(["test", "model", "why it is not passed"], rows))
     if skips:
-        lines += ["", "| skipped by the suite itself, because | tests |", "|---|---|"]
-        lines += [f"| {reason.replace('|', '/')} | {n} |" for reason, n in skips.most_common()]
-    return "\n".join(lines) + "\n"
+        parts.append(harness.table(["skipped by the suite itself, because", "tests"], skips.most_common()))
+    return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--select", default="", help="pytest's -k; nothing is written then")
-    parser.add_argument("--label", default="", help="which checkout it is, for the record")
-    options = parser.parse_args()
-    start = time.perf_counter()
-    found = run(options.source, options.select)
+def measure(options: argparse.Namespace) -> harness.Found:
+    if options.source is None:
+        sys.exit("transformers_suite: --source is missing; expected a checkout of transformers.")
+    found: harness.Found = {}
+    spent = harness.seconds(lambda: found.update(run(options.source, options.select)))
     if not found:
         sys.exit("transformers_suite: no test ran; the results stay as they were. Read above what is missing.")
-    seconds = time.perf_counter() - start
-    print(table(found))
     if options.select:
-        return
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here, check=False)
-    about = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mixins": options.label,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "seconds": round(seconds),
-    }
-    RESULT.write_text(json.dumps(about | {"tests": found}, indent=1) + "\n")
-    RESULT.with_suffix(".md").write_text(table(found))
-    if any(entry["outcome"] == "failed" for entry in found.values()):
-        sys.exit(1)
+        print(report(kept(found)))
+        sys.exit()
+    return {"mixins": options.label, "seconds": round(spent)} | kept(found)
 
 
 if __name__ == "__main__":
-    main()
+    # select: pytest's -k, nothing is written then; label: which checkout it is, for the record
+    given = harness.options(__doc__, source=Path, select="", label="")
+    found = harness.main(measure, report, given, "transformers")
+    sys.exit(any(count.get("failed") for count in found["counts"].values()))

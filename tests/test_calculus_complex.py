@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fft
 
-from dualform.calculus import clear_cache, hessian, jacobian, pairs, rules
+from dualform.calculus import clear_cache, hessian, jacobian
 from dualform.cli.expression import compile_expression
+from dualform.graphs import complex_pairs, local_rules
 from dualform.shapes import TraceError
 
 generator = torch.Generator().manual_seed(0)
@@ -62,7 +63,7 @@ FUNCTIONS: dict[str, tuple[float, Callable[[Tensor], Tensor], Tensor]] = {
 
 def check(name: str) -> None:
     share, f, x = FUNCTIONS[name]
-    rules._warned.clear()
+    local_rules._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "dualform: .*")
         J = jacobian(f, x)
@@ -85,15 +86,15 @@ def test_function_through_complex_numbers_is_exact(name: str) -> None:
     ("name", "rule"), [("conj", "_conj"), ("one over", "reciprocal"), ("adjoint", "mH"), ("hermitian", "_fft_c2r")]
 )
 def test_a_wrong_rule_is_caught(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = pairs._RULES[rule]
+    right = complex_pairs._RULES[rule]
 
-    def wrong(r: pairs._Rewriter, node: object, given: dict) -> object:
+    def wrong(r: complex_pairs._Rewriter, node: object, given: dict) -> object:
         made = right(r, node, given)
-        return pairs.Pair(made.re, r.neg(made.im)) if isinstance(made, pairs.Pair) else r.neg(made)
+        return complex_pairs.Pair(made.re, r.neg(made.im)) if isinstance(made, complex_pairs.Pair) else r.neg(made)
 
-    names = [k for k, v in pairs._RULES.items() if v is right]
+    names = [k for k, v in complex_pairs._RULES.items() if v is right]
     for k in names:
-        monkeypatch.setitem(pairs._RULES, k, wrong)
+        monkeypatch.setitem(complex_pairs._RULES, k, wrong)
     clear_cache()
     with pytest.raises(AssertionError):
         check(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.calculus.contract import contract, plan
-from dualform.calculus.terms import Factor, Label, Select
+from dualform.algebra.contract import contract, plan
+from dualform.algebra.planner import CALL, Price, _met, counted, token_order
+from dualform.algebra.terms import Factor, Label, Select
 
 t, s, i, o = (Label(n, name) for n, name in ((5, "t"), (5, "s"), (3, "i"), (4, "o")))
 
@@ -106,3 +109,94 @@ def test_an_absent_label_is_named() -> None:
 def test_mixed_dtypes_are_promoted() -> None:
     result = contract([Factor(rand(5, 3), (t, i)), Factor(torch.ones(3), (i,))], (t,))
     assert result.dtype == torch.float64
+
+
+def test_a_plan_prints_the_loop_nest_and_the_largest_intermediate() -> None:
+    shapes = ((5, 3), (t, i)), ((5, 3), (s, i)), ((5, 5), (t, s)), ((5, 4), (s, o))
+    found = plan([Factor(torch.empty(shape, device="meta"), labels) for shape, labels in shapes], (t, o))
+    assert found.naive == 4 * 5 * 5 * 3 * 4  # three products and a sum at every t, s, i, o
+    assert found.price.largest == 25  # the scores; the result is no intermediate
+    head = str(found).splitlines()[0]
+    assert head == (
+        "3 steps, 375 flops, 280 bytes written; one loop nest: 1,200 flops; largest intermediate: 25 numbers"
+    )
+    assert len(str(found).splitlines()) == 4
+    alone = plan([Factor(torch.empty(5, 3), (t, i))], (t,))  # a sum is no step
+    assert (alone.steps, alone.flops, alone.naive, alone.price) == ((), 0, 0, Price())
+    outer = plan([Factor(torch.empty(5), (t,)), Factor(torch.empty(4), (o,))], (t, o))
+    assert (outer.flops, outer.naive, outer.price.largest) == (20, 20, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_costs_what_its_trace_counts(seed: int) -> None:
+    """One cost model: the flops of a plan's matrix products are those of the traced ops."""
+    rng = random.Random(seed)
+    for _ in range(10):
+        pool = [Label(n, name) for n, name in zip((2, 3, 4, 5, 6), "abcde", strict=True)]
+        factors = [tuple(rng.sample(pool, rng.randint(1, 3))) for _ in range(rng.randint(2, 4))]
+        present = list(dict.fromkeys(x for labels in factors for x in labels))
+        out = tuple(rng.sample(present, rng.randint(0, len(present))))
+        args = [rand(*(x.size for x in labels)) for labels in factors]
+        found = plan([Factor(x, labels) for x, labels in zip(args, factors, strict=True)], out)
+        gm = make_fx(lambda *xs, fs=factors, o=out: contract([Factor(x, f) for x, f in zip(xs, fs, strict=True)], o))(
+            *args
+        )
+        if not {"mv", "dot", "sum"} & {n.target._opname for n in gm.graph.nodes if n.op == "call_function"}:
+            assert counted(gm.graph.nodes).flops == found.matmul_flops  # torch counts no product of a vector
+        assert found.flops <= found.naive
+
+
+def test_orders_from_the_tokens() -> None:
+    sizes = (("t", 64), ("i", 32), ("a", 4), ("o", 32))
+    low = token_order(("ti",), ("ia", "ao"), (False, False), "to", sizes)
+    assert low is not None
+    assert [step.out for step in low.steps] == ["ta", "to"]
+    assert low.price.largest == 64 * 4
+    assert low.price.flops == 2 * 64 * 32 * 4 * 2
+    assert token_order(("ti",), ("ia", "ao"), (False, False), "to", sizes, 64 * 4) is None  # none is below the limit
+    assert token_order(("ti",), ("ia", "ao"), (False, False), "to", sizes, 64 * 4 + 1) == low
+    alone = token_order(("ti",), (), (), "ti", sizes)
+    assert alone is not None
+    assert alone.steps == ()
+    # what only renames is free but for what it moves: an identity meets the fewest numbers
+    eye = token_order(("i",), ("oi", "ao"), (True, False), "a", (("i", 32), ("o", 32), ("a", 2)))
+    assert eye is not None
+    assert eye.price.flops == 2 * 32 * 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_search_from_the_tokens_equals_all_orders(seed: int) -> None:
+    """No order of meetings, with one token or with two, is cheaper than the one that is found."""
+    rng = random.Random(seed)
+    for _ in range(8):
+        extents = {x: rng.choice((2, 3, 5, 8, 13)) for x in "ijkabg"}
+        tokens, rows = ("j", "g")[: 1 + seed % 2], "ik"
+        factors = tuple("".join(rng.sample("ijkabg", 2)) for _ in range(3))
+        found = token_order(tokens, factors, (False,) * 3, rows, tuple(extents.items()))
+        assert found is not None
+
+        def met(left: str, right: str, later: str) -> tuple[float, str]:
+            out = "".join(x for x in dict.fromkeys(left + right) if x in later)
+            return _met(left, right, out, extents, False).total, out  # noqa: B023
+
+        def walk(labels: str, order: tuple[int, ...], later: str) -> tuple[float, str]:
+            total = 0.0
+            for n, k in enumerate(order):
+                price, labels = met(labels, factors[k], later + "".join(factors[m] for m in order[n + 1 :]))  # noqa: B023
+                total += price
+            return total, labels
+
+        every = []
+        for start, order in itertools.product(range(len(tokens)), itertools.permutations(range(3))):
+            partner = "".join(x for k, x in enumerate(tokens) if k != start)
+            for a, b in itertools.combinations_with_replacement(range(4), 2) if partner else [(0, 0)]:
+                rest, after = ("".join(factors[k] for k in order[n:]) for n in (a, b))
+                total, labels = walk(tokens[start], order[:a], rows + partner + rest)
+                if partner:
+                    price, right = walk(partner, order[a:b], rows + labels + after)
+                    join, labels = met(labels, right, rows + after)
+                    total += price + join
+                price, labels = walk(labels, order[b:], rows)
+                turned = labels != "".join(x for x in rows if x in labels)
+                every.append(total + price + 64 * turned * (CALL + math.prod(extents[x] for x in labels)))
+        assert found.price.total == min(every)

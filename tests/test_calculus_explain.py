@@ -20,12 +20,12 @@ from matplotlib.mathtext import MathTextParser
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dualform.algebra.drawing import entries
+from dualform.algebra.notation import Formula, formula, number
 from dualform.calculus import Explanation, Term, explain, hessian, jacobian
-from dualform.calculus.explain import LEVELS, Step
-from dualform.calculus.notation import Formula, formula, number
-from dualform.calculus.picture import entries
-from dualform.calculus.table import ROWS, Call
 from dualform.calculus.traced import clear_cache
+from dualform.explanations.explain import LEVELS, Step
+from dualform.ops.table import ROWS, Call
 
 
 def rand(*shape: int) -> Tensor:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dualform as df
+from dualform.algebra.linear_map import Derivative
 from dualform.calculus import cache_size, clear_cache, jacobian, traced
-from dualform.calculus.structure import Derivative
 from dualform.shapes import ShapeError
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

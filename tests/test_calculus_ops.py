@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualform.calculus import jacobian, rules
+from dualform.calculus import jacobian
+from dualform.graphs import local_rules
+from dualform.shapes import TraceError
 
 torch.manual_seed(0)
 IMAGE = torch.rand(2, 4, 6, 6, dtype=torch.float64) * 0.6 + 0.3
@@ -128,16 +130,26 @@ attend = built(nn.MultiheadAttention(6, 2, batch_first=True))
 remember = built(nn.LSTMCell(6, 5))
 
 
+# torch 2.11 cannot trace its quantile, which compares its own argument's values with 0 and 1; and it has no derivative of
+# aminmax, where ours is compared with that of the same values.
+UNTRACEABLE = {"quantile"} if torch.__version__.startswith("2.11.") else set()
+DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {"aminmax": lambda x: x.amin(-1)}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_is_exact_and_keeps_its_structure(name: str) -> None:
     share, f, x = FUNCTIONS[name]
-    rules._warned.clear()
+    if name in UNTRACEABLE:
+        with pytest.raises(TraceError, match="reads a tensor's values"):
+            jacobian(f, x)
+        return
+    local_rules._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         J = jacobian(f, x)
         found = J.dense()
     assert not [w for w in caught if "derivative row" in str(w.message)]
-    expected = torch.func.jacrev(f, chunk_size=1)(x)
+    expected = torch.func.jacrev(DIFFERENTIABLE.get(name, f), chunk_size=1)(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert J.nbytes <= share * J.dense_nbytes
     g = torch.rand_like(f(x))
@@ -158,7 +170,7 @@ DENSE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", DENSE)
 def test_what_has_no_structured_rule_is_exact_and_says_so(name: str) -> None:
     f, x = DENSE[name]
-    rules._warned.clear()
+    local_rules._warned.clear()
     with pytest.warns(UserWarning, match=f"aten::{name} has no derivative row"):
         found = jacobian(f, x).dense()
     torch.testing.assert_close(found, torch.func.jacrev(f, chunk_size=1)(x), rtol=1e-10, atol=1e-10)

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.calculus import rules
-from dualform.calculus.examples import SIZES, Example
-from dualform.calculus.reference import op_table
-from dualform.calculus.rules import ROWS, Call, affine, derivative, multilinear
-from dualform.calculus.structure import Derivative
-from dualform.calculus.table import add_row
+from dualform.algebra.linear_map import Derivative
+from dualform.explanations.op_table import op_table
+from dualform.graphs import local_rules
+from dualform.graphs.local_rules import ROWS, Call, affine, derivative, multilinear
+from dualform.ops.examples import SIZES, Example
+from dualform.ops.table import add_row
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -179,7 +179,7 @@ def _joint(call: Call, group: tuple[int, ...], change: list[Tensor], scale: floa
 @pytest.mark.parametrize("example", CASES)
 def test_claimed_products_are_products(example: Example) -> None:
     call = make_call(example)
-    form = rules.find_row(call.target).form  # type: ignore[union-attr]
+    form = local_rules.find_row(call.target).form  # type: ignore[union-attr]
     if multilinear(call) and form is not None and len(form(call).axes) == len(call.operands):
         for operand, x in enumerate(call.operands):
             torch.testing.assert_close(call.run(operand, 3 * x), 3 * call.out)
@@ -290,7 +290,7 @@ def test_an_op_without_a_row_is_exact_and_says_so_once() -> None:
     x = torch.rand(3, 3, dtype=torch.float64)
     places = torch.tensor([0, 4])
     call = Call(aten.put.default, (x, places, x[0, :2]), {}, x.put(places, x[0, :2]))
-    rules._warned.clear()
+    local_rules._warned.clear()
     with pytest.warns(UserWarning, match="aten::put has no derivative row"):
         J = derivative(call, 0)
     torch.testing.assert_close(J.dense(), reference(call, 0))
@@ -313,7 +313,7 @@ def test_a_composite_op_is_differentiated_through_its_definition() -> None:
 
 
 def test_a_user_adds_an_op_with_one_row() -> None:
-    @rules.row("aten::frac", affine=rules.EACH)
+    @local_rules.row("aten::frac", affine=local_rules.EACH)
     def _frac(call: Call, operand: int) -> list:
         return derivative(Call(aten.clone.default, (call.operands[0],), {}, call.out), 0).terms  # type: ignore[return-value]
 

@@ -4,11 +4,13 @@ The law of forms holds for each, and what is not of one token is refused. DUALFO
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from test_printer import check_printed
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,11 +59,6 @@ class Written(nn.Module):
 
     def extra_repr(self):
         return self.line
-
-
-def runs_when_pasted(program):
-    """The printed code is Python that runs."""
-    exec(program.code, {})
 
 
 RESIDUALS = {
@@ -121,7 +118,7 @@ def test_objectives(residual, size, factor, sums):
             for f in ("auto", "primal")
         )
         laws.agree("closed", a, b)
-    runs_when_pasted(program)
+    check_printed(program)
 
 
 @drawn(*_parts, st.sampled_from(sorted(WRONG)), examples=40)
@@ -175,7 +172,7 @@ def test_rules(given_rule):
     program = df.derive(Written("torch.tanh(x @ self.W)"), rule=rule(*given_rule, w), chunk=3)
     laws.check_forms(program, time=7)
     laws.check_forms(program, time=5, carried=True, ragged=True, resets=True)
-    runs_when_pasted(program)
+    check_printed(program)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -212,23 +209,32 @@ class Tree(nn.Module):
                 part.register_forward_hook(lambda m, args, out: out * (1 + m.bias.sum()))
             elif way == "normed":
                 nn.utils.parametrizations.weight_norm(part)
+            elif way == "nested":
+                self.parts[str(n)] = nn.Sequential(nn.ModuleList([part])[0], nn.Sequential(nn.Identity()))
+            elif way == "bound":
+                self.table[way, n] = part.forward
+            elif way == "partial":
+                self.table[way, n] = partial(F.linear, weight=part.weight, bias=part.bias)
             self.listed.append(part)
             self.table[n] = lambda x, n=n: self.listed[n](x)
 
     def forward(self, x):
         for n, way in enumerate(self.ways):
-            held = {"shared": self.again, "listed": self.listed[n], "closure": self.table[n]}.get(
-                way, self.parts[str(n)]
-            )
+            called = {"shared": self.again, "listed": self.listed[n], "closure": self.table[n]}
+            held = called.get(way) or self.table.get((way, n)) or self.parts[str(n)]
             x = x + torch.tanh(held(x))
         return x
 
 
 @drawn(
     st.lists(
-        st.sampled_from(["plain", "shared", "tied", "hooked", "normed", "listed", "closure"]), min_size=1, max_size=3
+        st.sampled_from(
+            ["plain", "shared", "tied", "hooked", "normed", "listed", "closure", "nested", "bound", "partial"]
+        ),
+        min_size=1,
+        max_size=3,
     ),
-    examples=8,
+    examples=10,
 )
 def test_shapes_of_modules(ways):
     learner = Tree(ways)
@@ -237,7 +243,7 @@ def test_shapes_of_modules(ways):
     laws.check_forms(program, time=5)
     for n, p in learner.named_parameters(remove_duplicate=False):
         assert (id(p), True) == (before[n][0], bool(torch.equal(p, before[n][1])))
-    runs_when_pasted(program)
+    check_printed(program)
 
 
 # -- these laws bite -----------------------------------------------------------------------------------------------------------

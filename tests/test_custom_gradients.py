@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dualform as df
 from dualform import testing as laws
-from dualform.calculus import check, custom, jacobian, kept, trace
-from dualform.calculus.custom import Listener
+from dualform.calculus import check, jacobian, trace
+from dualform.graphs import custom, kept
+from dualform.graphs.custom import Listener
 from dualform.learning import derive, program
 from dualform.learning.sites import DerivationError
 from dualform.shapes import TraceError
@@ -359,6 +360,15 @@ def test_structure_is_kept_and_the_account_holds() -> None:
     assert max(error for _, error in told.checks) < 1e-12
     assert check(lambda g, x: 2 * g * (x >= 0), lambda x: Legacy.apply(x), X).ok
     assert not check(lambda g, x: g * (x >= 0), lambda x: Legacy.apply(x), X).ok
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, at the first jvp of a process
+@pytest.mark.parametrize("name", ["func.jacrev", "func.jvp", "vmap", "vmap of grad"])
+def test_transforms_inside_are_ops_while_torch_exports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)  # torch's tracer then keeps transforms as nodes
+    gm = trace(EXACT[name], X)
+    assert all(isinstance(n.target, torch._ops.OpOverload) for n in gm.graph.nodes if n.op == "call_function")
+    torch.testing.assert_close(gm(X), EXACT[name](X), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")

@@ -42,3 +42,16 @@ def test_the_reference_names_everything_public(module):
     page = (ROOT / "docs" / "api.md").read_text()
     public = {name for name in module.__all__ if not name.startswith("_")}
     assert {name for name in public if not re.search(rf"\b{name}\b", page)} == set()
+
+
+def test_the_lab_books_index_has_every_entry_once():
+    page = (ROOT / "LAB.md").read_text()
+    entries = re.findall(r"^## (\d{4}-\d\d-\d\d: .*)$", page, flags=re.MULTILINE)
+    index = re.findall(r"^  - \[(.*)\]\(#(.*)\)$", page, flags=re.MULTILINE)
+    # a heading's anchor, as GitHub makes it
+    anchors = [re.sub(r"[^\w\- ]", "", entry.lower()).replace(" ", "-") for entry in entries]
+    assert sorted(anchor for _, anchor in index) == sorted(anchors)
+    assert all(anchors.count(anchor) == 1 for anchor in anchors)
+    assert {(name, anchor) for name, anchor in index} == {
+        (e.split(": ", 1)[1], a) for e, a in zip(entries, anchors, strict=True)
+    }

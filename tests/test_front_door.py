@@ -1,5 +1,6 @@
 """How user code comes in: read, traced, proved apart, followed; never touched, never stale."""
 
+import ast
 import copy
 import re
 import threading
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 import dualform as df
 from dualform import testing as laws
-from dualform.calculus.twin import Twin
+from dualform.graphs.twin import Twin
 
 DOUBLE = torch.float64
 
@@ -561,6 +562,68 @@ def test_nothing_else_calls_objective_or_rule():
         calls = re.findall(r"\b(?:objective|rule\.step|rule_step)\(", path.read_text())
         named = [c for c in calls if not c.startswith("objective(") or "def " not in c]
         assert path.name in doors or not [c for c in named if c != "trace_objective("], f"{path.name}: {named}"
+
+
+def imports_of(tree):
+    """Which names a module imports from where."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    return found
+
+
+def looks_at_user_code(tree):
+    """Where a module reads `.objective` other than through a door, or runs `.step` of something that it calls a rule."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and (
+            (node.attr == "objective" and not ast.unparse(node.value).endswith("door"))
+            or (node.attr == "step" and "rule" in ast.unparse(node.value).lower())
+        )
+    ]
+
+
+# The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and a trial of
+# its width (program). sites traces definitions of ops.
+APART = {"primal", "rules", "objectives", "front_door"}
+TRACERS = {"front_door": {"trace", "Twin"}, "sites": {"trace"}, "program": {"Twin"}}
+
+
+def breaches(name, tree):
+    """What a module of learning/ does without the front door."""
+    imported = imports_of(tree)
+    doors = imported.get("dualform.learning.front_door", set())
+    tracers = {n for m in ("trace", "twin") for n in imported.get(f"dualform.graphs.{m}", set()) & {"trace", "Twin"}}
+    found = [f"imports {n}" for n in tracers - TRACERS.get(name, set())]
+    if name not in APART and "unroll" in imported.get("dualform.learning.rules", set()) and "TracedRule" not in doors:
+        found.append("unrolls a rule that was not traced")
+    if name not in APART and "FrontDoor" not in doors:
+        found += looks_at_user_code(tree)
+    return found
+
+
+def test_the_imports_say_who_looks_at_user_code():
+    for path in (Path(df.__file__).parent / "learning").glob("*.py"):
+        assert breaches(path.stem, ast.parse(path.read_text())) == [], path.name
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from dualform.graphs.trace import trace",
+        "from dualform.graphs.twin import Twin",
+        "from dualform.learning.rules import unroll",
+        "loss = program.objective(prediction, target)",
+        "run = vmap(call.objective)",
+        "A, b, u, a = self.rule.step(i, lr=lr)",
+    ],
+)
+def test_that_law_bites(planted):
+    assert breaches("loop", ast.parse(planted)) != []
 
 
 def test_a_twin_is_the_module():

@@ -84,8 +84,8 @@ def test_generation_goes_on_from_a_filled_cache(model, ids, seen, options):
             cache = model(prompt[:, :n], attention_mask=mask[:, :n], use_cache=True).past_key_values
         found = greedy(model, prompt, 12, attention_mask=mask, past_key_values=copy.deepcopy(cache), **options)
         assert torch.equal(found, want)
-        if not options:  # the new ids alone, where the mask says so
-            found = greedy(model, prompt[:, n:], 12, attention_mask=mask, past_key_values=cache)
+        if not options or "prefill_chunk_size" in options:  # the new ids alone, where the mask says so
+            found = greedy(model, prompt[:, n:], 12, attention_mask=mask, past_key_values=cache, **options)
             assert torch.equal(found, want[:, n:])
 
 
@@ -135,6 +135,31 @@ def test_a_copy_takes_back_what_it_read_itself(model, ids):
         tried.crop(-2)
         laws.agree("copy", model(ids[:, 11:], past_key_values=tried).logits, want[:, 11:])
         laws.agree("original", model(ids[:, 13:], past_key_values=cache).logits, want[:, 13:])
+
+
+@pytest.mark.parametrize("only_new", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=str,
+)
+def test_several_answers_go_on_from_a_filled_cache(model, options, only_new):
+    ids = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, **options}
+    with torch.no_grad():
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+    repeated = copy.deepcopy(cache)  # by hand, as it was asked for before
+    repeated.batch_repeat_interleave(max(options.get("num_beams", 1), options.get("num_return_sequences", 1)))
+    given = {"attention_mask": torch.ones(2, 9, dtype=torch.long)} if only_new else {}
+    rest = ids[:, 7:] if only_new else ids
+    found = []
+    for past in (None, cache, repeated):
+        torch.manual_seed(0)
+        more = {} if past is None else {**given, "past_key_values": past}
+        answer = model.generate(ids if past is None else rest, **options, **more)
+        found.append(answer[:, 7 if past is None and only_new else 0 :])
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("kind", ["learner", "hybrid"])

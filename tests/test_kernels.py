@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from test_laws import DOUBLE, built_in, names, of, own, parameter, rules, wobble
 from test_learners_drawn import is_tame, learners
 from test_learners_drawn import rules as tame
-from torch import nn
+from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import backend, blocks, cpp, launch, lowering, ops, pipeline, report, sharing
+from dualform.graphs.split import split
+from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, ops, report, sharing, targets
 from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
 from dualform.testing import LawBroken, check_backend
@@ -102,7 +103,7 @@ def both_ways(dtype):
         return [torch.stack([torch.broadcast_to(value, x.shape) for value in found])]
 
     gm = make_fx(f, tracing_mode="fake")(x, y, *places)
-    unit = blocks.forward_unit(gm, [Input("q", n, "block") for n in "xyPQ"], dtype, "entries")
+    unit = cpp_rows.unit(targets.forward(gm, [Input("q", n, "block") for n in "xyPQ"], dtype, "entries"))
     native = launch.Native(launch.compiled(unit.text), unit.flops, dtype)
     o = torch.full((1, 1, 1, len(entries) + len(picks), 3, 5), torch.nan, dtype=dtype)
     given = dict(zip("xyPQ", (x, y, *places), strict=True))
@@ -117,19 +118,19 @@ def test_every_row(dtype):
     laws.agree("entries", got, expected)
     lowered = [n for n in lowering.lowered(gm).graph.nodes if n.op == "call_function"]
     texts = {ops.MAPS[n.target](n)[0] for n in lowered if n.target in ops.MAPS}
-    assert set(ops.TEXT) - texts == set()
+    assert set(cpp_text.ENTRIES) - texts == set()
 
 
 @pytest.mark.parametrize("text", ["tanh", "sub", "tril"])
 def test_a_wrong_row_is_found(text, monkeypatch):
-    monkeypatch.setitem(ops.TEXT, text, "T(1.001) * (" + ops.TEXT[text] + ")")
+    monkeypatch.setitem(cpp_text.ENTRIES, text, "T(1.001) * (" + cpp_text.ENTRIES[text] + ")")
     _, got, expected = both_ways(DOUBLE)
     with pytest.raises(AssertionError):
         laws.agree("entries", got, expected)
 
 
 def test_the_law_bites(monkeypatch):
-    monkeypatch.setitem(ops.TEXT, "neg", "T(-1.001) * {0}")
+    monkeypatch.setitem(cpp_text.ENTRIES, "neg", "T(-1.001) * {0}")
     with pytest.raises(LawBroken, match="cpp"):
         check_backend(of(built_in[3], squared, "sgd", 3), "cpp", time=3)
 
@@ -270,7 +271,7 @@ def test_threads_change_no_bit(monkeypatch):
 def sliced(monkeypatch):
     """As with more threads than rows."""
     monkeypatch.setattr(backend, "cut", lambda rows, count: count > 1)
-    monkeypatch.setattr(pipeline, "WINDOW", (2, 2))
+    monkeypatch.setattr(cpp_slices, "WINDOW", (2, 2))
     monkeypatch.setattr(launch, "FLOPS_PER_THREAD", 1)
 
 
@@ -285,6 +286,26 @@ def test_slices_beside_each_other(n, sliced):
 
 def test_slices_with_resets_and_padding(sliced):
     laws.check_backend(mlp(), "cpp", time=20, carried=True, ragged=True, resets=True)
+
+
+def test_slices_of_a_state_that_waits_for_nothing(sliced):
+    """A cotangent that is carried on, made of nothing that is: the loop hands it on, and must have made it. It was memory as it lay."""
+    laws.check_backend(of(learned[1], aims[1], "decay", 2), "cpp", batch=1, time=12)
+
+
+@pytest.mark.parametrize("again", [None, set])
+def test_a_split_hands_on_in_order_what_waits_for_nothing(again):
+    """The next state, made of no state: passed to the loop in its order, which texts show; or made again, and then in the loop."""
+    for _ in range(30):
+        graph = fx.Graph()
+        *state, x = [graph.placeholder(name) for name in (*"abcdefgh", "x")]
+        after = [graph.call_function(torch.ops.aten.mul.Tensor, (x, k)) for k in range(len(state))]
+        graph.output(after)
+        for n in graph.nodes:
+            n.meta["val"] = torch.empty(2, 2, device="meta")
+        f = split(fx.GraphModule({}, graph), range(8), range(8), None, lambda n: 1.0, again=again)
+        assert list(f.loop.inputs) == ([x] if again else after)
+        assert list(f.before.outputs) == ([] if again else after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
@@ -431,9 +452,9 @@ def test_rounding(dtype):
     body = "Flush flush; for (long i = 0; i < n; ++i) {};"
     head = 'extern "C" long need(long, long, long, long) {{ return 0; }}\n'
     head += 'extern "C" void run(long n, long, long, long, long, const void* in, void* out, long) {{\n{}\n}}'
-    kind = cpp.TYPES[dtype]
+    kind = cpp_text.TYPES[dtype]
     for put, numbers in (("put(({0}*)out + i, ((float*)in)[i])", x), ("((float*)out)[i] = get((const {0}*)in + i)", y)):
-        text = cpp.source(torch.float32, [head.format(body.format(put.format(kind)))])
+        text = cpp_text.source(torch.float32, [head.format(body.format(put.format(kind)))])
         got = torch.empty(len(numbers), dtype=dtype if numbers is x else torch.float32)
         launch.compiled(text).run(len(numbers), 0, 0, 0, 0, numbers.data_ptr(), got.data_ptr(), 0)
         torch.testing.assert_close(got, numbers.to(got.dtype), rtol=0, atol=0, equal_nan=True)

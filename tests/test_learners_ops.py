@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dualform as df
-from dualform.calculus.trace import trace
+from dualform.graphs.trace import trace
 from dualform.learning.batched import mapped
 
 K = 6

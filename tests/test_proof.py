@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dualform as df
-from dualform.calculus.kept import stop_gradient
+from dualform.graphs.kept import stop_gradient
 from dualform.learning import emit, program
 from dualform.learning import proof as proving
 from dualform.learning.backends import BackendError

@@ -11,6 +11,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 import dualform as df
 from dualform import testing as laws
 from dualform.learning import grid
+from dualform.models import attention
+from dualform.models.attention import Attention
 
 # torch's forward mode scripts some of its formulas the first time that it is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
@@ -411,4 +413,80 @@ def test_models(kind):
         (logits(own) * dy).sum(), list(own.values()), allow_unused=True, materialize_grads=True
     )
     sides = (pushed * dy).sum(), sum((g * dp[name]).sum() for name, g in zip(own, pulled, strict=True)).detach()
-    assert torch.allclose(*sides, rtol=1e-6), sides  # norms are computed in float32
+    assert torch.allclose(*sides, rtol=1e-10), sides
+
+
+@pytest.mark.parametrize("fields", [{}, {"pre_conv": True, "share_qk": True}], ids=["plain", "convolutions"])
+@pytest.mark.parametrize("kind", ["test_time", "full_attention", "sliding_attention"])
+def test_models_twice(kind, fields):
+    """The gradient of a model's gradient outside torch.func is what forward mode makes of it, also where layers run again."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk": 4}
+    kinds = {"layer_types": [kind, "full_attention"], "sliding_window": 4}
+    model = df.DualformForCausalLM(df.DualformConfig(preset="tiny-ttt-linear", **sizes, **kinds, **fields)).double()
+    ids, mask = torch.randint(3, 259, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask > 0, -100), "use_cache": False}
+    own = dict(model.named_parameters())
+    dp = random_like(own)
+
+    def loss(parameters):
+        return functional_call(model, parameters, (), batch).loss
+
+    wanted = jvp(grad(loss), ({name: p.detach() for name, p in own.items()},), (dp,))[1]
+    assert loss(own).dtype == torch.float64
+    for _ in range(2):
+        first = torch.autograd.grad(loss(own), list(own.values()), create_graph=True)
+        again = torch.autograd.grad(
+            sum((g * dp[n]).sum() for n, g in zip(own, first, strict=True)), list(own.values()), materialize_grads=True
+        )
+        for name, g in zip(own, again, strict=True):
+            assert torch.allclose(g, wanted[name], rtol=1e-7, atol=1e-9), name
+        model.train()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_three_times(masked):
+    """SDPA's kernels have one derivative; a layer has as many as are asked for, by cotangents of any kind."""
+    torch.manual_seed(0)
+    layer, positions = Attention(8, 2, 1e4).double(), torch.arange(7)[None]
+    x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    mask = (torch.rand(2, 1, 7, 7) > 0.4) | torch.eye(7, dtype=torch.bool) if masked else None
+
+    def run(x, with_weights=False):
+        return layer(x, positions, mask, None, None, with_weights)[0]
+
+    assert gradcheck(run, x)
+    assert gradgradcheck(run, x)
+    thrice = []
+    for with_weights in (False, True):
+        first = torch.autograd.grad(run(x, with_weights).sin().sum(), x, create_graph=True)[0]
+        second = torch.autograd.grad(first.cos().sum(), x, create_graph=True)[0]
+        thrice.append(torch.autograd.grad(second.sin().sum(), x)[0])
+    laws.agree("third", *thrice)
+    y = run(x)
+    many = torch.randn(3, *y.shape, dtype=torch.float64)
+    each = torch.stack([torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in many])
+    for create_graph in (False, True):
+        got = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True, create_graph=create_graph)[0]
+        laws.agree("many", got, each)
+    with forward_ad.dual_level():
+        dual = torch.autograd.grad(y, x, forward_ad.make_dual(many[0], many[1]), retain_graph=True)[0]
+        laws.agree("tangent of the cotangent", torch.stack(forward_ad.unpack_dual(dual)), each[:2])
+
+
+def test_attention_differentiated_once_is_the_kernels(monkeypatch):
+    """A backward that nobody differentiates computes no weights, and keeps no more than SDPA does."""
+    monkeypatch.setattr(attention, "attend", None)
+    layer, x = Attention(8, 2, 1e4), torch.randn(2, 7, 8, requires_grad=True)
+    y = layer(x, torch.arange(7)[None], None, None, None)[0]
+    y.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, torch.arange(7)[None], None, None, None)[0]
+    y.sum().backward()
+    monkeypatch.undo()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, torch.arange(7)[None], None, None, None)[0]
+    (first,) = torch.autograd.grad(y.float().sum(), x, create_graph=True)
+    first.square().sum().backward()

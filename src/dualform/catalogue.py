@@ -15,12 +15,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from numbers import Integral, Real
-from typing import Any, Never, TypeVar, cast
+from types import UnionType
+from typing import Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,6 +55,68 @@ def near_misses(wrong: str, known: list[str]) -> str:
     if close:
         return "Did you mean " + " or ".join(repr(by_key[key]) for key in close) + "?"
     return f"Known: {', '.join(known)}." if known else "There are none."
+
+
+def expect(
+    where: str, name: str, value: Any, hint: Any, advice: str = "Change it.", kind: type[ValueError] = ValueError
+) -> None:
+    """Refuse a value that does not fit an annotation, which may say a range too, as Annotated[int, Ge(1)] does.
+
+    Numbers are finite, and True is none; a whole number is a float's value as well.
+    Shape:  none.
+    Raises: `kind`, with what is wrong and what is expected.
+    Example:
+        >>> expect("train", "max_steps", 3, int)
+        >>> expect("train", "max_steps", True, int)
+        Traceback (most recent call last):
+        ValueError: train: max_steps is True; expected a value of type int. Change it.
+    """
+    plain = (int, float) if hint is float else (hint,) if hint in (bool, int, str) else ()
+    if hint is Any or (type(value) in plain and (hint is str or abs(value) < 1e300)):
+        return
+    from pydantic import ValidationError  # a tenth of a second, and most values are plainly right
+
+    try:
+        _checker(hint).validate_python(value)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)
+        deepest = max(wrong, key=lambda e: sum(isinstance(part, int) for part in e["loc"]))
+        place, found = "".join(f"[{part}]" for part in deepest["loc"] if isinstance(part, int)), deepest["input"]
+        rules = dict.fromkeys(e["msg"].partition("Input should be ")[2] for e in wrong if e["input"] is found)
+        says_more = ("literal", "finite", "greater", "less", "multiple")
+        if not all(rules) or not (place or deepest["type"].startswith(says_more)):
+            rules = [f"a value of type {type_name(hint)}"]
+        choices = [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
+        if normalise(str(found)) in map(normalise, choices):
+            advice = near_misses(str(found), choices)
+        raise kind(f"{where}: {name}{place} is {found!r}; expected {' or '.join(rules)}. {advice}") from None
+
+
+def type_name(hint: Any) -> str:
+    """Write an annotation as people say it: `int or None`, `Sequence[float]`."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(type_name, get_args(hint)))
+    return re.sub(r"\b\w+\.", "", inspect.formatannotation(hint)).replace("NoneType", "None")
+
+
+@cache
+def _checker(hint: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a function says its parameters are, names looked up in its module; Any where it says nothing."""
+    module, found = sys.modules.get(function.__module__), dict[str, Any]()
+    names = dict(vars(module)) if module else {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = Any if parameter.annotation is parameter.empty else parameter.annotation
+        try:
+            found[name] = eval(hint, names) if isinstance(hint, str) else hint
+        except (NameError, AttributeError):  # a type that is made elsewhere, or for type checkers only
+            found[name] = Any
+    return found
 
 
 class FrozenMapping(Mapping[str, Any]):
@@ -131,6 +195,11 @@ class Record:
     def signature(self) -> inspect.Signature:
         return inspect.signature(self.function)
 
+    @cached_property
+    def hints(self) -> dict[str, Any]:
+        """What the function says each option is."""
+        return hints_of(self.function)
+
     @property
     def options(self) -> dict[str, Any]:
         """Option names with their defaults (`inspect.Parameter.empty` where one must be given)."""
@@ -154,15 +223,21 @@ class Record:
         return made
 
     def _option(self, key: str, value: Any) -> Any:
-        inner = self.nested.get(key)
-        is_spec = isinstance(value, (str, Mapping, list, tuple, Bound))
+        where, inner = f"{self.kind}.{self.name}", self.nested.get(key)
         if isinstance(inner, tuple):
             if isinstance(value, (list, tuple)):
                 return tuple(inner[0].build(part) for part in cast("Sequence[Any]", value))
-            raise CatalogueError(f"{self.kind}.{self.name}: option {key!r} is {value!r}; expected a list of specs.")
-        if inner is not None and is_spec:
+            raise CatalogueError(f"{where}: option {key!r} is {value!r}; expected a list of specs.")
+        is_left_out = value is None and self.options[key] is None
+        if inner is not None and not is_left_out and (isinstance(value, Bound) or not callable(value)):
             return inner.build(value)
-        return _freeze(f"{self.kind}.{self.name}: option {key!r}", value)
+        frozen = _freeze(f"{where}: option {key!r}", value)
+        expect(where, key, frozen, self.hints[key], self._advice(key), CatalogueError)
+        return frozen
+
+    def _advice(self, key: str) -> str:
+        default = self.options[key]
+        return "Pass one." if default is inspect.Parameter.empty else f"Leave it out for {default!r}."
 
     def __repr__(self) -> str:
         return f"{self.kind}.{self.name}{self.signature}"

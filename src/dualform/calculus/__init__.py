@@ -1,16 +1,16 @@
 """Structured derivatives of tensor functions: traced, composed and contracted with their deltas kept."""
 
+from dualform.algebra.contract import Plan, contract, plan
+from dualform.algebra.linear_map import Derivative, Factor, Label, Select, Term, compose
+from dualform.algebra.relations import Lookup, Triangle, Window
 from dualform.calculus.check import Fault, Report, check, unbroadcast, why_unbroadcast
-from dualform.calculus.contract import Plan, contract, plan
-from dualform.calculus.explain import Explanation, Step
 from dualform.calculus.hessian import hessian
 from dualform.calculus.jacobian import explain, jacobian
-from dualform.calculus.reference import op_table
-from dualform.calculus.relations import Lookup, Triangle, Window
-from dualform.calculus.sites import SiteDerivatives, site_derivatives
-from dualform.calculus.structure import Derivative, Factor, Label, Select, Term, compose
-from dualform.calculus.trace import source_line, trace
+from dualform.calculus.per_sample import SiteDerivatives, site_derivatives
 from dualform.calculus.traced import cache_size, clear_cache
+from dualform.explanations.explain import Explanation, Step
+from dualform.explanations.op_table import op_table
+from dualform.graphs.trace import source_line, trace
 
 __all__ = [
     "Derivative", "Explanation", "Factor", "Fault", "Label", "Lookup", "Plan", "Report", "Select", "SiteDerivatives", "Step",

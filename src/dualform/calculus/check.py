@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.calculus.axes import Axes, parse
+from dualform.algebra.axis_names import Axes, parse
+from dualform.algebra.notation import formula
 from dualform.calculus.jacobian import Given, jacobian, made
-from dualform.calculus.notation import formula
-from dualform.calculus.program import Program, name_nodes
-from dualform.calculus.rules import derivative as local_derivative
-from dualform.calculus.slips import Slip, of_shape, of_values
-from dualform.calculus.trace import trace
+from dualform.calculus.mistakes import Slip, of_shape, of_values
+from dualform.explanations.wording import name_nodes
+from dualform.graphs.local_derivatives import Program
+from dualform.graphs.local_rules import derivative as local_derivative
+from dualform.graphs.trace import trace
 from dualform.shapes import ShapeError, fail
 
 

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dualform.calculus.collapse import tidy
-from dualform.calculus.compose import compose_terms
-from dualform.calculus.composition import Joined
-from dualform.calculus.explain import Explanation
-from dualform.calculus.identities import canonical_graph
+from dualform.algebra.compose import compose_terms
+from dualform.algebra.linear_map import Derivative, Route
+from dualform.algebra.notation import Formula
+from dualform.algebra.sums import tidy
+from dualform.algebra.terms import Factor, Term
 from dualform.calculus.jacobian import Given, Wrt
-from dualform.calculus.linear import blame
-from dualform.calculus.normal import normalised
-from dualform.calculus.notation import Formula
-from dualform.calculus.pairs import paired
-from dualform.calculus.program import Program, outputs, run
-from dualform.calculus.rows_kept import expect_twice
-from dualform.calculus.rules import derivative as local_derivative
-from dualform.calculus.story import Story
-from dualform.calculus.structure import Derivative, Route
-from dualform.calculus.terms import Factor, Term
 from dualform.calculus.traced import Point, Skeleton, tensors_of
+from dualform.explanations.account import Story
+from dualform.explanations.composition import Joined
+from dualform.explanations.explain import Explanation
+from dualform.graphs.complex_pairs import paired
+from dualform.graphs.identities import canonical_graph
+from dualform.graphs.kept_derivative import expect_twice
+from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_rules import derivative as local_derivative
+from dualform.graphs.single_results import normalised
+from dualform.graphs.straight_line import blame
 from dualform.shapes import fail
 
 
@@ -105,7 +105,7 @@ class Second(Route):
         values = run(slope.graph, inputs)
         like = traced.out_values[0]
         blank = torch.empty((), dtype=like.dtype, device=like.device)
-        made = [values[node] for node in outputs(slope.graph)]
+        made = [values[node] for node in outputs(slope.graph.graph)]
         moved: dict[int, Sequence[Term]] = {}
         total: list[Term] = []
         for term, places in zip(slope.terms, slope.places, strict=True):

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dualform.calculus.axes import Axes, expect_outputs, meeting, parse
-from dualform.calculus.explain import Explanation
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.story import Story
-from dualform.calculus.structure import Derivative
+from dualform.algebra.axis_names import Axes, expect_outputs, meeting, parse
+from dualform.algebra.linear_map import Derivative
 from dualform.calculus.traced import Applied, Point, Traced, traced
+from dualform.explanations.account import Story
+from dualform.explanations.explain import Explanation
+from dualform.graphs.fingerprint import Fingerprint
 from dualform.shapes import ShapeError, TraceError, fail
 
 Wrt = int | str | tuple["int | str", ...]

@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from dualform.calculus.canonical import settled
-from dualform.calculus.composition import Joined
-from dualform.calculus.explain import Explanation
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.identities import canonical_graph
-from dualform.calculus.linear import Split, runnable, split, straight
-from dualform.calculus.notation import Formula
-from dualform.calculus.program import Program, name_nodes, outputs, run
-from dualform.calculus.rules import derivative as local_derivative
-from dualform.calculus.rules import reads_values
-from dualform.calculus.story import Story
-from dualform.calculus.structure import Derivative, Route
-from dualform.calculus.terms import Term
-from dualform.calculus.trace import trace
+from dualform.algebra.linear_map import Derivative, Route
+from dualform.algebra.normal_form import settled
+from dualform.algebra.notation import Formula
+from dualform.algebra.terms import Term
+from dualform.explanations.account import Story
+from dualform.explanations.composition import Joined
+from dualform.explanations.explain import Explanation
+from dualform.explanations.wording import name_nodes
+from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.identities import canonical_graph
+from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_rules import derivative as local_derivative
+from dualform.graphs.local_rules import reads_values
+from dualform.graphs.straight_line import Split, runnable, split, straight
+from dualform.graphs.trace import trace
 from dualform.shapes import fail
 
 TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
@@ -136,8 +137,8 @@ class Traced:
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
-        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm)]
-        _refuse_steps(outputs(self.gm))
+        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm.graph)]
+        _refuse_steps(outputs(self.gm.graph))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 

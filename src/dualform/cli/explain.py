@@ -62,15 +62,24 @@ def explain(
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
-    found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim)
+    if dim < 1:
+        raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64.")
+    try:
+        found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim)
+        text = _written(found, target, format, json)
+    except ArithmeticError as error:
+        raise UsageError(f"explain: {target} cannot be computed ({error}); expected numbers. Change it.") from error
+    print(text)
+
+
+def _written(found: Any, target: str, format: str, json: bool) -> str:
     if json:
-        print(dumps(found.to_dict(), indent=2, ensure_ascii=False))
-    elif format == "latex":
-        print(found.to_latex())
-    elif format == "html":
-        print(f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(target)}</title>\n{found._repr_html_()}')
-    else:
-        print(found)
+        return dumps(found.to_dict(), indent=2, ensure_ascii=False)
+    if format == "latex":
+        return found.to_latex()
+    if format == "html":
+        return f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(target)}</title>\n{found._repr_html_()}'
+    return str(found)
 
 
 def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None, level: str) -> Any:
@@ -127,7 +136,14 @@ def _matched(target: str, function: Callable[..., Any], names: list[str]) -> lis
 
 def _of_learner(target: str, dim: int) -> Any:
     if is_file_object(target):
-        learner = load_object(target)(dim)
+        make = load_object(target)
+        try:
+            learner = make(dim)
+        except Exception as error:  # the caller's too
+            raise UsageError(
+                f"explain: {target} called with ({dim}) raises {type(error).__name__}: {error}; expected NAME(dim) to make an "
+                "nn.Module. For a function of tensors pass --shapes."
+            ) from error
         if not isinstance(learner, nn.Module):
             raise UsageError(
                 f"explain: {target} made a {type(learner).__name__}; expected NAME(dim) to make an nn.Module. For a function of "
@@ -135,18 +151,19 @@ def _of_learner(target: str, dim: int) -> Any:
             )
         return derive(learner, rule=rules.SGD(lr=0.1)).explain()
     if target in presets:
-        return learning_layer(DualformConfig(preset=target, layer_types=["test_time"])).explain()
-    if Path(target).is_dir():
-        model, _ = load_model(target)
-        for layer in model.modules():
-            if isinstance(layer, TestTimeTraining):
-                return layer.explain()
-        raise UsageError(f"explain: no layer of {target} learns at test time; expected a 'test_time' layer.")
-    if not target.replace("-", "").replace("_", "").isalnum():
+        config = DualformConfig(preset=target)
+        found = [learning_layer(config)] if "test_time" in (config.layer_types or ()) else []
+    elif Path(target).is_dir():
+        found = [layer for layer in load_model(target)[0].modules() if isinstance(layer, TestTimeTraining)]
+    elif target.replace("-", "").replace("_", "").isalnum():
+        return presets[target]  # raises, with the near misses
+    else:
         raise UsageError(
             f"explain: {target!r} is no preset, folder or FILE.py:NAME; for a formula pass --shapes x=2 y=2,2."
         )
-    return presets[target]  # raises, with the near misses
+    if not found:
+        raise UsageError(f"explain: no layer of {target} learns at test time; expected a 'test_time' layer.")
+    return found[0].explain()
 
 
 def is_file_object(target: str) -> bool:

@@ -49,6 +49,10 @@ def generate(
         raise UsageError(
             f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1 and >= 0, finite."
         )
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"generate: seed is {seed}; expected a whole number, 0 <= seed < 2**32 = {2**32}.")
+    if not prompt.isprintable() and prompt.encode("utf-8", "ignore").decode() != prompt:
+        raise UsageError("generate: prompt is no UTF-8 text; expected one. Convert it: iconv -t utf-8.")
     if state is not None and (state.is_dir() or not state.parent.is_dir()):
         raise UsageError(f"generate: state is {state}; expected a file in a folder that exists. Name another.")
     lm, tokenizer = load_model(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,8 +144,8 @@ def _family(
     def one(**values: float) -> Expansion:
         return log_densities(f"naive_{name}", [(density, tuple(values.values()))], slope, floor)
 
-    def several(theta: Any = usual) -> Expansion:
-        each = [t if isinstance(t, (tuple, list)) else (t,) for t in theta]
+    def several(theta: Sequence[float | Sequence[float]] = usual) -> Expansion:
+        each = [t if isinstance(t, Sequence) else (t,) for t in theta]
         return log_densities(name, [(density, t) for t in each], slope, floor)
 
     one.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -226,7 +226,7 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
         inner: Bound = record(**options)
         return Fusion(name, "mix", reconciliation=inner, n=n)
 
-    own = inspect.Parameter("n", inspect.Parameter.KEYWORD_ONLY, default=None)
+    own = inspect.Parameter("n", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
     build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in record.signature.parameters.values()), own]
     )

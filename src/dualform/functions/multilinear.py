@@ -11,11 +11,9 @@ Legend: m input, D expanded, n output, l parameters; rows "i" or "ik" (n = p s),
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualform.algebra.planner import Pairing, TokenOrder, token_order
 from dualform.shapes import fail
 
 
@@ -186,12 +185,9 @@ class Multilinear:
         tokens, specs, tensors, sizes = self._split(kappa, specs, tensors, sizes)
         fixed = tuple(t is None for t in tensors)
         plan = plan_steps(tuple(spec for spec, _ in tokens), tuple(specs), fixed, self.rows, tuple(sizes.items()))
-        first, *others = (tokens[plan.start], *(t for k, t in enumerate(tokens) if k != plan.start))
-        other = None
-        for labels, x in others:  # at most one: kappa is a row or an outer product of two
-            other, _ = _walk(x, labels, plan.other, tensors, sizes, None)
-        y, labels = _walk(first[1], first[0], plan.steps, tensors, sizes, other)
-        y = _finish(y, labels, self.rows, sizes)
+        _, y = tokens.pop(plan.start)
+        others = [_walk(x, plan.other, tensors, sizes, None) for _, x in tokens]  # one, where kappa is an outer product
+        y = _finish(_walk(y, plan.steps, tensors, sizes, *(others or [None])), plan.labels, self.rows, sizes)
         y = y.reshape(*y.shape[: y.ndim - len(self.rows)], n)
         return y if self.coef == 1.0 else y * self.coef
 
@@ -228,107 +224,26 @@ def largest_factor(size: int) -> int:
     return next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
 
 
-# -- the order of the steps ------------------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """Meet one more operand: a factor, or the other token (which = None); its labels, and the labels left afterwards."""
-
-    which: int | None
-    right: str
-    out: str
-
-
-class Plan(NamedTuple):
-    """The token to start at, what it meets in turn, and what the other token meets before the two meet."""
-
-    start: int
-    steps: tuple[Step, ...]
-    other: tuple[Step, ...] = ()
-
-
-class Problem(NamedTuple):
-    """What a plan depends on: labels of tokens and factors, which factors are identities, the rows, the labels' sizes."""
-
-    tokens: tuple[str, ...]
-    factors: tuple[str, ...]
-    fixed: tuple[bool, ...]
-    rows: str
-    sizes: tuple[tuple[str, int], ...]
-
-    def meet(self, labels: str, which: int | None, right: str, later: str) -> tuple[Step, float]:
-        """Return the step and its price per token: products, and numbers moved, which cost more than one made."""
-        size = dict(self.sizes)
-        union = "".join(dict.fromkeys(labels + right))
-        out = "".join(label for label in union if label in later)
-        is_eye = which is not None and self.fixed[which]
-        moved = math.prod(size[label] for label in out)
-        if which is not None and not is_eye and not _is_product(labels, right, out):
-            moved += math.prod(size[label] for label in right)  # laid out anew
-        flops = 0 if is_eye else math.prod(size[label] for label in union)
-        return Step(which, right, out), flops + 16.0 * moved
-
-    def walk(self, labels: str, order: tuple[int, ...], later: str) -> tuple[list[Step], float, str]:
-        """Meet factors in this order; what comes later needs its labels."""
-        steps, price = [], 0.0
-        for k, index in enumerate(order):
-            needed = later + "".join(self.factors[i] for i in order[k + 1 :])
-            step, cost = self.meet(labels, index, self.factors[index], needed)
-            steps.append(step)
-            price, labels = price + cost, step.out
-        return steps, price, labels
-
-    def plan(self, start: int, order: tuple[int, ...], a: int, b: int) -> tuple[float, Plan]:
-        """Meet order[:a] first, with the other token meeting order[a:b] before it is met itself, then the rest."""
-        partner = "".join(token for k, token in enumerate(self.tokens) if k != start)
-        rest, after = ("".join(self.factors[i] for i in order[k:]) for k in (a, b))
-        steps, price, labels = self.walk(self.tokens[start], order[:a], self.rows + partner + rest)
-        other: list[Step] = []
-        if partner:
-            other, cost, right = self.walk(partner, order[a:b], self.rows + labels + after)
-            join, more = self.meet(labels, None, right, self.rows + after)
-            steps.append(join)
-            price, labels = price + cost + more, join.out
-        last, cost, _ = self.walk(labels, order[b:], self.rows)
-        return price + cost, Plan(start, (*steps, *last), tuple(other))
-
-
-def plan_steps(*problem: Any) -> Plan:
-    """Find the plan again; torch.compile takes it as it is."""
-    return _plan(Problem(*problem))
+def plan_steps(*problem: Any) -> TokenOrder:
+    """Find the order again; torch.compile takes it as it is."""
+    return token_order(*problem)  # pyright: ignore[reportReturnType]  # without a limit there is one
 
 
 # What torch.compiler.assume_constant_result sets; that would import the whole compiler, which takes as long as torch.
 plan_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1024)
-def _plan(problem: Problem) -> Plan:
-    """Choose the order that moves and multiplies least, from the tokens on."""
-    count, pair = len(problem.factors), len(problem.tokens) > 1
-    cuts = [(a, b) for b in range(count + 1) for a in range(b + 1)] if pair else [(0, 0)]
-    plans = (
-        problem.plan(start, order, a, b)
-        for start in range(len(problem.tokens))
-        for order in itertools.permutations(range(count))
-        for a, b in cuts
-    )
-    return min(plans, key=lambda found: found[0])[1]
-
-
 def _walk(
-    y: Tensor, labels: str, steps: tuple[Step, ...], factors: list[Tensor | None], sizes: dict[str, int], other: Tensor | None
-) -> tuple[Tensor, str]:  # fmt: skip
-    for step in steps:
-        if step.which is None:
-            assert other is not None
-            y = torch.einsum(f"...{labels},...{step.right}->...{step.out}", y, other)
-        elif (factor := factors[step.which]) is None:
-            y = _through_eye(y, labels, step, sizes)
+    y: Tensor, steps: Sequence[Pairing], factors: list[Tensor | None], sizes: dict[str, int], other: Any
+) -> Tensor:
+    for which, left, right, out in steps:
+        if which is None:
+            y = torch.einsum(f"...{left},...{right}->...{out}", y, other)
+        elif (factor := factors[which]) is None:
+            y = _through_eye(y, left, right, out, sizes)
         else:
-            y = _meet(y, labels, factor, step.right, step.out)
-        labels = step.out
-    return y, labels
+            y = _meet(y, left, factor, right, out)
+    return y
 
 
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:
@@ -350,15 +265,15 @@ def _is_product(labels: str, right: str, out: str) -> bool:
     return summed and lies and out == labels[:-1] + right.replace(last, "")
 
 
-def _through_eye(y: Tensor, labels: str, step: Step, sizes: dict[str, int]) -> Tensor:
+def _through_eye(y: Tensor, labels: str, right: str, out: str, sizes: dict[str, int]) -> Tensor:
     """Meet an identity matrix: one label takes the place of the other, cut or filled with zeros to its size."""
-    row, col = step.right
+    row, col = right
     axis = labels.index(col)
     y = y.movedim(axis - len(labels), -1)
     size = sizes[row]
     y = y[..., :size] if size <= sizes[col] else F.pad(y, (0, size - sizes[col]))
     now = labels.replace(col, "") + row
-    return y if now == step.out else torch.einsum(f"...{now}->...{step.out}", y)
+    return y if now == out else torch.einsum(f"...{now}->...{out}", y)
 
 
 def _finish(y: Tensor, labels: str, rows: str, sizes: dict[str, int]) -> Tensor:

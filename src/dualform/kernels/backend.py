@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.trace import source_line
-from dualform.kernels import blocks, pipeline
-from dualform.kernels.blocks import Argument, Unit
+from dualform.graphs.trace import source_line
+from dualform.kernels import cpp_rows, cpp_slices, targets
+from dualform.kernels.dialect import Unit
 from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.pieces import Kinds
+from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, Run_, checkpointed
 from dualform.learning.plan import Call, Input, Plan
+
+Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
 
 
 class Made(NamedTuple):
@@ -44,17 +46,21 @@ def _kinds(plan: Plan, call: Call) -> Kinds:
     return tuple(one for one in found if one[1] != wide)
 
 
+def described(plan: Plan, variant: Variant, direction: str, full: bool | None = None, kinds: Kinds = ()) -> Direction:
+    """Describe a direction of a kind of block. full: whether its mini-batches end with it, where that is known."""
+    step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
+    if direction == "backward":
+        return targets.backward(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
+    end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
+    return targets.forward(specialised(step.plain, end), inputs, dtype, name, kinds)
+
+
 def written(
     plan: Plan, variant: Variant, direction: str, full: bool | None = None, slices: bool = False, kinds: Kinds = ()
 ) -> Unit:  # fmt: skip
-    """Write a direction of a kind of block. full: whether its mini-batches end with it, where that is known. slices: for few rows."""
-    way = pipeline if slices else blocks
-    step, inputs, dtype, name = plan.step(variant), plan.inputs(variant), plan.derivation.dtype, str(variant)
+    """Write a direction. slices: for few rows."""
     try:
-        if direction == "forward":
-            end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
-            return way.forward_unit(specialised(step.plain, end), inputs, dtype, name, kinds)
-        return way.backward_unit(step.plain, step.reverse, inputs, step.wants, step.num_outputs, dtype, name, kinds)
+        return (cpp_slices if slices else cpp_rows).unit(described(plan, variant, direction, full, kinds))
     except Unsupported as error:
         raise Unsupported(error.node, line_of(plan, error.node)) from None
 
@@ -79,7 +85,7 @@ def made(
 
 
 def cut(rows: int, count: int) -> bool:
-    """Is a stretch of so many mini-batches cut in slices: are there threads for two slices of each row, and mini-batches to fill them?"""
+    """Is a stretch of so many mini-batches cut in slices: are there threads for two of a row, enough to fill them?"""
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
 
 
@@ -112,10 +118,8 @@ def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tens
         assert do is not None
         return run.grid.take(do, piece)
     if x.over != "block":
-        fixed, n = run.fixed(x), len(piece)
-        return (
-            fixed.expand(n, run.B, *fixed.shape) if x.over == "heads" else fixed.expand(n, run.B, run.H, *fixed.shape)
-        )
+        fixed, lead = run.fixed(x), (len(piece), run.B, run.H)[: 2 if x.over == "heads" else 3]
+        return fixed.expand(*lead, *fixed.shape)
     found = run.of_blocks(x, piece)
     assert found is not None
     return found
@@ -124,7 +128,7 @@ def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tens
 class Stretches(Whole):
     """Runs calls by stretches."""
 
-    def suits(self, plan: Any, call: Any) -> bool:
+    def suits(self, plan: Plan, call: Call) -> bool:
         if call.q.device.type != "cpu":
             return False
         if plan.natives:  # compiled for a longer call: what follows it stays there
@@ -133,12 +137,9 @@ class Stretches(Whole):
             return plan.counts["tokens"] > TOKENS_WORTH_COMPILING
         return call.q[..., 0].numel() >= self._enough(plan)
 
-    def says(self, plan: Any) -> str:
-        made = (
-            "compiled already"
-            if plan.natives
-            else f"from {self._enough(plan):,} tokens x heads on, or {TOKENS_WORTH_COMPILING:,} single tokens, which repay compiling"
-        )
+    def says(self, plan: Plan) -> str:
+        many, single = f"{self._enough(plan):,} tokens x heads on", f"{TOKENS_WORTH_COMPILING:,} single tokens"
+        made = "compiled already" if plan.natives else f"from {many}, or {single}, which repay compiling"
         return f"on the CPU, {made}, few rows in slices beside each other"
 
     @staticmethod
@@ -146,23 +147,21 @@ class Stretches(Whole):
         """Count the tokens of single heads from which a call repays compiling."""
         return math.ceil(WORTH_COMPILING / (12 * sum(p.numel() for p in plan.derivation.parts.fast.values())))
 
-    def schedule(self, plan: Any, variant: Any) -> dict[str, Unit]:
+    def schedule(self, plan: Plan, variant: Variant) -> dict[str, Unit]:
         return {way: written(plan, variant, way) for way in ("forward", "backward")}
 
-    def check(self, call: Any) -> None:
+    def check(self, call: Call) -> None:
         """Refuse calls that are not for this backend."""
         if call.q.device.type != "cpu":
-            raise BackendError(
-                f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes. Use backend='auto', or move it."
-            )
+            what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
+            raise BackendError(f"{what} Use backend='auto', or move it.")
 
     def made(self, run: Run_, piece: range, direction: str) -> Any:
         """Return what runs a stretch."""
-        return made(
-            run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece))
-        )
+        slices = cut(run.B * run.H, len(piece))
+        return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
-    def forward(self, run: Any, checkpoints: int) -> list[Tensor]:
+    def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         self.check(call)
         state = run.held()
@@ -174,12 +173,11 @@ class Stretches(Whole):
         after = [run.rowed(x) for x in run.whole(state)]
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
 
-    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+    def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         first, chunk, (B, _, H, _) = int(call.position[0]), plan.derivation.chunk, call.q.shape
         held = [*call.anchor.values(), *call.registers.values()]
-        if (B > 1 and bool((call.position != first).any())) or not all(x.is_contiguous() for x in held):
-            return None
-        if not 0 <= first < chunk:
+        alike = B == 1 or not bool((call.position != first).any())
+        if not (alike and all(x.is_contiguous() for x in held) and 0 <= first < chunk):
             return None
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
@@ -200,7 +198,7 @@ class Stretches(Whole):
                 return (value.data_ptr(), 0, 0, *[0] * (x.over == "shared"), *value.stride())
             if x.part in marks:
                 return (marks[x.part].data_ptr() + first * size,)
-            if x.name == "offset":
+            if x.name == "offset" and call.offset is not None:
                 return (call.offset.data_ptr() + first * call.offset.stride(0) * size,)
             return tokens(call.gates[x.name] if x.part == "gates" else getattr(call, x.part))
 
@@ -222,16 +220,14 @@ class Stretches(Whole):
         y = None if o is None else run.grid.place(o, piece)
         apart = y is None
         if y is None:
-            W = run.grid.variants[n].width
-            shape = (len(piece), run.B, run.H, W, run.plan.derivation.out_width)
+            shape = (len(piece), run.B, run.H, run.grid.variants[n].width, run.plan.derivation.out_width)
             y = run.call.q.new_empty(shape, dtype=run.plan.out_dtype(run.call))
         kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
-        keeps = [x[kept.start : kept.stop] for x in saved] + [
-            x.new_empty(len(kept), *x.shape)
-            for x in before[len(saved) :]  # known to be at their start
-        ]
+        known = before[len(saved) :]  # to be at their start
+        keeps = [*(x[kept.start : kept.stop] for x in saved), *(x.new_empty(len(kept), *x.shape) for x in known)]
         tensors = {
-            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None], "after": lambda k: run.rowed(after[k])[None],
+            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None],
+            "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
         self.call(run, native, tensors, len(piece), G, n - kept.start * G)
@@ -243,7 +239,7 @@ class Stretches(Whole):
                     r[k] = run.start([w[k]])[0]
         return after
 
-    def backward(self, run: Any, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+    def backward(self, run: Run_, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
         do, turned = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
         saved = [x.flatten(1, 2) for x in saved]
         gradients = Gradients(run)
@@ -258,12 +254,7 @@ class Stretches(Whole):
             group = (stop - 1) // G
             pieces = _stretches(run, group * G, stop)
             if len(pieces) == 1:  # and what lies before it is of the same kind?
-                variant = run.grid.variants[stop - 1]
-                while (
-                    group
-                    and len(_stretches(run, (group - 1) * G, stop)) == 1
-                    and variant == run.grid.variants[(group - 1) * G]
-                ):
+                while group and len(_stretches(run, (group - 1) * G, group * G + 1)) == 1:
                     group -= 1
                 count = 2 * run.L if not run.known(group * G) else run.L
                 yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in saved[:count]]
@@ -306,13 +297,13 @@ class Stretches(Whole):
             gradients.add(x, piece, value)
         return before
 
-    def call(self, run: Run_, made: Any, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
-        """Run a direction over a stretch. tensors: what is each argument's, by role; G mini-batches per kept state, 0: none is kept."""
+    def call(self, run: Run_, made: Any, tensors: Tensors, count: int, G: int, phase: int) -> None:
+        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 
 
-def _never(graph: Any, examples: Any) -> Any:
+def _never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoReturn:
     raise AssertionError("the scan runs this backend's calls whole")
 
 
@@ -320,5 +311,5 @@ def _never(graph: Any, examples: Any) -> Any:
     name="cpp", formula="C++ made of the traced graphs, compiled on the spot", source="this project, kernels/"
 )
 def cpp() -> Backend:
-    """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes a few seconds."""
+    """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes some seconds."""
     return Backend(_never, whole=Stretches(), keep=0)  # computing a state again costs no more than a fresh page

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from dualform.graphs.simplify import tidy
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.picking import PICKING
 from dualform.learning.derive import trace_fake, undisturbed
-from dualform.learning.simplify import tidy
 
 aten = torch.ops.aten
 
@@ -46,8 +46,6 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 _known = {*MAPS, *PIECES, *PRODUCTS, *REDUCTIONS, *VIEWS, operator.getitem}
-
-
 _CONSTANTS = {"fill", "where", "copy"}
 
 
@@ -118,10 +116,6 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
-def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Any:
-    return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
-
-
 def _clamp_between(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
     x = x if min is None else torch.maximum(x, min)
     return x if max is None else torch.minimum(x, max)
@@ -130,10 +124,6 @@ def _clamp_between(x: Tensor, min: Tensor | None = None, max: Tensor | None = No
 def _round(x: Tensor, *, decimals: int = 0) -> Tensor:
     tens = 10.0 ** abs(decimals)
     return (x * tens).round() / tens if decimals >= 0 else (x / tens).round() * tens
-
-
-def _variance(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
-    return _variance_and_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
 def _variance_and_mean(
@@ -172,18 +162,6 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     return centred - torch.log(torch.exp(centred).sum(dim, keepdim=True))
 
 
-def _softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return y * (g - (g * y).sum(dim, keepdim=True))
-
-
-def _log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return g - torch.exp(y) * g.sum(dim, keepdim=True)
-
-
-def _shrunk_backward(g: Tensor, x: Tensor, threshold: float) -> Tensor:
-    return torch.where(x.abs() > threshold, g, 0.0)
-
-
 def _most(value: Callable[..., Tensor], place: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda x, dim, keepdim=False: (value(x, dim, keepdim), place(x, dim, keepdim))
 
@@ -217,25 +195,27 @@ _own: dict[Any, Callable[..., Any]] = {
     torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
     aten.gelu.default: _gelu,
     aten.silu.default: lambda x: x * torch.sigmoid(x),
-    aten.clamp.default: _clamp,
+    aten.clamp.default: lambda x, min=None, max=None: (
+        NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
+    ),
     aten.linalg_vector_norm.default: _vector_norm,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
     aten._softmax.default: _softmax,
     aten._log_softmax.default: _log_softmax,
-    aten._softmax_backward_data.default: _softmax_backward,
-    aten._log_softmax_backward_data.default: _log_softmax_backward,
+    aten._softmax_backward_data.default: lambda g, y, dim, dtype: y * (g - (g * y).sum(dim, keepdim=True)),
+    aten._log_softmax_backward_data.default: lambda g, y, dim, dtype: g - torch.exp(y) * g.sum(dim, keepdim=True),
     aten.clamp.Tensor: _clamp_between,
     aten.clamp_min.Tensor: _clamp_between,
     aten.clamp_max.Tensor: torch.minimum,
     aten.round.decimals: _round,
-    aten.var.correction: _variance,
+    aten.var.correction: lambda *a, **k: _variance_and_mean(*a, **k)[0],
     aten.var_mean.correction: _variance_and_mean,
-    aten.std.correction: lambda *a, **k: _variance(*a, **k).sqrt(),
+    aten.std.correction: lambda *a, **k: _variance_and_mean(*a, **k)[0].sqrt(),
     aten.max.dim: _most(torch.amax, torch.argmax),
     aten.min.dim: _most(torch.amin, torch.argmin),
-    aten.softshrink_backward.default: _shrunk_backward,
-    aten.hardshrink_backward.default: _shrunk_backward,
+    aten.softshrink_backward.default: lambda g, x, threshold: torch.where(x.abs() > threshold, g, 0.0),
+    aten.hardshrink_backward.default: lambda g, x, threshold: torch.where(x.abs() > threshold, g, 0.0),
     aten.constant_pad_nd.default: _pad,
     aten.unfold.default: _windows,
     aten.repeat.default: _repeat,

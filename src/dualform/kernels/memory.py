@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Statement, View, space_of, whole
+from dualform.kernels.statements import Buffer, Nest, Product, Read, Statement, View, space_of, whole
 
 Output = View | float
 
@@ -58,7 +58,7 @@ def _takes_place(outputs: Sequence[Output], x: View, old: Buffer) -> bool:
     """Is an output a value of its own, laid out like an input?"""
     if x.buffer.place != "scratch" or x.buffer.size != old.size or x.offset:
         return False
-    if (x.along(x.shape), space_of(x.shape)) != (whole(old).along(old.shape), old.space):
+    if (x.along(x.shape), space_of(x.shape)) != (whole(old).along(old.shape), space_of(old.shape)):
         return False
     return sum(isinstance(y, View) and y.buffer is x.buffer for y in outputs) == 1
 
@@ -110,12 +110,7 @@ def _late(statements: Sequence[Statement], m: int, reader: Reader, out: View, n:
             and s.a.buffer is not view.buffer and s.b.buffer is not view.buffer
         )  # fmt: skip
     r, w = s.items[item], s.items[writer]
-    return w.kind != "map" or steps != w.steps or view.offset != out.offset or item > writer or _pass(r) > w.stage
-
-
-def _pass(item: Item) -> int:
-    """Say in which pass over a row an item reads."""
-    return item.stage - (item.kind == "reduce")
+    return w.kind != "map" or steps != w.steps or view.offset != out.offset or item > writer or r.reads_in > w.stage
 
 
 def _end(view: View) -> int:

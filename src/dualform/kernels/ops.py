@@ -1,7 +1,7 @@
 """Which ops a schedule is made of, and how each reads: a row per op.
 
-MAPS        op -> (text, operands, parameters)    entry by entry; `text` names the row of `TEXT`
-REDUCTIONS  op -> (text, operands, parameters)    over axes
+MAPS        op -> (entry, operands, parameters)   entry by entry; a dialect says how it spells an entry, by name
+REDUCTIONS  op -> (entry, operands, parameters)   over axes
 PRODUCTS    op -> factors and summand             matrix products
 PIECES      op -> (place, value), ...             put together from pieces
 VIEWS                                             the same memory, read otherwise
@@ -40,34 +40,6 @@ VIEWS = {
     aten.alias.default,
 }  # fmt: skip
 
-# Text of each map: {0}, {1}, ... are operands; {T} the type; {i0}, {i1}, ... index along the value's axes.
-TEXT = {
-    "copy": "{0}", "add": "{0} + {alpha} * {1}", "plus": "{0} + {1}", "sub": "{0} - {1}", "submul": "{0} - {alpha} * {1}",
-    "rsub": "{1} - {0}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
-    "tanh": "tanh_({0})", "sigmoid": "sigmoid_({0})", "erf": "std::erf({0})", "sqrt": "std::sqrt({0})", "abs": "std::fabs({0})",
-    "rsqrt": "T(1) / std::sqrt({0})", "reciprocal": "T(1) / {0}", "sin": "std::sin({0})", "cos": "std::cos({0})",
-    "sign": "T(({0} > 0) - ({0} < 0))", "relu": "({0} > 0 || {0} != {0} ? {0} : T(0))", "log1p": "std::log1p({0})",
-    "expm1": "std::expm1({0})", "atan": "std::atan({0})", "sinh": "std::sinh({0})", "cosh": "std::cosh({0})",
-    "floor": "std::floor({0})", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
-    "pow": "std::pow({0}, {1})", "max": "({0} > {1} || {0} != {0} ? {0} : {1})", "min": "({0} < {1} || {0} != {0} ? {0} : {1})",
-    "where": "({0} != 0 ? {1} : {2})", "eq": "T({0} == {1})", "ne": "T({0} != {1})", "ge": "T({0} >= {1})", "gt": "T({0} > {1})",
-    "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
-    "not": "T({0} == 0)", "fill": "T({value})", "arange": "T({start}) + T({step}) * T({i0})", "eye": "T({i0} == {i1})",
-    "tril": "({row} >= {col} - ({diagonal}) ? {0} : T(0))", "triu": "({row} <= {col} - ({diagonal}) ? {0} : T(0))", "tan": "std::tan({0})",
-    "addcmul": "{0} + {alpha} * {1} * {2}", "ceil": "std::ceil({0})", "trunc": "std::trunc({0})", "round": "std::nearbyint({0})",
-    "asinh": "std::asinh({0})", "acosh": "std::acosh({0})", "atanh": "std::atanh({0})", "erfc": "std::erfc({0})",
-    "exp2": "std::exp2({0})", "log2": "std::log2({0})", "log10": "std::log10({0})", "atan2": "std::atan2({0}, {1})",
-    "hypot": "std::hypot({0}, {1})", "fmod": "std::fmod({0}, {1})", "remainder": "remainder_({0}, {1})",
-    "floor_divide": "floor_divide_({0}, {1})", "truncated": "std::trunc({0} / {1})", "copysign": "std::copysign({0}, {1})",
-    "signbit": "T(std::signbit({0}))", "isnan": "T({0} != {0})", "isinf": "T(std::fabs({0}) == T(INFINITY))",
-    "fmax": "std::fmax(T({0}), T({1}))", "fmin": "std::fmin(T({0}), T({1}))", "xor": "T(({0} != 0) != ({1} != 0))",
-    "nonzero": "T({0} != 0)", "bits_and": "T(int64_t({0}) & int64_t({1}))", "bits_or": "T(int64_t({0}) | int64_t({1}))",
-    "bits_not": "T(~int64_t({0}))", "bits_xor": "T(int64_t({0}) ^ int64_t({1}))", "shift_left": "T(int64_t({0}) << int64_t({1}))",
-    "shift_right": "T(int64_t({0}) >> int64_t({1}))", "digamma": "T(digamma_({0}))", "polygamma": "T(polygamma_({order}, {0}))",
-    "erfinv": "T(erfinv_({0}))", "ndtri": "T(ndtri_({0}))", "erfcx": "T(erfcx_({0}))", "bessel_i": "T(bessel_i_({order}, {0}))",
-    "bessel_ie": "T(bessel_ie_({order}, {0}))",
-}  # fmt: skip
-
 Row = tuple[str, list[Any], dict[str, Any]]
 MAPS: dict[Any, Callable[[fx.Node], Row]] = {}
 REDUCTIONS: dict[Any, Callable[[fx.Node], Row]] = {}
@@ -75,38 +47,23 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {}
 PIECES: dict[Any, Callable[..., Any]] = {}
 
 
-def _plain(*names: str, count: int, text: str | None = None) -> None:
-    for name in names:
-        packet = getattr(aten, name.split(".")[0])
-        for overload in [name.split(".")[1]] if "." in name else packet.overloads():
-            target = getattr(packet, overload)
-            label = text or name.split(".")[0]
-            MAPS[target] = lambda n, label=label: (label, list(n.args[:count]), {})
-
-
-_plain(
-    "neg", "exp", "log", "tanh", "sigmoid", "erf", "sqrt", "abs", "rsqrt", "reciprocal", "sin", "cos", "sign", "relu", "log1p", "expm1",
-    "atan", "sinh", "cosh", "floor", "lgamma", "tan", "asin", "acos", "ceil", "trunc", "round.default", "asinh", "acosh", "atanh", "erfc",
-    "exp2", "log2", "log10", "signbit", "isnan", "isinf", "digamma", "erfinv", count=1,
-)  # fmt: skip
-_plain(
-    "mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "eq", "ne", "ge", "gt", "le", "lt", "rsub.Scalar", count=2
-)
-_plain("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", count=2)
-_plain("maximum.default", count=2, text="max")
-_plain("minimum.default", count=2, text="min")
-_plain("atan2", "hypot", "fmod", "remainder", "copysign", "fmax", "fmin", "floor_divide", count=2)
-_plain("logical_and.default", count=2, text="and")
-_plain("logical_or.default", count=2, text="or")
-_plain("logical_xor.default", count=2, text="xor")
-_plain("logical_not.default", count=1, text="not")
-_plain("__lshift__", "bitwise_left_shift", count=2, text="shift_left")
-_plain("__rshift__", "bitwise_right_shift", count=2, text="shift_right")
-_plain("special_ndtri.default", count=1, text="ndtri")
-_plain("special_erfcx.default", count=1, text="erfcx")
-_plain("special_erfc.default", count=1, text="erfc")
-_plain("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", count=3)
-_plain("clone.default", "contiguous.default", "lift_fresh_copy.default", count=1, text="copy")
+# Entry by entry, of so many operands and without parameters: name, name.overload, or either = entry.
+for _count, _names in {
+    0: "eye.default eye.m",
+    1: "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan asin acos ceil "
+       "trunc round.default asinh acosh atanh erfc exp2 log2 log10 signbit isnan isinf digamma erfinv logical_not.default=not "
+       "special_ndtri.default=ndtri special_erfcx.default=erfcx special_erfc.default=erfc clone.default=copy contiguous.default=copy "
+       "lift_fresh_copy.default=copy",
+    2: "mul.Tensor mul.Scalar div.Tensor div.Scalar eq ne ge gt le lt rsub.Scalar pow.Tensor_Tensor pow.Scalar maximum.default=max "
+       "minimum.default=min atan2 hypot fmod remainder copysign fmax fmin floor_divide logical_and.default=and logical_or.default=or "
+       "logical_xor.default=xor __lshift__=shift_left bitwise_left_shift=shift_left __rshift__=shift_right bitwise_right_shift=shift_right",
+    3: "where.self where.ScalarSelf where.ScalarOther where.Scalar",
+}.items():  # fmt: skip
+    for _op, _, _entry in (x.partition("=") for x in _names.split()):
+        _name, _, _overload = _op.partition(".")
+        _packet = getattr(aten, _name)
+        for _x in [_overload] if _overload else _packet.overloads():
+            MAPS[getattr(_packet, _x)] = lambda n, k=_count, e=_entry or _name: (e, list(n.args[:k]), {})
 
 
 def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
@@ -118,12 +75,17 @@ def _row(*targets: Any, table: dict[Any, Any] = MAPS) -> Callable[[Any], Any]:
     return add
 
 
+def _name_of(n: fx.Node) -> str:
+    target: Any = n.target
+    return target._schema.name.removeprefix("aten::")
+
+
 @_row(
     aten.bitwise_not.default,
     *(getattr(getattr(aten, f"bitwise_{x}"), y) for x in ("and", "or", "xor") for y in ("Tensor", "Scalar", "Scalar_Tensor")),
 )  # fmt: skip
 def _bits(n: fx.Node) -> Row:
-    name: str = n.target._schema.name.rpartition("_")[2]  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
+    name = _name_of(n).rpartition("_")[2]
     name = name if n.meta["val"].dtype == torch.bool else f"bits_{name}"
     return name, list(n.args[:1] if "not" in name else n.args[:2]), {}
 
@@ -153,25 +115,17 @@ def _polygamma(n: fx.Node) -> Row:
     return ("digamma", [n.args[1]], {}) if n.args[0] == 0 else ("polygamma", [n.args[1]], {"order": n.args[0]})
 
 
-for _order, _name in enumerate(("i0", "i1")):
-    MAPS[aten.i0.default if _order == 0 else aten.special_i1.default] = lambda n, k=_order: (
-        "bessel_i",
-        [n.args[0]],
-        {"order": k},
-    )
-    MAPS[getattr(aten, f"special_{_name}e").default] = lambda n, k=_order: ("bessel_ie", [n.args[0]], {"order": k})
+@_row(aten.i0.default, aten.special_i1.default, aten.special_i0e.default, aten.special_i1e.default)
+def _bessel(n: fx.Node) -> Row:
+    name = _name_of(n)
+    return "bessel_ie" if name.endswith("e") else "bessel_i", [n.args[0]], {"order": int("1" in name)}
 
 
-@_row(aten.add.Tensor, aten.add.Scalar)
-def _add(n: fx.Node) -> Row:
+@_row(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def _sum(n: fx.Node) -> Row:
     alpha = n.kwargs.get("alpha", n.args[2] if len(n.args) > 2 else 1)
-    return ("plus", list(n.args[:2]), {}) if alpha == 1 else ("add", list(n.args[:2]), {"alpha": alpha})
-
-
-@_row(aten.sub.Tensor, aten.sub.Scalar)
-def _sub(n: fx.Node) -> Row:
-    alpha = n.kwargs.get("alpha", n.args[2] if len(n.args) > 2 else 1)
-    return ("sub", list(n.args[:2]), {}) if alpha == 1 else ("submul", list(n.args[:2]), {"alpha": alpha})
+    plain, scaled = ("plus", "add") if _name_of(n) == "add" else ("sub", "submul")
+    return (plain, list(n.args[:2]), {}) if alpha == 1 else (scaled, list(n.args[:2]), {"alpha": alpha})
 
 
 @_row(aten.addcmul.default)
@@ -203,8 +157,7 @@ def _clamp(n: fx.Node) -> Row:
 
 @_row(aten.tril.default, aten.triu.default)
 def _triangle(n: fx.Node) -> Row:
-    name = "tril" if n.target == aten.tril.default else "triu"
-    return name, [n.args[0]], {"diagonal": n.args[1] if len(n.args) > 1 else n.kwargs.get("diagonal", 0)}
+    return _name_of(n), [n.args[0]], {"diagonal": n.args[1] if len(n.args) > 1 else n.kwargs.get("diagonal", 0)}
 
 
 @_row(
@@ -213,7 +166,7 @@ def _triangle(n: fx.Node) -> Row:
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.empty_strided.default,
 )  # fmt: skip
 def _fill(n: fx.Node) -> Row:
-    name: str = n.target._schema.name  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]: an overload
+    name = _name_of(n)
     if "zeros" in name or "empty" in name:
         return "fill", [], {"value": 0.0}
     if "ones" in name:
@@ -228,36 +181,20 @@ def _arange(n: fx.Node) -> Row:
     return "arange", [], {"start": start, "step": step}
 
 
-@_row(aten.eye.default, aten.eye.m)
-def _eye(n: fx.Node) -> Row:
-    return "eye", [], {}
-
-
-def _reduction(name: str) -> Callable[[fx.Node], Row]:
-    def row(n: fx.Node) -> Row:
-        x: Any = n.args[0]
-        shape = tuple(x.meta["val"].shape)
-        dims: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
-        keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
-        named = [dims] if isinstance(dims, int) else dims or range(len(shape))
-        over = {d % len(shape) for d in named} if shape else set()
-        kept: list[int | None] = []
-        at = 0
-        for a in range(len(shape)):
-            kept.append(None if a in over else at)
-            at += keep or a not in over
-        scale = 1 / math.prod(shape[a] for a in over) if name == "mean" else 1.0
-        return {"mean": "sum"}.get(name, name), [x], {"kept": tuple(kept), "scale": scale}
-
-    return row
-
-
-for _name, _targets in {
-    "sum": (aten.sum.dim_IntList, aten.sum.default), "mean": (aten.mean.dim, aten.mean.default), "amax": (aten.amax.default,),
-    "amin": (aten.amin.default,), "prod": (aten.prod.dim_int, aten.prod.default),
-}.items():  # fmt: skip
-    for _target in _targets:
-        REDUCTIONS[_target] = _reduction(_name)
+@_row(
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int,
+    aten.prod.default, table=REDUCTIONS,
+)  # fmt: skip
+def _reduction(n: fx.Node) -> Row:
+    x: Any = n.args[0]
+    name, shape = _name_of(n), tuple(x.meta["val"].shape)
+    dims: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
+    named = [dims] if isinstance(dims, int) else dims or range(len(shape))
+    over = {d % len(shape) for d in named} if shape else set()
+    kept = [None if a in over else sum(keep or b not in over for b in range(a)) for a in range(len(shape))]
+    scale = 1 / math.prod(shape[a] for a in over) if name == "mean" else 1.0
+    return "sum" if name == "mean" else name, [x], {"kept": kept, "scale": scale}
 
 
 @_row(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, table=PRODUCTS)
@@ -281,18 +218,12 @@ def _cat(n: fx.Node, shape: tuple[int, ...]) -> Any:
             at += size
 
 
-@_row(aten.select_backward.default, table=PIECES)
-def _select_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
-    x, _, axis, index = n.args
+@_row(aten.select_backward.default, aten.slice_backward.default, table=PIECES)
+def _window(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    x, _, *where = n.args
+    view: Any = aten.select.int if n.target == aten.select_backward.default else aten.slice.Tensor
     yield (lambda t: t), 0.0
-    yield (lambda t: t.select(axis, index)), x
-
-
-@_row(aten.slice_backward.default, table=PIECES)
-def _slice_backward(n: fx.Node, shape: tuple[int, ...]) -> Any:
-    x, _, axis, start, end, step = n.args
-    yield (lambda t: t), 0.0
-    yield (lambda t: aten.slice.Tensor(t, axis, start, end, step)), x
+    yield (lambda t: view(t, *where)), x
 
 
 @_row(aten.constant_pad_nd.default, table=PIECES)
@@ -313,12 +244,16 @@ def _pad(n: fx.Node, shape: tuple[int, ...]) -> Any:
     yield place, x
 
 
-def _each(name: str) -> float:
-    """Say how many multiplications and additions of one lane a map takes about as long as."""
-    text = TEXT[name]
-    if name in ("abs", "floor") or not ("/" in text or "_(" in text or "std::" in text):
-        return 1.0
-    return 6.0 if "/" in text or "sqrt" in text else 25.0
+# As many multiplications and additions of one lane as an entry takes about as long as, where that is not one.
+SLOW = {
+    name: flops
+    for flops, names in {
+        6.0: "div sqrt rsqrt reciprocal truncated",
+        25.0: "exp log tanh sigmoid erf sin cos log1p expm1 atan sinh cosh lgamma asin acos pow tan ceil trunc round asinh acosh atanh erfc exp2 "
+        "log2 log10 atan2 hypot fmod remainder floor_divide copysign signbit isinf fmax fmin digamma polygamma erfinv ndtri erfcx bessel_i bessel_ie",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
 
 
 def work(n: fx.Node) -> float:
@@ -330,4 +265,4 @@ def work(n: fx.Node) -> float:
         return float(n.meta["val"].numel() * first.shape[-1])
     if n.target in REDUCTIONS:
         return float(first.numel())
-    return n.meta["val"].numel() * (_each(MAPS[n.target](n)[0]) if n.target in MAPS else 1.0)
+    return n.meta["val"].numel() * (SLOW.get(MAPS[n.target](n)[0], 1.0) if n.target in MAPS else 1.0)

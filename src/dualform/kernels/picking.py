@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,14 +56,6 @@ def _flip(x: Tensor, dims: Any) -> Tensor:
         place = _places(x.shape[dim], x)
         x = _picked(x, dim, place[:, None] + place == x.shape[dim] - 1)
     return x
-
-
-def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    return _picked(x, dim, _at(index, x.shape[dim])) if x.ndim else x
-
-
-def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
-    return x + alpha * _picked(source, dim, _at(index, x.shape[dim]).T)
 
 
 class _Indexed:
@@ -140,16 +133,10 @@ def _spread(x: Tensor, dim: int, index: Tensor, source: Any) -> tuple[Tensor, Te
     return index.unsqueeze(-2) == _places(x.shape[dim], x)[:, None], _fitted(given, dim, x.shape)
 
 
-def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+def _scatter(x: Tensor, dim: int, index: Tensor, source: Any, add: bool = False) -> Tensor:
     dim = dim % max(x.ndim, 1)
     taken, given = _spread(x, dim, index, source)
-    return x + _picked(given, dim, taken)
-
-
-def _scatter(x: Tensor, dim: int, index: Tensor, source: Any) -> Tensor:
-    dim = dim % max(x.ndim, 1)
-    taken, given = _spread(x, dim, index, source)
-    return _put(x, dim, taken, given)
+    return x + _picked(given, dim, taken) if add else _put(x, dim, taken, given)
 
 
 def _diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
@@ -164,22 +151,12 @@ def _diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0,
 # -- along one axis, in order ------------------------------------------------------------------------------------------
 
 
-def _running(x: Tensor, dim: int, fill: float) -> Tensor:
-    """out[..., i, j]: entry j of an axis if j <= i, else `fill`."""
+def _running(over: Callable[..., Tensor], x: Tensor, dim: int, fill: float) -> Tensor:
+    """Take in, for each entry i of an axis, the entries j <= i, and `fill` for the rest."""
+    if not x.ndim:
+        return x
     place = _places(x.shape[dim], x)
-    return torch.where(place[:, None] >= place, x.movedim(dim, -1).unsqueeze(-2), fill)
-
-
-def _cumsum(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    return _running(x, dim, 0).sum(-1).movedim(-1, dim) if x.ndim else x
-
-
-def _cumprod(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    return _running(x, dim, 1).prod(-1).movedim(-1, dim) if x.ndim else x
-
-
-def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    return torch.logsumexp(_running(x, dim, -math.inf), -1).movedim(-1, dim) if x.ndim else x
+    return over(torch.where(place[:, None] >= place, x.movedim(dim, -1).unsqueeze(-2), fill), -1).movedim(-1, dim)
 
 
 def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
@@ -194,19 +171,15 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return _picked(rows, -1, taken).movedim(-1, dim), torch.where(taken, place, 0).sum(-1).movedim(-1, dim)
 
 
-def _stable_sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    return _sort(x, dim, descending)
-
-
 def _first(most: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def index(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """The first of the largest, or smallest; a NaN is either."""
         rows = x.reshape(-1) if dim is None or not x.ndim else x.movedim(dim, -1)
         place = _places(rows.shape[-1], x)
         found = torch.where((rows == most(rows)) | (rows != rows), place, len(place)).amin(-1)
-        return (
-            (found.reshape([1] * x.ndim) if dim is None or not x.ndim else found.unsqueeze(dim)) if keepdim else found
-        )
+        if not keepdim:
+            return found
+        return found.reshape([1] * x.ndim) if dim is None or not x.ndim else found.unsqueeze(dim)
 
     return index
 
@@ -217,19 +190,21 @@ PICKING: dict[Any, Callable[..., Any]] = {
     aten._unsafe_index.Tensor: _index,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
-    aten.index_select.default: _index_select,
-    aten.index_add.default: _index_add,
+    aten.index_select.default: lambda x, dim, index: _picked(x, dim, _at(index, x.shape[dim])) if x.ndim else x,
+    aten.index_add.default: lambda x, dim, index, source, alpha=1: (
+        x + alpha * _picked(source, dim, _at(index, x.shape[dim]).T)
+    ),
     aten.embedding.default: lambda weight, index, *rest: _index(weight, [index]),
     aten.gather.default: _gather,
-    aten.scatter_add.default: _scatter_add,
+    aten.scatter_add.default: partial(_scatter, add=True),
     aten.scatter.src: _scatter,
     aten.scatter.value: _scatter,
     aten.diagonal_scatter.default: _diagonal_scatter,
-    aten.cumsum.default: _cumsum,
-    aten.cumprod.default: _cumprod,
-    aten.logcumsumexp.default: _logcumsumexp,
+    aten.cumsum.default: lambda x, dim, dtype=None: _running(torch.sum, x, dim, 0),
+    aten.cumprod.default: lambda x, dim, dtype=None: _running(torch.prod, x, dim, 1),
+    aten.logcumsumexp.default: lambda x, dim: _running(torch.logsumexp, x, dim, -math.inf),
     aten.sort.default: _sort,
-    aten.sort.stable: _stable_sort,
+    aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: _sort(x, dim, descending),
     aten.argmax.default: _first(lambda x: x.amax(-1, keepdim=True)),
     aten.argmin.default: _first(lambda x: x.amin(-1, keepdim=True)),
 }

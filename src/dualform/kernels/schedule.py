@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ from torch import fx
 
 from dualform.kernels import memory
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
-from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, Statement, View, space_of, whole
+from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, View, entrywise, space_of, whole
 
 aten = torch.ops.aten
+_NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_view.default), aten.view.default)
 
 
 def schedule(
@@ -42,7 +44,7 @@ class _Scheduler:
             buffer = Buffer(name, tuple(n.meta["val"].shape), align, place, n.meta["val"].dtype)
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)
-        self.statements: list[Statement] = []
+        self.statements: list[Nest | Product] = []
         self.copies: list[Nest] = []  # each value of them to a place of its own
         self.nest: Nest | None = None
         self.own: dict[Buffer, Item] = {}  # values of the open nest
@@ -52,7 +54,7 @@ class _Scheduler:
     def run(self, over: Mapping[int, int], beside: bool, stay: Mapping[int, str]) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
         while pending:
-            n = next((n for n in pending if self._ready(n) and self._takes(n)), None)
+            n = next((n for n in pending if all(x in self.values for x in self._sources(n)) and self._takes(n)), None)
             if n is None:
                 if self.nest is not None:
                     self._close()
@@ -75,17 +77,17 @@ class _Scheduler:
 
     # -- order ---------------------------------------------------------------------------------------------------
 
-    def _ready(self, n: fx.Node) -> bool:
-        product = self.added.get(n)
-        sources = n.all_input_nodes if product is None else [*product[0].all_input_nodes, *n.all_input_nodes]
-        return all(x in self.values or x in self.inside for x in sources)
+    def _sources(self, n: fx.Node) -> list[fx.Node]:
+        """List what a node reads; a sum that a product is added into reads the product's factors."""
+        product = self.added[n][0] if n in self.added else None
+        return [*(product.all_input_nodes if product else ()), *(x for x in n.all_input_nodes if x is not product)]
 
     def _takes(self, n: fx.Node) -> bool:
         """Add a node to what is open, or make a statement of it; False if it must wait until the open nest is closed."""
         if n.target in VIEWS or n.target is operator.getitem:
             return self._view(n)
         if n in self.added or n.target in PRODUCTS:
-            if any(v.buffer in self.own for v in self._operands(n)):
+            if any(self.values[x].buffer in self.own for x in self._sources(n)):
                 return False
             self._product(n)
             return True
@@ -95,12 +97,6 @@ class _Scheduler:
             self._pieces(n)
             return True
         return self._joins(n)
-
-    def _operands(self, n: fx.Node) -> list[View]:
-        nodes = n.all_input_nodes if n not in self.added else [
-            *self.added[n][0].all_input_nodes, *(x for x in n.all_input_nodes if x is not self.added[n][0])
-        ]  # fmt: skip
-        return [self.values[x] for x in nodes]
 
     # -- views ---------------------------------------------------------------------------------------------------
 
@@ -112,9 +108,7 @@ class _Scheduler:
         base = torch.empty(1 << 40, dtype=torch.float32, device="meta")
         x = base.as_strided(source.shape, source.strides, source.offset)
         try:
-            target: Any = (
-                aten.view.default if n.target in (aten.reshape.default, aten._unsafe_view.default) else n.target
-            )
+            target: Any = _NO_COPY.get(n.target, n.target)
             found = target(x, *n.args[1:], **n.kwargs)
         except RuntimeError:  # no view of memory laid out like this
             if self.nest is not None:
@@ -131,16 +125,9 @@ class _Scheduler:
     def _copy(self, n: fx.Node, source: View) -> None:
         """Lay a value out anew, in the order of its entries; a reshape counts them in that order."""
         fresh = Buffer(n.name, source.shape, 1)
-        self._write(whole(fresh), source)
+        self.statements.append(entrywise("copy", whole(fresh), [source]))
         x = torch.empty(fresh.shape, device="meta").reshape(n.meta["val"].shape)
         self.values[n] = View(fresh, tuple(x.shape), tuple(x.stride()))
-
-    def _write(self, out: View, value: View | float) -> None:
-        """Copy a value, or fill with a number, in a nest of its own."""
-        space = space_of(out.shape)
-        operand = value if not isinstance(value, View) else Read(value, value.along(out.shape))
-        item = Item("map", "copy", [operand], {}, out, out.along(out.shape), kept=True)
-        self.statements.append(Nest(space, [item]))
 
     # -- matrix products -----------------------------------------------------------------------------------------
 
@@ -170,7 +157,8 @@ class _Scheduler:
             y = place(x)
             target = View(out, tuple(y.shape), tuple(y.stride()), int(y.storage_offset()))
             if math.prod(target.shape):
-                self._write(target, self.values[value] if isinstance(value, fx.Node) else value)
+                given = self.values[value] if isinstance(value, fx.Node) else value
+                self.statements.append(entrywise("copy", target, [given]))
         if all(isinstance(value, fx.Node) for _, value in pieces):  # else what is put there first would come too late
             self.copies += self.statements[first:]  # pyright: ignore[reportAttributeAccessIssue]: all nests
         self.values[n] = base
@@ -187,8 +175,7 @@ class _Scheduler:
         space = space_of(loops)
         own = [x for x in arguments if isinstance(x, fx.Node) and self.values[x].buffer in self.own]
         if self.nest is None:
-            self._open(Nest(space))
-        assert self.nest is not None
+            self.nest = Nest(space)
         rows = not reduction and space == self.nest.space[:-1] and bool(own) and space != self.nest.space
         if not rows and space != self.nest.space:
             return False
@@ -220,20 +207,13 @@ class _Scheduler:
             else:
                 item = Item("total", op, operands, params, view, steps, stage, kept=True)
         else:
-            axes, k = [], 0
-            for size in shape:
-                axes.append(None if size == 1 else k)
-                k += size != 1
-            item = Item(
-                "row" if rows else "map", op, operands, params, view, view.along(shape), stage, axes=tuple(axes)
-            )
+            count = itertools.count()
+            axes = tuple(None if size == 1 else next(count) for size in shape)
+            item = Item("row" if rows else "map", op, operands, params, view, view.along(shape), stage, axes=axes)
         self.nest.items.append(item)
         self.own[out] = item
         self.values[n] = view
         return True
-
-    def _open(self, nest: Nest) -> None:
-        self.nest = nest
 
     def _close(self) -> None:
         if self.nest is not None and self.nest.items:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from dualform.graphs.cut import minimum_cut
 from dualform.kernels.ops import PIECES, VIEWS, work
 
 # To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
@@ -29,13 +30,10 @@ def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node
     for n in gm.graph.nodes:
         if n.op == "call_function":
             args, kwargs = fx.map_arg((n.args, n.kwargs), found.__getitem__)  # pyright: ignore[reportArgumentType]
-            found[n] = names.setdefault(repr((n.target, args, kwargs, _kind(n))), len(names))
+            value = n.meta.get("val")
+            kind = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+            found[n] = names.setdefault(repr((n.target, args, kwargs, kind)), len(names))
     return found
-
-
-def _kind(n: fx.Node) -> Any:
-    value = n.meta.get("val")
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
 def price(n: fx.Node) -> float:
@@ -70,20 +68,16 @@ def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[
 
 def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Of values that others read, choose those that are kept, and those that are made again from what is kept."""
-    import networkx  # with torch; a tenth of a second, not at `import dualform`
-
-    network, inside = networkx.DiGraph(), set(values)
-    network.add_nodes_from(["read", "work"])
+    network: list[tuple[Any, Any, float]] = []
+    inside = set(values)
     for n in values:  # n: it is needed; "again n": it is computed again
         if any(user not in inside for user in n.users):
-            network.add_edge("read", n)
-        moved = price(n)
-        network.add_edge(n, ("again", n), **({} if math.isinf(moved) else {"capacity": moved}))
-        network.add_edge(("again", n), "work", capacity=work(n))
+            network.append(("read", n, math.inf))
+        network += [(n, ("again", n), price(n)), (("again", n), "work", work(n))]
         for source in n.all_input_nodes:
             if source in inside:
-                network.add_edge(("again", n), source)
-    _, (needed, _) = networkx.minimum_cut(network, "read", "work")
+                network.append((("again", n), source, math.inf))
+    needed = minimum_cut(network, "read", "work")
     made = [n for n in values if ("again", n) in needed]
     return [n for n in values if n in needed and ("again", n) not in needed], made
 
@@ -91,6 +85,3 @@ def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 def made_again(values: list[fx.Node]) -> set[fx.Node]:
     """Of values that are at hand in one place, choose those that are made again in others."""
     return set(_cut(values)[1])
-
-
-__all__ = ["made_again", "price", "shared"]

@@ -36,17 +36,13 @@ class Buffer:
     over: Buffer | None = None  # it is written over this one
 
     @property
-    def space(self) -> tuple[int, ...]:
-        return space_of(self.shape)
-
-    @property
     def strides(self) -> tuple[int, ...]:
         """Strides in entries, per axis of the shape."""
         step, found = 1, []
         for n in reversed(self.shape):
             found.append(step if n > 1 else 0)
             if n > 1:
-                step *= -(-n // self.align) * self.align if step == 1 and len(self.space) > 1 else n
+                step *= -(-n // self.align) * self.align if step == 1 and len(space_of(self.shape)) > 1 else n
         return tuple(reversed(found))
 
     @property
@@ -105,6 +101,11 @@ class Item:
     kept: bool = False  # does anything outside the nest read it?
     axes: tuple[int | None, ...] = ()  # for each axis of the value, the loop that counts it
 
+    @property
+    def reads_in(self) -> int:
+        """The pass over a row in which it reads."""
+        return self.stage - (self.kind == "reduce")
+
 
 @dataclass(eq=False)
 class Nest:
@@ -127,6 +128,12 @@ class Nest:
     def flops(self) -> int:
         """Of matrix products: none."""
         return 0
+
+
+def entrywise(op: str, out: View, values: Sequence[View | float]) -> Nest:
+    """Make a nest of its own for an entry-by-entry function of values in memory, or numbers."""
+    operands = [Read(x, x.along(out.shape)) if isinstance(x, View) else x for x in values]
+    return Nest(space_of(out.shape), [Item("map", op, operands, {}, out, out.along(out.shape), kept=True)])
 
 
 @dataclass(eq=False)
@@ -181,22 +188,20 @@ class Schedule:
         return sum(math.prod(s.space) * len(s.items) for s in self.statements if isinstance(s, Nest))
 
     @property
+    def _crossing(self) -> list[tuple[int, int]]:
+        """Entries of what comes from and goes to the caller with each mini-batch, and bytes of one; what stays with a row is not counted."""
+        outputs = [(k, x) for k, x in enumerate(self.outputs) if isinstance(x, View) and x.buffer.place == "scratch"]
+        types = [(b.shape, b.dtype) for b in self.inputs if b.place == "scratch"] + [
+            (x.shape, self.types.get(k)) for k, x in outputs
+        ]
+        return [(math.prod(shape), t.itemsize if t else self.itemsize) for shape, t in types]
+
+    @property
     def moved(self) -> int:
-        """Entries that come from and go to the caller with each mini-batch; what stays with a row is not counted."""
-        outputs = [x for x in self.outputs if isinstance(x, View) and x.buffer.place == "scratch"]
-        inputs = [b for b in self.inputs if b.place == "scratch"]
-        return sum(math.prod(x.shape) for x in (*inputs, *outputs))
+        """Entries that come from and go to the caller."""
+        return sum(n for n, _ in self._crossing)
 
     @property
     def nbytes(self) -> int:
         """The same in bytes, each in the type that the caller's tensor has."""
-
-        def size(shape: tuple[int, ...], dtype: torch.dtype | None) -> int:
-            return math.prod(shape) * (dtype.itemsize if dtype else self.itemsize)
-
-        outputs = (
-            size(x.shape, self.types.get(k))
-            for k, x in enumerate(self.outputs)
-            if isinstance(x, View) and x.buffer.place == "scratch"
-        )
-        return sum(size(b.shape, b.dtype) for b in self.inputs if b.place == "scratch") + sum(outputs)
+        return sum(n * size for n, size in self._crossing)

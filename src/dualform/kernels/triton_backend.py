@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Stretches, line_of
+from dualform.kernels.backend import Stretches, Tensors, line_of
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.triton_launch import Launch
@@ -42,21 +42,23 @@ from dualform.learning.plan import Input, Plan, found
 # States that a stretch computes again, for its backward, at once.
 STATE_BYTES = 512 * 2**20
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Rows from which they fill a card by themselves; mini-batches that are worth three kernels; tokens of one that fill a processor; and
-# entries of a state that leave registers for what slices make again (LAB.md, one H200).
-ROWS, COUNT, TOKENS, ENTRIES = 80, 16, 32, 8192
-ENTRIES_PER_WARP = 2048  # of the state: 64 registers of a thread, or fewer
+# Below so many rows a direction is cut in slices, its chain being what takes time; with mini-batches of so many tokens at most, or of
+# any (`LONG`); and only where registers hold the state and what slices make again (LAB.md, one H200).
+ROWS = {"forward": 80, "backward": 1 << 30}
+LONG = {"forward": 0, "backward": 48}
+TOKENS, COUNT, ENTRIES = 32, 16, 8192
+WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 
 
 def cut(entries: int, width: int, rows: int, count: int, direction: str) -> bool:
-    """Is a stretch cut in slices? Its chain is what takes time, if rows are few or mini-batches are short."""
-    few, short = rows < ROWS, width <= TOKENS
-    return count >= COUNT and entries <= ENTRIES and (few and short if direction == "forward" else few or short)
+    """Is a stretch of `count` mini-batches cut in slices?"""
+    rows_below = ROWS[direction] if width <= TOKENS else LONG[direction]
+    return count >= COUNT and entries <= ENTRIES and rows < rows_below
 
 
 def launch_for(entries: int, warps: int | None, stages: int) -> Launch:
     """Choose the warps of a program: enough to hold the state."""
-    return Launch(warps or min(max(4, 1 << (max(1, entries // ENTRIES_PER_WARP) - 1).bit_length()), 16), stages)
+    return Launch(warps or next(n for most, n in WARPS if entries <= most), stages)
 
 
 @dataclass(eq=False)
@@ -162,7 +164,7 @@ class _Rows(Stretches):
                 plan.natives[key] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
             return plan.natives[key]
 
-    def call(self, run: Run_, made: Made, tensors: dict[str, Any], count: int, G: int, phase: int) -> None:
+    def call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)

@@ -23,7 +23,7 @@ class Missing(BackendError):
 def triton_module() -> Any:
     """Import Triton."""
     try:
-        import triton  # with torch for CUDA; not at `import dualform`
+        import triton  # pyright: ignore[reportMissingImports]: with torch for CUDA; not at `import dualform`
     except ImportError as error:
         raise Missing(
             f"triton: the package is not installed ({error}); expected triton, which torch for CUDA brings. Install it, or use backend='auto'."
@@ -59,7 +59,7 @@ def run(
 ) -> Any:
     """Run a kernel on (n, B, H, ...) tensors. scalars: count, group, G, phase."""
     places = [y for x in tensors for y in (x, *x.stride())]
-    function = loaded(kernel.text, kernel.name)[(rows, groups)]
+    function, lack = loaded(kernel.text, kernel.name)[(rows, groups)], ""
     for stages in range(_stages.get((kernel.text, how), how.stages), 0, -1):
         try:
             made = function(*places, heads, *scalars, STAGES=stages, num_warps=how.warps)
@@ -68,7 +68,8 @@ def run(
         except triton_module().runtime.errors.OutOfResources as error:
             lack = str(error)
     raise BackendError(
-        f"triton: {kernel.name} does not fit: {lack} Expected what this card has. Use backend='inductor' or 'eager', or a smaller mini-batch."
+        f"triton: {kernel.name} does not fit: {lack} Expected what this card has. Use backend='inductor' or 'eager', other warps, or a "
+        "smaller mini-batch."
     )
 
 
@@ -103,7 +104,7 @@ def compiled(
 ) -> Any:
     """Compile a kernel for a target, `GPUTarget("cuda", 90, 32)` say: registers, spills and shared memory are in what it made."""
     triton = triton_module()
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]: as above
 
     ones = {f"{a.name}_s{a.rank - 1}": 1 for a in kernel.arguments if a.rank}
     kinds = {x: "constexpr" if x in ones else kind for x, kind in signature(kernel.arguments, types).items()}

@@ -20,18 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from dualform.graphs.split import Part, split
 from dualform.kernels import triton_ops
-from dualform.kernels.blocks import backward_targets, forward_targets
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.pieces import Target, label
-from dualform.kernels.pipeline import part_module, views_apart
 from dualform.kernels.sharing import made_again
+from dualform.kernels.targets import Target, backward_targets, forward_targets, label, part_module, views_apart
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
-from dualform.learning.fission import Part, split
 from dualform.learning.plan import Input
 
 SCALARS = ("H", "count", "group", "G", "phase")
@@ -294,10 +292,11 @@ class Direction:
 
     def kernel(self) -> Kernel:
         """Write the kernel; again, if what is carried on had better lie otherwise."""
+        after = passed = before = None
         for _ in range(3):
             self._place()
             late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late | self.early]
-            after = passed = before = None
+            after = passed = None
             if late:
                 goals = [self.results[k] for k in late]
                 own = {n for n in self.steps if n in self.late or n not in self.waits}

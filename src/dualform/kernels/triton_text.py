@@ -390,7 +390,7 @@ class Writer:
         times = math.prod(tile.shape[a] for a in over if tile.axes[a] is None)
         if times != 1 and row == "prod":
             raise Untileable("a product of repeated entries")
-        own = sorted((tile.axes[a] for a in over if tile.axes[a] is not None), reverse=True)
+        own = sorted((k for a in over if (k := tile.axes[a]) is not None), reverse=True)
         for k in own:
             tile = self.cleaned(tile, k, neutral)
         value = tile.text if tile.kind != torch.bool else f"{tile.text}.to({self.T})"
@@ -814,45 +814,45 @@ class Walker:
         if target == aten.select.int:
             return w.select(n.name, x, *args)
         if target == aten.slice.Tensor:
-            dim, start, end, step = (*args, *(0, 0, None, 1)[len(args) :])
+            found: Any = (*args, *(0, 0, None, 1)[len(args) :])
+            dim, start, end, step = found
             return w.slice(x, dim, start or 0, x.shape[dim] if end is None else end, step, n.name)
         if target == aten.diagonal.default:
             return w.diagonal(n.name, x, *args, **n.kwargs)
         return self._cut(n, x, target, args)
 
-    def _cut(self, n: fx.Node, x: Value, target: Any, args: tuple[Any, ...]) -> Any:
+    def _cut(self, n: fx.Node, x: Value, target: Any, args: Any) -> Any:
         """Cut a value along an axis: into entries, or into pieces."""
         w = self.writer
         if target == aten.unbind.int:
-            dim = args[0] if args else n.kwargs.get("dim", 0)
+            dim: Any = (*args, n.kwargs.get("dim", 0))[0]
             return tuple(w.select(n.name, x, dim, k) for k in range(x.shape[dim]))
         if target in (aten.split.Tensor, aten.split_with_sizes.default):
-            dim: Any = args[1] if len(args) > 1 else n.kwargs.get("dim", 0)
-            total = x.shape[dim]
-            sizes = (
-                args[0] if not isinstance(args[0], int) else [min(args[0], total - k) for k in range(0, total, args[0])]
-            )
+            dim = args[1] if len(args) > 1 else n.kwargs.get("dim", 0)
+            size, total = args[0], x.shape[dim]
+            sizes = [min(size, total - k) for k in range(0, total, size)] if isinstance(size, int) else size
             starts = [sum(sizes[:k]) for k in range(len(sizes))]
             return tuple(w.slice(x, dim, s, s + size, 1, n.name) for s, size in zip(starts, sizes, strict=True))
         raise Untileable(f"the view {target} has no Triton text")
 
     def _pieces(self, n: fx.Node, shape: Shape) -> Value:
-        w, args = self.writer, n.args
+        w = self.writer
+        args: Any = n.args
         if n.target in (aten.cat.default, aten.stack.default):
             dim: Any = args[1] if len(args) > 1 else n.kwargs.get("dim", 0)
             dim = dim % len(shape)
-            found = [self._given(x) for x in args[0]]  # pyright: ignore[reportGeneralTypeIssues]
+            found = [self._given(x) for x in args[0]]
             if n.target == aten.stack.default:
                 return behind(dim, [unsqueezed(x, dim) for x in found])
             return behind(dim, [x for x in found if x.shape[dim]])
         x = self._given(args[0])
         if n.target == aten.select_backward.default:
             _, _, dim, index = args
-            dim, index = dim % len(shape), index % shape[dim % len(shape)]  # pyright: ignore[reportOperatorIssue]
+            dim, index = dim % len(shape), index % shape[dim % len(shape)]
             return w.placed(n.name, unsqueezed(x, dim), dim, range(index, index + 1), shape[dim])
         if n.target == aten.slice_backward.default:
             _, _, dim, start, end, step = args
-            dim: Any = dim % len(shape)  # pyright: ignore[reportOperatorIssue]
+            dim = dim % len(shape)
             places = range(*slice(start, end, step).indices(shape[dim]))
             return w.placed(n.name, x, dim, places, shape[dim])
         if n.target == aten.constant_pad_nd.default:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from dualform.calculus.kept import is_stopped
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
+from dualform.graphs.edit import without_dead
+from dualform.graphs.kept import is_stopped
 
 aten = torch.ops.aten
 Run = Callable[..., Sequence[Tensor]]
@@ -121,6 +122,8 @@ def eager() -> Backend:
 )
 def inductor(blocks: int = 8) -> Backend:
     """Compile a few mini-batches at once with torch's inductor; the first call with a new batch takes about a minute."""
+    if blocks < 1:
+        raise ValueError(f"inductor: blocks is {blocks}; expected a number of mini-batches >= 1. Leave it out for 8.")
     return Backend(_inductor, blocks)
 
 
@@ -180,7 +183,7 @@ def _in_one_pass(graph: fx.Graph, products: set[Any]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
             _accumulate(graph, node, products)
-    graph.eliminate_dead_code()
+    without_dead(graph)
 
 
 def _accumulate(graph: fx.Graph, node: fx.Node, products: set[Any]) -> None:

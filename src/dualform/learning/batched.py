@@ -1,22 +1,24 @@
 """A step mapped over rows (batch x heads, or blocks x batch x heads), in parts that run at any number of them.
 
-The step is mapped once, over a made-up number of rows, and split where the state passes. For a real number of rows that
-number is written into the graph: nothing is traced again for another batch, another length or another device.
+The step is mapped once, over a made-up number of rows, and split where the state passes. The real number of rows
+is an input of each part, or written into it: nothing is traced again for another batch, another length or another device.
 """
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree
+from torch.fx.node import map_aggregate
 
+from dualform.graphs.edit import copied, inputs_of, stepped, unwritten
+from dualform.graphs.simplify import tidy
+from dualform.graphs.split import Fission, Part
 from dualform.learning.derive import Table, trace_fake
-from dualform.learning.fission import Fission, Part
-from dualform.learning.simplify import tidy
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
@@ -33,7 +35,7 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = Non
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)  # it would loop over ROWS rows
     try:
-        made = tidy(trace_fake(torch.vmap(gm, in_dims=dims), examples, table))
+        made = tidy(trace_fake(torch.vmap(stepped(gm), in_dims=dims), examples, table))
     except RuntimeError as error:
         op = re.search(r"(\S+) hit the vmap fallback", str(error))
         if op is None:
@@ -77,13 +79,38 @@ def row_bytes(node: fx.Node) -> float:
 
 def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
     """Write a number of rows and a device into a mapped graph, or a part of one."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    for node in graph.nodes:
+    gm = copied(gm)
+    _write(gm.graph, lambda times: times * rows, device)
+    return gm
+
+
+def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Make the number of rows of a mapped graph, or of a part of one, its last input; and write a device into it."""
+    graph, made = fx.Graph(), dict[int, fx.Node]()
+    copies = {n: graph.node_copy(n) for n in inputs_of(gm.graph)}
+    rows = made[1] = graph.placeholder("rows")
+    last = rows
+    graph.output(graph.graph_copy(gm.graph, copies))
+
+    def times(n: int) -> fx.Node:
+        nonlocal last
+        if n not in made:
+            with graph.inserting_after(last):
+                last = made[n] = graph.call_function(operator.mul, (rows, n))
+        return made[n]
+
+    _write(graph, times, device)
+    return unwritten(gm, graph)
+
+
+def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -> None:
+    """Write a device, and multiples of the number of rows."""
+    for node in list(graph.nodes):
         if node.op == "call_function":
-            node.args = _pytree.tree_map(lambda x: _real(x, rows), node.args)
+            node.args = map_aggregate(
+                node.args, lambda x: times(x // ROWS) if isinstance(x, int) and _counts_rows(x) else x
+            )
             node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
-    return fx.GraphModule(gm, graph)
 
 
 def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: torch.device) -> fx.GraphModule:
@@ -146,4 +173,8 @@ def example(x: fx.Node, rows: int, device: torch.device) -> Tensor:
 
 
 def _real(x: Any, rows: int) -> Any:
-    return x // ROWS * rows if type(x) is int and x >= ROWS and x % ROWS == 0 else x
+    return x // ROWS * rows if _counts_rows(x) else x
+
+
+def _counts_rows(x: Any) -> bool:
+    return type(x) is int and x >= ROWS and x % ROWS == 0

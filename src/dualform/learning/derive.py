@@ -6,6 +6,7 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import keyword
 import math
@@ -13,9 +14,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -23,21 +24,25 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus.kept import written_out
-from dualform.calculus.recorder import CannotRecord, record
-from dualform.calculus.trace import source_line
+from dualform.graphs.edit import stepped, unwritten, without_dead, writes
+from dualform.graphs.hollow import Hollows
+from dualform.graphs.kept import written_out
+from dualform.graphs.recorder import CannotRecord, record
+from dualform.graphs.regroup import join_products
+from dualform.graphs.simplify import tidy
+from dualform.graphs.trace import source_line
+from dualform.graphs.whole_norms import layer_norms, whole_norms
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
+from dualform.learning.flat_leaves import InPieces, Ranges, cut_leaves
+from dualform.learning.forms import Form, forms
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
 from dualform.learning.lookups import lookups_as_gathers
-from dualform.learning.norms import whole_norms
-from dualform.learning.pieces import InPieces, Ranges, cut_leaves
 from dualform.learning.reassociate import reassociate
-from dualform.learning.regroup import join_products
-from dualform.learning.simplify import tidy
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
 from dualform.learning.transforms import TRACING, inside
 
@@ -56,7 +61,7 @@ def norms_as_arithmetic() -> Table:
     norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"]
     parts = [getattr(aten, name + part) for name in norms for part in ("", "_backward")]
     loops = [aten.unfold_backward]  # which vmap knows as a loop over rows only
-    return get_decompositions([*parts, *loops]) | lookups_as_gathers()
+    return get_decompositions([*parts, *loops]) | layer_norms | lookups_as_gathers()
 
 
 @cache
@@ -68,9 +73,19 @@ def slopes_as_arithmetic() -> Table:
     slopes = [getattr(aten, f"{name}_backward") for name in names.split() if hasattr(aten, f"{name}_backward")]
     return (
         norms_as_arithmetic()
-        | get_decompositions(slopes)
+        | {op: _uncast(f) for op, f in get_decompositions(slopes).items()}
         | {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_slope}
     )
+
+
+def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
+    """One of torch's definitions, which widens two-byte numbers; around it, what finds the types loads sympy."""
+    plain = inspect.unwrap(f)
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (plain if x.dtype in (torch.float32, torch.float64) else f)(x, *args, **kwargs)
+
+    return run
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Any:
@@ -126,28 +141,25 @@ class Step:
         """
 
         def make() -> fx.GraphModule:
-            gm = tidy(trace_fake(self.graph, flatten(self.inputs), slopes_as_arithmetic()))
+            gm = tidy(trace_fake(stepped(self.graph), flatten(self.inputs), slopes_as_arithmetic()))
             whole_norms(gm.graph)
             join_products(gm.graph)
-            return fx.GraphModule(gm, gm.graph)
+            return gm
 
         return undisturbed(make)
 
     @cached_property
     def reverse(self) -> fx.GraphModule:
         """The vjp, as a graph: (inputs, cotangents of the outputs) -> gradients of the inputs that have one."""
-        inputs, wants, block = flatten(self.inputs), self.wants, self.differentiable
+        inputs, wants, block = flatten(self.inputs), self.wants, stepped(self.differentiable)
         (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
         cotangents = [inputs[0].new_empty(node.meta["val"].shape) for node in output.args[0]]
 
         def run(*tensors: Tensor) -> list[Tensor]:
             given = [x.detach().requires_grad_(w) for x, w in zip(tensors, wants, strict=False)]
             leaves = [x for x, w in zip(given, wants, strict=True) if w]
-            outputs = block(*given)
-            found = torch.autograd.grad(
-                outputs, leaves, list(tensors[len(given) :]), allow_unused=True, materialize_grads=True
-            )
-            return list(found)
+            total = _Seeded.apply(tensors[len(given) :], *block(*given))
+            return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
 
         made = undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
         return written_out(made)
@@ -155,26 +167,41 @@ class Step:
     def retyped(self, old: torch.dtype, new: torch.dtype) -> Step:
         """Return the same step, and its reverse, with numbers of another dtype."""
 
-        def cast(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return x.to(new) if x.dtype == old else x
-            return new if x is old else x
-
-        def graph(gm: fx.GraphModule) -> fx.GraphModule:
-            copy = fx.Graph()
-            copy.output(copy.graph_copy(gm.graph, {}))
-            for node in copy.nodes:
-                node.args, node.kwargs = _pytree.tree_map(cast, (node.args, node.kwargs))
-                if "val" in node.meta:
-                    node.meta["val"] = _pytree.tree_map(cast, node.meta["val"])
-            return fx.GraphModule(gm, copy)
-
-        step = Step(graph(self.graph), _pytree.tree_map(cast, self.inputs), self.choices)
-        step.plain, step.reverse = (
-            graph(self.plain),
-            graph(self.reverse),
-        )  # where gradients of one's own are written out
+        inputs = _pytree.tree_map(partial(_cast, old=old, new=new), self.inputs)
+        step = Step(retyped(self.graph, old, new), inputs, self.choices)
+        # Where gradients of one's own are written out.
+        step.plain, step.reverse = retyped(self.plain, old, new), retyped(self.reverse, old, new)
         return step
+
+
+def retyped(gm: fx.GraphModule, old: torch.dtype, new: torch.dtype) -> fx.GraphModule:
+    """Copy a graph with numbers of another dtype."""
+    cast, copy = partial(_cast, old=old, new=new), fx.Graph()
+    copy.output(copy.graph_copy(gm.graph, {}))
+    for node in copy.nodes:
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), cast)
+        if "val" in node.meta:
+            node.meta["val"] = map_aggregate(node.meta["val"], cast)
+    return unwritten(gm, copy)
+
+
+def _cast(x: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(new) if x.dtype == old else x
+    return new if x is old else x
+
+
+class _Seeded(torch.autograd.Function):
+    """A number whose gradients by some tensors are given. (To be told gradients, torch.autograd.grad loads sympy.)"""
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: tuple[Tensor, ...], *outputs: Tensor) -> Tensor:
+        ctx.cotangents = cotangents
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]: so torch's docs
+        return None, *ctx.cotangents
 
 
 @dataclass(eq=False)
@@ -221,13 +248,22 @@ class Derivation:
         W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
-        if self.inner.form == "dual":
-            bad = next((site for site in proof.sites if site.leaves and not site.admissible), None)
-            if bad is not None:
-                raise DerivationError(
-                    f"derive: form='dual' does not exist at {source_line(bad.node)}: {bad.why}; expected weights that enter "
-                    "affinely, or as a product that can be re-associated. Use form='auto' (weights per token there)."
-                )
+        self._expect_form(forms[self.inner.form], proof)
+
+    def _expect_form(self, form: Form, a: Analysis) -> None:
+        if why := form.applies(self.inner.rule, a):
+            raise DerivationError(
+                f"derive: form={form.name!r} does not exist at {why}; expected {form.expected}. Use form='auto' (weights per token there)."
+            )
+
+    def forms(self) -> dict[str, str | None]:
+        """Say for each form why it does not apply; None if it does."""
+
+        def why(form: Form) -> str | None:
+            W = self._proved
+            return form.applies(self.inner.rule, reassociate(self.as_written(W), W, always=form.reassociates))
+
+        return undisturbed(lambda: {name: why(form) for name, form in forms.items() if name != "auto"})
 
     @property
     def _proved(self) -> int:
@@ -246,7 +282,7 @@ class Derivation:
         named = [(n, tuple(x.shape), x.dtype) for n, x in (*self.parts.fast.items(), *self.slow_values().items())]
         return (
             self.analyses[W].graph.code, self.losses[W].text, self.rules[W].text, rule.gates, rule.start, rule.resets,
-            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype, self.per_token,
+            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype, self.per_token, self.source is None,
         )  # fmt: skip
 
     def analysis(self, W: int) -> Analysis:
@@ -254,7 +290,7 @@ class Derivation:
         if W not in self.analyses:
             a = self.as_written(W)
             if self.per_token is None:
-                a = reassociate(a, W, always=self.inner.form == "dual")
+                a = reassociate(a, W, always=forms[self.inner.form].reassociates)
             else:
                 a.sites[self.per_token].admissible, a.sites[self.per_token].why = False, "it was asked for"
             self.analyses[W] = a
@@ -374,7 +410,8 @@ def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
 
     def run() -> Any:
         setattr(inside, role, True)
-        return make()
+        with Hollows() if role == "worker" else nullcontext():
+            return make()
 
     with TRACING, _uncollected():
         _first_fake_tensors()
@@ -397,8 +434,9 @@ def _uncollected() -> Iterator[None]:
 @cache
 def _first_fake_tensors() -> None:
     """A torch for CUDA that finds no GPU crashes if its first fake tensors are another thread's (seen in 2.11)."""
-    with _disable_current_modes(), FakeTensorMode():
-        pass
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        with _disable_current_modes(), FakeTensorMode():
+            pass
 
 
 def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.GraphModule:
@@ -426,7 +464,7 @@ def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table)
         tensors = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x for x in tensors]
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         gm = make_fx(f, decomposition_table=table, tracing_mode="fake")(*tensors)
-        if any(_writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
+        if any(writes(node) for node in gm.graph.nodes):  # torch's double backwards fill and scale in place
             with torch.no_grad():
                 gm = make_fx(functionalize(gm, remove="mutations"), tracing_mode="fake")(*tensors)
     return gm
@@ -442,15 +480,11 @@ def _plain_views(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
     """Copy a graph with some of its outputs and without what the others needed."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     outputs = graph.graph_copy(gm.graph, values)
     graph.output(list(outputs)[keep])  # type: ignore[call-overload]
-    graph.eliminate_dead_code()
-    return fx.GraphModule(gm, graph)
+    without_dead(graph)
+    return unwritten(gm, graph)

@@ -11,7 +11,6 @@ Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -20,31 +19,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from dualform.calculus import rules as table
-from dualform.calculus.notation import Formula, formula
-from dualform.calculus.program import identity
-from dualform.calculus.recorder import node_of, recorded_so_far
-from dualform.calculus.structure import Derivative, compose
-from dualform.calculus.trace import source_line
+from dualform.algebra.linear_map import Derivative, compose
+from dualform.algebra.notation import Formula, formula
+from dualform.graphs import local_rules as table
+from dualform.graphs.local_derivatives import identity
+from dualform.graphs.recorder import node_of, recorded_so_far
+from dualform.graphs.trace import source_line
+from dualform.learning.forms import Meeting, Written, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
-from dualform.learning.token_maps import (
-    Price,
-    is_elementwise,
-    kernel_first,
-    masked,
-    per_source,
-    per_target,
-    prefix,
-    price,
-    price_shape,
-    separated,
-    token_back,
-    token_first,
-    weighted,
-)
+from dualform.learning.token_maps import Price, separated, token_back, token_first, weighted
 
 
 @dataclass
@@ -54,9 +40,8 @@ class Choice:
     site: str  # the op
     line: str  # the learner's line
     leaf: str
-    form: str  # "scores" | "state" | "scan"
-    scores: Price
-    state: Price
+    form: str  # the correction's name
+    prices: dict[str, Price]  # of every correction
     derivative: Formula  # d y / d leaf
     kernels: tuple[Formula, ...]  # y -= sum over the source axes of kernel * delta, one per site that the leaf reaches
     why: str = ""  # why the leaf is materialised per token
@@ -100,7 +85,7 @@ class _Keys:
     """What the key pass leaves behind: values, and per leaf the sites' derivatives with their deltas."""
 
     env: dict[fx.Node, Any]
-    derivatives: dict[str, list[tuple[Derivative, int | None, Tensor]]]  # leaf -> (J, token axis, delta)
+    derivatives: dict[str, list[Written]]
     par: dict[tuple[fx.Node, str], Derivative] = field(default_factory=dict)
 
 
@@ -306,33 +291,17 @@ class Emitter:
         """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
         for weight, tensor in self._starting_point(leaf, x, coef):
             y = y + (J.jvp(tensor) if is_number(weight, 1.0) else weighted(J, axis, weight).jvp(tensor))
-        sources = keys.derivatives[leaf]
-        kernels = [(masked(compose(J, K.T), axis, other, coef.C), delta) for K, other, delta in sources]
-        scores = sum((kernel_first(K, delta) for K, delta in kernels), Price(0, 0))
-        per_token = [(per_source(K, other), delta) for K, other, delta in sources]
-        spread = per_target(J, axis)
-        size = self.variant.width * math.prod(x.th[leaf].shape)
-        state = sum((price(K, delta) for K, delta in per_token), self._prefix_price(coef, size, y.element_size()))
-        state = state + price_shape(spread, (self.variant.width, *x.th[leaf].shape), y)
-        if is_elementwise(J):
-            form = "scan"
-        else:
-            form = "scores" if self.inner.form == "dual" or scores.total <= state.total else "state"
-        self.choices.append(self._choice(node, leaf, form, scores, state, J, [K for K, _ in kernels]))
-        if form == "scores":
-            for K, delta in kernels:
-                y = y - K.jvp(delta)
-            return y
-        g = [K.jvp(delta) for K, delta in per_token]
-        return y - spread.jvp(prefix(sum(g[1:], g[0]), coef))
+        met = Meeting(J, axis, keys.derivatives[leaf], coef, x.th[leaf].shape, self.variant.width, y)
+        correction, prices = forms[self.inner.form].choose(met)
+        self.choices.append(self._choice(node, leaf, correction.name, prices, J, [K for K, _ in met.kernels]))
+        return correction.value(met)
 
     def _choice(
         self,
         node: fx.Node | None,
         leaf: str,
         form: str,
-        scores: Price,
-        state: Price,
+        prices: dict[str, Price],
         J: Derivative,
         kernels: list[Derivative],
     ) -> Choice:
@@ -340,7 +309,7 @@ class Emitter:
         why = "" if node else self.sites[at].why
         derivative = formula(J.terms, J.out_shape, J.in_shape, f"dy/d{leaf}")
         shown = tuple(formula(K.terms, K.out_shape, K.in_shape, "K") for K in kernels)
-        return Choice(op_name(at), source_line(at), leaf, form, scores, state, derivative, shown, why)
+        return Choice(op_name(at), source_line(at), leaf, form, prices, derivative, shown, why)
 
     def _starting_point(self, leaf: str, x: StepInputs, coef: Coefficients) -> list[tuple[Scalar, Tensor]]:
         """List (weight, tensor) whose J is to be added to the value at the anchor, zeros left out."""
@@ -352,11 +321,6 @@ class Emitter:
             elif self.inner.rule.start[k] != 0.0:
                 c = c + d * self.inner.rule.start[k]
         return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not is_number(w, 0.0)]
-
-    def _prefix_price(self, coef: Coefficients, size: int, itemsize: int) -> Price:
-        if coef.row is not None:
-            return Price(3 * size, 6 * size * itemsize)
-        return Price(2 * self.variant.width * size, 2 * size * itemsize)
 
     def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Tensor:
         """Run an inadmissible site with each token's own weights: the traced op at one token, mapped over tokens."""

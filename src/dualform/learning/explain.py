@@ -7,16 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dualform.algebra.planner import Price
 from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice
+from dualform.learning.forms import says
 from dualform.learning.printer import Cost
-from dualform.learning.token_maps import Price
-
-_names = {
-    "scores": "scores (dual): query with key first, no weight per token",
-    "state": "state: the weights of every token, read in order",
-    "scan": "scan: a running sum, no larger than the output",
-}
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ def account(
         f"loss     {loss}(f(k), {target}) per token, gradients g_s at the mini-batch's anchor th",
         f"rule     {inner.rule.name}: theta_t = c_t th + d_t . R_0 - sum over s <= t of C[t,s] g_s;  "
         f"{registers} register{'s' if registers > 1 else ''}, gates {', '.join(inner.rule.gates)}",
+        "forms    " + ";  ".join(f"{name}: {why or 'applies'}" for name, why in derivation.forms().items()),
         f"backend  {backend}",
         f"proof    {proof}",
     )
@@ -115,11 +111,9 @@ def _site(n: int, c: Choice) -> SiteStep:
         lines.append(
             ("correction", f"y[{left}] -= Σ_{right.replace(',', ',')} K[{left},{right}] delta[{right}],   {k}")
         )
-    other, price, rest = (
-        ("scores", c.state, c.scores) if c.form != "scores" else ("weights per token", c.scores, c.state)
-    )
-    lines.append(("form", f"{_names[c.form]}"))
-    lines.append(("price", f"{_shown(price)};  {other} would take {_shown(rest)}"))
+    other, rest = ("scores", "scores") if c.form != "scores" else ("weights per token", "state")
+    lines.append(("form", f"{c.form}{says[c.form]}"))
+    lines.append(("price", f"{_shown(c.prices[c.form])};  {other} would take {_shown(c.prices[rest])}"))
     latex = [c.derivative.latex(), *(f"y &\\mathrel{{-}}= K\\,\\delta, \\quad {k.latex()}" for k in c.kernels)]
     return SiteStep(title, tuple(lines), tuple(latex), c)
 

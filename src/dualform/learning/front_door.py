@@ -10,6 +10,7 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.trace import source_line, trace
-from dualform.calculus.twin import Twin
+from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.trace import source_line, trace
+from dualform.graphs.twin import Twin
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, mark, prepared
 
@@ -98,16 +99,18 @@ class FrontDoor:
                 )
         for name, part in learner.named_modules():
             if isinstance(getattr(part, "door", None), FrontDoor):
+                whose = f"the learner's {name!r}" if name else "the learner"
                 raise DerivationError(
-                    f"derive: the learner's {name!r} is a program, which learns over a sequence; expected a function of one token. "
+                    f"derive: {whose} is a program, which learns over a sequence; expected a function of one token. "
                     "Run it before or after this one, on its outputs."
                 )
         self.learner, self.objective, self.rule, self.slow = learner, objective, rule, slow
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
-        # Closed-over tensors: those that a trace read by value, with the count of their writes; and by name, where the
-        # fingerprint has them, or themselves.
-        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._unread = ""  # what cannot be read, once it was said
+        # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them; closed-over ones
+        # by name, where it has them, or themselves.
+        self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self.read()
 
@@ -118,9 +121,17 @@ class FrontDoor:
     def read(self) -> bool:
         """Read everything anew; return whether a trace made before still stands."""
         reading = Fingerprint(self.learner, self.objective, self.rule, watch=True)
-        unread = all(x._version == n for x, n in self._versions.values())
-        stands = unread and reading.key is not None and reading.key == self.key
+        there = dict(enumerate(reading.tensors))
+        same = all(at is None or there.get(at) is x for x, _, at in self._versions.values())
+        stands = same and self._unwritten() and reading.key is not None and reading.key == self.key
         self.reading, self.key = reading, reading.key
+        if reading.unreadable not in ("", self._unread):
+            self._unread = reading.unreadable
+            warnings.warn(
+                f"derive: learner, objective or rule hold {reading.unreadable}, whose state cannot be read; they are traced again at "
+                "each call, as it may have changed. Keep numbers, lists or tensors in its place, or give it a __fingerprint__().",
+                stacklevel=2,
+            )
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
             self._found, self._versions = {}, {}
@@ -135,7 +146,15 @@ class FrontDoor:
 
     def is_current(self) -> bool:
         """Is everything as it was read?"""
-        return self.reading.holds() and all(x._version == n for x, n in self._versions.values())
+        return self.reading.holds() and self._unwritten()
+
+    def _unwritten(self) -> bool:
+        return all(_writes(x) == n for x, n, _ in self._versions.values())
+
+    @property
+    def fixed(self) -> list[str]:
+        """Buffers whose values a trace has read: numbers, masks and sizes that the graph was made for."""
+        return [self._own[x] for x in self._versions if x in self._own]
 
     # -- the three traces ----------------------------------------------------------------------------------------
 
@@ -148,7 +167,10 @@ class FrontDoor:
         def run(*tensors: Tensor) -> Any:
             return twin(dict(zip(names, tensors[:-1], strict=True)), tensors[-1])
 
-        gm = trace(run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device=self.device))
+        tables = {k: self.parts.buffers[n] for k, n in enumerate(names) if n in self.parts.buffers}
+        gm = trace(
+            run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device=self.device), known=tables
+        )
         inputs, result = _ends(gm)
         if not isinstance(result, fx.Node):
             raise DerivationError(
@@ -222,7 +244,7 @@ class FrontDoor:
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
     ) -> Analysis:
         constants, lifted = self._lifted(who, gm)
-        self._versions |= {id(x): (x, x._version) for x in gm.meta["read"] if not x.is_inference()}
+        self._versions |= {id(x): (x, _writes(x), self._slot.get(id(x))) for x in gm.meta["read"]}
         return prepared(
             gm,
             who=who,
@@ -287,6 +309,10 @@ class TracedRule(NamedTuple):
 def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
     return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
+
+
+def _writes(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:

@@ -21,6 +21,15 @@ learners = Catalogue("learners")
 Recipe = Callable[[int], nn.Module]
 
 
+def _hidden(name: str, expand: float) -> Callable[[int], int]:
+    """Return the rule for a hidden width: expand times the width, at least 1."""
+    if expand <= 0:
+        raise ValueError(
+            f"{name}: expand is {expand}; expected a number > 0, hidden width / width. Leave it out for 4."
+        )
+    return lambda dim: max(round(expand * dim), 1)
+
+
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(0.02 * torch.randn(*shape))
 
@@ -61,8 +70,8 @@ def MLP(depth: int = 2, expand: float = 4, activation: str = "gelu_tanh", bias: 
     """Build a multi-layer perceptron with `depth` weight matrices.
 
     f(x) = act(x W1 + b1) W2 + b2, and so on
-    Shape:  (..., K) -> (..., K); hidden width expand K.
-    Raises: ValueError if depth < 1 or the activation is unknown.
+    Shape:  (..., K) -> (..., K); hidden width expand K, at least 1.
+    Raises: ValueError if depth < 1, expand <= 0 or the activation is unknown.
     Source: Sun et al. 2024 (TTT-MLP): depth 2, expand 4, gelu with the tanh approximation.
     """
     if depth < 1:
@@ -70,7 +79,8 @@ def MLP(depth: int = 2, expand: float = 4, activation: str = "gelu_tanh", bias: 
             f"MLP: depth is {depth}; expected at least one weight matrix, depth >= 1. Use depth=1 for Linear."
         )
     find_activation("MLP", activation)
-    return lambda dim: AffineStack([dim, *[round(expand * dim)] * (depth - 1), dim], activation, bias)
+    hidden = _hidden("MLP", expand)
+    return lambda dim: AffineStack([dim, *[hidden(dim)] * (depth - 1), dim], activation, bias)
 
 
 class GatedUnit(nn.Module):
@@ -89,10 +99,12 @@ def SwiGLU(expand: float = 4) -> Recipe:
     """Build a gated linear unit without biases.
 
     f(x) = (silu(x W_gate) * (x W_up)) W_down
-    Shape:  (..., K) -> (..., K); hidden width expand K.
+    Shape:  (..., K) -> (..., K); hidden width expand K, at least 1.
+    Raises: ValueError if expand <= 0.
     Source: Shazeer 2020; the hidden state of LaCT (Zhang et al. 2025).
     """
-    return lambda dim: GatedUnit(dim, round(expand * dim))
+    hidden = _hidden("SwiGLU", expand)
+    return lambda dim: GatedUnit(dim, hidden(dim))
 
 
 class Factored(nn.Module):

@@ -11,20 +11,20 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.regroup import ready_first
+from dualform.graphs.split import Fission, split
+from dualform.graphs.whole_norms import native_norms
 from dualform.learning.backends import Backend, Run, backend_of, backends, visible
-from dualform.learning.batched import at, example, joined, mapped, row_axis, row_bytes
-from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, slopes_as_arithmetic, undisturbed
-from dualform.learning.fission import Fission, split
+from dualform.learning.batched import at_any, example, joined, mapped, row_axis, row_bytes
+from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, retyped, slopes_as_arithmetic, undisturbed
 from dualform.learning.grid import Variant
-from dualform.learning.norms import native_norms
-from dualform.learning.regroup import ready_first
 
 Leaves = dict[str, Tensor]
 Names = tuple[list[str], list[str], list[str]]
@@ -112,12 +112,19 @@ class Way:
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
         return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned), prepare)
 
-    def part(self, name: str, rows: int, device: torch.device) -> Run:
-        """Return a part, ready to run op by op on so many rows."""
-        key = (name, rows, device)
+    def retyped(self, old: torch.dtype, new: torch.dtype) -> Way:
+        """Return the same with numbers of another dtype."""
+        f = self.fission
+        parts = {"once": f.once, "before": f.before, "loop": f.loop, "after": f.after}
+        cast = {name: replace(part, graph=retyped(part.graph, old, new)) for name, part in parts.items()}
+        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare)
+
+    def part(self, name: str, device: torch.device) -> Run:
+        """Return a part, ready to run op by op on its inputs and their number of rows."""
+        key = (name, device)
         if key not in self.made:
             with TRACING:
-                self.made[key] = self.prepare(at(getattr(self.fission, name).graph, rows, device))
+                self.made[key] = self.prepare(at_any(getattr(self.fission, name).graph, device))
         return self.made[key]
 
     def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
@@ -168,7 +175,7 @@ class Way:
             if not part.outputs:
                 return []
             values = [value(x, count) for x in part.inputs]
-            return list(zip(part.outputs, self.part(name, count, device)(*values), strict=True))
+            return list(zip(part.outputs, self.part(name, device)(*values, count), strict=True))
 
         if f.once.outputs and (f.once.outputs[0], 0) not in once:
             once |= {(x, 0): y for x, y in compute("once", rows.heads)}
@@ -182,12 +189,12 @@ class Way:
                 slots.append([value(x, P)] * n)
             else:
                 slots.append(value(x, n * P).chunk(n, axis))
-        loop, first = self.part("loop", P, device), min(blocks)
+        loop, first = self.part("loop", device), min(blocks)
         kept: list[Sequence[Tensor]] = [()] * n
         for block in blocks:
             j = block - first
             state = visit(block, state)
-            out = loop(*[state[x] if isinstance(x, int) else x[j] for x in slots])
+            out = loop(*[state[x] if isinstance(x, int) else x[j] for x in slots], P)
             state, kept[j] = list(out[: self.returns]), out[self.returns :]
         for x, parts in zip(f.loop.outputs[self.returns :], zip(*kept, strict=True), strict=True):
             made[x] = parts[0] if n == 1 else torch.cat(parts, row_axis(x) or 0)
@@ -251,6 +258,7 @@ class Plan:
     key: str = ""  # what an op knows it by
     is_checked: bool = False  # is generated code compared with eager at its first use?
     checked: set[Any] = field(default_factory=set)  # what was
+    source: Plan | None = None  # the same in another dtype, whose graphs are taken
 
     def out_dtype(self, call: Call) -> torch.dtype:
         """Say what the outputs are rounded to: q's digits; losses keep all."""
@@ -282,6 +290,8 @@ class Plan:
         return self.ways[key]
 
     def _way(self, variant: Variant, name: str) -> Way:
+        if self.source is not None:
+            return self.source.way(variant, name).retyped(self.source.derivation.dtype, self.derivation.dtype)
         step, inputs = self.step(variant), self.inputs(variant)
         state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
         count = step.num_outputs
@@ -293,9 +303,14 @@ class Plan:
         else:
             graph, carried, returned = step.graph if name == "visible" else step.plain, state, range(1, count)
         table = slopes_as_arithmetic() if name == "visible" else None
-        whole = undisturbed(lambda: mapped(graph, [x.over == "shared" for x in inputs], table))
-        native_norms(whole.graph)
-        if name == "advance":
-            whole, returned = only_outputs(whole, slice(1, None)), range(count - 1)
-        whole = ready_first(whole, carried)
-        return Way.of(whole, inputs, carried, returned, visible if name == "visible" else _in_place)
+
+        def make() -> Way:
+            whole = mapped(graph, [x.over == "shared" for x in inputs], table)
+            native_norms(whole.graph)
+            if name == "advance":
+                whole = only_outputs(whole, slice(1, None))
+            leaves = range(count - 1) if name == "advance" else returned
+            prepare = visible if name == "visible" else _in_place
+            return Way.of(ready_first(whole, carried), inputs, carried, leaves, prepare)
+
+        return undisturbed(make)

@@ -7,8 +7,9 @@ Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import product
-from operator import mul
+from operator import add, mul
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from dualform.calculus.spelled import differentiable_twice
+from dualform.graphs.spelled import differentiable_twice
 from dualform.learning.state import State
 
 
@@ -35,6 +36,11 @@ def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> 
             value, list(own.values()), create_graph=outer, allow_unused=True, materialize_grads=True
         )
     return dict(zip(own, found, strict=True))
+
+
+def mixed(weights: Any, tensors: list[Tensor]) -> Any:
+    """sum_k weights_k tensors_k"""
+    return reduce(add, map(mul, weights, tensors)) if tensors else 0.0
 
 
 def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `call` is program.Inputs, checked and cast
@@ -65,8 +71,8 @@ def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `ca
             gates = {name: x[i - 1] if name == "offset" else x[row, t, h] for name, x in call.gates.items()}
             A, b, u, a = rule.step(call.q.new_tensor(float(i)), **gates)
             g = gradient(loss, th, h, call.k[row, t, h], call.v[row, t, h])
-            R = {w: [sum(map(mul, A[m], R[w])) - b[m] * g[w] for m in range(len(b))] for w in th}
-            theta = {w: a * th[w] + sum(map(mul, u, R[w])) for w in th}
+            R = {w: [mixed(A[m], R[w]) - b[m] * g[w] for m in range(len(b))] for w in th}
+            theta = {w: a * th[w] + mixed(u, R[w]) for w in th}
             outputs.append(predict(theta, h, call.q[row, t, h]))
             if i == call.chunk:
                 th, i = theta, 0

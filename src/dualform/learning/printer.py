@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
-from torch.utils.flop_counter import flop_registry
 
-from dualform.calculus.kept import is_kept, is_stopped, written_out
+from dualform.algebra.planner import counted
+from dualform.graphs.kept import is_kept, is_stopped, written_out
 from dualform.learning.derive import Derivation, Step, identifier, names_of
 
 aten = torch.ops.aten
@@ -31,21 +30,9 @@ class Cost(NamedTuple):
 
 def cost_of(step: Step, registers: int) -> Cost:
     """Count a step's cost from its graph."""
-    nodes = [n for n in written_out(step.graph).graph.nodes if n.op == "call_function"]
+    flops, written, _ = counted(written_out(step.graph).graph.nodes)
     leaves = sum(w.numel() * w.element_size() for w in step.inputs.th.values())
-    return Cost(
-        flops=sum(_flops(n) for n in nodes),
-        bytes=sum(x.numel() * x.element_size() for n in nodes if isinstance(x := n.meta.get("val"), Tensor)),
-        state_bytes=leaves * (1 + registers),
-    )
-
-
-def _flops(node: fx.Node) -> int:
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if formula is None:
-        return 0
-    args = map_arg(node.args, lambda n: n.meta["val"])
-    return int(formula(*args, **node.kwargs, out_val=node.meta["val"]))
+    return Cost(int(flops), int(written), leaves * (1 + registers))
 
 
 _infix: dict[Any, str] = {

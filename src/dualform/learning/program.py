@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dualform.calculus.fingerprint import Fingerprint
-from dualform.calculus.twin import Twin
 from dualform.catalogue import Bound, Catalogue
+from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning import scan as scan_module
 from dualform.learning.backends import backends_key
@@ -25,6 +26,7 @@ from dualform.learning.derive import TRACING, Derivation, Step, undisturbed
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
+from dualform.learning.forms import forms
 from dualform.learning.front_door import FrontDoor, Parts
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
@@ -38,7 +40,6 @@ from dualform.learning.transforms import is_known
 from dualform.shapes import ShapeError
 
 T = TypeVar("T")
-forms = ("auto", "dual", "primal")
 
 
 class Bounded(OrderedDict[Any, T]):
@@ -57,7 +58,7 @@ class Bounded(OrderedDict[Any, T]):
 class Inputs(NamedTuple):
     """A call, checked and cast; q, k, v and gates of fewer digits than are computed with stay as they are given."""
 
-    learner: Any  # a Twin, for the definition alone
+    learner: Any  # runs the learner on other tensors, for the definition alone
     objective: Callable[[Tensor, Tensor], Tensor]
     target: str
     rule: Rule
@@ -82,6 +83,26 @@ class Inputs(NamedTuple):
         """Cast all tokens to what is computed in."""
         gates = {name: x.to(self.dtype) for name, x in self.gates.items()}
         return self._replace(q=self.q.to(self.dtype), k=self.k.to(self.dtype), v=self.v.to(self.dtype), gates=gates)
+
+    def plain(self) -> Inputs:
+        """Copy what was made in inference mode: the definition takes gradients."""
+
+        def own(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: own(t) for name, t in x.items()}
+            if isinstance(x, State):
+                return State(own(x.anchor), own(x.registers), own(x.position))
+            return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+        return self._replace(**{name: own(x) for name, x in self._asdict().items()})
+
+
+@contextmanager
+def _without_inference() -> Iterator[None]:
+    """Out of inference mode, with gradients on where they were."""
+    outer = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(outer):
+        yield
 
 
 class ChunkProgram(nn.Module):
@@ -160,19 +181,20 @@ class ChunkProgram(nn.Module):
         )
         with TRACING:
             self.plans.pop((K, dtype, form), None)
-            return self._planned((K, dtype, form), source and source.derivation)
+            return self._planned((K, dtype, form), source)
 
-    def _planned(self, key: tuple[int, torch.dtype, str], source: Derivation | None = None) -> scan_module.Plan:
+    def _planned(self, key: tuple[int, torch.dtype, str], source: scan_module.Plan | None = None) -> scan_module.Plan:
         K, dtype, form = key
         with TRACING:
             if key not in self.plans:
                 observed = form == "losses"
                 inner = Inner(self.rule, self.target, "auto" if observed else form, observed)
-                build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, source)
+                given = source and source.derivation
+                build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, given)
                 made = undisturbed(build)
                 twin = _structures.setdefault(made.structure, scan_module.Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
-                plan = scan_module.Plan(made, twin.ways, twin.natives, twin.counts)
+                plan = scan_module.Plan(made, twin.ways, twin.natives, twin.counts, source=source)
                 plan.is_checked, plan.checked = proving.is_on(self.prove), twin.checked
                 self.plans[key] = plan
                 self.out_width = made.V if K == self.width else self.out_width
@@ -246,7 +268,7 @@ class ChunkProgram(nn.Module):
                 NonFiniteError where the state is not finite, naming row, head and mini-batch (not inside torch.compile).
         """
         if form not in forms:
-            raise DerivationError(f"program: form is {form!r}; expected one of {forms}. Choose one of these.")
+            raise DerivationError(f"program: form is {form!r}; expected one of {(*forms,)}. Choose one of these.")
         backend = backends_key(backend)
         if not (remat in ("auto", None) or (isinstance(remat, int) and remat > 0)):
             raise ShapeError(
@@ -258,9 +280,9 @@ class ChunkProgram(nn.Module):
         call = self._inputs(q, k, v, gates or {}, state, mask, reset, params or {})
         if 0 in q.shape[:3]:
             return v.to(q.dtype), call.state
-        if form == "primal":
-            with torch.autocast(q.device.type, enabled=False):
-                o, after = primal(call.widened()._replace(learner=Twin(self.learner)))
+        if not forms[form].corrections:
+            with torch.autocast(q.device.type, enabled=False), _without_inference():
+                o, after = primal(call.widened().plain()._replace(learner=Twin(self.learner)))
         else:
             o, after = self._scan(form, backend, call, state is not None, remat, overwrite and nan_policy != "raise")
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
@@ -308,6 +330,7 @@ class ChunkProgram(nn.Module):
     ) -> tuple[Tensor, State]:
         if not torch.compiler.is_compiling():
             self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            self._expect_fixed(call.rest)
         tensors = scan_module.Call(
             q=call.q,
             k=call.k,
@@ -327,6 +350,16 @@ class ChunkProgram(nn.Module):
         L, names = len(self.parts.fast), list(self.parts.fast)
         anchor, registers = dict(zip(names, held[:L], strict=True)), dict(zip(names, held[L : 2 * L], strict=True))
         return o, State(anchor, registers, held[2 * L])
+
+    def _expect_fixed(self, rest: Mapping[str, Tensor]) -> None:
+        """Refuse other values of a buffer than those that the graph was made for."""
+        for name in self.door.fixed:
+            own, x = self.parts.buffers[name], rest[name]
+            if x is not own and not (is_known(x) and torch.equal(x, own.to(x))):
+                raise ShapeError(
+                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as numbers (an "
+                    "index, a size, an if); expected the same. Write them into the learner's buffer, which derives again."
+                )
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
@@ -405,6 +438,12 @@ class ChunkProgram(nn.Module):
                     f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = {(B, T)} of "
                     f"torch.bool. Pass {name}.bool() of that shape."
                 )
+        marks = {"k": k, "v": v, "mask": mask, "reset": reset, **{f"gates[{n!r}]": x for n, x in gates.items()}}
+        for name, x in (marks | {f"state's {n}": x for n, x in (state.tensors() if state else {}).items()}).items():
+            if x is not None and x.device != q.device:
+                raise ShapeError(
+                    f"program: {name} is on {x.device}; expected q's device = {q.device}. Move it there: .to({str(q.device)!r})."
+                )
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self._kind()[0])
         fast, slow = self._with_heads(params, H, dtype, q.device)
         if state is not None:
@@ -463,18 +502,24 @@ class ChunkProgram(nn.Module):
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
-    def derivation(self) -> Derivation:
-        """The derivation that is printed: at the inferred width, in the learner's dtype."""
+    def _shown(self) -> scan_module.Plan:
+        """The plan that is printed: at the inferred width, in the learner's dtype."""
         if self.width is None:
             raise DerivationError(
                 "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` or a call. "
                 "Set learner.dim = K, or call the program once."
             )
-        return self.plan(self.width, self._kind()[0], "auto").derivation
+        return self.plan(self.width, self._kind()[0], "auto")
+
+    @property
+    def derivation(self) -> Derivation:
+        """The derivation that is printed."""
+        return self._shown.derivation
 
     @property
     def step(self) -> Step:
-        return self.derivation.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
+        # Of the plan, which traces out of sight: torch 2.11's export prints each module while it traces.
+        return self._shown.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
 
     def schedule(self, backend: Any = "cpp") -> Any:
         """Say what a backend that generates code makes of one whole mini-batch: a part per direction, with its source.
@@ -488,8 +533,7 @@ class ChunkProgram(nn.Module):
             raise DerivationError(
                 f"program.schedule: backend is {backend!r}; expected one that generates code, as 'cpp'. Print the program instead."
             )
-        plan = self.plan(self.derivation.K, self.derivation.dtype, "auto")
-        return whole.schedule(plan, Variant(self.chunk, True, True, False))
+        return whole.schedule(self._shown, Variant(self.chunk, True, True, False))
 
     @property
     def code(self) -> str:
@@ -501,6 +545,11 @@ class ChunkProgram(nn.Module):
 
     def __repr__(self) -> str:
         return f"ChunkProgram({type(self.learner).__name__}, rule={self.rule.name!r}, chunk={self.chunk})"
+
+    @property
+    def forms(self) -> dict[str, str | None]:
+        """Each form by name: None if it applies, or the learner's line and why it does not; `form="auto"` takes what is cheapest."""
+        return self.derivation.forms()
 
     @property
     def sites(self) -> list[Choice]:

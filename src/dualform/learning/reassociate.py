@@ -6,12 +6,12 @@ The same function, so exact. A par node is written as a sum of products of affin
 the one table of derivative rules (a multilinear op is its own derivative times its operand); the site then becomes a
 chain of contractions that starts at the tokens.
 
-Legend: labels are axes' atoms (calculus.terms); a product is a Term without input axes whose factors are named by nodes.
+Legend: labels are axes' atoms (algebra.terms); a product is a Term without input axes whose factors are named by nodes.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.calculus import rules
-from dualform.calculus.rows_pointwise import is_pointwise
-from dualform.calculus.table import find_row
-from dualform.calculus.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
+from dualform.algebra.planner import letters, token_order
+from dualform.algebra.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
+from dualform.graphs import local_rules
 from dualform.learning.sites import Analysis, first_crooked, is_of_one_type, mark, operand_nodes
+from dualform.ops.pointwise import is_pointwise
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 
@@ -35,12 +36,12 @@ class _NoProduct(Exception):
 
 @dataclass
 class _Chain:
-    """One product, in the order in which its factors meet the tokens."""
+    """One product: its tokens, the weights in the order in which they meet them, and the labels left."""
 
     term: Term
-    tokens: list[Factor]
-    weights: list[Factor]
-    largest: int  # elements of the largest intermediate
+    tokens: Factor
+    steps: list[tuple[str, Factor, str, str]]  # letters of the tokens, a weight, its letters, those of the product
+    left: tuple[Label, ...]
 
 
 def reassociate(a: Analysis, W: int, *, always: bool) -> Analysis:
@@ -51,9 +52,9 @@ def reassociate(a: Analysis, W: int, *, always: bool) -> Analysis:
         if site is None:
             return a
         product = _without_bias(a, site.node)
-        chains = _chains(a, product)
-        limit = W * sum(p.meta["val"].numel() for p in site.pars)
-        if chains is None or not (always or all(chain.largest < limit for chain in chains)):
+        limit = math.inf if always else W * sum(p.meta["val"].numel() for p in site.pars)
+        chains = _chains(a, product, limit)
+        if chains is None:
             if product is not site.node:
                 a.graph.graph.erase_node(product)
             refused.add(site.node.name)
@@ -108,9 +109,9 @@ def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
 # -- reading a product -------------------------------------------------------------------------------------------
 
 
-def _chains(a: Analysis, node: fx.Node) -> list[_Chain] | None:
+def _chains(a: Analysis, node: fx.Node, limit: float) -> list[_Chain] | None:
     try:
-        return [_chain(a, term) for term in _product_of(a, node)]
+        return [_chain(a, term, limit) for term in _product_of(a, node)]
     except _NoProduct:
         return None
 
@@ -120,7 +121,7 @@ def _expand(a: Analysis, node: fx.Node) -> list[Term]:
     if node in a.tok or first_crooked(a, node) is None:
         axes = fresh_axes(node.meta["val"].shape)
         return [Term(1.0, (_factor(node, axes),), axes, ())]
-    return _product_of(a, node) if rules.multilinear(node.target) else _sum_of(a, node)
+    return _product_of(a, node) if local_rules.multilinear(node.target) else _sum_of(a, node)
 
 
 def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
@@ -128,10 +129,10 @@ def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
     return Factor(torch.empty(sizes(labels), device="meta"), labels, node.name)
 
 
-def _meta_call(node: fx.Node) -> rules.Call:
+def _meta_call(node: fx.Node) -> local_rules.Call:
     """Describe an op on meta tensors: only its labels are asked for."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
-    return rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
+    return local_rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
 
 
 def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
@@ -201,11 +202,11 @@ def _unified(term: Term, start: int, other: int, count: int) -> Term:
 def _sum_of(a: Analysis, node: fx.Node) -> list[Term]:
     """A view, a sum, a scaling, a number added: a sum over the operands, and what is left when all of them are zero."""
     operands, call = _numbers(node), _meta_call(node)
-    if not rules.affine(node.target, frozenset(range(len(operands)))):
+    if not local_rules.affine(node.target, frozenset(range(len(operands)))):
         raise _NoProduct
     found: list[Term] = []
     for j, source in enumerate(operands):
-        for term in rules.derivative(call, j).terms:
+        for term in local_rules.derivative(call, j).terms:
             if term.factors:
                 raise _NoProduct
             term = renewed(term)
@@ -242,38 +243,25 @@ def _offset(node: fx.Node) -> float:
 # -- writing a chain ---------------------------------------------------------------------------------------------
 
 
-def _chain(a: Analysis, term: Term) -> _Chain:
-    """Order a product's weights so that the largest intermediate, from the tokens on, is smallest."""
+def _chain(a: Analysis, term: Term, limit: float) -> _Chain:
+    """Order a product's weights from the tokens on, every intermediate below a limit."""
     if not all(isinstance(f, Factor) for f in term.factors):
         raise _NoProduct
     by_name = {n.name: n for n in a.graph.graph.nodes}
     tokens = [f for f in term.tensors if by_name[f.name] in a.tok]
     weights = [f for f in term.tensors if by_name[f.name] not in a.tok]
-    if len(tokens) != 1 or any(f.tensor.numel() != by_name[f.name].meta["val"].numel() for f in term.tensors):
+    whole = all(f.tensor.numel() == by_name[f.name].meta["val"].numel() for f in term.tensors)
+    if len(tokens) != 1 or len(weights) > 6 or not whole:
         raise _NoProduct
-    if len(weights) > 6:
+    spelled = [f.labels for f in (*tokens, *weights)] + [atoms(term.out)]
+    name = letters(*spelled)
+    labels, *others, rows = ("".join(name[x] for x in one) for one in spelled)
+    extents = tuple((x, label.size) for label, x in name.items())
+    order = token_order((labels,), tuple(others), (False,) * len(weights), rows, extents, limit)
+    if order is None:
         raise _NoProduct
-    best = min(itertools.permutations(weights), key=lambda order: _largest(tokens[0], order, term))
-    return _Chain(term, tokens, list(best), _largest(tokens[0], best, term))
-
-
-def _steps(
-    start: Factor, order: tuple[Factor, ...] | list[Factor], term: Term
-) -> list[tuple[tuple[Label, ...], Factor, tuple[Label, ...]]]:
-    """List (labels before, weight, labels after) of every pairwise product."""
-    labels, steps = start.labels, []
-    for k, f in enumerate(order):
-        later = {label for g in order[k + 1 :] for label in g.labels} | set(atoms(term.out))
-        union = tuple(dict.fromkeys([*labels, *f.labels]))
-        after = tuple(label for label in union if label in later)
-        steps.append((labels, f, after))
-        labels = after
-    return steps
-
-
-def _largest(start: Factor, order: Any, term: Term) -> int:
-    steps = _steps(start, order, term)
-    return max([volume(after) for _, _, after in steps[:-1]], default=0)
+    steps = [(left, weights[k], right, out) for k, left, right, out in order.steps if k is not None]
+    return _Chain(term, tokens[0], steps, tuple(label for x in order.labels for label in name if name[label] == x))
 
 
 def _emit(a: Analysis, node: fx.Node, chains: list[_Chain]) -> fx.Node:
@@ -283,12 +271,10 @@ def _emit(a: Analysis, node: fx.Node, chains: list[_Chain]) -> fx.Node:
     shape = list(node.meta["val"].shape)
     total: fx.Node | None = None
     for chain in chains:
-        final = chain.tokens[0].labels
-        value = _viewed(graph, by_name[chain.tokens[0].name], sizes(final))
-        for labels, f, after in _steps(chain.tokens[0], chain.weights, chain.term):
-            value = _product(graph, value, labels, _viewed(graph, by_name[f.name], sizes(f.labels)), f.labels, after)
-            final = after
-        value = _finished(graph, value, final, chain.term, shape)
+        value = _viewed(graph, by_name[chain.tokens.name], sizes(chain.tokens.labels))
+        for left, f, right, out in chain.steps:
+            value = _product(graph, value, left, _viewed(graph, by_name[f.name], sizes(f.labels)), right, out)
+        value = _finished(graph, value, chain.left, chain.term, shape)
         total = value if total is None else _node(graph, aten.add.Tensor, total, value)
     assert total is not None
     return total
@@ -298,17 +284,10 @@ def _viewed(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
     return node if list(node.meta["val"].shape) == shape else _node(graph, aten.reshape.default, node, shape)
 
 
-def _product(
-    graph: fx.Graph, x: fx.Node, left: tuple[Label, ...], w: fx.Node, right: tuple[Label, ...], out: tuple[Label, ...]
-) -> fx.Node:
-    if len(left) == len(right) == len(out) == 2 and out == (left[0], *[l for l in right if l is not left[1]]):
-        if right[0] is left[1]:
-            return _node(graph, aten.mm.default, x, w)
-        if right[1] is left[1]:
-            return _node(graph, aten.mm.default, x, _node(graph, aten.t.default, w))
-    letters = {label: chr(97 + k) for k, label in enumerate(dict.fromkeys([*left, *right]))}
-    spec = ["".join(letters[label] for label in labels) for labels in (left, right, out)]
-    return _node(graph, aten.einsum.default, f"{spec[0]},{spec[1]}->{spec[2]}", [x, w])
+def _product(graph: fx.Graph, x: fx.Node, left: str, w: fx.Node, right: str, out: str) -> fx.Node:
+    if len(left) == len(right) == len(out) == 2 and out == left[0] + right.replace(left[1], ""):
+        return _node(graph, aten.mm.default, x, w if right[0] == left[1] else _node(graph, aten.t.default, w))
+    return _node(graph, aten.einsum.default, f"{left},{right}->{out}", [x, w])
 
 
 def _finished(graph: fx.Graph, value: fx.Node, labels: tuple[Label, ...], term: Term, shape: list[int]) -> fx.Node:

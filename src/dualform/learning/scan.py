@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from dualform.graphs.operators import custom_operator, library
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import TRACING, undisturbed
@@ -115,20 +116,7 @@ def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     return own
 
 
-@torch.library.custom_op("dualform::scan", mutates_args=())
-def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    plan, call, backend = _call(key, tensors)
-    if any(has_tangent(x) for x in tensors):
-        raise NotImplementedError(
-            "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected plain ones, its "
-            "tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
-        )
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(run_forward(plan, call, checkpoints, backend), tensors)
-
-
-@scan_op.register_fake
-def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
+def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, _ = _call(key, tensors)
     if plan.key:
         _compiled[plan.key] = plan
@@ -137,7 +125,7 @@ def _(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     return [
         o,
         *(x.new_empty(x.shape) for x in held),
-        torch.empty_like(call.position),
+        call.position.new_empty(call.position.shape),
         *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
     ]
 
@@ -149,11 +137,13 @@ def _seen(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     return [*found, *(x.new_zeros(checkpoints, *x.shape) for x in found[1 : 1 + checkpointed(plan, call)])]
 
 
-_library = torch.library.Library("dualform", "FRAGMENT")  # registrations live as long as it
-_library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
+def _gradient_shapes(
+    tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors if x.is_floating_point()]
 
 
-@torch.library.custom_op("dualform::scan_backward", mutates_args=())
+@custom_operator("scan_backward", _gradient_shapes)
 def scan_backward_op(
     tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int
 ) -> list[Tensor]:
@@ -161,11 +151,6 @@ def scan_backward_op(
     given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
         return _own(run_backward(plan, call, saved, cotangents, checkpoints, backend), given)
-
-
-@scan_backward_op.register_fake
-def _(tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in tensors if x.is_floating_point()]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -206,7 +191,19 @@ def _backward_visibly(key: str, tensors: list[Tensor], grads: Sequence[Tensor | 
     return [next(found) if x.requires_grad else None for x in given]
 
 
-scan_op.register_autograd(_backward, setup_context=_setup)
+@custom_operator("scan", _scan_shapes, _backward, _setup)
+def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
+    plan, call, backend = _call(key, tensors)
+    if any(has_tangent(x) for x in tensors):
+        raise NotImplementedError(
+            "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected plain ones, its "
+            "tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
+        )
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return _own(run_forward(plan, call, checkpoints, backend), tensors)
+
+
+library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
 
 
 def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, keep: int) -> int:

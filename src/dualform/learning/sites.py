@@ -18,19 +18,21 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
-from dualform.calculus import rules
-from dualform.calculus.custom import value_of
-from dualform.calculus.definitions import definition_of
-from dualform.calculus.kept import is_kept, named
-from dualform.calculus.relations import Lookup
-from dualform.calculus.rows_kept import first_bend
-from dualform.calculus.structure import Axis, Derivative, Label, Term
-from dualform.calculus.trace import source_line, trace
+from dualform.algebra.linear_map import Axis, Derivative, Label, Term
+from dualform.algebra.relations import Lookup
+from dualform.graphs import local_rules
+from dualform.graphs.custom import value_of
+from dualform.graphs.definitions import definition_of
+from dualform.graphs.edit import add
+from dualform.graphs.kept import is_kept, named
+from dualform.graphs.kept_derivative import first_bend
+from dualform.graphs.recorder import below_dispatch
+from dualform.graphs.trace import source_line, trace
 from dualform.learning.lookups import lookups_as_gathers
+from dualform.shapes import TraceError
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -92,14 +94,14 @@ class Analysis:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
         return value_of(node, args, kwargs)
 
-    def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> rules.Call:
+    def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> local_rules.Call:
         """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
         made, part = maker(node)
         args, kwargs = map_arg((made.args, dict(made.kwargs)), env.__getitem__)
         names = tuple(
             row if s in self.tokens[:1] else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(made)
         )
-        return rules.Call(made.target, args, kwargs, env[node], part, names)  # type: ignore[arg-type]
+        return local_rules.Call(made.target, args, kwargs, env[node], part, names)  # type: ignore[arg-type]
 
 
 def maker(node: fx.Node) -> tuple[fx.Node, int | None]:
@@ -184,8 +186,8 @@ def _without_padding(graph: fx.Graph, node: fx.Node) -> None:
 
 def _made(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     """Insert a call at the line of another."""
-    node = graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*map_arg(args, lambda x: x.meta["val"]))}
+    node = add(graph, target, *args)
+    node.meta = {**like.meta, "val": node.meta["val"]}
     return node
 
 
@@ -209,8 +211,16 @@ def _spell_out(graph: fx.GraphModule) -> None:
         if definition is None:
             continue
         sources = list(node.all_input_nodes)
-        part = trace(definition, *(s.meta["val"] for s in sources))
-        if any(n.op == "get_attr" or str(n.target).startswith("prims.") for n in part.graph.nodes):
+        try:
+            part = trace(definition, *(s.meta["val"] for s in sources))
+        except TraceError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+            raise DerivationError(
+                f"derive: {op_name(node)} at {source_line(node)} has no definition for {error.__cause__}; expected a form of it that "
+                "is in the table of ops. Write it with other ops."
+            ) from error
+        if any(_says_nothing(n, node) for n in part.graph.nodes):
             continue
         copies: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), sources, strict=True))
         with graph.graph.inserting_before(node):
@@ -218,11 +228,16 @@ def _spell_out(graph: fx.GraphModule) -> None:
                 if inner.op == "call_function" and not _is_named_tuple(inner):
                     copies[inner] = graph.graph.node_copy(inner, copies.__getitem__)
                     copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
-                    if _has_no_row(inner) and inner.target != node.target:
+                    if _has_no_row(inner):
                         pending.append(copies[inner])
         results: Any = next(iter(part.graph.find_nodes(op="output"))).args[0]
         results = results.args if _is_named_tuple(results) else results
         _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
+
+
+def _says_nothing(part: fx.Node, whole: fx.Node) -> bool:
+    """Does a definition close over tensors, go below the ops that have rows, or need the op itself?"""
+    return part.op == "get_attr" or str(part.target).startswith("prims.") or part.target == whole.target
 
 
 def _is_named_tuple(x: Any) -> bool:
@@ -243,8 +258,11 @@ def _stand_for(graph: fx.Graph, node: fx.Node, results: Any) -> None:
 
 def _has_no_row(node: fx.Node) -> bool:
     """Has the op no structure of its own? One of several results has none that is known before it is looked at."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_complex():  # made of constants: the tracer leaves no others
+        return False
     is_op = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return is_op and not rules.is_structured(node.target)
+    return is_op and not local_rules.is_structured(node.target)
 
 
 def _definition(node: fx.Node) -> Callable[..., Any] | None:
@@ -259,7 +277,7 @@ def _definition(node: fx.Node) -> Callable[..., Any] | None:
 
     if getattr(written, "__self__", None) is not node.target:
         return definition
-    return make_fx(definition, tracing_mode="real")(*(s.meta["val"] for s in node.all_input_nodes))  # after dispatch
+    return below_dispatch(definition, [s.meta["val"] for s in node.all_input_nodes])
 
 
 def mark(a: Analysis, W: int) -> None:
@@ -298,7 +316,7 @@ def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
 
 def _read_nodes(node: fx.Node) -> list[fx.Node]:
     """List the inputs of a node whose numbers matter, not their shape or type alone."""
-    unread = rules.unread(node.target)
+    unread = local_rules.unread(node.target)
     return [x for name, _, x in _arguments(node) if name not in unread] if unread else node.all_input_nodes
 
 
@@ -313,7 +331,7 @@ def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
         return Site(
             node, pars, leaves, False, f"{op_name(node)} meets numbers of several types, or gives several results"
         )
-    if not rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
+    if not local_rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
         return Site(node, pars, leaves, False, f"{op_name(node)} is not jointly affine in its weights")
     crooked = next((bad for p in pars if (bad := first_crooked(a, p)) is not None), None)
     if crooked is not None:
@@ -334,7 +352,7 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
         if found is not None:
             return found
     joint = frozenset(j for j, s in enumerate(operands) if a.leaves[s])
-    straight = all(p in operands for p in pars) and rules.affine(node.target, joint) and not is_detach(node)
+    straight = all(p in operands for p in pars) and local_rules.affine(node.target, joint) and not is_detach(node)
     return None if straight and is_of_one_type(node) else node
 
 
@@ -361,11 +379,11 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
     if is_kept(node):
         return _kept_place(a, node, W)
     call, op = a.call(node, env), maker(node)[0]  # type: ignore[arg-type]
-    read = [x for x in _arguments(op) if x[0] not in rules.unread(op.target)]
+    read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
     found: set[Place | None] = set()
     for name, k, source in read:
         if source in a.tok:
-            found |= carried_places(rules.reads(call, name, k), a.places[source], W) or {None}
+            found |= carried_places(local_rules.reads(call, name, k), a.places[source], W) or {None}
     place = found.pop() if len(found) == 1 else None
     if place is None:
         raise _mixes(a, node)
@@ -376,10 +394,10 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
 
 
 def _is_alike(
-    a: Analysis, call: rules.Call, name: str, k: int | None, source: fx.Node, place: Place, W: int, env: Mapping[fx.Node, Any]
+    a: Analysis, call: local_rules.Call, name: str, k: int | None, source: fx.Node, place: Place, W: int, env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip
     """Does an argument that no token reaches enter a result in the same way at every token?"""
-    J = rules.reads(call, name, k)
+    J = local_rules.reads(call, name, k)
     if J is None:
         return False
     for term in J.terms:
@@ -461,7 +479,7 @@ def _expect_apart(a: Analysis, node: fx.Node) -> None:
 
 
 def _is_even_through(
-    a: Analysis, call: rules.Call, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
+    a: Analysis, call: local_rules.Call, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip
     """Does a source bring no difference along some labels of a result?"""
     looked_up = any(labels & set(r.labels) for r in term.relations)
@@ -476,12 +494,12 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
     if node.op != "call_function":
         return False
     op = maker(node)[0]
-    read = [x for x in _arguments(op) if x[0] not in rules.unread(op.target)]
+    read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
     if not read:
-        return op_name(op) in _UNIFORM or bool(rules.unread(op.target))
+        return op_name(op) in _UNIFORM or bool(local_rules.unread(op.target))
     call = a.call(node, env)
     for name, k, source in read:
-        J = rules.reads(call, name, k)
+        J = local_rules.reads(call, name, k)
         if J is None or not all(_is_even_through(a, call, t, set(t.out[axis]), source, env) for t in J.terms):
             return False
     return True
@@ -490,10 +508,10 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
 def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
     where = source_line(node) or f"{op_name(op)}, called inside torch"
-    if rules.find_row(op.target) is None and _has_no_row(op):
+    if local_rules.find_row(op.target) is None and _has_no_row(op):
         return DerivationError(
             f"derive: the {a.who} uses {op_name(op)} at {where}, which has no row in the table of ops; expected ops "
-            "that can be shown to keep tokens apart. Write it with other ops, or add a row (calculus/table.py)."
+            "that can be shown to keep tokens apart. Write it with other ops, or add a row (ops/table.py)."
         )
     return DerivationError(
         f"derive: the {a.who} mixes tokens at {where}: {op_name(op)} makes one row depend on others; expected {_apart[a.who]}"

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dualform.calculus import rules as table
-from dualform.calculus.contract import plan
-from dualform.calculus.structure import Axis, Derivative, Factor, Term, compose
-from dualform.calculus.terms import atoms, sizes
+from dualform.algebra.contract import plan
+from dualform.algebra.linear_map import Axis, Derivative, Factor, Term, compose
+from dualform.algebra.planner import Price
+from dualform.algebra.terms import Label, Relation, atoms, sizes, volume
+from dualform.graphs import local_rules as table
 from dualform.learning.rules import Coefficients, Scalar
 from dualform.learning.sites import Place
-
-# Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
-FLOPS_PER_BYTE = 16.0
-
-
-class Price(NamedTuple):
-    """What a contraction costs: flops and bytes moved, and their sum in flops."""
-
-    flops: float
-    bytes: float
-
-    @property
-    def total(self) -> float:
-        return self.flops + FLOPS_PER_BYTE * self.bytes
-
-    def __add__(self, other: object) -> Price:
-        assert isinstance(other, tuple)
-        return Price(self.flops + other[0], self.bytes + other[1])
 
 
 def token_first(x: Tensor, place: Place, W: int) -> Tensor:
@@ -60,10 +42,6 @@ def _edit(J: Derivative, change: Callable[[Term], Term], out: Sequence[int], inn
     return Derivative(tuple(change(term) for term in J.terms), tuple(out), tuple(inn), J.dtype, J.device)
 
 
-def _sizes(*axes: Sequence[Any]) -> list[int]:
-    return [label.size for axis in axes for label in axis]
-
-
 def tokens(axes: tuple[Axis, ...], axis: int | None) -> Axis:
     return () if axis is None else axes[axis]
 
@@ -77,7 +55,7 @@ def masked(kernel: Derivative, q: int | None, k: int | None, C: Tensor) -> Deriv
 
     def change(term: Term) -> Term:
         t, s = tokens(term.out, q), tokens(term.inn, k)
-        return replace(term, factors=(*term.factors, Factor(C.reshape(_sizes(t, s)), (*t, *s), "C")))
+        return replace(term, factors=(*term.factors, Factor(C.reshape(sizes((*t, *s))), (*t, *s), "C")))
 
     return _edit(kernel, change, kernel.out_shape, kernel.in_shape)
 
@@ -89,7 +67,7 @@ def weighted(J: Derivative, axis: int | None, w: Scalar) -> Derivative:
 
     def change(term: Term) -> Term:
         t = tokens(term.out, axis)
-        return replace(term, factors=(*term.factors, Factor(w.reshape(_sizes(t)), t, "w")))
+        return replace(term, factors=(*term.factors, Factor(w.reshape(sizes(t)), t, "w")))
 
     return _edit(J, change, J.out_shape, J.in_shape)
 
@@ -113,10 +91,17 @@ def per_target(J: Derivative, axis: int | None) -> Derivative:
     return _edit(J, change, J.out_shape, (count(J, axis), *J.in_shape))
 
 
+def running(coef: Coefficients, W: int, size: int, itemsize: int) -> tuple[bool, Price]:
+    """Is sum_{s<=t} C[t,s] g_s a running sum, and its price, that of one where C = tril(row x col); size: numbers of all W g's."""
+    added, product = Price(3 * size, 6 * size * itemsize), Price(2 * W * size, 2 * size * itemsize)
+    can = coef.row is not None and coef.col is not None
+    return can and added.total < product.total, added if can else product
+
+
 def prefix(g: Tensor, coef: Coefficients) -> Tensor:
-    """sum_{s<=t} C[t,s] g_s: a running sum where C is tril(row x col)."""
+    """sum_{s<=t} C[t,s] g_s."""
     shape = (-1, *[1] * (g.ndim - 1))
-    if coef.row is not None and coef.col is not None and g.shape[0] > FLOPS_PER_BYTE * 2 * g.element_size():
+    if coef.row is not None and coef.col is not None and running(coef, len(g), g.numel(), g.element_size())[0]:
         return coef.row.reshape(shape) * (coef.col.reshape(shape) * g).cumsum(0)
     return (coef.C @ g.flatten(1)).reshape(g.shape) if g.ndim > 1 else coef.C @ g
 
@@ -128,29 +113,24 @@ def is_elementwise(J: Derivative) -> bool:
 
 def kernel_first(K: Derivative, v: Tensor) -> Price:
     """Price K[v] with the kernel made before it meets v: query with key first."""
-    total = Price(0, 0)
+    total = Price()
     for term in K.terms:
-        present = {label for f in term.factors for label in getattr(f, "labels", ())}
-        kept = tuple(label for label in dict.fromkeys(atoms((*term.out, *term.inn))) if label in present)
-        p = plan(term.factors, kept)
+        kept = _present((*term.out, *term.inn), term.factors)
         made = Factor(v.new_empty(sizes(kept)), kept, "K")
         alone = Derivative((replace(term, factors=(made,)),), K.out_shape, K.in_shape, K.dtype, K.device)
-        total = total + (p.flops, p.bytes) + price(alone, v)
+        total += plan(term.factors, kept).price + Price(largest=volume(kept)) + price(alone, v)
     return total
 
 
-def price(J: Derivative, v: Tensor) -> Price:
-    return price_shape(J, J.in_shape, v)
+def _present(axes: tuple[Axis, ...], factors: Sequence[Factor | Relation]) -> tuple[Label, ...]:
+    return tuple(x for x in dict.fromkeys(atoms(axes)) if any(x in f.labels for f in factors))
 
 
-def price_shape(J: Derivative, shape: Sequence[int], like: Tensor) -> Price:
-    """Price J[v] without computing it: every term's contraction, as planned."""
-    total = Price(0, 0)
+def price(J: Derivative, like: Tensor) -> Price:
+    """Price J[v] without computing it, v of a dtype like this: every term's contraction, as planned."""
+    total = Price()
     for term in J.terms:
-        labels = tuple(label for axis in term.inn for label in axis)
-        v = Factor(like.new_empty(_sizes(*term.inn)), labels, "v")
-        present = {label for f in (*term.factors, v) for label in getattr(f, "labels", ())}
-        out = [label for axis in term.out for label in axis if label in present]
-        p = plan((*term.factors, v), tuple(dict.fromkeys(out)))
-        total = total + (p.flops, p.bytes)
+        labels = atoms(term.inn)
+        factors = (*term.factors, Factor(like.new_empty(sizes(labels)), labels, "v"))
+        total += plan(factors, _present(term.out, factors)).price
     return total

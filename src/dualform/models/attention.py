@@ -5,6 +5,8 @@ B batch, T new tokens, S columns looked at, H heads, D head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,7 +76,34 @@ class Attention(nn.Module):
             if q.shape[2] == 1:  # asked this way, a compiler that holds the length as a symbol has a plain bool too
                 causal = False
             o, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
+            if o.requires_grad and not torch.compiler.is_compiling():
+                o = Twice.apply(o, q, k, v, mask)
         return self.o_proj(o.transpose(1, 2).flatten(2)), weights
+
+
+class Twice(torch.autograd.Function):
+    """Give SDPA's result a gradient that has a gradient: its kernels' backwards have none.
+
+    A backward that nobody differentiates is the kernel's own; of one that is, the ops that define it take the place.
+    dv = w^T do,  ds = w (dw - sum_S dw w) / sqrt(D) with dw = do v^T,  dq = ds k,  dk = ds^T q
+    """
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (do,) = grads
+        if not torch.is_grad_enabled() and not watched():
+            return do, None, None, None, None
+        q, k, v, mask = ctx.saved_tensors
+        _, w = attend(q, k, v, mask)
+        do = do.to(w.dtype)  # under autocast SDPA's is another than q's
+        dw = do @ v.mT
+        ds = w * (dw - (dw * w).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        return None, ds @ k, ds.mT @ q, w.mT @ do, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -82,6 +111,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor
     T, S = q.shape[2], k.shape[2]
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    scores = (q @ k.mT).float() if q.dtype.itemsize < 4 else q @ k.mT
+    scores = (q @ k.mT).to(torch.promote_types(torch.float32, q.dtype))
     weights = (scores / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
     return weights @ v, weights

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -259,6 +260,17 @@ class DualformModel(DualformPreTrainedModel):
             positions = ranks[0].clamp(min=0) if ranks else torch.arange(seen, seen + T, device=x.device)[None]
         observed = None if torch.compiler.is_compiling() else observing.get()
         return Call(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None, observed)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, ignore_index: int = -100, **_: Any
+) -> Tensor:
+    """Score logits (..., C) against labels (...), in float32 at least: transformers' own losses narrow float64.
+
+    num_items_in_batch: how many labels the whole batch has, over which to average; default those that are counted here.
+    """
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype)).flatten(0, -2)
+    return fixed_cross_entropy(wide, labels.to(logits.device).flatten(), num_items_in_batch, ignore_index)
 
 
 AutoConfig.register("dualform", DualformConfig)

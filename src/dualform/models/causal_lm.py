@@ -5,6 +5,7 @@ B batch, T new tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from dualform.models.arguments import refuse_unknown
-from dualform.models.body import DualformModel, DualformPreTrainedModel
+from dualform.models.body import DualformModel, DualformPreTrainedModel, cross_entropy
 from dualform.models.cache import Rollback, adopt
 from dualform.models.configuration import DualformConfig
 from dualform.models.documents import as_reset, onto_padding
@@ -30,7 +31,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
     Shape:  as DualformModel; labels (B, T), -100 = not counted -> logits (B, T or logits_to_keep, vocab), loss scalar,
             past_key_values, which carries the fast weights and makes any split of a text exact. Padding has the logits
             of the last token before it.
-    Dtype:  logits as the parameters; the loss in float32, in nats per token.
+    Dtype:  logits as the parameters; the loss in float32 at least, in nats per token.
     Raises: as DualformModel.
     Source: Sun et al. 2024.
     """
@@ -42,6 +43,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         self.model = DualformModel(config, prove=prove)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = next_token_loss
         self.post_init()
 
     @can_return_tuple
@@ -109,6 +111,14 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             setattr(found, OTHER, getattr(found, CACHE))
         return found
 
+    def _expand_inputs_for_generation(self, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Beams, and several answers to one text, each go on from what its row has read.
+        ids, cache, copies = kwargs["input_ids"], kwargs.get(CACHE), kwargs["expand_size"]
+        for layer in cache.layers if isinstance(cache, Cache) and copies > 1 else ():
+            if isinstance(layer, Rollback) and layer.num_rows == len(ids):
+                layer.batch_repeat_interleave(copies)
+        return cast("Any", super())._expand_inputs_for_generation(**kwargs)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         try:
             cast("Any", super())._validate_model_kwargs(model_kwargs)
@@ -159,6 +169,34 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             adopt(cache, self.config)
         return result
 
+    def _prefill(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        cache, size = model_kwargs.get(CACHE), generation_config.prefill_chunk_size
+        filled = cache if isinstance(cache, Cache) and cache.get_seq_length() else None
+        if size is not None and filled is not None and model_kwargs.get("inputs_embeds") is None:
+            input_ids = self._read_parts(input_ids, size, filled, model_kwargs)
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return cast("Any", super())._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _read_parts(self, ids: Tensor, size: int, cache: Cache, model_kwargs: dict[str, Any]) -> Tensor:
+        """Read all but the last `size` columns or fewer; return the ids to go on with.
+
+        transformers 5.17 cuts ids, masks and positions as if the cache had read nothing (5.24 does not).
+        """
+        whole = {name: x for name in ("attention_mask", "position_ids") if (x := model_kwargs.get(name)) is not None}
+        read = cache.get_seq_length()
+        # A mask need not be there to say it: 5.24 drops one that is all ones.
+        left_out = read if getattr(cache, only_new, False) else 0
+        total = left_out + ids.shape[1]
+        for stop in range(read + size, total, size):
+            part = {name: x[..., : stop - total] for name, x in whole.items()}
+            given = {**model_kwargs, **part, "next_sequence_length": size}
+            self(**self.prepare_inputs_for_generation(ids[:, : stop - left_out], **given), return_dict=True)
+            read = stop
+        return ids[:, read - left_out :] if left_out else ids
+
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
         if getattr(cache, only_new, False):
@@ -177,6 +215,15 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
                     layer.record_past, layer.records = False, []
             if cache is not None:
                 setattr(cache, drafted, False)
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **kwargs: Any
+) -> Tensor:
+    """Score each token's logits against the next label; shift_labels: labels that stand there already."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return cross_entropy(logits, shift_labels, ignore_index=ignore_index, **kwargs)
 
 
 def continued(cache: Cache, ids: Tensor, mask: Tensor | None, is_draft: bool) -> int:

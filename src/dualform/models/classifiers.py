@@ -10,29 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from dualform.models.body import DualformModel, DualformPreTrainedModel
+from dualform.models.body import DualformModel, DualformPreTrainedModel, cross_entropy
 from dualform.models.configuration import DualformConfig
 from dualform.models.versions import CACHE, SequenceOutput
 
 
-class DualformForSequenceClassification(DualformPreTrainedModel):
-    """Classify a text by what its last token has become, wherever padding stands.
+class Classifier(DualformPreTrainedModel):
+    """What both heads share: a linear map of what they read off the body."""
 
-    The last token is the last column that attention_mask keeps; without a mask, the last that is not config.pad_token_id.
-    Shape:  as DualformModel; labels (B,) whole numbers, or (B, C) for several, or numbers to regress -> logits (B, C).
-    Dtype:  logits as the parameters.
-    Raises: as DualformModel.
-    Source: transformers' heads for causal models. Differs: rows may be padded on either side, with or without pad_token_id.
-    """
+    bias = False
 
     def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels or 2)
         self.model = DualformModel(config, prove=prove)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=self.bias)
         self.post_init()
 
     @can_return_tuple
@@ -50,53 +44,48 @@ class DualformForSequenceClassification(DualformPreTrainedModel):
         body = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
-        h = body.last_hidden_state
-        at = last_token(h, attention_mask, input_ids, self.config.pad_token_id)
-        logits = self.score(h[torch.arange(h.shape[0], device=h.device), at])
+        logits = self.score(self.read(body.last_hidden_state, attention_mask, input_ids))
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=logits, config=self.config, **for_loss(kwargs)
-            )
+            # How many labels the whole batch has, over which the Trainer averages.
+            count = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **count)
         more = {"hidden_states": body.hidden_states, "attentions": body.attentions, CACHE: getattr(body, CACHE)}
         return SequenceOutput(loss=loss, logits=logits, **more)
 
+    def read(self, h: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tensor:
+        """Return what is classified of h (B, T, hidden)."""
+        return h
 
-class DualformForTokenClassification(DualformPreTrainedModel):
+
+class DualformForSequenceClassification(Classifier):
+    """Classify a text by what its last token has become, wherever padding stands.
+
+    The last token is the last column that attention_mask keeps; without a mask, the last that is not config.pad_token_id.
+    Shape:  as DualformModel; labels (B,) whole numbers, or (B, C) for several, or numbers to regress -> logits (B, C).
+    Dtype:  logits as the parameters.
+    Raises: as DualformModel.
+    Source: transformers' heads for causal models. Differs: rows may be padded on either side, with or without pad_token_id.
+    """
+
+    def read(self, h: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tensor:
+        at = last_token(h, mask, ids, self.config.pad_token_id)
+        return h[torch.arange(h.shape[0], device=h.device), at]
+
+
+class DualformForTokenClassification(Classifier):
     """Classify each token of a text, by what it and those before it have become.
 
     Shape:  as DualformModel; labels (B, T), -100 = not counted -> logits (B, T, C). What padding gets is not defined.
-    Dtype:  logits as the parameters.
+    Dtype:  logits as the parameters; the loss in float32 at least.
     Raises: as DualformModel.
     """
 
-    def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 2)
-        self.model = DualformModel(config, prove=prove)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
+    bias = True
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        body = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
-        logits = self.score(body.last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **for_loss(kwargs))
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=body.hidden_states, attentions=body.attentions
-        )
+    def __init__(self, config: DualformConfig, *, prove: bool = True) -> None:
+        super().__init__(config, prove=prove)
+        self.loss_function = cross_entropy
 
 
 def last_token(h: Tensor, mask: Tensor | None, ids: Tensor | None, pad: int | None) -> Tensor:
@@ -110,11 +99,6 @@ def last_token(h: Tensor, mask: Tensor | None, ids: Tensor | None, pad: int | No
         return torch.full((B,), T - 1, device=h.device)
     column = torch.arange(T, device=h.device)
     return torch.where(valid.to(h.device), column, 0).amax(1)
-
-
-def for_loss(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what a loss takes: how many labels the whole batch has, over which the Trainer averages."""
-    return {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
 
 
 AutoModelForSequenceClassification.register(DualformConfig, DualformForSequenceClassification)

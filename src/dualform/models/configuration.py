@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
 
+from dualform.catalogue import expect
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
 from dualform.learning.rules import rules
@@ -19,8 +20,6 @@ specs = {"learner": learners, "objective": objectives, "rule": rules}
 # A Trainer that resumes reads config.json with transformers' own class, which must know our kind of layer (as its caches do).
 for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     setattr(configuration_utils, _name, (*getattr(configuration_utils, _name, ()), "test_time"))
-# Integers that a JSON or TOML file may write for a number that is not whole by nature.
-_floats = ("rope_theta", "rms_norm_eps", "initializer_range")
 
 
 @strict
@@ -77,8 +76,9 @@ class DualformConfig(PreTrainedConfig):
         _refuse_near_misses(given.keys() - known.keys(), list(known))
         for name, f in known.items():
             default = f.default_factory() if f.default_factory is not MISSING else f.default
-            value = given.pop(name, default)
-            setattr(self, name, float(value) if name in _floats and type(value) is int else value)
+            value, hint = given.pop(name, default), self.__annotations__.get(name, Any)
+            expect("DualformConfig", name, value, hint, f"Its default is {default!r}.")
+            setattr(self, name, float(value) if hint is float else value)
         self.__post_init__(**given)
 
     @classmethod
@@ -136,7 +136,8 @@ class DualformConfig(PreTrainedConfig):
                 f"DualformConfig: layer_types has {len(kinds)} entries; expected num_hidden_layers = "
                 f"{self.num_hidden_layers}. Give one kind per layer, or one for all."
             )
-        if "sliding_attention" in kinds and not (self.sliding_window and self.sliding_window > 0):
+        needed = "sliding_attention" in kinds
+        if (needed and self.sliding_window is None) or (self.sliding_window is not None and self.sliding_window < 1):
             raise ValueError(
                 f"DualformConfig: sliding_window is {self.sliding_window}; expected a number of tokens > 0 for "
                 "sliding_attention layers. Set sliding_window."
@@ -148,8 +149,17 @@ class DualformConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a whole number >= 1.")
         for name in ("rope_theta", "rms_norm_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if getattr(self, name) <= 0:
                 raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a finite number > 0.")
+        if self.initializer_range < 0:
+            raise ValueError(f"DualformConfig: initializer_range is {self.initializer_range}; expected a number >= 0.")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, held in (("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)):
+            if held is not None and not 0 <= held < self.vocab_size:
+                raise ValueError(
+                    f"DualformConfig: {name} is {held}; expected an id of the vocabulary, at most vocab_size - 1 = "
+                    f"{self.vocab_size - 1}, or None. Change one of the two."
+                )
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"DualformConfig: pad_token_id is {self.pad_token_id}; expected an id of the embedding, at most vocab_size - 1 = "

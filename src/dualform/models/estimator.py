@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -40,48 +41,32 @@ _solvers = ("auto", "least_squares", "lbfgs", "adam")
 _largest = 1e152  # squares of these, and their sums, are numbers still
 
 
+@dataclass(eq=False, repr=False)
 class RowsEstimator(BaseEstimator):
     """What the classifier and the regressor share. `_loss`, `_encoded`, `_scaled` and `_width` are what they differ in."""
 
-    _loss: fitting.Loss
-    scaler_: Any  # scikit-learn's scalers have no useful types
-    alpha_: Any
-    n_features_in_: int
+    _loss: ClassVar[fitting.Loss]
 
-    def __init__(
-        self,
-        layers: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        alpha: float | str = "auto",
-        solver: str = "auto",
-        max_iter: int = 200,
-        tol: float = 1e-5,
-        batch_size: int = 128,
-        learning_rate: float = 3e-3,
-        early_stopping: bool | str = "auto",
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        standardize: bool = True,
-        warm_start: bool = False,
-        device: str = "cpu",
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        self.layers = layers
-        self.alpha = alpha
-        self.solver = solver
-        self.max_iter = max_iter
-        self.tol = tol
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.standardize = standardize
-        self.warm_start = warm_start
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
+    layers: Sequence[Mapping[str, Any]] | None = None
+    _: KW_ONLY
+    alpha: float | str = "auto"
+    solver: str = "auto"
+    max_iter: int = 200
+    tol: float = 1e-5
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    early_stopping: bool | str = "auto"
+    validation_fraction: float = 0.2
+    n_iter_no_change: int = 10
+    standardize: bool = True
+    warm_start: bool = False
+    device: str = "cpu"
+    random_state: Any = None
+    verbose: int = 0
+
+    scaler_: Any = field(init=False)  # scikit-learn's scalers have no useful types
+    alpha_: Any = field(init=False)
+    n_features_in_: int = field(init=False)
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def read_folder(path: str | Path) -> Loaded:
     if layout == "dualform":
         try:
             ours = DualformConfig.from_pretrained(folder)
-        except StrictDataclassError as error:
+        except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"read_folder: {folder / 'config.json'} is no configuration of ours: {reason}."

@@ -5,7 +5,7 @@ Legend: X (R, m) rows, y targets, n outputs, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from dualform.models.estimator import RowsEstimator
 from dualform.shapes import fail
 
 
+@dataclass(eq=False, repr=False)
 class RPNClassifier(ClassifierMixin, RowsEstimator):
     """Classify rows with heads in a row: logits = head_L(.. head_1(standardised x)).
 
@@ -42,32 +43,8 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
 
     _loss = staticmethod(fitting.cross_entropy)
 
-    def __init__(
-        self,
-        layers: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        alpha: float | str = "auto",
-        solver: str = "auto",
-        max_iter: int = 200,
-        tol: float = 1e-5,
-        batch_size: int = 128,
-        learning_rate: float = 3e-3,
-        early_stopping: bool | str = "auto",
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        standardize: bool = True,
-        class_weight: Any = None,
-        warm_start: bool = False,
-        device: str = "cpu",
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            layers, alpha=alpha, solver=solver, max_iter=max_iter, tol=tol, batch_size=batch_size, learning_rate=learning_rate,
-            early_stopping=early_stopping, validation_fraction=validation_fraction, n_iter_no_change=n_iter_no_change,
-            standardize=standardize, warm_start=warm_start, device=device, random_state=random_state, verbose=verbose,
-        )  # fmt: skip
-        self.class_weight = class_weight
+    _: KW_ONLY
+    class_weight: Any = None
 
     def _encoded(self, y: np.ndarray, new: bool) -> np.ndarray:
         check_classification_targets(y)

@@ -45,7 +45,7 @@ def evaluate(
 
     loss = mean_t -ln p(x_t | x_<t), bits per byte = sum_t -ln p / (ln 2 * bytes); the ends of documents count as loss.
     Shape:  loss_by_position (L - 1,).
-    Dtype:  logits are scored in float32; sums in float64.
+    Dtype:  logits are scored in float32 at least; sums in float64.
     Raises: as the model does.
     """
     device = next(model.parameters()).device
@@ -61,7 +61,8 @@ def evaluate(
         batch = {name: x.to(device) for name, x in batch.items()}
         logits = model(input_ids=batch["input_ids"], reset=batch["reset"], use_cache=False).logits[:, :-1]
         target = batch["labels"][:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none", ignore_index=-100)
+        logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=-100)
         total += loss.view_as(target).double().sum(0).cpu()
         count += (target != -100).sum(0).cpu()
         num_bytes += int((target > 2).sum())

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 
-from dualform.catalogue import near_misses, normalise
+from dualform.catalogue import CatalogueError, expect, hints_of, near_misses, normalise
 from dualform.models import DualformConfig
 
 
@@ -43,13 +43,8 @@ class Settings:
     model: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, wanted = (
-                getattr(self, f.name),
-                {"int": int, "float": (int, float), "str": str, "bool": bool}.get(str(f.type)),
-            )
-            if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and f.type != "bool")):
-                raise SettingsError(f"train: {f.name} is {value!r}; expected a value of type {f.type}.")
+        for name, hint in hints_of(type(self)).items():
+            expect("train", name, getattr(self, name), hint, kind=SettingsError)
         for name in ("max_steps", "batch_size", "save_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"train: {name} is {getattr(self, name)}; expected a whole number >= 1.")
@@ -77,8 +72,15 @@ def configure(settings: Settings) -> DualformConfig:
         raise SettingsError(f"train: the model has no field {name!r}. {near_misses(name, known)}")
     try:
         return DualformConfig(preset=settings.preset, **settings.model)
-    except StrictDataclassError as error:
-        raise SettingsError(f"train: [model] does not fit: {error.__cause__ or error}. Change it.") from None
+    except CatalogueError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:  # as transformers has it for its fields
+        raise SettingsError(f"train: [model] does not fit: {error.__cause__ or error}") from None
 
 
 def resolve(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> Settings:
@@ -96,15 +98,14 @@ def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -
     document = {} if file is None else _read(file)
     for assignment in assignments:
         _assign(document, assignment)
-    document |= {name: value for name, value in flags.items() if value is not None}
-    known = [f.name for f in fields(Settings)]
-    for name in document.keys() - set(known):
-        raise SettingsError(f"train: there is no setting {name!r}. {near_misses(name, known)}")
-    if not isinstance(document.get("model", {}), Mapping):
-        raise SettingsError(
-            f"train: model is {document['model']!r}; expected a table of fields. Write [model] in the file."
-        )
-    return document
+    hints = hints_of(Settings)
+    for name, value in document.items():  # also what a flag stands before
+        if name not in hints:
+            raise SettingsError(f"train: there is no setting {name!r}. {near_misses(name, list(hints))}")
+        if name == "model" and not isinstance(value, Mapping):
+            raise SettingsError(f"train: model is {value!r}; expected a table of fields. Write [model] in the file.")
+        expect("train", name, value, hints[name], kind=SettingsError)
+    return document | {name: value for name, value in flags.items() if value is not None}
 
 
 def laid_over(own: Settings, document: Mapping[str, Any]) -> Settings:

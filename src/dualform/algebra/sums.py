@@ -1,0 +1,242 @@
+"""Keep sums of terms small: merge equal ones, contract what shrinks, and meet the delta patterns of too many.
+
+A delta holds in a sum of terms if it holds in each of them: the pattern of the sum is the meet of the patterns, and the
+sum is one stored factor over it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from dualform.algebra.contract import contract
+from dualform.algebra.materialise import spread
+from dualform.algebra.relations import as_window, same_place
+from dualform.algebra.terms import (
+    Factor,
+    Identity,
+    Label,
+    Relation,
+    Select,
+    Term,
+    atoms,
+    identity_of,
+    substitute,
+    volume,
+)
+
+# Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
+MAX_TERMS = 8
+
+
+def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
+    """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
+    uses = Counter(key for term in terms for key in {identity_of(f.tensor) for f in term.tensors})
+    small = added(merged([shrunk(term, uses) for term in terms]))
+    if len(small) <= MAX_TERMS and not _is_wasteful(small):
+        return small
+    meet = _Meet(small)
+    if len(small) <= MAX_TERMS and volume(meet.stored) >= _numbers(small):
+        return small
+    return (meet.sum(like),)
+
+
+def _numbers(terms: Sequence[Term]) -> int:
+    return sum({identity_of(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
+
+
+def _is_wasteful(terms: Sequence[Term]) -> bool:
+    """May one factor over the meet store less? It stores no less than the labels of any one term's factors span."""
+    least = max((volume({x for f in term.factors for x in f.labels if x in term.visible}) for term in terms), default=0)
+    return (len(terms) > 1 or any(term.relations for term in terms)) and _numbers(terms) > least
+
+
+def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Add the coefficients of terms that are equal but for them; drop zeros."""
+    groups: dict[tuple, list[Term]] = {}
+    for term in terms:
+        groups.setdefault(_key(term), []).append(term)
+    sums = [replace(group[0], coef=_exact_sum([t.coef for t in group])) for group in groups.values()]
+    return tuple(term for term in sums if term.coef != 0)
+
+
+def _exact_sum(coefs: Sequence[float]) -> float:
+    """The sum; zero where only rounding is left of it, as in 0.1 + 0.2 - 0.3."""
+    total = math.fsum(coefs)
+    return 0.0 if abs(total) <= 4 * sys.float_info.epsilon * max(map(abs, coefs)) else total
+
+
+def added(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Add the factors of terms that have one factor each on the same labels of the same pattern."""
+    groups: dict[tuple, list[tuple[Term, list[Label]]]] = {}
+    for k, term in enumerate(terms):
+        order = [x for x in term.visible if any(x in f.labels for f in term.factors)]
+        single = len(term.factors) == len(term.tensors) == 1 and len(order) == len(term.tensors[0].labels)
+        key = (_key(replace(term, factors=())), tuple(term.visible.index(x) for x in order)) if single else (k,)
+        groups.setdefault(key, []).append((term, order))
+    result = []
+    for group in groups.values():
+        first, order = group[0]
+        if len(group) > 1:
+            parts = [contract(t.factors, labels) * t.coef for t, labels in group]
+            name = _sum_name([t.tensors[0].name for t, _ in group])
+            first = replace(first, coef=1.0, factors=(Factor(sum(parts[1:], parts[0]), tuple(order), name),))
+        result.append(first)
+    return tuple(result)
+
+
+def _sum_name(names: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(n or "1" for n in names))
+    if len(unique) == 1 and unique[0].startswith("("):
+        return unique[0]
+    name = "+".join(unique)
+    return f"({name})" if len(name) < 40 else "(…)"
+
+
+def _key(term: Term) -> tuple:
+    number = {label: k for k, label in enumerate([*term.visible, *term.hidden])}
+
+    def axes(side: tuple) -> tuple:
+        return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
+
+    def factor(f: Factor | Relation) -> tuple:
+        if not isinstance(f, Factor):
+            return (0, f.key, *(number[x] for x in f.labels))
+        steps = zip(f.tensor.stride(), f.tensor.shape, (number[x] for x in f.labels), strict=True)
+        return (1, identity_of(f.tensor), *(tag for *_, tag in sorted(steps, reverse=True)))
+
+    return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
+
+
+def shrunk(term: Term, uses: Mapping[Identity, int]) -> Term:
+    """Contract groups of factors where the result stores fewer numbers than the group.
+
+    uses: in how many terms of the sum a tensor stands; one that others keep anyway is no saving.
+    """
+    term = _joined(term)
+    hidden = set(term.hidden)
+    bulk = sum(f.tensor.numel() for f in term.tensors if uses.get(identity_of(f.tensor), 1) == 1)
+    linked = [f for f in term.factors if any(label in hidden for label in f.labels)]
+    if linked and any(isinstance(f, Factor) for f in linked):
+        keep = list(dict.fromkeys(x for f in linked for x in f.labels if x not in hidden))
+        stored = sum(f.tensor.numel() for f in linked if isinstance(f, Factor))
+        # A relation that reaches an axis is worth more as one: the factor stays small.
+        if not any(isinstance(f, Relation) for f in linked) and volume(keep) <= stored:
+            name = "·".join(f.name for f in linked if isinstance(f, Factor) and f.name)
+            new = Factor(contract(linked, keep), tuple(keep), name)
+            term = replace(term, factors=(*(f for f in term.factors if f not in linked), new))
+    keep = [x for x in term.visible if any(x in f.labels for f in term.tensors)]
+    if bulk > volume(keep) and len(term.tensors) > 1 and not term.relations:
+        name = "·".join(f.name for f in term.tensors if f.name)
+        term = replace(term, factors=(Factor(contract(term.tensors, keep), tuple(keep), name),))
+    return term
+
+
+def _joined(term: Term) -> Term:
+    """Multiply factors that have the same labels."""
+    groups: dict[frozenset[Label], list[Factor]] = {}
+    for f in term.tensors:
+        groups.setdefault(frozenset(f.labels), []).append(f)
+    if len(groups) == len(term.tensors):
+        return term
+    factors: list[Factor | Relation] = list(term.relations)
+    for group in groups.values():
+        first = group[0]
+        if len(group) > 1:
+            name = "·".join(f.name for f in group if f.name)
+            first = Factor(contract(group, first.labels), first.labels, name)
+        factors.append(first)
+    return replace(term, factors=tuple(factors))
+
+
+class _Meet:
+    """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every term."""
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        self.terms = _refined(terms)
+        self.columns = [(*atoms(t.out), *atoms(t.inn)) for t in self.terms]
+        self.count = len(self.columns[0])
+        classes: dict[tuple[Label, ...], list[int]] = {}
+        for k in range(self.count):
+            classes.setdefault(tuple(column[k] for column in self.columns), []).append(k)
+        self.label_at: dict[int, Label] = {}
+        loose: set[Label] = set()
+        for key, members in classes.items():
+            label = Label(key[0].size, key[0].name)
+            self.label_at.update(dict.fromkeys(members, label))
+            each = zip(self.terms, key, self.columns, strict=True)
+            if all(_is_free(t, x, column.count(x) == len(members)) for t, x, column in each):
+                loose.add(label)
+        self.stored = [x for x in dict.fromkeys(self.label_at[k] for k in range(self.count)) if x not in loose]
+
+    def sum(self, like: Tensor) -> Term:
+        """Add the terms into one factor over the pattern."""
+        parts = []
+        for term, column in zip(self.terms, self.columns, strict=True):
+            first = {self.label_at[k]: column[k] for k in reversed(range(self.count))}
+            parts.append(spread(term, [(first[label],) for label in self.stored], (), like))
+        dense = sum(parts[1:], parts[0])
+        labels = iter(self.label_at[k] for k in range(self.count))
+        out = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].out)
+        inn = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].inn)
+        name = _sum_name(["·".join(f.name for f in t.tensors if f.name) for t in self.terms])
+        return Term(1.0, (Factor(dense, tuple(self.stored), name),), out, inn)
+
+
+def _is_free(term: Term, label: Label, whole: bool) -> bool:
+    """Does the term neither store this label nor tie it to one outside its class?"""
+    return whole and not any(label in f.labels for f in term.factors)
+
+
+def _refined(terms: Sequence[Term]) -> list[Term]:
+    """Split the axes of all terms into common atoms; an axis whose radices do not nest becomes whole in each term."""
+    result = list(terms)
+    # A split label may stand on an axis that was already done, hence until nothing changes.
+    while True:
+        before = result
+        for side in ("out", "inn"):
+            for axis in range(len(getattr(terms[0], side))):
+                cuts = sorted(set().union(*(_cuts(getattr(t, side)[axis]) for t in result)))
+                nested = all(b % a == 0 for a, b in zip(cuts, cuts[1:], strict=False))
+                result = [_recut(t, side, axis, cuts if nested else None) for t in result]
+        if all(a is b for a, b in zip(before, result, strict=True)):
+            return result
+
+
+def _cuts(axis: Sequence[Label]) -> set[int]:
+    """The strides of an axis's atoms, and its size."""
+    strides, step = {1}, 1
+    for label in reversed(axis):
+        step *= label.size
+        strides.add(step)
+    return strides
+
+
+def _recut(term: Term, side: str, axis: int, cuts: list[int] | None) -> Term:
+    labels = getattr(term, side)[axis]
+    if cuts is None:
+        if len(labels) < 2:
+            return term
+        whole = Label(volume(labels))
+        tie = same_place(labels, (whole,))
+        axes = tuple((whole,) if k == axis else a for k, a in enumerate(getattr(term, side)))
+        term = replace(term, factors=(*term.factors, tie))
+        return replace(term, out=axes) if side == "out" else replace(term, inn=axes)
+    change: dict[Label, tuple[Label, ...]] = {}
+    step = 1
+    for label in reversed(labels):
+        inside = [c for c in cuts if step <= c <= step * label.size]
+        parts = [Label(b // a, label.name) for a, b in zip(inside, inside[1:], strict=False)]
+        if len(parts) > 1 and label not in change:
+            change[label] = tuple(reversed(parts))
+        step *= label.size
+    if not change:
+        return term
+    cut = [isinstance(f, Select) and any(x in change for x in f.labels) for f in term.factors]
+    factors = [as_window(f) if c and isinstance(f, Select) else f for f, c in zip(term.factors, cut, strict=True)]
+    return substitute(replace(term, factors=tuple(factors)), change)

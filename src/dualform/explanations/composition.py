@@ -1,0 +1,101 @@
+"""The account of a product of two derivatives: both factors, the sum over the middle, the order of the contraction.
+
+(J2 J1)[out, in] = sum over mid of J2[out, mid] J1[mid, in]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dualform.algebra.linear_map import Derivative, Route
+from dualform.algebra.notation import Formula, Names, formula
+from dualform.explanations.chain_rule import Link, derive
+from dualform.explanations.explain import LEVELS, Explanation, Stage, Step, agreed, deviation
+from dualform.explanations.torch_code import vjp_code
+from dualform.explanations.wording import meaning, reasons
+from dualform.shapes import fail
+
+# The entries up to which every one is compared with the product of the factors.
+MAX_COMPARED = 4096
+# A chain rule of more products than this is not written out.
+MAX_PRODUCTS = 12
+
+
+@dataclass(frozen=True)
+class Joined(Route):
+    """The route of outer @ inner: one after the other; x is the inner input, y what they meet in, z the outer result."""
+
+    outer: Derivative
+    inner: Derivative
+
+    def vjp(self, g: Tensor) -> Tensor:
+        return self.inner.vjp(self.outer.vjp(g))
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.outer.jvp(self.inner.jvp(v))
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """A product of three is explained as one of two."""
+        return Joined(outer, inner)
+
+    def shown(self, derivative: Derivative) -> Formula:
+        """The product in index notation."""
+        return self._step("chain", "dz/dx", derivative, Names(avoid="phrxyz")).formula
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """Both factors with their shapes, how they meet, what a vjp costs, its code, and checks."""
+        if level not in LEVELS:
+            fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
+        names = Names(avoid="phrxyz")
+        first = self._step("inner", "dy/dx", self.inner, names)
+        second = self._step("outer", "dz/dy", self.outer, names)
+        result = self._step("chain", "dz/dx", derivative, names)
+        moves = []
+        if len(first.formula.lines) * len(second.formula.lines) <= MAX_PRODUCTS:
+            links = [Link(second.formula, first.formula, self.outer.in_shape)]
+            moves = derive("dz/dx", links, derivative.out_shape, derivative.in_shape, False, names.avoid)
+        code, namespace = vjp_code(derivative)
+        shapes = f"x:{self.inner.in_shape}  ->  y:{self.inner.out_shape}  ->  z:{self.outer.out_shape}"
+        return Explanation(
+            level, shapes, (first, second), ("dz/dx = dz/dy · dy/dx", *self._costs(derivative)), result, code, namespace,
+            tuple(self._checks(derivative, code, namespace)), (Stage("dz/dx", tuple(moves), derivative.out_shape),), moves[-1].formula if moves else None,
+        )  # fmt: skip
+
+    def _step(self, op: str, symbol: str, J: Derivative, names: Names) -> Step:
+        shown = formula(J.terms, J.out_shape, J.in_shape, symbol, names=names)
+        known = {name: "an input" for K in (self.inner, self.outer) if K.route for name in K.route.inputs}
+        why = (
+            reasons(shown, partial(meaning, known=known))
+            if math.prod(J.shape)
+            else ("an axis is empty: there is no entry",)
+        )
+        text = f"{symbol[1]} <- {symbol[-1]}   {J.out_shape} by {J.in_shape}"
+        return Step(op, text, shown, J, "; ".join(why), "", why)
+
+    def _costs(self, J: Derivative) -> Sequence[str]:
+        """How a vjp by the terms would be contracted, and the price of going one after the other."""
+        one, both = ([p.flops for p in K.plans("vjp")] for K in (J, self.outer)), self.inner.plans("vjp")
+        whole, apart = (sum(found) for found in one)
+        lines = [f"a vjp by these terms: {whole:,} flops; by dz/dy, then dy/dx: {apart + sum(p.flops for p in both):,}"]
+        for k, plan in enumerate(J.plans("vjp"), 1):
+            head = f"term {k}: " if len(J.terms) > 1 else ""
+            lines += [f"{head}{line}" if n == 0 else line for n, line in enumerate(str(plan).splitlines())]
+        return lines
+
+    def _checks(self, J: Derivative, code: str, namespace: dict[str, Tensor]) -> list[tuple[str, float]]:
+        g = torch.randn(J.out_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+            J.device, J.dtype
+        )
+        scope: dict[str, Tensor] = {"torch": torch, "g": g, **namespace}  # type: ignore[dict-item]
+        exec(code, scope)
+        checks = [("the code above against the factors' vjps", deviation(scope["x_bar"], self.vjp(g)))]
+        if max(math.prod(K.shape) for K in (J, self.inner, self.outer)) <= MAX_COMPARED:
+            product = torch.tensordot(self.outer.dense(), self.inner.dense(), len(self.inner.out_shape))
+            checks.append(("every entry against the product of the factors", deviation(J.dense(), product)))
+        return agreed(checks, J.dtype)

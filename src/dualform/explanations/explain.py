@@ -1,0 +1,335 @@
+"""A derivation as data, and as text, LaTeX and HTML made from that data.
+
+Each op is a step with its local derivative in index form; broadcasting is a step of its own, x -> x_b; the stages are the
+proof, one move a line; then the final formula, how to apply it (torch code), and a check against autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.algebra.index_products import is_same
+from dualform.algebra.linear_map import Derivative
+from dualform.algebra.notation import Formula
+from dualform.explanations.chain_rule import Move
+from dualform.explanations.html import page
+
+LEVELS = ("one-line", "steps", "proof")
+# How many steps, and how many stages of a proof, are shown; the rest is counted, and is in the data.
+MAX_TOLD = 24
+# The longest formula that is shown beside the stored form.
+MAX_TEXT = 240
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link: d out / d operand of one op, its formula, and the reason for its shape.
+
+    why: the reasons in one line; reasons: one by one; rule: the rule of differentiation behind it
+    """
+
+    op: str
+    text: str
+    formula: Formula
+    derivative: Derivative
+    why: str = ""
+    line: str = ""
+    reasons: tuple[str, ...] = ()
+    rule: str = ""
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.derivative.out_shape
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.derivative.in_shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.derivative.shape
+
+    @property
+    def account(self) -> str:
+        """out-shape + in-shape = J-shape; how many numbers dense and stored."""
+        return account(self.derivative)
+
+    @property
+    def above(self) -> str:
+        """The name of what is differentiated."""
+        return self.formula.symbol.split("/")[0][1:]
+
+    @property
+    def below(self) -> str:
+        """The name of what it is differentiated by."""
+        return self.formula.symbol.split("/")[1][1:]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the proof: a step's result by the input; all its lines are equal, `moves[-1]` is the simplest."""
+
+    symbol: str
+    moves: tuple[Move, ...]
+    out_shape: tuple[int, ...]
+
+    @property
+    def has_copies(self) -> bool:
+        """Does a sum over a broadcast axis come up?"""
+        return any("every copy contributes" in move.reason for move in self.moves)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The account of a derivative: `steps` link the input to the output, `result` is the whole.
+
+    chain: lines that join the steps; code: torch statements that map `g` to `x_bar` with the tensors of `namespace`;
+    checks: (what, largest error, relative to the largest number where that is above 1); stages: the proof; expanded: the result with no stored product or sum in it
+    """
+
+    level: str
+    title: str
+    steps: tuple[Step, ...]
+    chain: tuple[str, ...]
+    result: Step
+    code: str
+    namespace: Mapping[str, Tensor]
+    checks: tuple[tuple[str, float], ...]
+    stages: tuple[Stage, ...] = ()
+    expanded: Formula | None = None
+
+    def __str__(self) -> str:
+        if self.level == "one-line":
+            return f"{self.result.formula}   {self.result.account}"
+        lines = [self.title, ""]
+        for number, step in self.shown:
+            lines += [step, ""] if isinstance(step, str) else _step_lines(f"Step {number}", step, self.level)
+        last = len(self.steps) + 1
+        if self.level == "proof":
+            lines += self._proof_lines()
+        lines += self._result_lines(f"Step {last}")
+        lines += [f"Step {last + 1}  use        the vjp, x_bar = Σ_out g[out] J[out, in]:"]
+        lines += [f"        {line}" for line in self.code.splitlines()]
+        lines += [f"checked     {said}" for said in self.verdicts]
+        return "\n".join(lines)
+
+    @property
+    def shown(self) -> list[tuple[int, Step | str]]:
+        """The steps to show with their numbers; of a long program the first and the last, and a line on the others."""
+        numbered: list[tuple[int, Step | str]] = list(enumerate(self.steps, 1))
+        if len(numbered) <= MAX_TOLD:
+            return numbered
+        first, last = 2 * MAX_TOLD // 3, MAX_TOLD // 3
+        between = Counter(step.op for step in self.steps[first:-last])
+        ops = ", ".join(f"{op} {n}x" if n > 1 else op for op, n in between.most_common())
+        told = f"Steps {first + 1} to {len(numbered) - last} are left out here; they are in .steps: {ops}"
+        return [*numbered[:first], (0, told), *numbered[-last:]]
+
+    @property
+    def shown_stages(self) -> list[Stage]:
+        """The stages of the proof that are shown."""
+        return [stage for stage in self.stages if stage.moves][:MAX_TOLD]
+
+    @property
+    def key_stages(self) -> list[Stage]:
+        """What belongs to the result without the whole proof: sums over copies, and a chain of two."""
+        kept = [s for s in self.stages if s.has_copies or (s.moves and len(self.steps) == 2)]
+        return [replace(stage, moves=tuple(_short(stage.moves))) for stage in kept]
+
+    @property
+    def result_name(self) -> str:
+        return "chain" if len(self.steps) > 1 else "result"
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What was checked, and how it came out."""
+        return [f"{what}: {_verdict(error)}" for what, error in self.checks]
+
+    def _proof_lines(self) -> list[str]:
+        """Every stage, every move, with its reason beside it."""
+        lines = ["Proof   every line equals the one above it; beside it, why", ""] if self.shown_stages else []
+        for stage in self.shown_stages:
+            lines += [*(f"        {line}" for line in _moves(stage.moves, stage.moves[0].formula.left)), ""]
+        return [*lines, *([f"        {note}", ""] if (note := self.left_out) else [])]
+
+    @property
+    def left_out(self) -> str:
+        """What the proof does not show, and why; empty if it is whole."""
+        told = [stage for stage in self.stages if stage.moves]
+        if len(told) > MAX_TOLD:
+            return f"{len(told) - MAX_TOLD} further stages are left out here; they are in .stages."
+        if self.steps and (not self.stages or self.stages[-1].symbol != self.result.formula.symbol):
+            return "The later stages are left out: written out, their derivatives are too large to look at."
+        return ""
+
+    def _result_lines(self, head: str) -> list[str]:
+        step, f = self.result, self.result.formula
+        lines = [f"{head}  {self.result_name:<10} {f.symbol}"]
+        lines += [f"        {line}" for line in self.chain]
+        if self.level == "steps":
+            for stage in self.key_stages:
+                lines += [f"        {line}" for line in _moves(stage.moves, stage.moves[0].formula.left)]
+        if self.is_rewritten:
+            lines.append(f"        {self.expanded}    <- written out")
+        lines.append(f"        {f}{_ranges(f)}")
+        lines.append(f"        {step.account}")
+        if len(self.steps) != 1 or self.level == "proof":
+            lines += _because(step.reasons)
+        return [*lines, ""]
+
+    @property
+    def is_rewritten(self) -> bool:
+        """Is the stored form another one than the formula that the steps give?"""
+        if self.expanded is None or len(self.expanded.right()) > MAX_TEXT or "…" in self.expanded.right():
+            return False
+        return not is_same(self.expanded, self.result.formula)
+
+    def to_latex(self) -> str:
+        """Write the steps and the result as an aligned LaTeX block.
+
+        Shape:  none.
+        Dtype:  none.
+        Raises: nothing.
+        """
+        rows: list[str] = []
+        if self.level != "one-line":
+            rows += [step.formula.latex() for _, step in self.shown if isinstance(step, Step)]
+        for stage in self.shown_stages if self.level == "proof" else self.key_stages if self.level == "steps" else []:
+            first, *rest = stage.moves
+            rows += [first.formula.latex(), *(f"= {move.formula.latex_right()}" for move in rest)]
+        if self.is_rewritten and self.expanded is not None and self.level != "one-line":
+            rows += [self.expanded.latex(), f"= {self.result.formula.latex_right()}"]
+        else:
+            rows.append(self.result.formula.latex())
+        aligned = [row.replace("= ", "&= ", 1) for row in rows]
+        return "\\begin{aligned}\n" + " \\\\\n".join(aligned) + "\n\\end{aligned}"
+
+    def to_html(self) -> str:
+        """Write the whole as HTML that stands alone: hovering over an index lights up its axis wherever it stands.
+
+        Shape:  none.
+        Dtype:  none.
+        Raises: nothing.
+        """
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        return page(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as numbers and strings, for JSON.
+
+        Shape:  none.
+        Dtype:  none.
+        Raises: nothing.
+        """
+
+        def told(step: Step) -> dict[str, Any]:
+            return {
+                "op": step.op,
+                "text": step.text,
+                "formula": str(step.formula),
+                "latex": step.formula.latex(),
+                "out_shape": list(step.out_shape),
+                "in_shape": list(step.in_shape),
+                "dense": math.prod(step.shape),
+                "stored": step.derivative.nbytes // step.derivative.dtype.itemsize,
+                "why": list(step.reasons),
+                "rule": step.rule,
+            }
+
+        return {
+            "title": self.title,
+            "steps": [told(step) for step in self.steps],
+            "proof": [
+                [{"formula": str(move.formula), "why": move.reason} for move in stage.moves]
+                for stage in self.stages
+                if stage.moves
+            ],
+            "result": told(self.result),
+            "code": self.code,
+            "checks": dict(self.checks),
+        }
+
+
+def _step_lines(head: str, step: Step, level: str) -> list[str]:
+    name = step.op if len(step.op) > 10 else f"{step.op:<10}"
+    lines = [f"{head}  {name} {step.text}" + (f"      # {_cut(step.line)}" if step.line else "")]
+    lines.append(f"        {step.formula}{_ranges(step.formula)}")
+    lines.append(f"        {step.account}")
+    lines += _because(step.reasons)
+    if level == "proof" and step.rule:
+        lines.append(f"        rule: {step.rule}")
+    return [*lines, ""]
+
+
+def _cut(line: str) -> str:
+    """A source line that leaves the place where it stands readable."""
+    code, _, place = line.rpartition("   (")
+    return line if len(code) <= 60 else f"{code[:57]}...   ({place}"
+
+
+def _because(reasons: Sequence[str]) -> list[str]:
+    return [f"        {'why: ' if k == 0 else '     '}{reason}" for k, reason in enumerate(reasons)]
+
+
+def _ranges(f: Formula) -> str:
+    return f"    ({f.ranges})" if f.ranges else ""
+
+
+def _short(moves: Sequence[Move]) -> list[Move]:
+    """The chain rule, the sum over copies, the formulas put in, and the end."""
+    kept = [
+        move for k, move in enumerate(moves) if k < 2 or "copy contributes" in move.reason or "put in" in move.reason
+    ]
+    if moves[-1] not in kept:
+        # what came between is in the proof
+        kept.append(moves[-1])
+    return kept
+
+
+def _moves(moves: Sequence[Move], left: str) -> list[str]:
+    """left = right    <- reason, the equals signs below each other."""
+    heads = [left, *[" " * len(left)] * (len(moves) - 1)]
+    return [
+        f"{head} = {move.formula.right()}{_ranges(move.formula)}    <- {move.reason}"
+        for head, move in zip(heads, moves, strict=True)
+    ]
+
+
+def _verdict(error: float) -> str:
+    """How a check came out."""
+    if math.isnan(error):
+        return "not to be compared, the numbers are not finite here; differentiate at another point"
+    return f"max error {error:.1e}"
+
+
+def agreed(checks: list[tuple[str, float]], dtype: torch.dtype) -> list[tuple[str, float]]:
+    """Hand checks on; one that failed is an error, not a line of an account."""
+    most = torch.finfo(dtype).eps ** 0.5
+    for what, error in checks:
+        if error > most:
+            raise ArithmeticError(
+                f"explain: {what}: the largest error is {error:.1e}; expected at most {most:.1e}. The derivative is wrong here: "
+                "do not use it, and report the function."
+            )
+    return checks
+
+
+def deviation(a: Tensor, b: Tensor) -> float:
+    """The largest difference, as a part of the largest number where that is above 1."""
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
+
+
+def account(J: Derivative) -> str:
+    """out-shape + in-shape = J-shape; how many numbers dense and stored."""
+    unit = J.dtype.itemsize
+    return f"shape {J.out_shape} + {J.in_shape} = {J.shape}; {math.prod(J.shape):,} numbers if dense, {J.nbytes // unit:,} stored"

@@ -1,0 +1,239 @@
+"""What an explanation says in words: an op as a person writes it, why a derivative has its shape, what a name stands for."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dualform.algebra.index_products import Index
+from dualform.algebra.notation import Formula, Line
+from dualform.graphs.edit import inputs_of, results_of
+from dualform.graphs.trace import source_line
+from dualform.ops.table import ALL, Call, find_row
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "mm": "@", "bmm": "@", "mv": "@", "pow": "**"}
+_MIRRORS = {"numpy_T": "T", "t": "T", "mT": "mT", "mH": "mH", "adjoint": "mH"}
+_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention", **dict.fromkeys(_MIRRORS, "T")}
+_SPREAD = {"reshape", "view", "permute", "expand", "repeat", "_unsafe_view", "sum", "mean", "amax", "amin"}
+
+# The letters of the rules' docstrings, for readers who have not read them.
+_LETTERS = {
+    "p": "the softmax itself",
+    "h": "the normalised input, before gain and bias",
+    "r": "1/√(variance + eps), one for each row that is normalised",
+    "tril": "1 on and below the diagonal",
+    "triu": "1 on and above the diagonal",
+    "flip": "1 where one index is the other counted backwards",
+    "[index]": "1 where the index is the one that was asked for",
+    "[extremum]": "1 at the largest (smallest) entry, shared by ties",
+    "[c]": "1 where the condition holds",
+    "[not c]": "1 where the condition does not hold",
+    "[kept]": "1 where nothing was filled in",
+    "[mask]": "1 where something was filled in",
+    "cos": "the cosine of 2π times frequency times place, over the length",
+    "sin": "the sine of 2π times frequency times place, over the length",
+    "reshape": "1 where both indices are one place in memory",
+}
+
+
+def plain(op: str) -> str:
+    """What people call an op."""
+    return _PLAIN.get(op, op)
+
+
+def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, str] | None = None) -> str:
+    """Write the op of a node in Python; `wide` gives operands that were broadcast first their names."""
+    target: Any = node.target
+    if target is operator.getitem:
+        source: Any = node.args[0]
+        return f"{written(source, name, wide)}[{node.args[1]}]"
+    if not isinstance(target, torch._ops.OpOverload):
+        return str(node.name)
+    op, schema = target._schema.name.split("::")[1], target._schema.arguments
+    called = {**(wide or {})}
+
+    def show(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return called.get(value) or name(value)
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(show, value))}]"
+        return f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
+
+    keywords = {k: v for k, v in node.kwargs.items() if v is not None and k not in ("layout", "device", "pin_memory")}
+    given = dict(zip((a.name for a in schema), node.args, strict=False))
+    first = show(node.args[0]) if node.args else ""
+    if op in _SIGNS and len(node.args) == 2 and not keywords:
+        return f"{first} {_SIGNS[op]} {show(node.args[1])}"
+    if op == "neg":
+        return f"-{first}"
+    if op in _MIRRORS and len(node.args) == 1:
+        return f"{first}.{_MIRRORS[op]}"
+    if op in ("slice", "select", "index"):
+        return f"{first}[{_window(op, given, show)}]"
+    rest = [show(x) for x in node.args[1:]] if op not in _SPREAD else _spread_out(node.args[1:], show)
+    names = [a.name for a in schema][1:]
+    rest = [f"{n}={text}" if text in ("True", "False") else text for n, text in zip(names, rest, strict=False)] + rest[
+        len(names) :
+    ]
+    rest += [f"{k}={show(v)}" for k, v in keywords.items()]
+    method = (
+        bool(schema) and schema[0].name == "self" and hasattr(Tensor, op) and first.replace(".", "_").isidentifier()
+    )
+    if method and torch.Tag.pointwise not in target.tags:
+        return f"{first}.{op}({', '.join(rest)})"
+    return f"{op}({', '.join([first, *rest] if first else rest)})"
+
+
+def _spread_out(args: Sequence[Any], show: Callable[[Any], str]) -> list[str]:
+    """reshape(4, 2) rather than reshape([4, 2]); sum(0) rather than sum([0])."""
+    first, *rest = args or ((),)
+    flat = list(first) if isinstance(first, (list, tuple)) else [first]
+    if rest and len(flat) > 1:
+        flat = [tuple(flat)]
+    return [*map(show, flat), *map(show, rest)]
+
+
+def _window(op: str, given: dict[str, Any], show: Callable[[Any], str]) -> str:
+    if op == "index":
+        return ", ".join(":" if k is None else show(k) for k in given["indices"])
+    axis, rank = given.get("dim", 0), given["self"].meta["val"].ndim
+    if op == "select":
+        return ", ".join([":"] * (axis % rank) + [show(given["index"])])
+    start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
+    ends = "" if end is None or end >= 2**62 else str(end)
+    cut = f"{start or ''}:{ends}" + (f":{step}" if step != 1 else "")
+    return ", ".join([":"] * (axis % rank) + [cut])
+
+
+def rule(call: Call, x_is: str) -> str:
+    """The rule of differentiation behind one op, in a sentence."""
+    op = plain(call.target._schema.name.split("::")[1])
+    row = find_row(call.target)
+    if row is not None and row.multilinear:
+        return f"{op} is a product, linear in {x_is}: its derivative by {x_is} is the product of the other operands"
+    if torch.Tag.pointwise in call.target.tags:
+        return f"{op} works entry by entry: an entry of the result depends on one entry of {x_is}, so off the diagonal all is 0"
+    if row is None:
+        return f"{op} has no rule: its own derivative is computed entry by entry and stored dense"
+    if row.affine == ALL:
+        return f"{op} is linear: it moves, copies or adds numbers, and its derivative says from where to where"
+    said = (row.rule.__doc__ or "").strip().split("\n")[0]
+    return f"the rule of {op}" + (f": {said.rstrip('.')}" if said else "")
+
+
+def reasons(formula: Formula, meaning: Callable[[str], str]) -> tuple[str, ...]:
+    """Why a derivative has its shape: what each tie, each lone index and each factor is there for."""
+    if not formula.lines:
+        return ("the result does not depend on it: every entry is 0",)
+    found: list[str] = []
+    for k, line in enumerate(formula.lines):
+        head = f"term {k + 1}: " if len(formula.lines) > 1 else ""
+        said = _of_line(formula, line)
+        if said:
+            found.append(head + "; ".join(said))
+    for name, tensor in formula.tensors.items():
+        labels = next((at for line in formula.lines for n, at in line.factors if n == name), None)
+        if labels is None:
+            found.append(f"{name} {tuple(tensor.shape)}: the index that is read")
+            continue
+        shown = f"{name}[{','.join(labels)}]" if labels else name
+        found.append(f"{shown} {tuple(tensor.shape)}: {meaning(name)}")
+    return tuple(found)
+
+
+def _of_line(formula: Formula, line: Line) -> list[str]:
+    said = []
+    plain = [(a, b) for a, b in line.deltas if Index.read(a).plain and Index.read(b).plain]
+    moved = [tie for tie in line.ties if tie not in plain]
+    if plain:
+        ties = ", ".join(f"δ({a},{b})" for a, b in plain)
+        said.append(f"{ties} {'ties' if len(plain) == 1 else 'tie'} output to input and {_is(plain)} never stored")
+    if moved:
+        ties = ", ".join(f"δ({a},{b})" for a, b in moved)
+        said.append(f"{ties} {'says' if len(moved) == 1 else 'say'} which entry goes where; nothing is stored for it")
+    bound = {
+        name
+        for text in [*(x for _, at in line.factors for x in at), *(x for tie in line.ties for x in tie)]
+        for name in Index.read(text).names
+    }
+    copied = [x for x in formula.out if x != "0" and x not in bound]
+    summed = [x for x in formula.inn if x != "0" and x not in bound]
+    if copied:
+        said.append(f"{_listed(copied)} on the output only: the same value is copied along {_them(copied)}")
+    if summed:
+        said.append(f"{_listed(summed)} on the input only: a sum over {_them(summed)}")
+    tied = {name for tie in line.ties for text in tie for name in Index.read(text).names}
+    inner = [s for s, _ in line.sums if s not in tied]
+    if inner:
+        said.append(f"{_listed(inner)} on neither side: contracted between the factors")
+    return said
+
+
+def _is(found: Sequence[Any]) -> str:
+    return "is" if len(found) == 1 else "are"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{'index' if len(names) == 1 else 'indices'} {', '.join(names)} {'stands' if len(names) == 1 else 'stand'}"
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
+
+
+def meaning(name: str, known: dict[str, str]) -> str:
+    """What a factor's name stands for; `known` has the program's own names."""
+    base = re.sub(r"#\d+$", "", name)
+    if base in known:
+        return known[base]
+    numbered = re.sub(r"\d+$", "", base)
+    if base in _LETTERS or numbered in _LETTERS:
+        return _LETTERS.get(base) or _LETTERS[numbered]
+    slope = re.fullmatch(r"(\w+)'(\d*)\((.*)\)", base)
+    if slope is not None:
+        return f"the slope of {slope[1]} at {slope[3]}, entry by entry"
+    if "·" in base or "…" in base or re.fullmatch(r"\(.*\+.*\)", base):
+        return "factors multiplied and added up once, because the result is smaller than they are"
+    if base[:1] == "d" and base[1:].isidentifier():
+        return f"the derivative of {base[1:]}, stored dense"
+    if base[0] == "[":
+        return f"1 where {base[1:-1]}, else 0"
+    return "the value of this expression"
+
+
+def name_nodes(gm: fx.GraphModule, names: Sequence[str], closed: Mapping[int, str] | None = None) -> dict[fx.Node, str]:
+    """What people call the nodes: the inputs' names, the caller's own variables where a line assigns one, else the op.
+
+    closed: what the code calls the tensors that it closes over, by their identity
+    """
+    nodes = list(gm.graph.nodes)
+    found: dict[fx.Node, str] = dict(zip(inputs_of(gm.graph), names, strict=False))
+    results, taken = set(results_of(gm.graph)), set(names)
+    last = {line: node for node in nodes if (line := source_line(node))}
+    for node in nodes:
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        line = source_line(node)
+        assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
+        stems = ("z", "out", "result") if node in results and node.op == "call_function" else ()
+        if node.op == "get_attr":
+            stem = (closed or {}).get(id(getattr(gm, str(node.target)))) or "c"
+        elif assigned and not stems:
+            stem = assigned[1]
+        else:
+            stem = _called(node, found)
+        numbered = (stem if k == 1 else f"{stem}{k}" for k in count(1))
+        found[node] = next(n for n in chain(stems, numbered) if n not in taken)
+        taken.add(found[node])
+    return found
+
+
+def _called(node: fx.Node, found: Mapping[fx.Node, str]) -> str:
+    packet = plain(str(getattr(node.target, "_opname", None) or node.name))
+    return f"{found[node.all_input_nodes[0]]}_T" if packet == "T" else re.sub(r"^_+|_+$", "", packet)

@@ -1,0 +1,94 @@
+"""Autocast written out: the casts that torch would make under it stand in the graph, and the switches go.
+
+    with torch.autocast("cpu", dtype=torch.bfloat16): x @ W        becomes        x.to(bfloat16) @ W.to(bfloat16)
+
+Which ops cast, and what, is torch's own table: it is read off by tracing an op alone, with autocast and without.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dualform.graphs.edit import emitter, inline, inputs_of, replace
+from dualform.shapes import TraceError, fail
+
+aten = torch.ops.aten
+
+
+class _Autocast(NamedTuple):
+    """What `with torch.autocast` was told."""
+
+    device: str
+    dtype: torch.dtype
+    enabled: bool
+
+
+def with_casts(graph: fx.Graph) -> None:
+    """Write the casts of every region of autocast into a graph, and erase the switches."""
+    inside: list[_Autocast] = []
+    switches: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            inside.append(_Autocast(*node.args[:3]))  # type: ignore[arg-type]
+            switches.insert(0, node)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            inside.pop()
+            graph.erase_node(node)
+        elif inside and inside[-1].enabled and isinstance(node.target, torch._ops.OpOverload):
+            _cast(graph, node, inside[-1])
+    for node in switches:
+        graph.erase_node(node)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, how: _Autocast) -> None:
+    """Cast the arguments of an op as autocast does; where it casts inside a composite op, write that op out."""
+    if how.device != "cpu":  # a trace is made of stand-ins on the CPU, whose table of casts is another one
+        fail(
+            "trace", f"autocast for {how.device!r} inside the function", "depends on the device that it runs on",
+            "the same function everywhere", "Cast with .to(dtype), or use autocast around the call.", TraceError,
+        )  # fmt: skip
+    sources = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
+    made, plain = (_alone(node, sources, how._replace(enabled=on)) for on in (True, False))
+    casts = {
+        x: dtype for x, dtype in _first_casts(made, sources).items() if _first_casts(plain, sources).get(x) != dtype
+    }
+    if _count(made) - _count(plain) == len(casts):
+        for x, dtype in casts.items():
+            node.replace_input_with(x, emitter(graph, node)(aten._to_copy.default, x, dtype=dtype))
+        return
+    (result,), _ = inline(graph, node, made.graph, sources)
+    replace(node, result)
+
+
+def _alone(node: fx.Node, sources: list[fx.Node], how: _Autocast) -> fx.GraphModule:
+    """Trace one op below autocast."""
+
+    def run(*tensors: Tensor) -> Any:
+        values = dict(zip(sources, tensors, strict=True))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        with torch.autocast(how.device, how.dtype, enabled=how.enabled, cache_enabled=False):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        return make_fx(run, tracing_mode="real")(*(x.meta["val"] for x in sources))
+
+
+def _first_casts(gm: fx.GraphModule, sources: list[fx.Node]) -> dict[fx.Node, torch.dtype]:
+    """Which arguments are cast, each to one type, before anything else is done with them."""
+    found: dict[fx.Node, torch.dtype] = {}
+    for x, hole in zip(sources, inputs_of(gm.graph), strict=True):
+        (only, *others) = [*hole.users, None]
+        if only is not None and others == [None] and only.target == aten._to_copy.default and "dtype" in only.kwargs:
+            dtype: Any = only.kwargs["dtype"]
+            found[x] = dtype
+    return found
+
+
+def _count(gm: fx.GraphModule) -> int:
+    return sum(node.target == aten._to_copy.default for node in gm.graph.nodes)

@@ -1,0 +1,174 @@
+"""What a trace knows of values: tensors that are made of constants alone, whatever the inputs are.
+
+mask = table > 0; w[mask]        ->    w[places], where mask is true
+n = count.item()                 ->    a number of the graph
+
+A constant is a tensor that the function closes over, one of `known`, or what ops make of constants; its value is computed when
+somebody asks for it. Those asked for are `read`: the graph is made for their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dualform.graphs.recorder import Recorded
+
+# What reads values; what makes sizes of them.
+_READ = {
+    getattr(Tensor, n)
+    for n in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__")
+}
+_READ |= {Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__, torch.is_nonzero}
+_SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
+_SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
+_SELECTED = {Tensor.masked_select, torch.masked_select}
+_SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
+_RANDOM = {
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.rand_like,
+    torch.randn_like,
+    torch.randint_like,
+}
+_RANDOM |= {torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.normal, torch.poisson}
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+class Constants:
+    """The tensors of one trace whose values are known, by identity; one that was written to since is known no more."""
+
+    def __init__(self, known: Mapping[int, Tensor]) -> None:
+        self.known = known  # by position among the inputs
+        self.read: list[Tensor] = []
+        self._made: dict[int, tuple[Tensor, int, Callable[[], Tensor]]] = {}
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Take the inputs of the function that is traced."""
+        for k, value in self.known.items():
+            if not value.is_meta:
+                self._keep(inputs[k], lambda value=value, x=inputs[k]: self._noted(value).to(x.dtype, copy=True))
+
+    def _keep(self, x: Tensor, value: Callable[[], Tensor]) -> None:
+        self._made[id(x)] = (x, _version(x), value)
+
+    def _noted(self, x: Tensor) -> Tensor:
+        self.read.append(x)
+        return x.detach()
+
+    def knows(self, x: Any) -> bool:
+        """Is it no tensor, or one whose value is known?"""
+        if not isinstance(x, Tensor) or type(x) is Tensor:
+            return True
+        made = self._made.get(id(x))
+        return made is not None and made[0] is x and made[1] == _version(x)
+
+    def value(self, x: Any) -> Any:
+        """The value of what is known."""
+        if not isinstance(x, Tensor):
+            return x
+        with _aside():
+            return self._noted(x) if type(x) is Tensor else self._made[id(x)][2]()
+
+    def made(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
+        """Note what an op made, if it made it of constants."""
+        leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        found = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and type(x) is not Tensor]
+        if (
+            not found
+            or func in _RANDOM
+            or not all(map(self.knows, leaves))
+            or any(x is y for x in found for y in leaves)
+        ):
+            return result
+        versions = [(x, _version(x)) for x in leaves if type(x) is not Tensor]
+
+        def value(k: int) -> Tensor:
+            if any(_version(x) != n for x, n in versions):
+                raise _Written
+            with _aside():
+                again = pytree.tree_leaves(
+                    func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
+                )
+            return [x for x in again if isinstance(x, Tensor)][k]
+
+        for k, x in enumerate(found):
+            self._keep(x, lambda k=k: value(k))
+        return result
+
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a call that reads constants gives, in a list; else the call, with places for masks that are constants."""
+        try:
+            return self._call(func, args, kwargs)
+        except _Written:
+            return func, args, kwargs
+
+    def _call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Any] | Call:
+        if func in _READ or func in _SIZED:
+            leaves = pytree.tree_leaves((args, kwargs))
+            if all(map(self.knows, leaves)):
+                with _aside():
+                    return [func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))]
+        elif func in _SELECTED and not kwargs and self.is_mask(args[1]):
+            shape = torch.broadcast_shapes(*(t.shape for t in args))
+            return Tensor.__getitem__, (args[0].expand(shape), self.places(args[1], shape)), {}
+        elif func in _SCATTERED and not kwargs and self.is_mask(args[1]):
+            shape = torch.broadcast_shapes(*(t.shape for t in args[:2]))
+            places = self.places(args[1], shape)
+            source = args[2].reshape(-1)[: len(places[0])]
+            return Tensor.index_put, (args[0].expand(shape), places, source), {}
+        elif func is Tensor.__getitem__ or (
+            func is Tensor.__setitem__ and isinstance(args[2], Tensor) and args[2].ndim
+        ):
+            return func, (args[0], self.places(args[1]), *args[2:]), kwargs
+        return func, args, kwargs
+
+    def is_mask(self, x: Any) -> bool:
+        """Is it a mask whose values are known?"""
+        return isinstance(x, Tensor) and x.dtype == torch.bool and self.knows(x)
+
+    def places(self, index: Any, shape: torch.Size | None = None) -> Any:
+        """An index whose known masks say where they are true."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not any(self.is_mask(part) or isinstance(part, slice) for part in parts):
+            return index
+        found: list[Any] = []
+        for part in parts:
+            if not self.is_mask(part):
+                found.append(self._ends(part) if isinstance(part, slice) else part)
+                continue
+            mask = self.value(part)
+            with _aside():
+                found += (mask if shape is None else mask.expand(shape)).nonzero(as_tuple=True)
+        return tuple(found)
+
+    def _ends(self, part: slice) -> slice:
+        """A slice whose known ends are numbers."""
+        ends = (part.start, part.stop, part.step)
+        return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor's memory was written to, by views of it too."""
+    return x.writes[0] if isinstance(x, Recorded) else x._version
+
+
+class _Written(Exception):
+    """Something that a value is made of was written to."""
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Compute, out of sight of the trace."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.no_grad():
+        yield

@@ -1,0 +1,202 @@
+"""Edit a graph: add a node with its value and its line, find what is given, returned, reached and needed, take a part out.
+
+A node's value, `meta["val"]`, is a stand-in of its shape and dtype; its line, `meta["stack_trace"]`, is the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+aten = torch.ops.aten
+Emit = Callable[..., fx.Node]
+# What a node that another stands for, or becomes part of, takes from it.
+_OF_THE_LINE = ("section", "ordinal")
+
+
+def line_of(node: fx.Node) -> str:
+    """Return where the user's code made a node, as torch writes it."""
+    return node.meta.get("stack_trace") or node.stack_trace or ""
+
+
+def value_of(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run an op on its arguments' stand-ins."""
+    filled, named = fx.map_arg((args, dict(kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
+    return target(*filled, **named)
+
+
+def add(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call where the graph inserts, with its value."""
+    new = graph.call_function(target, args, kwargs)
+    new.meta["val"] = value_of(target, args, kwargs)
+    return new
+
+
+def emitter(graph: fx.Graph, at: fx.Node) -> Emit:
+    """Return what adds calls before a node, each with its value and that node's line."""
+
+    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with graph.inserting_before(at):
+            new = add(graph, target, *args, **kwargs)
+        new.meta |= {name: at.meta[name] for name in _OF_THE_LINE if name in at.meta}
+        new.meta["stack_trace"] = line_of(at)
+        return new
+
+    return emit
+
+
+def inputs_of(graph: fx.Graph) -> list[fx.Node]:
+    """List a graph's inputs in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """Return the node that says what a graph returns."""
+    (output,) = graph.find_nodes(op="output")
+    return output
+
+
+def results_of(graph: fx.Graph) -> list[Any]:
+    """List what a graph returns, a single result too."""
+    found: Any = output_of(graph).args[0]
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def nodes_in(values: Any) -> list[fx.Node]:
+    """List the nodes among arguments, however nested, repeats included."""
+    found: list[fx.Node] = []
+    fx.map_arg(values, lambda n: found.append(n))  # type: ignore[arg-type, func-returns-value]
+    return found
+
+
+def reached(graph: fx.Graph, first: Iterable[fx.Node]) -> set[fx.Node]:
+    """Collect what depends on some nodes, and these; what a graph returns is no node of it."""
+    found = set(first)
+    for node in graph.nodes:
+        if node.op != "output" and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def needed(goals: Iterable[Any]) -> set[fx.Node]:
+    """Collect some nodes and everything that they are computed from; what is no node is passed over."""
+    found: set[fx.Node] = set()
+    stack = [x for x in goals if isinstance(x, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Let another node stand for one, which goes."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph, its nodes' notes included; tensors that it holds are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    output_of(graph).meta = dict(output_of(gm.graph).meta)
+    return unwritten(gm, graph)
+
+
+def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -> tuple[list[Any], list[fx.Node]]:
+    """Write a part out before `at`, its inputs being `given`: return what it returns, and the nodes made, which have at's line."""
+    copies: dict[fx.Node, Any] = dict(zip(inputs_of(part), given, strict=True))
+    before = set(copies)
+    with graph.inserting_before(at):
+        found: Any = graph.graph_copy(part, copies)
+    made = [new for old, new in copies.items() if old not in before]
+    for new in made:
+        new.meta |= {name: at.meta[name] for name in _OF_THE_LINE if name in at.meta}
+        new.meta["stack_trace"] = line_of(at)
+    return list(found) if isinstance(found, list | tuple) else [found], made
+
+
+def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callable[[fx.Graph, dict], Any]) -> fx.Graph:
+    """Copy some nodes, in order, into a graph of their own; `finish` says what it returns, from the copies by their originals."""
+    graph, made = fx.Graph(), {}
+    for node in inputs:
+        made[node] = graph.placeholder(node.name)
+        made[node].meta = dict(node.meta)
+    for node in nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(finish(graph, made))
+    return graph
+
+
+def frozen(x: Any) -> Any:
+    """Make a hashable twin of an argument; 1, 1.0 and True are three."""
+    if isinstance(x, list | tuple):
+        return (type(x).__name__, *map(frozen, x))
+    if isinstance(x, dict):
+        return tuple((name, frozen(v)) for name, v in sorted(x.items()))
+    return x if isinstance(x, fx.Node) else (type(x), str(x) if isinstance(x, float | slice) else x)
+
+
+def call_key(node: fx.Node) -> Any:
+    """Return what equal calls have in common."""
+    return node.target, frozen(node.args), frozen(node.kwargs)
+
+
+def writes(node: fx.Node) -> bool:
+    """Does an op write to one of its arguments?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def without_repeats(graph: fx.Graph) -> fx.Graph:
+    """Keep one of equal nodes; what is random or writes is never equal to another."""
+    kept: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or writes(node) or _is_random(node):
+            continue
+        first = kept.setdefault(call_key(node), node)
+        if first is not node:
+            replace(node, first)
+    return graph
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "empty" in str(node.target)
+
+
+def unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A graph as a module whose Python code is written when it is first run or read: most never are."""
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
+
+
+def stepped(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph as a function that goes from node to node: for a single call, less than to write and compile its code."""
+
+    def run(*given: Any) -> Any:
+        rest, at = iter(given), dict[fx.Node, Any]()
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                at[node] = next(rest)
+            elif node.op == "get_attr":
+                at[node] = getattr(gm, str(node.target))
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
+                if node.op == "output":
+                    return args[0]
+                at[node] = node.target(*args, **kwargs)
+
+    return run
+
+
+def without_dead(graph: fx.Graph) -> fx.Graph:
+    """Erase what nothing reads and what writes nothing. (fx asks of each op whether it has effects, at ten times the price.)"""
+    for node in reversed(graph.nodes):
+        if node.op in ("call_function", "get_attr") and not node.users and not writes(node):
+            graph.erase_node(node)
+    return graph

@@ -1,0 +1,326 @@
+"""What a function is made of: a key that is equal for equal code and settings, with every tensor as an open slot.
+
+Two closures of one source line are the same function on other tensors. Their key is the same; the tensors are read anew at
+each call, so that nothing closed over can be stale. What cannot be read (objects of foreign types) has no key.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import dis
+import fractions
+import inspect
+import logging
+import operator
+import pathlib
+import pickle
+import re
+import sys
+import threading
+import types
+import warnings
+import weakref
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cached_property, lru_cache, partial, partialmethod
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+# Code that does not change while a program runs: it is known by identity.
+_FIXED = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "dualform", "opt_einsum", "einops", "math"}
+_VALUES = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size)
+# Library objects that are what they are: equal by value, or one thing for as long as they live.
+_PLAIN = (
+    logging.Logger, re.Pattern, pathlib.PurePath, fractions.Fraction, decimal.Decimal, datetime.date, datetime.time,
+    datetime.timedelta, type(threading.Lock()), type(threading.RLock()), inspect.Signature, types.GenericAlias,
+    types.UnionType, numpy.ufunc, numpy.dtype, torch.memory_format, torch.layout, torch.Generator,
+    types.CodeType,
+)  # fmt: skip
+# An object graph larger than this is cheaper to trace than to read.
+_LIMIT = 4000
+
+
+class Unreadable(Exception):
+    """Something that a function depends on has no key."""
+
+
+class Fingerprint:
+    """The key of some objects, and the tensors in it in the order in which they were met.
+
+    key: hashable, or None if something could not be read (`unreadable`: its type); names: what the code calls each tensor
+    """
+
+    def __init__(self, *objects: Any, watch: bool = False) -> None:
+        self._watches = watch
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []
+        self.unreadable = ""
+        self._slots: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+        self._held: list[Any] = []  # ids are only unique among the living
+        # Mappings, lists and sets with what they held, and under which keys.
+        self._watched: list[tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = []
+        self._modules: dict[int, types.ModuleType] = {}  # the caller's own
+        self._words: dict[str, None] = {}  # all names that code uses: what it may read of a module
+        self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
+        self._arrays: list[tuple[numpy.ndarray, bytes]] = []
+        self._kinds: list[tuple[Tensor, torch.Size, torch.dtype, torch.device]] = []
+        self._states: list[tuple[Any, Hashable]] = []  # library objects that say what is in them
+        self._default = torch.get_default_dtype()
+        try:
+            self.key: Hashable | None = (_context(), *(self._read(x, "") for x in objects), *self._read_modules())
+        except Unreadable as error:
+            self.key, self.unreadable = None, str(error)
+
+    def holds(self) -> bool:
+        """Is all that was read under `watch` what it was, by identity? False says only that it must be read again.
+
+        An object that cannot be read is taken for changed at each question.
+        """
+        if self.key is None or torch.get_default_dtype() is not self._default:
+            return False
+        for x, values, keys in self._watched:
+            if len(x) != len(values) or not all(map(operator.is_, x, keys)):
+                return False
+            if keys is not values and not all(map(operator.is_, x.values(), values)):
+                return False
+        if any(x.tobytes() != entries for x, entries in self._arrays):
+            return False
+        if any(Fingerprint(x).key != state for x, state in self._states):
+            return False
+        for x, name, value in self._named:
+            if (x.get(name, x) if type(x) is dict else getattr(x, name, x)) is not value:
+                return False
+        return all(
+            x.shape == shape and x.dtype is dtype and x.device == place for x, shape, dtype, place in self._kinds
+        )
+
+    def _watch(self, x: Any) -> None:
+        if self._watches:
+            keys = tuple(x)
+            self._watched.append((x, tuple(x.values()) if isinstance(x, Mapping) else keys, keys))
+
+    def _watch_names(self, items: Iterable[tuple[Any, str, Any]]) -> None:
+        if self._watches:
+            self._named += items
+
+    def _read(self, x: Any, name: str) -> Hashable:
+        kind = type(x)
+        if kind in _VALUES:
+            return (kind, x)
+        if isinstance(x, Tensor):
+            return self._tensor(x, name)
+        if isinstance(x, types.BuiltinFunctionType) and not isinstance(x.__self__, types.ModuleType | type | None):
+            return (kind, x.__name__, self._read(x.__self__, name))
+        if isinstance(
+            x, types.ModuleType | types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket
+        ):
+            if isinstance(x, types.ModuleType) and not is_fixed(x.__name__):
+                self._modules[id(x)] = x
+            return x
+        if isinstance(x, _PLAIN) or kind is object:
+            return (kind, x)
+        if id(x) in self._seen:
+            return ("again", self._seen[id(x)])
+        self._seen[id(x)] = len(self._seen)
+        self._held.append(x)
+        if len(self._seen) > _LIMIT:
+            raise Unreadable(f"more than {_LIMIT} objects")
+        if kind is tuple and all(type(v) in _VALUES for v in x):
+            return (kind, x, *map(type, x))
+        if isinstance(x, list | tuple | deque):
+            if not isinstance(x, tuple):
+                self._watch(x)
+            return (kind, *(self._read(v, f"{name}{k}") for k, v in enumerate(x)))
+        if isinstance(x, dict | types.MappingProxyType):
+            self._watch(x)
+            return (dict, *((self._read(k, ""), self._read(v, str(k))) for k, v in x.items()))
+        if isinstance(x, set | frozenset):
+            self._watch(x)
+            return (kind, *sorted((self._read(v, "") for v in x), key=repr))
+        if kind.__module__ == "typing":
+            return (kind, repr(x))
+        if isinstance(x, Enum):
+            return (kind, x.name)
+        if isinstance(x, range | slice | numpy.generic | torch.finfo | torch.iinfo):
+            return (kind, repr(x))
+        if isinstance(x, numpy.ndarray) and x.dtype != object:
+            self._arrays.append((x, x.tobytes()))
+            return (kind, x.shape, x.dtype.str, x.tobytes())
+        if isinstance(x, types.FunctionType):
+            return self._function(x)
+        if isinstance(x, types.MethodType):
+            return (kind, self._read(x.__func__, name), self._read(x.__self__, name))
+        if isinstance(x, partial | partialmethod):
+            return (kind, *(self._read(v, name) for v in (x.func, x.args, x.keywords)))
+        if isinstance(x, weakref.ref):
+            return (kind, self._read(x(), name))
+        if isinstance(x, operator.attrgetter | operator.itemgetter | operator.methodcaller):
+            return (kind, self._read(x.__reduce__()[1], name))
+        if isinstance(x, type):
+            return self._class(x)
+        return self._object(x)
+
+    def _tensor(self, x: Tensor, name: str) -> Hashable:
+        if type(x) not in (Tensor, nn.Parameter):
+            raise Unreadable(type(x).__name__)
+        if id(x) in self._slots:
+            return ("tensor", self._slots[id(x)])
+        self._slots[id(x)] = len(self.tensors)
+        self.tensors.append(x)
+        self.names.append(name)
+        self._kinds.append((x, x.shape, x.dtype, x.device))
+        layout = x.stride() if x.layout is torch.strided else x.layout
+        return (type(x), tuple(x.shape), layout, x.dtype, x.device)
+
+    def _function(self, f: types.FunctionType) -> Hashable:
+        self._watch_names((f, name, getattr(f, name)) for name in ("__code__", "__defaults__", "__kwdefaults__"))
+        if is_fixed(f.__globals__.get("__name__")):  # `__module__` is what functools.wraps says
+            # Library code is known by identity, but a closure that a library made (torch.func.functional_call, vmap, a
+            # decorator) closes over the caller's things.
+            return (f.__code__, *self._cells(f)) if f.__closure__ else f
+        used = _used(f.__code__)
+        self._words |= dict.fromkeys(used.words)
+        found = [n for n in used.words if n in f.__globals__]
+        # A name that is missing may be made later, and hide a builtin: a mapping stands for nothing in itself.
+        asked = used.words if "globals" in used.globals else used.globals
+        missing = ((f.__globals__, n, f.__globals__) for n in asked if n not in f.__globals__)
+        self._watch_names((f.__globals__, n, f.__globals__[n]) for n in found)
+        self._watch_names(missing)
+        parts = [self._read(f.__globals__[n], n) for n in found]
+        package = f.__globals__.get("__package__")
+        imported = [m for n in used.imported for m in (n, f"{package}.{n}") if m in sys.modules]
+        parts += [self._read(sys.modules[m], m) for m in imported]
+        if vars(f):
+            self._watch(vars(f))
+            parts.append(self._read(vars(f), ""))
+        own = (*self._cells(f), *parts, self._read(f.__defaults__, ""), self._read(f.__kwdefaults__, ""))
+        return (f.__code__, tuple(found), *own)
+
+    def _read_modules(self) -> Iterator[Hashable]:
+        """What code may read of the caller's own modules, however it came by them: the attributes that some code names."""
+        done: set[tuple[int, str]] = set()
+        while todo := [
+            (module, n)
+            for module in self._modules.values()
+            for n in self._words
+            if n in vars(module) and (id(module), n) not in done
+        ]:
+            for module, n in todo:
+                done.add((id(module), n))
+                value = vars(module)[n]
+                self._watch_names([(vars(module), n, value)])
+                yield (module.__name__, n, self._read(value, n))
+
+    def _cells(self, f: types.FunctionType) -> Iterator[Hashable]:
+        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not bound yet
+                content = None
+            else:
+                self._watch_names([(cell, "cell_contents", content)])
+            yield self._read(content, name)
+
+    def _class(self, kind: type) -> Hashable:
+        if is_fixed(kind.__module__):
+            return kind
+        self._watch(vars(kind))
+        bases = (self._read(base, "") for base in kind.__bases__)
+        return (kind, *bases, *(self._member(v, n) for n, v in vars(kind).items()))
+
+    def _member(self, x: Any, name: str) -> Hashable:
+        if isinstance(x, staticmethod | classmethod):
+            x = x.__func__
+        if isinstance(x, property | cached_property):
+            return (type(x), self._read(x.fget if isinstance(x, property) else x.func, name))
+        hidden = name.startswith(("__", "_abc_")) and not isinstance(x, types.FunctionType)
+        if hidden or isinstance(x, types.GetSetDescriptorType | types.MemberDescriptorType):
+            return type(x)
+        return self._read(x, name)
+
+    def _object(self, x: Any) -> Hashable:
+        kind = type(x)
+        if hasattr(kind, "__fingerprint__"):
+            return (kind, self._read(x.__fingerprint__(), ""))
+        readable = not is_fixed(kind.__module__) or isinstance(x, nn.Module | types.SimpleNamespace | Namespace)
+        slots = [n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(x, n)]
+        if not (readable or is_dataclass(x)) or not (hasattr(x, "__dict__") or slots):
+            wrapped = getattr(x, "__wrapped__", None)  # a cache or the like around a function
+            if wrapped is not None:
+                return (kind, self._read(wrapped, ""))
+            return self._state(x)
+        items = [(n, getattr(x, n)) for n in slots if n != "__dict__"]
+        self._watch_names([*((x, n, v) for n, v in items), (x, "__class__", kind)])
+        if hasattr(x, "__dict__"):
+            self._watch(vars(x))
+            items += vars(x).items()
+        return (self._read(kind, ""), *((n, self._read(v, n.strip("_"))) for n, v in sorted(items, key=_name)))
+
+    def _state(self, x: Any) -> Hashable:
+        """What an object of a library would be pickled as: random.Random, itertools.count, array, UserDict, ..."""
+        kind = type(x)
+        if not is_fixed(kind.__module__):
+            raise Unreadable(f"{kind.__module__}.{kind.__qualname__}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made = x.__reduce_ex__(2)
+        except (TypeError, NotImplementedError, pickle.PicklingError) as error:
+            raise Unreadable(f"{kind.__module__}.{kind.__qualname__}") from error
+        if isinstance(made, str):  # a global's name
+            return (kind, made)
+        maker, *rest = (*made, None, None, None)[:5]
+        found = (
+            kind,
+            self._read(maker, ""),
+            *(self._read(v if k < 2 else v and list(v), "") for k, v in enumerate(rest)),
+        )
+        if self._watches:
+            self._states.append((x, Fingerprint(x).key))
+        return found
+
+
+def _name(item: tuple[str, Any]) -> str:
+    return item[0]
+
+
+def is_fixed(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] in _FIXED
+
+
+class _Used(NamedTuple):
+    """What a function's code names: globals, modules that it imports, and all words, attributes and strings too."""
+
+    globals: tuple[str, ...]
+    imported: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def _used(code: types.CodeType) -> _Used:
+    inner = [_used(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    steps = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    named = [n for op, n in steps if op in ("LOAD_GLOBAL", "LOAD_NAME")]
+    imported = [n for op, n in steps if op == "IMPORT_NAME" and n and not is_fixed(n)]
+    words = (*code.co_names, *(x for x in code.co_consts if isinstance(x, str) and x.isidentifier()))
+    own = _Used(tuple(named), tuple(imported), words)
+    merged = ((name for one in (own, *inner) for name in one[k]) for k in range(3))
+    return _Used(*(tuple(dict.fromkeys(names)) for names in merged))
+
+
+def _context() -> Hashable:
+    """The switches that change what the same code computes."""
+    return (torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def fingerprint(f: Callable[..., Any], *rest: Any) -> Fingerprint:
+    """Read a function and its arguments."""
+    return Fingerprint(f, *rest)

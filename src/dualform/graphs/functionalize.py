@@ -1,0 +1,220 @@
+"""Rewrite in-place ops of a traced graph as functional ones; what a write changes is every view of the same memory.
+
+base[view] <- value      becomes      base' = scatter(base, value at view), and later reads of other views are taken anew
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from dualform.graphs.edit import unwritten, writes
+from dualform.graphs.kept import carried
+
+aten = torch.ops.aten
+Blame = Callable[[fx.Node, str, str], NoReturn]
+
+# View op -> how to write through it: the functional op that puts a value back, given (base, value, args of the view).
+_SCATTER: dict[Any, Callable[..., tuple[Any, tuple]]] = {
+    aten.slice.Tensor: lambda base, value, *a: (aten.slice_scatter.default, (base, value, *a)),
+    aten.select.int: lambda base, value, *a: (aten.select_scatter.default, (base, value, *a)),
+    aten.diagonal.default: lambda base, value, *a: (aten.diagonal_scatter.default, (base, value, *a)),
+    aten.narrow.default: lambda base, value, dim, start, n: (
+        aten.slice_scatter.default,
+        (base, value, dim, start, start + n),
+    ),
+    aten.transpose.int: lambda base, value, a, b: (aten.transpose.int, (value, a, b)),
+    aten.t.default: lambda base, value: (aten.t.default, (value,)),
+    aten.permute.default: lambda base, value, dims: (aten.permute.default, (value, _inverse(dims))),
+    aten.detach.default: lambda base, value: carried(base, value),
+    aten.alias.default: lambda base, value: (aten.alias.default, (value,)),
+    aten.lift_fresh.default: lambda base, value: (aten.alias.default, (value,)),
+}
+for _view in (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+):
+    _SCATTER[_view] = lambda base, value, *a: (aten.view.default, (value, list(base.meta["val"].shape)))
+_MULTI_VIEWS = {aten.split.Tensor, aten.chunk.default, aten.unbind.int, aten.split_with_sizes.default, aten.split.sizes}
+_OPAQUE_VIEWS = {
+    aten.expand.default,
+    aten.as_strided.default,
+    aten.unfold.default,
+    aten.movedim.int,
+    aten.swapaxes.default,
+}
+
+
+def _inverse(dims: list[int]) -> list[int]:
+    positive = [d % len(dims) for d in dims]
+    return [positive.index(k) for k in range(len(dims))]
+
+
+def functionalized(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
+    """Rewrite a graph without in-place ops, grad-mode switches and dead nodes; `blame` reports what cannot be rewritten."""
+    if not any(writes(n) for n in gm.graph.nodes) and not any(_switch(n) is not None for n in gm.graph.nodes):
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return gm
+    return _Rewriter(gm, blame).run()
+
+
+def _switch(node: fx.Node) -> bool | None:
+    """True or False if the node turns gradients on or off."""
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
+        return bool(node.args[0])
+    return None
+
+
+class _Rewriter:
+    """One pass in order; `value[n]` is the new node that holds what the old node n means now."""
+
+    def __init__(self, gm: fx.GraphModule, blame: Blame) -> None:
+        self.gm = gm
+        self.blame = blame
+        self.graph = fx.Graph()
+        self.value: dict[fx.Node, fx.Node] = {}
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.stale: set[fx.Node] = set()
+        self.grad = True
+
+    def run(self) -> fx.GraphModule:
+        for node in self.gm.graph.nodes:
+            switch = _switch(node)
+            if switch is not None:
+                self.grad = switch
+            elif node.op == "output":
+                self.graph.output(fx.map_arg(node.args[0], self.read))
+            elif writes(node):
+                self.write(node)
+            else:
+                self.copy(node)
+                if not self.grad and isinstance(node.meta.get("val"), torch.Tensor):
+                    self.value[node] = self.emit(aten.detach.default, (self.value[node],), node)
+        result = unwritten(self.gm, self.graph)
+        result.graph.eliminate_dead_code()
+        result.recompile()
+        return result
+
+    def emit(self, target: Any, args: tuple, like: fx.Node, kwargs: dict | None = None) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs or {})
+        values = fx.map_arg(args, lambda n: n.meta["val"])
+        keywords = fx.map_arg(new.kwargs, lambda n: n.meta["val"])
+        new.meta["val"] = target(*values, **keywords)
+        new.meta["stack_trace"] = like.meta.get("stack_trace") or like.stack_trace or ""
+        return new
+
+    def copy(self, node: fx.Node) -> None:
+        new = self.graph.node_copy(node, self.read)
+        self.value[node] = new
+        if node.op != "call_function":
+            return
+        first: Any = node.args[0][0] if node.meta.get("hooks") else node.args[0] if node.args else None  # type: ignore[index]
+        source = first if isinstance(first, fx.Node) else None
+        if source is not None and self.is_view(node):
+            self.parent[node] = source
+
+    @staticmethod
+    def is_view(node: fx.Node) -> bool:
+        if node.target is operator.getitem:
+            pieces: Any = node.args[0]
+            return pieces.target in _MULTI_VIEWS
+        if node.meta.get("hooks"):  # a hook is a node behind its tensor: it sees what is written to the memory of that
+            behind: Any = node.args[0]
+            return _Rewriter.is_view(behind[0])
+        return node.target in _SCATTER or node.target in _MULTI_VIEWS or node.target in _OPAQUE_VIEWS
+
+    def read(self, node: fx.Node) -> fx.Node:
+        """The node's present value; a view of rewritten memory is taken again."""
+        if node in self.stale:
+            self.stale.discard(node)
+            behind = self.read(self.parent[node])
+            self.value[node] = behind if writes(node) else self.graph.node_copy(node, self.read)
+        return self.value[node]
+
+    def write(self, node: fx.Node) -> None:
+        """Replace `target_(dst, ...)` by its functional twin and put the result back through the views of dst."""
+        dst = node.args[0]
+        if not isinstance(dst, fx.Node) or sum(a.is_write for a in _alias_infos(node)) != 1 or "out" in node.kwargs:
+            self.blame(node, "writes to several tensors", "Write it without out= arguments or running statistics.")
+        root = dst
+        while root in self.parent:
+            root = self.parent[root]
+        if root.op in ("placeholder", "get_attr"):
+            self.blame(node, "writes to an input or a buffer", "Clone it first, or return the new value.")
+        before = self.value[root]
+        self.assign(dst, self.functional(node), node)
+        if not self.grad and before.meta["val"].is_floating_point():  # another value, the gradient that it had
+            self.spoil(root)
+            self.stale.discard(root)
+            self.value[root] = self.emit(*carried(before, self.value[root]), node)
+        self.value[node] = self.read(dst)
+        self.parent[node] = dst
+
+    def functional(self, node: fx.Node) -> fx.Node:
+        target: Any = node.target
+        first: Any = node.args[0]
+        packet, overload = target._schema.name.split("::")[1], target._overloadname
+        if packet == "detach_":
+            return self.emit(aten.detach.default, (self.read(first),), node)
+        if packet == "copy_":  # whose functional twin torch cannot differentiate
+            return self.fitted(self.read(node.args[1]), first.meta["val"], node)  # type: ignore[arg-type]
+        base = getattr(aten, packet.removesuffix("_"), None)
+        twin = getattr(base, overload, None) if base is not None else None
+        if twin is None and base is not None:  # transpose_.default is transpose.int
+            takes = [a.name for a in target._schema.arguments]
+            alike = (getattr(base, o) for o in base.overloads())
+            twin = next((t for t in alike if [a.name for a in t._schema.arguments] == takes), None)
+        if not packet.endswith("_") or packet.endswith("__") or twin is None:
+            self.blame(node, "changes a tensor in place in a way that has no functional twin", "Write y = op(x).")
+        args = fx.map_arg(node.args, self.read)
+        kwargs = fx.map_arg(node.kwargs, self.read)
+        return self.emit(twin, args, node, kwargs)
+
+    def fitted(self, new: fx.Node, like: torch.Tensor, node: fx.Node) -> fx.Node:
+        """A value in the shape and dtype of what it is written to."""
+        if new.meta["val"].dtype != like.dtype:
+            new = self.emit(aten._to_copy.default, (new,), node, {"dtype": like.dtype})
+        same = new.meta["val"].shape == like.shape
+        return new if same else self.emit(aten.expand.default, (new, list(like.shape)), node)
+
+    def assign(self, dst: fx.Node, new: fx.Node, node: fx.Node) -> None:
+        """dst now means `new`: so do its base, through the inverse of the view, and all other views of that base."""
+        if dst in self.parent:
+            self.assign(self.parent[dst], self.put_back(dst, new, node), node)
+        for view, base in self.parent.items():
+            if base is dst:
+                self.spoil(view)
+        self.stale.discard(dst)
+        self.value[dst] = new
+
+    def spoil(self, view: fx.Node) -> None:
+        self.stale.add(view)
+        for other, base in self.parent.items():
+            if base is view:
+                self.spoil(other)
+
+    def put_back(self, view: fx.Node, new: fx.Node, node: fx.Node) -> fx.Node:
+        base = self.read(self.parent[view])
+        if writes(view):
+            return new
+        rule = _SCATTER.get(view.target)
+        if rule is None:
+            self.blame(node, f"writes through {view.target}", "Build the tensor with torch.where or torch.cat.")
+        target, args = rule(base, new, *view.args[1:], *view.kwargs.values())
+        return self.emit(target, args, node)
+
+
+def _alias_infos(node: fx.Node) -> list[Any]:
+    return [a.alias_info for a in node.target._schema.arguments if a.alias_info is not None]  # type: ignore[union-attr]

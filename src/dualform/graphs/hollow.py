@@ -1,0 +1,274 @@
+"""Tensors without numbers: a shape, a dtype and how they lie in memory, on the CPU as far as anybody can see.
+
+A trace computes with them. Shapes come from torch: an op entry by entry runs on one entry, one of torch's core set on zeros,
+where they are few, and any other on the meta device, whose kernels in Python load torch's whole compiler at their first use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+META, CPU = torch.device("meta"), torch.device("cpu")
+FEW = 1 << 18  # numbers, up to which zeros are computed with
+_Tag = torch.Tag
+_VALUES = {_Tag.nondeterministic_seeded, _Tag.dynamic_output_shape, _Tag.data_dependent_output}
+# Not core, of shapes that no value decides.
+_PLAIN = {
+    aten.tril.default, aten.triu.default, aten.stack.default, aten.dot.default, aten.cumprod.default, aten.roll.default,
+    aten.logsumexp.default, aten.linalg_vector_norm.default, aten._softmax_backward_data.default,
+    aten._log_softmax_backward_data.default, aten.eye.default, aten.eye.m, aten.var_mean.correction,
+    aten.std_mean.correction, aten.std.correction,
+    aten.select_backward.default, aten.slice_backward.default,
+    aten.arange.default, aten.arange.start, aten.arange.start_step,
+}  # fmt: skip
+# Entry by entry, whatever the entries are.
+_LIKE = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.empty_like.default}
+
+
+_KEPT = (None, torch.preserve_format)
+
+
+class Hollow(Tensor):
+    """A tensor without numbers; `shape_of` is its twin on the meta device."""
+
+    shape_of: Tensor
+
+    @staticmethod
+    def __new__(cls, value: Tensor, *rest: Any) -> Hollow:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype, device=CPU
+        )  # fmt: skip
+        self.shape_of = value
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = computed(func, args, kwargs or {})
+        if func._schema.is_mutable:
+            return args[0]
+        return each(made, lambda x: Hollow(x if x.device == META else x.to(META)) if isinstance(x, Tensor) else x)
+
+    def __deepcopy__(self, memo: Any) -> Hollow:
+        return Hollow(self.shape_of)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Hollow({tuple(self.shape)}, {self.dtype})"
+
+
+class Hollows(TorchDispatchMode):
+    """Run ops of hollow tensors, and of those on the meta device, on shapes.
+
+    A hollow tensor does so by itself; but at the first op that finds its way to a class, torch loads all of its distributed tensors.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = tensors_in(args, kwargs)
+        if any(isinstance(x, Hollow) for x in tensors):
+            return Hollow.__torch_dispatch__(func, types, args, kwargs)
+        if tensors and all(type(x) is Tensor and x.is_meta for x in tensors):
+            return computed(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def leaves_in(args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """List an op's arguments, and the entries of those that are lists."""
+    found: list[Any] = []
+    todo = [*args, *kwargs.values()]
+    for x in todo:
+        if isinstance(x, list | tuple):
+            todo.extend(x)
+        else:
+            found.append(x)
+    return found
+
+
+def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """List the tensors among an op's arguments."""
+    return [x for x in leaves_in(args, kwargs) if isinstance(x, Tensor)]
+
+
+def each(x: Any, f: Callable[[Any], Any]) -> Any:
+    """Map an argument, or the entries of a list of them."""
+    return (list if isinstance(x, list) else tuple)(each(v, f) for v in x) if isinstance(x, list | tuple) else f(x)
+
+
+def on_meta(x: Any) -> Any:
+    """The twin of an argument on the meta device."""
+    if isinstance(x, Hollow):
+        return x.shape_of
+    return META if isinstance(x, torch.device) else x.to(META) if isinstance(x, Tensor) else x
+
+
+def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an op of hollow and other tensors: tensors of the result's shape, dtype and strides; views are views.
+
+    An op in place changes no shape, or raises.
+    """
+    args, kwargs = each(args, on_meta), {name: each(x, on_meta) for name, x in kwargs.items()}
+    with torch._C._DisableTorchDispatch():
+        return _computed(func, args, kwargs)
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    find = _kind(func)
+    made = find and find(func, args, kwargs)
+    if made is not None:
+        return made
+    if not tensors_in(args, kwargs) and _takes_device(func):
+        kwargs["device"] = META
+    before = [_laid_out(x) for x in args[:1]]
+    made = func(*args, **kwargs)
+    if func._schema.is_mutable and before != [_laid_out(x) for x in args[:1]]:
+        raise NotImplementedError(f"{func} changes a shape in place")
+    return made
+
+
+@cache
+def _kind(func: Any) -> Callable[..., Any] | None:
+    """How to find the shape of an op's result without its kernel on the meta device; None: no way is known."""
+    if func.is_view or func._schema.is_mutable or _VALUES & set(func.tags):
+        return None
+    if _Tag.pointwise in func.tags or func in _LIKE:
+        return _entry_by_entry
+    return _of_zeros if _Tag.core in func.tags or func in _PLAIN else None
+
+
+def _takes_device(func: Any) -> bool:
+    return any(a.name == "device" for a in func._schema.arguments)
+
+
+def _laid_out(x: Any) -> Any:
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else None
+
+
+def _entry_by_entry(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Broadcast shapes; the dtype is that of one entry of each. None where the op is not so simple."""
+    if kwargs.get("memory_format") not in _KEPT:
+        return None
+    tensors: list[Tensor] = []
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            return torch.ones((1,) * x.ndim, dtype=x.dtype)
+        return CPU if isinstance(x, torch.device) else x
+
+    try:
+        made = func(*each(args, one), **{name: each(x, one) for name, x in kwargs.items()})
+    except (RuntimeError, TypeError):
+        return None  # what raises says so on meta, too
+    if not isinstance(made, Tensor) or len(tensors) > 3 or made.ndim != max(x.ndim for x in tensors):
+        return None
+    shape = _broadcast([x.shape for x in tensors])
+    if shape is None:
+        return None
+    return torch.empty_strided(shape, _strides(shape, tensors), dtype=made.dtype, device=META)
+
+
+def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape that shapes make together; None: they do not. (torch's own function loads sympy.)"""
+    n = max(map(len, shapes))
+    sizes = [{shape[len(shape) - n + k] for shape in shapes if len(shape) - n + k >= 0} - {1} for k in range(n)]
+    return None if any(len(s) > 1 for s in sizes) else tuple(next(iter(s), 1) for s in sizes)
+
+
+def _strides(shape: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How torch's TensorIterator lays a result out: axes in the order of the first operand that tells them apart."""
+    held = []
+    for x in tensors:
+        lead = len(shape) - x.ndim
+        own = zip(x.shape, x.stride(), shape[lead:], strict=True)
+        held.append([0] * lead + [s if n == wide else 0 for n, s, wide in own])
+
+    def is_wider(a: int, b: int) -> int:
+        """Is axis a further out than b: 1 yes, -1 no, 0 unknown."""
+        for strides in held:
+            s, t = strides[a], strides[b]
+            if s and t and (s != t or shape[a] > shape[b]):
+                return 1 if s > t or (s == t and shape[a] > shape[b]) else -1
+        return 0
+
+    order = list(reversed(range(len(shape))))  # innermost first
+    for i in range(1, len(order)):
+        at = i
+        for j in reversed(range(i)):
+            wider = is_wider(order[j], order[at])
+            if wider > 0:
+                order[j], order[at], at = order[at], order[j], j
+            elif wider < 0:
+                break
+    strides, step = [0] * len(shape), 1
+    for axis in order:
+        strides[axis], step = step, step * max(1, shape[axis])
+    return tuple(strides)
+
+
+def _of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Compute with zeros; a largest size that is too large is stood in for by two small ones, which show where it goes."""
+    leaves = leaves_in(args, kwargs)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    count = sum(x.numel() for x in tensors)
+    largest = max((n for x in tensors for n in x.shape), default=0)
+    if not tensors:  # as many numbers as whole numbers among its arguments can ask for
+        count = (
+            math.prod(max(1, abs(n)) for n in leaves if isinstance(n, int))
+            if not any(isinstance(x, float) for x in leaves)
+            else FEW + 1
+        )
+    if count > FEW and not tensors:
+        return None
+    small = (largest,) if count <= FEW else (2, 3)
+    try:
+        found = [_at_zeros(func, args, kwargs, largest, n) for n in small]
+    except (RuntimeError, IndexError, TypeError):  # these values are none for it
+        return None
+    flat, spec = _pytree.tree_flatten(found[0])
+    pairs = zip(flat, _pytree.tree_leaves(found[-1]), strict=True)
+    made = [_told(*pair, largest if count > FEW else None) for pair in pairs]
+    return None if any(x is NotImplemented for x in made) else _pytree.tree_unflatten(made, spec)
+
+
+def _told(a: Any, b: Any, largest: int | None) -> Any:
+    """A result on meta: it has the largest size wherever a has 2 and b has 3."""
+    if not isinstance(a, Tensor):
+        return a
+    if largest is None:
+        return a.to(META)
+    if a.shape == b.shape:
+        shape = list(a.shape)
+    else:
+        shape = [largest if (m, n) == (2, 3) else m for m, n in zip(a.shape, b.shape, strict=True)]
+        if [3 if n == largest else n for n in shape] != list(b.shape):
+            return NotImplemented
+    return torch.empty(shape, dtype=a.dtype, device=META) if a.is_contiguous() and b.is_contiguous() else NotImplemented
+
+
+def _at_zeros(func: Any, args: Any, kwargs: dict[str, Any], largest: int, n: int) -> Any:
+    """Run an op on zeros, n in place of the largest size."""
+
+    def zeros(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return CPU if isinstance(x, torch.device) else n if type(x) is int and x == largest else x
+        shape, strides, reach = [n if s == largest else s for s in x.shape], [0] * x.ndim, 1
+        for d in sorted(range(x.ndim), key=lambda d: (x.stride(d), -d)):
+            if x.stride(d):
+                strides[d], reach = reach, reach * shape[d]
+        return torch.zeros(reach, dtype=x.dtype).as_strided(shape, strides)
+
+    return func(*each(args, zeros), **{name: each(x, zeros) for name, x in kwargs.items()})

@@ -1,0 +1,247 @@
+"""Gradients that somebody wrote: an op whose derivative is what its backward says, whatever its value is made of.
+
+    kept(inputs, key, r) = forward(*inputs)[r]        its vjp: g -> backward_r(g, *inputs, *results)
+
+Both are graphs of aten ops that hold no tensors, named by what they say, so that equal ones are one. The op is opaque: what
+differentiates a graph meets the backward, and so does a second derivative, which is that of the backward's ops. Once all
+derivatives are taken, `written_out` leaves the forward's ops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses import FakeTensorMode
+from torch.autograd.function import _SingleLevelFunction
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dualform.graphs.edit import unwritten, without_dead
+from dualform.shapes import TraceError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A function and its gradient.
+
+    name: what people call it, as `Round.apply`; backward: one for each result, whose results are None for an input without
+    gradient; None for a result without any. refusal: why it has no derivative, though its value may be used.
+    """
+
+    name: str
+    forward: fx.GraphModule
+    backward: tuple[fx.GraphModule | None, ...]
+    refusal: str = ""
+
+    def gradients(self, result: int, g: Tensor, inputs: Sequence[Tensor], out: Tensor, key: str) -> list[Tensor | None]:
+        """The vjp of one result."""
+        if self.refusal:
+            raise TraceError(self.refusal)
+        backward = self.backward[result]
+        if backward is None:
+            return [None] * len(inputs)
+        return list(backward(g, *inputs, *self.results(result, inputs, out, key)))
+
+    def results(self, result: int, inputs: Sequence[Tensor], out: Tensor, key: str) -> list[Tensor | None]:
+        """All results, for a backward that reads them; those that it does not read are left out."""
+        backward = self.backward[result]
+        assert backward is not None
+        read = [bool(n.users) for n in backward.graph.find_nodes(op="placeholder")[1 + len(inputs) :]]
+        return [
+            (out if k == result else kept(list(inputs), key, k)) if is_read else None for k, is_read in enumerate(read)
+        ]
+
+
+_known: dict[str, Kept] = {}
+
+
+def keep(made: Kept) -> str:
+    """Give a function and its gradient a name for `kept`; equal ones have one."""
+    graphs = [made.forward, *made.backward]
+    said = "\n".join(_said(gm) for gm in graphs)
+    key = f"{made.name}_{hashlib.sha256(f'{made.refusal}{said}'.encode()).hexdigest()[:16]}"
+    _known.setdefault(key, made)
+    return key
+
+
+def _said(gm: fx.GraphModule | None) -> str:
+    if gm is None:
+        return "none"
+    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder") if "val" in n.meta]
+    return f"{gm.code} {[(tuple(v.shape), v.dtype, str(v.device)) for v in values]}"
+
+
+def named(key: str) -> Kept:
+    """The function and its gradient behind a name."""
+    return _known[key]
+
+
+def kept(inputs: list[Tensor], key: str, result: int = 0) -> Tensor:
+    """Call the op."""
+    return torch.ops.dualform.kept.default(inputs, key, result)
+
+
+def _forward(inputs: list[Tensor], key: str, result: int) -> Tensor:
+    made = _known[key].forward(*inputs)[result]
+    storage = made.untyped_storage()._cdata
+    return made.clone() if any(x.untyped_storage()._cdata == storage for x in inputs) else made
+
+
+_library = torch.library.Library("dualform", "FRAGMENT")
+_library.define("kept(Tensor[] inputs, str key, int result) -> Tensor")
+_library.impl("kept", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("dualform::kept", _forward, lib=_library)
+kept_op = torch.ops.dualform.kept.default
+
+
+class Vjp(_SingleLevelFunction):
+    """The op and its gradient at one level of differentiation: torch's or a transform's."""
+
+    @staticmethod
+    def forward(ctx: Any, key: str, result: int, *inputs: Tensor) -> Tensor:
+        """Go below this level."""
+        with torch._C._AutoDispatchBelowAutograd():
+            out = kept(list(inputs), key, result)
+        ctx.key, ctx.result = key, result
+        ctx.save_for_backward(*inputs, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]: so torch's docs
+        """Run the backward, whose ops have derivatives of their own."""
+        *inputs, out = ctx.saved_tensors
+        return None, None, *named(ctx.key).gradients(ctx.result, g, inputs, out, ctx.key)
+
+
+def _differentiable(inputs: list[Tensor], key: str, result: int = 0) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        with enable_single_level_autograd_function():
+            return Vjp.apply(key, result, *inputs)  # type: ignore[attr-defined]
+    with torch._C._AutoDispatchBelowAutograd():
+        return kept(inputs, key, result)
+
+
+_library.impl("kept", _differentiable, "Autograd")
+
+
+def _over_rows(info: Any, dims: Any, inputs: list[Tensor], key: str, result: int) -> tuple[Tensor, int]:
+    if key == _STOPPED:  # of any shape
+        return kept(inputs, key), dims[0][0]
+    return kept(inputs, _mapped(key, tuple(dims[0]), inputs), result), 0
+
+
+torch.library.register_vmap("dualform::kept", _over_rows, lib=_library)
+
+
+def _mapped(key: str, dims: tuple[int | None, ...], inputs: Sequence[Tensor]) -> str:
+    """Map a function and its gradient over rows: each row has a gradient of its own, what rows share has their sum."""
+    likes = [(tuple(x.shape), x.dtype, x.device) for x in inputs]
+    one = named(key)
+
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return torch.vmap(lambda *x: tuple(one.forward(*x)), dims)(*tensors)
+
+    def backward(gm: fx.GraphModule, *tensors: Tensor) -> list[Tensor | None]:
+        at = [k for k, made in enumerate(_results(gm)) if made is not None]
+        over = (0, *dims, *[0] * (len(tensors) - 1 - len(dims)))
+        found = torch.vmap(lambda *x: tuple(gm(*x)[k] for k in at), over)(*tensors) if at else ()
+        all_rows: list[Tensor | None] = [None] * len(dims)
+        for k, x in zip(at, found, strict=True):
+            dim = dims[k]
+            all_rows[k] = x.sum(0) if dim is None else x.movedim(0, dim)
+        return all_rows
+
+    def make() -> Kept:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            examples = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
+        results = list(forward(*examples))
+        backwards: list[fx.GraphModule | None] = []
+        for gm, out in zip(one.backward, results, strict=True):
+            given = [torch.empty_like(out), *examples, *results]
+            backwards.append(None if gm is None else make_fx(partial(backward, gm), tracing_mode="real")(*given))
+        return Kept(one.name, make_fx(forward, tracing_mode="real")(*examples), tuple(backwards), one.refusal)
+
+    with ThreadPoolExecutor(1) as thread:  # where nothing is being mapped: a rule of vmap cannot begin another
+        return keep(thread.submit(make).result())
+
+
+def _results(gm: fx.GraphModule) -> list[Any]:
+    (output,) = gm.graph.find_nodes(op="output")
+    return list(output.args[0])  # type: ignore[arg-type]
+
+
+def is_kept(node: Any) -> bool:
+    """Is it a call of the op?"""
+    return isinstance(node, fx.Node) and node.target is kept_op
+
+
+def written_out(gm: fx.GraphModule, which: Callable[[fx.Node], bool] = is_kept) -> fx.GraphModule:
+    """Write the op out as the forward's ops, for a graph that nobody differentiates any more."""
+    if not any(which(n) for n in gm.graph.nodes):
+        return gm
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    pending = [n for n in graph.nodes if which(n)]
+    while pending:
+        node = pending.pop()
+        inputs, key, result = node.args
+        forward = _known[key].forward
+        copies = dict(zip(forward.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(forward.graph, copies)
+        for made in copies.values():
+            if made not in inputs:
+                made.meta |= {name: node.meta[name] for name in ("section", "stack_trace") if name in node.meta}
+                pending += [made] if is_kept(made) else []
+        node.replace_all_uses_with(results[result])
+        graph.erase_node(node)
+    without_dead(graph)
+    return unwritten(gm, graph)
+
+
+# -- two that every trace knows
+
+
+def _written(name: str, inputs: int, forward: int, backward: tuple[int | None, ...] | None) -> str:
+    """Keep a function that hands on one of its inputs, and whose gradient hands on g (0) or nothing (None)."""
+    graphs: list[fx.GraphModule] = []
+    for count, out in ((inputs, (forward,)), (inputs + 2, backward)):
+        if out is not None:
+            graph = fx.Graph()
+            given = [graph.placeholder(f"x{k}") for k in range(count)]
+            graph.output(tuple(None if k is None else given[k] for k in out))
+            graphs.append(fx.GraphModule({}, graph))
+    return keep(Kept(name, graphs[0], (graphs[1] if backward is not None else None,)))
+
+
+_STOPPED = _written("stop_gradient", 1, 0, None)
+CARRIED = _written("data", 2, 1, (0, None))
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """The identity, with no gradient. (A trace drops aten's detach: autograd makes many.)"""
+    return kept([x], _STOPPED)
+
+
+def is_stopped(node: Any) -> bool:
+    """Is it a call of `stop_gradient`?"""
+    return is_kept(node) and node.args[1] == _STOPPED
+
+
+def stopped(x: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The call of `stop_gradient` in a graph."""
+    return kept_op, ([x], _STOPPED, 0)
+
+
+def carried(x: Any, data: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The call that has the value of `data` and the gradient of x: what autograd makes of x.data.copy_(data)."""
+    return kept_op, ([x, data], CARRIED, 0)

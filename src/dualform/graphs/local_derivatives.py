@@ -1,0 +1,176 @@
+"""A traced function as a graph of local derivatives: values, derivatives by accumulation, vjp and jvp along the graph.
+
+Sums of paths multiply with depth; the graph does not. Terms are made by accumulation node by node, tidied at each.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dualform.algebra.linear_map import Derivative, Term, compose, identity, zero
+from dualform.algebra.sums import tidy
+from dualform.graphs.edit import inputs_of
+from dualform.graphs.edit import results_of as outputs
+from dualform.ops.table import Call
+
+LocalRule = Callable[[Call, int], Derivative]
+
+
+class Program:
+    """A graph with values, seen from one input: what depends on it, and each such op's local derivatives."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        args: Sequence[Tensor] | Mapping[fx.Node, Any],
+        wrt: int,
+        rule: LocalRule,
+        names: Sequence[str] | Mapping[fx.Node, str] = (),
+        output: int = 0,
+    ) -> None:
+        """`args`: the inputs, or the values of all nodes; `names`: of the inputs, or of any nodes; `output`: which result."""
+        self.gm = gm
+        self.rule = rule
+        self.inputs = inputs_of(gm.graph)
+        self.names = dict(names if isinstance(names, Mapping) else zip(self.inputs, names, strict=False))
+        self.source = self.inputs[wrt]
+        self.values = args if isinstance(args, Mapping) else run(gm, args)
+        self.output: Any = outputs(gm.graph)[output]
+        self.active = self._active()
+
+    def name_of(self, node: fx.Node) -> str:
+        """What people call a node's value."""
+        return self.names.get(node) or node.name
+
+    def _active(self) -> list[fx.Node]:
+        """Nodes on a path from the input to the output, in order."""
+        reached = {self.source}
+        for node in self.gm.graph.nodes:
+            if node.op == "call_function" and any(s in reached for s in node.all_input_nodes):
+                reached.add(node)
+        needed, todo = set(), [self.output]
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        return [n for n in self.gm.graph.nodes if n in reached and n in needed and n.op == "call_function"]
+
+    def call(self, node: fx.Node) -> Call | None:
+        """The op behind a node as the table knows it; None for a result of several tensors, seen at its parts."""
+        value = self.values[node]
+        if not isinstance(value, Tensor):
+            return None
+        assert not value.is_complex(), node  # pairs.py leaves none
+        source: Any = node
+        part: Any = None
+        if node.target is operator.getitem:
+            source, part = node.args[0], node.args[1]
+        args, kwargs = fx.map_arg((source.args, dict(source.kwargs)), lambda n: self.values[n])
+        names = tuple(self.name_of(n) for n in self.operand_nodes(source))
+        return Call(source.target, args, kwargs, value, part, names)
+
+    def operand_nodes(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes behind `Call.operands`."""
+        source: Any = node.args[0] if node.target is operator.getitem else node
+        flat: list[fx.Node] = []
+        fx.map_arg((source.args, dict(source.kwargs)), lambda n: flat.append(n))
+        return [n for n in flat if isinstance(self.values[n], Tensor) and self.values[n].is_floating_point()]
+
+    @cached_property
+    def local(self) -> dict[fx.Node, list[tuple[fx.Node, Derivative]]]:
+        """For each active node, the operands that depend on the input, each with d node / d operand."""
+        active = {self.source, *self.active}
+        found: dict[fx.Node, list[tuple[fx.Node, Derivative]]] = {}
+        for node in self.active:
+            call = self.call(node)
+            if call is None:
+                continue
+            found[node] = [
+                (source, self.rule(call, k))
+                for k, source in enumerate(self.operand_nodes(node))
+                if source in active or (source.target is operator.getitem and source.args[0] in active)
+            ]
+        return found
+
+    def terms(self) -> tuple[Term, ...]:
+        """Accumulate d output / d input, from whichever end is smaller."""
+        out, x = self.values[self.output], self.values[self.source]
+        if self.output is self.source:
+            return identity(x).terms
+        return (self._backward() if out.numel() <= x.numel() else self._forward()).terms
+
+    def totals(self, most: float = math.inf) -> dict[fx.Node, Derivative]:
+        """d node / d input of the active nodes, as far as none on the way has more than `most` entries."""
+        x = self.values[self.source]
+        total: dict[fx.Node, Derivative] = {self.source: identity(x)}
+        for node, parts in self.local.items():
+            if not parts:  # it is reached through integers and truth values only
+                total[node] = zero(self.values[node], x)
+            elif all(source in total for source, _ in parts) and self.values[node].numel() * x.numel() <= most:
+                total[node] = _summed([compose(local, total[source]) for source, local in parts])
+        return total
+
+    def _forward(self) -> Derivative:
+        return self.totals().get(self.output) or zero(self.values[self.output], self.values[self.source])
+
+    def _backward(self) -> Derivative:
+        out = self.values[self.output]
+        paths: dict[fx.Node, list[Derivative]] = {self.output: [identity(out)]}
+        for node, parts in reversed(self.local.items()):
+            if node in paths:
+                outer = _summed(paths.pop(node))
+                for source, local in parts:
+                    paths.setdefault(source, []).append(compose(outer, local))
+        found = paths.get(self.source)
+        return _summed(found) if found else zero(out, self.values[self.source])
+
+    def vjp(self, g: Tensor) -> Tensor:
+        """Pull a gradient of the output back along the graph."""
+        pulled: dict[fx.Node, Tensor] = {self.output: g}
+        for node, parts in reversed(self.local.items()):
+            if node in pulled:
+                seed = pulled.pop(node)
+                for source, local in parts:
+                    part = local.vjp(seed)
+                    pulled[source] = pulled[source] + part if source in pulled else part
+        x = self.values[self.source]
+        return pulled[self.source] if self.source in pulled else torch.zeros_like(x)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """Push a direction in the input forward along the graph."""
+        pushed: dict[fx.Node, Tensor] = {self.source: v}
+        for node, parts in self.local.items():
+            paths = [local.jvp(pushed[source]) for source, local in parts if source in pushed]
+            if paths:
+                pushed[node] = sum(paths[1:], paths[0])
+        return pushed[self.output] if self.output in pushed else torch.zeros_like(self.values[self.output])
+
+
+def run(gm: fx.GraphModule, args: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The values of all nodes of a graph."""
+    values: dict[fx.Node, Any] = {}
+    given = iter(args)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "get_attr":
+            values[node] = getattr(gm, str(node.target))
+        elif node.op == "call_function":
+            filled, keywords = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = node.target(*filled, **keywords)
+    return values
+
+
+def _summed(paths: Sequence[Derivative]) -> Derivative:
+    first = paths[0]
+    like = torch.empty((), dtype=first.dtype, device=first.device)
+    terms = tidy([t for p in paths for t in p.terms], like)
+    return Derivative(terms, first.out_shape, first.in_shape, first.dtype, first.device)

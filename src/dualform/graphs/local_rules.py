@@ -1,0 +1,230 @@
+"""The one table of derivative rules: look an op up, differentiate it, ask in which operands it is affine.
+
+The rows are in rows_*.py, a row per op. What has no row: entry-by-entry ops have one rule for all; composite ops are
+differentiated through their own definition; the rest gets a dense derivative of that op alone, and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from dualform.algebra.linear_map import Derivative, Route, zero
+from dualform.algebra.terms import Term, fresh_axes, make_factor
+from dualform.graphs.definitions import definition_terms
+from dualform.graphs.kept import CARRIED
+from dualform.graphs.kept_derivative import kept_terms
+from dualform.ops import attention, fourier, indexing, linalg, norms, products, reductions, views, windows
+from dualform.ops import pointwise as pointwise_rows
+from dualform.ops.examples import T
+from dualform.ops.examples import call as example
+from dualform.ops.pointwise import is_pointwise, pointwise
+from dualform.ops.table import (
+    ALL,
+    EACH,
+    ROWS,
+    Adjoint,
+    Call,
+    Product,
+    Row,
+    Target,
+    add_row,
+    as_derivative,
+    entrywise_reads,
+    find_row,
+    product_row,
+    row,
+)
+from dualform.shapes import TraceError, fail
+
+__all__ = [
+    "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
+    "product_row", "reads", "row", "unread",
+]  # fmt: skip
+
+# Importing them fills the table.
+_modules = (attention, fourier, indexing, linalg, norms, pointwise_rows, products, reductions, views, windows)
+_warned: set[str] = set()
+# What stand-ins without values raise where a derivative depends on values.
+_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def reads_values(error: Exception) -> bool:
+    """Was this raised by a stand-in that was asked for a value?"""
+    # By its name: the module that defines the last one imports sympy, which takes half a second.
+    return isinstance(error, _UNKNOWN) or type(error).__name__ == "GuardOnDataDependentSymNode"
+
+
+def derivative(call: Call, operand: int) -> Derivative:
+    """Differentiate one op with respect to one of its floating operands, exactly and with its structure.
+
+    J[out..., in...] = d call.out / d call.operands[operand]
+    Shape:  call.out.shape + operand.shape.
+    Dtype:  that of call.out. Works on concrete, fake, meta and traced tensors.
+    Raises: IndexError if there is no such operand. Warns once for an op that has only a dense derivative.
+    """
+    x = call.operands[operand]
+    if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
+        return zero(call.out, x)
+    found = find_row(call.target)
+    if found is not None and found.rule is not None and found.adjoint is not None:
+        terms, route = partial(found.rule, call, operand), _Linear(call, operand, found.adjoint)
+        return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
+    terms = _terms(call, operand)
+    return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
+
+
+add_row(
+    Row(
+        "dualform::kept",
+        lambda call, operand: kept_terms(call, operand, derivative),
+        examples=(example("dualform::kept", [T("n"), T("n")], CARRIED, 0),),
+    )
+)
+
+
+@dataclass(frozen=True)
+class _Linear(Route):
+    """A linear op is its own derivative."""
+
+    call: Call
+    operand: int
+    adjoint: Adjoint
+
+    def vjp(self, g: Tensor) -> Tensor:
+        return self.adjoint(self.call, g)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        return self.call.run(self.operand, v)
+
+
+def _terms(call: Call, operand: int) -> list[Term] | None:
+    """By its row, entry by entry, or through its definition, in this order; None if nothing is known of the op."""
+    found = find_row(call.target)
+    if found is not None and found.rule is not None:
+        terms = found.rule(call, operand)
+        if terms is not NotImplemented:
+            return terms
+    if is_pointwise(call.target):
+        try:
+            return pointwise(call, operand)
+        except (RuntimeError, NotImplementedError):  # torch has no backward for it: perhaps it has a definition
+            pass
+    return definition_terms(call, operand, derivative)
+
+
+def _dense(call: Call, operand: int) -> list[Term]:
+    name, x = call.target._schema.name, call.operands[operand]
+    try:
+        # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
+        full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
+    except (RuntimeError, NotImplementedError) as error:
+        if reads_values(error):
+            raise
+        fail(
+            "derivative",
+            f"{name} by {call.operand_name(operand)}",
+            f"has no row and no backward in torch ({str(error).splitlines()[0]})",
+            "a differentiable op",
+            "Detach that argument, write it with other ops, or add a row (ops/table.py).",
+            TraceError,
+        )
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=4)
+    out, inn = fresh_axes(call.out.shape), fresh_axes(x.shape)
+    return [Term(1.0, (make_factor(full, (*out, *inn), f"d{name.split('::')[1]}"),), out, inn)]
+
+
+def affine(target: Call | Target, operands: frozenset[int]) -> bool:
+    """Tell whether an op is jointly affine in these operands, the others held fixed.
+
+    op(a + s) - op(a) is linear in s = changes of the operands; what the row says, never probed
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing; an op without a row is affine in no operand.
+    """
+    found = find_row(target.target if isinstance(target, Call) else target)
+    return not operands if found is None else found.is_affine(operands)
+
+
+def multilinear(target: Call | Target) -> bool:
+    """Tell whether an op is a product: homogeneous and linear in each operand by itself.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing; an op without a row is not.
+    """
+    found = find_row(target.target if isinstance(target, Call) else target)
+    return found is not None and found.multilinear
+
+
+def reads(call: Call, name: str, k: int | None = None) -> Derivative | None:
+    """Tell which entries of a tensor argument a result looks at, as if it were a sum of them; None: not known.
+
+    name, k: one of `call.arguments`, of whatever type; integers and masks are looked at as numbers are.
+    Shape:  call.out.shape + argument.shape.
+    Dtype:  none; no value is read.
+    Raises: KeyError if there is no such argument.
+    """
+    x, found = call.argument(name, k), find_row(call.target)
+    if found is not None and found.reads is not None:
+        terms = found.reads(call, name, k)
+        if terms is not NotImplemented:
+            return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
+    if is_pointwise(call.target):
+        return Derivative(entrywise_reads(call, name, k), call.out.shape, x.shape, call.out.dtype, call.out.device)
+    if x.is_floating_point() and call.out.is_floating_point():
+        return derivative(call, call.places.index((name, k)))
+    if found is None or found.rule is None or name not in _NUMBERS or x.is_floating_point():
+        return None
+    numbers = _as_numbers(call)
+    return derivative(numbers, numbers.places.index((name, k)))
+
+
+# Arguments in which an op that takes integers or truth values does with them what it does with floating numbers.
+_NUMBERS = {"self", "input", "other", "src", "source", "tensors", "values", "value"}
+
+
+def _as_numbers(call: Call) -> Call:
+    """The same call of floating stand-ins."""
+
+    def number(x: Any) -> Any:
+        return torch.empty_like(x, dtype=torch.float64) if isinstance(x, Tensor) else x
+
+    values = {
+        name: ([*map(number, v)] if isinstance(v, (list, tuple)) else number(v)) if name in _NUMBERS else v
+        for name, v in call.bound.items()
+    }
+    schema = call.target._schema.arguments
+    args = tuple(values[a.name] for a in schema if not a.kwarg_only)
+    rest = {a.name: values[a.name] for a in schema if a.kwarg_only and a.name != "dtype"}
+    return replace(call, args=args, kwargs=rest, out=number(call.out))
+
+
+def unread(target: Target) -> frozenset[str]:
+    """Name the arguments of which an op takes only shape and type.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    found = find_row(target)
+    return frozenset() if found is None else found.unread
+
+
+def is_structured(target: Target) -> bool:
+    """Tell whether an op's derivative keeps its structure: it has a row, or acts entry by entry.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    found = find_row(target)
+    return (found is not None and found.rule is not None) or is_pointwise(target)

@@ -1,0 +1,210 @@
+"""Regroup the sums and products of a graph so that what is ready before the state meets first.
+
+    a + s - b  ->  s + (a - b)        s * a * b  ->  s * (a b)        s waits for the state, a and b do not
+
+so that the bracket leaves the loop. Exact in real arithmetic; no op is added to what runs in the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dualform.graphs.edit import add, inputs_of, reached, without_dead
+from dualform.graphs.simplify import tidy
+from dualform.graphs.verify import verified_below_autograd
+
+aten = torch.ops.aten
+_sums: dict[Any, tuple[int, ...]] = {aten.add.Tensor: (1, 1), aten.sub.Tensor: (1, -1), aten.neg.default: (-1,)}
+_products = {aten.mul.Tensor, aten.mul.Scalar}
+_quotients = {aten.div.Tensor, aten.div.Scalar}
+_elementwise = {*_sums, *_products, *_quotients}
+
+
+def shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
+
+
+@verified_below_autograd
+def ready_first(gm: fx.GraphModule, carried: Sequence[int]) -> fx.GraphModule:
+    """Regroup the sums and products that wait for the state."""
+    _pass(gm.graph, carried)
+    gm = tidy(gm)  # signs that sums have passed on
+    _pass(gm.graph, carried)
+    return gm
+
+
+def waiting(graph: fx.Graph, inputs: Sequence[int]) -> set[fx.Node]:
+    """Collect what depends on some of the inputs, and these."""
+    given = inputs_of(graph)
+    return reached(graph, [given[i] for i in inputs])
+
+
+def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
+    for node in list(graph.nodes):
+        _commute_expand(graph, node)
+    for node in graph.nodes:
+        if node.target in _elementwise and not node.kwargs:
+            _drop_expands(node)
+    for kinds, regroup in ((_sums.keys(), _regroup_sum), (_products | _quotients, _regroup_product)):
+        waits = waiting(graph, carried)
+        for node in reversed(list(graph.nodes)):
+            if node in waits and node.target in kinds and not node.kwargs and not _inner(node, kinds):
+                regroup(graph, node, waits)
+    without_dead(graph)
+
+
+@verified_below_autograd
+def join_products(graph: fx.Graph) -> None:
+    """Write a @ x + b @ x as (a + b) @ x: the corrections of a weight and of its bias share their gradients."""
+    for root in reversed(list(graph.nodes)):
+        if root.target not in _sums or root.kwargs or _inner(root, _sums.keys()):
+            continue
+        terms, _ = _terms(root)
+        by_right: dict[fx.Node, list[int]] = {}
+        for i, (_, x) in enumerate(terms):
+            if isinstance(x, fx.Node) and x.target in (aten.mm.default, aten.bmm.default) and len(x.users) == 1:
+                by_right.setdefault(x.args[1], []).append(i)  # type: ignore[arg-type]
+        for right, places in by_right.items():
+            lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
+            if (
+                len({shape(x) for _, x in lefts}) != 1
+                or len(lefts) < 2
+                or math.prod(shape(lefts[0][1])) > math.prod(shape(right))
+            ):
+                continue
+            with graph.inserting_before(root):
+                sign, left = _added(graph, lefts)
+                terms.append((sign, add(graph, terms[places[0]][1].target, left, right)))
+                kept = [t for i, t in enumerate(terms) if i not in places]
+                root.replace_all_uses_with(_total(graph, kept))
+            break
+    without_dead(graph)
+
+
+def _inner(node: fx.Node, kinds: Any) -> bool:
+    """Is a node part of the same tree as its only user?"""
+    users = list(node.users)
+    return len(users) == 1 and users[0].target in kinds and users[0].kwargs == {} and not _divides(users[0], node)
+
+
+def _divides(user: fx.Node, node: fx.Node) -> bool:
+    return user.target in _quotients and user.args[1] is node
+
+
+def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
+    """Apply an op with a number before its argument is expanded, not after."""
+    if (
+        node.target in (*_products, *_quotients)
+        and isinstance(node.args[0], fx.Node)
+        and isinstance(node.args[1], int | float)
+    ):
+        source = node.args[0]
+        if source.target == aten.expand.default:
+            with graph.inserting_before(node):
+                small = add(graph, node.target, source.args[0], node.args[1])
+                node.replace_all_uses_with(add(graph, aten.expand.default, small, *source.args[1:]))
+
+
+def _drop_expands(node: fx.Node) -> None:
+    """Let an elementwise op broadcast what was expanded for it, where another argument has the full shape."""
+    for i, x in enumerate(node.args):
+        if isinstance(x, fx.Node) and x.target == aten.expand.default and isinstance(x.args[0], fx.Node):
+            rest = [shape(y) for j, y in enumerate(node.args) if j != i]
+            if len(shape(x.args[0])) == len(shape(x)) and shape(node) in rest:
+                node.update_arg(i, x.args[0])
+
+
+def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
+    terms, negations = _terms(root)
+    ready = [t for t in terms if t[1] not in waits]
+    if len(terms) < 2 or not (negations or (len(ready) > 1 and len(terms) > 2)):
+        return
+    with graph.inserting_before(root):
+        made = [_added(graph, ready)] if ready else []
+        root.replace_all_uses_with(_total(graph, [t for t in terms if t[1] in waits] + made))
+
+
+def _terms(root: fx.Node) -> tuple[list[tuple[int, Any]], int]:
+    """List the signed terms of a sum, and count the negations that it holds."""
+    terms: list[tuple[int, Any]] = []
+    negations = 0
+
+    def collect(x: Any, sign: int, top: bool = False) -> None:
+        nonlocal negations
+        if isinstance(x, fx.Node) and x.target in _sums and x.kwargs == {} and (top or len(x.users) == 1):
+            negations += x.target == aten.neg.default
+            for part, own in zip(x.args, _sums[x.target], strict=True):
+                collect(part, sign * own)
+        else:
+            terms.append((sign, x))
+
+    collect(root, 1, top=True)
+    return terms, negations
+
+
+def _total(graph: fx.Graph, terms: list[tuple[int, Any]]) -> fx.Node:
+    sign, total = _added(graph, terms)
+    return total if sign > 0 else add(graph, aten.neg.default, total)
+
+
+def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
+    """Add terms up: what is positive first, small ones first."""
+    terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape(t[1]))))
+    (sign, total), *rest = terms
+    for own, x in rest:
+        same = own == sign
+        if isinstance(total, fx.Node):
+            total = add(graph, aten.add.Tensor if same else aten.sub.Tensor, total, x)
+        elif isinstance(x, fx.Node):  # a number stands second
+            total = add(graph, aten.add.Tensor, x if same else add(graph, aten.neg.default, x), total)
+        else:
+            total = total + x if same else total - x
+    return sign, total
+
+
+def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
+    number, factors = 1.0, []
+
+    def collect(x: Any, top: bool = False) -> None:
+        nonlocal number
+        if not isinstance(x, fx.Node):
+            number *= x
+        elif x.target in _products and x.kwargs == {} and (top or len(x.users) == 1):
+            for part in x.args:
+                collect(part)
+        elif (
+            x.target in _quotients
+            and x.kwargs == {}
+            and (top or len(x.users) == 1)
+            and not isinstance(x.args[1], fx.Node)
+        ):
+            collect(x.args[0])
+            number /= x.args[1]  # type: ignore[operator]
+        else:
+            factors.append(x)
+
+    collect(root, top=True)
+    ready = sorted((x for x in factors if x not in waits), key=lambda x: math.prod(shape(x)))
+    late = sorted((x for x in factors if x in waits), key=lambda x: math.prod(shape(x)))
+    scaled = number != 1.0
+    smaller = scaled and bool(late) and shape(late[0]) != shape(root)
+    if len(ready) + scaled < 2 and not smaller:
+        return
+    with graph.inserting_before(root):
+        if scaled:
+            group = ready or late
+            group[0] = add(graph, aten.mul.Tensor, group[0], number)
+        groups = [_multiplied(graph, part) for part in (late, ready) if part]
+        root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape(x)))))
+
+
+def _multiplied(graph: fx.Graph, factors: list[fx.Node]) -> fx.Node:
+    total = factors[0]
+    for x in factors[1:]:
+        total = add(graph, aten.mul.Tensor, total, x)
+    return total

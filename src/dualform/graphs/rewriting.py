@@ -1,0 +1,214 @@
+"""One form for graphs: the same function written in two ways becomes the same ops.
+
+    view of a view -> one view      cat of all slices -> nothing      a composite op -> its definition
+
+A rewriting is an identity of functions; which values the ops compute with is not looked at. `identities.py` has those of
+numbers, sums and exponentials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.utils._pytree import tree_leaves
+
+from dualform.graphs.definitions import defined
+from dualform.graphs.edit import emitter, frozen, inputs_of
+from dualform.graphs.single_results import bound_arguments
+from dualform.ops.pointwise import is_pointwise
+from dualform.ops.table import Call, dims_of, find_row
+
+aten = torch.ops.aten
+Rewriting = Callable[["Rewriter", Any], Any]
+_rules: dict[str, list[Rewriting]] = {}
+
+
+def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
+    """Add a rewriting of ops, by name."""
+
+    def add(rule: Rewriting) -> Rewriting:
+        for name in names:
+            _rules.setdefault(name, []).append(rule)
+        return rule
+
+    return add
+
+
+def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
+    """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
+    inline(gm.graph)
+    rewriter = Rewriter(gm.graph)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function":
+            rewriter.visit(node)
+    gm.graph.eliminate_dead_code()
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(gm, gm.graph)  # holds no tensor that the graph does not name
+
+
+def inline(graph: fx.Graph) -> None:
+    """Replace ops that are differentiated through their definition by it."""
+    for node in list(graph.nodes):
+        row = find_row(node.target) if name_of(node) else None
+        if not name_of(node) or is_pointwise(node.target) or (row is not None and row.rule is not None):
+            continue
+        if (
+            not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes
+        ):  # a constant is nothing to look into
+            continue
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        found = defined(Call(node.target, args, kwargs, node.meta["val"]))
+        if found is None:
+            continue
+        given = [n for n in tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
+        inside = dict(zip(inputs_of(found[0].graph), given, strict=True))
+        if any(n.op == "get_attr" for n in found[0].graph.nodes):
+            continue
+        with graph.inserting_before(node):
+            result = graph.graph_copy(found[0].graph, inside)
+        for copy in inside.values():
+            if copy not in given:
+                copy.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
+        node.replace_all_uses_with(result[0] if isinstance(result, (tuple, list)) else result)
+        graph.erase_node(node)
+
+
+class Rewriter:
+    """Apply rewritings at one node after the other; the nodes before are in canonical form, and no two of them are equal."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.at: fx.Node | None = None
+        self.known: dict[Hashable, fx.Node] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        """Rewrite a node, and what it was rewritten to."""
+        self.at = node
+        new = self._rewritten(node) or self._first(node.target, node.args, node.kwargs, node)
+        if new is not node:
+            node.replace_all_uses_with(new)
+
+    def make(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node before the present one, itself rewritten; an equal one that is there already."""
+        at = self.at
+        assert at is not None
+        found = self._first(target, args, kwargs)
+        if found is not None:
+            return found
+        new = emitter(self.graph, at)(target, *args, **kwargs)
+        other = self._rewritten(new)
+        if other is None:
+            self._first(target, args, kwargs, new)
+        return other or new
+
+    def _rewritten(self, node: fx.Node) -> fx.Node | None:
+        for rule in _rules.get(name_of(node), ()):
+            new = rule(self, node)
+            if new is not None and new is not node:
+                return new
+        return None
+
+    def _first(self, target: Any, args: Any, kwargs: Any, node: fx.Node | None = None) -> Any:
+        """The first node of this call, which is `node` if there was none."""
+        key = (target, frozen(args), frozen(kwargs))
+        return self.known.get(key) if node is None else self.known.setdefault(key, node)
+
+
+def name_of(node: Any) -> str:
+    """The op's name without overload; empty for what is no aten op."""
+    target = node.target if isinstance(node, fx.Node) else None
+    return target._opname if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" else ""
+
+
+def value(node: Any) -> Tensor:
+    """The fake tensor of a node."""
+    return node.meta["val"]
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+# -- nothing happens
+
+
+@rewrites("clone", "contiguous", "alias", "positive", "view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten", "to", "_to_copy", "type_as", "lift_fresh", "broadcast_to", "expand_as", "view_as", "reshape_as", "squeeze", "ravel")  # fmt: skip
+def _nothing(r: Rewriter, node: Any) -> Any:
+    x: Any = node.args[0]
+    return x if value(x).shape == value(node).shape and value(x).dtype == value(node).dtype else None
+
+
+@rewrites("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as")
+def _reshaped_twice(r: Rewriter, node: Any) -> Any:
+    x: Any = node.args[0]
+    if name_of(x) not in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as"):
+        return None
+    return r.make(aten.reshape.default, x.args[0], list(value(node).shape))
+
+
+@rewrites("slice", "narrow")
+def _whole(r: Rewriter, node: Any) -> Any:
+    return (
+        node.args[0]
+        if value(node).shape == value(node.args[0]).shape and bound_arguments(node).get("step", 1) == 1
+        else None
+    )
+
+
+@rewrites("roll")
+def _rolled(r: Rewriter, node: Any) -> Any:
+    b = bound_arguments(node)
+    x = b["self"]
+    if len(b["dims"]) != 1:
+        return None
+    dim, shift = b["dims"][0] % value(x).ndim, b["shifts"][0]
+    if name_of(x) == "roll" and [d % value(x).ndim for d in bound_arguments(x)["dims"]] == [dim]:
+        return r.make(aten.roll.default, bound_arguments(x)["self"], [shift + bound_arguments(x)["shifts"][0]], [dim])
+    return x if shift % max(value(x).shape[dim], 1) == 0 else None
+
+
+@rewrites("flip")
+def _flipped(r: Rewriter, node: Any) -> Any:
+    x: Any = node.args[0]
+    if name_of(x) == "flip" and set(dims_of(x.args[1], value(x).ndim)) == set(dims_of(node.args[1], value(x).ndim)):
+        return x.args[0]
+    return None
+
+
+@rewrites("cat", "concat", "concatenate")
+def _glued(r: Rewriter, node: Any) -> Any:
+    """A cat of slices of one tensor that lie side by side is their common slice."""
+    b = bound_arguments(node)
+    pieces = b["tensors"]
+    if len(pieces) == 1:
+        return pieces[0]
+    dim = b["dim"] % value(node).ndim
+    if any(name_of(p) != "slice" for p in pieces):
+        return None
+    parts = [bound_arguments(p) for p in pieces]
+    x = parts[0]["self"]
+    size = value(x).shape
+    ranges = [range(size[dim])[slice(p["start"], p["end"])] for p in parts if p["dim"] % len(size) == dim]
+    same = all(p["self"] is x and p["step"] == 1 for p in parts) and len(ranges) == len(parts)
+    if same and all(a.stop == b.start for a, b in zip(ranges, ranges[1:], strict=False)):
+        return r.make(aten.slice.Tensor, x, dim, ranges[0].start, ranges[-1].stop)
+    return None
+
+
+@rewrites("stack")
+def _restacked(r: Rewriter, node: Any) -> Any:
+    b = bound_arguments(node)
+    pieces, dim = b["tensors"], b["dim"] % value(node).ndim
+    if any(name_of(p) != "select" for p in pieces):
+        return None
+    x = bound_arguments(pieces[0])["self"]
+    n = value(x).shape
+    at = [
+        (p.args[0], bound_arguments(p)["dim"] % len(n), bound_arguments(p)["index"] % n[bound_arguments(p)["dim"]])
+        for p in pieces
+    ]
+    return x if at == [(x, dim, k) for k in range(n[dim])] and value(x).shape == value(node).shape else None

@@ -1,0 +1,217 @@
+"""Bring a traced graph into one form: every node makes one tensor.
+
+split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
+broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
+copy, fill -> what they write      x[arange(n), i] -> gather, and scatter where it is written
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dualform.graphs.casts import with_casts
+from dualform.graphs.edit import Emit, emitter
+from dualform.graphs.verify import verified
+
+aten = torch.ops.aten
+
+# A view is a reshape that promises how its numbers lie; a rewritten graph need not keep that promise.
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_COPIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
+_EXTREMA = {aten.max.dim: aten.argmax.default, aten.min.dim: aten.argmin.default}
+# Ops that give values of their argument and where they found them.
+_PICKS = {
+    aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default, aten.median.dim, aten.nanmedian.dim,
+    aten.mode.default, aten.cummax.default, aten.cummin.default,
+}  # fmt: skip
+_WRITTEN = {aten.copy, aten.fill, aten.zero}
+_SHAPED = {aten.unsqueeze.default, aten.reshape.default, aten.slice.Tensor, aten.alias.default}
+# Ops that are two ops of the same arguments.
+_PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("amin", "amax")}
+_SPLITS = {
+    "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unsafe_split", "aten::unsafe_chunk",
+    "aten::unsafe_split_with_sizes", "aten::tensor_split", "aten::hsplit", "aten::vsplit", "aten::dsplit", "aten::unbind",
+}  # fmt: skip
+
+
+@verified
+def normalised(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite results of several tensors as results of one each."""
+    with_casts(gm.graph)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        elif node.target in _COPIES:
+            original: Any = node.args[0]
+            original.meta["fresh"] = original.op == "get_attr"  # a number that the function made, not one that it found
+            node.replace_all_uses_with(original)
+        elif node.target is operator.getitem:
+            _part(gm.graph, node)
+        elif node.target is aten.index.Tensor and _asks_own_rows(node):
+            node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), *node.args))
+        elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
+            node.replace_all_uses_with(_written(emitter(gm.graph, node), node))
+        elif node.target is aten.index_put.default and _asks_own_rows(node):
+            node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), *node.args))
+        elif node.target is aten.index_put.default:
+            _masked(gm.graph, node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _masked(graph: fx.Graph, node: fx.Node) -> None:
+    """x[mask] = number -> where(mask, number, x): entry by entry, as it is meant."""
+    given = bound_arguments(node)
+    x, number, (mask, *rest) = given["self"], given["values"], given["indices"]
+    if rest or given["accumulate"] or mask is None or mask.meta["val"].dtype != torch.bool:
+        return
+    if number.meta["val"].numel() != 1 or number.meta["val"].dtype != x.meta["val"].dtype:
+        return
+    value, emit = x.meta["val"], emitter(graph, node)
+    for _ in range(value.ndim - mask.meta["val"].ndim):
+        mask = emit(aten.unsqueeze.default, mask, -1)
+    number = emit(aten.reshape.default, number, []) if number.meta["val"].ndim else number
+    node.replace_all_uses_with(emit(aten.where.self, mask, number, x))
+
+
+def _written(emit: Emit, node: fx.Node) -> fx.Node:
+    """What an in-place write leaves, which keeps nothing but the shape and type of what was there."""
+    old, new = (*node.args, 0)[:2]
+    like = node.meta["val"]
+    if not isinstance(new, fx.Node):
+        return emit(aten.full_like.default, old, new)
+    if new.meta["val"].dtype != like.dtype:
+        new = emit(aten._to_copy.default, new, dtype=like.dtype)
+    return new if new.meta["val"].shape == like.shape else emit(aten.expand.default, new, list(like.shape))
+
+
+def _asks_own_rows(node: fx.Node) -> bool:
+    """Is it x[arange(n), i], or x[arange(n)[:, None], i], places in each row?"""
+    x: Any = node.args[0]
+    indices: Any = node.args[1]
+    if len(indices) != 2 or None in indices or x.meta["val"].ndim < 2:
+        return False
+    n, (rows, place) = x.meta["val"].shape[0], indices
+    if place.meta["val"].dtype not in (torch.int64, torch.int32) or not _counts(rows, n):
+        return False
+    return torch.broadcast_shapes(rows.meta["val"].shape, place.meta["val"].shape)[0] == n and (
+        place.meta["val"].ndim <= rows.meta["val"].ndim
+    )
+
+
+def _counts(rows: Any, n: int) -> bool:
+    """Is it 0 ... n-1 along the first axis?"""
+    if rows.meta["val"].shape[:1] != (n,) or rows.meta["val"].numel() != n:
+        return False
+    while rows.target in _SHAPED:
+        rows = rows.args[0]
+    counts = {aten.arange.default: (n,), aten.arange.start: (0, n), aten.arange.start_step: (0, n, 1)}
+    return rows.args == counts.get(rows.target)
+
+
+def _own_places(emit: Emit, x: Any, indices: Any) -> tuple[fx.Node, list[int]]:
+    """Places (n, k, *rest) in the second axis of x (n, m, *rest), and the shape of what lies there."""
+    n, m, *rest = x.meta["val"].shape
+    shape = list(torch.broadcast_shapes(*(i.meta["val"].shape for i in indices)))
+    place = emit(aten.expand.default, emit(aten.remainder.Scalar, indices[1], m), shape)
+    if place.meta["val"].dtype != torch.int64:
+        place = emit(aten._to_copy.default, place, dtype=torch.int64)
+    place = emit(aten.reshape.default, place, [n, -1, *(1 for _ in rest)])
+    return emit(aten.expand.default, place, [-1, -1, *rest]), [*shape, *rest]
+
+
+def _of_own_row(emit: Emit, x: Any, indices: Any) -> fx.Node:
+    place, shape = _own_places(emit, x, indices)
+    return emit(aten.reshape.default, emit(aten.gather.default, x, 1, place), shape)
+
+
+def _to_own_row(emit: Emit, x: Any, indices: Any, values: Any, accumulate: bool = False) -> fx.Node:
+    place, shape = _own_places(emit, x, indices)
+    values = emit(aten.reshape.default, emit(aten.expand.default, values, shape), list(place.meta["val"].shape))
+    return emit(aten.scatter_add.default if accumulate else aten.scatter.src, x, 1, place, values)
+
+
+def _part(graph: fx.Graph, node: fx.Node) -> None:
+    source: Any = node.args[0]
+    position: Any = node.args[1]
+    name = getattr(getattr(source.target, "_schema", None), "name", "")
+    emit, packet = emitter(graph, node), name.removeprefix("aten::")
+    if packet in _PAIRS:
+        node.replace_all_uses_with(_one_of_two(emit, source, _PAIRS[packet][position]))
+    elif name == "aten::broadcast_tensors":
+        shape = list(node.meta["val"].shape)
+        node.replace_all_uses_with(emit(aten.expand.default, source.args[0][position], shape))
+    elif source.target in _PICKS and position == 0:
+        node.replace_all_uses_with(_picked(emit, source, node))
+    elif source.target in _EXTREMA:
+        node.replace_all_uses_with(_extremum(emit, source, position))
+    elif name in _SPLITS:
+        node.replace_all_uses_with(_piece(emit, source, name, position))
+
+
+def _extremum(emit: Emit, source: Any, position: int) -> fx.Node:
+    x, dim, *rest = source.args
+    keep = bool(rest and rest[0]) or bool(source.kwargs.get("keepdim"))
+    if position == 1:
+        return emit(_EXTREMA[source.target], x, dim, keep)
+    where = emit(_EXTREMA[source.target], x, dim, True)
+    if not x.meta["val"].ndim:
+        return emit(aten.alias.default, x)
+    best = emit(aten.gather.default, x, dim, where)
+    return best if keep else emit(aten.squeeze.dim, best, dim)
+
+
+def _one_of_two(emit: Emit, source: Any, op: str) -> fx.Node:
+    given = bound_arguments(source)
+    x = given["self"]
+    whole = list(range(x.meta["val"].ndim))
+    dims = whole if given.get("dim") in (None, []) else given["dim"]
+    dims, keep = [dims] if isinstance(dims, int) else dims, bool(given.get("keepdim"))
+    if op in ("amin", "amax"):
+        return emit(getattr(aten, op).default, x, dims, keep)
+    if op == "mean":
+        return emit(aten.mean.dim, x, dims, keep)
+    correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
+    return emit(getattr(aten, op).correction, x, dims, correction=1 if correction is None else correction, keepdim=keep)
+
+
+def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
+    """The values of an op that also says where it found them: x, gathered there."""
+    given = bound_arguments(source)
+    x, value = given["self"], given["self"].meta["val"]
+    if not value.ndim:
+        return emit(aten.alias.default, x)
+    index = emit(operator.getitem, source, 1)
+    dropped = index.meta["val"].ndim < value.ndim
+    index = emit(aten.unsqueeze.default, index, given["dim"]) if dropped else index
+    best = emit(aten.gather.default, x, given["dim"], index)
+    return emit(aten.squeeze.dim, best, given["dim"]) if dropped else best
+
+
+def bound_arguments(node: Any) -> dict[str, Any]:
+    """A node's arguments by their name in the op's schema, defaults included."""
+    schema: Any = node.target._schema.arguments
+    values = {a.name: a.default_value for a in schema}
+    values.update(zip((a.name for a in schema), node.args, strict=False))
+    return values | dict(node.kwargs)
+
+
+def _piece(emit: Emit, source: Any, name: str, position: int) -> fx.Node:
+    x, value = source.args[0], source.args[0].meta["val"]
+    parts: list[Tensor] = list(source.meta["val"])
+    position %= len(parts)
+    if name == "aten::unbind":
+        dim = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)
+        return emit(aten.select.int, x, dim, position)
+    if all(p.shape == value.shape for p in parts):
+        return emit(aten.alias.default, x)
+    dim = next(d for d in range(value.ndim) if any(p.shape[d] != value.shape[d] for p in parts))
+    start = sum(p.shape[dim] for p in parts[:position])
+    return emit(aten.slice.Tensor, x, dim, start, start + parts[position].shape[dim])

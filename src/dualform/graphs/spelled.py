@@ -1,0 +1,189 @@
+"""Functions whose own code reads values or writes in place for no need of the result, written with ops that can be traced.
+
+cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        vander(x) = x^0, x^1, ...
+fake_quantize(x) = x + (level - x).detach()        lstsq(A, B) = pinv(A) B
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
+    """Rows are variables; frequencies count, importances weigh."""
+    rows = torch.atleast_2d(x)
+    frequency = torch.ones_like(rows[0]) if fweights is None else fweights.to(x.dtype)
+    weight = frequency if aweights is None else frequency * aweights
+    total = weight.sum()
+    apart = rows - (rows * weight).sum(1, keepdim=True) / total
+    lost = correction if aweights is None else correction * (weight * aweights).sum() / total
+    return ((apart * weight) @ apart.mT / (total - lost)).squeeze()
+
+
+def _corrcoef(x: Tensor) -> Tensor:
+    c = _cov(x)
+    if not c.ndim:
+        return c / c
+    deviation = c.diagonal().sqrt()
+    return (c / deviation[:, None] / deviation).clamp(-1, 1)
+
+
+def _combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
+    choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
+    places = torch.tensor(list(choose(range(x.shape[0]), r)), dtype=torch.int64, device=x.device)
+    return x[places.reshape(-1, r)]
+
+
+def _vander(x: Tensor, N: int | None = None, increasing: bool = False) -> Tensor:
+    powers = torch.linalg.vander(x, N=x.shape[0] if N is None else N)
+    return powers if increasing else powers.flip(-1)
+
+
+def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, **rest: Any) -> Tensor:
+    """Out of training, the mean slope."""
+    if training:
+        return torch.rrelu(x, lower, upper, training, **rest)  # refused as random
+    return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+
+
+def _fake_quantize(x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+    """As torch: the scale, its inverse and the product with it are of single precision."""
+    scale = scale.float() if isinstance(scale, Tensor) else x.new_full((), scale, dtype=torch.float32)
+    grid = (x * (1 / scale)).round() + zero_point
+    level = (grid.clamp(quant_min, quant_max) - zero_point).float() * scale
+    return _straight_through(x, grid, level, quant_min, quant_max)
+
+
+def _fake_quantize_channels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
+) -> Tensor:
+    """As torch: here the product with the scale is of the input's precision."""
+    shape = [-1 if k == axis % x.ndim else 1 for k in range(x.ndim)]
+    scale, zero = scale.reshape(shape), zero_point.reshape(shape)
+    grid = (x * (1 / scale)).round() + zero
+    return _straight_through(x, grid, (grid.clamp(quant_min, quant_max) - zero) * scale, quant_min, quant_max)
+
+
+def _straight_through(x: Tensor, grid: Tensor, level: Tensor, low: int, high: int) -> Tensor:
+    """The nearest level, with the derivative of the identity inside and of a constant outside."""
+    inside = x * ((grid >= low) & (grid <= high)).to(x.dtype)
+    return level.to(x.dtype).detach() + (inside - inside.detach())
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+class _LeastSquares(NamedTuple):
+    solution: Tensor
+    residuals: Tensor
+    rank: Tensor
+    singular_values: Tensor
+
+
+def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> _LeastSquares:
+    """The shortest of the nearest, which torch differentiates by the pseudo-inverse too."""
+    is_vector = B.ndim == A.ndim - 1
+    X = torch.linalg.pinv(A, rtol=rcond) @ (B[..., None] if is_vector else B)
+    apart = (A @ X - (B[..., None] if is_vector else B)).square().sum(-2)
+    X, apart = (X[..., 0], apart[..., 0]) if is_vector else (X, apart)
+    rest = apart if A.shape[-2] > A.shape[-1] else apart.new_empty(0)
+    return _LeastSquares(X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0))
+
+
+def _gaussian_nll(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """Where torch raises, at a negative variance, the loss is no number."""
+    var = var if isinstance(var, Tensor) else var * torch.ones_like(input)
+    var = var.unsqueeze(-1) if var.shape != input.shape and input.shape[:-1] == var.shape else var
+    bounded = torch.where(var < 0, torch.nan, var + (var.clamp(min=eps) - var).detach())
+    loss = 0.5 * (bounded.log() + (input - target).square() / bounded)
+    loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+SPELLED: dict[Any, Callable[..., Any]] = {
+    torch.linalg.lstsq: _lstsq,
+    torch.nn.functional.gaussian_nll_loss: _gaussian_nll,
+    torch.cov: _cov,
+    Tensor.cov: _cov,
+    torch.corrcoef: _corrcoef,
+    Tensor.corrcoef: _corrcoef,
+    torch.combinations: _combinations,
+    torch.vander: _vander,
+    torch.rrelu: _rrelu,
+    torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
+}
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """As torch: its mean and deviation are of single precision at least."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    wide = x.to(torch.promote_types(torch.float32, x.dtype))
+    apart = wide - wide.mean(axes, keepdim=True)
+    normed = apart * (apart.square().mean(axes, keepdim=True) + eps).rsqrt()
+    scaled = normed if weight is None else normed * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """As its definition, not fused, on the CPU too."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return torch.instance_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, False)
+    normed = _layer_norm(input, input.shape[2:], None, None, eps)
+    shape = [-1, *(1 for _ in input.shape[2:])]
+    scaled = normed if weight is None else normed * weight.reshape(shape)
+    return scaled if bias is None else scaled + bias.reshape(shape)
+
+
+# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm, instance_norm) wrongly, or twice not at all.
+TWICE: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    torch.cdist: _cdist,
+    torch.layer_norm: _layer_norm,
+    torch.nn.functional.layer_norm: _layer_norm,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.nn.functional.instance_norm: _instance_norm,
+}
+
+
+class differentiable_twice(TorchFunctionMode):
+    """Run what torch cannot differentiate twice or thrice by its definition."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (TWICE.get(func) or func)(*args, **(kwargs or {}))

@@ -1,0 +1,353 @@
+"""The one tracer: a function of tensors becomes a graph of the functional aten ops that a person wrote.
+
+linear, einsum, layer_norm, softmax and scaled_dot_product_attention stay single nodes; in-place ops are rewritten;
+randomness, data-dependent control flow and writes to inputs or buffers are refused with the caller's line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from dualform.graphs.complex_pairs import paired
+from dualform.graphs.constants import Constants
+from dualform.graphs.custom import (
+    DATA,
+    Listener,
+    Plain,
+    listening,
+    requires_grad,
+    set_requires_grad,
+    transforms,
+)
+from dualform.graphs.functionalize import functionalized
+from dualform.graphs.hollow import Hollow, Hollows
+from dualform.graphs.recorder import record_as_called
+from dualform.graphs.single_results import normalised
+from dualform.graphs.spelled import SPELLED
+from dualform.shapes import ShapeError, TraceError
+
+aten = torch.ops.aten
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
+_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
+_HERE = tuple(str(Path(_PACKAGE, n)) for n in ("algebra", "ops", "graphs", "explanations", "calculus"))
+_doors: set[str] = set()  # files of ours that hand a user's function to the tracer
+
+
+def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({})) -> fx.GraphModule:
+    """Trace a function of flat tensors into a graph of functional aten ops.
+
+    gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
+    that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
+    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
+    two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for, closed-over ones or of
+    `known`: inputs, by position, that are constants.
+    A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
+    The graph is for these shapes, dtypes and devices. A module goes through
+    torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
+    Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
+    Dtype:  any; nothing is computed.
+    Raises: TraceError for randomness, control flow that reads values, writes to inputs or closed-over tensors, and for
+            anything else that cannot be traced.
+    Example:
+        >>> gm = trace(lambda x: x.clone().relu_(), torch.ones(2))
+        >>> [node.target._opname for node in gm.graph.nodes if node.op == "call_function"]
+        ['clone', 'relu']
+    """
+    code = getattr(f, "__code__", None)
+    if code is not None and code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_HERE):
+        _doors.add(code.co_filename)
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled():
+        try:
+            return _recorded(f, args, known)
+        except Exception:  # whatever it is, torch's own tracer knows more, or says it better
+            return _traced_by_torch(f, args, known)
+
+
+def _recorded(f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor]) -> fx.GraphModule:
+    """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
+    constants, listener = Constants(known), Plain(trace, _note, transforms())
+    gm = record_as_called(_with_lines(f, constants, listener), _names(f, len(args)), args)
+    with Hollows():
+        return _checked(gm, constants.read)
+
+
+def _names(f: Callable[..., Any], count: int) -> list[str]:
+    """Name a graph's inputs as torch's tracer does, after f's."""
+    code = getattr(inspect.unwrap(f), "__code__", None)
+    if code is None or code.co_flags & inspect.CO_VARARGS:
+        return [f"arg{n}_1" for n in range(count)]
+    return [f"{name}_1" for name in list(inspect.signature(f).parameters)[:count]]
+
+
+def _traced_by_torch(f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor]) -> fx.GraphModule:
+    inputs, constants = [_standin(a) for a in args], Constants(known)
+    fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
+    mode = "real" if fake else "fake"
+    run = _with_lines(f, constants, Listener(trace, _note, transforms()))
+    # A graph's Python code is written when somebody runs it: most are only read.
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"):
+        try:
+            gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
+        except (ShapeError, TraceError):
+            raise
+        except Exception as error:
+            _reraise(error)
+    return _checked(gm, constants.read)
+
+
+def _checked(gm: fx.GraphModule, read: list[Tensor]) -> fx.GraphModule:
+    """Refuse what a trace cannot hold, and bring the rest into one form."""
+    _refuse_values(gm)
+    _refuse_randomness(gm)
+    gm = paired(normalised(functionalized(gm, _blame)), _blame)
+    gm.meta["read"] = read
+    return gm
+
+
+def _standin(value: Tensor) -> Tensor:
+    """A tensor object of its own (make_fx merges identical ones) that no caller can see being written to."""
+    if isinstance(value, Hollow):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class _Lines(TorchFunctionMode):
+    """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
+
+    def __init__(self, constants: Constants, listener: Listener) -> None:
+        super().__init__()
+        self.constants, self.listener = constants, listener
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _note()
+        if getattr(func, "__module__", "") == "torch._functorch.predispatch":
+            func = self.listener.transform(func)
+        if not self.listener.sees((args, kwargs)):
+            return self.listener.below(func, args, kwargs)
+        if func in _ASKED:
+            return _ASKED[func](self.listener, *args, **kwargs)
+        call: Any = self.constants.call(func, args, kwargs)
+        if isinstance(call, list):
+            return call[0]
+        func, args, kwargs = call
+        result = (SPELLED.get(func) or func)(*args, **kwargs)
+        return self.constants.made(func, args, kwargs, self.listener.marked(func, args, kwargs, result))
+
+
+def _note() -> str:
+    """Write the caller's line into the nodes that are made next; and give it as people read it, empty if there is none."""
+    frame, inner = sys._getframe(1), None
+    while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
+        inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
+        # Who asked a door for a trace has no line of the function.
+        at_door = frame.f_code is trace.__code__ and getattr(frame.f_locals["code"], "co_filename", "") in _doors
+        frame = None if at_door else frame.f_back
+    file, line, name = "", "", "forward"
+    if frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        line = linecache.getline(file, frame.f_lineno).strip()
+    elif inner is not None and isinstance(module := inner.f_locals.get("self"), torch.nn.Module):
+        # A part of torch's that is called by torch alone, as in nn.Sequential: the part says where.
+        frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
+    number = frame.f_lineno if frame else 0
+    text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
+    fx_traceback.current_meta["stack_trace"] = text
+    return _shown(file, number, line) if file else ""
+
+
+def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
+    def refuse(listener: Listener, x: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TraceError(f"trace: `{_note()}` {what}; expected a pure function of its inputs. {advice}")
+
+    return refuse
+
+
+def _grad_fn(listener: Listener, x: Tensor) -> None:
+    if requires_grad(x):
+        advice = "Ask h.requires_grad, or hook the tensor: h.register_hook(...)."
+        _refused("reads how autograd made a tensor (grad_fn; a backward hook of a module does)", advice)(listener, x)
+
+
+_flag = vars(torch._C.TensorBase)["requires_grad"]
+# What a function asks of a tensor that is no op.
+_ASKED: dict[Any, Callable[..., Any]] = {
+    _flag.__get__: lambda listener, x: requires_grad(x),
+    _flag.__set__: lambda listener, x, flag: set_requires_grad(x, flag),
+    Tensor.requires_grad_: lambda listener, x, requires_grad=True: set_requires_grad(x, requires_grad),
+    Tensor.register_hook: lambda listener, x, hook: listener.hook(x, hook),
+    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[attr-defined]
+    Tensor.retain_grad: lambda listener, x: None,
+    Tensor.backward: _refused("writes gradients into .grad", "Use torch.autograd.grad, which gives them back."),
+    Tensor.register_post_accumulate_grad_hook: _refused(
+        "hooks the writing of .grad, which a gradient that is a value does not do", "Use h.register_hook."
+    ),
+    torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
+    DATA: lambda listener, x: x.detach(),
+}
+
+
+def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener) -> Callable[..., Any]:
+    @wraps(f)  # the graph's inputs are named after f's
+    def run(*args: Tensor) -> Any:
+        with _Lines(constants, listener), listening(listener):
+            listener.begin(args)
+            constants.begin(args)
+            return f(*args)
+
+    return run
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Fake tensors log an error before they raise it; the caller sees it once, as a TraceError."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made is traced as what it was made of."""
+    config: Any = sys.modules.get("torch._dynamo.config")  # nothing is compiled where it is not loaded
+    return nullcontext() if config is None else config.patch(error_on_nested_fx_trace=False)
+
+
+def source_line(node: fx.Node) -> str:
+    """Name the line of the caller's code that made a node, as `h = x @ w   (mine.py:12)`; empty if it is not known.
+
+    Shape:  none.
+    Dtype:  none.
+    Raises: nothing.
+    """
+    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    for file, line, _, text in reversed(frames):
+        if not _is_ours(file):
+            return _shown(file, int(line), text)
+    return ""
+
+
+def _is_ours(file: str, name: str = "") -> bool:
+    """Is a line no line of the caller's: torch's, the tracer's, or what fx and dataclasses wrote?"""
+    if file == "<string>":
+        return name in ("<lambda>", "__init__")
+    return (
+        file.startswith((_TORCH, *_HERE, "<eval_with_key>")) or file in _doors or "/site-packages/opt_einsum/" in file
+    )
+
+
+def _shown(file: str, line: int, text: str) -> str:
+    code = (text or linecache.getline(file, line)).strip()
+    return f"{code}   ({Path(file).name}:{line})" if code else f"({Path(file).name}:{line})"
+
+
+def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
+    where = source_line(node) or str(node.target)
+    raise TraceError(f"trace: `{where}` {what}; expected a pure function of its inputs. {advice}")
+
+
+def _refuse_transform(where: str) -> NoReturn:
+    raise TraceError(
+        f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain tensor ops. "
+        "Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
+    )
+
+
+def _refuse_data(where: str) -> NoReturn:
+    raise TraceError(
+        f"trace: `{where}` reads a tensor's values (control flow, .item(), or a shape that depends on data); expected a "
+        "graph that is the same for all values. Use torch.where or a mask instead."
+    )
+
+
+def _reraise(error: Exception) -> NoReturn:
+    frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
+    where = _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
+    reads = ("DataDependent", "DynamicOutputShape")
+    text = str(error)
+    if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
+        _refuse_data(where)
+    if "TorchScript interpreter" in text:
+        raise TraceError(
+            f"trace: `{where}` runs TorchScript, which a trace cannot look into; expected Python. Use the module or the "
+            "function that it was scripted or traced from."
+        ) from error
+    if "does not require grad" in text:
+        _refuse_transform(where)
+    if "tensor subclasses" in text:
+        raise TraceError(
+            f"trace: `{where}` leaves torch; expected tensor ops. Write it with torch, or compute that part outside."
+        ) from error
+    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    raise TraceError(
+        f"trace: `{where}` failed with {reason}; expected a function that runs on these shapes. "
+        "Run it on real tensors to see the whole error."
+    ) from error
+
+
+def _refuse_values(gm: fx.GraphModule) -> None:
+    """A number that came out of a tensor, or a shape that depends on its values, is control flow in disguise."""
+    for node in gm.graph.nodes:
+        made = node.meta.get("val")
+        parts = made if isinstance(made, (list, tuple)) else (made,)
+        for part in parts:
+            loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
+            if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                _refuse_data(source_line(node) or str(node.target))
+
+
+_DROPOUT = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+
+
+def _refuse_randomness(gm: fx.GraphModule) -> None:
+    """Random ops are refused; dropout that is switched off is the identity."""
+    for node in list(gm.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+            continue
+        if target in _DROPOUT and (not node.args[2] or node.args[1] == 0):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif not _is_quiet(node):
+            what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
+            _blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
+
+
+def _is_quiet(node: fx.Node) -> bool:
+    """A random op whose random part is switched off by its arguments."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema}
+    given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
+    given.update(node.kwargs)
+    return (
+        0 in (given.get("dropout_p"), given.get("dropout"))
+        or given.get("training") is False
+        or given.get("train") is False
+    )

@@ -1,0 +1,155 @@
+"""A module on other tensors, itself untouched: a copy of its structure in which every place that held a parameter or a
+buffer takes what it is given.
+
+torch.func.functional_call puts tensors into the module itself while it runs: other threads see them, and a submodule that is
+reached by two names keeps them. Here the user's objects are only read.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualform.graphs.fingerprint import is_fixed
+from dualform.shapes import TraceError
+
+
+class Twin:
+    """Run a module's code on other tensors: `Twin(module)({name: tensor}, *args)`.
+
+    Shared, tied and nested parts stay so; lists, dicts, bound methods, hooks and closures that lead to the module lead to its
+    copy; what forward writes (attributes, lists) it writes to the copy, which is made for each call. Tensors that are not registered are the module's own.
+    Shape:  tensors: of named_parameters() and named_buffers(), any shapes the code takes.
+    Dtype:  any.
+    Raises: TraceError if forward puts another tensor in the place of a parameter or buffer, or the module is scripted.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._source = module
+
+    def __call__(self, tensors: Mapping[str, Tensor], *args: Any) -> Any:
+        """Run forward with these tensors in place of the module's own."""
+        own = [*self._source.named_parameters(), *self._source.named_buffers()]
+        self._own = {id(x): tensors[name] for name, x in own if name in tensors}
+        self._slots: list[tuple[Any, Any, Tensor]] = []
+        self._copies: dict[int, Any] = {}
+        self._held: list[Any] = [x for _, x in own]  # ids are only unique among the living
+        result = self._copy(self._source)(*args)
+        for holder, key, x in self._slots:
+            if holder[key] is not x:
+                name = next((n for n, t in tensors.items() if t is x), str(key))
+                raise TraceError(
+                    f"trace: forward of {type(self._source).__name__} puts another tensor in the place of {name!r}; expected a pure "
+                    "function of its inputs. Compute the new value without assigning it, or call .eval()."
+                )
+        return result
+
+    def _copy(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self._own.get(id(x), x)
+        if type(x) in _ATOMS:
+            return x
+        if id(x) in self._copies:
+            return self._copies[id(x)]
+        self._held.append(x)
+        return next(make for kind, make in _MAKERS if isinstance(x, kind))(self, x)
+
+    def _object(self, x: Any) -> Any:
+        """A plain object of the user's is copied where something in it was."""
+        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__") or is_fixed(type(x).__module__):
+            return x
+        new = self._copies[id(x)] = object.__new__(type(x))
+        self._fill(new.__dict__, x.__dict__)
+        slots = any(holder is new.__dict__ for holder, _, _ in self._slots)
+        if not slots and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
+            self._copies[id(x)] = x
+        return self._copies[id(x)]
+
+    def _module(self, x: nn.Module) -> nn.Module:
+        if isinstance(x, torch.jit.ScriptModule):
+            raise TraceError(
+                f"trace: {type(x).__name__} is scripted; expected Python code that can be traced. Pass the module it was made of."
+            )
+        new = self._copies[id(x)] = type(x).__new__(type(x))
+        self._fill(new.__dict__, x.__dict__)
+        return new
+
+    def _dict(self, x: dict[Any, Any]) -> dict[Any, Any]:
+        new = self._copies[id(x)] = x.copy()
+        self._fill(new, x)
+        return new
+
+    def _list(self, x: list[Any]) -> list[Any]:
+        new = self._copies[id(x)] = x.copy()
+        self._fill(new, dict(enumerate(x)))
+        return new
+
+    def _fill(self, holder: Any, items: Mapping[Any, Any]) -> None:
+        for key, value in items.items():
+            holder[key] = self._copy(value)
+            if id(value) in self._own:
+                self._slots.append((holder, key, holder[key]))
+
+    def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts = [self._copy(v) for v in x]
+        if all(new is old for new, old in zip(parts, x, strict=True)):
+            return x
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+    def _method(self, x: types.MethodType) -> Any:
+        return types.MethodType(x.__func__, self._copy(x.__self__))
+
+    def _partial(self, x: partial[Any]) -> Any:
+        return partial(self._copy(x.func), *self._tuple(x.args), **{k: self._copy(v) for k, v in x.keywords.items()})
+
+    def _function(self, x: types.FunctionType) -> Any:
+        """A function that closes over something that was copied, or has it as a default, is made anew, over the copy."""
+        given, named, closure = x.__defaults__ or (), x.__kwdefaults__ or {}, x.__closure__ or ()
+        if not (given or named or closure):
+            return x
+        cells = tuple(types.CellType() for _ in closure)
+        new = types.FunctionType(x.__code__, x.__globals__, x.__name__, None, cells)
+        self._copies[id(x)] = new
+        new.__defaults__, new.__kwdefaults__ = self._tuple(given), {n: self._copy(v) for n, v in named.items()}
+        new.__dict__ = x.__dict__
+        changed = new.__defaults__ is not given or any(new.__kwdefaults__[n] is not v for n, v in named.items())
+        for cell, old in zip(cells, closure, strict=True):
+            try:
+                content = old.cell_contents
+            except ValueError:  # not bound yet
+                continue
+            copied = self._copy(content)
+            cell.cell_contents = copied
+            if id(content) in self._own:
+                self._slots.append((_Cell(cell), 0, copied))
+            changed = changed or id(content) in self._own or (copied is not content and copied is not new)
+        if not changed:
+            self._copies[id(x)] = x
+        return self._copies[id(x)]
+
+
+class _Cell:
+    """A closure's cell, written to as a list is."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, key: int) -> Any:
+        return self.cell.cell_contents
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        self.cell.cell_contents = value
+
+
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}
+_MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
+    (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (tuple, Twin._tuple),
+    (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),
+    (object, Twin._object),
+]  # fmt: skip

@@ -1,0 +1,198 @@
+"""Rows of matrix functions: inverses, solves, factors, determinants.
+
+Legend: A (..., n, n), B (..., n, k), X a solution, L a Cholesky factor, C an inverse.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.algebra.relations import Triangle
+from dualform.algebra.terms import Axis, Factor, Relation, Term, fresh_axes, make_factor
+from dualform.ops.examples import T, call
+from dualform.ops.reductions import slope_of
+from dualform.ops.table import Call, broadcast_axes, defined_row, dims_of, row
+
+NN, BNN = T("n n", "positive"), T("b n n", "positive")
+
+
+def _square(x: Tensor) -> tuple[tuple[Axis, ...], Axis, Axis]:
+    """Batch axes, row and column of a matrix."""
+    *batch, i, j = fresh_axes(x.shape)
+    return tuple(batch), i, j
+
+
+@row(
+    "aten::linalg_inv",
+    "aten::inverse",
+    "aten::linalg_inv_ex",
+    examples=[call("", BNN), call("", NN), call("", T("b 1 1"))],
+)
+def _inverse(call: Call, operand: int) -> list[Term]:
+    """dC = -C dA C."""
+    if call.part:
+        return NotImplemented
+    batch, i, j = _square(call.out)
+    _, k, l = _square(call.out)
+    left = make_factor(call.out, (*batch, i, k), "C")
+    right = make_factor(call.out, (*batch, l, j), "C")
+    return [Term(-1.0, (left, right), (*batch, i, j), (*batch, k, l))]
+
+
+@row(
+    "aten::linalg_solve", "aten::linalg_solve_ex", "aten::linalg_solve_triangular", affine=(frozenset({1}),),
+    examples=[
+        call("linalg_solve", BNN, T("b n k")), call("linalg_solve", NN, T("n")), call("linalg_solve", BNN, T("b n")), call("linalg_solve", NN, T("k n"), left=False),
+        call("linalg_solve_ex", BNN, T("b n k")), call("linalg_solve", NN, T("b n k")),
+        *(call("linalg_solve_triangular", BNN, T("b n k"), upper=u, unitriangular=v) for u, v in ((False, False), (True, False), (False, True))),
+        call("linalg_solve_triangular", NN, T("k n"), upper=True, left=False),
+    ],
+)  # fmt: skip
+def _solve(call: Call, operand: int) -> list[Term]:
+    """A X = B: dX = C dB - C dA X, for a triangular A with the triangle of dA; X A = B likewise from the right."""
+    if call.part:
+        return NotImplemented
+    A, B = call.operands
+    upper, left = call.bound.get("upper"), call.bound["left"]
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    if upper is None:
+        C = torch.linalg.inv(A)
+    else:
+        C = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=upper, unitriangular=call.bound["unitriangular"])
+    vector = upper is None and (B.ndim == 1 or (B.ndim == A.ndim - 1 and B.shape == A.shape[:-1]))
+    axes = fresh_axes(call.out.shape if not vector else (*call.out.shape, 1))
+    batch, (p, q) = axes[:-2], axes[-2:]
+    solved, free = (p, q) if left else (q, p)
+    (unknown,), (equation,) = fresh_axes(A.shape[-1:]), fresh_axes(A.shape[-1:])
+
+    def of(x: Tensor, *matrix: Axis) -> tuple[Axis, ...]:
+        """Axes of an operand: its batch axes are broadcast to the result's."""
+        own = x.shape[:-2]
+        shown = batch[len(batch) - len(own) :]
+        return (*(() if n == 1 else axis for n, axis in zip(own, shown, strict=True)), *matrix)
+
+    out = axes[:-1] if vector else axes
+    pair = (solved, equation) if left else (equation, solved)
+    inverse = make_factor(C, of(C, *pair), "C")
+    if operand == 1:
+        rhs = (equation, free) if left else (free, equation)
+        whole = B.unsqueeze(-1) if vector else B
+        inn = of(whole, *rhs)
+        return [Term(1.0, (inverse,), out, inn[:-1] if vector else inn)]
+    X = call.out.unsqueeze(-1) if vector else call.out
+    solution = make_factor(X, (*batch, *((unknown, free) if left else (free, unknown))), "X")
+    row_, col = (equation, unknown) if left else (unknown, equation)
+    factors: list[Factor | Relation] = [inverse, solution]
+    if upper is not None and row_:
+        strict = int(call.bound["unitriangular"])
+        factors.append(Triangle(col, row_, strict) if upper else Triangle(row_, col, strict))
+    elif upper is not None and call.bound["unitriangular"]:
+        return []
+    return [Term(-1.0, tuple(factors), out, of(A, row_, col))]
+
+
+@row(
+    "aten::linalg_cholesky",
+    "aten::cholesky",
+    "aten::linalg_cholesky_ex",
+    examples=[call("", BNN), call("", NN), call("linalg_cholesky", NN, upper=True), call("", T("b 1 1"))],
+)
+def _cholesky(call: Call, operand: int) -> list[Term]:
+    """dL = L f(C dA C^T), C = L^-1; f keeps the lower triangle and halves the diagonal; dA is made symmetric first."""
+    if call.part:
+        return NotImplemented
+    upper = bool(call.bound["upper"])
+    L = call.out.mT if upper else call.out
+    n = L.shape[-1]
+    batch, i, j = _square(L)
+    _, a, k = _square(L)
+    (l,) = fresh_axes((n,))
+    eye = torch.eye(n, dtype=L.dtype, device=L.device)
+    C = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+    half = (torch.ones_like(eye).tril() - 0.5 * eye) if n != 1 else torch.full_like(eye, 0.5)
+    factors = (
+        make_factor(L, (*batch, i, a), "L"),
+        make_factor(half, (a, j), "half"),
+        make_factor(C, (*batch, a, k), "C"),
+        make_factor(C, (*batch, j, l), "C"),
+    )
+    out = (*batch, j, i) if upper else (*batch, i, j)
+    return [Term(0.5, factors, out, (*batch, k, l)), Term(0.5, factors, out, (*batch, l, k))]
+
+
+@row(
+    "aten::cholesky_solve", examples=[call("", T("b n k"), BNN), call("", T("n k"), NN, True), call("", T("n k"), BNN)]
+)
+def _cholesky_solve(call: Call, operand: int) -> list[Term]:
+    """L L^T X = B: dX = C dB - C (dL L^T + L dL^T) X, C = (L L^T)^-1; as in torch, for the half of dL that is not read too."""
+    B, L = call.operands
+    upper, X = call.bound["upper"], call.out
+    *batch, i, k = fresh_axes(X.shape)
+    a, b = fresh_axes(L.shape[-2:])
+    C, M = torch.cholesky_inverse(L, upper), L.mT if upper else L
+
+    def factor(x: Tensor, name: str, *matrix: Axis) -> Factor:
+        return make_factor(x, (*broadcast_axes(tuple(batch), x.shape[:-2]), *matrix), name)
+
+    out = (*batch, i, k)
+    if operand == 0:
+        return [Term(1.0, (factor(C, "C", i, a),), out, (*broadcast_axes(tuple(batch), B.shape[:-2]), a, k))]
+    inn = (*broadcast_axes(tuple(batch), L.shape[:-2]), *((b, a) if upper else (a, b)))
+    first = (factor(C, "C", i, a), factor(M.mT @ X, "L^T X", b, k))
+    return [Term(-1.0, first, out, inn), Term(-1.0, (factor(C @ M, "C L", i, b), factor(X, "X", a, k)), out, inn)]
+
+
+@row(
+    "aten::linalg_pinv", "aten::linalg_matrix_exp", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_lu", "aten::linalg_lu_factor_ex", "aten::cholesky_inverse",
+    examples=[
+        call("linalg_pinv.atol_rtol_tensor", T("b n m")), call("linalg_matrix_exp", T("b n n")), call("_linalg_svd", T("b n m")).of(1), call("_linalg_eigh", BNN), call("linalg_qr", T("b m n")).of(1),
+        call("linalg_lu", BNN).of(2), call("linalg_lu_factor_ex", BNN), call("cholesky_inverse", BNN), call("linalg_matrix_exp", T("n n")),
+    ],
+)  # fmt: skip
+def _each_matrix(call: Call, operand: int) -> list[Term]:
+    """Every matrix of a batch by itself; within one, all depends on all."""
+    x = call.operands[0]
+    if len(call.operands) > 1:
+        return NotImplemented
+    many = x.ndim - 2
+    own, matrix = call.out.shape[many:], x.shape[many:]
+    pulled: Any = torch.func.vjp(partial(call.run, 0), x)
+    basis = torch.eye(math.prod(own), dtype=x.dtype, device=x.device).reshape(-1, *[1] * many, *own)
+    try:
+        slopes = torch.stack([pulled[1](g.expand(call.out.shape))[0] for g in basis])
+    except RuntimeError:  # torch has no derivative of this part
+        return NotImplemented
+    batch, out, inn = fresh_axes(x.shape[:many]), fresh_axes(own), fresh_axes(matrix)
+    entries = slopes.reshape(*own, *x.shape).movedim(list(range(len(own))), list(range(many, many + len(own))))
+    name = f"{call.target._schema.name.split('::')[1].strip('_').removeprefix('linalg_')}'({call.operand_name(0)})"
+    return [Term(1.0, (make_factor(entries, (*batch, *out, *inn), name),), (*batch, *out), (*batch, *inn))]
+
+
+@row(
+    "aten::linalg_det", "aten::det", "aten::logdet", "aten::linalg_slogdet", "aten::slogdet", "aten::linalg_matrix_norm", "aten::nuclear_norm",
+    examples=[*(call(op, x) for op in ("linalg_det", "det", "logdet") for x in (BNN, NN)), *(call(op, BNN).of(1) for op in ("linalg_slogdet", "slogdet")), call("nuclear_norm", NN), call("linalg_matrix_norm.str_ord", BNN, "nuc"), call("linalg_matrix_norm", T("n b m"), 2, [0, 2])],
+)  # fmt: skip
+def _of_a_matrix(call: Call, operand: int) -> list[Term]:
+    """One number of a matrix: its slopes are a matrix of each batch entry."""
+    inn = fresh_axes(call.operands[0].shape)
+    dims = dims_of(call.bound.get("dim", [-2, -1]), len(inn))
+    kept = call.out.ndim == len(inn)
+    out = tuple(() if k in dims else axis for k, axis in enumerate(inn) if kept or k not in dims)
+    name = f"{call.target._schema.name.split('::')[1].removeprefix('linalg_')}'({call.operand_name(0)})"
+    return [Term(1.0, (make_factor(slope_of(call, operand), inn, name),), out, inn)]
+
+
+@defined_row(
+    "aten::cdist",
+    call("", T("b n k"), T("b m k"), 2.0),
+    call("", T("n k"), T("m k"), 1.0),
+    call("", T("n k"), T("m k"), float("inf")),
+)
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """The norm of all differences."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)

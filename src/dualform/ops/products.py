@@ -1,0 +1,187 @@
+"""Rows of the products: matmul in every rank, einsum, linear, and those with an addend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
+from dualform.ops.examples import Example, T, call
+from dualform.ops.table import Call, Product, Row, add_row, broadcast_axes, defined_row, product_row, product_term
+
+
+def _axis(n: int) -> Axis:
+    return () if n == 1 else (Label(n),)
+
+
+def _matrix_product(call: Call) -> Product:
+    """out[..., i, j] = sum_k a[..., i, k] b[..., k, j]; a vector lacks its outer axis; batch axes broadcast."""
+    a, b = call.operands[:2]
+    return _batched(a.shape, b.shape, call.out.shape)
+
+
+def _batched(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> Product:
+    rows = [_axis(a[-2])] if len(a) > 1 else []
+    cols = [_axis(b[-1])] if len(b) > 1 else []
+    inner = _axis(a[-1])
+    batch = fresh_axes(shape[: len(shape) - len(rows) - len(cols)])
+    left = (*broadcast_axes(batch, a[:-2]), *rows, inner)
+    right = (*broadcast_axes(batch, b[:-2]), inner, *cols)
+    return Product((*batch, *rows, *cols), (left, right))
+
+
+product_row(
+    "aten::mm", "aten::bmm", "aten::matmul", "aten::linalg_matmul", "aten::mv", "aten::dot", "aten::vdot",
+    examples=[
+        call("mm", T("n m"), T("m k")), call("mm", T("1 m"), T("m 1")), call("bmm", T("b n m"), T("b m k")),
+        *(call("matmul", T(a), T(b)) for a, b in (("n", "n"), ("n m", "m"), ("m", "m k"), ("n m", "m k"))),
+        call("matmul", T("b 1 n m"), T("c m k")), call("matmul", T("n m"), T("b m 1")), call("linalg_matmul", T("n m"), T("m k")),
+        call("mv", T("n m"), T("m")), call("dot", T("n"), T("n")), call("vdot", T("n"), T("n")),
+    ],
+)(_matrix_product)  # fmt: skip
+
+
+@product_row("aten::outer", "aten::ger", examples=[call("", T("n"), T("m"))])
+def _outer(call: Call) -> Product:
+    i, j = fresh_axes(call.out.shape)
+    return Product((i, j), ((i,), (j,)))
+
+
+@product_row("aten::inner", examples=[call("", T("n m"), T("k m")), call("", T("m"), T("m")), call("", T(""), T("n"))])
+def _inner(call: Call) -> Product:
+    a, b = call.operands
+    if not a.ndim or not b.ndim:
+        axes = fresh_axes(call.out.shape)
+        return Product(axes, (axes if a.ndim else (), axes if b.ndim else ()))
+    inner = _axis(a.shape[-1])
+    left, right = fresh_axes(a.shape[:-1]), fresh_axes(b.shape[:-1])
+    return Product((*left, *right), ((*left, inner), (*right, inner)))
+
+
+@product_row("aten::kron", examples=[call("", T("k n", "flat"), T("n k", "flat")), call("", T("k"), T("n k", "flat"))])
+def _kron(call: Call) -> Product:
+    rank = call.out.ndim
+    a, b = (fresh_axes((1,) * (rank - x.ndim) + tuple(x.shape)) for x in call.operands)
+    out = tuple(p + q for p, q in zip(a, b, strict=True))
+    own = tuple(axes[rank - x.ndim :] for axes, x in zip((a, b), call.operands, strict=True))
+    return Product(out, own)
+
+
+_SPECS = [
+    ("ij,jk->ik", "n m", "m k"), ("...i,ij,kj->...k", "b n", "n m", "k m"), ("ii,i->i", "n n", "n"), ("ab,cb", "k n", "m n"),
+    ("ab,bc->c", "k 1", "n k"), ("i...,i->...", "n m k", "n"), ("aab->ba", "n n m"), ("bhd,bhd->", "b 2 n", "b 2 n"),
+]  # fmt: skip
+
+
+@product_row("aten::einsum", examples=[call("einsum", spec, [T(x) for x in tensors]) for spec, *tensors in _SPECS])
+def _einsum(call: Call) -> Product:
+    tensors = call.operands
+    left, arrow, right = call.bound["equation"].replace(" ", "").partition("->")
+    inputs = left.split(",")
+    rank = max(
+        (x.ndim - len(s.replace("...", "")) for s, x in zip(inputs, tensors, strict=True) if "..." in s), default=0
+    )
+    dots = [f"…{k}" for k in range(rank)]
+
+    def letters(spec: str, ndim: int) -> list[str]:
+        before, found, after = spec.partition("...")
+        if not found:
+            return list(before)
+        return [*before, *dots[rank - (ndim - len(before) - len(after)) :], *after]
+
+    specs = [letters(s, x.ndim) for s, x in zip(inputs, tensors, strict=True)]
+    size: dict[str, int] = {}
+    for spec, x in zip(specs, tensors, strict=True):
+        for letter, n in zip(spec, x.shape, strict=True):
+            size[letter] = max(size.get(letter, 1), n) if n else 0
+    axis = {letter: _axis(n) for letter, n in size.items()}
+    if arrow:
+        out = letters(right, len(right.replace("...", "")) + rank)
+    else:
+        seen = [letter for spec in specs for letter in spec]
+        out = [*dots, *sorted(s for s in set(seen) if seen.count(s) == 1 and s not in dots)]
+    axes = tuple(
+        tuple(() if n == 1 else axis[letter] for letter, n in zip(spec, x.shape, strict=True))
+        for spec, x in zip(specs, tensors, strict=True)
+    )
+    return Product(tuple(axis[letter] for letter in out), axes)
+
+
+@product_row("aten::tensordot", examples=[call("", T("k n m"), T("m p k"), [2, 0], [0, 2])])
+def _tensordot(call: Call) -> Product:
+    a, b = call.operands[:2]
+    left = list(fresh_axes(a.shape))
+    right = list(fresh_axes(b.shape))
+    pairs = list(zip(call.bound["dims_self"], call.bound["dims_other"], strict=True))
+    for p, q in pairs:
+        right[q % b.ndim] = left[p % a.ndim]
+    mine, theirs = {p % a.ndim for p, _ in pairs}, {q % b.ndim for _, q in pairs}
+    out = [x for k, x in enumerate(left) if k not in mine] + [x for k, x in enumerate(right) if k not in theirs]
+    return Product(tuple(out), (tuple(left), tuple(right)))
+
+
+def _with_addend(name: str, examples: Sequence[Example]) -> None:
+    """out = beta * addend + alpha * (a @ b); addbmm sums the batch too."""
+    addend, scale, product_scale = "self", "beta", "alpha"
+
+    def rule(call: Call, operand: int) -> list[Term]:
+        pair = [k for k, (where, _) in enumerate(call.places) if where != addend]
+        a, b = (call.operands[k] for k in pair)
+        whole = _batched(a.shape, b.shape, a.shape[:-1] + b.shape[-1:] if name == "aten::addbmm" else call.out.shape)
+        product = replace(whole, out=whole.out[-call.out.ndim :])
+        if operand not in pair:
+            inn = broadcast_axes(product.out, call.operands[operand].shape)
+            return [Term(float(call.bound.get(scale, 1)), (), product.out, inn)]
+        mine = pair.index(operand)
+        other = make_factor(call.operands[pair[1 - mine]], product.axes[1 - mine], call.operand_name(pair[1 - mine]))
+        return [Term(float(call.bound.get(product_scale, 1)), (other,), product.out, product.axes[mine])]
+
+    groups = (frozenset({0, 1}), frozenset({0, 2}))
+    add_row(Row(name, rule, groups, examples=tuple(examples)))
+
+
+for _op, _shapes in (
+    ("addmm", ("m", "n k", "k m")),
+    ("baddbmm", ("b n m", "b n k", "b k m")),
+    ("addmv", ("n", "n k", "k")),
+    ("addbmm", ("n m", "b n k", "b k m")),
+):
+    _with_addend(f"aten::{_op}", [call("", *map(T, _shapes), beta=2, alpha=3)])
+
+
+def _linear(call: Call, operand: int) -> list[Term]:
+    """out[..., n] = sum_k x[..., k] W[n, k] + b[n]."""
+    product = _linear_form(call)
+    if operand == 2:
+        return [Term(1.0, (), product.out, product.out[call.out.ndim - call.operands[2].ndim :])]
+    return [product_term(call, product, operand)]
+
+
+def _linear_form(call: Call) -> Product:
+    x, weight = call.operands[:2]
+    rows = fresh_axes(x.shape[:-1])
+    inner = _axis(x.shape[-1])
+    cols = (_axis(weight.shape[0]),) if weight.ndim > 1 else ()
+    return Product((*rows, *cols), ((*rows, inner), (*cols, inner)))
+
+
+add_row(
+    Row(
+        "aten::linear",
+        _linear,
+        (frozenset({0, 2}), frozenset({1, 2})),
+        multilinear=True,
+        form=_linear_form,
+        examples=(call("", T("b n m"), T("p m"), T("p")), call("", T("m"), T("1 m"))),
+    )
+)
+
+
+@defined_row("aten::bilinear", call("", T("b n"), T("b m"), T("o n m"), T("o")), call("", T("n"), T("m"), T("o n m")))
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[..., o] = sum_ij x[..., i] W[o, i, j] y[..., j] + b[o]."""
+    product = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return product if bias is None else product + bias

@@ -1,0 +1,327 @@
+"""The record of one op: how it is differentiated, and in which operands it is affine. One row per op.
+
+A row is added with the decorator:  @row("aten::mm", affine=EACH, multilinear=True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.algebra.linear_map import Derivative
+from dualform.algebra.relations import window
+from dualform.algebra.terms import Axis, Label, Relation, Term, fresh_axes, make_factor
+from dualform.ops.examples import Example
+
+Target = Any  # torch._ops.OpOverload or OpOverloadPacket; torch has no public name for them
+
+_PEOPLE = {
+    "self": "x",
+    "input": "x",
+    "weight": "W",
+    "mat1": "A",
+    "mat2": "B",
+    "other": "y",
+    "tensor1": "a",
+    "tensor2": "b",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One application of an op to tensors: concrete, fake or traced.
+
+    `part` is the position in the result of an op that returns several tensors; `names` are those of the operands.
+    """
+
+    target: Target
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Tensor
+    part: int | None = None
+    names: tuple[str, ...] = ()
+
+    @cached_property
+    def bound(self) -> dict[str, Any]:
+        """Arguments by their name in the op's schema, defaults included."""
+        schema = self.target._schema.arguments
+        values = {a.name: a.default_value for a in schema}
+        values.update(zip((a.name for a in schema), self.args, strict=False))
+        values.update(self.kwargs)
+        return values
+
+    @cached_property
+    def places(self) -> tuple[tuple[str, int | None], ...]:
+        """Argument name, and position in it if it is a list, of each operand."""
+        named = [*zip((a.name for a in self.target._schema.arguments), self.args, strict=False), *self.kwargs.items()]
+        found: list[tuple[str, int | None]] = []
+        for name, value in named:
+            if _is_operand(value):
+                found.append((name, None))
+            elif isinstance(value, (list, tuple)):
+                found += [(name, k) for k, item in enumerate(value) if _is_operand(item)]
+        return tuple(found)
+
+    @cached_property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The floating tensor arguments, lists flattened."""
+        return tuple(self.bound[name] if k is None else self.bound[name][k] for name, k in self.places)
+
+    @cached_property
+    def arguments(self) -> tuple[tuple[str, int | None], ...]:
+        """Argument name, and position in it if it is a list, of every tensor, whatever its type."""
+        named = [*zip((a.name for a in self.target._schema.arguments), self.args, strict=False), *self.kwargs.items()]
+        found: list[tuple[str, int | None]] = []
+        for name, value in named:
+            parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
+            found += [(name, k) for k, item in parts if isinstance(item, Tensor)]
+        return tuple(found)
+
+    def argument(self, name: str, k: int | None) -> Tensor:
+        """One of `arguments`."""
+        return self.bound[name] if k is None else self.bound[name][k]
+
+    def operand_name(self, operand: int) -> str:
+        """What people call an operand: the given name, or one made from the schema."""
+        if operand < len(self.names):
+            return self.names[operand]
+        name, k = self.places[operand]
+        return f"{_PEOPLE.get(name, name)}{'' if k is None else k}"
+
+    def with_operand(self, operand: int, value: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with one operand replaced."""
+        name, k = self.places[operand]
+        values = dict(self.bound)
+        values[name] = value if k is None else [value if j == k else v for j, v in enumerate(values[name])]
+        given = self.target._schema.arguments
+        args = tuple(values[a.name] for a in given if not a.kwarg_only)
+        return args, {a.name: values[a.name] for a in given if a.kwarg_only}
+
+    def run(self, operand: int, value: Tensor) -> Tensor:
+        """Apply the op with one operand replaced."""
+        args, kwargs = self.with_operand(operand, value)
+        result = self.target(*args, **kwargs)
+        return result if self.part is None else result[self.part]
+
+
+def _is_operand(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+Rule = Callable[[Call, int], "list[Term]"]
+Reads = Callable[[Call, str, "int | None"], "list[Term]"]
+Adjoint = Callable[[Call, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the calculus knows of an op.
+
+    rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
+    arguments. reads: which entries of an argument (its name, its position in a list) the result looks at, as terms, where the
+    derivative does not say it: results of integers, indices, masks. unread: arguments of which it takes only shape and type.
+    affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself; "all": all together.
+    multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
+    adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that is cheaper.
+    """
+
+    name: str
+    rule: Rule | None
+    affine: str | tuple[frozenset[int], ...] = ()
+    multilinear: bool = False
+    form: Callable[[Call], Product] | None = None
+    examples: tuple[Example, ...] = ()
+    definition: Callable[..., Any] | None = None
+    reads: Reads | None = None
+    adjoint: Adjoint | None = None
+    unread: frozenset[str] = frozenset()
+
+    def is_affine(self, operands: frozenset[int]) -> bool:
+        if not operands or self.affine == "all":
+            return True
+        if isinstance(self.affine, str):  # "each"
+            return len(operands) == 1
+        return any(operands <= group for group in self.affine)
+
+
+ALL = "all"
+EACH = "each"
+FIRST = (frozenset({0}),)
+ROWS: dict[str, Row] = {}
+
+
+def is_known(name: str) -> bool:
+    """Has this version of torch such an op? Old spellings go, and new ones come."""
+    space, _, op = name.rpartition("::")
+    op, _, overload = op.partition(".")
+    packet = getattr(getattr(torch.ops, space), op, None)
+    return packet is not None and (not overload or overload in packet.overloads())
+
+
+def add_row(row: Row) -> None:
+    """Put a row into the table, if torch has the op; of its examples it keeps those that call it."""
+    if not is_known(row.name):
+        return
+    op, _, overload = row.name.removeprefix("aten::").partition(".")
+    own = tuple(
+        replace(e, op=e.op or f"{op}{'.' if overload else ''}{overload}") for e in row.examples if e.calls(op, overload)
+    )
+    ROWS[row.name] = replace(row, examples=own)
+
+
+def row(
+    *names: str,
+    affine: str | tuple[frozenset[int], ...] = (),
+    multilinear: bool = False,
+    examples: Sequence[Example] = (),
+    reads: Reads | None = None,
+    adjoint: Adjoint | None = None,
+    unread: Sequence[str] = (),
+) -> Callable[[Rule], Rule]:
+    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
+
+    def add(rule: Rule) -> Rule:
+        for name in names:
+            add_row(
+                Row(name, rule, affine, multilinear, None, tuple(examples), None, reads, adjoint, frozenset(unread))
+            )
+        return rule
+
+    return add
+
+
+def defined_row(name: str, *examples: Example) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a row for an op that is differentiated through a function of the same arguments, made of other ops."""
+
+    def add(definition: Callable[..., Any]) -> Callable[..., Any]:
+        add_row(Row(name, None, examples=examples, definition=definition))
+        return definition
+
+    return add
+
+
+@dataclass(frozen=True)
+class Product:
+    """out[axes] = coef * sum prod operand_k[axes_k]: the form of every multilinear op."""
+
+    out: tuple[Axis, ...]
+    axes: tuple[tuple[Axis, ...], ...]
+    coef: float = 1.0
+
+
+def product_row(*names: str, examples: Sequence[Example] = ()) -> Callable[[Callable[[Call], Product]], Any]:
+    """Add a row for an op that is a product of its operands; its derivative is the product of the others."""
+
+    def add(form: Callable[[Call], Product]) -> Callable[[Call], Product]:
+        def rule(call: Call, operand: int) -> list[Term]:
+            return [product_term(call, form(call), operand)]
+
+        for name in names:
+            add_row(Row(name, rule, EACH, True, form, tuple(examples)))
+        return form
+
+    return add
+
+
+def product_term(call: Call, product: Product, operand: int) -> Term:
+    """The product of all operands but one, between the output's axes and that operand's."""
+    factors = [
+        make_factor(tensor, product.axes[k], call.operand_name(k))
+        for k, tensor in enumerate(call.operands[: len(product.axes)])
+        if k != operand
+    ]
+    # An index that the operand alone has, and that the output lacks, is a sum: it stays on the input.
+    return Term(product.coef, tuple(factors), product.out, product.axes[operand])
+
+
+def find_row(target: Target) -> Row | None:
+    """Look an op up: this overload first, then all overloads."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return ROWS.get(getattr(target, "_qualified_op_name", ""))
+    overload = getattr(target, "_overloadname", "default")
+    return ROWS.get(f"{schema.name}.{overload}") or ROWS.get(schema.name)
+
+
+def as_derivative(terms: list[Term], call: Call, operand: int) -> Derivative:
+    """Wrap a rule's terms with shapes and dtype."""
+    x = call.operands[operand]
+    return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
+
+
+# -- pieces that rules are made of
+
+
+def broadcast_axes(out: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...]:
+    """The axes of an operand that is broadcast to `out`: aligned at the right, size 1 is the empty axis."""
+    shown = out[len(out) - len(shape) :] if len(shape) else ()
+    return tuple(() if n == 1 else axis for n, axis in zip(shape, shown, strict=True))
+
+
+def diagonal_terms(
+    call: Call, operand: int, factor: Tensor | None = None, name: str = "", coef: float = 1.0
+) -> list[Term]:
+    """Entry by entry: the input's labels are the output's, times a factor that may be smaller than the output."""
+    out = fresh_axes(call.out.shape)
+    inn = broadcast_axes(out, call.operands[operand].shape)
+    factors = [] if factor is None else [make_factor(factor, broadcast_axes(out, factor.shape), name)]
+    return [Term(coef, tuple(factors), out, inn)]
+
+
+def entrywise_reads(call: Call, name: str, k: int | None = None) -> list[Term]:
+    """Each entry of the result looks at one entry of the argument, broadcast to it."""
+    out = fresh_axes(call.out.shape)
+    return [Term(1.0, (), out, broadcast_axes(out, call.argument(name, k).shape))]
+
+
+def dims_of(dim: Any, rank: int) -> list[int]:
+    """Normalise a dim argument: None or [] means all."""
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return list(range(rank))
+    chosen = dim if isinstance(dim, (list, tuple)) else [dim]
+    return [d % rank if rank else 0 for d in chosen]
+
+
+def index_terms(call: Call, operand: int, strides_of: Callable[[Tensor], Tensor]) -> list[Term]:
+    """Differentiate a permutation, expansion or squeeze by looking where a contiguous stand-in's strides go."""
+    x = call.operands[operand]
+    stand_in = torch.empty(x.shape, device="meta")
+    moved = strides_of(stand_in)
+    inn = fresh_axes(x.shape)
+    owner = {stand_in.stride(k): inn[k] for k in range(x.ndim) if x.shape[k] != 1}
+    out: list[Axis] = []
+    for n, stride in zip(moved.shape, moved.stride(), strict=True):
+        out.append(() if n == 1 else (Label(n),) if stride == 0 else owner[stride])
+    return [Term(1.0, (), tuple(out), inn)]
+
+
+def window_terms(shape: torch.Size, dim: int, start: int, step: int, count: int, into: bool) -> list[Term]:
+    """A slice of one axis: big = start + step * small. `into` puts the small tensor into the big one instead."""
+    big = fresh_axes(shape)
+    small_axis: Axis = (Label(count),) if count != 1 else ()
+    relation: tuple[Relation, ...] = ()
+    if count == shape[dim]:
+        small_axis = big[dim]
+    else:
+        relation = window([small_axis], big[dim], start, [step])
+    small_axes = (*big[:dim], small_axis, *big[dim + 1 :])
+    return [Term(1.0, relation, big, small_axes) if into else Term(1.0, relation, small_axes, big)]
+
+
+def without_axis(terms: list[Term], axis: int, side: str) -> list[Term]:
+    """Drop an axis of size 1."""
+
+    def drop(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return (*axes[:axis], *axes[axis + 1 :])
+
+    return [replace(t, **{side: drop(getattr(t, side))}) for t in terms]
+
+
+def volume_of(shape: torch.Size, dims: list[int]) -> int:
+    return math.prod(shape[d] for d in dims)

@@ -1,0 +1,396 @@
+"""Rows of the ops that move numbers by a rule and compute none: views, slices, concatenation, borders, diagonals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.algebra.compose import compose_terms
+from dualform.algebra.relations import Lookup, window
+from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
+from dualform.ops.examples import T, call
+from dualform.ops.table import ALL, FIRST, Call, dims_of, index_terms, row, window_terms, without_axis
+
+
+def _on_meta(value: Any, own: Tensor, stand_in: Tensor) -> Any:
+    if value is own:
+        return stand_in
+    return torch.empty(value.shape, device="meta") if isinstance(value, Tensor) else value
+
+
+def _moved(call: Call, operand: int) -> list[Term]:
+    x = call.operands[operand]
+
+    def strides_of(stand_in: Tensor) -> Tensor:
+        args = [_on_meta(a, x, stand_in) for a in call.args]
+        return call.target(*args, **{k: _on_meta(a, x, stand_in) for k, a in call.kwargs.items()})
+
+    return index_terms(call, operand, strides_of) if operand == 0 else []
+
+
+row(
+    "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::mT", "aten::matrix_H", "aten::mH", "aten::adjoint",
+    "aten::movedim", "aten::moveaxis", "aten::swapaxes", "aten::swapdims", "aten::unsqueeze", "aten::squeeze",
+    "aten::expand", "aten::expand_as", "aten::broadcast_to", affine=ALL, unread=["other"],
+    examples=[
+        call("permute", T("n 1 m"), [2, 0, 1]), call("t", T("n m")), call("t", T("n")), call("numpy_T", T("n m k")),
+        call("mT", T("b n m")), call("mH", T("n m")), call("matrix_H", T("n m")), call("adjoint", T("n m")),
+        *(call(op, T("n m k"), 0, -1) for op in ("transpose.int", "movedim.int", "moveaxis.int", "swapaxes", "swapdims")),
+        call("unsqueeze", T("n m"), 1), call("unsqueeze", T(""), 0), call("squeeze", T("1 n 1")), call("squeeze.dim", T("1 n"), 0),
+        call("squeeze.dims", T("1 n 1"), [0, 2]), call("expand", T("n 1"), [2, -1, 4]), call("expand", T(""), [2]),
+        call("expand_as", T("n 1"), T("k n m")), call("broadcast_to", T("3 1"), [3, 4]),
+    ],
+)(_moved)  # fmt: skip
+
+
+@row(
+    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::ravel",
+    "aten::reshape_as", "aten::view_as", affine=ALL, unread=["other"],
+    examples=[
+        call("view", T("6"), [2, 3]), call("view_as", T("12"), T("3 4")), call("reshape", T("k 6"), [3, -1]),
+        call("reshape", T("6 4"), [8, 3]), call("reshape", T("1"), []), call("_unsafe_view", T("12"), [3, 4]),
+        call("flatten.using_ints", T("n m k"), 1), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")),
+        call("reshape_as", T("6"), T("2 3")),
+    ],
+)  # fmt: skip
+def _reshaped(call: Call, operand: int) -> list[Term]:
+    x = call.operands[operand]
+    if operand:
+        return []
+    out, inn = fresh_axes(call.out.shape), fresh_axes(x.shape)
+    if 0 in x.shape:
+        return []
+    unflatten = Term(1.0, (), out, (atoms(out),))
+    flatten = Term(1.0, (), (atoms(inn),), inn)
+    term = compose_terms(unflatten, flatten)
+    return [] if term is None else [term]
+
+
+def _bounds(start: Any, end: Any, step: int, size: int) -> tuple[int, int]:
+    """First index and number of indices of a slice."""
+    chosen = range(size)[slice(start, end, step)]
+    return chosen.start, len(chosen)
+
+
+@row(
+    "aten::slice", affine=ALL,
+    examples=[
+        call("slice.Tensor", T("n m"), 0, 1, 3), call("slice.Tensor", T("l"), 0, 0, 9, 2), call("slice.Tensor", T("p k"), 0, 2, 3),
+        call("slice.Tensor", T("n"), -1, 2, 1), call("slice.Tensor", T("l"), 0, 1, -1, 3),
+    ],
+)  # fmt: skip
+def _slice(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    dim = b["dim"] % x.ndim
+    start, count = _bounds(b["start"], b["end"], b["step"], x.shape[dim])
+    return window_terms(x.shape, dim, start, b["step"], count, into=False) if count else []
+
+
+@row("aten::narrow", affine=ALL, examples=[call("", T("k p"), 1, 1, 3), call("", T("p"), 0, -2, 2)])
+def _narrow(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    dim = b["dim"] % x.ndim
+    return window_terms(x.shape, dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"], into=False)
+
+
+@row("aten::select.int", affine=ALL, examples=[call("", T("n m"), 1, -1), call("", T("1"), 0, 0)])
+def _select(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    dim = b["dim"] % x.ndim
+    return without_axis(window_terms(x.shape, dim, b["index"] % x.shape[dim], 1, 1, into=False), dim, "out")
+
+
+def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[Term]:
+    """The identity away from a window: minus the window, which stores nothing either."""
+    out = fresh_axes(base.shape)
+    whole = Term(1.0, (), out, out)
+    if not count:
+        return [whole]
+    if count == base.shape[dim]:
+        return []
+    inside = Select(Label(count), out[dim][0], start, step)
+    return [whole, Term(-1.0, (inside,), out, out)]
+
+
+@row(
+    "aten::slice_scatter", affine=ALL,
+    examples=[call("", T("5 k"), T("2 k"), 0, 1, 5, 2), call("", T("1"), T("1"), 0), call("", T("n"), T("0"), 0, 1, 1)],
+)  # fmt: skip
+def _slice_scatter(call: Call, operand: int) -> list[Term]:
+    base, b = call.bound["self"], call.bound
+    dim = b["dim"] % base.ndim
+    start, count = _bounds(b["start"], b["end"], b["step"], base.shape[dim])
+    if call.places[operand][0] == "self":
+        return _outside(base, dim, start, b["step"], count)
+    return window_terms(base.shape, dim, start, b["step"], count, into=True) if count else []
+
+
+@row("aten::select_scatter", affine=ALL, examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)])
+def _select_scatter(call: Call, operand: int) -> list[Term]:
+    base, b = call.bound["self"], call.bound
+    dim = b["dim"] % base.ndim
+    start = b["index"] % base.shape[dim]
+    if call.places[operand][0] == "self":
+        return _outside(base, dim, start, 1, 1)
+    return without_axis(window_terms(base.shape, dim, start, 1, 1, into=True), dim, "inn")
+
+
+@row(
+    "aten::cat", "aten::concat", "aten::concatenate", affine=ALL,
+    examples=[call("", [T("n m"), T("n 1"), T("n k")], 1), call("", [T("n m"), T("0"), T("k m")], 0)],
+)  # fmt: skip
+def _cat(call: Call, operand: int) -> list[Term]:
+    pieces = call.bound["tensors"]
+    where = call.places[operand][1]
+    assert where is not None
+    dim = call.bound["dim"] % call.out.ndim
+    if pieces[where].ndim != call.out.ndim:  # the legacy empty tensor
+        return []
+    start = sum(p.shape[dim] for p in pieces[:where] if p.ndim == call.out.ndim)
+    count = pieces[where].shape[dim]
+    return window_terms(call.out.shape, dim, start, 1, count, into=True) if count else []
+
+
+@row("aten::stack", affine=ALL, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
+def _stack(call: Call, operand: int) -> list[Term]:
+    where = call.places[operand][1]
+    assert where is not None
+    dim = call.bound["dim"] % call.out.ndim
+    return without_axis(window_terms(call.out.shape, dim, where, 1, 1, into=True), dim, "inn")
+
+
+@row(
+    "aten::constant_pad_nd", "aten::pad", affine=FIRST,
+    examples=[
+        call("", T("n m"), [1, 2, 0, 1]), call("", T("1"), [0, 2]), call("", T("n p"), [-1, 2, 1, -1]), call("", T("n m"), [0, 0]),
+        *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")),
+        call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect"),
+    ],
+)  # fmt: skip
+def _pad(call: Call, operand: int) -> list[Term]:
+    """The border is zero (a window that reaches outside), a mirror, the edge, or the other end (a lookup)."""
+    x, pads, mode = call.operands[0], list(call.bound["pad"]), call.bound.get("mode", "constant")
+    inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
+    relations: list[Relation] = []
+    for k in range(x.ndim):
+        from_end = 2 * (x.ndim - 1 - k)
+        before, after = pads[from_end : from_end + 2] if from_end < len(pads) else (0, 0)
+        if before == after == 0:
+            out[k] = inn[k]
+        elif mode == "constant":
+            relations += window([out[k]], inn[k], -before, [1])
+        else:
+            relations += _mirrored(out[k], inn[k], x.shape[k], before, mode, x.device)
+    return [Term(1.0, tuple(relations), tuple(out), inn)]
+
+
+def _mirrored(out: Axis, inn: Axis, n: int, before: int, mode: str, device: torch.device) -> list[Relation]:
+    place = torch.arange(volume(out), device=device) - before
+    if mode == "circular":
+        place = place % n
+    elif mode == "replicate":
+        place = place.clamp(0, n - 1)
+    else:
+        place = (n - 1) - ((n - 1) - place.abs()).abs()
+    return [Lookup(out, inn, place if out else place.squeeze(0))] if inn else []
+
+
+def _bordered(mode: str) -> Any:
+    def rule(call: Call, operand: int) -> list[Term]:
+        args = (call.operands[0], call.bound["padding"], mode)
+        return _pad(Call(torch.ops.aten.pad.default, args, {}, call.out, names=call.names), operand)
+
+    return rule
+
+
+for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
+    for _rank, _axes in enumerate(("b c 4", "b c 4 5", "c 3 4 5"), 1):
+        row(f"aten::{_name}_pad{_rank}d", affine=ALL, examples=[call("", T(_axes), [1, 2] * _rank)])(_bordered(_mode))
+
+
+@row("aten::repeat", "aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("tile", T("k n m"), [2])])
+def _repeat(call: Call, operand: int) -> list[Term]:
+    x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
+    times = [1] * (x.ndim - len(times)) + times
+    inn = fresh_axes(x.shape)
+    padded = ((),) * (len(times) - x.ndim) + inn
+    out = tuple(((Label(n),) if n != 1 else ()) + axis for n, axis in zip(times, padded, strict=True))
+    return [Term(1.0, (), out, inn)]
+
+
+@row(
+    "aten::repeat_interleave.self_int",
+    affine=ALL,
+    examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)],
+)
+def _repeat_interleave(call: Call, operand: int) -> list[Term]:
+    x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
+    inn = fresh_axes(x.shape)
+    copies: Axis = (Label(times),) if times != 1 else ()
+    if dim is None:
+        return [Term(1.0, (), ((*atoms(inn), *copies),), inn)]
+    out = tuple((*axis, *copies) if k == dim % x.ndim else axis for k, axis in enumerate(inn))
+    return [Term(1.0, (), out, inn)]
+
+
+def _on_diagonal(
+    along: Axis, axes: Sequence[Axis], pair: tuple[int, int], offset: int
+) -> tuple[list[Axis], list[Relation]]:
+    """Tie two axes to one index: the first starts at max(-offset, 0), the second at max(offset, 0)."""
+    tied, relations = list(axes), []
+    for axis, start in zip(pair, (max(-offset, 0), max(offset, 0)), strict=True):
+        if volume(axes[axis]) == volume(along):
+            tied[axis] = along
+        else:
+            relations += window([along], axes[axis], start, [1])
+    return tied, relations
+
+
+@row(
+    "aten::diagonal", "aten::diagonal_copy", "aten::linalg_diagonal", affine=ALL,
+    examples=[call("", T("n n")), call("diagonal", T("n m"), 1), call("diagonal", T("k m n"), -1, 1, 2), call("diagonal", T("n m"), 3)],
+)  # fmt: skip
+def _diagonal(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    first, second = b["dim1"] % x.ndim, b["dim2"] % x.ndim
+    (along,) = fresh_axes(call.out.shape[-1:])
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (first, second), b["offset"])
+    rest = [axis for k, axis in enumerate(inn) if k not in (first, second)]
+    return [Term(1.0, tuple(relations), (*rest, along), tuple(inn))]
+
+
+@row("aten::diag_embed", affine=ALL, examples=[call("", T("k n")), call("", T("n"), 1), call("", T("k n"), -2, 0, 2)])
+def _diag_embed(call: Call, operand: int) -> list[Term]:
+    x, b = call.operands[0], call.bound
+    return _embedded(x, call.out, b["offset"], b["dim1"] % call.out.ndim, b["dim2"] % call.out.ndim)
+
+
+def _embedded(x: Tensor, out_: Tensor, offset: int, first: int, second: int) -> list[Term]:
+    inn = fresh_axes(x.shape)
+    axes = list(fresh_axes(out_.shape))
+    others = [k for k in range(out_.ndim) if k not in (first, second)]
+    for k, axis in zip(others, inn[:-1], strict=True):
+        axes[k] = axis
+    out, relations = _on_diagonal(inn[-1], axes, (first, second), offset)
+    return [Term(1.0, tuple(relations), tuple(out), inn)]
+
+
+@row("aten::diagonal_scatter", affine=ALL, examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)])
+def _diagonal_scatter(call: Call, operand: int) -> list[Term]:
+    """The base away from the diagonal, and the source on it."""
+    base, b = call.bound["self"], call.bound
+    first, second = b["dim1"] % base.ndim, b["dim2"] % base.ndim
+    embedded = _embedded(call.bound["src"], base, b["offset"], first, second)[0]
+    if call.places[operand][0] == "src":
+        return [embedded]
+    out = fresh_axes(base.shape)
+    return [Term(1.0, (), out, out), Term(-1.0, embedded.factors, embedded.out, embedded.out)]
+
+
+@row("aten::diag", affine=ALL, examples=[call("", T("n")), call("", T("n m"), 1), call("", T("n"), -1)])
+def _diag(call: Call, operand: int) -> list[Term]:
+    """A vector on a diagonal, or the diagonal of a matrix."""
+    x, offset = call.operands[0], call.bound["diagonal"]
+    if x.ndim == 1:
+        return _embedded(x, call.out, offset, 0, 1)
+    (along,) = fresh_axes(call.out.shape)
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), offset)
+    return [Term(1.0, tuple(relations), (along,), tuple(inn))]
+
+
+@row("aten::trace", affine=ALL, examples=[call("", T("n m")), call("", T("n n"))])
+def _trace(call: Call, operand: int) -> list[Term]:
+    x = call.operands[0]
+    (along,) = fresh_axes([min(x.shape)])
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), 0)
+    return [Term(1.0, tuple(relations), (), tuple(inn))]
+
+
+@row(
+    "aten::flip",
+    "aten::fliplr",
+    "aten::flipud",
+    affine=ALL,
+    examples=[call("flip", T("n m"), [0, 1]), call("fliplr", T("n m")), call("flipud", T("n m"))],
+)
+def _flip(call: Call, operand: int) -> list[Term]:
+    """big = n - 1 - small on each flipped axis."""
+    x = call.operands[0]
+    named = {"aten::fliplr": [1], "aten::flipud": [0]}.get(call.target._schema.name)
+    return _flipped(x, dims_of(call.bound["dims"], x.ndim) if named is None else named)
+
+
+def _flipped(x: Tensor, dims: list[int]) -> list[Term]:
+    inn, out = fresh_axes(x.shape), list(fresh_axes(x.shape))
+    relations: list[Relation] = []
+    for k, axis in enumerate(inn):
+        if k in dims and axis:
+            relations.append(Select(out[k][0], axis[0], x.shape[k] - 1, -1))
+        else:
+            out[k] = axis
+    return [Term(1.0, tuple(relations), tuple(out), inn)]
+
+
+@row("aten::rot90", affine=ALL, examples=[call("", T("n m"), k, [0, 1]) for k in (1, 2, -1, 4)])
+def _rot90(call: Call, operand: int) -> list[Term]:
+    """Flips and a transposition."""
+    x, turns = call.operands[0], call.bound["k"] % 4
+    first, second = (d % x.ndim for d in call.bound["dims"])
+    (term,) = _flipped(x, {0: [], 1: [second], 2: [first, second], 3: [first]}[turns])
+    if turns % 2:
+        out = list(term.out)
+        out[first], out[second] = out[second], out[first]
+        term = replace(term, out=tuple(out))
+    return [term]
+
+
+@row(
+    "aten::roll",
+    affine=ALL,
+    examples=[
+        call("", T("n m"), [1], [1]),
+        call("", T("p"), [-2], [0]),
+        call("", T("n m"), [2, -1], [0, 1]),
+        call("", T("n m"), [5]),
+        call("", T("n"), [0], [0]),
+    ],
+)
+def _roll(call: Call, operand: int) -> list[Term]:
+    """Along each axis a roll is two windows: what stays and what wraps around."""
+    x, dims, shifts = call.operands[0], call.bound["dims"], call.bound["shifts"]
+    if not dims:
+        flat: Axis = (Label(x.numel()),) if x.numel() != 1 else ()
+        inn, out = fresh_axes(x.shape), fresh_axes(x.shape)
+        moved = _rolled([Term(1.0, (), (flat,), (flat,))], 0, shifts[0])
+        flattened = _composed(moved, [Term(1.0, (), (atoms(inn),), inn)])
+        return _composed([Term(1.0, (), out, (atoms(out),))], flattened)
+    axes = fresh_axes(x.shape)
+    terms = [Term(1.0, (), axes, axes)]
+    for dim, shift in zip(dims, shifts, strict=True):
+        terms = _rolled(terms, dim % x.ndim, shift)
+    return terms
+
+
+def _composed(outer: list[Term], inner: list[Term]) -> list[Term]:
+    pairs = [compose_terms(a, b) for a in outer for b in inner]
+    return [t for t in pairs if t is not None]
+
+
+def _rolled(terms: list[Term], dim: int, shift: int) -> list[Term]:
+    """Roll the output axis `dim`."""
+    n = volume(terms[0].out[dim])
+    shift %= n
+    if shift == 0:
+        return terms
+    found = []
+    for term in terms:
+        for source, target, count in ((0, shift, n - shift), (n - shift, 0, shift)):
+            moved, along = Label(n), Label(count)
+            ties = (Select(along, moved, target, 1), Select(along, term.out[dim][0], source, 1))
+            out = (*term.out[:dim], (moved,), *term.out[dim + 1 :])
+            found.append(Term(term.coef, (*term.factors, *ties), out, term.inn))
+    return found

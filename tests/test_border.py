@@ -1,0 +1,355 @@
+"""The border is typed: what no signature takes is refused by name, for every record and field there is, with no traceback."""
+
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge, Lt
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+
+import dualform as df
+from dualform.catalogue import Catalogue, CatalogueError, _of_kind, expect, hints_of, type_name
+from dualform.cli import bench, evaluate, explain, generate, main, train
+from dualform.functions.describe import given
+from dualform.models.configuration import DualformConfig
+from dualform.train.settings import Settings, SettingsError
+
+nan, inf = math.nan, math.inf
+numbers = BeartypeConf(is_pep484_tower=True)
+values = [
+    True, False, 0, 1, 3, -1, 2.0, 2.5, -0.5, nan, inf, 1j, "maybe", "3", "", None, (), ("a",), (None,), (1, "a"), (1, 2), (nan,),
+    (1, True), ((1, 2), (3,)), {"a": 1},
+]  # fmt: skip
+catalogues = [c for c in _of_kind.values() if any(c[n].function.__module__.startswith("dualform.") for n in c)]
+needed = {**given, "rank": 2, "spec": "Linear"}
+records = [(c, name) for c in catalogues for name in c]
+
+
+def wrong_number(value):
+    """Does a value hold what Python takes for a number and nobody else does? beartype takes it too."""
+    if isinstance(value, (list, tuple)):
+        return any(wrong_number(part) for part in value)
+    return isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+
+
+def accepts_bool(hint):
+    return hint is bool or any(accepts_bool(part) for part in typing.get_args(hint))
+
+
+def fits(value, hint):
+    if isinstance(value, bool):
+        return accepts_bool(hint)
+    # beartype looks at one part of a value, another one each time; a whole number is a float's value too.
+    looks = 50 if isinstance(value, (list, tuple)) else 1
+    return all(is_bearable(value, hint, conf=numbers) for _ in range(looks)) and not wrong_number(value)
+
+
+def build(catalogue, name, **options):
+    record = catalogue[name]
+    empty = [n for n, default in record.options.items() if default is record.signature.empty]
+    return catalogue.build({"name": name, **{n: needed[n] for n in empty}, **options})
+
+
+def refusal(call, kind=ValueError):
+    """Return the words with which a call is refused, which say what is right; None if it is not."""
+    text = None
+    try:
+        call()
+    except kind as error:
+        text = str(error)
+    assert text is None or re.search("expected|Did you mean|Known|There are none", text), text
+    return text
+
+
+def check_record(catalogue, name):
+    """Each option refuses what is not of its type, by its name; what is of its type builds, or is refused in words."""
+    record = catalogue[name]
+    for option, hint in record.hints.items():
+        is_open = option in record.nested or hint is Any
+        assert not is_open or option in record.nested or record.options[option] is None, f"{option} has no type"
+        where = rf"{record.kind}\.{record.name}: (option ')?{option}\b"
+        for value in values:
+            text = refusal(lambda option=option, value=value: build(catalogue, name, **{option: value}))
+            if text is None:
+                is_right = value is None or isinstance(value, tuple) if is_open else fits(value, hint)
+                assert is_right, f"{option} takes {value!r}"
+            elif not is_open and not fits(value, hint):
+                assert re.match(where, text), f"{option} = {value!r} fails late: {text}"
+
+
+@pytest.mark.parametrize(("catalogue", "name"), records, ids=lambda x: x.kind if isinstance(x, Catalogue) else x)
+def test_every_option_of_every_record_is_typed(catalogue, name):
+    check_record(catalogue, name)
+    for option, hint in catalogue[name].hints.items():  # and a default is of the type that it is the default of
+        default = catalogue[name].options[option]
+        assert default is catalogue[name].signature.empty or option in catalogue[name].nested or fits(default, hint)
+
+
+planted = Catalogue("planted")
+
+
+@planted.record(name="untyped")
+def untyped(width=3):
+    return lambda x: x * width
+
+
+@planted.record(name="late")
+def late(width: int = 3):
+    return lambda x: x / len(range(8, width, 2))
+
+
+@planted.record(name="crashing")
+def crashing(width: int = 3):
+    return 1 / width
+
+
+@planted.record(name="loose")
+def loose(width: int | str = 3):
+    return lambda x: x * int(width)
+
+
+@planted.record(name="silent")
+def silent(width: int = 3):
+    if width < 0:
+        raise ValueError("no")
+    return width
+
+
+@pytest.mark.parametrize("name", ["untyped", "crashing", "silent"])
+def test_the_law_bites(name):
+    with pytest.raises((AssertionError, ZeroDivisionError)):
+        check_record(planted, name)
+
+
+def test_the_law_lets_what_is_right_pass():
+    check_record(planted, "late")
+    check_record(planted, "loose")
+
+
+def test_a_range_may_stand_in_the_annotation():
+    ranged = Catalogue("ranged")
+
+    @ranged.record(name="Box")
+    def box(sides: Annotated[int, Ge(1), Lt(9)] = 3, lids: Sequence[Annotated[float, Ge(0)]] = ()):
+        return lambda x: x * sides
+
+    check_record(ranged, "Box")
+    with pytest.raises(CatalogueError, match=r"ranged\.Box: sides is 0; expected greater than or equal to 1"):
+        ranged.Box(sides=0)
+    with pytest.raises(CatalogueError, match=r"lids\[1\] is -1; expected greater than or equal to 0"):
+        ranged.Box(lids=[0.5, -1])
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "message"),
+    [
+        (int, True, "x is True; expected a value of type int."),
+        (float, "0.1", "x is '0.1'; expected a value of type float."),
+        (float, nan, "x is nan; expected a finite number."),
+        (float | None, "a", "x is 'a'; expected a value of type float or None."),
+        (bool, 1, "x is 1; expected a value of type bool."),
+        (Sequence[int], "abc", "x is 'abc'; expected a value of type Sequence[int]."),
+        (Sequence[int], (1, "a"), "x[1] is 'a'; expected a valid integer."),
+        (Sequence[float] | Sequence[Sequence[float]], ((1.0, "a"),), "x[0][1] is 'a'; expected a valid number."),
+        (tuple[float, float], (1, 2, 3), "x is (1, 2, 3); expected a value of type tuple[float, float]."),
+        (Literal["v", "v-k"], "V", "x is 'V'; expected 'v' or 'v-k'. Did you mean 'v'"),
+        (Literal["v", "v-k"], "k", "x is 'k'; expected 'v' or 'v-k'. Change it."),
+        (Mapping[str, Any], 3, "x is 3; expected a value of type Mapping[str, Any]."),
+    ],
+)
+def test_what_does_not_fit_is_said(hint, value, message):
+    with pytest.raises(SettingsError, match=re.escape(f"train: {message}")):
+        expect("train", "x", value, hint, kind=SettingsError)
+
+
+@pytest.mark.parametrize("value", [3, 0.5, -2])
+def test_whole_numbers_are_numbers(value):
+    expect("train", "x", value, float)
+
+
+def test_types_are_written_as_people_say_them():
+    assert type_name(int | list[int] | None) == "int or list[int] or None"
+
+
+own = [f for f in fields(DualformConfig) if f.name in DualformConfig.__annotations__]
+
+
+@pytest.mark.parametrize("field", own, ids=lambda f: f.name)
+def test_every_field_of_the_configuration_is_typed(field):
+    hint = DualformConfig.__annotations__[field.name]
+    for value in [*values, ["a"], [1], [None]]:
+        text = refusal(lambda value=value: DualformConfig(preset="tiny-ttt-linear", **{field.name: value}))
+        if text is None:
+            assert value is None if hint is Any else fits(value, hint), f"{field.name} takes {value!r}"
+        elif hint is not Any and not fits(value, hint):
+            assert f"DualformConfig: {field.name}" in text
+
+
+def test_whole_numbers_become_the_fractions_that_fields_are():
+    config = DualformConfig(preset="tiny-ttt-linear", rope_theta=3, initializer_range=1)
+    assert [type(config.rope_theta), type(config.initializer_range)] == [float, float]
+
+
+@pytest.mark.parametrize("field", fields(Settings), ids=lambda f: f.name)
+def test_every_setting_is_typed(field):
+    hint = hints_of(Settings)[field.name]
+    for value in values:
+        text = refusal(lambda value=value: Settings(**{field.name: value}), SettingsError)
+        assert fits(value, hint) if text is None else f"{field.name} is " in text, (
+            f"{field.name} takes {value!r}: {text}"
+        )
+
+
+# -- and by the command line, with no traceback
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("border")
+    (path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    (path / "mine.py").write_text(
+        "import torch\n"
+        "class Two(torch.nn.Module):\n"
+        "    def __init__(self, dim, other):\n"
+        "        super().__init__()\n"
+        "def boom(dim):\n"
+        "    raise KeyError('x')\n"
+    )
+    config = DualformConfig(preset="tiny-ttt-linear", hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    df.DualformForCausalLM(config).save_pretrained(path / "model")
+    from dualform.train.data import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(path / "model")
+    return path
+
+
+def numbers_and_words(hint):
+    """Write values of other types than a hint as a TOML file would."""
+    texts = {
+        "true": True,
+        "3": 3,
+        "2.5": 2.5,
+        "nan": nan,
+        '"maybe"': "maybe",
+        "[1]": [1],
+        '["a"]': ["a"],
+        "{a = 1}": {"a": 1},
+    }
+    return [text for text, value in texts.items() if not fits(value, hint)]
+
+
+def assignments():
+    for name, hint in hints_of(Settings).items():
+        if name != "model":
+            yield from (f"{name}={text}" for text in numbers_and_words(hint))
+    for field in own:
+        hint = DualformConfig.__annotations__[field.name]
+        if hint is not Any:
+            yield from (f"model.{field.name}={text}" for text in numbers_and_words(hint))
+    for part, catalogue in {"learner": df.learners, "objective": df.objectives, "rule": df.rules}.items():
+        for name in catalogue:
+            record = catalogue[name]
+            more = "".join(f", {n} = {needed[n]!r}" for n, d in record.options.items() if d is record.signature.empty)
+            for option, hint in record.hints.items():
+                for text in (
+                    numbers_and_words(hint) if hint is not Any and option not in record.nested else ["3", "true"]
+                ):
+                    rest = "" if option in more else more
+                    yield f"model.{part}={{name = {name!r}{rest}, {option} = {text}}}"
+
+
+def test_every_assignment_that_does_not_fit_is_one_line(folder, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    told = list(assignments())
+    assert len(told) > 250
+    for assignment in told:
+        status = main(
+            ["train", "--preset", "tiny-ttt-linear", "--output", "run", "--data", "t.txt", "--set", assignment]
+        )
+        out, err = capfd.readouterr()
+        assert (status, out) == (2, ""), (assignment, err)
+        assert len(err.splitlines()) == 1, (assignment, err)
+        assert "not foreseen" not in err, (assignment, err)
+        assert "expected" in err or "Did you mean" in err or "Known" in err, (assignment, err)
+        assert not (folder / "run").exists()
+
+
+mistakes = {
+    "generate model --prompt a --seed -1": (2, "seed is -1; expected a whole number, 0 <= seed < 2**32"),
+    "generate model --prompt \udcff": (2, "prompt is no UTF-8 text"),
+    "generate model --prompt a --temperature nan": (2, "temperature nan"),
+    "generate model --prompt a --max-new-tokens 1.5": (2, "max-new-tokens"),
+    "evaluate model --seq-len 1 --data t.txt": (1, "seq_len is 1; expected >= 2"),
+    "evaluate model --batch-size true": (2, "batch-size"),
+    "explain mine.py:Two": (2, "raises TypeError"),
+    "explain mine.py:boom": (2, "raises KeyError: 'x'; expected NAME(dim) to make an nn.Module"),
+    "explain mine.py:Two --dim 0": (2, "--dim is 0; expected a width >= 1"),
+    "explain tiny-attention": (2, "no layer of tiny-attention learns at test time"),
+    "explain x/0 --shapes x=2": (2, "division by zero"),
+    "functions gaussian_rbf --set span=3": (2, "span is 3; expected a value of type tuple[float, float]"),
+    "functions normal --set theta=3": (2, "theta is 3; expected a value of type Sequence[float | Sequence[float]]"),
+    "functions metric --set metric=3": (2, "metric is 3"),
+    "functions mlp --set dims=3": (2, "dims is 3; expected a value of type Sequence[int]"),
+    "functions taylor --set symmetric=maybe": (2, "symmetric is 'maybe'; expected a value of type bool"),
+    "functions lora --set alpha=x": (2, "alpha is 'x'; expected a value of type float or None"),
+    "bench cpu --dim 0": (2, "--dim is 0"),
+    "train --max-steps 1 --set max_steps=1.5": (2, "max_steps is 1.5; expected a value of type int"),
+    "train --data t.txt --set model.eos_token_id=259": (2, "eos_token_id is 259; expected an id of the vocabulary"),
+    "train --data t.txt --set model.bos_token_id=-5": (2, "bos_token_id is -5; expected an id of the vocabulary"),
+    "train --data t.txt --set model.initializer_range=-1": (2, "initializer_range is -1.0; expected a number >= 0"),
+    "train --data t.txt --set model.sliding_window=0": (2, "sliding_window is 0; expected a number of tokens > 0"),
+    "train --data t.txt --set model.dtype=nonsense": (2, "nonsense"),
+    'train --data t.txt --set model.learner={name="SwiGLU",expand=0}': (2, "SwiGLU: expand is 0; expected a number > 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", mistakes)
+def test_a_users_mistake_is_one_line(folder, capfd, monkeypatch, words):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    status, message = mistakes[words]
+    got = main(words.split())
+    _, err = capfd.readouterr()
+    assert got == status, err
+    assert message in re.sub(r"\s*[│╭╰─╮╯]+\s*", " ", err)
+    assert "Traceback" not in err
+    assert "not foreseen" not in err
+    assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
+
+
+def test_words_are_not_rounded(capfd):
+    """Every number of every verb that counts something."""
+    counted = 0
+    for verb in (train, generate, evaluate, bench, explain):
+        needs = {"generate": ["model", "--prompt", "a"], "evaluate": ["model"], "bench": ["cpu"], "explain": ["x"]}
+        for option, hint in hints_of(verb).items():
+            if int in (hint, *typing.get_args(hint)):
+                words = [verb.__name__, *needs.get(verb.__name__, []), f"--{option.replace('_', '-')}", "1.5"]
+                assert main(words) == 2
+                assert "it is 1.5; expected a whole number" in " ".join(capfd.readouterr().err.replace("│", "").split())
+                counted += 1
+    assert counted > 12
+
+
+def test_debug_shows_where_an_error_came_from(folder, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["explain", "mine.py:boom", "--debug"]) == 2
+    _, err = capfd.readouterr()
+    assert "Traceback" in err
+    assert "in boom" in err
+    assert err.splitlines()[-1].startswith("dualform: explain: mine.py:boom")
+
+
+def test_what_nobody_foresaw_is_one_line_too(capfd, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug\nof two lines")
+
+    monkeypatch.setattr("dualform.cli.presets.show", broken)
+    assert main(["presets"]) == 1
+    _, err = capfd.readouterr()
+    assert err == "dualform: RuntimeError: a bug. This was not foreseen; --debug shows where it came from.\n"
