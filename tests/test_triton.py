@@ -50,7 +50,7 @@ maps = [
     lambda x, y: (x == y) * x, lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x, y: (x / (y - y) > 0) * y,
     lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y, lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: (5 * x).bool() * y,
     lambda x, y: (9 * x - 5).long() * y, lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x, y: torch.where(x > 0.7, 0.1, 0.2) + x,
-    lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x, lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x.clone(),
+    lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x, lambda x, y: ((9 * x).long() << 40 >> 38) * y, lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x.clone(),
 ]  # fmt: skip
 others = [
     lambda x, y: x.tril(1), lambda x, y: x.triu(-1), lambda x, y: torch.eye(*x.shape, dtype=x.dtype) + x, lambda x, y: torch.arange(x.shape[1]) * x,

@@ -151,7 +151,7 @@ class Writer:
         return tile
 
     def typed(self, kind: torch.dtype) -> str:
-        return "tl.int1" if kind == torch.bool else self.T if kind.is_floating_point else "tl.int32"
+        return "tl.int1" if kind == torch.bool else self.T if kind.is_floating_point else "tl.int64"
 
     def store(
         self, name: str, value: Value, looped: bool, indent: str = "", base: str = "", start: Sequence[int] = ()
@@ -269,7 +269,7 @@ class Writer:
             elif truth and x.kind != torch.bool:
                 text = f"({text} != 0)"
             elif not truth and (x.kind == torch.bool or (kind.is_floating_point and not x.kind.is_floating_point)):
-                text = f"{text}.to({self.T if kind.is_floating_point else 'tl.int32'})"
+                text = f"{text}.to({self.T if kind.is_floating_point else 'tl.int64'})"
             texts.append(text)
         text = (
             self._power(texts, tiles[1].number)
