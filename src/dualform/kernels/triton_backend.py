@@ -112,7 +112,7 @@ class _Rows(Stretches):
         return False  # not yet chosen where nobody did
 
     def says(self, plan: Any) -> str:
-        return "on CUDA, where it is asked for"
+        return ""  # nowhere
 
     def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
