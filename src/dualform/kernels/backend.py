@@ -125,7 +125,7 @@ def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tens
     return found
 
 
-class Stretches(Whole):
+class _Sequence(Whole):
     """Runs calls by stretches."""
 
     def suits(self, plan: Plan, call: Call) -> bool:
@@ -230,7 +230,7 @@ class Stretches(Whole):
             "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
-        self.call(run, native, tensors, len(piece), G, n - kept.start * G)
+        self._call(run, native, tensors, len(piece), G, n - kept.start * G)
         if apart and o is not None:
             run.grid.put(o, piece, y)
         if len(saved) > len(before):
@@ -292,13 +292,13 @@ class Stretches(Whole):
             "cotangent": lambda k: run.rowed(turned[k])[None], "turned": lambda k: run.rowed(before[k])[None],
             "gradient": gradient,
         }  # fmt: skip
-        self.call(run, native, tensors, len(piece), G, 0)
+        self._call(run, native, tensors, len(piece), G, 0)
         for x, value in placed:
             gradients.add(x, piece, value)
         return before
 
-    def call(self, run: Run_, made: Any, tensors: Tensors, count: int, G: int, phase: int) -> None:
-        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+    @staticmethod
+    def _call(run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 
@@ -312,4 +312,4 @@ def _never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoRet
 )
 def cpp() -> Backend:
     """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes some seconds."""
-    return Backend(_never, whole=Stretches(), keep=0)  # computing a state again costs no more than a fresh page
+    return Backend(_never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Stretches, Tensors, line_of
+from dualform.kernels.backend import Tensors, _Sequence, line_of
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.triton_launch import Launch
@@ -102,7 +102,7 @@ def written(
         raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
 
 
-class _Rows(Stretches):
+class _Rows(_Sequence):
     """Runs calls by stretches, a program per row."""
 
     def __init__(self, precision: Precision, warps: int | None, stages: int, slices: bool | None) -> None:
@@ -164,7 +164,8 @@ class _Rows(Stretches):
                 plan.natives[key] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
             return plan.natives[key]
 
-    def call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: the base's is static
+        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
