@@ -129,7 +129,7 @@ class _Rows(_Sequence):
             )
         if call.dtype == torch.float64 and not triton_launch.is_interpreted():
             raise BackendError(
-                "triton: the state is float64; expected float32, the most that products of its kernels have. Use backend='eager'."
+                f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
     def made(self, run: Run_, piece: range, direction: str) -> Made:

@@ -47,6 +47,7 @@ _RESERVED = {
     "b",
     "h",
     "STAGES",
+    "since",
     "float",
     "forward",
     "advance",
@@ -368,7 +369,8 @@ class Direction:
             return
         some = self.keeps == "some"
         if some:
-            self.writer.line("if (n + phase) % G == 0:", True)
+            self.writer.line("since = (n + phase) % G", True)
+            self.writer.line("if since == 0:", True)
         for n, x in self.carried.items():
             value = self.walker.values[n]
             name = self._argument("kept", self.order.index(x), f"{label(x)}_kept", len(value.shape), value.kind)
