@@ -203,3 +203,23 @@ def test_import_is_light(installed):
     heavy = ["torch._dynamo", "torch._inductor", "sympy", "scipy", "matplotlib"]  # half a second each, or more
     done = run_without_extras(installed, f"import dualform; print([m for m in {heavy!r} if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# What one place does: (what a second place would write, the files that may).
+ONE_PLACE = {
+    "nodes are added": (r"\.call_function\(|\.create_node\(|\.placeholder\(", {"graphs/edit.py", "graphs/recorder.py", "graphs/verify.py", "learning/shipped.py", "kernels/targets.py"}),
+    "inputs and results are found": (r'n\.op == "placeholder"\]|find_nodes\(op="(placeholder|output)"|\.op == "output"\]', {"graphs/edit.py"}),
+    "a graph is cut": (r"networkx|maximum_flow|def minimum_cut", {"graphs/cut.py"}),
+    "equal calls are one": (r"def (without_repeats|\w*_cse)|fx_graph_cse", {"graphs/edit.py"}),
+    "what is reached is collected": (r"def _?(reached|needed)\(", {"graphs/edit.py"}),
+    "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
+    "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/scan.py", "learning/program.py"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("idea", ONE_PLACE)
+def test_an_idea_has_one_place(idea):
+    pattern, allowed = ONE_PLACE[idea]
+    places = {str(p.relative_to(SOURCE)) for p in modules if re.search(pattern, p.read_text())}
+    assert places <= allowed, f"{idea} in {sorted(places - allowed)} too: use what {sorted(allowed)[0]} has"
+    assert places, f"nothing matches {pattern}: the law does not bite"

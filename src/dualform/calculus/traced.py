@@ -25,6 +25,7 @@ from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
 from dualform.explanations.explain import Explanation
 from dualform.explanations.wording import name_nodes
+from dualform.graphs.edit import add_input, lift
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.identities import canonical_graph
 from dualform.graphs.local_derivatives import Program, outputs, run
@@ -214,22 +215,18 @@ def _refuse_steps(results: Sequence[fx.Node]) -> None:
 def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
     """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself), and its name."""
     slot: dict[int, Any] = {id(t): k for k, t in enumerate(known.tensors)}
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     slots: list[int | Tensor] = []
     names: list[str] = []
     nodes: dict[int, fx.Node] = {}
-    for node in list(gm.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        value = getattr(gm, str(node.target))
+
+    def stand_for(value: Tensor, node: fx.Node) -> fx.Node:
         if id(value) not in nodes:
-            with gm.graph.inserting_after(last):
-                last = nodes[id(value)] = gm.graph.placeholder(f"constant{len(nodes)}")
-            last.meta["val"] = node.meta.get("val", value)
+            nodes[id(value)] = add_input(gm.graph, f"constant{len(nodes)}", node.meta.get("val", value))
             slots.append(slot.get(id(value), value))
             names.append((known.names[slot[id(value)]] if id(value) in slot else "") or f"c{len(nodes)}")
-        node.replace_all_uses_with(nodes[id(value)])
-        gm.graph.erase_node(node)
+        return nodes[id(value)]
+
+    lift(gm, stand_for)
     return slots, names, known.key is not None and all(isinstance(s, int) for s in slots)
 
 

@@ -34,6 +34,18 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
+from dualform.graphs.edit import (
+    add,
+    add_input,
+    emitter,
+    extract,
+    inputs_of,
+    lift,
+    needed,
+    output_of,
+    replace,
+    results_of,
+)
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import Kept, Vjp, keep, kept, kept_op, named, stop_gradient, stopped, written_out
@@ -315,7 +327,7 @@ class Listener:
         closed: list[Tensor] = []
         with aside(inputs) as stand_ins:
             made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
-            results = [n.meta["val"] for n in _outputs(made)]
+            results = [n.meta["val"] for n in results_of(made.graph)]
             backwards: Any = backward() if callable(backward) else backward
             pulled: list[fx.GraphModule | None] = []
             count = len(stand_ins)
@@ -503,7 +515,7 @@ class _Maker:
         with aside([n.meta["val"] for n in source.all_input_nodes]) as stand_ins, torch.enable_grad():
             made = make_fx(joint, tracing_mode="real")(torch.empty_like(node.meta["val"]), *stand_ins)
         _without_detach(made.graph)
-        out, *grads = _outputs(made)
+        out, *grads = results_of(made.graph)
         if all(user.op == "output" for user in out.users):
             return None
         if source.target._schema.is_mutable:
@@ -511,11 +523,8 @@ class _Maker:
                 f"trace: a hook on the result of {source.target._opname}, written in place, whose gradient reads that result; "
                 "expected one made anew. Write h = op(h)."
             )
-        last = made.graph.find_nodes(op="placeholder")[-1]
-        with made.graph.inserting_after(last):
-            given = made.graph.placeholder("out")
-        out.replace_all_uses_with(given)
-        made.graph.find_nodes(op="output")[0].args = (grads,)
+        out.replace_all_uses_with(add_input(made.graph, "out"))
+        output_of(made.graph).args = (grads,)
         made.graph.eliminate_dead_code()
         made.recompile()
         return _Maker(node, made)
@@ -544,7 +553,7 @@ def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
 
 def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx.Node], where: str) -> fx.Node:
     """Put a hook between a tensor and all its uses, in place of the one that is there."""
-    new = graph.call_function(kept_op, (operands, key, 0))
+    new = add(graph, kept_op, operands, key, 0)
     new.meta |= {
         **raw.meta,
         "hooks": raw in operands,
@@ -575,37 +584,30 @@ def _between(tracer: Any, outs: list[Any], x: Any) -> tuple[fx.GraphModule, list
     copy.output((copies[x], *(copies[o] for o in outs)))
     back = {copies[n].name: n for n in tracer.graph.nodes}
     whole = functionalized(fx.GraphModule(tracer.root, copy), _blame)
-    at, *ends = _outputs(whole)
-    needed, todo = set(), list(ends)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo += [] if node is at else node.all_input_nodes
-    part = fx.Graph()
-    made = {at: part.placeholder("x")}
-    leaves = [n for n in whole.graph.nodes if n in needed and n is not at and n.op in ("placeholder", "get_attr")]
-    made |= {n: part.placeholder(n.name) for n in leaves}
-    for node in whole.graph.nodes:
-        if node not in needed or node in made:
-            continue
-        made[node] = part.node_copy(node, made.__getitem__)
-        if node.target is aten.detach.default:
-            made[node].target, made[node].args = stopped(made[node].args[0])
-    part.output(tuple(made[n] for n in ends))
-    return fx.GraphModule({}, part), [back[n.name] for n in leaves]
+    at, *ends = results_of(whole.graph)
+    read = needed(ends, beyond={at})
+    leaves = [n for n in whole.graph.nodes if n in read and n is not at and n.op in ("placeholder", "get_attr")]
+    inner = [n for n in whole.graph.nodes if n in read and n not in (at, *leaves)]
+
+    def finish(_: fx.Graph, made: dict[fx.Node, fx.Node]) -> tuple[fx.Node, ...]:
+        for node in inner:
+            if node.target is aten.detach.default:
+                made[node].target, made[node].args = stopped(made[node].args[0])
+        return tuple(made[n] for n in ends)
+
+    return fx.GraphModule({}, extract(inner, [at, *leaves], finish)), [back[n.name] for n in leaves]
 
 
 def replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
     """Run a graph op by op, so that the trace that is going on sees its ops."""
-    at: dict[fx.Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), tensors, strict=True))
+    at: dict[fx.Node, Any] = dict(zip(inputs_of(gm.graph), tensors, strict=True))
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             at[node] = getattr(gm, str(node.target))
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), at.__getitem__)
             at[node] = value_of(node, args, kwargs)
-    return [None if n is None else at[n] for n in _outputs(gm)]
+    return [None if n is None else at[n] for n in results_of(gm.graph)]
 
 
 def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
@@ -667,7 +669,7 @@ def _once_only(x: Tensor, message: str) -> Tensor:
     if not can_move(x):
         return x
     graph = fx.Graph()
-    graph.output((graph.placeholder("x"),))
+    graph.output((add_input(graph, "x"),))
     return kept([x], keep(Kept("once", fx.GraphModule({}, graph), (None,), message)))
 
 
@@ -680,11 +682,6 @@ def _node(x: Tensor) -> fx.Node | None:
 
 def _operand(tracer: Any, x: Tensor) -> fx.Node:
     return _node(x) or tracer.create_arg(x)
-
-
-def _outputs(gm: fx.GraphModule) -> list[Any]:
-    (output,) = gm.graph.find_nodes(op="output")
-    return list(output.args[0])  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -735,38 +732,29 @@ def _collect(gm: fx.GraphModule, closed: list[Tensor], own: dict[int, int]) -> N
     for node in gm.graph.find_nodes(op="get_attr"):
         value = getattr(gm, str(node.target))
         if node.meta.get("fresh") and value.numel() == 1 and not isinstance(value, FakeTensor):
-            with gm.graph.inserting_before(node):
-                number = gm.graph.call_function(
-                    aten.full.default, (list(value.shape), value.item()), {"dtype": value.dtype, "device": value.device}
-                )
-            number.meta["val"] = node.meta.get("val", value)
-            node.replace_all_uses_with(number)
-            gm.graph.erase_node(node)
+            emit, number = emitter(gm.graph, node), value.item()
+            replace(node, emit(aten.full.default, list(value.shape), number, dtype=value.dtype, device=value.device))
         elif id(value) not in own and not any(value is x for x in closed):
             closed.append(value)
 
 
 def _open(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own: dict[int, int]) -> None:
     """Make inputs of closed-over tensors: after the function's own `count`, which stand after `first` others."""
-    given = gm.graph.find_nodes(op="placeholder")
+    given = inputs_of(gm.graph)
     last, results, made = given[first + count - 1], given[first + count :], []
     for k, x in enumerate(closed):
-        with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"closed{k}")
-        last.meta["val"] = x
+        last = add_input(gm.graph, f"closed{k}", x, after=last)
         made.append(last)
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = getattr(gm, str(node.target))
+
+    def stand_for(value: Tensor, node: fx.Node) -> fx.Node:
         at = next((n for n, x in zip(made, closed, strict=True) if x is value), None)
-        at = results[own[id(value)]] if id(value) in own else at
-        node.meta.setdefault("val", value)
-        node.replace_all_uses_with(at)
-        gm.graph.erase_node(node)
+        return results[own[id(value)]] if id(value) in own else at  # type: ignore[return-value]
+
+    lift(gm, stand_for)
     for name in [name for name, x in vars(gm).items() if isinstance(x, Tensor)] + [*gm._buffers, *gm._parameters]:
         delattr(gm, name)  # a kept function holds no tensors
     if first:
-        (output,) = gm.graph.find_nodes(op="output")
-        output.args = ((*output.args[0], *[None] * len(closed)),)
+        output_of(gm.graph).args = ((*results_of(gm.graph), *[None] * len(closed)),)
     else:
         _without_detach(gm.graph)
     gm.graph.eliminate_dead_code()

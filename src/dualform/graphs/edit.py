@@ -5,7 +5,7 @@ A node's value, `meta["val"]`, is a stand-in of its shape and dtype; its line, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,25 @@ def value_of(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 def add(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call where the graph inserts, with its value."""
     new = graph.call_function(target, args, kwargs)
-    new.meta["val"] = value_of(target, args, kwargs)
+    if all("val" in x.meta for x in new.all_input_nodes):  # a graph over a real number of rows holds none
+        new.meta["val"] = value_of(target, args, kwargs)
     return new
+
+
+def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | None = None) -> fx.Node:
+    """Add an input after another one, the last if none is named; its value, if there is one, is a tensor or a stand-in."""
+    given = inputs_of(graph)
+    with graph.inserting_after(after or given[-1]) if given else graph.inserting_before(next(iter(graph.nodes), None)):
+        new = graph.placeholder(name)
+    if value is not None:
+        new.meta["val"] = value
+    return new
+
+
+def lift(gm: fx.GraphModule, stand_for: Callable[[torch.Tensor, fx.Node], fx.Node]) -> None:
+    """Let other nodes, inputs as a rule, stand for the tensors that a graph holds: `stand_for(tensor, node)` gives each."""
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        replace(node, stand_for(getattr(gm, str(node.target)), node))
 
 
 def emitter(graph: fx.Graph, at: fx.Node) -> Emit:
@@ -82,15 +99,15 @@ def reached(graph: fx.Graph, first: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def needed(goals: Iterable[Any]) -> set[fx.Node]:
-    """Collect some nodes and everything that they are computed from; what is no node is passed over."""
+def needed(goals: Iterable[Any], beyond: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Collect some nodes and everything that they are computed from, nothing beyond some; what is no node is passed over."""
     found: set[fx.Node] = set()
     stack = [x for x in goals if isinstance(x, fx.Node)]
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack += node.all_input_nodes
+            stack += [] if node in beyond else node.all_input_nodes
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from dualform.graphs.edit import unwritten, writes
+from dualform.graphs.edit import add, line_of, unwritten, writes
 from dualform.graphs.kept import carried
 
 aten = torch.ops.aten
@@ -108,11 +108,8 @@ class _Rewriter:
         return result
 
     def emit(self, target: Any, args: tuple, like: fx.Node, kwargs: dict | None = None) -> fx.Node:
-        new = self.graph.call_function(target, args, kwargs or {})
-        values = fx.map_arg(args, lambda n: n.meta["val"])
-        keywords = fx.map_arg(new.kwargs, lambda n: n.meta["val"])
-        new.meta["val"] = target(*values, **keywords)
-        new.meta["stack_trace"] = like.meta.get("stack_trace") or like.stack_trace or ""
+        new = add(self.graph, target, *args, **kwargs or {})
+        new.meta["stack_trace"] = line_of(like)
         return new
 
     def copy(self, node: fx.Node) -> None:

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.graphs.edit import unwritten, without_dead
+from dualform.graphs.edit import add_input, copied, inline, inputs_of, replace, results_of, without_dead
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ class Kept:
         """All results, for a backward that reads them; those that it does not read are left out."""
         backward = self.backward[result]
         assert backward is not None
-        read = [bool(n.users) for n in backward.graph.find_nodes(op="placeholder")[1 + len(inputs) :]]
+        read = [bool(n.users) for n in inputs_of(backward.graph)[1 + len(inputs) :]]
         return [
             (out if k == result else kept(list(inputs), key, k)) if is_read else None for k, is_read in enumerate(read)
         ]
@@ -76,7 +76,7 @@ def keep(made: Kept) -> str:
 def _said(gm: fx.GraphModule | None) -> str:
     if gm is None:
         return "none"
-    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder") if "val" in n.meta]
+    values = [n.meta["val"] for n in inputs_of(gm.graph) if "val" in n.meta]
     return f"{gm.code} {[(tuple(v.shape), v.dtype, str(v.device)) for v in values]}"
 
 
@@ -151,7 +151,7 @@ def _mapped(key: str, dims: tuple[int | None, ...], inputs: Sequence[Tensor]) ->
         return torch.vmap(lambda *x: tuple(one.forward(*x)), dims)(*tensors)
 
     def backward(gm: fx.GraphModule, *tensors: Tensor) -> list[Tensor | None]:
-        at = [k for k, made in enumerate(_results(gm)) if made is not None]
+        at = [k for k, made in enumerate(results_of(gm.graph)) if made is not None]
         over = (0, *dims, *[0] * (len(tensors) - 1 - len(dims)))
         found = torch.vmap(lambda *x: tuple(gm(*x)[k] for k in at), over)(*tensors) if at else ()
         all_rows: list[Tensor | None] = [None] * len(dims)
@@ -174,11 +174,6 @@ def _mapped(key: str, dims: tuple[int | None, ...], inputs: Sequence[Tensor]) ->
         return keep(thread.submit(make).result())
 
 
-def _results(gm: fx.GraphModule) -> list[Any]:
-    (output,) = gm.graph.find_nodes(op="output")
-    return list(output.args[0])  # type: ignore[arg-type]
-
-
 def is_kept(node: Any) -> bool:
     """Is it a call of the op?"""
     return isinstance(node, fx.Node) and node.target is kept_op
@@ -188,24 +183,17 @@ def written_out(gm: fx.GraphModule, which: Callable[[fx.Node], bool] = is_kept) 
     """Write the op out as the forward's ops, for a graph that nobody differentiates any more."""
     if not any(which(n) for n in gm.graph.nodes):
         return gm
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    gm = copied(gm)
+    graph = gm.graph
     pending = [n for n in graph.nodes if which(n)]
     while pending:
         node = pending.pop()
         inputs, key, result = node.args
-        forward = _known[key].forward
-        copies = dict(zip(forward.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        with graph.inserting_before(node):
-            results: Any = graph.graph_copy(forward.graph, copies)
-        for made in copies.values():
-            if made not in inputs:
-                made.meta |= {name: node.meta[name] for name in ("section", "stack_trace") if name in node.meta}
-                pending += [made] if is_kept(made) else []
-        node.replace_all_uses_with(results[result])
-        graph.erase_node(node)
+        results, made = inline(graph, node, _known[key].forward.graph, inputs)
+        pending += [n for n in made if is_kept(n)]
+        replace(node, results[result])
     without_dead(graph)
-    return unwritten(gm, graph)
+    return gm
 
 
 # -- two that every trace knows
@@ -217,7 +205,7 @@ def _written(name: str, inputs: int, forward: int, backward: tuple[int | None, .
     for count, out in ((inputs, (forward,)), (inputs + 2, backward)):
         if out is not None:
             graph = fx.Graph()
-            given = [graph.placeholder(f"x{k}") for k in range(count)]
+            given = [add_input(graph, f"x{k}") for k in range(count)]
             graph.output(tuple(None if k is None else given[k] for k in out))
             graphs.append(fx.GraphModule({}, graph))
     return keep(Kept(name, graphs[0], (graphs[1] if backward is not None else None,)))

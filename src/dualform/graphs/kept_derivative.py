@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.algebra.queries import flipped
 from dualform.algebra.terms import Term
 from dualform.graphs.definitions import defined
-from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace
+from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, results_of
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.trace import source_line
@@ -36,8 +36,7 @@ def kept_terms(call: Call, operand: int, rule: LocalRule) -> list[Term]:
     if backward is None:
         return []
     place = [k for k, x in enumerate(inputs) if x.is_floating_point()][operand]
-    (output,) = backward.graph.find_nodes(op="output")
-    if output.args[0][place] is None:
+    if results_of(backward.graph)[place] is None:
         return []
     bent = first_bend(backward)
     if bent is not None:

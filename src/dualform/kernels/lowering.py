@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from dualform.graphs.edit import copied, emitter, inputs_of
 from dualform.graphs.simplify import tidy
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.picking import PICKING
@@ -27,7 +27,7 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
         from torch._decomp import core_aten_decompositions, decomposition_table
 
         table = {op: f for op, f in core_aten_decompositions().items() if op not in _known} | _own
-        inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        inputs = [n.meta["val"] for n in inputs_of(gm.graph)]
         refused: list[fx.Node] = []
         while True:
             made = trace_fake(gm, [x.new_empty(x.shape) for x in inputs], table)
@@ -73,17 +73,16 @@ def _turned_last(gm: fx.GraphModule) -> fx.GraphModule:
         if any(x.target not in _TURNS or x.meta["val"].shape != n.meta["val"].shape for x in n.all_input_nodes):
             continue
         ((turn, *axes),) = turns
-        with gm.graph.inserting_before(n):
-            inner = gm.graph.call_function(n.target, fx.map_arg(n.args, lambda x: x.args[0]), n.kwargs)
-        inner.meta["val"] = turn(n.meta["val"], *axes)
+        given: Any = fx.map_arg(n.args, lambda x: x.args[0])
+        inner = emitter(gm.graph, n)(n.target, *given, **n.kwargs)
         n.target, n.args, n.kwargs = turn, (inner, *axes), {}
     return gm
 
 
 def specialised(gm: fx.GraphModule, values: Mapping[int, Tensor]) -> fx.GraphModule:
     """Compute what depends on known inputs alone, and drop the branches that it rules out; the inputs stay."""
-    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    known = {n: values[k] for k, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder") if k in values}
+    gm = copied(gm)
+    known = {n: values[k] for k, n in enumerate(inputs_of(gm.graph)) if k in values}
     for n in list(gm.graph.nodes):
         if n.op == "call_function" and n.all_input_nodes and all(x in known for x in n.all_input_nodes):
             args, kwargs = fx.map_arg((n.args, n.kwargs), lambda x: known[x])  # pyright: ignore

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dualform.graphs.edit import inputs_of, results_of
 from dualform.kernels import memory
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, View, entrywise, space_of, whole
@@ -35,12 +36,10 @@ class _Scheduler:
     def __init__(self, gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str]) -> None:
         self.align = align
         self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
-        (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-        self.results: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType]: a tuple of nodes
+        self.results: list[Any] = results_of(gm.graph)
         self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
         self.inputs: list[Buffer] = []
-        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        for n, place, name in zip(inputs, places, names, strict=True):
+        for n, place, name in zip(inputs_of(gm.graph), places, names, strict=True):
             buffer = Buffer(name, tuple(n.meta["val"].shape), align, place, n.meta["val"].dtype)
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dualform.graphs.cut import minimum_cut
+from dualform.graphs.edit import add_input, inputs_of, output_of
 from dualform.kernels.ops import PIECES, VIEWS, work
 
 # To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
@@ -25,7 +26,7 @@ MOVED = 32.0
 def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node, int]:
     """Number values so that equal numbers mean equal values; the first `given` inputs are the same in all graphs."""
     found: dict[fx.Node, int] = {}
-    for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+    for i, n in enumerate(inputs_of(gm.graph)):
         found[n] = names.setdefault(("input", i if i < given else n), len(names))
     for n in gm.graph.nodes:
         if n.op == "call_function":
@@ -54,14 +55,13 @@ def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[
     both = [n for n in later.graph.nodes if n.op == "call_function" and key_of[n] in made]
     kept, _ = _cut(both)
     graph = later.graph
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    last = inputs_of(graph)[-1]
     for n in reversed(kept):
-        with graph.inserting_after(last):
-            new = graph.placeholder(f"kept_{n.name}")
+        new = add_input(graph, f"kept_{n.name}", after=last)
         new.meta = dict(n.meta)
         n.replace_all_uses_with(new)
     graph.eliminate_dead_code()
-    (output,) = [n for n in earlier.graph.nodes if n.op == "output"]
+    output = output_of(earlier.graph)
     output.args = ([*output.args[0], *(made[key_of[n]] for n in kept)],)  # pyright: ignore
     return fx.GraphModule(earlier, earlier.graph), fx.GraphModule(later, graph), len(kept)
 

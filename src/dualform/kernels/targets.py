@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.split import Part, split
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import VIEWS, work
@@ -99,8 +100,7 @@ class Function:
     @property
     def results(self) -> list[Any]:
         """The outputs: nodes, or numbers."""
-        (output,) = [n for n in self.graph.graph.nodes if n.op == "output"]
-        return list(output.args[0])  # pyright: ignore[reportArgumentType]: a tuple of nodes
+        return results_of(self.graph.graph)
 
     @property
     def result_shapes(self) -> list[tuple[int, ...]]:
@@ -109,7 +109,7 @@ class Function:
     @property
     def shapes(self) -> dict[Input, tuple[int, ...]]:
         """Shapes of the inputs."""
-        given = [n.meta["val"].shape for n in self.graph.graph.nodes if n.op == "placeholder"]
+        given = [n.meta["val"].shape for n in inputs_of(self.graph.graph)]
         return {x: tuple(shape) for x, shape in zip(self.sources, given, strict=True)}
 
 
@@ -241,8 +241,7 @@ def part_module(part: Part, wanted: Sequence[Any], carried: Sequence[fx.Node]) -
     """Copy a part so that it returns what is wanted, inputs among it, and takes all that is carried."""
     graph, copies = fx.Graph(), {}
     outputs: Any = graph.graph_copy(part.graph.graph, copies)
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    values: dict[Any, Any] = dict(zip(part.inputs, placeholders, strict=True))
+    values: dict[Any, Any] = dict(zip(part.inputs, inputs_of(graph), strict=True))
     values |= {x: y for x, y in zip(part.outputs, outputs, strict=True) if x not in values}
     missing = (x for x in dict.fromkeys((*carried, *wanted)) if isinstance(x, fx.Node) and x.op == "placeholder")
     new = [x for x in missing if x not in values]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from dualform.graphs.edit import copied, inputs_of, stepped, unwritten
+from dualform.graphs.edit import add, add_input, copied, inputs_of, stepped, unwritten
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
 from dualform.learning.derive import Table, trace_fake
@@ -28,7 +28,7 @@ ROWS = 2**31 - 1
 
 def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = None) -> fx.GraphModule:
     """Map a graph over ROWS rows; `shared` inputs are the same for all. table: what is decomposed, norms if None."""
-    inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = [node.meta["val"] for node in inputs_of(gm.graph)]
     dims = tuple(None if s else 0 for s in shared)
     examples = [x.new_empty(x.shape if s else (ROWS, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
     functorch = torch._C._functorch  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """Make the number of rows of a mapped graph, or of a part of one, its last input; and write a device into it."""
     graph, made = fx.Graph(), dict[int, fx.Node]()
     copies = {n: graph.node_copy(n) for n in inputs_of(gm.graph)}
-    rows = made[1] = graph.placeholder("rows")
+    rows = made[1] = add_input(graph, "rows")
     last = rows
     graph.output(graph.graph_copy(gm.graph, copies))
 
@@ -96,7 +96,7 @@ def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         nonlocal last
         if n not in made:
             with graph.inserting_after(last):
-                last = made[n] = graph.call_function(operator.mul, (rows, n))
+                last = made[n] = add(graph, operator.mul, rows, n)
         return made[n]
 
     _write(graph, times, device)
@@ -119,7 +119,7 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
     Inputs that are a block's own, and what is returned for each block, have blocks * rows rows in ascending order.
     """
     graph, n = fx.Graph(), len(blocks)
-    fixed = {x: graph.placeholder(x.name) for x in f.inputs}
+    fixed = {x: add_input(graph, x.name) for x in f.inputs}
     many: dict[fx.Node, Any] = {x: fixed.pop(x) for x in f.varying}
     states = [[fixed.pop(x) for x in f.carried]]
 
@@ -130,14 +130,14 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
         if axis is None or count == heads:
             return fixed[x]
         times[axis] = count // heads
-        return graph.call_function(aten.repeat.default, (fixed[x], times))
+        return add(graph, aten.repeat.default, fixed[x], times)
 
     def write(part: Part, count: int, given: Sequence[Any]) -> Any:
         own = at(part.graph, count, device).graph
-        return graph.graph_copy(own, dict(zip(own.find_nodes(op="placeholder"), given, strict=True)))
+        return graph.graph_copy(own, dict(zip(inputs_of(own), given, strict=True)))
 
     def join(parts: Sequence[Any], axis: int | None) -> Any:
-        return parts[0] if n == 1 else graph.call_function(aten.cat.default, (list(parts), axis or 0))
+        return parts[0] if n == 1 else add(graph, aten.cat.default, list(parts), axis or 0)
 
     fixed |= zip(f.once.outputs, write(f.once, heads, [value(x, heads) for x in f.once.inputs]), strict=True)
     many |= zip(f.before.outputs, write(f.before, n * rows, [value(x, n * rows) for x in f.before.inputs]), strict=True)
@@ -150,8 +150,7 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
             if x in held:
                 given.append(held[x])
             elif x in many and row_axis(x) is not None:
-                where = (many[x], row_axis(x), j * rows, (j + 1) * rows)
-                given.append(graph.call_function(aten.slice.Tensor, where))
+                given.append(add(graph, aten.slice.Tensor, many[x], row_axis(x), j * rows, (j + 1) * rows))
             else:
                 given.append(value(x, rows))
         out = write(f.loop, rows, given)

@@ -28,7 +28,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import stepped, unwritten, without_dead, writes
+from dualform.graphs.edit import output_of, stepped, unwritten, without_dead, writes
 from dualform.graphs.hollow import Hollows
 from dualform.graphs.kept import written_out
 from dualform.graphs.recorder import CannotRecord, record
@@ -118,7 +118,7 @@ class Step:
 
     @cached_property
     def num_outputs(self) -> int:
-        (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
+        output: Any = output_of(self.graph.graph)
         return len(output.args[0])  # pyright: ignore[reportArgumentType]: a list
 
     @cached_property
@@ -152,7 +152,7 @@ class Step:
     def reverse(self) -> fx.GraphModule:
         """The vjp, as a graph: (inputs, cotangents of the outputs) -> gradients of the inputs that have one."""
         inputs, wants, block = flatten(self.inputs), self.wants, stepped(self.differentiable)
-        (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
+        output: Any = output_of(self.graph.graph)
         cotangents = [inputs[0].new_empty(node.meta["val"].shape) for node in output.args[0]]
 
         def run(*tensors: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.edit import add_input
 from dualform.learning.emit import Emitter, StepInputs
 from dualform.learning.sites import Analysis
 
@@ -70,9 +71,9 @@ def _replace(
 ) -> None:
     graph, value = a.graph.graph, node.meta["val"]
     made: dict[tuple[int, int], fx.Node] = {}
+    piece = node
     for name, start, stop in pieces:
-        with graph.inserting_before(node):
-            made[start, stop] = piece = graph.placeholder(f"{node.name}_{start}")
+        made[start, stop] = piece = add_input(graph, f"{node.name}_{start}", after=piece)
         piece.meta |= {**node.meta, "val": value[start:stop], "ordinal": (node.meta["ordinal"], start)}
         a.leaf_nodes[name] = piece
     for old, start, stop in found:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
+from dualform.graphs.edit import add_input, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
@@ -258,9 +259,8 @@ class FrontDoor:
         """Make inputs of the tensors that a trace has baked in: (those that it made itself, all of them by name)."""
         constants: dict[str, Tensor] = {}
         lifted: dict[str, fx.Node] = {}
-        last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-        for node in [node for node in gm.graph.nodes if node.op == "get_attr"]:
-            value: Tensor = getattr(gm, str(node.target))
+
+        def stand_for(value: Tensor, node: fx.Node) -> fx.Node:
             own = self._own.get(id(value))
             if who == "learner" and own is not None:
                 raise DerivationError(
@@ -269,13 +269,12 @@ class FrontDoor:
                 )
             name = self._name(who, value, len(constants))
             if name not in lifted:
-                with gm.graph.inserting_after(last):
-                    last = lifted[name] = gm.graph.placeholder(f"closed{len(lifted)}")
-                lifted[name].meta["val"] = value.detach()
+                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", value.detach())
                 if name not in self.parts.closed:
                     constants[name] = value
-            node.replace_all_uses_with(lifted[name])
-            gm.graph.erase_node(node)
+            return lifted[name]
+
+        lift(gm, stand_for)
         return constants, lifted
 
     def _name(self, who: str, value: Tensor, count: int) -> str:
@@ -317,8 +316,7 @@ def _writes(x: Tensor) -> int:
 
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:
     """A graph's inputs and its result."""
-    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
-    return [n for n in gm.graph.nodes if n.op == "placeholder"], output.args[0]
+    return inputs_of(gm.graph), output_of(gm.graph).args[0]
 
 
 def _free(name: str, taken: set[str]) -> str:

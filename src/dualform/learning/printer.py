@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.algebra.planner import counted
+from dualform.graphs.edit import inputs_of
 from dualform.graphs.kept import is_kept, is_stopped, written_out
 from dualform.learning.derive import Derivation, Step, identifier, names_of
 
@@ -114,7 +115,7 @@ def print_step(step: Step, derivation: Derivation) -> str:
     """Print a step with a shape behind every line and a heading above every part."""
     graph = written_out(step.graph, lambda n: is_kept(n) and not is_stopped(n)).graph
     nodes = list(graph.nodes)
-    inputs, returned = [n for n in nodes if n.op == "placeholder"], nodes[-1].args[0]
+    inputs, returned = inputs_of(nodes[-1].graph), nodes[-1].args[0]
     names = dict(zip(inputs, names_of(step.inputs), strict=True))
     taken = {"torch", "mini_batch", *names.values()}
     leaves = [names[node] for node in inputs[: len(step.inputs.th)]]

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.algebra.planner import letters, token_order
 from dualform.algebra.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
 from dualform.graphs import local_rules
+from dualform.graphs.edit import add
 from dualform.learning.sites import Analysis, first_crooked, is_of_one_type, mark, operand_nodes
 from dualform.ops.pointwise import is_pointwise
 from dualform.ops.table import find_row
@@ -85,9 +86,9 @@ def _without_bias(a: Analysis, node: fx.Node) -> fx.Node:
 
 
 def _node(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """Insert a call and give it a value to read shapes from."""
-    node = graph.create_node("call_function", target, args, name=target.overloadpacket.__name__)
-    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+    """Add a call, named as its op for who reads the program."""
+    node = add(graph, target, *args)
+    node._rename(target.overloadpacket.__name__)
     return node
 
 

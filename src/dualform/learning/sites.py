@@ -26,7 +26,7 @@ from dualform.algebra.relations import Lookup
 from dualform.graphs import local_rules
 from dualform.graphs.custom import value_of
 from dualform.graphs.definitions import definition_of
-from dualform.graphs.edit import add
+from dualform.graphs.edit import add, inputs_of, needed, output_of, results_of
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.kept_derivative import first_bend
 from dualform.graphs.recorder import below_dispatch
@@ -146,7 +146,7 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
                 f"derive: the {parts['who']} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch cannot map "
                 "over rows (batch and heads); expected ops with a vmap rule. Write that line with other ops."
             )
-    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    output: Any = output_of(graph.graph)
     return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
 
 
@@ -222,7 +222,7 @@ def _spell_out(graph: fx.GraphModule) -> None:
             ) from error
         if any(_says_nothing(n, node) for n in part.graph.nodes):
             continue
-        copies: dict[fx.Node, fx.Node] = dict(zip(part.graph.find_nodes(op="placeholder"), sources, strict=True))
+        copies: dict[fx.Node, fx.Node] = dict(zip(inputs_of(part.graph), sources, strict=True))
         with graph.graph.inserting_before(node):
             for inner in part.graph.nodes:
                 if inner.op == "call_function" and not _is_named_tuple(inner):
@@ -230,7 +230,7 @@ def _spell_out(graph: fx.GraphModule) -> None:
                     copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
                     if _has_no_row(inner):
                         pending.append(copies[inner])
-        results: Any = next(iter(part.graph.find_nodes(op="output"))).args[0]
+        results: Any = output_of(part.graph).args[0]
         results = results.args if _is_named_tuple(results) else results
         _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
 
@@ -430,18 +430,14 @@ def _followed(
     """Where the tokens of a graph's inputs are in its results; None: in none of them, or it was not asked for."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     _spell_out(gm)
-    inputs = gm.graph.find_nodes(op="placeholder")
+    inputs = inputs_of(gm.graph)
     at = {n: p for n, p in zip(inputs, places, strict=True) if p is not None}
     part = Analysis(gm, who, (*at, inputs[0]), {}, {}, inputs[0], {}, tok=set(at), places=at)
     env = {n: n.meta.get("val") for n in gm.graph.nodes}
-    (output,) = gm.graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    needed = {results[k] for k in wanted if results[k] is not None}
-    for node in reversed(gm.graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+    results = results_of(gm.graph)
+    read = needed(results[k] for k in wanted)
     for node in part.nodes:
-        if node in needed and any(s in part.tok for s in _read_nodes(node)):
+        if node in read and any(s in part.tok for s in _read_nodes(node)):
             part.tok.add(node)
             part.places[node] = _place(part, node, env, W)
     return [part.places.get(n) for n in results]
@@ -458,9 +454,7 @@ def _given_gradients(node: fx.Node) -> list[fx.Node]:
     backward = named(key).backward[result]
     if backward is None:
         return []
-    (output,) = backward.graph.find_nodes(op="output")
-    grads: Any = output.args[0]
-    return [s for s, g in zip(inputs, grads, strict=True) if g is not None]
+    return [s for s, g in zip(inputs, results_of(backward.graph), strict=True) if g is not None]
 
 
 def _expect_apart(a: Analysis, node: fx.Node) -> None:
