@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
 from dualform.kernels.backend import Tensors, _Sequence, line_of
 from dualform.kernels.lowering import specialised
@@ -248,7 +249,7 @@ class _Rows(_Sequence):
         count = scalars[0]
         room = {}
         if kernel.before is not None:
-            names = [x.name for x in _placeholders_of(kernel.before, "output")]
+            names = [x.name for x in results_of(kernel.before.graph.graph)]
             found_ = self._torch(
                 run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count
             )
@@ -292,8 +293,8 @@ class _Rows(_Sequence):
             wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
             flat.append(wide.to(kind))
         found_ = made.parts[key](*flat)
-        (output,) = [n for n in made.parts[kernel.name, part is kernel.before].graph.nodes if n.op == "output"]
-        whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in output.args[0]]
+        results = results_of(made.parts[kernel.name, part is kernel.before].graph)
+        whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in results]
         return [
             (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x, own in zip(found_, whole_, strict=True)
         ]  # fmt: skip
@@ -310,11 +311,6 @@ def _goal(t: Any) -> tuple[str, Any]:
     if t.kind == "passed":
         return "slice", t.what
     return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
-
-
-def _placeholders_of(part: Outside, op: str) -> list[Any]:
-    (output,) = [n for n in part.graph.graph.nodes if n.op == op]
-    return list(output.args[0])  # pyright: ignore[reportArgumentType]
 
 
 def _shaped(x: Tensor, a: Argument) -> Tensor:

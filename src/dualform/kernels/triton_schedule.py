@@ -13,13 +13,14 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from dualform.graphs.edit import extract, inputs_of, needed, results_of, unwritten
 from dualform.graphs.split import Part, split
 from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
@@ -119,21 +120,6 @@ class Kernel:
         return "\n".join([*outside, self.text])
 
 
-def _nodes(x: Any) -> list[fx.Node]:
-    return [n for n in x if isinstance(n, fx.Node)]
-
-
-def _sources(goals: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(goals)
-    while stack:
-        n = stack.pop()
-        if n not in found:
-            found.add(n)
-            stack += n.all_input_nodes
-    return found
-
-
 @dataclass
 class Direction:
     """A graph, where its inputs come from and its outputs go; and its kernel, written.
@@ -158,11 +144,8 @@ class Direction:
         self.whole = self.whole or self.sources
         self.states = [x for x in self.whole if x.part in ("th", "R")]
         self.order = [x for x in self.whole if self._is_carried(x)]
-        nodes = list(self.graph.graph.nodes)
-        self.inputs = [n for n in nodes if n.op == "placeholder"]
-        (output,) = [n for n in nodes if n.op == "output"]
-        self.results: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType]
-        self.steps = [n for n in nodes if n.op == "call_function"]
+        self.inputs, self.results = inputs_of(self.graph.graph), results_of(self.graph.graph)
+        self.steps = [n for n in self.graph.graph.nodes if n.op == "call_function"]
         self.source = dict(zip(self.inputs, self.sources, strict=True))
         self.carried = {n: x for n, x in self.source.items() if self._is_carried(x)}
         self.over = {self.targets[k].what: x for k, x in enumerate(self.results) if self.targets[k].kind == "over"}
@@ -178,7 +161,7 @@ class Direction:
         for n in self.steps:
             if any(x in waits for x in n.all_input_nodes):
                 waits.add(n)
-        leads = _sources(_nodes(self.over.values())) if self.over else set()
+        leads = needed(self.over.values())
         self.waits, self.early, self.late = waits, set[fx.Node](), set[fx.Node]()
         self._begin()
         for n in self.steps:
@@ -209,20 +192,15 @@ class Direction:
 
     def _outside(self, goals: Sequence[fx.Node], nodes: set[fx.Node], targets: Sequence[Target] = ()) -> Outside:
         """Take nodes out as a graph of their own."""
-        graph, made, inputs, shapes, kinds = fx.Graph(), dict[fx.Node, fx.Node](), [], [], []
-        needed = _sources(goals)
-        ordered = [n for n in self.steps if n in needed and n in nodes]
-        for n in [*self.inputs, *self.steps]:
-            if (n not in nodes and any(n in x.all_input_nodes for x in ordered)) or (n in goals and n not in nodes):
-                made[n] = graph.placeholder(n.name)
-                made[n].meta = dict(n.meta)
-                inputs.append(self.source[n] if n in self.source and n not in self.carried else n.name)
-                shapes.append(tuple(n.meta["val"].shape))
-                kinds.append(n.meta["val"].dtype)
-        for n in ordered:
-            made[n] = graph.node_copy(n, made.__getitem__)
-        graph.output([made[n] for n in goals])
-        return Outside(fx.GraphModule(self.graph, graph), tuple(inputs), tuple(shapes), tuple(kinds), tuple(targets))
+        wanted = needed(goals)
+        ordered = [n for n in self.steps if n in wanted and n in nodes]
+        read = {x for n in ordered for x in n.all_input_nodes} | {*goals}
+        given = [n for n in (*self.inputs, *self.steps) if n in read and n not in nodes]
+        inputs = tuple(self.source[n] if n in self.source and n not in self.carried else n.name for n in given)
+        values = [n.meta["val"] for n in given]
+        graph = extract(ordered, given, lambda _, made: [made[n] for n in goals])
+        shapes, kinds = tuple(tuple(x.shape) for x in values), tuple(x.dtype for x in values)
+        return Outside(unwritten(self.graph, graph), inputs, shapes, kinds, tuple(targets))
 
     # -- the kernel ----------------------------------------------------------------------------------------------
 
@@ -332,18 +310,12 @@ class Direction:
     def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
         """Write what the kernel computes, in order, and where it goes."""
         self._begin()
-        goals = [*_nodes(self.results[k] for k in wanted), *passed]
-        needed, stack = set[fx.Node](), list(goals)
-        while stack:
-            n = stack.pop()
-            if n not in needed:
-                needed.add(n)
-                stack += [] if n in self.early else n.all_input_nodes
+        read = needed([*(self.results[k] for k in wanted), *passed], self.early)
         self._keep()
         for n in self.steps:
-            if n in needed and n in self.early:
+            if n in read and n in self.early:
                 self.walker.values[n] = self._memory("made", n)
-            elif n in needed:
+            elif n in read:
                 self.walker.step(n)
         for n in passed:
             value = self.walker.values[n]
@@ -555,7 +527,7 @@ def _stored(n: fx.Node) -> float:
 def sliced(d: Direction) -> list[Kernel]:
     """Cut a direction where its state passes: before, loop and after, of which only the loop goes mini-batch by mini-batch."""
     views_apart(d.graph)
-    results: list[Any] = list(next(n for n in d.graph.graph.nodes if n.op == "output").args[0])
+    results = results_of(d.graph.graph)
     on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
     carried = [d.targets[k].what for k in on]
     f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, again=made_again)
@@ -589,17 +561,12 @@ def sliced(d: Direction) -> list[Kernel]:
 # -- directions --------------------------------------------------------------------------------------------------------
 
 
-def _results(gm: fx.GraphModule) -> int:
-    (output,) = [n for n in gm.graph.nodes if n.op == "output"]
-    return len(output.args[0])  # pyright: ignore[reportArgumentType]
-
-
 def forward_direction(
     plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str
 ) -> Direction:
     """Read the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
     graph = lowered(plain)
-    targets = forward_targets(inputs, _results(graph))
+    targets = forward_targets(inputs, len(results_of(graph.graph)))
     return Direction("forward", graph, inputs, targets, dtype, precision, keeps)
 
 
@@ -608,7 +575,7 @@ def advance_direction(
 ) -> Direction:
     """Read what computes a group's states again, and stores each."""
     graph = lowered(only_outputs(plain, slice(1, None)))
-    targets = forward_targets(inputs, 1 + _results(graph))[1:]
+    targets = forward_targets(inputs, 1 + len(results_of(graph.graph)))[1:]
     return Direction("advance", graph, inputs, targets, dtype, precision, "each")
 
 
