@@ -341,7 +341,7 @@ def test_a_row_that_explodes_is_refused_with_its_size():
         (("gaussian_rbf", {"epsilon": 0.0}), None, "epsilon is 0.0"),
         (("gaussian_rbf", {"centres": ()}), None, "centres"),
         (("gaussian_rbf", {"centres": ((1.0,), (2.0, 3.0))}), None, "centres are .*finite numbers"),
-        (("gaussian_rbf", {"centres": "abc"}), None, "centres are 'abc'"),
+        (("gaussian_rbf", {"centres": "abc"}), None, "centres is 'abc'; expected a value of type Sequence"),
         (("fourier", {"period": -1.0}), None, "period is -1.0"),
         (("normal", {"theta": ((0.0, -1.0),)}), None, r"theta holds \(0.0, -1.0\).*std > 0"),
         (("gamma", {"theta": ()}), None, "theta is empty"),

@@ -293,5 +293,5 @@ def test_a_bad_configuration_is_named(fields, message):
 
 
 def test_types_of_fields_are_checked():
-    with pytest.raises(Exception, match="expected int, got str"):
+    with pytest.raises(Exception, match="hidden_size is '768'; expected a value of type int"):
         DualformConfig(hidden_size="768")

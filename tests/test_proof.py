@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dualform.graphs.kept import stop_gradient
 from dualform.learning import emit, program
 from dualform.learning import proof as proving
 from dualform.learning.backends import BackendError
+from dualform.learning.derive import undisturbed
 
 DOUBLE = torch.float64
 
@@ -314,3 +316,19 @@ def test_a_layer_that_changes_its_type_is_proved_again_and_runs():
     assert y.dtype == DOUBLE
     assert {k[1] for k in layer.program.plans} == {torch.float32, DOUBLE}
     assert all(plan.derivation.source is None for plan in layer.program.plans.values())
+
+
+def test_a_backward_on_a_thread_of_autograds_waits_for_nobody():
+    """As a GPU's is: the proof holds the tracers' lock, and autograd's thread traces what the backward needs."""
+    program = df.derive(Net(), chunk=3, prove=False)
+    x = torch.randn(1, 4, 1, 4, requires_grad=True)
+
+    def proved():
+        o, _ = program(x, x, x)
+        thread = threading.Thread(target=lambda: o.sum().backward(), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive(), "the backward waits for a lock that whoever waits for it holds"
+
+    undisturbed(proved, role="holds")
+    assert x.grad is not None

@@ -128,7 +128,9 @@ Matrix = Sequence[Sequence[float]]
     domain="all reals",
 )
 def linear(
-    c: float | Sequence[float] | None = None, pre: Matrix | None = None, post: Matrix | None = None
+    c: float | Sequence[float] | None = None,
+    pre: Sequence[float] | Matrix | None = None,
+    post: Sequence[float] | Matrix | None = None,
 ) -> Expansion:
     """Scale the attributes, or mix rows or attributes, by constants.
 

@@ -25,7 +25,7 @@ from dualform.learning.grid import variants_of
 from dualform.learning.loop import check_step, checkpointed, run_backward, run_forward, run_visible
 from dualform.learning.plan import Call, Leaves, Names, Plan, chosen, found
 from dualform.learning.plan import chosen_in_words as chosen_in_words
-from dualform.learning.transforms import has_tangent, is_one_of_many, watched
+from dualform.learning.transforms import has_tangent, inside, is_one_of_many, on_behalf, watched
 
 
 class Source(Protocol):
@@ -157,22 +157,27 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
     ctx.plan, call, _ = _call(ctx.key, tensors)  # which lives as long as the graph
     ctx.held = len(call.anchor) + len(call.registers)
-    ctx.count = len(tensors)
+    ctx.count, ctx.role = len(tensors), dict(inside.__dict__)
     ctx.outputs = [(x.shape, x.dtype) for x in output[: 1 + ctx.held]]
     ctx.set_materialize_grads(False)  # else the checkpoints get gradients of their size, all zero
     ctx.save_for_backward(*tensors, *output[2 + ctx.held :])
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
+    with on_behalf(ctx.role):
+        return _gradients(ctx, grads), None, None
+
+
+def _gradients(ctx: Any, grads: list[Tensor]) -> list[Tensor | None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
     many = any(g is not None and is_one_of_many(g) for g in grads)
     if many or torch.is_grad_enabled() or watched():  # these gradients will be differentiated again
-        return _backward_visibly(ctx.key, tensors, grads), None, None
+        return _backward_visibly(ctx.key, tensors, grads)
     given = zip(grads, ctx.outputs, strict=False)
     cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]
     found = iter(scan_backward_op(tensors, saved, cotangents, ctx.key, ctx.checkpoints))
-    return [next(found) if x.is_floating_point() else None for x in tensors], None, None
+    return [next(found) if x.is_floating_point() else None for x in tensors]
 
 
 def _backward_visibly(key: str, tensors: list[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -34,6 +34,18 @@ class _Tracing:
 TRACING = _Tracing()
 
 
+@contextmanager
+def on_behalf(role: dict[str, bool]) -> Iterator[None]:
+    """Run as part of what another thread does and waits for: autograd runs the backward of a GPU's tensors on a thread of its own."""
+    before = dict(inside.__dict__)
+    inside.__dict__.update(role)
+    try:
+        yield
+    finally:
+        inside.__dict__.clear()
+        inside.__dict__.update(before)
+
+
 def watched() -> bool:
     """Is a transform of torch.func at work, or forward differentiation? They must see every op."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
