@@ -6,6 +6,7 @@ import hypothesis
 import torch
 
 os.environ.setdefault("DUALFORM_PROVE", "0")  # the laws are the proof here; tests/test_proof.py switches it on
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, op by op; Triton reads it where it is imported
 
 hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=500, deadline=None)

@@ -1,5 +1,5 @@
 """Generated kernels: a schedule of a chunk program, and what prints it."""
 
-from dualform.kernels import backend
+from dualform.kernels import backend, triton_backend
 
-__all__ = ["backend"]
+__all__ = ["backend", "triton_backend"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -62,10 +62,10 @@ def written(
     try:
         return (cpp_slices if slices else cpp_rows).unit(described(plan, variant, direction, full, kinds))
     except Unsupported as error:
-        raise Unsupported(error.node, _line(plan, error.node)) from None
+        raise Unsupported(error.node, line_of(plan, error.node)) from None
 
 
-def _line(plan: Plan, node: fx.Node) -> str:
+def line_of(plan: Plan, node: fx.Node) -> str:
     """Name the learner's line that asked for an op, if it is there under the same name."""
     traced = (n for a in plan.derivation.analyses.values() for n in a.nodes)
     return next((source_line(n) for n in traced if n.target == node.target), "")
@@ -87,11 +87,6 @@ def made(
 def cut(rows: int, count: int) -> bool:
     """Is a stretch of so many mini-batches cut in slices: are there threads for two of a row, enough to fill them?"""
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
-
-
-def _made_for(run: Run_, piece: range, direction: str) -> Made:
-    """Return what runs a stretch."""
-    return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=cut(run.B * run.H, len(piece)))
 
 
 _ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
@@ -155,11 +150,20 @@ class _Sequence(Whole):
     def schedule(self, plan: Plan, variant: Variant) -> dict[str, Unit]:
         return {way: written(plan, variant, way) for way in ("forward", "backward")}
 
-    def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
-        call, grid = run.call, run.grid
+    def check(self, call: Call) -> None:
+        """Refuse calls that are not for this backend."""
         if call.q.device.type != "cpu":
             what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
             raise BackendError(f"{what} Use backend='auto', or move it.")
+
+    def made(self, run: Run_, piece: range, direction: str) -> Any:
+        """Return what runs a stretch."""
+        slices = cut(run.B * run.H, len(piece))
+        return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
+
+    def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
+        call, grid = run.call, run.grid
+        self.check(call)
         state = run.held()
         saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(run.plan, call)]]
         G = -(-run.blocks // checkpoints) if checkpoints else 0
@@ -210,7 +214,7 @@ class _Sequence(Whole):
         self, run: Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
-        n, native = piece.start, _made_for(run, piece, "forward")
+        n, native = piece.start, self.made(run, piece, "forward")
         before = run.enter(n, state)
         after = [torch.empty_like(x) for x in run.whole(state)[: (1 + run.returns_registers(n)) * run.L]]
         y = None if o is None else run.grid.place(o, piece)
@@ -268,7 +272,7 @@ class _Sequence(Whole):
         gradients: Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
-        native = _made_for(run, piece, "backward")
+        native = self.made(run, piece, "backward")
         turned = run.turn(piece.stop - 1, turned)
         turned = turned[: (1 + run.returns_registers(piece.start)) * run.L]
         before = [torch.empty_like(x[0]) for x in starts]
@@ -279,7 +283,7 @@ class _Sequence(Whole):
             own = None if tokens is None else run.grid.place(tokens, piece)
             if own is None:
                 shape = (len(piece) if x.over == "block" else 1, *_spread(run, x, piece).shape[1:])
-                own = torch.empty(shape, dtype=run.call.dtype if tokens is None else tokens.dtype)
+                own = do.new_empty(shape, dtype=run.call.dtype if tokens is None else tokens.dtype)
                 placed.append((x, own))
             return own
 

@@ -81,7 +81,7 @@ class Whole(Protocol):
         ...
 
     def says(self, plan: Any) -> str:
-        """Say in words which calls suit."""
+        """Say in words which calls suit; nothing if none does."""
         ...
 
     def schedule(self, plan: Any, variant: Any) -> Any:

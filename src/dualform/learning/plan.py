@@ -240,7 +240,8 @@ def chosen_in_words(plan: Plan) -> str:
     if "refused" in plan.natives:
         return f"eager, because {plan.natives['refused']}"
     each = ((name, found(name).whole) for name in backends.names())
-    return "; ".join([*(f"{name} {whole.says(plan)}" for name, whole in each if whole is not None), "else eager"])
+    words = ((name, whole.says(plan)) for name, whole in each if whole is not None)
+    return "; ".join([*(f"{name} {when}" for name, when in words if when), "else eager"])
 
 
 @dataclass(eq=False)

@@ -1,0 +1,335 @@
+"""The backend "triton": stretches of mini-batches of one kind, each in one kernel.
+
+Which stretch, which tensors and which kept states are what they are in C++ (`backend`); here a stretch's kernels are written, and run.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.graphs.edit import results_of
+from dualform.kernels import triton_launch
+from dualform.kernels.backend import Tensors, _Sequence, line_of
+from dualform.kernels.lowering import specialised
+from dualform.kernels.ops import Unsupported
+from dualform.kernels.triton_launch import Launch
+from dualform.kernels.triton_schedule import (
+    Argument,
+    Direction,
+    Kernel,
+    Outside,
+    Refused,
+    advance_direction,
+    forward_direction,
+    place_of_input,
+    reverse_direction,
+    sliced,
+)
+from dualform.kernels.triton_text import Precision
+from dualform.learning.backends import Backend, BackendError, backends
+from dualform.learning.batched import ROWS as EVERY_ROW
+from dualform.learning.batched import at, mapped
+from dualform.learning.derive import TRACING, undisturbed
+from dualform.learning.grid import Variant
+from dualform.learning.loop import Run_
+from dualform.learning.plan import Input, Plan, found
+
+# States that a stretch computes again, for its backward, at once.
+STATE_BYTES = 512 * 2**20
+PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
+# Below so many rows a direction is cut in slices, its chain being what takes time; with mini-batches of so many tokens at most, or of
+# any (`LONG`); and only where registers hold the state and what slices make again (LAB.md, one H200).
+ROWS = {"forward": 80, "backward": 1 << 30}
+LONG = {"forward": 0, "backward": 48}
+TOKENS, COUNT, ENTRIES = 32, 16, 8192
+WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
+
+
+def cut(entries: int, width: int, rows: int, count: int, direction: str) -> bool:
+    """Is a stretch of `count` mini-batches cut in slices?"""
+    rows_below = ROWS[direction] if width <= TOKENS else LONG[direction]
+    return count >= COUNT and entries <= ENTRIES and rows < rows_below
+
+
+def launch_for(entries: int, warps: int | None, stages: int) -> Launch:
+    """Choose the warps of a program: enough to hold the state."""
+    return Launch(warps or next(n for most, n in WARPS if entries <= most), stages)
+
+
+@dataclass(eq=False)
+class Made:
+    """A direction's kernels, and what each of its tensors is, as for C++."""
+
+    kernels: dict[str, list[Kernel]]
+    how: Launch
+    arguments: tuple[tuple[str, Any], ...]
+    parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+
+
+def written(
+    plan: Plan, variant: Variant, direction: str, precision: Precision, slices: bool = False, full: bool | None = None
+) -> dict[str, list[Kernel]]:  # fmt: skip
+    """Write a direction's kernels, which run one after the other: "forward", or "advance" and "reverse". slices: for few rows."""
+    step, inputs, dtype = plan.step(variant), plan.inputs(variant), plan.derivation.dtype
+    states = sum(x.part in ("th", "R") for x in inputs)
+    alone = step.num_outputs - 1 != states  # such a mini-batch is the only one of its call
+
+    def kernels(d: Direction) -> list[Kernel]:
+        return sliced(d) if slices and not alone else [d.kernel()]
+
+    try:
+        if direction == "forward":
+            end = {} if full is None else {k: torch.tensor(full) for k, x in enumerate(inputs) if x.part == "full"}
+            plain = specialised(step.plain, end)
+            return {
+                f"forward {k}".strip(): kernels(forward_direction(plain, inputs, dtype, precision, k))
+                for k in ("", "some")
+            }
+        found = {
+            "reverse": kernels(reverse_direction(step.reverse, inputs, step.wants, step.num_outputs, dtype, precision))
+        }
+        if not alone:
+            found["advance"] = [advance_direction(step.plain, inputs, dtype, precision).kernel()]
+        return found
+    except Refused as error:
+        raise Refused(error.node, error.why, line_of(plan, error.node)) from None
+    except Unsupported as error:
+        raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
+
+
+class _Rows(_Sequence):
+    """Runs calls by stretches, a program per row."""
+
+    def __init__(self, precision: Precision, warps: int | None, stages: int, slices: bool | None) -> None:
+        self.precision, self.warps, self.stages, self.slices = precision, warps, stages, slices
+
+    def suits(self, plan: Any, call: Any) -> bool:
+        return False  # not yet chosen where nobody did
+
+    def says(self, plan: Any) -> str:
+        return ""  # nowhere
+
+    def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
+        ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
+        return {k.name: k for way in ways for name, kernels in way.items() if name != "forward some" for k in kernels}
+
+    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+        return None
+
+    def check(self, call: Any) -> None:
+        triton_launch.triton_module()
+        if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
+            raise BackendError(
+                f"triton: q is on {call.q.device}; expected a CUDA device, whose code this backend makes. Use backend='auto', or move it."
+            )
+        if call.dtype == torch.float64 and not triton_launch.is_interpreted():
+            raise BackendError(
+                f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
+            )
+
+    def made(self, run: Run_, piece: range, direction: str) -> Made:
+        plan, variant = run.plan, run.grid.variants[piece.start]
+        short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
+        factors = (
+            torch.bfloat16 if short and not triton_launch.is_interpreted() else None
+        )  # whose interpreter multiplies their bits
+        precision = (
+            self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
+        )
+        entries = sum(p.numel() for p in plan.derivation.parts.fast.values()) * (
+            1 + plan.derivation.inner.rule.num_registers * (not run.known(piece.start))
+        )
+        sizes = (entries, variant.width, run.B * run.H, len(piece))
+        slices = cut(*sizes, direction) if self.slices is None else self.slices
+        how = launch_for(entries, self.warps, self.stages)
+        key = ("triton", variant, direction, precision, slices, how)
+        with TRACING if key not in plan.natives else nullcontext():
+            if key not in plan.natives:
+                kernels = plan.natives.get(key[:5]) or written(plan, variant, direction, precision, slices)
+                plan.natives[key[:5]] = kernels
+                every = [k for some in kernels.values() for k in some]
+                inner = ("made", "passed", "slice", *(["before"] if direction == "backward" else []))
+                wanted = dict.fromkeys((a.role, a.what) for k in every for a in k.arguments if a.role not in inner)
+                for k in every:
+                    for part in (k.before, k.after):
+                        wanted |= dict.fromkeys(
+                            _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
+                        )
+                        wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
+                plan.natives[key] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
+            return plan.natives[key]
+
+    def _call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: the base's is static
+        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+        given = {(role, what): tensors[role](what) for role, what in made.arguments}
+        if "reverse" not in made.kernels:
+            self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
+            return
+        self._reverse_of(run, made, given, count, G)
+
+    def _reverse_of(self, run: Run_, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
+        """Run the vjp: some groups at once from the last, their states computed again beside each other."""
+        kept = [key for key in given if key[0] == "kept"]
+        passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
+        nbytes = sum(given[key][0].nbytes for key in kept) + passed * run.B * run.H or 1
+        most = max(1, STATE_BYTES // (nbytes * G)) * G
+        stops = [*range(most, count, most), count]
+        turned: dict[Any, Tensor] = {}
+        for stop in reversed(stops):
+            start = (stop - 1) // most * most
+            own = {key: self._cut(key, x, start, stop, G) for key, x in given.items()}
+            sums = [key for key in own if key[0] == "gradient" and key[1].over != "block"]
+            if stop != count:
+                own |= {("cotangent", k): x for (_, k), x in turned.items()}
+                own |= {key: torch.empty_like(own[key]) for key in sums}
+            if start and stop - start:
+                own |= {key: torch.empty_like(x) for key, x in own.items() if key[0] == "turned"}
+            if G > 1 and stop - start > 1:
+                own |= self._states(run, made, own, kept, stop - start, G)
+            self._run_all(run, made, made.kernels["reverse"], own, stop - start, 1, 0)
+            turned = {key: own[key] for key in own if key[0] == "turned"}
+            if stop != count:
+                for key in sums:
+                    given[key].add_(own[key])
+
+    @staticmethod
+    def _cut(key: Any, x: Tensor, start: int, stop: int, G: int) -> Tensor:
+        role, what = key
+        if role == "kept":
+            return x[start // G : -(-stop // G)]
+        return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
+
+    def _states(
+        self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+    ) -> dict[Any, Tensor]:
+        """Compute what each mini-batch started from again."""
+        (kernel,) = made.kernels["advance"]
+        starts = {("before", key[1]): given[key] for key in kept}
+        states = {key: given[key].new_empty(count, *given[key].shape[1:]) for key in kept}
+        groups = -(-count // G)
+        self._run(run, made, kernel, {**given, **starts, **states}, groups, (count, G, 1, 0))
+        return states
+
+    def _run_all(
+        self, run: Run_, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+    ) -> None:
+        """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
+        room = {
+            ("slice", x.name): torch.empty(count, run.B, run.H, *x.shape, dtype=x.dtype, device=run.call.q.device)
+            for k in kernels for x in k.slices
+        }  # fmt: skip
+        for kernel in kernels:
+            if kernel.carries or len(kernels) == 1:
+                self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
+                continue
+            group = min(max(run.B * run.H * count // PROGRAMS, 1), 16)
+            groups = -(-count // group)
+            sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
+            own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
+            self._run(run, made, kernel, given | room | own, groups, (count, group, 1, 0))
+            for key in sums:
+                torch.sum(own[key], 0, keepdim=True, out=given[key])
+
+    def _run(
+        self,
+        run: Run_,
+        made: Made,
+        kernel: Kernel,
+        given: dict[Any, Tensor],
+        groups: int,
+        scalars: tuple[int, int, int, int],
+    ) -> None:
+        """Run a kernel with what torch does before it and after."""
+        count = scalars[0]
+        room = {}
+        if kernel.before is not None:
+            names = [x.name for x in results_of(kernel.before.graph.graph)]
+            found_ = self._torch(
+                run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count
+            )
+            room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
+        for name, shape, kind in kernel.passed:
+            room["passed", name] = torch.empty(
+                count,
+                run.B,
+                run.H,
+                *shape,
+                dtype=run.call.dtype if kind == torch.bool else kind,
+                device=run.call.q.device,
+            )
+        tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
+        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, made.how)
+        if kernel.after is None:
+            return
+        values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]
+        found_ = self._torch(run, made, kernel, kernel.after, values, count)
+        for t, x in zip(kernel.after.targets, found_, strict=True):
+            goal = given[_goal(t)]
+            if t.kind == "added":
+                x = x.sum(0, keepdim=True)
+            goal.copy_(x)
+
+    @staticmethod
+    def _torch(run: Run_, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
+        """Compute what is outside, for the rows of all mini-batches."""
+        rows, device = count * run.B * run.H, run.call.q.device
+        key = (kernel.name, part is kernel.before, rows, device)
+        if key not in made.parts:
+            whole = (kernel.name, part is kernel.before)
+            if whole not in made.parts:
+                made.parts[whole] = (
+                    undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
+                )
+            prepare = found("eager").prepare
+            made.parts[key] = undisturbed(lambda: prepare(at(made.parts[whole], rows, device), list))
+        flat = []
+        for x, shape, kind in zip(values, part.shapes, part.kinds, strict=True):
+            wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
+            flat.append(wide.to(kind))
+        found_ = made.parts[key](*flat)
+        results = results_of(made.parts[kernel.name, part is kernel.before].graph)
+        whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in results]
+        return [
+            (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x, own in zip(found_, whole_, strict=True)
+        ]  # fmt: skip
+
+
+def _outer(x: Input, kernel: Kernel) -> tuple[str, Any]:
+    """Name the tensor of an input that torch reads: in reverse, a state is one that was kept."""
+    if kernel.name.startswith("reverse") and x.part in ("th", "R"):
+        return "kept", kernel.states.index(x)
+    return place_of_input(x)
+
+
+def _goal(t: Any) -> tuple[str, Any]:
+    if t.kind == "passed":
+        return "slice", t.what
+    return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
+
+
+def _shaped(x: Tensor, a: Argument) -> Tensor:
+    assert x.ndim == 3 + a.rank, (a, x.shape)
+    return x
+
+
+def _never(graph: Any, examples: Any) -> Any:
+    raise AssertionError("the scan runs this backend's calls whole")
+
+
+@backends.record(
+    name="triton", formula="Triton made of the traced graphs, a program per row", source="this project, kernels/"
+)
+def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", slices: bool | None = None) -> Backend:
+    """Compile the step and its vjp to kernels of a GPU.
+
+    warps: of a program, None: as many as hold the state; stages: mini-batches whose reads are under way, at most; float32: how its
+    products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
+    that was found faster.
+    """
+    return Backend(_never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=0)

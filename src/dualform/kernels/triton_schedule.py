@@ -1,0 +1,603 @@
+"""Both directions of a step as Triton kernels: a program per row, which scans its mini-batches with the state in registers.
+
+    forward    state <- start; per mini-batch: keep the state where asked, then the step
+    advance    the same without outputs, for each group of mini-batches beside the others: the states that the reverse starts from
+    reverse    from the last mini-batch: the vjp, the state's gradient in registers, sums of what all mini-batches share
+
+What no tile can hold and the next state need not wait for, torch computes for all mini-batches at once: `before` the kernel what does
+not wait for the state (coefficients of a rule with several registers, say), `after` it what nothing in the kernel waits for.
+
+Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as in learning/plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from dualform.graphs.edit import extract, inputs_of, needed, results_of, unwritten
+from dualform.graphs.split import Part, split
+from dualform.kernels import triton_ops
+from dualform.kernels.lowering import lowered
+from dualform.kernels.ops import Unsupported
+from dualform.kernels.sharing import made_again
+from dualform.kernels.targets import Target, backward_targets, forward_targets, label, part_module, views_apart
+from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
+from dualform.kernels.triton_text import Precision, Walker, Writer
+from dualform.learning.backends import BackendError
+from dualform.learning.derive import only_outputs
+from dualform.learning.plan import Input
+
+SCALARS = ("H", "count", "group", "G", "phase")
+_RESERVED = {
+    *SCALARS,
+    "tl",
+    "triton",
+    "row",
+    "part",
+    "first",
+    "last",
+    "n",
+    "m",
+    "j",
+    "b",
+    "h",
+    "STAGES",
+    "since",
+    "float",
+    "forward",
+    "advance",
+    "reverse",
+}
+
+
+class Refused(BackendError):
+    """An op that has to be in the kernel and cannot."""
+
+    def __init__(self, node: fx.Node, why: str, line: str = "") -> None:
+        where = f" at {line}" if line else ""
+        super().__init__(
+            f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: {why}; expected ops "
+            "on tiles with a text in kernels/triton_ops.py. Use backend='eager' or 'inductor', or add its text."
+        )
+        self.node, self.why = node, why
+
+
+class Argument(NamedTuple):
+    """A tensor of a kernel, (n, B, H, ...): what it is (as for C++), its name, and how many axes an entry has."""
+
+    role: str
+    what: Any
+    name: str
+    rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What torch computes for all mini-batches: `graph(*inputs) -> outputs`; each input an `Input`, or the name of a passed value."""
+
+    graph: fx.GraphModule
+    inputs: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    kinds: tuple[torch.dtype, ...]
+    targets: tuple[Target, ...] = ()
+
+
+class Crossing(NamedTuple):
+    """A value of each mini-batch that passes from one kernel to the next."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's source, what its tensors are, and what torch does before and after it."""
+
+    name: str
+    text: str
+    arguments: tuple[Argument, ...]
+    before: Outside | None
+    after: Outside | None
+    passed: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it hands to `after`
+    states: tuple[Input, ...]
+    slices: tuple[Crossing, ...]  # what it hands to later kernels
+    carries: bool  # is one mini-batch after another?
+    flops: int  # of matrix products, for one mini-batch of one row
+
+    def __str__(self) -> str:
+        outside = [
+            f"# {len(part.graph.graph.nodes) - len(part.inputs) - 1} ops {when} it, by torch, for all mini-batches at once"
+            for when, part in (("before", self.before), ("after", self.after)) if part is not None
+        ]  # fmt: skip
+        return "\n".join([*outside, self.text])
+
+
+@dataclass
+class Direction:
+    """A graph, where its inputs come from and its outputs go; and its kernel, written.
+
+    carried: inputs that the next mini-batch has from this one, with the output that they become (None: none does).
+    """
+
+    name: str
+    graph: fx.GraphModule
+    sources: Sequence[Input]
+    targets: Sequence[Target]
+    dtype: torch.dtype
+    precision: Precision
+    keeps: str = ""  # "" | "some" | "each": does it store the state that a mini-batch starts from?
+    backwards: bool = False
+    whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
+    orders: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # how carried variables lie, if not as their tensors
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or self.sources
+        self.states = [x for x in self.whole if x.part in ("th", "R")]
+        self.order = [x for x in self.whole if self._is_carried(x)]
+        self.inputs, self.results = inputs_of(self.graph.graph), results_of(self.graph.graph)
+        self.steps = [n for n in self.graph.graph.nodes if n.op == "call_function"]
+        self.source = dict(zip(self.inputs, self.sources, strict=True))
+        self.carried = {n: x for n, x in self.source.items() if self._is_carried(x)}
+        self.over = {self.targets[k].what: x for k, x in enumerate(self.results) if self.targets[k].kind == "over"}
+
+    def _is_carried(self, x: Input) -> bool:
+        return (x.part == "cotangent" and x.name != "0") if self.backwards else x.part in ("th", "R")
+
+    # -- where what is computed ----------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Say which values torch computes before the kernel and after it, by writing the kernel once."""
+        waits = set(self.carried)
+        for n in self.steps:
+            if any(x in waits for x in n.all_input_nodes):
+                waits.add(n)
+        leads = needed(self.over.values())
+        self.waits, self.early, self.late = waits, set[fx.Node](), set[fx.Node]()
+        self._begin()
+        for n in self.steps:
+            inside = n in waits and n in leads
+            if not inside and n in waits and any(x in self.late for x in n.all_input_nodes):
+                self.late.add(n)
+                continue
+            try:
+                if not inside and _is_deep(n):
+                    raise Untileable("it has more than two axes", n)
+                self.walker.step(n)
+            except (Untileable, Unsupported) as error:
+                why = error.why if isinstance(error, Untileable) else "it has no row in kernels/ops.py"
+                if inside:
+                    raise Refused(n, why) from None
+                if n in waits:
+                    self.late.add(n)
+                else:
+                    self.early.add(n)
+                    self.walker.values[n] = self._memory("made", n)
+
+    def _memory(self, role: str, n: fx.Node) -> Any:
+        """Read a value of torch's."""
+        made = n.meta["val"]
+        if isinstance(made, list | tuple):
+            raise Refused(n, "it has several results")
+        return self._read(role, n.name, n.name, tuple(made.shape), made.dtype, True)
+
+    def _outside(self, goals: Sequence[fx.Node], nodes: set[fx.Node], targets: Sequence[Target] = ()) -> Outside:
+        """Take nodes out as a graph of their own."""
+        wanted = needed(goals)
+        ordered = [n for n in self.steps if n in wanted and n in nodes]
+        read = {x for n in ordered for x in n.all_input_nodes} | {*goals}
+        given = [n for n in (*self.inputs, *self.steps) if n in read and n not in nodes]
+        inputs = tuple(self.source[n] if n in self.source and n not in self.carried else n.name for n in given)
+        values = [n.meta["val"] for n in given]
+        graph = extract(ordered, given, lambda _, made: [made[n] for n in goals])
+        shapes, kinds = tuple(tuple(x.shape) for x in values), tuple(x.dtype for x in values)
+        return Outside(unwritten(self.graph, graph), inputs, shapes, kinds, tuple(targets))
+
+    # -- the kernel ----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Start writing: what is carried is in registers, all else in memory."""
+        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED))
+        self.walker, self.arguments = Walker(self.writer), list[Argument]()
+        self.variables: dict[Input, list[Tile]] = {}
+        self.head: list[str] = []
+        for n, x in self.source.items():
+            shape, kind = tuple(n.meta["val"].shape), n.meta["val"].dtype
+            if n in self.carried:
+                self.walker.values[n] = self._variable(x, shape, kind)
+            else:
+                looped = x.over == "block"
+                state = self.backwards and x.part in ("th", "R")
+                role, what = ("kept", self.states.index(x)) if state else place_of_input(x)
+                self.walker.values[n] = self._read(role, what, label(x), shape, kind, looped)
+
+    def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
+        found = next((a.name for a in self.arguments if (a.role, a.what) == (role, what)), None)
+        if found is None:
+            found, k = hint, 2
+            while found in {a.name for a in self.arguments}:
+                found, k = f"{hint}_{k}", k + 1
+            self.writer.taken |= {
+                f"{found}_{x}" for x in ("p", "row", "at", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
+            }
+            self.arguments.append(Argument(role, what, found, rank, dtype))
+        return found
+
+    def _read(self, role: str, what: Any, hint: str, shape: tuple[int, ...], kind: torch.dtype, looped: bool) -> Memory:
+        return Memory.whole(self._argument(role, what, hint, len(shape), kind), shape, kind, looped)
+
+    def _variable(self, x: Input, shape: tuple[int, ...], kind: torch.dtype) -> Value:
+        """Have what is carried on as variables: registers beside each other."""
+        registers = shape[0] if self._has_registers(x) else 0
+        role = "cotangent" if self.backwards else "before"
+        index = self.order.index(x)
+        memory = self._argument(role, index, f"{label(x)}_{role}", len(shape), kind)
+        found = []
+        for k in range(registers or 1):
+            own = shape[1:] if registers else shape
+            name = self.writer.named(f"{label(x)}_{k}" if registers else label(x))
+            order = self.orders.get(name, tuple(a for a, n in enumerate(own) if n != 1))
+            axes = tuple(order.index(a) if a in order else None for a in range(len(own)))
+            tile = Tile(name, own, axes, frozenset(range(len(order))), kind, held=True)
+            at = Memory.whole(memory, shape, kind, False)
+            shift = len(shape) - len(own)
+            start = (k, *[0] * len(own)) if registers else (0,) * len(own)
+            where, mask = self.writer._address(
+                Memory(memory, shape, at.axes, start, at.steps, kind, False), [a + shift for a in order], f"{memory}_row"
+            )  # fmt: skip
+            self.head.append(
+                f"{name} = tl.load({where}{f', mask={mask}, other=0' if mask else ''}).to({self.writer.T})"
+            )
+            found.append(tile)
+        self.variables[x] = found
+        if not registers:
+            return found[0]
+        wide = [Tile(t.text, (1, *t.shape), (None, *t.axes), t.clean, t.kind, held=True) for t in found]
+        return behind(0, wide)
+
+    def _has_registers(self, x: Input) -> bool:
+        if not self.backwards:
+            return x.part == "R"
+        return int(x.name) > sum(y.part == "th" for y in self.whole)  # cotangents of anchors come first
+
+    def kernel(self) -> Kernel:
+        """Write the kernel; again, if what is carried on had better lie otherwise."""
+        after = passed = before = None
+        for _ in range(3):
+            self._place()
+            late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late | self.early]
+            after = passed = None
+            if late:
+                goals = [self.results[k] for k in late]
+                own = {n for n in self.steps if n in self.late or n not in self.waits}
+                after = self._outside(goals, own, [self.targets[k] for k in late])
+                passed = [
+                    n for n in [*self.inputs, *self.steps] if n.name in {x for x in after.inputs if isinstance(x, str)}
+                ]
+            self._write([k for k in range(len(self.results)) if k not in late], passed or [])
+            if not self._reordered():
+                break
+        made = [a.what for a in self.arguments if a.role == "made"]
+        if made:
+            goals = [n for n in self.steps if n.name in made]
+            before = self._outside(goals, set(self.steps))
+        slices = tuple(
+            Crossing(t.what, tuple(x.meta["val"].shape), self.dtype) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
+        )  # fmt: skip
+        crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
+        return Kernel(
+            self.name,
+            self._text(),
+            tuple(self.arguments),
+            before,
+            after,
+            crossing,
+            tuple(self.states),
+            slices,
+            bool(self.carried),
+            self.writer.flops,
+        )
+
+    def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
+        """Write what the kernel computes, in order, and where it goes."""
+        self._begin()
+        read = needed([*(self.results[k] for k in wanted), *passed], self.early)
+        self._keep()
+        for n in self.steps:
+            if n in read and n in self.early:
+                self.walker.values[n] = self._memory("made", n)
+            elif n in read:
+                self.walker.step(n)
+        for n in passed:
+            value = self.walker.values[n]
+            name = self._argument("passed", n.name, f"{n.name}_out", len(value.shape), value.kind)
+            self.writer.store(name, value, True)
+        self.tail, self.moves, self.sums = list[str](), dict[str, Tile](), list[str]()
+        for k in wanted:
+            try:
+                self._leave(self.targets[k], self.results[k])
+            except Untileable as error:
+                raise Refused(self.results[k], error.why) from None
+        used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
+        self.arguments = [a for a in self.arguments if a in used]
+
+    def _is_used(self, a: Argument) -> bool:
+        return any(f"{a.name}_at" in line for line in (*self.writer.once, *self.writer.loop)) or (
+            a.role == "kept" and bool(self.keeps)
+        )
+
+    def _keep(self) -> None:
+        """Store the state that a mini-batch starts from."""
+        if not self.keeps:
+            return
+        some = self.keeps == "some"
+        if some:
+            self.writer.line("since = (n + phase) % G", True)
+            self.writer.line("if since == 0:", True)
+        for n, x in self.carried.items():
+            value = self.walker.values[n]
+            name = self._argument("kept", self.order.index(x), f"{label(x)}_kept", len(value.shape), value.kind)
+            where = "(m + phase) // G" if some else "m"
+            base = f"{name}_row + {where} * {name}_sn"
+            self.writer.store(name, value, True, "    " if some else "", base)
+
+    def _leave(self, target: Target, x: Any) -> None:
+        """Put an output where it goes."""
+        w = self.writer
+        value = self.walker.values[x]
+        if target.kind == "over":
+            own = value.values if isinstance(value, Parts) and self._has_registers(target.what) else None
+            if self._has_registers(target.what):
+                shape = value.shape[1:]
+                parts = own if own and len(own) == value.shape[0] and value.axis == 0 else [
+                    w.slice(value, 0, k, k + 1) for k in range(value.shape[0])
+                ]  # fmt: skip
+                found = [w.view(x.name, v, shape) for v in parts]
+            else:
+                found = [value]
+            for variable, v in zip(self.variables[target.what], found, strict=True):
+                self.moves[variable.text] = w.all_clean(w.real(v))
+            return
+        if target.kind == "added":
+            tile = w.real(value)
+            space = [a for a, n in enumerate(tile.shape) if n != 1]
+            name = w.named(f"sum_{label(target.what)}")
+            sizes = ", ".join(str(padded(tile.shape[a])) for a in space)
+            self.head.append(f"{name} = tl.full([{sizes}], 0.0, {w.T})")
+            w.line(f"{name} += {w.aligned(tile, space, len(tile.shape))}", True)
+            axes = tuple(space.index(a) if a in space else None for a in range(len(tile.shape)))
+            total = Tile(name, tile.shape, axes)
+            goal = self._argument(
+                "gradient", target.what, f"{label(target.what)}_gradient", len(tile.shape), self.dtype
+            )
+            self._after(lambda: w.store(goal, total, True, base=f"{goal}_row + part * {goal}_sn"))
+            return
+        role, what, where = ("slice", target.what, "n") if target.kind == "passed" else target.what
+        hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(
+            role, f"{label(what)}_gradient" if isinstance(what, Input) else f"{what}_passed"
+        )
+        name = self._argument(role, what, hint, len(value.shape), value.kind)
+        w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
+
+    def _after(self, write: Any) -> None:
+        """Write lines that come after the loop."""
+        kept, self.writer.loop = self.writer.loop, []
+        write()
+        self.tail += self.writer.loop
+        self.writer.loop = kept
+
+    def _reordered(self) -> bool:
+        """Had what is carried on better lie as its next value does?"""
+        changed = False
+        for variables in self.variables.values():
+            for v in variables:
+                new = self.moves.get(v.text)
+                if new is None or new.rank != v.rank or new.rank < 2:
+                    continue
+                order = tuple(a for _, a in sorted((k, a) for a, k in enumerate(new.axes) if k is not None))
+                if order != self.orders.get(v.text, tuple(sorted(order))):
+                    self.orders[v.text] = order
+                    changed = True
+        return changed
+
+    def _carry(self) -> list[str]:
+        """Let the new values take the place of the old."""
+        variables = {v.text: v for many in self.variables.values() for v in many}
+        lines = []
+        for name, new in self.moves.items():
+            v = variables[name]
+            space = [a for _, a in sorted((k, a) for a, k in enumerate(v.axes) if k is not None)]
+            text = self.writer.aligned(new, space, len(v.shape))
+            sizes = [padded(v.shape[a]) for a in space]
+            if new.number is not None:
+                text = f"tl.full({sizes}, {new.text}, {self.writer.T})"
+            elif new.rank < v.rank:
+                text = f"tl.broadcast_to({text}, {sizes})"
+            lines.append((name, text))
+        names = {name for name, _ in lines}
+        found = []
+        for k, (_, text) in enumerate(lines):
+            if text in names:
+                found.append(f"old_{k} = {text}")
+        for k, (name, text) in enumerate(lines):
+            if text != name:
+                found.append(f"{name} = {f'old_{k}' if text in names else text}")
+        return found
+
+    def _ends(self) -> list[str]:
+        """Store what is carried on, after the loop."""
+        for x, variables in self.variables.items():
+            if x not in self.over or self.keeps == "each":
+                continue
+            index = self.order.index(x)
+            role = "turned" if self.backwards else "after"
+            registers = self._has_registers(x)
+            rank = len(variables[0].shape) + registers
+            name = self._argument(role, index, f"{label(x)}_{role}", rank, self.dtype)
+            for k, v in enumerate(variables):
+                wide = Tile(v.text, (1, *v.shape), (None, *v.axes), v.clean, v.kind) if registers else v
+                start = (k, *[0] * len(v.shape)) if registers else ()
+                self._after(lambda n=name, t=wide, s=start: self.writer.store(n, t, True, base=f"{n}_row", start=s))
+        return self.tail
+
+    def _text(self) -> str:
+        """Put the source together."""
+        carry, tail = self._carry(), self._ends()
+        w = self.writer
+        names = [
+            ", ".join(f"{a.name}_{x}" for x in ("p", "sn", "sb", "sh", *(f"s{k}" for k in range(a.rank))))
+            for a in self.arguments
+        ]
+        rows = [f"{a.name}_row = {a.name}_p + b * {a.name}_sb + h * {a.name}_sh" for a in self.arguments]
+        fixed = [f"{a.name}_at = {a.name}_row" for a in self.arguments if any(f"{a.name}_at" in x for x in w.once)]
+        for a in self.arguments:
+            if a.role in ("before",):
+                rows.append(f"{a.name}_row += part * {a.name}_sn")
+        moving = [
+            f"{a.name}_at = {a.name}_row + m * {a.name}_sn"
+            for a in self.arguments
+            if any(f"{a.name}_at" in x for x in w.loop)
+        ]
+        turn = ["n = last - 1 - j"] if self.backwards else []
+        begin = [
+            "row = tl.program_id(0).to(tl.int64)",
+            "part = tl.program_id(1).to(tl.int64)",
+            "b = row // H",
+            "h = row % H",
+        ]
+        begin += ["first = tl.program_id(1) * group", "last = tl.minimum(first + group, count)"]
+        places = [f"i{n} = tl.arange(0, {n})" for n in sorted(w.places)]
+        counter, span = ("j", "0, last - first") if self.backwards else ("n", "first, last")
+        loop = [*turn, "m = row * 0 + n", *moving, *w.loop, *carry]
+        body = [
+            *begin,
+            *places,
+            *rows,
+            *fixed,
+            *w.once,
+            *self.head,
+            f"for {counter} in tl.range({span}, num_stages=STAGES):",
+        ]
+        lines = [*(f"    {x}" for x in body), *(f"        {x}" for x in loop), *(f"    {x}" for x in tail)]
+        scalars = ", ".join(f'"{x}"' for x in SCALARS[1:])
+        text = "\n".join(lines)
+        head = f"@triton.jit(do_not_specialize=[{scalars}])\ndef {self.name}({', '.join([*names, *SCALARS])}, STAGES: tl.constexpr):"
+        parts = [
+            "import triton",
+            "import triton.language as tl",
+            "",
+            "",
+            triton_ops.helpers(text),
+            "",
+            f"{head}\n{text}\n",
+        ]
+        return "\n".join(parts)
+
+
+def place_of_input(x: Input) -> tuple[str, Any]:
+    """Name the tensor of an input."""
+    return ("slice", x.name) if x.part == "passed" else ("input", x)
+
+
+def _is_deep(n: fx.Node) -> bool:
+    """Has a value more than two axes, short ones that would fill a tile with nothing?"""
+    made = n.meta.get("val")
+    return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
+
+
+# -- slices ------------------------------------------------------------------------------------------------------------
+
+
+def _stored(n: fx.Node) -> float:
+    """Price passing a value on, for one row: its bytes. An op in the loop is worth 4096, as on the CPU: a tile there takes about as
+    long as an op's latency where rows are few, and three of them where rows fill the card."""
+    made = n.meta.get("val")
+    return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) else math.inf
+
+
+def sliced(d: Direction) -> list[Kernel]:
+    """Cut a direction where its state passes: before, loop and after, of which only the loop goes mini-batch by mini-batch."""
+    views_apart(d.graph)
+    results = results_of(d.graph.graph)
+    on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
+    carried = [d.targets[k].what for k in on]
+    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, again=made_again)
+    known = dict(zip(f.inputs, d.sources, strict=True))
+    parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
+    home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
+    crossing = {x for part in parts.values() for x in part.inputs}
+    crossing |= {x for x in parts["loop"].outputs if x in f.carried}  # the state that a mini-batch starts from
+    found = []
+    for name, part in parts.items():
+        first = on if name == "loop" else []
+        passed = [x for x in part.outputs[len(first) :] if x in crossing]
+        ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
+        wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
+        if not wanted:
+            continue
+        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
+        goes = [
+            *(d.targets[k] for k in first),
+            *(Target("passed", x.name) for x in passed),
+            *(d.targets[k] for k in ends),
+        ]
+        given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
+        made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
+        keeps = d.keeps if name == "loop" else ""
+        one = Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
+        found.append(one.kernel())
+    return found
+
+
+# -- directions --------------------------------------------------------------------------------------------------------
+
+
+def forward_direction(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str
+) -> Direction:
+    """Read the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
+    graph = lowered(plain)
+    targets = forward_targets(inputs, len(results_of(graph.graph)))
+    return Direction("forward", graph, inputs, targets, dtype, precision, keeps)
+
+
+def advance_direction(
+    plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision
+) -> Direction:
+    """Read what computes a group's states again, and stores each."""
+    graph = lowered(only_outputs(plain, slice(1, None)))
+    targets = forward_targets(inputs, 1 + len(results_of(graph.graph)))[1:]
+    return Direction("advance", graph, inputs, targets, dtype, precision, "each")
+
+
+def reverse_direction(
+    reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int, dtype: torch.dtype, precision: Precision
+) -> Direction:  # fmt: skip
+    """Read the vjp, from the last mini-batch to the first."""
+    cotangents = [Input("cotangent", str(k), "block") for k in range(outputs)]
+    targets = backward_targets(inputs, wants, cotangents[1:])
+    sources = [*inputs, *cotangents]
+    return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
+
+
+__all__ = [
+    "Argument",
+    "Direction",
+    "Kernel",
+    "Outside",
+    "Refused",
+    "advance_direction",
+    "forward_direction",
+    "place_of_input",
+    "reverse_direction",
+    "sliced",
+]

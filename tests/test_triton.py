@@ -1,0 +1,313 @@
+"""Generated Triton equals eager: outputs, state and all outer gradients, in Triton's interpreter; and it compiles for cards that are not here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_laws import DOUBLE, built_in, of, own, rules, wobble
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import dualform as df
+from dualform import testing as laws
+from dualform.kernels import triton_backend, triton_launch, triton_ops
+from dualform.kernels.lowering import lowered
+from dualform.kernels.ops import MAPS
+from dualform.kernels.targets import Target
+from dualform.kernels.triton_launch import Launch
+from dualform.kernels.triton_schedule import Direction
+from dualform.kernels.triton_text import Precision
+from dualform.learning.backends import BackendError
+from dualform.learning.grid import Variant
+from dualform.learning.plan import Input
+from dualform.testing import LawBroken, check_backend
+
+# The interpreter is numpy, which warns of 1 / 0 in entries beyond a tile's edge.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+]  # fmt: skip
+squared, shifted, dot = df.objectives.Squared(), df.objectives.Squared("v-k"), df.objectives.DotProduct()
+hard = {"carried": True, "ragged": True, "resets": True}
+
+
+# -- one op at a time ------------------------------------------------------------------------------------------------
+
+maps = [
+    lambda x, y: -x, torch.exp, torch.log, torch.tanh, torch.sigmoid, torch.erf, torch.sqrt, torch.abs, torch.rsqrt, torch.reciprocal,
+    torch.sin, torch.cos, torch.tan, torch.sign, torch.relu, torch.log1p, torch.expm1, torch.sinh, torch.cosh, torch.floor, torch.ceil,
+    torch.trunc, torch.erfc, torch.asinh, lambda x, y: (1 + x).acosh(), lambda x, y: (0.3 * x).atanh(), torch.exp2, torch.log2, torch.log10,
+    torch.hypot, torch.fmax, torch.fmin, torch.maximum, torch.minimum, lambda x, y: torch.remainder(5 * x - 3, y),
+    lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="floor"), lambda x, y: (5 * x - 3).round() * x, lambda x, y: (2 * x).round(),
+    lambda x, y: x + y, lambda x, y: torch.add(x, y, alpha=2), lambda x, y: x - y, lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x,
+    lambda x, y: x * y, lambda x, y: x / y, lambda x, y: x**y, lambda x, y: x**3, lambda x, y: x**-1, lambda x, y: 1.5**x,
+    lambda x, y: (x - 0.7) ** 3, lambda x, y: (x - 0.7) ** 5.0, lambda x, y: (x - 0.7).pow(-3), lambda x, y: x.clamp(0.6, 0.9),
+    lambda x, y: torch.where((x > y) & (x != 0.5), x, y), lambda x, y: ((x <= y) | (y < 0.4)) * x, lambda x, y: (x >= y).logical_not() * y,
+    lambda x, y: (x == y) * x, lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x, y: (x / (y - y) > 0) * y,
+    lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y, lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: (5 * x).bool() * y,
+    lambda x, y: (9 * x - 5).long() * y, lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x, y: torch.where(x > 0.7, 0.1, 0.2) + x,
+    lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x, lambda x, y: ((9 * x).long() << 40 >> 38) * y, lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x.clone(),
+]  # fmt: skip
+others = [
+    lambda x, y: x.tril(1), lambda x, y: x.triu(-1), lambda x, y: torch.eye(*x.shape, dtype=x.dtype) + x, lambda x, y: torch.arange(x.shape[1]) * x,
+    lambda x, y: torch.full_like(x, 7.0), lambda x, y: x - x.amax(1, keepdim=True), lambda x, y: x / x.sum(0), lambda x, y: x * x.mean() + x.amin(),
+    lambda x, y: torch.where(x > 1.1, torch.nan, x).amax(1, keepdim=True).isnan() * x, lambda x, y: x * x.prod(-1, keepdim=True),
+    lambda x, y: torch.cat([x[:, 2:], y[:, :2]], 1), lambda x, y: torch.cat([x[1:], y[:1]]), lambda x, y: x @ y.T @ x, lambda x, y: x.T[1:4] @ y,
+    lambda x, y: (x.T @ (x @ y[0])) @ y.T @ x.new_ones(*x.shape), lambda x, y: torch.nn.functional.pad(x[1:], (0, 0, 1, 0)),
+    lambda x, y: torch.stack([x, y, x * y]).sum(0), lambda x, y: torch.stack([x, y], 2).reshape(3, 10)[:, 1::2], lambda x, y: x.flatten()[3:8] + y,
+    lambda x, y: (x[:, :, None] * y[:, None, :]).reshape(3, 25)[:, 7:12], lambda x, y: x.flip(1) + y.diagonal(1)[:1],
+    lambda x, y: x.cumsum(1), lambda x, y: x.unbind(1)[2][:, None] * y, lambda x, y: x[:, 1:3].sum(1, keepdim=True) + y,
+    lambda x, y: torch.bmm(x[:, :, None], y[:, None, :]).sum(2) + x, lambda x, y: x.expand(4, 3, 5).sum(0), lambda x, y: x.T.reshape(5, 3).T,
+    lambda x, y: (y.T.reshape(15) * torch.arange(15)).reshape(3, 5), lambda x, y: x.softmax(-1), lambda x, y: x.argmin() * y, lambda x, y: x.sort(1)[0] * y,
+]  # fmt: skip
+
+
+def written_for(f, dtype):
+    """Write a function of two matrices, and what it is of two drawn ones."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (0.2 + torch.rand(3, 5, generator=g, dtype=dtype) for _ in range(2))
+    gm = lowered(make_fx(lambda x, y: [torch.broadcast_to(f(x, y), (3, 5)).clone()], tracing_mode="fake")(x, y))
+    sources, targets = [Input("q", n, "block") for n in "xy"], [Target("given", ("o", None, "n, b, h"))]
+    return gm, Direction("forward", gm, sources, targets, dtype, Precision()), x, y
+
+
+def value_of(f, dtype=DOUBLE):
+    gm, direction, x, y = written_for(f, dtype)
+    kernel = direction.kernel()
+    assert (kernel.before, kernel.after) == (None, None)
+    o = torch.full((1, 1, 1, 3, 5), torch.nan, dtype=dtype)
+    given = {"x": x, "y": y}
+    tensors = [o if a.role == "o" else given[a.what.name][None, None, None] for a in kernel.arguments]
+    triton_launch.run(kernel, tensors, 1, 1, 1, (1, 1, 1, 0), Launch())
+    rows = {MAPS[n.target](n)[0] for n in gm.graph.nodes if n.op == "call_function" and n.target in MAPS}
+    return o[0, 0, 0], torch.broadcast_to(f(x, y), (3, 5)).to(dtype), rows
+
+
+def of_two(f):
+    """Take functions of one argument as functions of two."""
+    return (
+        f
+        if getattr(f, "__name__", "") == "<lambda>"
+        or f in (torch.hypot, torch.fmax, torch.fmin, torch.maximum, torch.minimum)
+        else lambda x, y: f(x)
+    )
+
+
+@pytest.fixture(scope="module")
+def every_map():
+    return [value_of(of_two(f)) for f in maps]
+
+
+def test_every_map(every_map):
+    found = set()
+    for k, (got, expected, rows) in enumerate(every_map):
+        laws.agree(f"map {k}", got, expected)
+        found |= rows
+    assert set(triton_ops.TEXT) - found == set()
+
+
+def test_other_ops(monkeypatch):
+    """Reductions, products, triangles, what is put together and what moves entries; short axes do not leave the kernel here."""
+    monkeypatch.setattr("dualform.kernels.triton_schedule._is_deep", lambda n: False)
+    for k, f in enumerate(others):
+        got, expected, _ = value_of(f)
+        laws.agree(f"op {k}", got, expected)
+
+
+@pytest.mark.parametrize("row", ["tanh", "sub"])
+def test_a_wrong_row_is_found(row, monkeypatch):
+    monkeypatch.setitem(triton_ops.TEXT, row, f"1.001 * ({triton_ops.TEXT[row]})")
+    got, expected, _ = value_of(lambda x, y: x.tanh() - y)
+    with pytest.raises(LawBroken):
+        laws.agree("a map", got, expected)
+
+
+# -- whole programs --------------------------------------------------------------------------------------------------
+
+pairs = [
+    (built_in[6], shifted, "averaged", 3, hard), (built_in[6], squared, "titans", 4, {}), (built_in[1], shifted, "sgd", 3, hard),
+    (built_in[2], squared, "decay", 3, {}), (built_in[3], wobble, "momentum", 3, hard),
+    (built_in[4], shifted, "user", 3, hard), (built_in[0], wobble, "averaged", 1, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", range(len(pairs)))
+def test_learners_objectives_and_rules(n):
+    """Every other one in slices."""
+    recipe, objective, rule, chunk, drawn = pairs[n]
+    check_backend(
+        of(recipe, objective, rule, chunk),
+        ("triton", {"slices": n % 2 == 1}),
+        time=2 * chunk + 2,
+        heads=1,
+        seed=n,
+        **drawn,
+    )
+
+
+@pytest.mark.parametrize("kind", own[1:3], ids=lambda k: k.__name__)
+def test_learners_that_no_file_knows(kind):
+    n = own.index(kind)
+    check_backend(
+        df.derive(kind(), squared, rules[list(rules)[n % 2]], chunk=3), "triton", time=4, heads=1, seed=n, **hard
+    )
+
+
+heads = [
+    {"expansion": "taylor"}, {"reconciliation": "hypernet", "remainder": "identity"},
+    {"channels": 2, "fusion": "lowrank_parameterized_concatenation"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", range(len(heads)))
+def test_heads(n):
+    """What no tile holds torch computes, before and after."""
+    torch.manual_seed(0)
+    program = df.derive(df.learners.Head(**heads[n])(4).double(), rule=df.rules.SGD(lr=0.05), chunk=2)
+    check_backend(program, ("triton", {"slices": n == 2}), time=4, heads=1)
+
+
+@pytest.mark.parametrize(("rule", "slices"), [("averaged", True), ("momentum", False)])
+def test_groups_of_states_computed_again(rule, slices, monkeypatch):
+    """Groups beside each other, some at once; the last is shorter."""
+    monkeypatch.setattr(triton_backend, "STATE_BYTES", 3000)
+    problem = laws.draw(of(built_in[6 * slices], shifted, rule, 2), time=10, heads=1, seed=3)
+    expected = laws.outcome(problem, lambda: problem.run("auto", backend="eager"))
+    for remat in (1, 2):
+        run = lambda r=remat: problem.run("auto", backend=("triton", {"slices": slices}), remat=r)  # noqa: E731
+        laws.same_outcome(laws.outcome(problem, run), expected, f"remat {remat}")
+
+
+def test_sizes_that_fill_tiles_and_do_not():
+    for dim, chunk, time in ((16, 16, 32), (24, 20, 45)):
+        check_backend(of(built_in[6], shifted, "averaged", chunk, dim), "triton", time=time, batch=1, heads=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fewer_digits_in_and_out(dtype):
+    torch.manual_seed(0)
+    program = df.derive(built_in[6](16), shifted, rules["averaged"], chunk=4)
+    x = [torch.randn(1, 9, 2, 16).to(dtype).requires_grad_() for _ in range(3)]
+    found = []
+    for backend in ("eager", "triton"):
+        o, _ = program(*x, backend=backend)
+        found.append([o, *torch.autograd.grad(o.float().square().sum(), x)])
+    assert all(a.dtype == b.dtype == dtype for a, b in zip(*found, strict=True))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]  # the interpreter cuts bits off
+    for a, b in zip(*found, strict=True):
+        assert (a.double() - b.double()).norm() <= tolerance * a.double().norm()
+
+
+def test_the_law_bites(monkeypatch):
+    monkeypatch.setitem(triton_ops.TEXT, "neg", "-1.001 * {0}")
+    with pytest.raises(LawBroken, match="triton"):
+        check_backend(of(built_in[6], shifted, "averaged", 3), "triton", time=6)
+
+
+# -- the text --------------------------------------------------------------------------------------------------------
+
+
+def kernels_of(recipe, rule="averaged", dim=16, chunk=16, precision=None, slices=False):
+    plan = df.derive(recipe(dim), shifted, rules[rule], chunk=chunk).plan(dim, torch.float32, "auto")
+    variant = Variant(chunk, True, True, False)
+    ways = (
+        triton_backend.written(plan, variant, way, precision or Precision(), slices) for way in ("forward", "backward")
+    )
+    return {name: kernel for way in ways for name, kernels in way.items() for kernel in kernels}
+
+
+def test_nothing_that_is_carried_is_transposed_in_a_product():
+    for recipe, rule, slices in (
+        (built_in[6], "averaged", True),
+        (built_in[5], "momentum", False),
+        (built_in[3], "sgd", False),
+    ):
+        for kernel in kernels_of(recipe, rule, slices=slices).values():
+            if not kernel.carries:
+                continue
+            carried = re.findall(r"^    (\w+) = tl\.load\(\w+_(?:before|cotangent)_row", kernel.text, re.M)
+            assert carried
+            products = [line for line in kernel.text.splitlines() if "tl.dot(" in line]
+            assert products
+            assert not [line for line in products for x in carried if f"permute({x}," in line]
+
+
+def test_a_schedule_is_readable_source():
+    program = df.derive(built_in[6](16), shifted, rules["averaged"], chunk=16)
+    text = str(program.schedule("triton")["forward"])
+    for line in ("def forward(", "for n in tl.range(first, last", "  # 16 x 16"):
+        assert line in text
+    parts = program.schedule(("triton", {"slices": True}))
+    assert {"forward_loop", "forward_after", "advance", "reverse_before", "reverse_loop", "reverse_after"} <= set(parts)
+
+
+COMPILED = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_triton import Launch, Precision, built_in, kernels_of, triton_launch
+from triton.backends.compiler import GPUTarget
+made = {}
+for name, kernel in kernels_of(built_in[6], dim=16, precision=Precision(torch.bfloat16)).items():
+    for kind, arch in (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")) if name == "forward" else (("cuda", 90),):
+        found = triton_launch.compiled(kernel, GPUTarget(kind, arch, 64 if kind == "hip" else 32), Launch(4, 2))
+        made[f"{name} {arch}"] = [found.metadata.shared, len(found.asm["cubin" if kind == "cuda" else "hsaco"])]
+print(json.dumps(made))
+"""
+
+
+def test_it_compiles_where_there_is_no_card(tmp_path):
+    """For cards of three generations and one of another maker, in a process that does not interpret."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", COMPILED, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {
+        "forward 80",
+        "forward 90",
+        "forward 100",
+        "forward gfx942",
+        "forward some 90",
+        "advance 90",
+        "reverse 90",
+    }
+    assert all(shared <= 48 * 1024 and size for shared, size in found.values())
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+class LogGamma(nn.Module):
+    """What the next state waits for has no text: the logarithm of the Gamma function."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        return torch.lgamma(2 + x @ self.W)
+
+
+def test_an_op_without_a_text_is_refused_by_name_and_line():
+    program = df.derive(LogGamma(), squared, rules["sgd"], chunk=2)
+    x = torch.rand(1, 4, 1, 4)
+    with pytest.raises(
+        BackendError,
+        match=r"triton: the op aten\.lgamma\.default at return torch\.lgamma\(.*'lgamma' has no Triton text.*backend='eager'",
+    ):
+        program(x, x, x, backend="triton")
+
+
+def test_without_a_card_it_says_so(monkeypatch):
+    monkeypatch.setattr(triton_launch, "is_interpreted", lambda: False)
+    x = torch.rand(1, 4, 1, 4)
+    with pytest.raises(BackendError, match="triton: q is on cpu; expected a CUDA device"):
+        df.derive(built_in[0](4), squared, rules["sgd"], chunk=2)(x, x, x, backend="triton")
