@@ -35,8 +35,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from dualform.graphs.edit import (
-    add,
     add_input,
+    add_plain,
     emitter,
     extract,
     inputs_of,
@@ -553,7 +553,7 @@ def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
 
 def _hooked(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx.Node], where: str) -> fx.Node:
     """Put a hook between a tensor and all its uses, in place of the one that is there."""
-    new = add(graph, kept_op, operands, key, 0)
+    new = add_plain(graph, kept_op, operands, key, 0)
     new.meta |= {
         **raw.meta,
         "hooks": raw in operands,

@@ -32,8 +32,20 @@ def value_of(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 def add(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call where the graph inserts, with its value."""
     new = graph.call_function(target, args, kwargs)
-    if all("val" in x.meta for x in new.all_input_nodes):  # a graph over a real number of rows holds none
-        new.meta["val"] = value_of(target, args, kwargs)
+    new.meta["val"] = value_of(target, args, kwargs)
+    return new
+
+
+def add_plain(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """Add a call without a value, to a graph over a real number of rows, whose parts have those of a made-up one."""
+    return graph.call_function(target, args)
+
+
+def add_alike(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call before a node whose value, and notes, it has: another way to the same."""
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args, kwargs)
+    new.meta = dict(node.meta)
     return new
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
-from dualform.graphs.edit import emitter, without_dead
+from dualform.graphs.edit import add_alike, without_dead
 from dualform.graphs.kept import is_stopped
 
 aten = torch.ops.aten
@@ -205,6 +205,6 @@ def _accumulate(graph: fx.Graph, node: fx.Node, products: set[Any]) -> None:
             target, name = aten.addcmul.default, "value"
         else:
             continue
-        emit = emitter(graph, node)
-        node.replace_all_uses_with(emit(target, total, *product.args, **({name: scale} if scale != 1 else {})))
+        options = {name: scale} if scale != 1 else {}
+        node.replace_all_uses_with(add_alike(graph, node, target, total, *product.args, **options))
         return

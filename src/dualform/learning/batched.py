@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from dualform.graphs.edit import add, add_input, copied, inputs_of, stepped, unwritten
+from dualform.graphs.edit import add_input, add_plain, copied, inputs_of, stepped, unwritten
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
 from dualform.learning.derive import Table, trace_fake
@@ -96,7 +96,7 @@ def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         nonlocal last
         if n not in made:
             with graph.inserting_after(last):
-                last = made[n] = add(graph, operator.mul, rows, n)
+                last = made[n] = add_plain(graph, operator.mul, rows, n)
         return made[n]
 
     _write(graph, times, device)
@@ -130,14 +130,14 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
         if axis is None or count == heads:
             return fixed[x]
         times[axis] = count // heads
-        return add(graph, aten.repeat.default, fixed[x], times)
+        return add_plain(graph, aten.repeat.default, fixed[x], times)
 
     def write(part: Part, count: int, given: Sequence[Any]) -> Any:
         own = at(part.graph, count, device).graph
         return graph.graph_copy(own, dict(zip(inputs_of(own), given, strict=True)))
 
     def join(parts: Sequence[Any], axis: int | None) -> Any:
-        return parts[0] if n == 1 else add(graph, aten.cat.default, list(parts), axis or 0)
+        return parts[0] if n == 1 else add_plain(graph, aten.cat.default, list(parts), axis or 0)
 
     fixed |= zip(f.once.outputs, write(f.once, heads, [value(x, heads) for x in f.once.inputs]), strict=True)
     many |= zip(f.before.outputs, write(f.before, n * rows, [value(x, n * rows) for x in f.before.inputs]), strict=True)
@@ -150,7 +150,7 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
             if x in held:
                 given.append(held[x])
             elif x in many and row_axis(x) is not None:
-                given.append(add(graph, aten.slice.Tensor, many[x], row_axis(x), j * rows, (j + 1) * rows))
+                given.append(add_plain(graph, aten.slice.Tensor, many[x], row_axis(x), j * rows, (j + 1) * rows))
             else:
                 given.append(value(x, rows))
         out = write(f.loop, rows, given)
