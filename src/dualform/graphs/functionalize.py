@@ -61,6 +61,8 @@ for _view in (aten.movedim.int, aten.movedim.intlist):
 for _view in (aten.mT.default, aten.numpy_T.default):
     _SCATTER[_view] = lambda base, value, view=_view: (view, (value,))
 
+_UNSAFE = {aten.unsafe_chunk, aten.unsafe_split, aten.unsafe_split_with_sizes}
+
 
 def _inverse(dims: list[int]) -> list[int]:
     positive = [d % len(dims) for d in dims]
@@ -215,6 +217,10 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         behind: Any = node.args[0]
         return behind[0] if _viewed(behind[0]) is not None else None
     if node.target is operator.getitem and _viewed(node.args[0]) is None:  # type: ignore[arg-type]
+        return None
+    if (
+        getattr(node.target, "overloadpacket", None) in _UNSAFE
+    ):  # whose pieces are written to only where nobody reads the whole any more
         return None
     own = _memory(node)
     return next((x for x in node.all_input_nodes if own & _memory(x)), None)
