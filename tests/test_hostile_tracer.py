@@ -173,3 +173,18 @@ def test_a_size_that_cannot_be_told_from_rows_is_refused():
     q = torch.zeros(2, 7, 1, 4, dtype=torch.float64)
     with pytest.raises(TraceError, match="has the number"):
         program(q, q, q)
+
+
+class _Columns(_Numbers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x @ self.W).clone()
+        h[:, torch.tensor([True, False, False, False])] = 0
+        h[..., [1, -1]] = self.W[0, :2]
+        return h
+
+
+def test_a_learner_may_write_columns():
+    program = df.derive(_Columns(), rule=df.rules.SGD(lr=0.2), chunk=3, prove=False)
+    q, k, v = torch.randn(3, 2, 7, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    got, expected = (program(q, k, v, form=form, backend="eager")[0] for form in ("auto", "primal"))
+    torch.testing.assert_close(got, expected)
