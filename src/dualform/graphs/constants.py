@@ -128,7 +128,8 @@ class Constants:
             source = args[2].reshape(-1)[: len(places[0])]
             return Tensor.index_put, (args[0].expand(shape), places, source), {}
         elif func is Tensor.__getitem__ or (
-            func is Tensor.__setitem__ and isinstance(args[2], Tensor) and args[2].ndim
+            func is Tensor.__setitem__  # one number at a mask of the whole is told as where
+            and ((isinstance(args[2], Tensor) and args[2].ndim) or isinstance(args[1], tuple))
         ):
             return func, (args[0], self.places(args[1]), *args[2:]), kwargs
         return func, args, kwargs

@@ -13,7 +13,9 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import add, line_of, unwritten, writes
+from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import carried
+from dualform.graphs.recorder import twin_of
 
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
@@ -44,16 +46,22 @@ for _view in (
     aten.squeeze.dims,
     aten.flatten.using_ints,
     aten.unflatten.int,
+    aten.ravel.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
+    aten.atleast_1d.default,
+    aten.atleast_2d.default,
+    aten.atleast_3d.default,
 ):
     _SCATTER[_view] = lambda base, value, *a: (aten.view.default, (value, list(base.meta["val"].shape)))
-_MULTI_VIEWS = {aten.split.Tensor, aten.chunk.default, aten.unbind.int, aten.split_with_sizes.default, aten.split.sizes}
-_OPAQUE_VIEWS = {
-    aten.expand.default,
-    aten.as_strided.default,
-    aten.unfold.default,
-    aten.movedim.int,
-    aten.swapaxes.default,
-}
+for _view in (aten.swapaxes.default, aten.swapdims.default):
+    _SCATTER[_view] = _SCATTER[aten.transpose.int]
+for _view in (aten.movedim.int, aten.movedim.intlist):
+    _SCATTER[_view] = lambda base, value, source, to, view=_view: (view, (value, to, source))
+for _view in (aten.mT.default, aten.numpy_T.default):
+    _SCATTER[_view] = lambda base, value, view=_view: (view, (value,))
+
+_UNSAFE = {aten.unsafe_chunk, aten.unsafe_split, aten.unsafe_split_with_sizes}
 
 
 def _inverse(dims: list[int]) -> list[int]:
@@ -117,20 +125,9 @@ class _Rewriter:
         self.value[node] = new
         if node.op != "call_function":
             return
-        first: Any = node.args[0][0] if node.meta.get("hooks") else node.args[0] if node.args else None  # type: ignore[index]
-        source = first if isinstance(first, fx.Node) else None
-        if source is not None and self.is_view(node):
+        source = _viewed(node)
+        if source is not None:
             self.parent[node] = source
-
-    @staticmethod
-    def is_view(node: fx.Node) -> bool:
-        if node.target is operator.getitem:
-            pieces: Any = node.args[0]
-            return pieces.target in _MULTI_VIEWS
-        if node.meta.get("hooks"):  # a hook is a node behind its tensor: it sees what is written to the memory of that
-            behind: Any = node.args[0]
-            return _Rewriter.is_view(behind[0])
-        return node.target in _SCATTER or node.target in _MULTI_VIEWS or node.target in _OPAQUE_VIEWS
 
     def read(self, node: fx.Node) -> fx.Node:
         """The node's present value; a view of rewritten memory is taken again."""
@@ -162,27 +159,26 @@ class _Rewriter:
     def functional(self, node: fx.Node) -> fx.Node:
         target: Any = node.target
         first: Any = node.args[0]
-        packet, overload = target._schema.name.split("::")[1], target._overloadname
+        packet = target._schema.name.split("::")[1]
         if packet == "detach_":
             return self.emit(aten.detach.default, (self.read(first),), node)
         if packet == "copy_":  # whose functional twin torch cannot differentiate
             return self.fitted(self.read(node.args[1]), first.meta["val"], node)  # type: ignore[arg-type]
-        base = getattr(aten, packet.removesuffix("_"), None)
-        twin = getattr(base, overload, None) if base is not None else None
-        if twin is None and base is not None:  # transpose_.default is transpose.int
-            takes = [a.name for a in target._schema.arguments]
-            alike = (getattr(base, o) for o in base.overloads())
-            twin = next((t for t in alike if [a.name for a in t._schema.arguments] == takes), None)
-        if not packet.endswith("_") or packet.endswith("__") or twin is None:
+        twin = twin_of(target)
+        if twin is None:
             self.blame(node, "changes a tensor in place in a way that has no functional twin", "Write y = op(x).")
         args = fx.map_arg(node.args, self.read)
         kwargs = fx.map_arg(node.kwargs, self.read)
-        return self.emit(twin, args, node, kwargs)
+        new, like = self.emit(twin, args, node, kwargs), node.meta["val"]
+        return self.cast(new, like.dtype, node)
+
+    def cast(self, new: fx.Node, dtype: torch.dtype, node: fx.Node) -> fx.Node:
+        same = new.meta["val"].dtype == dtype
+        return new if same else self.emit(aten._to_copy.default, (new,), node, {"dtype": dtype})
 
     def fitted(self, new: fx.Node, like: torch.Tensor, node: fx.Node) -> fx.Node:
         """A value in the shape and dtype of what it is written to."""
-        if new.meta["val"].dtype != like.dtype:
-            new = self.emit(aten._to_copy.default, (new,), node, {"dtype": like.dtype})
+        new = self.cast(new, like.dtype, node)
         same = new.meta["val"].shape == like.shape
         return new if same else self.emit(aten.expand.default, (new, list(like.shape)), node)
 
@@ -207,10 +203,39 @@ class _Rewriter:
         if writes(view):
             return new
         rule = _SCATTER.get(view.target)
+        if rule is None and _layout(view) == _layout(self.parent[view]):  # as `to` gives what it was given
+            return new
         if rule is None:
             self.blame(node, f"writes through {view.target}", "Build the tensor with torch.where or torch.cat.")
         target, args = rule(base, new, *view.args[1:], *view.kwargs.values())
         return self.emit(target, args, node)
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory a node's results lie in: reshape may copy, and einsum may not."""
+    if node.meta.get("hooks"):  # a hook is a node behind its tensor: it sees what is written to the memory of that
+        behind: Any = node.args[0]
+        return behind[0] if _viewed(behind[0]) is not None else None
+    if node.target is operator.getitem and _viewed(node.args[0]) is None:  # type: ignore[arg-type]
+        return None
+    if (
+        getattr(node.target, "overloadpacket", None) in _UNSAFE
+    ):  # whose pieces are written to only where nobody reads the whole any more
+        return None
+    own = _memory(node)
+    return next((x for x in node.all_input_nodes if own & _memory(x)), None)
+
+
+def _memory(node: fx.Node) -> set[int]:
+    made = node.meta.get("val")
+    parts = made if isinstance(made, tuple | list) else (made,)
+    tensors = [x.shape_of if isinstance(x, Hollow) else x for x in parts if isinstance(x, torch.Tensor)]
+    return {x.untyped_storage()._cdata for x in tensors if x.layout == torch.strided}
+
+
+def _layout(node: fx.Node) -> Any:
+    x = node.meta.get("val")
+    return (x.shape, x.stride(), x.storage_offset(), x.dtype) if isinstance(x, torch.Tensor) else None
 
 
 def _alias_infos(node: fx.Node) -> list[Any]:

@@ -45,9 +45,20 @@ class Recorded(Hollow):
         return self
 
 
-def _twin(func: Any) -> Any:
+# What the operators &= and so on call, by what does the same.
+_OPERATORS = {
+    "__iand__": "bitwise_and_",
+    "__ior__": "bitwise_or_",
+    "__ixor__": "bitwise_xor_",
+    "__ilshift__": "bitwise_left_shift_",
+    "__irshift__": "bitwise_right_shift_",
+}
+
+
+def twin_of(func: Any) -> Any:
     """Find the op that does the same and is not in place: of the same arguments, as pow_.Scalar is pow.Tensor_Scalar."""
-    name = func._schema.name.removeprefix("aten::")
+    name: str = func._schema.name.removeprefix("aten::")
+    name = _OPERATORS.get(name) or name
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
     for overload in [] if packet is None else sorted(packet.overloads(), key=func._overloadname.__ne__):
         twin = getattr(packet, overload)
@@ -127,7 +138,7 @@ class Recorder(_Writing, TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op in place by its twin that is not, where nobody else sees the tensor."""
-        twin, x = _twin(func), args[0] if args else None
+        twin, x = twin_of(func), args[0] if args else None
         if twin is None or not isinstance(x, Recorded) or self.storages[_storage(x.shape_of)] > 1:
             raise CannotRecord(str(func))
         with self:
@@ -229,6 +240,8 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         if writes:
             args[0].writes[0] += 1
         if not any(isinstance(x, Tensor) for x in leaves_in((made,), {})):
+            return made
+        if not writes and any(made is x for x in given):  # as `to` gives what is so: with its gradient, in any mode
             return made
         node = self._call(func, each(args, self._node), {name: each(x, self._node) for name, x in kwargs.items()})
         return self._followed(made, node)

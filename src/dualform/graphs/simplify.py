@@ -110,10 +110,13 @@ class _Folder:
             return
         if x.target == aten.neg.default and isinstance(x.args[0], fx.Node):
             scale, x = -scale, x.args[0]
-        if x.target in _products and isinstance(x.args[1], int | float) and not x.kwargs:
+        numbers = node.meta["val"].is_floating_point()  # whole ones wrap around at each product
+        if numbers and x.target in _products and isinstance(x.args[1], int | float) and not x.kwargs:
             scale, x = scale * x.args[1], x.args[0]  # type: ignore[assignment]
             if not isinstance(x, fx.Node) or x.meta["val"].shape != node.meta["val"].shape:
                 return
+        if numbers and isinstance(scale, int) and abs(scale) >= 2**63:  # no whole number of torch's
+            scale = float(scale)
         if scale == 1.0:
             replace(node, x)
         elif math.isfinite(scale):

@@ -59,6 +59,8 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(_written(emitter(gm.graph, node), node))
         elif node.target is aten.index_put.default and _asks_own_rows(node):
             node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), *node.args))
+        elif node.target is aten.index_put.default and (axis := _column_axis(node)):
+            node.replace_all_uses_with(_to_columns(emitter(gm.graph, node), axis, *node.args))
         elif node.target is aten.index_put.default:
             _masked(gm.graph, node)
     gm.graph.eliminate_dead_code()
@@ -130,6 +132,24 @@ def _own_places(emit: Emit, x: Any, indices: Any) -> tuple[fx.Node, list[int]]:
 def _of_own_row(emit: Emit, x: Any, indices: Any) -> fx.Node:
     place, shape = _own_places(emit, x, indices)
     return emit(aten.reshape.default, emit(aten.gather.default, x, 1, place), shape)
+
+
+def _column_axis(node: fx.Node) -> int:
+    """The axis whose places x[:, places] = y writes to, the same for all rows; 0: it is another write."""
+    given = bound_arguments(node)
+    *before, index = given["indices"]
+    if given["accumulate"] or not before or any(i is not None for i in before) or index is None:
+        return 0
+    value = index.meta["val"]
+    return len(before) if value.ndim == 1 and value.dtype == torch.int64 else 0
+
+
+def _to_columns(emit: Emit, axis: int, x: Any, indices: Any, values: Any, accumulate: bool = False) -> fx.Node:
+    """x[:, places] = values -> index_copy, which counts no rows."""
+    shape = list(x.meta["val"].shape)
+    index = emit(aten.remainder.Scalar, indices[axis], shape[axis])
+    shape[axis] = index.meta["val"].shape[0]
+    return emit(aten.index_copy.default, x, axis, index, emit(aten.expand.default, values, shape))
 
 
 def _to_own_row(emit: Emit, x: Any, indices: Any, values: Any, accumulate: bool = False) -> fx.Node:

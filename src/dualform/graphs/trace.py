@@ -203,6 +203,7 @@ _ASKED: dict[Any, Callable[..., Any]] = {
     ),
     torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
     DATA: lambda listener, x: x.detach(),
+    Tensor.data.__set__: _refused("gives a tensor other memory (.data = ...)", "Use the new value, or h.copy_(...)."),  # type: ignore[attr-defined]
 }
 
 

@@ -16,18 +16,23 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from dualform.graphs.edit import add_input, add_plain, copied, inputs_of, stepped, unwritten
+from dualform.graphs.hollow import leaves_in
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
+from dualform.graphs.trace import source_line
 from dualform.learning.derive import Table, trace_fake
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
+# Where slices have their end, two behind their axis.
+_ENDS = {aten.slice.Tensor: 3, aten.slice_scatter.default: 4, aten.slice_backward.default: 4}
 
 
 def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = None) -> fx.GraphModule:
     """Map a graph over ROWS rows; `shared` inputs are the same for all. table: what is decomposed, norms if None."""
+    gm = _without_rows(gm)
     inputs = [node.meta["val"] for node in inputs_of(gm.graph)]
     dims = tuple(None if s else 0 for s in shared)
     examples = [x.new_empty(x.shape if s else (ROWS, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
@@ -61,6 +66,28 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = Non
             TraceError,
         )
     return made
+
+
+def _without_rows(gm: fx.GraphModule) -> fx.GraphModule:
+    """Keep the user's own whole numbers from being taken for numbers of rows."""
+    gm = copied(gm)
+    for node in gm.graph.nodes:
+        at = _ENDS.get(node.target)
+        if at is not None and len(node.args) > at and type(node.args[at]) is int:  # it ends where its tensor does
+            first, second = node.args[:2]
+            sizes = second if node.target is aten.slice_backward.default else first.meta["val"].shape
+            node.args = (*node.args[:at], min(node.args[at], sizes[node.args[at - 2]]), *node.args[at + 1 :])
+        schema = getattr(node.target, "_schema", None)
+        for x, a in zip(node.args, schema.arguments if schema else (), strict=False):
+            if _is_size(a) and any(map(_counts_rows, leaves_in([x], {}))):
+                what = f"{node.target} in a learner's step"
+                advice = f"Write another number there. {source_line(node)}".rstrip()
+                fail("derive", what, f"has the number {x}", f"sizes and places below {ROWS}", advice, TraceError)
+    return gm
+
+
+def _is_size(argument: Any) -> bool:
+    return "int" in str(argument.type)
 
 
 def row_axis(node: fx.Node) -> int | None:
@@ -106,11 +133,15 @@ def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -> None:
     """Write a device, and multiples of the number of rows."""
     for node in list(graph.nodes):
-        if node.op == "call_function":
-            node.args = map_aggregate(
-                node.args, lambda x: times(x // ROWS) if isinstance(x, int) and _counts_rows(x) else x
-            )
-            node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
+        if node.op != "call_function":
+            continue
+        schema = getattr(node.target, "_schema", None)
+        args = list(node.args)
+        for k, x in enumerate(args):
+            if schema is None or _is_size(schema.arguments[k]):  # another number is the user's
+                args[k] = map_aggregate(x, lambda n: times(n // ROWS) if isinstance(n, int) and _counts_rows(n) else n)
+        node.args = tuple(args)
+        node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
 
 
 def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: torch.device) -> fx.GraphModule:

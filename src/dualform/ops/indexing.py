@@ -340,6 +340,7 @@ def _reads_put(call: Call, name: str, k: int | None) -> list[Term]:
     examples=[
         call("", T("3 m"), [torch.tensor([2, 0])], T("2 m")), call("", T("n m"), [I("k", "n"), I("k", "m")], T("k"), True),
         call("", T("n m"), [None, I("k", "m")], T("1"), True), call("", T("n m"), [B("n m")], T("")),
+        call("", T("n m"), [None, I("k", "m")], T("n k")),
     ],
 )  # fmt: skip
 def _index_put(call: Call, operand: int) -> list[Term]:
@@ -359,7 +360,7 @@ def _index_put(call: Call, operand: int) -> list[Term]:
     if adds:
         return [Term(1.0, (), whole, whole)]
     ones = torch.ones((), dtype=base.dtype, device=base.device)
-    return _kept(torch.zeros_like(base).index_put(tuple(indices), ones), whole)
+    return _kept(torch.ops.aten.index_put.default(torch.zeros_like(base), indices, ones), whole)
 
 
 def _masked_put(call: Call, operand: int, mask: Tensor, adds: bool) -> list[Term]:
