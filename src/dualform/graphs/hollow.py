@@ -55,7 +55,8 @@ class Hollow(Tensor):
     @classmethod
     def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = computed(func, args, kwargs or {})
-        if func._schema.is_mutable:
+        first = func._schema.arguments[0].alias_info if func._schema.arguments else None
+        if func._schema.is_mutable and first is not None and first.is_write:  # not what rrelu notes its noise in
             return args[0]
         return each(made, lambda x: Hollow(x if x.device == META else x.to(META)) if isinstance(x, Tensor) else x)
 
