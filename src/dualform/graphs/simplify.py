@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dualform.graphs.edit import emitter, replace, unwritten, without_dead, without_repeats
+from dualform.graphs.edit import add_alike, replace, unwritten, without_dead, without_repeats
 from dualform.graphs.verify import verified_below_autograd
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ class _Folder:
 
     def negate(self, node: fx.Node, args: tuple[Any, ...]) -> None:
         """Turn a node into minus itself of other arguments."""
-        positive = emitter(self.graph, node)(node.target, *args, **node.kwargs)
+        positive = add_alike(self.graph, node, node.target, *args, **node.kwargs)
         node.target, node.args, node.kwargs = aten.neg.default, (positive,), {}
         self.visit(positive)
 
