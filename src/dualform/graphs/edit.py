@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module, _use_lazy_graph_module
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
@@ -202,6 +202,13 @@ def unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
     """A graph as a module whose Python code is written when it is first run or read: most never are."""
     with _use_lazy_graph_module(True):
         return _make_graph_module(root, graph)
+
+
+def written(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A changed graph as a function that runs often: its code is written now, and no call asks whether it is."""
+    gm.recompile()
+    _LazyGraphModule.force_recompile(gm)
+    return gm.forward
 
 
 def stepped(gm: fx.GraphModule) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
-from dualform.graphs.edit import add_alike, without_dead
+from dualform.graphs.edit import add_alike, without_dead, written
 from dualform.graphs.kept import is_stopped
 
 aten = torch.ops.aten
@@ -144,8 +144,7 @@ def _eager(gm: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> Run:
     _reuse(gm.graph)
     for node in gm.graph.nodes:
         node.target = _entries.get(node.target, node.target) if node.op == "call_function" else node.target
-    gm.recompile()
-    return gm.forward
+    return written(gm)
 
 
 def visible(gm: fx.GraphModule) -> Run:
@@ -153,8 +152,7 @@ def visible(gm: fx.GraphModule) -> Run:
     for node in gm.graph.nodes:
         if is_stopped(node):
             node.target, node.args = torch.Tensor.detach, tuple(node.args[0])  # which cuts both modes, at every level
-    gm.recompile()
-    return gm.forward
+    return written(gm)
 
 
 def _reuse(graph: fx.Graph) -> None:
