@@ -213,7 +213,7 @@ ONE_PLACE = {
     "equal calls are one": (r"def (without_repeats|\w*_cse)|fx_graph_cse", {"graphs/edit.py"}),
     "what is reached is collected": (r"def _?(reached|needed)\(", {"graphs/edit.py"}),
     "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
-    "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/scan.py", "learning/program.py"}),
+    "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
 }  # fmt: skip
 
 
