@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dualform.catalogue import Bound, Catalogue
 from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning import scan as scan_module
@@ -151,7 +152,7 @@ class ChunkProgram(nn.Module):
 
     def refresh(self) -> None:
         """Follow what has changed since the last call."""
-        if torch.compiler.is_compiling() or self.door.is_current():
+        if compiles() or self.door.is_current():
             return
         with TRACING:
             if not self.door.is_current() and not self.door.read():
@@ -328,7 +329,7 @@ class ChunkProgram(nn.Module):
     def _scan(
         self, form: str, backend: str, call: Inputs, carried: bool, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
-        if not torch.compiler.is_compiling():
+        if not compiles():
             self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             self._expect_fixed(call.rest)
         tensors = scan_module.Call(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dualform.graphs.operators import custom_operator, library
+from dualform.graphs.this_thread import compiles, exports
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import TRACING, undisturbed
@@ -221,16 +222,16 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, ke
         return N + 1
     if isinstance(remat, int):
         return N // remat + 1
-    if torch.compiler.is_exporting():  # one file for every length
+    if exports():  # one file for every length
         return 16
-    if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
+    if compiles():  # coarse steps, so that a new length rarely compiles anew
         return next(K for K in (4, 16, 64, 256, 1024) if K * K > N or K == 1024)
     return N if N * nbytes <= keep else -(-N // (1 << (N.bit_length() // 2)))
 
 
 def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) -> list[Tensor] | None:
     """Run one token as plain a way as there is: without an op around it."""
-    if type(call.q) is not Tensor or torch.compiler.is_compiling():
+    if type(call.q) is not Tensor or compiles():
         return None
     if not (call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None):
         return None
@@ -263,7 +264,7 @@ def scan(
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
         return stepped
     state = keep = 0
-    if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
+    if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
         state = sum(x.nbytes for x in call.anchor.values())
         keep = found(chosen(backend, _plan(name, form, call.q.shape[-1], call.dtype), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
@@ -271,7 +272,7 @@ def scan(
     optional = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
     given = tuple(n for n, x in optional.items() if x is not None)
     kind = (name, form, call.q.shape[-1], call.dtype)
-    if torch.compiler.is_exporting():
+    if exports():
         T = call.q.shape[1]
         fixed = type(T) is int and not torch.compiler.is_dynamo_compiling()
         key = _text(*kind, T if fixed else None, given)

@@ -12,6 +12,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dualform.graphs.this_thread import compiles, records
+
 inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
 
 
@@ -53,22 +55,13 @@ def watched() -> bool:
 def is_known(x: Tensor) -> bool:
     """May a call depend on a tensor's values? Not while it is traced, nor on the meta device, nor where they differ along an axis that vmap hides."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    if torch.compiler.is_compiling() or x.is_meta or _records():
+    if compiles() or x.is_meta or records():
         return False
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return False
         x = functorch.get_unwrapped(x)
     return True
-
-
-def _records() -> bool:
-    """Does this thread write down what it runs? Modes above dispatch are one stack of the whole process: the key is the thread's."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._get_dispatch_mode(proxies) is not None:
-        return True
-    above = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    return above and torch._ops._get_dispatch_mode_pre_dispatch(proxies) is not None
 
 
 def is_one_of_many(x: Tensor) -> bool:
