@@ -17,6 +17,7 @@ SOURCE = ROOT / "src" / "dualform"
 floors = [
     "auto_classes",
     "shapes",
+    "bounded",
     "catalogue",
     "algebra",
     "ops",
@@ -213,6 +214,9 @@ ONE_PLACE = {
     "equal calls are one": (r"def (without_repeats|\w*_cse)|fx_graph_cse", {"graphs/edit.py"}),
     "what is reached is collected": (r"def _?(reached|needed)\(", {"graphs/edit.py"}),
     "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
+    "what is remembered is bounded": (r"OrderedDict|\.popitem\(", {"bounded.py"}),
+    "an op has a sign in Python": (r'mm[.\w"]*: "@"|mul[.\w"]*: "[*]"', {"explanations/python_text.py"}),
+    "gelu is spelt out": (r"0\.044715", {"learning/derive.py", "functions/symbolic.py"}),
     "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/scan.py", "learning/program.py"}),
 }  # fmt: skip
 
