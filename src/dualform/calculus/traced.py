@@ -25,10 +25,10 @@ from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
 from dualform.explanations.explain import Explanation
 from dualform.explanations.wording import name_nodes
-from dualform.graphs.edit import add_input, lift
+from dualform.graphs.edit import add_input, evaluated, lift, results_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.identities import canonical_graph
-from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.local_rules import reads_values
 from dualform.graphs.straight_line import Split, runnable, split, straight
@@ -137,8 +137,8 @@ class Traced:
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
-        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm.graph)]
-        _refuse_steps(outputs(self.gm.graph))
+        self.out_values: list[Tensor] = [n.meta["val"] for n in results_of(self.gm.graph)]
+        _refuse_steps(results_of(self.gm.graph))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 
@@ -252,7 +252,7 @@ class Point:
 
     @cached_property
     def values(self) -> dict[fx.Node, Any]:
-        return run(self.traced.gm, self.inputs)
+        return evaluated(self.traced.gm, self.inputs)
 
     @property
     def is_plain(self) -> bool:
