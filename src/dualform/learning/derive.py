@@ -88,15 +88,23 @@ def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u): value and slopes share one sigmoid."""
+    return x * (torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else _normal(x))
+
+
 def _gelu(x: Tensor, approximate: str = "none") -> Any:
-    """0.5 x (1 + tanh u) = x sigmoid(2u): value and slopes share one sigmoid."""
-    return x * torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else NotImplemented
+    return gelu(x, approximate) if approximate == "tanh" else NotImplemented
+
+
+def _normal(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
 def _gelu_slope(g: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "tanh":
         normal = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return g * (0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * normal)
+        return g * (_normal(x) + x * normal)
     u, du = _steepness(x)
     s = torch.sigmoid(u)
     return g * (s + x * (s * (1 - s)) * du)

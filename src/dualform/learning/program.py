@@ -6,16 +6,16 @@ Legend: B batch, T time, H heads, K key width, V value width, r registers, b the
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dualform.bounded import Bounded
 from dualform.catalogue import Bound, Catalogue
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.this_thread import compiles
@@ -39,21 +39,6 @@ from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
 from dualform.learning.transforms import is_known
 from dualform.shapes import ShapeError
-
-T = TypeVar("T")
-
-
-class Bounded(OrderedDict[Any, T]):
-    """A dictionary that forgets what was made first once it is full."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def __setitem__(self, key: Any, value: T) -> None:
-        super().__setitem__(key, value)
-        while len(self) > self.size:
-            self.popitem(last=False)
 
 
 class Inputs(NamedTuple):
@@ -641,7 +626,7 @@ def _runs(learner: nn.Module, K: int) -> bool:
         return False
 
 
-# Programs by learner, and traced steps by structure; the oldest go first.
+# Programs by learner, and traced steps by structure.
 _programs: Bounded[ChunkProgram] = Bounded(256)
 _structures: Bounded[scan_module.Plan] = Bounded(256)
 _proved: Bounded[Proof] = Bounded(1024)
