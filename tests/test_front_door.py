@@ -5,6 +5,7 @@ import copy
 import re
 import threading
 from array import array
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import dualform as df
 from dualform import testing as laws
+from dualform.functions.blocks import is_unobserved
+from dualform.graphs import this_thread
+from dualform.graphs.recorder import record_as_called
 from dualform.graphs.twin import Twin
+from dualform.learning.op import checkpoints_for
+from dualform.models.attention import allowed
 
 DOUBLE = torch.float64
 
@@ -548,6 +555,122 @@ def test_first_calls_from_many_threads():
     assert [found[n] for n in range(8) if found[n] is not True and not bool(found[n] == True)] == []  # noqa: E712
 
 
+@contextmanager
+def held_elsewhere(hold):
+    """While another thread is inside `hold(wait)`, which calls `wait` in the midst of what it does."""
+    there, leave, errors = threading.Event(), threading.Event(), []
+
+    def wait():
+        there.set()
+        assert leave.wait(120)
+
+    def run():
+        try:
+            hold(wait)
+        except Exception as error:
+            errors.append(error)
+        there.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert there.wait(120) and not errors, errors
+        yield
+    finally:
+        leave.set()
+        thread.join()
+    assert errors == []
+
+
+class Waits(nn.Module):
+    def __init__(self, wait):
+        super().__init__()
+        self.wait = wait
+
+    def forward(self, x):
+        self.wait()
+        return x * 2
+
+
+def flags(wait):
+    before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
+    try:
+        wait()
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
+
+
+def exporting(wait):
+    torch.export.export(Waits(wait), (torch.ones(2),), strict=False)
+
+
+def compiling(wait):
+    def backend(gm, inputs):
+        wait()
+        return gm
+
+    torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)(torch.ones(2))
+
+
+def recording(wait):
+    record_as_called(lambda x: wait() or x * 2, ["x"], [torch.ones(2)])
+
+
+def proxies(wait):
+    make_fx(lambda x: wait() or x * 2, pre_dispatch=True)(torch.ones(2))
+
+
+@pytest.mark.parametrize("hold", [flags, exporting, compiling, recording, proxies])
+def test_what_another_thread_traces_changes_no_plain_call(hold):
+    learner = Scaled()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3)
+    layer = df.TestTimeTraining(8, 2, learner="linear", chunk=4).double()
+    x, y = rand(2, 7, 1, 4), rand(2, 7, 8)
+    program(x, x, x, backend="eager"), layer(y)
+    with held_elsewhere(hold):
+        assert not this_thread.compiles()
+        assert not this_thread.exports()
+        assert not this_thread.records()
+        learner.scale = 3.0
+        torch.testing.assert_close(program(x, x, x, backend="eager")[0], program(x, x, x, form="primal")[0])
+        assert allowed(None, 5, 5, 8, x.device) is None  # in a file for every length it is a mask
+        kept = checkpoints_for(512, 16, "auto", 8, 1 << 20)
+        shared = is_unobserved(x)
+    assert kept == checkpoints_for(512, 16, "auto", 8, 1 << 20)
+    assert shared
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(rand(4, 4, seed=3) / 2)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return torch.tanh(x @ self.W) * self.scale
+
+
+@pytest.mark.parametrize("hold", [recording, proxies])
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_trace_elsewhere_between_forward_and_backward(hold, part):
+    """Which rows are padded decides a call's layout: forward and backward must both see it."""
+    program = df.derive(Scaled(), rule=df.rules.SGD(lr=0.3, momentum=0.2), chunk=3)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0, 1]], dtype=torch.bool)
+
+    def gradients(around):
+        x = rand(2, 8, 1, 4).requires_grad_()
+        with around if part == "forward" else nullcontext():
+            o, state = program(x, x.sin(), x.cos(), mask=mask, backend="eager")
+        leaves = [x, *program.learner.parameters()]
+        with around if part == "backward" else nullcontext():
+            return torch.autograd.grad((o.square().sum() + state.anchor["W"].sum()), leaves)
+
+    expected = gradients(nullcontext())
+    for a, b in zip(gradients(held_elsewhere(hold)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 # -- the house ----------------------------------------------------------------------------------------------------------
 
 
@@ -588,9 +711,9 @@ def looks_at_user_code(tree):
 
 
 # The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and a trial of
-# its width (program). sites traces definitions of ops.
+# its width (front_door). spelling traces definitions of ops.
 APART = {"primal", "rules", "objectives", "front_door"}
-TRACERS = {"front_door": {"trace", "Twin"}, "sites": {"trace"}, "program": {"Twin"}}
+TRACERS = {"front_door": {"trace", "Twin"}, "spelling": {"trace"}, "program": {"Twin"}}
 
 
 def breaches(name, tree):

@@ -17,6 +17,7 @@ SOURCE = ROOT / "src" / "dualform"
 floors = [
     "auto_classes",
     "shapes",
+    "bounded",
     "catalogue",
     "algebra",
     "ops",
@@ -212,7 +213,13 @@ ONE_PLACE = {
     "a graph is cut": (r"networkx|maximum_flow|def minimum_cut", {"graphs/cut.py"}),
     "equal calls are one": (r"def (without_repeats|\w*_cse)|fx_graph_cse", {"graphs/edit.py"}),
     "what is reached is collected": (r"def _?(reached|needed)\(", {"graphs/edit.py"}),
+    "closed-over tensors are found and lifted": (r'find_nodes\(op="get_attr"', {"graphs/edit.py"}),
+    "a graph is run node by node": (r"\w+\[(n|node)\] = (n|node)\.target\(|fx\.Interpreter", {"graphs/edit.py", "kernels/lowering.py"}),
+    "an expand is left to broadcasting": (r"def _?\w*(broadcasts|expands?)\w*\(graph|def broadcasts\(", {"graphs/edit.py", "graphs/straight_line.py", "graphs/regroup.py"}),
     "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
+    "what is remembered is bounded": (r"OrderedDict|\.popitem\(", {"bounded.py"}),
+    "an op has a sign in Python": (r'mm[.\w"]*: "@"|mul[.\w"]*: "[*]"', {"explanations/python_text.py"}),
+    "gelu is spelt out": (r"0\.044715", {"learning/derive.py", "functions/symbolic.py"}),
     "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
 }  # fmt: skip
 

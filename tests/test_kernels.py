@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
+from dualform.graphs.edit import only_outputs
 from dualform.graphs.split import split
 from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, ops, report, sharing, targets
-from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
 from dualform.testing import LawBroken, check_backend
 

@@ -24,9 +24,10 @@ from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
 from dualform.explanations.explain import Explanation
 from dualform.graphs.complex_pairs import paired
+from dualform.graphs.edit import evaluated, results_of
 from dualform.graphs.identities import canonical_graph
 from dualform.graphs.kept_derivative import expect_twice
-from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.single_results import normalised
 from dualform.graphs.straight_line import blame
@@ -102,10 +103,10 @@ class Second(Route):
 
     def _differentiated(self, slope: Skeleton, inputs: Sequence[Tensor]) -> Sequence[Term]:
         traced = self.point.traced
-        values = run(slope.graph, inputs)
+        values = evaluated(slope.graph, inputs)
         like = traced.out_values[0]
         blank = torch.empty((), dtype=like.dtype, device=like.device)
-        made = [values[node] for node in outputs(slope.graph.graph)]
+        made = [values[node] for node in results_of(slope.graph.graph)]
         moved: dict[int, Sequence[Term]] = {}
         total: list[Term] = []
         for term, places in zip(slope.terms, slope.places, strict=True):

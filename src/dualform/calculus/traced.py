@@ -1,14 +1,13 @@
 """A function traced once for its shapes: what of its derivatives does not depend on values is made once and kept.
 
 The first use of a derivative interprets the graph; from the second on, a straight-line program made from the same rules runs
-(`linear.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and devices; never values of
-tensors, and never identity alone. At most `CACHE_SIZE` are kept, the least recently used goes first.
+(`graphs/straight_line.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and devices; never values of
+tensors, and never identity alone. At most 256 are kept, the least recently used goes first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,14 +20,15 @@ from dualform.algebra.linear_map import Derivative, Route
 from dualform.algebra.normal_form import settled
 from dualform.algebra.notation import Formula
 from dualform.algebra.terms import Term
+from dualform.bounded import Bounded
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
 from dualform.explanations.explain import Explanation
 from dualform.explanations.wording import name_nodes
-from dualform.graphs.edit import add_input, lift
+from dualform.graphs.edit import add_input, evaluated, lift, results_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.identities import canonical_graph
-from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.local_rules import reads_values
 from dualform.graphs.straight_line import Split, runnable, split, straight
@@ -37,8 +37,7 @@ from dualform.shapes import fail
 
 TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
 
-CACHE_SIZE = 256
-_kept: OrderedDict[Hashable, Traced] = OrderedDict()
+_traces: Bounded[Traced] = Bounded(256)
 
 
 def clear_cache() -> None:
@@ -48,7 +47,7 @@ def clear_cache() -> None:
     Dtype:  none.
     Raises: nothing.
     """
-    _kept.clear()
+    _traces.clear()
 
 
 def cache_size() -> int:
@@ -58,7 +57,7 @@ def cache_size() -> int:
     Dtype:  none.
     Raises: nothing.
     """
-    return len(_kept)
+    return len(_traces)
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ class Traced:
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
-        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm.graph)]
-        _refuse_steps(outputs(self.gm.graph))
+        self.out_values: list[Tensor] = [n.meta["val"] for n in results_of(self.gm.graph)]
+        _refuse_steps(results_of(self.gm.graph))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 
@@ -235,15 +234,11 @@ def traced(
 ) -> tuple[Traced, list[Tensor]]:
     """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now."""
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    found = _kept.get(key.key) if key.key is not None and plain else None
+    found = _traces.get(key.key) if key.key is not None and plain else None
     if found is None:
         found = Traced(flat, tensors, names, key)
         if plain and found.is_cacheable:
-            _kept[key.key] = found
-            while len(_kept) > CACHE_SIZE:
-                _kept.popitem(last=False)
-    else:
-        _kept.move_to_end(key.key)
+            _traces[key.key] = found
     return found, [key.tensors[s].detach() if isinstance(s, int) else s.detach() for s in found.slots]
 
 
@@ -257,7 +252,7 @@ class Point:
 
     @cached_property
     def values(self) -> dict[fx.Node, Any]:
-        return run(self.traced.gm, self.inputs)
+        return evaluated(self.traced.gm, self.inputs)
 
     @property
     def is_plain(self) -> bool:

@@ -17,8 +17,9 @@ from dualform.algebra.linear_map import Derivative, Term, fresh_axes
 from dualform.algebra.notation import Formula, Names, formula
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explain import LEVELS, Explanation, Stage, Step, agreed, deviation
+from dualform.explanations.python_text import written
 from dualform.explanations.torch_code import vjp_code
-from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule, written
+from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.rewriting import inline

@@ -38,7 +38,9 @@ from dualform.graphs.edit import (
     add_input,
     add_plain,
     emitter,
+    evaluated,
     extract,
+    held_by,
     inputs_of,
     lift,
     needed,
@@ -600,13 +602,7 @@ def _between(tracer: Any, outs: list[Any], x: Any) -> tuple[fx.GraphModule, list
 
 def replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
     """Run a graph op by op, so that the trace that is going on sees its ops."""
-    at: dict[fx.Node, Any] = dict(zip(inputs_of(gm.graph), tensors, strict=True))
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            at[node] = getattr(gm, str(node.target))
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), at.__getitem__)
-            at[node] = value_of(node, args, kwargs)
+    at = evaluated(gm, tensors, value_of)
     return [None if n is None else at[n] for n in results_of(gm.graph)]
 
 
@@ -729,8 +725,7 @@ def _without_function_modes() -> Iterator[None]:
 
 def _collect(gm: fx.GraphModule, closed: list[Tensor], own: dict[int, int]) -> None:
     """Note the tensors that a graph closes over; a number that it made itself stays a number."""
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = getattr(gm, str(node.target))
+    for value, node in held_by(gm):
         if node.meta.get("fresh") and value.numel() == 1 and not isinstance(value, FakeTensor):
             emit, number = emitter(gm.graph, node), value.item()
             replace(node, emit(aten.full.default, list(value.shape), number, dtype=value.dtype, device=value.device))
@@ -773,5 +768,4 @@ def _ones_by_shape(nodes: Iterable[fx.Node]) -> None:
 def _without_detach(graph: fx.Graph) -> None:
     """A detached tensor is that tensor, where gradients are not asked for, or are taken already."""
     for node in graph.find_nodes(op="call_function", target=aten.detach.default):
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        replace(node, node.args[0])  # type: ignore[arg-type]

@@ -59,10 +59,25 @@ def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | No
     return new
 
 
+def held_by(gm: fx.GraphModule) -> list[tuple[torch.Tensor, fx.Node]]:
+    """List the tensors that a graph holds, and their nodes."""
+    return [(getattr(gm, str(node.target)), node) for node in gm.graph.find_nodes(op="get_attr")]
+
+
 def lift(gm: fx.GraphModule, stand_for: Callable[[torch.Tensor, fx.Node], fx.Node]) -> None:
     """Let other nodes, inputs as a rule, stand for the tensors that a graph holds: `stand_for(tensor, node)` gives each."""
-    for node in list(gm.graph.find_nodes(op="get_attr")):
-        replace(node, stand_for(getattr(gm, str(node.target)), node))
+    for value, node in held_by(gm):
+        replace(node, stand_for(value, node))
+
+
+def broadcasts(user: fx.Node, k: int) -> bool:
+    """Can an entry-by-entry op do without the expand of its argument k: has another of them the result's shape?"""
+    x: Any = user.args[k]
+    if not isinstance(x, fx.Node) or x.target is not aten.expand.default:
+        return False
+    small: Any = x.args[0]
+    rest = [y.meta["val"].shape for y in user.args if isinstance(y, fx.Node) and y is not x]
+    return small.meta["val"].ndim == x.meta["val"].ndim and user.meta["val"].shape in rest
 
 
 def emitter(graph: fx.Graph, at: fx.Node) -> Emit:
@@ -215,19 +230,26 @@ def stepped(gm: fx.GraphModule) -> Callable[..., Any]:
     """A graph as a function that goes from node to node: for a single call, less than to write and compile its code."""
 
     def run(*given: Any) -> Any:
-        rest, at = iter(given), dict[fx.Node, Any]()
-        for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                at[node] = next(rest)
-            elif node.op == "get_attr":
-                at[node] = getattr(gm, str(node.target))
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
-                if node.op == "output":
-                    return args[0]
-                at[node] = node.target(*args, **kwargs)
+        values = evaluated(gm, given)
+        return fx.map_arg(output_of(gm.graph).args[0], values.__getitem__)
 
     return run
+
+
+def evaluated(
+    gm: fx.GraphModule, given: Iterable[Any], call: Callable[[fx.Node, Any, Any], Any] | None = None
+) -> dict[fx.Node, Any]:
+    """Run a graph from node to node and return the value of each; `call` runs an op on arguments, if not as it is."""
+    rest, at = iter(given), dict[fx.Node, Any]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            at[node] = next(rest)
+        elif node.op == "get_attr":
+            at[node] = getattr(gm, str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
+            at[node] = node.target(*args, **kwargs) if call is None else call(node, args, kwargs)
+    return at
 
 
 def without_dead(graph: fx.Graph) -> fx.Graph:
@@ -236,3 +258,13 @@ def without_dead(graph: fx.Graph) -> fx.Graph:
         if node.op in ("call_function", "get_attr") and not node.users and not writes(node):
             graph.erase_node(node)
     return graph
+
+
+def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
+    """Copy a graph with some of its outputs and without what the others needed."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, values)
+    graph.output(list(outputs)[keep])  # type: ignore[call-overload]
+    without_dead(graph)
+    return unwritten(gm, graph)

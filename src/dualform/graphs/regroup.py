@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dualform.graphs.edit import add, inputs_of, reached, without_dead
+from dualform.graphs.edit import add, broadcasts, inputs_of, reached, without_dead
 from dualform.graphs.simplify import tidy
 from dualform.graphs.verify import verified_below_autograd
 
@@ -49,7 +49,9 @@ def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
         _commute_expand(graph, node)
     for node in graph.nodes:
         if node.target in _elementwise and not node.kwargs:
-            _drop_expands(node)
+            for k, x in enumerate(node.args):
+                if broadcasts(node, k):
+                    node.update_arg(k, x.args[0])  # type: ignore[union-attr]
     for kinds, regroup in ((_sums.keys(), _regroup_sum), (_products | _quotients, _regroup_product)):
         waits = waiting(graph, carried)
         for node in reversed(list(graph.nodes)):
@@ -108,15 +110,6 @@ def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
             with graph.inserting_before(node):
                 small = add(graph, node.target, source.args[0], node.args[1])
                 node.replace_all_uses_with(add(graph, aten.expand.default, small, *source.args[1:]))
-
-
-def _drop_expands(node: fx.Node) -> None:
-    """Let an elementwise op broadcast what was expanded for it, where another argument has the full shape."""
-    for i, x in enumerate(node.args):
-        if isinstance(x, fx.Node) and x.target == aten.expand.default and isinstance(x.args[0], fx.Node):
-            rest = [shape(y) for j, y in enumerate(node.args) if j != i]
-            if len(shape(x.args[0])) == len(shape(x)) and shape(node) in rest:
-                node.update_arg(i, x.args[0])
 
 
 def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:

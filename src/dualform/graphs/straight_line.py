@@ -18,7 +18,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import emitter, extract, inputs_of, reached, replace, results_of, without_repeats
+from dualform.graphs.edit import broadcasts, emitter, extract, inputs_of, reached, replace, results_of, without_repeats
 from dualform.graphs.functionalize import functionalized
 
 aten = torch.ops.aten
@@ -137,15 +137,9 @@ def _move_unsqueeze(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
 
 def _leave_expand(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
     """An expand whose every user is a sum with a full tensor is left to that sum."""
-    x: Any = node.args[0]
-    shape = node.meta["val"].shape
-    for user in node.users:
-        others = [a for a in user.all_input_nodes if a is not node]
-        full = any(a.meta["val"].shape == shape for a in others)
-        if user.target not in (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor) or not full:
-            return
-    if x.meta["val"].ndim == len(shape):
-        node.replace_all_uses_with(x)
+    sums, x = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor), node.args[0]
+    if all(u.target in sums and all(broadcasts(u, k) for k, y in enumerate(u.args) if y is node) for u in node.users):
+        node.replace_all_uses_with(x)  # type: ignore[arg-type]
 
 
 def _alone(node: Any, target: Any) -> bool:

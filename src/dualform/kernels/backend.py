@@ -21,10 +21,10 @@ from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.call import Call
-from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, Run, checkpointed
 from dualform.learning.plan import Input, Plan
+from dualform.learning.transforms import TRACING
 
 Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
 M = TypeVar("M")

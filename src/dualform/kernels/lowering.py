@@ -15,7 +15,8 @@ from dualform.graphs.edit import copied, emitter, inputs_of
 from dualform.graphs.simplify import tidy
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.picking import PICKING
-from dualform.learning.derive import trace_fake, undisturbed
+from dualform.learning.derive import gelu, trace_fake
+from dualform.learning.transforms import undisturbed
 
 aten = torch.ops.aten
 
@@ -108,13 +109,6 @@ def _standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tens
     return rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
 
 
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "tanh":
-        c = 2 * math.sqrt(2 / math.pi)
-        return x * torch.sigmoid(x * (c + c * 0.044715 * x * x))
-    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
 def _clamp_between(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
     x = x if min is None else torch.maximum(x, min)
     return x if max is None else torch.minimum(x, max)
@@ -192,7 +186,7 @@ def _repeat(x: Tensor, repeats: Any) -> Tensor:
 _own: dict[Any, Callable[..., Any]] = {
     torch.ops.dualform.standardize.default: _standardize,
     torch.ops.dualform.standardize_vjp.default: _standardize_vjp,
-    aten.gelu.default: _gelu,
+    aten.gelu.default: gelu,
     aten.silu.default: lambda x: x * torch.sigmoid(x),
     aten.clamp.default: lambda x, min=None, max=None: (
         NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)

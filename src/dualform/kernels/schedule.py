@@ -12,8 +12,10 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import inputs_of, results_of
+from dualform.graphs.verify import is_on
 from dualform.kernels import memory
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
+from dualform.kernels.soundness import verify
 from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, View, entrywise, space_of, whole
 
 aten = torch.ops.aten
@@ -34,7 +36,7 @@ def schedule(
 
 class _Scheduler:
     def __init__(self, gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str]) -> None:
-        self.align = align
+        self.gm, self.align = gm, align
         self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
         self.results: list[Any] = results_of(gm.graph)
         self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
@@ -63,7 +65,10 @@ class _Scheduler:
         self._close()
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
+        made = Schedule(self.inputs, outputs, self.statements, 0, self.align)
+        self._verify(made, "schedule")
         memory.into_pieces(self.statements, self.copies, outputs)
+        self._verify(made, "into_pieces")
         for k, place in stay.items():
             memory.stay(outputs[k], place)
         for k, i in over.items():
@@ -71,8 +76,14 @@ class _Scheduler:
                 memory.write_beside(outputs, k, self.inputs[i])
             else:
                 memory.write_over(self.statements, outputs, k, self.inputs[i])
-        size = memory.place(self.statements, self.inputs, outputs)
-        return Schedule(self.inputs, outputs, self.statements, size, self.align)
+        self._verify(made, "write_over")
+        made.scratch = memory.place(self.statements, self.inputs, outputs)
+        self._verify(made, "place", ("scratch",))
+        return made
+
+    def _verify(self, made: Schedule, name: str, placed: Sequence[str] = ()) -> None:
+        if is_on():
+            verify(made, self.gm, name, placed)
 
     # -- order ---------------------------------------------------------------------------------------------------
 

@@ -36,11 +36,11 @@ from dualform.learning.backends import Backend, BackendError, backends
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
-from dualform.learning.derive import TRACING, undisturbed
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Run
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
+from dualform.learning.transforms import TRACING, undisturbed
 
 # States that a stretch computes again, for its backward, at once.
 STATE_BYTES = 512 * 2**20

@@ -19,11 +19,11 @@ from torch import Tensor
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
 from dualform.learning import proof
 from dualform.learning.call import Call
-from dualform.learning.derive import TRACING
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Run, backward, forward
 from dualform.learning.plan import Plan
 from dualform.learning.prepare import Prepare, by_inductor, in_place
+from dualform.learning.transforms import TRACING
 
 backends = Catalogue("backends")
 # States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more (LAB.md).

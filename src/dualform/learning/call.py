@@ -78,10 +78,8 @@ class Call(NamedTuple):
 
     def part(self, rows: slice, T: int) -> Call:
         """Take some rows, and their first T tokens."""
-        q, k, v, mask, reset = (
-            None if x is None else x[rows, :T] for x in (self.q, self.k, self.v, self.mask, self.reset)
-        )
-        assert q is not None and k is not None and v is not None
+        mask, reset = (None if x is None else x[rows, :T] for x in (self.mask, self.reset))
+        q, k, v = (x[rows, :T] for x in (self.q, self.k, self.v))
         gates = {n: x[rows, :T] for n, x in self.gates.items()}
         state = self.after([x[rows] for x in self.held], self.state.position[rows])
         return self._replace(q=q, k=k, v=v, gates=gates, state=state, mask=mask, reset=reset)
@@ -119,16 +117,9 @@ class Signature(NamedTuple):
         return torch.promote_types(torch.float32, p.dtype), p.device
 
     def call(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Mapping[str, Tensor],
-        state: State | None,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        params: Mapping[str, Tensor],
-    ) -> Call:
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State | None, mask: Tensor | None,
+        reset: Tensor | None, params: Mapping[str, Tensor],
+    ) -> Call:  # fmt: skip
         """Check and cast what a caller gives; fill in the rest."""
         self._expect_shapes(q, k, v, mask, reset)
         (B, T, H, _), device = q.shape, q.device

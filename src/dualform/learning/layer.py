@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from dualform.catalogue import Bound
+from dualform.graphs.this_thread import compiles
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
@@ -237,7 +238,7 @@ class TestTimeTraining(nn.Module):
 
     def _angles(self, place: Tensor, like: Tensor) -> Tensor:
         kind = (self.head_dim, self.rope_theta, torch.promote_types(torch.float32, like.dtype))
-        if type(like) is not Tensor or torch.compiler.is_compiling():
+        if type(like) is not Tensor or compiles():
             return angles(place, *kind)
         return angles_below(self.chunk, *kind, like.device)[:, place]
 

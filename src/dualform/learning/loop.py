@@ -235,17 +235,10 @@ class Gradients:
         if len(state) == L:
             state = state + [torch.zeros_like(x) for x in run.start(state)]
         state = [x.unflatten(0, (run.B, run.H)) for x in state]
-        done = {n: run.grid.done(x) for n, x in self.tokens.items()}
-        tree = call._replace(
-            q=done["q"],
-            k=done["k"],
-            v=done["v"],
-            gates={name: done[name] for name in call.gates},
-            slow={name: self.sums["slow", name] for name in call.slow},
-            state=call.after(state, call.state.position),
-            init={name: self.sums["init", name] for name in call.init},
-            offset=self.offset,
-        )
+        q, k, v, *gates = (run.grid.done(x) for x in self.tokens.values())
+        slow, init = ({n: self.sums[part, n] for n in getattr(call, part)} for part in ("slow", "init"))
+        gates, after = dict(zip(call.gates, gates, strict=True)), call.after(state, call.state.position)
+        tree = call._replace(q=q, k=k, v=v, gates=gates, slow=slow, state=after, init=init, offset=self.offset)
         return [x for x, y in zip(tree.flat(), call.flat(), strict=True) if y.is_floating_point()]
 
 

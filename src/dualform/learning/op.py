@@ -18,15 +18,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dualform.graphs.operators import custom_operator, library
+from dualform.graphs.this_thread import compiles, exports
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError, backend_of, check_step, chosen, run_backward, run_forward
 from dualform.learning.call import Call, Names
-from dualform.learning.derive import TRACING, undisturbed
 from dualform.learning.grid import variants_of
 from dualform.learning.loop import checkpointed, run_visible
 from dualform.learning.plan import Plan
 from dualform.learning.state import State
-from dualform.learning.transforms import has_tangent, inside, is_one_of_many, on_behalf, watched
+from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of_many, on_behalf, undisturbed, watched
 
 
 class Source(Protocol):
@@ -225,16 +225,16 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, ke
         return N + 1
     if isinstance(remat, int):
         return N // remat + 1
-    if torch.compiler.is_exporting():  # one file for every length
+    if exports():  # one file for every length
         return 16
-    if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
+    if compiles():  # coarse steps, so that a new length rarely compiles anew
         return next(K for K in (4, 16, 64, 256, 1024) if K * K > N or K == 1024)
     return N if N * nbytes <= keep else -(-N // (1 << (N.bit_length() // 2)))
 
 
 def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) -> list[Tensor] | None:
     """Run one token as plain a way as there is: without an op around it."""
-    if type(call.q) is not Tensor or torch.compiler.is_compiling():
+    if type(call.q) is not Tensor or compiles():
         return None
     if not (call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None):
         return None
@@ -275,12 +275,12 @@ def _scanned(
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
         return stepped
     kind, nbytes, keep = (name, form, call.q.shape[-1], call.dtype), 0, 0
-    if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
+    if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
         nbytes = sum(x.nbytes for x in call.state.anchor.values())
         keep = backend_of(chosen(backend, _plan(*kind), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, nbytes, keep) if learns else 0
     given, T = call.given, call.q.shape[1]
-    if torch.compiler.is_exporting():
+    if exports():
         fixed = type(T) is int and not torch.compiler.is_dynamo_compiling()
         key = _text(*kind, T if fixed else None, given)
     else:

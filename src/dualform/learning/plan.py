@@ -1,4 +1,4 @@
-"""What a call needs of its derivation: each direction of a block mapped over rows, split, and made ready by a backend.
+"""What a call needs of its derivation: each direction of a block mapped over rows, split, made ready; what backends keep.
 
 Each direction is the traced graph of one mini-batch, split where the state passes (`fission`): what does not wait for the
 state runs for many mini-batches at once, the loop holds only what carries the state on.
@@ -16,14 +16,16 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.edit import only_outputs
 from dualform.graphs.regroup import ready_first
 from dualform.graphs.split import Fission, split
 from dualform.graphs.whole_norms import native_norms
 from dualform.learning.batched import at_any, example, joined, mapped, row_axis, row_bytes
 from dualform.learning.call import Call, Names
-from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, retyped, slopes_as_arithmetic, undisturbed
+from dualform.learning.derive import Derivation, Step, retyped, slopes_as_arithmetic
 from dualform.learning.grid import Variant
 from dualform.learning.prepare import Prepare, Prepared, in_place, visible
+from dualform.learning.transforms import TRACING, undisturbed
 
 Own = TypeVar("Own")
 

@@ -5,22 +5,22 @@ Legend: B batch, T time, H heads, K key width, V value width, r registers, b the
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualform.bounded import Bounded
 from dualform.catalogue import Bound, Catalogue
 from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning.backends import Code, backend_of, backends_key, chosen_in_words
 from dualform.learning.call import Call, Signature
-from dualform.learning.derive import TRACING, Derivation, Step, undisturbed
+from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
@@ -36,31 +36,8 @@ from dualform.learning.proof import Proof, cache_folder
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
-from dualform.learning.transforms import is_known
+from dualform.learning.transforms import TRACING, is_known, undisturbed
 from dualform.shapes import ShapeError
-
-T = TypeVar("T")
-
-
-class Bounded(OrderedDict[Any, T]):
-    """A dictionary that forgets what was made first once it is full."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def __setitem__(self, key: Any, value: T) -> None:
-        super().__setitem__(key, value)
-        while len(self) > self.size:
-            self.popitem(last=False)
-
-
-@contextmanager
-def _without_inference() -> Iterator[None]:
-    """Out of inference mode, with gradients on where they were."""
-    outer = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(outer):
-        yield
 
 
 class ChunkProgram(nn.Module):
@@ -75,16 +52,9 @@ class ChunkProgram(nn.Module):
     """
 
     def __init__(
-        self,
-        learner: nn.Module,
-        objective: Callable[[Tensor, Tensor], Tensor],
-        rule: Rule,
-        chunk: int,
-        slow: tuple[str, ...] = (),
-        block: int | None = None,
-        prove: bool = False,
-        per_token: int | None = None,
-    ) -> None:
+        self, learner: nn.Module, objective: Callable[[Tensor, Tensor], Tensor], rule: Rule, chunk: int,
+        slow: tuple[str, ...] = (), block: int | None = None, prove: bool = False, per_token: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.learner, self.objective, self.rule, self.chunk, self.slow, self.block = (
             learner, objective, rule, chunk, slow, block,
@@ -109,7 +79,7 @@ class ChunkProgram(nn.Module):
 
     def refresh(self) -> None:
         """Follow what has changed since the last call."""
-        if torch.compiler.is_compiling() or self.door.is_current():
+        if compiles() or self.door.is_current():
             return
         with TRACING:
             if not self.door.is_current() and not self.door.read():
@@ -203,22 +173,10 @@ class ChunkProgram(nn.Module):
     # -- running -------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Mapping[str, Tensor] | None = None,
-        *,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        params: Mapping[str, Tensor] | None = None,
-        form: str = "auto",
-        backend: Any = "auto",
-        remat: str | int | None = "auto",
-        nan_policy: str = "propagate",
-        overwrite: bool = False,
-    ) -> tuple[Tensor, State]:
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
+        mask: Tensor | None = None, reset: Tensor | None = None, params: Mapping[str, Tensor] | None = None, form: str = "auto",
+        backend: Any = "auto", remat: str | int | None = "auto", nan_policy: str = "propagate", overwrite: bool = False,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
@@ -245,7 +203,10 @@ class ChunkProgram(nn.Module):
         if 0 in call.q.shape[:3]:
             return call.v.to(call.q.dtype), call.state
         if not forms[form].corrections:
-            with torch.autocast(call.q.device.type, enabled=False), _without_inference():
+            outer = torch.is_grad_enabled()  # leaving inference mode would switch it on
+            with (
+                torch.autocast(call.q.device.type, enabled=False), torch.inference_mode(False), torch.set_grad_enabled(outer),
+            ):  # fmt: skip
                 o, after = primal(self, Twin(self.learner), call.plain())
         else:
             o, after = self._scan(form, backend, call, remat, overwrite and nan_policy != "raise")
@@ -259,16 +220,9 @@ class ChunkProgram(nn.Module):
         return o.to(call.q.dtype), after
 
     def losses(
-        self,
-        k: Tensor,
-        v: Tensor,
-        gates: Mapping[str, Tensor] | None = None,
-        *,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        params: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, State]:
+        self, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
+        mask: Tensor | None = None, reset: Tensor | None = None, params: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, State]:  # fmt: skip
         """Return each token's inner loss before and after its own update, and the state.
 
         before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
@@ -287,7 +241,7 @@ class ChunkProgram(nn.Module):
     def _scan(
         self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
-        if not torch.compiler.is_compiling():
+        if not compiles():
             self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             self._expect_fixed(call.slow)
         return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
@@ -384,7 +338,7 @@ class ChunkProgram(nn.Module):
         return cost_of(self.step, self.rule.num_registers)
 
 
-# Programs by learner, and traced steps by structure; the oldest go first.
+# Programs by learner, and traced steps by structure.
 _programs: Bounded[ChunkProgram] = Bounded(256)
 _structures: Bounded[Plan] = Bounded(256)
 _proved: Bounded[Proof] = Bounded(1024)

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dualform.graphs.this_thread import compiles
 from dualform.learning.layer import DepthwiseConv, TestTimeTraining, causal_windows, convolved
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
@@ -209,7 +210,7 @@ class DualformBlock(GradientCheckpointingLayer):
 
     def _learn(self, h: Tensor, call: Call, cache: FastWeightCache | None) -> Tensor:
         past, ours = (None, False) if cache is None else cache.lend()
-        if cache is not None and not torch.compiler.is_compiling():
+        if cache is not None and not compiles():
             cache.check(self.carried, h.shape[0])
         h, tail = self._convolve(h, call, past and past.conv.get("pre"))
         x, held, rows = self.seq_norm(h), past and past.layer, {"attention_mask": call.mask, "reset": call.reset}

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from dualform.graphs.this_thread import compiles
 from dualform.learning.layer import TestTimeTraining
 from dualform.learning.transforms import is_known
 from dualform.models.arguments import check_ids, refuse_unknown
@@ -258,7 +259,7 @@ class DualformModel(DualformPreTrainedModel):
         if positions is None:
             ranks = [v.columns.ranks[:, -T:] for v in views.values() if v.columns is not None and T]
             positions = ranks[0].clamp(min=0) if ranks else torch.arange(seen, seen + T, device=x.device)[None]
-        observed = None if torch.compiler.is_compiling() else observing.get()
+        observed = None if compiles() else observing.get()
         return Call(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None, observed)
 
 
