@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,9 @@ class Call(NamedTuple):
 
     def flat(self) -> list[Tensor]:
         """List the tensors, as an op takes them."""
-        tensors = [self.q, self.k, self.v, self.state.position, *self.gates.values(), *self.slow.values(), *self.held]
-        tensors += self.init.values()
-        return [*tensors, *(x for x in (self.offset, self.mask, self.reset) if x is not None)]
+        parts = (self.gates, self.slow, self.state.anchor, self.state.registers, self.init)
+        optional = [x for x in (self.offset, self.mask, self.reset) if x is not None]
+        return [self.q, self.k, self.v, self.state.position, *chain.from_iterable(map(dict.values, parts)), *optional]
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor], names: Names, given: str) -> Call:

@@ -31,7 +31,6 @@ class Run:
         self.B, self.T, self.H = call.q.shape[:3]
         self.rows, self.rule, self.L = Rows(self.B, self.H, blocks, prepare), d.inner.rule, len(call.init)
         device = call.q.device
-        self.slow = {name: x.to(device) for name, x in d.constants.items()} | call.slow
         marks = (call.state.position, call.mask, call.reset)
         self.grid: Grid = arrange(self.T, d.chunk, *marks, call.dtype, call.carried, d.block)
         self.blocks = len(self.grid.variants)
@@ -61,7 +60,8 @@ class Run:
 
     def fixed(self, x: Input) -> Tensor:
         """Read what all blocks share: (H, ...), or as it is."""
-        return (self.slow if x.part == "slow" else self.call.init)[x.name]
+        own = self.call.slow if x.part == "slow" else self.call.init
+        return own[x.name] if x.name in own else self.plan.derivation.constants[x.name].to(self.call.q.device)
 
     def of_blocks(self, x: Input, piece: range) -> Tensor | None:
         """Read the blocks of a piece, (n, B, H, ...); None for what the grid does not have."""
