@@ -28,7 +28,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import output_of, stepped, unwritten, without_dead, writes
+from dualform.graphs.edit import Graph, output_of, stepped, unwritten, without_dead, writes
 from dualform.graphs.hollow import Hollows
 from dualform.graphs.kept import written_out
 from dualform.graphs.recorder import CannotRecord, record
@@ -184,7 +184,7 @@ class Step:
 
 def retyped(gm: fx.GraphModule, old: torch.dtype, new: torch.dtype) -> fx.GraphModule:
     """Copy a graph with numbers of another dtype."""
-    cast, copy = partial(_cast, old=old, new=new), fx.Graph()
+    cast, copy = partial(_cast, old=old, new=new), Graph()
     copy.output(copy.graph_copy(gm.graph, {}))
     for node in copy.nodes:
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), cast)
@@ -490,7 +490,7 @@ def _plain_views(gm: fx.GraphModule) -> None:
 
 def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
     """Copy a graph with some of its outputs and without what the others needed."""
-    graph = fx.Graph()
+    graph = Graph()
     values: dict[fx.Node, fx.Node] = {}
     outputs = graph.graph_copy(gm.graph, values)
     graph.output(list(outputs)[keep])  # type: ignore[call-overload]
