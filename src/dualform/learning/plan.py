@@ -117,15 +117,15 @@ class Way:
         f = self.fission
         parts = {"once": f.once, "before": f.before, "loop": f.loop, "after": f.after}
         cast = {name: replace(part, graph=retyped(part.graph, old, new)) for name, part in parts.items()}
-        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare)
+        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare, self.made)
 
     def part(self, name: str, device: torch.device) -> Run:
         """Return a part, ready to run op by op on its inputs and their number of rows."""
-        key = (name, device)
-        if key not in self.made:
+        graph: fx.GraphModule = getattr(self.fission, name).graph
+        if (graph, device) not in self.made:
             with TRACING:
-                self.made[key] = self.prepare(at_any(getattr(self.fission, name).graph, device))
-        return self.made[key]
+                self.made[graph, device] = self.prepare(at_any(graph, device))
+        return self.made[graph, device]
 
     def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
         """Return all parts of some blocks as one compiled function."""
