@@ -22,7 +22,7 @@ from dualform.functions.blocks import is_unobserved
 from dualform.graphs import this_thread
 from dualform.graphs.recorder import record_as_called
 from dualform.graphs.twin import Twin
-from dualform.learning.scan import checkpoints_for
+from dualform.learning.op import checkpoints_for
 from dualform.models.attention import allowed
 
 DOUBLE = torch.float64
@@ -711,9 +711,9 @@ def looks_at_user_code(tree):
 
 
 # The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and a trial of
-# its width (program). sites traces definitions of ops.
+# its width (front_door). spelling traces definitions of ops.
 APART = {"primal", "rules", "objectives", "front_door"}
-TRACERS = {"front_door": {"trace", "Twin"}, "sites": {"trace"}, "program": {"Twin"}}
+TRACERS = {"front_door": {"trace", "Twin"}, "spelling": {"trace"}, "program": {"Twin"}}
 
 
 def breaches(name, tree):

@@ -220,7 +220,7 @@ ONE_PLACE = {
     "what is remembered is bounded": (r"OrderedDict|\.popitem\(", {"bounded.py"}),
     "an op has a sign in Python": (r'mm[.\w"]*: "@"|mul[.\w"]*: "[*]"', {"explanations/python_text.py"}),
     "gelu is spelt out": (r"0\.044715", {"learning/derive.py", "functions/symbolic.py"}),
-    "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/scan.py", "learning/program.py"}),
+    "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
 }  # fmt: skip
 
 

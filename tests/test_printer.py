@@ -10,7 +10,7 @@ import dualform as df
 from dualform import testing as laws
 from dualform.explanations.python_text import statement
 from dualform.graphs.trace import trace
-from dualform.learning.derive import identifier, names_of
+from dualform.learning.printer import identifier, names_of
 
 odd = [
     "a.w", "a_w", "0.weight", "q", "k", "v", "lr", "i", "o", "C", "x", "th", "torch", "mini_batch", "lambda", "None", "R", "R_q",

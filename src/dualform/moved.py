@@ -29,7 +29,7 @@ _MOVES = {
     },
     "learning": {
         "graphs": "fission>split norms>whole_norms regroup simplify",
-        "learning": "pieces>flat_leaves",
+        "learning": "pieces>flat_leaves scan>op",
     },
 }
 

@@ -281,3 +281,13 @@ def without_dead(graph: fx.Graph) -> fx.Graph:
         if node.op in ("call_function", "get_attr") and not node.users and not writes(node):
             graph.erase_node(node)
     return graph
+
+
+def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
+    """Copy a graph with some of its outputs and without what the others needed."""
+    graph = Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, values)
+    graph.output(list(outputs)[keep])  # type: ignore[call-overload]
+    without_dead(graph)
+    return unwritten(gm, graph)

@@ -15,7 +15,8 @@ from dualform.graphs.edit import copied, emitter, inputs_of
 from dualform.graphs.simplify import tidy
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.picking import PICKING
-from dualform.learning.derive import gelu, trace_fake, undisturbed
+from dualform.learning.derive import gelu, trace_fake
+from dualform.learning.transforms import undisturbed
 
 aten = torch.ops.aten
 

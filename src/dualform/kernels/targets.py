@@ -31,12 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from dualform.graphs.edit import inputs_of, results_of
+from dualform.graphs.edit import inputs_of, only_outputs, results_of
 from dualform.graphs.split import Part, split
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import VIEWS, work
 from dualform.kernels.sharing import made_again, price, shared
-from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
 
 EACH, ROW = "n", "0"  # the place of an argument along n: each mini-batch has its own; the only one of its row

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Tensors, _Sequence, line_of
+from dualform.kernels.backend import Stretches, Tensors, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.triton_launch import Launch
@@ -35,10 +35,12 @@ from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import Backend, BackendError, backends
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
-from dualform.learning.derive import TRACING, undisturbed
+from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Run_
-from dualform.learning.plan import Input, Plan, found
+from dualform.learning.loop import Run
+from dualform.learning.plan import Input, Plan
+from dualform.learning.prepare import in_place
+from dualform.learning.transforms import TRACING, undisturbed
 
 # States that a stretch computes again, for its backward, at once.
 STATE_BYTES = 512 * 2**20
@@ -72,6 +74,17 @@ class Made:
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
 
 
+Key = tuple[Variant, str, Precision, bool]  # kind of block, direction, how it multiplies, slices
+
+
+@dataclass(eq=False)
+class Compiled:
+    """What was written for a plan, and made ready to be launched."""
+
+    kernels: dict[Key, dict[str, list[Kernel]]] = field(default_factory=dict)
+    made: dict[tuple[Key, Launch], Made] = field(default_factory=dict)
+
+
 def written(
     plan: Plan, variant: Variant, direction: str, precision: Precision, slices: bool = False, full: bool | None = None
 ) -> dict[str, list[Kernel]]:  # fmt: skip
@@ -103,26 +116,26 @@ def written(
         raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
 
 
-class _Rows(_Sequence):
+class _Rows(Stretches[Made]):
     """Runs calls by stretches, a program per row."""
 
     def __init__(self, precision: Precision, warps: int | None, stages: int, slices: bool | None) -> None:
         self.precision, self.warps, self.stages, self.slices = precision, warps, stages, slices
 
-    def suits(self, plan: Any, call: Any) -> bool:
+    def suits(self, plan: Plan, call: Call) -> bool:
         return False  # not yet chosen where nobody did
 
-    def says(self, plan: Any) -> str:
+    def says(self, plan: Plan) -> str:
         return ""  # nowhere
 
-    def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
+    def schedule(self, plan: Plan, variant: Variant) -> dict[str, Kernel]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
         return {k.name: k for way in ways for name, kernels in way.items() if name != "forward some" for k in kernels}
 
-    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+    def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         return None
 
-    def check(self, call: Any) -> None:
+    def check(self, call: Call) -> None:
         triton_launch.triton_module()
         if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
             raise BackendError(
@@ -133,7 +146,7 @@ class _Rows(_Sequence):
                 f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
-    def made(self, run: Run_, piece: range, direction: str) -> Made:
+    def made(self, run: Run, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
         short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
         factors = (
@@ -148,11 +161,11 @@ class _Rows(_Sequence):
         sizes = (entries, variant.width, run.B * run.H, len(piece))
         slices = cut(*sizes, direction) if self.slices is None else self.slices
         how = launch_for(entries, self.warps, self.stages)
-        key = ("triton", variant, direction, precision, slices, how)
-        with TRACING if key not in plan.natives else nullcontext():
-            if key not in plan.natives:
-                kernels = plan.natives.get(key[:5]) or written(plan, variant, direction, precision, slices)
-                plan.natives[key[:5]] = kernels
+        key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
+        with TRACING if (key, how) not in own.made else nullcontext():
+            if (key, how) not in own.made:
+                kernels = own.kernels.get(key) or written(plan, variant, direction, precision, slices)
+                own.kernels[key] = kernels
                 every = [k for some in kernels.values() for k in some]
                 inner = ("made", "passed", "slice", *(["before"] if direction == "backward" else []))
                 wanted = dict.fromkeys((a.role, a.what) for k in every for a in k.arguments if a.role not in inner)
@@ -162,18 +175,17 @@ class _Rows(_Sequence):
                             _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                plan.natives[key] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
-            return plan.natives[key]
+                own.made[key, how] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
+            return own.made[key, how]
 
-    def _call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: the base's is static
-        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+    def _call(self, run: Run, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
             return
         self._reverse_of(run, made, given, count, G)
 
-    def _reverse_of(self, run: Run_, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
+    def _reverse_of(self, run: Run, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
@@ -206,7 +218,7 @@ class _Rows(_Sequence):
         return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
     def _states(
-        self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+        self, run: Run, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
     ) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
         (kernel,) = made.kernels["advance"]
@@ -217,7 +229,7 @@ class _Rows(_Sequence):
         return states
 
     def _run_all(
-        self, run: Run_, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+        self, run: Run, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
     ) -> None:
         """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
         room = {
@@ -238,7 +250,7 @@ class _Rows(_Sequence):
 
     def _run(
         self,
-        run: Run_,
+        run: Run,
         made: Made,
         kernel: Kernel,
         given: dict[Any, Tensor],
@@ -276,7 +288,7 @@ class _Rows(_Sequence):
             goal.copy_(x)
 
     @staticmethod
-    def _torch(run: Run_, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
+    def _torch(run: Run, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
         rows, device = count * run.B * run.H, run.call.q.device
         key = (kernel.name, part is kernel.before, rows, device)
@@ -286,8 +298,7 @@ class _Rows(_Sequence):
                 made.parts[whole] = (
                     undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
                 )
-            prepare = found("eager").prepare
-            made.parts[key] = undisturbed(lambda: prepare(at(made.parts[whole], rows, device), list))
+            made.parts[key] = undisturbed(lambda: in_place(at(made.parts[whole], rows, device)))
         flat = []
         for x, shape, kind in zip(values, part.shapes, part.kinds, strict=True):
             wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
@@ -318,10 +329,6 @@ def _shaped(x: Tensor, a: Argument) -> Tensor:
     return x
 
 
-def _never(graph: Any, examples: Any) -> Any:
-    raise AssertionError("the scan runs this backend's calls whole")
-
-
 @backends.record(
     name="triton", formula="Triton made of the traced graphs, a program per row", source="this project, kernels/"
 )
@@ -332,4 +339,4 @@ def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", sli
     products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
     that was found faster.
     """
-    return Backend(_never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=0)
+    return Backend(never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=0)

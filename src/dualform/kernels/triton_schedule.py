@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from dualform.graphs.edit import extract, inputs_of, needed, results_of, unwritten
+from dualform.graphs.edit import extract, inputs_of, needed, only_outputs, results_of, unwritten
 from dualform.graphs.split import Part, split
 from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
@@ -30,7 +30,6 @@ from dualform.kernels.targets import Target, backward_targets, forward_targets, 
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
 
 SCALARS = ("H", "count", "group", "G", "phase")

@@ -5,16 +5,10 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 
 from __future__ import annotations
 
-import gc
 import inspect
 import itertools
-import keyword
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any
@@ -26,10 +20,9 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import Graph, copied, output_of, stepped, unwritten, without_dead, writes
-from dualform.graphs.hollow import Hollows, leaves_in
+from dualform.graphs.edit import copied, output_of, stepped, writes
+from dualform.graphs.hollow import leaves_in
 from dualform.graphs.kept import written_out
 from dualform.graphs.recorder import CannotRecord, record
 from dualform.graphs.regroup import join_products
@@ -44,7 +37,7 @@ from dualform.learning.grid import Variant
 from dualform.learning.lookups import lookups_as_gathers
 from dualform.learning.reassociate import reassociate
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
-from dualform.learning.transforms import TRACING, inside
+from dualform.learning.transforms import undisturbed
 
 aten = torch.ops.aten
 
@@ -368,28 +361,6 @@ class Derivation:
         )
 
 
-def identifier(name: str, taken: set[str]) -> str:
-    """Spell any name as an identifier of its own, and take it: `0.weight` is w_0_weight, a second `a_w` is a_w_2."""
-    plain = re.sub(r"\W", "_", unicodedata.normalize("NFKC", name))
-    plain = plain if plain[:1].isidentifier() else f"w_{plain}"
-    tries = itertools.chain([plain], (f"{plain.rstrip('_')}_{n}" for n in itertools.count(2)))
-    found = next(x for x in tries if x not in taken and not keyword.iskeyword(x))
-    taken.add(found)
-    return found
-
-
-def names_of(inputs: StepInputs) -> list[str]:
-    """Name every tensor of a step's inputs as the printed program does, each apart: q, k, v and gates keep theirs."""
-    tree = inputs._asdict()
-    parts = [part for part, value in tree.items() if value is not None and not isinstance(value, dict)]
-    found = {part: [part] for part in parts}
-    taken = {"torch", "mini_batch", *parts}
-    for part in sorted((p for p, value in tree.items() if isinstance(value, dict)), key=lambda p: p != "gates"):
-        prefix = {"R": "R_", "init": "init_"}.get(part, "")
-        found[part] = [identifier(prefix + name, taken) for name in tree[part]]
-    return [name for part in tree for name in found.get(part, ())]
-
-
 def flatten(inputs: Any) -> list[Tensor]:
     """List a tree's tensors."""
     return [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
@@ -400,43 +371,6 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     leaves, spec = _pytree.tree_flatten(like)
     source = iter(tensors)
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
-
-
-def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
-    """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
-    nothing is real. One at a time; role "holds": what runs may trace in turn."""
-    if getattr(inside, "worker", False):
-        return make()
-
-    def run() -> Any:
-        setattr(inside, role, True)
-        with Hollows() if role == "worker" else nullcontext():
-            return make()
-
-    with TRACING, _uncollected():
-        _first_fake_tensors()
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(run).result()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector back: a graph is many small objects that live, and each collection goes through all of torch's."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@cache
-def _first_fake_tensors() -> None:
-    """A torch for CUDA that finds no GPU crashes if its first fake tensors are another thread's (seen in 2.11)."""
-    if torch.version.cuda is not None and not torch.cuda.is_available():
-        with _disable_current_modes(), FakeTensorMode():
-            pass
 
 
 def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.GraphModule:
@@ -478,13 +412,3 @@ def _plain_views(gm: fx.GraphModule) -> None:
             if x.is_contiguous() and made.is_contiguous() and x.numel() == made.numel():
                 node.target, node.args, node.kwargs = aten.view.default, (node.args[0], list(made.shape)), {}
     gm.recompile()
-
-
-def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
-    """Copy a graph with some of its outputs and without what the others needed."""
-    graph = Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    outputs = graph.graph_copy(gm.graph, values)
-    graph.output(list(outputs)[keep])  # type: ignore[call-overload]
-    without_dead(graph)
-    return unwritten(gm, graph)

@@ -10,6 +10,7 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -321,3 +322,30 @@ def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:
 
 def _free(name: str, taken: set[str]) -> str:
     return name if name not in taken else _free(name + "_", taken)
+
+
+# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
+_TRIALS = 32
+
+
+def infer_width(learner: nn.Module) -> int | None:
+    """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
+    said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
+    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
+    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
+    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
+    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
+    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
+    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
+    return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
+
+
+def _runs(learner: nn.Module, K: int) -> bool:
+    p = next(learner.parameters(), torch.empty(()))
+    buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = Twin(learner)(buffers, torch.zeros(3, K, dtype=p.dtype, device=p.device))
+            return not isinstance(found, Tensor) or found.shape[:1] == (3,)
+    except Exception:
+        return False

@@ -54,19 +54,6 @@ class LayerState(Carried):
 _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
 
 
-class _Read(NamedTuple):
-    """What a layer makes of its input for the program, and what it carries beside the program's state."""
-
-    x: Tensor  # as it was given, padding blank
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gates: dict[str, Tensor]
-    rest: dict[str, Any]  # the program's other arguments
-    tails: dict[str, Tensor]
-    position: Tensor
-
-
 class TestTimeTraining(nn.Module):
     """Map a sequence with a model that learns while it reads.
 
@@ -170,22 +157,22 @@ class TestTimeTraining(nn.Module):
         overwrite: the state given is not needed again; without gradients, the new one may take its memory.
         observed: return `inner_losses` instead, within a call, where hooks have brought the weights.
         """
-        read = self._read(x, state, attention_mask, reset)
+        x, mask, reset = self._checked(x, state, attention_mask, reset)
+        q, k, v, gates, tails, position = self._read(x, state, mask, reset)
+        own = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
+        rest: dict[str, Any] = {"state": state and state.memory, "mask": mask, "reset": reset, "params": own}
         if observed:
-            before, after, _ = self.program.losses(
-                read.k, read.v, read.gates, state=state and state.memory, **read.rest
-            )
+            before, after, _ = self.program.losses(k, v, gates, **rest)
             return before.transpose(1, 2), after.transpose(1, 2)
-        rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
-        rest["overwrite"] = overwrite
+        rest |= {"backend": self.backend, "nan_policy": self.nan_policy, "overwrite": overwrite}
         try:
-            z, memory = self.program(read.q, read.k, read.v, read.gates, **rest)
+            z, memory = self.program(q, k, v, gates, **rest)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
         z = z.flatten(2)
         z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
-        z = z if self.g_proj is None else F.gelu(self.g_proj(read.x), approximate="tanh") * z
-        return self.o_proj(z), LayerState(memory, read.tails, read.position)
+        z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
+        return self.o_proj(z), LayerState(memory, tails, position)
 
     def inner_losses(
         self,
@@ -204,7 +191,10 @@ class TestTimeTraining(nn.Module):
         """
         return self(x, state, attention_mask=attention_mask, reset=reset, observed=True)
 
-    def _read(self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None) -> _Read:
+    def _checked(
+        self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return x with padding blank, and what is padding and where documents begin, as truth values."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(
                 f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim."
@@ -224,6 +214,13 @@ class TestTimeTraining(nn.Module):
         reset = None if reset is None else reset.bool()
         if mask is not None:  # 0 times NaN is NaN, in each gradient that what padding holds would reach
             x = x.masked_fill(~mask[..., None], 0)
+        return x, mask, reset
+
+    def _read(
+        self, x: Tensor, state: LayerState | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return q, k, v and gates for the program, the tails of the convolutions, and the position after x."""
+        B, T, _ = x.shape
         document = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.position
         segment, place = places(T, document, mask, reset)
         q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
@@ -236,9 +233,8 @@ class TestTimeTraining(nn.Module):
             gates["lr"] = logits.sigmoid() / self.head_dim * self.rate_scale
         if self.offset is not None:
             gates["offset"] = self.offset
-        params = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
         last = place[:, -1] + 1 if T else document
-        return _Read(x, q, k, v, gates, {"mask": mask, "reset": reset, "params": params}, tails, last)
+        return q, k, v, gates, tails, last
 
     def _angles(self, place: Tensor, like: Tensor) -> Tensor:
         kind = (self.head_dim, self.rope_theta, torch.promote_types(torch.float32, like.dtype))

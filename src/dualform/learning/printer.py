@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import keyword
+import re
+import unicodedata
 from typing import NamedTuple
 
 from torch import Tensor, fx
@@ -10,7 +14,8 @@ from dualform.algebra.planner import counted
 from dualform.explanations.python_text import statement, text_of
 from dualform.graphs.edit import inputs_of
 from dualform.graphs.kept import is_kept, is_stopped, written_out
-from dualform.learning.derive import Derivation, Step, identifier, names_of
+from dualform.learning.derive import Derivation, Step
+from dualform.learning.emit import StepInputs
 
 
 class Cost(NamedTuple):
@@ -30,6 +35,28 @@ def cost_of(step: Step, registers: int) -> Cost:
     flops, written, _ = counted(written_out(step.graph).graph.nodes)
     leaves = sum(w.numel() * w.element_size() for w in step.inputs.th.values())
     return Cost(int(flops), int(written), leaves * (1 + registers))
+
+
+def identifier(name: str, taken: set[str]) -> str:
+    """Spell any name as an identifier of its own, and take it: `0.weight` is w_0_weight, a second `a_w` is a_w_2."""
+    plain = re.sub(r"\W", "_", unicodedata.normalize("NFKC", name))
+    plain = plain if plain[:1].isidentifier() else f"w_{plain}"
+    tries = itertools.chain([plain], (f"{plain.rstrip('_')}_{n}" for n in itertools.count(2)))
+    found = next(x for x in tries if x not in taken and not keyword.iskeyword(x))
+    taken.add(found)
+    return found
+
+
+def names_of(inputs: StepInputs) -> list[str]:
+    """Name every tensor of a step's inputs as the printed program does, each apart: q, k, v and gates keep theirs."""
+    tree = inputs._asdict()
+    parts = [part for part, value in tree.items() if value is not None and not isinstance(value, dict)]
+    found = {part: [part] for part in parts}
+    taken = {"torch", "mini_batch", *parts}
+    for part in sorted((p for p, value in tree.items() if isinstance(value, dict)), key=lambda p: p != "gates"):
+        prefix = {"R": "R_", "init": "init_"}.get(part, "")
+        found[part] = [identifier(prefix + name, taken) for name in tree[part]]
+    return [name for part in tree for name in found.get(part, ())]
 
 
 def _shape(node: fx.Node) -> str:

@@ -217,10 +217,9 @@ class Problem:
                 else x[rows, :n, heads]
             )
 
-        marks = {"mask": self.mask, "reset": self.reset}
-        own = {name: None if x is None else x[rows, :n] for name, x in marks.items()}
+        mask, reset = (None if x is None else x[rows, :n] for x in (self.mask, self.reset))
         position = None if self.position is None else self.position[rows]
-        return Problem({name: cut(name, x) for name, x in self.leaves.items()}, {(0, 0): n}, position, **own)
+        return Problem({name: cut(name, x) for name, x in self.leaves.items()}, {(0, 0): n}, position, mask, reset)
 
 
 def _piece(run: tuple[Tensor, State], row: int, head: int, n: int, ends: bool) -> tuple[Tensor, dict[str, Tensor]]:
