@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dualform import testing as laws
 from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, lowering, memory, ops, schedule, tiles
 from dualform.kernels.soundness import BrokenSchedule
-from dualform.kernels.statements import Nest, Product, Read, View
+from dualform.kernels.statements import MatrixProduct, Nest, Read, View
 from dualform.kernels.targets import EACH, ROW, Target, in_turn, place_of
 from dualform.learning.grid import Variant
 
@@ -245,7 +245,7 @@ def other_dtype(statements, inputs, *_):
 
 
 def other_shape(statements, *_):
-    p = next(s for s in statements if isinstance(s, Product))
+    p = next(s for s in statements if isinstance(s, MatrixProduct))
     p.a = View(p.a.buffer, p.a.shape[::-1], p.a.strides[::-1], p.a.offset)
 
 
@@ -317,7 +317,7 @@ def test_a_product_that_writes_vectors_into_a_neighbour_is_caught(monkeypatch):
     scheduled(f, over={})
 
     def into(statements, copies, outputs):
-        product = next(s for s in statements if isinstance(s, Product))
+        product = next(s for s in statements if isinstance(s, MatrixProduct))
         copy = next(c for c in copies if c.items[0].operands[0].view.buffer is product.out.buffer)
         product.out = copy.items[0].out
         statements.remove(copy)

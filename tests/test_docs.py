@@ -28,7 +28,7 @@ def _same_defaults():
 
 
 @pytest.mark.parametrize("page", pages, ids=lambda p: p.name)
-def test_code_blocks_run(page, tmp_path, monkeypatch):
+def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(
         r"^```(?:python|\{code-cell\}[^\n]*)\n(?::\w+:[^\n]*\n)*(.*?)^```",
@@ -38,6 +38,9 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     source = tmp_path / "page.py"
     source.write_text(os.linesep.join(blocks))  # a file, so that messages can name lines
     exec(compile(source.read_text(), str(source), "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^print\(.*\)  # (y = .*|[\d.]+)", source.read_text(), flags=re.MULTILINE):
+        assert said in printed  # a comment that tells a result tells this one
 
 
 @pytest.mark.parametrize("module", [df, df.calculus, df.functions, df.models], ids=lambda m: m.__name__)

@@ -66,6 +66,44 @@ def internal_imports(path):
                 yield name, id(node) in inside
 
 
+def type_imports(path):
+    """Yield every import of our own that is for type checkers alone."""
+    for branch in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.If)):
+        if "TYPE_CHECKING" in ast.unparse(branch.test):
+            for node in (n for statement in branch.body for n in ast.walk(statement)):
+                names = (
+                    [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+                )
+                yield from (name for name in names if name and name.split(".")[0] == "dualform")
+
+
+def test_types_need_no_import_that_running_may_not_make():
+    """A circle for type checkers alone is a circle: only the front door names what it loads when asked."""
+    found = {str(p.relative_to(SOURCE)): [*type_imports(p)] for p in modules}
+    assert [p for p, names in found.items() if names] == ["__init__.py"]
+
+
+# Named like what they show, try or are a row of, on another floor.
+ALIKE = {"__init__", "attention", "pointwise", "layer"}
+
+
+# Names of two classes still; the list only shrinks.
+TWICE = {"Call", "Direction", "Made", "Parts", "Problem", "Step"}
+
+
+def test_a_word_has_one_meaning():
+    """A class has one name and a name one class; a module's name is in one folder, but for commands and laws."""
+    classes, folders = {}, {}
+    for path in modules:
+        if path.parent.name not in ("cli", "testing"):
+            folders.setdefault(path.stem, set()).add(path.parent.name)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    assert {name for name, places in classes.items() if len(places) > 1} == TWICE
+    assert {name: places for name, places in folders.items() if len(places) > 1 and name not in ALIKE} == {}
+
+
 def floor_of(name):
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else None

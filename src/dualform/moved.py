@@ -22,11 +22,13 @@ _MOVES = {
             "linear>straight_line recorder twin casts custom kept rows_kept>kept_derivative"
         ),
         "explanations": (
-            "story>account chain>chain_rule elimination>deltas wording explain page>html code>torch_code "
+            "story>account chain>chain_rule elimination>deltas wording explain>explanation page>html code>torch_code "
             "composition reference>op_table"
         ),
         "calculus": "slips>mistakes sites>per_sample",
     },
+    "explanations": {"explanations": "explain>explanation"},
+    "functions": {"functions": "blocks>in_blocks products>attribute_products"},
     "learning": {
         "graphs": "fission>split norms>whole_norms regroup simplify",
         "learning": "pieces>flat_leaves scan>op",

@@ -15,14 +15,14 @@ from torch.utils import _pytree as pytree
 
 from dualform.algebra.compose import compose_terms
 from dualform.algebra.linear_map import Derivative, Route
-from dualform.algebra.notation import Formula
+from dualform.algebra.notation import IndexFormula
 from dualform.algebra.sums import tidy
 from dualform.algebra.terms import Factor, Term
 from dualform.calculus.jacobian import Given, Wrt
 from dualform.calculus.traced import Point, Skeleton, tensors_of
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
-from dualform.explanations.explain import Explanation
+from dualform.explanations.explanation import Explanation
 from dualform.graphs.complex_pairs import paired
 from dualform.graphs.edit import evaluated, results_of
 from dualform.graphs.identities import canonical_graph
@@ -140,7 +140,7 @@ class Second(Route):
         """The account of the derivative of the gradient."""
         return self.story().explain(derivative, level)
 
-    def shown(self, derivative: Derivative) -> Formula:
+    def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names of its account."""
         return self.story().shown(derivative)
 

@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 
 from dualform.algebra.linear_map import Derivative, Route
 from dualform.algebra.normal_form import settled
-from dualform.algebra.notation import Formula
+from dualform.algebra.notation import IndexFormula
 from dualform.algebra.terms import Term
 from dualform.bounded import Bounded
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
-from dualform.explanations.explain import Explanation
+from dualform.explanations.explanation import Explanation
 from dualform.explanations.wording import name_nodes
 from dualform.graphs.edit import add_input, evaluated, lift, results_of
 from dualform.graphs.fingerprint import Fingerprint
@@ -324,7 +324,7 @@ class Applied(Route):
         """The account of the derivative."""
         return self.story().explain(derivative, level)
 
-    def shown(self, derivative: Derivative) -> Formula:
+    def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names of its account."""
         return self.story().shown(derivative)
 

@@ -10,11 +10,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dualform.cli.output import show
-from dualform.train.loop import num_parameters
-from dualform.train.loop import train as run
 from dualform.train.metrics import plot_loss_by_position, terminal_plot
 from dualform.train.run import resumed
 from dualform.train.settings import Settings, asked
+from dualform.train.training import num_parameters
+from dualform.train.training import train as run
 
 
 def train(

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from dualform.algebra.index_products import Index
-from dualform.algebra.notation import Formula, Line
+from dualform.algebra.notation import IndexFormula, Line
 from dualform.explanations.python_text import MIRRORS
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.trace import source_line
@@ -60,7 +60,7 @@ def rule(call: Call, x_is: str) -> str:
     return f"the rule of {op}" + (f": {said.rstrip('.')}" if said else "")
 
 
-def reasons(formula: Formula, meaning: Callable[[str], str]) -> tuple[str, ...]:
+def reasons(formula: IndexFormula, meaning: Callable[[str], str]) -> tuple[str, ...]:
     """Why a derivative has its shape: what each tie, each lone index and each factor is there for."""
     if not formula.lines:
         return ("the result does not depend on it: every entry is 0",)
@@ -80,7 +80,7 @@ def reasons(formula: Formula, meaning: Callable[[str], str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _of_line(formula: Formula, line: Line) -> list[str]:
+def _of_line(formula: IndexFormula, line: Line) -> list[str]:
     said = []
     plain = [(a, b) for a, b in line.deltas if Index.read(a).plain and Index.read(b).plain]
     moved = [tie for tie in line.ties if tie not in plain]

@@ -6,6 +6,7 @@ A node's value, `meta["val"]`, is a stand-in of its shape and dtype; its line, `
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 # What a node that another stands for, or becomes part of, takes from it.
 _OF_THE_LINE = ("section", "ordinal")
+
+
+class Graph(fx.Graph):
+    """A graph that searches no node's arguments for symbolic sizes, which no trace here has: a third of what a node costs."""
+
+    def create_node(
+        self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Add a node where the graph inserts."""
+        made = super().create_node(op, target, None, None, name, type_expr)
+        if args or kwargs:
+            made._update_args_kwargs(tuple(args or ()), kwargs or {})
+        return made
+
+    def node_copy(self, node: fx.Node, arg_transform: Callable[[fx.Node], Any] = lambda x: x) -> fx.Node:
+        """Copy a node of another graph, its notes included."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), arg_transform)  # type: ignore[misc]
+        made = self.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        made.meta.update(node.meta)  # to assign it would look the node up
+        return made
 
 
 def line_of(node: fx.Node) -> str:
@@ -146,7 +167,7 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph, its nodes' notes included; tensors that it holds are shared."""
-    graph = fx.Graph()
+    graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     output_of(graph).meta = dict(output_of(gm.graph).meta)
     return unwritten(gm, graph)
@@ -167,7 +188,7 @@ def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -
 
 def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callable[[fx.Graph, dict], Any]) -> fx.Graph:
     """Copy some nodes, in order, into a graph of their own; `finish` says what it returns, from the copies by their originals."""
-    graph, made = fx.Graph(), {}
+    graph, made = Graph(), {}
     for node in inputs:
         made[node] = graph.placeholder(node.name)
         made[node].meta = dict(node.meta)
@@ -179,11 +200,13 @@ def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callabl
 
 def frozen(x: Any) -> Any:
     """Make a hashable twin of an argument; 1, 1.0 and True are three."""
+    if isinstance(x, fx.Node):
+        return x
     if isinstance(x, list | tuple):
         return (type(x).__name__, *map(frozen, x))
     if isinstance(x, dict):
         return tuple((name, frozen(v)) for name, v in sorted(x.items()))
-    return x if isinstance(x, fx.Node) else (type(x), str(x) if isinstance(x, float | slice) else x)
+    return type(x), str(x) if isinstance(x, float | slice) else x
 
 
 def call_key(node: fx.Node) -> Any:
@@ -200,7 +223,7 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     """Keep one of equal nodes; what is random or writes is never equal to another."""
     kept: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or writes(node) or _is_random(node):
+        if node.op != "call_function" or writes(node) or _is_random(node.target):
             continue
         first = kept.setdefault(call_key(node), node)
         if first is not node:
@@ -208,9 +231,9 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or "empty" in str(node.target)
+@cache
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or "empty" in str(target)
 
 
 def unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
@@ -262,7 +285,7 @@ def without_dead(graph: fx.Graph) -> fx.Graph:
 
 def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
     """Copy a graph with some of its outputs and without what the others needed."""
-    graph = fx.Graph()
+    graph = Graph()
     values: dict[fx.Node, fx.Node] = {}
     outputs = graph.graph_copy(gm.graph, values)
     graph.output(list(outputs)[keep])  # type: ignore[call-overload]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch, map
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
-from dualform.graphs.edit import unwritten
+from dualform.graphs.edit import Graph, unwritten
 from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
 
 aten = torch.ops.aten
@@ -67,13 +68,24 @@ def twin_of(func: Any) -> Any:
     return None
 
 
+@cache
+def _name_of(func: Any) -> str | None:
+    name = getattr(getattr(func, "overloadpacket", func), "__name__", None)
+    return name and fx.Graph()._target_to_str(name)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return func._can_decompose()
+
+
 class _Writing:
     """What writes a graph down, and the tensors that it finds."""
 
     prefix = "constant"
 
     def _begin(self) -> None:
-        self.graph, self.root = fx.Graph(), torch.nn.Module()
+        self.graph, self.root = Graph(), torch.nn.Module()
         self.constants: dict[str, Tensor] = {}
 
     @classmethod
@@ -82,9 +94,7 @@ class _Writing:
         return False
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
-        name = getattr(getattr(func, "overloadpacket", func), "__name__", None)
-        name = name and self.graph._target_to_str(name)
-        return self.graph.create_node("call_function", func, args, kwargs, name=name)
+        return self.graph.create_node("call_function", func, args, kwargs, name=_name_of(func))
 
     def _node(self, x: Any) -> Any:
         if isinstance(x, Recorded):
@@ -125,7 +135,7 @@ class Recorder(_Writing, TorchDispatchMode):
                 result = written(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func._can_decompose():  # as below a definition of the table, where dispatch has gone past this
+        if _is_composite(func):  # as below a definition of the table, where dispatch has gone past this
             with self:
                 return func.decompose(*args, **kwargs)
         if func._schema.is_mutable:

@@ -16,7 +16,7 @@ import torch
 
 from dualform.kernels.dialect import Dialect
 from dualform.kernels.layout import CHECKPOINT, GROUP, Address, Body, Clear, Load, Move, Store, Write
-from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, Statement, View, entrywise
+from dualform.kernels.statements import Item, MatrixProduct, Nest, Operand, Read, Schedule, Statement, View, entrywise
 from dualform.kernels.targets import EACH, ROW
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
@@ -79,7 +79,7 @@ def comment(view: View) -> str:
 # -- statements -----------------------------------------------------------------------------------------------------
 
 
-def product_text(p: Product) -> list[str]:
+def product_text(p: MatrixProduct) -> list[str]:
     batch = p.out.shape[:-2]
     if not batch:
         added = f" {p.beta:+g} {comment(p.init)}" if p.init else ""
@@ -92,11 +92,11 @@ def product_text(p: Product) -> list[str]:
             shift = sum(i * s for i, s in zip(at, lead, strict=True)) if len(v.shape) == len(at) + 2 else 0
             return View(v.buffer, v.shape[-2:], v.strides[-2:], v.offset + shift)
 
-        lines += _one_product(Product(one(p.out), one(p.a), one(p.b), p.alpha, p.beta, p.init and one(p.init)))
+        lines += _one_product(MatrixProduct(one(p.out), one(p.a), one(p.b), p.alpha, p.beta, p.init and one(p.init)))
     return lines
 
 
-def _one_product(p: Product) -> list[str]:
+def _one_product(p: MatrixProduct) -> list[str]:
     (M, K), N = p.a.shape, p.b.shape[1]
     (am, ak), (bk, bn), (cm, cn) = p.a.strides, p.b.strides, p.out.strides
     D = p.init
@@ -110,7 +110,10 @@ def _one_product(p: Product) -> list[str]:
         return [f"mv<{N}, {K}, {bn}, {bk}, {ak}>({C}, {cn}, {B}, {A}, {scale}, {Dp}, {dn});"]
     assert cn == 1
     if D and dn != 1:  # laid out otherwise than the result: there first
-        return [*moved([Write("copy", p.out, D)]), *_one_product(Product(p.out, p.a, p.b, p.alpha, p.beta, p.out))]
+        return [
+            *moved([Write("copy", p.out, D)]),
+            *_one_product(MatrixProduct(p.out, p.a, p.b, p.alpha, p.beta, p.out)),
+        ]
     if bn == 1:
         return [f"mm<{M}, {N}, {K}, {am}, {ak}, {bk}, {sums}>({C}, {cm}, {A}, {B}, {scale}, {Dp}, {dm});"]
     align = p.out.buffer.align
@@ -230,7 +233,7 @@ class _NestText:
 
 
 def statement_text(s: Statement) -> list[str]:
-    return product_text(s) if isinstance(s, Product) else _NestText(s).lines()
+    return product_text(s) if isinstance(s, MatrixProduct) else _NestText(s).lines()
 
 
 def statements(s: Schedule) -> list[str]:

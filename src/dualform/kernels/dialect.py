@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dualform.kernels.report import Bound, bound, describe
+from dualform.kernels.report import TimeBound, bound, describe
 from dualform.kernels.statements import Schedule
 from dualform.kernels.targets import Argument
 
@@ -81,7 +81,7 @@ class Unit:
         """Scratch memory of a thread, without the states of a group."""
         return self.memory * next(iter(self.parts.values())).itemsize
 
-    def bound(self, flops_per_second: float, bytes_per_second: float) -> Bound:
+    def bound(self, flops_per_second: float, bytes_per_second: float) -> TimeBound:
         """Say below which time a mini-batch of a row cannot go on a machine of such rates, and what sets it."""
         return bound(self.flops, self.nbytes, flops_per_second, bytes_per_second)
 

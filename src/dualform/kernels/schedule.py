@@ -16,7 +16,18 @@ from dualform.graphs.verify import is_on
 from dualform.kernels import memory
 from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
 from dualform.kernels.soundness import verify
-from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, View, entrywise, space_of, whole
+from dualform.kernels.statements import (
+    Buffer,
+    Item,
+    MatrixProduct,
+    Nest,
+    Read,
+    Schedule,
+    View,
+    entrywise,
+    space_of,
+    whole,
+)
 
 aten = torch.ops.aten
 _NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_view.default), aten.view.default)
@@ -45,7 +56,7 @@ class _Scheduler:
             buffer = Buffer(name, tuple(n.meta["val"].shape), align, place, n.meta["val"].dtype)
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)
-        self.statements: list[Nest | Product] = []
+        self.statements: list[Nest | MatrixProduct] = []
         self.copies: list[Nest] = []  # each value of them to a place of its own
         self.nest: Nest | None = None
         self.own: dict[Buffer, Item] = {}  # values of the open nest
@@ -154,7 +165,7 @@ class _Scheduler:
         if len(B.shape) == 1:
             B = View(B.buffer, (*B.shape, 1), (*B.strides, 0), B.offset)
         full = (*A.shape[:-1], B.shape[-1])
-        self.statements.append(Product(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
+        self.statements.append(MatrixProduct(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
         self.values[n] = view
 
     # -- what is put together ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.graphs.edit import inputs_of, results_of
-from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, View, whole
+from dualform.kernels.statements import Buffer, Item, MatrixProduct, Nest, Read, Schedule, View, whole
 
 BEFORE, LOOP, AFTER = range(3)  # phases of a stage: per row, per column, per row
 
@@ -75,7 +75,7 @@ class _Check:
         for b in self.s.inputs:
             self._write(b, self._entries(whole(b)))
         for one in self.s.statements:
-            if isinstance(one, Product):
+            if isinstance(one, MatrixProduct):
                 self._product(one)
             else:
                 self._nest(one)
@@ -133,7 +133,7 @@ class _Check:
 
     # -- statements ----------------------------------------------------------------------------------------------------
 
-    def _product(self, p: Product) -> None:
+    def _product(self, p: MatrixProduct) -> None:
         *batch, M, N = p.out.shape
         K, b, out = p.a.shape[-1], p.out.buffer, self._entries(p.out)
         inits = [] if p.init is None else [p.init]

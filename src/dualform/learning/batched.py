@@ -9,13 +9,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from dualform.graphs.edit import add_input, add_plain, copied, inputs_of, stepped, unwritten
+from dualform.graphs.edit import Graph, add_input, add_plain, copied, inputs_of, stepped, unwritten
 from dualform.graphs.hollow import leaves_in
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
@@ -70,24 +71,28 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = Non
 
 def _without_rows(gm: fx.GraphModule) -> fx.GraphModule:
     """Keep the user's own whole numbers from being taken for numbers of rows."""
-    gm = copied(gm)
+    if any(node.target in _ENDS for node in gm.graph.nodes):
+        gm = copied(gm)
     for node in gm.graph.nodes:
         at = _ENDS.get(node.target)
         if at is not None and len(node.args) > at and type(node.args[at]) is int:  # it ends where its tensor does
             first, second = node.args[:2]
             sizes = second if node.target is aten.slice_backward.default else first.meta["val"].shape
             node.args = (*node.args[:at], min(node.args[at], sizes[node.args[at - 2]]), *node.args[at + 1 :])
-        schema = getattr(node.target, "_schema", None)
-        for x, a in zip(node.args, schema.arguments if schema else (), strict=False):
-            if _is_size(a) and any(map(_counts_rows, leaves_in([x], {}))):
+        for k in _sizes(node.target) if node.op == "call_function" else ():
+            if any(map(_counts_rows, leaves_in(node.args[k : k + 1], {}))):
                 what = f"{node.target} in a learner's step"
                 advice = f"Write another number there. {source_line(node)}".rstrip()
-                fail("derive", what, f"has the number {x}", f"sizes and places below {ROWS}", advice, TraceError)
+                found, expected = f"has the number {node.args[k]}", f"sizes and places below {ROWS}"
+                fail("derive", what, found, expected, advice, TraceError)
     return gm
 
 
-def _is_size(argument: Any) -> bool:
-    return "int" in str(argument.type)
+@cache
+def _sizes(target: Any) -> tuple[int, ...]:
+    """Which arguments of an op may be sizes or places: whole numbers; another number is the user's."""
+    schema = getattr(target, "_schema", None)
+    return tuple(k for k, a in enumerate(schema.arguments) if "int" in str(a.type)) if schema else ()
 
 
 def row_axis(node: fx.Node) -> int | None:
@@ -113,7 +118,7 @@ def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
 
 def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """Make the number of rows of a mapped graph, or of a part of one, its last input; and write a device into it."""
-    graph, made = fx.Graph(), dict[int, fx.Node]()
+    graph, made = Graph(), dict[int, fx.Node]()
     copies = {n: graph.node_copy(n) for n in inputs_of(gm.graph)}
     rows = made[1] = add_input(graph, "rows")
     last = rows
@@ -132,16 +137,18 @@ def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
 def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -> None:
     """Write a device, and multiples of the number of rows."""
+
+    def real(n: Any) -> Any:
+        return times(n // ROWS) if _counts_rows(n) else n
+
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        schema = getattr(node.target, "_schema", None)
-        args = list(node.args)
-        for k, x in enumerate(args):
-            if schema is None or _is_size(schema.arguments[k]):  # another number is the user's
-                args[k] = map_aggregate(x, lambda n: times(n // ROWS) if isinstance(n, int) and _counts_rows(n) else n)
-        node.args = tuple(args)
-        node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
+        places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
+        if any(map(_counts_rows, leaves_in([node.args[k] for k in places if k < len(node.args)], {}))):
+            node.args = tuple(map_aggregate(x, real) if k in places else x for k, x in enumerate(node.args))
+        if "device" in node.kwargs:
+            node.kwargs = node.kwargs | {"device": device}
 
 
 def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: torch.device) -> fx.GraphModule:
@@ -149,7 +156,7 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
 
     Inputs that are a block's own, and what is returned for each block, have blocks * rows rows in ascending order.
     """
-    graph, n = fx.Graph(), len(blocks)
+    graph, n = Graph(), len(blocks)
     fixed = {x: add_input(graph, x.name) for x in f.inputs}
     many: dict[fx.Node, Any] = {x: fixed.pop(x) for x in f.varying}
     states = [[fixed.pop(x) for x in f.carried]]

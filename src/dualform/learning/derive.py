@@ -21,7 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
-from dualform.graphs.edit import output_of, stepped, unwritten, writes
+from dualform.graphs.edit import copied, output_of, stepped, writes
+from dualform.graphs.hollow import leaves_in
 from dualform.graphs.kept import written_out
 from dualform.graphs.recorder import CannotRecord, record
 from dualform.graphs.regroup import join_products
@@ -164,25 +165,17 @@ class Step:
         made = undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
         return written_out(made)
 
-    def retyped(self, old: torch.dtype, new: torch.dtype) -> Step:
-        """Return the same step, and its reverse, with numbers of another dtype."""
-
-        inputs = _pytree.tree_map(partial(_cast, old=old, new=new), self.inputs)
-        step = Step(retyped(self.graph, old, new), inputs, self.choices)
-        # Where gradients of one's own are written out.
-        step.plain, step.reverse = retyped(self.plain, old, new), retyped(self.reverse, old, new)
-        return step
-
 
 def retyped(gm: fx.GraphModule, old: torch.dtype, new: torch.dtype) -> fx.GraphModule:
-    """Copy a graph with numbers of another dtype."""
-    cast, copy = partial(_cast, old=old, new=new), fx.Graph()
-    copy.output(copy.graph_copy(gm.graph, {}))
-    for node in copy.nodes:
+    """Copy a graph with numbers of another dtype; one that names no dtype serves every one."""
+    if not any(x is old for node in gm.graph.nodes for x in leaves_in(node.args, node.kwargs)):
+        return gm
+    cast, gm = partial(_cast, old=old, new=new), copied(gm)
+    for node in gm.graph.nodes:
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), cast)
         if "val" in node.meta:
             node.meta["val"] = map_aggregate(node.meta["val"], cast)
-    return unwritten(gm, copy)
+    return gm
 
 
 def _cast(x: Any, old: torch.dtype, new: torch.dtype) -> Any:
@@ -327,7 +320,7 @@ class Derivation:
     def step(self, variant: Variant) -> Step:
         """Trace one block for one head."""
         if variant not in self.steps and self.source is not None:
-            self.steps[variant] = self.source.step(variant).retyped(self.source.dtype, self.dtype)
+            self.steps[variant] = self.source.step(variant)  # for what it says of its inputs
         if variant not in self.steps:
             many = self.analysis(variant.width)
             needs_one = any(not site.admissible for site in many.sites)

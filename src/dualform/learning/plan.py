@@ -70,7 +70,7 @@ class Way:
     fission: Fission
     returns: int  # tensors of state that the loop returns
     prepare: Callable[[fx.GraphModule], Prepared]
-    parts: dict[tuple[str, torch.device], Prepared] = field(default_factory=dict)
+    parts: dict[tuple[fx.GraphModule, torch.device], Prepared] = field(default_factory=dict)
     wholes: dict[tuple[int, bool, Rows, torch.device], Prepared] = field(default_factory=dict)
 
     @classmethod
@@ -90,15 +90,15 @@ class Way:
         f = self.fission
         parts = {"once": f.once, "before": f.before, "loop": f.loop, "after": f.after}
         cast = {name: replace(part, graph=retyped(part.graph, old, new)) for name, part in parts.items()}
-        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare)
+        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare, self.parts)
 
     def part(self, name: str, device: torch.device) -> Prepared:
         """Return a part, ready to run op by op on its inputs and their number of rows."""
-        key = (name, device)
-        if key not in self.parts:
+        graph: fx.GraphModule = getattr(self.fission, name).graph
+        if (graph, device) not in self.parts:
             with TRACING:
-                self.parts[key] = self.prepare(at_any(getattr(self.fission, name).graph, device))
-        return self.parts[key]
+                self.parts[graph, device] = self.prepare(at_any(graph, device))
+        return self.parts[graph, device]
 
     def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Prepared:
         """Return all parts of some blocks as one compiled function."""

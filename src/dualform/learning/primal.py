@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 from itertools import product
-from operator import add, mul
+from operator import add
 from typing import Any
 
 import torch
@@ -39,9 +39,13 @@ def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> 
     return dict(zip(own, found, strict=True))
 
 
+def times(c: Any, x: Tensor) -> Tensor:
+    return x if type(c) is float and c == 1.0 else c * x
+
+
 def mixed(weights: Any, tensors: list[Tensor]) -> Any:
     """sum_k weights_k tensors_k"""
-    return reduce(add, map(mul, weights, tensors)) if tensors else 0.0
+    return reduce(add, map(times, weights, tensors)) if tensors else 0.0
 
 
 def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Tensor, State]:
@@ -61,21 +65,23 @@ def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Te
         th = {w: x[row, h] for w, x in call.state.anchor.items()}
         R = {w: list(x[row, h]) for w, x in call.state.registers.items()}
         i, outputs = int(call.state.position[row]), []
+        q, k, v = (x[row, :, h].unbind() for x in (call.q, call.k, call.v))
+        given = {name: x[row, :, h].unbind() for name, x in call.gates.items()}
         for t in range(T):
             if call.reset is not None and call.reset[row, t]:
                 th, i = {w: x[h] for w, x in call.init.items()}, 0
                 R = {w: [s * x for s in rule.start] for w, x in th.items()}
             if call.mask is not None and not call.mask[row, t]:
-                outputs.append(torch.zeros_like(call.v[row, t, h]))
+                outputs.append(torch.zeros_like(v[t]))
                 continue
             i += 1
-            gates = {name: x[row, t, h] for name, x in call.gates.items()}
+            gates = {name: x[t] for name, x in given.items()}
             gates |= {} if call.offset is None else {"offset": call.offset[i - 1]}
             A, b, u, a = rule.step(call.q.new_tensor(float(i)), **gates)
-            g = gradient(loss, th, h, call.k[row, t, h], call.v[row, t, h])
-            R = {w: [mixed(A[m], R[w]) - b[m] * g[w] for m in range(len(b))] for w in th}
-            theta = {w: a * th[w] + mixed(u, R[w]) for w in th}
-            outputs.append(predict(theta, h, call.q[row, t, h]))
+            g = gradient(loss, th, h, k[t], v[t])
+            R = {w: [mixed(A[m], R[w]) + -b[m] * g[w] for m in range(len(b))] for w in th}
+            theta = {w: times(a, th[w]) + mixed(u, R[w]) for w in th}
+            outputs.append(predict(theta, h, q[t]))
             if i == program.chunk:
                 th, i = theta, 0
                 R = {w: [s * th[w] if new else x for (s, new), x in zip(kinds, R[w], strict=True)] for w in th}
