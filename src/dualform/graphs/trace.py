@@ -28,18 +28,11 @@ from torch.overrides import TorchFunctionMode
 
 from dualform.graphs.complex_pairs import paired
 from dualform.graphs.constants import Constants
-from dualform.graphs.custom import (
-    DATA,
-    Listener,
-    Plain,
-    listening,
-    requires_grad,
-    set_requires_grad,
-    transforms,
-)
+from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow, Hollows
 from dualform.graphs.recorder import record_as_called
+from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.single_results import normalised
 from dualform.graphs.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
