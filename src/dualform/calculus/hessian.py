@@ -23,7 +23,7 @@ from dualform.calculus.traced import Point, Skeleton, tensors_of
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
 from dualform.explanations.explanation import Explanation
-from dualform.graphs.complex_pairs import paired
+from dualform.graphs.complex_rules import paired
 from dualform.graphs.edit import evaluated, results_of
 from dualform.graphs.identities import canonical_graph
 from dualform.graphs.kept_derivative import expect_twice

@@ -26,7 +26,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from dualform.graphs.complex_pairs import paired
+from dualform.graphs.complex_rules import paired
 from dualform.graphs.constants import Constants
 from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.functionalize import functionalized
