@@ -41,11 +41,8 @@ def is_complex(x: Any) -> bool:
 
 # Tensors that are made of a number.
 _FILLED: dict[Any, float] = {
-    aten.zeros.default: 0.0,
-    aten.ones.default: 1.0,
-    aten.full.default: 0.0,
-    aten.scalar_tensor.default: 0.0,
-}
+    aten.zeros.default: 0.0, aten.ones.default: 1.0, aten.full.default: 0.0, aten.scalar_tensor.default: 0.0,
+}  # fmt: skip
 Rule = Callable[["PairWriter", fx.Node, dict[str, Any]], Any]
 RULES: dict[str, Rule] = {}
 
