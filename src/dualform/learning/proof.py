@@ -205,17 +205,11 @@ class Problem:
         """Take the first tokens of one row and head."""
         rows, heads = slice(row, row + 1), slice(head, head + 1)
 
+        places = {"param": (heads,), "anchor": (rows, heads), "register": (rows, heads)}
+
         def cut(name: str, x: Tensor) -> Tensor:
-            kind = name.partition(".")[0]
-            if name == "gate.offset":
-                return x
-            return (
-                x[heads]
-                if kind == "param"
-                else x[rows, heads]
-                if kind in ("anchor", "register")
-                else x[rows, :n, heads]
-            )
+            place = places.get(name.partition(".")[0], (rows, slice(n), heads))
+            return x if name == "gate.offset" else x[place]
 
         mask, reset = (None if x is None else x[rows, :n] for x in (self.mask, self.reset))
         position = None if self.position is None else self.position[rows]
