@@ -2,8 +2,12 @@
 
 import ast
 import copy
+import itertools
+import math
 import re
+import secrets
 import threading
+import time
 from array import array
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -529,6 +533,135 @@ def test_a_size_that_is_the_mini_batchs_by_chance_is_no_token_axis():
         df.derive(Folded(), chunk=4)
     with pytest.raises(ValueError, match=r"shape \(4,\) for predictions and targets \(W, V\) = \(5, 4\)"):
         df.derive(Square(), lambda p, t: (p - t).square().reshape(4, -1).sum(-1), chunk=4)
+
+
+# -- how many tokens there are is no number of a learner --------------------------------------------------------------
+
+
+class Body(nn.Module):
+    """A learner whose forward is a function of its own, for one line each."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.W, self.b, self.body = nn.Parameter(rand(4, 4, seed=3) / 2), nn.Parameter(rand(4, seed=4)), body
+
+    def forward(self, x):
+        return self.body(x @ self.W, self.b, x)
+
+
+def repeated(h, b, x):
+    for _ in range(x.shape[0]):
+        h = h * 1.1
+    return h
+
+
+def branched(h, b, x):
+    return h * 2 if len(x) > 8 else h
+
+
+class Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / len(g)
+
+
+class Counted(Averaged):
+    @staticmethod
+    def backward(ctx, g):
+        return g / torch.ones(len(g), dtype=g.dtype).sum()
+
+
+NUMBERS = {
+    "shape": lambda h, b, x: h / x.shape[0],
+    "size": lambda h, b, x: h / x.size(0),
+    "len": lambda h, b, x: h + b * len(x),
+    "numel": lambda h, b, x: h / math.sqrt(x.numel()),
+    "range": repeated,
+    "branch": branched,
+    "a tensor": lambda h, b, x: h * torch.tensor(float(len(x)), dtype=x.dtype),
+    "a fill": lambda h, b, x: h * torch.full((len(x), 1), 1 / len(x), dtype=x.dtype),
+    "where": lambda h, b, x: torch.where(x > 0, h, 1 / len(x)),
+    "a power": lambda h, b, x: h.sigmoid() ** (1 / len(x)),
+    "an option": lambda h, b, x: F.layer_norm(h, (4,), eps=1e-3 * len(x)),
+    "columns": lambda h, b, x: x * h[:, : len(x) - 6].sum(-1, keepdim=True),
+    "a shift": lambda h, b, x: h.roll(len(x), -1),
+    "ones": lambda h, b, x: h / torch.ones(len(x), dtype=x.dtype).sum(),
+    "softmax": lambda h, b, x: h * torch.zeros(len(x), 1, dtype=x.dtype).softmax(0),
+    "softmax of weights": lambda h, b, x: h * b[:1].expand(len(x), 1).softmax(0),
+    "a sum of weights": lambda h, b, x: h + b.expand(len(x), -1).sum(0),
+    "a list": lambda h, b, x: h * torch.tensor([1.0] * len(x), dtype=x.dtype).sum(),
+    "arange": lambda h, b, x: h * torch.arange(len(x), dtype=x.dtype).mean(),
+    "linspace": lambda h, b, x: h * torch.linspace(0, 1, len(x), dtype=x.dtype)[1],
+    "a backward": lambda h, b, x: Averaged.apply(h),
+    "ones of a backward": lambda h, b, x: Counted.apply(h),
+}
+
+
+@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_learner_that_reads_how_many_tokens_there_are_is_refused(name, prove):
+    with pytest.raises(df.DerivationError, match=r"reads the number of tokens, at `.*\(test_front_door.py:\d+\)`: "):
+        df.derive(Body(NUMBERS[name]), chunk=8, prove=prove)
+
+
+def test_the_numbers_are_named():
+    with pytest.raises(df.DerivationError, match=r"div takes other = 8, then 9 \(for 8 and 9 tokens\)"):
+        df.derive(Body(NUMBERS["shape"]), chunk=8)
+
+
+def test_objective_and_rule_that_read_how_many_tokens_there_are_are_refused():
+    learner = nn.Linear(4, 4).double()
+    with pytest.raises(df.DerivationError, match=r"the objective reads the number of tokens.*(?s:.)*8, then 9"):
+        df.derive(learner, lambda p, v: (p - v).square().sum(-1) / len(p), chunk=8)
+    for step in (
+        lambda i: df.Step(A=((1.0,),), b=(0.1 * i / i.numel(),), u=(1.0,), a=0.0),
+        lambda i: df.Step(((1.0,),), (1 / i.numel(),), (1.0,), 0.0),
+    ):
+        with pytest.raises(df.DerivationError, match="the rule reads the number of tokens"):
+            df.derive(learner, rule=df.Rule(step=step, gates=(), start=(1.0,), resets=(False,)), chunk=8)
+
+
+SIZES = {
+    "ones": lambda h, b, x: h + torch.ones(len(x), 1, dtype=x.dtype),
+    "a state": lambda h, b, x: h + torch.zeros(len(x), 4, dtype=x.dtype) @ h.new_ones(4, 4),
+    "new_zeros": lambda h, b, x: torch.cat([h, x.new_zeros(x.shape[0], 2)], -1)[:, 1:5],
+    "expand": lambda h, b, x: h + b.expand(x.shape[0], -1),
+    "bmm": lambda h, b, x: torch.bmm(h.unsqueeze(1), torch.outer(b, b).expand(len(x), 4, 4)).squeeze(1),
+    "view": lambda h, b, x: (h.view(len(x), 2, 2) * b[:2]).reshape(len(x), -1),
+    "own rows": lambda h, b, x: h[torch.arange(len(x)), x.argmax(-1)][:, None] * x,
+    "all rows": lambda h, b, x: h[: len(x)],
+    "layers": lambda h, b, x: h + torch.zeros(x.shape[0] * 2, 2, dtype=x.dtype).view(x.shape[0], 4),
+    "written": lambda h, b, x: torch.empty_like(h).copy_(b[None]) * h,
+}
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_as_many_rows_as_tokens_are_right(name, chunk):
+    program = df.derive(Body(SIZES[name]), rule=df.rules.SGD(lr=0.1), chunk=chunk)
+    x = rand(1, 11, 1, 4, seed=5).requires_grad_()
+    leaves = [x, *program.learner.parameters()]
+    found = [program(x, x.sin(), x.cos(), form=form, backend="eager")[0] for form in ("auto", "primal")]
+    gradients = [torch.autograd.grad(o.square().sum(), leaves, materialize_grads=True) for o in found]
+    for a, b in zip((found[0], *gradients[0]), (found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+calls = itertools.count(1)
+
+
+@pytest.mark.parametrize("number", [lambda: secrets.randbelow(1 << 40), time.perf_counter, lambda: next(calls)])
+def test_a_function_that_is_another_one_at_each_call_is_refused(number):
+    learner = nn.Linear(4, 4).double()
+    for options in ({}, {"prove": False}):
+        with pytest.raises(df.DerivationError, match="the learner is another function at each call"):
+            df.derive(Body(lambda h, b, x: h * number()), **options)
+        with pytest.raises(df.DerivationError, match="the objective is another function at each call"):
+            df.derive(learner, lambda p, v: (p - v).square().sum(-1) * number(), **options)
 
 
 # -- threads ------------------------------------------------------------------------------------------------------------

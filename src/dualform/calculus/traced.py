@@ -131,7 +131,7 @@ class Traced:
             leaves, self.spec = pytree.tree_flatten(result)
             return tuple(leaves)
 
-        gm = trace(flat, *tensors)
+        gm = trace(flat, *tensors, generators=known.generators)
         self.slots, constants, made = _lifted(gm, known)
         self.gm = canonical_graph(gm)
         self.is_cacheable = made

@@ -246,7 +246,7 @@ def _results_of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A largest size that is too large is stood in for by two small ones, which show where it goes."""
     leaves = leaves_in(args, kwargs)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    count = sum(x.numel() for x in tensors)
+    count = sum(math.prod(max(1, n) for n in x.shape) for x in tensors)  # an empty one is of as many rows
     largest = max((n for x in tensors for n in x.shape), default=0)
     if not tensors:  # as many numbers as whole numbers among its arguments can ask for
         count = (

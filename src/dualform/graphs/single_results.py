@@ -32,6 +32,12 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
+        if (
+            node.kwargs.get("memory_format") is not None
+        ):  # how numbers lie in memory, where no view asks for it any more
+            node.kwargs = {name: x for name, x in node.kwargs.items() if name != "memory_format"}
+        if getattr(node.target, "_overloadname", "") == "Scalar_Tensor" and node.meta["val"].is_floating_point():
+            _with_tensor(gm.graph, node)
         if node.target in _VIEWS:
             node.target = aten.reshape.default
         elif node.target in _COPIES:
@@ -53,6 +59,17 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _with_tensor(graph: fx.Graph, node: Any) -> None:
+    """remainder(3.0, x) -> remainder(full(3.0), x): torch differentiates that one."""
+    twin = getattr(node.target.overloadpacket, "Tensor", None)
+    if twin is not None:
+        node.args = (
+            emitter(graph, node)(aten.full.default, [], node.args[0], dtype=node.meta["val"].dtype),
+            *node.args[1:],
+        )
+        node.target = twin
 
 
 def _masked(graph: fx.Graph, node: fx.Node) -> None:

@@ -195,6 +195,9 @@ class Derivation:
         W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
+        self.door.trace_rule(W, self.dtype)
+        if any(not site.admissible for site in proof.sites):
+            assert self.alone.sites  # what one token cannot do is said here
         self._expect_form(forms[self.inner.form], proof)
 
     def _expect_form(self, form: Form, a: Analysis) -> None:
@@ -256,6 +259,11 @@ class Derivation:
         self.constants |= a.constants
         return a
 
+    @cached_property
+    def alone(self) -> Analysis:
+        """The learner at one token."""
+        return self.as_written(1)
+
     def loss(self, W: int) -> Routine:
         """Trace the objective at W tokens."""
         if W not in self.losses:
@@ -278,7 +286,7 @@ class Derivation:
         if variant not in self.steps:
             many = self.analysis(variant.width)
             needs_one = any(not site.admissible for site in many.sites)
-            one, W = self.as_written(1) if needs_one else None, variant.width
+            one, W = self.alone if needs_one else None, variant.width
             emitter = Emitter(self.inner, many, one, self.loss(W), self.rule(W), variant, self.chunk)
             example = self.example(variant)
             whole = InPieces(emitter, self.cut) if self.cut else emitter

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dualform.bounded import Bounded
 from dualform.catalogue import Bound, Catalogue
+from dualform.graphs.draws import undrawn
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
@@ -64,7 +65,8 @@ class ChunkProgram(nn.Module):
         self.door = FrontDoor(learner, objective, rule, slow)
         self.name = register(self)
         self.plans: dict[Any, Plan] = {}
-        self.width: int | None = infer_width(learner)
+        with undrawn(self.door.reading.generators):
+            self.width: int | None = infer_width(learner)
         self.out_width: int | None = None
         self._derive()
 

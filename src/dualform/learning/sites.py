@@ -122,9 +122,11 @@ def mark(a: Analysis, W: int) -> None:
     a.leaves, a.tok, a.places, a.sites = {}, set(a.tokens), dict.fromkeys(a.tokens, Place(0, 1, 1)), []
     names = {node: name for name, node in a.leaf_nodes.items()}
     env = {node: node.meta.get("val") for node in a.graph.graph.nodes}
+    rows: dict[fx.Node, Place] = {}  # of what grows with the number of tokens, and is made of none
     for node in a.graph.graph.nodes:
         if node.op == "placeholder":
             a.leaves[node] = frozenset({names[node]} if node in names else ())
+            rows |= {node: node.meta["rows"]} if "rows" in node.meta else {}
             continue
         if node.op == "output":
             continue
@@ -137,8 +139,39 @@ def mark(a: Analysis, W: int) -> None:
             pars = tuple(s for s in sources if a.is_par(s))
             if pars or _sums_tokens(a, node):
                 a.sites.append(_site(a, node, pars))
+        else:
+            _follow_rows(a, node, env, W, rows)
         if is_kept(node):
             _expect_apart(a, node)
+
+
+def _follow_rows(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, rows: dict[fx.Node, Place]) -> None:
+    """Prove that rows that are as many as the tokens stay apart: what becomes one of them knows how many there are."""
+    if W > 1 and any(s in rows for s in _read_nodes(node)):
+        place = _carried(a, node, a.call(node, env), W, rows)
+        if place is None:
+            raise counts(
+                a.who, f"`{source_line(node) or op_name(node)}`: {op_name(node)} makes one of as many rows as tokens"
+            )
+        rows[node] = place
+    elif "rows" in node.meta:
+        rows[node] = node.meta["rows"]
+
+
+def counts(who: str, where: str) -> DerivationError:
+    """Refuse a function that knows how many tokens it is given."""
+    return DerivationError(
+        f"derive: the {who} reads the number of tokens, at {where}; expected the same ops and numbers however many tokens are "
+        "computed at once. Use a number of your own, or the size of the last axis."
+    )
+
+
+def changes(who: str, where: str) -> DerivationError:
+    """Refuse a function that is another one at each call."""
+    return DerivationError(
+        f"derive: the {who} is another function at each call (random, counted or timed), at {where}; expected the same ops and "
+        "numbers. Draw or count outside, and pass the number in as a buffer or a gate."
+    )
 
 
 def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
@@ -206,21 +239,41 @@ def is_detach(node: fx.Node) -> bool:
 
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
     """Prove that a node keeps tokens apart and treats them alike, and say where its token index sits."""
-    if is_kept(node):
-        return _kept_place(a, node, W)
-    call, op = a.call(node, env), maker(node)[0]  # type: ignore[arg-type]
-    read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
-    found: set[Place | None] = set()
-    for name, k, source in read:
-        if source in a.tok:
-            found |= carried_places(local_rules.reads(call, name, k), a.places[source], W) or {None}
-    place = found.pop() if len(found) == 1 else None
+    call = a.call(node, env)
+    place = _carried(a, node, call, W, a.places)
     if place is None:
         raise _mixes(a, node)
-    for name, k, source in read:
+    for name, k, source in () if is_kept(node) else _read_arguments(node):
         if source not in a.tok and not _is_alike(a, call, name, k, source, place, W, env):
             raise _differs(a, node)
     return place
+
+
+def _carried(
+    a: Analysis, node: fx.Node, call: local_rules.Call, W: int, places: Mapping[fx.Node, Place]
+) -> Place | None:
+    """Follow an index of W rows from the tensors that have it to what is made of them; None where it is lost."""
+    if is_kept(node):
+        return _kept_place(a, node, W, places)
+    found: set[Place | None] = set()
+    for name, k, source in _read_arguments(node):
+        if source not in places:
+            continue
+        if 0 in (*node.meta["val"].shape, *source.meta["val"].shape):  # of no numbers nothing is read
+            found.add(_same_place(places[source], source.meta["val"].shape, node.meta["val"].shape))
+        else:
+            found |= carried_places(local_rules.reads(call, name, k), places[source], W) or {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _same_place(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
+    return place if before[place.axis : place.axis + 1] == after[place.axis : place.axis + 1] else None
+
+
+def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
+    """List the tensors whose numbers the op behind a node reads."""
+    op = maker(node)[0]
+    return [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
 
 
 def _is_alike(
@@ -238,19 +291,17 @@ def _is_alike(
     return True
 
 
-def _kept_place(a: Analysis, node: fx.Node, W: int) -> Place:
+def _kept_place(a: Analysis, node: fx.Node, W: int, at: Mapping[fx.Node, Place]) -> Place | None:
     """Prove that a function with a gradient of its own keeps tokens apart, and that its gradient does."""
     inputs, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
-    made, places = named(key), [a.places.get(s) for s in inputs]
+    made, places = named(key), [at.get(s) for s in inputs]
     results = _followed(a.who, made.forward, places, range(len(made.backward)), W)
     place, backward = results[result], made.backward[result]
-    if place is None:
-        raise _mixes(a, node)
     if backward is not None:
-        wanted = [k for k, s in enumerate(inputs) if s in a.tok]
+        wanted = [k for k, s in enumerate(inputs) if s in at]
         pulled = _followed(a.who, backward, [place, *places, *results], wanted, W)
         if any(pulled[k] not in (None, places[k]) for k in wanted):
-            raise _mixes(a, node)
+            return None
     return place
 
 
@@ -264,12 +315,14 @@ def _followed(
     at = {n: p for n, p in zip(inputs, places, strict=True) if p is not None}
     part = Analysis(gm, who, (*at, inputs[0]), {}, {}, inputs[0], {}, tok=set(at), places=at)
     env = {n: n.meta.get("val") for n in gm.graph.nodes}
-    results = results_of(gm.graph)
+    results, rows = results_of(gm.graph), dict[fx.Node, Place]()
     read = needed(results[k] for k in wanted)
     for node in part.nodes:
         if node in read and any(s in part.tok for s in _read_nodes(node)):
             part.tok.add(node)
             part.places[node] = _place(part, node, env, W)
+        elif node in read:
+            _follow_rows(part, node, env, W, rows)
     return [part.places.get(n) for n in results]
 
 
@@ -317,8 +370,7 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
     """Is a value that no token reaches the same all along an axis?"""
     if node.op != "call_function":
         return False
-    op = maker(node)[0]
-    read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
+    op, read = maker(node)[0], _read_arguments(node)
     if not read:
         return is_uniform(op) or bool(local_rules.unread(op.target))
     call = a.call(node, env)

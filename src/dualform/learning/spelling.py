@@ -149,6 +149,7 @@ def _is_named_tuple(x: Any) -> bool:
 def _stand_for(graph: fx.Graph, node: fx.Node, results: Any) -> None:
     """Put what a definition returns, one value or several, in the place of a node."""
     if isinstance(results, fx.Node):
+        results.meta |= {"rows": node.meta["rows"]} if "rows" in node.meta else {}
         node.replace_all_uses_with(results)
     else:
         for user in list(node.users):

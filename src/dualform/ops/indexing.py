@@ -331,7 +331,7 @@ def _covered(base: Tensor, dim: int, index: Tensor) -> Tensor:
 @row(
     "aten::index_fill",
     **_writes,
-    mapped="torch",
+    mapped=lookups.index_fill,
     examples=[
         call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0),
         call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T("")),

@@ -85,3 +85,10 @@ def take(x: Tensor, at: Tensor) -> Tensor:
 
 def put(x: Tensor, at: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
     return index_put(x.reshape(-1), [at.reshape(-1)], source.reshape(-1), accumulate).reshape(x.shape)
+
+
+def index_fill(x: Tensor, dim: int, at: Tensor, value: Any) -> Tensor:
+    """torch's own keeps strides by an op that cannot be mapped over rows."""
+    shape = [at.numel() if k == dim % x.ndim else n for k, n in enumerate(x.shape)]
+    value = value.to(x.dtype) if isinstance(value, Tensor) else x.new_full((), value)
+    return torch.index_copy(x, dim, at.reshape(-1), value.expand(shape))
