@@ -284,7 +284,7 @@ def test_slices_beside_each_other(n, sliced):
     assert any(
         made.native.slices
         for plan in program.plans.values()
-        for made in plan.natives.of(backend.Functions).functions.values()
+        for made in plan.natives.of(backend.Compiled).functions.values()
     )
 
 
@@ -328,7 +328,7 @@ def test_neither_slices_nor_threads_change_a_bit(dtype, monkeypatch):
     assert {
         made.native.slices
         for plan in program.plans.values()
-        for made in plan.natives.of(backend.Functions).functions.values()
+        for made in plan.natives.of(backend.Compiled).functions.values()
     } == {False, True}
     assert all(torch.equal(x, other[name]) for name, x in found[0].items() for other in found[1:])
 
@@ -402,7 +402,7 @@ def test_single_tokens_repay_compiling(monkeypatch):
         plan.natives.tokens = 0
         for made in (False, False, True):
             _, state = program(x, x, x, state=state)
-            assert bool(plan.natives.of(backend.Functions).functions) == made
+            assert bool(plan.natives.of(backend.Compiled).functions) == made
 
 
 def test_two_calls_are_one():

@@ -22,7 +22,7 @@ from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Gradients, GridCall, checkpointed
+from dualform.learning.loop import Gradients, Run, checkpointed
 from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
 
@@ -36,7 +36,7 @@ class Made(NamedTuple):
 
 
 @dataclass(eq=False)
-class Functions:
+class Compiled:
     """What was compiled for a plan: functions by kind of block, direction, how they end, slices and the caller's types."""
 
     functions: dict[tuple[Variant, str, bool | None, bool, Kinds], Made] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def made(
     plan: Plan, call: Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
 ) -> Made:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
-    key, found = (variant, direction, full, slices, kinds := _kinds(plan, call)), plan.natives.of(Functions).functions
+    key, found = (variant, direction, full, slices, kinds := _kinds(plan, call)), plan.natives.of(Compiled).functions
     with TRACING if key not in found else nullcontext():
         if key not in found:
             unit = written(plan, variant, direction, full, slices, kinds)
@@ -110,7 +110,7 @@ def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"i": place.to(dtype), "valid": torch.ones(chunk, dtype=dtype), "full": place == chunk}
 
 
-def _stretches(run: GridCall, start: int, end: int) -> list[range]:
+def _stretches(run: Run, start: int, end: int) -> list[range]:
     """Cut blocks into runs of one kind whose state passes from one to the next as it is."""
     g, found = run.grid, []
     while start < end:
@@ -124,7 +124,7 @@ def _stretches(run: GridCall, start: int, end: int) -> list[range]:
     return found
 
 
-def _spread(run: GridCall, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
+def _spread(run: Run, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
     """View an input as (n, B, H, ...)."""
     if x.part == "cotangent":
         assert do is not None
@@ -145,14 +145,14 @@ class Stretches(Whole, Generic[M]):
         """Refuse calls that are not for this backend."""
 
     @abstractmethod
-    def made(self, run: GridCall, piece: range, direction: str) -> M:
+    def made(self, run: Run, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
 
     @abstractmethod
-    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: Run, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
         """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
 
-    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
+    def forward(self, run: Run, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         self.check(call)
         state = run.held()
@@ -165,7 +165,7 @@ class Stretches(Whole, Generic[M]):
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
 
     def _advance(
-        self, run: GridCall, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
+        self, run: Run, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
         n, native = piece.start, self.made(run, piece, "forward")
@@ -193,7 +193,7 @@ class Stretches(Whole, Generic[M]):
                     r[k] = run.start([w[k]])[0]
         return after
 
-    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+    def backward(self, run: Run, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
         do, turned = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
         saved = [x.flatten(1, 2) for x in saved]
         gradients = Gradients(run)
@@ -201,7 +201,7 @@ class Stretches(Whole, Generic[M]):
             turned = self._reverse(run, piece, G, starts, turned, do, gradients)
         return gradients.flat(turned)
 
-    def _jobs(self, run: GridCall, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
+    def _jobs(self, run: Run, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
         """Yield stretches from the last to the first: with blocks per kept state, and these states."""
         stop = run.blocks
         while stop > 0:
@@ -222,7 +222,7 @@ class Stretches(Whole, Generic[M]):
             stop = group * G
 
     def _reverse(
-        self, run: GridCall, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
+        self, run: Run, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
         gradients: Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
@@ -258,7 +258,7 @@ class _Sequence(Stretches[Made]):
     def suits(self, plan: Plan, call: Call) -> bool:
         if call.q.device.type != "cpu":
             return False
-        if plan.natives.of(Functions).functions:  # for a longer call: what follows it stays there
+        if plan.natives.of(Compiled).functions:  # for a longer call: what follows it stays there
             return True
         if call.q.shape[1] == 1:
             return plan.natives.tokens > TOKENS_WORTH_COMPILING
@@ -268,7 +268,7 @@ class _Sequence(Stretches[Made]):
         many, single = f"{self._enough(plan):,} tokens x heads on", f"{TOKENS_WORTH_COMPILING:,} single tokens"
         made = (
             "compiled already"
-            if plan.natives.of(Functions).functions
+            if plan.natives.of(Compiled).functions
             else f"from {many}, or {single}, which repay compiling"
         )
         return f"on the CPU, {made}, few rows in slices beside each other"
@@ -286,7 +286,7 @@ class _Sequence(Stretches[Made]):
             what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
             raise BackendError(f"{what} Use backend='auto', or move it.")
 
-    def made(self, run: GridCall, piece: range, direction: str) -> Made:
+    def made(self, run: Run, piece: range, direction: str) -> Made:
         slices = cut(run.B * run.H, len(piece))
         return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
@@ -299,7 +299,7 @@ class _Sequence(Stretches[Made]):
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
         native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
-        own, slow = plan.natives.of(Functions), plan.derivation.constants | call.slow
+        own, slow = plan.natives.of(Compiled), plan.derivation.constants | call.slow
         marks = own.marks = own.marks or _marks(chunk, call.dtype)
         after = held if ours else [torch.empty_like(x) for x in held]
         o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
@@ -327,7 +327,7 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: without a self
+    def _call(run: Run, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: without a self
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 

@@ -37,7 +37,7 @@ from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import GridCall
+from dualform.learning.loop import Run
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
@@ -65,7 +65,7 @@ def launch_for(entries: int, warps: int | None, stages: int) -> Launch:
 
 
 @dataclass(eq=False)
-class Ready:
+class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
 
     kernels: dict[str, list[Kernel]]
@@ -78,11 +78,11 @@ Key = tuple[Variant, str, Precision, bool]  # kind of block, direction, how it m
 
 
 @dataclass(eq=False)
-class Kernels:
+class Compiled:
     """What was written for a plan, and made ready to be launched."""
 
     kernels: dict[Key, dict[str, list[Kernel]]] = field(default_factory=dict)
-    made: dict[tuple[Key, Launch], Ready] = field(default_factory=dict)
+    made: dict[tuple[Key, Launch], Made] = field(default_factory=dict)
 
 
 def written(
@@ -116,7 +116,7 @@ def written(
         raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
 
 
-class _Rows(Stretches[Ready]):
+class _Rows(Stretches[Made]):
     """Runs calls by stretches, a program per row."""
 
     def __init__(self, precision: Precision, warps: int | None, stages: int, slices: bool | None) -> None:
@@ -146,7 +146,7 @@ class _Rows(Stretches[Ready]):
                 f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
-    def made(self, run: GridCall, piece: range, direction: str) -> Ready:
+    def made(self, run: Run, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
         short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
         factors = (
@@ -161,7 +161,7 @@ class _Rows(Stretches[Ready]):
         sizes = (entries, variant.width, run.B * run.H, len(piece))
         slices = cut(*sizes, direction) if self.slices is None else self.slices
         how = launch_for(entries, self.warps, self.stages)
-        key, own = (variant, direction, precision, slices), plan.natives.of(Kernels)
+        key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
         with TRACING if (key, how) not in own.made else nullcontext():
             if (key, how) not in own.made:
                 kernels = own.kernels.get(key) or written(plan, variant, direction, precision, slices)
@@ -175,17 +175,17 @@ class _Rows(Stretches[Ready]):
                             _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                own.made[key, how] = Ready(kernels, how, tuple(x for x in wanted if x[0] not in inner))
+                own.made[key, how] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
             return own.made[key, how]
 
-    def _call(self, run: GridCall, made: Ready, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: Run, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
             return
         self._reverse_of(run, made, given, count, G)
 
-    def _reverse_of(self, run: GridCall, made: Ready, given: dict[Any, Tensor], count: int, G: int) -> None:
+    def _reverse_of(self, run: Run, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
@@ -218,7 +218,7 @@ class _Rows(Stretches[Ready]):
         return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
     def _states(
-        self, run: GridCall, made: Ready, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+        self, run: Run, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
     ) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
         (kernel,) = made.kernels["advance"]
@@ -229,14 +229,7 @@ class _Rows(Stretches[Ready]):
         return states
 
     def _run_all(
-        self,
-        run: GridCall,
-        made: Ready,
-        kernels: list[Kernel],
-        given: dict[Any, Tensor],
-        count: int,
-        G: int,
-        phase: int,
+        self, run: Run, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
     ) -> None:
         """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
         room = {
@@ -257,8 +250,8 @@ class _Rows(Stretches[Ready]):
 
     def _run(
         self,
-        run: GridCall,
-        made: Ready,
+        run: Run,
+        made: Made,
         kernel: Kernel,
         given: dict[Any, Tensor],
         groups: int,
@@ -295,9 +288,7 @@ class _Rows(Stretches[Ready]):
             goal.copy_(x)
 
     @staticmethod
-    def _torch(
-        run: GridCall, made: Ready, kernel: Kernel, part: Outside, values: list[Tensor], count: int
-    ) -> list[Tensor]:
+    def _torch(run: Run, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
         rows, device = count * run.B * run.H, run.call.q.device
         key = (kernel.name, part is kernel.before, rows, device)
