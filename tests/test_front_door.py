@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import dualform as df
 from dualform import testing as laws
-from dualform.functions.blocks import is_unobserved
+from dualform.functions.in_blocks import is_unobserved
 from dualform.graphs import this_thread
 from dualform.graphs.recorder import record_as_called
 from dualform.graphs.twin import Twin
@@ -574,7 +574,8 @@ def held_elsewhere(hold):
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert there.wait(120) and not errors, errors
+        assert there.wait(120)
+        assert not errors
         yield
     finally:
         leave.set()

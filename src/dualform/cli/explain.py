@@ -34,7 +34,7 @@ def explain(
     shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     wrt: str | None = None,
     axes: str | None = None,
-    level: Literal["one-line", "steps", "proof"] = "steps",
+    level: Literal["one-line", "steps", "proof"] | None = None,
     format: Literal["text", "latex", "html"] | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -54,7 +54,7 @@ def explain(
     axes
         Names of the axes of a formula's arguments and result: --axes "i j, j l -> i l".
     level
-        How much to say: one-line, steps or proof.
+        How much to say: one-line, steps (the default) or proof.
     format
         text (the default), latex or html (a page that stands alone).
     json
@@ -66,13 +66,16 @@ def explain(
         raise UsageError(
             f"explain: --dim is {dim} beside --shapes, which say every size; expected one of them. Leave one out."
         )
-    if json and format is not None:
-        raise UsageError(f"explain: --format is {format!r} beside --json; expected one of them. Leave one out.")
+    for name, value in {"--format": format, "--level": level}.items():
+        if json and value is not None:
+            raise UsageError(
+                f"explain: {name} is {value!r} beside --json, which tells all; expected one of them. Leave one out."
+            )
     if dim is not None and dim < 1:
         raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64, or a preset's own.")
     try:
         found = _of_tensors(target, shapes, wrt, axes) if shapes else _of_learner(target, dim)
-        text = _written(found.explain(level), target, format or "text", json)
+        text = _written(found.explain(level or "steps"), target, format or "text", json)
     except ArithmeticError as error:
         raise UsageError(f"explain: {target} cannot be computed ({error}); expected numbers. Change it.") from error
     print(text)

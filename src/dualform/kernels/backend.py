@@ -36,7 +36,7 @@ class Made(NamedTuple):
 
 
 @dataclass(eq=False)
-class Compiled:
+class NativeFunctions:
     """What was compiled for a plan: functions by kind of block, direction, how they end, slices and the caller's types."""
 
     functions: dict[tuple[Variant, str, bool | None, bool, Kinds], Made] = field(default_factory=dict)
@@ -87,7 +87,10 @@ def made(
     plan: Plan, call: Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
 ) -> Made:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
-    key, found = (variant, direction, full, slices, kinds := _kinds(plan, call)), plan.natives.of(Compiled).functions
+    key, found = (
+        (variant, direction, full, slices, kinds := _kinds(plan, call)),
+        plan.natives.of(NativeFunctions).functions,
+    )
     with TRACING if key not in found else nullcontext():
         if key not in found:
             unit = written(plan, variant, direction, full, slices, kinds)
@@ -258,7 +261,7 @@ class _Sequence(Stretches[Made]):
     def suits(self, plan: Plan, call: Call) -> bool:
         if call.q.device.type != "cpu":
             return False
-        if plan.natives.of(Compiled).functions:  # for a longer call: what follows it stays there
+        if plan.natives.of(NativeFunctions).functions:  # for a longer call: what follows it stays there
             return True
         if call.q.shape[1] == 1:
             return plan.natives.tokens > TOKENS_WORTH_COMPILING
@@ -268,7 +271,7 @@ class _Sequence(Stretches[Made]):
         many, single = f"{self._enough(plan):,} tokens x heads on", f"{TOKENS_WORTH_COMPILING:,} single tokens"
         made = (
             "compiled already"
-            if plan.natives.of(Compiled).functions
+            if plan.natives.of(NativeFunctions).functions
             else f"from {many}, or {single}, which repay compiling"
         )
         return f"on the CPU, {made}, few rows in slices beside each other"
@@ -299,7 +302,7 @@ class _Sequence(Stretches[Made]):
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
         native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
-        own, slow = plan.natives.of(Compiled), plan.derivation.constants | call.slow
+        own, slow = plan.natives.of(NativeFunctions), plan.derivation.constants | call.slow
         marks = own.marks = own.marks or _marks(chunk, call.dtype)
         after = held if ours else [torch.empty_like(x) for x in held]
         o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))

@@ -40,6 +40,11 @@ class Code(Protocol):
     @property
     def text(self) -> str: ...
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of matrix products, for one mini-batch of one row."""
+        ...
+
 
 class Whole(Protocol):
     """What runs whole calls itself: the loop's two directions, with the same arguments and results."""
