@@ -46,26 +46,14 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = Non
         op = re.search(r"(\S+) hit the vmap fallback", str(error))
         if op is None:
             raise
-        advice = "Write that line of the learner with other ops."
-        fail(
-            "derive",
-            f"{op[1]} in a learner's step",
-            "cannot be mapped over rows by torch",
-            "ops that vmap knows",
-            advice,
-            TraceError,
-        )
+        what, why = f"{op[1]} in a learner's step", "cannot be mapped over rows by torch"
+        fail("derive", what, why, "ops that vmap knows", "Write that line of the learner with other ops.", TraceError)
     finally:
         functorch._set_vmap_fallback_enabled(before)
     if any("arange" in str(n.target) and any(type(x) is int and x >= ROWS for x in n.args) for n in made.graph.nodes):
-        fail(
-            "derive",
-            "an op in a learner's step",
-            "is mapped over rows by their numbers, which its parts do not know",
-            "ops that act on each row alone",
-            "Write reads and writes at places with gather and scatter.",
-            TraceError,
-        )
+        why = "is mapped over rows by their numbers, which its parts do not know"
+        wanted, advice = "ops that act on each row alone", "Write reads and writes at places with gather and scatter."
+        fail("derive", "an op in a learner's step", why, wanted, advice, TraceError)
     return made
 
 
