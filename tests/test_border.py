@@ -282,6 +282,7 @@ def test_every_assignment_that_does_not_fit_is_one_line(folder, capfd, monkeypat
 mistakes = {
     "generate model --prompt a --seed -1": (2, "seed is -1; expected a whole number, 0 <= seed < 2**32"),
     "generate model --prompt \udcff": (2, "prompt is no UTF-8 text"),
+    "generate model --prompt a --temperature 1e-320": (2, "temperature 1e-320; expected >= 1, and 0 or finite, >= 1e-6"),
     "generate model --prompt a --temperature nan": (2, "temperature nan"),
     "generate model --prompt a --max-new-tokens 1.5": (2, "max-new-tokens"),
     "evaluate model --seq-len 1 --data t.txt": (1, "seq_len is 1; expected >= 2"),

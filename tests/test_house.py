@@ -383,3 +383,51 @@ def test_what_a_backend_is_given_has_types(path):
         given = [a for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")]
         assert f.returns is not None, f"{path}: {f.name} has no type of its result"
         assert all(a.annotation for a in given), f"{path}: {f.name} has an argument without a type"
+
+
+# What is known of an op stands in its row. These lists name no ops of a trace, or stand below the rows.
+NO_ROWS = {
+    "algebra/axis_names.py": "functions of Python that an error of shapes is about, below ops/",
+    "kernels/triton_ops.py": "functions of our own in Triton, called as ops in place are",
+}
+WORDS = {"functions", "cli"}  # what people write in formulas and options
+OPS = {name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}  # fmt: skip
+
+
+def names_op(x):
+    if isinstance(x, ast.Constant):
+        return isinstance(x.value, str) and (x.value.startswith("aten::") or x.value in OPS)
+    return isinstance(x, ast.Attribute) and re.match(r"aten\.|torch\.ops\.", ast.unparse(x)) is not None
+
+
+def lists_of_ops(text):
+    """Lines of literal sets, lists, tuples and keys, most of which name ops, three or more; and of strings of nothing else."""
+    for node in ast.walk(ast.parse(text)):
+        found = node.elts if isinstance(node, ast.Set | ast.List | ast.Tuple) else []
+        found = node.keys if isinstance(node, ast.Dict) else found
+        words = node.value.split() if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+        count = sum(map(names_op, found))
+        if (count >= 3 and 2 * count > len(found)) or (len(words) >= 3 and all(x in OPS for x in words)):
+            yield node.lineno
+
+
+def test_no_list_of_ops_stands_outside_the_rows():
+    places = {}
+    for path in modules:
+        name = str(path.relative_to(SOURCE))
+        if floor_of(module_name(path)) not in {"ops", *WORDS} and (lines := [*lists_of_ops(path.read_text())]):
+            places[name] = lines
+    assert set(places) <= set(NO_ROWS), f"lists of ops in {places}: say it in a column of their rows (ops/table.py)"
+    assert set(places) == set(NO_ROWS), "an exception that is none any more"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "odd = {aten.sum.dim_IntList, aten.mean.dim, aten.t.default}", "texts = {'exp': 'exp({0})', 'log': 'log({0})', 'tanh': 'tanh({0})'}",
+        "for op in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.mv): ...", "names = 'view reshape expand'.split()",
+        "if name in ['aten::split', 'aten::chunk', 'aten::unbind']: ...",
+    ],
+)  # fmt: skip
+def test_a_list_of_ops_is_found(text):
+    assert [*lists_of_ops(text)] == [1]

@@ -28,8 +28,9 @@ import dualform as df
 from dualform import testing as laws
 from dualform.graphs.edit import only_outputs
 from dualform.graphs.split import split
-from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, ops, report, sharing, targets
+from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, report, sharing, targets
 from dualform.learning.plan import Input
+from dualform.ops.table import ENTRIES, find_row, kind_of
 from dualform.testing import LawBroken, check_backend
 
 squared = df.objectives.Squared()
@@ -117,20 +118,20 @@ def test_every_row(dtype):
     gm, got, expected = both_ways(dtype)
     laws.agree("entries", got, expected)
     lowered = [n for n in lowering.lowered(gm).graph.nodes if n.op == "call_function"]
-    texts = {ops.MAPS[n.target](n)[0] for n in lowered if n.target in ops.MAPS}
-    assert set(cpp_text.ENTRIES) - texts == set()
+    texts = {find_row(n.target).spelt(n)[0] for n in lowered if kind_of(n.target) == "map"}
+    assert set(ENTRIES) - texts == set()
 
 
 @pytest.mark.parametrize("text", ["tanh", "sub", "tril"])
 def test_a_wrong_row_is_found(text, monkeypatch):
-    monkeypatch.setitem(cpp_text.ENTRIES, text, "T(1.001) * (" + cpp_text.ENTRIES[text] + ")")
+    monkeypatch.setitem(ENTRIES, text, replace(ENTRIES[text], cpp=f"T(1.001) * ({ENTRIES[text].cpp})"))
     _, got, expected = both_ways(DOUBLE)
     with pytest.raises(AssertionError):
         laws.agree("entries", got, expected)
 
 
 def test_the_law_bites(monkeypatch):
-    monkeypatch.setitem(cpp_text.ENTRIES, "neg", "T(-1.001) * {0}")
+    monkeypatch.setitem(ENTRIES, "neg", replace(ENTRIES["neg"], cpp="T(-1.001) * {0}"))
     with pytest.raises(LawBroken, match="cpp"):
         check_backend(of(built_in[3], squared, "sgd", 3), "cpp", time=3)
 

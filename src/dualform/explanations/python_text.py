@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,33 +12,23 @@ import torch
 from torch import Tensor, fx
 
 from dualform.graphs.kept import is_stopped
+from dualform.ops.table import find_row, kind_of
 
-_SIGNS = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "mm": "@", "bmm": "@", "mv": "@", "pow": "**",
-    "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!=",
-}  # fmt: skip
-MIRRORS = {"numpy_T": "T", "t": "T", "mT": "mT", "mH": "mH", "adjoint": "mH"}
-_SPREAD = {"reshape", "view", "permute", "expand", "repeat", "_unsafe_view", "sum", "mean", "amax", "amin"}
-# What runs under the name that aten has for it.
-_METHODS = {
-    "unsqueeze", "squeeze", "transpose", "permute", "expand", "cumsum", "tril", "triu", "view", "reshape", "select", "clone",
-    "flatten", "clamp", "sum",
-}  # fmt: skip
-_FUNCTIONS = {
-    "tanh", "exp", "sigmoid", "relu", "rsqrt", "sqrt", "log", "abs", "sin", "cos", "reciprocal", "where", "maximum", "minimum",
-    "outer", "stack", "cat", "erf", "var_mean", "addmm", "softmax", "arange",
-}  # fmt: skip
 _DEFAULTS = {("pin_memory", False), ("device", torch.device("cpu"))}
 
 
-def _signed(op: str, args: Sequence[str]) -> str | None:
-    """An op that Python has a sign for, or torch an attribute."""
-    if op in _SIGNS and len(args) == 2:
-        first = f"({args[0]})" if args[0].startswith("-") and op == "pow" else args[0]
-        return f"{first} {_SIGNS[op]} {args[1]}"
-    if len(args) == 1 and (op == "neg" or op in MIRRORS):
-        return f"-{args[0]}" if op == "neg" else f"{args[0]}.{MIRRORS[op]}"
-    return None
+# What Python writes with a sign or as an attribute.
+_OPERATOR = re.compile(r"-\{0\}|\{0\} \S+ \{1\}|\{0\}\.\w+")
+
+
+def _spellings(target: Any) -> list[str]:
+    row = find_row(target)
+    return row.python.split(" | ") if row is not None and row.python else []
+
+
+def _filled_in(spelling: str, args: Sequence[str]) -> str:
+    first, *rest = args
+    return spelling.format(f"({first})" if "**" in spelling and first.startswith("-") else first, *rest)
 
 
 # -- so that it runs ---------------------------------------------------------------------------------------------------
@@ -66,20 +57,15 @@ def statement(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if target is operator.getitem:
         return f"{args[0]}[{args[1]}]"
     kwargs = [f"{k}={text_of(v, names)}" for k, v in node.kwargs.items() if v is not None and (k, v) not in _DEFAULTS]
-    every, name = [*args, *kwargs], getattr(getattr(target, "overloadpacket", None), "__name__", "")
-    found = None if kwargs else _signed(name, args)
-    if found is not None:
-        return found
-    if name == "addmm" and len(every) == 3:
-        return f"{args[0]} + {args[1]} @ {args[2]}"
-    if name == "square":
-        return f"{args[0]} ** 2"
-    if name == "sum" and len(args) > 2:
-        every = [*args[:2], *["keepdim=True"] * (args[2] == "True"), *kwargs]
-    name = {"_unsafe_view": "view"}.get(name, name)
-    if name in _METHODS and str(target).startswith("aten."):
-        return f"{args[0]}.{name}({', '.join(every[1:])})"
-    return f"{f'torch.{name}' if name in _FUNCTIONS else f'torch.ops.{target}'}({', '.join(every)})"
+    name, every = getattr(target, "_opname", ""), [*args, *kwargs]
+    for spelling in _spellings(target):
+        if spelling == "x.":
+            return f"{args[0]}.{name}({', '.join(every[1:])})"
+        if spelling == "torch.":
+            return f"torch.{name}({', '.join(every)})"
+        if not kwargs and spelling.count("{") == len(args):
+            return _filled_in(spelling, args)
+    return f"torch.ops.{target}({', '.join(every)})"
 
 
 # -- as a person writes it ---------------------------------------------------------------------------------------------
@@ -105,13 +91,14 @@ def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, s
 
     keywords = {k: v for k, v in node.kwargs.items() if v is not None and k not in ("layout", "device", "pin_memory")}
     given = dict(zip((a.name for a in schema), node.args, strict=False))
-    found = None if keywords else _signed(op, [show(x) for x in node.args])
-    if found is not None:
-        return found
+    for spelling in _spellings(target):
+        if not keywords and _OPERATOR.fullmatch(spelling) and spelling.count("{") == len(node.args):
+            return _filled_in(spelling, [show(x) for x in node.args])
     first = show(node.args[0]) if node.args else ""
-    if op in ("slice", "select", "index"):
-        return f"{first}[{_window(op, given, show)}]"
-    rest = [show(x) for x in node.args[1:]] if op not in _SPREAD else _spread_out(node.args[1:], show)
+    if (window := _window(op, given, show)) is not None:
+        return f"{first}[{window}]"
+    is_spread = op == "repeat" or (op != "squeeze" and kind_of(target) in ("view", "reduction"))
+    rest = _spread_out(node.args[1:], show) if is_spread else [show(x) for x in node.args[1:]]
     names = [*(a.name for a in schema[1:]), *[""] * len(rest)]
     rest = [f"{n}={x}" if n and x in ("True", "False") else x for n, x in zip(names, rest, strict=False)]
     rest += [f"{k}={show(v)}" for k, v in keywords.items()]
@@ -130,9 +117,11 @@ def _spread_out(args: Sequence[Any], show: Callable[[Any], str]) -> list[str]:
     return [*map(show, flat), *map(show, rest)]
 
 
-def _window(op: str, given: dict[str, Any], show: Callable[[Any], str]) -> str:
+def _window(op: str, given: dict[str, Any], show: Callable[[Any], str]) -> str | None:
     if op == "index":
         return ", ".join(":" if k is None else show(k) for k in given["indices"])
+    if op not in ("select", "slice"):
+        return None
     axis, rank = given.get("dim", 0), given["self"].meta["val"].ndim
     if op == "select":
         return ", ".join([":"] * (axis % rank) + [show(given["index"])])

@@ -12,12 +12,11 @@ from torch import fx
 
 from dualform.algebra.index_products import Index
 from dualform.algebra.notation import IndexFormula, Line
-from dualform.explanations.python_text import MIRRORS
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.trace import source_line
-from dualform.ops.table import ALL, Call, find_row
+from dualform.ops.table import ALL, ROWS, Call, find_row
 
-_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention", **dict.fromkeys(MIRRORS, "T")}
+_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention"}
 
 # The letters of the rules' docstrings, for readers who have not read them.
 _LETTERS = {
@@ -41,7 +40,8 @@ _LETTERS = {
 
 def plain(op: str) -> str:
     """What people call an op."""
-    return _PLAIN.get(op, op)
+    row = ROWS.get(f"aten::{op}")
+    return "T" if row is not None and re.fullmatch(r"\{0\}\.\w+", row.python) else _PLAIN.get(op, op)
 
 
 def rule(call: Call, x_is: str) -> str:

@@ -23,6 +23,7 @@ from dualform.graphs.edit import emitter, inputs_of
 from dualform.graphs.functionalize import Blame, functionalized
 from dualform.graphs.single_results import bound_arguments, normalised
 from dualform.ops.fourier import cosines, sines
+from dualform.ops.pointwise import filled_with
 from dualform.ops.table import find_row
 
 aten = torch.ops.aten
@@ -50,13 +51,6 @@ def _is_complex(x: Any) -> bool:
     return isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex())
 
 
-# Tensors that are made of a number.
-_FILLED: dict[Any, float] = {
-    aten.zeros.default: 0.0,
-    aten.ones.default: 1.0,
-    aten.full.default: 0.0,
-    aten.scalar_tensor.default: 0.0,
-}
 Rule = Callable[["_Rewriter", fx.Node, dict[str, Any]], Any]
 _RULES: dict[str, Rule] = {}
 
@@ -148,8 +142,8 @@ class _Rewriter:
             return Pair(x.real or None, x.imag or None) if isinstance(x, complex) else Pair(x, None)
         if not _is_complex(x):
             return Pair(x, None)
-        if x.target in _FILLED:
-            value = complex(bound_arguments(x).get("fill_value", _FILLED[x.target]))
+        if (number := filled_with(x)) is not None:
+            value = complex(number)
             return Pair(value.real or None, value.imag or None)
         if x not in self.pairs:  # an input or a constant
             self.pairs[x] = Pair(self.emit(aten.real.default, x), self.emit(aten.imag.default, x))
@@ -398,9 +392,7 @@ def _placed(node: Any, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any
     }
 
 
-_RULES.update(
-    dict.fromkeys(("clone", "detach", "alias", "contiguous", "resolve_conj", "resolve_neg", "_neg_view"), _partwise)
-)
+_rule("detach", "resolve_conj", "resolve_neg", "_neg_view")(_partwise)
 
 
 def _product(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
@@ -459,7 +451,7 @@ def _spelled(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
 
 
 # Their rows are those of a transposition, which a conjugation goes with here.
-_RULES.update(dict.fromkeys(("mH", "adjoint", "matrix_H"), _spelled))
+_rule("mH", "adjoint", "matrix_H")(_spelled)
 
 
 # -- the three transforms that all others are made of

@@ -16,57 +16,10 @@ from dualform.graphs.edit import add, line_of, unwritten, writes
 from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import carried
 from dualform.graphs.recorder import twin_of
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
-
-# View op -> how to write through it: the functional op that puts a value back, given (base, value, args of the view).
-_SCATTER: dict[Any, Callable[..., tuple[Any, tuple]]] = {
-    aten.slice.Tensor: lambda base, value, *a: (aten.slice_scatter.default, (base, value, *a)),
-    aten.select.int: lambda base, value, *a: (aten.select_scatter.default, (base, value, *a)),
-    aten.diagonal.default: lambda base, value, *a: (aten.diagonal_scatter.default, (base, value, *a)),
-    aten.narrow.default: lambda base, value, dim, start, n: (
-        aten.slice_scatter.default,
-        (base, value, dim, start, start + n),
-    ),
-    aten.transpose.int: lambda base, value, a, b: (aten.transpose.int, (value, a, b)),
-    aten.t.default: lambda base, value: (aten.t.default, (value,)),
-    aten.permute.default: lambda base, value, dims: (aten.permute.default, (value, _inverse(dims))),
-    aten.detach.default: lambda base, value: carried(base, value),
-    aten.alias.default: lambda base, value: (aten.alias.default, (value,)),
-    aten.lift_fresh.default: lambda base, value: (aten.alias.default, (value,)),
-}
-for _view in (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.ravel.default,
-    aten.view_as.default,
-    aten.reshape_as.default,
-    aten.atleast_1d.default,
-    aten.atleast_2d.default,
-    aten.atleast_3d.default,
-):
-    _SCATTER[_view] = lambda base, value, *a: (aten.view.default, (value, list(base.meta["val"].shape)))
-for _view in (aten.swapaxes.default, aten.swapdims.default):
-    _SCATTER[_view] = _SCATTER[aten.transpose.int]
-for _view in (aten.movedim.int, aten.movedim.intlist):
-    _SCATTER[_view] = lambda base, value, source, to, view=_view: (view, (value, to, source))
-for _view in (aten.mT.default, aten.numpy_T.default):
-    _SCATTER[_view] = lambda base, value, view=_view: (view, (value,))
-
-_UNSAFE = {aten.unsafe_chunk, aten.unsafe_split, aten.unsafe_split_with_sizes}
-
-
-def _inverse(dims: list[int]) -> list[int]:
-    positive = [d % len(dims) for d in dims]
-    return [positive.index(k) for k in range(len(dims))]
 
 
 def functionalized(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
@@ -202,7 +155,8 @@ class _Rewriter:
         base = self.read(self.parent[view])
         if writes(view):
             return new
-        rule = _SCATTER.get(view.target)
+        row = find_row(view.target)
+        rule = carried if view.target is aten.detach.default else row and row.put
         if rule is None and _layout(view) == _layout(self.parent[view]):  # as `to` gives what it was given
             return new
         if rule is None:
@@ -218,8 +172,8 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         return behind[0] if _viewed(behind[0]) is not None else None
     if node.target is operator.getitem and _viewed(node.args[0]) is None:  # type: ignore[arg-type]
         return None
-    if (
-        getattr(node.target, "overloadpacket", None) in _UNSAFE
+    if str(node.target).startswith(
+        "aten.unsafe_"
     ):  # whose pieces are written to only where nobody reads the whole any more
         return None
     own = _memory(node)

@@ -16,24 +16,12 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
+from dualform.ops.table import find_row
+
 META, CPU = torch.device("meta"), torch.device("cpu")
 FEW = 1 << 18  # numbers, up to which zeros are computed with
 _Tag = torch.Tag
 _VALUES = {_Tag.nondeterministic_seeded, _Tag.dynamic_output_shape, _Tag.data_dependent_output}
-# Not core, of shapes that no value decides.
-_PLAIN = {
-    aten.tril.default, aten.triu.default, aten.stack.default, aten.dot.default, aten.cumprod.default, aten.roll.default,
-    aten.logsumexp.default, aten.linalg_vector_norm.default, aten._softmax_backward_data.default,
-    aten._log_softmax_backward_data.default, aten.eye.default, aten.eye.m, aten.var_mean.correction,
-    aten.std_mean.correction, aten.std.correction,
-    aten.select_backward.default, aten.slice_backward.default,
-    aten.arange.default, aten.arange.start, aten.arange.start_step,
-}  # fmt: skip
-# Entry by entry, whatever the entries are.
-_LIKE = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.empty_like.default}
-
-
 _KEPT = (None, torch.preserve_format)
 
 
@@ -148,9 +136,11 @@ def _kind(func: Any) -> Callable[..., Any] | None:
     """How to find the shape of an op's result without its kernel on the meta device; None: no way is known."""
     if func.is_view or func._schema.is_mutable or _VALUES & set(func.tags):
         return None
-    if _Tag.pointwise in func.tags or func in _LIKE:
+    row = find_row(func)
+    if _Tag.pointwise in func.tags or func._opname.endswith("_like"):
         return _entry_by_entry
-    return _of_zeros if _Tag.core in func.tags or func in _PLAIN else None
+    is_plain = _Tag.core in func.tags or (row is not None and bool(row.kind or row.lowered or row.several))
+    return _of_zeros if is_plain else None
 
 
 def _takes_device(func: Any) -> bool:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from dualform.graphs.edit import Graph, unwritten
 from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
+from dualform.ops.pointwise import OPERATORS
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -46,20 +47,10 @@ class Recorded(Hollow):
         return self
 
 
-# What the operators &= and so on call, by what does the same.
-_OPERATORS = {
-    "__iand__": "bitwise_and_",
-    "__ior__": "bitwise_or_",
-    "__ixor__": "bitwise_xor_",
-    "__ilshift__": "bitwise_left_shift_",
-    "__irshift__": "bitwise_right_shift_",
-}
-
-
 def twin_of(func: Any) -> Any:
     """Find the op that does the same and is not in place: of the same arguments, as pow_.Scalar is pow.Tensor_Scalar."""
     name: str = func._schema.name.removeprefix("aten::")
-    name = _OPERATORS.get(name) or name
+    name = OPERATORS.get(name) or name
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
     for overload in [] if packet is None else sorted(packet.overloads(), key=func._overloadname.__ne__):
         twin = getattr(packet, overload)

@@ -41,7 +41,7 @@ from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow, Hollows
 from dualform.graphs.recorder import record_as_called
 from dualform.graphs.single_results import normalised
-from dualform.graphs.spelled import SPELLED
+from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
@@ -319,26 +319,22 @@ def _refuse_values(gm: fx.GraphModule) -> None:
                 _refuse_data(source_line(node) or str(node.target))
 
 
-_DROPOUT = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
-
-
 def _refuse_randomness(gm: fx.GraphModule) -> None:
     """Random ops are refused; dropout that is switched off is the identity."""
     for node in list(gm.graph.nodes):
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
-        if target in _DROPOUT and (not node.args[2] or node.args[1] == 0):
+        if _is_dropout(target) and (not node.args[2] or node.args[1] == 0):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif not _is_quiet(node):
             what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
             _blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
+
+
+def _is_dropout(target: torch._ops.OpOverload) -> bool:
+    return len(target._schema.returns) == 1 and [a.name for a in target._schema.arguments] == ["input", "p", "train"]
 
 
 def _is_quiet(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from torch import fx
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.verify import is_on
 from dualform.kernels import memory
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
+from dualform.kernels.ops import Unsupported
 from dualform.kernels.soundness import verify
 from dualform.kernels.statements import (
     Buffer,
@@ -28,6 +28,7 @@ from dualform.kernels.statements import (
     space_of,
     whole,
 )
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 _NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_view.default), aten.view.default)
@@ -105,17 +106,19 @@ class _Scheduler:
 
     def _takes(self, n: fx.Node) -> bool:
         """Add a node to what is open, or make a statement of it; False if it must wait until the open nest is closed."""
-        if n.target in VIEWS or n.target is operator.getitem:
+        row = find_row(n.target)
+        kind = row.kind if row else ""
+        if kind == "view" or n.target is operator.getitem:
             return self._view(n)
-        if n in self.added or n.target in PRODUCTS:
+        if n in self.added or kind == "product":
             if any(self.values[x].buffer in self.own for x in self._sources(n)):
                 return False
             self._product(n)
             return True
-        if n.target in PIECES:
+        if kind == "pieces":
             if self.nest is not None:
                 return False
-            self._pieces(n)
+            self._pieces(n, row)
             return True
         return self._joins(n)
 
@@ -154,8 +157,7 @@ class _Scheduler:
 
     def _product(self, n: fx.Node) -> None:
         product, alpha, beta, init = self.added.get(n, (n, 1.0, 0.0, None))
-        a, b, alpha, beta, init = PRODUCTS[product.target](product, alpha, beta, init)
-        A, B = (self.values[x] for x in (a, b))
+        A, B = (self.values[x] for x in product.args[:2])  # pyright: ignore[reportArgumentType]: nodes
         shape = tuple(n.meta["val"].shape)
         out = Buffer(n.name, shape, self.align)
         D = None if init is None else self.values[init]
@@ -170,9 +172,9 @@ class _Scheduler:
 
     # -- what is put together ------------------------------------------------------------------------------------
 
-    def _pieces(self, n: fx.Node) -> None:
+    def _pieces(self, n: fx.Node, row: Any) -> None:
         out = Buffer(n.name, tuple(n.meta["val"].shape), self.align)
-        base, pieces, first = whole(out), list(PIECES[n.target](n, out.shape)), len(self.statements)
+        base, pieces, first = whole(out), list(row.spelt(n, out.shape)), len(self.statements)
         for place, value in pieces:
             x = torch.empty(1 << 40, device="meta").as_strided(base.shape, base.strides, 0)
             y = place(x)
@@ -187,11 +189,12 @@ class _Scheduler:
     # -- nests ---------------------------------------------------------------------------------------------------
 
     def _joins(self, n: fx.Node) -> bool:
-        reduction = REDUCTIONS.get(n.target)
-        if reduction is None and n.target not in MAPS:
+        row = find_row(n.target)
+        if row is None or row.kind not in ("map", "reduction"):
             raise Unsupported(n)
+        reduction = row.kind == "reduction"
         shape = tuple(n.meta["val"].shape)
-        op, arguments, params = reduction(n) if reduction else MAPS[n.target](n)
+        op, arguments, params = row.spelt(n)
         loops = tuple(self.values[arguments[0]].shape) if reduction else shape
         space = space_of(loops)
         own = [x for x in arguments if isinstance(x, fx.Node) and self.values[x].buffer in self.own]

@@ -113,7 +113,9 @@ def written(
     except Refused as error:
         raise Refused(error.node, error.why, line_of(plan, error.node)) from None
     except Unsupported as error:
-        raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
+        raise Refused(
+            error.node, "its row in ops/ does not say how it is generated", line_of(plan, error.node)
+        ) from None
 
 
 class _Rows(Stretches[Made]):

@@ -62,7 +62,7 @@ class Refused(BackendError):
         where = f" at {line}" if line else ""
         super().__init__(
             f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: {why}; expected ops "
-            "on tiles with a text in kernels/triton_ops.py. Use backend='eager' or 'inductor', or add its text."
+            "on tiles with a Triton text in their rows, ops/. Use backend='eager' or 'inductor', or add its text."
         )
         self.node, self.why = node, why
 
@@ -173,7 +173,7 @@ class Direction:
                     raise Untileable("it has more than two axes", n)
                 self.walker.step(n)
             except (Untileable, Unsupported) as error:
-                why = error.why if isinstance(error, Untileable) else "it has no row in kernels/ops.py"
+                why = error.why if isinstance(error, Untileable) else "its row in ops/ does not say how it is generated"
                 if inside:
                     raise Refused(n, why) from None
                 if n in waits:

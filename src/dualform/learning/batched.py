@@ -27,8 +27,6 @@ from dualform.shapes import TraceError, fail
 aten = torch.ops.aten
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
-# Where slices have their end, two behind their axis.
-_ENDS = {aten.slice.Tensor: 3, aten.slice_scatter.default: 4, aten.slice_backward.default: 4}
 
 
 def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = None) -> fx.GraphModule:
@@ -57,12 +55,18 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = Non
     return made
 
 
+def _end_at(target: Any) -> int | None:
+    """Where slices have their end, two behind their axis."""
+    names = [a.name for a in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
+    return names.index("end") if "dim" in names and "end" in names else None
+
+
 def _without_rows(gm: fx.GraphModule) -> fx.GraphModule:
     """Keep the user's own whole numbers from being taken for numbers of rows."""
     if any(node.target in _ENDS for node in gm.graph.nodes):
         gm = copied(gm)
     for node in gm.graph.nodes:
-        at = _ENDS.get(node.target)
+        at = _end_at(node.target)
         if at is not None and len(node.args) > at and type(node.args[at]) is int:  # it ends where its tensor does
             first, second = node.args[:2]
             sizes = second if node.target is aten.slice_backward.default else first.meta["val"].shape

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,16 +27,16 @@ from dualform.graphs.recorder import CannotRecord, record
 from dualform.graphs.regroup import join_products
 from dualform.graphs.simplify import tidy
 from dualform.graphs.trace import source_line
-from dualform.graphs.whole_norms import layer_norms, whole_norms
+from dualform.graphs.whole_norms import whole_norms
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.flat_leaves import InPieces, Ranges, cut_leaves
 from dualform.learning.forms import Form, forms
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
-from dualform.learning.lookups import lookups_as_gathers
 from dualform.learning.reassociate import reassociate
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
 from dualform.learning.transforms import undisturbed
+from dualform.ops.table import definitions
 
 aten = torch.ops.aten
 
@@ -45,68 +44,23 @@ aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
 
 
-@cache
 def norms_as_arithmetic() -> Table:
-    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13), and
-    a batch norm's statistics have none at all."""
-    from torch._decomp import get_decompositions  # slow: not at `import dualform`
-
-    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"]
-    parts = [getattr(aten, name + part) for name in norms for part in ("", "_backward")]
-    loops = [aten.unfold_backward]  # which vmap knows as a loop over rows only
-    return get_decompositions([*parts, *loops]) | layer_norms | lookups_as_gathers()
+    """Decompose what vmap does not map as it is: norms, and what reads and writes at places."""
+    return definitions("mapped")
 
 
-@cache
 def slopes_as_arithmetic() -> Table:
     """Decompose the derivatives of activations into products of a slope and the incoming gradient."""
-    from torch._decomp import get_decompositions
-
-    names = "gelu sigmoid tanh silu elu softplus leaky_relu hardtanh hardsigmoid hardswish mish threshold softshrink"
-    slopes = [getattr(aten, f"{name}_backward") for name in names.split() if hasattr(aten, f"{name}_backward")]
-    return (
-        norms_as_arithmetic()
-        | {op: _uncast(f) for op, f in get_decompositions(slopes).items()}
-        | {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_slope}
-    )
+    return norms_as_arithmetic() | {op: _uncast(f) for op, f in definitions("sloped").items()}
 
 
 def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
     """One of torch's definitions, which widens two-byte numbers; around it, what finds the types loads sympy."""
-    plain = inspect.unwrap(f)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (plain if x.dtype in (torch.float32, torch.float64) else f)(x, *args, **kwargs)
+        return (inspect.unwrap(f) if x.dtype in (torch.float32, torch.float64) else f)(x, *args, **kwargs)
 
     return run
-
-
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u): value and slopes share one sigmoid."""
-    return x * (torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else _normal(x))
-
-
-def _gelu(x: Tensor, approximate: str = "none") -> Any:
-    return gelu(x, approximate) if approximate == "tanh" else NotImplemented
-
-
-def _normal(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
-def _gelu_slope(g: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate != "tanh":
-        normal = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return g * (_normal(x) + x * normal)
-    u, du = _steepness(x)
-    s = torch.sigmoid(u)
-    return g * (s + x * (s * (1 - s)) * du)
-
-
-def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 2u and its derivative, u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    c, square = 2 * math.sqrt(2 / math.pi), x * x
-    return x * (c + c * 0.044715 * square), c + 3 * c * 0.044715 * square
 
 
 @dataclass(eq=False)

@@ -11,33 +11,12 @@ from torch import Tensor, fx
 
 from dualform.graphs.edit import add_alike, without_dead, written
 from dualform.graphs.kept import is_stopped
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 Prepared = Callable[..., Sequence[Tensor]]  # what runs a graph
 Examples = Callable[[], list[Tensor]]  # of its inputs
 Prepare = Callable[[fx.GraphModule, Examples], Prepared]
-
-# Which arguments a result may be written over, and by what.
-_over: dict[Any, tuple[tuple[int, ...], Any]] = {
-    aten.add.Tensor: ((0, 1), torch.Tensor.add_), aten.sub.Tensor: ((0,), torch.Tensor.sub_),
-    aten.mul.Tensor: ((0, 1), torch.Tensor.mul_), aten.neg.default: ((0,), torch.Tensor.neg_),
-    aten.sigmoid.default: ((0,), torch.Tensor.sigmoid_), aten.baddbmm.default: ((0,), torch.Tensor.baddbmm_),
-    aten.addcmul.default: ((0,), torch.Tensor.addcmul_), aten.tril.default: ((0,), torch.Tensor.tril_),
-    aten.div.Tensor: ((0,), torch.Tensor.div_),
-}  # fmt: skip
-_makes = {aten.bmm.default, aten.clone.default, aten.rsub.Scalar}
-_makes_several = {aten.native_layer_norm.default, aten.native_layer_norm_backward.default}
-# Python's own entry points take two thirds of the time of an overload called by name.
-_entries = {
-    aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
-    aten.div.Scalar: torch.div, aten.bmm.default: torch.bmm, aten.mm.default: torch.mm, aten.sum.dim_IntList: torch.sum,
-    aten.mean.dim: torch.mean, aten.reshape.default: torch.reshape, aten.transpose.int: torch.transpose,
-    aten.unsqueeze.default: torch.unsqueeze, aten.squeeze.dim: torch.squeeze, aten.squeeze.dims: torch.squeeze,
-    aten.permute.default: torch.permute, aten.neg.default: torch.neg, aten.tanh.default: torch.tanh, aten.exp.default: torch.exp,
-    aten.sigmoid.default: torch.sigmoid, aten.rsqrt.default: torch.rsqrt, aten.where.self: torch.where, aten.tril.default: torch.tril,
-    aten.baddbmm.default: torch.baddbmm, aten.addcmul.default: torch.addcmul, aten.native_layer_norm.default: torch.native_layer_norm,
-    aten.expand.default: torch.Tensor.expand,
-}  # fmt: skip
 
 
 def in_place(gm: fx.GraphModule, examples: Examples = list) -> Prepared:
@@ -45,7 +24,7 @@ def in_place(gm: fx.GraphModule, examples: Examples = list) -> Prepared:
     in_one_pass(gm.graph, {aten.bmm.default, aten.mul.Tensor})
     _reuse(gm.graph)
     for node in gm.graph.nodes:
-        node.target = _entries.get(node.target, node.target) if node.op == "call_function" else node.target
+        node.target = _as_python_calls(node.target)
     return written(gm)
 
 
@@ -62,6 +41,14 @@ def by_inductor(gm: fx.GraphModule, examples: Examples) -> Prepared:
         return compiled(gm, inputs, options={"cpp_wrapper": on_cpu})  # pyright: ignore[reportReturnType]: as the graph
 
 
+def _as_python_calls(target: Any) -> Any:
+    """Python's own entry points take two thirds of the time of an overload called by name."""
+    row = find_row(target)
+    if row is None or not row.called:
+        return target
+    return getattr(torch, target._opname, None) or getattr(Tensor, target._opname)
+
+
 def visible(gm: fx.GraphModule) -> Prepared:
     """Run a graph op by op and out of place, so that autograd and every transform see what is done."""
     for node in gm.graph.nodes:
@@ -73,22 +60,23 @@ def visible(gm: fx.GraphModule) -> Prepared:
 def _reuse(graph: fx.Graph) -> None:
     """Write a result over an argument that nothing else needs: no new memory, and what was just read is in cache."""
     for node in graph.nodes:
-        places, target = _over.get(node.target, ((), None))
+        row = find_row(node.target)
+        places = row.over if row is not None else ()
         for i in places[:1] if "alpha" in node.kwargs else places:  # x + alpha y is not y + alpha x
             x = node.args[i]
             if isinstance(x, fx.Node) and _fresh(x) and len(x.users) == 1 and node.args.count(x) == 1:
                 old, new = x.meta["val"], node.meta["val"]
                 if (old.shape, old.dtype, old.stride()) == (new.shape, new.dtype, new.stride()):
                     rest = [y for j, y in enumerate(node.args) if j != i]
-                    node.target, node.args = target, (x, *rest)
+                    node.meta["written"] = True
+                    node.target, node.args = getattr(Tensor, f"{node.target._opname}_"), (x, *rest)
                     break
 
 
 def _fresh(node: fx.Node) -> bool:
     """Does a node's value have memory of its own?"""
-    if node.target is operator.getitem:
-        return node.args[0].target in _makes_several  # pyright: ignore
-    return node.target in _over or node.target in _makes or any(node.target is t for _, t in _over.values())
+    row = find_row(node.args[0].target if node.target is operator.getitem else node.target)  # pyright: ignore
+    return node.meta.get("written", False) or (row is not None and bool(row.fresh or row.over))
 
 
 def in_one_pass(graph: fx.Graph, products: set[Any]) -> None:

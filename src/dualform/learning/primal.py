@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from dualform.graphs.spelled import differentiable_twice
 from dualform.learning.call import Call
 from dualform.learning.state import State
+from dualform.ops.spelled import differentiable_twice
 
 
 def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:

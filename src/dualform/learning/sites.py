@@ -29,6 +29,7 @@ from dualform.graphs.kept_derivative import first_bend
 from dualform.graphs.trace import source_line
 from dualform.learning.spelling import DerivationError, has_no_row, op_name, spell, spell_out
 from dualform.learning.token_maps import Place, are_tied, carried_places, find_label
+from dualform.ops.pointwise import is_uniform
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -101,10 +102,6 @@ def operand_nodes(node: fx.Node) -> list[fx.Node]:
 
 def is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-# Ops that make a tensor from its sizes alone, the same number in every entry.
-_UNIFORM = {"zeros", "ones", "full", "empty", "scalar_tensor"}
 
 
 def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
@@ -323,7 +320,7 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
     op = maker(node)[0]
     read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
     if not read:
-        return op_name(op) in _UNIFORM or bool(local_rules.unread(op.target))
+        return is_uniform(op) or bool(local_rules.unread(op.target))
     call = a.call(node, env)
     for name, k, source in read:
         J = local_rules.reads(call, name, k)

@@ -15,7 +15,7 @@ from dualform.graphs.edit import add, inputs_of, output_of
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.recorder import below_dispatch
 from dualform.graphs.trace import source_line, trace
-from dualform.learning.lookups import lookups_as_gathers
+from dualform.ops.table import definitions
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def _made(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 def _has_rule_for_rows(target: Any) -> bool:
     """Does torch map an op over rows by a rule, not by a loop over them?"""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in lookups_as_gathers():
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in definitions("mapped"):
         return True
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return any(
