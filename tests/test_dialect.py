@@ -274,7 +274,7 @@ def lost_statement(statements, *_):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("into_pieces", beyond_bounds, "is read or written at"),
+        ("into_pieces", beyond_bounds, "is read or written from"),
         ("into_pieces", backwards, "is read before it is written"),
         ("into_pieces", lost_statement, "is read before it is written"),
         ("place", other_dtype, r"x \[4, 6\] .* is of torch.float16, .*expected \[4, 6\] of torch.float32"),

@@ -32,19 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Axis",
-    "Derivative",
-    "Factor",
-    "Label",
-    "Select",
-    "Term",
-    "atoms",
-    "compose",
-    "fresh_axes",
-    "identity",
-    "make_factor",
-    "zero",
-]
+    "Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "fresh_axes", "identity",
+    "make_factor", "zero",
+]  # fmt: skip
 
 
 # Bytes above which `dense()` refuses, unless it is told a limit.

@@ -272,20 +272,39 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-class Applied(Route):
-    """The route of a derivative that a traced function has at a point."""
+class AtPoint(Route):
+    """The route of a derivative that a traced function has at a point; `story` makes its account."""
 
-    def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
+    def __init__(self, point: Point, story: Callable[[], Story]) -> None:
         self.point = point
-        self.output = output
-        self.source = source
         self.story = story
-        self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The function's inputs and the tensors that it closes over, by name."""
         return dict(zip(self.point.traced.input_names, self.point.inputs, strict=True))
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """The account of the derivative."""
+        return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> IndexFormula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """The route of a product."""
+        return Joined(outer, inner)
+
+
+class Applied(AtPoint):
+    """The route of a first derivative, of one result by one input."""
+
+    def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
+        super().__init__(point, story)
+        self.output = output
+        self.source = source
+        self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
     @cached_property
     def _program(self) -> Program:
@@ -319,15 +338,3 @@ class Applied(Route):
         if kind not in self._prepared:
             self._prepared[kind] = made.prepare(*point.inputs)
         return made.apply(seed, *self._prepared[kind])
-
-    def explain(self, derivative: Derivative, level: str) -> Explanation:
-        """The account of the derivative."""
-        return self.story().explain(derivative, level)
-
-    def shown(self, derivative: Derivative) -> IndexFormula:
-        """The derivative in index notation, in the names of its account."""
-        return self.story().shown(derivative)
-
-    def joined(self, outer: Derivative, inner: Derivative) -> Route:
-        """The route of a product."""
-        return Joined(outer, inner)

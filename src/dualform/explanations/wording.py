@@ -20,22 +20,17 @@ _PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attenti
 
 # The letters of the rules' docstrings, for readers who have not read them.
 _LETTERS = {
-    "p": "the softmax itself",
-    "h": "the normalised input, before gain and bias",
-    "r": "1/√(variance + eps), one for each row that is normalised",
-    "tril": "1 on and below the diagonal",
-    "triu": "1 on and above the diagonal",
-    "flip": "1 where one index is the other counted backwards",
+    "p": "the softmax itself", "h": "the normalised input, before gain and bias",
+    "r": "1/√(variance + eps), one for each row that is normalised", "tril": "1 on and below the diagonal",
+    "triu": "1 on and above the diagonal", "flip": "1 where one index is the other counted backwards",
     "[index]": "1 where the index is the one that was asked for",
-    "[extremum]": "1 at the largest (smallest) entry, shared by ties",
-    "[c]": "1 where the condition holds",
-    "[not c]": "1 where the condition does not hold",
-    "[kept]": "1 where nothing was filled in",
+    "[extremum]": "1 at the largest (smallest) entry, shared by ties", "[c]": "1 where the condition holds",
+    "[not c]": "1 where the condition does not hold", "[kept]": "1 where nothing was filled in",
     "[mask]": "1 where something was filled in",
     "cos": "the cosine of 2π times frequency times place, over the length",
     "sin": "the sine of 2π times frequency times place, over the length",
     "reshape": "1 where both indices are one place in memory",
-}
+}  # fmt: skip
 
 
 def plain(op: str) -> str:

@@ -26,20 +26,13 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from dualform.graphs.complex_pairs import paired
+from dualform.graphs.complex_rules import paired
 from dualform.graphs.constants import Constants
-from dualform.graphs.custom import (
-    DATA,
-    Listener,
-    Plain,
-    listening,
-    requires_grad,
-    set_requires_grad,
-    transforms,
-)
+from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow, Hollows
 from dualform.graphs.recorder import record_as_called
+from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.single_results import normalised
 from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError

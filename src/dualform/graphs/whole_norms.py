@@ -109,7 +109,7 @@ row("dualform::standardize_vjp", lowered=_standardize_vjp)(None)
 
 @verified_below_autograd
 def whole_norms(graph: fx.Graph) -> None:
-    """Recognise norms and their derivatives in a traced graph, as torch decomposes them."""
+    """Recognise norms and their derivatives in a traced graph, as `layer_norms` spells them out."""
     for target, recognise in ((aten.var_mean.correction, _norm), (aten.mul.Tensor, _norm_vjp)):
         for node in list(graph.nodes):
             if node.target == target:

@@ -102,13 +102,11 @@ class _Check:
         steps, space = (view.strides, view.shape) if steps is None or space is None else (steps, space)
         if len(steps) != len(space):
             raise self.fail(view.buffer, f"has steps {list(steps)}", f"one for each axis of {list(space)}")
-        found = torch.full(tuple(space), view.offset)
-        for a, (n, step) in enumerate(zip(space, steps, strict=True)):
-            found = found + (torch.arange(n) * step).reshape([-1 if b == a else 1 for b in range(len(space))])
-        low, high = (int(found.min()), int(found.max())) if found.numel() else (0, 0)
-        if low < 0 or high >= view.buffer.size:
-            raise self.fail(view.buffer, f"is read or written at {low} to {high}", f"0 to {view.buffer.size - 1}")
-        return found
+        try:
+            return torch.arange(view.buffer.size).as_strided(tuple(space), tuple(steps), view.offset)
+        except RuntimeError:
+            where = f"is read or written from {view.offset} along {list(steps)} over {list(space)}"
+            raise self.fail(view.buffer, where, f"what is inside its {view.buffer.size} entries") from None
 
     def _at(self, b: Buffer, entries: Tensor) -> tuple[Tensor, Tensor]:
         """The memory that a buffer is in, and the places of entries."""

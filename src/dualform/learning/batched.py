@@ -21,40 +21,73 @@ from dualform.graphs.hollow import leaves_in
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
 from dualform.graphs.trace import source_line
+from dualform.graphs.verify import BrokenGraph, is_on
 from dualform.learning.derive import Table, trace_fake
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
+# Another one: where graphs are verified, what was taken for a number of rows counts these too, and nothing else differs.
+_OTHER = 2**31 - 19
+_END = 2**62  # beyond it, a slice goes on to the end
 
 
 def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = None) -> fx.GraphModule:
     """Map a graph over ROWS rows; `shared` inputs are the same for all. table: what is decomposed, norms if None."""
     gm = _without_rows(gm)
+    made = _over(ROWS, gm, shared, table)
+    for node in made.graph.nodes:
+        numbers = [x for x in _numbers(node) if ROWS <= x < _END]
+        if any("arange" in str(node.target) or x % ROWS or x // ROWS >= ROWS for x in numbers):
+            what, advice = (
+                f"{node.target} in a learner's step",
+                "Write reads and writes at places with gather and scatter.",
+            )
+            found = "is mapped over rows by their numbers, which its parts do not know"
+            fail("derive", what, found, "ops that act on each row alone", advice, TraceError)
+    if is_on():
+        _expect_rows(made.graph, _over(_OTHER, gm, shared, table).graph)
+    return made
+
+
+def _over(rows: int, gm: fx.GraphModule, shared: Sequence[bool], table: Table | None) -> fx.GraphModule:
     inputs = [node.meta["val"] for node in inputs_of(gm.graph)]
     dims = tuple(None if s else 0 for s in shared)
-    examples = [x.new_empty(x.shape if s else (ROWS, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
+    examples = [x.new_empty(x.shape if s else (rows, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
     functorch = torch._C._functorch  # type: ignore[attr-defined]
     before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)  # it would loop over ROWS rows
+    functorch._set_vmap_fallback_enabled(False)  # it would loop over all rows
     try:
-        made = tidy(trace_fake(torch.vmap(stepped(gm), in_dims=dims), examples, table))
+        return tidy(trace_fake(torch.vmap(stepped(gm), in_dims=dims), examples, table))
     except RuntimeError as error:
         op = re.search(r"(\S+) hit the vmap fallback", str(error))
         if op is None:
             raise
-        what, why = f"{op[1]} in a learner's step", "cannot be mapped over rows by torch"
-        fail("derive", what, why, "ops that vmap knows", "Write that line of the learner with other ops.", TraceError)
+        what, advice = f"{op[1]} in a learner's step", "Write that line of the learner with other ops."
+        fail("derive", what, "cannot be mapped over rows by torch", "ops that vmap knows", advice, TraceError)
     finally:
         functorch._set_vmap_fallback_enabled(before)
-    if any("arange" in str(n.target) and any(type(x) is int and x >= ROWS for x in n.args) for n in made.graph.nodes):
-        why = "is mapped over rows by their numbers, which its parts do not know"
-        wanted, advice = "ops that act on each row alone", "Write reads and writes at places with gather and scatter."
-        fail("derive", "an op in a learner's step", why, wanted, advice, TraceError)
-    return made
 
 
+def _expect_rows(graph: fx.Graph, other: fx.Graph) -> None:
+    """Is each number of rows one, and no other number? Then it follows them, from one made-up number of rows to another."""
+    for node, twin in zip(graph.nodes, other.nodes, strict=True):
+        numbers = [x // ROWS * _OTHER if _counts_rows(x) else x for x in _numbers(node)]
+        if node.target != twin.target or numbers != _numbers(twin):
+            raise BrokenGraph(
+                f"mapped: {node.format_node()} has the numbers {_numbers(node)} over {ROWS} rows and {_numbers(twin)} over "
+                f"{_OTHER}; expected multiples of both. The map is wrong: please report it."
+            )
+
+
+def _numbers(node: fx.Node) -> list[int]:
+    """List the sizes and places among a node's arguments."""
+    places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
+    return [x for x in leaves_in([node.args[k] for k in places if k < len(node.args)], {}) if type(x) is int]
+
+
+@cache
 def _end_at(target: Any) -> int | None:
     """Where slices have their end, two behind their axis."""
     names = [a.name for a in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
@@ -63,7 +96,7 @@ def _end_at(target: Any) -> int | None:
 
 def _without_rows(gm: fx.GraphModule) -> fx.GraphModule:
     """Keep the user's own whole numbers from being taken for numbers of rows."""
-    if any(node.target in _ENDS for node in gm.graph.nodes):
+    if any(_end_at(node.target) is not None for node in gm.graph.nodes):
         gm = copied(gm)
     for node in gm.graph.nodes:
         at = _end_at(node.target)
@@ -136,8 +169,8 @@ def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
-        if any(map(_counts_rows, leaves_in([node.args[k] for k in places if k < len(node.args)], {}))):
+        if any(map(_counts_rows, _numbers(node))):
+            places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
             node.args = tuple(map_aggregate(x, real) if k in places else x for k, x in enumerate(node.args))
         if "device" in node.kwargs:
             node.kwargs = node.kwargs | {"device": device}

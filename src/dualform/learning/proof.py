@@ -204,18 +204,11 @@ class Problem:
     def alone(self, row: int, head: int, n: int) -> Problem:
         """Take the first tokens of one row and head."""
         rows, heads = slice(row, row + 1), slice(head, head + 1)
+        places = {"param": (heads,), "anchor": (rows, heads), "register": (rows, heads)}
 
         def cut(name: str, x: Tensor) -> Tensor:
-            kind = name.partition(".")[0]
-            if name == "gate.offset":
-                return x
-            return (
-                x[heads]
-                if kind == "param"
-                else x[rows, heads]
-                if kind in ("anchor", "register")
-                else x[rows, :n, heads]
-            )
+            place = places.get(name.partition(".")[0], (rows, slice(n), heads))
+            return x if name == "gate.offset" else x[place]
 
         mask, reset = (None if x is None else x[rows, :n] for x in (self.mask, self.reset))
         position = None if self.position is None else self.position[rows]
@@ -229,10 +222,8 @@ def _piece(run: tuple[Tensor, State], row: int, head: int, n: int, ends: bool) -
 
 
 def _named(pieces: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    states = [held for _, held in pieces if held]
-    return {"the outputs": torch.cat([o for o, _ in pieces])} | {
-        n: torch.stack([x[n] for x in states]) for n in states[0]
-    }
+    outputs, states = torch.cat([o for o, _ in pieces]), [held for _, held in pieces if held]
+    return {"the outputs": outputs} | {n: torch.stack([x[n] for x in states]) for n in states[0]}
 
 
 def outcome(results: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -483,7 +474,6 @@ def _rate(draw: Callable[[], Draw], program: Any, form: str) -> tuple[float, flo
     """Find a rate at which the state moves the outputs by some percent, and by how much it does."""
     if "lr" not in program.rule.gates:
         return 1.0, 1.0
-
     drawn = draw().problem(_tokens(program.chunk, False), 1.0, False)
 
     def outputs(rate: float) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils import _pytree
 
 from dualform.algebra.linear_map import Label, Term
 from dualform.graphs import local_rules
-from dualform.graphs.custom import value_of
+from dualform.graphs.aside import value_of
 from dualform.graphs.edit import inputs_of, needed, output_of, results_of
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.kept_derivative import first_bend

@@ -245,12 +245,9 @@ class RowsEstimator(BaseEstimator):
     def _check_options(self) -> None:
         name = type(self).__name__
         positive = {
-            "max_iter": Integral,
-            "batch_size": Integral,
-            "n_iter_no_change": Integral,
-            "tol": Real,
+            "max_iter": Integral, "batch_size": Integral, "n_iter_no_change": Integral, "tol": Real,
             "learning_rate": Real,
-        }
+        }  # fmt: skip
         for option, kind in positive.items():
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:

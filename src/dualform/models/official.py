@@ -57,17 +57,9 @@ class TensorName:
 
 
 axis_names = {
-    "V": "vocab_size",
-    "d": "hidden_size",
-    "c": "hidden_size",
-    "m": "intermediate_size",
-    "H": "num_attention_heads",
-    "f": "head_dim",
-    "h": "4 head_dim",
-    "b": "mini_batch_size",
-    "n": "conv_kernel",
-    "1": "1",
-}
+    "V": "vocab_size", "d": "hidden_size", "c": "hidden_size", "m": "intermediate_size", "H": "num_attention_heads",
+    "f": "head_dim", "h": "4 head_dim", "b": "mini_batch_size", "n": "conv_kernel", "1": "1",
+}  # fmt: skip
 # Prefixes of the three layouts ({i}: the layer), and the tensors under them.
 names = (
     (
@@ -241,17 +233,10 @@ def official_names(config: DualformConfig) -> dict[str, str]:
 def axis_sizes(config: DualformConfig) -> dict[str, int]:
     """Return how long each axis is."""
     return {
-        "V": config.vocab_size,
-        "d": config.hidden_size,
-        "c": config.hidden_size,
-        "m": config.intermediate_size,
-        "H": config.num_attention_heads,
-        "f": config.head_dim,
-        "h": 4 * config.head_dim,
-        "b": config.chunk,
-        "n": config.conv_kernel,
-        "1": 1,
-    }
+        "V": config.vocab_size, "d": config.hidden_size, "c": config.hidden_size, "m": config.intermediate_size,
+        "H": config.num_attention_heads, "f": config.head_dim, "h": 4 * config.head_dim, "b": config.chunk,
+        "n": config.conv_kernel, "1": 1,
+    }  # fmt: skip
 
 
 def tensor_places(config: DualformConfig) -> Iterator[dict[str, StoredTensor]]:
@@ -259,11 +244,8 @@ def tensor_places(config: DualformConfig) -> Iterator[dict[str, StoredTensor]]:
     kind = kind_of(config)
     options = {name: bool(getattr(config, name)) for name in ("use_gate", "share_qk", "pre_conv")}
     present = {
-        "": True,
-        **{k: k == kind for k in kinds},
-        **options,
-        **{f"not {n}": not on for n, on in options.items()},
-    }
+        "": True, **{k: k == kind for k in kinds}, **options, **{f"not {n}": not on for n, on in options.items()},
+    }  # fmt: skip
     for prefixes, rows in names:
         for i in range(config.num_hidden_layers) if "{i}" in prefixes[0] else (0,):
             for row in rows:

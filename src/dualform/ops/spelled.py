@@ -116,18 +116,11 @@ def _gaussian_nll(
 
 
 SPELLED: dict[Any, Callable[..., Any]] = {
-    torch.linalg.lstsq: _lstsq,
-    torch.nn.functional.gaussian_nll_loss: _gaussian_nll,
-    torch.cov: _cov,
-    Tensor.cov: _cov,
-    torch.corrcoef: _corrcoef,
-    Tensor.corrcoef: _corrcoef,
-    torch.combinations: _combinations,
-    torch.vander: _vander,
-    torch.rrelu: _rrelu,
-    torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.linalg.lstsq: _lstsq, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
+    Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
+    torch.vander: _vander, torch.rrelu: _rrelu, torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
-}
+}  # fmt: skip
 
 
 def _layer_norm(
