@@ -22,7 +22,7 @@ from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Gradients, Run, checkpointed
+from dualform.learning.loop import Gradients, GridCall, checkpointed
 from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
 
@@ -113,7 +113,7 @@ def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"i": place.to(dtype), "valid": torch.ones(chunk, dtype=dtype), "full": place == chunk}
 
 
-def _stretches(run: Run, start: int, end: int) -> list[range]:
+def _stretches(run: GridCall, start: int, end: int) -> list[range]:
     """Cut blocks into runs of one kind whose state passes from one to the next as it is."""
     g, found = run.grid, []
     while start < end:
@@ -127,7 +127,7 @@ def _stretches(run: Run, start: int, end: int) -> list[range]:
     return found
 
 
-def _spread(run: Run, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
+def _spread(run: GridCall, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
     """View an input as (n, B, H, ...)."""
     if x.part == "cotangent":
         assert do is not None
@@ -148,14 +148,14 @@ class Stretches(Whole, Generic[M]):
         """Refuse calls that are not for this backend."""
 
     @abstractmethod
-    def made(self, run: Run, piece: range, direction: str) -> M:
+    def made(self, run: GridCall, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
 
     @abstractmethod
-    def _call(self, run: Run, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
         """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
 
-    def forward(self, run: Run, checkpoints: int) -> list[Tensor]:
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         self.check(call)
         state = run.held()
@@ -168,7 +168,7 @@ class Stretches(Whole, Generic[M]):
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
 
     def _advance(
-        self, run: Run, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
+        self, run: GridCall, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
         n, native = piece.start, self.made(run, piece, "forward")
@@ -196,7 +196,7 @@ class Stretches(Whole, Generic[M]):
                     r[k] = run.start([w[k]])[0]
         return after
 
-    def backward(self, run: Run, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
         do, turned = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
         saved = [x.flatten(1, 2) for x in saved]
         gradients = Gradients(run)
@@ -204,7 +204,7 @@ class Stretches(Whole, Generic[M]):
             turned = self._reverse(run, piece, G, starts, turned, do, gradients)
         return gradients.flat(turned)
 
-    def _jobs(self, run: Run, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
+    def _jobs(self, run: GridCall, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
         """Yield stretches from the last to the first: with blocks per kept state, and these states."""
         stop = run.blocks
         while stop > 0:
@@ -225,7 +225,7 @@ class Stretches(Whole, Generic[M]):
             stop = group * G
 
     def _reverse(
-        self, run: Run, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
+        self, run: GridCall, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
         gradients: Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
@@ -289,7 +289,7 @@ class _Sequence(Stretches[Made]):
             what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
             raise BackendError(f"{what} Use backend='auto', or move it.")
 
-    def made(self, run: Run, piece: range, direction: str) -> Made:
+    def made(self, run: GridCall, piece: range, direction: str) -> Made:
         slices = cut(run.B * run.H, len(piece))
         return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
@@ -330,7 +330,7 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: Run, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: without a self
+    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: without a self
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 

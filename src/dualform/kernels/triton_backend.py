@@ -37,7 +37,7 @@ from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Run
+from dualform.learning.loop import GridCall
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
@@ -148,7 +148,7 @@ class _Rows(Stretches[Made]):
                 f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
-    def made(self, run: Run, piece: range, direction: str) -> Made:
+    def made(self, run: GridCall, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
         short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
         factors = (
@@ -180,14 +180,14 @@ class _Rows(Stretches[Made]):
                 own.made[key, how] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
             return own.made[key, how]
 
-    def _call(self, run: Run, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
             return
         self._reverse_of(run, made, given, count, G)
 
-    def _reverse_of(self, run: Run, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
+    def _reverse_of(self, run: GridCall, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
@@ -220,7 +220,7 @@ class _Rows(Stretches[Made]):
         return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
     def _states(
-        self, run: Run, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+        self, run: GridCall, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
     ) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
         (kernel,) = made.kernels["advance"]
@@ -231,7 +231,7 @@ class _Rows(Stretches[Made]):
         return states
 
     def _run_all(
-        self, run: Run, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+        self, run: GridCall, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
     ) -> None:
         """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
         room = {
@@ -252,7 +252,7 @@ class _Rows(Stretches[Made]):
 
     def _run(
         self,
-        run: Run,
+        run: GridCall,
         made: Made,
         kernel: Kernel,
         given: dict[Any, Tensor],
@@ -290,7 +290,9 @@ class _Rows(Stretches[Made]):
             goal.copy_(x)
 
     @staticmethod
-    def _torch(run: Run, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
+    def _torch(
+        run: GridCall, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
+    ) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
         rows, device = count * run.B * run.H, run.call.q.device
         key = (kernel.name, part is kernel.before, rows, device)

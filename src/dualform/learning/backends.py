@@ -20,7 +20,7 @@ from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
 from dualform.learning import proof
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Run, backward, forward
+from dualform.learning.loop import GridCall, backward, forward
 from dualform.learning.plan import Plan
 from dualform.learning.prepare import Prepare, by_inductor, in_place
 from dualform.learning.transforms import TRACING
@@ -65,8 +65,10 @@ class Whole(Protocol):
         """Run one token, without gradients; overwrite: over the state given. None where `forward` is to do it."""
         ...
 
-    def forward(self, run: Run, checkpoints: int) -> list[Tensor]: ...
-    def backward(self, run: Run, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]: ...
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
+    def backward(
+        self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
+    ) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,12 @@ def run_backward(
 
 
 def _runs_whole(
-    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run], list[Tensor]], backward: bool = False
-) -> list[Tensor] | Run:
+    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, GridCall], list[Tensor]], backward: bool = False
+) -> list[Tensor] | GridCall:
     """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
     name = chosen(backend, plan, call)
     taken = backend_of(name)
-    run, whole = Run(plan, call, taken.blocks, taken.prepare), taken.whole
+    run, whole = GridCall(plan, call, taken.blocks, taken.prepare), taken.whole
     if whole is None or not run.blocks:
         return run
     try:
@@ -191,10 +193,10 @@ def _runs_whole(
             raise
         plan.natives.refused = str(error)
         warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
-        return Run(plan, call)
+        return GridCall(plan, call)
 
 
-def _check(name: str, plan: Plan, run: Run, backward: bool) -> None:
+def _check(name: str, plan: Plan, run: GridCall, backward: bool) -> None:
     """Compare generated code with eager at its first use, for each kind of block, on a part of the call."""
     kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
     key = (name, backward, frozenset(run.grid.variants), kinds)
@@ -240,7 +242,7 @@ def _faulty(name: str, unlike: str) -> BackendError:
     )
 
 
-def _unlike(name: str, plan: Plan, run: Run, backward: bool) -> str:
+def _unlike(name: str, plan: Plan, run: GridCall, backward: bool) -> str:
     """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call, and of their tokens as many
     as have every kind of block, if few do."""
     b, count = plan.derivation.chunk, 1 if backward else 0

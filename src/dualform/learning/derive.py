@@ -306,21 +306,16 @@ class Derivation:
 
         th = {n: like(p, self.dtype) for n, p in self.parts.fast.items()}
         known = variant.fresh and all(rule.resets) and not variant.opens
+        slow = {n: like(p, self.dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+        slow |= {n: like(p, p.dtype) for n, p in {**self.parts.closed, **self.constants}.items()}
+        truth = torch.empty((), dtype=torch.bool, device="cpu")
         return StepInputs(
-            th=th,
-            R=None if known else {n: new(rule.num_registers, *w.shape) for n, w in th.items()},
-            q=new(W, self.K),
-            k=new(W, self.K),
-            v=new(W, self.V),
-            gates={name: new(W) for name in rule.gates},
-            slow={n: like(p, self.dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
-            | {n: like(p, p.dtype) for n, p in {**self.parts.closed, **self.constants}.items()},
-            i=None if variant.fresh else new(W),
-            valid=None if variant.dense else new(W),
-            full=None if variant.completes(self.chunk) else torch.empty((), dtype=torch.bool, device="cpu"),
-            opens=torch.empty((), dtype=torch.bool, device="cpu") if variant.opens else None,
+            th, None if known else {n: new(rule.num_registers, *w.shape) for n, w in th.items()},
+            new(W, self.K), new(W, self.K), new(W, self.V), {name: new(W) for name in rule.gates}, slow,
+            i=None if variant.fresh else new(W), valid=None if variant.dense else new(W),
+            full=None if variant.completes(self.chunk) else truth, opens=truth.clone() if variant.opens else None,
             init={n: new(*w.shape) for n, w in th.items()} if variant.opens else None,
-        )
+        )  # fmt: skip
 
 
 def flatten(inputs: Any) -> list[Tensor]:

@@ -79,21 +79,10 @@ class TestTimeTraining(nn.Module):
     program: ChunkProgram  # of a template: no part of this module
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        learner: Any,
-        objective: Any = "squared",
-        rule: Any = "sgd",
-        chunk: int = 16,
-        rope_theta: float = 1e4,
-        share_qk: bool = False,
-        use_gate: bool = False,
-        post_norm: bool = True,
-        conv_kernel: int = 4,
+        self, dim: int, heads: int, *, learner: Any, objective: Any = "squared", rule: Any = "sgd", chunk: int = 16,
+        rope_theta: float = 1e4, share_qk: bool = False, use_gate: bool = False, post_norm: bool = True, conv_kernel: int = 4,
         prove: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if heads < 1 or dim % heads:
             raise ShapeError(
@@ -143,15 +132,9 @@ class TestTimeTraining(nn.Module):
         return self
 
     def forward(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        overwrite: bool = False,
-        observed: bool = False,
-    ) -> tuple[Tensor, Any]:
+        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None, reset: Tensor | None = None,
+        overwrite: bool = False, observed: bool = False,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return (y, state); any split of x over calls with the state carried gives the same y.
 
         overwrite: the state given is not needed again; without gradients, the new one may take its memory.
@@ -175,13 +158,8 @@ class TestTimeTraining(nn.Module):
         return self.o_proj(z), LayerState(memory, tails, position)
 
     def inner_losses(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return each token's inner loss before and after its own update.
 
         before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
@@ -222,8 +200,8 @@ class TestTimeTraining(nn.Module):
         """Return q, k, v and gates for the program, the tails of the convolutions, and the position after x."""
         B, T, _ = x.shape
         document = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.position
-        segment, place = places(T, document, mask, reset)
-        q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
+        _, place = places(T, document, mask, reset)
+        q, k, tails = self._queries_and_keys(x, state, mask, reset)
         v = self._heads(self.v_proj(x))
         by = self._angles(place % self.chunk, q)
         q, k = turned(self._heads(q), by), turned(self._heads(k), by)
@@ -246,20 +224,14 @@ class TestTimeTraining(nn.Module):
         return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
     def _queries_and_keys(
-        self,
-        x: Tensor,
-        state: LayerState | None,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        segment: Tensor,
-        place: Tensor,
+        self, x: Tensor, state: LayerState | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         shared = self.q_proj(x)
         if self.k_proj is not None:
             return shared, self.k_proj(x), {}
         assert self.conv_q is not None and self.conv_k is not None
         tail = (
-            shared.new_zeros(x.shape[0], self.conv_kernel - 1, self.dim)
+            shared.new_zeros(len(x), self.conv_kernel - 1, self.dim)
             if state is None
             else state.conv["qk"].to(shared.dtype)
         )

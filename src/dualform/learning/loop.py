@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 LEAF_BYTES_AT_ONCE = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 
 
-class Run:
+class GridCall:
     """One call on its grid: what both directions share. blocks: so many are compiled as one function, by `prepare`."""
 
     def __init__(self, plan: Plan, call: Call, blocks: int | None = None, prepare: Prepare = in_place) -> None:
@@ -146,7 +146,7 @@ def _power(n: int) -> int:
     return 1 << (max(1, n).bit_length() - 1)
 
 
-def forward(run: Run, checkpoints: int) -> list[Tensor]:
+def forward(run: GridCall, checkpoints: int) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
     state, plan = run.held(), run.plan
     saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, run.call)]]
@@ -171,7 +171,7 @@ def forward(run: Run, checkpoints: int) -> list[Tensor]:
 def run_visible(plan: Plan, call: Call) -> list[Tensor]:
     """Return [o, *anchor, *registers, position] by ops that autograd and every transform of torch.func see, one by one."""
     with torch.autocast(call.q.device.type, enabled=False):
-        run = Run(plan, call)
+        run = GridCall(plan, call)
         if not run.blocks:
             o = call.q.new_zeros(run.B, run.T, run.H, plan.derivation.out_width, dtype=plan.out_dtype(call))
             return [o, *run.idle(), run.grid.position]
@@ -198,7 +198,7 @@ def _none(x: Input) -> Tensor:
 class Gradients:
     """Gradients of a call's tensors, filled in piece by piece."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: GridCall) -> None:
         call, g = run.call, run.grid
         self.run = run
         self.tokens = {
@@ -242,7 +242,7 @@ class Gradients:
         return [x for x, y in zip(tree.flat(), call.flat(), strict=True) if y.is_floating_point()]
 
 
-def backward(run: Run, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+def backward(run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
     """Return the gradient of every floating tensor of the call, in order."""
     if not run.blocks:
         return Gradients(run).idle(cotangents[1:])

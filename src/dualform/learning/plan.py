@@ -75,13 +75,9 @@ class Way:
 
     @classmethod
     def of(
-        cls,
-        graph: fx.GraphModule,
-        inputs: list[Input],
-        carried: Sequence[int],
-        returned: Sequence[int],
+        cls, graph: fx.GraphModule, inputs: list[Input], carried: Sequence[int], returned: Sequence[int],
         prepare: Callable[[fx.GraphModule], Prepared],
-    ) -> Way:
+    ) -> Way:  # fmt: skip
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
         return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned), prepare)
 
@@ -105,11 +101,7 @@ class Way:
         key = (len(blocks), blocks[0] > blocks[-1], rows, device)
         if key not in self.wholes:
             f, n, P = self.fission, len(blocks), rows.batch * rows.heads
-            count = {
-                **dict.fromkeys(f.inputs, rows.heads),
-                **dict.fromkeys(f.varying, n * P),
-                **dict.fromkeys(f.carried, P),
-            }
+            count = dict.fromkeys(f.inputs, rows.heads) | dict.fromkeys(f.varying, n * P) | dict.fromkeys(f.carried, P)
 
             def make() -> Prepared:
                 graph = joined(f, [j - min(blocks) for j in blocks], P, rows.heads, device)
@@ -258,7 +250,6 @@ class Plan:
         step, inputs = self.step(variant), self.inputs(variant)
         state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
         count = step.num_outputs
-
         reverse = step.reverse if name == "reverse" else None
         carried, returned, prepare, table = state, range(1, count), in_place, None
         if reverse is not None:
