@@ -317,6 +317,11 @@ class Listener:
 class Plain(Listener):
     """The listener of a recording that holds nothing but ops: it gives up where a function defines or takes a gradient."""
 
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Take the inputs; which nodes they are, nobody asks."""
+        for x in inputs:
+            self.input(x)
+
     def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
         """Apply a checkpoint."""
         return _checkpointed(cls, args) if _is_checkpoint(cls) else self._give_up()
