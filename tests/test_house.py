@@ -260,8 +260,8 @@ ONE_PLACE = {
     "an expand is left to broadcasting": (r"def _?\w*(broadcasts|expands?)\w*\(graph|def broadcasts\(", {"graphs/edit.py", "graphs/straight_line.py", "graphs/regroup.py"}),
     "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
     "what is remembered is bounded": (r"OrderedDict|\.popitem\(", {"bounded.py"}),
-    "an op has a sign in Python": (r'python="[{]0[}] @ |"(mm|matmul|mm.default)": "@"|mm.default: "@"', {"ops/products.py"}),
-    "gelu is spelt out": (r"0\.044715", {"learning/derive.py", "functions/symbolic.py"}),
+    "an op has a sign in Python": (r'mm[.\w"]*: "@"|mul[.\w"]*: "[*]"|"\{0\} @ \{1\}', {"ops/products.py"}),
+    "gelu is spelt out": (r"0\.044715", {"ops/pointwise.py", "functions/symbolic.py"}),
     "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
 }  # fmt: skip
 

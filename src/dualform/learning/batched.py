@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from dualform.graphs.edit import Graph, add_input, add_plain, copied, inputs_of, stepped, unwritten
-from dualform.graphs.hollow import leaves_in
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
 from dualform.graphs.trace import source_line
@@ -84,7 +83,7 @@ def _expect_rows(graph: fx.Graph, other: fx.Graph) -> None:
 def _numbers(node: fx.Node) -> list[int]:
     """List the sizes and places among a node's arguments."""
     places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
-    return [x for x in leaves_in([node.args[k] for k in places if k < len(node.args)], {}) if type(x) is int]
+    return [x for x in _entries(node.args[k] for k in places if k < len(node.args)) if type(x) is int]
 
 
 @cache
@@ -105,7 +104,7 @@ def _without_rows(gm: fx.GraphModule) -> fx.GraphModule:
             sizes = second if node.target is aten.slice_backward.default else first.meta["val"].shape
             node.args = (*node.args[:at], min(node.args[at], sizes[node.args[at - 2]]), *node.args[at + 1 :])
         for k in _sizes(node.target) if node.op == "call_function" else ():
-            if any(map(_counts_rows, leaves_in(node.args[k : k + 1], {}))):
+            if any(map(_counts_rows, _entries(node.args[k : k + 1]))):
                 what = f"{node.target} in a learner's step"
                 advice = f"Write another number there. {source_line(node)}".rstrip()
                 found, expected = f"has the number {node.args[k]}", f"sizes and places below {ROWS}"
@@ -236,6 +235,10 @@ def example(x: fx.Node, rows: int, device: torch.device) -> Tensor:
 
 def _real(x: Any, rows: int) -> Any:
     return x // ROWS * rows if _counts_rows(x) else x
+
+
+def _entries(args: Iterable[Any]) -> list[Any]:
+    return [y for x in args for y in (x if isinstance(x, list | tuple) else (x,))]
 
 
 def _counts_rows(x: Any) -> bool:

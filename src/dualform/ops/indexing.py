@@ -44,12 +44,9 @@ def _reads_taken(call: Call, name: str, k: int | None) -> list[Term]:
 
 
 @row(
-    "aten::index_select",
-    affine=ALL,
-    lowered=picking.index_select,
-    reads=_reads_taken,
+    "aten::index_select", affine=ALL, lowered=picking.index_select, reads=_reads_taken,
     examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))],
-)
+)  # fmt: skip
 def _index_select(call: Call, operand: int) -> list[Term]:
     x = call.operands[0]
     index = call.bound["index"].reshape(-1)
@@ -57,13 +54,9 @@ def _index_select(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::embedding",
-    affine=FIRST,
-    lowered=picking.embedding,
-    mapped=lookups.embedding,
-    reads=_reads_taken,
+    "aten::embedding", affine=FIRST, lowered=picking.embedding, mapped=lookups.embedding, reads=_reads_taken,
     examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)],
-)
+)  # fmt: skip
 def _embedding(call: Call, operand: int) -> list[Term]:
     """A padding row is read, and gets no derivative."""
     index, padding = call.bound["indices"], call.bound["padding_idx"]
@@ -85,10 +78,8 @@ def _reads_indexed(call: Call, name: str, k: int | None) -> list[Term]:
 
 row("aten::_unsafe_index", affine=FIRST, lowered=picking.index, examples=[call("", T("n m"), [I("k", "n")])])(None)
 row(
-    "aten::_unsafe_index_put",
-    lowered=picking.index_put,
-    examples=[call("", T("3 m"), [torch.tensor([2, 0])], T("2 m"))],
-)(None)
+    "aten::_unsafe_index_put", lowered=picking.index_put, examples=[call("", T("3 m"), [torch.tensor([2, 0])], T("2 m"))],
+)(None)  # fmt: skip
 
 
 @row(
@@ -158,16 +149,9 @@ def _reads_each(call: Call, name: str, k: int | None) -> list[Term]:
 
 
 @row(
-    "aten::gather",
-    affine=FIRST,
-    lowered=picking.gather,
-    reads=_reads_each,
-    examples=[
-        call("", T("n m"), 1, I("n k", "m")),
-        call("", T("n m"), 0, I("p 2", "n")),
-        call("", T(""), 0, I("", "1")),
-    ],
-)
+    "aten::gather", affine=FIRST, lowered=picking.gather, reads=_reads_each,
+    examples=[call("", T("n m"), 1, I("n k", "m")), call("", T("n m"), 0, I("p 2", "n")), call("", T(""), 0, I("", "1"))],
+)  # fmt: skip
 def _gather(call: Call, operand: int) -> list[Term]:
     x, index = call.operands[0], call.bound["index"]
     if x.ndim == 0:
@@ -197,11 +181,9 @@ def _reads_along(call: Call, name: str, k: int | None) -> list[Term]:
 
 
 @row(
-    "aten::take_along_dim",
-    affine=FIRST,
-    reads=_reads_along,
+    "aten::take_along_dim", affine=FIRST, reads=_reads_along,
     examples=[call("", T("n m"), I("1 k", "m"), 1), call("", T("n m", "flat"), I("k", "12"))],
-)
+)  # fmt: skip
 def _take_along_dim(call: Call, operand: int) -> list[Term]:
     """A gather whose other axes are broadcast; without dim, of the flat tensor."""
     x, index, dim = call.operands[0], call.bound["indices"], call.bound["dim"]
@@ -227,10 +209,8 @@ def _flat_taken(x: Tensor, index: Tensor) -> list[Term]:
 
 
 @row(
-    "aten::repeat_interleave.self_Tensor",
-    affine=ALL,
-    examples=[call("", T("2 m"), torch.tensor([1, 2]), 0, output_size=3)],
-)
+    "aten::repeat_interleave.self_Tensor", affine=ALL, examples=[call("", T("2 m"), torch.tensor([1, 2]), 0, output_size=3)],
+)  # fmt: skip
 def _repeat_interleave(call: Call, operand: int) -> list[Term]:
     x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     n = x.numel() if dim is None else x.shape[dim]
@@ -271,16 +251,12 @@ _writes = {"affine": ALL, "reads": _reads_written}
 
 
 @row(
-    "aten::scatter_add",
-    **_writes,
-    lowered=partial(picking.scatter, add=True),
+    "aten::scatter_add", **_writes, lowered=partial(picking.scatter, add=True),
     examples=[call("", T("n m"), 1, I("n k", "m"), T("n k"))],
-)
+)  # fmt: skip
 @row(
     "aten::scatter.src", "aten::scatter.value", **_writes, lowered=picking.scatter,
-    examples=[
-        call("scatter.src", T("n 4"), 1, torch.tensor([[0, 2], [3, 1]]), T("2 k")), call("scatter.value", T("n m"), 0, I("k 2", "n"), 2.0),
-    ],
+    examples=[call("scatter.src", T("n 4"), 1, torch.tensor([[0, 2], [3, 1]]), T("2 k")), call("scatter.value", T("n m"), 0, I("k 2", "n"), 2.0)],
 )  # fmt: skip
 def _scatter(call: Call, operand: int) -> list[Term]:
     base, index, adds = call.bound["self"], call.bound["index"], call.target._schema.name == "aten::scatter_add"
@@ -329,14 +305,9 @@ def _covered(base: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 @row(
-    "aten::index_fill",
-    **_writes,
-    mapped=lookups.index_fill,
-    examples=[
-        call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0),
-        call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T("")),
-    ],
-)
+    "aten::index_fill", **_writes, mapped=lookups.index_fill,
+    examples=[call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0), call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T(""))],
+)  # fmt: skip
 def _index_fill(call: Call, operand: int) -> list[Term]:
     base, out = call.bound["self"], fresh_axes(call.out.shape)
     covered = _covered(base, call.bound["dim"] % max(base.ndim, 1), call.bound["index"].reshape(-1))
@@ -450,14 +421,12 @@ def _index_reduce(
 
 
 @defined_row(
-    "aten::_embedding_bag",
-    call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2])),
+    "aten::_embedding_bag", call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2])),
     call("", T("n m"), I("p", "n"), torch.tensor([0, 3]), False, 1),
-)
+)  # fmt: skip
 @defined_row(
-    "aten::_embedding_bag_forward_only",
-    call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2]), False, 0, False, T("p")),
-)
+    "aten::_embedding_bag_forward_only", call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2]), False, 0, False, T("p")),
+)  # fmt: skip
 def _embedding_bag(
     weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0, sparse: bool = False,
     per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int = -1,

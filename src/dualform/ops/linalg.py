@@ -28,11 +28,8 @@ def _square(x: Tensor) -> tuple[tuple[Axis, ...], Axis, Axis]:
 
 
 @row(
-    "aten::linalg_inv",
-    "aten::inverse",
-    "aten::linalg_inv_ex",
-    examples=[call("", BNN), call("", NN), call("", T("b 1 1"))],
-)
+    "aten::linalg_inv", "aten::inverse", "aten::linalg_inv_ex", examples=[call("", BNN), call("", NN), call("", T("b 1 1"))],
+)  # fmt: skip
 def _inverse(call: Call, operand: int) -> list[Term]:
     """dC = -C dA C."""
     if call.part:
@@ -97,11 +94,9 @@ def _solve(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::linalg_cholesky",
-    "aten::cholesky",
-    "aten::linalg_cholesky_ex",
+    "aten::linalg_cholesky", "aten::cholesky", "aten::linalg_cholesky_ex",
     examples=[call("", BNN), call("", NN), call("linalg_cholesky", NN, upper=True), call("", T("b 1 1"))],
-)
+)  # fmt: skip
 def _cholesky(call: Call, operand: int) -> list[Term]:
     """dL = L f(C dA C^T), C = L^-1; f keeps the lower triangle and halves the diagonal; dA is made symmetric first."""
     if call.part:
@@ -188,11 +183,8 @@ def _of_a_matrix(call: Call, operand: int) -> list[Term]:
 
 
 @defined_row(
-    "aten::cdist",
-    call("", T("b n k"), T("b m k"), 2.0),
-    call("", T("n k"), T("m k"), 1.0),
-    call("", T("n k"), T("m k"), float("inf")),
-)
+    "aten::cdist", call("", T("b n k"), T("b m k"), 2.0), call("", T("n k"), T("m k"), 1.0), call("", T("n k"), T("m k"), float("inf")),
+)  # fmt: skip
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     """The norm of all differences."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)

@@ -127,13 +127,9 @@ row(
 
 
 @row(
-    "aten::native_layer_norm",
-    affine=GAIN,
-    mapped=_layer_normalised,
-    called=True,
-    fresh=True,
+    "aten::native_layer_norm", affine=GAIN, mapped=_layer_normalised, called=True, fresh=True,
     examples=[call("", NM, [4], T("4"), T("4"), 1e-5)],
-)
+)  # fmt: skip
 @row(
     "aten::layer_norm", affine=GAIN,
     examples=[call("", NM, [4], T("4"), T("4")), call("", T("k 3 2"), [3, 2]), call("", T("n 1"), [1])],
@@ -150,10 +146,9 @@ def _layer_norm(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::rms_norm",
-    affine=(frozenset({1}),),
+    "aten::rms_norm", affine=(frozenset({1}),),
     examples=[call("", NM, [4], T("4")), call("", NM, [4], None, 0.1), call("", T("k 3 2"), [3, 2])],
-)
+)  # fmt: skip
 def _rms_norm(call: Call, operand: int) -> list[Term]:
     """y_j = w_j h_j with h = x r: dy_j/dx_k = w_j r (δ_jk - h_j h_k / n)."""
     b, x = call.bound, call.bound["input"]
@@ -167,9 +162,7 @@ def _rms_norm(call: Call, operand: int) -> list[Term]:
 
 @row(
     "aten::group_norm", affine=GAIN,
-    examples=[
-        call("", T("b 4 l"), 2, T("4"), T("4")), call("", T("b 4"), 2), call("", T("1 6 n k"), 3, T("6"), T("6"), 0.1), call("", T("b 4 n"), 4), call("", T("b 3 n"), 1),
-    ],
+    examples=[call("", T("b 4 l"), 2, T("4"), T("4")), call("", T("b 4"), 2), call("", T("1 6 n k"), 3, T("6"), T("6"), 0.1), call("", T("b 4 n"), 4), call("", T("b 3 n"), 1)],
 )  # fmt: skip
 def _group_norm(call: Call, operand: int) -> list[Term]:
     """A channel is (group, member): as layer_norm, over the members and all positions."""

@@ -145,9 +145,7 @@ def _scale(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::div", "aten::divide", "aten::true_divide", affine=FIRST, entry=Entry("{0} / {1}", "{0} / {1}", 6.0, bare=True, name="div"),
     odd=True, python="{0} / {1}", called=True, over=(0,),
-    examples=[
-        *(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)
-    ],
+    examples=[*(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)],
 )  # fmt: skip
 def _div(call: Call, operand: int) -> list[Term]:
     if call.bound.get("rounding_mode") is not None:
@@ -236,9 +234,7 @@ def _triangle(call: Call, operand: int) -> list[Term]:
 
 @row(
     "aten::to", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL, reads=entrywise_reads,
-    examples=[
-        call("positive", NM), call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("dropout", NM, 0.5, False),
-    ],
+    examples=[call("positive", NM), call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("dropout", NM, 0.5, False)],
 )  # fmt: skip
 def _same(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if operand == 0 else []
@@ -389,12 +385,9 @@ def _counted(n: fx.Node) -> Spelt:
 
 ENTRIES |= {"fill": Entry("T({value})", passes=True), "arange": Entry("T({start}) + T({step}) * T({i0})")}
 row(
-    "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones",
-    "aten::new_full", "aten::new_empty", unread=["self"], entry=_filled,
-    examples=[
-        *(call(op, NM) for op in ("zeros_like", "ones_like")), call("full_like", NM, 2.0),
-        call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0),
-    ],
+    "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full",
+    "aten::new_empty", unread=["self"], entry=_filled,
+    examples=[*(call(op, NM) for op in ("zeros_like", "ones_like")), call("full_like", NM, 2.0), call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0)],
 )(_nothing)  # fmt: skip
 row(
     "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor", "aten::empty", "aten::empty_strided", entry=_filled,
@@ -429,10 +422,7 @@ row("aten::one_hot", reads=_marks, examples=[call("", I("n", "m"), 4)])(_nothing
 
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
-row(
-    "aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid",
-    examples=[call("", T("n m", "signed"))],
-)(pointwise)  # fmt: skip
+row("aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", examples=[call("", T("n m", "signed"))])(pointwise)
 row(
     "aten::abs", "aten::absolute", entry=Entry("std::fabs({0})", "tl.abs({0})", zero=True, name="abs"), python="torch.",
     examples=[call("", T("n m", "signed"))],
@@ -466,10 +456,8 @@ for _op, _cpp, _triton in (
 ):  # fmt: skip
     _tensors = ".Tensor" if _op in ("fmod", "remainder", "copysign") else ""
     row(
-        f"aten::{_op}",
-        entry=Entry(_cpp, _triton, 25.0, bare=_op in ("fmax", "fmin")),
-        examples=[call(f"{_op}{_tensors}", NM, T("m"))],
-    )(pointwise)
+        f"aten::{_op}", entry=Entry(_cpp, _triton, 25.0, bare=_op in ("fmax", "fmin")), examples=[call(f"{_op}{_tensors}", NM, T("m"))],
+    )(pointwise)  # fmt: skip
 for _op, _sign in (("maximum", ">"), ("minimum", "<")):
     _entry = Entry(
         f"({{0}} {_sign} {{1}} || {{0}} != {{0}} ? {{0}} : {{1}})",
@@ -527,11 +515,8 @@ def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
 
 _HIDDEN = T("n m", "signed")
 row(
-    "aten::gelu",
-    lowered=_gelu,
-    sloped=_tanh_gelu,
-    examples=[call("", _HIDDEN), call("", _HIDDEN, approximate="tanh")],
-)(pointwise)
+    "aten::gelu", lowered=_gelu, sloped=_tanh_gelu, examples=[call("", _HIDDEN), call("", _HIDDEN, approximate="tanh")],
+)(pointwise)  # fmt: skip
 row("aten::silu", lowered=lambda x: x * torch.sigmoid(x), examples=[call("", _HIDDEN)])(pointwise)
 row("aten::gelu_backward", sloped=_gelu_slope, examples=[call("", NM, _HIDDEN)])(pointwise)
 
@@ -583,11 +568,8 @@ row("aten::square", python="{0} ** 2", examples=[call("", NM), call("", T(""))])
 
 _POWER = Entry("std::pow({0}, {1})", "pow_({0}, {1})", 25.0, name="pow")
 row(
-    "aten::pow",
-    entry=_POWER,
-    python="{0} ** {1}",
-    examples=[call("pow.Tensor_Tensor", NM, T("m")), call("pow.Scalar", 2.0, NM)],
-)(pointwise)
+    "aten::pow", entry=_POWER, python="{0} ** {1}", examples=[call("pow.Tensor_Tensor", NM, T("m")), call("pow.Scalar", 2.0, NM)],
+)(pointwise)  # fmt: skip
 
 
 def _powered(n: fx.Node) -> Spelt:
@@ -601,11 +583,8 @@ def _powered(n: fx.Node) -> Spelt:
 
 
 @row(
-    "aten::pow.Tensor_Scalar",
-    entry=_powered,
-    python="{0} ** {1}",
-    examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)],
-)
+    "aten::pow.Tensor_Scalar", entry=_powered, python="{0} ** {1}", examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)],
+)  # fmt: skip
 def _power(call: Call, operand: int) -> list[Term]:
     x, p, name = call.operands[0], call.bound["exponent"], call.operand_name(0)
     if p == 0:
@@ -622,8 +601,7 @@ ENTRIES["addcmul"] = Entry("{0} + {alpha} * {1} * {2}", "{0} + {alpha} * {1} * {
 
 @row(
     "aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), called=True, over=(0,),
-    entry=lambda n: ("addcmul", list(n.args[:3]), {"alpha": argument(n, "value")}),
-    examples=[call("", NM, T("m"), T("n 1"), value=2)],
+    entry=lambda n: ("addcmul", list(n.args[:3]), {"alpha": argument(n, "value")}), examples=[call("", NM, T("m"), T("n 1"), value=2)],
 )  # fmt: skip
 def _addcmul(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][0]
@@ -677,10 +655,8 @@ row("aten::clip", examples=[call("", NM, 0.5)])(pointwise)
 
 
 @row(
-    "aten::prelu",
-    affine=(frozenset({1}),),
-    examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))],
-)
+    "aten::prelu", affine=(frozenset({1}),), examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))],
+)  # fmt: skip
 def _prelu(call: Call, operand: int) -> list[Term]:
     """x where x > 0, else w x, one w for each channel (axis 1)."""
     x, weight = call.operands

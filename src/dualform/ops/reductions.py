@@ -120,26 +120,18 @@ def _most(value: Callable[..., Tensor], place: Callable[..., Tensor]) -> Callabl
 _both = {"several": ("var", "mean"), "python": "torch."}
 row("aten::var_mean", **_both, examples=[call("var_mean.dim", NM, [1])])(None)
 row(
-    "aten::var_mean.correction",
-    **_both,
-    definition=_variance_and_mean,
-    lowered=_variance_and_mean,
+    "aten::var_mean.correction", **_both, definition=_variance_and_mean, lowered=_variance_and_mean,
     examples=[call("", NM, [1], correction=0)],
-)(None)
+)(None)  # fmt: skip
 row("aten::std_mean", several=("std", "mean"), examples=[call("std_mean.correction", NM, [1], correction=0)])(None)
 row("aten::aminmax", several=("amin", "amax"), examples=[call("", NM, dim=1)])(None)
 
 
 @row(
-    "aten::prod",
-    **_folds,
-    examples=[*along("prod"), call("prod.dim_int", SIGNED, 0), call("prod.dim_int", BNM, -1, True)],
-)
-@row("aten::amax", "aten::amin", **_folds, examples=[call("amax", NM, [1]), call("amin", NM, [0, 1], True)])
-@row(
-    "aten::var", "aten::std",
-    examples=[*along("var", "std"), call("var.dim", NM, [0])],
+    "aten::prod", **_folds, examples=[*along("prod"), call("prod.dim_int", SIGNED, 0), call("prod.dim_int", BNM, -1, True)],
 )  # fmt: skip
+@row("aten::amax", "aten::amin", **_folds, examples=[call("amax", NM, [1]), call("amin", NM, [0, 1], True)])
+@row("aten::var", "aten::std", examples=[*along("var", "std"), call("var.dim", NM, [0])])
 @row(
     "aten::var.correction", lowered=lambda *a, **k: _variance_and_mean(*a, **k)[0],
     examples=[call("", NM, [1], correction=0, keepdim=True)],
@@ -209,10 +201,8 @@ row(
     examples=[call(op, NM, 1) for op in ("any.dim", "all.dim", "count_nonzero")],
 )(_nothing)  # fmt: skip
 row(
-    "aten::argsort",
-    reads=_along,
-    examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)],
-)(_nothing)
+    "aten::argsort", reads=_along, examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)],
+)(_nothing)  # fmt: skip
 
 
 def _elsewhere(call: Call, operand: int) -> list[Term]:

@@ -62,13 +62,8 @@ row(
     examples=[call("", T("n m")), call("", T("n"))],
 )(_moved)  # fmt: skip
 row(
-    "aten::unsqueeze",
-    **_view,
-    ordered=True,
-    **_eager,
-    put=_shaped_back,
-    examples=[call("", T("n m"), 1), call("", T(""), 0)],
-)(_moved)
+    "aten::unsqueeze", **_view, ordered=True, **_eager, put=_shaped_back, examples=[call("", T("n m"), 1), call("", T(""), 0)],
+)(_moved)  # fmt: skip
 row(
     "aten::squeeze", **_view, ordered=True, **_eager, put=_shaped_back,
     examples=[call("squeeze", T("1 n 1")), call("squeeze.dim", T("1 n"), 0), call("squeeze.dims", T("1 n 1"), [0, 2])],
@@ -76,19 +71,11 @@ row(
 row("aten::expand", **_view, **_eager, examples=[call("", T("n 1"), [2, -1, 4]), call("", T(""), [2])])(_moved)
 row("aten::mH", "aten::adjoint", affine=ALL, python="{0}.mH", examples=[call("", T("n m"))])(_moved)
 row(
-    "aten::mT",
-    affine=ALL,
-    python="{0}.mT",
-    put=lambda base, value: (aten.mT.default, (value,)),
-    examples=[call("", T("b n m"))],
-)(_moved)
+    "aten::mT", affine=ALL, python="{0}.mT", put=lambda base, value: (aten.mT.default, (value,)), examples=[call("", T("b n m"))],
+)(_moved)  # fmt: skip
 row(
-    "aten::numpy_T",
-    affine=ALL,
-    python="{0}.T",
-    put=lambda base, value: (aten.numpy_T.default, (value,)),
-    examples=[call("", _NMK)],
-)(_moved)
+    "aten::numpy_T", affine=ALL, python="{0}.T", put=lambda base, value: (aten.numpy_T.default, (value,)), examples=[call("", _NMK)],
+)(_moved)  # fmt: skip
 row(
     "aten::swapaxes", "aten::swapdims", affine=ALL, put=_turned_back,
     examples=[call(op, _NMK, 0, -1) for op in ("swapaxes", "swapdims")],
@@ -96,38 +83,23 @@ row(
 row("aten::movedim", affine=ALL, put=_axes_back, examples=[call("movedim.int", _NMK, 0, -1)])(_moved)
 row(
     "aten::matrix_H", "aten::moveaxis", "aten::expand_as", "aten::broadcast_to", affine=ALL, unread=["other"],
-    examples=[
-        call("matrix_H", T("n m")), call("moveaxis.int", _NMK, 0, -1),
-        call("expand_as", T("n 1"), T("k n m")), call("broadcast_to", T("3 1"), [3, 4]),
-    ],
+    examples=[call("matrix_H", T("n m")), call("moveaxis.int", _NMK, 0, -1), call("expand_as", T("n 1"), T("k n m")), call("broadcast_to", T("3 1"), [3, 4])],
 )(_moved)  # fmt: skip
 
 
 @row("aten::view", **_view, ordered=True, put=_shaped_back, odd=True, python="x.", examples=[call("", T("6"), [2, 3])])
 @row(
-    "aten::_unsafe_view",
-    **_view,
-    ordered=True,
-    put=_shaped_back,
-    odd=True,
-    python="{0}.view({1})",
+    "aten::_unsafe_view", **_view, ordered=True, put=_shaped_back, odd=True, python="{0}.view({1})",
     examples=[call("", T("12"), [3, 4])],
-)
+)  # fmt: skip
 @row(
-    "aten::reshape",
-    **_view,
-    ordered=True,
-    **_eager,
-    put=_shaped_back,
+    "aten::reshape", **_view, ordered=True, **_eager, put=_shaped_back,
     examples=[call("", T("k 6"), [3, -1]), call("", T("6 4"), [8, 3]), call("", T("1"), [])],
-)
+)  # fmt: skip
 @row("aten::flatten", affine=ALL, put=_shaped_back, python="x.", examples=[call("flatten.using_ints", _NMK, 1)])
 @row(
     "aten::unflatten", "aten::ravel", "aten::reshape_as", "aten::view_as", affine=ALL, put=_shaped_back, unread=["other"],
-    examples=[
-        call("view_as", T("12"), T("3 4")), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")),
-        call("reshape_as", T("6"), T("2 3")),
-    ],
+    examples=[call("view_as", T("12"), T("3 4")), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")), call("reshape_as", T("6"), T("2 3"))],
 )  # fmt: skip
 def _reshaped(call: Call, operand: int) -> list[Term]:
     x = call.operands[operand]
@@ -187,12 +159,8 @@ _cuts = {"several": ("cut",)}
 row("aten::unbind", kind="view", **_cuts, examples=[call("", T("n m"), 1).of(1)])(None)
 row("aten::split", kind="view", **_cuts, examples=[call("split.Tensor", T("p m"), 2).of(1)])(None)
 row(
-    "aten::split_with_sizes",
-    kind="view",
-    **_cuts,
-    definition=torch.split,
-    examples=[call("", T("n 4"), [1, 3], 1).of(1)],
-)(None)
+    "aten::split_with_sizes", kind="view", **_cuts, definition=torch.split, examples=[call("", T("n 4"), [1, 3], 1).of(1)],
+)(None)  # fmt: skip
 row(
     "aten::chunk", "aten::tensor_split", "aten::hsplit", "aten::vsplit", "aten::dsplit", "aten::unsafe_split", "aten::unsafe_chunk",
     "aten::unsafe_split_with_sizes", **_cuts,
@@ -323,10 +291,7 @@ row("aten::slice_backward", kind="pieces", entry=_window, examples=[call("", T("
 )  # fmt: skip
 @row(
     "aten::pad", affine=FIRST,
-    examples=[
-        call("", T("n m"), [1, 2, 0, 1]), *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")),
-        call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect"),
-    ],
+    examples=[call("", T("n m"), [1, 2, 0, 1]), *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")), call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect")],
 )  # fmt: skip
 def _pad(call: Call, operand: int) -> list[Term]:
     """The border is zero (a window that reaches outside), a mirror, the edge, or the other end (a lookup)."""
@@ -389,10 +354,8 @@ def _repeat(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::repeat_interleave.self_int",
-    affine=ALL,
-    examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)],
-)
+    "aten::repeat_interleave.self_int", affine=ALL, examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)],
+)  # fmt: skip
 def _repeat_interleave(call: Call, operand: int) -> list[Term]:
     x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     inn = fresh_axes(x.shape)
@@ -447,11 +410,9 @@ def _embedded(x: Tensor, out_: Tensor, offset: int, first: int, second: int) -> 
 
 
 @row(
-    "aten::diagonal_scatter",
-    affine=ALL,
-    lowered=picking.diagonal_scatter,
+    "aten::diagonal_scatter", affine=ALL, lowered=picking.diagonal_scatter,
     examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)],
-)
+)  # fmt: skip
 def _diagonal_scatter(call: Call, operand: int) -> list[Term]:
     """The base away from the diagonal, and the source on it."""
     base, b = call.bound["self"], call.bound
@@ -516,16 +477,9 @@ def _rot90(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::roll",
-    affine=ALL,
-    examples=[
-        call("", T("n m"), [1], [1]),
-        call("", T("p"), [-2], [0]),
-        call("", T("n m"), [2, -1], [0, 1]),
-        call("", T("n m"), [5]),
-        call("", T("n"), [0], [0]),
-    ],
-)
+    "aten::roll", affine=ALL,
+    examples=[call("", T("n m"), [1], [1]), call("", T("p"), [-2], [0]), call("", T("n m"), [2, -1], [0, 1]), call("", T("n m"), [5]), call("", T("n"), [0], [0])],
+)  # fmt: skip
 def _roll(call: Call, operand: int) -> list[Term]:
     """Along each axis a roll is two windows: what stays and what wraps around."""
     x, dims, shifts = call.operands[0], call.bound["dims"], call.bound["shifts"]

@@ -232,16 +232,9 @@ row("aten::unfold_backward", mapped="torch", examples=[call("", T("3 k 2"), [5, 
 
 
 @row(
-    "aten::unfold",
-    affine=ALL,
-    lowered=_windows,
-    examples=[
-        call("", T("l k"), 0, 3, 2),
-        call("", T("n l"), 1, 2, 1),
-        call("", T("n"), -1, 1, 2),
-        call("", T("4"), 0, 4, 1),
-    ],
-)
+    "aten::unfold", affine=ALL, lowered=_windows,
+    examples=[call("", T("l k"), 0, 3, 2), call("", T("n l"), 1, 2, 1), call("", T("n"), -1, 1, 2), call("", T("4"), 0, 4, 1)],
+)  # fmt: skip
 def _unfold(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     if x.ndim == 0:
@@ -255,10 +248,8 @@ def _unfold(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::as_strided",
-    affine=ALL,
-    examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])],
-)
+    "aten::as_strided", affine=ALL, examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])],
+)  # fmt: skip
 def _as_strided(call: Call, operand: int) -> list[Term]:
     """A window over the numbers as they lie in memory."""
     x, b = call.operands[0], call.bound
@@ -287,26 +278,18 @@ def _columns(call: Call, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Rel
 
 
 @row(
-    "aten::im2col",
-    affine=ALL,
-    examples=[
-        call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]),
-        call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1]),
-    ],
-)
+    "aten::im2col", affine=ALL,
+    examples=[call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]), call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1])],
+)  # fmt: skip
 def _im2col(call: Call, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.operands[0].shape)
     return [Term(1.0, relations, columns, image)]
 
 
 @row(
-    "aten::col2im",
-    affine=ALL,
-    examples=[
-        call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
-        call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
-    ],
-)
+    "aten::col2im", affine=ALL,
+    examples=[call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])],
+)  # fmt: skip
 def _col2im(call: Call, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.out.shape)
     return [Term(1.0, relations, image, columns)]
