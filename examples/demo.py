@@ -18,10 +18,10 @@ from transformers.utils import logging
 from dualform import TestTimeTraining
 from dualform.cli.output import show
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
-from dualform.train.loop import Outcome, num_parameters, train
 from dualform.train.metrics import baselines, evaluate, plot_loss_by_position, terminal_plot, without_learning
 from dualform.train.run import PICTURE, expect_only_a_run, remove_run
 from dualform.train.settings import Settings, SettingsError
+from dualform.train.training import Outcome, num_parameters, train
 
 presets = {"attention": "tiny-attention", "TTT-MLP": "tiny-ttt-mlp"}
 

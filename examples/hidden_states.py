@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 import dualform as df
 from dualform.cli.output import show
-from dualform.train.loop import train
 from dualform.train.settings import Settings
+from dualform.train.training import train
 
 
 def wrapped(**options: object) -> dict[str, object]:

@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -77,6 +78,23 @@ def test_files_that_pages_name_are_there():
     for page, path in found:
         places = [ROOT, ROOT / "src" / "dualform"]
         assert path.startswith(own) or any(any(place.glob(path.rstrip("/"))) for place in places), (page, path)
+
+
+def test_what_scripts_and_pages_import_is_there():
+    """Examples and benchmarks are run by hand, and rarely: their imports of ours are looked up."""
+    scripts = [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py")), *pages]
+    found = [
+        (path.name, line, module, names)
+        for path in scripts
+        for line, module, names in re.findall(
+            r"^( *from (dualform[\w.]*) import ([\w, ]+))", path.read_text(), re.MULTILINE
+        )
+    ]
+    assert len(found) > 30
+    for script, line, module, names in found:
+        assert find_spec(module) is not None, (script, line)
+        for name in re.findall(r"(\w+)(?: as \w+)?", names):
+            assert hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None, (script, line)
 
 
 def test_the_lab_books_index_has_every_entry_once():
