@@ -133,7 +133,7 @@ class Constants:
                 func(written, *own[1:], **named)
                 return [written]
 
-        if writes:
+        if writes and first is not None:
             self._keep(first, lambda: again()[0])
             return result
         for k, x in enumerate(tensors):

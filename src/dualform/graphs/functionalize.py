@@ -24,7 +24,7 @@ aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
 
 _HALVES = (aten.real.default, aten.imag.default)
-_PAIRS = {
+_PAIRS: dict[Any, Any] = {
     aten.view_as_real.default: aten.view_as_complex.default,
     aten.view_as_complex.default: aten.view_as_real.default,
 }
@@ -194,7 +194,7 @@ class _Rewriter:
         """Put a value where a view has it: axes that both have to the front, the others are one."""
 
         value = self.laid(new, at.of_view, at, node)
-        if len(at.index) < math.prod(at.shape[at.shared :]):
+        if len(at.places) < math.prod(at.shape[at.shared :]):
             rows = self.laid(base, at.of_base, at, node)
             value = self.emit(aten.slice_scatter.default, (rows, value, *at.span), node)
         back = self.emit(aten.reshape.default, (value, at.shape), node)
@@ -219,13 +219,13 @@ class _Places(NamedTuple):
     of_view: list[int]
     shared: int
     shape: list[int]  # the base's, in that order
-    index: list[int]
+    places: list[int]
 
     @property
     def span(self) -> tuple[int, int, int, int]:
         """The axis of the rest, and the slice of it."""
-        first, last = self.index[0], self.index[-1]
-        return self.shared, first, last + 1, max(1, (last - first) // max(1, len(self.index) - 1))
+        first, last = self.places[0], self.places[-1]
+        return self.shared, first, last + 1, max(1, (last - first) // max(1, len(self.places) - 1))
 
     @staticmethod
     def of(base: torch.Tensor, view: torch.Tensor) -> _Places | None:
