@@ -260,7 +260,7 @@ ONE_PLACE = {
     "an expand is left to broadcasting": (r"def _?\w*(broadcasts|expands?)\w*\(graph|def broadcasts\(", {"graphs/edit.py", "graphs/straight_line.py", "graphs/regroup.py"}),
     "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
     "what is remembered is bounded": (r"OrderedDict|\.popitem\(", {"bounded.py"}),
-    "an op has a sign in Python": (r'mm[.\w"]*: "@"|mul[.\w"]*: "[*]"', {"explanations/python_text.py"}),
+    "an op has a sign in Python": (r'python="[{]0[}] @ |"(mm|matmul|mm.default)": "@"|mm.default: "@"', {"ops/products.py"}),
     "gelu is spelt out": (r"0\.044715", {"learning/derive.py", "functions/symbolic.py"}),
     "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
 }  # fmt: skip
@@ -361,7 +361,7 @@ def lines_of(path):
 
 # Cut by other branches; to be emptied.
 TO_CUT = {
-    "kernels/triton_text.py", "kernels/triton_schedule.py", "graphs/custom.py", "graphs/complex_pairs.py", "ops/indexing.py",
+    "kernels/triton_text.py", "kernels/triton_schedule.py", "ops/indexing.py",
     "learning/proof.py",
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ SEAL, WORKSHOP = "files.json", ".new"
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A folder, the settings it was made with, and the digest of its text (None: written before there were digests)."""
 
     folder: Path
@@ -38,7 +38,7 @@ class Run:
     text: str | None
 
     @staticmethod
-    def read(folder: Path) -> Run:
+    def read(folder: Path) -> TrainingRun:
         """Read what a folder is.
 
         Raises: SettingsError if it is no run, or its settings cannot be read.
@@ -58,7 +58,7 @@ class Run:
         text = document.pop("text", None)
         if unknown := document.keys() - set(known):
             raise SettingsError(f"train: {path} has the settings {sorted(unknown)}, which this version does not know.")
-        return Run(folder, Settings(**{**document, "output": str(folder)}), text)
+        return TrainingRun(folder, Settings(**{**document, "output": str(folder)}), text)
 
     def write(self) -> None:
         """Say what the folder is, its text by a path that is the same from everywhere."""
@@ -66,7 +66,7 @@ class Run:
         place = {} if path is None else {"data": str(path.resolve())}
         write_text(self.folder / SETTINGS, as_json(self.settings.to_dict() | place | {"text": self.text}))
 
-    def expect(self, other: Run) -> None:
+    def expect(self, other: TrainingRun) -> None:
         """Refuse to go on with other settings or another text than the folder's own."""
         where = self.folder / SETTINGS
         found = [
@@ -123,7 +123,9 @@ def resumed(document: Mapping[str, Any]) -> Settings:
     folder = Settings(**{name: document[name] for name in ("preset", "output") if name in document}).folder
     if not steps(folder) and not (folder / SETTINGS).exists():
         raise nothing_to_resume(folder)
-    return laid_over(Run.read(folder).settings, {name: value for name, value in document.items() if name != "output"})
+    return laid_over(
+        TrainingRun.read(folder).settings, {name: value for name, value in document.items() if name != "output"}
+    )
 
 
 def nothing_to_resume(folder: Path) -> SettingsError:
@@ -136,12 +138,12 @@ def _short(digest: str | None) -> str:
     return f"{digest or ''}"[:12]
 
 
-def run_of(path: Path) -> Run | None:
+def run_of(path: Path) -> TrainingRun | None:
     """Return the run that a folder is, or whose model or checkpoint it is; None if it is none."""
     for folder in [path, path.absolute().parent, path.absolute().parent.parent]:
         inside = path.absolute().relative_to(folder.absolute()).parts
         if (folder / SETTINGS).is_file() and inside[:1] in ((), (MODEL,), (CHECKPOINTS,)):
-            return Run.read(folder)
+            return TrainingRun.read(folder)
     return None
 
 
@@ -161,7 +163,7 @@ def claim(folder: Path) -> None:
         )
     if not held:
         return
-    Run.read(folder)  # someone else may call a file settings.json too
+    TrainingRun.read(folder)  # someone else may call a file settings.json too
     if steps(folder) or (folder / MODEL).exists():
         raise SettingsError(
             f"train: {folder} already holds a run; expected a folder without one, so that nothing is lost. Pass --resume to go "
@@ -333,7 +335,7 @@ def remove_run(folder: Path) -> None:
 
 def expect_only_a_run(folder: Path) -> None:
     """Refuse a folder in which anything is not what a run wrote there."""
-    Run.read(folder)
+    TrainingRun.read(folder)
     own = {folder / name for name in (SETTINGS, METRICS, PICTURE, f".{SETTINGS}.new", f".{METRICS}.new")}
     for sealed in [folder / MODEL, *steps(folder).values()]:
         if damage(sealed) is None:

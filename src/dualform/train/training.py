@@ -37,7 +37,7 @@ from dualform.train.run import (
     METRICS,
     MODEL,
     SETTINGS,
-    Run,
+    TrainingRun,
     as_json,
     claim,
     keep_newest,
@@ -172,7 +172,7 @@ def train(
     """
     corpus = _own_corpus(settings) if resume else load_corpus(settings.data)
     parts = _parts(settings, corpus)
-    run = Run(settings.folder, settings, corpus.digest)
+    run = TrainingRun(settings.folder, settings, corpus.digest)
     start: Path | None = None
     if resume:
         start, record = _start(run, parts.config), run.metrics()
@@ -235,11 +235,11 @@ def _new_model(config: DualformConfig, settings: Settings) -> DualformForCausalL
     return model
 
 
-def _start(run: Run, config: DualformConfig) -> Path | None:
+def _start(run: TrainingRun, config: DualformConfig) -> Path | None:
     """Return the checkpoint to go on from, saying which ones are passed over; None if a finished run has none any more."""
     folder = run.folder / CHECKPOINTS
     if steps(run.folder) or (run.folder / SETTINGS).exists():
-        Run.read(run.folder).expect(run)
+        TrainingRun.read(run.folder).expect(run)
     start, broken = newest_whole(run.folder)
     if start is None and broken:
         told = "; ".join(f"{name}: {why}" for name, why in broken.items())
@@ -277,7 +277,7 @@ def _learnt(checkpoint: Path) -> tuple[DualformForCausalLM, int, None, list[dict
 
 
 def _learn(
-    run: Run, parts: RunParts, model: DualformForCausalLM, start: Path | None, quiet: bool
+    run: TrainingRun, parts: RunParts, model: DualformForCausalLM, start: Path | None, quiet: bool
 ) -> tuple[int, float, list[dict[str, float]]]:
     """Take the steps that are left; return the last one, tokens per second and what was logged."""
     settings, before = run.settings, 0
@@ -299,7 +299,7 @@ def _learn(
     return step, tokens / result.metrics["train_runtime"], trainer.state.log_history
 
 
-def _outcome_of(run: Run, record: Mapping[str, Any]) -> Outcome:
+def _outcome_of(run: TrainingRun, record: Mapping[str, Any]) -> Outcome:
     """Read what a finished run came to."""
     model = DualformForCausalLM.from_pretrained(run.folder / MODEL, local_files_only=True)
     held_out = Evaluation(**record["held_out"] | {"loss_by_position": tuple(record["held_out"]["loss_by_position"])})
