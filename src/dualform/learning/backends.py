@@ -127,7 +127,7 @@ def backends_key(spec: object, where: str = "program") -> str:
     return name
 
 
-_words = {"auto"}  # that stand for themselves, as was found
+_words = {"auto", "eager"}  # that stand for themselves, as was found
 
 
 @cache
@@ -135,6 +135,9 @@ def backend_of(key: str) -> Backend:
     """Build the backend that a key stands for, once."""
     name, _, options = key.partition(" ")
     return backends[name](**json.loads(options or "{}")).build()
+
+
+backend_of("eager")  # the reference is at hand
 
 
 def chosen(backend: str, plan: Plan, call: Call) -> str:

@@ -116,8 +116,7 @@ class Step:
             total = _Seeded.apply(tensors[len(given) :], *block(*given))
             return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
 
-        made = undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
-        return written_out(made)
+        return undisturbed(lambda: written_out(tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic()))))
 
 
 def retyped(gm: fx.GraphModule, old: torch.dtype, new: torch.dtype) -> fx.GraphModule:
