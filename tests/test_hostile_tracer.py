@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.random import normal
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import dualform as df
 from dualform.graphs.trace import trace
@@ -564,6 +565,9 @@ _REFUSED = {
     "a tensor that was written": lambda h, s: _changed_entries(h),
     "picked, joined": lambda h, s: torch.cat([h[h < 0], h[h > 0]]).reshape(h.shape),
     "picked, sorted": lambda h, s: h + h[h < 0].sort().values[0],
+    "picked, returned": lambda h, s: h[h < 0],
+    "picked, transformed": lambda h, s: h * torch.func.grad(lambda y: y.sum() ** 2)(h[h < 0]).sum(),
+    "picked, through a checkpoint": lambda h, s: h * checkpoint(lambda y: (y * y).sum(), h[h < 0], use_reentrant=False),
     "picked, and a row": lambda h, s: h + (h[h < 0] * s.b).sum(),
 }
 

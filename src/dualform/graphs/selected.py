@@ -32,9 +32,8 @@ class Selected:
         self.refuse, self.marked = refuse, marked
         self._picked: dict[int, tuple[Tensor, Tensor, Any]] = {}  # with mask, spread over it, and how that was made
         self._masks: dict[int, tuple[Tensor, int, Any]] = {}
-        self._next: tuple[Tensor, Any, Any] | None = (
-            None  # what the call that is going on picks, and the last node before it
-        )
+        # What the call that is going on picks, and the last node before it.
+        self._next: tuple[Tensor, Any, Any] | None = None
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Call:
         """The call in terms of whole tensors."""
@@ -73,6 +72,16 @@ class Selected:
             self._picked[id(result)] = (result, mask, key)
         elif isinstance(result, Tensor) and result.dtype == torch.bool and not kwargs:
             self._masks[id(result)] = (result, version_of(result), (func, pytree.tree_map(self._key, args)))
+
+    def below(self) -> None:
+        """Refuse a transform inside: it wraps what it is given, and may sum over what is picked."""
+        if self._picked:
+            self.refuse()
+
+    def end(self, result: Any) -> None:
+        """Refuse a result of as many entries as were picked."""
+        if any(id(x) in self._picked for x in pytree.tree_leaves(result)):
+            self.refuse()
 
     def _key(self, x: Any) -> Any:
         if not isinstance(x, Tensor):

@@ -155,6 +155,7 @@ class _Lines(TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch._functorch.predispatch":
             func = self.listener.transform(func)
         if not self.listener.sees((args, kwargs)):
+            self.selected.below()
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
@@ -234,10 +235,11 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(constants, listener), listening(listener):
+        with _Lines(constants, listener) as lines, listening(listener):
             listener.begin(args)
             constants.begin(args)
             result = f(*args)
+            lines.selected.end(result)
             constants.end()
             return result
 
