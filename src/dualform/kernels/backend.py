@@ -161,6 +161,9 @@ class _Sequence(Whole):
         slices = cut(run.B * run.H, len(piece))
         return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
+    def as_run(self, name: str, run: Run_, backward: bool) -> tuple[str, tuple[str, ...]]:
+        return name, ()
+
     def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         self.check(call)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Tensors, _Sequence, line_of
+from dualform.kernels.backend import Tensors, _Sequence, _stretches, line_of
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
+from dualform.kernels.tape import Tape, recorded
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_schedule import (
     Argument,
@@ -32,7 +33,7 @@ from dualform.kernels.triton_schedule import (
     sliced,
 )
 from dualform.kernels.triton_text import Precision
-from dualform.learning.backends import Backend, BackendError, backends
+from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.derive import TRACING, undisturbed
@@ -40,26 +41,30 @@ from dualform.learning.grid import Variant
 from dualform.learning.loop import Run_
 from dualform.learning.plan import Input, Plan, found
 
-# States that a stretch computes again, for its backward, at once.
+# What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
+KEEP = 2 * 2**30  # states of a call: reading one costs less than the chain that makes it again
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Below so many rows a direction is cut in slices, its chain being what takes time; with mini-batches of so many tokens at most, or of
-# any (`LONG`); and only where registers hold the state and what slices make again (LAB.md, one H200).
+# Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the state and what
+# slices make again (LAB.md, one H200).
 ROWS = {"forward": 80, "backward": 1 << 30}
-LONG = {"forward": 0, "backward": 48}
-TOKENS, COUNT, ENTRIES = 32, 16, 8192
+COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
+TAPES = 64  # kinds of calls that are remembered step by step
+SEEN = {("9.0", "3.6")}  # cards and Tritons on which tests/gpu was right: benchmarks/results/gpu_laws.json
+WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
 
 
-def cut(entries: int, width: int, rows: int, count: int, direction: str) -> bool:
+def cut(entries: int, rows: int, count: int, direction: str) -> bool:
     """Is a stretch of `count` mini-batches cut in slices?"""
-    rows_below = ROWS[direction] if width <= TOKENS else LONG[direction]
-    return count >= COUNT and entries <= ENTRIES and rows < rows_below
+    return count >= COUNT and entries <= ENTRIES and rows < ROWS[direction]
 
 
-def launch_for(entries: int, warps: int | None, stages: int) -> Launch:
-    """Choose the warps of a program: enough to hold the state."""
-    return Launch(warps or next(n for most, n in WARPS if entries <= most), stages)
+def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
+    """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more programs run beside each other."""
+    if kernel.carries:
+        return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), stages)
+    return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
 @dataclass(eq=False)
@@ -67,9 +72,15 @@ class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
 
     kernels: dict[str, list[Kernel]]
-    how: Launch
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+
+    @property
+    def said(self) -> str:
+        """Say what runs, and what of it torch computes."""
+        every = list({k.name: k for some in self.kernels.values() for k in some}.values())
+        apart = sum(len(p.graph.graph.nodes) - len(p.inputs) - 1 for k in every for p in (k.before, k.after) if p)
+        return f"{' + '.join(k.name for k in every)}{f' ({apart} ops by torch)' if apart else ''}"
 
 
 def written(
@@ -110,10 +121,27 @@ class _Rows(_Sequence):
         self.precision, self.warps, self.stages, self.slices = precision, warps, stages, slices
 
     def suits(self, plan: Any, call: Any) -> bool:
-        return False  # not yet chosen where nobody did
+        device = call.q.device
+        if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
+            return False
+        if not plan.is_checked and triton_launch.kind_of(device) not in SEEN:
+            return False
+        made = any(isinstance(x, Made) for x in plan.natives.values())  # for a longer call: what follows it stays there
+        return made or call.q[..., 0].numel() >= WORTH_COMPILING
 
     def says(self, plan: Any) -> str:
-        return ""  # nowhere
+        if not torch.cuda.is_available():
+            return ""
+        made = [x for x in plan.natives.values() if isinstance(x, Made)]
+        each = dict.fromkeys(x.said for x in made)
+        done = f"; made: {', '.join(each)}" if each else ""
+        why = triton_launch.lack(torch.device("cuda"))
+        return f"not on this card: {why}" if why else f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+
+    def as_run(self, name: str, run: Run_, backward: bool) -> tuple[str, tuple[str, ...]]:
+        ways = {self._in_slices(run, piece, "backward" if backward else "forward") for piece in _stretches(run, 0, run.blocks)}
+        options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32, "slices": max(ways)}
+        return backends_key(("triton", options)), triton_launch.place(run.call.q.device)
 
     def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
@@ -122,37 +150,70 @@ class _Rows(_Sequence):
     def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
         return None
 
+    def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
+        return self._again(run, (checkpoints,), run.call.flat(), lambda: super(_Rows, self).forward(run, checkpoints))
+
+    def backward(self, run: Run_, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+        given = [*run.call.flat(), *saved, *cotangents]
+        words = (checkpoints, len(saved))
+        return self._again(run, words, given, lambda: super(_Rows, self).backward(run, saved, cotangents, checkpoints))
+
+    def _again(self, run: Run_, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
+        """Run a direction; from its second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
+        c = run.call
+        if c.carried or c.mask is not None or c.reset is not None:
+            return call()
+        first: dict[int, int] = {}
+        kinds = tuple(
+            (x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() % 16, first.setdefault(id(x), k))
+            for k, x in enumerate(given)
+        )
+        key, tapes = (self.warps, self.stages, self.precision, self.slices, words, kinds), run.plan.natives.setdefault("tapes", {})
+        found = tapes.get(key)
+        if isinstance(found, Tape):
+            return found(given)
+        if len(tapes) >= TAPES:
+            tapes.pop(next(iter(tapes)), None)
+        if found is None:
+            tapes[key] = "seen"
+            return call()
+        self.check(c)
+        result, tapes[key] = recorded(call, given)
+        return result
+
     def check(self, call: Any) -> None:
         triton_launch.triton_module()
         if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
             raise BackendError(
                 f"triton: q is on {call.q.device}; expected a CUDA device, whose code this backend makes. Use backend='auto', or move it."
             )
+        if call.q.device.type == "cuda" and (why := triton_launch.lack(call.q.device)):
+            raise BackendError(f"triton: {why} Use backend='inductor' or 'eager'.")
         if call.dtype == torch.float64 and not triton_launch.is_interpreted():
             raise BackendError(
                 f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
+    def _in_slices(self, run: Run_, piece: range, direction: str) -> bool:
+        if self.slices is not None:
+            return self.slices
+        d = run.plan.derivation
+        registers = d.inner.rule.num_registers * (not run.known(piece.start))
+        entries = sum(p.numel() for p in d.parts.fast.values()) * (1 + registers)
+        return cut(entries, run.B * run.H, len(piece), direction)
+
     def made(self, run: Run_, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
-        short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
-        factors = (
-            torch.bfloat16 if short and not triton_launch.is_interpreted() else None
-        )  # whose interpreter multiplies their bits
-        precision = (
-            self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
-        )
-        entries = sum(p.numel() for p in plan.derivation.parts.fast.values()) * (
-            1 + plan.derivation.inner.rule.num_registers * (not run.known(piece.start))
-        )
-        sizes = (entries, variant.width, run.B * run.H, len(piece))
-        slices = cut(*sizes, direction) if self.slices is None else self.slices
-        how = launch_for(entries, self.warps, self.stages)
-        key = ("triton", variant, direction, precision, slices, how)
+        precision = self.precision
+        if not triton_launch.is_interpreted():  # which multiplies bits of bfloat16, and adds pairs one by one
+            short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
+            factors = precision.factors or (torch.bfloat16 if short else None)
+            precision = replace(precision, factors=factors, at_once=True, ahead=True)
+        slices = self._in_slices(run, piece, direction)
+        key = ("triton", variant, direction, precision, slices)
         with TRACING if key not in plan.natives else nullcontext():
             if key not in plan.natives:
-                kernels = plan.natives.get(key[:5]) or written(plan, variant, direction, precision, slices)
-                plan.natives[key[:5]] = kernels
+                kernels = written(plan, variant, direction, precision, slices)
                 every = [k for some in kernels.values() for k in some]
                 inner = ("made", "passed", "slice", *(["before"] if direction == "backward" else []))
                 wanted = dict.fromkeys((a.role, a.what) for k in every for a in k.arguments if a.role not in inner)
@@ -162,7 +223,7 @@ class _Rows(_Sequence):
                             _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                plan.natives[key] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
+                plan.natives[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
             return plan.natives[key]
 
     def _call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: the base's is static
@@ -177,7 +238,8 @@ class _Rows(_Sequence):
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
-        nbytes = sum(given[key][0].nbytes for key in kept) + passed * run.B * run.H or 1
+        again = sum(given[key][0].nbytes for key in kept) if G > 1 else 0
+        nbytes = again + passed * run.B * run.H or 1
         most = max(1, STATE_BYTES // (nbytes * G)) * G
         stops = [*range(most, count, most), count]
         turned: dict[Any, Tensor] = {}
@@ -264,7 +326,7 @@ class _Rows(_Sequence):
                 device=run.call.q.device,
             )
         tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
-        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, made.how)
+        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, launch_for(kernel, self.warps, self.stages))
         if kernel.after is None:
             return
         values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]
@@ -332,4 +394,4 @@ def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", sli
     products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
     that was found faster.
     """
-    return Backend(_never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=0)
+    return Backend(_never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=KEEP)

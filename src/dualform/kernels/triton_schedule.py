@@ -27,12 +27,14 @@ from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.sharing import made_again
 from dualform.kernels.targets import Target, backward_targets, forward_targets, label, part_module, views_apart
+from dualform.kernels.triton_order import abreast, helpers
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
 
+TILE_AHEAD = 2048  # entries of such a tile, at most
 SCALARS = ("H", "count", "group", "G", "phase")
 _RESERVED = {
     *SCALARS,
@@ -97,7 +99,7 @@ class Crossing(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A kernel's source, what its tensors are, and what torch does before and after it."""
 
@@ -111,6 +113,9 @@ class Kernel:
     slices: tuple[Crossing, ...]  # what it hands to later kernels
     carries: bool  # is one mini-batch after another?
     flops: int  # of matrix products, for one mini-batch of one row
+    held: int  # entries of what is carried on
+    largest: int  # entries of its largest tile, and of its tiles on average
+    usual: int
 
     def __str__(self) -> str:
         outside = [
@@ -204,9 +209,14 @@ class Direction:
 
     # -- the kernel ----------------------------------------------------------------------------------------------
 
+    def _loads_ahead(self) -> bool:
+        """Has it registers for what the next mini-batch reads? (LAB.md: as is read in reverse, or by 64 tokens, it has none.)"""
+        tokens = [n.meta["val"].numel() for n, x in self.source.items() if x.part in ("q", "k", "v")]
+        return self.precision.ahead and bool(self.carried) and not self.backwards and max(tokens, default=0) <= TILE_AHEAD
+
     def _begin(self) -> None:
         """Start writing: what is carried is in registers, all else in memory."""
-        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED))
+        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED), ahead=self._loads_ahead())
         self.walker, self.arguments = Walker(self.writer), list[Argument]()
         self.variables: dict[Input, list[Tile]] = {}
         self.head: list[str] = []
@@ -227,7 +237,7 @@ class Direction:
             while found in {a.name for a in self.arguments}:
                 found, k = f"{hint}_{k}", k + 1
             self.writer.taken |= {
-                f"{found}_{x}" for x in ("p", "row", "at", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
+                f"{found}_{x}" for x in ("p", "row", "at", "ahead", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
             }
             self.arguments.append(Argument(role, what, found, rank, dtype))
         return found
@@ -305,6 +315,9 @@ class Direction:
             slices,
             bool(self.carried),
             self.writer.flops,
+            sum(math.prod(n.meta["val"].shape) for n in self.carried),
+            max(self.writer.sizes, default=1),
+            sum(self.writer.sizes) // max(1, len(self.writer.sizes)),
         )
 
     def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
@@ -315,23 +328,36 @@ class Direction:
         for n in self.steps:
             if n in read and n in self.early:
                 self.walker.values[n] = self._memory("made", n)
-            elif n in read:
-                self.walker.step(n)
+        self.tail, self.moves = list[str](), dict[str, Tile]()
+        waiting = [k for k in wanted if self.targets[k].kind != "over"]
+        inside = [n for n in self.steps if n in read and n not in self.early]
+        groups = abreast(inside, self.walker.values) if self.precision.at_once else [[n] for n in inside]
+        for group in ([], *groups):
+            if len(group) > 1:
+                self.walker.steps(group)
+            elif group:
+                self.walker.step(group[0])
+            for k in [k for k in waiting if self.results[k] in self.walker.values]:  # at once: registers are few
+                waiting.remove(k)
+                self._leave_at(k)
         for n in passed:
             value = self.walker.values[n]
             name = self._argument("passed", n.name, f"{n.name}_out", len(value.shape), value.kind)
             self.writer.store(name, value, True)
-        self.tail, self.moves, self.sums = list[str](), dict[str, Tile](), list[str]()
-        for k in wanted:
-            try:
-                self._leave(self.targets[k], self.results[k])
-            except Untileable as error:
-                raise Refused(self.results[k], error.why) from None
+        for k in (*waiting, *(k for k in wanted if self.targets[k].kind == "over")):
+            self._leave_at(k)
         used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
         self.arguments = [a for a in self.arguments if a in used]
 
+    def _leave_at(self, k: int) -> None:
+        try:
+            self._leave(self.targets[k], self.results[k])
+        except Untileable as error:
+            raise Refused(self.results[k], error.why) from None
+
     def _is_used(self, a: Argument) -> bool:
-        return any(f"{a.name}_at" in line for line in (*self.writer.once, *self.writer.loop)) or (
+        w = self.writer
+        return any(f"{a.name}_at" in line or f"{a.name}_ahead" in line for line in (*w.once, *w.loop, *w.next)) or (
             a.role == "kept" and bool(self.keeps)
         )
 
@@ -468,6 +494,10 @@ class Direction:
             if any(f"{a.name}_at" in x for x in w.loop)
         ]
         turn = ["n = last - 1 - j"] if self.backwards else []
+        early = [a.name for a in self.arguments if any(f"{a.name}_ahead" in x for x in w.next)]
+        start, after = ("last - 1", "tl.maximum(n - 1, first)") if self.backwards else ("first", "tl.minimum(n + 1, last - 1)")
+        ahead = [f"{name}_ahead = {name}_row + (row * 0 + {start}) * {name}_sn" for name in early]
+        on = [f"{name}_ahead = {name}_row + (row * 0 + {after}) * {name}_sn" for name in early]
         begin = [
             "row = tl.program_id(0).to(tl.int64)",
             "part = tl.program_id(1).to(tl.int64)",
@@ -477,7 +507,8 @@ class Direction:
         begin += ["first = tl.program_id(1) * group", "last = tl.minimum(first + group, count)"]
         places = [f"i{n} = tl.arange(0, {n})" for n in sorted(w.places)]
         counter, span = ("j", "0, last - first") if self.backwards else ("n", "first, last")
-        loop = [*turn, "m = row * 0 + n", *moving, *w.loop, *carry]
+        begun = len(w.next)  # lines that take what was loaded ahead
+        loop = [*turn, "m = row * 0 + n", *moving, *w.loop[:begun], *on, *w.next, *w.loop[begun:], *carry]
         body = [
             *begin,
             *places,
@@ -485,6 +516,8 @@ class Direction:
             *fixed,
             *w.once,
             *self.head,
+            *ahead,
+            *w.first,
             f"for {counter} in tl.range({span}, num_stages=STAGES):",
         ]
         lines = [*(f"    {x}" for x in body), *(f"        {x}" for x in loop), *(f"    {x}" for x in tail)]
@@ -497,6 +530,7 @@ class Direction:
             "",
             "",
             triton_ops.helpers(text),
+            helpers(text),
             "",
             f"{head}\n{text}\n",
         ]

@@ -51,6 +51,7 @@ TYPES = {
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
 }
+ITS_OWN = "cache_modifier='.ca'"  # what a load has by default; as it is said, the load is not merged with another of the same place
 # Of these a number may be an operand as it is; other rows are functions, and take tiles.
 _INFIX = {
     "plus", "add", "sub", "submul", "rsub", "mul", "div", "addcmul", "max", "min", "fmax", "fmin", "eq", "ne", "ge", "gt", "le", "lt", "bits_and",
@@ -60,10 +61,15 @@ _INFIX = {
 
 @dataclass(frozen=True)
 class Precision:
-    """What a product of matrices takes: the type of its factors (None: that which is computed in), and how float32 is multiplied."""
+    """What a product of matrices takes: the type of its factors (None: that which is computed in), and how float32 is multiplied.
+
+    at_once: are sums that do not wait for each other one reduction? ahead: is what a mini-batch reads loaded during the one before?
+    """
 
     factors: torch.dtype | None = None
     float32: str = "ieee"  # | "tf32" | "tf32x3"
+    at_once: bool = False
+    ahead: bool = False
 
 
 @dataclass
@@ -78,6 +84,10 @@ class Writer:
     places: set[int] = field(default_factory=set)
     loaded: dict[Any, Tile] = field(default_factory=dict)
     flops: int = 0
+    sizes: list[int] = field(default_factory=list)  # entries of the tiles made
+    ahead: bool = False  # is what the next mini-batch reads loaded while this one is computed?
+    first: list[str] = field(default_factory=list)  # such loads, for the first mini-batch
+    next: list[str] = field(default_factory=list)
 
     @property
     def T(self) -> str:
@@ -100,8 +110,10 @@ class Writer:
         clean: frozenset[int] = frozenset(), held: bool = False,
     ) -> Tile:  # fmt: skip
         """Write a line; space: the value's axes that the variable has, in its order."""
-        if math.prod(padded(shape[a]) for a in space) > LIMIT:
+        entries = math.prod(padded(shape[a]) for a in space)
+        if entries > LIMIT:
             raise Untileable(f"its {' x '.join(map(str, shape))} entries are no tile of at most {LIMIT:,}")
+        self.sizes.append(entries)
         name = self.named(hint)
         self.line(f"{name} = {text}  # {' x '.join(map(str, shape)) or 'a number'}", looped)
         axes = tuple(space.index(a) if a in space else None for a in range(len(shape)))
@@ -133,20 +145,28 @@ class Writer:
                 masks.append(f"({i} < {x.shape[a]})")
         return text, " & ".join(masks)
 
-    def load(self, x: Memory, hint: str = "") -> Tile:
-        """Read a value, once: as its tensor's axes lie."""
+    def load(self, x: Memory, hint: str = "", factor: bool = False) -> Tile:
+        """Read a value, once: as its tensor's axes lie. factor: of a product, which reads it from memory laid out for that."""
         space = sorted(
             (a for a, k in enumerate(x.axes) if k is not None and x.shape[a] != 1), key=lambda a: x.axes[a] or 0
         )
-        key = (x.name, x.start, *((x.axes[a], x.steps[a], x.shape[a]) for a in space))
+        early = self.ahead and x.looped and not factor
+        key = (x.name, x.start, factor and self.ahead, *((x.axes[a], x.steps[a], x.shape[a]) for a in space))
         if key in self.loaded:
             found = self.loaded[key]
             axes = tuple(space.index(a) if a in space else None for a in range(len(x.shape)))
             return replace(found, shape=x.shape, axes=axes)
-        where, mask = self._address(x, space, f"{x.name}_at")
-        text = f"tl.load({where}{f', mask={mask}, other=0' if mask else ''})"
+        where, mask = self._address(x, space, f"{x.name}_{'ahead' if early else 'at'}")
+        text = f"tl.load({where}{f', mask={mask}, other=0' if mask else ''}{', ' + ITS_OWN if early else ''})"
+        if early:
+            coming = self.named(f"{hint or x.name}_next")
+            self.first.append(f"{coming} = {text}")
+            self.next.append(f"{coming} = {text}")
+            text = coming
         text += f".to({self.typed(x.kind)})"
         tile = self.made(hint or x.name, text, x.shape, space, x.looped, x.kind, frozenset(range(len(space))))
+        if early:
+            self.loop.insert(len(self.next) - 1, self.loop.pop())
         self.loaded[key] = tile
         return tile
 
@@ -184,14 +204,15 @@ class Writer:
             return self.load(x, hint)
         return self._together(x, hint or "whole") if isinstance(x, Parts) else x
 
-    def aligned(self, x: Tile, space: Sequence[int], r: int) -> str:
+    def aligned(self, x: Tile, space: Sequence[int], r: int, cast: str = "") -> str:
         """Spell a tile as a variable whose axes are those of `space`, axes of a result of r."""
         if not x.rank:
             return f"({x.text})" if x.text.startswith("-") else x.text
         before = r - len(x.shape)
         own = [x.axes[a - before] if a >= before else None for a in space]
         order = [k for k in own if k is not None]
-        text = x.text if order == sorted(order) else f"tl.permute({x.text}, {order})"
+        text = f"{x.text}{cast}"
+        text = text if order == sorted(order) else f"tl.permute({text}, {order})"
         return text if None not in own else f"{text}[{', '.join('None' if k is None else ':' for k in own)}]"
 
     def mask(self, x: Tile, axis: int) -> str:
@@ -410,6 +431,29 @@ class Writer:
         clean = frozenset(p for p, k in enumerate(variable) if k in tile.clean) if row == "sum" else frozenset()
         return self.made(hint, value, shape, logical, tile.looped, kind, clean)
 
+    def reduced_at_once(
+        self, found: Sequence[tuple[str, Value, Sequence[int | None], float, Sequence[int]]]
+    ) -> list[Value]:
+        """Sum values over one axis each, in one reduction if they lie alike: (hint, value, kept, scale, shape) each."""
+        tiles, own = [x for _, x, *_ in found if isinstance(x, Tile)], []
+        for tile, (_, _, kept, *_) in zip(tiles, found, strict=False):
+            own.append([k for a, n in enumerate(kept) if n is None and (k := tile.axes[a]) is not None])
+        alike = len(tiles) == len(found) and len({(x.sizes, *k) for x, k in zip(tiles, own, strict=True)}) == 1
+        if not alike or len(own[0]) != 1 or any(x.number is not None or x.kind == torch.bool for x in tiles):
+            return [self.reduced(hint, "sum", *rest) for hint, *rest in found]
+        ((k,), *_), looped = own, any(x.looped for x in tiles)
+        tiles = [self.cleaned(x, k) for x in tiles]
+        names = [self.named(f"{hint}_raw") for hint, *_ in found]
+        self.line(f"{', '.join(names)} = tl.reduce(({', '.join(x.text for x in tiles)}), {k}, sums{len(found)}_)", looped)
+        results = []
+        for name, tile, (hint, _, kept, scale, shape) in zip(names, tiles, found, strict=True):
+            variable = [j for j in range(tile.rank) if j != k]
+            logical = [self._goal(kept, tile.axes.index(j)) for j in variable]
+            clean = frozenset(p for p, j in enumerate(variable) if j in tile.clean)
+            text = name if scale == 1 else f"{name} * {spelt(scale)}"
+            results.append(self.made(hint, text, shape, logical, looped, tile.kind, clean))
+        return results
+
     @staticmethod
     def _goal(kept: Sequence[int | None], a: int) -> int:
         found = kept[a]
@@ -444,7 +488,7 @@ class Writer:
             return self.view(hint, found, shape)
         if isinstance(a, Parts) or isinstance(b, Parts):
             return self._product_of_parts(hint, a, b, shape)
-        x, y = self.real(a), self.real(b)
+        x, y = (self.load(v, factor=True) if isinstance(v, Memory) else self.real(v) for v in (a, b))
         r = len(shape)
         (m, ka), (kb, n) = x.axes[-2:], y.axes[-2:]
         batch = [k for t in (x, y) for k in t.axes[:-2] if k is not None]
@@ -476,9 +520,8 @@ class Writer:
             raise Untileable("both factors are carried on, one of them transposed")
         left, right = (y_, x_) if reverse else (x, y)
         factors = self.precision.factors or self.dtype
-        texts = [self.aligned(t, [a for a in spaces if t.axes[a] is not None], r) for t in (left, right)]
-        if factors != self.dtype:
-            texts = [f"({text}).to({TYPES[factors]})" for text in texts]
+        short = f".to({TYPES[factors]})" if factors != self.dtype else ""  # before it moves: half the bytes
+        texts = [self.aligned(t, [a for a in spaces if t.axes[a] is not None], r, short) for t in (left, right)]
         how = f", input_precision='{self.precision.float32}'" if factors == torch.float32 else ""
         out = f", out_dtype={self.T}" if self.dtype != torch.float32 else ""
         space = [a for a in ([*range(r - 2), r - 1, r - 2] if reverse else spaces) if shape[a] != 1]
@@ -732,6 +775,14 @@ class Walker:
             self.values[n] = self._value(n)
         except Untileable as error:
             raise Untileable(error.why, error.node or n) from None
+
+    def steps(self, nodes: Sequence[fx.Node]) -> None:
+        """Write sums that are computed at once."""
+        found = []
+        for n in nodes:
+            _, (x,), params = REDUCTIONS[n.target](n)
+            found.append((n.name, self._given(x), params["kept"], params["scale"], tuple(n.meta["val"].shape)))
+        self.values |= dict(zip(nodes, self.writer.reduced_at_once(found), strict=True))
 
     def _given(self, x: Any) -> Any:
         return self.values[x] if isinstance(x, fx.Node) else x
