@@ -252,16 +252,17 @@ class _Sequence(Whole):
 
     def _jobs(self, run: Run_, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
         """Yield stretches from the last to the first: with blocks per kept state, and these states."""
-        stop = run.blocks
+        every, stop = _stretches(run, 0, run.blocks), run.blocks
         while stop > 0:
             group = (stop - 1) // G
-            pieces = _stretches(run, group * G, stop)
-            if len(pieces) == 1:  # and what lies before it is of the same kind?
-                while group and len(_stretches(run, (group - 1) * G, group * G + 1)) == 1:
-                    group -= 1
+            while every[-1].start >= stop:
+                every.pop()
+            if every[-1].start <= group * G:  # with all groups before it that lie in the same stretch
+                group = -(-every[-1].start // G)
                 count = 2 * run.L if not run.known(group * G) else run.L
                 yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in saved[:count]]
             else:
+                pieces = _stretches(run, group * G, stop)
                 held, starts = [x[group] for x in saved], []
                 for piece in pieces:
                     starts.append([x[None] for x in run.enter(piece.start, held)])

@@ -30,8 +30,8 @@ from dualform.kernels.triton_schedule import (
     forward_direction,
     place_of_input,
     reverse_direction,
-    sliced,
 )
+from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW

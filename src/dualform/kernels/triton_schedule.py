@@ -21,12 +21,10 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import extract, inputs_of, needed, results_of, unwritten
-from dualform.graphs.split import Part, split
 from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.sharing import made_again
-from dualform.kernels.targets import Target, backward_targets, forward_targets, label, part_module, views_apart
+from dualform.kernels.targets import Target, backward_targets, forward_targets, label
 from dualform.kernels.triton_order import abreast, helpers
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_text import Precision, Walker, Writer
@@ -141,9 +139,8 @@ class Direction:
     keeps: str = ""  # "" | "some" | "each": does it store the state that a mini-batch starts from?
     backwards: bool = False
     whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
-    orders: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # how carried variables lie, if not as their tensors
+    short: frozenset[str] = frozenset()  # what passes from slice to slice in the type of factors
+    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # how carried variables lie, if not as their tensors
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.sources
@@ -228,6 +225,7 @@ class Direction:
                 looped = x.over == "block"
                 state = self.backwards and x.part in ("th", "R")
                 role, what = ("kept", self.states.index(x)) if state else place_of_input(x)
+                kind = self._passes_as(what) if role == "slice" and kind.is_floating_point else kind
                 self.walker.values[n] = self._read(role, what, label(x), shape, kind, looped)
 
     def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
@@ -301,7 +299,7 @@ class Direction:
             goals = [n for n in self.steps if n.name in made]
             before = self._outside(goals, set(self.steps))
         slices = tuple(
-            Crossing(t.what, tuple(x.meta["val"].shape), self.dtype) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
+            Crossing(t.what, tuple(x.meta["val"].shape), self._passes_as(t.what)) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
         )  # fmt: skip
         crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
         return Kernel(
@@ -348,6 +346,9 @@ class Direction:
             self._leave_at(k)
         used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
         self.arguments = [a for a in self.arguments if a in used]
+
+    def _passes_as(self, name: str) -> torch.dtype:
+        return self.precision.factors if name in self.short and self.precision.factors else self.dtype
 
     def _leave_at(self, k: int) -> None:
         try:
@@ -411,7 +412,8 @@ class Direction:
         hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(
             role, f"{label(what)}_gradient" if isinstance(what, Input) else f"{what}_passed"
         )
-        name = self._argument(role, what, hint, len(value.shape), value.kind)
+        kind = self._passes_as(what) if role == "slice" else value.kind
+        name = self._argument(role, what, hint, len(value.shape), kind)
         w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
 
     def _after(self, write: Any) -> None:
@@ -548,50 +550,6 @@ def _is_deep(n: fx.Node) -> bool:
     return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
 
 
-# -- slices ------------------------------------------------------------------------------------------------------------
-
-
-def _stored(n: fx.Node) -> float:
-    """Price passing a value on, for one row: its bytes. An op in the loop is worth 4096, as on the CPU: a tile there takes about as
-    long as an op's latency where rows are few, and three of them where rows fill the card."""
-    made = n.meta.get("val")
-    return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) else math.inf
-
-
-def sliced(d: Direction) -> list[Kernel]:
-    """Cut a direction where its state passes: before, loop and after, of which only the loop goes mini-batch by mini-batch."""
-    views_apart(d.graph)
-    results = results_of(d.graph.graph)
-    on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
-    carried = [d.targets[k].what for k in on]
-    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, again=made_again)
-    known = dict(zip(f.inputs, d.sources, strict=True))
-    parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
-    home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
-    crossing = {x for part in parts.values() for x in part.inputs}
-    crossing |= {x for x in parts["loop"].outputs if x in f.carried}  # the state that a mini-batch starts from
-    found = []
-    for name, part in parts.items():
-        first = on if name == "loop" else []
-        passed = [x for x in part.outputs[len(first) :] if x in crossing]
-        ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
-        wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
-        if not wanted:
-            continue
-        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
-        goes = [
-            *(d.targets[k] for k in first),
-            *(Target("passed", x.name) for x in passed),
-            *(d.targets[k] for k in ends),
-        ]
-        given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
-        made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
-        keeps = d.keeps if name == "loop" else ""
-        one = Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
-        found.append(one.kernel())
-    return found
-
-
 # -- directions --------------------------------------------------------------------------------------------------------
 
 
@@ -633,5 +591,4 @@ __all__ = [
     "forward_direction",
     "place_of_input",
     "reverse_direction",
-    "sliced",
 ]

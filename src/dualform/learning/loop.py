@@ -100,6 +100,9 @@ class Run_:
 
     def start(self, th: Sequence[Tensor]) -> list[Tensor]:
         """Registers at their start, one row each."""
+        r = len(self.rule.start)
+        if not any(self.rule.start):
+            return [w.new_zeros(w.shape[0], r, *w.shape[1:]) for w in th]
         return [torch.stack([s * w for s in self.rule.start], 1) for w in th]
 
     def enter(self, n: int, state: list[Tensor]) -> list[Tensor]:
@@ -113,7 +116,8 @@ class Run_:
         L = self.L
         dth, dR = state[:L], state[L:]
         if self.returns_registers(n):
-            return dth + (dR or [torch.zeros_like(x) for x in self.start(dth)])
+            r = len(self.rule.start)
+            return dth + (dR or [w.new_zeros(w.shape[0], r, *w.shape[1:]) for w in dth])
         scaled = [(k, s) for k, s in enumerate(self.rule.start) if s and dR]
         return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
 
@@ -349,7 +353,7 @@ class Gradients:
         """Return the gradient of every floating tensor of the call, in order; state: of the one it began with."""
         run, call, L = self.run, self.run.call, self.run.L
         if len(state) == L:
-            state = state + [torch.zeros_like(x) for x in run.start(state)]
+            state = state + [w.new_zeros(w.shape[0], len(run.rule.start), *w.shape[1:]) for w in state]
         state = [x.unflatten(0, (run.B, run.H)) for x in state]
         names, done = list(call.anchor), {n: run.grid.done(x) for n, x in self.tokens.items()}
         tree = call._replace(
