@@ -95,12 +95,22 @@ def test_it_is_eager_in_float64(n, slices):
     got = outcome(program, x, params, backend, more, cotangents)
     again = [outcome(program, x, params, backend, more, cotangents) for _ in range(3)]
     eager = outcome(program, x, params, "eager", more, cotangents)
-    exact = df.derive(copy.deepcopy(module).double(), kernels.objectives[c["objective"]], kernels.rules[c["rule"]], chunk=c["chunk"])
+    exact = df.derive(
+        copy.deepcopy(module).double(), kernels.objectives[c["objective"]], kernels.rules[c["rule"]], chunk=c["chunk"]
+    )
     wide = [{n: t.detach().double().requires_grad_() for n, t in some.items()} for some in (x, params)]
     true = outcome(exact, *wide, "eager", more, cotangents)
     errors, others = {n: error(got[n], true[n]) for n in true}, {n: error(eager[n], true[n]) for n in true}
     worst = max(errors, key=errors.__getitem__)
-    note(c, slices=slices, worst=worst, error=errors[worst], eager=others[worst], outputs=errors["o"], eager_outputs=others["o"])
+    note(
+        c,
+        slices=slices,
+        worst=worst,
+        error=errors[worst],
+        eager=others[worst],
+        outputs=errors["o"],
+        eager_outputs=others["o"],
+    )
     assert errors[worst] <= LIMIT[c["dtype"]], (worst, errors[worst], others[worst])
     assert all(torch.equal(got[n], one[n]) for one in again for n in got)
 
@@ -114,7 +124,10 @@ def test_a_tape_reads_new_numbers(chunk):
         with torch.no_grad():
             for t in x.values():
                 t.mul_(0.9 + 0.1 * seed)
-        outs = [results(*called(program, {n: t.detach().clone().requires_grad_() for n, t in x.items()}, b)) for b in ("triton", "eager")]
+        outs = [
+            results(*called(program, {n: t.detach().clone().requires_grad_() for n, t in x.items()}, b))
+            for b in ("triton", "eager")
+        ]
         assert all(error(outs[0][n], outs[1][n].double()) < 2e-2 for n in outs[0])
 
 
@@ -129,7 +142,11 @@ def test_any_split_is_the_whole():
             o, state = called(program, part, "triton", state=state)
             parts.append(o)
     assert error(torch.cat(parts, 1), whole.double()) < 2e-5
-    assert all(error(a, b.double()) < 2e-5 for a, b in zip(state.tensors().values(), end.tensors().values(), strict=True) if a.is_floating_point())
+    assert all(
+        error(a, b.double()) < 2e-5
+        for a, b in zip(state.tensors().values(), end.tensors().values(), strict=True)
+        if a.is_floating_point()
+    )
 
 
 def test_packed_documents_are_documents_alone():
@@ -138,7 +155,10 @@ def test_packed_documents_are_documents_alone():
     reset = torch.zeros(1, 150, dtype=torch.bool, device="cuda")
     reset[0, [40, 90]] = True
     packed, _ = called(program, x, "triton", reset=reset)
-    alone = [called(program, {n: t if n == "offset" else t[:, a:b] for n, t in x.items()}, "triton")[0] for a, b in ((0, 40), (40, 90), (90, 150))]
+    alone = [
+        called(program, {n: t if n == "offset" else t[:, a:b] for n, t in x.items()}, "triton")[0]
+        for a, b in ((0, 40), (40, 90), (90, 150))
+    ]
     assert error(packed, torch.cat(alone, 1).double()) < 2e-5
 
 
@@ -153,7 +173,9 @@ def test_a_token_is_one_launch():
             if n == 20:
                 triton_launch.run = lambda *words, **more: launches.append(words[0].name) or plain(*words, **more)
             try:
-                o, state = called(program, {m: t if m == "offset" else t[:, n : n + 1] for m, t in x.items()}, "triton", state=state)
+                o, state = called(
+                    program, {m: t if m == "offset" else t[:, n : n + 1] for m, t in x.items()}, "triton", state=state
+                )
             finally:
                 triton_launch.run = plain
             found.append(o)
@@ -167,7 +189,9 @@ def test_auto_takes_it_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))
     c = case("TTT-Linear", B=4, T=512, H=4)
     torch.manual_seed(0)
-    program = df.derive(kernels.learners["TTT-Linear"](64).cuda(), "squared", kernels.rules["averaged"], chunk=16, prove=True)
+    program = df.derive(
+        kernels.learners["TTT-Linear"](64).cuda(), "squared", kernels.rules["averaged"], chunk=16, prove=True
+    )
     _, _, x = built(c)
     o, _ = called(program, x, "auto")
     o.float().sum().backward()

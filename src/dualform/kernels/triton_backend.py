@@ -43,7 +43,7 @@ from dualform.learning.plan import Input, Plan, found
 
 # What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
-KEEP = 2 * 2**30  # states of a call: reading one costs less than the chain that makes it again
+KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
 # Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the state and what
 # slices make again (LAB.md, one H200).
@@ -63,7 +63,10 @@ def cut(entries: int, rows: int, count: int, direction: str) -> bool:
 def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
     """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more programs run beside each other."""
     if kernel.carries:
-        return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), stages)
+        heavy = kernel.held > ENTRIES and kernel.name.startswith(
+            "reverse"
+        )  # whose reads ahead take what shared memory there is
+        return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), min(stages, 2) if heavy else stages)
     return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
@@ -136,10 +139,17 @@ class _Rows(_Sequence):
         each = dict.fromkeys(x.said for x in made)
         done = f"; made: {', '.join(each)}" if each else ""
         why = triton_launch.lack(torch.device("cuda"))
-        return f"not on this card: {why}" if why else f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+        return (
+            f"not on this card: {why}"
+            if why
+            else f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+        )
 
     def as_run(self, name: str, run: Run_, backward: bool) -> tuple[str, tuple[str, ...]]:
-        ways = {self._in_slices(run, piece, "backward" if backward else "forward") for piece in _stretches(run, 0, run.blocks)}
+        ways = {
+            self._in_slices(run, piece, "backward" if backward else "forward")
+            for piece in _stretches(run, 0, run.blocks)
+        }
         options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32, "slices": max(ways)}
         return backends_key(("triton", options)), triton_launch.place(run.call.q.device)
 
@@ -168,7 +178,10 @@ class _Rows(_Sequence):
             (x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() % 16, first.setdefault(id(x), k))
             for k, x in enumerate(given)
         )
-        key, tapes = (self.warps, self.stages, self.precision, self.slices, words, kinds), run.plan.natives.setdefault("tapes", {})
+        key, tapes = (
+            (self.warps, self.stages, self.precision, self.slices, words, kinds),
+            run.plan.natives.setdefault("tapes", {}),
+        )
         found = tapes.get(key)
         if isinstance(found, Tape):
             return found(given)
@@ -326,7 +339,9 @@ class _Rows(_Sequence):
                 device=run.call.q.device,
             )
         tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
-        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, launch_for(kernel, self.warps, self.stages))
+        triton_launch.run(
+            kernel, tensors, run.B * run.H, run.H, groups, scalars, launch_for(kernel, self.warps, self.stages)
+        )
         if kernel.after is None:
             return
         values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]

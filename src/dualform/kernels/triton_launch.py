@@ -121,7 +121,10 @@ def run(
             function = loaded(sharing(kernel, tuple(alike)), kernel.name)
             made = _first(key, kernel, function, places, (rows, groups), (heads, *scalars), how)
     if (recorder := getattr(recording, "now", None)) is not None:
-        steps = [x if first == k else () for k, (x, first) in enumerate(zip((x.stride() for x in tensors), alike, strict=True))]
+        steps = [
+            x if first == k else ()
+            for k, (x, first) in enumerate(zip((x.stride() for x in tensors), alike, strict=True))
+        ]
         last = (heads, *scalars, _made[key][1]) if key in _made else ()
 
         def launch(pointers: list[int]) -> None:
@@ -160,7 +163,13 @@ def _on(device: int | None) -> Any:
 
 
 def _first(
-    key: Any, kernel: Kernel, function: Any, places: list[Any], grid: tuple[int, int], numbers: tuple[int, ...], how: Launch
+    key: Any,
+    kernel: Kernel,
+    function: Any,
+    places: list[Any],
+    grid: tuple[int, int],
+    numbers: tuple[int, ...],
+    how: Launch,
 ) -> Any:
     """Compile and run a kernel, with fewer stages where it does not fit otherwise."""
     tried = ""
@@ -229,4 +238,16 @@ def compiled(
     return triton.compile(source, target=target, options={"num_warps": how.warps})
 
 
-__all__ = ["Launch", "Missing", "compiled", "is_interpreted", "kind_of", "lack", "loaded", "place", "run", "sharing", "triton_module"]
+__all__ = [
+    "Launch",
+    "Missing",
+    "compiled",
+    "is_interpreted",
+    "kind_of",
+    "lack",
+    "loaded",
+    "place",
+    "run",
+    "sharing",
+    "triton_module",
+]

@@ -25,8 +25,8 @@ from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Target, backward_targets, forward_targets, label
-from dualform.kernels.triton_order import abreast, helpers
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
+from dualform.kernels.triton_order import abreast, helpers
 from dualform.kernels.triton_text import Precision, Walker, Writer
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
@@ -140,7 +140,9 @@ class Direction:
     backwards: bool = False
     whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
     short: frozenset[str] = frozenset()  # what passes from slice to slice in the type of factors
-    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # how carried variables lie, if not as their tensors
+    orders: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # how carried variables lie, if not as their tensors
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.sources
@@ -209,7 +211,9 @@ class Direction:
     def _loads_ahead(self) -> bool:
         """Has it registers for what the next mini-batch reads? (LAB.md: as is read in reverse, or by 64 tokens, it has none.)"""
         tokens = [n.meta["val"].numel() for n, x in self.source.items() if x.part in ("q", "k", "v")]
-        return self.precision.ahead and bool(self.carried) and not self.backwards and max(tokens, default=0) <= TILE_AHEAD
+        return (
+            self.precision.ahead and bool(self.carried) and not self.backwards and max(tokens, default=0) <= TILE_AHEAD
+        )
 
     def _begin(self) -> None:
         """Start writing: what is carried is in registers, all else in memory."""
@@ -497,7 +501,9 @@ class Direction:
         ]
         turn = ["n = last - 1 - j"] if self.backwards else []
         early = [a.name for a in self.arguments if any(f"{a.name}_ahead" in x for x in w.next)]
-        start, after = ("last - 1", "tl.maximum(n - 1, first)") if self.backwards else ("first", "tl.minimum(n + 1, last - 1)")
+        start, after = (
+            ("last - 1", "tl.maximum(n - 1, first)") if self.backwards else ("first", "tl.minimum(n + 1, last - 1)")
+        )
         ahead = [f"{name}_ahead = {name}_row + (row * 0 + {start}) * {name}_sn" for name in early]
         on = [f"{name}_ahead = {name}_row + (row * 0 + {after}) * {name}_sn" for name in early]
         begin = [

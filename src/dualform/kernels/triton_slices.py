@@ -46,7 +46,9 @@ def _is_view(n: fx.Node) -> bool:
 
 def _passing(n: fx.Node) -> float:
     made = n.meta["val"]
-    return math.inf if _is_view(n) or not isinstance(made, torch.Tensor) or not made.ndim else LOAD + PASSED * made.numel()
+    return (
+        math.inf if _is_view(n) or not isinstance(made, torch.Tensor) or not made.ndim else LOAD + PASSED * made.numel()
+    )
 
 
 def _making(n: fx.Node) -> float:
@@ -75,15 +77,14 @@ def _is_factor_alone(n: fx.Node) -> bool:
         if user.target in PRODUCTS:
             if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
                 return False
-            if any(k == 1 for x in (*user.all_input_nodes, user) for k in x.meta["val"].shape) or user.meta["val"].ndim != 2:
+            if (
+                any(k == 1 for x in (*user.all_input_nodes, user) for k in x.meta["val"].shape)
+                or user.meta["val"].ndim != 2
+            ):
                 return False
         elif user.op == "output" or not _is_view(user) or not _is_factor_alone(user):
             return False
     return True
-
-
-TWINS = {False: True, True: False}
-AGAIN = dict.fromkeys((False, True), lambda values: made_again(values, _passing, _making))
 
 
 def sliced(d: Direction) -> list[Kernel]:
@@ -92,10 +93,10 @@ def sliced(d: Direction) -> list[Kernel]:
     on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
     carried = [d.targets[k].what for k in on]
     places = [list(d.sources).index(x) for x in carried]
-    if TWINS[d.backwards]:
+    if not d.backwards:  # in reverse, what is made again after the loop takes longer than its bytes (LAB.md)
         maps_apart(d.graph.graph, places, [x for k in on if isinstance(x := results_of(d.graph.graph)[k], fx.Node)])
     results = results_of(d.graph.graph)
-    f = split(d.graph, places, on, None, _stored, _working, again=AGAIN[d.backwards])
+    f = split(d.graph, places, on, None, _stored, _working, again=lambda values: made_again(values, _passing, _making))
     known = dict(zip(f.inputs, d.sources, strict=True))
     parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
     home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
@@ -119,7 +120,9 @@ def sliced(d: Direction) -> list[Kernel]:
         given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
         made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
         keeps = d.keeps if name == "loop" else ""
-        found.append(Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole))
+        found.append(
+            Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
+        )
     readers: dict[str, list[fx.Node]] = {}
     for one in found:
         for n, x in zip(inputs_of(one.graph.graph), one.sources, strict=True):

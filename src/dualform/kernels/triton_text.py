@@ -444,7 +444,9 @@ class Writer:
         ((k,), *_), looped = own, any(x.looped for x in tiles)
         tiles = [self.cleaned(x, k) for x in tiles]
         names = [self.named(f"{hint}_raw") for hint, *_ in found]
-        self.line(f"{', '.join(names)} = tl.reduce(({', '.join(x.text for x in tiles)}), {k}, sums{len(found)}_)", looped)
+        self.line(
+            f"{', '.join(names)} = tl.reduce(({', '.join(x.text for x in tiles)}), {k}, sums{len(found)}_)", looped
+        )
         results = []
         for name, tile, (hint, _, kept, scale, shape) in zip(names, tiles, found, strict=True):
             variable = [j for j in range(tile.rank) if j != k]
