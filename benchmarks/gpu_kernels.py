@@ -149,7 +149,7 @@ def ours(c: dict[str, Any]) -> dict[str, Any]:
     per = {"q": 1, "o": 1, "k": 1, "v": 1}
     token = c["B"] * c["T"] * c["H"]
     moved = token * (c["d"] * 2 * len(per) + 4)
-    chain = CHAIN.get((c["learner"], c["chunk"]), (None, None))
+    chain = CHAIN.get((c["learner"], c["chunk"]), (None, None)) if c["d"] == 64 else (None, None)
     n = c["T"] // c["chunk"]
     floors = {
         "forward": [moved / COPY * 1e3, sum(flops[:half]) / PRODUCTS * 1e3, n * chain[0] * 1e-3 if chain[0] else None],

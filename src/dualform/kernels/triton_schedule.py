@@ -27,7 +27,8 @@ from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Target, backward_targets, forward_targets, label
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
 from dualform.kernels.triton_order import abreast, helpers
-from dualform.kernels.triton_text import Precision, Walker, Writer
+from dualform.kernels.triton_text import Precision, Writer
+from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
 from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
