@@ -24,7 +24,7 @@ from cpu_learners import H, b, cases, d
 import dualform as df
 from dualform.kernels import cpp_text, launch
 from dualform.kernels.report import _statement as in_words
-from dualform.kernels.statements import Product, Schedule
+from dualform.kernels.statements import MatrixProduct, Schedule
 
 MOST = 1000
 KINDS = ("products", "products of a factor laid out anew", "entry by entry")
@@ -59,7 +59,7 @@ class Watch:
         for one in schedule.statements:
             text = cpp_text.statement_text(one)
             anew = any("turn<" in line or "packed[" in line for line in text)
-            kind = KINDS[2] if not isinstance(one, Product) else KINDS[anew]
+            kind = KINDS[2] if not isinstance(one, MatrixProduct) else KINDS[anew]
             place = f"spent[{len(self.statements)}]"
             self.statements.append((kind, in_words(one), one.flops))
             lines += [

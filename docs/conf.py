@@ -10,6 +10,7 @@ html_theme = "furo"
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_render_markdown_format = "gfm"  # what cells print as Markdown has tables
 nb_output_stderr = "remove"  # progress bars that miss their widget, and the like
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 autodoc_member_order = "bysource"

@@ -86,15 +86,15 @@ def test_function_through_complex_numbers_is_exact(name: str) -> None:
     ("name", "rule"), [("conj", "_conj"), ("one over", "reciprocal"), ("adjoint", "mH"), ("hermitian", "_fft_c2r")]
 )
 def test_a_wrong_rule_is_caught(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = complex_pairs._RULES[rule]
+    right = complex_pairs.RULES[rule]
 
-    def wrong(r: complex_pairs._Rewriter, node: object, given: dict) -> object:
+    def wrong(r: complex_pairs.PairWriter, node: object, given: dict) -> object:
         made = right(r, node, given)
         return complex_pairs.Pair(made.re, r.neg(made.im)) if isinstance(made, complex_pairs.Pair) else r.neg(made)
 
-    names = [k for k, v in complex_pairs._RULES.items() if v is right]
+    names = [k for k, v in complex_pairs.RULES.items() if v is right]
     for k in names:
-        monkeypatch.setitem(complex_pairs._RULES, k, wrong)
+        monkeypatch.setitem(complex_pairs.RULES, k, wrong)
     clear_cache()
     with pytest.raises(AssertionError):
         check(name)

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dualform.algebra.drawing import entries
-from dualform.algebra.notation import Formula, formula, number
+from dualform.algebra.notation import IndexFormula, formula, number
 from dualform.calculus import Explanation, Term, explain, hessian, jacobian
 from dualform.calculus.traced import clear_cache
-from dualform.explanations.explain import LEVELS, Step
+from dualform.explanations.explanation import LEVELS
+from dualform.explanations.steps import OpStep
 from dualform.ops.table import ROWS, Call
 
 
@@ -32,7 +33,7 @@ def rand(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-def value_of(formula: Formula, shape: tuple[int, ...], whole: dict[str, Tensor] | None = None) -> Tensor:
+def value_of(formula: IndexFormula, shape: tuple[int, ...], whole: dict[str, Tensor] | None = None) -> Tensor:
     """Give the numbers that the printed text stands for; `whole` are derivatives that stand in it by name."""
     tensors = {**formula.tensors, **{k: v for k, v in (whole or {}).items() if k in formula.right()}}
     return evaluate(formula.right(), (*formula.out, *formula.inn), shape, tensors, formula.ranges)
@@ -399,10 +400,10 @@ def test_wrong_rules_change_the_text_and_break_the_law(monkeypatch: pytest.Monke
 def test_wrong_text_does_not_pass() -> None:
     """The reader bites: one delta fewer, or another coefficient, evaluates to something else."""
     told = explain(lambda x: 2 * x, rand(3))
-    step: Step = told.result
+    step: OpStep = told.result
     (line,) = step.formula.lines
     for changed in (replace(line, coef=3.0), replace(line, deltas=())):
-        wrong = Formula("J", step.formula.out, step.formula.inn, (changed,), {})
+        wrong = IndexFormula("J", step.formula.out, step.formula.inn, (changed,), {})
         assert not torch.allclose(value_of(wrong, step.shape), step.derivative.dense())
     for text in ("2 δ(i,j", "2 δ(i;j)", "2 q[i]"):
         with pytest.raises(AssertionError):

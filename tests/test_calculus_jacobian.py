@@ -293,7 +293,7 @@ def test_the_key_is_shapes_strides_and_switches() -> None:
 
 def test_the_cache_is_bounded_and_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     clear_cache()
-    monkeypatch.setattr(traced, "CACHE_SIZE", 5)
+    monkeypatch.setattr(traced._traces, "size", 5)
     x = rand(2)
     y = rand(2)
     alive = weakref.ref(y)

@@ -173,6 +173,20 @@ def test_explain_a_preset_a_model_and_a_learner(capfd, trained, tmp_path):
         assert mark in run(capfd, "explain", f"{tmp_path / 'mine.py'}:Mine", "--dim", 8, "--format", form)[1]
 
 
+def test_explain_a_preset_at_another_width_and_level(capfd, trained):
+    """What --dim and --level say is what is shown: of a preset, of a model (its own width alone), of a learner."""
+    state = {}
+    for width in ("8", "16", None):
+        chosen = [] if width is None else ["--dim", width]
+        status, out, err = run(capfd, "explain", "tiny-ttt-linear", *chosen, "--level", "one-line")
+        assert (status, len(out.splitlines())) == (0, 1), err
+        state[width] = int(re.search(r"([\d,]+) bytes of state", out)[1].replace(",", ""))
+    assert state == {width: 8 * (d * d + d) for width, d in {"8": 8, "16": 16, None: 32}.items()}
+    assert run(capfd, "explain", trained, "--dim", 8, "--level", "one-line") == run(
+        capfd, "explain", trained, "--level", "one-line"
+    )
+
+
 def test_explain_a_formula_and_a_function(capfd, tmp_path):
     (tmp_path / "mine.py").write_text(LEARNER)
     status, out, err = run(capfd, "explain", "x + y", "--shapes", "x=2", "y=2,2")

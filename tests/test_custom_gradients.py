@@ -861,7 +861,7 @@ def test_the_law_sees_an_ignored_gradient(monkeypatch: pytest.MonkeyPatch) -> No
     """Planted: a Function is what its forward computes, a hook is nothing."""
     monkeypatch.setattr(program, "_programs", program.Bounded(16))
     monkeypatch.setattr(program, "_structures", program.Bounded(16))
-    monkeypatch.setattr(Listener, "function", lambda self, cls, args: custom._Called(cls, args, (), "").result())
+    monkeypatch.setattr(Listener, "function", lambda self, cls, args: custom.Called(cls, args, (), "").result())
     monkeypatch.setattr(Listener, "hook", lambda self, h, f: None)
     for name in ("tokens", "weights", "hook"):
         m = learner(LEARNERS[name])
@@ -886,5 +886,5 @@ def test_the_law_sees_the_forwards_gradient_in_outer_gradients(monkeypatch: pyte
 
 def test_the_law_sees_the_forwards_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the calculus differentiates what a Function computes."""
-    monkeypatch.setattr(Listener, "function", lambda self, cls, args: custom._Called(cls, args, (), "").result())
+    monkeypatch.setattr(Listener, "function", lambda self, cls, args: custom.Called(cls, args, (), "").result())
     assert jacobian(lambda x: 5 * Round.apply(x), X).is_zero

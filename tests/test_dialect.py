@@ -4,19 +4,28 @@ A walker that runs the graphs by torch, on nothing but that description, gives e
 """
 
 import ast
+import itertools
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_kernels import aims, learned
 from test_laws import names, of
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform import testing as laws
-from dualform.kernels import backend, cpp_text, ops
+from dualform.kernels import backend, cpp_rows, cpp_slices, lowering, memory, schedule, tiles
+from dualform.kernels.soundness import BrokenSchedule
+from dualform.kernels.statements import MatrixProduct, Nest, Read, View
 from dualform.kernels.targets import EACH, ROW, Target, in_turn, place_of
+from dualform.learning.grid import Variant
+from dualform.ops.table import ENTRIES, FOLDS, ROWS
 
 KERNELS = Path(backend.__file__).parent
 
@@ -182,13 +191,219 @@ def test_what_describes_knows_no_language_and_no_buffer():
 
     speaking = {name for name in graph if any(x.startswith("cpp_") for x in reached(name))}
     assert {name for name in speaking if not name.startswith("cpp_")} == {"backend", "triton_backend", "__init__"}
-    assert reached("targets") == {"targets", "lowering", "ops", "picking", "sharing"}
+    assert reached("targets") == {"targets", "lowering", "ops", "sharing"}
 
 
 def test_a_dialect_spells_what_there_is():
-    """Every reduction, and no entry that no row has; that none is missing is `test_every_row`."""
-    reductions, source = {*"sum prod amax amin".split()}, (KERNELS / "ops.py").read_text()
-    assert reductions == {*cpp_text.CPP.starts} == {*cpp_text.CPP.updates}
-    assert {*ops.SLOW} <= {*cpp_text.CPP.entries}
-    unknown = [x for x in cpp_text.CPP.entries if not re.search(rf"(\b|_){x.removeprefix('bits_')}\b", source)]
-    assert unknown == []
+    """Every entry and reduction, and how every op of a kind reads; that it is right is `test_every_row`."""
+    assert {*FOLDS} == {*"sum prod amax amin".split()}
+    assert all(x.cpp for x in (*ENTRIES.values(), *FOLDS.values()))
+    kinds = {row.kind: row for row in ROWS.values()}
+    assert {*kinds} == {"", "map", "reduction", "product", "pieces", "view"}
+    assert [
+        row.name for row in ROWS.values() if (row.entry is None) == (row.kind in ("map", "reduction", "pieces"))
+    ] == []
+
+
+# -- schedules are sound -----------------------------------------------------------------------------------------------
+
+
+def scheduled(f=None, over=None, align=16, beside=False, stay=None):
+    """A function of one mini-batch as statements; its first input is a state that the first result is written over."""
+    f = f or (lambda w, x, y: (w - 0.5 * x.T @ torch.tanh(x @ w + y.sum(0)), torch.cat([x @ w, y.exp()], 1)))
+    examples = [torch.empty(shape) for shape in ((6, 6), (4, 6), (4, 6))]
+    gm = lowering.lowered(make_fx(f, tracing_mode="fake")(*examples))
+    return schedule.schedule(gm, align, ["state", "scratch", "scratch"], ["w", "x", "y"], over or {0: 0}, beside, stay)
+
+
+def after(name, change):
+    """A broken pass: what the pass makes, and then a change."""
+    own = getattr(memory, name)
+
+    def broken(*given):
+        found = own(*given)
+        change(*given)
+        return found
+
+    return broken
+
+
+def nests(statements):
+    return [s for s in statements if isinstance(s, Nest)]
+
+
+def beyond_bounds(statements, *_):
+    item = next(i for s in nests(statements) for i in s.items if any(isinstance(x, Read) for x in i.operands))
+    k = next(k for k, x in enumerate(item.operands) if isinstance(x, Read))
+    read = item.operands[k]
+    item.operands[k] = Read(replace(read.view, offset=read.view.buffer.size), read.steps)
+
+
+def backwards(statements, *_):
+    statements.reverse()
+
+
+def other_dtype(statements, inputs, *_):
+    inputs[1].dtype = torch.float16
+
+
+def other_shape(statements, *_):
+    p = next(s for s in statements if isinstance(s, MatrixProduct))
+    p.a = View(p.a.buffer, p.a.shape[::-1], p.a.strides[::-1], p.a.offset)
+
+
+def other_steps(statements, *_):
+    item = next(i for s in nests(statements) for i in s.items if any(isinstance(x, Read) for x in i.operands))
+    item.operands[:] = [Read(x.view, x.steps[::-1]) if isinstance(x, Read) else x for x in item.operands]
+
+
+def one_place(statements, inputs, *_):
+    for b in {v.buffer for s in statements for v in s.writes()}:
+        b.offset = 0
+
+
+def beyond_scratch(statements, *_):
+    made = [v.buffer for s in statements for v in s.writes() if v.buffer.place == "scratch"]
+    max(made, key=lambda b: b.offset).offset += 16
+
+
+def lost_statement(statements, *_):
+    statements.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("into_pieces", beyond_bounds, "is read or written from"),
+        ("into_pieces", backwards, "is read before it is written"),
+        ("into_pieces", lost_statement, "is read before it is written"),
+        ("place", other_dtype, r"x \[4, 6\] .* is of torch.float16, .*expected \[4, 6\] of torch.float32"),
+        ("into_pieces", other_shape, r"is a factor or summand .*expected"),
+        ("into_pieces", other_steps, r"at|is read along"),
+        ("place", one_place, "is read where .* was written|is overwritten by|are written to one place"),
+        ("place", beyond_scratch, "ends beyond the scratch memory"),
+    ],
+)  # fmt: skip
+def test_a_broken_pass_over_schedules_is_caught(monkeypatch, name, change, says):
+    monkeypatch.setenv("DUALFORM_VERIFY", "1")
+    scheduled()
+    monkeypatch.setattr(memory, name, after(name, change))
+    with pytest.raises(BrokenSchedule, match=f"^{name}: .*({says})"):
+        scheduled()
+    monkeypatch.setenv("DUALFORM_VERIFY", "0")
+    scheduled()  # in use nobody pays for it
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w, x, y: (new := w.tanh(), (x + new.sum()) @ w),  # read by a later product
+        lambda w, x, y: (w + w.T, x),  # read in another column
+        lambda w, x, y: (w + w[:1], x),  # and in another row
+        lambda w, x, y: (new := w.exp(), new.sum(1, keepdim=True) * w),  # read in a later stage of the row
+        lambda w, x, y: (x.T @ x @ w, x),  # a product's factor
+        lambda w, x, y: (x.T @ y + w.T, x),  # its summand, laid out otherwise
+    ],
+)
+def test_a_state_that_is_written_over_too_soon_is_caught(monkeypatch, f):
+    monkeypatch.setenv("DUALFORM_VERIFY", "1")
+    scheduled(f)
+    monkeypatch.setattr(memory, "_late", lambda *_: False)
+    monkeypatch.setattr(memory, "_takes_place", lambda outputs, x, old: True)
+    with pytest.raises(BrokenSchedule, match=r"^write_over: "):
+        scheduled(f)
+
+
+def test_a_product_that_writes_vectors_into_a_neighbour_is_caught(monkeypatch):
+    monkeypatch.setenv("DUALFORM_VERIFY", "1")
+    f = lambda w, x, y: (w, torch.cat([x @ w, y], 1))  # 6 columns are a vector of 16  # noqa: E731
+    scheduled(f, over={})
+
+    def into(statements, copies, outputs):
+        product = next(s for s in statements if isinstance(s, MatrixProduct))
+        copy = next(c for c in copies if c.items[0].operands[0].view.buffer is product.out.buffer)
+        product.out = copy.items[0].out
+        statements.remove(copy)
+        statements.append(statements.pop(statements.index(product)))  # behind what it writes beside
+
+    monkeypatch.setattr(memory, "into_pieces", into)
+    with pytest.raises(BrokenSchedule, match=r"^into_pieces: .*is read before it is written"):
+        scheduled(f, over={})
+
+
+@pytest.mark.parametrize("n", range(len(learned)))
+def test_every_schedule_is_sound(monkeypatch, n):
+    """Both directions, in rows and in slices, of a whole and of a ragged block; rules and objectives in turn."""
+    program = of(learned[n], aims[n % len(aims)], names[n % len(names)], 3)
+    plan = program.plan(4, torch.float64, "auto")
+    blocks = [(Variant(3, True, True, False), "forward"), (Variant(2, False, False, True), "backward")]
+    directions = [backend.described(plan, *block) for block in blocks]
+    monkeypatch.setenv("DUALFORM_VERIFY", "1")
+    for d, walker in itertools.product(directions, (cpp_rows, cpp_slices)):
+        walker.unit(d)
+
+
+# -- tiles are where they say ------------------------------------------------------------------------------------------
+
+
+def entries_of(x):
+    """Which entries of its tensor, (4, 6, 5), a value in memory or parts of such are."""
+    if isinstance(x, tiles.Parts):
+        return torch.cat([entries_of(v) for v in x.values], x.axis)
+    whole = torch.arange(120).reshape(4, 6, 5)
+    strides = [0 if k is None else whole.stride(k) * step for k, step in zip(x.axes, x.steps, strict=True)]
+    start = sum(s * n for s, n in zip(x.start, whole.stride(), strict=True))
+    assert all(0 <= s + max([(n - 1) * step for j, n, step in zip(x.axes, x.shape, x.steps, strict=True) if j == k], default=0) < m
+               for k, (s, m) in enumerate(zip(x.start, whole.shape, strict=True)))  # fmt: skip
+    return whole.as_strided(x.shape, strides, start)
+
+
+def drawn_view(draw, x, like):
+    """A view of both."""
+    r = like.ndim
+    axis = draw(st.integers(-r, r - 1)) if r else 0
+    kind = draw(
+        st.sampled_from(
+            ["permuted", "unsqueezed", "squeezed", "selected", "sliced", "expanded", "relabelled"]
+            if r
+            else ["unsqueezed"]
+        )
+    )
+    if kind == "permuted":
+        order = draw(st.permutations(range(r)))
+        return tiles.permuted(x, order), like.permute(*order)
+    if kind == "unsqueezed":
+        axis = draw(st.integers(0, r))
+        return tiles.unsqueezed(x, axis), like.unsqueeze(axis)
+    if kind == "squeezed":
+        return tiles.squeezed(x), like.squeeze()
+    if kind == "selected":
+        index = draw(st.integers(-like.shape[axis], like.shape[axis] - 1))
+        return tiles.selected(x, axis, index), like.select(axis, index)
+    if kind == "sliced":
+        start, step = draw(st.integers(0, like.shape[axis] - 1)), draw(st.integers(1, 3))
+        end = draw(st.integers(start + 1, like.shape[axis]))
+        found = like.movedim(axis, 0)[start:end:step].movedim(0, axis)
+        return tiles.sliced(x, axis, start, end, step), found
+    if kind == "expanded":
+        shape = [draw(st.integers(1, 2)), *(3 if n == 1 else n for n in like.shape)]
+        return tiles.expanded(x, shape), like.expand(shape)
+    shape = [m for n in like.shape for m in ([n] if draw(st.booleans()) else [1, n])]
+    return tiles.relabelled(x, shape), like.reshape(shape)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_views_of_memory_are_torchs_views_of_it(data):
+    like = torch.arange(120).reshape(4, 6, 5)
+    x = tiles.Memory.whole("x", (4, 6, 5), torch.float32, False)
+    if data.draw(st.booleans()):
+        axis = data.draw(st.integers(0, 2))
+        x, like = tiles.behind(axis, [x, tiles.permuted(x, range(3))]), torch.cat([like, like], axis)
+    for _ in range(data.draw(st.integers(1, 5))):
+        new, like = drawn_view(data.draw, x, like)
+        if new is None:  # entries move
+            return
+        x = new
+        assert tuple(x.shape) == tuple(like.shape)
+        assert torch.equal(entries_of(x), like)

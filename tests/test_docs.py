@@ -1,7 +1,9 @@
 """Every code block of the README and of the docs runs, page by page, in order."""
 
+import inspect
 import os
 import re
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import dualform as df
+from dualform.catalogue import Record
 
 ROOT = Path(__file__).parents[1]
 matplotlib.use("Agg")
@@ -25,7 +28,7 @@ def _same_defaults():
 
 
 @pytest.mark.parametrize("page", pages, ids=lambda p: p.name)
-def test_code_blocks_run(page, tmp_path, monkeypatch):
+def test_code_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(
         r"^```(?:python|\{code-cell\}[^\n]*)\n(?::\w+:[^\n]*\n)*(.*?)^```",
@@ -35,6 +38,9 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     source = tmp_path / "page.py"
     source.write_text(os.linesep.join(blocks))  # a file, so that messages can name lines
     exec(compile(source.read_text(), str(source), "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^print\(.*\)  # (y = .*|[\d.]+)", source.read_text(), flags=re.MULTILINE):
+        assert said in printed  # a comment that tells a result tells this one
 
 
 @pytest.mark.parametrize("module", [df, df.calculus, df.functions, df.models], ids=lambda m: m.__name__)
@@ -42,6 +48,35 @@ def test_the_reference_names_everything_public(module):
     page = (ROOT / "docs" / "api.md").read_text()
     public = {name for name in module.__all__ if not name.startswith("_")}
     assert {name for name in public if not re.search(rf"\b{name}\b", page)} == set()
+
+
+def test_the_reference_names_what_it_says():
+    """A function is one, a class is one, a module is one: a module may have the name of a function that moved into it."""
+    kinds = {"function": inspect.isroutine, "class": inspect.isclass, "module": inspect.ismodule}
+    page = (ROOT / "docs" / "api.md").read_text()
+    entries = re.findall(
+        r"^\.\. auto(\w+):: ([\w.]+)\n(?:   :members:((?: .*\n(?:    .*\n)*)?))?", page, flags=re.MULTILINE
+    )
+    assert len(entries) > 60
+    for kind, name, members in entries:
+        place, _, own = name.rpartition(".")
+        found = import_module(name) if kind == "module" else getattr(import_module(place), own)
+        assert kinds[kind](found) or isinstance(found, Record), (kind, name, found)
+        fields = getattr(found, "__annotations__", {})
+        assert [m for m in re.findall(r"\w+", members) if not (hasattr(found, m) or m in fields)] == [], name
+
+
+def test_files_that_pages_name_are_there():
+    folders = [p.name for p in (ROOT / "src" / "dualform").iterdir() if p.is_dir()]
+    named = rf"`((?:{'|'.join(folders)}|src|docs|tests|benchmarks|examples)/[\w./*-]+)`"
+    found = [
+        (page.name, path) for page in [*pages, ROOT / "CONTRIBUTING.md"] for path in re.findall(named, page.read_text())
+    ]
+    assert len(found) > 40
+    own = ("docs/_build/", "benchmarks/.cache")  # made by commands
+    for page, path in found:
+        places = [ROOT, ROOT / "src" / "dualform"]
+        assert path.startswith(own) or any(any(place.glob(path.rstrip("/"))) for place in places), (page, path)
 
 
 def test_the_lab_books_index_has_every_entry_once():

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dualform as df
-from dualform.functions import Expansion, blocks, expansions
+from dualform.functions import Expansion, expansions, in_blocks
 from dualform.functions.basis import attribute_wise
 from dualform.testing import LawBroken, agree, check_expansion, check_forms
 
@@ -469,11 +469,11 @@ def check_blocks(monkeypatch, e, rows=60, m=5):
     r = torch.Generator().manual_seed(0)
     x = low + (high - low) * torch.rand(rows, m, generator=r, dtype=torch.float64)
     g = torch.randn(rows, e.dim(m), generator=r, dtype=torch.float64)
-    monkeypatch.setattr(blocks, "least_features", 2**40)
+    monkeypatch.setattr(in_blocks, "least_features", 2**40)
     expected = outcome(e, x, g)
-    monkeypatch.setattr(blocks, "least_features", 0)
-    monkeypatch.setattr(blocks, "least_numbers", 64)
-    monkeypatch.setattr(blocks, "most_numbers", 64)
+    monkeypatch.setattr(in_blocks, "least_features", 0)
+    monkeypatch.setattr(in_blocks, "least_numbers", 64)
+    monkeypatch.setattr(in_blocks, "most_numbers", 64)
     found = outcome(e, x, g)
     assert torch.equal(e.base(x), x) or "Blocks" in type(e(x.requires_grad_()).grad_fn.next_functions[0][0]).__name__
     for name, value in expected.items():
@@ -488,7 +488,7 @@ def test_blocks_are_the_definition(monkeypatch, name):
 
 def test_the_law_of_blocks_bites(monkeypatch):
     wrong = attribute_wise(
-        "wrong", lambda x, axis: [x.sin()], ["sin(x)"], pull=blocks.by_slopes(lambda x, axis: [x.cos() * 1.001])
+        "wrong", lambda x, axis: [x.sin()], ["sin(x)"], pull=in_blocks.by_slopes(lambda x, axis: [x.cos() * 1.001])
     )
     with pytest.raises(AssertionError, match="not close"):
         check_blocks(monkeypatch, wrong)
@@ -497,7 +497,7 @@ def test_the_law_of_blocks_bites(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own rules of forward derivatives
 @pytest.mark.parametrize("name", ["bspline", "legendre", "normal", "gaussian_rbf", "ricker_wavelet", "fourier"])
 def test_blocks_step_aside_for_whatever_looks_on(monkeypatch, name):
-    monkeypatch.setattr(blocks, "least_features", 0)
+    monkeypatch.setattr(in_blocks, "least_features", 0)
     e, x = expansions[name](), torch.rand(6, 3, dtype=torch.float64)
     y, ones = e(x), torch.ones(6, 3, dtype=torch.float64)
     torch.testing.assert_close(torch.vmap(e)(x), y)
@@ -519,7 +519,7 @@ def test_blocks_step_aside_for_whatever_looks_on(monkeypatch, name):
 
 
 def test_blocks_keep_nan_where_it_is(monkeypatch):
-    monkeypatch.setattr(blocks, "least_features", 0)
+    monkeypatch.setattr(in_blocks, "least_features", 0)
     x = torch.tensor([[0.1, float("nan")], [5.0, 0.3]])
     y = expansions.bspline()(x)
     assert y[0, 8:].isnan().all()

@@ -156,3 +156,33 @@ def test_a_minimum_cut_is_networkx_s() -> None:
                 minimum_cut([(a, b, c) for (a, b), c in network.items()], 0, n - 1)
             continue
         assert minimum_cut([(a, b, c) for (a, b), c in network.items()], 0, n - 1) == side, seed
+
+
+def test_parts_that_name_no_dtype_are_made_once_for_every_dtype() -> None:
+    """The proof runs in float64 what the first call runs in float32; only what makes positions names a dtype."""
+    program = df.derive(df.learners.MLP(2)(8), chunk=4, prove=False)
+    x = torch.randn(2, 8, 2, 8)
+    program(x, x, x, backend="eager")
+    single, cpu = program.plan(8, torch.float32, "auto"), torch.device("cpu")
+    double = program.plan_again(8, torch.float64, "auto", True)
+    ((variant, name),) = single.ways
+    ways = [plan.way(variant, name) for plan in (single, double)]
+    made = {part: {id(way.part(part, cpu)) for way in ways} for part in ("once", "before", "loop", "after")}
+    assert {part: len(found) for part, found in made.items()} == {"once": 2, "before": 1, "loop": 1, "after": 1}
+    o, _ = program(x.double(), x.double(), x.double(), backend="eager")
+    assert (o - program(x.double(), x.double(), x.double(), form="primal")[0]).abs().max() < 1e-12
+
+
+def test_shapes_are_remembered_apart_for_numbers_alike() -> None:
+    """1, 1.0 and True give other dtypes; what raises once raises again."""
+    whole = torch.ones(3, dtype=torch.int64, device=META)
+    for _ in range(2):
+        made = [computed(aten.mul.Tensor, (whole, number), {}).dtype for number in (1, 1.0, True)]
+        assert made == [torch.int64, torch.float32, torch.int64]
+        assert computed(aten.pow.Tensor_Scalar, (whole, 2), {}).dtype == torch.int64
+        with pytest.raises(RuntimeError, match="negative integer powers"):
+            torch.ones(3, dtype=torch.int64).pow(-2)
+        first, second = (computed(aten.tanh.default, (torch.ones(2, device=META),), {}) for _ in range(2))
+        assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+        sums = [computed(aten.sum.dim_IntList, (torch.ones(2, 3, device=META), [1]), {}) for _ in range(2)]
+        assert sums[0].untyped_storage()._cdata != sums[1].untyped_storage()._cdata

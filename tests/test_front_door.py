@@ -2,9 +2,14 @@
 
 import ast
 import copy
+import itertools
+import math
 import re
+import secrets
 import threading
+import time
 from array import array
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +17,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import dualform as df
 from dualform import testing as laws
+from dualform.functions.in_blocks import is_unobserved
+from dualform.graphs import this_thread
+from dualform.graphs.recorder import record_as_called
 from dualform.graphs.twin import Twin
+from dualform.learning.op import checkpoints_for
+from dualform.models.attention import allowed
 
 DOUBLE = torch.float64
 
@@ -524,6 +535,135 @@ def test_a_size_that_is_the_mini_batchs_by_chance_is_no_token_axis():
         df.derive(Square(), lambda p, t: (p - t).square().reshape(4, -1).sum(-1), chunk=4)
 
 
+# -- how many tokens there are is no number of a learner --------------------------------------------------------------
+
+
+class Body(nn.Module):
+    """A learner whose forward is a function of its own, for one line each."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.W, self.b, self.body = nn.Parameter(rand(4, 4, seed=3) / 2), nn.Parameter(rand(4, seed=4)), body
+
+    def forward(self, x):
+        return self.body(x @ self.W, self.b, x)
+
+
+def repeated(h, b, x):
+    for _ in range(x.shape[0]):
+        h = h * 1.1
+    return h
+
+
+def branched(h, b, x):
+    return h * 2 if len(x) > 8 else h
+
+
+class Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / len(g)
+
+
+class Counted(Averaged):
+    @staticmethod
+    def backward(ctx, g):
+        return g / torch.ones(len(g), dtype=g.dtype).sum()
+
+
+NUMBERS = {
+    "shape": lambda h, b, x: h / x.shape[0],
+    "size": lambda h, b, x: h / x.size(0),
+    "len": lambda h, b, x: h + b * len(x),
+    "numel": lambda h, b, x: h / math.sqrt(x.numel()),
+    "range": repeated,
+    "branch": branched,
+    "a tensor": lambda h, b, x: h * torch.tensor(float(len(x)), dtype=x.dtype),
+    "a fill": lambda h, b, x: h * torch.full((len(x), 1), 1 / len(x), dtype=x.dtype),
+    "where": lambda h, b, x: torch.where(x > 0, h, 1 / len(x)),
+    "a power": lambda h, b, x: h.sigmoid() ** (1 / len(x)),
+    "an option": lambda h, b, x: F.layer_norm(h, (4,), eps=1e-3 * len(x)),
+    "columns": lambda h, b, x: x * h[:, : len(x) - 6].sum(-1, keepdim=True),
+    "a shift": lambda h, b, x: h.roll(len(x), -1),
+    "ones": lambda h, b, x: h / torch.ones(len(x), dtype=x.dtype).sum(),
+    "softmax": lambda h, b, x: h * torch.zeros(len(x), 1, dtype=x.dtype).softmax(0),
+    "softmax of weights": lambda h, b, x: h * b[:1].expand(len(x), 1).softmax(0),
+    "a sum of weights": lambda h, b, x: h + b.expand(len(x), -1).sum(0),
+    "a list": lambda h, b, x: h * torch.tensor([1.0] * len(x), dtype=x.dtype).sum(),
+    "arange": lambda h, b, x: h * torch.arange(len(x), dtype=x.dtype).mean(),
+    "linspace": lambda h, b, x: h * torch.linspace(0, 1, len(x), dtype=x.dtype)[1],
+    "a backward": lambda h, b, x: Averaged.apply(h),
+    "ones of a backward": lambda h, b, x: Counted.apply(h),
+}
+
+
+@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_learner_that_reads_how_many_tokens_there_are_is_refused(name, prove):
+    with pytest.raises(df.DerivationError, match=r"reads the number of tokens, at `.*\(test_front_door.py:\d+\)`: "):
+        df.derive(Body(NUMBERS[name]), chunk=8, prove=prove)
+
+
+def test_the_numbers_are_named():
+    with pytest.raises(df.DerivationError, match=r"div takes other = 8, then 9 \(for 8 and 9 tokens\)"):
+        df.derive(Body(NUMBERS["shape"]), chunk=8)
+
+
+def test_objective_and_rule_that_read_how_many_tokens_there_are_are_refused():
+    learner = nn.Linear(4, 4).double()
+    with pytest.raises(df.DerivationError, match=r"the objective reads the number of tokens.*(?s:.)*8, then 9"):
+        df.derive(learner, lambda p, v: (p - v).square().sum(-1) / len(p), chunk=8)
+    for step in (
+        lambda i: df.Step(A=((1.0,),), b=(0.1 * i / i.numel(),), u=(1.0,), a=0.0),
+        lambda i: df.Step(((1.0,),), (1 / i.numel(),), (1.0,), 0.0),
+    ):
+        with pytest.raises(df.DerivationError, match="the rule reads the number of tokens"):
+            df.derive(learner, rule=df.Rule(step=step, gates=(), start=(1.0,), resets=(False,)), chunk=8)
+
+
+SIZES = {
+    "ones": lambda h, b, x: h + torch.ones(len(x), 1, dtype=x.dtype),
+    "a state": lambda h, b, x: h + torch.zeros(len(x), 4, dtype=x.dtype) @ h.new_ones(4, 4),
+    "new_zeros": lambda h, b, x: torch.cat([h, x.new_zeros(x.shape[0], 2)], -1)[:, 1:5],
+    "expand": lambda h, b, x: h + b.expand(x.shape[0], -1),
+    "bmm": lambda h, b, x: torch.bmm(h.unsqueeze(1), torch.outer(b, b).expand(len(x), 4, 4)).squeeze(1),
+    "view": lambda h, b, x: (h.view(len(x), 2, 2) * b[:2]).reshape(len(x), -1),
+    "own rows": lambda h, b, x: h[torch.arange(len(x)), x.argmax(-1)][:, None] * x,
+    "all rows": lambda h, b, x: h[: len(x)],
+    "layers": lambda h, b, x: h + torch.zeros(x.shape[0] * 2, 2, dtype=x.dtype).view(x.shape[0], 4),
+    "written": lambda h, b, x: torch.empty_like(h).copy_(b[None]) * h,
+}
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_as_many_rows_as_tokens_are_right(name, chunk):
+    program = df.derive(Body(SIZES[name]), rule=df.rules.SGD(lr=0.1), chunk=chunk)
+    x = rand(1, 11, 1, 4, seed=5).requires_grad_()
+    leaves = [x, *program.learner.parameters()]
+    found = [program(x, x.sin(), x.cos(), form=form, backend="eager")[0] for form in ("auto", "primal")]
+    gradients = [torch.autograd.grad(o.square().sum(), leaves, materialize_grads=True) for o in found]
+    for a, b in zip((found[0], *gradients[0]), (found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+calls = itertools.count(1)
+
+
+@pytest.mark.parametrize("number", [lambda: secrets.randbelow(1 << 40), time.perf_counter, lambda: next(calls)])
+def test_a_function_that_is_another_one_at_each_call_is_refused(number):
+    learner = nn.Linear(4, 4).double()
+    for options in ({}, {"prove": False}):
+        with pytest.raises(df.DerivationError, match="the learner is another function at each call"):
+            df.derive(Body(lambda h, b, x: h * number()), **options)
+        with pytest.raises(df.DerivationError, match="the objective is another function at each call"):
+            df.derive(learner, lambda p, v: (p - v).square().sum(-1) * number(), **options)
+
+
 # -- threads ------------------------------------------------------------------------------------------------------------
 
 
@@ -546,6 +686,123 @@ def test_first_calls_from_many_threads():
     for t in threads:
         t.join()
     assert [found[n] for n in range(8) if found[n] is not True and not bool(found[n] == True)] == []  # noqa: E712
+
+
+@contextmanager
+def held_elsewhere(hold):
+    """While another thread is inside `hold(wait)`, which calls `wait` in the midst of what it does."""
+    there, leave, errors = threading.Event(), threading.Event(), []
+
+    def wait():
+        there.set()
+        assert leave.wait(120)
+
+    def run():
+        try:
+            hold(wait)
+        except Exception as error:
+            errors.append(error)
+        there.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert there.wait(120)
+        assert not errors
+        yield
+    finally:
+        leave.set()
+        thread.join()
+    assert errors == []
+
+
+class Waits(nn.Module):
+    def __init__(self, wait):
+        super().__init__()
+        self.wait = wait
+
+    def forward(self, x):
+        self.wait()
+        return x * 2
+
+
+def flags(wait):
+    before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
+    try:
+        wait()
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
+
+
+def exporting(wait):
+    torch.export.export(Waits(wait), (torch.ones(2),), strict=False)
+
+
+def compiling(wait):
+    def backend(gm, inputs):
+        wait()
+        return gm
+
+    torch.compile(lambda x: x * 2, backend=backend, fullgraph=True)(torch.ones(2))
+
+
+def recording(wait):
+    record_as_called(lambda x: wait() or x * 2, ["x"], [torch.ones(2)])
+
+
+def proxies(wait):
+    make_fx(lambda x: wait() or x * 2, pre_dispatch=True)(torch.ones(2))
+
+
+@pytest.mark.parametrize("hold", [flags, exporting, compiling, recording, proxies])
+def test_what_another_thread_traces_changes_no_plain_call(hold):
+    learner = Scaled()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3)
+    layer = df.TestTimeTraining(8, 2, learner="linear", chunk=4).double()
+    x, y = rand(2, 7, 1, 4), rand(2, 7, 8)
+    program(x, x, x, backend="eager"), layer(y)
+    with held_elsewhere(hold):
+        assert not this_thread.compiles()
+        assert not this_thread.exports()
+        assert not this_thread.records()
+        learner.scale = 3.0
+        torch.testing.assert_close(program(x, x, x, backend="eager")[0], program(x, x, x, form="primal")[0])
+        assert allowed(None, 5, 5, 8, x.device) is None  # in a file for every length it is a mask
+        kept = checkpoints_for(512, 16, "auto", 8, 1 << 20)
+        shared = is_unobserved(x)
+    assert kept == checkpoints_for(512, 16, "auto", 8, 1 << 20)
+    assert shared
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(rand(4, 4, seed=3) / 2)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return torch.tanh(x @ self.W) * self.scale
+
+
+@pytest.mark.parametrize("hold", [recording, proxies])
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_trace_elsewhere_between_forward_and_backward(hold, part):
+    """Which rows are padded decides a call's layout: forward and backward must both see it."""
+    program = df.derive(Scaled(), rule=df.rules.SGD(lr=0.3, momentum=0.2), chunk=3)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0, 1]], dtype=torch.bool)
+
+    def gradients(around):
+        x = rand(2, 8, 1, 4).requires_grad_()
+        with around if part == "forward" else nullcontext():
+            o, state = program(x, x.sin(), x.cos(), mask=mask, backend="eager")
+        leaves = [x, *program.learner.parameters()]
+        with around if part == "backward" else nullcontext():
+            return torch.autograd.grad((o.square().sum() + state.anchor["W"].sum()), leaves)
+
+    expected = gradients(nullcontext())
+    for a, b in zip(gradients(held_elsewhere(hold)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 # -- the house ----------------------------------------------------------------------------------------------------------
@@ -588,9 +845,9 @@ def looks_at_user_code(tree):
 
 
 # The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and a trial of
-# its width (program). sites traces definitions of ops.
+# its width (front_door). spelling traces definitions of ops.
 APART = {"primal", "rules", "objectives", "front_door"}
-TRACERS = {"front_door": {"trace", "Twin"}, "sites": {"trace"}, "program": {"Twin"}}
+TRACERS = {"front_door": {"trace", "Twin"}, "spelling": {"trace"}, "program": {"Twin"}}
 
 
 def breaches(name, tree):

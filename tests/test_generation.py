@@ -9,8 +9,8 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 from dualform import testing as laws
 from dualform.kernels import launch
+from dualform.learning.backends import backend_of
 from dualform.learning.layer import TestTimeTraining
-from dualform.learning.plan import found
 from dualform.models import DualformConfig, DualformForCausalLM
 from dualform.models.state_file import load_state, save_state
 from dualform.train.data import byte_tokenizer
@@ -25,7 +25,7 @@ kinds = {
         "sliding_window": 5,
     },
 }
-cpp = found("cpp").whole
+cpp = backend_of("cpp").whole
 sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "chunk": 4, "initializer_range": 0.3}
 
 

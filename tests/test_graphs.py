@@ -24,7 +24,10 @@ from dualform.graphs.edit import (
 from dualform.graphs.kept import stop_gradient
 from dualform.graphs.simplify import tidy
 from dualform.graphs.verify import BrokenGraph, verified, verify
+from dualform.learning import batched
+from dualform.learning.batched import ROWS
 from dualform.learning.grid import Variant
+from dualform.shapes import TraceError
 
 aten = torch.ops.aten
 
@@ -172,3 +175,36 @@ def test_a_pass_that_is_right_is_let_through(monkeypatch):
     monkeypatch.setenv("DUALFORM_VERIFY", "1")
     gm = traced(lambda x: ((x.neg().neg()) * 1.0 + x.t().t(),), torch.randn(3, 3))
     assert sum(n.op == "call_function" for n in tidy(copied(gm)).graph.nodes) == 1
+
+
+@pytest.mark.parametrize("lost", [lambda n: n + 1, lambda n: n // 2, lambda n: ROWS * ROWS])
+def test_a_number_that_is_no_multiple_of_rows_is_refused(monkeypatch, lost):
+    """Numbers of rows are found again by what they are: what is none, and large, is not left to chance."""
+
+    def wrong(rows, gm, *rest):
+        made = own(rows, gm, *rest)
+        node = node_of(made, aten.expand.default)
+        node.args = (node.args[0], [lost(n) if n == ROWS else n for n in node.args[1]])
+        return made
+
+    gm = traced(lambda x, y: x + y.expand(3, 4).cumsum(0), torch.randn(3, 4), torch.randn(4))
+    own = batched._over
+    assert any(ROWS in n.meta["val"].shape for n in batched.mapped(gm, [False, False]).graph.nodes if n.op != "output")
+    monkeypatch.setattr(batched, "_over", wrong)
+    if lost(ROWS) > ROWS:
+        with pytest.raises(TraceError, match=r"aten.expand.default in a learner's step is mapped over rows"):
+            batched.mapped(gm, [False, False])
+    else:
+        monkeypatch.setenv("DUALFORM_VERIFY", "1")
+        with pytest.raises(BrokenGraph, match=r"mapped: .*expand.*expected multiples of both"):
+            batched.mapped(gm, [False, False])
+
+
+def test_a_number_that_only_looks_like_one_of_rows_is_caught(monkeypatch):
+    """A user's number that a multiple of ROWS happens to be would follow the rows: over another number of rows it stays."""
+    gm = traced(lambda x: (x * 2.0).narrow(0, 0, 2), torch.randn(3, 4))
+    monkeypatch.setattr(batched, "ROWS", 2)
+    monkeypatch.setattr(batched, "_without_rows", lambda gm: gm)
+    monkeypatch.setenv("DUALFORM_VERIFY", "1")
+    with pytest.raises(BrokenGraph, match=r"mapped: .*expected multiples of both"):
+        batched.mapped(gm, [False])

@@ -9,7 +9,7 @@ from test_laws_bite import bites
 import dualform as df
 from dualform import testing as laws
 from dualform.functions import head as head_module
-from dualform.functions.multilinear import Factor, Multilinear
+from dualform.functions.multilinear import Multilinear, WeightFactor
 from dualform.functions.reconciliations import Reconciliation
 
 
@@ -28,7 +28,7 @@ class Spoilt:
 
 def test_reconciliations_notice():
     real = df.reconciliations.low_rank(rank=1)
-    idle = Reconciliation(Multilinear("idle", (Factor("ia"), Factor("aj"), Factor("b")), rank=1))
+    idle = Reconciliation(Multilinear("idle", (WeightFactor("ia"), WeightFactor("aj"), WeightFactor("b")), rank=1))
     wrong = {
         "gradient": Spoilt(real, call=lambda w, n, D, c=None: real(w, n, D) * (torch.arange(D) > 0)),
         "apply": Spoilt(real, apply=lambda kappa, w, n: real.apply(kappa, w, n) if w.shape[0] != 10 else 2 * real.apply(kappa, w, n)),

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dualform as df
 from dualform.graphs.fingerprint import Fingerprint
-from dualform.graphs.spelled import differentiable_twice
-from dualform.learning.lookups import _index_put
+from dualform.ops.lookups import index_put
+from dualform.ops.spelled import differentiable_twice
 from dualform.shapes import ShapeError, TraceError
 from dualform.testing import agree, check_forms
 
@@ -47,7 +47,7 @@ def test_places_of_32_bits():
     """Where rows are wide, torch adds them at places of 64 bits only."""
     x, at, rows = torch.zeros(4, 48), torch.tensor([2, 0, 3, 0], dtype=torch.int32), torch.randn(4, 48)
     expected = torch.ops.aten.index_put(x, [at.long()], rows, True)
-    assert torch.equal(_index_put(x, [at], rows, True), expected)
+    assert torch.equal(index_put(x, [at], rows, True), expected)
     check_forms(program_of(lambda s, x: x @ s.W[s.places] + s.U[(x @ s.W).argmax(-1).int()]), time=5)
 
 

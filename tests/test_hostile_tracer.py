@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import random
+from random import choice
+
+import numpy as np
 import pytest
 import torch
+from numpy.random import normal
 from torch import Tensor
 
 import dualform as df
@@ -51,7 +57,13 @@ def _operators(x: Tensor) -> Tensor:
     return x * m
 
 
-@pytest.mark.parametrize("f", [_no_view, _views, _same_without_gradients, _operators])
+def _diagonal(x: Tensor) -> Tensor:
+    h = x[:, :3] * 2
+    torch.einsum("ii->i", h).mul_(5)
+    return h
+
+
+@pytest.mark.parametrize("f", [_no_view, _views, _same_without_gradients, _operators, _diagonal])
 def test_memory_is_shared_as_in_torch(f):
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(trace(f, x)(x), f(x))
@@ -64,10 +76,10 @@ def _split(x: Tensor) -> Tensor:
     return h
 
 
-def _diagonal(x: Tensor) -> Tensor:
-    h = x[:, :3] * 2
-    torch.einsum("ii->i", h).mul_(5)
-    return h
+def test_a_piece_may_be_written_to():
+    """In torch, too, where no gradient is asked for."""
+    x = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(trace(_split, x)(x), _split(x))
 
 
 def _data(x: Tensor) -> Tensor:
@@ -76,7 +88,7 @@ def _data(x: Tensor) -> Tensor:
     return h
 
 
-@pytest.mark.parametrize("f", [_split, _diagonal, _data])
+@pytest.mark.parametrize("f", [_data])
 def test_writes_that_cannot_be_followed_are_refused(f):
     with pytest.raises(TraceError, match=r"writes through|other memory"):
         trace(f, torch.randn(3, 4))
@@ -188,3 +200,391 @@ def test_a_learner_may_write_columns():
     q, k, v = torch.randn(3, 2, 7, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     got, expected = (program(q, k, v, form=form, backend="eager")[0] for form in ("auto", "primal"))
     torch.testing.assert_close(got, expected)
+
+
+# -- memory and numbers that no trace sees ---------------------------------------------------------------------------
+
+
+def _through_a_plain_one(x: Tensor) -> Tensor:
+    _TABLE.numpy()[0] = 7
+    return x * _TABLE
+
+
+def _in_place_of_numpy(x: Tensor) -> Tensor:
+    t = torch.ones(4, dtype=x.dtype)
+    a = t.numpy()
+    a += 3
+    return x * t
+
+
+def _by_a_function_of_numpy(x: Tensor) -> Tensor:
+    t = torch.ones(4, dtype=x.dtype)
+    np.put(t.numpy(), [0], [7])
+    return x * t
+
+
+def _after_a_look(x: Tensor) -> Tensor:
+    t = torch.ones(4, dtype=x.dtype)
+    a = t.numpy()
+    t[0] = 7
+    return x * float(a[0])
+
+
+def _with(f):
+    def run(x: Tensor) -> Tensor:
+        t = torch.ones(4, dtype=x.dtype)
+        f(t)
+        return x * t
+
+    return run
+
+
+_TABLE = torch.arange(4.0, dtype=torch.float64)
+_WRITES = {
+    "numpy": _with(lambda t: t.numpy().fill(7)),
+    "item of numpy": _with(lambda t: t.numpy().__setitem__(0, 7)),
+    "asarray": _with(lambda t: np.asarray(t).__setitem__(0, 7)),
+    "memoryview": _with(lambda t: memoryview(t.numpy()).__setitem__(0, 7.0)),
+    "forced": _with(lambda t: t.numpy(force=True).__setitem__(0, 7)),
+    "out": _with(lambda t: np.add(1, 1, out=t.numpy())),
+    "detached": _with(lambda t: t.detach().numpy().sort()),
+    "pointer": _with(lambda t: ctypes.memset(t.data_ptr(), 0, 8)),
+    "storage": _with(lambda t: t.untyped_storage().fill_(0)),
+    "dlpack": _with(lambda t: np.from_dlpack(t).__setitem__(0, 7)),
+    "dlpack of torch": _with(lambda t: torch.from_dlpack(t).zero_()),
+    "apply": _with(lambda t: t.apply_(lambda v: 7)),
+    "map": _with(lambda t: t.map_(t.clone(), lambda a, b: 7)),
+    "in place": _in_place_of_numpy,
+    "put": _by_a_function_of_numpy,
+    "a plain tensor": _through_a_plain_one,
+    "after a look": _after_a_look,
+}
+
+
+@pytest.mark.parametrize("name", _WRITES)
+def test_writes_past_torch_are_refused_by_line(name):
+    before = _TABLE.clone()
+    with pytest.raises(TraceError, match=r"\(test_hostile_tracer.py:\d+\)` (reaches|looks at) a tensor's memory"):
+        trace(_WRITES[name], torch.ones(4, dtype=torch.float64))
+    assert torch.equal(_TABLE, before)
+
+
+def test_numpy_may_look_and_copy():
+    def f(x: Tensor) -> Tensor:
+        t = torch.arange(4.0, dtype=x.dtype)
+        a, rows = t.clone().numpy().copy(), t.tolist()
+        a[0], rows[1] = 7, 5
+        t[2] = 1  # known still
+        return x * torch.from_numpy(a) + float(t.numpy().sum()) + torch.tensor(rows, dtype=x.dtype)
+
+    x = torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(trace(f, x)(x), f(x), rtol=0, atol=0)
+
+
+class _Drawing(torch.nn.Module):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.W = torch.nn.Parameter(torch.eye(4, dtype=torch.float64))
+        self.draw, self.own, self.rng = draw, random.Random(1), np.random.default_rng(2)
+        self.old, self.bits = np.random.RandomState(3), np.random.PCG64(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.relu if self.draw(self) else torch.tanh)(x @ self.W)
+
+    def states(self) -> list:
+        old = [s.get_state(legacy=False)["state"] for s in (self.old, np.random.mtrand._rand)]
+        whole = [self.own.getstate(), random.getstate(), self.rng.bit_generator.state, self.bits.state]
+        return [*whole, *((s["pos"], tuple(s["key"])) for s in old)]
+
+
+def _imported(_: object) -> int:
+    import random as chance  # where no global says it
+
+    return chance.choice([1, 1])
+
+
+_DRAWS = {
+    "random": lambda m: random.random() < 2,
+    "choice": lambda m: choice([True, True]),
+    "imported": _imported,
+    "numpy": lambda m: np.random.randint(0, 9) < 10,
+    "a function of numpy": lambda m: normal() < 99,
+    "own": lambda m: m.own.gauss(0, 1) < 99,
+    "own of numpy": lambda m: m.rng.normal() < 99,
+    "own old": lambda m: m.old.rand() < 2,
+    "bits": lambda m: m.bits.random_raw() >= 0,
+    "shuffled": lambda m: not m.own.shuffle([1, 2]),
+}
+
+
+@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("name", _DRAWS)
+def test_random_numbers_of_python_and_numpy_are_refused_by_line(name, prove):
+    """Whatever comes of them, and the generators are left as they were."""
+    learner = _Drawing(_DRAWS[name])
+    before = learner.states()
+    with pytest.raises(TraceError, match=r"\(test_hostile_tracer.py:\d+\)` is random; expected"):
+        df.derive(learner, chunk=4, prove=prove)
+    assert learner.states() == before
+    plain = torch.nn.Linear(4, 4).double()
+    with pytest.raises(TraceError, match="is random; expected"):
+        df.derive(plain, lambda p, v: (p - v).square().sum(-1) * (2.0 if learner.draw(learner) else 1.0), prove=prove)
+    assert learner.states() == before
+
+
+def test_random_numbers_in_a_derivative_are_refused():
+    with pytest.raises(TraceError, match="is random; expected"):
+        df.jacobian(lambda x: x * choice([1.0, 1.0]), torch.ones(3)).dense()
+
+
+def test_a_generator_that_is_not_drawn_from_is_no_matter():
+    learner = _Drawing(lambda m: m.training or random.random() < 2)
+    program, x = df.derive(learner, chunk=4), torch.randn(1, 6, 1, 4, dtype=torch.float64)
+    torch.testing.assert_close(program(x, x, x, backend="eager")[0], program(x, x, x, form="primal")[0])
+
+
+# -- written in place, read by value, laid out ------------------------------------------------------------------------
+
+
+def _scaled(h, s):
+    h[h < 0] *= 0.1
+    return h
+
+
+def _two_masks(h, s):
+    h[h < 0] = h[h < 0] * 0.5
+    h[h > 1] += s.b.sum()
+    return h
+
+
+def _log_where_it_is(h, s):
+    m = h > 0
+    h[m] = h[m].log().clamp(max=1.0)
+    return h
+
+
+def _of_another(h, s):
+    m, y = h < 0, (h * 1).sin()
+    h[m] = y[m].exp()
+    h[~m] -= 1
+    return h
+
+
+def _both_masks(h, s):
+    m = (h < 0) & s.some
+    m |= h > 1
+    h[m] = -h[m]
+    return h
+
+
+def _rows(h, s):
+    m = h.sum(-1) > 0
+    h[m] = h[m] * s.b
+    return h
+
+
+def _view(of):
+    """Write through a view."""
+
+    def body(h, s):
+        h, M = h * 1, s.W * 1
+        of(h, M)
+        return h @ M
+
+    return body
+
+
+def _constant(of):
+    return lambda h, s: h * float(of(s))
+
+
+def _zeros(write):
+    t = torch.zeros(4, dtype=torch.float64)
+    write(t)
+    return t
+
+
+def _counted(s):
+    n, t = 0, torch.zeros((), dtype=torch.int64)
+    for k in range(3):
+        t += k
+        n += int(t > 1)
+    return n
+
+
+def _before_and_after(s):
+    t = torch.full((2,), 0.25)
+    u = t * 2
+    t.mul_(3)
+    return u.sum() + t.max()
+
+
+def _filled_mask(h, s):
+    m = torch.zeros(4, dtype=torch.bool)
+    m[1] = True
+    m[3:] = True
+    return h[:, m].repeat(1, 2)
+
+
+def _filled(value, dim=1, places=(0, 2)):
+    def body(h, s):
+        h.index_fill_(dim, torch.tensor(places), value(s))
+        return h
+
+    return body
+
+
+def _never(write):
+    def body(h, s):
+        write(h, s.never)
+        return h
+
+    return body
+
+
+def _complex_halves(h, s):
+    c = torch.complex(h[:, :2], h[:, 2:])
+    c.real.mul_(2)
+    torch.view_as_real(c)[..., 1].mul_(s.b[0])
+    return torch.cat([c.real, c.imag], -1)
+
+
+def _as_complex(h, s):
+    r = torch.stack([h, h.sin()], -1)
+    torch.view_as_complex(r).mul_(2)
+    return r.sum(-1)
+
+
+_last = torch.channels_last
+_LEARNERS = {
+    "masked, scaled": _scaled,
+    "masked, twice": _two_masks,
+    "masked, a logarithm": _log_where_it_is,
+    "masked, of another": _of_another,
+    "masked, both": _both_masks,
+    "masked, rows": _rows,
+    "diagonal": _view(lambda h, M: M.fill_diagonal_(0)),
+    "diagonal of one": _view(lambda h, M: torch.diagonal(M, 1).mul_(2)),
+    "diagonal of a mask": lambda h, s: h @ (s.W * torch.ones(4, 4, dtype=torch.bool).fill_diagonal_(False)),
+    "diagonal of cubes": lambda h, s: h @ (s.W.reshape(1, 4, 4) * torch.ones(4, 4, 4).fill_diagonal_(0.5)).sum(0),
+    "diagonal that wraps": lambda h, s: h @ torch.cat([s.W, s.W]).mul(1).fill_diagonal_(1.0, wrap=True)[5:7].repeat(2, 1),
+    "einsum": _view(lambda h, M: torch.einsum("bi->ib", h).mul_(2)),
+    "einsum of a diagonal": _view(lambda h, M: torch.einsum("ii->i", M).zero_()),
+    "unfold": _view(lambda h, M: h.unfold(1, 2, 2).mul_(3)),
+    "part of unfold": _view(lambda h, M: h.unfold(1, 2, 2)[:, 0].mul_(3)),
+    "as_strided": _view(lambda h, M: M.as_strided((4,), (5,)).mul_(2)),
+    "rows of as_strided": _view(lambda h, M: M.as_strided((2, 4), (8, 1)).mul_(2)),
+    "as_strided after a write": lambda h, s: h @ torch.addcmul(s.W, s.W, s.W).t().mul_(2).as_strided((4, 4), (4, 1)),
+    "complex halves": _complex_halves,
+    "complex": _as_complex,
+    "never, read": lambda h, s: h + h[:, s.never].sum(-1, keepdim=True),
+    "never, joined": lambda h, s: torch.cat([h[:, s.never], h], -1),
+    "never, a product": lambda h, s: h * h[:, s.never].prod(-1, keepdim=True),
+    "never, nothing": lambda h, s: torch.cat([h, h[:, :0]], -1),
+    "never, selected": lambda h, s: h + s.b.masked_select(s.never).sum(),
+    "never, written": _never(lambda h, m: h.__setitem__((slice(None), m), 5.0)),
+    "never, scaled": _never(lambda h, m: h.__setitem__((slice(None), m), h[:, m] * 5.0)),
+    "never, added": lambda h, s: h.index_add(1, s.never.nonzero()[:, 0], h[:, s.never]),
+    "repeated": lambda h, s: h * torch.repeat_interleave(s.b[:2], torch.tensor([1, 3])),
+    "repeated, a table": lambda h, s: h * s.table.repeat_interleave(2)[:4],
+    "repeated, columns": lambda h, s: torch.repeat_interleave(h[:, :2], torch.tensor([1, 3]), dim=1),
+    "repeated, by a buffer": lambda h, s: h[:, :2].repeat_interleave(2 * s.some.long()[:2] + 1, dim=-1),
+    "repeated, places": lambda h, s: h * s.table[torch.repeat_interleave(torch.tensor([1, 3]))],
+    "repeated, of a size": lambda h, s: h.repeat_interleave(torch.tensor([1, 0, 2, 1]), dim=-1, output_size=4),
+    "written, an entry": _constant(lambda s: _zeros(lambda t: t.__setitem__(0, 0.5))[0].item()),
+    "written, all": _constant(lambda s: _zeros(lambda t: t.fill_(0.3)).sum()),
+    "written, twice": _constant(lambda s: _zeros(lambda t: t.add_(0.1).mul_(2)).sum().item()),
+    "written, copied": _constant(lambda s: _zeros(lambda t: t.copy_(s.table)).max() / 3),
+    "written, counted": _constant(_counted),
+    "written, before and after": _constant(_before_and_after),
+    "written, a mask": _filled_mask,
+    "filled, a weight": _filled(lambda s: s.b[0]),
+    "filled, a tensor": _filled(lambda s: torch.tensor(0.5, dtype=torch.float64)),
+    "filled, a number": _filled(lambda s: 0.5, -1, (1,)),
+    "remainder": lambda h, s: torch.remainder(h, 0.7) + torch.fmod(h, 0.4),
+    "first a number": lambda h, s: torch.where(h > 0, 1.0, h) + torch.pow(2, h) + torch.rsub(h, 2.0) + 3.0 / (2 + h.sin()),
+    "channels last": lambda h, s: h.view(-1, 1, 2, 2).contiguous(memory_format=_last).flatten(1),
+    "channels last, to": lambda h, s: (h.view(-1, 2, 2, 1).to(memory_format=_last) * 2).reshape(-1, 4),
+    "channels last, copied": lambda h, s: h.view(-1, 2, 1, 2).clone(memory_format=_last).permute(0, 2, 3, 1).reshape(-1, 4),
+    "channels last, empty": lambda h, s: torch.empty_like(h.view(-1, 2, 1, 2), memory_format=_last).copy_(h.view(-1, 2, 1, 2)).flatten(1),
+    "channels last, weights": lambda h, s: (s.W.view(1, 4, 2, 2).to(memory_format=_last) * h.view(-1, 4, 1, 1)).sum((2, 3)),
+}  # fmt: skip
+
+
+class _Learner(torch.nn.Module):
+    def __init__(self, body) -> None:
+        super().__init__()
+        seeded = torch.Generator().manual_seed(0)
+        self.W = torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64, generator=seeded) / 2)
+        self.b = torch.nn.Parameter(torch.randn(4, dtype=torch.float64, generator=seeded))
+        self.register_buffer("never", torch.zeros(4, dtype=torch.bool))
+        self.register_buffer("some", torch.tensor([True, False, True, False]))
+        self.register_buffer("table", torch.arange(4.0, dtype=torch.float64))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(torch.tanh(x @ self.W) * 1, self)
+
+
+def _by_hand(learner, x: Tensor, lr: float, chunk: int) -> Tensor:
+    """The recurrence: q, k, v = x, sin x, cos x, one head, one row."""
+    named = dict(learner.named_parameters())
+    anchor = theta = dict(named.items())
+    total, outputs = {n: torch.zeros_like(p) for n, p in named.items()}, []
+    for t in range(x.shape[0]):
+        k, v = x[t].sin(), x[t].cos()
+        loss = (torch.func.functional_call(learner, anchor, (k[None],))[0] - v).square().sum() / 2
+        found = torch.autograd.grad(loss, list(anchor.values()), create_graph=True, materialize_grads=True)
+        total = {n: s + g for (n, s), g in zip(total.items(), found, strict=True)}
+        theta = {n: anchor[n] - lr * total[n] for n in named}
+        outputs.append(torch.func.functional_call(learner, theta, (x[t][None],))[0])
+        if (t + 1) % chunk == 0:
+            anchor, total = theta, {n: torch.zeros_like(p) for n, p in named.items()}
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("name", _LEARNERS)
+def test_a_learner_that_writes_reads_and_lays_out_is_the_recurrence(name):
+    learner = _Learner(_LEARNERS[name])
+    program = df.derive(learner, df.objectives.Squared(), rule=df.rules.SGD(lr=0.05), chunk=3)
+    x = torch.randn(1, 7, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    leaves = [x, *learner.parameters()]
+    results = program(x, x.sin(), x.cos(), backend="eager")[0][0, :, 0], _by_hand(learner, x[0, :, 0], 0.05, 3)
+    slopes = [torch.autograd.grad(o.sin().sum(), leaves, materialize_grads=True) for o in results]
+    for a, b in zip((results[0], *slopes[0]), (results[1], *slopes[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+_REFUSED = {
+    "a sum of picked": lambda h, s: h + h[h < 0].sum(),
+    "how many are picked": lambda h, s: h * h[h < 0].shape[0],
+    "a size of picked": lambda h, s: h * len(h[h < 0]),
+    "picked under another mask": lambda h, s: h.index_put((h > 0.1,), h[h > 0]),
+    "a mask that was written": lambda h, s: _changed_mask(h),
+    "a tensor that was written": lambda h, s: _changed_entries(h),
+    "picked, joined": lambda h, s: torch.cat([h[h < 0], h[h > 0]]).reshape(h.shape),
+    "picked, sorted": lambda h, s: h + h[h < 0].sort().values[0],
+    "picked, and a row": lambda h, s: h + (h[h < 0] * s.b).sum(),
+}
+
+
+def _changed_mask(h):
+    m = h < 0
+    picked = h[m]
+    m.logical_not_()
+    h[m] = picked
+    return h
+
+
+def _changed_entries(h):
+    picked = h[h < 0]
+    h.neg_()
+    h[h < 0] = picked
+    return h
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_so_many_entries_as_a_mask_picks_are_no_size(name):
+    learner = _Learner(_REFUSED[name])
+    with pytest.raises(TraceError, match="reads a tensor's values"):
+        trace(lambda x: learner(x), torch.randn(3, 4, dtype=torch.float64))

@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
+from dualform.graphs.edit import only_outputs
 from dualform.graphs.split import split
-from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, ops, report, sharing, targets
-from dualform.learning.derive import only_outputs
+from dualform.kernels import backend, cpp_rows, cpp_slices, cpp_text, launch, lowering, report, sharing, targets
 from dualform.learning.plan import Input
+from dualform.ops.table import ENTRIES, find_row, kind_of
 from dualform.testing import LawBroken, check_backend
 
 squared = df.objectives.Squared()
@@ -117,20 +118,20 @@ def test_every_row(dtype):
     gm, got, expected = both_ways(dtype)
     laws.agree("entries", got, expected)
     lowered = [n for n in lowering.lowered(gm).graph.nodes if n.op == "call_function"]
-    texts = {ops.MAPS[n.target](n)[0] for n in lowered if n.target in ops.MAPS}
-    assert set(cpp_text.ENTRIES) - texts == set()
+    texts = {find_row(n.target).spelt(n)[0] for n in lowered if kind_of(n.target) == "map"}
+    assert set(ENTRIES) - texts == set()
 
 
 @pytest.mark.parametrize("text", ["tanh", "sub", "tril"])
 def test_a_wrong_row_is_found(text, monkeypatch):
-    monkeypatch.setitem(cpp_text.ENTRIES, text, "T(1.001) * (" + cpp_text.ENTRIES[text] + ")")
+    monkeypatch.setitem(ENTRIES, text, replace(ENTRIES[text], cpp=f"T(1.001) * ({ENTRIES[text].cpp})"))
     _, got, expected = both_ways(DOUBLE)
     with pytest.raises(AssertionError):
         laws.agree("entries", got, expected)
 
 
 def test_the_law_bites(monkeypatch):
-    monkeypatch.setitem(cpp_text.ENTRIES, "neg", "T(-1.001) * {0}")
+    monkeypatch.setitem(ENTRIES, "neg", replace(ENTRIES["neg"], cpp="T(-1.001) * {0}"))
     with pytest.raises(LawBroken, match="cpp"):
         check_backend(of(built_in[3], squared, "sgd", 3), "cpp", time=3)
 
@@ -281,7 +282,11 @@ def test_slices_beside_each_other(n, sliced):
     learner, aim, rule = learned[n % len(learned)], aims[n % len(aims)], names[n % len(names)]
     program = of(learner, aim, rule, 2)
     laws.check_backend(program, "cpp", batch=1, time=15, carried=n % 2 == 0, seed=n)
-    assert any(made.native.slices for plan in program.plans.values() for made in plan.natives.values())
+    assert any(
+        made.native.slices
+        for plan in program.plans.values()
+        for made in plan.natives.of(backend.Compiled).functions.values()
+    )
 
 
 def test_slices_with_resets_and_padding(sliced):
@@ -321,7 +326,11 @@ def test_neither_slices_nor_threads_change_a_bit(dtype, monkeypatch):
             found.append(laws.outcome(problem, partial(problem.run, "auto", backend="cpp")))
     finally:
         torch.set_num_threads(before)
-    assert {made.native.slices for plan in program.plans.values() for made in plan.natives.values()} == {False, True}
+    assert {
+        made.native.slices
+        for plan in program.plans.values()
+        for made in plan.natives.of(backend.Compiled).functions.values()
+    } == {False, True}
     assert all(torch.equal(x, other[name]) for name, x in found[0].items() for other in found[1:])
 
 
@@ -387,14 +396,14 @@ def test_single_tokens_repay_compiling(monkeypatch):
     monkeypatch.setattr(backend, "TOKENS_WORTH_COMPILING", 2)
     program = of(built_in[0], squared, "momentum", 5, dim=8)
     plan, x = program.plan(8, DOUBLE, "auto"), torch.randn(2, 1, 1, 8, dtype=DOUBLE)
-    plan.natives.clear()
-    plan.counts.clear()
+    plan.natives.made.clear()
+    plan.natives.tokens = 0
     with torch.no_grad():
         _, state = program(x, x, x)  # counts, too
-        plan.counts.clear()
+        plan.natives.tokens = 0
         for made in (False, False, True):
             _, state = program(x, x, x, state=state)
-            assert bool(plan.natives) == made
+            assert bool(plan.natives.of(backend.Compiled).functions) == made
 
 
 def test_two_calls_are_one():

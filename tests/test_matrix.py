@@ -1,7 +1,9 @@
 """The table of versions is what was seen, and its rows are what the package says it stands on."""
 
 import json
+import re
 import sys
+import tomllib
 
 import matrix
 import pytest
@@ -23,6 +25,17 @@ def test_rows_are_read_from_what_the_package_asks_for():
     assert set(matrix.floors()) == set(matrix.WATCHED)
     for name in matrix.CORE:
         assert (matrix.ROOT / "tests" / f"test_{name}.py").exists()
+
+
+def test_no_extra_asks_for_more_than_another():
+    """A build of torch brings its own triton, by its exact version: a higher floor in one extra leaves no environment."""
+    project = tomllib.loads((matrix.ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    floors: dict[str, set[str]] = {}
+    for line in asked:
+        name, floor = re.match(r"([\w-]+)(?:\[\w+\])?(.*)", line).groups()
+        floors.setdefault(name, set()).add(floor)
+    assert {name: found for name, found in floors.items() if len(found) > 1} == {}
 
 
 def test_a_row_takes_the_place_of_the_one_with_its_versions(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ from torch import nn
 
 import dualform as df
 from dualform import testing as laws
-from dualform.learning.derive import identifier, names_of
+from dualform.explanations.python_text import statement
+from dualform.graphs.trace import trace
+from dualform.learning.printer import identifier, names_of
 
 odd = [
     "a.w", "a_w", "0.weight", "q", "k", "v", "lr", "i", "o", "C", "x", "th", "torch", "mini_batch", "lambda", "None", "R", "R_q",
@@ -126,3 +128,18 @@ def test_identifiers_are_apart():
     for name in found:
         tree = ast.parse(f"{name} = 1").body[0]
         assert tree.targets[0].id == name
+
+
+@pytest.mark.parametrize(
+    "f",
+    [lambda x: torch.pow(-2.0, x), lambda x: x.sum(0, keepdim=True), lambda x: (x == 1) | (x != x), lambda x: -x.T @ x, lambda x: torch.square(x).sum()],
+)  # fmt: skip
+def test_a_statement_runs_and_gives_what_its_op_gives(f):
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    graph = trace(f, x).graph
+    names = {node: node.name for node in graph.nodes}
+    lines = [f"{node.name} = {statement(node, names)}" for node in graph.nodes if node.op == "call_function"]
+    held = {"torch": torch, names[next(iter(graph.nodes))]: x}
+    exec("\n".join(lines), held)
+    (last,) = (n for n in next(iter(reversed(graph.nodes))).all_input_nodes)
+    assert torch.equal(held[last.name], f(x)), lines

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualform as df
 from dualform import testing as laws
-from dualform.learning.derive import names_of
+from dualform.learning.printer import names_of
 
 DOUBLE = torch.float64
 SGD, Squared = df.rules.SGD, df.objectives.Squared

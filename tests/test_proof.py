@@ -123,6 +123,42 @@ def test_a_fault_of_ragged_blocks_alone_is_found(monkeypatch):
         df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("row", "head"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_fault_of_any_row_and_head_is_found(monkeypatch, row, head, ragged):
+    """The definition follows half of them to the end: the first tokens of the others tell."""
+    real, wrong = proving.Problem.run, []
+
+    def run(self, program, form, **options):
+        o, state = real(self, program, form, **options)
+        if form == "primal" or (self.mask is not None) != ragged:
+            return o, state
+        wrong.append(o := o.clone())
+        o[row, :, head] *= 1 + 1e-6
+        return o, state
+
+    monkeypatch.setattr(proving.Problem, "run", run)
+    with pytest.raises(df.DerivationError, match="differ in"):
+        df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
+    assert wrong
+
+
+def test_what_differs_where_the_definition_was_followed_is_followed_to_the_end(monkeypatch):
+    seen, real = [], proving.Problem.defined
+    monkeypatch.setattr(
+        proving.Problem, "defined", lambda self, program: seen.append(dict(self.reach)) or real(self, program)
+    )
+    assert df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof.error < 1e-12
+    assert len(seen) == 2
+    assert [sorted(n.values()) for n in seen] == [[2, 2, 4, 6], [4, 4, 7, 7]]
+    forget(monkeypatch)
+    plant(monkeypatch, lambda real, self, *args: 1.001 * real(self, *args))
+    seen.clear()
+    with pytest.raises(df.DerivationError, match="differ in"):
+        df.derive(Net(), rule=df.rules.SGD(lr=0.2), chunk=3)
+    assert [*seen[-1].values()] == [6] * 4
+
+
 def test_it_is_remembered_on_disk_and_proved_again_where_that_cannot_be_read(monkeypatch, tmp_path):
     first = df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof
     (file,) = (tmp_path / "proofs").glob("*.json")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dualform.cli import main
 from dualform.models import DualformConfig, DualformForCausalLM
-from dualform.train.loop import WatchedTrainer, train
 from dualform.train.run import claim, damage, expect_only_a_run, newest_whole, remove_run, steps
 from dualform.train.settings import Settings, SettingsError
+from dualform.train.training import WatchedTrainer, train
 
 small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 # 11 batches an epoch, the last one of one row; lines of the log tell of two steps, and most checkpoints part such a pair.
@@ -326,7 +326,7 @@ def test_without_a_whole_one_each_is_named_and_nothing_is_touched(capfd, run):
 
 SERVER = """
 import json, os, random, signal, sys, time
-from dualform.train.loop import train
+from dualform.train.training import train
 from dualform.train.settings import Settings
 
 def child(job):

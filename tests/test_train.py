@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from dualform.models import DualformConfig, DualformForCausalLM
-from dualform.train import loop
+from dualform.train import training
 from dualform.train.data import (
     BEGIN,
     END,
@@ -26,9 +26,9 @@ from dualform.train.data import (
     load_corpus,
     plain_text,
 )
-from dualform.train.loop import TrainingDiverged, WatchedTrainer, train
 from dualform.train.metrics import baselines, evaluate, plot_loss_by_position, smoothed, terminal_plot
 from dualform.train.settings import Settings, SettingsError, resolve
+from dualform.train.training import TrainingDiverged, WatchedTrainer, train
 from dualform.train.warmup import set_rate_scale
 
 small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -298,7 +298,7 @@ def test_the_inner_rate_warms_up_and_ends_at_its_own(tmp_path, text):
 
     chosen = {"preset": "tiny-ttt-linear", "rate_start": 0.25, "rate_warmup_steps": 3, "model": {**small, "chunk": 4}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.WatchedTrainer, "__init__", add_callback(Watch()))
+        patch.setattr(training.WatchedTrainer, "__init__", add_callback(Watch()))
         outcome = train(settings(tmp_path, text, **chosen), quiet=True)
     assert seen == [[0.25], [0.5], [0.75], [1.0]]
     assert float(outcome.model.model.layers[0].mixer.rate_scale) == 1.0

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import triton_backend, triton_launch, triton_ops
+from dualform.kernels import triton_backend, triton_launch
 from dualform.kernels.lowering import lowered
-from dualform.kernels.ops import MAPS
 from dualform.kernels.targets import Target
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_schedule import Direction
@@ -25,6 +25,7 @@ from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import BackendError
 from dualform.learning.grid import Variant
 from dualform.learning.plan import Input
+from dualform.ops.table import ENTRIES, find_row, kind_of
 from dualform.testing import LawBroken, check_backend
 
 # The interpreter is numpy, which warns of 1 / 0 in entries beyond a tile's edge.
@@ -83,7 +84,7 @@ def value_of(f, dtype=DOUBLE):
     given = {"x": x, "y": y}
     tensors = [o if a.role == "o" else given[a.what.name][None, None, None] for a in kernel.arguments]
     triton_launch.run(kernel, tensors, 1, 1, 1, (1, 1, 1, 0), Launch())
-    rows = {MAPS[n.target](n)[0] for n in gm.graph.nodes if n.op == "call_function" and n.target in MAPS}
+    rows = {find_row(n.target).spelt(n)[0] for n in gm.graph.nodes if kind_of(n.target) == "map"}
     return o[0, 0, 0], torch.broadcast_to(f(x, y), (3, 5)).to(dtype), rows
 
 
@@ -107,7 +108,7 @@ def test_every_map(every_map):
     for k, (got, expected, rows) in enumerate(every_map):
         laws.agree(f"map {k}", got, expected)
         found |= rows
-    assert set(triton_ops.TEXT) - found == set()
+    assert {name for name, entry in ENTRIES.items() if entry.triton} - found == set()
 
 
 def test_other_ops(monkeypatch):
@@ -120,7 +121,7 @@ def test_other_ops(monkeypatch):
 
 @pytest.mark.parametrize("row", ["tanh", "sub"])
 def test_a_wrong_row_is_found(row, monkeypatch):
-    monkeypatch.setitem(triton_ops.TEXT, row, f"1.001 * ({triton_ops.TEXT[row]})")
+    monkeypatch.setitem(ENTRIES, row, replace(ENTRIES[row], triton=f"1.001 * ({ENTRIES[row].triton})"))
     got, expected, _ = value_of(lambda x, y: x.tanh() - y)
     with pytest.raises(LawBroken):
         laws.agree("a map", got, expected)
@@ -250,7 +251,7 @@ def test_calls_of_one_shape_run_from_a_tape():
         for a, b in zip(*sides, strict=True):
             assert (a - b).double().norm() <= 1e-10 * b.double().norm()
     plan = program.plan(4, DOUBLE, "auto")
-    assert [type(x).__name__ for x in plan.natives["tapes"].values()] == ["Tape", "Tape"]
+    assert [type(x).__name__ for x in plan.natives.of(triton_backend.Compiled).tapes.values()] == ["Tape", "Tape"]
     same = program(x[0], x[0], x[2], backend="triton")[0]
     assert (same - program(x[0], x[0], x[2], backend="eager")[0]).abs().max() < 1e-10
 
@@ -263,9 +264,9 @@ def test_wrong_code_is_refused_at_every_call(monkeypatch, tmp_path):
     x = torch.randn(1, 5, 1, 4)
     program(x, x, x, backend="triton")
     plan = program.plan(4, torch.float32, "auto")
-    assert [json.loads(key[0].partition(" ")[2]) for key in plan.checked] == [{"slices": False}]
-    plan.natives.clear()
-    plan.checked.clear()
+    assert [json.loads(key[0].partition(" ")[2]) for key in plan.natives.checked] == [{"slices": False}]
+    plan.natives.made.clear()
+    plan.natives.checked.clear()
     for path in (tmp_path / "proofs").iterdir():
         path.unlink()
     monkeypatch.setitem(triton_ops.TEXT, "rsqrt", "1.01 * tl.rsqrt({0})")
@@ -275,7 +276,7 @@ def test_wrong_code_is_refused_at_every_call(monkeypatch, tmp_path):
 
 
 def test_the_law_bites(monkeypatch):
-    monkeypatch.setitem(triton_ops.TEXT, "neg", "-1.001 * {0}")
+    monkeypatch.setitem(ENTRIES, "neg", replace(ENTRIES["neg"], triton="-1.001 * {0}"))
     with pytest.raises(LawBroken, match="triton"):
         check_backend(of(built_in[6], shifted, "averaged", 3), "triton", time=6)
 

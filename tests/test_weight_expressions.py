@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import dualform as df
-from dualform.learning.lookups import _index, _index_put
+from dualform.ops import lookups
 from dualform.testing import check_forms, check_static
 
 D = 4
@@ -350,10 +350,10 @@ def test_reads_and_writes_at_places_are_torch_s():
         [None, places(4, 2, 1), places(5, 3)], [None, None, places(5)], [places(3, 2), places(4, 1), places(5, 2)],
     ):  # fmt: skip
         found = torch.ops.aten.index(x, index)
-        assert torch.equal(_index(x, index), found)
+        assert torch.equal(lookups.index(x, index), found)
         for values in (torch.randn(found.shape, generator=g, dtype=x.dtype), found[..., :1], found.new_tensor(math.pi)):
             args = (x, index, values, True)
-            torch.testing.assert_close(_index_put(*args), torch.ops.aten.index_put(*args))
+            torch.testing.assert_close(lookups.index_put(*args), torch.ops.aten.index_put(*args))
         assert torch.equal(
-            _index_put(x, index, x.new_tensor(2.0)), torch.ops.aten.index_put(x, index, x.new_tensor(2.0))
+            lookups.index_put(x, index, x.new_tensor(2.0)), torch.ops.aten.index_put(x, index, x.new_tensor(2.0))
         )

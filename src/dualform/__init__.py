@@ -43,16 +43,12 @@ __version__ = "0.1.0"
 
 # Names that need more than the core: where each is, and the extra that brings what it needs.
 _with_extras = {
-    "DualformConfig": ("dualform.models", "models"),
-    "DualformForCausalLM": ("dualform.models", "models"),
+    "DualformConfig": ("dualform.models", "models"), "DualformForCausalLM": ("dualform.models", "models"),
     "DualformForSequenceClassification": ("dualform.models", "models"),
-    "DualformForTokenClassification": ("dualform.models", "models"),
-    "DualformModel": ("dualform.models", "models"),
-    "RPNClassifier": ("dualform.models.tabular", "sklearn"),
-    "RPNRegressor": ("dualform.models.tabular", "sklearn"),
-    "models": ("dualform.models", "models"),
-    "presets": ("dualform.models", "models"),
-}
+    "DualformForTokenClassification": ("dualform.models", "models"), "DualformModel": ("dualform.models", "models"),
+    "RPNClassifier": ("dualform.models.tabular", "sklearn"), "RPNRegressor": ("dualform.models.tabular", "sklearn"),
+    "models": ("dualform.models", "models"), "presets": ("dualform.models", "models"),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -76,44 +72,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Bound",
-    "Catalogue",
-    "CatalogueError",
-    "ChunkProgram",
-    "DerivationError",
-    "Derivative",
-    "DualformConfig",
-    "DualformForCausalLM",
-    "DualformForSequenceClassification",
-    "DualformForTokenClassification",
-    "DualformModel",
-    "Explanation",
-    "Head",
-    "LayerState",
-    "RPNClassifier",
-    "RPNRegressor",
-    "Rule",
-    "ShapeError",
-    "State",
-    "Step",
-    "TestTimeTraining",
-    "TraceError",
-    "__version__",
-    "backends",
-    "compressions",
-    "derive",
-    "expansions",
-    "explain",
-    "functions",
-    "fusions",
-    "hessian",
-    "interdependences",
-    "jacobian",
-    "learners",
-    "models",
-    "objectives",
-    "presets",
-    "reconciliations",
-    "remainders",
-    "rules",
-]
+    "Bound", "Catalogue", "CatalogueError", "ChunkProgram", "DerivationError", "Derivative", "DualformConfig",
+    "DualformForCausalLM", "DualformForSequenceClassification", "DualformForTokenClassification", "DualformModel",
+    "Explanation", "Head", "LayerState", "RPNClassifier", "RPNRegressor", "Rule", "ShapeError", "State", "Step",
+    "TestTimeTraining", "TraceError", "__version__", "backends", "compressions", "derive", "expansions", "explain",
+    "functions", "fusions", "hessian", "interdependences", "jacobian", "learners", "models", "objectives", "presets",
+    "reconciliations", "remainders", "rules",
+]  # fmt: skip

@@ -72,7 +72,8 @@ def expect(
         ValueError: train: max_steps is True; expected a value of type int. Change it.
     """
     plain = (int, float) if hint is float else (hint,) if hint in (bool, int, str) else ()
-    if hint is Any or (type(value) in plain and (hint is str or abs(value) < 1e300)):
+    is_named = get_origin(hint) is Literal and (type(value), value) in [(type(x), x) for x in get_args(hint)]
+    if hint is Any or is_named or (type(value) in plain and (hint is str or abs(value) < 1e300)):
         return
     from pydantic import ValidationError  # a tenth of a second, and most values are plainly right
 

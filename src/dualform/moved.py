@@ -14,23 +14,28 @@ _MOVES = {
         "ops": (
             "table examples rows_attention>attention rows_fourier>fourier rows_index>indexing "
             "rows_linalg>linalg rows_norms>norms rows_pointwise>pointwise rows_products>products "
-            "rows_reductions>reductions rows_views>views rows_windows>windows"
+            "rows_reductions>reductions rows_views>views rows_windows>windows spelled"
         ),
         "graphs": (
-            "trace functional>functionalize normal>single_results pairs>complex_pairs spelled definitions "
+            "trace functional>functionalize normal>single_results pairs>complex_pairs definitions "
             "rules>local_rules program>local_derivatives fingerprint rewriting identities "
             "linear>straight_line recorder twin casts custom kept rows_kept>kept_derivative"
         ),
         "explanations": (
-            "story>account chain>chain_rule elimination>deltas wording explain page>html code>torch_code "
+            "story>account chain>chain_rule elimination>deltas wording explain>explanation page>html code>torch_code "
             "composition reference>op_table"
         ),
         "calculus": "slips>mistakes sites>per_sample",
     },
+    "explanations": {"explanations": "explain>explanation"},
+    "functions": {"functions": "blocks>in_blocks products>attribute_products"},
     "learning": {
         "graphs": "fission>split norms>whole_norms regroup simplify",
-        "learning": "pieces>flat_leaves",
+        "learning": "pieces>flat_leaves scan>op",
+        "ops": "lookups",
     },
+    "graphs": {"ops": "spelled"},
+    "kernels": {"ops": "picking"},
 }
 
 

@@ -196,7 +196,7 @@ def test_auto_takes_it_and_says_so(monkeypatch, tmp_path):
     o, _ = called(program, x, "auto")
     o.float().sum().backward()
     plan = program.plan(64, torch.float32, "auto")
-    assert any(key[0].startswith("triton") for key in plan.checked)
+    assert any(key[0].startswith("triton") for key in plan.natives.checked)
     assert [p.name for p in (tmp_path / "proofs").iterdir()]
     assert "triton on the card" in str(program.explain())
     assert error(o, called(program, x, "eager")[0].double()) < 2e-2

@@ -23,7 +23,7 @@ from dualform.algebra.terms import Factor, Label, Relation, diagonal, sizes, vol
 
 
 @dataclass(frozen=True)
-class Step:
+class ContractionStep:
     """One pairwise step: `kind` is mul, mm (a matrix product of any batch), or dot (a product, then a sum)."""
 
     kind: str
@@ -38,11 +38,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ContractionPlan:
     """The order of a contraction and its cost; `bytes` counts what the steps write, `naive` is flops in one loop nest."""
 
     path: tuple[tuple[int, ...], ...]
-    steps: tuple[Step, ...]
+    steps: tuple[ContractionStep, ...]
     naive: int
 
     @property
@@ -173,7 +173,7 @@ def _summed(f: Factor, labels: Sequence[Label]) -> Factor:
     return Factor(tensor, tuple(x for x in f.labels if x not in labels), f.name)
 
 
-def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
+def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> ContractionPlan:
     """Choose the order of a contraction and price it; reads shapes only.
 
     flops of a pairwise step = 2 prod(sizes) if it sums an index, prod(sizes) if it does not
@@ -202,10 +202,10 @@ def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Plan:
         price = Price(flops(volume(union), kind != "mul"), made * left.tensor.element_size(), made if work else 0)
         result = Factor(left.tensor, kept, f"t{next(fresh)}")
         a, b = (show(f.name or "_", f.labels) for f in (left, right))
-        steps.append(Step(kind, a, b, show(result.name, kept), price))
+        steps.append(ContractionStep(kind, a, b, show(result.name, kept), price))
         work.append(result)
     every = {label for f in task.operands for label in f.labels}
-    return Plan(path, tuple(steps), flops(volume(every), len(every) > len(task.out), len(task.operands)))
+    return ContractionPlan(path, tuple(steps), flops(volume(every), len(every) > len(task.out), len(task.operands)))
 
 
 def _rank(order: Sequence[Label]) -> Callable[[Label], int]:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from dualform.algebra.index_products import Index
-from dualform.algebra.notation import Formula, Line, number
+from dualform.algebra.notation import IndexFormula, Line, number
+from dualform.algebra.proofs import Questions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from dualform.algebra.linear_map import Derivative
 
 COLOURS = ("#0072b2", "#c04a00", "#00795a", "#a8407f", "#7a5c00", "#5b4fcf", "#8b1a1a", "#2f6f8f")
 # Rows, and columns, of the matrix; beyond them only the first entries of the longest axes are drawn.
@@ -52,7 +51,7 @@ def _figures() -> type[Figure]:
     return Picture
 
 
-def draw(J: Derivative, shown: Formula) -> Figure:
+def draw(J: Questions, shown: IndexFormula) -> Figure:
     """Draw the entries of a derivative, and how its terms join output to input."""
     terms = shown.lines[:MAX_TERMS]
     tallest = max([len(shown.out), len(shown.inn), *(len(line.factors) + len(line.ties) for line in terms)], default=1)
@@ -74,7 +73,7 @@ def draw(J: Derivative, shown: Formula) -> Figure:
     return figure
 
 
-def _title(shown: Formula) -> str:
+def _title(shown: IndexFormula) -> str:
     text = str(shown)
     return text if len(text) <= 110 else f"{text[:107]}..."
 
@@ -82,7 +81,7 @@ def _title(shown: Formula) -> str:
 # -- the matrix
 
 
-def _matrix(panel: Axes, J: Derivative, shown: Formula) -> None:
+def _matrix(panel: Axes, J: Questions, shown: IndexFormula) -> None:
     rows, columns = _fitting(J.out_shape), _fitting(J.in_shape)
     values = entries(shown, (*rows, *columns)).reshape(math.prod(rows), math.prod(columns))
     peak = values.nan_to_num(0, 0, 0).abs().max().item() if values.numel() else 0.0
@@ -151,7 +150,7 @@ def _unravel(k: int, sizes: Sequence[int]) -> list[int]:
     return found[::-1]
 
 
-def entries(f: Formula, shape: Sequence[int]) -> Tensor:
+def entries(f: IndexFormula, shape: Sequence[int]) -> Tensor:
     """The first entries of what a formula stands for: `shape` may be smaller than the derivative's."""
     total = torch.zeros(tuple(shape), dtype=torch.float64)
     axes = [(name, n) for name, n in zip((*f.out, *f.inn), shape, strict=True)]
@@ -181,7 +180,7 @@ def _at(text: str, grid: dict[str, Tensor]) -> Tensor:
 # -- the wires
 
 
-def _wires(panel: Axes, J: Derivative, f: Formula, line: Line, colours: dict[str, str], head: str) -> None:
+def _wires(panel: Axes, J: Questions, f: IndexFormula, line: Line, colours: dict[str, str], head: str) -> None:
     panel.set_axis_off()
     panel.set_xlim(-0.38, 1.38)
     panel.set_ylim(-0.12, 1.12)

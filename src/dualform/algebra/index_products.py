@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dualform.algebra.notation import Formula, Line, in_order, sum_letter
+from dualform.algebra.notation import IndexFormula, Line, in_order, sum_letter
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ Tie = tuple[Index, Index]
 
 
 @dataclass(frozen=True)
-class Product:
+class IndexProduct:
     """A `Line` whose indices can be computed with."""
 
     coef: float
@@ -105,7 +105,7 @@ class Product:
     steps: tuple[Tie, ...] = ()
 
     @classmethod
-    def read(cls, line: Line) -> Product:
+    def read(cls, line: Line) -> IndexProduct:
         factors = tuple((name, tuple(Index.read(x) for x in labels)) for name, labels in line.factors)
         ties, steps = (tuple((Index.read(a), Index.read(b)) for a, b in pairs) for pairs in (line.ties, line.steps))
         return cls(line.coef, factors, ties, line.sums, steps)
@@ -119,7 +119,7 @@ class Product:
         steps = tuple((str(a), str(b)) for a, b in self.steps)
         return Line(self.coef, factors, in_order(ties, axes), (), self.sums, steps)
 
-    def put(self, values: Mapping[str, Index]) -> Product:
+    def put(self, values: Mapping[str, Index]) -> IndexProduct:
         return replace(
             self,
             factors=tuple((name, tuple(x.put(values) for x in labels)) for name, labels in self.factors),
@@ -127,7 +127,7 @@ class Product:
             steps=tuple((a.put(values), b.put(values)) for a, b in self.steps),
         )
 
-    def renamed(self, names: Mapping[str, str]) -> Product:
+    def renamed(self, names: Mapping[str, str]) -> IndexProduct:
         """Rename indices, the summed ones too."""
         moved = self.put({old: Index(((new, 1),)) if new != "0" else Index() for old, new in names.items()})
         return replace(moved, sums=tuple((names.get(s, s), n) for s, n in moved.sums))
@@ -142,7 +142,7 @@ class Product:
         return any(name in x.names for x in self.indices)
 
 
-def canonical(p: Product, axes: Sequence[str], known: dict[str, int], avoid: Sequence[str] = ()) -> Product:
+def canonical(p: IndexProduct, axes: Sequence[str], known: dict[str, int], avoid: Sequence[str] = ()) -> IndexProduct:
     """Name the summed indices anew, in the order in which they are met."""
     summed = dict(p.sums)
     ties = sorted(p.ties, key=lambda tie: min([axes.index(n) for x in tie for n in x.names if n in axes], default=99))
@@ -154,16 +154,16 @@ def canonical(p: Product, axes: Sequence[str], known: dict[str, int], avoid: Seq
     return replace(p.renamed(names), sums=tuple((names[s], summed[s]) for s in met))
 
 
-def added(products: Sequence[Product], axes: Sequence[str]) -> list[Product]:
+def added(products: Sequence[IndexProduct], axes: Sequence[str]) -> list[IndexProduct]:
     """Add the coefficients of equal products."""
-    groups: dict[tuple, list[Product]] = {}
+    groups: dict[tuple, list[IndexProduct]] = {}
     for p in products:
         groups.setdefault(_key(p, axes), []).append(p)
     summed = [replace(group[0], coef=sum(p.coef for p in group)) for group in groups.values()]
     return [p for p in summed if p.coef]
 
 
-def _key(p: Product, axes: Sequence[str]) -> tuple:
+def _key(p: IndexProduct, axes: Sequence[str]) -> tuple:
     """What two products that differ in order, in their coefficient and in equal indices share."""
     plain = replace(canonical(p, axes, {}), coef=1.0)
     for a, b in plain.ties:
@@ -178,19 +178,19 @@ def _key(p: Product, axes: Sequence[str]) -> tuple:
     return factors, ties, frozenset(plain.sums), frozenset(map(str, plain.steps))
 
 
-def collected(f: Formula) -> Formula:
+def collected(f: IndexFormula) -> IndexFormula:
     """Add equal lines of a formula."""
     axes = [name for name in (*f.out, *f.inn) if name != "0"]
-    found = added([Product.read(line) for line in f.lines], axes)
+    found = added([IndexProduct.read(line) for line in f.lines], axes)
     return f if len(found) == len(f.lines) else replace(f, lines=tuple(p.line(axes) for p in found))
 
 
-def in_axes(f: Formula, out: Sequence[str], inn: Sequence[str]) -> Formula:
+def in_axes(f: IndexFormula, out: Sequence[str], inn: Sequence[str]) -> IndexFormula:
     """The same formula with other names of its axes."""
     axes = (*f.out, *f.inn)
     new = {a: b for a, b in zip(axes, (*out, *inn), strict=True) if a != "0"}
     lines = []
-    for p in map(Product.read, f.lines):
+    for p in map(IndexProduct.read, f.lines):
         own = dict[str, str]()
         for s, n in p.sums:
             own[s] = sum_letter(n, [*out, *inn, *own.values()], {})
@@ -198,11 +198,11 @@ def in_axes(f: Formula, out: Sequence[str], inn: Sequence[str]) -> Formula:
     return replace(f, out=tuple(out), inn=tuple(inn), lines=tuple(lines))
 
 
-def is_same(a: Formula, b: Formula) -> bool:
+def is_same(a: IndexFormula, b: IndexFormula) -> bool:
     """Do two formulas differ in the order of what is added and multiplied only?"""
 
-    def keys(f: Formula) -> list[str]:
+    def keys(f: IndexFormula) -> list[str]:
         axes = [name for name in (*f.out, *f.inn) if name != "0"]
-        return sorted(str((_key(p, axes), p.coef)) for p in map(Product.read, f.lines))
+        return sorted(str((_key(p, axes), p.coef)) for p in map(IndexProduct.read, f.lines))
 
     return (a.out, a.inn) == (b.out, b.inn) and keys(a) == keys(b)

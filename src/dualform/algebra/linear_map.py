@@ -9,18 +9,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from dualform.algebra import queries
 from dualform.algebra.compose import compose_terms
-from dualform.algebra.contract import Plan
+from dualform.algebra.contract import ContractionPlan
 from dualform.algebra.drawing import draw
 from dualform.algebra.materialise import scatter, spread
 from dualform.algebra.normal_form import ordered
-from dualform.algebra.notation import Formula, formula, stored_bytes
+from dualform.algebra.notation import IndexFormula, formula, stored_bytes
 from dualform.algebra.proofs import Questions
 from dualform.algebra.queries import term_plan
 from dualform.algebra.scipy import to_linear_operator, to_scipy_sparse
@@ -31,26 +31,30 @@ from dualform.shapes import ShapeError, fail
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dualform.explanations.explain import Explanation
-
 __all__ = [
-    "Axis",
-    "Derivative",
-    "Factor",
-    "Label",
-    "Select",
-    "Term",
-    "atoms",
-    "compose",
-    "fresh_axes",
-    "identity",
-    "make_factor",
-    "zero",
-]
+    "Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "fresh_axes", "identity",
+    "make_factor", "zero",
+]  # fmt: skip
 
 
 # Bytes above which `dense()` refuses, unless it is told a limit.
 DENSE_LIMIT = 4 * 2**30
+
+
+class Told(Protocol):
+    """The account of a derivative, as `df.Explanation` is: text by str(), its steps as data, torch code."""
+
+    @property
+    def steps(self) -> Sequence[Any]: ...
+
+    @property
+    def code(self) -> str: ...
+
+    def to_latex(self) -> str: ...
+
+    def to_html(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class Route(ABC):
@@ -69,11 +73,11 @@ class Route(ABC):
     def jvp(self, v: Tensor) -> Tensor:
         """Push forward."""
 
-    def explain(self, derivative: Derivative, level: str) -> Explanation:
+    def explain(self, derivative: Derivative, level: str) -> Told:
         """The account of the derivative."""
         raise ValueError(_NO_ACCOUNT)
 
-    def shown(self, derivative: Derivative) -> Formula:
+    def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names of its account."""
         return formula(derivative.terms, derivative.out_shape, derivative.in_shape)
 
@@ -221,7 +225,7 @@ class Derivative(Questions):
                 total = part if total is None else total + part
         return torch.zeros(shape, dtype=self.dtype, device=self.device) if total is None else total
 
-    def plans(self, use: str = "vjp") -> tuple[Plan, ...]:
+    def plans(self, use: str = "vjp") -> tuple[ContractionPlan, ...]:
         """The order in which each term is contracted for a use, and its cost, before it is paid.
 
         Shape:  one plan for each term; `use` is "vjp", "jvp" or "dense".
@@ -251,7 +255,7 @@ class Derivative(Questions):
         Dtype:  the derivative's.
         Raises: ImportError where scipy is not installed.
         """
-        return to_linear_operator(self)
+        return to_linear_operator(self, self.jvp, self.vjp)
 
     def __matmul__(self, inner: Derivative) -> Derivative:
         if not isinstance(inner, Derivative):
@@ -289,15 +293,15 @@ class Derivative(Questions):
     def __sub__(self, other: Derivative) -> Derivative:
         return self + -other
 
-    def _like(self, terms: Sequence[Term], out: Sequence[int], inn: Sequence[int], axes: Any) -> Derivative:
-        return Derivative(terms, out, inn, self.dtype, self.device, axes=axes)
+    def _like(self, terms: Sequence[Term], out: Sequence[int], inn: Sequence[int], axes: Any) -> Self:
+        return type(self)(terms, out, inn, self.dtype, self.device, axes=axes)
 
     def _with(self, terms: Sequence[Term], symmetric: bool) -> Derivative:
         return Derivative(
             terms, self.out_shape, self.in_shape, self.dtype, self.device, axes=self._axes, symmetric=symmetric
         )
 
-    def explain(self, level: str = "steps") -> Explanation:
+    def explain(self, level: str = "steps") -> Told:
         """Say how the derivative comes about and how to use it: level "one-line", "steps" or "proof".
 
         Shape:  none.

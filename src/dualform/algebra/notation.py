@@ -184,7 +184,7 @@ def _partial(above: str, out: Sequence[str], below: str, inn: Sequence[str]) -> 
 
 
 @dataclass(frozen=True)
-class Formula:
+class IndexFormula:
     """A derivative as a sum of lines: symbol[out, inn] = line + line + ...; `tensors` are the values of the names."""
 
     symbol: str
@@ -246,7 +246,7 @@ def formula(
     symbol: str = "J",
     axes: tuple[Sequence[str], Sequence[str]] | None = None,
     names: Names | None = None,
-) -> Formula:
+) -> IndexFormula:
     """Write terms in index notation: one name for each axis, an axis of size 1 is index 0.
 
     Names are given by position, so that all lines of one formula speak of the same indices; `axes` gives the caller's.
@@ -263,7 +263,7 @@ def formula(
     lines = tuple(_line(term, out, inn, known, summed) for term in terms)
     used = {name for line in lines for name, _ in line.factors}
     used |= {text.split("[")[0] for line in lines for tie in line.deltas for text in tie if "[" in text}
-    return Formula(symbol, out, inn, lines, {name: t for name, t in known.found.items() if name in used})
+    return IndexFormula(symbol, out, inn, lines, {name: t for name, t in known.found.items() if name in used})
 
 
 class Names:

@@ -20,7 +20,6 @@ from opt_einsum import get_symbol
 from opt_einsum.paths import DynamicProgramming
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils.flop_counter import flop_registry
 
 # Elementwise traffic costs about this many matmul flops per byte on the machines measured (LAB.md, cost model).
 FLOPS_PER_BYTE = 16.0
@@ -56,6 +55,8 @@ def flops(points: int, is_sum: bool, operands: int = 2) -> int:
 
 def counted(nodes: Iterable[fx.Node]) -> Price:
     """Price what is traced: flops of matrix products as torch counts them, bytes that ops write, the largest of their values."""
+    from torch.utils.flop_counter import flop_registry  # loads triton: not at `import dualform`
+
     total = Price()
     for node in (n for n in nodes if n.op == "call_function"):
         args, kwargs, made = map_arg((node.args, node.kwargs, node), lambda n: n.meta.get("val"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 
@@ -14,9 +14,6 @@ from dualform.algebra.axis_names import made
 from dualform.algebra.normal_form import same_terms
 from dualform.algebra.terms import Term
 from dualform.shapes import fail
-
-if TYPE_CHECKING:
-    from dualform.algebra.linear_map import Derivative
 
 
 class Questions(ABC):
@@ -40,7 +37,7 @@ class Questions(ABC):
         """out_shape + in_shape."""
 
     @abstractmethod
-    def _like(self, terms: Sequence[Term], out: Sequence[int], inn: Sequence[int], axes: Any) -> Derivative:
+    def _like(self, terms: Sequence[Term], out: Sequence[int], inn: Sequence[int], axes: Any) -> Self:
         """An array of the same kind with other terms."""
 
     @property
@@ -109,7 +106,7 @@ class Questions(ABC):
             return axis % len(names)
         fail("Derivative", f"the {side}put axis", f"is {axis!r}", f"one of {list(names)}", "Count from 0.", ValueError)
 
-    def __getitem__(self, index: Any) -> Derivative:
+    def __getitem__(self, index: Any) -> Self:
         """Take entries: ints and slices over out and in axes, as of a tensor, or a dict of them by axis name."""
         found: Any = self
         for place, chosen, drop in self._choices(index):
@@ -162,7 +159,7 @@ class Questions(ABC):
             return axis % len(names)
         fail("J[...]", "the axis", f"is {axis!r}", f"one of {names}", "Count from 0, the output first.", ValueError)
 
-    def diagonal(self, out_axis: int | str = 0, in_axis: int | str | None = None) -> Derivative:
+    def diagonal(self, out_axis: int | str = 0, in_axis: int | str | None = None) -> Self:
         """Take the entries with equal indices on an output and an input axis; the input's axis goes away.
 
         D[..., a, ...; ...] = J[..., a, ...; ..., a, ...]
@@ -177,7 +174,7 @@ class Questions(ABC):
             fail("diagonal", f"the output's axis {out}", found, "equal sizes", "Slice one of them.")
         return self._through(queries.diagonal(self.shape, out, len(self.out_shape) + inn), len(self.out_shape) + inn)
 
-    def trace(self, out_axis: int | str = 0, in_axis: int | str | None = None) -> Derivative:
+    def trace(self, out_axis: int | str = 0, in_axis: int | str | None = None) -> Self:
         """Sum the entries with equal indices on an output and an input axis; both axes go away.
 
         S[...; ...] = sum over a of J[..., a, ...; ..., a, ...]
@@ -189,7 +186,7 @@ class Questions(ABC):
         out = self._axis("out", out_axis)
         return found._through(queries.total(found.shape, out), out)
 
-    def _through(self, outer: Term, gone: int | None = None, shape: Sequence[int] | None = None) -> Derivative:
+    def _through(self, outer: Term, gone: int | None = None, shape: Sequence[int] | None = None) -> Self:
         """Apply a map to all axes; `gone`: the axis that it takes away, or the new shape of as many axes."""
         split = len(self.out_shape)
         names = [*self.out_axes, *self.in_axes]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from dualform.algebra.compose import compose_terms
-from dualform.algebra.contract import Plan, plan
+from dualform.algebra.contract import ContractionPlan, plan
 from dualform.algebra.relations import Window
 from dualform.algebra.sums import merged
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
@@ -110,7 +110,7 @@ def _tied(term: Term, first: Axis, second: Axis) -> bool:
     return any(x in reached for x in second)
 
 
-def term_plan(term: Term, seed: str | None, result: str | None, like: Like) -> Plan:
+def term_plan(term: Term, seed: str | None, result: str | None, like: Like) -> ContractionPlan:
     """Price the contraction of a term with a seed on one side into the axes of the other; without a seed, of all axes."""
     wanted = term.visible if result is None else tuple(dict.fromkeys(atoms(getattr(term, result))))
     factors: list = list(term.factors)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.algebra.materialise import entries
-
-if TYPE_CHECKING:
-    from dualform.algebra.linear_map import Derivative
+from dualform.algebra.proofs import Questions
 
 
 def _scipy(name: str, function: str) -> Any:
@@ -24,7 +23,7 @@ def _scipy(name: str, function: str) -> Any:
         ) from missing
 
 
-def to_scipy_sparse(J: Derivative) -> Any:
+def to_scipy_sparse(J: Questions) -> Any:
     """Write the entries that some term can reach as scipy.sparse.coo_array, flattened output by flattened input."""
     sparse = _scipy("scipy.sparse", "to_scipy_sparse")
     rows, columns = math.prod(J.out_shape), math.prod(J.in_shape)
@@ -42,7 +41,7 @@ def to_scipy_sparse(J: Derivative) -> Any:
     return found
 
 
-def to_linear_operator(J: Derivative) -> Any:
+def to_linear_operator(J: Questions, jvp: Callable[[Tensor], Tensor], vjp: Callable[[Tensor], Tensor]) -> Any:
     """Wrap jvp and vjp as scipy.sparse.linalg.LinearOperator."""
     linalg = _scipy("scipy.sparse.linalg", "to_linear_operator")
 
@@ -50,10 +49,10 @@ def to_linear_operator(J: Derivative) -> Any:
         return torch.as_tensor(vector, dtype=J.dtype, device=J.device).reshape(shape)
 
     def forward(v: Any) -> Any:
-        return J.jvp(tensor(v, J.in_shape)).reshape(-1).detach().cpu().numpy()
+        return jvp(tensor(v, J.in_shape)).reshape(-1).detach().cpu().numpy()
 
     def adjoint(g: Any) -> Any:
-        return J.vjp(tensor(g, J.out_shape)).reshape(-1).detach().cpu().numpy()
+        return vjp(tensor(g, J.out_shape)).reshape(-1).detach().cpu().numpy()
 
     name = str(J.dtype).removeprefix("torch.")
     shape = (math.prod(J.out_shape), math.prod(J.in_shape))

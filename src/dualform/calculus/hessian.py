@@ -5,7 +5,7 @@ d (c A B) / dx = c (dA/dx) B + c A (dB/dx)        A, B: tensors that a traced gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dualform.algebra.compose import compose_terms
-from dualform.algebra.linear_map import Derivative, Route
-from dualform.algebra.notation import Formula
+from dualform.algebra.linear_map import Derivative
 from dualform.algebra.sums import tidy
 from dualform.algebra.terms import Factor, Term
 from dualform.calculus.jacobian import Given, Wrt
-from dualform.calculus.traced import Point, Skeleton, tensors_of
+from dualform.calculus.traced import AtPoint, Point, Skeleton, tensors_of
 from dualform.explanations.account import Story
-from dualform.explanations.composition import Joined
-from dualform.explanations.explain import Explanation
-from dualform.graphs.complex_pairs import paired
+from dualform.graphs.complex_rules import paired
+from dualform.graphs.edit import evaluated, results_of
 from dualform.graphs.identities import canonical_graph
 from dualform.graphs.kept_derivative import expect_twice
-from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.single_results import normalised
 from dualform.graphs.straight_line import blame
@@ -79,19 +77,13 @@ def _block(given: Given, at: Point, first: int, second: int, symmetric: bool) ->
     )
 
 
-class Second(Route):
+class Second(AtPoint):
     """The route of a second derivative: its terms, and its account as the derivative of the gradient."""
 
     def __init__(self, point: Point, first: int, second: int, story: Callable[[], Story]) -> None:
-        self.point = point
+        super().__init__(point, story)
         self.first = first
         self.second = second
-        self.story = story
-
-    @property
-    def inputs(self) -> Mapping[str, Tensor]:
-        """The function's inputs and the tensors that it closes over, by name."""
-        return dict(zip(self.point.traced.input_names, self.point.inputs, strict=True))
 
     def terms(self) -> tuple[Term, ...]:
         """The second derivative as a sum of terms."""
@@ -102,10 +94,10 @@ class Second(Route):
 
     def _differentiated(self, slope: Skeleton, inputs: Sequence[Tensor]) -> Sequence[Term]:
         traced = self.point.traced
-        values = run(slope.graph, inputs)
+        values = evaluated(slope.graph, inputs)
         like = traced.out_values[0]
         blank = torch.empty((), dtype=like.dtype, device=like.device)
-        made = [values[node] for node in outputs(slope.graph.graph)]
+        made = [values[node] for node in results_of(slope.graph.graph)]
         moved: dict[int, Sequence[Term]] = {}
         total: list[Term] = []
         for term, places in zip(slope.terms, slope.places, strict=True):
@@ -134,18 +126,6 @@ class Second(Route):
         at = self.point
         out, x, y = at.traced.out_values[0], at.inputs[self.first], at.inputs[self.second]
         return getattr(Derivative(self.terms(), (*out.shape, *x.shape), y.shape, out.dtype, x.device), way)(seed)
-
-    def explain(self, derivative: Derivative, level: str) -> Explanation:
-        """The account of the derivative of the gradient."""
-        return self.story().explain(derivative, level)
-
-    def shown(self, derivative: Derivative) -> Formula:
-        """The derivative in index notation, in the names of its account."""
-        return self.story().shown(derivative)
-
-    def joined(self, outer: Derivative, inner: Derivative) -> Route:
-        """The route of a product."""
-        return Joined(outer, inner)
 
 
 def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:

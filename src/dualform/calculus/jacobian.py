@@ -15,7 +15,7 @@ from dualform.algebra.axis_names import Axes, expect_outputs, meeting, parse
 from dualform.algebra.linear_map import Derivative
 from dualform.calculus.traced import Applied, Point, Traced, traced
 from dualform.explanations.account import Story
-from dualform.explanations.explain import Explanation
+from dualform.explanations.explanation import Explanation
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.shapes import ShapeError, TraceError, fail
 

@@ -1,14 +1,13 @@
 """A function traced once for its shapes: what of its derivatives does not depend on values is made once and kept.
 
 The first use of a derivative interprets the graph; from the second on, a straight-line program made from the same rules runs
-(`linear.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and devices; never values of
-tensors, and never identity alone. At most `CACHE_SIZE` are kept, the least recently used goes first.
+(`graphs/straight_line.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and devices; never values of
+tensors, and never identity alone. At most 256 are kept, the least recently used goes first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,16 +18,17 @@ from torch.utils import _pytree as pytree
 
 from dualform.algebra.linear_map import Derivative, Route
 from dualform.algebra.normal_form import settled
-from dualform.algebra.notation import Formula
+from dualform.algebra.notation import IndexFormula
 from dualform.algebra.terms import Term
+from dualform.bounded import Bounded
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
-from dualform.explanations.explain import Explanation
+from dualform.explanations.explanation import Explanation
 from dualform.explanations.wording import name_nodes
-from dualform.graphs.edit import add_input, lift
+from dualform.graphs.edit import add_input, evaluated, lift, results_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.identities import canonical_graph
-from dualform.graphs.local_derivatives import Program, outputs, run
+from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.local_rules import reads_values
 from dualform.graphs.straight_line import Split, runnable, split, straight
@@ -37,8 +37,7 @@ from dualform.shapes import fail
 
 TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
 
-CACHE_SIZE = 256
-_kept: OrderedDict[Hashable, Traced] = OrderedDict()
+_traces: Bounded[Traced] = Bounded(256)
 
 
 def clear_cache() -> None:
@@ -48,7 +47,7 @@ def clear_cache() -> None:
     Dtype:  none.
     Raises: nothing.
     """
-    _kept.clear()
+    _traces.clear()
 
 
 def cache_size() -> int:
@@ -58,7 +57,7 @@ def cache_size() -> int:
     Dtype:  none.
     Raises: nothing.
     """
-    return len(_kept)
+    return len(_traces)
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,14 @@ class Traced:
             leaves, self.spec = pytree.tree_flatten(result)
             return tuple(leaves)
 
-        gm = trace(flat, *tensors)
+        gm = trace(flat, *tensors, generators=known.generators)
         self.slots, constants, made = _lifted(gm, known)
         self.gm = canonical_graph(gm)
         self.is_cacheable = made
         self.input_names = [*names, *constants]
         self.names = name_nodes(self.gm, self.input_names)
-        self.out_values: list[Tensor] = [n.meta["val"] for n in outputs(self.gm.graph)]
-        _refuse_steps(outputs(self.gm.graph))
+        self.out_values: list[Tensor] = [n.meta["val"] for n in results_of(self.gm.graph)]
+        _refuse_steps(results_of(self.gm.graph))
         self.uses: dict[tuple, int] = {}
         self.made: dict[tuple, Any] = {}
 
@@ -235,15 +234,11 @@ def traced(
 ) -> tuple[Traced, list[Tensor]]:
     """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now."""
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    found = _kept.get(key.key) if key.key is not None and plain else None
+    found = _traces.get(key.key) if key.key is not None and plain else None
     if found is None:
         found = Traced(flat, tensors, names, key)
         if plain and found.is_cacheable:
-            _kept[key.key] = found
-            while len(_kept) > CACHE_SIZE:
-                _kept.popitem(last=False)
-    else:
-        _kept.move_to_end(key.key)
+            _traces[key.key] = found
     return found, [key.tensors[s].detach() if isinstance(s, int) else s.detach() for s in found.slots]
 
 
@@ -257,7 +252,7 @@ class Point:
 
     @cached_property
     def values(self) -> dict[fx.Node, Any]:
-        return run(self.traced.gm, self.inputs)
+        return evaluated(self.traced.gm, self.inputs)
 
     @property
     def is_plain(self) -> bool:
@@ -277,20 +272,39 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-class Applied(Route):
-    """The route of a derivative that a traced function has at a point."""
+class AtPoint(Route):
+    """The route of a derivative that a traced function has at a point; `story` makes its account."""
 
-    def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
+    def __init__(self, point: Point, story: Callable[[], Story]) -> None:
         self.point = point
-        self.output = output
-        self.source = source
         self.story = story
-        self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The function's inputs and the tensors that it closes over, by name."""
         return dict(zip(self.point.traced.input_names, self.point.inputs, strict=True))
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """The account of the derivative."""
+        return self.story().explain(derivative, level)
+
+    def shown(self, derivative: Derivative) -> IndexFormula:
+        """The derivative in index notation, in the names of its account."""
+        return self.story().shown(derivative)
+
+    def joined(self, outer: Derivative, inner: Derivative) -> Route:
+        """The route of a product."""
+        return Joined(outer, inner)
+
+
+class Applied(AtPoint):
+    """The route of a first derivative, of one result by one input."""
+
+    def __init__(self, point: Point, output: int, source: int, story: Callable[[], Story]) -> None:
+        super().__init__(point, story)
+        self.output = output
+        self.source = source
+        self._prepared: dict[str, tuple[Tensor, ...]] = {}
 
     @cached_property
     def _program(self) -> Program:
@@ -324,15 +338,3 @@ class Applied(Route):
         if kind not in self._prepared:
             self._prepared[kind] = made.prepare(*point.inputs)
         return made.apply(seed, *self._prepared[kind])
-
-    def explain(self, derivative: Derivative, level: str) -> Explanation:
-        """The account of the derivative."""
-        return self.story().explain(derivative, level)
-
-    def shown(self, derivative: Derivative) -> Formula:
-        """The derivative in index notation, in the names of its account."""
-        return self.story().shown(derivative)
-
-    def joined(self, outer: Derivative, inner: Derivative) -> Route:
-        """The route of a product."""
-        return Joined(outer, inner)

@@ -23,8 +23,8 @@ from dualform.cli.generate import generate
 from dualform.cli.output import UsageError
 from dualform.cli.presets import list_presets
 from dualform.cli.train import train
-from dualform.train.loop import TrainingDiverged
 from dualform.train.settings import SettingsError
+from dualform.train.training import TrainingDiverged
 
 
 def read_words(kind: Any, words: Sequence[Token]) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from dualform.cli.output import UsageError
 from dualform.models.folder import model_folder, read_folder, write_official
-from dualform.train.loop import num_parameters
+from dualform.train.training import num_parameters
 
 # What else a model's folder holds and both layouts share.
 _kept = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja")

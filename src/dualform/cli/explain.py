@@ -30,13 +30,13 @@ def explain(
     target: str,
     /,
     *,
-    dim: int = 64,
+    dim: int | None = None,
     shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     wrt: str | None = None,
     axes: str | None = None,
-    level: Literal["one-line", "steps", "proof"] = "steps",
-    format: Literal["text", "latex", "html"] = "text",
-    json: bool = False,
+    level: Literal["one-line", "steps", "proof"] | None = None,
+    format: Literal["text", "latex", "html"] | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Show sites, structured derivatives, chosen forms, costs and the program; or the derivative of a formula.
 
@@ -46,7 +46,7 @@ def explain(
         A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a formula such
         as "x + y" or a FILE.py:NAME that is a function of tensors.
     dim
-        The width that a learner from a file is made with.
+        The width of a head: what a learner from a file is made with (default 64), and a preset beside its own.
     shapes
         The arguments and their shapes: --shapes x=2 y=2,2.
     wrt
@@ -54,19 +54,28 @@ def explain(
     axes
         Names of the axes of a formula's arguments and result: --axes "i j, j l -> i l".
     level
-        How much to say of a formula: one-line, steps or proof.
+        How much to say: one-line, steps (the default) or proof.
     format
-        text, latex or html (a page that stands alone).
+        text (the default), latex or html (a page that stands alone).
     json
         Print the steps of a formula as JSON.
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
-    if dim < 1:
-        raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64.")
+    if shapes and dim is not None:
+        raise UsageError(
+            f"explain: --dim is {dim} beside --shapes, which say every size; expected one of them. Leave one out."
+        )
+    for name, value in {"--format": format, "--level": level}.items():
+        if json and value is not None:
+            raise UsageError(
+                f"explain: {name} is {value!r} beside --json, which tells all; expected one of them. Leave one out."
+            )
+    if dim is not None and dim < 1:
+        raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64, or a preset's own.")
     try:
-        found = _of_tensors(target, shapes, wrt, axes, level) if shapes else _of_learner(target, dim)
-        text = _written(found, target, format, json)
+        found = _of_tensors(target, shapes, wrt, axes) if shapes else _of_learner(target, dim)
+        text = _written(found.explain(level or "steps"), target, format or "text", json)
     except ArithmeticError as error:
         raise UsageError(f"explain: {target} cannot be computed ({error}); expected numbers. Change it.") from error
     print(text)
@@ -82,7 +91,7 @@ def _written(found: Any, target: str, format: str, json: bool) -> str:
     return str(found)
 
 
-def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None, level: str) -> Any:
+def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None) -> Any:
     shapes = parse_shapes(words)
     names = list(shapes)
     if wrt is not None and wrt not in names:
@@ -104,7 +113,7 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
         raise UsageError(
             f"explain: {target!r} gives a {type(found).__name__}; expected one tensor. Take one of its parts."
         )
-    return found.explain(level)
+    return found
 
 
 def _parameters(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
@@ -134,9 +143,9 @@ def _matched(target: str, function: Callable[..., Any], names: list[str]) -> lis
     return [name for name in known if name in names]
 
 
-def _of_learner(target: str, dim: int) -> Any:
+def _of_learner(target: str, dim: int | None) -> Any:
     if is_file_object(target):
-        make = load_object(target)
+        make, dim = load_object(target), dim or 64
         try:
             learner = make(dim)
         except Exception as error:  # the caller's too
@@ -149,12 +158,21 @@ def _of_learner(target: str, dim: int) -> Any:
                 f"explain: {target} made a {type(learner).__name__}; expected NAME(dim) to make an nn.Module. For a function of "
                 "tensors pass --shapes."
             )
-        return derive(learner, rule=rules.SGD(lr=0.1)).explain()
+        return derive(learner, rule=rules.SGD(lr=0.1))
     if target in presets:
         config = DualformConfig(preset=target)
+        if dim is not None:
+            try:
+                config = DualformConfig(preset=target, hidden_size=dim * config.num_attention_heads)
+            except ValueError as error:
+                raise UsageError(f"explain: --dim is {dim}, which {target} cannot have. {error}") from None
         found = [learning_layer(config)] if "test_time" in (config.layer_types or ()) else []
     elif Path(target).is_dir():
-        found = [layer for layer in load_model(target)[0].modules() if isinstance(layer, TestTimeTraining)]
+        model = load_model(target)[0]
+        own = model.config.hidden_size // model.config.num_attention_heads
+        if dim not in (None, own):
+            raise UsageError(f"explain: --dim is {dim}; expected {target}'s own width of a head = {own}. Leave it out.")
+        found = [layer for layer in model.modules() if isinstance(layer, TestTimeTraining)]
     elif target.replace("-", "").replace("_", "").isalnum():
         return presets[target]  # raises, with the near misses
     else:
@@ -163,7 +181,7 @@ def _of_learner(target: str, dim: int) -> Any:
         )
     if not found:
         raise UsageError(f"explain: no layer of {target} learns at test time; expected a 'test_time' layer.")
-    return found[0].explain()
+    return found[0]
 
 
 def is_file_object(target: str) -> bool:

@@ -49,6 +49,8 @@ def functions(
             return
         show(rows, as_json=as_json)
         return
+    if png is not None and (png.suffix != ".png" or not png.parent.is_dir()):
+        raise UsageError(f"functions: --png is {png}; expected FILE.png in a folder that exists. Name another.")
     found = find(name)
     if len(found) > 1 and (set or png):
         names = " or ".join(f"{family}.{record.name}" for family, record in found)

@@ -41,13 +41,13 @@ def generate(
     temperature
         0 takes the likeliest token each time.
     seed
-        Of the sampling.
+        Of the sampling; temperature 0 draws nothing.
     state
         A file that carries what the layers have learnt: read if it is there, and written at the end.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+    if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits overflow
         raise UsageError(
-            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1 and >= 0, finite."
+            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1, and 0 or finite, >= 1e-6."
         )
     if not 0 <= seed < 2**32:
         raise UsageError(f"generate: seed is {seed}; expected a whole number, 0 <= seed < 2**32 = {2**32}.")

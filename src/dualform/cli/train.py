@@ -10,11 +10,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dualform.cli.output import show
-from dualform.train.loop import num_parameters
-from dualform.train.loop import train as run
 from dualform.train.metrics import plot_loss_by_position, terminal_plot
 from dualform.train.run import resumed
 from dualform.train.settings import Settings, asked
+from dualform.train.training import num_parameters
+from dualform.train.training import train as run
 
 
 def train(
@@ -64,15 +64,9 @@ def train(
         Print the final table as JSON.
     """
     flags = {
-        "preset": preset,
-        "data": data,
-        "output": output,
-        "max_steps": max_steps,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
+        "preset": preset, "data": data, "output": output, "max_steps": max_steps, "seq_len": seq_len,
+        "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+    }  # fmt: skip
     document = asked(config, assignments or [], flags)
     settings = resumed(document) if resume else Settings(**document)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log where the table belongs
@@ -86,14 +80,10 @@ def train(
     curve = {settings.preset: outcome.evaluation.loss_by_position}
     picture = plot_loss_by_position(curve, outcome.folder / "loss_by_position.png")
     row = {
-        "model": settings.preset,
-        "parameters": num_parameters(outcome.model),
-        "steps": outcome.step,
-        "train loss": outcome.train_loss,
-        "held-out loss": outcome.evaluation.loss,
-        "bits per byte": outcome.evaluation.bits_per_byte,
-        "train tokens/s": outcome.train_tokens_per_second,
-    }
+        "model": settings.preset, "parameters": num_parameters(outcome.model), "steps": outcome.step,
+        "train loss": outcome.train_loss, "held-out loss": outcome.evaluation.loss,
+        "bits per byte": outcome.evaluation.bits_per_byte, "train tokens/s": outcome.train_tokens_per_second,
+    }  # fmt: skip
     show([row], as_json=as_json)
     if not as_json:
         print(

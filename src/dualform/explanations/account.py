@@ -14,11 +14,13 @@ from torch import Tensor, fx
 
 from dualform.algebra.index_products import collected, in_axes
 from dualform.algebra.linear_map import Derivative, Term, fresh_axes
-from dualform.algebra.notation import Formula, Names, formula
+from dualform.algebra.notation import IndexFormula, Names, formula
 from dualform.explanations.chain_rule import Link, Move, derive
-from dualform.explanations.explain import LEVELS, Explanation, Stage, Step, agreed, deviation
+from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
+from dualform.explanations.python_text import written
+from dualform.explanations.steps import OpStep, Stage
 from dualform.explanations.torch_code import vjp_code
-from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule, written
+from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.rewriting import inline
@@ -98,7 +100,7 @@ class Story:
             whole or None,
         )
 
-    def shown(self, derivative: Derivative) -> Formula:
+    def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names that its steps use."""
         shape = (derivative.out_shape, derivative.in_shape)
         return formula(derivative.terms, *shape, self._symbol(self.program.output), self.axes, self.names)
@@ -116,9 +118,9 @@ class Story:
         return f"{head}{inputs}  ->  {program.name_of(program.output)}:{tuple(self.out.shape)}"
 
     @cached_property
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[OpStep]:
         """One step for each op on a path and each of its operands, two where an operand is broadcast."""
-        found: list[Step] = []
+        found: list[OpStep] = []
         for node, parts in self.program.local.items():
             call = self.program.call(node)
             assert call is not None
@@ -128,7 +130,7 @@ class Story:
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
         return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
-    def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[Step]:
+    def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[OpStep]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
         places = [k for k, s in enumerate(self.program.operand_nodes(node)) if s is source]
         x, found, wide = call.operands[places[0]], [], {}
@@ -167,7 +169,7 @@ class Story:
         node: fx.Node | None = None,
         said: str = "",
         axes: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> Step:
+    ) -> OpStep:
         if symbol == self._symbol(self.program.output):
             axes = self.axes
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
@@ -175,7 +177,7 @@ class Story:
         why = reasons(shown, lambda name: self._meaning(name, shown))
         why = why if math.prod(derivative.shape) else ("an axis is empty: there is no entry",)
         line = "" if node is None or source_line(node) == source_line(self.program.output) else source_line(node)
-        return Step(op, text or symbol, shown, derivative, "; ".join(why), line, why, said)
+        return OpStep(op, text or symbol, shown, derivative, "; ".join(why), line, why, said)
 
     @cached_property
     def _known(self) -> dict[str, str]:
@@ -189,7 +191,7 @@ class Story:
                 known[name] = "a constant of the function"
         return known
 
-    def _meaning(self, name: str, shown: Formula) -> str:
+    def _meaning(self, name: str, shown: IndexFormula) -> str:
         said = meaning(name, self._known)
         pointer = shown.tensors[name].data_ptr() if type(shown.tensors[name]) is Tensor else 0
         for node, value in self.program.values.items():
@@ -203,10 +205,10 @@ class Story:
     def stages(self) -> list[Stage]:
         """Each step's result by the input, in order: the proof. It ends early where writing on would cost too much."""
         bottom = self.program.name_of(self.program.source)
-        groups: dict[str, list[Step]] = {}
+        groups: dict[str, list[OpStep]] = {}
         for step in self.steps:
             groups.setdefault(step.above, []).append(step)
-        told: dict[str, Formula | None] = {bottom: None}
+        told: dict[str, IndexFormula | None] = {bottom: None}
         found: list[Stage] = []
         for above, group in groups.items():
             if any(step.below not in told for step in group):
@@ -219,7 +221,7 @@ class Story:
             found.append(Stage(f"d{above}/d{bottom}", tuple(moves), group[0].out_shape))
         return found
 
-    def _moves(self, symbol: str, links: Sequence[Link], group: Sequence[Step]) -> list[Move] | None:
+    def _moves(self, symbol: str, links: Sequence[Link], group: Sequence[OpStep]) -> list[Move] | None:
         """The lines of one stage; none where its only step starts at the input, None where it cannot be written."""
         if all(link.before is None for link in links):
             return []
@@ -286,7 +288,7 @@ class Story:
         return agreed(checks, J.dtype)
 
 
-def _joined(steps: Sequence[Step], start: str, end: str) -> list[Step]:
+def _joined(steps: Sequence[OpStep], start: str, end: str) -> list[OpStep]:
     """The steps on a way from the start to the end; where nothing flows, as into what is overwritten, none is told."""
     flowing = [step for step in steps if step.derivative.terms or not math.prod(step.shape)]
     reached, needed = {start}, {end}

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dualform.algebra.index_products import Index, Product, canonical
-from dualform.algebra.notation import Formula, axis_letters, letters, sum_letter
+from dualform.algebra.index_products import Index, IndexProduct, canonical
+from dualform.algebra.notation import IndexFormula, axis_letters, letters, sum_letter
 from dualform.explanations.deltas import eliminated
 
 
@@ -17,7 +17,7 @@ from dualform.explanations.deltas import eliminated
 class Move:
     """One line of a derivation, and the rule that made it of the line before."""
 
-    formula: Formula
+    formula: IndexFormula
     reason: str
 
 
@@ -25,14 +25,14 @@ class Move:
 class Link:
     """One way into a node: its local derivative after the derivative of the operand, None where that is the input itself."""
 
-    local: Formula
-    before: Formula | None
+    local: IndexFormula
+    before: IndexFormula | None
     shape: tuple[int, ...]  # the operand's
 
 
-def _product(a: Product, b: Product) -> Product:
+def _product(a: IndexProduct, b: IndexProduct) -> IndexProduct:
     sums, steps = (*a.sums, *b.sums), (*a.steps, *b.steps)
-    return Product(a.coef * b.coef, (*a.factors, *b.factors), (*a.ties, *b.ties), sums, steps)
+    return IndexProduct(a.coef * b.coef, (*a.factors, *b.factors), (*a.ties, *b.ties), sums, steps)
 
 
 def derive(
@@ -51,12 +51,12 @@ def derive(
     splits = {f.symbol: len(f.out) for link in links for f in (link.local, link.before) if f is not None}
     tensors = {k: t for link in links for f in (link.local, link.before) if f is not None for k, t in f.tensors.items()}
 
-    def formula(products: Sequence[Product]) -> Formula:
-        return Formula(symbol, outs, inns, tuple(p.line(axes) for p in products), tensors, splits)
+    def formula(products: Sequence[IndexProduct]) -> IndexFormula:
+        return IndexFormula(symbol, outs, inns, tuple(p.line(axes) for p in products), tensors, splits)
 
-    whole: list[Product] = []
-    halfway: list[Product] = []
-    full: list[Product] = []
+    whole: list[IndexProduct] = []
+    halfway: list[IndexProduct] = []
+    full: list[IndexProduct] = []
     known: dict[str, int] = {}
     for link in links:
         if link.before is None:
@@ -91,7 +91,7 @@ def derive(
     return moves
 
 
-def _put_in(product: Product, f: Formula, axes: Sequence[str], known: dict[str, int]) -> list[Product]:
+def _put_in(product: IndexProduct, f: IndexFormula, axes: Sequence[str], known: dict[str, int]) -> list[IndexProduct]:
     """Replace a whole derivative in a product by its formula: one product for each of its lines."""
     at = next(k for k, (name, _) in enumerate(product.factors) if name == f.symbol)
     indices = product.factors[at][1]
@@ -101,23 +101,23 @@ def _put_in(product: Product, f: Formula, axes: Sequence[str], known: dict[str, 
         own = dict[str, str]()
         for s, n in line.sums:
             own[s] = sum_letter(n, [*axes, *dict(product.sums), *own.values()], known)
-        p = Product.read(line).put({**values, **{s: Index(((new, 1),)) for s, new in own.items()}})
+        p = IndexProduct.read(line).put({**values, **{s: Index(((new, 1),)) for s, new in own.items()}})
         factors = (*product.factors[:at], *p.factors, *product.factors[at + 1 :])
         sums = (*product.sums, *((own[s], n) for s, n in line.sums))
         steps = (*product.steps, *p.steps)
-        found.append(Product(product.coef * line.coef, factors, (*product.ties, *p.ties), sums, steps))
+        found.append(IndexProduct(product.coef * line.coef, factors, (*product.ties, *p.ties), sums, steps))
     return found
 
 
-def _whole_of(product: Product, symbols: Mapping[str, Formula]) -> str:
+def _whole_of(product: IndexProduct, symbols: Mapping[str, IndexFormula]) -> str:
     return next(name for name, _ in product.factors if name in symbols)
 
 
-def _symbol(f: Formula, axes: Sequence[str]) -> Product:
-    return Product(1.0, ((f.symbol, tuple(Index.read(x) for x in axes)),), (), ())
+def _symbol(f: IndexFormula, axes: Sequence[str]) -> IndexProduct:
+    return IndexProduct(1.0, ((f.symbol, tuple(Index.read(x) for x in axes)),), (), ())
 
 
-def _summed_copies(products: Sequence[Product]) -> str:
+def _summed_copies(products: Sequence[IndexProduct]) -> str:
     left = list(dict.fromkeys(s for p in products for s, _ in p.sums))
     if not left:
         return "each delta of the copy keeps one index"

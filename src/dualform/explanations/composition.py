@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dualform.algebra.linear_map import Derivative, Route
-from dualform.algebra.notation import Formula, Names, formula
+from dualform.algebra.notation import IndexFormula, Names, formula
 from dualform.explanations.chain_rule import Link, derive
-from dualform.explanations.explain import LEVELS, Explanation, Stage, Step, agreed, deviation
+from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
+from dualform.explanations.steps import OpStep, Stage
 from dualform.explanations.torch_code import vjp_code
 from dualform.explanations.wording import meaning, reasons
 from dualform.shapes import fail
@@ -44,7 +45,7 @@ class Joined(Route):
         """A product of three is explained as one of two."""
         return Joined(outer, inner)
 
-    def shown(self, derivative: Derivative) -> Formula:
+    def shown(self, derivative: Derivative) -> IndexFormula:
         """The product in index notation."""
         return self._step("chain", "dz/dx", derivative, Names(avoid="phrxyz")).formula
 
@@ -67,7 +68,7 @@ class Joined(Route):
             tuple(self._checks(derivative, code, namespace)), (Stage("dz/dx", tuple(moves), derivative.out_shape),), moves[-1].formula if moves else None,
         )  # fmt: skip
 
-    def _step(self, op: str, symbol: str, J: Derivative, names: Names) -> Step:
+    def _step(self, op: str, symbol: str, J: Derivative, names: Names) -> OpStep:
         shown = formula(J.terms, J.out_shape, J.in_shape, symbol, names=names)
         known = {name: "an input" for K in (self.inner, self.outer) if K.route for name in K.route.inputs}
         why = (
@@ -76,7 +77,7 @@ class Joined(Route):
             else ("an axis is empty: there is no entry",)
         )
         text = f"{symbol[1]} <- {symbol[-1]}   {J.out_shape} by {J.in_shape}"
-        return Step(op, text, shown, J, "; ".join(why), "", why)
+        return OpStep(op, text, shown, J, "; ".join(why), "", why)
 
     def _costs(self, J: Derivative) -> Sequence[str]:
         """How a vjp by the terms would be contracted, and the price of going one after the other."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dualform.algebra.index_products import Index, Product, Tie, added
+from dualform.algebra.index_products import Index, IndexProduct, Tie, added
 
 
-def eliminated(products: Sequence[Product], sizes: Mapping[str, int]) -> Iterator[tuple[list[Product], str]]:
+def eliminated(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Iterator[tuple[list[IndexProduct], str]]:
     """Take one summed index away at a time, in all products that have it; then add what is equal."""
     current = list(products)
     for _ in range(64):  # every pass removes an index, a tie or a product
@@ -28,10 +28,10 @@ def eliminated(products: Sequence[Product], sizes: Mapping[str, int]) -> Iterato
         yield collected, "equal terms added"
 
 
-Found = tuple[list[Product], str] | None
+Found = tuple[list[IndexProduct], str] | None
 
 
-def _clean(p: Product, sizes: Mapping[str, int]) -> list[Product]:
+def _clean(p: IndexProduct, sizes: Mapping[str, int]) -> list[IndexProduct]:
     """Drop ties that always hold; a product with a tie that never holds is zero."""
     kept: list[Tie] = []
     for a, b in p.ties:
@@ -46,14 +46,14 @@ def _clean(p: Product, sizes: Mapping[str, int]) -> list[Product]:
     return [replace(p, ties=tuple(kept), steps=tuple(step for step, low, _ in gaps if low < 0))]
 
 
-def _all(p: Product, sizes: Mapping[str, int]) -> dict[str, int]:
+def _all(p: IndexProduct, sizes: Mapping[str, int]) -> dict[str, int]:
     return {**sizes, **dict(p.sums)}
 
 
-def _substitute(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
+def _substitute(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Found:
     """Σ_s δ(s, e) f(s) = f(e), where e stays in the range of s."""
     for s in dict.fromkeys(name for p in products for name, _ in p.sums):
-        result: list[Product] = []
+        result: list[IndexProduct] = []
         said: list[str] = []
         for p in products:
             value = _value_of(p, s, _all(p, sizes))
@@ -69,7 +69,7 @@ def _substitute(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
     return None
 
 
-def _value_of(p: Product, s: str, sizes: Mapping[str, int]) -> tuple[Tie, Index] | None:
+def _value_of(p: IndexProduct, s: str, sizes: Mapping[str, int]) -> tuple[Tie, Index] | None:
     if s not in dict(p.sums):
         return None
     for tie in p.ties:
@@ -81,14 +81,14 @@ def _value_of(p: Product, s: str, sizes: Mapping[str, int]) -> tuple[Tie, Index]
     return None
 
 
-def _can_look_up(p: Product, s: str, tie: Tie) -> bool:
+def _can_look_up(p: IndexProduct, s: str, tie: Tie) -> bool:
     """Does an index stand by itself wherever it stands, so that a table's entry can take its place?"""
     others = [x for x in p.indices if s in x.names and not any(x is end for end in tie)]
     inside = [y for x in p.indices for y in x.at if s in y.names]
     return all(x.plain == s for x in others) and not inside and not any(s in x.names for t in p.steps for x in t)
 
 
-def _split(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
+def _split(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Found:
     """δ(c a + b, c d + e) = δ(a, d) δ(b, e), where b and e are smaller than c: digits are equal one by one."""
     for k, p in enumerate(products):
         known = _all(p, sizes)
@@ -119,7 +119,7 @@ def _digits(tie: Tie, sizes: Mapping[str, int]) -> tuple[Tie, ...]:
     return ((highs[0], highs[1]), (lows[0], lows[1]))
 
 
-def _recombine(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
+def _recombine(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Found:
     """Σ_a Σ_b δ(i, c a + b) f(c a + b) = f(i), where c a + b runs over all that i can be, once."""
     for k, p in enumerate(products):
         known = _all(p, sizes)
@@ -152,7 +152,7 @@ def _covers(digits: Index, sums: Mapping[str, int], size: int) -> bool:
     return reach == size and digits.start == 0
 
 
-def _count(products: Sequence[Product], sizes: Mapping[str, int]) -> Found:
+def _count(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Found:
     """A sum over an index that nothing has is a factor."""
     for k, p in enumerate(products):
         for s, n in p.sums:

@@ -1,114 +1,42 @@
-"""What an explanation says in words: an op as a person writes it, why a derivative has its shape, what a name stands for."""
+"""What an explanation says in words: why a derivative has its shape, what a name stands for."""
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dualform.algebra.index_products import Index
-from dualform.algebra.notation import Formula, Line
+from dualform.algebra.notation import IndexFormula, Line
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.trace import source_line
-from dualform.ops.table import ALL, Call, find_row
+from dualform.ops.table import ALL, ROWS, Call, find_row
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "mm": "@", "bmm": "@", "mv": "@", "pow": "**"}
-_MIRRORS = {"numpy_T": "T", "t": "T", "mT": "mT", "mH": "mH", "adjoint": "mH"}
-_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention", **dict.fromkeys(_MIRRORS, "T")}
-_SPREAD = {"reshape", "view", "permute", "expand", "repeat", "_unsafe_view", "sum", "mean", "amax", "amin"}
+_PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention"}
 
 # The letters of the rules' docstrings, for readers who have not read them.
 _LETTERS = {
-    "p": "the softmax itself",
-    "h": "the normalised input, before gain and bias",
-    "r": "1/√(variance + eps), one for each row that is normalised",
-    "tril": "1 on and below the diagonal",
-    "triu": "1 on and above the diagonal",
-    "flip": "1 where one index is the other counted backwards",
+    "p": "the softmax itself", "h": "the normalised input, before gain and bias",
+    "r": "1/√(variance + eps), one for each row that is normalised", "tril": "1 on and below the diagonal",
+    "triu": "1 on and above the diagonal", "flip": "1 where one index is the other counted backwards",
     "[index]": "1 where the index is the one that was asked for",
-    "[extremum]": "1 at the largest (smallest) entry, shared by ties",
-    "[c]": "1 where the condition holds",
-    "[not c]": "1 where the condition does not hold",
-    "[kept]": "1 where nothing was filled in",
+    "[extremum]": "1 at the largest (smallest) entry, shared by ties", "[c]": "1 where the condition holds",
+    "[not c]": "1 where the condition does not hold", "[kept]": "1 where nothing was filled in",
     "[mask]": "1 where something was filled in",
     "cos": "the cosine of 2π times frequency times place, over the length",
     "sin": "the sine of 2π times frequency times place, over the length",
     "reshape": "1 where both indices are one place in memory",
-}
+}  # fmt: skip
 
 
 def plain(op: str) -> str:
     """What people call an op."""
-    return _PLAIN.get(op, op)
-
-
-def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, str] | None = None) -> str:
-    """Write the op of a node in Python; `wide` gives operands that were broadcast first their names."""
-    target: Any = node.target
-    if target is operator.getitem:
-        source: Any = node.args[0]
-        return f"{written(source, name, wide)}[{node.args[1]}]"
-    if not isinstance(target, torch._ops.OpOverload):
-        return str(node.name)
-    op, schema = target._schema.name.split("::")[1], target._schema.arguments
-    called = {**(wide or {})}
-
-    def show(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return called.get(value) or name(value)
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(show, value))}]"
-        return f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
-
-    keywords = {k: v for k, v in node.kwargs.items() if v is not None and k not in ("layout", "device", "pin_memory")}
-    given = dict(zip((a.name for a in schema), node.args, strict=False))
-    first = show(node.args[0]) if node.args else ""
-    if op in _SIGNS and len(node.args) == 2 and not keywords:
-        return f"{first} {_SIGNS[op]} {show(node.args[1])}"
-    if op == "neg":
-        return f"-{first}"
-    if op in _MIRRORS and len(node.args) == 1:
-        return f"{first}.{_MIRRORS[op]}"
-    if op in ("slice", "select", "index"):
-        return f"{first}[{_window(op, given, show)}]"
-    rest = [show(x) for x in node.args[1:]] if op not in _SPREAD else _spread_out(node.args[1:], show)
-    names = [a.name for a in schema][1:]
-    rest = [f"{n}={text}" if text in ("True", "False") else text for n, text in zip(names, rest, strict=False)] + rest[
-        len(names) :
-    ]
-    rest += [f"{k}={show(v)}" for k, v in keywords.items()]
-    method = (
-        bool(schema) and schema[0].name == "self" and hasattr(Tensor, op) and first.replace(".", "_").isidentifier()
-    )
-    if method and torch.Tag.pointwise not in target.tags:
-        return f"{first}.{op}({', '.join(rest)})"
-    return f"{op}({', '.join([first, *rest] if first else rest)})"
-
-
-def _spread_out(args: Sequence[Any], show: Callable[[Any], str]) -> list[str]:
-    """reshape(4, 2) rather than reshape([4, 2]); sum(0) rather than sum([0])."""
-    first, *rest = args or ((),)
-    flat = list(first) if isinstance(first, (list, tuple)) else [first]
-    if rest and len(flat) > 1:
-        flat = [tuple(flat)]
-    return [*map(show, flat), *map(show, rest)]
-
-
-def _window(op: str, given: dict[str, Any], show: Callable[[Any], str]) -> str:
-    if op == "index":
-        return ", ".join(":" if k is None else show(k) for k in given["indices"])
-    axis, rank = given.get("dim", 0), given["self"].meta["val"].ndim
-    if op == "select":
-        return ", ".join([":"] * (axis % rank) + [show(given["index"])])
-    start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
-    ends = "" if end is None or end >= 2**62 else str(end)
-    cut = f"{start or ''}:{ends}" + (f":{step}" if step != 1 else "")
-    return ", ".join([":"] * (axis % rank) + [cut])
+    row = ROWS.get(f"aten::{op}")
+    return "T" if row is not None and re.fullmatch(r"\{0\}\.\w+", row.python) else _PLAIN.get(op, op)
 
 
 def rule(call: Call, x_is: str) -> str:
@@ -127,7 +55,7 @@ def rule(call: Call, x_is: str) -> str:
     return f"the rule of {op}" + (f": {said.rstrip('.')}" if said else "")
 
 
-def reasons(formula: Formula, meaning: Callable[[str], str]) -> tuple[str, ...]:
+def reasons(formula: IndexFormula, meaning: Callable[[str], str]) -> tuple[str, ...]:
     """Why a derivative has its shape: what each tie, each lone index and each factor is there for."""
     if not formula.lines:
         return ("the result does not depend on it: every entry is 0",)
@@ -147,7 +75,7 @@ def reasons(formula: Formula, meaning: Callable[[str], str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _of_line(formula: Formula, line: Line) -> list[str]:
+def _of_line(formula: IndexFormula, line: Line) -> list[str]:
     said = []
     plain = [(a, b) for a, b in line.deltas if Index.read(a).plain and Index.read(b).plain]
     moved = [tie for tie in line.ties if tie not in plain]

@@ -12,26 +12,7 @@ from dualform.functions.reconciliations import Reconciliation, reconciliations
 from dualform.functions.remainders import Remainder, activations, remainders
 
 __all__ = [
-    "Adapted",
-    "Expansion",
-    "Fusion",
-    "Head",
-    "HeadConfig",
-    "Layer",
-    "LayerConfig",
-    "Reconciliation",
-    "Remainder",
-    "Stack",
-    "StackConfig",
-    "TinybigDefect",
-    "activations",
-    "compressions",
-    "expansions",
-    "from_tinybig",
-    "fusions",
-    "interdependences",
-    "networks",
-    "reconciliations",
-    "remainders",
-    "set_naive_bayes",
-]
+    "Adapted", "Expansion", "Fusion", "Head", "HeadConfig", "Layer", "LayerConfig", "Reconciliation", "Remainder",
+    "Stack", "StackConfig", "TinybigDefect", "activations", "compressions", "expansions", "from_tinybig", "fusions",
+    "interdependences", "networks", "reconciliations", "remainders", "set_naive_bayes",
+]  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dualform.catalogue import Catalogue
-from dualform.functions.blocks import Basis, Pull, evaluate, joined
+from dualform.functions.in_blocks import Basis, Pull, evaluate, joined
 from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
 from dualform.shapes import fail
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive, substitute
-from dualform.functions.blocks import Local, Pull, by_slopes
+from dualform.functions.in_blocks import Local, Pull, by_slopes
 from dualform.shapes import fail
 
 Span = tuple[float, float]

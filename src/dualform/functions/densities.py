@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, attribute_wise, expansions
-from dualform.functions.blocks import by_slopes
+from dualform.functions.in_blocks import by_slopes
 from dualform.shapes import fail
 
 Theta = Sequence[tuple[float, ...]]

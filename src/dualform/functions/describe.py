@@ -211,6 +211,8 @@ def parse(record: Record, words: list[str]) -> dict[str, Any]:
             raise CatalogueError(
                 f"functions: {word!r} is no option; expected key=value, as in degree=3. Options: {record}."
             )
+        if key in options:
+            raise CatalogueError(f"functions: --set says {key!r} twice; expected once. Leave one out.")
         try:
             options[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dualform.functions import bumps, densities, patches, pointwise, polynomials, products, wavelets
+from dualform.functions import attribute_products, bumps, densities, patches, pointwise, polynomials, wavelets
 from dualform.functions.basis import Expansion, expansions
 
-families = (pointwise, products, polynomials, bumps, densities, wavelets, patches)  # importing them fills the catalogue
+families = (
+    pointwise,
+    attribute_products,
+    polynomials,
+    bumps,
+    densities,
+    wavelets,
+    patches,
+)  # importing them fills the catalogue
 
 __all__ = ["Expansion", "expansions", "families"]

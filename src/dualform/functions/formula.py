@@ -22,7 +22,7 @@ from dualform.shapes import fail
 
 
 @dataclass(frozen=True)
-class Line:
+class FormulaLine:
     """name = sum_i c_i f_i + constant, the terms that matter most first."""
 
     name: str
@@ -66,7 +66,7 @@ class Formula:
 
     inputs: tuple[str, ...]  # as they appear in the text
     labels: tuple[str, ...]  # as they were given
-    lines: tuple[Line, ...]
+    lines: tuple[FormulaLine, ...]
     outputs: tuple[str, ...]
 
     def text(self, digits: int | None = 6) -> str:
@@ -155,7 +155,7 @@ class Values(dict[str, np.ndarray]):
         self.num_rows = len(rows)
         self.found: dict[sympy.Expr, np.ndarray] = {}
 
-    def add(self, line: Line) -> None:
+    def add(self, line: FormulaLine) -> None:
         weights = np.array([c for c, _ in line.terms])
         self[line.name] = weights @ self.columns([f for _, f in line.terms]) + line.constant
 

@@ -30,13 +30,9 @@ from dualform.shapes import fail
 
 # Which options are specs, and of which catalogue.
 parts: dict[str, Catalogue] = {
-    "expansion": expansions,
-    "reconciliation": reconciliations,
-    "remainder": remainders,
-    "interdependence": interdependences,
-    "compression": compressions,
-    "fusion": fusions,
-}
+    "expansion": expansions, "reconciliation": reconciliations, "remainder": remainders,
+    "interdependence": interdependences, "compression": compressions, "fusion": fusions,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

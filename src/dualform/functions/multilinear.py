@@ -52,7 +52,7 @@ def width_of(kappa: Features) -> int:
 
 
 @dataclass(frozen=True)
-class Factor:
+class WeightFactor:
     """One tensor of the product: what its axes are called and where its numbers come from.
 
     fill: "w" the next entries of w; "kept" the same, but only at seeded places; "normal" seeded constants; "eye" the identity.
@@ -68,7 +68,7 @@ class Multilinear:
     """A matrix that is multilinear in the pieces of a flat w: the record of a structured reconciliation."""
 
     name: str
-    factors: tuple[Factor, ...]
+    factors: tuple[WeightFactor, ...]
     rows: str = "i"
     cols: str = "j"
     p: int | None = None
@@ -81,7 +81,7 @@ class Multilinear:
     @property
     def is_matrix(self) -> bool:
         """Is W nothing but a view of w?"""
-        whole = [Factor(self.rows + self.cols)]
+        whole = [WeightFactor(self.rows + self.cols)]
         return list(self.factors) == whole and len(whole[0].labels) == 2 and self.coef == 1.0
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Multilinear:
     def shapes(self, sizes: dict[str, int]) -> list[tuple[int, ...]]:
         return [tuple(sizes[label] for label in f.labels) for f in self.factors]
 
-    def _entries(self, factor: Factor, shape: tuple[int, ...]) -> int:
+    def _entries(self, factor: WeightFactor, shape: tuple[int, ...]) -> int:
         if factor.fill == "kept":
             return max(1, round(self.share * math.prod(shape)))
         return math.prod(shape) if factor.fill == "w" else 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualform.functions.basis import Expansion, attribute_wise, expansions, positive
-from dualform.functions.blocks import by_slopes
+from dualform.functions.in_blocks import by_slopes
 from dualform.shapes import fail
 
 Rows = list[tuple[float, float, float, float]]

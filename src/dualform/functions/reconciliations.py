@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualform.catalogue import Catalogue
-from dualform.functions.multilinear import Constants, Factor, Features, Multilinear, normal, width_of
+from dualform.functions.multilinear import Constants, Features, Multilinear, WeightFactor, normal, width_of
 from dualform.shapes import fail
 
 reconciliations = Catalogue("reconciliations")
@@ -88,8 +88,8 @@ def _seeded(name: str, seed: int) -> None:
         fail(name, "seed", f"is {seed!r}", "an integer seed >= 0", "Pass a whole number.", ValueError)
 
 
-A, B = Factor("ij"), Factor("kl")
-S, T = Factor("ka"), Factor("al")
+A, B = WeightFactor("ij"), WeightFactor("kl")
+S, T = WeightFactor("ka"), WeightFactor("al")
 _dense = Multilinear("identity", (A,))
 
 
@@ -137,7 +137,7 @@ def one() -> Reconciliation:
 )
 def eye() -> Reconciliation:
     """Take the identity matrix, cut or filled with zeros: the first n features go through."""
-    return Reconciliation(Multilinear("eye", (Factor("ij", "eye"),)))
+    return Reconciliation(Multilinear("eye", (WeightFactor("ij", "eye"),)))
 
 
 @reconciliations.record(
@@ -157,7 +157,7 @@ def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     _seeded("masking", seed)
     if not 0 < p <= 1:
         fail("masking", "p", f"is {p}", "a share 0 < p <= 1", "Pass the share of entries to keep.", ValueError)
-    return Reconciliation(Multilinear("masking", (Factor("ij", "kept", "places"),), share=float(p), seed=seed))
+    return Reconciliation(Multilinear("masking", (WeightFactor("ij", "kept", "places"),), share=float(p), seed=seed))
 
 
 @reconciliations.record(
@@ -193,7 +193,7 @@ def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliat
     Source: Zhang 2024 (RPN 1). Differs: tinyBIG runs for p = q = n only.
     """
     _positive("duplicated_diagonal_padding", p=p, q=q)
-    factors = (Factor("ij", "eye"), B)
+    factors = (WeightFactor("ij", "eye"), B)
     return Reconciliation(
         Multilinear("duplicated_diagonal_padding", factors, rows="ik", cols="jl", p=p, q=p if q is None else q)
     )
@@ -218,7 +218,7 @@ def low_rank(rank: int = 2) -> Reconciliation:
         [[5.0, 6.0, 7.0], [10.0, 12.0, 14.0]]
     """
     _positive("low_rank", rank=rank)
-    return Reconciliation(Multilinear("low_rank", (Factor("ia"), Factor("aj")), rank=rank))
+    return Reconciliation(Multilinear("low_rank", (WeightFactor("ia"), WeightFactor("aj")), rank=rank))
 
 
 @reconciliations.record(
@@ -260,7 +260,7 @@ def lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reconcili
 def dual_lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reconciliation:
     """Take a Kronecker product of two matrices of low rank; w holds P, Q, S, T in this order."""
     _positive("dual_lphm", p=p, q=q, rank=rank)
-    factors = (Factor("ib"), Factor("bj"), S, T)
+    factors = (WeightFactor("ib"), WeightFactor("bj"), S, T)
     return Reconciliation(Multilinear("dual_lphm", factors, rows="ik", cols="jl", p=p, q=q, rank=rank))
 
 
@@ -274,7 +274,12 @@ def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
     """Scale the rows and the inner axis of a frozen product; w holds the n row scales, then the r inner ones."""
     _positive("random_matrix_adaption", rank=rank)
     _seeded("random_matrix_adaption", seed)
-    factors = (Factor("i"), Factor("ia", "normal", "A"), Factor("a"), Factor("ja", "normal", "B"))
+    factors = (
+        WeightFactor("i"),
+        WeightFactor("ia", "normal", "A"),
+        WeightFactor("a"),
+        WeightFactor("ja", "normal", "B"),
+    )
     return Reconciliation(Multilinear("random_matrix_adaption", factors, rank=rank, seed=seed))
 
 
@@ -287,7 +292,7 @@ def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
 def loha(rank: int = 2) -> Reconciliation:
     """Multiply two matrices of low rank entry by entry: rank up to r^2; w holds A, B, P, Q in this order."""
     _positive("loha", rank=rank)
-    factors = (Factor("ia"), Factor("aj"), Factor("ib"), Factor("bj"))
+    factors = (WeightFactor("ia"), WeightFactor("aj"), WeightFactor("ib"), WeightFactor("bj"))
     return Reconciliation(Multilinear("loha", factors, rank=rank))
 
 

@@ -21,7 +21,7 @@ import sympy
 import torch
 
 from dualform.functions.basis import Expansion, vocabulary
-from dualform.functions.formula import Formula, Line, Values
+from dualform.functions.formula import Formula, FormulaLine, Values
 from dualform.functions.head import Head
 from dualform.shapes import fail
 
@@ -95,7 +95,7 @@ class _Writer:
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        self.lines: list[Line] = []
+        self.lines: list[FormulaLine] = []
 
     def line(self, name: str, terms: Terms) -> sympy.Symbol:
         """Prune a sum, give it a name and evaluate it."""
@@ -113,7 +113,7 @@ class _Writer:
         kept = [i for i in effect.argsort(kind="stable")[::-1] if i not in set(dropped.tolist())]
         if kept and abs(constant) <= self.tolerance * total:
             constant = 0.0  # rounding noise beside what it is added to
-        made = Line(name, tuple(_times(float(c[i]), functions[i]) for i in kept), constant)
+        made = FormulaLine(name, tuple(_times(float(c[i]), functions[i]) for i in kept), constant)
         self.lines.append(made)
         self.known.add(made)
         return sympy.Symbol(name)
@@ -129,7 +129,7 @@ class _Writer:
         named = []
         for i, x in enumerate(self.inputs):
             name = f"z_{x}"
-            self.lines.append(Line(name, ((1 / float(scale[i]), sympy.Symbol(x)),), -float(mean[i] / scale[i])))
+            self.lines.append(FormulaLine(name, ((1 / float(scale[i]), sympy.Symbol(x)),), -float(mean[i] / scale[i])))
             self.known.add(self.lines[-1])
             named.append(sympy.Symbol(name))
         return named

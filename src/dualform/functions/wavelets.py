@@ -27,7 +27,7 @@ from dualform.functions.basis import (
     positive,
     substitute,
 )
-from dualform.functions.blocks import Pull
+from dualform.functions.in_blocks import Pull
 from dualform.shapes import fail
 
 _options = "dilation a >= 1, translation b >= 0; a = 1 makes all scales the same"

@@ -6,7 +6,6 @@ Fourier transform is sums with cosines and sines, a composite op is spelled out 
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from itertools import product
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.graphs.edit import emitter, inputs_of
 from dualform.graphs.functionalize import Blame, functionalized
 from dualform.graphs.single_results import bound_arguments, normalised
-from dualform.ops.fourier import cosines, sines
+from dualform.ops.pointwise import filled_with
 from dualform.ops.table import find_row
 
 aten = torch.ops.aten
@@ -36,42 +35,26 @@ class Pair(NamedTuple):
     im: Part
 
 
-def paired(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
-    """Rewrite a graph without complex tensors that depend on its inputs; `blame` reports what cannot be rewritten."""
-    if any(_is_complex(node) for node in gm.graph.nodes):
-        _Rewriter(gm.graph, blame).run()
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-    return gm
-
-
-def _is_complex(x: Any) -> bool:
+def is_complex(x: Any) -> bool:
     value = x.meta.get("val") if isinstance(x, fx.Node) else x
     return isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex())
 
 
-# Tensors that are made of a number.
-_FILLED: dict[Any, float] = {
-    aten.zeros.default: 0.0,
-    aten.ones.default: 1.0,
-    aten.full.default: 0.0,
-    aten.scalar_tensor.default: 0.0,
-}
-Rule = Callable[["_Rewriter", fx.Node, dict[str, Any]], Any]
-_RULES: dict[str, Rule] = {}
+Rule = Callable[["PairWriter", fx.Node, dict[str, Any]], Any]
+RULES: dict[str, Rule] = {}
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[Rule], Rule]:
     """How an op of complex numbers is written with pairs; by its name, its arguments by theirs."""
 
     def add(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
+        RULES.update(dict.fromkeys(names, rule))
         return rule
 
     return add
 
 
-class _Rewriter:
+class PairWriter:
     """One pass in order; `pairs` holds the parts of what is complex."""
 
     def __init__(self, graph: fx.Graph, blame: Blame) -> None:
@@ -89,17 +72,17 @@ class _Rewriter:
                 reached.add(self.visit(node))
             elif node.op == "output":
                 for result in node.all_input_nodes:
-                    if _is_complex(result):
+                    if is_complex(result):
                         advice = "Return torch.view_as_real(z), or z.real and z.imag."
                         self.blame(result, "returns a complex tensor", advice)
 
     def visit(self, node: fx.Node) -> fx.Node:
         """Rewrite a node if it makes or takes complex tensors; the node that stands for it now."""
         operands = pytree.tree_leaves((node.args, dict(node.kwargs)))
-        if not _is_complex(node) and not any(map(_is_complex, operands)):
+        if not is_complex(node) and not any(map(is_complex, operands)):
             return node
         self.at = node
-        rule = _RULES.get(getattr(node.target, "_opname", "")) or self.general(node)
+        rule = RULES.get(getattr(node.target, "_opname", "")) or self.general(node)
         made = rule(self, node, bound_arguments(node))
         if isinstance(made, Pair):
             self.pairs[node] = Pair(*(self.fitted(part, node.meta["val"]) for part in made))
@@ -146,10 +129,10 @@ class _Rewriter:
         """The parts of an argument; a real one has no imaginary part."""
         if not isinstance(x, fx.Node):
             return Pair(x.real or None, x.imag or None) if isinstance(x, complex) else Pair(x, None)
-        if not _is_complex(x):
+        if not is_complex(x):
             return Pair(x, None)
-        if x.target in _FILLED:
-            value = complex(bound_arguments(x).get("fill_value", _FILLED[x.target]))
+        if (number := filled_with(x)) is not None:
+            value = complex(number)
             return Pair(value.real or None, value.imag or None)
         if x not in self.pairs:  # an input or a constant
             self.pairs[x] = Pair(self.emit(aten.real.default, x), self.emit(aten.imag.default, x))
@@ -207,176 +190,17 @@ class _Rewriter:
         return Pair(length, None) if a.im is None else self.polar(length, a.im)
 
 
-# -- ops that look at the parts
-
-
-@_rule("real")
-def _real(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.whole(given["self"])[0]
-
-
-@_rule("imag")
-def _imag(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.whole(given["self"])[1]
-
-
-@_rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
-def _filled_like(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    value = complex(given.get("fill_value", "ones" in node.target._opname))  # type: ignore[union-attr]
-    if not _is_complex(node):
-        return r.full(value.real, node.meta["val"])
-    return Pair(value.real or None, value.imag or None)
-
-
-@_rule("view_as_real", "view_as_real_copy")
-def _view_as_real(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.emit(aten.stack.default, list(r.whole(given["self"])), -1)
-
-
-@_rule("view_as_complex", "view_as_complex_copy")
-def _view_as_complex(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return Pair(*(r.emit(aten.select.int, given["self"], -1, k) for k in (0, 1)))
-
-
-@_rule("complex")
-def _complex(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return Pair(given["real"], given["imag"])
-
-
-@_rule("polar")
-def _polar(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.polar(given["abs"], given["angle"])
-
-
-@_rule("conj", "_conj", "conj_physical", "_conj_physical")
-def _conj(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    re, im = r.pair(given["self"])
-    return Pair(re, r.neg(im))
-
-
-@_rule("abs", "absolute")
-def _abs(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.length(given["self"])
-
-
-@_rule("angle")
-def _angle(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    re, im = r.whole(given["self"])
-    return r.emit(aten.atan2.default, im, re)
-
-
-@_rule("linalg_vector_norm", "norm")
-def _norm(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
-    rest = {k: v for k, v in given.items() if k != "self" and (k != "dtype" or v is not None)}
-    return r.emit(node.target, r.length(given["self"]), **rest)
-
-
-@_rule("_to_copy", "to", "type")
-def _to(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    re, im = r.pair(given["self"])
-    return Pair(re, im) if _is_complex(node) else re
-
-
-# -- arithmetic
-
-
-@_rule("add", "sub", "subtract")
-def _sum(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
-    a, b = r.pair(given["self"]), r.pair(given["other"])
-    alpha = given["alpha"] * (1 if node.target._opname == "add" else -1)
-    return Pair(r.add(a.re, b.re, alpha), r.add(a.im, b.im, alpha))
-
-
-@_rule("rsub")
-def _reversed(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
-    a, b = r.pair(given["self"]), r.pair(given["other"])
-    return Pair(r.add(b.re, a.re, -given["alpha"]), r.add(b.im, a.im, -given["alpha"]))
-
-
-@_rule("mul", "multiply")
-def _times(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.times(r.pair(given["self"]), r.pair(given["other"]))
-
-
-@_rule("square")
-def _square(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    z = r.pair(given["self"])
-    return r.times(z, z)
-
-
-def _inverse(r: _Rewriter, z: Pair) -> Pair:
-    if not any(isinstance(part, fx.Node) for part in z):
-        found = 1 / complex(z.re or 0, z.im or 0)
-        return Pair(found.real or None, found.imag or None)
-    if z.im is None:
-        return Pair(r.emit(aten.reciprocal.default, z.re), None)
-    scale = r.emit(aten.reciprocal.default, r.square(z))
-    return Pair(r.mul(scale, z.re), r.neg(r.mul(scale, z.im)))
-
-
-@_rule("reciprocal")
-def _reciprocal(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return _inverse(r, r.pair(given["self"]))
-
-
-@_rule("div", "divide", "true_divide")
-def _div(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.times(r.pair(given["self"]), _inverse(r, r.pair(given["other"])))
-
-
-@_rule("sgn", "sign")
-def _sgn(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    z = r.pair(given["self"])
-    scale = r.emit(aten.reciprocal.default, r.length(given["self"]))
-    return Pair(r.mul(scale, z.re), r.mul(scale, z.im))
-
-
-@_rule("exp")
-def _exp(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.exp(r.pair(given["self"]))
-
-
-def _logarithm(r: _Rewriter, x: Any) -> Pair:
-    if not isinstance(x, fx.Node):
-        return r.pair(complex(torch.log(torch.tensor(x, dtype=torch.complex128))))
-    if not _is_complex(x):
-        return Pair(r.emit(aten.log.default, x), None)
-    re, im = r.whole(x)
-    return Pair(r.emit(aten.log.default, r.length(x)), r.emit(aten.atan2.default, im, re))
-
-
-@_rule("log")
-def _log(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return _logarithm(r, given["self"])
-
-
-@_rule("sqrt")
-def _sqrt(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.exp(r.times(Pair(0.5, None), _logarithm(r, given["self"])))
-
-
-@_rule("pow")
-def _pow(r: _Rewriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    z, exponent = given["self"], given["exponent"]
-    if isinstance(exponent, int) and 1 <= exponent <= 8:
-        power = base = r.pair(z)
-        for _ in range(exponent - 1):
-            power = r.times(power, base)
-        return power
-    return r.exp(r.times(r.pair(exponent), _logarithm(r, z)))
-
-
 # -- whole families
 
 
-def _partwise(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
+def _partwise(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     """A linear op acts on each part; a real operand among complex ones has no imaginary part, and neither has a number."""
     names = [a.name for a in node.target._schema.arguments if "number" in str(a.type) and a.name != "alpha"]
     parts = []
     for k in (0, 1):
 
         def part(x: Any, k: int = k) -> Any:
-            if _is_complex(x):
+            if is_complex(x):
                 return r.whole(x)[k]
             is_real = k == 1 and x.meta["val"].is_floating_point()
             return r.emit(aten.zeros_like.default, x) if is_real else x
@@ -398,16 +222,14 @@ def _placed(node: Any, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any
     }
 
 
-_RULES.update(
-    dict.fromkeys(("clone", "detach", "alias", "contiguous", "resolve_conj", "resolve_neg", "_neg_view"), _partwise)
-)
+rule("detach", "resolve_conj", "resolve_neg", "_neg_view")(_partwise)
 
 
-def _product(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
+def _product(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     """Every choice of parts is a real product, with the sign of i^k for k imaginary parts."""
     bias = given.get("bias")
     flat, spec = pytree.tree_flatten(given | {"bias": None})
-    places = [k for k, x in enumerate(flat) if _is_complex(x)]
+    places = [k for k, x in enumerate(flat) if is_complex(x)]
     parts: list[Part] = [None, None]
     for choice in product((0, 1), repeat=len(places)):
         chosen = list(flat)
@@ -420,17 +242,7 @@ def _product(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
     return Pair(r.add(parts[0], shift.re), r.add(parts[1], shift.im))
 
 
-@_rule("vdot", "linalg_vecdot")
-def _vdot(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
-    """vdot(x, y) = sum of conj(x) y."""
-    first, second = (a.name for a in node.target._schema.arguments[:2])
-    z = r.pair(given[first])
-    w = r.times(Pair(z.re, r.neg(z.im)), r.pair(given[second]))
-    dims = [given["dim"]] if "dim" in given else [0]
-    return Pair(*(None if part is None else r.emit(aten.sum.dim_IntList, part, dims) for part in w))
-
-
-def _spelled(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
+def _spelled(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     """Put an op's definition in its place, and rewrite that."""
     nodes = [n for n in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
 
@@ -455,54 +267,8 @@ def _spelled(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
             inside[n] = r.visit(copy)
     r.at = node
     result = inside[gm.graph.output_node().all_input_nodes[0]]
-    return r.pair(result) if _is_complex(node) else result
+    return r.pair(result) if is_complex(node) else result
 
 
 # Their rows are those of a transposition, which a conjugation goes with here.
-_RULES.update(dict.fromkeys(("mH", "adjoint", "matrix_H"), _spelled))
-
-
-# -- the three transforms that all others are made of
-
-
-def _scaled(r: _Rewriter, z: Pair, given: dict[str, Any], count: int) -> Pair:
-    scale = {0: 1.0, 1: count**-0.5, 2: 1 / count}[given["normalization"]]
-    return z if scale == 1 else Pair(r.mul(z.re, scale), r.mul(z.im, scale))
-
-
-def _waves(r: _Rewriter, z: Pair, dim: int, sign: int, n: int, out: int) -> Pair:
-    """sum over l of exp(sign 2 pi i k l / n) z[l]."""
-
-    def of(op: Any, part: Part) -> Part:
-        return None if part is None else r.emit(op, part, dim, n, out)
-
-    re = r.add(of(cosines, z.re), of(sines, z.im), -sign)
-    return Pair(re, r.add(of(cosines, z.im), of(sines, z.re), sign))
-
-
-@_rule("_fft_r2c", "_fft_c2c")
-def _fft(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
-    z, shape = r.pair(given["self"]), given["self"].meta["val"].shape
-    sign = -1 if given.get("forward", True) else 1
-    for dim in reversed(given["dim"]):
-        z = _waves(r, z, dim % len(shape), sign, shape[dim], node.meta["val"].shape[dim])
-    return _scaled(r, z, given, math.prod(shape[dim] for dim in given["dim"]))
-
-
-@_rule("_fft_c2r")
-def _real_fft(r: _Rewriter, node: Any, given: dict[str, Any]) -> Any:
-    """Of the last dim half is given: the other half is its mirror, so that all but the ends count twice."""
-    z, shape = r.pair(given["self"]), node.meta["val"].shape
-    *others, last = (dim % len(shape) for dim in given["dim"])
-    for dim in others:
-        z = _waves(r, z, dim, 1, shape[dim], shape[dim])
-    n, half = given["last_dim_size"], given["self"].meta["val"].shape[last]
-    options = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
-    ends, twice = (1, 2 * half - 1 - n), n - half
-    counts = [
-        r.emit(aten.full.default, [k], v, **options)
-        for k, v in zip((ends[0], twice, ends[1]), (1.0, 2.0, 1.0), strict=True)
-    ]
-    weight = r.emit(aten.reshape.default, r.emit(aten.cat.default, counts), [-1, *[1] * (len(shape) - 1 - last)])
-    z = _waves(r, Pair(r.mul(z.re, weight), r.mul(z.im, weight)), last, 1, n, n)
-    return _scaled(r, z, given, math.prod(shape[dim] for dim in given["dim"])).re
+rule("mH", "adjoint", "matrix_H")(_spelled)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.recorder import Recorded
+from dualform.shapes import TraceError
 
 # What reads values; what makes sizes of them.
 _READ = {
@@ -31,6 +34,7 @@ _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero,
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
+_REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
 _RANDOM = {
     torch.rand,
     torch.randn,
@@ -48,9 +52,11 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 class Constants:
     """The tensors of one trace whose values are known, by identity; one that was written to since is known no more."""
 
-    def __init__(self, known: Mapping[int, Tensor]) -> None:
+    def __init__(self, known: Mapping[int, Tensor], note: Callable[[], str]) -> None:
         self.known = known  # by position among the inputs
+        self.note = note  # gives the caller's line
         self.read: list[Tensor] = []
+        self.shared: list[tuple[Tensor, int, str]] = []  # what numpy looks at, with its version and who let it
         self._made: dict[int, tuple[Tensor, int, Callable[[], Tensor]]] = {}
 
     def begin(self, inputs: Sequence[Any]) -> None:
@@ -60,18 +66,27 @@ class Constants:
                 self._keep(inputs[k], lambda value=value, x=inputs[k]: self._noted(value).to(x.dtype, copy=True))
 
     def _keep(self, x: Tensor, value: Callable[[], Tensor]) -> None:
-        self._made[id(x)] = (x, _version(x), value)
+        self._made[id(x)] = (x, version_of(x), value)
 
     def _noted(self, x: Tensor) -> Tensor:
         self.read.append(x)
         return x.detach()
+
+    def end(self) -> None:
+        """Refuse what numpy would have seen."""
+        for x, version, where in self.shared:
+            if version_of(x) != version:
+                raise TraceError(
+                    f"trace: `{where}` looks at a tensor's memory, which is written to later; expected a pure function of its "
+                    "inputs. Take x.clone().numpy(), or look at it after the last write."
+                )
 
     def knows(self, x: Any) -> bool:
         """Is it no tensor, or one whose value is known?"""
         if not isinstance(x, Tensor) or type(x) is Tensor:
             return True
         made = self._made.get(id(x))
-        return made is not None and made[0] is x and made[1] == _version(x)
+        return made is not None and made[0] is x and made[1] == version_of(x)
 
     def value(self, x: Any) -> Any:
         """The value of what is known."""
@@ -80,30 +95,50 @@ class Constants:
         with _aside():
             return self._noted(x) if type(x) is Tensor else self._made[id(x)][2]()
 
-    def made(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
-        """Note what an op made, if it made it of constants."""
+    def values(self, func: Callable[..., Any], args: Any, kwargs: Any) -> dict[int, Callable[[], Tensor]] | None:
+        """How to find the values that a call is given, as they are now; None if one is not known."""
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        found = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and type(x) is not Tensor]
-        if (
-            not found
-            or func in _RANDOM
-            or not all(map(self.knows, leaves))
-            or any(x is y for x in found for y in leaves)
-        ):
-            return result
-        versions = [(x, _version(x)) for x in leaves if type(x) is not Tensor]
+        if func in _RANDOM or not all(map(self.knows, leaves)):
+            return None
+        return {id(x): self._value_now(x) for x in leaves}
 
-        def value(k: int) -> Tensor:
-            if any(_version(x) != n for x, n in versions):
+    def _value_now(self, x: Tensor) -> Callable[[], Tensor]:
+        if type(x) is not Tensor:
+            return self._made[id(x)][2]
+        version = x._version
+
+        def value() -> Tensor:
+            if x._version != version:
                 raise _Written
-            with _aside():
-                again = pytree.tree_leaves(
-                    func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
-                )
-            return [x for x in again if isinstance(x, Tensor)][k]
+            return self._noted(x)
 
-        for k, x in enumerate(found):
-            self._keep(x, lambda k=k: value(k))
+        return value
+
+    def made(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, values: Any) -> Any:
+        """Note what an op made, or wrote, if it was given constants alone."""
+        if values is None:
+            return result
+        first = args[0] if args and isinstance(args[0], Tensor) and type(args[0]) is not Tensor else None
+        writes = first is not None and not self.knows(first)
+        given = {id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+        @cache
+        def again() -> list[Tensor]:
+            with _aside():
+                own, named = pytree.tree_map_only(Tensor, lambda x: values[id(x)](), (args, kwargs))
+                if not writes:
+                    return [x for x in pytree.tree_leaves(func(*own, **named)) if isinstance(x, Tensor)]
+                written = own[0].clone()
+                func(written, *own[1:], **named)
+                return [written]
+
+        if writes:
+            self._keep(first, lambda: again()[0])
+            return result
+        for k, x in enumerate(tensors):
+            if type(x) is not Tensor and id(x) not in given:
+                self._keep(x, lambda k=k: again()[k])
         return result
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -118,7 +153,16 @@ class Constants:
             leaves = pytree.tree_leaves((args, kwargs))
             if all(map(self.knows, leaves)):
                 with _aside():
-                    return [func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))]
+                    found = func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
+                if isinstance(found, numpy.ndarray):
+                    found.setflags(write=False)  # the trace would not see it
+                    self.shared.append((args[0], version_of(args[0]), self.note()))
+                return [found]
+        elif (
+            func in _REPEATED and (repeats := args[1] if len(args) > 1 else kwargs.get("repeats", args[0])) is not None
+        ):
+            if isinstance(repeats, Tensor) and self.knows(repeats):
+                return self._repeated(args, kwargs, repeats)
         elif func in _SELECTED and not kwargs and self.is_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args))
             return Tensor.__getitem__, (args[0].expand(shape), self.places(args[1], shape)), {}
@@ -133,6 +177,18 @@ class Constants:
         ):
             return func, (args[0], self.places(args[1]), *args[2:]), kwargs
         return func, args, kwargs
+
+    def _repeated(self, args: Any, kwargs: Any, repeats: Tensor) -> list[Any] | Call:
+        """Repeating each entry so and so often is to look them up."""
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+        x = args[0] if repeats is not args[0] else None
+        n = None if x is None else x.shape[dim] if dim is not None else x.numel()
+        with _aside():
+            times = self.value(repeats)
+            index = torch.repeat_interleave(times if n is None else times.expand(n))
+        if x is None:
+            return [index]
+        return torch.index_select, (x, dim, index) if dim is not None else (x.reshape(-1), 0, index), {}
 
     def is_mask(self, x: Any) -> bool:
         """Is it a mask whose values are known?"""
@@ -159,7 +215,7 @@ class Constants:
         return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
 
 
-def _version(x: Tensor) -> int:
+def version_of(x: Tensor) -> int:
     """How often a tensor's memory was written to, by views of it too."""
     return x.writes[0] if isinstance(x, Recorded) else x._version
 

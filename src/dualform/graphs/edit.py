@@ -6,6 +6,7 @@ A node's value, `meta["val"]`, is a stand-in of its shape and dtype; its line, `
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 # What a node that another stands for, or becomes part of, takes from it.
 _OF_THE_LINE = ("section", "ordinal")
+
+
+class Graph(fx.Graph):
+    """A graph that searches no node's arguments for symbolic sizes, which no trace here has: a third of what a node costs."""
+
+    def create_node(
+        self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Add a node where the graph inserts."""
+        made = super().create_node(op, target, None, None, name, type_expr)
+        if args or kwargs:
+            made._update_args_kwargs(tuple(args or ()), kwargs or {})
+        return made
+
+    def node_copy(self, node: fx.Node, arg_transform: Callable[[fx.Node], Any] = lambda x: x) -> fx.Node:
+        """Copy a node of another graph, its notes included."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), arg_transform)  # type: ignore[misc]
+        made = self.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        made.meta.update(node.meta)  # to assign it would look the node up
+        return made
 
 
 def line_of(node: fx.Node) -> str:
@@ -59,10 +80,25 @@ def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | No
     return new
 
 
+def held_by(gm: fx.GraphModule) -> list[tuple[torch.Tensor, fx.Node]]:
+    """List the tensors that a graph holds, and their nodes."""
+    return [(getattr(gm, str(node.target)), node) for node in gm.graph.find_nodes(op="get_attr")]
+
+
 def lift(gm: fx.GraphModule, stand_for: Callable[[torch.Tensor, fx.Node], fx.Node]) -> None:
     """Let other nodes, inputs as a rule, stand for the tensors that a graph holds: `stand_for(tensor, node)` gives each."""
-    for node in list(gm.graph.find_nodes(op="get_attr")):
-        replace(node, stand_for(getattr(gm, str(node.target)), node))
+    for value, node in held_by(gm):
+        replace(node, stand_for(value, node))
+
+
+def broadcasts(user: fx.Node, k: int) -> bool:
+    """Can an entry-by-entry op do without the expand of its argument k: has another of them the result's shape?"""
+    x: Any = user.args[k]
+    if not isinstance(x, fx.Node) or x.target is not aten.expand.default:
+        return False
+    small: Any = x.args[0]
+    rest = [y.meta["val"].shape for y in user.args if isinstance(y, fx.Node) and y is not x]
+    return small.meta["val"].ndim == x.meta["val"].ndim and user.meta["val"].shape in rest
 
 
 def emitter(graph: fx.Graph, at: fx.Node) -> Emit:
@@ -131,7 +167,7 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph, its nodes' notes included; tensors that it holds are shared."""
-    graph = fx.Graph()
+    graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     output_of(graph).meta = dict(output_of(gm.graph).meta)
     return unwritten(gm, graph)
@@ -152,7 +188,7 @@ def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -
 
 def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callable[[fx.Graph, dict], Any]) -> fx.Graph:
     """Copy some nodes, in order, into a graph of their own; `finish` says what it returns, from the copies by their originals."""
-    graph, made = fx.Graph(), {}
+    graph, made = Graph(), {}
     for node in inputs:
         made[node] = graph.placeholder(node.name)
         made[node].meta = dict(node.meta)
@@ -164,11 +200,13 @@ def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callabl
 
 def frozen(x: Any) -> Any:
     """Make a hashable twin of an argument; 1, 1.0 and True are three."""
+    if isinstance(x, fx.Node):
+        return x
     if isinstance(x, list | tuple):
         return (type(x).__name__, *map(frozen, x))
     if isinstance(x, dict):
         return tuple((name, frozen(v)) for name, v in sorted(x.items()))
-    return x if isinstance(x, fx.Node) else (type(x), str(x) if isinstance(x, float | slice) else x)
+    return type(x), str(x) if isinstance(x, float | slice) else x
 
 
 def call_key(node: fx.Node) -> Any:
@@ -185,7 +223,7 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     """Keep one of equal nodes; what is random or writes is never equal to another."""
     kept: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or writes(node) or _is_random(node):
+        if node.op != "call_function" or writes(node) or _is_random(node.target):
             continue
         first = kept.setdefault(call_key(node), node)
         if first is not node:
@@ -193,9 +231,9 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or "empty" in str(node.target)
+@cache
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or "empty" in str(target)
 
 
 def unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
@@ -215,19 +253,26 @@ def stepped(gm: fx.GraphModule) -> Callable[..., Any]:
     """A graph as a function that goes from node to node: for a single call, less than to write and compile its code."""
 
     def run(*given: Any) -> Any:
-        rest, at = iter(given), dict[fx.Node, Any]()
-        for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                at[node] = next(rest)
-            elif node.op == "get_attr":
-                at[node] = getattr(gm, str(node.target))
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
-                if node.op == "output":
-                    return args[0]
-                at[node] = node.target(*args, **kwargs)
+        values = evaluated(gm, given)
+        return fx.map_arg(output_of(gm.graph).args[0], values.__getitem__)
 
     return run
+
+
+def evaluated(
+    gm: fx.GraphModule, given: Iterable[Any], call: Callable[[fx.Node, Any, Any], Any] | None = None
+) -> dict[fx.Node, Any]:
+    """Run a graph from node to node and return the value of each; `call` runs an op on arguments, if not as it is."""
+    rest, at = iter(given), dict[fx.Node, Any]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            at[node] = next(rest)
+        elif node.op == "get_attr":
+            at[node] = getattr(gm, str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
+            at[node] = node.target(*args, **kwargs) if call is None else call(node, args, kwargs)
+    return at
 
 
 def without_dead(graph: fx.Graph) -> fx.Graph:
@@ -236,3 +281,13 @@ def without_dead(graph: fx.Graph) -> fx.Graph:
         if node.op in ("call_function", "get_attr") and not node.users and not writes(node):
             graph.erase_node(node)
     return graph
+
+
+def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
+    """Copy a graph with some of its outputs and without what the others needed."""
+    graph = Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, values)
+    graph.output(list(outputs)[keep])  # type: ignore[call-overload]
+    without_dead(graph)
+    return unwritten(gm, graph)

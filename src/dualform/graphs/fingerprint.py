@@ -15,6 +15,7 @@ import logging
 import operator
 import pathlib
 import pickle
+import random
 import re
 import sys
 import threading
@@ -43,6 +44,7 @@ _PLAIN = (
     types.UnionType, numpy.ufunc, numpy.dtype, torch.memory_format, torch.layout, torch.Generator,
     types.CodeType,
 )  # fmt: skip
+_GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator, numpy.random.BitGenerator)
 # An object graph larger than this is cheaper to trace than to read.
 _LIMIT = 4000
 
@@ -68,6 +70,7 @@ class Fingerprint:
         # Mappings, lists and sets with what they held, and under which keys.
         self._watched: list[tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = []
         self._modules: dict[int, types.ModuleType] = {}  # the caller's own
+        self._libraries: set[str] = set()
         self._words: dict[str, None] = {}  # all names that code uses: what it may read of a module
         self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
         self._arrays: list[tuple[numpy.ndarray, bytes]] = []
@@ -102,6 +105,14 @@ class Fingerprint:
             x.shape == shape and x.dtype is dtype and x.device == place for x, shape, dtype, place in self._kinds
         )
 
+    @property
+    def generators(self) -> list[Any]:
+        """What draws random numbers for Python and numpy, where code may reach it."""
+        found = [x for x in self._held if isinstance(x, _GENERATORS)]
+        if "random" in self._words or self._libraries & {"random", "numpy.random"}:
+            found += [getattr(random, "_inst"), getattr(numpy.random.mtrand, "_rand")]  # noqa: B009  (neither has a name)
+        return list({id(x): x for x in found}.values())
+
     def _watch(self, x: Any) -> None:
         if self._watches:
             keys = tuple(x)
@@ -122,8 +133,10 @@ class Fingerprint:
         if isinstance(
             x, types.ModuleType | types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket
         ):
-            if isinstance(x, types.ModuleType) and not is_fixed(x.__name__):
-                self._modules[id(x)] = x
+            if isinstance(x, types.ModuleType):
+                self._libraries.add(x.__name__)
+                if not is_fixed(x.__name__):
+                    self._modules[id(x)] = x
             return x
         if isinstance(x, _PLAIN) or kind is object:
             return (kind, x)

@@ -5,9 +5,11 @@ base[view] <- value      becomes      base' = scatter(base, value at view), and 
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import fx
@@ -16,62 +18,25 @@ from dualform.graphs.edit import add, line_of, unwritten, writes
 from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import carried
 from dualform.graphs.recorder import twin_of
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
 
-# View op -> how to write through it: the functional op that puts a value back, given (base, value, args of the view).
-_SCATTER: dict[Any, Callable[..., tuple[Any, tuple]]] = {
-    aten.slice.Tensor: lambda base, value, *a: (aten.slice_scatter.default, (base, value, *a)),
-    aten.select.int: lambda base, value, *a: (aten.select_scatter.default, (base, value, *a)),
-    aten.diagonal.default: lambda base, value, *a: (aten.diagonal_scatter.default, (base, value, *a)),
-    aten.narrow.default: lambda base, value, dim, start, n: (
-        aten.slice_scatter.default,
-        (base, value, dim, start, start + n),
-    ),
-    aten.transpose.int: lambda base, value, a, b: (aten.transpose.int, (value, a, b)),
-    aten.t.default: lambda base, value: (aten.t.default, (value,)),
-    aten.permute.default: lambda base, value, dims: (aten.permute.default, (value, _inverse(dims))),
-    aten.detach.default: lambda base, value: carried(base, value),
-    aten.alias.default: lambda base, value: (aten.alias.default, (value,)),
-    aten.lift_fresh.default: lambda base, value: (aten.alias.default, (value,)),
+_HALVES = (aten.real.default, aten.imag.default)
+_PAIRS = {
+    aten.view_as_real.default: aten.view_as_complex.default,
+    aten.view_as_complex.default: aten.view_as_real.default,
 }
-for _view in (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.ravel.default,
-    aten.view_as.default,
-    aten.reshape_as.default,
-    aten.atleast_1d.default,
-    aten.atleast_2d.default,
-    aten.atleast_3d.default,
-):
-    _SCATTER[_view] = lambda base, value, *a: (aten.view.default, (value, list(base.meta["val"].shape)))
-for _view in (aten.swapaxes.default, aten.swapdims.default):
-    _SCATTER[_view] = _SCATTER[aten.transpose.int]
-for _view in (aten.movedim.int, aten.movedim.intlist):
-    _SCATTER[_view] = lambda base, value, source, to, view=_view: (view, (value, to, source))
-for _view in (aten.mT.default, aten.numpy_T.default):
-    _SCATTER[_view] = lambda base, value, view=_view: (view, (value,))
-
-_UNSAFE = {aten.unsafe_chunk, aten.unsafe_split, aten.unsafe_split_with_sizes}
 
 
 def _inverse(dims: list[int]) -> list[int]:
-    positive = [d % len(dims) for d in dims]
-    return [positive.index(k) for k in range(len(dims))]
+    return [dims.index(k) for k in range(len(dims))]
 
 
 def functionalized(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
     """Rewrite a graph without in-place ops, grad-mode switches and dead nodes; `blame` reports what cannot be rewritten."""
-    if not any(writes(n) for n in gm.graph.nodes) and not any(_switch(n) is not None for n in gm.graph.nodes):
+    if not any(writes(n) or _switch(n) is not None for n in gm.graph.nodes):
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return gm
@@ -121,11 +86,12 @@ class _Rewriter:
         return new
 
     def copy(self, node: fx.Node) -> None:
-        new = self.graph.node_copy(node, self.read)
-        self.value[node] = new
+        self.value[node] = self.again(node)
         if node.op != "call_function":
             return
         source = _viewed(node)
+        if source is not None and node.target is operator.getitem:  # a piece of what was cut up
+            source = self.parent.get(source)
         if source is not None:
             self.parent[node] = source
 
@@ -134,8 +100,14 @@ class _Rewriter:
         if node in self.stale:
             self.stale.discard(node)
             behind = self.read(self.parent[node])
-            self.value[node] = behind if writes(node) else self.graph.node_copy(node, self.read)
+            self.value[node] = behind if writes(node) else self.again(node)
         return self.value[node]
+
+    def again(self, node: fx.Node) -> fx.Node:
+        """Copy a node; what counts steps in memory is what it sees there, which later values need not keep."""
+        base: Any = node.args[0] if node.target is aten.as_strided.default else None
+        at = base and _Places.of(_told(base.meta["val"]), _told(node.meta["val"]))
+        return self.taken(self.read(base), at, node) if at else self.graph.node_copy(node, self.read)
 
     def write(self, node: fx.Node) -> None:
         """Replace `target_(dst, ...)` by its functional twin and put the result back through the views of dst."""
@@ -202,13 +174,86 @@ class _Rewriter:
         base = self.read(self.parent[view])
         if writes(view):
             return new
-        rule = _SCATTER.get(view.target)
+        row = find_row(view.target)
+        rule = carried if view.target is aten.detach.default else row and row.put
         if rule is None and _layout(view) == _layout(self.parent[view]):  # as `to` gives what it was given
             return new
-        if rule is None:
+        if rule is not None:
+            return self.emit(*rule(base, new, *view.args[1:], *view.kwargs.values()), node)
+        if view.target in _PAIRS:
+            return self.emit(_PAIRS[view.target], (new,), node)
+        if view.target in _HALVES:
+            halves = [new if half is view.target else self.emit(half, (base,), node) for half in _HALVES]
+            return self.emit(aten.complex.default, tuple(halves), node)
+        found = _Places.of(*(_told(n.meta["val"]) for n in (self.parent[view], view)))
+        if found is None:
             self.blame(node, f"writes through {view.target}", "Build the tensor with torch.where or torch.cat.")
-        target, args = rule(base, new, *view.args[1:], *view.kwargs.values())
-        return self.emit(target, args, node)
+        return self.placed(base, new, found, node)
+
+    def placed(self, base: fx.Node, new: fx.Node, at: _Places, node: fx.Node) -> fx.Node:
+        """Put a value where a view has it: axes that both have to the front, the others are one."""
+
+        value = self.laid(new, at.of_view, at, node)
+        if len(at.index) < math.prod(at.shape[at.shared :]):
+            rows = self.laid(base, at.of_base, at, node)
+            value = self.emit(aten.slice_scatter.default, (rows, value, *at.span), node)
+        back = self.emit(aten.reshape.default, (value, at.shape), node)
+        return self.emit(aten.permute.default, (back, _inverse(at.of_base)), node)
+
+    def taken(self, base: fx.Node, at: _Places, node: fx.Node) -> fx.Node:
+        """Take what a view sees of its base."""
+        part = self.emit(aten.slice.Tensor, (self.laid(base, at.of_base, at, node), *at.span), node)
+        shape = node.meta["val"].shape
+        part = self.emit(aten.reshape.default, (part, [shape[j] for j in at.of_view]), node)
+        return self.emit(aten.permute.default, (part, _inverse(at.of_view)), node)
+
+    def laid(self, x: fx.Node, order: list[int], at: _Places, node: fx.Node) -> fx.Node:
+        x = self.emit(aten.permute.default, (x, order), node)
+        return self.emit(aten.reshape.default, (x, [*at.shape[: at.shared], -1]), node)
+
+
+class _Places(NamedTuple):
+    """Where a view of any kind lies in its base: the axes that they share, in an order for each, and evenly spaced places in the rest."""
+
+    of_base: list[int]
+    of_view: list[int]
+    shared: int
+    shape: list[int]  # the base's, in that order
+    index: list[int]
+
+    @property
+    def span(self) -> tuple[int, int, int, int]:
+        """The axis of the rest, and the slice of it."""
+        first, last = self.index[0], self.index[-1]
+        return self.shared, first, last + 1, max(1, (last - first) // max(1, len(self.index) - 1))
+
+    @staticmethod
+    def of(base: torch.Tensor, view: torch.Tensor) -> _Places | None:
+        """None where they do not lie so."""
+        own = {(n, s): j for j, (n, s) in enumerate(zip(view.shape, view.stride(), strict=True)) if n > 1}
+        axes = list(enumerate(zip(base.shape, base.stride(), strict=True)))
+        same = {k: own[a] for k, a in axes if a in own}
+        rest = sorted((k for k, _ in axes if k not in same), key=lambda k: (-base.stride(k), -base.shape[k]))
+        others = [j for j in range(view.ndim) if j not in same.values()]
+        unit = base.stride(rest[-1]) if rest else 1
+        dense = all(
+            base.stride(k) == unit * math.prod(base.shape[m] for m in rest[n + 1 :]) for n, k in enumerate(rest)
+        )
+        at = [view.storage_offset() - base.storage_offset()]
+        for j in others:
+            at = [p + n * view.stride(j) for p in at for n in range(view.shape[j])]
+        steps = {b - a for a, b in itertools.pairwise(at)}
+        size = unit * math.prod(base.shape[k] for k in rest)
+        if (
+            not dense
+            or not at
+            or len(steps) > 1
+            or any(p % unit or not 0 <= p < size for p in at)
+            or min(steps, default=1) < 1
+        ):
+            return None
+        shape = [base.shape[k] for k in (*same, *rest)]
+        return _Places([*same, *rest], [*same.values(), *others], len(same), shape, [p // unit for p in at])
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
@@ -218,18 +263,22 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         return behind[0] if _viewed(behind[0]) is not None else None
     if node.target is operator.getitem and _viewed(node.args[0]) is None:  # type: ignore[arg-type]
         return None
-    if (
-        getattr(node.target, "overloadpacket", None) in _UNSAFE
+    if str(node.target).startswith(
+        "aten.unsafe_"
     ):  # whose pieces are written to only where nobody reads the whole any more
         return None
     own = _memory(node)
     return next((x for x in node.all_input_nodes if own & _memory(x)), None)
 
 
+def _told(x: torch.Tensor) -> torch.Tensor:
+    return x.shape_of if isinstance(x, Hollow) else x
+
+
 def _memory(node: fx.Node) -> set[int]:
     made = node.meta.get("val")
     parts = made if isinstance(made, tuple | list) else (made,)
-    tensors = [x.shape_of if isinstance(x, Hollow) else x for x in parts if isinstance(x, torch.Tensor)]
+    tensors = [_told(x) for x in parts if isinstance(x, torch.Tensor)]
     return {x.untyped_storage()._cdata for x in tensors if x.layout == torch.strided}
 
 

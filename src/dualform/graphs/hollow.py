@@ -16,24 +16,12 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
+from dualform.ops.table import find_row
+
 META, CPU = torch.device("meta"), torch.device("cpu")
 FEW = 1 << 18  # numbers, up to which zeros are computed with
 _Tag = torch.Tag
 _VALUES = {_Tag.nondeterministic_seeded, _Tag.dynamic_output_shape, _Tag.data_dependent_output}
-# Not core, of shapes that no value decides.
-_PLAIN = {
-    aten.tril.default, aten.triu.default, aten.stack.default, aten.dot.default, aten.cumprod.default, aten.roll.default,
-    aten.logsumexp.default, aten.linalg_vector_norm.default, aten._softmax_backward_data.default,
-    aten._log_softmax_backward_data.default, aten.eye.default, aten.eye.m, aten.var_mean.correction,
-    aten.std_mean.correction, aten.std.correction,
-    aten.select_backward.default, aten.slice_backward.default,
-    aten.arange.default, aten.arange.start, aten.arange.start_step,
-}  # fmt: skip
-# Entry by entry, whatever the entries are.
-_LIKE = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.empty_like.default}
-
-
 _KEPT = (None, torch.preserve_format)
 
 
@@ -106,7 +94,10 @@ def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
 
 def each(x: Any, f: Callable[[Any], Any]) -> Any:
     """Map an argument, or the entries of a list of them."""
-    return (list if isinstance(x, list) else tuple)(each(v, f) for v in x) if isinstance(x, list | tuple) else f(x)
+    if not isinstance(x, list | tuple):
+        return f(x)
+    made = [each(v, f) if isinstance(v, list | tuple) else f(v) for v in x]
+    return made if isinstance(x, list) else tuple(made)
 
 
 def on_meta(x: Any) -> Any:
@@ -145,9 +136,11 @@ def _kind(func: Any) -> Callable[..., Any] | None:
     """How to find the shape of an op's result without its kernel on the meta device; None: no way is known."""
     if func.is_view or func._schema.is_mutable or _VALUES & set(func.tags):
         return None
-    if _Tag.pointwise in func.tags or func in _LIKE:
+    row = find_row(func)
+    if _Tag.pointwise in func.tags or func._opname.endswith("_like"):
         return _entry_by_entry
-    return _of_zeros if _Tag.core in func.tags or func in _PLAIN else None
+    is_plain = _Tag.core in func.tags or (row is not None and bool(row.kind or row.lowered or row.several))
+    return _of_zeros if is_plain else None
 
 
 def _takes_device(func: Any) -> bool:
@@ -158,28 +151,48 @@ def _laid_out(x: Any) -> Any:
     return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else None
 
 
+_known: dict[Any, Any] = {}  # what ops gave, by these and all that decides it
+
+
+def _once(make: Callable[..., Any], func: Any, args: Any, kwargs: dict[str, Any], told: Callable[[Tensor], Any]) -> Any:
+    """Run an op, or remember what it gave for other tensors of which the same is `told`; 1, 1.0 and True are three."""
+
+    def seen(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return told(x)
+        return type(x), tuple(map(seen, x)) if isinstance(x, list | tuple) else str(x) if isinstance(x, float) else x
+
+    key = (make, func, *map(seen, args), *((name, seen(x)) for name, x in kwargs.items()))
+    found = _known.get(key, _known)
+    if found is _known:
+        if len(_known) > 1 << 14:
+            _known.clear()
+        found = _known[key] = make(func, args, kwargs)
+    return found
+
+
 def _entry_by_entry(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """Broadcast shapes; the dtype is that of one entry of each. None where the op is not so simple."""
     if kwargs.get("memory_format") not in _KEPT:
         return None
-    tensors: list[Tensor] = []
+    tensors = tensors_in(args, kwargs)
+    dtype = _once(_dtype_of_one, func, args, kwargs, lambda x: (x.dtype, x.ndim)) if len(tensors) <= 3 else None
+    shape = None if dtype is None else _broadcast([x.shape for x in tensors])
+    return None if shape is None else torch.empty_strided(shape, _strides(shape, tensors), dtype=dtype, device=META)
+
+
+def _dtype_of_one(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """Run an op on one entry of each tensor."""
 
     def one(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            tensors.append(x)
-            return torch.ones((1,) * x.ndim, dtype=x.dtype)
-        return CPU if isinstance(x, torch.device) else x
+        return torch.ones((1,) * x.ndim, dtype=x.dtype) if isinstance(x, Tensor) else CPU if x == META else x
 
     try:
         made = func(*each(args, one), **{name: each(x, one) for name, x in kwargs.items()})
     except (RuntimeError, TypeError):
         return None  # what raises says so on meta, too
-    if not isinstance(made, Tensor) or len(tensors) > 3 or made.ndim != max(x.ndim for x in tensors):
-        return None
-    shape = _broadcast([x.shape for x in tensors])
-    if shape is None:
-        return None
-    return torch.empty_strided(shape, _strides(shape, tensors), dtype=made.dtype, device=META)
+    is_plain = isinstance(made, Tensor) and made.ndim == max(x.ndim for x in tensors_in(args, kwargs))
+    return made.dtype if is_plain else None
 
 
 def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -221,10 +234,19 @@ def _strides(shape: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[int, ..
 
 
 def _of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Compute with zeros; a largest size that is too large is stood in for by two small ones, which show where it goes."""
+    """Compute with zeros, once for tensors laid out alike."""
+    made = _once(_results_of_zeros, func, args, kwargs, _laid_out)
+    return each(
+        made,
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) if isinstance(x, Tensor) else x,
+    )
+
+
+def _results_of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A largest size that is too large is stood in for by two small ones, which show where it goes."""
     leaves = leaves_in(args, kwargs)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    count = sum(x.numel() for x in tensors)
+    count = sum(math.prod(max(1, n) for n in x.shape) for x in tensors)  # an empty one is of as many rows
     largest = max((n for x in tensors for n in x.shape), default=0)
     if not tensors:  # as many numbers as whole numbers among its arguments can ask for
         count = (

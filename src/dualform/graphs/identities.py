@@ -14,7 +14,8 @@ from torch import fx
 from dualform.graphs.rewriting import Rewriter, is_number, name_of, rewrites, rewritten, value
 from dualform.graphs.single_results import bound_arguments
 from dualform.graphs.verify import verified
-from dualform.ops.table import dims_of
+from dualform.ops.pointwise import filled_with
+from dualform.ops.table import dims_of, kind_of
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ def _unexpanded(r: Rewriter, node: Any) -> Any:
     args = list(node.args)
     for k in (0, 1):
         x, other = args[k], args[1 - k]
-        if name_of(x) in ("expand", "expand_as", "broadcast_to") and isinstance(other, fx.Node):
+        if name_of(x).startswith(("expand", "broadcast_to")) and isinstance(other, fx.Node):
             inner: Any = x.args[0]
             if value(other).shape == value(node).shape and value(inner).dtype == value(x).dtype:
                 args[k] = inner
@@ -53,7 +54,7 @@ def _by_ones(r: Rewriter, node: Any) -> Any:
     """A product with ones of a shape is a copy to that shape."""
     for k in (0, 1):
         ones, x = node.args[k], node.args[1 - k]
-        if name_of(ones) not in ("ones", "ones_like", "new_ones") or not isinstance(x, fx.Node):
+        if not isinstance(ones, fx.Node) or filled_with(ones) != 1 or not isinstance(x, fx.Node):
             continue
         if value(x).dtype == value(node).dtype:
             shape = list(value(node).shape)
@@ -148,15 +149,10 @@ def _multiplied(r: Rewriter, node: Any) -> Any:
 
 def _filled(node: Any) -> float | None:
     """The number that a tensor holds everywhere, where the graph says so."""
-    while name_of(node) in ("unsqueeze", "squeeze", "expand", "view", "reshape", "clone", "permute", "t", "detach"):
+    while name_of(node) and (kind_of(node.target) == "view" or name_of(node) == "clone"):
         node = node.args[0]
-    name = name_of(node)
-    if name in ("ones", "ones_like", "new_ones"):
-        return 1.0
-    if name in ("full", "full_like", "new_full"):
-        number = bound_arguments(node)["fill_value"]
-        return float(number) if is_number(number) else None
-    return None
+    number = filled_with(node) if name_of(node) else None
+    return float(number) if is_number(number) and number else None
 
 
 def _mean(r: Rewriter, total: Any, scale: float) -> Any:
@@ -176,9 +172,11 @@ def _mean(r: Rewriter, total: Any, scale: float) -> Any:
 def _kept_dim(r: Rewriter, node: Any) -> Any:
     """A reduction of one dim, put back by unsqueeze, is the reduction with keepdim."""
     total: Any = node.args[0]
-    if name_of(total) not in ("sum", "mean", "amax", "logsumexp", "amin") or "dim" not in bound_arguments(total):
+    if not name_of(total) or (name_of(total) != "logsumexp" and kind_of(total.target) != "reduction"):
         return None
     b = bound_arguments(total)
+    if not isinstance(b.get("dim"), list | tuple):
+        return None
     dims = dims_of(b["dim"], value(b["self"]).ndim)
     if b["keepdim"] or len(dims) != 1 or node.args[1] % value(node).ndim != dims[0]:
         return None

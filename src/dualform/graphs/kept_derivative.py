@@ -20,6 +20,7 @@ from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, 
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.trace import source_line
+from dualform.ops.pointwise import filled_with
 from dualform.ops.table import Call, find_row
 from dualform.shapes import TraceError
 
@@ -127,16 +128,13 @@ def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     """Does the graph say that a tensor is all zeros?"""
     operands, row = _operands(node), find_row(node.target)
-    if getattr(node.target, "_opname", "") in _FILLED:
+    if filled_with(node) is not None or getattr(node.target, "_opname", "") == "fill":
         return _vanishes(node, zeros)
     if not operands:
         return False
     if row is not None and row.multilinear:
         return any(n in zeros for n in operands)
     return all(n in zeros for n in operands) and _vanishes(node, zeros)
-
-
-_FILLED = {"zeros", "full", "scalar_tensor", "zeros_like", "full_like", "new_zeros", "new_full", "fill"}
 
 
 def _vanishes(node: fx.Node, zeros: set[fx.Node]) -> bool:

@@ -16,8 +16,7 @@ from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative, Term, compose, identity, zero
 from dualform.algebra.sums import tidy
-from dualform.graphs.edit import inputs_of
-from dualform.graphs.edit import results_of as outputs
+from dualform.graphs.edit import evaluated, inputs_of, results_of
 from dualform.ops.table import Call
 
 LocalRule = Callable[[Call, int], Derivative]
@@ -41,8 +40,8 @@ class Program:
         self.inputs = inputs_of(gm.graph)
         self.names = dict(names if isinstance(names, Mapping) else zip(self.inputs, names, strict=False))
         self.source = self.inputs[wrt]
-        self.values = args if isinstance(args, Mapping) else run(gm, args)
-        self.output: Any = outputs(gm.graph)[output]
+        self.values = args if isinstance(args, Mapping) else evaluated(gm, args)
+        self.output: Any = results_of(gm.graph)[output]
         self.active = self._active()
 
     def name_of(self, node: fx.Node) -> str:
@@ -152,21 +151,6 @@ class Program:
             if paths:
                 pushed[node] = sum(paths[1:], paths[0])
         return pushed[self.output] if self.output in pushed else torch.zeros_like(self.values[self.output])
-
-
-def run(gm: fx.GraphModule, args: Sequence[Tensor]) -> dict[fx.Node, Any]:
-    """The values of all nodes of a graph."""
-    values: dict[fx.Node, Any] = {}
-    given = iter(args)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(given)
-        elif node.op == "get_attr":
-            values[node] = getattr(gm, str(node.target))
-        elif node.op == "call_function":
-            filled, keywords = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = node.target(*filled, **keywords)
-    return values
 
 
 def _summed(paths: Sequence[Derivative]) -> Derivative:

@@ -216,7 +216,7 @@ def unread(target: Target) -> frozenset[str]:
     Raises: nothing.
     """
     found = find_row(target)
-    return frozenset() if found is None else found.unread
+    return frozenset() if found is None else frozenset(found.unread)
 
 
 def is_structured(target: Target) -> bool:

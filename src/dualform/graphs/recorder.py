@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch, map
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
-from dualform.graphs.edit import unwritten
+from dualform.graphs.edit import Graph, unwritten
 from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
+from dualform.ops.pointwise import OPERATORS
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -45,20 +47,10 @@ class Recorded(Hollow):
         return self
 
 
-# What the operators &= and so on call, by what does the same.
-_OPERATORS = {
-    "__iand__": "bitwise_and_",
-    "__ior__": "bitwise_or_",
-    "__ixor__": "bitwise_xor_",
-    "__ilshift__": "bitwise_left_shift_",
-    "__irshift__": "bitwise_right_shift_",
-}
-
-
 def twin_of(func: Any) -> Any:
     """Find the op that does the same and is not in place: of the same arguments, as pow_.Scalar is pow.Tensor_Scalar."""
     name: str = func._schema.name.removeprefix("aten::")
-    name = _OPERATORS.get(name) or name
+    name = OPERATORS.get(name) or name
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
     for overload in [] if packet is None else sorted(packet.overloads(), key=func._overloadname.__ne__):
         twin = getattr(packet, overload)
@@ -67,13 +59,24 @@ def twin_of(func: Any) -> Any:
     return None
 
 
+@cache
+def _name_of(func: Any) -> str | None:
+    name = getattr(getattr(func, "overloadpacket", func), "__name__", None)
+    return name and fx.Graph()._target_to_str(name)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return func._can_decompose()
+
+
 class _Writing:
     """What writes a graph down, and the tensors that it finds."""
 
     prefix = "constant"
 
     def _begin(self) -> None:
-        self.graph, self.root = fx.Graph(), torch.nn.Module()
+        self.graph, self.root = Graph(), torch.nn.Module()
         self.constants: dict[str, Tensor] = {}
 
     @classmethod
@@ -82,9 +85,7 @@ class _Writing:
         return False
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
-        name = getattr(getattr(func, "overloadpacket", func), "__name__", None)
-        name = name and self.graph._target_to_str(name)
-        return self.graph.create_node("call_function", func, args, kwargs, name=name)
+        return self.graph.create_node("call_function", func, args, kwargs, name=_name_of(func))
 
     def _node(self, x: Any) -> Any:
         if isinstance(x, Recorded):
@@ -125,7 +126,7 @@ class Recorder(_Writing, TorchDispatchMode):
                 result = written(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func._can_decompose():  # as below a definition of the table, where dispatch has gone past this
+        if _is_composite(func):  # as below a definition of the table, where dispatch has gone past this
             with self:
                 return func.decompose(*args, **kwargs)
         if func._schema.is_mutable:

@@ -8,21 +8,30 @@ so that the bracket leaves the loop. Exact in real arithmetic; no op is added to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from dualform.graphs.edit import add, inputs_of, reached, without_dead
+from dualform.graphs.edit import add, broadcasts, inputs_of, reached, without_dead
 from dualform.graphs.simplify import tidy
 from dualform.graphs.verify import verified_below_autograd
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
-_sums: dict[Any, tuple[int, ...]] = {aten.add.Tensor: (1, 1), aten.sub.Tensor: (1, -1), aten.neg.default: (-1,)}
 _products = {aten.mul.Tensor, aten.mul.Scalar}
 _quotients = {aten.div.Tensor, aten.div.Scalar}
-_elementwise = {*_sums, *_products, *_quotients}
+
+
+def _signs(node: fx.Node) -> tuple[int, ...]:
+    """Those of a sum's operands; none if it is another op."""
+    row = find_row(node.target)
+    return row.signs if row is not None and len(row.signs) == len(node.args) and not node.kwargs else ()
+
+
+def _scales(node: fx.Node) -> bool:
+    return node.target in _products or node.target in _quotients
 
 
 def shape(x: Any) -> tuple[int, ...]:
@@ -48,12 +57,14 @@ def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
     for node in list(graph.nodes):
         _commute_expand(graph, node)
     for node in graph.nodes:
-        if node.target in _elementwise and not node.kwargs:
-            _drop_expands(node)
-    for kinds, regroup in ((_sums.keys(), _regroup_sum), (_products | _quotients, _regroup_product)):
+        if _signs(node) or (_scales(node) and not node.kwargs):
+            for k, x in enumerate(node.args):
+                if broadcasts(node, k):
+                    node.update_arg(k, x.args[0])  # type: ignore[union-attr]
+    for is_part, regroup in ((_signs, _regroup_sum), (_scales, _regroup_product)):
         waits = waiting(graph, carried)
         for node in reversed(list(graph.nodes)):
-            if node in waits and node.target in kinds and not node.kwargs and not _inner(node, kinds):
+            if node in waits and is_part(node) and not node.kwargs and not _inner(node, is_part):
                 regroup(graph, node, waits)
     without_dead(graph)
 
@@ -62,7 +73,7 @@ def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
 def join_products(graph: fx.Graph) -> None:
     """Write a @ x + b @ x as (a + b) @ x: the corrections of a weight and of its bias share their gradients."""
     for root in reversed(list(graph.nodes)):
-        if root.target not in _sums or root.kwargs or _inner(root, _sums.keys()):
+        if not _signs(root) or _inner(root, _signs):
             continue
         terms, _ = _terms(root)
         by_right: dict[fx.Node, list[int]] = {}
@@ -86,10 +97,10 @@ def join_products(graph: fx.Graph) -> None:
     without_dead(graph)
 
 
-def _inner(node: fx.Node, kinds: Any) -> bool:
+def _inner(node: fx.Node, is_part: Callable[[fx.Node], Any]) -> bool:
     """Is a node part of the same tree as its only user?"""
     users = list(node.users)
-    return len(users) == 1 and users[0].target in kinds and users[0].kwargs == {} and not _divides(users[0], node)
+    return len(users) == 1 and is_part(users[0]) and users[0].kwargs == {} and not _divides(users[0], node)
 
 
 def _divides(user: fx.Node, node: fx.Node) -> bool:
@@ -98,25 +109,12 @@ def _divides(user: fx.Node, node: fx.Node) -> bool:
 
 def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
     """Apply an op with a number before its argument is expanded, not after."""
-    if (
-        node.target in (*_products, *_quotients)
-        and isinstance(node.args[0], fx.Node)
-        and isinstance(node.args[1], int | float)
-    ):
+    if _scales(node) and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float):
         source = node.args[0]
         if source.target == aten.expand.default:
             with graph.inserting_before(node):
                 small = add(graph, node.target, source.args[0], node.args[1])
                 node.replace_all_uses_with(add(graph, aten.expand.default, small, *source.args[1:]))
-
-
-def _drop_expands(node: fx.Node) -> None:
-    """Let an elementwise op broadcast what was expanded for it, where another argument has the full shape."""
-    for i, x in enumerate(node.args):
-        if isinstance(x, fx.Node) and x.target == aten.expand.default and isinstance(x.args[0], fx.Node):
-            rest = [shape(y) for j, y in enumerate(node.args) if j != i]
-            if len(shape(x.args[0])) == len(shape(x)) and shape(node) in rest:
-                node.update_arg(i, x.args[0])
 
 
 def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
@@ -136,9 +134,9 @@ def _terms(root: fx.Node) -> tuple[list[tuple[int, Any]], int]:
 
     def collect(x: Any, sign: int, top: bool = False) -> None:
         nonlocal negations
-        if isinstance(x, fx.Node) and x.target in _sums and x.kwargs == {} and (top or len(x.users) == 1):
+        if isinstance(x, fx.Node) and _signs(x) and (top or len(x.users) == 1):
             negations += x.target == aten.neg.default
-            for part, own in zip(x.args, _sums[x.target], strict=True):
+            for part, own in zip(x.args, _signs(x), strict=True):
                 collect(part, sign * own)
         else:
             terms.append((sign, x))

@@ -145,7 +145,7 @@ def _nothing(r: Rewriter, node: Any) -> Any:
 @rewrites("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as")
 def _reshaped_twice(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
-    if name_of(x) not in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_as", "reshape_as"):
+    if _reshaped_twice not in _rules.get(name_of(x), ()):
         return None
     return r.make(aten.reshape.default, x.args[0], list(value(node).shape))
 

@@ -13,20 +13,13 @@ from torch import Tensor, fx
 
 from dualform.graphs.edit import add_alike, replace, unwritten, without_dead, without_repeats
 from dualform.graphs.verify import verified_below_autograd
+from dualform.ops.table import Row, find_row
 
 aten = torch.ops.aten
-_same_value = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
-_same_if_shape = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
+_NO_ROW = Row("", None)
 _products = {aten.mul.Tensor, aten.mul.Scalar}
 _filled = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
-# f(-x) = -f(x): the sign moves on, until a sum takes it up.
-_odd = {
-    aten.sum.dim_IntList, aten.mean.dim, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.transpose.int, aten.permute.default, aten.t.default,
-    aten.div.Tensor, aten.div.Scalar, aten.flip.default, aten.cumsum.default, aten.tril.default, aten.bmm.default, aten.mm.default,
-}  # fmt: skip
 _bilinear = {aten.bmm.default, aten.mm.default}
-_reshaping = {aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.squeeze.dim, aten.reshape.default}
 
 
 @verified_below_autograd
@@ -59,15 +52,16 @@ class _Folder:
         before = first.meta.get("val") if isinstance(first, fx.Node) else None
         if not isinstance(first, fx.Node) or not isinstance(before, Tensor) or not value.is_floating_point():
             return
+        row = find_row(target) or _NO_ROW
         unchanged = before.shape == value.shape and before.dtype == value.dtype
-        if target in _same_value or (target in _same_if_shape and unchanged):
+        if (row.ordered or target == aten.expand.default) and unchanged:
             replace(node, first)
         elif target in _filled:
             self.constant[node] = _filled[target]  # pyright: ignore[reportArgumentType]: it is an OpOverload
         elif target == aten.fill.Scalar and isinstance(args[1], int | float):
             self.constant[node] = args[1]
             node.target = aten.full_like.default  # which vmap knows how to batch
-        elif first in self.constant and target in _reshaping:
+        elif first in self.constant and row.kind == "view":
             self.constant[node] = self.constant[first]
         elif target in _products and not node.kwargs:
             self.product(node, first, args[1])
@@ -80,7 +74,7 @@ class _Folder:
                 node.target, node.args = aten.add.Tensor, (first, args[1].args[0])
         elif target == aten.neg.default and first.target == aten.neg.default:
             replace(node, first.args[0])  # type: ignore[arg-type]
-        elif target in _odd and first.target == aten.neg.default:
+        elif row.odd and first.target == aten.neg.default:
             self.negate(node, (first.args[0], *args[1:]))
         elif target in _bilinear and isinstance(args[1], fx.Node) and args[1].target == aten.neg.default:
             self.negate(node, (first, args[1].args[0]))

@@ -16,26 +16,13 @@ from torch import Tensor, fx
 from dualform.graphs.casts import with_casts
 from dualform.graphs.edit import Emit, emitter
 from dualform.graphs.verify import verified
+from dualform.ops.table import find_row, kind_of
 
 aten = torch.ops.aten
 
 # A view is a reshape that promises how its numbers lie; a rewritten graph need not keep that promise.
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _COPIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
-_EXTREMA = {aten.max.dim: aten.argmax.default, aten.min.dim: aten.argmin.default}
-# Ops that give values of their argument and where they found them.
-_PICKS = {
-    aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default, aten.median.dim, aten.nanmedian.dim,
-    aten.mode.default, aten.cummax.default, aten.cummin.default,
-}  # fmt: skip
-_WRITTEN = {aten.copy, aten.fill, aten.zero}
-_SHAPED = {aten.unsqueeze.default, aten.reshape.default, aten.slice.Tensor, aten.alias.default}
-# Ops that are two ops of the same arguments.
-_PAIRS = {"var_mean": ("var", "mean"), "std_mean": ("std", "mean"), "aminmax": ("amin", "amax")}
-_SPLITS = {
-    "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unsafe_split", "aten::unsafe_chunk",
-    "aten::unsafe_split_with_sizes", "aten::tensor_split", "aten::hsplit", "aten::vsplit", "aten::dsplit", "aten::unbind",
-}  # fmt: skip
 
 
 @verified
@@ -45,6 +32,12 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
+        if (
+            node.kwargs.get("memory_format") is not None
+        ):  # how numbers lie in memory, where no view asks for it any more
+            node.kwargs = {name: x for name, x in node.kwargs.items() if name != "memory_format"}
+        if getattr(node.target, "_overloadname", "") == "Scalar_Tensor" and node.meta["val"].is_floating_point():
+            _with_tensor(gm.graph, node)
         if node.target in _VIEWS:
             node.target = aten.reshape.default
         elif node.target in _COPIES:
@@ -55,7 +48,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             _part(gm.graph, node)
         elif node.target is aten.index.Tensor and _asks_own_rows(node):
             node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), *node.args))
-        elif getattr(node.target, "overloadpacket", None) in _WRITTEN:
+        elif (row := find_row(node.target)) is not None and row.overwrites:
             node.replace_all_uses_with(_written(emitter(gm.graph, node), node))
         elif node.target is aten.index_put.default and _asks_own_rows(node):
             node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), *node.args))
@@ -66,6 +59,17 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _with_tensor(graph: fx.Graph, node: Any) -> None:
+    """remainder(3.0, x) -> remainder(full(3.0), x): torch differentiates that one."""
+    twin = getattr(node.target.overloadpacket, "Tensor", None)
+    if twin is not None:
+        node.args = (
+            emitter(graph, node)(aten.full.default, [], node.args[0], dtype=node.meta["val"].dtype),
+            *node.args[1:],
+        )
+        node.target = twin
 
 
 def _masked(graph: fx.Graph, node: fx.Node) -> None:
@@ -112,10 +116,9 @@ def _counts(rows: Any, n: int) -> bool:
     """Is it 0 ... n-1 along the first axis?"""
     if rows.meta["val"].shape[:1] != (n,) or rows.meta["val"].numel() != n:
         return False
-    while rows.target in _SHAPED:
+    while kind_of(rows.target) == "view" and rows.target is not aten.expand.default:
         rows = rows.args[0]
-    counts = {aten.arange.default: (n,), aten.arange.start: (0, n), aten.arange.start_step: (0, n, 1)}
-    return rows.args == counts.get(rows.target)
+    return getattr(rows.target, "_opname", "") == "arange" and rows.args in ((n,), (0, n), (0, n, 1))
 
 
 def _own_places(emit: Emit, x: Any, indices: Any) -> tuple[fx.Node, list[int]]:
@@ -161,27 +164,27 @@ def _to_own_row(emit: Emit, x: Any, indices: Any, values: Any, accumulate: bool 
 def _part(graph: fx.Graph, node: fx.Node) -> None:
     source: Any = node.args[0]
     position: Any = node.args[1]
-    name = getattr(getattr(source.target, "_schema", None), "name", "")
-    emit, packet = emitter(graph, node), name.removeprefix("aten::")
-    if packet in _PAIRS:
-        node.replace_all_uses_with(_one_of_two(emit, source, _PAIRS[packet][position]))
-    elif name == "aten::broadcast_tensors":
+    emit, row = emitter(graph, node), find_row(source.target)
+    if source.target is aten.broadcast_tensors.default:
         shape = list(node.meta["val"].shape)
         node.replace_all_uses_with(emit(aten.expand.default, source.args[0][position], shape))
-    elif source.target in _PICKS and position == 0:
-        node.replace_all_uses_with(_picked(emit, source, node))
-    elif source.target in _EXTREMA:
-        node.replace_all_uses_with(_extremum(emit, source, position))
-    elif name in _SPLITS:
-        node.replace_all_uses_with(_piece(emit, source, name, position))
+    match () if row is None else row.several:
+        case ("cut",):
+            node.replace_all_uses_with(_piece(emit, source, position))
+        case ("picked",) if position == 0:
+            node.replace_all_uses_with(_picked(emit, source, node))
+        case ("picked", index):
+            node.replace_all_uses_with(_extremum(emit, source, position, getattr(aten, index).default))
+        case (_, _) as ops:
+            node.replace_all_uses_with(_one_of_two(emit, source, ops[position]))
 
 
-def _extremum(emit: Emit, source: Any, position: int) -> fx.Node:
+def _extremum(emit: Emit, source: Any, position: int, index: Any) -> fx.Node:
     x, dim, *rest = source.args
     keep = bool(rest and rest[0]) or bool(source.kwargs.get("keepdim"))
     if position == 1:
-        return emit(_EXTREMA[source.target], x, dim, keep)
-    where = emit(_EXTREMA[source.target], x, dim, True)
+        return emit(index, x, dim, keep)
+    where = emit(index, x, dim, True)
     if not x.meta["val"].ndim:
         return emit(aten.alias.default, x)
     best = emit(aten.gather.default, x, dim, where)
@@ -223,11 +226,11 @@ def bound_arguments(node: Any) -> dict[str, Any]:
     return values | dict(node.kwargs)
 
 
-def _piece(emit: Emit, source: Any, name: str, position: int) -> fx.Node:
+def _piece(emit: Emit, source: Any, position: int) -> fx.Node:
     x, value = source.args[0], source.args[0].meta["val"]
     parts: list[Tensor] = list(source.meta["val"])
     position %= len(parts)
-    if name == "aten::unbind":
+    if source.target is aten.unbind.int:
         dim = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)
         return emit(aten.select.int, x, dim, position)
     if all(p.shape == value.shape for p in parts):

@@ -26,16 +26,11 @@ from torch import fx
 from dualform.graphs.cut import minimum_cut
 from dualform.graphs.edit import add, extract, inputs_of, needed, nodes_in, results_of, unwritten, without_dead
 from dualform.graphs.regroup import waiting
+from dualform.ops.table import find_row, kind_of
 
 aten = torch.ops.aten
 # An op run in the loop costs about as much time as storing this many bytes per row (LAB.md, 2026-11-24).
 BYTES_PER_OP = 4096
-_views = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.transpose.int, aten.t.default,
-    aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.expand.default,
-    operator.getitem,
-}  # fmt: skip
-_turned = {aten.expand.default, aten.transpose.int, aten.t.default, aten.permute.default}
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Fission:
 
 def dispatch(node: fx.Node) -> float:
     """Price an op that runs in the loop, one by one."""
-    return 1.0 if node.target in _views else BYTES_PER_OP
+    return 1.0 if kind_of(node.target) == "view" or node.target is operator.getitem else BYTES_PER_OP
 
 
 def split(
@@ -109,9 +104,17 @@ def split(
     return Fission(inputs, tuple(inputs[i] for i in carried), own, others, once, before, inner, after)
 
 
+def _is_turned(node: fx.Node) -> bool:
+    """Is it a view of all entries of another, in another order or repeated?"""
+    row = find_row(node.target)
+    if row is None or row.kind != "view" or row.ordered or not isinstance(node.meta["val"], torch.Tensor):
+        return False
+    return node.meta["val"].numel() >= node.all_input_nodes[0].meta["val"].numel()
+
+
 def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
     """Is a value better made where it is used than stored: one that cannot be cut, or larger than what it is made of?"""
-    if size(node) == math.inf or node.target in _turned:
+    if size(node) == math.inf or _is_turned(node):
         return True
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1
 

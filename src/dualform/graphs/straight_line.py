@@ -18,8 +18,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import emitter, extract, inputs_of, reached, replace, results_of, without_repeats
+from dualform.graphs.edit import broadcasts, emitter, extract, inputs_of, reached, replace, results_of, without_repeats
 from dualform.graphs.functionalize import functionalized
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 _functions = torch._C._VariableFunctions  # type: ignore[attr-defined]
@@ -135,16 +136,16 @@ def _move_unsqueeze(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
     late.add(_replace(graph, node, aten.mul.Tensor, tuple(raised)))
 
 
+def _is_even(target: Any) -> bool:
+    """Is it a sum or a product, entry by entry?"""
+    row = find_row(target)
+    return row is not None and row.kind == "map" and (row.multilinear or len(row.signs) == 2)
+
+
 def _leave_expand(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
     """An expand whose every user is a sum with a full tensor is left to that sum."""
     x: Any = node.args[0]
-    shape = node.meta["val"].shape
-    for user in node.users:
-        others = [a for a in user.all_input_nodes if a is not node]
-        full = any(a.meta["val"].shape == shape for a in others)
-        if user.target not in (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor) or not full:
-            return
-    if x.meta["val"].ndim == len(shape):
+    if all(_is_even(u.target) and all(broadcasts(u, k) for k, y in enumerate(u.args) if y is node) for u in node.users):
         node.replace_all_uses_with(x)
 
 

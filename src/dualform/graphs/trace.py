@@ -12,11 +12,11 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -26,33 +26,32 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from dualform.graphs.complex_pairs import paired
+from dualform.graphs.complex_rules import paired
 from dualform.graphs.constants import Constants
-from dualform.graphs.custom import (
-    DATA,
-    Listener,
-    Plain,
-    listening,
-    requires_grad,
-    set_requires_grad,
-    transforms,
-)
+from dualform.graphs.custom import Listener, Plain, listening
+from dualform.graphs.draws import no_draws
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow, Hollows
 from dualform.graphs.recorder import record_as_called
+from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
+from dualform.graphs.selected import Selected
 from dualform.graphs.single_results import normalised
-from dualform.graphs.spelled import SPELLED
+from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
+_LIBRARY = re.compile("/site-packages/(opt_einsum|numpy)/")
 _TORCH = str(Path(torch.__file__).parent)
 _PACKAGE = str(Path(__file__).parents[1])
 _HERE = tuple(str(Path(_PACKAGE, n)) for n in ("algebra", "ops", "graphs", "explanations", "calculus"))
 _doors: set[str] = set()  # files of ours that hand a user's function to the tracer
 
 
-def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({})) -> fx.GraphModule:
+def trace(
+    f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}), generators: Sequence[Any] = (),
+    look: Callable[[fx.GraphModule], None] = lambda gm: None,
+) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
 
     gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
@@ -61,6 +60,8 @@ def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = Ma
     two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for, closed-over ones or of
     `known`: inputs, by position, that are constants.
     A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
+    look: sees the graph as f calls it, before it is rewritten; what it writes into a node's meta stays where the node does.
+    generators: of random numbers, as `Fingerprint.generators` finds them; f may draw from none.
     The graph is for these shapes, dtypes and devices. A module goes through
     torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
@@ -75,19 +76,26 @@ def trace(f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = Ma
     code = getattr(f, "__code__", None)
     if code is not None and code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_HERE):
         _doors.add(code.co_filename)
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled():
+
+    def run() -> fx.GraphModule:
         try:
-            return _recorded(f, args, known)
+            return _recorded(f, args, known, look)
         except Exception:  # whatever it is, torch's own tracer knows more, or says it better
-            return _traced_by_torch(f, args, known)
+            return _traced_by_torch(f, args, known, look)
+
+    still = no_draws(generators, run, _line_of) if generators else nullcontext()
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled(), still:
+        return run()
 
 
-def _recorded(f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor]) -> fx.GraphModule:
+def _recorded(
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any
+) -> fx.GraphModule:
     """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
-    constants, listener = Constants(known), Plain(trace, _note, transforms())
+    constants, listener = Constants(known, _note), Plain(trace, _note, transforms())
     gm = record_as_called(_with_lines(f, constants, listener), _names(f, len(args)), args)
     with Hollows():
-        return _checked(gm, constants.read)
+        return _checked(gm, constants.read, look)
 
 
 def _names(f: Callable[..., Any], count: int) -> list[str]:
@@ -98,8 +106,10 @@ def _names(f: Callable[..., Any], count: int) -> list[str]:
     return [f"{name}_1" for name in list(inspect.signature(f).parameters)[:count]]
 
 
-def _traced_by_torch(f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor]) -> fx.GraphModule:
-    inputs, constants = [_standin(a) for a in args], Constants(known)
+def _traced_by_torch(
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any
+) -> fx.GraphModule:
+    inputs, constants = [_standin(a) for a in args], Constants(known, _note)
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()))
@@ -111,11 +121,12 @@ def _traced_by_torch(f: Callable[..., Any], args: tuple[Tensor, ...], known: Map
             raise
         except Exception as error:
             _reraise(error)
-    return _checked(gm, constants.read)
+    return _checked(gm, constants.read, look)
 
 
-def _checked(gm: fx.GraphModule, read: list[Tensor]) -> fx.GraphModule:
+def _checked(gm: fx.GraphModule, read: list[Tensor], look: Callable[[fx.GraphModule], None]) -> fx.GraphModule:
     """Refuse what a trace cannot hold, and bring the rest into one form."""
+    look(gm)
     _refuse_values(gm)
     _refuse_randomness(gm)
     gm = paired(normalised(functionalized(gm, _blame)), _blame)
@@ -136,6 +147,7 @@ class _Lines(TorchFunctionMode):
     def __init__(self, constants: Constants, listener: Listener) -> None:
         super().__init__()
         self.constants, self.listener = constants, listener
+        self.selected = Selected(lambda: _refuse_data(_note()), listener.marked)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,12 +158,14 @@ class _Lines(TorchFunctionMode):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
+        values = self.constants.values(func, args, kwargs)
         call: Any = self.constants.call(func, args, kwargs)
         if isinstance(call, list):
             return call[0]
-        func, args, kwargs = call
-        result = (SPELLED.get(func) or func)(*args, **kwargs)
-        return self.constants.made(func, args, kwargs, self.listener.marked(func, args, kwargs, result))
+        to, own, named = self.selected.call(*call)
+        result = (SPELLED.get(to) or to)(*own, **named)
+        self.selected.note(func, args, kwargs, result)
+        return self.constants.made(func, args, kwargs, self.listener.marked(to, own, named, result), values)
 
 
 def _note() -> str:
@@ -176,8 +190,10 @@ def _note() -> str:
 
 
 def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
-    def refuse(listener: Listener, x: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TraceError(f"trace: `{_note()}` {what}; expected a pure function of its inputs. {advice}")
+    def refuse(
+        listener: Listener | None = None, x: Tensor | None = None, *args: Any, where: str = "", **kwargs: Any
+    ) -> NoReturn:
+        raise TraceError(f"trace: `{where or _note()}` {what}; expected a pure function of its inputs. {advice}")
 
     return refuse
 
@@ -189,6 +205,7 @@ def _grad_fn(listener: Listener, x: Tensor) -> None:
 
 
 _flag = vars(torch._C.TensorBase)["requires_grad"]
+_memory = _refused("reaches a tensor's memory, past torch's ops", "Write h[...] = value, or compute the new value.")
 # What a function asks of a tensor that is no op.
 _ASKED: dict[Any, Callable[..., Any]] = {
     _flag.__get__: lambda listener, x: requires_grad(x),
@@ -203,6 +220,13 @@ _ASKED: dict[Any, Callable[..., Any]] = {
     ),
     torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
     DATA: lambda listener, x: x.detach(),
+    **dict.fromkeys(
+        (
+            getattr(Tensor, name)
+            for name in "data_ptr storage untyped_storage __dlpack__ apply_ map_ map2_ set_ share_memory_".split()
+        ),
+        _memory,
+    ),
     Tensor.data.__set__: _refused("gives a tensor other memory (.data = ...)", "Use the new value, or h.copy_(...)."),  # type: ignore[attr-defined]
 }
 
@@ -213,7 +237,9 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener)
         with _Lines(constants, listener), listening(listener):
             listener.begin(args)
             constants.begin(args)
-            return f(*args)
+            result = f(*args)
+            constants.end()
+            return result
 
     return run
 
@@ -254,14 +280,16 @@ def _is_ours(file: str, name: str = "") -> bool:
     """Is a line no line of the caller's: torch's, the tracer's, or what fx and dataclasses wrote?"""
     if file == "<string>":
         return name in ("<lambda>", "__init__")
-    return (
-        file.startswith((_TORCH, *_HERE, "<eval_with_key>")) or file in _doors or "/site-packages/opt_einsum/" in file
-    )
+    return file.startswith((_TORCH, *_HERE, "<eval_with_key>")) or file in _doors or bool(_LIBRARY.search(file))
 
 
 def _shown(file: str, line: int, text: str) -> str:
     code = (text or linecache.getline(file, line)).strip()
     return f"{code}   ({Path(file).name}:{line})" if code else f"({Path(file).name}:{line})"
+
+
+def _line_of(frame: FrameType) -> str:
+    return _shown(frame.f_code.co_filename, frame.f_lineno, "")
 
 
 def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
@@ -297,6 +325,8 @@ def _reraise(error: Exception) -> NoReturn:
         ) from error
     if "does not require grad" in text:
         _refuse_transform(where)
+    if "read-only" in text:
+        _memory(where=where)
     if "tensor subclasses" in text:
         raise TraceError(
             f"trace: `{where}` leaves torch; expected tensor ops. Write it with torch, or compute that part outside."
@@ -319,26 +349,22 @@ def _refuse_values(gm: fx.GraphModule) -> None:
                 _refuse_data(source_line(node) or str(node.target))
 
 
-_DROPOUT = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
-
-
 def _refuse_randomness(gm: fx.GraphModule) -> None:
     """Random ops are refused; dropout that is switched off is the identity."""
     for node in list(gm.graph.nodes):
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
-        if target in _DROPOUT and (not node.args[2] or node.args[1] == 0):
+        if _is_dropout(target) and (not node.args[2] or node.args[1] == 0):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif not _is_quiet(node):
             what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
             _blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
+
+
+def _is_dropout(target: torch._ops.OpOverload) -> bool:
+    return len(target._schema.returns) == 1 and [a.name for a in target._schema.arguments] == ["input", "p", "train"]
 
 
 def _is_quiet(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Twin:
         if id(x) in self._copies:
             return self._copies[id(x)]
         self._held.append(x)
-        return next(make for kind, make in _MAKERS if isinstance(x, kind))(self, x)
+        return _maker(type(x))(self, x)
 
     def _object(self, x: Any) -> Any:
         """A plain object of the user's is copied where something in it was."""
@@ -153,3 +153,8 @@ _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),
     (object, Twin._object),
 ]  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _maker(kind: type) -> Callable[[Twin, Any], Any]:
+    return next(make for known, make in _MAKERS if issubclass(kind, known))

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import copied, inputs_of, line_of, value_of
+from dualform.graphs.edit import copied, evaluated, inputs_of, line_of, nodes_in, results_of, value_of
 
 Pass = TypeVar("Pass", bound=Callable[..., Any])
 # A pass may sum in another order; what it loses is larger.
@@ -151,17 +151,16 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     return torch.allclose(x, y, rtol=rtol, atol=rtol, equal_nan=True)
 
 
-class _Through(fx.Interpreter):
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return args[0] if target is torch.ops.aten.detach.default else super().call_function(target, args, kwargs)
+def _through(node: Any, args: Any, kwargs: Any) -> Any:
+    return args[0] if node.target is torch.ops.aten.detach.default else node.target(*args, **kwargs)
 
 
 def _outcome(gm: fx.GraphModule, drawn: Sequence[Tensor], detaches: bool) -> list[Tensor | None]:
     """Return what a graph returns, and the gradients of its results' sum."""
     given = [x.clone().requires_grad_(x.is_floating_point()) for x in drawn]
     with torch.enable_grad():
-        returned: Any = (fx.Interpreter if detaches else _Through)(gm).run(*given, enable_io_processing=False)
-        found = [x for x in (returned if isinstance(returned, list | tuple) else [returned]) if isinstance(x, Tensor)]
+        values = evaluated(gm, given, None if detaches else _through)
+        found = [values[n] for n in nodes_in(results_of(gm.graph)) if isinstance(values[n], Tensor)]
         ends = [x for x in found if x.requires_grad and x.is_floating_point()]
         leaves = [x for x in given if x.requires_grad]
         if not ends or not leaves:

@@ -8,7 +8,6 @@ through torch's own norms the second derivative would be some thirty operations 
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, fx
 from dualform.graphs.edit import add, without_dead
 from dualform.graphs.operators import custom_operator, library
 from dualform.graphs.verify import verified_below_autograd
+from dualform.ops.table import row
 
 aten = torch.ops.aten
 
@@ -89,57 +89,27 @@ torch.library.register_vmap(standardize, _norm_of_rows, lib=library)
 torch.library.register_vmap(standardize_vjp, _vjp_of_rows, lib=library)
 
 
-# -- what a layer norm is; torch's own definitions are these, and load sympy
+# -- what they are made of
 
 
-def _layer_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _widened(x)
-    var, mean = torch.var_mean(wide, list(range(x.ndim - len(shape), x.ndim)), correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
-    y = (wide - mean) * rstd
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    return y.to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
+def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    return centred * rstd, mean, rstd
 
 
-def _layer_norm_backward(
-    g: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    wide, axes = _widened(g), list(range(x.ndim - len(shape), x.ndim))
-    N, rest = math.prod(shape), axes[0] if axes else x.ndim
-    hat = (_widened(x) - mean) * rstd
-    dx = wide if weight is None else wide * weight
-    inner = dx * N - torch.sum(dx, axes, True) - hat * torch.sum(dx * hat, axes, True)
-
-    def over_rows(of: Tensor, leaf: Tensor | None, is_wanted: bool) -> Tensor | None:
-        if leaf is None or not is_wanted:
-            return None
-        return (of.sum(list(range(rest))) if rest else of).to(leaf.dtype)
-
-    dweight = over_rows(wide * hat, weight, wanted[1])
-    return (
-        ((rstd / N) * inner).to(x.dtype) if wanted[0] else None,
-        dweight,
-        over_rows(wide, bias, wanted[2]),
-    )
+def _standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-layer_norms = {
-    aten.native_layer_norm.default: _layer_norm,
-    aten.native_layer_norm_backward.default: _layer_norm_backward,
-}
+row("dualform::standardize", lowered=_standardize)(None)
+row("dualform::standardize_vjp", lowered=_standardize_vjp)(None)
 
 
 @verified_below_autograd
 def whole_norms(graph: fx.Graph) -> None:
-    """Recognise norms and their derivatives in a traced graph, as torch decomposes them."""
+    """Recognise norms and their derivatives in a traced graph, as `layer_norms` spells them out."""
     for target, recognise in ((aten.var_mean.correction, _norm), (aten.mul.Tensor, _norm_vjp)):
         for node in list(graph.nodes):
             if node.target == target:

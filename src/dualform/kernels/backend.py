@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -18,17 +20,27 @@ from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
-from dualform.learning.derive import TRACING
+from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Gradients, Run_, checkpointed
-from dualform.learning.plan import Call, Input, Plan
+from dualform.learning.loop import Gradients, GridCall, checkpointed
+from dualform.learning.plan import Input, Plan
+from dualform.learning.transforms import TRACING
 
 Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
+M = TypeVar("M")
 
 
 class Made(NamedTuple):
     native: Native
     arguments: tuple[Argument, ...]
+
+
+@dataclass(eq=False)
+class NativeFunctions:
+    """What was compiled for a plan: functions by kind of block, direction, how they end, slices and the caller's types."""
+
+    functions: dict[tuple[Variant, str, bool | None, bool, Kinds], Made] = field(default_factory=dict)
+    marks: dict[str, Tensor] = field(default_factory=dict)  # what one token has at each place of its mini-batch
 
 
 # Multiplications and additions, both directions, from which a call repays some seconds of compiling (LAB.md).
@@ -75,13 +87,16 @@ def made(
     plan: Plan, call: Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
 ) -> Made:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
-    key = (variant, direction, full, slices, kinds := _kinds(plan, call))
-    with TRACING if key not in plan.natives else nullcontext():
-        if key not in plan.natives:
+    key, found = (
+        (variant, direction, full, slices, kinds := _kinds(plan, call)),
+        plan.natives.of(NativeFunctions).functions,
+    )
+    with TRACING if key not in found else nullcontext():
+        if key not in found:
             unit = written(plan, variant, direction, full, slices, kinds)
             native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
-            plan.natives[key] = Made(native, unit.arguments)
-        return plan.natives[key]
+            found[key] = Made(native, unit.arguments)
+        return found[key]
 
 
 def cut(rows: int, count: int) -> bool:
@@ -98,7 +113,7 @@ def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"i": place.to(dtype), "valid": torch.ones(chunk, dtype=dtype), "full": place == chunk}
 
 
-def _stretches(run: Run_, start: int, end: int) -> list[range]:
+def _stretches(run: GridCall, start: int, end: int) -> list[range]:
     """Cut blocks into runs of one kind whose state passes from one to the next as it is."""
     g, found = run.grid, []
     while start < end:
@@ -112,7 +127,7 @@ def _stretches(run: Run_, start: int, end: int) -> list[range]:
     return found
 
 
-def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
+def _spread(run: GridCall, x: Input, piece: range, do: Tensor | None = None) -> Tensor:
     """View an input as (n, B, H, ...)."""
     if x.part == "cotangent":
         assert do is not None
@@ -125,46 +140,25 @@ def _spread(run: Run_, x: Input, piece: range, do: Tensor | None = None) -> Tens
     return found
 
 
-class _Sequence(Whole):
-    """Runs calls by stretches."""
+class Stretches(Whole, Generic[M]):
+    """Runs calls by stretches, each by what is `made` for it."""
 
-    def suits(self, plan: Plan, call: Call) -> bool:
-        if call.q.device.type != "cpu":
-            return False
-        if plan.natives:  # compiled for a longer call: what follows it stays there
-            return True
-        if call.q.shape[1] == 1:
-            return plan.counts["tokens"] > TOKENS_WORTH_COMPILING
-        return call.q[..., 0].numel() >= self._enough(plan)
-
-    def says(self, plan: Plan) -> str:
-        many, single = f"{self._enough(plan):,} tokens x heads on", f"{TOKENS_WORTH_COMPILING:,} single tokens"
-        made = "compiled already" if plan.natives else f"from {many}, or {single}, which repay compiling"
-        return f"on the CPU, {made}, few rows in slices beside each other"
-
-    @staticmethod
-    def _enough(plan: Plan) -> int:
-        """Count the tokens of single heads from which a call repays compiling."""
-        return math.ceil(WORTH_COMPILING / (12 * sum(p.numel() for p in plan.derivation.parts.fast.values())))
-
-    def schedule(self, plan: Plan, variant: Variant) -> dict[str, Unit]:
-        return {way: written(plan, variant, way) for way in ("forward", "backward")}
-
+    @abstractmethod
     def check(self, call: Call) -> None:
         """Refuse calls that are not for this backend."""
-        if call.q.device.type != "cpu":
-            what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
-            raise BackendError(f"{what} Use backend='auto', or move it.")
 
-    def made(self, run: Run_, piece: range, direction: str) -> Any:
+    @abstractmethod
+    def made(self, run: GridCall, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
-        slices = cut(run.B * run.H, len(piece))
-        return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
-    def as_run(self, name: str, run: Run_, backward: bool) -> tuple[str, tuple[str, ...]]:
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         return name, ()
 
-    def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
+    @abstractmethod
+    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
+        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         self.check(call)
         state = run.held()
@@ -176,45 +170,8 @@ class _Sequence(Whole):
         after = [run.rowed(x) for x in run.whole(state)]
         return [grid.done(o), *after, grid.position, *(x.unflatten(1, (run.B, run.H)) for x in saved)]
 
-    def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
-        first, chunk, (B, _, H, _) = int(call.position[0]), plan.derivation.chunk, call.q.shape
-        held = [*call.anchor.values(), *call.registers.values()]
-        alike = B == 1 or not bool((call.position != first).any())
-        if not (alike and all(x.is_contiguous() for x in held) and 0 <= first < chunk):
-            return None
-        # A state that nothing has been read into yet is the weights themselves.
-        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
-        native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
-        if "marks" not in plan.natives:
-            plan.natives["marks"] = _marks(chunk, call.dtype)
-        marks, slow = plan.natives["marks"], plan.derivation.constants | call.slow
-        after = held if ours else [torch.empty_like(x) for x in held]
-        o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
-
-        def tokens(x: Tensor) -> Place:
-            row, token, head, *rest = x.stride()
-            return (x.data_ptr(), 0, row, head, token, *rest)
-
-        def given(x: Input) -> Place:
-            if x.over != "block":
-                value = (slow if x.part == "slow" else call.init)[x.name]
-                return (value.data_ptr(), 0, 0, *[0] * (x.over == "shared"), *value.stride())
-            if x.part in marks:
-                return (marks[x.part].data_ptr() + first * size,)
-            if x.name == "offset" and call.offset is not None:
-                return (call.offset.data_ptr() + first * call.offset.stride(0) * size,)
-            return tokens(call.gates[x.name] if x.part == "gates" else getattr(call, x.part))
-
-        places = {
-            "o": lambda _: tokens(o), "input": given, "kept": lambda _: (),
-            "before": lambda k: (held[k].data_ptr(), 0, *held[k].stride()),
-            "after": lambda k: (after[k].data_ptr(), 0, *after[k].stride()),
-        }  # fmt: skip
-        native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0)
-        return [o, *after, (call.position + 1) % chunk]
-
     def _advance(
-        self, run: Run_, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
+        self, run: GridCall, piece: range, state: list[Tensor], o: Tensor | None, saved: list[Tensor], G: int
     ) -> list[Tensor]:
         """Run a stretch forward: write its outputs and kept states, return the state after it."""
         n, native = piece.start, self.made(run, piece, "forward")
@@ -242,7 +199,7 @@ class _Sequence(Whole):
                     r[k] = run.start([w[k]])[0]
         return after
 
-    def backward(self, run: Run_, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
         do, turned = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
         saved = [x.flatten(1, 2) for x in saved]
         gradients = Gradients(run)
@@ -250,7 +207,7 @@ class _Sequence(Whole):
             turned = self._reverse(run, piece, G, starts, turned, do, gradients)
         return gradients.flat(turned)
 
-    def _jobs(self, run: Run_, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
+    def _jobs(self, run: GridCall, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
         """Yield stretches from the last to the first: with blocks per kept state, and these states."""
         every, stop = _stretches(run, 0, run.blocks), run.blocks
         while stop > 0:
@@ -272,7 +229,7 @@ class _Sequence(Whole):
             stop = group * G
 
     def _reverse(
-        self, run: Run_, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
+        self, run: GridCall, piece: range, G: int, starts: list[Tensor], turned: list[Tensor], do: Tensor,
         gradients: Gradients,
     ) -> list[Tensor]:  # fmt: skip
         """Run a stretch in reverse: fill in gradients, return that of the state it began with."""
@@ -301,14 +258,90 @@ class _Sequence(Whole):
             gradients.add(x, piece, value)
         return before
 
+
+class _Sequence(Stretches[Made]):
+    """Runs stretches by compiled functions."""
+
+    def suits(self, plan: Plan, call: Call) -> bool:
+        if call.q.device.type != "cpu":
+            return False
+        if plan.natives.of(NativeFunctions).functions:  # for a longer call: what follows it stays there
+            return True
+        if call.q.shape[1] == 1:
+            return plan.natives.tokens > TOKENS_WORTH_COMPILING
+        return call.q[..., 0].numel() >= self._enough(plan)
+
+    def says(self, plan: Plan) -> str:
+        many, single = f"{self._enough(plan):,} tokens x heads on", f"{TOKENS_WORTH_COMPILING:,} single tokens"
+        made = (
+            "compiled already"
+            if plan.natives.of(NativeFunctions).functions
+            else f"from {many}, or {single}, which repay compiling"
+        )
+        return f"on the CPU, {made}, few rows in slices beside each other"
+
     @staticmethod
-    def _call(run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _enough(plan: Plan) -> int:
+        """Count the tokens of single heads from which a call repays compiling."""
+        return math.ceil(WORTH_COMPILING / (12 * sum(p.numel() for p in plan.derivation.parts.fast.values())))
+
+    def schedule(self, plan: Plan, variant: Variant) -> dict[str, Unit]:
+        return {way: written(plan, variant, way) for way in ("forward", "backward")}
+
+    def check(self, call: Call) -> None:
+        if call.q.device.type != "cpu":
+            what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
+            raise BackendError(f"{what} Use backend='auto', or move it.")
+
+    def made(self, run: GridCall, piece: range, direction: str) -> Made:
+        slices = cut(run.B * run.H, len(piece))
+        return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
+
+    def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
+        first, chunk, (B, _, H, _) = int(call.state.position[0]), plan.derivation.chunk, call.q.shape
+        held = call.held
+        alike = B == 1 or not bool((call.state.position != first).any())
+        if not (alike and all(x.is_contiguous() for x in held) and 0 <= first < chunk):
+            return None
+        # A state that nothing has been read into yet is the weights themselves.
+        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
+        own, slow = plan.natives.of(NativeFunctions), plan.derivation.constants | call.slow
+        marks = own.marks = own.marks or _marks(chunk, call.dtype)
+        after = held if ours else [torch.empty_like(x) for x in held]
+        o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
+
+        def tokens(x: Tensor) -> Place:
+            row, token, head, *rest = x.stride()
+            return (x.data_ptr(), 0, row, head, token, *rest)
+
+        def given(x: Input) -> Place:
+            if x.over != "block":
+                value = (slow if x.part == "slow" else call.init)[x.name]
+                return (value.data_ptr(), 0, 0, *[0] * (x.over == "shared"), *value.stride())
+            if x.part in marks:
+                return (marks[x.part].data_ptr() + first * size,)
+            if x.name == "offset" and call.offset is not None:
+                return (call.offset.data_ptr() + first * call.offset.stride(0) * size,)
+            return tokens(call.gates[x.name] if x.part == "gates" else getattr(call, x.part))
+
+        places = {
+            "o": lambda _: tokens(o), "input": given, "kept": lambda _: (),
+            "before": lambda k: (held[k].data_ptr(), 0, *held[k].stride()),
+            "after": lambda k: (after[k].data_ptr(), 0, *after[k].stride()),
+        }  # fmt: skip
+        native.native([places[role](what) for role, what in native.arguments], B * H, H, 1, 0, 0)
+        return [o, *after, (call.state.position + 1) % chunk]
+
+    @staticmethod
+    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: without a self
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 
 
-def _never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoReturn:
-    raise AssertionError("the scan runs this backend's calls whole")
+def never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoReturn:
+    """What such a backend has in the place of `prepare`."""
+    raise AssertionError("the loop runs this backend's calls whole")
 
 
 @backends.record(
@@ -316,4 +349,4 @@ def _never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoRet
 )
 def cpp() -> Backend:
     """Compile the step and its vjp to code of this machine; needs a C++ compiler, the first call takes some seconds."""
-    return Backend(_never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page
+    return Backend(never, whole=_Sequence(), keep=0)  # computing a state again costs no more than a fresh page

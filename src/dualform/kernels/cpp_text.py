@@ -16,7 +16,7 @@ import torch
 
 from dualform.kernels.dialect import Dialect
 from dualform.kernels.layout import CHECKPOINT, GROUP, Address, Body, Clear, Load, Move, Store, Write
-from dualform.kernels.statements import Item, Nest, Operand, Product, Read, Schedule, Statement, View, entrywise
+from dualform.kernels.statements import Item, MatrixProduct, Nest, Operand, Read, Schedule, Statement, View, entrywise
 from dualform.kernels.targets import EACH, ROW
 
 BASES = {"scratch": "s", "fixed": "f", "state": "st", "kept": "kp", "passed": "ps", "cotangent": "ct", "sums": "acc"}
@@ -25,37 +25,6 @@ CALL = "g, n, b, h, s, f, st, {kp}, {ps}, ct, acc"
 TYPES = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool",
     torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t",
-}  # fmt: skip
-ENTRIES = {
-    "copy": "{0}", "add": "{0} + {alpha} * {1}", "plus": "{0} + {1}", "sub": "{0} - {1}", "submul": "{0} - {alpha} * {1}",
-    "rsub": "{1} - {0}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "exp_({0})", "log": "std::log({0})",
-    "tanh": "tanh_({0})", "sigmoid": "sigmoid_({0})", "erf": "std::erf({0})", "sqrt": "std::sqrt({0})", "abs": "std::fabs({0})",
-    "rsqrt": "T(1) / std::sqrt({0})", "reciprocal": "T(1) / {0}", "sin": "std::sin({0})", "cos": "std::cos({0})",
-    "sign": "T(({0} > 0) - ({0} < 0))", "relu": "({0} > 0 || {0} != {0} ? {0} : T(0))", "log1p": "std::log1p({0})",
-    "expm1": "std::expm1({0})", "atan": "std::atan({0})", "sinh": "std::sinh({0})", "cosh": "std::cosh({0})",
-    "floor": "std::floor({0})", "lgamma": "std::lgamma({0})", "asin": "std::asin({0})", "acos": "std::acos({0})",
-    "pow": "std::pow({0}, {1})", "max": "({0} > {1} || {0} != {0} ? {0} : {1})", "min": "({0} < {1} || {0} != {0} ? {0} : {1})",
-    "where": "({0} != 0 ? {1} : {2})", "eq": "T({0} == {1})", "ne": "T({0} != {1})", "ge": "T({0} >= {1})", "gt": "T({0} > {1})",
-    "le": "T({0} <= {1})", "lt": "T({0} < {1})", "and": "T({0} != 0 && {1} != 0)", "or": "T({0} != 0 || {1} != 0)",
-    "not": "T({0} == 0)", "fill": "T({value})", "arange": "T({start}) + T({step}) * T({i0})", "eye": "T({i0} == {i1})",
-    "tril": "({row} >= {col} - ({diagonal}) ? {0} : T(0))", "triu": "({row} <= {col} - ({diagonal}) ? {0} : T(0))", "tan": "std::tan({0})",
-    "addcmul": "{0} + {alpha} * {1} * {2}", "ceil": "std::ceil({0})", "trunc": "std::trunc({0})", "round": "std::nearbyint({0})",
-    "asinh": "std::asinh({0})", "acosh": "std::acosh({0})", "atanh": "std::atanh({0})", "erfc": "std::erfc({0})",
-    "exp2": "std::exp2({0})", "log2": "std::log2({0})", "log10": "std::log10({0})", "atan2": "std::atan2({0}, {1})",
-    "hypot": "std::hypot({0}, {1})", "fmod": "std::fmod({0}, {1})", "remainder": "remainder_({0}, {1})",
-    "floor_divide": "floor_divide_({0}, {1})", "truncated": "std::trunc({0} / {1})", "copysign": "std::copysign({0}, {1})",
-    "signbit": "T(std::signbit({0}))", "isnan": "T({0} != {0})", "isinf": "T(std::fabs({0}) == T(INFINITY))",
-    "fmax": "std::fmax(T({0}), T({1}))", "fmin": "std::fmin(T({0}), T({1}))", "xor": "T(({0} != 0) != ({1} != 0))",
-    "nonzero": "T({0} != 0)", "bits_and": "T(int64_t({0}) & int64_t({1}))", "bits_or": "T(int64_t({0}) | int64_t({1}))",
-    "bits_not": "T(~int64_t({0}))", "bits_xor": "T(int64_t({0}) ^ int64_t({1}))", "shift_left": "T(int64_t({0}) << int64_t({1}))",
-    "shift_right": "T(int64_t({0}) >> int64_t({1}))", "digamma": "T(digamma_({0}))", "polygamma": "T(polygamma_({order}, {0}))",
-    "erfinv": "T(erfinv_({0}))", "ndtri": "T(ndtri_({0}))", "erfcx": "T(erfcx_({0}))", "bessel_i": "T(bessel_i_({order}, {0}))",
-    "bessel_ie": "T(bessel_ie_({order}, {0}))",
-}  # fmt: skip
-STARTS = {"sum": "T(0)", "amax": "T(-INFINITY)", "amin": "T(INFINITY)", "prod": "T(1)"}
-UPDATES = {
-    "sum": "{0} += {1};", "prod": "{0} *= {1};", "amax": "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});",
-    "amin": "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});",
 }  # fmt: skip
 LETTERS = "i", "k", "l", "m", "o"
 
@@ -79,7 +48,7 @@ def comment(view: View) -> str:
 # -- statements -----------------------------------------------------------------------------------------------------
 
 
-def product_text(p: Product) -> list[str]:
+def product_text(p: MatrixProduct) -> list[str]:
     batch = p.out.shape[:-2]
     if not batch:
         added = f" {p.beta:+g} {comment(p.init)}" if p.init else ""
@@ -92,11 +61,11 @@ def product_text(p: Product) -> list[str]:
             shift = sum(i * s for i, s in zip(at, lead, strict=True)) if len(v.shape) == len(at) + 2 else 0
             return View(v.buffer, v.shape[-2:], v.strides[-2:], v.offset + shift)
 
-        lines += _one_product(Product(one(p.out), one(p.a), one(p.b), p.alpha, p.beta, p.init and one(p.init)))
+        lines += _one_product(MatrixProduct(one(p.out), one(p.a), one(p.b), p.alpha, p.beta, p.init and one(p.init)))
     return lines
 
 
-def _one_product(p: Product) -> list[str]:
+def _one_product(p: MatrixProduct) -> list[str]:
     (M, K), N = p.a.shape, p.b.shape[1]
     (am, ak), (bk, bn), (cm, cn) = p.a.strides, p.b.strides, p.out.strides
     D = p.init
@@ -110,7 +79,10 @@ def _one_product(p: Product) -> list[str]:
         return [f"mv<{N}, {K}, {bn}, {bk}, {ak}>({C}, {cn}, {B}, {A}, {scale}, {Dp}, {dn});"]
     assert cn == 1
     if D and dn != 1:  # laid out otherwise than the result: there first
-        return [*moved([Write("copy", p.out, D)]), *_one_product(Product(p.out, p.a, p.b, p.alpha, p.beta, p.out))]
+        return [
+            *moved([Write("copy", p.out, D)]),
+            *_one_product(MatrixProduct(p.out, p.a, p.b, p.alpha, p.beta, p.out)),
+        ]
     if bn == 1:
         return [f"mm<{M}, {N}, {K}, {am}, {ak}, {bk}, {sums}>({C}, {cm}, {A}, {B}, {scale}, {Dp}, {dm});"]
     align = p.out.buffer.align
@@ -179,7 +151,7 @@ class _NestText:
         lines = [f"// {shown}", "{"]
         for item in nest.items:
             if item.kind == "total":
-                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] = {CPP.starts[item.op]};")
+                lines.append(f"{loop('e', item.out.buffer.size)} ({pointer(item.out)})[e] = {CPP.fold(item.op)[0]};")
         for x in self.later:
             if not x.kept:
                 lines.append(f"alignas(64) T {self.names[x]}_[{self.column + 64}];")
@@ -208,15 +180,15 @@ class _NestText:
             elif item.kind in ("reduce", "total") and item.reads_in == stage:
                 name, value, steps = names[item], self.operand(item.operands[0], item, self.loops), item.steps
                 if item.kind == "total" and steps and steps[-1]:  # no sum along the row
-                    body.append(CPP.updates[item.op].format(self.place(item.out, steps, self.loops), value))
+                    body.append(CPP.fold(item.op)[1].format(self.place(item.out, steps, self.loops), value))
                     continue
-                lines.append(f"T {name} = {CPP.starts[item.op]};")
-                body.append(CPP.updates[item.op].format(name, value))
+                lines.append(f"T {name} = {CPP.fold(item.op)[0]};")
+                body.append(CPP.fold(item.op)[1].format(name, value))
                 sums += [name] if item.op == "sum" else []
                 plain = plain and item.op == "sum"
                 if item.kind == "total":
                     target = self.place(item.out, steps[:-1], inner) if steps else f"({pointer(item.out)})[0]"
-                    after.append(CPP.updates[item.op].format(target, name))
+                    after.append(CPP.fold(item.op)[1].format(target, name))
                     continue
                 if item.params.get("scale", 1.0) != 1.0:
                     after.append(f"{name} *= {number(item.params['scale'])};")
@@ -230,7 +202,7 @@ class _NestText:
 
 
 def statement_text(s: Statement) -> list[str]:
-    return product_text(s) if isinstance(s, Product) else _NestText(s).lines()
+    return product_text(s) if isinstance(s, MatrixProduct) else _NestText(s).lines()
 
 
 def statements(s: Schedule) -> list[str]:
@@ -341,7 +313,6 @@ def loop(i: str, n: int, kind: str = "int") -> str:
 
 
 CPP = Dialect(
-    "cpp", TYPES, ENTRIES, STARTS, UPDATES,
-    {EACH: "n, b, h", ROW: "0, b, h", GROUP: "group, b, h", CHECKPOINT: "(n + phase) / G, b, h"},
+    "cpp", TYPES, {EACH: "n, b, h", ROW: "0, b, h", GROUP: "group, b, h", CHECKPOINT: "(n + phase) / G, b, h"},
     number, loop, load_text, store_text,
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A second printer is one record and one walker:
 
-    Dialect   the texts below, for its language; an entry or reduction that `ops` names and it lacks, the walker refuses
+    Dialect   the texts below, for its language; how ops read in it is a column of their rows, `ops.table.Entry` and `Fold`: an
+              entry or fold that has no text there, the walker refuses
     walker    unit(direction: targets.Direction) -> Unit: goes through the graphs of `direction.functions`, or of
               `.sliced()`, reads each source where `targets` says it is held, spells each node, leaves each result
               where its target says
@@ -20,26 +21,22 @@ from typing import Any
 
 import torch
 
-from dualform.kernels.report import Bound, bound, describe
+from dualform.kernels.report import TimeBound, bound, describe
 from dualform.kernels.statements import Schedule
 from dualform.kernels.targets import Argument
+from dualform.ops.table import ENTRIES, FOLDS
 
 
 @dataclass(frozen=True)
 class Dialect:
     """A language.
 
-    types: of numbers. entries: of a result's entry, by name; {0}, {1}, ... are operands, {alpha}, ... parameters, {i0},
-    {i1}, ... the index along the value's axes, {row} and {col} along the last two. starts, updates: what each sum over
-    entries begins with, and how {1} goes into {0}. where: the index (n, b, h) of an argument. number: a constant. loop:
-    over so many, the variable's name given. load, store: as `layout.Load` and `layout.Store` say.
+    name: that of its column. types: of numbers. where: the index (n, b, h) of an argument. number: a constant. loop: over so
+    many, the variable's name given. load, store: as `layout.Load` and `layout.Store` say.
     """
 
     name: str
     types: Mapping[torch.dtype, str]
-    entries: Mapping[str, str]
-    starts: Mapping[str, str]
-    updates: Mapping[str, str]
     where: Mapping[str, str]
     number: Callable[[float], str]
     loop: Callable[[str, int], str]
@@ -50,7 +47,11 @@ class Dialect:
         """Spell an entry of a result; at: its index along each axis."""
         names = {f"i{k}": x for k, x in enumerate(at)} | {"row": ["0", "0", *at][-2], "col": ["0", *at][-1]}
         given = {k: self.number(x) if k in NUMBERS else x for k, x in params.items()}
-        return self.entries[op].format(*operands, **names, **given)
+        return getattr(ENTRIES[op], self.name).format(*operands, **names, **given)
+
+    def fold(self, op: str) -> tuple[str, str]:
+        """Spell what a reduction begins with, and how it goes on."""
+        return getattr(FOLDS[op], self.name)
 
 
 NUMBERS = ("value", "alpha", "start", "step")  # parameters that are numbers of the type computed in, not whole ones
@@ -81,7 +82,7 @@ class Unit:
         """Scratch memory of a thread, without the states of a group."""
         return self.memory * next(iter(self.parts.values())).itemsize
 
-    def bound(self, flops_per_second: float, bytes_per_second: float) -> Bound:
+    def bound(self, flops_per_second: float, bytes_per_second: float) -> TimeBound:
         """Say below which time a mini-batch of a row cannot go on a machine of such rates, and what sets it."""
         return bound(self.flops, self.nbytes, flops_per_second, bytes_per_second)
 

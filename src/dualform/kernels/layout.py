@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from dualform.graphs.verify import is_on
 from dualform.kernels.schedule import schedule
+from dualform.kernels.soundness import verify
 from dualform.kernels.statements import LINE, Buffer, View, whole
 from dualform.kernels.targets import EACH, ROW, Direction, Function, Kinds, What, label, place_of
 from dualform.learning.backends import BackendError
@@ -148,6 +150,8 @@ class Body:
             x, target = self.schedule.outputs[k], self._stays(k)
             if isinstance(x, View) and x.buffer.place == target.place:
                 x.buffer.offset = target.offset
+        if is_on():
+            verify(self.schedule, None, f"layout of {function.name}", ("scratch", *PLACES))
         self._check()
 
     def _check(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from dualform.kernels.statements import Buffer, Nest, Product, Read, Statement, View, space_of, whole
+from dualform.kernels.statements import Buffer, MatrixProduct, Nest, Read, Statement, View, space_of, whole
 
 Output = View | float
 
@@ -16,7 +16,7 @@ def into_pieces(statements: list[Statement], copies: Iterable[Nest], outputs: Se
     read.update(x.buffer for x in outputs if isinstance(x, View))
     written = Counter(v.buffer for s in statements for v in s.writes())
     made = {x.out.buffer: x for s in statements if isinstance(s, Nest) for x in s.items if x.kept and x.kind == "map"}
-    products = {s.out.buffer: s for s in statements if isinstance(s, Product)}
+    products = {s.out.buffer: s for s in statements if isinstance(s, MatrixProduct)}
     for copy in copies:
         source, target = copy.items[0].operands[0], copy.items[0].out
         if not isinstance(source, Read) or source.view != whole(source.view.buffer):
@@ -81,7 +81,7 @@ Reader = tuple[int, View, tuple[int, ...]]  # the item of a nest, or -1; what it
 
 
 def _reads(s: Statement, old: Buffer) -> Iterable[Reader]:
-    if isinstance(s, Product):
+    if isinstance(s, MatrixProduct):
         yield from ((-1, v, v.strides) for v in s.reads() if v.buffer is old)
     else:
         items = ((k, r) for k, item in enumerate(s.items) for r in item.operands if isinstance(r, Read))
@@ -89,7 +89,7 @@ def _reads(s: Statement, old: Buffer) -> Iterable[Reader]:
 
 
 def _written(s: Statement, new: Buffer) -> Iterable[tuple[int, View]]:
-    if isinstance(s, Product):
+    if isinstance(s, MatrixProduct):
         if s.out.buffer is new:
             yield -1, s.out
     else:
@@ -104,7 +104,7 @@ def _late(statements: Sequence[Statement], m: int, reader: Reader, out: View, n:
     s = statements[n]
     if m > n:
         return True
-    if isinstance(s, Product):  # C = beta C + alpha A B reads each entry before it writes it
+    if isinstance(s, MatrixProduct):  # C = beta C + alpha A B reads each entry before it writes it
         return not (
             s.init is not None and (view.strides, view.offset, view.shape) == (out.strides, out.offset, out.shape)
             and s.a.buffer is not view.buffer and s.b.buffer is not view.buffer

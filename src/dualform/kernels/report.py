@@ -14,16 +14,16 @@ SLICES = {
 }
 
 
-class Bound(NamedTuple):
+class TimeBound(NamedTuple):
     """The time below which a schedule cannot go: seconds for one mini-batch of one row, and what sets it."""
 
     seconds: float
     by: str  # "flops" | "bytes"
 
 
-def bound(flops: float, nbytes: float, flops_per_second: float, bytes_per_second: float) -> Bound:
+def bound(flops: float, nbytes: float, flops_per_second: float, bytes_per_second: float) -> TimeBound:
     """Say how long the work takes at least on a machine of such rates, and whether its flops or its bytes say so."""
-    return max(Bound(flops / flops_per_second, "flops"), Bound(nbytes / bytes_per_second, "bytes"))
+    return max(TimeBound(flops / flops_per_second, "flops"), TimeBound(nbytes / bytes_per_second, "bytes"))
 
 
 def slices(s: Schedule) -> list[str]:

@@ -12,9 +12,23 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import inputs_of, results_of
+from dualform.graphs.verify import is_on
 from dualform.kernels import memory
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
-from dualform.kernels.statements import Buffer, Item, Nest, Product, Read, Schedule, View, entrywise, space_of, whole
+from dualform.kernels.ops import Unsupported
+from dualform.kernels.soundness import verify
+from dualform.kernels.statements import (
+    Buffer,
+    Item,
+    MatrixProduct,
+    Nest,
+    Read,
+    Schedule,
+    View,
+    entrywise,
+    space_of,
+    whole,
+)
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 _NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_view.default), aten.view.default)
@@ -34,7 +48,7 @@ def schedule(
 
 class _Scheduler:
     def __init__(self, gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str]) -> None:
-        self.align = align
+        self.gm, self.align = gm, align
         self.nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
         self.results: list[Any] = results_of(gm.graph)
         self.values: dict[fx.Node, Any] = {}  # View, tuple of Views
@@ -43,7 +57,7 @@ class _Scheduler:
             buffer = Buffer(name, tuple(n.meta["val"].shape), align, place, n.meta["val"].dtype)
             self.inputs.append(buffer)
             self.values[n] = whole(buffer)
-        self.statements: list[Nest | Product] = []
+        self.statements: list[Nest | MatrixProduct] = []
         self.copies: list[Nest] = []  # each value of them to a place of its own
         self.nest: Nest | None = None
         self.own: dict[Buffer, Item] = {}  # values of the open nest
@@ -63,7 +77,10 @@ class _Scheduler:
         self._close()
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)
+        made = Schedule(self.inputs, outputs, self.statements, 0, self.align)
+        self._verify(made, "schedule")
         memory.into_pieces(self.statements, self.copies, outputs)
+        self._verify(made, "into_pieces")
         for k, place in stay.items():
             memory.stay(outputs[k], place)
         for k, i in over.items():
@@ -71,8 +88,14 @@ class _Scheduler:
                 memory.write_beside(outputs, k, self.inputs[i])
             else:
                 memory.write_over(self.statements, outputs, k, self.inputs[i])
-        size = memory.place(self.statements, self.inputs, outputs)
-        return Schedule(self.inputs, outputs, self.statements, size, self.align)
+        self._verify(made, "write_over")
+        made.scratch = memory.place(self.statements, self.inputs, outputs)
+        self._verify(made, "place", ("scratch",))
+        return made
+
+    def _verify(self, made: Schedule, name: str, placed: Sequence[str] = ()) -> None:
+        if is_on():
+            verify(made, self.gm, name, placed)
 
     # -- order ---------------------------------------------------------------------------------------------------
 
@@ -83,17 +106,19 @@ class _Scheduler:
 
     def _takes(self, n: fx.Node) -> bool:
         """Add a node to what is open, or make a statement of it; False if it must wait until the open nest is closed."""
-        if n.target in VIEWS or n.target is operator.getitem:
+        row = find_row(n.target)
+        kind = row.kind if row else ""
+        if kind == "view" or n.target is operator.getitem:
             return self._view(n)
-        if n in self.added or n.target in PRODUCTS:
+        if n in self.added or kind == "product":
             if any(self.values[x].buffer in self.own for x in self._sources(n)):
                 return False
             self._product(n)
             return True
-        if n.target in PIECES:
+        if kind == "pieces":
             if self.nest is not None:
                 return False
-            self._pieces(n)
+            self._pieces(n, row)
             return True
         return self._joins(n)
 
@@ -132,8 +157,7 @@ class _Scheduler:
 
     def _product(self, n: fx.Node) -> None:
         product, alpha, beta, init = self.added.get(n, (n, 1.0, 0.0, None))
-        a, b, alpha, beta, init = PRODUCTS[product.target](product, alpha, beta, init)
-        A, B = (self.values[x] for x in (a, b))
+        A, B = (self.values[x] for x in product.args[:2])  # pyright: ignore[reportArgumentType]: nodes
         shape = tuple(n.meta["val"].shape)
         out = Buffer(n.name, shape, self.align)
         D = None if init is None else self.values[init]
@@ -143,14 +167,14 @@ class _Scheduler:
         if len(B.shape) == 1:
             B = View(B.buffer, (*B.shape, 1), (*B.strides, 0), B.offset)
         full = (*A.shape[:-1], B.shape[-1])
-        self.statements.append(Product(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
+        self.statements.append(MatrixProduct(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
         self.values[n] = view
 
     # -- what is put together ------------------------------------------------------------------------------------
 
-    def _pieces(self, n: fx.Node) -> None:
+    def _pieces(self, n: fx.Node, row: Any) -> None:
         out = Buffer(n.name, tuple(n.meta["val"].shape), self.align)
-        base, pieces, first = whole(out), list(PIECES[n.target](n, out.shape)), len(self.statements)
+        base, pieces, first = whole(out), list(row.spelt(n, out.shape)), len(self.statements)
         for place, value in pieces:
             x = torch.empty(1 << 40, device="meta").as_strided(base.shape, base.strides, 0)
             y = place(x)
@@ -165,11 +189,12 @@ class _Scheduler:
     # -- nests ---------------------------------------------------------------------------------------------------
 
     def _joins(self, n: fx.Node) -> bool:
-        reduction = REDUCTIONS.get(n.target)
-        if reduction is None and n.target not in MAPS:
+        row = find_row(n.target)
+        if row is None or row.kind not in ("map", "reduction"):
             raise Unsupported(n)
+        reduction = row.kind == "reduction"
         shape = tuple(n.meta["val"].shape)
-        op, arguments, params = reduction(n) if reduction else MAPS[n.target](n)
+        op, arguments, params = row.spelt(n)
         loops = tuple(self.values[arguments[0]].shape) if reduction else shape
         space = space_of(loops)
         own = [x for x in arguments if isinstance(x, fx.Node) and self.values[x].buffer in self.own]

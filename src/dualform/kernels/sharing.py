@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from dualform.graphs.cut import minimum_cut
 from dualform.graphs.edit import add_input, inputs_of, output_of
-from dualform.kernels.ops import PIECES, VIEWS, work
+from dualform.kernels.ops import work
+from dualform.ops.table import kind_of
 
 # To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
 MOVED = 32.0
@@ -43,7 +44,7 @@ def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node
 
 def price(n: fx.Node) -> float:
     """Price of keeping a value; infinite for what is no buffer of its own."""
-    if n.target in VIEWS or n.target in PIECES or n.target is operator.getitem or n.meta["val"].ndim == 0:
+    if kind_of(n.target) in ("view", "pieces") or n.target is operator.getitem or n.meta["val"].ndim == 0:
         return math.inf
     return MOVED * n.meta["val"].numel()
 

@@ -137,7 +137,7 @@ def entrywise(op: str, out: View, values: Sequence[View | float]) -> Nest:
 
 
 @dataclass(eq=False)
-class Product:
+class MatrixProduct:
     """out = beta init + alpha a b, for each of `batch` pairs."""
 
     out: View
@@ -158,7 +158,7 @@ class Product:
         return 2 * math.prod(self.out.shape) * self.a.shape[-1]
 
 
-Statement = Nest | Product
+Statement = Nest | MatrixProduct
 
 
 @dataclass(eq=False)
@@ -180,7 +180,7 @@ class Schedule:
     @property
     def flops(self) -> int:
         """Multiplications and additions of matrix products."""
-        return sum(s.flops for s in self.statements if isinstance(s, Product))
+        return sum(s.flops for s in self.statements if isinstance(s, MatrixProduct))
 
     @property
     def entries(self) -> int:

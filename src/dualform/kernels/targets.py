@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from dualform.graphs.edit import inputs_of, results_of
+from dualform.graphs.edit import inputs_of, only_outputs, results_of
 from dualform.graphs.split import Part, split
 from dualform.kernels.lowering import lowered
-from dualform.kernels.ops import VIEWS, work
+from dualform.kernels.ops import work
 from dualform.kernels.sharing import made_again, price, shared
-from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
+from dualform.ops.table import kind_of
 
 EACH, ROW = "n", "0"  # the place of an argument along n: each mini-batch has its own; the only one of its row
 
@@ -230,7 +230,7 @@ def _parts(step: Function) -> list[Function]:
 def views_apart(gm: fx.GraphModule) -> None:
     """Give every reader a view of its own: a view is no reason to be in the same place."""
     for n in reversed(list(gm.graph.nodes)):
-        if n.op == "call_function" and (n.target in VIEWS or n.target is operator.getitem):
+        if n.op == "call_function" and (kind_of(n.target) == "view" or n.target is operator.getitem):
             for user in list(n.users)[1:]:
                 with gm.graph.inserting_before(n):
                     twin = gm.graph.node_copy(n)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Tensors, _Sequence, _stretches, line_of
+from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import Tape, recorded
@@ -36,10 +36,12 @@ from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
-from dualform.learning.derive import TRACING, undisturbed
+from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Run_
-from dualform.learning.plan import Input, Plan, found
+from dualform.learning.loop import GridCall
+from dualform.learning.plan import Input, Plan
+from dualform.learning.prepare import in_place
+from dualform.learning.transforms import TRACING, undisturbed
 
 # What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
@@ -51,8 +53,6 @@ ROWS = {"forward": 80, "backward": 1 << 30}
 COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
-TAPES = 64  # kinds of calls that are remembered step by step
-SEEN = {("9.0", "3.6")}  # cards and Tritons on which tests/gpu was right: benchmarks/results/gpu_laws.json
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
 
 
@@ -64,9 +64,8 @@ def cut(entries: int, rows: int, count: int, direction: str) -> bool:
 def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
     """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more programs run beside each other."""
     if kernel.carries:
-        heavy = kernel.held > ENTRIES and kernel.name.startswith(
-            "reverse"
-        )  # whose reads ahead take what shared memory there is
+        # Whose reads ahead take what shared memory there is.
+        heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")
         return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), min(stages, 2) if heavy else stages)
     return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
@@ -85,6 +84,17 @@ class Made:
         every = list({k.name: k for some in self.kernels.values() for k in some}.values())
         apart = sum(len(p.graph.graph.nodes) - len(p.inputs) - 1 for k in every for p in (k.before, k.after) if p)
         return f"{' + '.join(k.name for k in every)}{f' ({apart} ops by torch)' if apart else ''}"
+
+
+Key = tuple[Variant, str, Precision, bool]  # kind of block, direction, how it multiplies, slices
+
+
+@dataclass(eq=False)
+class Compiled:
+    """What was written for a plan, and made ready to be launched."""
+
+    made: dict[Key, Made] = field(default_factory=dict)
+    tapes: dict[Any, Any] = field(default_factory=dict)  # of calls by their kind: "seen" once, then how they run
 
 
 def written(
@@ -115,63 +125,59 @@ def written(
     except Refused as error:
         raise Refused(error.node, error.why, line_of(plan, error.node)) from None
     except Unsupported as error:
-        raise Refused(error.node, "it has no row in kernels/ops.py", line_of(plan, error.node)) from None
+        raise Refused(
+            error.node, "its row in ops/ does not say how it is generated", line_of(plan, error.node)
+        ) from None
 
 
-class _Rows(_Sequence):
+class _Rows(Stretches[Made]):
     """Runs calls by stretches, a program per row."""
 
     def __init__(self, precision: Precision, warps: int | None, stages: int, slices: bool | None) -> None:
         self.precision, self.warps, self.stages, self.slices = precision, warps, stages, slices
 
-    def suits(self, plan: Any, call: Any) -> bool:
+    def suits(self, plan: Plan, call: Call) -> bool:
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        if (
-            not plan.is_checked
-        ):  # Triton's compiler is wrong for some kernels, silently: none is taken that nothing is compared with
+        if not plan.is_checked:  # Triton's compiler is wrong for some kernels, silently: none is taken that nothing is compared with
             return False
-        made = any(isinstance(x, Made) for x in plan.natives.values())  # for a longer call: what follows it stays there
-        return made or call.q[..., 0].numel() >= WORTH_COMPILING
+        # What follows a longer call stays there.
+        return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
 
-    def says(self, plan: Any) -> str:
+    def says(self, plan: Plan) -> str:
         if not torch.cuda.is_available():
             return ""
-        made = [x for x in plan.natives.values() if isinstance(x, Made)]
-        each = dict.fromkeys(x.said for x in made)
-        done = f"; made: {', '.join(each)}" if each else ""
         why = triton_launch.lack(torch.device("cuda"))
-        return (
-            f"not on this card: {why}"
-            if why
-            else f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
-        )
+        if why or not plan.is_checked:
+            checked = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
+            return f"not on this card: {why or checked}"
+        each = dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values())
+        done = f"; made: {', '.join(each)}" if each else ""
+        return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
 
-    def as_run(self, name: str, run: Run_, backward: bool) -> tuple[str, tuple[str, ...]]:
-        ways = {
-            self._in_slices(run, piece, "backward" if backward else "forward")
-            for piece in _stretches(run, 0, run.blocks)
-        }
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
+        way = "backward" if backward else "forward"
+        ways = {self._in_slices(run, piece, way) for piece in _stretches(run, 0, run.blocks)}
         options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32, "slices": max(ways)}
         return backends_key(("triton", options)), triton_launch.place(run.call.q.device)
 
-    def schedule(self, plan: Any, variant: Any) -> dict[str, Any]:
+    def schedule(self, plan: Plan, variant: Variant) -> dict[str, Kernel]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
         return {k.name: k for way in ways for name, kernels in way.items() if name != "forward some" for k in kernels}
 
-    def step(self, plan: Any, call: Any, overwrite: bool) -> list[Tensor] | None:
+    def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         return None
 
-    def forward(self, run: Run_, checkpoints: int) -> list[Tensor]:
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
         return self._again(run, (checkpoints,), run.call.flat(), lambda: super(_Rows, self).forward(run, checkpoints))
 
-    def backward(self, run: Run_, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
         given = [*run.call.flat(), *saved, *cotangents]
         words = (checkpoints, len(saved))
         return self._again(run, words, given, lambda: super(_Rows, self).backward(run, saved, cotangents, checkpoints))
 
-    def _again(self, run: Run_, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
+    def _again(self, run: GridCall, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
         """Run a direction; from its second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
         c = run.call
         if c.carried or c.mask is not None or c.reset is not None:
@@ -183,7 +189,7 @@ class _Rows(_Sequence):
         )
         key, tapes = (
             (self.warps, self.stages, self.precision, self.slices, words, kinds),
-            run.plan.natives.setdefault("tapes", {}),
+            run.plan.natives.of(Compiled).tapes,
         )
         found = tapes.get(key)
         if isinstance(found, Tape):
@@ -197,7 +203,7 @@ class _Rows(_Sequence):
         result, tapes[key] = recorded(call, given)
         return result
 
-    def check(self, call: Any) -> None:
+    def check(self, call: Call) -> None:
         triton_launch.triton_module()
         if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
             raise BackendError(
@@ -210,7 +216,7 @@ class _Rows(_Sequence):
                 f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
-    def _in_slices(self, run: Run_, piece: range, direction: str) -> bool:
+    def _in_slices(self, run: GridCall, piece: range, direction: str) -> bool:
         if self.slices is not None:
             return self.slices
         d = run.plan.derivation
@@ -218,7 +224,7 @@ class _Rows(_Sequence):
         entries = sum(p.numel() for p in d.parts.fast.values()) * (1 + registers)
         return cut(entries, run.B * run.H, len(piece), direction)
 
-    def made(self, run: Run_, piece: range, direction: str) -> Made:
+    def made(self, run: GridCall, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
         precision = self.precision
         if not triton_launch.is_interpreted():  # which multiplies bits of bfloat16, and adds pairs one by one
@@ -226,9 +232,9 @@ class _Rows(_Sequence):
             factors = precision.factors or (torch.bfloat16 if short else None)
             precision = replace(precision, factors=factors, at_once=True, ahead=True)
         slices = self._in_slices(run, piece, direction)
-        key = ("triton", variant, direction, precision, slices)
-        with TRACING if key not in plan.natives else nullcontext():
-            if key not in plan.natives:
+        key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
+        with TRACING if key not in own.made else nullcontext():
+            if key not in own.made:
                 kernels = written(plan, variant, direction, precision, slices)
                 every = [k for some in kernels.values() for k in some]
                 inner = ("made", "passed", "slice", *(["before"] if direction == "backward" else []))
@@ -239,18 +245,17 @@ class _Rows(_Sequence):
                             _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                plan.natives[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
-            return plan.natives[key]
+                own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
+            return own.made[key]
 
-    def _call(self, run: Run_, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: the base's is static
-        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+    def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
         if "reverse" not in made.kernels:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
             return
         self._reverse_of(run, made, given, count, G)
 
-    def _reverse_of(self, run: Run_, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
+    def _reverse_of(self, run: GridCall, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
@@ -284,7 +289,7 @@ class _Rows(_Sequence):
         return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
     def _states(
-        self, run: Run_, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+        self, run: GridCall, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
     ) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
         (kernel,) = made.kernels["advance"]
@@ -295,7 +300,7 @@ class _Rows(_Sequence):
         return states
 
     def _run_all(
-        self, run: Run_, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+        self, run: GridCall, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
     ) -> None:
         """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
         room = {
@@ -316,7 +321,7 @@ class _Rows(_Sequence):
 
     def _run(
         self,
-        run: Run_,
+        run: GridCall,
         made: Made,
         kernel: Kernel,
         given: dict[Any, Tensor],
@@ -356,7 +361,9 @@ class _Rows(_Sequence):
             goal.copy_(x)
 
     @staticmethod
-    def _torch(run: Run_, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int) -> list[Tensor]:
+    def _torch(
+        run: GridCall, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
+    ) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
         rows, device = count * run.B * run.H, run.call.q.device
         key = (kernel.name, part is kernel.before, rows, device)
@@ -366,8 +373,7 @@ class _Rows(_Sequence):
                 made.parts[whole] = (
                     undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
                 )
-            prepare = found("eager").prepare
-            made.parts[key] = undisturbed(lambda: prepare(at(made.parts[whole], rows, device), list))
+            made.parts[key] = undisturbed(lambda: in_place(at(made.parts[whole], rows, device)))
         flat = []
         for x, shape, kind in zip(values, part.shapes, part.kinds, strict=True):
             wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
@@ -398,10 +404,6 @@ def _shaped(x: Tensor, a: Argument) -> Tensor:
     return x
 
 
-def _never(graph: Any, examples: Any) -> Any:
-    raise AssertionError("the scan runs this backend's calls whole")
-
-
 @backends.record(
     name="triton", formula="Triton made of the traced graphs, a program per row", source="this project, kernels/"
 )
@@ -412,4 +414,4 @@ def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", sli
     products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
     that was found faster.
     """
-    return Backend(_never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=KEEP)
+    return Backend(never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=KEEP)

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from dualform.kernels.ops import MAPS, REDUCTIONS, VIEWS
+from dualform.ops.table import find_row, kind_of
 
 MOST = 6  # sums at once
 
 
 def _kind(n: fx.Node) -> object:
     """Name what sums at once have in common; None for what is no sum."""
-    if n.target not in REDUCTIONS:
+    known = find_row(n.target)
+    if known is None or known.kind != "reduction":
         return None
-    row, operands, params = REDUCTIONS[n.target](n)
+    row, operands, params = known.spelt(n)
     (x,) = operands
     kept = tuple(params["kept"])
     if row != "sum" or kept.count(None) != 1 or not isinstance(x, fx.Node) or not x.meta["val"].is_floating_point():
@@ -29,7 +30,7 @@ def _kind(n: fx.Node) -> object:
 
 
 def _is_light(n: fx.Node) -> bool:
-    return n.target in MAPS or n.target in VIEWS or n.target is operator.getitem
+    return kind_of(n.target) in ("map", "view") or n.target is operator.getitem
 
 
 def abreast(steps: Sequence[fx.Node], given: Iterable[fx.Node]) -> list[list[fx.Node]]:

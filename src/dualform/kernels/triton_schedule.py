@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from dualform.graphs.edit import extract, inputs_of, needed, results_of, unwritten
+from dualform.graphs.edit import extract, inputs_of, needed, only_outputs, results_of, unwritten
 from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
@@ -30,7 +30,6 @@ from dualform.kernels.triton_order import abreast, helpers
 from dualform.kernels.triton_text import Precision, Writer
 from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import only_outputs
 from dualform.learning.plan import Input
 
 TILE_AHEAD = 2048  # entries of such a tile, at most
@@ -64,7 +63,7 @@ class Refused(BackendError):
         where = f" at {line}" if line else ""
         super().__init__(
             f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: {why}; expected ops "
-            "on tiles with a text in kernels/triton_ops.py. Use backend='eager' or 'inductor', or add its text."
+            "on tiles with a Triton text in their rows, ops/. Use backend='eager' or 'inductor', or add its text."
         )
         self.node, self.why = node, why
 
@@ -179,7 +178,7 @@ class Direction:
                     raise Untileable("it has more than two axes", n)
                 self.walker.step(n)
             except (Untileable, Unsupported) as error:
-                why = error.why if isinstance(error, Untileable) else "it has no row in kernels/ops.py"
+                why = error.why if isinstance(error, Untileable) else "its row in ops/ does not say how it is generated"
                 if inside:
                     raise Refused(n, why) from None
                 if n in waits:

@@ -16,11 +16,11 @@ from torch import fx
 from dualform.graphs.edit import inputs_of, needed, results_of, without_repeats
 from dualform.graphs.regroup import waiting
 from dualform.graphs.split import Part, dispatch, split
-from dualform.kernels.ops import MAPS, PRODUCTS, VIEWS
 from dualform.kernels.sharing import made_again
 from dualform.kernels.targets import Target, part_module, views_apart
 from dualform.kernels.triton_schedule import Direction, Kernel
 from dualform.learning.plan import Input
+from dualform.ops.table import kind_of
 
 # Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum or a product.
 PASSED, LOAD, ENTRY, MEETING = 0.2, 30.0, 0.02, 200.0
@@ -41,7 +41,7 @@ def _working(n: fx.Node) -> float:
 
 
 def _is_view(n: fx.Node) -> bool:
-    return n.target in VIEWS or n.target is operator.getitem
+    return kind_of(n.target) == "view" or n.target is operator.getitem
 
 
 def _passing(n: fx.Node) -> float:
@@ -55,7 +55,7 @@ def _making(n: fx.Node) -> float:
     made = n.meta["val"]
     if _is_view(n) or not isinstance(made, torch.Tensor):
         return 0.0
-    return 1.0 + ENTRY * made.numel() if n.target in MAPS else MEETING
+    return 1.0 + ENTRY * made.numel() if kind_of(n.target) == "map" else MEETING
 
 
 def maps_apart(graph: fx.Graph, carried: list[int], following: list[fx.Node]) -> None:
@@ -63,7 +63,7 @@ def maps_apart(graph: fx.Graph, carried: list[int], following: list[fx.Node]) ->
     loop = needed(following) & waiting(graph, carried)
     for n in reversed(list(graph.nodes)):
         away = [u for u in n.users if u.op == "call_function" and u not in loop]
-        if n in loop and n.target in MAPS and away:
+        if n in loop and kind_of(n.target) == "map" and away:
             with graph.inserting_after(n):
                 twin = graph.node_copy(n)
             twin.meta["twin"] = True
@@ -74,7 +74,7 @@ def maps_apart(graph: fx.Graph, carried: list[int], following: list[fx.Node]) ->
 def _is_factor_alone(n: fx.Node) -> bool:
     """Is a value, through views, nothing but a factor of products of matrices?"""
     for user in n.users:
-        if user.target in PRODUCTS:
+        if kind_of(user.target) == "product":
             if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
                 return False
             if (

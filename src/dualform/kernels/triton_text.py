@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from dualform.kernels import triton_ops
 from dualform.kernels.tiles import (
     LIMIT,
     Memory,
@@ -38,6 +37,7 @@ from dualform.kernels.tiles import (
     spelt,
     unsqueezed,
 )  # fmt: skip
+from dualform.ops.table import ENTRIES, FOLDS
 
 aten = torch.ops.aten
 TYPES = {
@@ -47,11 +47,6 @@ TYPES = {
     torch.float16: "tl.float16",
 }
 ITS_OWN = "cache_modifier='.ca'"  # what a load has by default; as it is said, the load is not merged with another of the same place
-# Of these a number may be an operand as it is; other rows are functions, and take tiles.
-_INFIX = {
-    "plus", "add", "sub", "submul", "rsub", "mul", "div", "addcmul", "max", "min", "fmax", "fmin", "eq", "ne", "ge", "gt", "le", "lt", "bits_and",
-    "bits_or", "bits_xor", "shift_left", "shift_right",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -268,18 +263,19 @@ class Writer:
             return self._mapped_parts(hint, row, values, params, shape, kind)
         if row == "copy" and values[0].kind == kind:
             return expanded(values[0], shape)
-        if row not in triton_ops.TEXT:
-            raise Untileable(f"its row {row!r} has no Triton text in kernels/triton_ops.py")
+        entry = ENTRIES[row]
+        if not entry.triton:
+            raise Untileable(f"its row {row!r} has no Triton text in ops/")
         tiles = [self.real(x) for x in values]
         if row == "where" and tiles[0].number is not None:
             return expanded(tiles[1] if tiles[0].number else tiles[2], shape)
         space = self.space_of(tiles, shape)
         numbers = all(x.number is not None for x in (tiles[1:] if row == "where" else tiles))
-        bare = row == "where" or row in _INFIX
+        bare = row == "where" or entry.bare
         texts = []
         for p, x in enumerate(tiles):
             text = self.aligned(x, space, len(shape))
-            truth = row in triton_ops.TRUTHS or (row == "where" and p == 0)
+            truth = entry.truth or (row == "where" and p == 0)
             if x.number is not None:
                 text = text if bare and not (numbers and p == 1) else f"tl.full([], {x.text}, {self.T})"
             elif truth and x.kind != torch.bool:
@@ -287,11 +283,7 @@ class Writer:
             elif not truth and (x.kind == torch.bool or (kind.is_floating_point and not x.kind.is_floating_point)):
                 text = f"{text}.to({self.T if kind.is_floating_point else 'tl.int64'})"
             texts.append(text)
-        text = (
-            self._power(texts, tiles[1].number)
-            if row == "pow"
-            else triton_ops.TEXT[row].format(*texts, T=self.T, **params)
-        )
+        text = self._power(texts, tiles[1].number) if row == "pow" else entry.triton.format(*texts, T=self.T, **params)
         if row == "copy" or (row == "trunc" and not kind.is_floating_point):
             text = f"({text}).to({self.typed(kind)})"
         held = any(x.held and x.rank == len(space) for x in tiles)
@@ -303,7 +295,7 @@ class Writer:
         """x^p, a small whole p by products."""
         if p in (1, 2, 3, 4):
             return " * ".join([texts[0]] * int(p or 1))
-        return triton_ops.TEXT["pow"].format(*texts)
+        return ENTRIES["pow"].triton.format(*texts)
 
     def _zeros(self, row: str, tiles: Sequence[Tile], space: Sequence[int], shape: Sequence[int]) -> frozenset[int]:
         """Say along which axes a map gives zero beyond the edge."""
@@ -314,7 +306,7 @@ class Writer:
             zero = [x.number == 0 or (k is not None and k in x.clean) for x, k in zip(tiles, own, strict=True)]
             absent = [k is None for k in own]
             if (
-                (row in triton_ops.KEEPS_ZERO and all(zero))
+                (ENTRIES[row].zero and all(zero))
                 or (row == "mul" and any(zero) and all(z or n for z, n in zip(zero, absent, strict=True)))
                 or (row == "where" and all(zero[1:]))
                 or (row == "div" and zero[0] and absent[1])
@@ -372,7 +364,8 @@ class Writer:
             rows, columns = self.at(self.place(shape[0]), 0, 2), self.at(self.place(shape[1]), 1, 2)
             text = f"({rows} == {columns}).to({self.typed(kind)})"
             return self.made(hint, text, shape, [0, 1], False, kind)
-        assert x is not None
+        if x is None or row not in ("tril", "triu"):
+            raise Untileable(f"{row!r} is made of places, and has no walker here")
         tile = self.real(x)
         space = self.space_of([tile], shape)
         space += [a for a in (r - 2, r - 1) if a not in space and shape[a] != 1]
@@ -392,12 +385,12 @@ class Writer:
         self, hint: str, row: str, x: Value, kept: Sequence[int | None], scale: float, shape: Sequence[int]
     ) -> Value:
         """Sum, or so, over the axes that are not kept."""
-        if row not in triton_ops.REDUCTIONS:
-            raise Untileable(f"its row {row!r} has no Triton text in kernels/triton_ops.py")
+        text, neutral = FOLDS[row].triton
+        if not text:
+            raise Untileable(f"its row {row!r} has no Triton text in ops/")
         if isinstance(x, Parts):
             return self._reduced_parts(hint, row, x, kept, scale, shape)
         tile = self.real(x)
-        text, neutral = triton_ops.REDUCTIONS[row]
         over = [a for a, k in enumerate(kept) if k is None]
         if tile.number is not None:
             count = math.prod(tile.shape[a] for a in over)
@@ -467,10 +460,9 @@ class Writer:
                 goal, tuple(self.reduced(hint, row, v, kept, scale, s) for v, s in zip(x.values, shapes, strict=True))
             )
         found = [self.reduced(hint, row, v, kept, scale, shape) for v in x.values]
-        join = {"sum": "plus", "amax": "max", "amin": "min", "prod": "mul"}[row]
         total = found[0]
         for one in found[1:]:
-            total = self.mapped(hint, join, [total, one], {}, shape, one.kind)
+            total = self.mapped(hint, FOLDS[row].joins, [total, one], {}, shape, one.kind)
         return total
 
     # -- products ------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dualform.kernels import triton_ops
-from dualform.kernels.ops import MAPS, PIECES, PRODUCTS, REDUCTIONS, VIEWS, Unsupported
+from dualform.kernels.ops import Unsupported
 from dualform.kernels.tiles import (
     Memory,
     Parts,
@@ -29,6 +28,7 @@ from dualform.kernels.tiles import (
     unsqueezed,
 )
 from dualform.kernels.triton_text import Writer
+from dualform.ops.table import ENTRIES, find_row
 
 aten = torch.ops.aten
 
@@ -51,7 +51,9 @@ class Walker:
         """Write sums that are computed at once."""
         found = []
         for n in nodes:
-            _, (x,), params = REDUCTIONS[n.target](n)
+            known = find_row(n.target)
+            assert known is not None
+            _, (x,), params = known.spelt(n)
             found.append((n.name, self._given(x), params["kept"], params["scale"], tuple(n.meta["val"].shape)))
         self.values |= dict(zip(nodes, self.writer.reduced_at_once(found), strict=True))
 
@@ -62,24 +64,25 @@ class Walker:
         w = self.writer
         if n.target is operator.getitem:
             return self._given(n.args[0])[n.args[1]]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if n.target in VIEWS:
+        known = find_row(n.target)
+        if known is None or not known.kind:
+            raise Unsupported(n)
+        if known.kind == "view":
             return self._view(n)
         made = n.meta["val"]
         if made.numel() == 0:
             raise Untileable("it has no entry")
         shape, kind = tuple(made.shape), made.dtype
-        if n.target in PRODUCTS:
+        if known.kind == "product":
             a, b = (self._given(x) for x in n.args[:2])
             return w.product(n.name, a, b, shape)
-        if n.target in REDUCTIONS:
-            row, (x,), params = REDUCTIONS[n.target](n)
+        if known.kind == "reduction":
+            row, (x,), params = known.spelt(n)
             return w.reduced(n.name, row, self._given(x), params["kept"], params["scale"], shape)
-        if n.target in PIECES:
+        if known.kind == "pieces":
             return self._pieces(n, shape)
-        if n.target not in MAPS:
-            raise Unsupported(n)
-        row, operands, params = MAPS[n.target](n)
-        if row in triton_ops.SPECIAL:
+        row, operands, params = known.spelt(n)
+        if ENTRIES[row].is_placed:
             x = self._given(operands[0]) if operands else None
             return w.filled(n.name, row, params, x, shape, kind)
         operands = [self._given(x) for x in operands]
@@ -100,13 +103,7 @@ class Walker:
 
     def _view(self, n: fx.Node) -> Any:
         w, x, target, args = self.writer, self._given(n.args[0]), n.target, tuple(n.args[1:])
-        if isinstance(x, Parts) and target not in (
-            aten.select.int,
-            aten.slice.Tensor,
-            aten.unbind.int,
-            aten.detach.default,
-            aten.alias.default,
-        ):
+        if isinstance(x, Parts):
             try:
                 return self._moved(n, x, target, args)
             except Untileable:
@@ -117,8 +114,6 @@ class Walker:
         w, r = self.writer, len(x.shape)
         if target in (aten.detach.default, aten.alias.default):
             return x
-        if target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-            return w.view(n.name, x, tuple(n.meta["val"].shape))
         if target in (aten.t.default, aten.transpose.int):
             first, second = args or (0, 1)
             order = list(range(r))
@@ -129,8 +124,10 @@ class Walker:
             return permuted(x, args[0])
         if target == aten.unsqueeze.default:
             return unsqueezed(x, args[0])
-        if target in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default):
+        if target.overloadpacket == aten.squeeze:
             return squeezed(x, None if not args else [args[0]] if isinstance(args[0], int) else args[0])
+        if (row := find_row(target)) is not None and row.ordered:
+            return w.view(n.name, x, tuple(n.meta["val"].shape))
         if target == aten.expand.default:
             return expanded(x, args[0])
         if target == aten.select.int:

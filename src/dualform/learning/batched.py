@@ -9,85 +9,115 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from dualform.graphs.edit import add_input, add_plain, copied, inputs_of, stepped, unwritten
+from dualform.graphs.edit import Graph, add_input, add_plain, copied, inputs_of, stepped, unwritten
 from dualform.graphs.hollow import leaves_in
 from dualform.graphs.simplify import tidy
 from dualform.graphs.split import Fission, Part
 from dualform.graphs.trace import source_line
+from dualform.graphs.verify import BrokenGraph, is_on
 from dualform.learning.derive import Table, trace_fake
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
 # A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
 ROWS = 2**31 - 1
-# Where slices have their end, two behind their axis.
-_ENDS = {aten.slice.Tensor: 3, aten.slice_scatter.default: 4, aten.slice_backward.default: 4}
+# Another one: where graphs are verified, what was taken for a number of rows counts these too, and nothing else differs.
+_OTHER = 2**31 - 19
+_END = 2**62  # beyond it, a slice goes on to the end
 
 
 def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = None) -> fx.GraphModule:
     """Map a graph over ROWS rows; `shared` inputs are the same for all. table: what is decomposed, norms if None."""
     gm = _without_rows(gm)
+    made = _over(ROWS, gm, shared, table)
+    for node in made.graph.nodes:
+        numbers = [x for x in _numbers(node) if ROWS <= x < _END]
+        if any("arange" in str(node.target) or x % ROWS or x // ROWS >= ROWS for x in numbers):
+            what, advice = (
+                f"{node.target} in a learner's step",
+                "Write reads and writes at places with gather and scatter.",
+            )
+            found = "is mapped over rows by their numbers, which its parts do not know"
+            fail("derive", what, found, "ops that act on each row alone", advice, TraceError)
+    if is_on():
+        _expect_rows(made.graph, _over(_OTHER, gm, shared, table).graph)
+    return made
+
+
+def _over(rows: int, gm: fx.GraphModule, shared: Sequence[bool], table: Table | None) -> fx.GraphModule:
     inputs = [node.meta["val"] for node in inputs_of(gm.graph)]
     dims = tuple(None if s else 0 for s in shared)
-    examples = [x.new_empty(x.shape if s else (ROWS, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
+    examples = [x.new_empty(x.shape if s else (rows, *x.shape)) for x, s in zip(inputs, shared, strict=True)]
     functorch = torch._C._functorch  # type: ignore[attr-defined]
     before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)  # it would loop over ROWS rows
+    functorch._set_vmap_fallback_enabled(False)  # it would loop over all rows
     try:
-        made = tidy(trace_fake(torch.vmap(stepped(gm), in_dims=dims), examples, table))
+        return tidy(trace_fake(torch.vmap(stepped(gm), in_dims=dims), examples, table))
     except RuntimeError as error:
         op = re.search(r"(\S+) hit the vmap fallback", str(error))
         if op is None:
             raise
-        advice = "Write that line of the learner with other ops."
-        fail(
-            "derive",
-            f"{op[1]} in a learner's step",
-            "cannot be mapped over rows by torch",
-            "ops that vmap knows",
-            advice,
-            TraceError,
-        )
+        what, advice = f"{op[1]} in a learner's step", "Write that line of the learner with other ops."
+        fail("derive", what, "cannot be mapped over rows by torch", "ops that vmap knows", advice, TraceError)
     finally:
         functorch._set_vmap_fallback_enabled(before)
-    if any("arange" in str(n.target) and any(type(x) is int and x >= ROWS for x in n.args) for n in made.graph.nodes):
-        fail(
-            "derive",
-            "an op in a learner's step",
-            "is mapped over rows by their numbers, which its parts do not know",
-            "ops that act on each row alone",
-            "Write reads and writes at places with gather and scatter.",
-            TraceError,
-        )
-    return made
+
+
+def _expect_rows(graph: fx.Graph, other: fx.Graph) -> None:
+    """Is each number of rows one, and no other number? Then it follows them, from one made-up number of rows to another."""
+    for node, twin in zip(graph.nodes, other.nodes, strict=True):
+        numbers = [x // ROWS * _OTHER if _counts_rows(x) else x for x in _numbers(node)]
+        if node.target != twin.target or numbers != _numbers(twin):
+            raise BrokenGraph(
+                f"mapped: {node.format_node()} has the numbers {_numbers(node)} over {ROWS} rows and {_numbers(twin)} over "
+                f"{_OTHER}; expected multiples of both. The map is wrong: please report it."
+            )
+
+
+def _numbers(node: fx.Node) -> list[int]:
+    """List the sizes and places among a node's arguments."""
+    places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
+    return [x for x in leaves_in([node.args[k] for k in places if k < len(node.args)], {}) if type(x) is int]
+
+
+@cache
+def _end_at(target: Any) -> int | None:
+    """Where slices have their end, two behind their axis."""
+    names = [a.name for a in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
+    return names.index("end") if "dim" in names and "end" in names else None
 
 
 def _without_rows(gm: fx.GraphModule) -> fx.GraphModule:
     """Keep the user's own whole numbers from being taken for numbers of rows."""
-    gm = copied(gm)
+    if any(_end_at(node.target) is not None for node in gm.graph.nodes):
+        gm = copied(gm)
     for node in gm.graph.nodes:
-        at = _ENDS.get(node.target)
+        at = _end_at(node.target)
         if at is not None and len(node.args) > at and type(node.args[at]) is int:  # it ends where its tensor does
             first, second = node.args[:2]
             sizes = second if node.target is aten.slice_backward.default else first.meta["val"].shape
             node.args = (*node.args[:at], min(node.args[at], sizes[node.args[at - 2]]), *node.args[at + 1 :])
-        schema = getattr(node.target, "_schema", None)
-        for x, a in zip(node.args, schema.arguments if schema else (), strict=False):
-            if _is_size(a) and any(map(_counts_rows, leaves_in([x], {}))):
+        for k in _sizes(node.target) if node.op == "call_function" else ():
+            if any(map(_counts_rows, leaves_in(node.args[k : k + 1], {}))):
                 what = f"{node.target} in a learner's step"
                 advice = f"Write another number there. {source_line(node)}".rstrip()
-                fail("derive", what, f"has the number {x}", f"sizes and places below {ROWS}", advice, TraceError)
+                found, expected = f"has the number {node.args[k]}", f"sizes and places below {ROWS}"
+                fail("derive", what, found, expected, advice, TraceError)
     return gm
 
 
-def _is_size(argument: Any) -> bool:
-    return "int" in str(argument.type)
+@cache
+def _sizes(target: Any) -> tuple[int, ...]:
+    """Which arguments of an op may be sizes or places: whole numbers; another number is the user's."""
+    schema = getattr(target, "_schema", None)
+    return tuple(k for k, a in enumerate(schema.arguments) if "int" in str(a.type)) if schema else ()
 
 
 def row_axis(node: fx.Node) -> int | None:
@@ -113,7 +143,7 @@ def at(gm: fx.GraphModule, rows: int, device: torch.device) -> fx.GraphModule:
 
 def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """Make the number of rows of a mapped graph, or of a part of one, its last input; and write a device into it."""
-    graph, made = fx.Graph(), dict[int, fx.Node]()
+    graph, made = Graph(), dict[int, fx.Node]()
     copies = {n: graph.node_copy(n) for n in inputs_of(gm.graph)}
     rows = made[1] = add_input(graph, "rows")
     last = rows
@@ -132,16 +162,18 @@ def at_any(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
 def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -> None:
     """Write a device, and multiples of the number of rows."""
+
+    def real(n: Any) -> Any:
+        return times(n // ROWS) if _counts_rows(n) else n
+
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        schema = getattr(node.target, "_schema", None)
-        args = list(node.args)
-        for k, x in enumerate(args):
-            if schema is None or _is_size(schema.arguments[k]):  # another number is the user's
-                args[k] = map_aggregate(x, lambda n: times(n // ROWS) if isinstance(n, int) and _counts_rows(n) else n)
-        node.args = tuple(args)
-        node.kwargs = {name: device if name == "device" else x for name, x in node.kwargs.items()}
+        if any(map(_counts_rows, _numbers(node))):
+            places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
+            node.args = tuple(map_aggregate(x, real) if k in places else x for k, x in enumerate(node.args))
+        if "device" in node.kwargs:
+            node.kwargs = node.kwargs | {"device": device}
 
 
 def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: torch.device) -> fx.GraphModule:
@@ -149,7 +181,7 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
 
     Inputs that are a block's own, and what is returned for each block, have blocks * rows rows in ascending order.
     """
-    graph, n = fx.Graph(), len(blocks)
+    graph, n = Graph(), len(blocks)
     fixed = {x: add_input(graph, x.name) for x in f.inputs}
     many: dict[fx.Node, Any] = {x: fixed.pop(x) for x in f.varying}
     states = [[fixed.pop(x) for x in f.carried]]

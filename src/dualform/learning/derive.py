@@ -5,18 +5,11 @@ Everything here works for any module; the sizes of a block (`Variant`) are the o
 
 from __future__ import annotations
 
-import gc
 import inspect
 import itertools
-import keyword
-import math
-import re
-import unicodedata
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,25 +19,24 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
-from dualform.graphs.edit import output_of, stepped, unwritten, without_dead, writes
-from dualform.graphs.hollow import Hollows
+from dualform.graphs.edit import copied, output_of, stepped, writes
+from dualform.graphs.hollow import leaves_in
 from dualform.graphs.kept import written_out
 from dualform.graphs.recorder import CannotRecord, record
 from dualform.graphs.regroup import join_products
 from dualform.graphs.simplify import tidy
 from dualform.graphs.trace import source_line
-from dualform.graphs.whole_norms import layer_norms, whole_norms
+from dualform.graphs.whole_norms import whole_norms
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.flat_leaves import InPieces, Ranges, cut_leaves
 from dualform.learning.forms import Form, forms
 from dualform.learning.front_door import FrontDoor, Parts, Routine, like
 from dualform.learning.grid import Variant
-from dualform.learning.lookups import lookups_as_gathers
 from dualform.learning.reassociate import reassociate
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
-from dualform.learning.transforms import TRACING, inside
+from dualform.learning.transforms import undisturbed
+from dualform.ops.table import definitions
 
 aten = torch.ops.aten
 
@@ -52,60 +44,23 @@ aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
 
 
-@cache
 def norms_as_arithmetic() -> Table:
-    """Decompose norms: vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13), and
-    a batch norm's statistics have none at all."""
-    from torch._decomp import get_decompositions  # slow: not at `import dualform`
-
-    norms = ["native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm"]
-    parts = [getattr(aten, name + part) for name in norms for part in ("", "_backward")]
-    loops = [aten.unfold_backward]  # which vmap knows as a loop over rows only
-    return get_decompositions([*parts, *loops]) | layer_norms | lookups_as_gathers()
+    """Decompose what vmap does not map as it is: norms, and what reads and writes at places."""
+    return definitions("mapped")
 
 
-@cache
 def slopes_as_arithmetic() -> Table:
     """Decompose the derivatives of activations into products of a slope and the incoming gradient."""
-    from torch._decomp import get_decompositions
-
-    names = "gelu sigmoid tanh silu elu softplus leaky_relu hardtanh hardsigmoid hardswish mish threshold softshrink"
-    slopes = [getattr(aten, f"{name}_backward") for name in names.split() if hasattr(aten, f"{name}_backward")]
-    return (
-        norms_as_arithmetic()
-        | {op: _uncast(f) for op, f in get_decompositions(slopes).items()}
-        | {aten.gelu.default: _gelu, aten.gelu_backward.default: _gelu_slope}
-    )
+    return norms_as_arithmetic() | {op: _uncast(f) for op, f in definitions("sloped").items()}
 
 
 def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
     """One of torch's definitions, which widens two-byte numbers; around it, what finds the types loads sympy."""
-    plain = inspect.unwrap(f)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (plain if x.dtype in (torch.float32, torch.float64) else f)(x, *args, **kwargs)
+        return (inspect.unwrap(f) if x.dtype in (torch.float32, torch.float64) else f)(x, *args, **kwargs)
 
     return run
-
-
-def _gelu(x: Tensor, approximate: str = "none") -> Any:
-    """0.5 x (1 + tanh u) = x sigmoid(2u): value and slopes share one sigmoid."""
-    return x * torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else NotImplemented
-
-
-def _gelu_slope(g: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate != "tanh":
-        normal = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return g * (0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * normal)
-    u, du = _steepness(x)
-    s = torch.sigmoid(u)
-    return g * (s + x * (s * (1 - s)) * du)
-
-
-def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 2u and its derivative, u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    c, square = 2 * math.sqrt(2 / math.pi), x * x
-    return x * (c + c * 0.044715 * square), c + 3 * c * 0.044715 * square
 
 
 @dataclass(eq=False)
@@ -164,25 +119,17 @@ class Step:
         made = undisturbed(lambda: tidy(trace_fake(run, [*inputs, *cotangents], slopes_as_arithmetic())))
         return written_out(made)
 
-    def retyped(self, old: torch.dtype, new: torch.dtype) -> Step:
-        """Return the same step, and its reverse, with numbers of another dtype."""
-
-        inputs = _pytree.tree_map(partial(_cast, old=old, new=new), self.inputs)
-        step = Step(retyped(self.graph, old, new), inputs, self.choices)
-        # Where gradients of one's own are written out.
-        step.plain, step.reverse = retyped(self.plain, old, new), retyped(self.reverse, old, new)
-        return step
-
 
 def retyped(gm: fx.GraphModule, old: torch.dtype, new: torch.dtype) -> fx.GraphModule:
-    """Copy a graph with numbers of another dtype."""
-    cast, copy = partial(_cast, old=old, new=new), fx.Graph()
-    copy.output(copy.graph_copy(gm.graph, {}))
-    for node in copy.nodes:
+    """Copy a graph with numbers of another dtype; one that names no dtype serves every one."""
+    if not any(x is old for node in gm.graph.nodes for x in leaves_in(node.args, node.kwargs)):
+        return gm
+    cast, gm = partial(_cast, old=old, new=new), copied(gm)
+    for node in gm.graph.nodes:
         node.args, node.kwargs = map_aggregate((node.args, node.kwargs), cast)
         if "val" in node.meta:
             node.meta["val"] = map_aggregate(node.meta["val"], cast)
-    return unwritten(gm, copy)
+    return gm
 
 
 def _cast(x: Any, old: torch.dtype, new: torch.dtype) -> Any:
@@ -248,6 +195,9 @@ class Derivation:
         W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
+        self.door.trace_rule(W, self.dtype)
+        if any(not site.admissible for site in proof.sites):
+            assert self.alone.sites  # what one token cannot do is said here
         self._expect_form(forms[self.inner.form], proof)
 
     def _expect_form(self, form: Form, a: Analysis) -> None:
@@ -309,6 +259,11 @@ class Derivation:
         self.constants |= a.constants
         return a
 
+    @cached_property
+    def alone(self) -> Analysis:
+        """The learner at one token."""
+        return self.as_written(1)
+
     def loss(self, W: int) -> Routine:
         """Trace the objective at W tokens."""
         if W not in self.losses:
@@ -327,11 +282,11 @@ class Derivation:
     def step(self, variant: Variant) -> Step:
         """Trace one block for one head."""
         if variant not in self.steps and self.source is not None:
-            self.steps[variant] = self.source.step(variant).retyped(self.source.dtype, self.dtype)
+            self.steps[variant] = self.source.step(variant)  # for what it says of its inputs
         if variant not in self.steps:
             many = self.analysis(variant.width)
             needs_one = any(not site.admissible for site in many.sites)
-            one, W = self.as_written(1) if needs_one else None, variant.width
+            one, W = self.alone if needs_one else None, variant.width
             emitter = Emitter(self.inner, many, one, self.loss(W), self.rule(W), variant, self.chunk)
             example = self.example(variant)
             whole = InPieces(emitter, self.cut) if self.cut else emitter
@@ -351,43 +306,16 @@ class Derivation:
 
         th = {n: like(p, self.dtype) for n, p in self.parts.fast.items()}
         known = variant.fresh and all(rule.resets) and not variant.opens
+        slow = {n: like(p, self.dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
+        slow |= {n: like(p, p.dtype) for n, p in {**self.parts.closed, **self.constants}.items()}
+        truth = torch.empty((), dtype=torch.bool, device="cpu")
         return StepInputs(
-            th=th,
-            R=None if known else {n: new(rule.num_registers, *w.shape) for n, w in th.items()},
-            q=new(W, self.K),
-            k=new(W, self.K),
-            v=new(W, self.V),
-            gates={name: new(W) for name in rule.gates},
-            slow={n: like(p, self.dtype) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
-            | {n: like(p, p.dtype) for n, p in {**self.parts.closed, **self.constants}.items()},
-            i=None if variant.fresh else new(W),
-            valid=None if variant.dense else new(W),
-            full=None if variant.completes(self.chunk) else torch.empty((), dtype=torch.bool, device="cpu"),
-            opens=torch.empty((), dtype=torch.bool, device="cpu") if variant.opens else None,
+            th, None if known else {n: new(rule.num_registers, *w.shape) for n, w in th.items()},
+            new(W, self.K), new(W, self.K), new(W, self.V), {name: new(W) for name in rule.gates}, slow,
+            i=None if variant.fresh else new(W), valid=None if variant.dense else new(W),
+            full=None if variant.completes(self.chunk) else truth, opens=truth.clone() if variant.opens else None,
             init={n: new(*w.shape) for n, w in th.items()} if variant.opens else None,
-        )
-
-
-def identifier(name: str, taken: set[str]) -> str:
-    """Spell any name as an identifier of its own, and take it: `0.weight` is w_0_weight, a second `a_w` is a_w_2."""
-    plain = re.sub(r"\W", "_", unicodedata.normalize("NFKC", name))
-    plain = plain if plain[:1].isidentifier() else f"w_{plain}"
-    tries = itertools.chain([plain], (f"{plain.rstrip('_')}_{n}" for n in itertools.count(2)))
-    found = next(x for x in tries if x not in taken and not keyword.iskeyword(x))
-    taken.add(found)
-    return found
-
-
-def names_of(inputs: StepInputs) -> list[str]:
-    """Name every tensor of a step's inputs as the printed program does, each apart: q, k, v and gates keep theirs."""
-    tree = inputs._asdict()
-    parts = [part for part, value in tree.items() if value is not None and not isinstance(value, dict)]
-    found = {part: [part] for part in parts}
-    taken = {"torch", "mini_batch", *parts}
-    for part in sorted((p for p, value in tree.items() if isinstance(value, dict)), key=lambda p: p != "gates"):
-        prefix = {"R": "R_", "init": "init_"}.get(part, "")
-        found[part] = [identifier(prefix + name, taken) for name in tree[part]]
-    return [name for part in tree for name in found.get(part, ())]
+        )  # fmt: skip
 
 
 def flatten(inputs: Any) -> list[Tensor]:
@@ -400,43 +328,6 @@ def rebuild(like: StepInputs, tensors: list[Any]) -> StepInputs:
     leaves, spec = _pytree.tree_flatten(like)
     source = iter(tensors)
     return _pytree.tree_unflatten([next(source) if isinstance(x, Tensor) else x for x in leaves], spec)
-
-
-def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
-    """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
-    nothing is real. One at a time; role "holds": what runs may trace in turn."""
-    if getattr(inside, "worker", False):
-        return make()
-
-    def run() -> Any:
-        setattr(inside, role, True)
-        with Hollows() if role == "worker" else nullcontext():
-            return make()
-
-    with TRACING, _uncollected():
-        _first_fake_tensors()
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(run).result()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector back: a graph is many small objects that live, and each collection goes through all of torch's."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@cache
-def _first_fake_tensors() -> None:
-    """A torch for CUDA that finds no GPU crashes if its first fake tensors are another thread's (seen in 2.11)."""
-    if torch.version.cuda is not None and not torch.cuda.is_available():
-        with _disable_current_modes(), FakeTensorMode():
-            pass
 
 
 def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.GraphModule:
@@ -478,13 +369,3 @@ def _plain_views(gm: fx.GraphModule) -> None:
             if x.is_contiguous() and made.is_contiguous() and x.numel() == made.numel():
                 node.target, node.args, node.kwargs = aten.view.default, (node.args[0], list(made.shape)), {}
     gm.recompile()
-
-
-def only_outputs(gm: fx.GraphModule, keep: slice) -> fx.GraphModule:
-    """Copy a graph with some of its outputs and without what the others needed."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    outputs = graph.graph_copy(gm.graph, values)
-    graph.output(list(outputs)[keep])  # type: ignore[call-overload]
-    without_dead(graph)
-    return unwritten(gm, graph)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from dualform.algebra.linear_map import Derivative, compose
-from dualform.algebra.notation import Formula, formula
+from dualform.algebra.notation import IndexFormula, formula
 from dualform.graphs import local_rules as table
 from dualform.graphs.local_derivatives import identity
 from dualform.graphs.recorder import node_of, recorded_so_far
@@ -42,8 +42,10 @@ class Choice:
     leaf: str
     form: str  # the correction's name
     prices: dict[str, Price]  # of every correction
-    derivative: Formula  # d y / d leaf
-    kernels: tuple[Formula, ...]  # y -= sum over the source axes of kernel * delta, one per site that the leaf reaches
+    derivative: IndexFormula  # d y / d leaf
+    kernels: tuple[
+        IndexFormula, ...
+    ]  # y -= sum over the source axes of kernel * delta, one per site that the leaf reaches
     why: str = ""  # why the leaf is materialised per token
 
     @property

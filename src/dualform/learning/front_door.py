@@ -10,6 +10,7 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from dualform.graphs.edit import add_input, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
+from dualform.learning.alike import Seen, difference, seen
 from dualform.learning.rules import Rule, Step
-from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, mark, prepared
+from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
 
 aten = torch.ops.aten
+Look = Callable[[fx.GraphModule], None]
 
 
 class Parts(NamedTuple):
@@ -113,6 +116,7 @@ class FrontDoor:
         # by name, where it has them, or themselves.
         self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
+        self._first: dict[Any, Seen] = {}  # traces that all others are held against
         self.read()
 
     @property
@@ -135,7 +139,7 @@ class FrontDoor:
             )
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
-            self._found, self._versions = {}, {}
+            self._found, self._versions, self._first = {}, {}, {}
         closed = {n: reading.tensors[x] if isinstance(x, int) else x for n, x in self._found.items()}
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
@@ -169,9 +173,12 @@ class FrontDoor:
             return twin(dict(zip(names, tensors[:-1], strict=True)), tensors[-1])
 
         tables = {k: self.parts.buffers[n] for k, n in enumerate(names) if n in self.parts.buffers}
-        gm = trace(
-            run, *fast.values(), *rest.values(), torch.empty(W, K, dtype=dtype, device=self.device), known=tables
-        )
+
+        def make(W: int, look: Look) -> fx.GraphModule:
+            tokens = torch.empty(W, K, dtype=dtype, device=self.device)
+            return self._trace(run, [*fast.values(), *rest.values(), tokens], look, known=tables)
+
+        gm, wrong = self._alike("learner", W, make, (K, dtype))
         inputs, result = _ends(gm)
         if not isinstance(result, fx.Node):
             raise DerivationError(
@@ -188,12 +195,17 @@ class FrontDoor:
                 f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as in its input: "
                 "(..., K) -> (..., V). Transpose back before returning."
             )
+        _expect(wrong)
         return a
 
     def trace_objective(self, W: int, V: int, *dtypes: torch.dtype) -> Routine:
         """Trace the objective on predictions and targets (W, V) of two dtypes; prove that each token has a loss of its own."""
-        tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
-        gm = trace(lambda prediction, target: self.objective(prediction, target), *tokens)
+
+        def make(W: int, look: Look) -> fx.GraphModule:
+            tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
+            return self._trace(lambda prediction, target: self.objective(prediction, target), tokens, look)
+
+        gm, wrong = self._alike("objective", W, make, (V, *dtypes))
         inputs, result = _ends(gm)
         value = result.meta["val"] if isinstance(result, fx.Node) else None
         if not isinstance(value, Tensor):
@@ -215,6 +227,7 @@ class FrontDoor:
             raise DerivationError(
                 f"derive: the objective's losses have their tokens at axis {a.places[a.output].axis}; expected axis 0. {PER_TOKEN}"
             )
+        _expect(wrong)
         return Routine(a, [a.output])
 
     def trace_rule(self, W: int, dtype: torch.dtype) -> Routine:
@@ -226,7 +239,11 @@ class FrontDoor:
             leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
             return [x for x in leaves if isinstance(x, Tensor)]
 
-        gm = trace(run, *(torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)))
+        def make(W: int, look: Look) -> fx.GraphModule:
+            gates = [torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)]
+            return self._trace(run, gates, look)
+
+        gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if not isinstance(x, Tensor)])
         a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
         mark(a, W)
         _, found = _ends(gm)  # now: a tensor that is a coefficient as it is has become an input
@@ -239,7 +256,37 @@ class FrontDoor:
                     f"derive: the rule {self.rule.name!r} returns a coefficient of shape {shape} for {W} tokens; expected a number, "
                     "a tensor () or one entry per token, made of that token's position and gates. Write it entry by entry."
                 )
+        _expect(wrong)
         return Routine(a, [*results, spec])
+
+    def _trace(self, f: Callable[..., Any], inputs: list[Tensor], look: Look, **options: Any) -> fx.GraphModule:
+        return trace(f, *inputs, generators=self.reading.generators, look=look, **options)
+
+    def _alike(
+        self, who: str, W: int, make: Callable[[int, Look], fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
+    ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
+        """Trace, and say what is otherwise than in the first trace of the kind, which was of another number of tokens or another call."""
+        first = self._first.get((who, *kind))
+
+        def made(W: int) -> tuple[fx.GraphModule, Seen, str]:
+            found: list[tuple[Seen, str]] = []
+
+            def look(gm: fx.GraphModule) -> None:
+                now = seen(gm, W)
+                found[:] = [(now, difference(first, now) if first else "")]
+
+            gm = make(W, look)
+            now, wrong = found[0][0]._replace(results=numbers()), found[0][1]
+            if first and first.results != now.results:
+                wrong = wrong or f"its results: {first.results}, then {now.results}"
+            return gm, now, wrong
+
+        gm, now, wrong = made(W)
+        first = self._first.setdefault((who, *kind), now)
+        if not wrong:
+            return gm, None
+        again = made(first.W)[2]
+        return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
 
     def _analysis(
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
@@ -270,6 +317,7 @@ class FrontDoor:
             name = self._name(who, value, len(constants))
             if name not in lifted:
                 lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", value.detach())
+                lifted[name].meta |= {"rows": node.meta["rows"]} if "rows" in node.meta else {}
                 if name not in self.parts.closed:
                     constants[name] = value
             return lifted[name]
@@ -319,5 +367,38 @@ def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:
     return inputs_of(gm.graph), output_of(gm.graph).args[0]
 
 
+def _expect(wrong: DerivationError | None) -> None:
+    """Raise what was found before tokens were followed, which may say more."""
+    if wrong is not None:
+        raise wrong
+
+
 def _free(name: str, taken: set[str]) -> str:
     return name if name not in taken else _free(name + "_", taken)
+
+
+# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
+_TRIALS = 32
+
+
+def infer_width(learner: nn.Module) -> int | None:
+    """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
+    said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
+    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
+    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
+    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
+    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
+    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
+    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
+    return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
+
+
+def _runs(learner: nn.Module, K: int) -> bool:
+    p = next(learner.parameters(), torch.empty(()))
+    buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = Twin(learner)(buffers, torch.zeros(3, K, dtype=p.dtype, device=p.device))
+            return not isinstance(found, Tensor) or found.shape[:1] == (3,)
+    except Exception:
+        return False

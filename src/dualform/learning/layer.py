@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from dualform.catalogue import Bound
+from dualform.graphs.this_thread import compiles
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
@@ -53,19 +54,6 @@ class LayerState(Carried):
 _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
 
 
-class _Read(NamedTuple):
-    """What a layer makes of its input for the program, and what it carries beside the program's state."""
-
-    x: Tensor  # as it was given, padding blank
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gates: dict[str, Tensor]
-    rest: dict[str, Any]  # the program's other arguments
-    tails: dict[str, Tensor]
-    position: Tensor
-
-
 class TestTimeTraining(nn.Module):
     """Map a sequence with a model that learns while it reads.
 
@@ -91,21 +79,10 @@ class TestTimeTraining(nn.Module):
     program: ChunkProgram  # of a template: no part of this module
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        learner: Any,
-        objective: Any = "squared",
-        rule: Any = "sgd",
-        chunk: int = 16,
-        rope_theta: float = 1e4,
-        share_qk: bool = False,
-        use_gate: bool = False,
-        post_norm: bool = True,
-        conv_kernel: int = 4,
+        self, dim: int, heads: int, *, learner: Any, objective: Any = "squared", rule: Any = "sgd", chunk: int = 16,
+        rope_theta: float = 1e4, share_qk: bool = False, use_gate: bool = False, post_norm: bool = True, conv_kernel: int = 4,
         prove: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if heads < 1 or dim % heads:
             raise ShapeError(
@@ -155,45 +132,34 @@ class TestTimeTraining(nn.Module):
         return self
 
     def forward(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        overwrite: bool = False,
-        observed: bool = False,
-    ) -> tuple[Tensor, Any]:
+        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None, reset: Tensor | None = None,
+        overwrite: bool = False, observed: bool = False,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return (y, state); any split of x over calls with the state carried gives the same y.
 
         overwrite: the state given is not needed again; without gradients, the new one may take its memory.
         observed: return `inner_losses` instead, within a call, where hooks have brought the weights.
         """
-        read = self._read(x, state, attention_mask, reset)
+        x, mask, reset = self._checked(x, state, attention_mask, reset)
+        q, k, v, gates, tails, position = self._read(x, state, mask, reset)
+        own = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
+        rest: dict[str, Any] = {"state": state and state.memory, "mask": mask, "reset": reset, "params": own}
         if observed:
-            before, after, _ = self.program.losses(
-                read.k, read.v, read.gates, state=state and state.memory, **read.rest
-            )
+            before, after, _ = self.program.losses(k, v, gates, **rest)
             return before.transpose(1, 2), after.transpose(1, 2)
-        rest = {**read.rest, "state": state and state.memory, "backend": self.backend, "nan_policy": self.nan_policy}
-        rest["overwrite"] = overwrite
+        rest |= {"backend": self.backend, "nan_policy": self.nan_policy, "overwrite": overwrite}
         try:
-            z, memory = self.program(read.q, read.k, read.v, read.gates, **rest)
+            z, memory = self.program(q, k, v, gates, **rest)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
         z = z.flatten(2)
         z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
-        z = z if self.g_proj is None else F.gelu(self.g_proj(read.x), approximate="tanh") * z
-        return self.o_proj(z), LayerState(memory, read.tails, read.position)
+        z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
+        return self.o_proj(z), LayerState(memory, tails, position)
 
     def inner_losses(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return each token's inner loss before and after its own update.
 
         before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
@@ -203,7 +169,10 @@ class TestTimeTraining(nn.Module):
         """
         return self(x, state, attention_mask=attention_mask, reset=reset, observed=True)
 
-    def _read(self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None) -> _Read:
+    def _checked(
+        self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return x with padding blank, and what is padding and where documents begin, as truth values."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(
                 f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim."
@@ -223,9 +192,16 @@ class TestTimeTraining(nn.Module):
         reset = None if reset is None else reset.bool()
         if mask is not None:  # 0 times NaN is NaN, in each gradient that what padding holds would reach
             x = x.masked_fill(~mask[..., None], 0)
+        return x, mask, reset
+
+    def _read(
+        self, x: Tensor, state: LayerState | None, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return q, k, v and gates for the program, the tails of the convolutions, and the position after x."""
+        B, T, _ = x.shape
         document = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.position
-        segment, place = places(T, document, mask, reset)
-        q, k, tails = self._queries_and_keys(x, state, mask, reset, segment, place)
+        _, place = places(T, document, mask, reset)
+        q, k, tails = self._queries_and_keys(x, state, mask, reset)
         v = self._heads(self.v_proj(x))
         by = self._angles(place % self.chunk, q)
         q, k = turned(self._heads(q), by), turned(self._heads(k), by)
@@ -235,13 +211,12 @@ class TestTimeTraining(nn.Module):
             gates["lr"] = logits.sigmoid() / self.head_dim * self.rate_scale
         if self.offset is not None:
             gates["offset"] = self.offset
-        params = {name: getattr(self, own) for name, own in {**self.leaves, **self.tables}.items()}
         last = place[:, -1] + 1 if T else document
-        return _Read(x, q, k, v, gates, {"mask": mask, "reset": reset, "params": params}, tails, last)
+        return q, k, v, gates, tails, last
 
     def _angles(self, place: Tensor, like: Tensor) -> Tensor:
         kind = (self.head_dim, self.rope_theta, torch.promote_types(torch.float32, like.dtype))
-        if type(like) is not Tensor or torch.compiler.is_compiling():
+        if type(like) is not Tensor or compiles():
             return angles(place, *kind)
         return angles_below(self.chunk, *kind, like.device)[:, place]
 
@@ -249,20 +224,14 @@ class TestTimeTraining(nn.Module):
         return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
     def _queries_and_keys(
-        self,
-        x: Tensor,
-        state: LayerState | None,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        segment: Tensor,
-        place: Tensor,
+        self, x: Tensor, state: LayerState | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         shared = self.q_proj(x)
         if self.k_proj is not None:
             return shared, self.k_proj(x), {}
         assert self.conv_q is not None and self.conv_k is not None
         tail = (
-            shared.new_zeros(x.shape[0], self.conv_kernel - 1, self.dim)
+            shared.new_zeros(len(x), self.conv_kernel - 1, self.dim)
             if state is None
             else state.conv["qk"].to(shared.dtype)
         )

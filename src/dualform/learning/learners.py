@@ -185,14 +185,9 @@ def Head(
             carried per token.
     """
     options = {
-        "expansion": expansion,
-        "reconciliation": reconciliation,
-        "remainder": remainder,
-        "interdependence": interdependence,
-        "compression": compression,
-        "channels": channels,
-        "fusion": fusion,
+        "expansion": expansion, "reconciliation": reconciliation, "remainder": remainder,
+        "interdependence": interdependence, "compression": compression, "channels": channels, "fusion": fusion,
         "bias": bias,
-    }
+    }  # fmt: skip
     HeadConfig(1, 1, **options)  # what does not depend on the width is refused here
     return lambda dim: functions.Head(dim, dim, **options)

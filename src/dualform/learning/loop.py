@@ -7,18 +7,15 @@ Legend: B batch, T time, H heads, N blocks, n blocks of a piece, G blocks per ch
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from dualform.learning import proof
-from dualform.learning.backends import BackendError, Whole
-from dualform.learning.derive import TRACING
+from dualform.learning.call import Call
 from dualform.learning.grid import Grid, arrange
-from dualform.learning.plan import Call, Given, Input, Once, Plan, Rows, Way, chosen, found
+from dualform.learning.plan import Given, Input, Once, Plan, Rows, Way
+from dualform.learning.prepare import Prepare, in_place
 
 # Tokens, over all rows, that one call works on: enough to hide dispatch, few enough to stay in a CPU's cache (LAB.md).
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
@@ -26,27 +23,24 @@ TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 LEAF_BYTES_AT_ONCE = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 
 
-class Run_:
-    """One call on its grid: what both directions share."""
+class GridCall:
+    """One call on its grid: what both directions share. blocks: so many are compiled as one function, by `prepare`."""
 
-    def __init__(self, plan: Plan, call: Call, backend: str) -> None:
+    def __init__(self, plan: Plan, call: Call, blocks: int | None = None, prepare: Prepare = in_place) -> None:
         self.plan, self.call, d = plan, call, plan.derivation
         self.B, self.T, self.H = call.q.shape[:3]
-        self.rows, self.rule, self.L = Rows(self.B, self.H, backend), d.inner.rule, len(call.anchor)
+        self.rows, self.rule, self.L = Rows(self.B, self.H, blocks, prepare), d.inner.rule, len(call.init)
         device = call.q.device
-        self.slow = {name: x.to(device) for name, x in d.constants.items()} | call.slow
-        self.grid: Grid = arrange(
-            self.T, d.chunk, call.position, call.mask, call.reset, call.dtype, call.carried, d.block, not call.carried
-        )
+        marks = (call.state.position, call.mask, call.reset)
+        self.grid: Grid = arrange(self.T, d.chunk, *marks, call.dtype, call.carried, d.block, not call.carried)
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
         widest = max((v.width for v in self.grid.variants), default=1)
         kind = "cpu" if device.type == "cpu" else "cuda"
         by_tokens = TOKENS_AT_ONCE[kind] // (self.B * self.H * widest)
-        by_leaves = LEAF_BYTES_AT_ONCE[kind] // max(x.nbytes for x in call.anchor.values())
-        compiled = found(backend).blocks
-        self.at_once = compiled or _power(by_tokens)
-        self.at_once_back = compiled or _power(min(by_tokens, by_leaves))
+        by_leaves = LEAF_BYTES_AT_ONCE[kind] // max(x.nbytes for x in call.state.anchor.values())
+        self.at_once = blocks or _power(by_tokens)
+        self.at_once_back = blocks or _power(min(by_tokens, by_leaves))
 
     def given(self, piece: range, more: Callable[[Input], Tensor]) -> Given:
         """Read a piece's inputs, each once; `more`: those that the grid does not have."""
@@ -66,7 +60,8 @@ class Run_:
 
     def fixed(self, x: Input) -> Tensor:
         """Read what all blocks share: (H, ...), or as it is."""
-        return (self.slow if x.part == "slow" else self.call.init)[x.name]
+        own = self.call.slow if x.part == "slow" else self.call.init
+        return own[x.name] if x.name in own else self.plan.derivation.constants[x.name].to(self.call.q.device)
 
     def of_blocks(self, x: Input, piece: range) -> Tensor | None:
         """Read the blocks of a piece, (n, B, H, ...); None for what the grid does not have."""
@@ -128,8 +123,7 @@ class Run_:
 
     def held(self) -> list[Tensor]:
         """The state of the call, by rows."""
-        c = self.call
-        return [x.flatten(0, 1).contiguous() for x in (*c.anchor.values(), *c.registers.values())]
+        return [x.flatten(0, 1).contiguous() for x in self.call.held]
 
     def rowed(self, x: Tensor) -> Tensor:
         """Split rows: (P, ...) -> (B, H, ...)."""
@@ -140,119 +134,15 @@ class Run_:
 
     def again(self, like: Tensor) -> Tensor:
         """Which rows of a state (B, ...) start anew in a call without a token?"""
-        starts = self.call.position.new_zeros(self.B, 1) if self.call.reset is None else self.call.reset
+        starts = self.call.state.position.new_zeros(self.B, 1) if self.call.reset is None else self.call.reset
         return starts.any(1).reshape(self.B, *[1] * (like.ndim - 1))
 
     def idle(self) -> list[Tensor]:
         """The state after a call without a token, where the learner never runs."""
         c = self.call
         starts = [torch.stack([s * x for s in self.rule.start], 1) for x in c.init.values()]
-        held = zip((*c.init.values(), *starts), (*c.anchor.values(), *c.registers.values()), strict=True)
+        held = zip((*c.init.values(), *starts), c.held, strict=True)
         return [torch.where(self.again(x), new, x) for new, x in held]
-
-
-def _runs_whole(
-    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, Run_], list[Tensor]], backward: bool = False
-) -> list[Tensor] | Run_:
-    """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
-    name = chosen(backend, plan, call)
-    run, whole = Run_(plan, call, name), found(name).whole
-    if whole is None or not run.blocks:
-        return run
-    try:
-        if plan.is_checked:
-            _check(name, plan, run, backward)
-        return direction(whole, run)
-    except BackendError as error:
-        if backend != "auto":
-            raise
-        plan.natives["refused"] = str(error)
-        warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
-        return Run_(plan, call, "eager")
-
-
-def _check(name: str, plan: Plan, run: Run_, backward: bool) -> None:
-    """Compare generated code with eager at its first use, for each kind of block, on a part of the call."""
-    kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
-    whole = found(name).whole
-    assert whole is not None
-    as_run, place = whole.as_run(name, run, backward)
-    key = (as_run, backward, frozenset(run.grid.variants), kinds, place)
-    if key in plan.checked:
-        return
-    with TRACING:
-        if key not in plan.checked:
-            plan.checked.add(key)  # what compares runs the same
-            small = _part(plan, run)
-            words = (as_run, backward, sorted(map(tuple, run.grid.variants)), kinds, place)
-            unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, small, backward))
-            if unlike:
-                plan.checked.discard(key)  # nor is it run at the next call
-                raise _faulty(name, unlike)
-
-
-def check_step(name: str, plan: Plan, call: Call) -> None:
-    """Compare the code for one token with eager at its first use, inside a mini-batch and at its end."""
-    whole, ends = found(name).whole, int(call.position[0]) + 1 == plan.derivation.chunk
-    key = (name, "step", ends, str(call.q.dtype))
-    if whole is None or key in plan.checked:
-        return
-    plan.checked.add(key)
-
-    def compare() -> str:
-        got = whole.step(plan, call, False)
-        names = ["the outputs", *(f"the state's {part} {n}" for part in ("anchor", "register") for n in call.anchor)]
-        expected = run_forward(plan, call, 0, "eager")
-        return (
-            ""
-            if got is None
-            else proof.unlike(
-                dict(zip(names, got, strict=False)), dict(zip(names, expected, strict=False)), call.q.dtype
-            )
-        )
-
-    if unlike := proof.kernel(plan.derivation.structure, key, compare):
-        plan.checked.discard(key)
-        raise _faulty(name, unlike)
-
-
-def _faulty(name: str, unlike: str) -> BackendError:
-    return BackendError(
-        f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of the compiler, "
-        "please report it; backend='eager' is the reference."
-    )
-
-
-def _part(plan: Plan, run: Run_) -> Call:
-    """Take two rows, and of their tokens as many as have every kind of block, if few do."""
-    c, b = run.call, plan.derivation.chunk
-    T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(c.position[0])) % b
-    rows = slice(0, 2)
-
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[rows, :T].detach()
-
-    return c._replace(
-        q=c.q[rows, :T], k=c.k[rows, :T], v=c.v[rows, :T], mask=cut(c.mask), reset=cut(c.reset), position=c.position[rows],
-        gates={n: x[rows, :T] for n, x in c.gates.items()}, anchor={n: x[rows] for n, x in c.anchor.items()},
-        registers={n: x[rows] for n, x in c.registers.items()},
-    )  # fmt: skip
-
-
-def _unlike(name: str, plan: Plan, call: Call, backward: bool) -> str:
-    """Say what generated code and eager differ in; nothing if in nothing."""
-    names = ["the outputs", *(f"the state's {part} {n}" for part in ("anchor", "register") for n in call.anchor)]
-    if backward:  # from one forward's states: that of the other is compared by itself
-        made, held = run_forward(plan, call, 1, "eager"), 1 + 2 * len(call.anchor)
-        g = torch.Generator().manual_seed(0)
-        cotangents = [torch.randn(x.shape, generator=g).to(x) for x in made[:held]]
-        sides = [run_backward(plan, call, made[held + 1 :], cotangents, 1, side) for side in (name, "eager")]
-        names = [f"gradient {n}" for n in range(len(sides[0]))]
-    else:
-        sides = [run_forward(plan, call, 0, side) for side in (name, "eager")]
-    return proof.unlike(
-        dict(zip(names, sides[0], strict=False)), dict(zip(names, sides[1], strict=False)), call.q.dtype
-    )
 
 
 def _power(n: int) -> int:
@@ -260,13 +150,10 @@ def _power(n: int) -> int:
     return 1 << (max(1, n).bit_length() - 1)
 
 
-def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
+def forward(run: GridCall, checkpoints: int) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _runs_whole(backend, plan, call, lambda whole, run: whole.forward(run, checkpoints))
-    if isinstance(run, list):
-        return run
-    state = run.held()
-    saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, call)]]
+    state, plan = run.held(), run.plan
+    saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, run.call)]]
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
     o = run.new_output()
 
@@ -288,7 +175,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
 def run_visible(plan: Plan, call: Call) -> list[Tensor]:
     """Return [o, *anchor, *registers, position] by ops that autograd and every transform of torch.func see, one by one."""
     with torch.autocast(call.q.device.type, enabled=False):
-        run = Run_(plan, call, "eager")
+        run = GridCall(plan, call)
         if not run.blocks:
             o = call.q.new_zeros(run.B, run.T, run.H, plan.derivation.out_width, dtype=plan.out_dtype(call))
             return [o, *run.idle(), run.grid.position]
@@ -303,7 +190,7 @@ def run_visible(plan: Plan, call: Call) -> list[Tensor]:
 
 def checkpointed(plan: Plan, call: Call) -> int:
     """Count the tensors of a checkpoint: the anchors alone where every block is certain to start its registers anew."""
-    d, L = plan.derivation, len(call.anchor)
+    d, L = plan.derivation, len(call.init)
     known = all(d.inner.rule.resets) and d.block is None
     return L if known and not call.carried and call.mask is None and call.reset is None else 2 * L
 
@@ -315,7 +202,7 @@ def _none(x: Input) -> Tensor:
 class Gradients:
     """Gradients of a call's tensors, filled in piece by piece."""
 
-    def __init__(self, run: Run_) -> None:
+    def __init__(self, run: GridCall) -> None:
         call, g = run.call, run.grid
         self.run = run
         self.tokens = {
@@ -355,35 +242,20 @@ class Gradients:
         if len(state) == L:
             state = state + [w.new_zeros(w.shape[0], len(run.rule.start), *w.shape[1:]) for w in state]
         state = [x.unflatten(0, (run.B, run.H)) for x in state]
-        names, done = list(call.anchor), {n: run.grid.done(x) for n, x in self.tokens.items()}
-        tree = call._replace(
-            q=done["q"],
-            k=done["k"],
-            v=done["v"],
-            gates={name: done[name] for name in call.gates},
-            slow={name: self.sums["slow", name] for name in call.slow},
-            anchor=dict(zip(names, state[:L], strict=True)),
-            registers=dict(zip(names, state[L:], strict=True)),
-            init={name: self.sums["init", name] for name in call.init},
-            offset=self.offset,
-        )
+        q, k, v, *gates = (run.grid.done(x) for x in self.tokens.values())
+        slow, init = ({n: self.sums[part, n] for n in getattr(call, part)} for part in ("slow", "init"))
+        gates, after = dict(zip(call.gates, gates, strict=True)), call.after(state, call.state.position)
+        tree = call._replace(q=q, k=k, v=v, gates=gates, slow=slow, state=after, init=init, offset=self.offset)
         return [x for x, y in zip(tree.flat(), call.flat(), strict=True) if y.is_floating_point()]
 
 
-def run_backward(
-    plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
-) -> list[Tensor]:
-    """Return the gradient of every floating tensor of `call`, in order."""
-    run = _runs_whole(
-        backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints), backward=True
-    )
-    if isinstance(run, list):
-        return run
+def backward(run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+    """Return the gradient of every floating tensor of the call, in order."""
     if not run.blocks:
         return Gradients(run).idle(cotangents[1:])
-    g = run.grid
+    g, plan = run.grid, run.plan
     if not checkpoints:  # none was kept: the state that the call began with is one
-        saved, checkpoints = [x[None] for x in (*call.anchor.values(), *call.registers.values())], 1
+        saved, checkpoints = [x[None] for x in run.call.held], 1
     G = -(-run.blocks // checkpoints)
     do, state = cotangents[0], [x.flatten(0, 1).contiguous() for x in cotangents[1:]]
     saved = [x.flatten(1, 2) for x in saved]

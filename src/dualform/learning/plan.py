@@ -1,4 +1,4 @@
-"""What a call needs of its derivation: each direction of a block mapped over rows, split, and made ready by a backend.
+"""What a call needs of its derivation: each direction of a block mapped over rows, split, made ready; what backends keep.
 
 Each direction is the traced graph of one mini-batch, split where the state passes (`fission`): what does not wait for the
 state runs for many mini-batches at once, the loop holds only what carries the state on.
@@ -9,54 +9,25 @@ Legend: B batch, T time, H heads, P = B H rows, n blocks of a piece.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.edit import only_outputs
 from dualform.graphs.regroup import ready_first
 from dualform.graphs.split import Fission, split
 from dualform.graphs.whole_norms import native_norms
-from dualform.learning.backends import Backend, Run, backend_of, backends, visible
 from dualform.learning.batched import at_any, example, joined, mapped, row_axis, row_bytes
-from dualform.learning.derive import TRACING, Derivation, Step, only_outputs, retyped, slopes_as_arithmetic, undisturbed
+from dualform.learning.call import Call, Names
+from dualform.learning.derive import Derivation, Step, retyped, slopes_as_arithmetic
 from dualform.learning.grid import Variant
+from dualform.learning.prepare import Prepare, Prepared, in_place, visible
+from dualform.learning.transforms import TRACING, undisturbed
 
-Leaves = dict[str, Tensor]
-Names = tuple[list[str], list[str], list[str]]
-
-
-class Call(NamedTuple):
-    """The tensors of one call; the op takes them as a flat list. q, k, v and gates may be of fewer digits than the state."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gates: Leaves  # (B, T, H) each
-    slow: Leaves  # (H, ...) parameters, and buffers as they are
-    anchor: Leaves  # (B, H, ...)
-    registers: Leaves  # (B, H, r, ...)
-    position: Tensor  # (B,)
-    init: Leaves  # (H, ...): where a document starts
-    offset: Tensor | None = None  # (chunk,)
-    mask: Tensor | None = None  # (B, T)
-    reset: Tensor | None = None  # (B, T)
-    carried: bool = False  # did the caller give a state?
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return next(iter(self.anchor.values())).dtype
-
-    def flat(self) -> list[Tensor]:
-        """List the tensors as the op takes them."""
-        optional = [x for x in (self.offset, self.mask, self.reset) if x is not None]
-        named = (x for part in (self.gates, self.slow, self.anchor, self.registers, self.init) for x in part.values())
-        return [self.q, self.k, self.v, self.position, *named, *optional]
+Own = TypeVar("Own")
 
 
 class Input(NamedTuple):
@@ -68,11 +39,12 @@ class Input(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a call's rows are, and what runs them."""
+    """What a call's rows are; and what makes so many of their blocks one function, if anything does."""
 
     batch: int
     heads: int
-    backend: str
+    blocks: int | None = None
+    prepare: Prepare = in_place
 
 
 Visit = Callable[[int, list[Tensor]], list[Tensor]]
@@ -97,18 +69,15 @@ class Way:
     inputs: list[Input]
     fission: Fission
     returns: int  # tensors of state that the loop returns
-    prepare: Callable[[fx.GraphModule], Run]
-    made: dict[Any, Run] = field(default_factory=dict)
+    prepare: Callable[[fx.GraphModule], Prepared]
+    parts: dict[tuple[fx.GraphModule, torch.device], Prepared] = field(default_factory=dict)
+    wholes: dict[tuple[int, bool, Rows, torch.device], Prepared] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls,
-        graph: fx.GraphModule,
-        inputs: list[Input],
-        carried: Sequence[int],
-        returned: Sequence[int],
-        prepare: Callable[[fx.GraphModule], Run],
-    ) -> Way:
+        cls, graph: fx.GraphModule, inputs: list[Input], carried: Sequence[int], returned: Sequence[int],
+        prepare: Callable[[fx.GraphModule], Prepared],
+    ) -> Way:  # fmt: skip
         fixed = [i for i, x in enumerate(inputs) if x.over != "block"]
         return cls(inputs, split(graph, carried, returned, fixed, row_bytes), len(returned), prepare)
 
@@ -117,33 +86,29 @@ class Way:
         f = self.fission
         parts = {"once": f.once, "before": f.before, "loop": f.loop, "after": f.after}
         cast = {name: replace(part, graph=retyped(part.graph, old, new)) for name, part in parts.items()}
-        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare)
+        return Way(self.inputs, replace(f, **cast), self.returns, self.prepare, self.parts)
 
-    def part(self, name: str, device: torch.device) -> Run:
+    def part(self, name: str, device: torch.device) -> Prepared:
         """Return a part, ready to run op by op on its inputs and their number of rows."""
-        key = (name, device)
-        if key not in self.made:
+        graph: fx.GraphModule = getattr(self.fission, name).graph
+        if (graph, device) not in self.parts:
             with TRACING:
-                self.made[key] = self.prepare(at_any(getattr(self.fission, name).graph, device))
-        return self.made[key]
+                self.parts[graph, device] = self.prepare(at_any(graph, device))
+        return self.parts[graph, device]
 
-    def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Run:
+    def whole(self, blocks: Sequence[int], rows: Rows, device: torch.device) -> Prepared:
         """Return all parts of some blocks as one compiled function."""
         key = (len(blocks), blocks[0] > blocks[-1], rows, device)
-        if key not in self.made:
+        if key not in self.wholes:
             f, n, P = self.fission, len(blocks), rows.batch * rows.heads
-            count = {
-                **dict.fromkeys(f.inputs, rows.heads),
-                **dict.fromkeys(f.varying, n * P),
-                **dict.fromkeys(f.carried, P),
-            }
+            count = dict.fromkeys(f.inputs, rows.heads) | dict.fromkeys(f.varying, n * P) | dict.fromkeys(f.carried, P)
 
-            def make() -> Run:
+            def make() -> Prepared:
                 graph = joined(f, [j - min(blocks) for j in blocks], P, rows.heads, device)
-                return found(rows.backend).prepare(graph, lambda: [example(x, count[x], device) for x in f.inputs])
+                return rows.prepare(graph, lambda: [example(x, count[x], device) for x in f.inputs])
 
-            self.made[key] = undisturbed(make)
-        return self.made[key]
+            self.wholes[key] = undisturbed(make)
+        return self.wholes[key]
 
     def run(
         self, blocks: Sequence[int], given: Given, state: list[Tensor], visit: Visit, rows: Rows, once: Once
@@ -153,7 +118,7 @@ class Way:
         given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from. once: what was
         computed for other blocks of the call and is the same for all.
         """
-        if found(rows.backend).blocks == len(blocks) and self.returns == len(self.fission.carried):
+        if rows.blocks == len(blocks) and self.returns == len(self.fission.carried):
             return self._run_whole(blocks, given, state, visit, rows)
         f, n, P, device = self.fission, len(blocks), rows.batch * rows.heads, state[0].device
         source = dict(zip(f.inputs, self.inputs, strict=True))
@@ -180,7 +145,7 @@ class Way:
         if f.once.outputs and (f.once.outputs[0], 0) not in once:
             once |= {(x, 0): y for x, y in compute("once", rows.heads)}
         made |= compute("before", n * P)
-        slots: list[Any] = []
+        slots: list[int | Sequence[Tensor]] = []
         for x in f.loop.inputs:
             axis = row_axis(x)
             if x in f.carried:
@@ -215,33 +180,24 @@ class Way:
         return Result(list(out[:r]), list(out[2 * r :]), states)
 
 
-@cache
-def found(backend: str) -> Backend:
-    """Look a backend up by its key."""
-    return backend_of(backend)
+@dataclass(eq=False)
+class Natives:
+    """What backends that run whole calls keep with a plan; all plans of a structure share it.
 
+    refused: why no backend does where nobody chose it; tokens: calls of one token, which may come to repay compiling; checked:
+    what was compared with eager; made: each backend's own record, by its class.
+    """
 
-def _in_place(gm: fx.GraphModule) -> Run:
-    return found("eager").prepare(gm, list)
+    refused: str = ""
+    tokens: int = 0
+    checked: set[tuple[object, ...]] = field(default_factory=set)
+    made: dict[type, object] = field(default_factory=dict)
 
-
-def chosen(backend: str, plan: Plan, call: Call) -> str:
-    """Choose a backend where nobody did: the first that says it suits, else eager."""
-    if backend != "auto":
-        return backend
-    if "refused" in plan.natives:
-        return "eager"
-    each = ((name, found(name).whole) for name in backends.names())
-    return next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
-
-
-def chosen_in_words(plan: Plan) -> str:
-    """Say what runs calls where nobody chose."""
-    if "refused" in plan.natives:
-        return f"eager, because {plan.natives['refused']}"
-    each = ((name, found(name).whole) for name in backends.names())
-    words = ((name, whole.says(plan)) for name, whole in each if whole is not None)
-    return "; ".join([*(f"{name} {when}" for name, when in words if when), "else eager"])
+    def of(self, kind: type[Own]) -> Own:
+        """Return a backend's own record, an empty one at first."""
+        if kind not in self.made:
+            self.made.setdefault(kind, kind())
+        return cast("Own", self.made[kind])
 
 
 @dataclass(eq=False)
@@ -253,12 +209,10 @@ class Plan:
 
     derivation: Derivation
     ways: dict[tuple[Variant, str], Way] = field(default_factory=dict)
-    natives: dict[Any, Any] = field(default_factory=dict)  # what a backend that runs whole calls made
-    counts: Counter[str] = field(default_factory=Counter)  # and the calls of one token, which may come to repay it
+    natives: Natives = field(default_factory=Natives)
     names: Names = ([], [], [])
     key: str = ""  # what an op knows it by
     is_checked: bool = False  # is generated code compared with eager at its first use?
-    checked: set[Any] = field(default_factory=set)  # what was
     source: Plan | None = None  # the same in another dtype, whose graphs are taken
 
     def out_dtype(self, call: Call) -> torch.dtype:
@@ -296,22 +250,22 @@ class Plan:
         step, inputs = self.step(variant), self.inputs(variant)
         state = [i for i, x in enumerate(inputs) if x.part in ("th", "R")]
         count = step.num_outputs
-        if name == "reverse":
+        reverse = step.reverse if name == "reverse" else None
+        carried, returned, prepare, table = state, range(1, count), in_place, None
+        if reverse is not None:
             wanted = list(itertools.compress(range(len(inputs)), step.wants))
-            graph = step.reverse
             carried, returned = range(len(inputs) + 1, len(inputs) + count), [wanted.index(i) for i in state]
             inputs = [*inputs, *(Input("cotangent", str(i), "block") for i in range(count))]
-        else:
-            graph, carried, returned = step.graph if name == "visible" else step.plain, state, range(1, count)
-        table = slopes_as_arithmetic() if name == "visible" else None
+        elif name == "visible":
+            prepare, table = visible, slopes_as_arithmetic()
 
         def make() -> Way:
+            graph = reverse or (step.graph if name == "visible" else step.plain)
             whole = mapped(graph, [x.over == "shared" for x in inputs], table)
             native_norms(whole.graph)
             if name == "advance":
                 whole = only_outputs(whole, slice(1, None))
             leaves = range(count - 1) if name == "advance" else returned
-            prepare = visible if name == "visible" else _in_place
             return Way.of(ready_first(whole, carried), inputs, carried, leaves, prepare)
 
         return undisturbed(make)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 from itertools import product
-from operator import add, mul
+from operator import add
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from dualform.graphs.spelled import differentiable_twice
+from dualform.learning.call import Call
 from dualform.learning.state import State
+from dualform.ops.spelled import differentiable_twice
 
 
 def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
@@ -38,43 +39,50 @@ def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> 
     return dict(zip(own, found, strict=True))
 
 
+def times(c: Any, x: Tensor) -> Tensor:
+    return x if type(c) is float and c == 1.0 else c * x
+
+
 def mixed(weights: Any, tensors: list[Tensor]) -> Any:
     """sum_k weights_k tensors_k"""
-    return reduce(add, map(mul, weights, tensors)) if tensors else 0.0
+    return reduce(add, map(times, weights, tensors)) if tensors else 0.0
 
 
-def primal(call) -> tuple[Tensor, State]:  # type: ignore[no-untyped-def]  # `call` is program.Inputs, checked and cast
+def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Tensor, State]:
     """Run the rule token by token: gradients at the mini-batch's anchor, outputs with each token's own weights."""
-    rule, kinds = call.rule, list(zip(call.rule.start, call.rule.resets, strict=True))
+    rule, kinds = program.rule, list(zip(program.rule.start, program.rule.resets, strict=True))
     (B, T, H), rows = call.q.shape[:3], []
 
     def predict(theta: dict[str, Tensor], h: int, x: Tensor) -> Tensor:
-        rest = {name: p[h] for name, p in call.slow.items()} | call.rest
+        rest = {name: p[h] if name in program.parts.slow else p for name, p in call.slow.items()}
         with differentiable_twice():
-            return call.learner(theta | rest, x[None])[0]
+            return learner(theta | rest, x[None])[0]
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
-        return call.objective(predict(theta, h, k), v - k if call.target == "v-k" else v)
+        return program.objective(predict(theta, h, k), v - k if program.target == "v-k" else v)
 
     for row, h in product(range(B), range(H)):
         th = {w: x[row, h] for w, x in call.state.anchor.items()}
         R = {w: list(x[row, h]) for w, x in call.state.registers.items()}
         i, outputs = int(call.state.position[row]), []
+        q, k, v = (x[row, :, h].unbind() for x in (call.q, call.k, call.v))
+        given = {name: x[row, :, h].unbind() for name, x in call.gates.items()}
         for t in range(T):
             if call.reset is not None and call.reset[row, t]:
                 th, i = {w: x[h] for w, x in call.init.items()}, 0
                 R = {w: [s * x for s in rule.start] for w, x in th.items()}
             if call.mask is not None and not call.mask[row, t]:
-                outputs.append(torch.zeros_like(call.v[row, t, h]))
+                outputs.append(torch.zeros_like(v[t]))
                 continue
             i += 1
-            gates = {name: x[i - 1] if name == "offset" else x[row, t, h] for name, x in call.gates.items()}
+            gates = {name: x[t] for name, x in given.items()}
+            gates |= {} if call.offset is None else {"offset": call.offset[i - 1]}
             A, b, u, a = rule.step(call.q.new_tensor(float(i)), **gates)
-            g = gradient(loss, th, h, call.k[row, t, h], call.v[row, t, h])
-            R = {w: [mixed(A[m], R[w]) - b[m] * g[w] for m in range(len(b))] for w in th}
-            theta = {w: a * th[w] + mixed(u, R[w]) for w in th}
-            outputs.append(predict(theta, h, call.q[row, t, h]))
-            if i == call.chunk:
+            g = gradient(loss, th, h, k[t], v[t])
+            R = {w: [mixed(A[m], R[w]) + -b[m] * g[w] for m in range(len(b))] for w in th}
+            theta = {w: times(a, th[w]) + mixed(u, R[w]) for w in th}
+            outputs.append(predict(theta, h, q[t]))
+            if i == program.chunk:
                 th, i = theta, 0
                 R = {w: [s * th[w] if new else x for (s, new), x in zip(kinds, R[w], strict=True)] for w in th}
         rows.append((torch.stack(outputs), th, {w: torch.stack(x) for w, x in R.items()}, torch.tensor(i)))

@@ -3,7 +3,8 @@
 Two problems are drawn, two rows and two heads each: one of whole mini-batches, as most calls are, and one with padding, resets, a
 carried state, a cut and tokens of rate 0. In the first head the weights are the learner's own, in the second these with noise.
 Outputs, state and the gradients of a random scalar by everything that may have one are compared, in float64 where the learner
-can be. What was found is remembered on disk.
+can be. The definition goes token by token: of two rows and heads, the second in one problem being others than in the other, it follows
+every token, of the rest the first few; where something differs, every token of all. What was found is remembered on disk.
 
 Legend: B = H = 2, T tokens, b the mini-batch (chunk).
 """
@@ -11,6 +12,7 @@ Legend: B = H = 2, T tokens, b the mini-batch (chunk).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -162,6 +164,7 @@ class Problem:
     """Drawn inputs of a program; every floating tensor in `leaves` has a gradient."""
 
     leaves: dict[str, Tensor]  # q, k, v, gate.*, param.*, anchor.*, register.*
+    reach: dict[tuple[int, int], int]  # how many tokens the definition follows, by row and head
     position: Tensor | None = None
     mask: Tensor | None = None
     reset: Tensor | None = None
@@ -173,7 +176,7 @@ class Problem:
     def run(self, program: Any, form: str, *, whole: bool = False, **options: Any) -> tuple[Tensor, State]:
         """Run the program, in two calls where there is a cut; whole: in one."""
         state = None if self.position is None else State(self.part("anchor."), self.part("register."), self.position)
-        T = self.leaves["q"].shape[1]
+        T = self.tokens
         cut = T if self.cut is None or whole else self.cut
         outputs = []
         for time_ in (slice(0, cut), slice(cut, T)) if cut < T else (slice(0, T),):
@@ -185,11 +188,46 @@ class Problem:
         assert state is not None
         return torch.cat(outputs, 1), state
 
+    @property
+    def tokens(self) -> int:
+        return self.leaves["q"].shape[1]
 
-def outcome(run: Callable[[], tuple[Tensor, State]], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collect outputs, state, and the gradients of a random scalar of both by every input."""
-    o, state = run()
-    results = {"the outputs": o, **{f"the state's {n}": x for n, x in state.tensors().items() if x.is_floating_point()}}
+    def followed(self, run: tuple[Tensor, State]) -> dict[str, Tensor]:
+        """Name the outputs and the state of a run, where the definition follows them."""
+        return _named([_piece(run, *at, n, n == self.tokens) for at, n in self.reach.items()])
+
+    def defined(self, program: Any) -> dict[str, Tensor]:
+        """Name the same as the definition gives it."""
+        runs = {at: self.alone(*at, n).run(program, "primal", whole=True) for at, n in self.reach.items()}
+        return _named([_piece(runs[at], 0, 0, n, n == self.tokens) for at, n in self.reach.items()])
+
+    def alone(self, row: int, head: int, n: int) -> Problem:
+        """Take the first tokens of one row and head."""
+        rows, heads = slice(row, row + 1), slice(head, head + 1)
+        places = {"param": (heads,), "anchor": (rows, heads), "register": (rows, heads)}
+
+        def cut(name: str, x: Tensor) -> Tensor:
+            place = places.get(name.partition(".")[0], (rows, slice(n), heads))
+            return x if name == "gate.offset" else x[place]
+
+        mask, reset = (None if x is None else x[rows, :n] for x in (self.mask, self.reset))
+        position = None if self.position is None else self.position[rows]
+        return Problem({name: cut(name, x) for name, x in self.leaves.items()}, {(0, 0): n}, position, mask, reset)
+
+
+def _piece(run: tuple[Tensor, State], row: int, head: int, n: int, ends: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    o, state = run
+    held = {f"the state's {name}": x[row, head] for name, x in state.tensors().items() if x.is_floating_point()}
+    return o[row, :n, head], held if ends else {}
+
+
+def _named(pieces: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    outputs, states = torch.cat([o for o, _ in pieces]), [held for _, held in pieces if held]
+    return {"the outputs": outputs} | {n: torch.stack([x[n] for x in states]) for n in states[0]}
+
+
+def outcome(results: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add to outputs and state the gradients of a random scalar of both by every input."""
     g = torch.Generator().manual_seed(1)
     terms = [(x * torch.randn(x.shape, generator=g).to(x)).sum() for x in results.values()]
     grads = torch.autograd.grad(
@@ -262,9 +300,10 @@ class Draw:
     def problem(self, T: int, rate: float, ragged: bool) -> Problem:
         x = {"q": self.normal(2, T, 2, self.K), "k": self.normal(2, T, 2, self.K), "v": self.normal(2, T, 2, self.V)}
         x |= self.gates(T, rate) | self.weights()
-        device = self.program.door.device
+        device, along = self.program.door.device, (T, 4, 4, T) if ragged else (2, T, T // 2 + 1, 2)
+        reach = {at: min(n, T) for at, n in zip(itertools.product(range(2), range(2)), along, strict=True)}
         if not ragged and self.program.chunk <= WHOLE:
-            return Problem(_leaves(x, device))
+            return Problem(_leaves(x, device), reach)
         program, b = self.program, self.program.chunk
         position = torch.tensor([0, b // 2]) if b <= WHOLE else torch.tensor([b - T // 2, b // 2])
         fresh = (position == 0)[:, None] & torch.tensor(program.rule.resets)
@@ -275,7 +314,7 @@ class Draw:
             at_start = fresh[:, None].reshape(2, 1, -1, *[1] * p.ndim)
             x |= {f"anchor.{name}": anchor, f"register.{name}": torch.where(at_start, start, drawn)}
         if not ragged:
-            return Problem(_leaves(x, device), position[:1].expand(2).clone().to(device))
+            return Problem(_leaves(x, device), reach, position[:1].expand(2).clone().to(device))
         if "gate.lr" in x:
             x["gate.lr"][1, T // 2 :] = 0.0
         mask, reset, cut = torch.ones(2, T, dtype=torch.bool), torch.zeros(2, T, dtype=torch.bool), (T + 1) // 2
@@ -283,7 +322,7 @@ class Draw:
         reset[1, min(3, cut - 1)] = reset[0, (cut + T) // 2] = (
             True  # one in each part, which are then blocks of one kind
         )
-        return Problem(_leaves(x, device), position.to(device), mask.to(device), reset.to(device), cut)
+        return Problem(_leaves(x, device), reach, position.to(device), mask.to(device), reset.to(device), cut)
 
 
 def _leaves(x: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -346,21 +385,18 @@ def _proved(program: Any, K: int, dtype: torch.dtype, retyped: bool, form: str, 
         draw = partial(Draw, program, K, derivation.V, dtype, noise)
         rate, moved = _rate(draw, blocked, form)
         problems = [draw().problem(_tokens(b, ragged), rate, ragged) for ragged in (False, True)]
-        expected = [_definition(program, problem) for problem in problems]
-        if all(bool(x.isfinite().all()) for one in expected for x in one.values()):
+        found = _compared(program, blocked, form, problems, allowed)
+        if found is not None:
             break
     else:
         return Proof(
             form, math.nan, (), time.perf_counter() - began, name, ("the definition is not finite on drawn data",)
         )
-    worst = 0.0
-    for problem, right in zip(problems, expected, strict=True):
-        got = outcome(partial(problem.run, blocked, form, backend="eager", remat=None), _inputs(program, problem))
-        worst = max(worst, _agreed(got, right, allowed, problem))
+    worst, names = found
     if blocked is not program:
-        long = replace(draw().problem(b + 3, rate, False), position=None)
-        right = outcome(partial(long.run, blocked, form, backend="eager", remat=None), _inputs(program, long))
-        got = outcome(partial(long.run, program, form, backend="eager", remat=None), _inputs(program, long))
+        long = draw().problem(b + 3, rate, False)
+        long = replace(long, position=None, reach=dict.fromkeys(long.reach, b + 3))
+        right, got = (_derived(long, program, side, form) for side in (blocked, program))
         worst = max(worst, _agreed(got, right, allowed, long))
     silent = _silent(program, form, blocked, problems[0])
     notes = [f"{n}, whose gradients are all zero" for n in silent]
@@ -368,7 +404,6 @@ def _proved(program: Any, K: int, dtype: torch.dtype, retyped: bool, form: str, 
         notes.append("values other than the learner's own, where the definition is not finite")
     if moved < MOVES:
         notes.append(f"how the state learns, which moves the outputs by {100 * moved:.2g} % only")
-    names = tuple(dict.fromkeys(n for one in expected for n in one))
     return Proof(form, worst, names, time.perf_counter() - began, name, tuple(notes))
 
 
@@ -381,9 +416,33 @@ def _inputs(program: Any, problem: Problem) -> dict[str, Tensor]:
     return problem.leaves | {n: x for n, x in program.parts.closed.items() if x.requires_grad}
 
 
+def _compared(
+    program: Any, blocked: Any, form: str, problems: list[Problem], allowed: float
+) -> tuple[float, tuple[str, ...]] | None:
+    """Return the largest error and what was compared; None where the definition is not finite."""
+    error, names = 0.0, dict[str, None]()
+    for problem in problems:
+        for one in (problem, replace(problem, reach=dict.fromkeys(problem.reach, problem.tokens))):
+            right = _definition(program, one)
+            if not all(bool(x.isfinite().all()) for x in right.values()):
+                return None
+            found = differences(_derived(one, program, blocked, form), right)
+            if max(found.values()) <= allowed:
+                break
+        else:
+            raise _Differs(found, allowed, one, right)
+        error, names = max(error, *found.values()), names | dict.fromkeys(right)
+    return error, tuple(names)
+
+
+def _derived(problem: Problem, program: Any, blocked: Any, form: str) -> dict[str, Tensor]:
+    results = problem.followed(problem.run(blocked, form, backend="eager", remat=None))
+    return outcome(results, _inputs(program, problem))
+
+
 def _definition(program: Any, problem: Problem) -> dict[str, Tensor]:
     try:
-        return outcome(partial(problem.run, program, "primal", whole=True), _inputs(program, problem))
+        return outcome(problem.defined(program), _inputs(program, problem))
     except Exception as error:  # the user's code, run as it is
         raise _CannotRun(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
@@ -415,19 +474,20 @@ def _rate(draw: Callable[[], Draw], program: Any, form: str) -> tuple[float, flo
     """Find a rate at which the state moves the outputs by some percent, and by how much it does."""
     if "lr" not in program.rule.gates:
         return 1.0, 1.0
+    drawn = draw().problem(_tokens(program.chunk, False), 1.0, False)
 
     def outputs(rate: float) -> Tensor:
-        problem = draw().problem(_tokens(program.chunk, False), rate, False)
         with torch.no_grad():
-            return problem.run(program, form, backend="eager", remat=None)[0]
+            leaves = drawn.leaves | {"gate.lr": rate * drawn.leaves["gate.lr"]}
+            return replace(drawn, leaves=leaves).run(program, form, backend="eager", remat=None)[0]
 
-    rate, still, moved = 1.0, outputs(0.0), 0.0
+    rate, still, moved = 0.01, outputs(0.0), 0.0
     for _ in range(12):
         moved = _size(outputs(rate) - still) / (_size(still) or 1.0)
         if not moved <= 0.5:
-            rate /= 4
+            rate /= 8
         elif moved < 2 * MOVES:
-            rate *= 4 if moved == 0 else min(64.0, 8 * MOVES / moved)
+            rate *= 64 if moved == 0 else min(64.0, 8 * MOVES / moved)
         else:
             break
     return rate, moved
@@ -440,7 +500,7 @@ def _blamed(program: Any, differs: _Differs, form: str) -> DerivationError:
     for site, line in enumerate(program.plan(K, dtype, form).derivation.site_lines()):
         try:
             spelled = program.with_site_per_token(site)
-            got = outcome(partial(problem.run, spelled, "auto", backend="eager", remat=None), _inputs(program, problem))
+            got = _derived(problem, program, spelled, "auto")
         except (RuntimeError, ValueError, KeyError, AssertionError):
             continue
         if max(differences(got, differs.expected).values()) <= differs.allowed:

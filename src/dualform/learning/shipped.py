@@ -21,10 +21,11 @@ from torch import Tensor, fx
 
 from dualform.graphs.simplify import tidy
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import Step, flatten, trace_fake, undisturbed
+from dualform.learning.derive import Step, flatten, trace_fake
 from dualform.learning.emit import StepInputs
 from dualform.learning.grid import Variant
 from dualform.learning.plan import Plan
+from dualform.learning.transforms import undisturbed
 
 MARK = "text:"  # what such a text begins with, and no program's name does
 _kinds = {torch.dtype: "dtype", torch.device: "device", torch.layout: "layout", torch.memory_format: "memory_format"}

@@ -10,44 +10,29 @@ Legend: W tokens in the trace, K key width.
 from __future__ import annotations
 
 import copy
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
-from dualform.algebra.linear_map import Axis, Derivative, Label, Term
-from dualform.algebra.relations import Lookup
+from dualform.algebra.linear_map import Label, Term
 from dualform.graphs import local_rules
-from dualform.graphs.custom import value_of
-from dualform.graphs.definitions import definition_of
-from dualform.graphs.edit import add, inputs_of, needed, output_of, results_of
+from dualform.graphs.aside import value_of
+from dualform.graphs.edit import inputs_of, needed, output_of, results_of
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.kept_derivative import first_bend
-from dualform.graphs.recorder import below_dispatch
-from dualform.graphs.trace import source_line, trace
-from dualform.learning.lookups import lookups_as_gathers
-from dualform.shapes import TraceError
+from dualform.graphs.trace import source_line
+from dualform.learning.spelling import DerivationError, has_no_row, op_name, spell, spell_out
+from dualform.learning.token_maps import Place, are_tied, carried_places, find_label
+from dualform.ops.pointwise import is_uniform
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
-
-
-class DerivationError(ValueError):
-    """A learner, objective or rule for which the asked form does not exist."""
-
-
-class Place(NamedTuple):
-    """Where the token index sits: axis `axis` is (outer, W, inner), row-major."""
-
-    axis: int
-    outer: int
-    inner: int
 
 
 @dataclass(eq=False)
@@ -119,10 +104,6 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-# Ops that make a tensor from its sizes alone, the same number in every entry.
-_UNIFORM = {"zeros", "ones", "full", "empty", "scalar_tensor"}
-
-
 def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
     """Spell out and number a trace whose inputs are told apart; `mark` fills in the rest."""
     for name, node in parts["leaf_nodes"].items():
@@ -131,153 +112,9 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
                 f"derive: the learner's fast weight {name!r} is {node.meta['val'].dtype}; expected real floating numbers, which a "
                 "gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use torch.view_as_complex in forward."
             )
-    _spell_out(graph)
-    for node in list(graph.graph.nodes):
-        if node.target == aten.select_scatter.default:
-            _as_slice_scatter(graph.graph, node)
-        elif node.target == aten.slice_scatter.default:
-            _inside(node)
-        elif node.target == aten.embedding.default and len(node.args) > 2:
-            _without_padding(graph.graph, node)
-    for n, node in enumerate(graph.graph.nodes):
-        node.meta["ordinal"] = n
-        if node.all_input_nodes and not _has_rule_for_rows(node.target):
-            raise DerivationError(
-                f"derive: the {parts['who']} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch cannot map "
-                "over rows (batch and heads); expected ops with a vmap rule. Write that line with other ops."
-            )
+    spell(graph, parts["who"])
     output: Any = output_of(graph.graph)
     return Analysis(graph=graph, output=(output.all_input_nodes or [output])[0], **parts)
-
-
-def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:
-    """Write a slice of width 1: vmap over select_scatter has a wrong derivative by its source (torch 2.13)."""
-    base, source, dim, index = node.args
-    index %= base.meta["val"].shape[dim]  # type: ignore[operator, union-attr, index]
-    with graph.inserting_before(node):
-        thick = _made(graph, node, aten.unsqueeze.default, source, dim)
-    node.target, node.args = aten.slice_scatter.default, (base, thick, dim, index, index + 1)
-
-
-def _inside(node: fx.Node) -> None:
-    """Write where a slice ends, not that it goes on for ever, which vmap takes for a size."""
-    base, source, *rest = node.args
-    dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
-    span = range(*slice(start, end, step).indices(base.meta["val"].shape[dim]))  # type: ignore[union-attr, misc, index]
-    node.args = (base, source, dim, span.start, span.stop, step)
-
-
-def _without_padding(graph: fx.Graph, node: fx.Node) -> None:
-    """Write what padding means, a row of the table that is read and does not learn, as a detach."""
-    padding, users = node.args[2], list(node.users)
-    node.args = node.args[:2]
-    if padding < 0:  # type: ignore[operator]
-        return
-    made: Any = node
-    with graph.inserting_before(node.next):
-        still = _made(graph, node, aten.detach.default, node)
-        is_padding = _made(
-            graph, node, aten.unsqueeze.default, _made(graph, node, aten.eq.Scalar, node.args[1], padding), -1
-        )
-        made = _made(graph, node, aten.where.self, is_padding, still, node)
-    for user in users:
-        user.replace_input_with(node, made)
-
-
-def _made(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """Insert a call at the line of another."""
-    node = add(graph, target, *args)
-    node.meta = {**like.meta, "val": node.meta["val"]}
-    return node
-
-
-def _has_rule_for_rows(target: Any) -> bool:
-    """Does torch map an op over rows by a rule, not by a loop over them?"""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in lookups_as_gathers():
-        return True
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(
-        has(target.name(), key)
-        for key in ("FuncTorchBatched", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
-    )
-
-
-def _spell_out(graph: fx.GraphModule) -> None:
-    """Replace ops that the table has no row for by their own definition in ops that it has, where torch gives one."""
-    pending = [node for node in graph.graph.nodes if _has_no_row(node)]
-    while pending:
-        node = pending.pop()
-        definition = _definition(node)
-        if definition is None:
-            continue
-        sources = list(node.all_input_nodes)
-        try:
-            part = trace(definition, *(s.meta["val"] for s in sources))
-        except TraceError as error:
-            if not isinstance(error.__cause__, NotImplementedError):
-                raise
-            raise DerivationError(
-                f"derive: {op_name(node)} at {source_line(node)} has no definition for {error.__cause__}; expected a form of it that "
-                "is in the table of ops. Write it with other ops."
-            ) from error
-        if any(_says_nothing(n, node) for n in part.graph.nodes):
-            continue
-        copies: dict[fx.Node, fx.Node] = dict(zip(inputs_of(part.graph), sources, strict=True))
-        with graph.graph.inserting_before(node):
-            for inner in part.graph.nodes:
-                if inner.op == "call_function" and not _is_named_tuple(inner):
-                    copies[inner] = graph.graph.node_copy(inner, copies.__getitem__)
-                    copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
-                    if _has_no_row(inner):
-                        pending.append(copies[inner])
-        results: Any = output_of(part.graph).args[0]
-        results = results.args if _is_named_tuple(results) else results
-        _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
-
-
-def _says_nothing(part: fx.Node, whole: fx.Node) -> bool:
-    """Does a definition close over tensors, go below the ops that have rows, or need the op itself?"""
-    return part.op == "get_attr" or str(part.target).startswith("prims.") or part.target == whole.target
-
-
-def _is_named_tuple(x: Any) -> bool:
-    """Is it a call that only gives names to several results?"""
-    return isinstance(x, fx.Node) and isinstance(x.target, type) and issubclass(x.target, tuple)
-
-
-def _stand_for(graph: fx.Graph, node: fx.Node, results: Any) -> None:
-    """Put what a definition returns, one value or several, in the place of a node."""
-    if isinstance(results, fx.Node):
-        node.replace_all_uses_with(results)
-    else:
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-            graph.erase_node(user)
-    graph.erase_node(node)
-
-
-def _has_no_row(node: fx.Node) -> bool:
-    """Has the op no structure of its own? One of several results has none that is known before it is looked at."""
-    value = node.meta.get("val")
-    if isinstance(value, Tensor) and value.is_complex():  # made of constants: the tracer leaves no others
-        return False
-    is_op = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return is_op and not local_rules.is_structured(node.target)
-
-
-def _definition(node: fx.Node) -> Callable[..., Any] | None:
-    written = definition_of(node.target)
-    if written is None:
-        return None
-
-    def definition(*tensors: Tensor) -> Tensor:
-        values = dict(zip(node.all_input_nodes, tensors, strict=True))
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        return written(*args, **kwargs)
-
-    if getattr(written, "__self__", None) is not node.target:
-        return definition
-    return below_dispatch(definition, [s.meta["val"] for s in node.all_input_nodes])
 
 
 def mark(a: Analysis, W: int) -> None:
@@ -285,9 +122,11 @@ def mark(a: Analysis, W: int) -> None:
     a.leaves, a.tok, a.places, a.sites = {}, set(a.tokens), dict.fromkeys(a.tokens, Place(0, 1, 1)), []
     names = {node: name for name, node in a.leaf_nodes.items()}
     env = {node: node.meta.get("val") for node in a.graph.graph.nodes}
+    rows: dict[fx.Node, Place] = {}  # of what grows with the number of tokens, and is made of none
     for node in a.graph.graph.nodes:
         if node.op == "placeholder":
             a.leaves[node] = frozenset({names[node]} if node in names else ())
+            rows |= {node: node.meta["rows"]} if "rows" in node.meta else {}
             continue
         if node.op == "output":
             continue
@@ -300,8 +139,39 @@ def mark(a: Analysis, W: int) -> None:
             pars = tuple(s for s in sources if a.is_par(s))
             if pars or _sums_tokens(a, node):
                 a.sites.append(_site(a, node, pars))
+        else:
+            _follow_rows(a, node, env, W, rows)
         if is_kept(node):
             _expect_apart(a, node)
+
+
+def _follow_rows(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, rows: dict[fx.Node, Place]) -> None:
+    """Prove that rows that are as many as the tokens stay apart: what becomes one of them knows how many there are."""
+    if W > 1 and any(s in rows for s in _read_nodes(node)):
+        place = _carried(a, node, a.call(node, env), W, rows)
+        if place is None:
+            raise counts(
+                a.who, f"`{source_line(node) or op_name(node)}`: {op_name(node)} makes one of as many rows as tokens"
+            )
+        rows[node] = place
+    elif "rows" in node.meta:
+        rows[node] = node.meta["rows"]
+
+
+def counts(who: str, where: str) -> DerivationError:
+    """Refuse a function that knows how many tokens it is given."""
+    return DerivationError(
+        f"derive: the {who} reads the number of tokens, at {where}; expected the same ops and numbers however many tokens are "
+        "computed at once. Use a number of your own, or the size of the last axis."
+    )
+
+
+def changes(who: str, where: str) -> DerivationError:
+    """Refuse a function that is another one at each call."""
+    return DerivationError(
+        f"derive: the {who} is another function at each call (random, counted or timed), at {where}; expected the same ops and "
+        "numbers. Draw or count outside, and pass the number in as a buffer or a gate."
+    )
 
 
 def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
@@ -367,30 +237,43 @@ def is_detach(node: fx.Node) -> bool:
     return node.target == aten.detach.default
 
 
-def op_name(node: fx.Node) -> str:
-    if is_kept(node):
-        return named(str(node.args[1])).name
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return getattr(packet, "__name__", str(packet))
-
-
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
     """Prove that a node keeps tokens apart and treats them alike, and say where its token index sits."""
-    if is_kept(node):
-        return _kept_place(a, node, W)
-    call, op = a.call(node, env), maker(node)[0]  # type: ignore[arg-type]
-    read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
-    found: set[Place | None] = set()
-    for name, k, source in read:
-        if source in a.tok:
-            found |= carried_places(local_rules.reads(call, name, k), a.places[source], W) or {None}
-    place = found.pop() if len(found) == 1 else None
+    call = a.call(node, env)
+    place = _carried(a, node, call, W, a.places)
     if place is None:
         raise _mixes(a, node)
-    for name, k, source in read:
+    for name, k, source in () if is_kept(node) else _read_arguments(node):
         if source not in a.tok and not _is_alike(a, call, name, k, source, place, W, env):
             raise _differs(a, node)
     return place
+
+
+def _carried(
+    a: Analysis, node: fx.Node, call: local_rules.Call, W: int, places: Mapping[fx.Node, Place]
+) -> Place | None:
+    """Follow an index of W rows from the tensors that have it to what is made of them; None where it is lost."""
+    if is_kept(node):
+        return _kept_place(a, node, W, places)
+    found: set[Place | None] = set()
+    for name, k, source in _read_arguments(node):
+        if source not in places:
+            continue
+        if 0 in (*node.meta["val"].shape, *source.meta["val"].shape):  # of no numbers nothing is read
+            found.add(_same_place(places[source], source.meta["val"].shape, node.meta["val"].shape))
+        else:
+            found |= carried_places(local_rules.reads(call, name, k), places[source], W) or {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _same_place(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
+    return place if before[place.axis : place.axis + 1] == after[place.axis : place.axis + 1] else None
+
+
+def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
+    """List the tensors whose numbers the op behind a node reads."""
+    op = maker(node)[0]
+    return [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
 
 
 def _is_alike(
@@ -408,19 +291,17 @@ def _is_alike(
     return True
 
 
-def _kept_place(a: Analysis, node: fx.Node, W: int) -> Place:
+def _kept_place(a: Analysis, node: fx.Node, W: int, at: Mapping[fx.Node, Place]) -> Place | None:
     """Prove that a function with a gradient of its own keeps tokens apart, and that its gradient does."""
     inputs, key, result = cast("tuple[list[fx.Node], str, int]", node.args)
-    made, places = named(key), [a.places.get(s) for s in inputs]
+    made, places = named(key), [at.get(s) for s in inputs]
     results = _followed(a.who, made.forward, places, range(len(made.backward)), W)
     place, backward = results[result], made.backward[result]
-    if place is None:
-        raise _mixes(a, node)
     if backward is not None:
-        wanted = [k for k, s in enumerate(inputs) if s in a.tok]
+        wanted = [k for k, s in enumerate(inputs) if s in at]
         pulled = _followed(a.who, backward, [place, *places, *results], wanted, W)
         if any(pulled[k] not in (None, places[k]) for k in wanted):
-            raise _mixes(a, node)
+            return None
     return place
 
 
@@ -429,17 +310,19 @@ def _followed(
 ) -> list[Place | None]:
     """Where the tokens of a graph's inputs are in its results; None: in none of them, or it was not asked for."""
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    _spell_out(gm)
+    spell_out(gm)
     inputs = inputs_of(gm.graph)
     at = {n: p for n, p in zip(inputs, places, strict=True) if p is not None}
     part = Analysis(gm, who, (*at, inputs[0]), {}, {}, inputs[0], {}, tok=set(at), places=at)
     env = {n: n.meta.get("val") for n in gm.graph.nodes}
-    results = results_of(gm.graph)
+    results, rows = results_of(gm.graph), dict[fx.Node, Place]()
     read = needed(results[k] for k in wanted)
     for node in part.nodes:
         if node in read and any(s in part.tok for s in _read_nodes(node)):
             part.tok.add(node)
             part.places[node] = _place(part, node, env, W)
+        elif node in read:
+            _follow_rows(part, node, env, W, rows)
     return [part.places.get(n) for n in results]
 
 
@@ -478,7 +361,7 @@ def _is_even_through(
     """Does a source bring no difference along some labels of a result?"""
     looked_up = any(labels & set(r.labels) for r in term.relations)
     # What is looked up by an index that is an argument too is as even as that index.
-    if _are_tied(term, labels) or (looked_up and all(is_floating(call.argument(*x)) for x in call.arguments)):
+    if are_tied(term, labels) or (looked_up and all(is_floating(call.argument(*x)) for x in call.arguments)):
         return False
     return all(_is_even(a, source, n, env) for n, axis in enumerate(term.inn) if labels & set(axis))
 
@@ -487,10 +370,9 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
     """Is a value that no token reaches the same all along an axis?"""
     if node.op != "call_function":
         return False
-    op = maker(node)[0]
-    read = [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
+    op, read = maker(node)[0], _read_arguments(node)
     if not read:
-        return op_name(op) in _UNIFORM or bool(local_rules.unread(op.target))
+        return is_uniform(op) or bool(local_rules.unread(op.target))
     call = a.call(node, env)
     for name, k, source in read:
         J = local_rules.reads(call, name, k)
@@ -502,7 +384,7 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
 def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
     where = source_line(node) or f"{op_name(op)}, called inside torch"
-    if local_rules.find_row(op.target) is None and _has_no_row(op):
+    if local_rules.find_row(op.target) is None and has_no_row(op):
         return DerivationError(
             f"derive: the {a.who} uses {op_name(op)} at {where}, which has no row in the table of ops; expected ops "
             "that can be shown to keep tokens apart. Write it with other ops, or add a row (ops/table.py)."
@@ -525,43 +407,3 @@ _apart = {
     "objective": f"a loss of each token alone, (..., V), (..., V) -> (...,). {PER_TOKEN}",
     "rule": "coefficients made of each token's own position and gates. Remove the operation over the token axis.",
 }
-
-
-def carried_places(J: Derivative | None, place: Place, W: int) -> set[Place | None]:
-    """Follow the token index of an input axis to the output: one place per term; empty if a term loses it."""
-    found: set[Place | None] = set()
-    for term in () if J is None else J.terms:
-        hit = find_label(term.inn[place.axis], place.inner, W)
-        if hit is None:
-            return set()
-        label, inner = hit
-        where = [
-            (axis, stride)
-            for axis, labels in enumerate(term.out)
-            for other, stride in strides(labels)
-            if other is label
-        ]
-        if len(where) != 1 or _are_tied(term, {label}):
-            return set()
-        axis, stride = where[0]
-        inner *= stride
-        found.add(Place(axis, math.prod(l.size for l in term.out[axis]) // (inner * W), inner))
-    return found
-
-
-def _are_tied(term: Term, labels: set[Label]) -> bool:
-    """Does a relation say which index it is? To look up one number for each index does not."""
-    return any(labels & set(r.bigs if isinstance(r, Lookup) else r.labels) for r in term.relations)
-
-
-def strides(labels: Axis) -> list[tuple[Label, int]]:
-    """List an axis' labels with their strides, outermost first."""
-    return [(label, math.prod(l.size for l in labels[n + 1 :])) for n, label in enumerate(labels)]
-
-
-def find_label(labels: Axis, inner: int, W: int) -> tuple[Label, int] | None:
-    """Find the one label that holds the digits [inner, inner W) of an axis, and where in it they begin."""
-    for label, stride in strides(labels):
-        if stride <= inner and inner * W <= stride * label.size and inner % stride == 0:
-            return label, inner // stride
-    return None

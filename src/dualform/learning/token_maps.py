@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +13,18 @@ from torch import Tensor
 from dualform.algebra.contract import plan
 from dualform.algebra.linear_map import Axis, Derivative, Factor, Term, compose
 from dualform.algebra.planner import Price
+from dualform.algebra.relations import Lookup
 from dualform.algebra.terms import Label, Relation, atoms, sizes, volume
 from dualform.graphs import local_rules as table
 from dualform.learning.rules import Coefficients, Scalar
-from dualform.learning.sites import Place
+
+
+class Place(NamedTuple):
+    """Where the token index sits: axis `axis` is (outer, W, inner), row-major."""
+
+    axis: int
+    outer: int
+    inner: int
 
 
 def token_first(x: Tensor, place: Place, W: int) -> Tensor:
@@ -134,3 +144,43 @@ def price(J: Derivative, like: Tensor) -> Price:
         factors = (*term.factors, Factor(like.new_empty(sizes(labels)), labels, "v"))
         total += plan(factors, _present(term.out, factors)).price
     return total
+
+
+def carried_places(J: Derivative | None, place: Place, W: int) -> set[Place | None]:
+    """Follow the token index of an input axis to the output: one place per term; empty if a term loses it."""
+    found: set[Place | None] = set()
+    for term in () if J is None else J.terms:
+        hit = find_label(term.inn[place.axis], place.inner, W)
+        if hit is None:
+            return set()
+        label, inner = hit
+        where = [
+            (axis, stride)
+            for axis, labels in enumerate(term.out)
+            for other, stride in strides(labels)
+            if other is label
+        ]
+        if len(where) != 1 or are_tied(term, {label}):
+            return set()
+        axis, stride = where[0]
+        inner *= stride
+        found.add(Place(axis, math.prod(l.size for l in term.out[axis]) // (inner * W), inner))
+    return found
+
+
+def are_tied(term: Term, labels: set[Label]) -> bool:
+    """Does a relation say which index it is? To look up one number for each index does not."""
+    return any(labels & set(r.bigs if isinstance(r, Lookup) else r.labels) for r in term.relations)
+
+
+def strides(labels: Axis) -> list[tuple[Label, int]]:
+    """List an axis' labels with their strides, outermost first."""
+    return [(label, math.prod(l.size for l in labels[n + 1 :])) for n, label in enumerate(labels)]
+
+
+def find_label(labels: Axis, inner: int, W: int) -> tuple[Label, int] | None:
+    """Find the one label that holds the digits [inner, inner W) of an axis, and where in it they begin."""
+    for label, stride in strides(labels):
+        if stride <= inner and inner * W <= stride * label.size and inner % stride == 0:
+            return label, inner // stride
+    return None

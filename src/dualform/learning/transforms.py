@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
+
+from dualform.graphs.hollow import Hollows
+from dualform.graphs.this_thread import compiles, records
 
 inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
 
@@ -33,6 +41,43 @@ class _Tracing:
 TRACING = _Tracing()
 
 
+def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
+    """Run on a thread of its own, where no mode of the caller reaches: inside an op autograd is off, under fake tensors
+    nothing is real. One at a time; role "holds": what runs may trace in turn."""
+    if getattr(inside, "worker", False):
+        return make()
+
+    def run() -> Any:
+        setattr(inside, role, True)
+        with Hollows() if role == "worker" else nullcontext():
+            return make()
+
+    with TRACING, _uncollected():
+        _first_fake_tensors()
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(run).result()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the garbage collector back: a graph is many small objects that live, and each collection goes through all of torch's."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@cache
+def _first_fake_tensors() -> None:
+    """A torch for CUDA that finds no GPU crashes if its first fake tensors are another thread's (seen in 2.11)."""
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        with _disable_current_modes(), FakeTensorMode():
+            pass
+
+
 @contextmanager
 def on_behalf(role: dict[str, bool]) -> Iterator[None]:
     """Run as part of what another thread does and waits for: autograd runs the backward of a GPU's tensors on a thread of its own."""
@@ -53,22 +98,13 @@ def watched() -> bool:
 def is_known(x: Tensor) -> bool:
     """May a call depend on a tensor's values? Not while it is traced, nor on the meta device, nor where they differ along an axis that vmap hides."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    if torch.compiler.is_compiling() or x.is_meta or _records():
+    if compiles() or x.is_meta or records():
         return False
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return False
         x = functorch.get_unwrapped(x)
     return True
-
-
-def _records() -> bool:
-    """Does this thread write down what it runs? Modes above dispatch are one stack of the whole process: the key is the thread's."""
-    proxies = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._get_dispatch_mode(proxies) is not None:
-        return True
-    above = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    return above and torch._ops._get_dispatch_mode_pre_dispatch(proxies) is not None
 
 
 def is_one_of_many(x: Tensor) -> bool:

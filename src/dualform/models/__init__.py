@@ -28,18 +28,7 @@ except ModuleNotFoundError as error:
 
 
 __all__ = [
-    "CheckpointError",
-    "DualformConfig",
-    "DualformForCausalLM",
-    "DualformForSequenceClassification",
-    "DualformForTokenClassification",
-    "DualformModel",
-    "from_jax",
-    "from_kernels",
-    "load_official",
-    "official_names",
-    "presets",
-    "read_folder",
-    "to_jax",
-    "to_official",
-]
+    "CheckpointError", "DualformConfig", "DualformForCausalLM", "DualformForSequenceClassification",
+    "DualformForTokenClassification", "DualformModel", "from_jax", "from_kernels", "load_official", "official_names",
+    "presets", "read_folder", "to_jax", "to_official",
+]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualform.graphs.this_thread import compiles, exports
 from dualform.learning.layer import rotate
 from dualform.learning.transforms import watched
 from dualform.models.cache import Columns, DocumentCache
@@ -23,7 +24,7 @@ def allowed(columns: Columns | None, T: int, S: int, window: int | None, device:
     would, and itself, so that no row of the softmax is empty.
     """
     # A window is never left out where a file is written for every length.
-    unseen = window is not None and (torch.compiler.is_exporting() or S > window)
+    unseen = window is not None and (exports() or S > window)
     if columns is None and not unseen and T in (1, S):
         return None
     column = torch.arange(S, device=device)
@@ -76,7 +77,7 @@ class Attention(nn.Module):
             if q.shape[2] == 1:  # asked this way, a compiler that holds the length as a symbol has a plain bool too
                 causal = False
             o, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal), None
-            if o.requires_grad and not torch.compiler.is_compiling():
+            if o.requires_grad and not compiles():
                 o = Twice.apply(o, q, k, v, mask)
         return self.o_proj(o.transpose(1, 2).flatten(2)), weights
 

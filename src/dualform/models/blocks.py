@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dualform.graphs.this_thread import compiles
 from dualform.learning.layer import DepthwiseConv, TestTimeTraining, causal_windows, convolved
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
@@ -95,7 +96,7 @@ def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
     return dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
 
 
-class View(NamedTuple):
+class AttentionView(NamedTuple):
     """What layers of one kind look at: where all columns stand, and which of them each token sees."""
 
     columns: Columns | None
@@ -104,7 +105,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """What one call gives every block, and none should compute again.
 
     mask, reset (B, T) bool; positions (B or 1, T), for the rotations of attention layers; views: for each kind of attention.
@@ -113,7 +114,7 @@ class Call:
     mask: Tensor | None
     reset: Tensor | None
     positions: Tensor
-    views: dict[str, View]
+    views: dict[str, AttentionView]
     with_weights: bool = False
     # What each layer's cache held before it read, for blocks that run again to have their gradients; None without gradients.
     before: dict[int, Any] | None = None
@@ -128,38 +129,40 @@ class Call:
         cache.cut = not torch.is_grad_enabled()
         return cache
 
-    def to(self, *args: Any, **kwargs: Any) -> Call:
+    def to(self, *args: Any, **kwargs: Any) -> BlockCall:
         """Move the tensors, as hooks do that run each layer on a device of its own."""
         mask, reset, positions, views = _pytree.tree_map_only(
             Tensor, lambda x: x.to(*args, **kwargs), (self.mask, self.reset, self.positions, self.views)
         )
-        return Call(mask, reset, positions, views, self.with_weights, self.before, self.observed)
+        return BlockCall(mask, reset, positions, views, self.with_weights, self.before, self.observed)
 
-    def select(self, rows: Tensor) -> Call:
+    def select(self, rows: Tensor) -> BlockCall:
         """Return the same call with the given rows only; `first` makes its views again."""
         rows = rows.to(self.positions.device)
         mask, reset = (None if y is None else y.index_select(0, rows) for y in (self.mask, self.reset))
         positions = self.positions if self.positions.shape[0] == 1 else self.positions.index_select(0, rows)
-        return Call(mask, reset, positions, self.views)
+        return BlockCall(mask, reset, positions, self.views)
 
-    def first(self, x: Tensor, cache: Any) -> Call:
+    def first(self, x: Tensor, cache: Any) -> BlockCall:
         """Return the same call with the columns of x only, its first ones, for the layer that holds this cache."""
         mask, reset, positions = (
             None if y is None else y[:, : x.shape[1]] for y in (self.mask, self.reset, self.positions)
         )
         past = cache if isinstance(cache, DocumentCache) else None
         assert positions is not None
-        return Call(mask, reset, positions, {k: view(past, mask, reset, x, v.window) for k, v in self.views.items()})
+        return BlockCall(
+            mask, reset, positions, {k: view(past, mask, reset, x, v.window) for k, v in self.views.items()}
+        )
 
 
 def view(
     past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, like: Tensor, window: int | None
-) -> View:
+) -> AttentionView:
     """Look at past and new columns; like (B, T, ...)."""
     columns = join(past, mask, reset, like)
     T = like.shape[1]
     S = T if past is None else past.get_mask_sizes(T)[0]
-    return View(columns, allowed(columns, T, S, window, like.device), window)
+    return AttentionView(columns, allowed(columns, T, S, window, like.device), window)
 
 
 class DualformBlock(GradientCheckpointingLayer):
@@ -193,7 +196,7 @@ class DualformBlock(GradientCheckpointingLayer):
         shapes |= {name: (length, mixer.dim) for name, length in tails.items()}
         return shapes | {"chunk": (mixer.chunk,)}
 
-    def forward(self, h: Tensor, call: Call, past: Cache | None = None) -> Tensor:
+    def forward(self, h: Tensor, call: BlockCall, past: Cache | None = None) -> Tensor:
         # By position: transformers' checkpointing, which runs a layer twice, drops what has a cache's name.
         cache: Any = None if past is None else past.layers[self.index]
         if cache is not None and call.before is not None and self.training and self.gradient_checkpointing:
@@ -203,13 +206,13 @@ class DualformBlock(GradientCheckpointingLayer):
         y = self.mix(h, call, cache)
         return y + self.mlp(self.ffn_norm(y))
 
-    def mix(self, h: Tensor, call: Call, cache: Any) -> Tensor:
+    def mix(self, h: Tensor, call: BlockCall, cache: Any) -> Tensor:
         """Do what depends on other tokens, and carry it."""
         return self._learn(h, call, cache) if self.kind == "test_time" else self._attend(h, call, cache)
 
-    def _learn(self, h: Tensor, call: Call, cache: FastWeightCache | None) -> Tensor:
+    def _learn(self, h: Tensor, call: BlockCall, cache: FastWeightCache | None) -> Tensor:
         past, ours = (None, False) if cache is None else cache.lend()
-        if cache is not None and not torch.compiler.is_compiling():
+        if cache is not None and not compiles():
             cache.check(self.carried, h.shape[0])
         h, tail = self._convolve(h, call, past and past.conv.get("pre"))
         x, held, rows = self.seq_norm(h), past and past.layer, {"attention_mask": call.mask, "reset": call.reset}
@@ -220,7 +223,7 @@ class DualformBlock(GradientCheckpointingLayer):
             cache.advance(BlockState(state, {} if tail is None else {"pre": tail}), h.shape[1])
         return h + y
 
-    def _attend(self, h: Tensor, call: Call, cache: DocumentCache | None) -> Tensor:
+    def _attend(self, h: Tensor, call: BlockCall, cache: DocumentCache | None) -> Tensor:
         h, tail = self._convolve(h, call, cache and cache.conv)
         if cache is not None:
             cache.conv = tail
@@ -228,7 +231,7 @@ class DualformBlock(GradientCheckpointingLayer):
         y, _ = self.mixer(self.seq_norm(h), call.positions, view.mask, view.columns, cache, call.with_weights)
         return h + y
 
-    def _convolve(self, h: Tensor, call: Call, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _convolve(self, h: Tensor, call: BlockCall, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.conv is None:
             return h, None
         y, tail = self.conv(h, tail, call.mask, call.reset)

@@ -18,11 +18,12 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from dualform.graphs.this_thread import compiles
 from dualform.learning.layer import TestTimeTraining
 from dualform.learning.transforms import is_known
 from dualform.models.arguments import check_ids, refuse_unknown
 from dualform.models.attention import Attention
-from dualform.models.blocks import Call, DualformBlock, RMSNorm, View, learning_layer, own_tensors, view
+from dualform.models.blocks import AttentionView, BlockCall, DualformBlock, RMSNorm, learning_layer, own_tensors, view
 from dualform.models.cache import adopt
 from dualform.models.configuration import DualformConfig
 from dualform.models.documents import joined, read_mask, said_starts, starts_by_positions
@@ -225,7 +226,7 @@ class DualformModel(DualformPreTrainedModel):
         cache: Cache | None,
         packed: dict[str, Tensor | None],
         with_weights: bool,
-    ) -> Call:
+    ) -> BlockCall:
         """Check what was given, and prepare what every layer of a kind needs."""
         if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(
@@ -249,7 +250,7 @@ class DualformModel(DualformPreTrainedModel):
                 )
             starts = joined(starts, starts_by_positions(positions, mask, B, seen))
         reset = joined(starts, said_starts(packed, B, T, seen, x.device))
-        views: dict[str, View] = {}
+        views: dict[str, AttentionView] = {}
         assert self.config.layer_types is not None
         for kind in {"full_attention", "sliding_attention"} & set(self.config.layer_types):
             held: Any = None if cache is None else cache.layers[self.config.layer_types.index(kind)]
@@ -258,8 +259,8 @@ class DualformModel(DualformPreTrainedModel):
         if positions is None:
             ranks = [v.columns.ranks[:, -T:] for v in views.values() if v.columns is not None and T]
             positions = ranks[0].clamp(min=0) if ranks else torch.arange(seen, seen + T, device=x.device)[None]
-        observed = None if torch.compiler.is_compiling() else observing.get()
-        return Call(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None, observed)
+        observed = None if compiles() else observing.get()
+        return BlockCall(mask, reset, positions, views, with_weights, {} if torch.is_grad_enabled() else None, observed)
 
 
 def cross_entropy(

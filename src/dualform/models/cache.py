@@ -44,20 +44,20 @@ class Columns(NamedTuple):
         return Columns(*(function(x) for x in self))
 
 
-class Reading(NamedTuple):
+class CachedCall(NamedTuple):
     """One call that a cache recorded: what it held before, what was read (h (B, T, d), call), and how to read it again."""
 
     before: Rollback
     h: Tensor
-    call: Any  # blocks.Call
+    call: Any  # blocks.BlockCall
     read: Callable[[Tensor, Any, Any], object]
 
-    def select(self, rows: Tensor) -> Reading:
+    def select(self, rows: Tensor) -> CachedCall:
         before = copy.copy(self.before)
         before.take(rows)
-        return Reading(before, self.h.index_select(0, rows.to(self.h.device)), self.call.select(rows), self.read)
+        return CachedCall(before, self.h.index_select(0, rows.to(self.h.device)), self.call.select(rows), self.read)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedCall:
         return self  # nothing in it is ever written
 
 
@@ -75,7 +75,7 @@ class Rollback:
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.records: list[Reading] = []
+        self.records: list[CachedCall] = []
         self.read: Tensor | None = (
             None  # the last ids (B, n), which tell whether more ids go on from them; None: not known
         )
@@ -93,7 +93,7 @@ class Rollback:
         if self.record_past:
             before = copy.copy(self)
             before.records, before.record_past = [], False
-            self.records.append(Reading(before, h, call, read))
+            self.records.append(CachedCall(before, h, call, read))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove columns, exactly; what is left is kept for good."""

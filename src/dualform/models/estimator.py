@@ -24,7 +24,7 @@ from dualform.functions.formula import Formula
 from dualform.functions.head import Head, HeadConfig
 from dualform.functions.symbolic import formula_of
 from dualform.models import fitting
-from dualform.models.fitting import Network, Rows, Watch
+from dualform.models.fitting import Network, Watch, WeightedRows
 from dualform.models.plot import draw
 from dualform.shapes import fail
 
@@ -104,7 +104,7 @@ class RowsEstimator(BaseEstimator):
 
     def _start(
         self, X: Any, y: Any, sample_weight: Any, first: bool, new_targets: bool
-    ) -> tuple[Rows, torch.Generator]:
+    ) -> tuple[WeightedRows, torch.Generator]:
         """Check all that was given, make what is not there yet, and return the rows as tensors."""
         self._check_options()
         X, y = validate_data(
@@ -138,13 +138,13 @@ class RowsEstimator(BaseEstimator):
         dtype, device = self.network_.flat().dtype, self._device()
         t = torch.from_numpy(t).to(device)
         t = t.to(dtype) if t.is_floating_point() else t
-        rows = Rows(torch.from_numpy(x).to(device, dtype), t, torch.from_numpy(w).to(device, dtype))
+        rows = WeightedRows(torch.from_numpy(x).to(device, dtype), t, torch.from_numpy(w).to(device, dtype))
         return rows, torch.Generator().manual_seed(seed)
 
     def _class_weight(self, y: np.ndarray) -> np.ndarray | float:
         return 1.0
 
-    def _train(self, rows: Rows, generator: torch.Generator, goes_on: bool) -> None:
+    def _train(self, rows: WeightedRows, generator: torch.Generator, goes_on: bool) -> None:
         network = self.network_.to(self._device())
         head = network[0]
         solver = self.solver
@@ -166,7 +166,9 @@ class RowsEstimator(BaseEstimator):
             self._iterate(network, rows, solver, generator, goes_on)
         self.network_ = network.cpu()
 
-    def _iterate(self, network: Network, rows: Rows, solver: str, generator: torch.Generator, goes_on: bool) -> None:
+    def _iterate(
+        self, network: Network, rows: WeightedRows, solver: str, generator: torch.Generator, goes_on: bool
+    ) -> None:
         """Choose alpha if it is to be chosen, and descend."""
         stopping = self.early_stopping if self.early_stopping != "auto" else solver == "adam" and len(rows) >= 200
         fold = None
@@ -191,12 +193,12 @@ class RowsEstimator(BaseEstimator):
         self.n_iter_ = max(1, len(watch.losses))
 
     def _pass(
-        self, network: Network, rows: Rows, count: int, watch: Watch, generator: torch.Generator, state: Any
+        self, network: Network, rows: WeightedRows, count: int, watch: Watch, generator: torch.Generator, state: Any
     ) -> dict[str, Any]:
         options = {"batch": self.batch_size, "rate": self.learning_rate, "generator": generator, "state": state}
         return fitting.adam(network, rows, self._loss, self.alpha_, count, watch, **options)
 
-    def _chosen_alpha(self, network: Network, rows: Rows, generator: torch.Generator) -> float:
+    def _chosen_alpha(self, network: Network, rows: WeightedRows, generator: torch.Generator) -> float:
         """Validate: one held-out part if it is large, three folds if rows are few. Every alpha starts from the same weights."""
         large = len(rows) >= 500
         parts = max(2, round(1 / self.validation_fraction)) if large else 3
@@ -243,12 +245,9 @@ class RowsEstimator(BaseEstimator):
     def _check_options(self) -> None:
         name = type(self).__name__
         positive = {
-            "max_iter": Integral,
-            "batch_size": Integral,
-            "n_iter_no_change": Integral,
-            "tol": Real,
+            "max_iter": Integral, "batch_size": Integral, "n_iter_no_change": Integral, "tol": Real,
             "learning_rate": Real,
-        }
+        }  # fmt: skip
         for option, kind in positive.items():
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:

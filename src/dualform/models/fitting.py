@@ -40,7 +40,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
+class WeightedRows:
     """A weighted set of rows."""
 
     x: Tensor
@@ -50,12 +50,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: Tensor) -> Rows:
-        return Rows(self.x[index], self.y[index], self.w[index])
+    def __getitem__(self, index: Tensor) -> WeightedRows:
+        return WeightedRows(self.x[index], self.y[index], self.w[index])
 
-    def pieces(self, size: int) -> list[Rows]:
+    def pieces(self, size: int) -> list[WeightedRows]:
         parts = (self.x.split(size), self.y.split(size), self.w.split(size))
-        return [Rows(x, y, w) for x, y, w in zip(*parts, strict=True)]
+        return [WeightedRows(x, y, w) for x, y, w in zip(*parts, strict=True)]
 
 
 def merged(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -106,7 +106,7 @@ class Network(nn.Sequential):
         return torch.cat([self(part) for part in x.split(self.piece)])
 
     @torch.no_grad()
-    def loss(self, rows: Rows, loss: Loss) -> float:
+    def loss(self, rows: WeightedRows, loss: Loss) -> float:
         return float((loss(self.outputs(rows.x), rows.y) * rows.w).sum() / rows.w.sum())
 
 
@@ -125,7 +125,7 @@ class Stop(Exception):
 class Watch:
     """What is told after every iteration: it keeps the curves, prints them, and stops a run that no longer improves."""
 
-    held_out: Rows | None = None
+    held_out: WeightedRows | None = None
     patience: int = 10
     tol: float = 1e-5
     label: str = ""
@@ -154,7 +154,9 @@ class Watch:
             raise Stop
 
 
-def lbfgs(network: Network, rows: Rows, loss: Loss, alpha: float, max_iter: int, tol: float, watch: Watch) -> None:
+def lbfgs(
+    network: Network, rows: WeightedRows, loss: Loss, alpha: float, max_iter: int, tol: float, watch: Watch
+) -> None:
     """Minimise over all rows at once, with curvature: for a few thousand rows this is both the fastest and the best."""
     pieces, parameters = rows.pieces(network.piece), list(network.parameters())
     share = [part.w / rows.w.sum() for part in pieces]
@@ -190,7 +192,7 @@ def lbfgs(network: Network, rows: Rows, loss: Loss, alpha: float, max_iter: int,
 
 
 def adam(
-    network: Network, rows: Rows, loss: Loss, alpha: float, max_iter: int, watch: Watch,
+    network: Network, rows: WeightedRows, loss: Loss, alpha: float, max_iter: int, watch: Watch,
     *, batch: int, rate: float, generator: torch.Generator, state: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Pass over the rows in mini-batches, max_iter times at most; the state returned goes on where this leaves off."""
@@ -238,7 +240,7 @@ def is_linear(head: Head, num_rows: int) -> bool:
 
 
 @torch.no_grad()
-def least_squares(head: Head, rows: Rows, alpha: float | None) -> list[float]:
+def least_squares(head: Head, rows: WeightedRows, alpha: float | None) -> list[float]:
     """Solve for all weights of a linear head; alpha=None takes for each target the one with the least leave-one-out error.
 
     With columns of unit variance, A = U S V^T: fitted = U s^2 / (s^2 + alpha) U^T y, and a row left out errs by e / (1 - h).

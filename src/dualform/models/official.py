@@ -23,7 +23,7 @@ from dualform.models.official_config import CheckpointError, kind_of, kinds, rea
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredTensor:
     """Where one tensor lies in one layout: its name there and the letters of its axes."""
 
     name: str
@@ -46,26 +46,20 @@ class TensorName:
     jax: str = ""
     when: str = ""  # an option of the configuration, or "not" an option, or the kind of inner model
 
-    def places(self, official: str, ours: str, jax: str) -> dict[str, Place]:
+    def places(self, official: str, ours: str, jax: str) -> dict[str, StoredTensor]:
         """Return the three places under the given prefixes."""
         specs = {"official": self.official, "ours": self.ours or self.official, "jax": self.jax}
         prefixes = {"official": official, "ours": ours, "jax": jax}
         parts = {layout: spec.split(": ") for layout, spec in specs.items()}
-        return {layout: Place(prefixes[layout] + name, tuple(axes.split())) for layout, (name, axes) in parts.items()}
+        return {
+            layout: StoredTensor(prefixes[layout] + name, tuple(axes.split())) for layout, (name, axes) in parts.items()
+        }
 
 
 axis_names = {
-    "V": "vocab_size",
-    "d": "hidden_size",
-    "c": "hidden_size",
-    "m": "intermediate_size",
-    "H": "num_attention_heads",
-    "f": "head_dim",
-    "h": "4 head_dim",
-    "b": "mini_batch_size",
-    "n": "conv_kernel",
-    "1": "1",
-}
+    "V": "vocab_size", "d": "hidden_size", "c": "hidden_size", "m": "intermediate_size", "H": "num_attention_heads",
+    "f": "head_dim", "h": "4 head_dim", "b": "mini_batch_size", "n": "conv_kernel", "1": "1",
+}  # fmt: skip
 # Prefixes of the three layouts ({i}: the layer), and the tensors under them.
 names = (
     (
@@ -239,29 +233,19 @@ def official_names(config: DualformConfig) -> dict[str, str]:
 def axis_sizes(config: DualformConfig) -> dict[str, int]:
     """Return how long each axis is."""
     return {
-        "V": config.vocab_size,
-        "d": config.hidden_size,
-        "c": config.hidden_size,
-        "m": config.intermediate_size,
-        "H": config.num_attention_heads,
-        "f": config.head_dim,
-        "h": 4 * config.head_dim,
-        "b": config.chunk,
-        "n": config.conv_kernel,
-        "1": 1,
-    }
+        "V": config.vocab_size, "d": config.hidden_size, "c": config.hidden_size, "m": config.intermediate_size,
+        "H": config.num_attention_heads, "f": config.head_dim, "h": 4 * config.head_dim, "b": config.chunk,
+        "n": config.conv_kernel, "1": 1,
+    }  # fmt: skip
 
 
-def tensor_places(config: DualformConfig) -> Iterator[dict[str, Place]]:
+def tensor_places(config: DualformConfig) -> Iterator[dict[str, StoredTensor]]:
     """Yield every tensor of a model as its places in the layouts."""
     kind = kind_of(config)
     options = {name: bool(getattr(config, name)) for name in ("use_gate", "share_qk", "pre_conv")}
     present = {
-        "": True,
-        **{k: k == kind for k in kinds},
-        **options,
-        **{f"not {n}": not on for n, on in options.items()},
-    }
+        "": True, **{k: k == kind for k in kinds}, **options, **{f"not {n}": not on for n, on in options.items()},
+    }  # fmt: skip
     for prefixes, rows in names:
         for i in range(config.num_hidden_layers) if "{i}" in prefixes[0] else (0,):
             for row in rows:
@@ -269,7 +253,7 @@ def tensor_places(config: DualformConfig) -> Iterator[dict[str, Place]]:
                     yield row.places(*(prefix.format(i=i) for prefix in prefixes))
 
 
-def move(x: Tensor, source: Place, target: Place, sizes: Mapping[str, int]) -> Tensor:
+def move(x: Tensor, source: StoredTensor, target: StoredTensor, sizes: Mapping[str, int]) -> Tensor:
     """Return x, which lies as in `source`, as it lies in `target`."""
     kept, wanted = ([axis for axis in place.axes if axis != "1"] for place in (source, target))
     x = x.reshape([sizes[axis] for axis in kept])
@@ -315,7 +299,9 @@ def rename(
     return {p[target].name: move(tensors[name], p[source], p[target], sizes) for name, p in table.items()}
 
 
-def _check_keys(function: str, tensors: Mapping[str, Any], table: Mapping[str, Place], config: DualformConfig) -> None:
+def _check_keys(
+    function: str, tensors: Mapping[str, Any], table: Mapping[str, StoredTensor], config: DualformConfig
+) -> None:
     sizes = axis_sizes(config)
     missing = [f"{name} {place.shape(sizes)}" for name, place in table.items() if name not in tensors]
     extra = [f"{name} {tuple(getattr(x, 'shape', ()))}" for name, x in tensors.items() if name not in table]

@@ -21,35 +21,19 @@ class CheckpointError(ValueError):
 
 # The fields of the official configuration and what their absence means: those that mean the same in ours,
 _shared: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5504,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 32,
-    "mini_batch_size": 16,
-    "use_gate": False,
-    "share_qk": False,
-    "pre_conv": False,
-    "conv_kernel": 4,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24,
+    "num_attention_heads": 32, "mini_batch_size": 16, "use_gate": False, "share_qk": False, "pre_conv": False,
+    "conv_kernel": 4, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
 _renamed = {"mini_batch_size": "chunk"}
 # those that say what learns, and how fast,
 _learning: dict[str, Any] = {"ttt_layer_type": "linear", "ttt_base_lr": 1.0}
 # and those that change no number.
 _idle: dict[str, Any] = {
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "pretraining_tp": 1,
-    "scan_checkpoint_group_size": 0,
+    "hidden_act": "silu", "max_position_embeddings": 2048, "pretraining_tp": 1, "scan_checkpoint_group_size": 0,
     "use_cache": False,
-}
+}  # fmt: skip
 official_defaults: Mapping[str, Any] = MappingProxyType({**_shared, **_learning, **_idle})
 kinds = ("linear", "mlp")
 

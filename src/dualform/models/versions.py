@@ -16,6 +16,8 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
+from dualform.graphs.this_thread import compiles
+
 # Versions on which the whole suite of language models has run: elsewhere `check` compares before anything is answered.
 seen_versions = ("5.17.0", "5.23.0", "5.24.0")
 # How this version's `generate` and outputs call a cache, and how other versions do (5.24 renamed it).
@@ -66,7 +68,7 @@ class Unchecked:
 
     def check(self) -> None:
         """Raise if decoding on a carried state is not what reading again says."""
-        if (self.done and not self.verdict) or torch.compiler.is_compiling():
+        if (self.done and not self.verdict) or compiles():
             return
         with self.lock:  # others wait; what the check itself calls comes here again
             if self.running:

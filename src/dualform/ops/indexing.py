@@ -6,12 +6,14 @@ A place is a lookup: the index tensor is kept, its zeros and ones never are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dualform.algebra.relations import Lookup, window
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
+from dualform.ops import lookups, picking
 from dualform.ops.examples import B, I, T, call
 from dualform.ops.table import ALL, FIRST, Call, broadcast_axes, defined_row, diagonal_terms, entrywise_reads, row
 
@@ -44,6 +46,7 @@ def _reads_taken(call: Call, name: str, k: int | None) -> list[Term]:
 @row(
     "aten::index_select",
     affine=ALL,
+    lowered=picking.index_select,
     reads=_reads_taken,
     examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))],
 )
@@ -56,6 +59,8 @@ def _index_select(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::embedding",
     affine=FIRST,
+    lowered=picking.embedding,
+    mapped=lookups.embedding,
     reads=_reads_taken,
     examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)],
 )
@@ -78,8 +83,16 @@ def _reads_indexed(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), out, broadcast_axes(chosen, call.argument(name, k).shape))]
 
 
+row("aten::_unsafe_index", affine=FIRST, lowered=picking.index, examples=[call("", T("n m"), [I("k", "n")])])(None)
+row(
+    "aten::_unsafe_index_put",
+    lowered=picking.index_put,
+    examples=[call("", T("3 m"), [torch.tensor([2, 0])], T("2 m"))],
+)(None)
+
+
 @row(
-    "aten::index.Tensor", affine=FIRST, reads=_reads_indexed,
+    "aten::index.Tensor", affine=FIRST, reads=_reads_indexed, lowered=picking.index, mapped=lookups.index,
     examples=[
         call("", T("m n"), [None, I("k", "n")]), call("", T("n m"), [I("b k", "n")]), call("", T("n m"), [I("k", "n"), I("k", "m")]),
         call("", T("n k m"), [I("b 1", "n"), None, I("p", "m")]), call("", T("n m k"), [None, I("b 1", "m"), I("p", "k")]),
@@ -147,6 +160,7 @@ def _reads_each(call: Call, name: str, k: int | None) -> list[Term]:
 @row(
     "aten::gather",
     affine=FIRST,
+    lowered=picking.gather,
     reads=_reads_each,
     examples=[
         call("", T("n m"), 1, I("n k", "m")),
@@ -202,7 +216,7 @@ def _take_along_dim(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, lookup(own, inn[dim], index), tuple(out), tuple(inn))]
 
 
-@row("aten::take", affine=FIRST, reads=_reads_each, examples=[call("", T("n m"), I("k p", "12"))])
+@row("aten::take", affine=FIRST, reads=_reads_each, mapped=lookups.take, examples=[call("", T("n m"), I("k p", "12"))])
 def _take(call: Call, operand: int) -> list[Term]:
     return _flat_taken(call.operands[0], call.bound["index"])
 
@@ -253,10 +267,18 @@ def _reads_written(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, tuple(relations), out, tuple(inn))]
 
 
+_writes = {"affine": ALL, "reads": _reads_written}
+
+
 @row(
-    "aten::scatter_add", "aten::scatter.src", "aten::scatter.value", affine=ALL, reads=_reads_written,
+    "aten::scatter_add",
+    **_writes,
+    lowered=partial(picking.scatter, add=True),
+    examples=[call("", T("n m"), 1, I("n k", "m"), T("n k"))],
+)
+@row(
+    "aten::scatter.src", "aten::scatter.value", **_writes, lowered=picking.scatter,
     examples=[
-        call("scatter_add", T("n m"), 1, I("n k", "m"), T("n k")),
         call("scatter.src", T("n 4"), 1, torch.tensor([[0, 2], [3, 1]]), T("2 k")), call("scatter.value", T("n m"), 0, I("k 2", "n"), 2.0),
     ],
 )  # fmt: skip
@@ -280,12 +302,10 @@ def _scatter(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (*relations, *more), inn, tuple(axes))]
 
 
+@row("aten::index_copy", **_writes, mapped="torch", examples=[call("", T("3 m"), 0, torch.tensor([2, 0]), T("2 m"))])
 @row(
-    "aten::index_add", "aten::index_copy", affine=ALL, reads=_reads_written,
-    examples=[
-        call("index_add", T("n m"), 0, I("k", "n"), T("k m"), alpha=2), call("index_copy", T("3 m"), 0, torch.tensor([2, 0]), T("2 m")),
-        call("index_add", T("n m"), 1, I("p", "m"), T("n p")),
-    ],
+    "aten::index_add", **_writes, mapped="torch", lowered=picking.index_add,
+    examples=[call("", T("n m"), 0, I("k", "n"), T("k m"), alpha=2), call("", T("n m"), 1, I("p", "m"), T("n p"))],
 )  # fmt: skip
 def _index_add(call: Call, operand: int) -> list[Term]:
     base, index, adds = call.bound["self"], call.bound["index"].reshape(-1), "alpha" in call.bound
@@ -310,8 +330,8 @@ def _covered(base: Tensor, dim: int, index: Tensor) -> Tensor:
 
 @row(
     "aten::index_fill",
-    affine=ALL,
-    reads=_reads_written,
+    **_writes,
+    mapped=lookups.index_fill,
     examples=[
         call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0),
         call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T("")),
@@ -336,7 +356,7 @@ def _reads_put(call: Call, name: str, k: int | None) -> list[Term]:
 
 
 @row(
-    "aten::index_put", affine=ALL, reads=_reads_put,
+    "aten::index_put", affine=ALL, reads=_reads_put, lowered=picking.index_put, mapped=lookups.index_put,
     examples=[
         call("", T("3 m"), [torch.tensor([2, 0])], T("2 m")), call("", T("n m"), [I("k", "n"), I("k", "m")], T("k"), True),
         call("", T("n m"), [None, I("k", "m")], T("1"), True), call("", T("n m"), [B("n m")], T("")),
@@ -457,3 +477,7 @@ def _embedding_bag(
     if mode == 0:
         return (total,)
     return (total / weight.new_zeros(starts.shape[0]).index_add(0, bag, counted).clamp(min=1)[:, None],)
+
+
+row("aten::put", mapped=lookups.put)(None)
+row("aten::embedding_dense_backward", mapped="torch")(None)

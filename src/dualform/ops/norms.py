@@ -5,6 +5,7 @@ Legend: p a softmax, h the normalised input, r the reciprocal standard deviation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,13 +27,29 @@ def _twin(axes: tuple[Axis, ...], dims: list[int]) -> tuple[Axis, ...]:
 _ALONG = [call("softmax.int", NM, -1), call("softmax.int", T(""), 0), call("softmax.int", T("b n m"), 1)]
 
 
-@row(
-    "aten::softmax",
-    "aten::_softmax",
-    "aten::special_softmax",
-    "aten::_safe_softmax",
-    examples=[*_ALONG, call("_softmax", NM, 0, False), call("special_softmax", NM, 0), call("_safe_softmax", NM, 0)],
-)
+def _exponentials(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    e = torch.exp(x - x.amax(dim, keepdim=True))
+    return e / e.sum(dim, keepdim=True)
+
+
+def _shifted(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    centred = x - x.amax(dim, keepdim=True)
+    return centred - torch.log(torch.exp(centred).sum(dim, keepdim=True))
+
+
+row(
+    "aten::_softmax_backward_data", lowered=lambda g, y, dim, dtype: y * (g - (g * y).sum(dim, keepdim=True)),
+    examples=[call("", NM, NM, 1, torch.float64)],
+)(None)  # fmt: skip
+row(
+    "aten::_log_softmax_backward_data", lowered=lambda g, y, dim, dtype: g - torch.exp(y) * g.sum(dim, keepdim=True),
+    examples=[call("", NM, NM, 1, torch.float64)],
+)(None)  # fmt: skip
+
+
+@row("aten::_softmax", lowered=_exponentials, examples=[call("", NM, 0, False)])
+@row("aten::softmax", python="torch.", examples=_ALONG)
+@row("aten::special_softmax", "aten::_safe_softmax", examples=[call("", NM, 0)])
 def _softmax(call: Call, operand: int) -> list[Term]:
     """dp_j/dx_k = p_j (δ_jk - p_k)."""
     p = call.out
@@ -42,9 +59,10 @@ def _softmax(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (here,), out, out), Term(-1.0, (here, there), out, inn)]
 
 
+@row("aten::_log_softmax", lowered=_shifted, examples=[call("", NM, 1, False)])
 @row(
-    "aten::log_softmax", "aten::_log_softmax", "aten::special_log_softmax",
-    examples=[call("log_softmax.int", NM, 1), call("log_softmax.int", T(""), 0), call("_log_softmax", NM, 1, False), call("special_log_softmax", NM, 0)],
+    "aten::log_softmax", "aten::special_log_softmax",
+    examples=[call("log_softmax.int", NM, 1), call("log_softmax.int", T(""), 0), call("special_log_softmax", NM, 0)],
 )  # fmt: skip
 def _log_softmax(call: Call, operand: int) -> list[Term]:
     """d log p_j/dx_k = δ_jk - p_k."""
@@ -60,12 +78,65 @@ def _standardised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tenso
     return centred * r, r
 
 
+def _layer_normalised(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _widened(x)
+    var, mean = torch.var_mean(wide, list(range(x.ndim - len(shape), x.ndim)), correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    y = (wide - mean) * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y.to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
+
+
+def _layer_normalised_backward(
+    g: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    wide, axes = _widened(g), list(range(x.ndim - len(shape), x.ndim))
+    N, rest = math.prod(shape), axes[0] if axes else x.ndim
+    hat = (_widened(x) - mean) * rstd
+    dx = wide if weight is None else wide * weight
+    inner = dx * N - torch.sum(dx, axes, True) - hat * torch.sum(dx * hat, axes, True)
+
+    def over_rows(of: Tensor, leaf: Tensor | None, is_wanted: bool) -> Tensor | None:
+        if leaf is None or not is_wanted:
+            return None
+        return (of.sum(list(range(rest))) if rest else of).to(leaf.dtype)
+
+    dweight = over_rows(wide * hat, weight, wanted[1])
+    return (
+        ((rstd / N) * inner).to(x.dtype) if wanted[0] else None,
+        dweight,
+        over_rows(wide, bias, wanted[2]),
+    )
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13); torch's own definitions are these, and
+# load sympy. A batch norm's statistics have none at all.
+row("aten::native_layer_norm_backward", mapped=_layer_normalised_backward, fresh=True)(None)
+row(
+    "aten::native_group_norm", "aten::native_group_norm_backward", "aten::_fused_rms_norm", "aten::_fused_rms_norm_backward",
+    "aten::native_batch_norm", "aten::native_batch_norm_backward", mapped="torch",
+)(None)  # fmt: skip
+
+
 @row(
-    "aten::layer_norm", "aten::native_layer_norm", affine=GAIN,
-    examples=[
-        call("layer_norm", NM, [4], T("4"), T("4")), call("layer_norm", T("k 3 2"), [3, 2]), call("layer_norm", T("n 1"), [1]),
-        call("native_layer_norm", NM, [4], T("4"), T("4"), 1e-5),
-    ],
+    "aten::native_layer_norm",
+    affine=GAIN,
+    mapped=_layer_normalised,
+    called=True,
+    fresh=True,
+    examples=[call("", NM, [4], T("4"), T("4"), 1e-5)],
+)
+@row(
+    "aten::layer_norm", affine=GAIN,
+    examples=[call("", NM, [4], T("4"), T("4")), call("", T("k 3 2"), [3, 2]), call("", T("n 1"), [1])],
 )  # fmt: skip
 def _layer_norm(call: Call, operand: int) -> list[Term]:
     """y_j = w_j h_j + b_j with h = (x - mean) r: dy_j/dx_k = w_j r (δ_jk - 1/n - h_j h_k / n)."""

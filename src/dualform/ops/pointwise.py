@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
@@ -13,18 +15,33 @@ from dualform.ops.examples import B, I, T, call
 from dualform.ops.table import (
     ALL,
     EACH,
+    ENTRIES,
     FIRST,
     Call,
+    Entry,
     Product,
     Row,
     add_row,
     broadcast_axes,
     diagonal_terms,
     entrywise_reads,
+    find_row,
     row,
 )
 
 NM = T("n m")
+Spelt = tuple[str, list[Any], dict[str, Any]]
+
+
+def named(n: fx.Node) -> str:
+    """The op's name, without its overload."""
+    target: Any = n.target
+    return target._schema.name.removeprefix("aten::")
+
+
+def argument(n: fx.Node, name: str) -> Any:
+    """An argument by its name in the schema."""
+    return Call(n.target, n.args, n.kwargs, n.meta["val"]).bound[name]
 
 
 def pointwise(call: Call, operand: int) -> list[Term]:
@@ -42,8 +59,25 @@ def _slope_name(call: Call, operand: int) -> str:
     return f"{op}{mark}({','.join(call.operand_name(k) for k in range(len(call.operands)))})"
 
 
+ENTRIES |= {
+    "plus": Entry("{0} + {1}", "{0} + {1}", zero=True, bare=True),
+    "add": Entry("{0} + {alpha} * {1}", "{0} + {alpha} * {1}", zero=True, bare=True),
+    "sub": Entry("{0} - {1}", "{0} - {1}", zero=True, bare=True),
+    "submul": Entry("{0} - {alpha} * {1}", "{0} - {alpha} * {1}", zero=True, bare=True),
+    "rsub": Entry("{1} - {0}", "{1} - {0}", bare=True),
+}
+
+
+def _summed(n: fx.Node) -> Spelt:
+    alpha, operands = argument(n, "alpha"), list(n.args[:2])
+    if named(n) == "rsub" and alpha != 1:
+        return "submul", operands[::-1], {"alpha": alpha}
+    plain, scaled = {"add": ("plus", "add"), "rsub": ("rsub", "")}.get(named(n), ("sub", "submul"))
+    return (plain, operands, {}) if alpha == 1 else (scaled, operands, {"alpha": alpha})
+
+
 @row(
-    "aten::add", affine=ALL,
+    "aten::add", affine=ALL, signs=(1, 1), entry=_summed, python="{0} + {1}", called=True, over=(0, 1),
     examples=[call("add.Tensor", T("m"), NM), call("add.Tensor", T("n 1"), T("m"), alpha=2), call("add.Tensor", T("n"), 2.0)],
 )  # fmt: skip
 def _add(call: Call, operand: int) -> list[Term]:
@@ -52,7 +86,7 @@ def _add(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::sub", "aten::subtract", affine=ALL,
+    "aten::sub", "aten::subtract", affine=ALL, signs=(1, -1), entry=_summed, python="{0} - {1}", called=True, over=(0,),
     examples=[call("sub.Tensor", NM, T("m")), call("sub.Tensor", T("1 1"), NM, alpha=3), call("subtract.Tensor", NM, T("m"))],
 )  # fmt: skip
 def _sub(call: Call, operand: int) -> list[Term]:
@@ -60,13 +94,19 @@ def _sub(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
 
-@row("aten::rsub", affine=ALL, examples=[call("rsub.Tensor", NM, T("m"), alpha=2), call("rsub.Scalar", NM, 1.0)])
+@row(
+    "aten::rsub", affine=ALL, entry=_summed, fresh=True,
+    examples=[call("rsub.Tensor", NM, T("m"), alpha=2), call("rsub.Scalar", NM, 1.0), call("rsub.Scalar", NM, 1.0, 2)],
+)  # fmt: skip
 def _rsub(call: Call, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "self"
     return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
 
-@row("aten::neg", "aten::negative", affine=ALL, examples=[call("", NM)])
+@row(
+    "aten::neg", "aten::negative", affine=ALL, entry=Entry("-{0}", "-{0}", zero=True, name="neg"), signs=(-1,),
+    python="-{0}", called=True, over=(0,), examples=[call("", NM)],
+)  # fmt: skip
 def _neg(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=-1.0)
 
@@ -86,19 +126,25 @@ def _mul(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, other.to(call.out.dtype), _called(call, other))
 
 
+_MUL = Entry("{0} * {1}", "{0} * {1}", bare=True, name="mul")
 for _op in ("aten::mul", "aten::multiply"):
     _tries = [(T("n 1"), T("m")), (NM, 2.5), (NM, B("n m")), (T(""), T("n"))]
     _calls = tuple(call(f"{_op.removeprefix('aten::')}.Tensor", *a) for a in _tries)
-    add_row(Row(_op, _mul, EACH, multilinear=True, form=_mul_form, examples=_calls))
+    add_row(
+        Row(
+            _op, _mul, EACH, multilinear=True, form=_mul_form, examples=_calls, entry=_MUL, python="{0} * {1}", called=True, over=(0, 1)
+        )
+    )  # fmt: skip
 
 
-@row("aten::mul.Scalar", affine=ALL, examples=[call("", NM, 2.5)])
+@row("aten::mul.Scalar", affine=ALL, entry=_MUL, python="{0} * {1}", examples=[call("", NM, 2.5)])
 def _scale(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=float(call.bound["other"]))
 
 
 @row(
-    "aten::div", "aten::divide", "aten::true_divide", affine=FIRST,
+    "aten::div", "aten::divide", "aten::true_divide", affine=FIRST, entry=Entry("{0} / {1}", "{0} / {1}", 6.0, bare=True, name="div"),
+    odd=True, python="{0} / {1}", called=True, over=(0,),
     examples=[
         *(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)
     ],
@@ -115,8 +161,16 @@ def _div(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x / (y * y), name, -1.0)
 
 
+ENTRIES["truncated"] = Entry("std::trunc({0} / {1})", flops=6.0)
+
+
+def _quotient(n: fx.Node) -> Spelt:
+    names: Any = {None: "div", "floor": "floor_divide", "trunc": "truncated"}
+    return names[n.kwargs.get("rounding_mode")], list(n.args[:2]), {}
+
+
 @row(
-    "aten::div.Tensor_mode", "aten::div.Scalar_mode", "aten::divide.Tensor_mode", "aten::divide.Scalar_mode",
+    "aten::div.Tensor_mode", "aten::div.Scalar_mode", "aten::divide.Tensor_mode", "aten::divide.Scalar_mode", entry=_quotient,
     examples=[
         call("div.Tensor_mode", T("n"), T("n"), rounding_mode="floor"),
         call("div.Tensor_mode", T("n"), T("n"), rounding_mode=None), call("div.Scalar_mode", T("n"), 2.0, rounding_mode="trunc"),
@@ -136,7 +190,8 @@ def _called(call: Call, value: Any) -> str:
 
 
 @row(
-    "aten::where", affine=ALL, reads=entrywise_reads,
+    "aten::where", affine=ALL, reads=entrywise_reads, python="torch.", called=True,
+    entry=Entry("({0} != 0 ? {1} : {2})", "tl.where({0}, {1}, {2})", passes=True),
     examples=[call("where.self", B("n m"), T("n 1"), T("m")), call("where.ScalarOther", B("n m"), NM, 0.0)],
 )  # fmt: skip
 def _where(call: Call, operand: int) -> list[Term]:
@@ -156,10 +211,18 @@ def _masked_fill(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, (~mask if keeps else mask).to(call.out.dtype), "[kept]" if keeps else "[mask]")
 
 
-@row(
-    "aten::tril", "aten::triu", affine=ALL,
-    examples=[call("", T("k n m")), call("", T("n n"), -1), call("", NM, 1), call("", T("n 1")), call("", T("1 m"), 1)],
-)  # fmt: skip
+def _kept_triangle(n: fx.Node) -> Spelt:
+    return named(n), [n.args[0]], {"diagonal": argument(n, "diagonal")}
+
+
+_TRIANGLES = [call("", T("k n m")), call("", T("n n"), -1), call("", NM, 1), call("", T("n 1")), call("", T("1 m"), 1)]
+ENTRIES |= {
+    "tril": Entry("({row} >= {col} - ({diagonal}) ? {0} : T(0))"), "triu": Entry("({row} <= {col} - ({diagonal}) ? {0} : T(0))")
+}  # fmt: skip
+
+
+@row("aten::triu", affine=ALL, entry=_kept_triangle, python="x.", examples=_TRIANGLES)
+@row("aten::tril", affine=ALL, entry=_kept_triangle, odd=True, python="x.", called=True, over=(0,), examples=_TRIANGLES)
 def _triangle(call: Call, operand: int) -> list[Term]:
     """tril keeps row + diagonal >= col; triu keeps col >= row + diagonal. No mask is stored."""
     axes: list[Axis] = list(fresh_axes(call.out.shape))
@@ -172,54 +235,173 @@ def _triangle(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::alias", "aten::lift_fresh",
-    "aten::lift_fresh_copy", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL, reads=entrywise_reads,
+    "aten::to", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL, reads=entrywise_reads,
     examples=[
-        *(call(op, NM) for op in ("clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "positive")),
-        call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("_to_copy", NM, dtype=torch.float64),
-        call("dropout", NM, 0.5, False),
+        call("positive", NM), call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("dropout", NM, 0.5, False),
     ],
 )  # fmt: skip
 def _same(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if operand == 0 else []
 
 
+def _alias(base: Any, value: Any) -> tuple[Any, tuple[Any, ...]]:
+    return torch.ops.aten.alias.default, (value,)
+
+
+def _cast(n: fx.Node) -> Spelt:
+    x: Any = n.args[0]
+    before, after = x.meta["val"].dtype, n.meta["val"].dtype
+    if after == torch.bool:
+        return "nonzero", [x], {}
+    return "trunc" if before.is_floating_point and not after.is_floating_point else "copy", [x], {}
+
+
+_COPY = Entry("{0}", "{0}", zero=True, passes=True, name="copy")
+ENTRIES["nonzero"] = Entry("T({0} != 0)", "{0} != 0", truth=True)
+_known = {"affine": ALL, "reads": entrywise_reads, "examples": [call("", NM)]}
+row("aten::clone", entry=_COPY, python="x.", fresh=True, **_known)(_same)
+row("aten::zero", unread=["self"], overwrites=True, examples=[call("", NM)])(None)
+row("aten::contiguous", entry=_COPY, **_known)(_same)
+row("aten::lift_fresh_copy", entry=_COPY, ordered=True, **_known)(_same)
+row("aten::alias", "aten::lift_fresh", kind="view", ordered=True, put=_alias, **_known)(_same)
+row("aten::_to_copy", entry=_cast, **_known | {"examples": [call("", NM, dtype=torch.float64)]})(_same)
 row("aten::type_as", affine=ALL, reads=entrywise_reads, unread=["other"], examples=[call("", T("n"), T("k"))])(_same)
 
 
-@row("aten::copy", affine=ALL, reads=entrywise_reads, unread=["self"], examples=[call("", NM, T("m"))])
+@row(
+    "aten::copy", affine=ALL, reads=entrywise_reads, unread=["self"], overwrites=True, examples=[call("", NM, T("m"))],
+    entry=lambda n: ("copy", [n.args[1]], {}),
+)  # fmt: skip
 def _copy(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "src" else []
 
 
 @row(
-    "aten::fill", affine=ALL, reads=entrywise_reads, unread=["self"],
+    "aten::fill", affine=ALL, reads=entrywise_reads, unread=["self"], overwrites=True,
     examples=[call("fill.Tensor", NM, T("")), call("fill.Scalar", NM, 2.0)],
 )  # fmt: skip
 def _fill(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "value" else []
 
 
-@row(
-    "aten::detach", "aten::sign", "aten::sgn", "aten::floor", "aten::ceil", "aten::round", "aten::trunc", "aten::heaviside",
-    "aten::floor_divide", reads=entrywise_reads,
-    examples=[
-        *(call(op, NM) for op in ("detach", "sign", "sgn", "floor", "ceil", "round", "trunc")),
-        call("floor_divide", NM, T("m")), call("heaviside", NM, T("m")),
-    ],
-)  # fmt: skip
+@row("aten::sgn", "aten::heaviside", reads=entrywise_reads, examples=[call("sgn", NM), call("heaviside", NM, T("m"))])
 def _nothing(call: Call, operand: int) -> list[Term]:
     return []
 
 
+row("aten::detach", kind="view", ordered=True, reads=entrywise_reads, examples=[call("", NM)])(_nothing)
+_UP, _DOWN = "tl.ceil({0})", "tl.floor({0})"
+for _op, _entry in {
+    "sign": Entry(
+        "T(({0} > 0) - ({0} < 0))", "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0)).to({T})", zero=True
+    ),
+    "floor": Entry("std::floor({0})", _DOWN, zero=True),
+    "ceil": Entry("std::ceil({0})", _UP, 25.0, zero=True),
+    "round": Entry("std::nearbyint({0})", "round_({0})", 25.0, zero=True),
+    "trunc": Entry("std::trunc({0})", f"tl.where({{0}} < 0, {_UP}, {_DOWN})", 25.0, zero=True),
+}.items():
+    row(f"aten::{_op}", reads=entrywise_reads, entry=_entry, examples=[call("", NM)])(_nothing)
+row(
+    "aten::floor_divide", reads=entrywise_reads, examples=[call("", NM, T("m"))],
+    entry=Entry("floor_divide_({0}, {1})", "tl.floor({0} / {1})", 25.0),
+)(_nothing)  # fmt: skip
+
+
+def _decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
+    tens = 10.0 ** abs(decimals)
+    return (x * tens).round() / tens if decimals >= 0 else (x / tens).round() * tens
+
+
+row("aten::round.decimals", reads=entrywise_reads, lowered=_decimals, examples=[call("", NM, decimals=1)])(_nothing)
+
+# Truth values: of two operands, of one.
+_COMPARED = {
+    "eq": "==", "ne": "!=", "ge": ">=", "gt": ">", "le": "<=", "lt": "<",
+}  # fmt: skip
+for _op, _sign in _COMPARED.items():
+    row(
+        f"aten::{_op}", entry=Entry(f"T({{0}} {_sign} {{1}})", f"{{0}} {_sign} {{1}}", bare=True), python=f"{{0}} {_sign} {{1}}",
+        examples=[call(f"{_op}.Tensor", NM, T("m")), call(f"{_op}.Scalar", NM, 0.5)],
+    )(_nothing)  # fmt: skip
+for _op, _cpp, _triton in (
+    ("and", "T({0} != 0 && {1} != 0)", "{0} & {1}"),
+    ("or", "T({0} != 0 || {1} != 0)", "{0} | {1}"),
+    ("xor", "T(({0} != 0) != ({1} != 0))", "{0} ^ {1}"),
+):
+    ENTRIES[_op] = Entry(_cpp, _triton, truth=True)
+    row(f"aten::logical_{_op}", entry=replace(ENTRIES[_op], name=_op), examples=[call("", B("n m"), B("m"))])(_nothing)
+for _op, _entry in {
+    "logical_not": Entry("T({0} == 0)", "{0} == 0", truth=True, name="not"),
+    "isnan": Entry("T({0} != {0})", "{0} != {0}"),
+    "isinf": Entry("T(std::fabs({0}) == T(INFINITY))", "tl.abs({0}) == float('inf')", 25.0),
+    "signbit": Entry("T(std::signbit({0}))", flops=25.0),
+}.items():
+    row(f"aten::{_op}", entry=_entry, examples=[call("", T("n m", "signed"))])(_nothing)
+
+
+def _bits(n: fx.Node) -> Spelt:
+    """Of truth values, or bit by bit."""
+    name = named(n).rpartition("_")[2]
+    name = name if n.meta["val"].dtype == torch.bool else f"bits_{name}"
+    return name, list(n.args[:1] if "not" in name else n.args[:2]), {}
+
+
+for _op, _sign in (("and", "&"), ("or", "|"), ("xor", "^")):
+    ENTRIES[f"bits_{_op}"] = Entry(f"T(int64_t({{0}}) {_sign} int64_t({{1}}))", f"{{0}} {_sign} {{1}}", bare=True)
+    row(f"aten::bitwise_{_op}", entry=_bits, examples=[call(f"bitwise_{_op}.Tensor", I("n m", "9"), I("m", "9"))])(
+        _nothing
+    )
+ENTRIES["bits_not"] = Entry("T(~int64_t({0}))", "-1 - {0}")
+row("aten::bitwise_not", entry=_bits, examples=[call("", I("n m", "9"))])(_nothing)
+for _op, _mark in (("left", "l"), ("right", "r")):
+    _sign = {"l": "<<", "r": ">>"}[_mark]
+    _entry = Entry(f"T(int64_t({{0}}) {_sign} int64_t({{1}}))", f"{{0}} {_sign} {{1}}", bare=True, name=f"shift_{_op}")
+    row(
+        f"aten::__{_mark}shift__", f"aten::bitwise_{_op}_shift", entry=_entry,
+        examples=[call(f"{_name}.Tensor", I("n m", "9"), I("m", "4")) for _name in (f"__{_mark}shift__", f"bitwise_{_op}_shift")],
+    )(_nothing)  # fmt: skip
+
+
+def filled_with(n: fx.Node) -> Any:
+    """The number that an op fills a tensor with; None if it is another op, or memory as it was found."""
+    row = find_row(n.target)
+    if row is None or row.entry is not _filled or "empty" in named(n):
+        return None
+    bound = Call(n.target, n.args, dict(n.kwargs), n.meta["val"]).bound
+    return bound.get("fill_value", bound.get("s", float("ones" in named(n))))
+
+
+def is_uniform(n: fx.Node) -> bool:
+    """Does an op make a tensor of its sizes alone, the same number in every entry?"""
+    row = find_row(n.target)
+    return row is not None and row.entry is _filled and not n.all_input_nodes
+
+
+def _filled(n: fx.Node) -> Spelt:
+    value = torch.tensor(filled_with(n) or 0.0, dtype=n.meta["val"].dtype)  # with the digits that it has
+    return "fill", [], {"value": float(value)}
+
+
+def _counted(n: fx.Node) -> Spelt:
+    start, _, step = (0, *n.args, 1) if len(n.args) == 1 else (*n.args, 1)[:3]
+    return "arange", [], {"start": start, "step": step}
+
+
+ENTRIES |= {"fill": Entry("T({value})", passes=True), "arange": Entry("T({start}) + T({step}) * T({i0})")}
 row(
     "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones",
-    "aten::new_full", "aten::new_empty", unread=["self"],
+    "aten::new_full", "aten::new_empty", unread=["self"], entry=_filled,
     examples=[
         *(call(op, NM) for op in ("zeros_like", "ones_like")), call("full_like", NM, 2.0),
         call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0),
     ],
 )(_nothing)  # fmt: skip
+row(
+    "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor", "aten::empty", "aten::empty_strided", entry=_filled,
+    examples=[call("full", [2], 1.0), call("zeros", [2]), call("ones", [2]), call("scalar_tensor", 2.0)],
+)(None)  # fmt: skip
+row("aten::arange", entry=_counted, python="torch.", examples=[call("arange", 3), call("arange.start", 1, 4)])(None)
+row("aten::eye", entry=Entry("T({i0} == {i1})"), examples=[call("eye", 3), call("eye.m", 2, 3)])(None)
 
 
 def _bins(call: Call, name: str, k: int | None) -> list[Term]:
@@ -248,9 +430,125 @@ row("aten::one_hot", reads=_marks, examples=[call("", I("n", "m"), 4)])(_nothing
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
 row(
-    "aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", "aten::absolute",
+    "aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid",
     examples=[call("", T("n m", "signed"))],
 )(pointwise)  # fmt: skip
+row(
+    "aten::abs", "aten::absolute", entry=Entry("std::fabs({0})", "tl.abs({0})", zero=True, name="abs"), python="torch.",
+    examples=[call("", T("n m", "signed"))],
+)(pointwise)  # fmt: skip
+
+# Functions of one number, of two: C++, Triton, price, f(0) = 0.
+for _op, _cpp, _triton, _zero in (
+    ("erf", "std::erf({0})", "tl.erf({0})", True), ("log1p", "std::log1p({0})", "log1p_({0})", True),
+    ("expm1", "std::expm1({0})", "expm1_({0})", True), ("atan", "std::atan({0})", "", False),
+    ("sinh", "std::sinh({0})", "0.5 * (expm1_({0}) - expm1_(-{0}))", True),
+    ("cosh", "std::cosh({0})", "0.5 * (tl.exp({0}) + tl.exp(-{0}))", False), ("lgamma", "std::lgamma({0})", "", False),
+    ("tan", "std::tan({0})", "tl.sin({0}) / tl.cos({0})", True), ("asin", "std::asin({0})", "", False),
+    ("acos", "std::acos({0})", "", False), ("asinh", "std::asinh({0})", "asinh_({0})", True),
+    ("acosh", "std::acosh({0})", "tl.log({0} + tl.sqrt({0} * {0} - 1.0))", False),
+    ("atanh", "std::atanh({0})", "0.5 * (log1p_({0}) - log1p_(-{0}))", True), ("erfc", "std::erfc({0})", "1.0 - tl.erf({0})", False),
+    ("exp2", "std::exp2({0})", "tl.exp2({0})", False), ("log2", "std::log2({0})", "tl.log2({0})", False),
+    ("log10", "std::log10({0})", "0.4342944819032518 * tl.log({0})", False), ("digamma", "T(digamma_({0}))", "", False),
+    ("erfinv", "T(erfinv_({0}))", "", False), ("special_ndtri", "T(ndtri_({0}))", "", False),
+    ("special_erfcx", "T(erfcx_({0}))", "", False),
+):  # fmt: skip
+    _entry = Entry(_cpp, _triton, 25.0, _zero, name=_op.removeprefix("special_"))
+    _python = "torch." if _op == "erf" else ""
+    row(
+        f"aten::{_op}", entry=_entry, python=_python, examples=[call("", T("n m", "big" if _op == "acosh" else "unit"))]
+    )(pointwise)
+for _op, _cpp, _triton in (
+    ("atan2", "std::atan2({0}, {1})", ""), ("hypot", "std::hypot({0}, {1})", "tl.sqrt({0} * {0} + {1} * {1})"),
+    ("fmod", "std::fmod({0}, {1})", ""), ("remainder", "remainder_({0}, {1})", "{0} - {1} * tl.floor({0} / {1})"),
+    ("copysign", "std::copysign({0}, {1})", ""), ("fmax", "std::fmax(T({0}), T({1}))", "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})"),
+    ("fmin", "std::fmin(T({0}), T({1}))", "tl.where(({0} < {1}) | ({1} != {1}), {0}, {1})"),
+):  # fmt: skip
+    _tensors = ".Tensor" if _op in ("fmod", "remainder", "copysign") else ""
+    row(
+        f"aten::{_op}",
+        entry=Entry(_cpp, _triton, 25.0, bare=_op in ("fmax", "fmin")),
+        examples=[call(f"{_op}{_tensors}", NM, T("m"))],
+    )(pointwise)
+for _op, _sign in (("maximum", ">"), ("minimum", "<")):
+    _entry = Entry(
+        f"({{0}} {_sign} {{1}} || {{0}} != {{0}} ? {{0}} : {{1}})",
+        f"tl.where(({{0}} {_sign} {{1}}) | ({{0}} != {{0}}), {{0}}, {{1}})", bare=True, name=_op[:3],
+    )  # fmt: skip
+    row(f"aten::{_op}", entry=_entry, python="torch.", examples=[call("", NM, T("m"))])(pointwise)
+
+
+def _polygamma(n: fx.Node) -> Spelt:
+    return ("digamma", [n.args[1]], {}) if n.args[0] == 0 else ("polygamma", [n.args[1]], {"order": n.args[0]})
+
+
+def _bessel(n: fx.Node) -> Spelt:
+    name = named(n)
+    return "bessel_ie" if name.endswith("e") else "bessel_i", [n.args[0]], {"order": int("1" in name)}
+
+
+ENTRIES |= {
+    "polygamma": Entry("T(polygamma_({order}, {0}))", flops=25.0), "bessel_i": Entry("T(bessel_i_({order}, {0}))", flops=25.0),
+    "bessel_ie": Entry("T(bessel_ie_({order}, {0}))", flops=25.0),
+}  # fmt: skip
+row("aten::polygamma", entry=_polygamma, examples=[call("", k, NM) for k in (0, 2)])(pointwise)
+row("aten::i0", "aten::special_i0e", "aten::special_i1", "aten::special_i1e", entry=_bessel, examples=[call("", NM)])(
+    pointwise
+)
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u): value and slopes share one sigmoid."""
+    return x * (torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else _normal(x))
+
+
+def _tanh_gelu(x: Tensor, approximate: str = "none") -> Any:
+    return _gelu(x, approximate) if approximate == "tanh" else NotImplemented
+
+
+def _normal(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_slope(g: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate != "tanh":
+        normal = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return g * (_normal(x) + x * normal)
+    u, du = _steepness(x)
+    s = torch.sigmoid(u)
+    return g * (s + x * (s * (1 - s)) * du)
+
+
+def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 2u and its derivative, u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    c, square = 2 * math.sqrt(2 / math.pi), x * x
+    return x * (c + c * 0.044715 * square), c + 3 * c * 0.044715 * square
+
+
+_HIDDEN = T("n m", "signed")
+row(
+    "aten::gelu",
+    lowered=_gelu,
+    sloped=_tanh_gelu,
+    examples=[call("", _HIDDEN), call("", _HIDDEN, approximate="tanh")],
+)(pointwise)
+row("aten::silu", lowered=lambda x: x * torch.sigmoid(x), examples=[call("", _HIDDEN)])(pointwise)
+row("aten::gelu_backward", sloped=_gelu_slope, examples=[call("", NM, _HIDDEN)])(pointwise)
+
+
+def _where_large(g: Tensor, x: Tensor, threshold: float) -> Tensor:
+    return torch.where(x.abs() > threshold, g, 0.0)
+
+
+row("aten::softshrink_backward", sloped="torch", lowered=_where_large, examples=[call("", NM, _HIDDEN, 0.5)])(pointwise)
+row("aten::hardshrink_backward", lowered=_where_large, examples=[call("", NM, _HIDDEN, 0.5)])(pointwise)
+for _op, _example in {
+    "sigmoid": call("", NM, NM), "tanh": call("", NM, NM), "silu": call("", NM, _HIDDEN), "elu": call("", NM, 1.0, 1.0, 1.0, False, _HIDDEN),
+    "softplus": call("", NM, _HIDDEN, 1.0, 20.0), "leaky_relu": call("", NM, _HIDDEN, 0.1, False), "hardtanh": call("", NM, _HIDDEN, -1.0, 1.0),
+    "hardsigmoid": call("", NM, _HIDDEN), "hardswish": call("", NM, _HIDDEN), "mish": call("", NM, _HIDDEN),
+    "threshold": call("", NM, _HIDDEN, 0.5),
+}.items():  # fmt: skip
+    row(f"aten::{_op}_backward", sloped="torch", examples=[_example])(None)
 
 
 # Slopes that are cheap in terms of the result, or plainer to read than the generic rule.
@@ -262,23 +560,52 @@ def _unary(slope: Any, shown: str) -> Any:
     return rule
 
 
-for _name, _slope, _shown in (
-    ("exp", lambda x, y: y, "exp({x})"),
-    ("log", lambda x, y: 1 / x, "(1/{x})"),
-    ("sqrt", lambda x, y: 0.5 / y, "(1/2√{x})"),
-    ("rsqrt", lambda x, y: -0.5 * y * y * y, "rsqrt'({x})"),
-    ("reciprocal", lambda x, y: -y * y, "(-1/{x}²)"),
-    ("sin", lambda x, y: x.cos(), "cos({x})"),
-    ("cos", lambda x, y: -x.sin(), "(-sin({x}))"),
-    ("tanh", lambda x, y: 1 - y * y, "tanh'({x})"),
-    ("sigmoid", lambda x, y: y * (1 - y), "sigmoid'({x})"),
-    ("relu", lambda x, y: (x > 0).to(x.dtype), "[{x}>0]"),
-    ("square", lambda x, y: 2 * x, "2{x}"),
-):
-    row(f"aten::{_name}", examples=[call("", NM), call("", T(""))])(_unary(_slope, _shown))
+for _op, _slope, _shown, _cpp, _triton, _flops, _zero in (
+    ("exp", lambda x, y: y, "exp({x})", "exp_({0})", "tl.exp({0})", 25.0, False),
+    ("log", lambda x, y: 1 / x, "(1/{x})", "std::log({0})", "tl.log({0})", 25.0, False),
+    ("sqrt", lambda x, y: 0.5 / y, "(1/2√{x})", "std::sqrt({0})", "tl.sqrt({0})", 6.0, True),
+    ("rsqrt", lambda x, y: -0.5 * y * y * y, "rsqrt'({x})", "T(1) / std::sqrt({0})", "tl.rsqrt({0})", 6.0, False),
+    ("reciprocal", lambda x, y: -y * y, "(-1/{x}²)", "T(1) / {0}", "1.0 / {0}", 6.0, False),
+    ("sin", lambda x, y: x.cos(), "cos({x})", "std::sin({0})", "tl.sin({0})", 25.0, True),
+    ("cos", lambda x, y: -x.sin(), "(-sin({x}))", "std::cos({0})", "tl.cos({0})", 25.0, False),
+    ("tanh", lambda x, y: 1 - y * y, "tanh'({x})", "tanh_({0})", "tanh_({0})", 25.0, True),
+    ("sigmoid", lambda x, y: y * (1 - y), "sigmoid'({x})", "sigmoid_({0})", "tl.sigmoid({0})", 25.0, False),
+    (
+        "relu", lambda x, y: (x > 0).to(x.dtype), "[{x}>0]",
+        "({0} > 0 || {0} != {0} ? {0} : T(0))", "tl.where({0} < 0, 0.0, {0})", 1.0, True,
+    ),
+):  # fmt: skip
+    row(
+        f"aten::{_op}", entry=Entry(_cpp, _triton, _flops, _zero), python="torch.", called=_op in ("tanh", "exp", "sigmoid", "rsqrt"),
+        over=(0,) * (_op == "sigmoid"), examples=[call("", NM), call("", T(""))],
+    )(_unary(_slope, _shown))  # fmt: skip
+row("aten::square", python="{0} ** 2", examples=[call("", NM), call("", T(""))])(_unary(lambda x, y: 2 * x, "2{x}"))
+
+_POWER = Entry("std::pow({0}, {1})", "pow_({0}, {1})", 25.0, name="pow")
+row(
+    "aten::pow",
+    entry=_POWER,
+    python="{0} ** {1}",
+    examples=[call("pow.Tensor_Tensor", NM, T("m")), call("pow.Scalar", 2.0, NM)],
+)(pointwise)
 
 
-@row("aten::pow.Tensor_Scalar", examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)])
+def _powered(n: fx.Node) -> Spelt:
+    arguments: Any = n.args
+    x, p = arguments
+    if p in (2, 2.0):
+        return "mul", [x, x], {}
+    if p in (0.5, -0.5, -1):
+        return {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}[p], [x], {}
+    return "pow", [x, p], {}
+
+
+@row(
+    "aten::pow.Tensor_Scalar",
+    entry=_powered,
+    python="{0} ** {1}",
+    examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)],
+)
 def _power(call: Call, operand: int) -> list[Term]:
     x, p, name = call.operands[0], call.bound["exponent"], call.operand_name(0)
     if p == 0:
@@ -290,7 +617,14 @@ def _power(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, x ** (p - 1), f"{name}^{p - 1:g}", float(p))
 
 
-@row("aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), examples=[call("", NM, T("m"), T("n 1"), value=2)])
+ENTRIES["addcmul"] = Entry("{0} + {alpha} * {1} * {2}", "{0} + {alpha} * {1} * {2}", bare=True)
+
+
+@row(
+    "aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), called=True, over=(0,),
+    entry=lambda n: ("addcmul", list(n.args[:3]), {"alpha": argument(n, "value")}),
+    examples=[call("", NM, T("m"), T("n 1"), value=2)],
+)  # fmt: skip
 def _addcmul(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][0]
     if where == "self":
@@ -316,10 +650,30 @@ def _lerp(call: Call, operand: int) -> list[Term]:
 
 # The derivative by the result of a branch or a clamp is 0/1; the rest is the generic rule with an affine claim added.
 row("aten::addcdiv", affine=(frozenset({0, 1}),), examples=[call("", NM, T("m"), T("n 1"), value=2)])(pointwise)
-row("aten::clamp", "aten::clip", "aten::clamp_min", "aten::clamp_max", examples=[
-    call("clamp", NM, 0.5, 0.8), call("clamp.Tensor", NM, T("m")), call("clip", NM, 0.5), call("clamp_min", NM, 0.6),
-    call("clamp_max", NM, 0.6),
-])(pointwise)  # fmt: skip
+
+
+def _clamped(n: fx.Node) -> Spelt:
+    bound = Call(n.target, n.args, n.kwargs, n.meta["val"]).bound
+    low, high = bound.get("min"), bound.get("max")
+    assert low is None or high is None  # lowered
+    return ("max", [n.args[0], low], {}) if high is None else ("min", [n.args[0], high], {})
+
+
+def _between(x: Tensor, min: Any = None, max: Any = None) -> Any:
+    return NotImplemented if min is None or max is None else x.clamp_min(min).clamp_max(max)
+
+
+def _between_tensors(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+    x = x if min is None else torch.maximum(x, min)
+    return x if max is None else torch.minimum(x, max)
+
+
+row("aten::clamp", entry=_clamped, lowered=_between, python="x.", examples=[call("", NM, 0.5, 0.8)])(pointwise)
+row("aten::clamp_min", "aten::clamp_max", entry=_clamped, examples=[call("", NM, 0.6)])(pointwise)
+row("aten::clamp.Tensor", lowered=_between_tensors, python="x.", examples=[call("", NM, T("m"))])(pointwise)
+row("aten::clamp_min.Tensor", lowered=_between_tensors, examples=[call("", NM, T("m"))])(pointwise)
+row("aten::clamp_max.Tensor", lowered=torch.minimum, examples=[call("", NM, T("m"))])(pointwise)
+row("aten::clip", examples=[call("", NM, 0.5)])(pointwise)
 
 
 @row(
@@ -345,3 +699,10 @@ def _prelu(call: Call, operand: int) -> list[Term]:
 def is_pointwise(target: Any) -> bool:
     """Does torch tag the op as entry by entry?"""
     return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+# What the operators &= and so on call, by what does the same.
+OPERATORS = {
+    "__iand__": "bitwise_and_", "__ior__": "bitwise_or_", "__ixor__": "bitwise_xor_", "__ilshift__": "bitwise_left_shift_",
+    "__irshift__": "bitwise_right_shift_",
+}  # fmt: skip

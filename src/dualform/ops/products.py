@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +35,26 @@ def _batched(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> Produc
 
 
 product_row(
-    "aten::mm", "aten::bmm", "aten::matmul", "aten::linalg_matmul", "aten::mv", "aten::dot", "aten::vdot",
+    "aten::mm", kind="product", odd=True, python="{0} @ {1}", called=True,
+    examples=[call("", T("n m"), T("m k")), call("", T("1 m"), T("m 1"))],
+)(_matrix_product)  # fmt: skip
+product_row(
+    "aten::bmm", kind="product", odd=True, python="{0} @ {1}", called=True, fresh=True, examples=[call("", T("b n m"), T("b m k"))]
+)(_matrix_product)  # fmt: skip
+product_row("aten::mv", kind="product", python="{0} @ {1}", examples=[call("", T("n m"), T("m"))])(_matrix_product)
+product_row("aten::vdot", examples=[call("", T("n"), T("n"))])(_matrix_product)
+product_row("aten::dot", kind="product", examples=[call("", T("n"), T("n"))])(_matrix_product)
+product_row(
+    "aten::matmul", "aten::linalg_matmul", python="{0} @ {1}",
     examples=[
-        call("mm", T("n m"), T("m k")), call("mm", T("1 m"), T("m 1")), call("bmm", T("b n m"), T("b m k")),
         *(call("matmul", T(a), T(b)) for a, b in (("n", "n"), ("n m", "m"), ("m", "m k"), ("n m", "m k"))),
         call("matmul", T("b 1 n m"), T("c m k")), call("matmul", T("n m"), T("b m 1")), call("linalg_matmul", T("n m"), T("m k")),
-        call("mv", T("n m"), T("m")), call("dot", T("n"), T("n")), call("vdot", T("n"), T("n")),
     ],
 )(_matrix_product)  # fmt: skip
 
 
-@product_row("aten::outer", "aten::ger", examples=[call("", T("n"), T("m"))])
+@product_row("aten::outer", python="torch.", examples=[call("", T("n"), T("m"))])
+@product_row("aten::ger", examples=[call("", T("n"), T("m"))])
 def _outer(call: Call) -> Product:
     i, j = fresh_axes(call.out.shape)
     return Product((i, j), ((i,), (j,)))
@@ -123,7 +133,11 @@ def _tensordot(call: Call) -> Product:
     return Product(tuple(out), (tuple(left), tuple(right)))
 
 
-def _with_addend(name: str, examples: Sequence[Example]) -> None:
+def _added(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return (x if beta == 1 else beta * x) + (a @ b if alpha == 1 else alpha * (a @ b))
+
+
+def _with_addend(name: str, examples: Sequence[Example], **columns: Any) -> None:
     """out = beta * addend + alpha * (a @ b); addbmm sums the batch too."""
     addend, scale, product_scale = "self", "beta", "alpha"
 
@@ -140,16 +154,16 @@ def _with_addend(name: str, examples: Sequence[Example]) -> None:
         return [Term(float(call.bound.get(product_scale, 1)), (other,), product.out, product.axes[mine])]
 
     groups = (frozenset({0, 1}), frozenset({0, 2}))
-    add_row(Row(name, rule, groups, examples=tuple(examples)))
+    add_row(Row(name, rule, groups, examples=examples, **columns))
 
 
-for _op, _shapes in (
-    ("addmm", ("m", "n k", "k m")),
-    ("baddbmm", ("b n m", "b n k", "b k m")),
-    ("addmv", ("n", "n k", "k")),
-    ("addbmm", ("n m", "b n k", "b k m")),
+for _op, _shapes, _columns in (
+    ("addmm", ("m", "n k", "k m"), {"lowered": _added, "python": "{0} + {1} @ {2} | torch."}),
+    ("baddbmm", ("b n m", "b n k", "b k m"), {"lowered": _added, "called": True, "over": (0,)}),
+    ("addmv", ("n", "n k", "k"), {}),
+    ("addbmm", ("n m", "b n k", "b k m"), {}),
 ):
-    _with_addend(f"aten::{_op}", [call("", *map(T, _shapes), beta=2, alpha=3)])
+    _with_addend(f"aten::{_op}", [call("", *map(T, _shapes), beta=2, alpha=3)], **_columns)
 
 
 def _linear(call: Call, operand: int) -> list[Term]:

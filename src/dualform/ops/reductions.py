@@ -5,15 +5,19 @@ Most reductions need no rule of their own: each entry feeds one result, so the o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
+from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, Call, diagonal_terms, dims_of, row, volume_of
+from dualform.ops.pointwise import named
+from dualform.ops.table import ALL, FOLDS, Call, Fold, diagonal_terms, dims_of, row, volume_of
 
 NM, BNM, SIGNED = T("n m"), T("b n m"), T("n m", "signed")
 
@@ -33,8 +37,35 @@ def along(*ops: str) -> list[Any]:
     return [c for op in ops for c in (call(op, NM), call(op, T("")), call(op, T("l")))]
 
 
+FOLDS |= {
+    "sum": Fold(("T(0)", "{0} += {1};"), ("tl.sum({0}, {axis})", "0.0"), "plus"),
+    "prod": Fold(("T(1)", "{0} *= {1};"), ("tl.reduce({0}, {axis}, times_)", "1.0"), "mul"),
+    "amax": Fold(
+        ("T(-INFINITY)", "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});"), ("amax_({0}, {axis})", "float('-inf')")
+    ),
+    "amin": Fold(
+        ("T(INFINITY)", "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});"), ("amin_({0}, {axis})", "float('inf')")
+    ),
+}
+
+
+def _folded(n: fx.Node) -> tuple[str, list[Any], dict[str, Any]]:
+    """Which axis of the result each axis of the operand is, None if it goes, and what the result is scaled by."""
+    x: Any = n.args[0]
+    name, shape = named(n), tuple(x.meta["val"].shape)
+    dims: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    keep = bool(n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False))
+    over = set(dims_of(dims, len(shape))) if shape else set()
+    kept = [None if a in over else sum(keep or b not in over for b in range(a)) for a in range(len(shape))]
+    scale = 1 / math.prod(shape[a] for a in over) if name == "mean" else 1.0
+    return "sum" if name == "mean" else name, [x], {"kept": kept, "scale": scale}
+
+
+_folds = {"kind": "reduction", "entry": _folded}
+
+
 @row(
-    "aten::sum", affine=ALL,
+    "aten::sum", affine=ALL, **_folds, odd=True, python="{0}.sum() | {0}.sum({1}) | {0}.sum({1}, keepdim={2}) | x.", called=True,
     examples=[*along("sum"), call("sum.dim_IntList", NM, [-1]), call("sum.dim_IntList", T("n m k"), [0, 2], True), call("sum.dim_IntList", NM, [])],
 )  # fmt: skip
 def _sum(call: Call, operand: int) -> list[Term]:
@@ -51,26 +82,82 @@ def _sum_to_size(call: Call, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::mean",
-    affine=ALL,
+    "aten::mean", affine=ALL, **_folds, odd=True, called=True,
     examples=[*along("mean"), call("mean.dim", NM, [0]), call("mean.dim", T("n m k"), [0, -1], True)],
-)
+)  # fmt: skip
 def _mean(call: Call, operand: int) -> list[Term]:
     dims, out, inn = _reduced(call)
     return [Term(1.0 / volume_of(call.operands[0].shape, dims), (), out, inn)]
 
 
+def _variance_and_mean(
+    x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    axes = [d % x.ndim for d in dim or range(x.ndim)]
+    rest = max(math.prod(x.shape[d] for d in axes) - (1 if correction is None else correction), 0)
+    mean = x.mean(axes, keepdim=True)
+    found = ((x - mean) ** 2).sum(axes, keepdim=True) * (1 / rest if rest else math.inf)
+    kept = [n for d, n in enumerate(x.shape) if d not in axes]
+    return (found, mean) if keepdim else (found.reshape(kept), mean.reshape(kept))
+
+
+def _vector_norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    axes = list(range(x.ndim)) if dim is None else dim
+    if ord in (math.inf, -math.inf):
+        return (x.abs().amax if ord > 0 else x.abs().amin)(axes, keepdim)
+    if ord == 0:
+        return (x != 0).to(x.dtype).sum(axes, keepdim)
+    if ord == 1:
+        return x.abs().sum(axes, keepdim)
+    return (x * x).sum(axes, keepdim).sqrt() if ord == 2 else (x.abs() ** ord).sum(axes, keepdim) ** (1 / ord)
+
+
+def _most(value: Callable[..., Tensor], place: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda x, dim, keepdim=False: (value(x, dim, keepdim), place(x, dim, keepdim))
+
+
+# Two ops of the same arguments.
+_both = {"several": ("var", "mean"), "python": "torch."}
+row("aten::var_mean", **_both, examples=[call("var_mean.dim", NM, [1])])(None)
+row(
+    "aten::var_mean.correction",
+    **_both,
+    definition=_variance_and_mean,
+    lowered=_variance_and_mean,
+    examples=[call("", NM, [1], correction=0)],
+)(None)
+row("aten::std_mean", several=("std", "mean"), examples=[call("std_mean.correction", NM, [1], correction=0)])(None)
+row("aten::aminmax", several=("amin", "amax"), examples=[call("", NM, dim=1)])(None)
+
+
 @row(
-    "aten::var", "aten::std", "aten::logsumexp", "aten::linalg_vector_norm", "aten::norm", "aten::frobenius_norm", "aten::prod", "aten::amax",
-    "aten::amin", "aten::max", "aten::min", "aten::median", "aten::nanmedian", "aten::nansum", "aten::nanmean", "aten::special_logsumexp",
+    "aten::prod",
+    **_folds,
+    examples=[*along("prod"), call("prod.dim_int", SIGNED, 0), call("prod.dim_int", BNM, -1, True)],
+)
+@row("aten::amax", "aten::amin", **_folds, examples=[call("amax", NM, [1]), call("amin", NM, [0, 1], True)])
+@row(
+    "aten::var", "aten::std",
+    examples=[*along("var", "std"), call("var.dim", NM, [0])],
+)  # fmt: skip
+@row(
+    "aten::var.correction", lowered=lambda *a, **k: _variance_and_mean(*a, **k)[0],
+    examples=[call("", NM, [1], correction=0, keepdim=True)],
+)  # fmt: skip
+@row(
+    "aten::std.correction", lowered=lambda *a, **k: _variance_and_mean(*a, **k)[0].sqrt(), examples=[call("", BNM, [0, 2], correction=1)]
+)  # fmt: skip
+@row(
+    "aten::linalg_vector_norm", lowered=_vector_norm,
+    examples=[*(call("", SIGNED, p, [1]) for p in (2, 1, 0, 3, 0.5, float("inf"), -float("inf"), -1)), call("", SIGNED)],
+)  # fmt: skip
+@row("aten::logsumexp", lowered="torch", examples=[call("", NM, [1]), call("", BNM, [0, 1], True)])
+@row(
+    "aten::norm", "aten::frobenius_norm", "aten::max", "aten::min", "aten::median", "aten::nanmedian", "aten::nansum",
+    "aten::nanmean", "aten::special_logsumexp",
     examples=[
-        *along("var", "std", "prod", "max", "min", "median", "nanmedian", "nansum", "nanmean"),
-        call("var.correction", NM, [1], correction=0, keepdim=True), call("var.dim", NM, [0]), call("std.correction", BNM, [0, 2], correction=1),
-        call("prod.dim_int", SIGNED, 0), call("prod.dim_int", BNM, -1, True), call("amax", NM, [1]), call("amin", NM, [0, 1], True),
-        call("logsumexp", NM, [1]), call("logsumexp", BNM, [0, 1], True), call("special_logsumexp", NM, [1]), call("nansum", NM, [0]),
-        *(call("linalg_vector_norm", SIGNED, p, [1]) for p in (2, 1, 0, 3, 0.5, float("inf"), -float("inf"), -1)),
-        call("linalg_vector_norm", SIGNED), call("norm.ScalarOpt_dim", NM, 2, [1]), call("norm.Scalar", NM, 3), call("nanmean", NM, [1]),
-        call("frobenius_norm.dim", BNM, [1, 2]),
+        *along("max", "min", "median", "nanmedian", "nansum", "nanmean"), call("special_logsumexp", NM, [1]), call("nansum", NM, [0]), call("norm.ScalarOpt_dim", NM, 2, [1]), call("norm.Scalar", NM, 3),
+        call("nanmean", NM, [1]), call("frobenius_norm.dim", BNM, [1, 2]),
     ],
 )  # fmt: skip
 def reduction(call: Call, operand: int) -> list[Term]:
@@ -113,12 +200,13 @@ def _over(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), tuple(() if k in dims else a for k, a in enumerate(inn) if kept or k not in dims), inn)]
 
 
+row("aten::argmax", reads=_over, lowered=picking.first(torch.amax), examples=[call("", NM, 1), call("", NM)])(_nothing)
+row("aten::argmin", reads=_over, lowered=picking.first(torch.amin), examples=[call("", NM, 1), call("", NM, 0, True)])(
+    _nothing
+)
 row(
-    "aten::argmax", "aten::argmin", "aten::any", "aten::all", "aten::count_nonzero", reads=_over,
-    examples=[
-        *(call(op, NM, 1) for op in ("argmax", "argmin", "any.dim", "all.dim", "count_nonzero")), call("argmax", NM),
-        call("argmin", NM, 0, True),
-    ],
+    "aten::any", "aten::all", "aten::count_nonzero", reads=_over,
+    examples=[call(op, NM, 1) for op in ("any.dim", "all.dim", "count_nonzero")],
 )(_nothing)  # fmt: skip
 row(
     "aten::argsort",
@@ -132,19 +220,26 @@ def _elsewhere(call: Call, operand: int) -> list[Term]:
     return NotImplemented
 
 
+# Values of their argument, and where they found them.
+_picks = {"several": ("picked",)}
 row(
-    "aten::kthvalue", "aten::mode", "aten::median.dim", "aten::nanmedian.dim", reads=_over,
+    "aten::kthvalue", "aten::mode", "aten::median.dim", "aten::nanmedian.dim", reads=_over, **_picks,
     examples=[call("kthvalue", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("mode", "median.dim", "nanmedian.dim"))],
 )(_elsewhere)  # fmt: skip
 row(
-    "aten::sort", "aten::topk", "aten::cummax", "aten::cummin", reads=_along,
-    examples=[call("topk", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("sort", "cummax", "cummin"))],
+    "aten::topk", "aten::cummax", "aten::cummin", reads=_along, **_picks,
+    examples=[call("topk", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("cummax", "cummin"))],
 )(_elsewhere)  # fmt: skip
+row("aten::sort", reads=_along, lowered=picking.sort, **_picks, examples=[call("", NM, 1).of(1)])(_elsewhere)
+for _op, _value, _place in (("max", torch.amax, torch.argmax), ("min", torch.amin, torch.argmin)):
+    row(
+        f"aten::{_op}.dim", several=("picked", f"arg{_op}"), lowered=_most(_value, _place), examples=[call("", NM, 1), call("", NM, 1).of(1)]
+    )(reduction)  # fmt: skip
 
 
 @row(
-    "aten::cumsum", affine=ALL, examples=[call("", NM, 1), call("", T("1 m"), 0), call("", T(""), 0), call("", BNM, -2)]
-)
+    "aten::cumsum", affine=ALL, odd=True, python="x.", lowered=picking.running(torch.sum, 0), examples=[call("", NM, 1), call("", T("1 m"), 0), call("", T(""), 0), call("", BNM, -2)]
+)  # fmt: skip
 def _cumsum(call: Call, operand: int) -> list[Term]:
     """A triangle: dy_i/dx_j = [i >= j]."""
     x = call.operands[0]
@@ -156,11 +251,11 @@ def _cumsum(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (Triangle(out[dim], inn[dim]),), tuple(out), inn)]
 
 
-@row(
-    "aten::cumprod",
-    "aten::logcumsumexp",
-    examples=[call("", SIGNED, 1), call("", T(""), 0), call("", BNM, 0), call("", T("n 1"), 1)],
-)
+_RUNS = [call("", SIGNED, 1), call("", T(""), 0), call("", BNM, 0), call("", T("n 1"), 1)]
+
+
+@row("aten::cumprod", lowered=picking.running(torch.prod, 1), examples=_RUNS)
+@row("aten::logcumsumexp", lowered=picking.running(torch.logsumexp, -math.inf), examples=_RUNS)
 def _running(call: Call, operand: int) -> list[Term]:
     """A triangle of slopes for each line: those of the running product are products that leave one factor out."""
     x, dim = call.operands[0], call.bound["dim"] % max(call.operands[0].ndim, 1)

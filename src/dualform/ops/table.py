@@ -1,4 +1,4 @@
-"""The record of one op: how it is differentiated, and in which operands it is affine. One row per op.
+"""The record of one op, all that is known of it: its derivative, its kind, how it reads in every language. One row per op.
 
 A row is added with the decorator:  @row("aten::mm", affine=EACH, multilinear=True)
 """
@@ -6,13 +6,14 @@ A row is added with the decorator:  @row("aten::mm", affine=EACH, multilinear=Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
 from dualform.algebra.relations import window
@@ -120,15 +121,73 @@ Adjoint = Callable[[Call, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Entry:
+    """How an entry of a result reads, by language; an empty text: it cannot be said there.
+
+    {0}, {1}, ... are operands, {alpha}, ... parameters, {i0}, {i1}, ... the place along the value's axes, {row} and {col} along
+    the last two. flops: as many multiplications and additions as it takes about as long as. zero: it is 0 where its operands
+    are. truth: it takes truth values as they are. bare: a number may stand where a tile does. passes: it rounds nothing, but passes an
+    operand on. name: "" for the op's.
+    """
+
+    cpp: str
+    triton: str = ""
+    flops: float = 1.0
+    zero: bool = False
+    truth: bool = False
+    bare: bool = False
+    passes: bool = False
+    name: str = ""
+
+    @cached_property
+    def count(self) -> int:
+        """How many operands it reads."""
+        return len(set(re.findall(r"{\d}", self.cpp)))
+
+    @property
+    def is_placed(self) -> bool:
+        """Is it made of its place, or of no operand?"""
+        return not self.count or "{row}" in self.cpp
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How a reduction reads, by language. cpp: what it begins with, and how {1} goes into {0}. triton: that of a tile along
+    {axis}, and the number that changes nothing. joins: the entry that makes one of two."""
+
+    cpp: tuple[str, str]
+    triton: tuple[str, str] = ("", "")
+    joins: str = ""
+
+
+# By the names that statements give them.
+ENTRIES: dict[str, Entry] = {}
+FOLDS: dict[str, Fold] = {}
+
+
+@dataclass(frozen=True)
 class Row:
-    """What the calculus knows of an op.
+    """What is known of an op.
 
     rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
-    arguments. reads: which entries of an argument (its name, its position in a list) the result looks at, as terms, where the
-    derivative does not say it: results of integers, indices, masks. unread: arguments of which it takes only shape and type.
+    arguments, or has no operand. reads: which entries of an argument (its name, its position in a list) the result looks at, as
+    terms, where the derivative does not say it: results of integers, indices, masks. unread: arguments of which it takes only
+    shape and type.
     affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself; "all": all together.
     multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
     adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that is cheaper.
+
+    kind: "map" (entry by entry), "reduction", "product" (of two matrices), "pieces", "view" (the same memory, read otherwise); what
+    has none is spelt out in others before it is generated. entry: how it reads: an Entry, or a function of a node: (name of
+    the entry or fold, operands, parameters); of pieces, of a node and its shape: pairs (place, value).
+    lowered: a function of the same arguments in ops that have a kind; NotImplemented where it does not say. mapped: the same in ops that
+    vmap maps as they are, "torch" for torch's. sloped: the same of a derivative, as a product of a slope and the incoming gradient.
+    several: what its results are: ("cut",) along an axis; ("picked",) at the last, or at what this op gives; or an op each.
+    put: of a view, (base, value, *its other arguments) -> the op and arguments that write through it.
+    signs: of a sum, entry by entry: its operands'. overwrites: of its first operand it keeps shape and type alone. ordered: its entries are its first operand's, in their order. odd: it passes on the sign of its first operand. python: how a call of it is printed, by the number of its operands; the first that
+    fits of several, parted by |: "{0} + {1}", a method "x." of its own name, a function "torch." of its own name. called: does eager
+    call it as Python names it, which takes two thirds of the time? over: operands that its result may be written over, by the
+    method of its name with a _. fresh: its results have memory of their own.
     """
 
     name: str
@@ -136,11 +195,33 @@ class Row:
     affine: str | tuple[frozenset[int], ...] = ()
     multilinear: bool = False
     form: Callable[[Call], Product] | None = None
-    examples: tuple[Example, ...] = ()
+    examples: Sequence[Example] = ()
     definition: Callable[..., Any] | None = None
     reads: Reads | None = None
     adjoint: Adjoint | None = None
-    unread: frozenset[str] = frozenset()
+    unread: Collection[str] = frozenset()
+    kind: str = ""
+    entry: Entry | Callable[..., Any] | None = None
+    lowered: Callable[..., Any] | None = None
+    mapped: Callable[..., Any] | str | None = None
+    sloped: Callable[..., Any] | str | None = None
+    several: tuple[str, ...] = ()
+    put: Callable[..., tuple[Any, tuple[Any, ...]]] | None = None
+    signs: tuple[int, ...] = ()
+    overwrites: bool = False
+    ordered: bool = False
+    odd: bool = False
+    python: str = ""
+    called: bool = False
+    over: tuple[int, ...] = ()
+    fresh: bool = False
+
+    def spelt(self, node: fx.Node, *rest: Any) -> Any:
+        """How a call reads: (name of the entry or fold, operands, parameters), or its pieces."""
+        if isinstance(self.entry, Entry):
+            return self.entry.name, list(node.args[: self.entry.count]), {}
+        assert self.entry is not None
+        return self.entry(node, *rest)
 
     def is_affine(self, operands: frozenset[int]) -> bool:
         if not operands or self.affine == "all":
@@ -164,6 +245,27 @@ def is_known(name: str) -> bool:
     return packet is not None and (not overload or overload in packet.overloads())
 
 
+@cache
+def definitions(column: str) -> dict[Target, Callable[..., Any]]:
+    """What a column of the rows says of how ops are spelt out, by overload."""
+    from torch._decomp import get_decompositions  # slow: not at `import dualform`
+
+    said = [
+        (x, row) for row in ROWS.values() if getattr(row, column) for x in _overloads(row.name) if find_row(x) is row
+    ]
+    own = {x: getattr(row, column) for x, row in said}
+    return {x: f for x, f in own.items() if f != "torch"} | get_decompositions(
+        [x for x, f in own.items() if f == "torch"]
+    )
+
+
+def _overloads(name: str) -> list[Target]:
+    space, _, op = name.partition("::")
+    op, _, overload = op.partition(".")
+    packet = getattr(getattr(torch.ops, space), op)
+    return [getattr(packet, x) for x in ([overload] if overload else packet.overloads()) if "out" not in x]
+
+
 def add_row(row: Row) -> None:
     """Put a row into the table, if torch has the op; of its examples it keeps those that call it."""
     if not is_known(row.name):
@@ -172,25 +274,21 @@ def add_row(row: Row) -> None:
     own = tuple(
         replace(e, op=e.op or f"{op}{'.' if overload else ''}{overload}") for e in row.examples if e.calls(op, overload)
     )
-    ROWS[row.name] = replace(row, examples=own)
+    entry = row.entry
+    if isinstance(entry, Entry):
+        entry = replace(entry, name=entry.name or op)
+        ENTRIES[entry.name] = entry
+    kind = row.kind or ("map" if entry else "")
+    definitions.cache_clear()
+    ROWS[row.name] = replace(row, examples=own, unread=frozenset(row.unread), entry=entry, kind=kind)
 
 
-def row(
-    *names: str,
-    affine: str | tuple[frozenset[int], ...] = (),
-    multilinear: bool = False,
-    examples: Sequence[Example] = (),
-    reads: Reads | None = None,
-    adjoint: Adjoint | None = None,
-    unread: Sequence[str] = (),
-) -> Callable[[Rule], Rule]:
-    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
+def row(*names: str, **columns: Any) -> Callable[[Any], Any]:
+    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one. columns: as `Row` has them."""
 
-    def add(rule: Rule) -> Rule:
+    def add(rule: Rule | None) -> Rule | None:
         for name in names:
-            add_row(
-                Row(name, rule, affine, multilinear, None, tuple(examples), None, reads, adjoint, frozenset(unread))
-            )
+            add_row(Row(name, rule, **columns))
         return rule
 
     return add
@@ -215,7 +313,7 @@ class Product:
     coef: float = 1.0
 
 
-def product_row(*names: str, examples: Sequence[Example] = ()) -> Callable[[Callable[[Call], Product]], Any]:
+def product_row(*names: str, **columns: Any) -> Callable[[Callable[[Call], Product]], Any]:
     """Add a row for an op that is a product of its operands; its derivative is the product of the others."""
 
     def add(form: Callable[[Call], Product]) -> Callable[[Call], Product]:
@@ -223,7 +321,7 @@ def product_row(*names: str, examples: Sequence[Example] = ()) -> Callable[[Call
             return [product_term(call, form(call), operand)]
 
         for name in names:
-            add_row(Row(name, rule, EACH, True, form, tuple(examples)))
+            add_row(Row(name, rule, EACH, True, form, **columns))
         return form
 
     return add
@@ -242,11 +340,15 @@ def product_term(call: Call, product: Product, operand: int) -> Term:
 
 def find_row(target: Target) -> Row | None:
     """Look an op up: this overload first, then all overloads."""
-    schema = getattr(target, "_schema", None)
-    if schema is None:
-        return ROWS.get(getattr(target, "_qualified_op_name", ""))
-    overload = getattr(target, "_overloadname", "default")
-    return ROWS.get(f"{schema.name}.{overload}") or ROWS.get(schema.name)
+    if isinstance(target, torch._ops.OpOverload):
+        return ROWS.get(target._name) or ROWS.get(target._overloadpacket._qualified_op_name)
+    return ROWS.get(getattr(target, "_qualified_op_name", ""))
+
+
+def kind_of(target: Target) -> str:
+    """The kind of an op; "" if it has none."""
+    found = find_row(target)
+    return "" if found is None else found.kind
 
 
 def as_derivative(terms: list[Term], call: Call, operand: int) -> Derivative:

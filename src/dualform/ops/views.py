@@ -7,13 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dualform.algebra.compose import compose_terms
 from dualform.algebra.relations import Lookup, window
 from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
+from dualform.ops import picking
 from dualform.ops.examples import T, call
 from dualform.ops.table import ALL, FIRST, Call, dims_of, index_terms, row, window_terms, without_axis
+
+aten = torch.ops.aten
 
 
 def _on_meta(value: Any, own: Tensor, stand_in: Tensor) -> Any:
@@ -32,28 +35,97 @@ def _moved(call: Call, operand: int) -> list[Term]:
     return index_terms(call, operand, strides_of) if operand == 0 else []
 
 
+def _shaped_back(base: Any, value: Any, *rest: Any) -> tuple[Any, tuple[Any, ...]]:
+    return aten.view.default, (value, list(base.meta["val"].shape))
+
+
+def _ordered_back(base: Any, value: Any, dims: list[int]) -> tuple[Any, tuple[Any, ...]]:
+    positive = [d % len(dims) for d in dims]
+    return aten.permute.default, (value, [positive.index(k) for k in range(len(dims))])
+
+
+def _turned_back(base: Any, value: Any, first: int, second: int) -> tuple[Any, tuple[Any, ...]]:
+    return aten.transpose.int, (value, first, second)
+
+
+def _axes_back(base: Any, value: Any, source: Any, to: Any) -> tuple[Any, tuple[Any, ...]]:
+    return aten.movedim.intlist, (value, *([d] if isinstance(d, int) else d for d in (to, source)))
+
+
+_NMK = T("n m k")
+_view = {"affine": ALL, "kind": "view"}
+_eager = {"odd": True, "python": "x.", "called": True}
+row("aten::permute", **_view, **_eager, put=_ordered_back, examples=[call("", T("n 1 m"), [2, 0, 1])])(_moved)
+row("aten::transpose", **_view, **_eager, put=_turned_back, examples=[call("transpose.int", _NMK, 0, -1)])(_moved)
 row(
-    "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::mT", "aten::matrix_H", "aten::mH", "aten::adjoint",
-    "aten::movedim", "aten::moveaxis", "aten::swapaxes", "aten::swapdims", "aten::unsqueeze", "aten::squeeze",
-    "aten::expand", "aten::expand_as", "aten::broadcast_to", affine=ALL, unread=["other"],
+    "aten::t", **_view, put=lambda base, value: (aten.t.default, (value,)), odd=True, python="{0}.T",
+    examples=[call("", T("n m")), call("", T("n"))],
+)(_moved)  # fmt: skip
+row(
+    "aten::unsqueeze",
+    **_view,
+    ordered=True,
+    **_eager,
+    put=_shaped_back,
+    examples=[call("", T("n m"), 1), call("", T(""), 0)],
+)(_moved)
+row(
+    "aten::squeeze", **_view, ordered=True, **_eager, put=_shaped_back,
+    examples=[call("squeeze", T("1 n 1")), call("squeeze.dim", T("1 n"), 0), call("squeeze.dims", T("1 n 1"), [0, 2])],
+)(_moved)  # fmt: skip
+row("aten::expand", **_view, **_eager, examples=[call("", T("n 1"), [2, -1, 4]), call("", T(""), [2])])(_moved)
+row("aten::mH", "aten::adjoint", affine=ALL, python="{0}.mH", examples=[call("", T("n m"))])(_moved)
+row(
+    "aten::mT",
+    affine=ALL,
+    python="{0}.mT",
+    put=lambda base, value: (aten.mT.default, (value,)),
+    examples=[call("", T("b n m"))],
+)(_moved)
+row(
+    "aten::numpy_T",
+    affine=ALL,
+    python="{0}.T",
+    put=lambda base, value: (aten.numpy_T.default, (value,)),
+    examples=[call("", _NMK)],
+)(_moved)
+row(
+    "aten::swapaxes", "aten::swapdims", affine=ALL, put=_turned_back,
+    examples=[call(op, _NMK, 0, -1) for op in ("swapaxes", "swapdims")],
+)(_moved)  # fmt: skip
+row("aten::movedim", affine=ALL, put=_axes_back, examples=[call("movedim.int", _NMK, 0, -1)])(_moved)
+row(
+    "aten::matrix_H", "aten::moveaxis", "aten::expand_as", "aten::broadcast_to", affine=ALL, unread=["other"],
     examples=[
-        call("permute", T("n 1 m"), [2, 0, 1]), call("t", T("n m")), call("t", T("n")), call("numpy_T", T("n m k")),
-        call("mT", T("b n m")), call("mH", T("n m")), call("matrix_H", T("n m")), call("adjoint", T("n m")),
-        *(call(op, T("n m k"), 0, -1) for op in ("transpose.int", "movedim.int", "moveaxis.int", "swapaxes", "swapdims")),
-        call("unsqueeze", T("n m"), 1), call("unsqueeze", T(""), 0), call("squeeze", T("1 n 1")), call("squeeze.dim", T("1 n"), 0),
-        call("squeeze.dims", T("1 n 1"), [0, 2]), call("expand", T("n 1"), [2, -1, 4]), call("expand", T(""), [2]),
+        call("matrix_H", T("n m")), call("moveaxis.int", _NMK, 0, -1),
         call("expand_as", T("n 1"), T("k n m")), call("broadcast_to", T("3 1"), [3, 4]),
     ],
 )(_moved)  # fmt: skip
 
 
+@row("aten::view", **_view, ordered=True, put=_shaped_back, odd=True, python="x.", examples=[call("", T("6"), [2, 3])])
 @row(
-    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::ravel",
-    "aten::reshape_as", "aten::view_as", affine=ALL, unread=["other"],
+    "aten::_unsafe_view",
+    **_view,
+    ordered=True,
+    put=_shaped_back,
+    odd=True,
+    python="{0}.view({1})",
+    examples=[call("", T("12"), [3, 4])],
+)
+@row(
+    "aten::reshape",
+    **_view,
+    ordered=True,
+    **_eager,
+    put=_shaped_back,
+    examples=[call("", T("k 6"), [3, -1]), call("", T("6 4"), [8, 3]), call("", T("1"), [])],
+)
+@row("aten::flatten", affine=ALL, put=_shaped_back, python="x.", examples=[call("flatten.using_ints", _NMK, 1)])
+@row(
+    "aten::unflatten", "aten::ravel", "aten::reshape_as", "aten::view_as", affine=ALL, put=_shaped_back, unread=["other"],
     examples=[
-        call("view", T("6"), [2, 3]), call("view_as", T("12"), T("3 4")), call("reshape", T("k 6"), [3, -1]),
-        call("reshape", T("6 4"), [8, 3]), call("reshape", T("1"), []), call("_unsafe_view", T("12"), [3, 4]),
-        call("flatten.using_ints", T("n m k"), 1), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")),
+        call("view_as", T("12"), T("3 4")), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")),
         call("reshape_as", T("6"), T("2 3")),
     ],
 )  # fmt: skip
@@ -77,7 +149,7 @@ def _bounds(start: Any, end: Any, step: int, size: int) -> tuple[int, int]:
 
 
 @row(
-    "aten::slice", affine=ALL,
+    "aten::slice", **_view, put=lambda base, value, *at: (aten.slice_scatter.default, (base, value, *at)),
     examples=[
         call("slice.Tensor", T("n m"), 0, 1, 3), call("slice.Tensor", T("l"), 0, 0, 9, 2), call("slice.Tensor", T("p k"), 0, 2, 3),
         call("slice.Tensor", T("n"), -1, 2, 1), call("slice.Tensor", T("l"), 0, 1, -1, 3),
@@ -90,18 +162,46 @@ def _slice(call: Call, operand: int) -> list[Term]:
     return window_terms(x.shape, dim, start, b["step"], count, into=False) if count else []
 
 
-@row("aten::narrow", affine=ALL, examples=[call("", T("k p"), 1, 1, 3), call("", T("p"), 0, -2, 2)])
+@row(
+    "aten::narrow", affine=ALL, examples=[call("", T("k p"), 1, 1, 3), call("", T("p"), 0, -2, 2)],
+    put=lambda base, value, dim, start, n: (aten.slice_scatter.default, (base, value, dim, start, start + n)),
+)  # fmt: skip
 def _narrow(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
     return window_terms(x.shape, dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"], into=False)
 
 
-@row("aten::select.int", affine=ALL, examples=[call("", T("n m"), 1, -1), call("", T("1"), 0, 0)])
+@row(
+    "aten::select.int", **_view, python="x.", examples=[call("", T("n m"), 1, -1), call("", T("1"), 0, 0)],
+    put=lambda base, value, *at: (aten.select_scatter.default, (base, value, *at)),
+)  # fmt: skip
 def _select(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
     return without_axis(window_terms(x.shape, dim, b["index"] % x.shape[dim], 1, 1, into=False), dim, "out")
+
+
+# What cuts a tensor along an axis.
+_cuts = {"several": ("cut",)}
+row("aten::unbind", kind="view", **_cuts, examples=[call("", T("n m"), 1).of(1)])(None)
+row("aten::split", kind="view", **_cuts, examples=[call("split.Tensor", T("p m"), 2).of(1)])(None)
+row(
+    "aten::split_with_sizes",
+    kind="view",
+    **_cuts,
+    definition=torch.split,
+    examples=[call("", T("n 4"), [1, 3], 1).of(1)],
+)(None)
+row(
+    "aten::chunk", "aten::tensor_split", "aten::hsplit", "aten::vsplit", "aten::dsplit", "aten::unsafe_split", "aten::unsafe_chunk",
+    "aten::unsafe_split_with_sizes", **_cuts,
+    examples=[
+        call("chunk", T("p m"), 2), call("tensor_split.sections", T("p m"), 2).of(1), call("hsplit.int", T("n 4"), 2), call("vsplit.int", T("4 n"), 2),
+        call("dsplit.int", T("n m 4"), 2), call("unsafe_split.Tensor", T("p m"), 2).of(1), call("unsafe_chunk", T("p m"), 2),
+        call("unsafe_split_with_sizes", T("n 4"), [1, 3], 1).of(1),
+    ],
+)(None)  # fmt: skip
 
 
 def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[Term]:
@@ -139,8 +239,26 @@ def _select_scatter(call: Call, operand: int) -> list[Term]:
     return without_axis(window_terms(base.shape, dim, start, 1, 1, into=True), dim, "inn")
 
 
+def _joined(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    parts: Any = n.args[0]
+    axis: Any = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    axis = axis % len(shape)
+    at = 0
+    for x in parts:
+        if n.target == aten.stack.default:
+            yield (lambda t, at=at: t.select(axis, at)), x
+            at += 1
+        else:
+            size = x.meta["val"].shape[axis] if x.meta["val"].ndim == len(shape) else 0
+            yield (lambda t, at=at, size=size: t.narrow(axis, at, size)), x
+            at += size
+
+
+_pieces = {"affine": ALL, "kind": "pieces", "entry": _joined, "python": "torch."}
+
+
 @row(
-    "aten::cat", "aten::concat", "aten::concatenate", affine=ALL,
+    "aten::cat", "aten::concat", "aten::concatenate", **_pieces,
     examples=[call("", [T("n m"), T("n 1"), T("n k")], 1), call("", [T("n m"), T("0"), T("k m")], 0)],
 )  # fmt: skip
 def _cat(call: Call, operand: int) -> list[Term]:
@@ -155,7 +273,7 @@ def _cat(call: Call, operand: int) -> list[Term]:
     return window_terms(call.out.shape, dim, start, 1, count, into=True) if count else []
 
 
-@row("aten::stack", affine=ALL, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
+@row("aten::stack", **_pieces, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
 def _stack(call: Call, operand: int) -> list[Term]:
     where = call.places[operand][1]
     assert where is not None
@@ -163,11 +281,50 @@ def _stack(call: Call, operand: int) -> list[Term]:
     return without_axis(window_terms(call.out.shape, dim, where, 1, 1, into=True), dim, "inn")
 
 
+def _bordered_pieces(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    arguments: tuple[Any, ...] = (*n.args, 0.0)
+    x, pads, value = arguments[:3]
+    widths = list(zip(pads[::2], pads[1::2], strict=True))[::-1]
+    assert all(w >= 0 for pair in widths for w in pair)  # lowered
+
+    def place(t: Any) -> Any:
+        for k, (before, after) in enumerate(widths):
+            axis = len(shape) - len(widths) + k
+            t = t.narrow(axis, before, shape[axis] - before - after)
+        return t
+
+    yield (lambda t: t), float(value)
+    yield place, x
+
+
+def _cut_first(x: Tensor, pad: Any, value: float = 0.0) -> Any:
+    if min(pad, default=0) >= 0:
+        return NotImplemented
+    for k, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        axis, first, last = x.ndim - 1 - k, max(-before, 0), max(-after, 0)
+        x = x.narrow(axis, first, x.shape[axis] - first - last)
+    return aten.constant_pad_nd.default(x, [max(n, 0) for n in pad], value)
+
+
+def _window(n: fx.Node, shape: tuple[int, ...]) -> Any:
+    x, _, *where = n.args
+    view: Any = aten.select.int if n.target == aten.select_backward.default else aten.slice.Tensor
+    yield (lambda t: t), 0.0
+    yield (lambda t: view(t, *where)), x
+
+
+row("aten::select_backward", kind="pieces", entry=_window, examples=[call("", T("n"), [3, 4], 1, 2)])(None)
+row("aten::slice_backward", kind="pieces", entry=_window, examples=[call("", T("k"), [4], 0, 1, 3, 1)])(None)
+
+
 @row(
-    "aten::constant_pad_nd", "aten::pad", affine=FIRST,
+    "aten::constant_pad_nd", affine=FIRST, kind="pieces", entry=_bordered_pieces, lowered=_cut_first,
+    examples=[call("", T("n m"), [1, 2, 0, 1]), call("", T("1"), [0, 2]), call("", T("n p"), [-1, 2, 1, -1]), call("", T("n m"), [0, 0])],
+)  # fmt: skip
+@row(
+    "aten::pad", affine=FIRST,
     examples=[
-        call("", T("n m"), [1, 2, 0, 1]), call("", T("1"), [0, 2]), call("", T("n p"), [-1, 2, 1, -1]), call("", T("n m"), [0, 0]),
-        *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")),
+        call("", T("n m"), [1, 2, 0, 1]), *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")),
         call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect"),
     ],
 )  # fmt: skip
@@ -212,7 +369,16 @@ for _name, _mode in (("reflection", "reflect"), ("replication", "replicate")):
         row(f"aten::{_name}_pad{_rank}d", affine=ALL, examples=[call("", T(_axes), [1, 2] * _rank)])(_bordered(_mode))
 
 
-@row("aten::repeat", "aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("tile", T("k n m"), [2])])
+def _repeated(x: Tensor, repeats: Any) -> Tensor:
+    """Put axes of repeats between those of x."""
+    sizes = [*[1] * (len(repeats) - x.ndim), *x.shape]
+    wide = x.reshape([n for size in sizes for n in (1, size)])
+    wide = wide.expand([n for size, r in zip(sizes, repeats, strict=True) for n in (r, size)])
+    return wide.reshape([size * r for size, r in zip(sizes, repeats, strict=True)])
+
+
+@row("aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("", T("k n m"), [2])])
+@row("aten::repeat", affine=ALL, lowered=_repeated, examples=[call("", T("n 1"), [2, 2, 3])])
 def _repeat(call: Call, operand: int) -> list[Term]:
     x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
     times = [1] * (x.ndim - len(times)) + times
@@ -250,9 +416,10 @@ def _on_diagonal(
     return tied, relations
 
 
+@row("aten::diagonal_copy", "aten::linalg_diagonal", affine=ALL, examples=[call("", T("n n"))])
 @row(
-    "aten::diagonal", "aten::diagonal_copy", "aten::linalg_diagonal", affine=ALL,
-    examples=[call("", T("n n")), call("diagonal", T("n m"), 1), call("diagonal", T("k m n"), -1, 1, 2), call("diagonal", T("n m"), 3)],
+    "aten::diagonal", **_view, put=lambda base, value, *at: (aten.diagonal_scatter.default, (base, value, *at)),
+    examples=[call("", T("n n")), call("", T("n m"), 1), call("", T("k m n"), -1, 1, 2), call("", T("n m"), 3)],
 )  # fmt: skip
 def _diagonal(call: Call, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
@@ -279,7 +446,12 @@ def _embedded(x: Tensor, out_: Tensor, offset: int, first: int, second: int) -> 
     return [Term(1.0, tuple(relations), tuple(out), inn)]
 
 
-@row("aten::diagonal_scatter", affine=ALL, examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)])
+@row(
+    "aten::diagonal_scatter",
+    affine=ALL,
+    lowered=picking.diagonal_scatter,
+    examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)],
+)
 def _diagonal_scatter(call: Call, operand: int) -> list[Term]:
     """The base away from the diagonal, and the source on it."""
     base, b = call.bound["self"], call.bound
@@ -310,13 +482,8 @@ def _trace(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, tuple(relations), (), tuple(inn))]
 
 
-@row(
-    "aten::flip",
-    "aten::fliplr",
-    "aten::flipud",
-    affine=ALL,
-    examples=[call("flip", T("n m"), [0, 1]), call("fliplr", T("n m")), call("flipud", T("n m"))],
-)
+@row("aten::flip", affine=ALL, odd=True, lowered=picking.flip, examples=[call("", T("n m"), [0, 1])])
+@row("aten::fliplr", "aten::flipud", affine=ALL, examples=[call("", T("n m"))])
 def _flip(call: Call, operand: int) -> list[Term]:
     """big = n - 1 - small on each flipped axis."""
     x = call.operands[0]

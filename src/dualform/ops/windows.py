@@ -219,9 +219,22 @@ def _max_pool(call: Call, operand: int) -> list[Term]:
 # -- windows as axes
 
 
+def _windows(x: Tensor, axis: int, size: int, step: int) -> Tensor:
+    if not x.ndim:
+        return x.expand(1)
+    axis, starts = axis % x.ndim, range(0, x.shape[axis] - size + 1, step)
+    return torch.stack([x.narrow(axis, s, size).movedim(axis, -1) for s in starts], axis)
+
+
+row("aten::unfold_backward", mapped="torch", examples=[call("", T("3 k 2"), [5, 2], 0, 2, 1)])(
+    None
+)  # vmap's is a loop over rows
+
+
 @row(
     "aten::unfold",
     affine=ALL,
+    lowered=_windows,
     examples=[
         call("", T("l k"), 0, 3, 2),
         call("", T("n l"), 1, 2, 1),

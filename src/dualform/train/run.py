@@ -24,12 +24,8 @@ from dualform.train.data import Corpus, CorpusError, load_corpus, source_path
 from dualform.train.settings import Settings, SettingsError, differences, laid_over
 
 SETTINGS, METRICS, PICTURE, MODEL, CHECKPOINTS = (
-    "settings.json",
-    "metrics.json",
-    "loss_by_position.png",
-    "model",
-    "checkpoints",
-)
+    "settings.json", "metrics.json", "loss_by_position.png", "model", "checkpoints",
+)  # fmt: skip
 SEAL, WORKSHOP = "files.json", ".new"
 
 

@@ -12,7 +12,16 @@ from typing import Any, cast
 from huggingface_hub.errors import StrictDataclassError
 
 from dualform.catalogue import CatalogueError, expect, hints_of, near_misses, normalise
-from dualform.models import DualformConfig
+from dualform.models import DualformConfig, presets
+
+# What a setting must be beyond its type: in words, from, below.
+_ranges: dict[str, tuple[str, float, float]] = {
+    **dict.fromkeys(("max_steps", "batch_size", "save_steps"), ("a whole number >= 1", 1, math.inf)),
+    "warmup_steps": ("a whole number >= 0", 0, math.inf),
+    "learning_rate": ("a number > 0", math.ulp(0), math.inf),
+    "weight_decay": ("a number >= 0", 0, math.inf),
+    "seed": (f"a whole number, 0 <= seed < 2**32 = {2**32}", 0, 2**32),
+}
 
 
 class SettingsError(ValueError):
@@ -43,19 +52,8 @@ class Settings:
     model: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        for name, hint in hints_of(type(self)).items():
-            expect("train", name, getattr(self, name), hint, kind=SettingsError)
-        for name in ("max_steps", "batch_size", "save_steps"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"train: {name} is {getattr(self, name)}; expected a whole number >= 1.")
-        if not 0 < self.learning_rate < math.inf:
-            raise SettingsError(f"train: learning_rate is {self.learning_rate}; expected a number > 0.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise SettingsError(f"train: weight_decay is {self.weight_decay}; expected a number >= 0.")
-        if self.warmup_steps < 0:
-            raise SettingsError(f"train: warmup_steps is {self.warmup_steps}; expected a whole number >= 0.")
-        if not 0 <= self.seed < 2**32:
-            raise SettingsError(f"train: seed is {self.seed}; expected a whole number, 0 <= seed < 2**32 = {2**32}.")
+        for name, value in self.to_dict().items():
+            _fits(name, value)
 
     @property
     def folder(self) -> Path:
@@ -63,6 +61,19 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def _fits(name: str, value: Any) -> None:
+    """Refuse a setting that there is not, and a value that it cannot have."""
+    hints = hints_of(Settings)
+    if name not in hints:
+        raise SettingsError(f"train: there is no setting {name!r}. {near_misses(name, list(hints))}")
+    if name == "model" and not isinstance(value, Mapping):
+        raise SettingsError(f"train: model is {value!r}; expected a table of fields. Write [model] in the file.")
+    expect("train", name, value, hints[name], kind=SettingsError)
+    words, low, high = _ranges.get(name, ("", 0, 0))
+    if words and not low <= cast("float", value) < high:
+        raise SettingsError(f"train: {name} is {value}; expected {words}. Change it.")
 
 
 def configure(settings: Settings) -> DualformConfig:
@@ -96,15 +107,12 @@ def resolve(file: Path | None, assignments: list[str], flags: Mapping[str, Any])
 def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else."""
     document = {} if file is None else _read(file)
-    for assignment in assignments:
-        _assign(document, assignment)
-    hints = hints_of(Settings)
-    for name, value in document.items():  # also what a flag stands before
-        if name not in hints:
-            raise SettingsError(f"train: there is no setting {name!r}. {near_misses(name, list(hints))}")
-        if name == "model" and not isinstance(value, Mapping):
-            raise SettingsError(f"train: model is {value!r}; expected a table of fields. Write [model] in the file.")
-        expect("train", name, value, hints[name], kind=SettingsError)
+    for assignment in (None, *assignments):
+        if assignment is not None:
+            _assign(document, assignment)
+        for name, value in document.items():  # each time: what stands before another is no less wrong
+            _fits(name, value)
+        presets[document.get("preset", Settings.preset)]
     return document | {name: value for name, value in flags.items() if value is not None}
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
 Indices = Sequence[Tensor | None]
 
 
@@ -52,7 +50,7 @@ def _are_masks(indices: Indices) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def _index(x: Tensor, indices: Indices) -> Any:
+def index(x: Tensor, indices: Indices) -> Any:
     if _are_masks(indices):
         return NotImplemented
     t = _as_table(x, indices)
@@ -61,7 +59,7 @@ def _index(x: Tensor, indices: Indices) -> Any:
     return found.permute(after[: t.front] + list(range(n)) + after[t.front :])
 
 
-def _index_put(x: Tensor, indices: Indices, values: Tensor, accumulate: bool = False) -> Any:
+def index_put(x: Tensor, indices: Indices, values: Tensor, accumulate: bool = False) -> Any:
     if _are_masks(indices):
         if len(indices) != 1 or indices[0] is None or indices[0].shape != x.shape or values.numel() != 1:
             return NotImplemented
@@ -77,25 +75,20 @@ def _index_put(x: Tensor, indices: Indices, values: Tensor, accumulate: bool = F
     return written.reshape([x.shape[k] for k in t.order]).permute(back)
 
 
-def _embedding(weight: Tensor, indices: Tensor, *rest: Any) -> Tensor:
-    return _index(weight, [indices])
+def embedding(weight: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    return index(weight, [indices])
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return _index(x.reshape(-1), [index])
+def take(x: Tensor, at: Tensor) -> Tensor:
+    return index(x.reshape(-1), [at])
 
 
-def _put(x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
-    return _index_put(x.reshape(-1), [index.reshape(-1)], source.reshape(-1), accumulate).reshape(x.shape)
+def put(x: Tensor, at: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    return index_put(x.reshape(-1), [at.reshape(-1)], source.reshape(-1), accumulate).reshape(x.shape)
 
 
-@cache
-def lookups_as_gathers() -> dict[Any, Any]:
-    """Map each op that reads or writes at places to its definition."""
-    from torch._decomp import get_decompositions  # slow: not at `import dualform`
-
-    others = [aten.index_add, aten.index_copy, aten.index_fill, aten.embedding_dense_backward]
-    return get_decompositions(others) | {
-        aten.index.Tensor: _index, aten.index_put.default: _index_put, aten.embedding.default: _embedding,
-        aten.take.default: _take, aten.put.default: _put,
-    }  # fmt: skip
+def index_fill(x: Tensor, dim: int, at: Tensor, value: Any) -> Tensor:
+    """torch's own keeps strides by an op that cannot be mapped over rows."""
+    shape = [at.numel() if k == dim % x.ndim else n for k, n in enumerate(x.shape)]
+    value = value.to(x.dtype) if isinstance(value, Tensor) else x.new_full((), value)
+    return torch.index_copy(x, dim, at.reshape(-1), value.expand(shape))

@@ -8,82 +8,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.algebra.index_products import is_same
-from dualform.algebra.linear_map import Derivative
-from dualform.algebra.notation import Formula
+from dualform.algebra.notation import IndexFormula
+from dualform.explanations import html
 from dualform.explanations.chain_rule import Move
-from dualform.explanations.html import page
+from dualform.explanations.steps import OpStep, Stage
 
 LEVELS = ("one-line", "steps", "proof")
 # How many steps, and how many stages of a proof, are shown; the rest is counted, and is in the data.
 MAX_TOLD = 24
 # The longest formula that is shown beside the stored form.
 MAX_TEXT = 240
-
-
-@dataclass(frozen=True)
-class Step:
-    """One link: d out / d operand of one op, its formula, and the reason for its shape.
-
-    why: the reasons in one line; reasons: one by one; rule: the rule of differentiation behind it
-    """
-
-    op: str
-    text: str
-    formula: Formula
-    derivative: Derivative
-    why: str = ""
-    line: str = ""
-    reasons: tuple[str, ...] = ()
-    rule: str = ""
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        return self.derivative.out_shape
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return self.derivative.in_shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.derivative.shape
-
-    @property
-    def account(self) -> str:
-        """out-shape + in-shape = J-shape; how many numbers dense and stored."""
-        return account(self.derivative)
-
-    @property
-    def above(self) -> str:
-        """The name of what is differentiated."""
-        return self.formula.symbol.split("/")[0][1:]
-
-    @property
-    def below(self) -> str:
-        """The name of what it is differentiated by."""
-        return self.formula.symbol.split("/")[1][1:]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of the proof: a step's result by the input; all its lines are equal, `moves[-1]` is the simplest."""
-
-    symbol: str
-    moves: tuple[Move, ...]
-    out_shape: tuple[int, ...]
-
-    @property
-    def has_copies(self) -> bool:
-        """Does a sum over a broadcast axis come up?"""
-        return any("every copy contributes" in move.reason for move in self.moves)
 
 
 @dataclass(frozen=True)
@@ -96,14 +39,14 @@ class Explanation:
 
     level: str
     title: str
-    steps: tuple[Step, ...]
+    steps: tuple[OpStep, ...]
     chain: tuple[str, ...]
-    result: Step
+    result: OpStep
     code: str
     namespace: Mapping[str, Tensor]
     checks: tuple[tuple[str, float], ...]
     stages: tuple[Stage, ...] = ()
-    expanded: Formula | None = None
+    expanded: IndexFormula | None = None
 
     def __str__(self) -> str:
         if self.level == "one-line":
@@ -121,9 +64,9 @@ class Explanation:
         return "\n".join(lines)
 
     @property
-    def shown(self) -> list[tuple[int, Step | str]]:
+    def shown(self) -> list[tuple[int, OpStep | str]]:
         """The steps to show with their numbers; of a long program the first and the last, and a line on the others."""
-        numbered: list[tuple[int, Step | str]] = list(enumerate(self.steps, 1))
+        numbered: list[tuple[int, OpStep | str]] = list(enumerate(self.steps, 1))
         if len(numbered) <= MAX_TOLD:
             return numbered
         first, last = 2 * MAX_TOLD // 3, MAX_TOLD // 3
@@ -200,7 +143,7 @@ class Explanation:
         """
         rows: list[str] = []
         if self.level != "one-line":
-            rows += [step.formula.latex() for _, step in self.shown if isinstance(step, Step)]
+            rows += [step.formula.latex() for _, step in self.shown if isinstance(step, OpStep)]
         for stage in self.shown_stages if self.level == "proof" else self.key_stages if self.level == "steps" else []:
             first, *rest = stage.moves
             rows += [first.formula.latex(), *(f"= {move.formula.latex_right()}" for move in rest)]
@@ -218,10 +161,10 @@ class Explanation:
         Dtype:  none.
         Raises: nothing.
         """
-        return page(self)
+        return html.page(_html(self))
 
     def _repr_html_(self) -> str:
-        return page(self)
+        return html.page(_html(self))
 
     def to_dict(self) -> dict[str, Any]:
         """The same as numbers and strings, for JSON.
@@ -231,7 +174,7 @@ class Explanation:
         Raises: nothing.
         """
 
-        def told(step: Step) -> dict[str, Any]:
+        def told(step: OpStep) -> dict[str, Any]:
             return {
                 "op": step.op,
                 "text": step.text,
@@ -259,7 +202,51 @@ class Explanation:
         }
 
 
-def _step_lines(head: str, step: Step, level: str) -> list[str]:
+def _html(told: Explanation) -> Iterable[str]:
+    if told.level == "one-line":
+        yield f'<div class="step lit">{html.formula(told.result.formula)}{html.account(told.result)}</div>'
+        return
+    line, _, shapes = told.title.rpartition("\n")
+    yield f'<div class="head">{escape(shapes)}</div>'
+    if line:
+        yield f'<div class="note"><code>{escape(line)}</code></div>'
+    for number, step in told.shown:
+        if isinstance(step, str):
+            yield f'<div class="note">{escape(step)}</div>'
+        else:
+            yield html.link(number, step, told.level == "proof")
+    last = len(told.steps) + 1
+    if told.level == "proof":
+        yield from (html.stage(stage) for stage in told.shown_stages)
+        if told.left_out:
+            yield f'<div class="note">{escape(told.left_out)}</div>'
+    yield _html_result(last, told)
+    code = escape(told.code)
+    close = torch.finfo(told.result.derivative.dtype).eps ** 0.5
+    checks = "".join(
+        html.check(said, error < close) for said, (_, error) in zip(told.verdicts, told.checks, strict=True)
+    )
+    yield (
+        f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, in]</code></div>'
+        f"<pre>{code}</pre>{checks}</div>"
+    )
+
+
+def _html_result(number: int, told: Explanation) -> str:
+    step = told.result
+    parts = [
+        f'<div class="head">Step {number} &nbsp;{told.result_name} &nbsp;<code>{escape(step.formula.symbol)}</code></div>'
+    ]
+    parts += [f'<div class="f">{escape(line)}</div>' for line in told.chain]
+    parts += [html.stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
+    if told.is_rewritten and told.expanded is not None:
+        parts.append(f'{html.formula(told.expanded)}<div class="note">stored as</div>')
+    parts += [html.formula(step.formula), html.account(step)]
+    parts += [html.why(step.reasons)] if len(told.steps) != 1 or told.level == "proof" else []
+    return f'<div class="step end lit">{"".join(parts)}</div>'
+
+
+def _step_lines(head: str, step: OpStep, level: str) -> list[str]:
     name = step.op if len(step.op) > 10 else f"{step.op:<10}"
     lines = [f"{head}  {name} {step.text}" + (f"      # {_cut(step.line)}" if step.line else "")]
     lines.append(f"        {step.formula}{_ranges(step.formula)}")
@@ -280,7 +267,7 @@ def _because(reasons: Sequence[str]) -> list[str]:
     return [f"        {'why: ' if k == 0 else '     '}{reason}" for k, reason in enumerate(reasons)]
 
 
-def _ranges(f: Formula) -> str:
+def _ranges(f: IndexFormula) -> str:
     return f"    ({f.ranges})" if f.ranges else ""
 
 
@@ -327,9 +314,3 @@ def deviation(a: Tensor, b: Tensor) -> float:
     """The largest difference, as a part of the largest number where that is above 1."""
     apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
     return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0
-
-
-def account(J: Derivative) -> str:
-    """out-shape + in-shape = J-shape; how many numbers dense and stored."""
-    unit = J.dtype.itemsize
-    return f"shape {J.out_shape} + {J.in_shape} = {J.shape}; {math.prod(J.shape):,} numbers if dense, {J.nbytes // unit:,} stored"

@@ -151,7 +151,7 @@ class StopOnInterrupt(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """What a run needs, made of its settings before anything is written."""
 
     rows: PackedRows
@@ -214,7 +214,7 @@ def _say(what: str) -> None:
     print(f"train: {what}", file=sys.stderr)
 
 
-def _parts(settings: Settings, corpus: Corpus) -> Parts:
+def _parts(settings: Settings, corpus: Corpus) -> RunParts:
     tokenizer, config = byte_tokenizer(), configure(settings)
     rows = PackedRows(corpus.train, settings.seq_len)
     held_out = PackedRows(corpus.test, settings.seq_len, keep_rest=True)
@@ -223,7 +223,7 @@ def _parts(settings: Settings, corpus: Corpus) -> Parts:
             f"train: vocab_size is {config.vocab_size}; expected >= {len(tokenizer)} = 256 bytes and 3 special tokens. "
             "Use a tiny preset, or set model.vocab_size."
         )
-    return Parts(rows, held_out, config, tokenizer, RateWarmup(settings.rate_start, settings.rate_warmup_steps))
+    return RunParts(rows, held_out, config, tokenizer, RateWarmup(settings.rate_start, settings.rate_warmup_steps))
 
 
 def _new_model(config: DualformConfig, settings: Settings) -> DualformForCausalLM:
@@ -277,7 +277,7 @@ def _learnt(checkpoint: Path) -> tuple[DualformForCausalLM, int, None, list[dict
 
 
 def _learn(
-    run: Run, parts: Parts, model: DualformForCausalLM, start: Path | None, quiet: bool
+    run: Run, parts: RunParts, model: DualformForCausalLM, start: Path | None, quiet: bool
 ) -> tuple[int, float, list[dict[str, float]]]:
     """Take the steps that are left; return the last one, tokens per second and what was logged."""
     settings, before = run.settings, 0

@@ -86,6 +86,15 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
+def _fill_diagonal(x: Tensor, fill_value: Any, wrap: bool = False) -> Tensor:
+    """In place; past the last row of a tall matrix the diagonal begins anew, one row further down."""
+    if x.ndim == 2 and not wrap:
+        x.diagonal().fill_(fill_value)
+    else:
+        x.view(-1)[:: sum(x.stride())].fill_(fill_value)
+    return x
+
+
 class _LeastSquares(NamedTuple):
     solution: Tensor
     residuals: Tensor
@@ -116,18 +125,12 @@ def _gaussian_nll(
 
 
 SPELLED: dict[Any, Callable[..., Any]] = {
-    torch.linalg.lstsq: _lstsq,
-    torch.nn.functional.gaussian_nll_loss: _gaussian_nll,
-    torch.cov: _cov,
-    Tensor.cov: _cov,
-    torch.corrcoef: _corrcoef,
-    Tensor.corrcoef: _corrcoef,
-    torch.combinations: _combinations,
-    torch.vander: _vander,
-    torch.rrelu: _rrelu,
+    torch.linalg.lstsq: _lstsq, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
+    Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
+    Tensor.fill_diagonal_: _fill_diagonal, torch.vander: _vander, torch.rrelu: _rrelu,
     torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
-}
+}  # fmt: skip
 
 
 def _layer_norm(

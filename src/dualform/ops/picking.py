@@ -7,16 +7,12 @@ Legend: taken[..., i, j] says whether the result's entry i is the operand's j, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-aten = torch.ops.aten
 
 
 def _picked(x: Tensor, dim: int, taken: Tensor) -> Tensor:
@@ -51,7 +47,7 @@ def _at(index: Tensor, n: int) -> Tensor:
 # -- along one axis, the same for all rows -----------------------------------------------------------------------------
 
 
-def _flip(x: Tensor, dims: Any) -> Tensor:
+def flip(x: Tensor, dims: Any) -> Tensor:
     for dim in dims:
         place = _places(x.shape[dim], x)
         x = _picked(x, dim, place[:, None] + place == x.shape[dim] - 1)
@@ -84,7 +80,8 @@ def _can_index(indices: Any) -> bool:
     return all(i is None or i.dtype in (torch.long, torch.int32) for i in indices)
 
 
-def _index(x: Tensor, indices: Any) -> Any:
+def index(x: Tensor, indices: Any) -> Any:
+    """x[indices]."""
     if not _can_index(indices):
         return NotImplemented
     at = _Indexed(x.shape, indices)
@@ -93,7 +90,7 @@ def _index(x: Tensor, indices: Any) -> Any:
     return picked.reshape(*at.flat.shape, *rows.shape[1:]).movedim(at.own, at.there)
 
 
-def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
+def index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
     if not _can_index(indices):
         return NotImplemented
     at = _Indexed(x.shape, indices)
@@ -103,6 +100,18 @@ def _index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False
     given = values.expand(wanted).movedim(at.there, at.own).reshape(-1, *rows.shape[1:])
     taken = _at(at.flat.reshape(-1), len(rows)).T
     return at.whole(rows + _picked(given, 0, taken) if accumulate else _put(rows, 0, taken, given), x.shape)
+
+
+def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return _picked(x, dim, _at(index, x.shape[dim])) if x.ndim else x
+
+
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
+    return x + alpha * _picked(source, dim, _at(index, x.shape[dim]).T)
+
+
+def embedding(weight: Tensor, indices: Tensor, *rest: Any) -> Any:
+    return index(weight, [indices])
 
 
 # -- along one axis, each row its own ----------------------------------------------------------------------------------
@@ -118,7 +127,7 @@ def _fitted(x: Tensor, dim: int, sizes: Sequence[int], fill: float = 0) -> Tenso
     return x
 
 
-def _gather(x: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+def gather(x: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
     if not x.ndim:
         return x.expand(index.shape)
     dim = dim % x.ndim
@@ -133,13 +142,13 @@ def _spread(x: Tensor, dim: int, index: Tensor, source: Any) -> tuple[Tensor, Te
     return index.unsqueeze(-2) == _places(x.shape[dim], x)[:, None], _fitted(given, dim, x.shape)
 
 
-def _scatter(x: Tensor, dim: int, index: Tensor, source: Any, add: bool = False) -> Tensor:
+def scatter(x: Tensor, dim: int, index: Tensor, source: Any, add: bool = False) -> Tensor:
     dim = dim % max(x.ndim, 1)
     taken, given = _spread(x, dim, index, source)
     return x + _picked(given, dim, taken) if add else _put(x, dim, taken, given)
 
 
-def _diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
     whole = x.movedim((dim1, dim2), (-2, -1))
     rows, columns = (_places(n, x) for n in whole.shape[-2:])
     along = -1 if offset >= 0 else -2  # the rows or the columns count as the source does
@@ -151,15 +160,19 @@ def _diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0,
 # -- along one axis, in order ------------------------------------------------------------------------------------------
 
 
-def _running(over: Callable[..., Tensor], x: Tensor, dim: int, fill: float) -> Tensor:
+def running(over: Callable[..., Tensor], fill: float) -> Callable[..., Tensor]:
     """Take in, for each entry i of an axis, the entries j <= i, and `fill` for the rest."""
-    if not x.ndim:
-        return x
-    place = _places(x.shape[dim], x)
-    return over(torch.where(place[:, None] >= place, x.movedim(dim, -1).unsqueeze(-2), fill), -1).movedim(-1, dim)
+
+    def run(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+        if not x.ndim:
+            return x
+        place = _places(x.shape[dim], x)
+        return over(torch.where(place[:, None] >= place, x.movedim(dim, -1).unsqueeze(-2), fill), -1).movedim(-1, dim)
+
+    return run
 
 
-def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+def sort(x: Tensor, dim: int = -1, descending: bool = False, stable: Any = None) -> tuple[Tensor, Tensor]:
     """Each entry to the place that is the number of those before it; equal ones stay in order, a NaN is the largest."""
     if not x.ndim:
         return x, torch.zeros_like(x, dtype=torch.long)
@@ -171,40 +184,14 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return _picked(rows, -1, taken).movedim(-1, dim), torch.where(taken, place, 0).sum(-1).movedim(-1, dim)
 
 
-def _first(most: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def first(most: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def index(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """The first of the largest, or smallest; a NaN is either."""
         rows = x.reshape(-1) if dim is None or not x.ndim else x.movedim(dim, -1)
         place = _places(rows.shape[-1], x)
-        found = torch.where((rows == most(rows)) | (rows != rows), place, len(place)).amin(-1)
+        found = torch.where((rows == most(rows, -1, keepdim=True)) | (rows != rows), place, len(place)).amin(-1)
         if not keepdim:
             return found
         return found.reshape([1] * x.ndim) if dim is None or not x.ndim else found.unsqueeze(dim)
 
     return index
-
-
-PICKING: dict[Any, Callable[..., Any]] = {
-    aten.flip.default: _flip,
-    aten.index.Tensor: _index,
-    aten._unsafe_index.Tensor: _index,
-    aten.index_put.default: _index_put,
-    aten._unsafe_index_put.default: _index_put,
-    aten.index_select.default: lambda x, dim, index: _picked(x, dim, _at(index, x.shape[dim])) if x.ndim else x,
-    aten.index_add.default: lambda x, dim, index, source, alpha=1: (
-        x + alpha * _picked(source, dim, _at(index, x.shape[dim]).T)
-    ),
-    aten.embedding.default: lambda weight, index, *rest: _index(weight, [index]),
-    aten.gather.default: _gather,
-    aten.scatter_add.default: partial(_scatter, add=True),
-    aten.scatter.src: _scatter,
-    aten.scatter.value: _scatter,
-    aten.diagonal_scatter.default: _diagonal_scatter,
-    aten.cumsum.default: lambda x, dim, dtype=None: _running(torch.sum, x, dim, 0),
-    aten.cumprod.default: lambda x, dim, dtype=None: _running(torch.prod, x, dim, 1),
-    aten.logcumsumexp.default: lambda x, dim: _running(torch.logsumexp, x, dim, -math.inf),
-    aten.sort.default: _sort,
-    aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: _sort(x, dim, descending),
-    aten.argmax.default: _first(lambda x: x.amax(-1, keepdim=True)),
-    aten.argmin.default: _first(lambda x: x.amin(-1, keepdim=True)),
-}

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from dualform.graphs.this_thread import compiles, records
 
 # Below so many features the ops' own cost decides, and the definition is as good.
 least_features = 2**16
@@ -139,9 +140,10 @@ def is_unobserved(x: Tensor) -> bool:
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (an extension module that the stubs lack)
     return not (
         type(x) not in (Tensor, nn.Parameter)
-        or torch.compiler.is_compiling()
+        or compiles()
         or functorch.maybe_current_level() is not None
-        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack()
+        or records()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,14 +18,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from dualform.graphs.operators import custom_operator, library
+from dualform.graphs.this_thread import compiles, exports
 from dualform.learning import shipped
-from dualform.learning.backends import BackendError
-from dualform.learning.derive import TRACING, undisturbed
+from dualform.learning.backends import BackendError, backend_of, check_step, chosen, run_backward, run_forward
+from dualform.learning.call import Call, Names
 from dualform.learning.grid import variants_of
-from dualform.learning.loop import check_step, checkpointed, run_backward, run_forward, run_visible
-from dualform.learning.plan import Call, Leaves, Names, Plan, chosen, found
-from dualform.learning.plan import chosen_in_words as chosen_in_words
-from dualform.learning.transforms import has_tangent, inside, is_one_of_many, on_behalf, watched
+from dualform.learning.loop import checkpointed, run_visible
+from dualform.learning.plan import Plan
+from dualform.learning.state import State
+from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of_many, on_behalf, undisturbed, watched
 
 
 class Source(Protocol):
@@ -40,7 +41,7 @@ _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
 _plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _compiled: dict[str, Plan] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def register(source: Source) -> str:
@@ -74,10 +75,10 @@ def _key(name: str, form: str, K: int, dtype: torch.dtype) -> str:
 
 
 @_constant
-def _text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: tuple[str, ...]) -> str:
+def _text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: str) -> str:
     """Write a plan for a file that other processes read. T: the length of every call, None if it may vary."""
     plan = _plan(name, form, K, dtype)
-    d, (carried, masked, resets) = plan.derivation, (x in given for x in ("carried", "mask", "reset"))
+    d, (carried, masked, resets) = plan.derivation, (x in given.split(",") for x in ("carried", "mask", "reset"))
     return undisturbed(lambda: shipped.written(plan, variants_of(T, d.chunk, d.block, carried, masked, resets)))
 
 
@@ -88,21 +89,8 @@ def _planned(key: str) -> Plan:
 
 
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
-    plan, (_, backend, optional), rest = _planned(key), key.split("|"), iter(tensors)
-    gates, leaves, others = plan.names
-    q, k, v, position = (next(rest) for _ in range(4))
-
-    def take(names: list[str]) -> Leaves:
-        return {n: next(rest) for n in names}
-
-    gate, slow, anchor, registers, init = take(gates), take(others), take(leaves), take(leaves), take(leaves)
-    given = optional.split(",")
-    extra = {n: next(rest) for n in given if n not in ("", "carried")}
-    call = Call(
-        q, k, v, gate, slow, anchor, registers, position, init,
-        extra.get("offset"), extra.get("mask"), extra.get("reset"), "carried" in given,
-    )  # fmt: skip
-    return plan, call, backend
+    plan, (_, backend, given) = _planned(key), key.split("|")
+    return plan, Call.of(tensors, plan.names, given), backend
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -120,12 +108,12 @@ def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tens
     plan, call, _ = _call(key, tensors)
     if plan.key:
         _compiled[plan.key] = plan
-    held = [*call.anchor.values(), *call.registers.values()]
+    held = call.held
     o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
     return [
         o,
         *(x.new_empty(x.shape) for x in held),
-        call.position.new_empty(call.position.shape),
+        call.state.position.new_empty(call.state.position.shape),
         *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
     ]
 
@@ -153,22 +141,38 @@ def scan_backward_op(
         return _own(run_backward(plan, call, saved, cotangents, checkpoints, backend), given)
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+class _Kept(Protocol):
+    """What a forward keeps for its backward."""
+
+    plan: Plan  # which lives as long as the graph
+    key: str
+    checkpoints: int
+    count: int  # of the tensors given
+    held: int  # of the state
+    role: dict[str, bool]
+    outputs: list[tuple[torch.Size, torch.dtype]]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _setup(ctx: _Kept, inputs: tuple[list[Tensor], str, int], output: list[Tensor]) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
-    ctx.plan, call, _ = _call(ctx.key, tensors)  # which lives as long as the graph
-    ctx.held = len(call.anchor) + len(call.registers)
+    ctx.plan, call, _ = _call(ctx.key, tensors)
+    ctx.held = 2 * len(call.init)
     ctx.count, ctx.role = len(tensors), dict(inside.__dict__)
     ctx.outputs = [(x.shape, x.dtype) for x in output[: 1 + ctx.held]]
     ctx.set_materialize_grads(False)  # else the checkpoints get gradients of their size, all zero
     ctx.save_for_backward(*tensors, *output[2 + ctx.held :])
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
+def _backward(ctx: _Kept, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
     with on_behalf(ctx.role):
         return _gradients(ctx, grads), None, None
 
 
-def _gradients(ctx: Any, grads: list[Tensor]) -> list[Tensor | None]:
+def _gradients(ctx: _Kept, grads: list[Tensor]) -> list[Tensor | None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
     many = any(g is not None and is_one_of_many(g) for g in grads)
@@ -221,22 +225,22 @@ def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, ke
         return N + 1
     if isinstance(remat, int):
         return N // remat + 1
-    if torch.compiler.is_exporting():  # one file for every length
+    if exports():  # one file for every length
         return 16
-    if torch.compiler.is_compiling():  # coarse steps, so that a new length rarely compiles anew
+    if compiles():  # coarse steps, so that a new length rarely compiles anew
         return next(K for K in (4, 16, 64, 256, 1024) if K * K > N or K == 1024)
     return N if N * nbytes <= keep else -(-N // (1 << (N.bit_length() // 2)))
 
 
 def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) -> list[Tensor] | None:
     """Run one token as plain a way as there is: without an op around it."""
-    if type(call.q) is not Tensor or torch.compiler.is_compiling():
+    if type(call.q) is not Tensor or compiles():
         return None
     if not (call.q.shape[1] == 1 and call.carried and call.mask is None and call.reset is None):
         return None
     plan = _plan(name, form, call.q.shape[-1], call.dtype)
-    plan.counts["tokens"] += 1
-    whole = found(chosen(backend, plan, call)).whole
+    plan.natives.tokens += 1
+    whole = backend_of(chosen(backend, plan, call)).whole
     try:
         if whole is None:
             return None
@@ -254,27 +258,31 @@ def _visibly(name: str, form: str, call: Call) -> list[Tensor]:
 
 def scan(
     name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool = False
+) -> tuple[Tensor, State]:
+    """Run the op for a registered program. overwrite: the state given may be lost."""
+    o, *held, position = _scanned(name, form, backend, call, chunk, remat, overwrite)
+    return o, call.after(held, position)
+
+
+def _scanned(
+    name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool
 ) -> list[Tensor]:
-    """Run the op for a registered program: [o, *anchor, *registers, position]. overwrite: the state given may be lost."""
+    """Return [o, *anchor, *registers, position]."""
     if watched():
         return _visibly(name, form, call)
     tensors = call.flat()
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
         return stepped
-    state = keep = 0
-    if learns and not torch.compiler.is_compiling():  # there the op alone chooses, and sizes may be symbols
-        state = sum(x.nbytes for x in call.anchor.values())
-        keep = found(chosen(backend, _plan(name, form, call.q.shape[-1], call.dtype), call)).keep
-    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, state, keep) if learns else 0
-    held = len(call.anchor) + len(call.registers)
-    optional = {"offset": call.offset, "mask": call.mask, "reset": call.reset, "carried": call.carried or None}
-    given = tuple(n for n, x in optional.items() if x is not None)
-    kind = (name, form, call.q.shape[-1], call.dtype)
-    if torch.compiler.is_exporting():
-        T = call.q.shape[1]
+    kind, nbytes, keep = (name, form, call.q.shape[-1], call.dtype), 0, 0
+    if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
+        nbytes = sum(x.nbytes for x in call.state.anchor.values())
+        keep = backend_of(chosen(backend, _plan(*kind), call)).keep
+    checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, nbytes, keep) if learns else 0
+    given, T = call.given, call.q.shape[1]
+    if exports():
         fixed = type(T) is int and not torch.compiler.is_dynamo_compiling()
         key = _text(*kind, T if fixed else None, given)
     else:
         key = _key(*kind)
-    return scan_op(tensors, f"{key}|{backend}|{','.join(given)}", checkpoints)[: 2 + held]
+    return scan_op(tensors, f"{key}|{backend}|{given}", checkpoints)[: 2 + 2 * len(call.init)]

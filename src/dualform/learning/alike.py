@@ -1,0 +1,147 @@
+"""Is a function of tokens the same however many there are? Two of its traces are laid side by side.
+
+x / x.shape[0]         takes 16 for 16 tokens and 17 for 17: refused
+zeros(len(x), 4)       grows with them: where, is `meta["rows"]` of the node, and `mark` keeps such rows apart as it does tokens
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from dualform.graphs.hollow import Hollow
+from dualform.graphs.kept import is_kept, named
+from dualform.graphs.trace import source_line
+from dualform.learning.sites import Place, op_name
+
+aten = torch.ops.aten
+# Sizes, which a result's shape shows; and ops whose numbers no token takes as they are.
+_SIZES = {"size", "shape", "sizes", "repeats"}
+_RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+# What torch writes only where sizes differ, or are not 1: one token has size 1.
+_FITTED = {
+    aten.expand.default, aten.sum_to_size.default, aten.view.default, aten.reshape.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.unsqueeze.default,
+}  # fmt: skip
+
+
+class Differs(Exception):
+    """Where two traces are of two functions, and in what."""
+
+
+class Noted(NamedTuple):
+    """A node as it was traced, before passes change it."""
+
+    node: fx.Node
+    target: Any
+    args: dict[str, Any]
+    value: Any
+
+
+class Seen(NamedTuple):
+    """A trace at W tokens, and the numbers among its results."""
+
+    W: int
+    nodes: list[Noted]
+    results: Any
+
+
+def seen(gm: fx.GraphModule, W: int) -> Seen:
+    """Note a trace."""
+    return Seen(W, [_noted(gm, node) for node in gm.graph.nodes], None)
+
+
+def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
+    if node.op == "get_attr":
+        return Noted(node, node.op, {}, getattr(gm, str(node.target)))
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema else map(str, range(len(node.args)))
+    target = node.target if node.op == "call_function" else node.op
+    return Noted(node, target, {**dict(zip(names, node.args, strict=False)), **node.kwargs}, node.meta.get("val"))
+
+
+def difference(first: Seen, second: Seen) -> str:
+    """Say where two traces are of two functions, empty if they are of one; mark what grows with the tokens in the second."""
+    try:
+        _compare(first, second)
+    except Differs as error:
+        return str(error)
+    return ""
+
+
+def _compare(first: Seen, second: Seen) -> None:
+    fitted = _FITTED if 1 in (first.W, second.W) else set()
+    before = {n.node: n.args["self"] for n in (*first.nodes, *second.nodes) if n.target in fitted}
+    ones, others = ([n for n in made.nodes if n.node not in before] for made in (first, second))
+    twins: dict[fx.Node, fx.Node] = {}
+
+    def is_same(name: str, x: Any, y: Any) -> bool:
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            return twins.get(_behind(x, before)) is _behind(y, before)
+        if isinstance(x, list | tuple) and isinstance(y, list | tuple):
+            return len(x) == len(y) and all(is_same(name, *pair) for pair in zip(x, y, strict=True))
+        return type(x) is type(y) and (x == y or x != x or (name in _SIZES and type(x) is int))
+
+    for a, b in zip(ones, others, strict=False):
+        if a.target != b.target:
+            raise _differs(b.node, f"{op_name(b.node)} stands where {op_name(a.node)} did")
+        twins[a.node] = b.node
+        rows = _rows(a, b, first.W, second.W)
+        if rows is not None:
+            b.node.meta["rows"] = rows
+        if is_kept(a.node) and a.args["key"] != b.args["key"]:
+            for pair in zip(_graphs(a), _graphs(b), strict=True):
+                _compare(*(seen(gm, made.W) for gm, made in zip(pair, (first, second), strict=True)))
+        elif not (a.target in _RANGES and rows) and not (
+            a.target is aten.slice.Tensor and _is_whole(a) and _is_whole(b)
+        ):
+            for name in a.args.keys() | b.args.keys():
+                x, y = a.args.get(name), b.args.get(name)
+                if not is_same(name, x, y):
+                    raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
+    if len(ones) != len(others):
+        longer = max(ones, others, key=len)[min(len(ones), len(others)) - 1]
+        raise _differs(longer.node, f"{len(ones)} ops, then {len(others)}")
+
+
+def _differs(node: fx.Node, what: str) -> Differs:
+    return Differs(f"`{source_line(node) or op_name(node)}`: {what}")
+
+
+def _behind(node: fx.Node, before: dict[fx.Node, fx.Node]) -> fx.Node:
+    return _behind(before[node], before) if node in before else node
+
+
+def _graphs(n: Noted) -> list[fx.GraphModule]:
+    made = named(n.args["key"])
+    return [made.forward, *(gm for gm in made.backward if gm is not None)]
+
+
+def _tensors(n: Noted) -> list[Tensor]:
+    return [x for x in (n.value if isinstance(n.value, tuple | list) else [n.value]) if isinstance(x, Tensor)]
+
+
+def _rows(a: Noted, b: Noted, W0: int, W: int) -> Place | None:
+    """Which axis of a value grows with the tokens; a tensor that the function holds does not change besides."""
+    for x, y in zip(_tensors(a), _tensors(b), strict=True):
+        axes = [k for k, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n]
+        if x.ndim != y.ndim or len(axes) > 1 or any(x.shape[k] * W != y.shape[k] * W0 for k in axes):
+            raise _differs(b.node, f"a shape {tuple(x.shape)}, then {tuple(y.shape)}")
+        if axes:
+            return Place(axes[0], 1, y.shape[axes[0]] // W)
+        if b.target == "get_attr" and x is not y and not _is_equal(x, y):
+            raise _differs(next(iter(b.node.users), b.node), "a tensor of other numbers")
+    return None
+
+
+def _is_equal(x: Tensor, y: Tensor) -> bool:
+    told = not any(isinstance(t, Hollow) or t.is_meta or hasattr(t, "fake_mode") for t in (x, y))
+    return told and x.dtype == y.dtype and torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def _is_whole(n: Noted) -> bool:
+    """Does a slice leave nothing out?"""
+    size = n.args["self"].meta["val"].shape[n.args.get("dim", 0)]
+    return len(range(*slice(n.args.get("start"), n.args.get("end"), n.args.get("step")).indices(size))) == size

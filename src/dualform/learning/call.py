@@ -1,0 +1,261 @@
+"""A call as one record: made once, checked and cast; what program, op and loop hand on, and every backend reads.
+
+Legend: B batch, T time, H heads, K key width, V value width, r registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.learning.front_door import Parts
+from dualform.learning.rules import Rule
+from dualform.learning.state import State
+from dualform.shapes import ShapeError
+
+Leaves = dict[str, Tensor]
+Names = tuple[list[str], list[str], list[str]]
+OPTIONAL = ("offset", "mask", "reset")  # tensors that a call may lack, in the order of the flat list
+
+
+class Call(NamedTuple):
+    """The tensors of one call. q, k, v and gates may be of fewer digits than the state, which is what is computed in."""
+
+    q: Tensor  # (B, T, H, K)
+    k: Tensor  # (B, T, H, K)
+    v: Tensor  # (B, T, H, V)
+    gates: Leaves  # (B, T, H) each
+    slow: Leaves  # (H, ...) parameters; buffers, and what is closed over, as they are
+    state: State
+    init: Leaves  # (H, ...): where a document starts
+    offset: Tensor | None = None  # (chunk,)
+    mask: Tensor | None = None  # (B, T)
+    reset: Tensor | None = None  # (B, T)
+    carried: bool = False  # did the caller give a state?
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return next(iter(self.init.values())).dtype
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The state's anchors, then its registers."""
+        return [*self.state.anchor.values(), *self.state.registers.values()]
+
+    def after(self, held: Sequence[Tensor], position: Tensor) -> State:
+        """Name what a state holds after the call."""
+        L = len(self.init)
+        return State(dict(zip(self.init, held[:L], strict=True)), dict(zip(self.init, held[L:], strict=True)), position)
+
+    @property
+    def given(self) -> str:
+        """Name what the call has beside what every call has."""
+        names = [name for name in OPTIONAL if getattr(self, name) is not None]
+        return ",".join([*names, "carried"] if self.carried else names)
+
+    def flat(self) -> list[Tensor]:
+        """List the tensors, as an op takes them."""
+        parts = (self.gates, self.slow, self.state.anchor, self.state.registers, self.init)
+        optional = [x for x in (self.offset, self.mask, self.reset) if x is not None]
+        return [self.q, self.k, self.v, self.state.position, *chain.from_iterable(map(dict.values, parts)), *optional]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], names: Names, given: str) -> Call:
+        """Read the list; names: of the gates, of the fast leaves, and of what is not fast."""
+        rest, (gates, leaves, others), words = iter(tensors), names, given.split(",")
+        q, k, v, position = (next(rest) for _ in range(4))
+        gate, slow, anchor, registers, init = (
+            {n: next(rest) for n in part} for part in (gates, others, leaves, leaves, leaves)
+        )
+        offset, mask, reset = (next(rest) if n in words else None for n in OPTIONAL)
+        state = State(anchor, registers, position)
+        return cls(q, k, v, gate, slow, state, init, offset, mask, reset, "carried" in words)
+
+    def part(self, rows: slice, T: int) -> Call:
+        """Take some rows, and their first T tokens."""
+        mask, reset = (None if x is None else x[rows, :T] for x in (self.mask, self.reset))
+        q, k, v = (x[rows, :T] for x in (self.q, self.k, self.v))
+        gates = {n: x[rows, :T] for n, x in self.gates.items()}
+        state = self.after([x[rows] for x in self.held], self.state.position[rows])
+        return self._replace(q=q, k=k, v=v, gates=gates, state=state, mask=mask, reset=reset)
+
+    def plain(self) -> Call:
+        """Cast tokens to what is computed in, and copy what was made in inference mode: the definition takes gradients."""
+        dtype = self.dtype
+
+        def own(x: Tensor) -> Tensor:
+            return x.clone() if x.is_inference() else x
+
+        def leaves(part: Leaves) -> Leaves:
+            return {n: own(x) for n, x in part.items()}
+
+        q, k, v = (own(x.to(dtype)) for x in (self.q, self.k, self.v))
+        gates, state = {n: own(x.to(dtype)) for n, x in self.gates.items()}, [own(x) for x in self.held]
+        offset, mask, reset = (None if x is None else own(x) for x in (self.offset, self.mask, self.reset))
+        state = self.after(state, own(self.state.position))
+        return Call(q, k, v, gates, leaves(self.slow), state, leaves(self.init), offset, mask, reset, self.carried)
+
+
+class Signature(NamedTuple):
+    """What a program takes: its learner's tensors, its rule, its mini-batch; its widths where they are known."""
+
+    parts: Parts
+    rule: Rule
+    chunk: int
+    width: int | None
+    out_width: int | None
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """What the learner computes in, float32 at least, and where."""
+        p = next(iter(self.parts.fast.values()))
+        return torch.promote_types(torch.float32, p.dtype), p.device
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State | None, mask: Tensor | None,
+        reset: Tensor | None, params: Mapping[str, Tensor],
+    ) -> Call:  # fmt: skip
+        """Check and cast what a caller gives; fill in the rest."""
+        self._expect_shapes(q, k, v, mask, reset)
+        (B, T, H, _), device = q.shape, q.device
+        marks = {"k": k, "v": v, "mask": mask, "reset": reset, **{f"gates[{n!r}]": x for n, x in gates.items()}}
+        for name, x in (marks | {f"state's {n}": x for n, x in (state.tensors() if state else {}).items()}).items():
+            if x is not None and x.device != device:
+                raise ShapeError(
+                    f"program: {name} is on {x.device}; expected q's device = {device}. Move it there: .to({str(device)!r})."
+                )
+        dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self.kind[0])
+        init, slow = self.with_heads(params, H, dtype, device)
+        slow |= {n: self._buffer(n, params.get(n, x), dtype, device) for n, x in self.parts.buffers.items()}
+        slow |= {n: x.to(device) for n, x in self.parts.closed.items()}
+        made = self._gates(gates, (B, T, H), dtype, device)
+        offset = made.pop("offset", None)
+        q, k, v = (_tokens(x, dtype) for x in (q, k, v))
+        held = self.start(init, B) if state is None else self._fitting(state, init, B)
+        return Call(q, k, v, made, slow, held, init, offset, mask, reset, state is not None)
+
+    def _expect_shapes(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reset: Tensor | None) -> None:
+        if q.ndim != 4:
+            raise ShapeError(
+                f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing axes."
+            )
+        B, T, H, _ = q.shape
+        if k.shape != q.shape:
+            raise ShapeError(
+                f"program: k has shape {tuple(k.shape)}; expected q's = {tuple(q.shape)}. Make them agree."
+            )
+        if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+            raise ShapeError(
+                f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make them agree."
+            )
+        if q.shape[3] == self.width and v.shape[3] != self.out_width:
+            raise ShapeError(
+                f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them agree."
+            )
+        for name, x in (("mask", mask), ("reset", reset)):
+            if x is not None and (x.shape != (B, T) or x.dtype != torch.bool):
+                raise ShapeError(
+                    f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = {(B, T)} of "
+                    f"torch.bool. Pass {name}.bool() of that shape."
+                )
+
+    def start(self, fast: Mapping[str, Tensor], B: int) -> State:
+        """Return the state that B rows start from: at the initial weights, registers at their start."""
+        anchor = {name: w.expand(B, *w.shape) for name, w in fast.items()}
+        registers = {name: torch.stack([s * w for s in self.rule.start], 2) for name, w in anchor.items()}
+        device = next(iter(fast.values())).device
+        return State(anchor, registers, torch.zeros(B, dtype=torch.long, device=device))
+
+    def _fitting(self, state: State, fast: Leaves, B: int) -> State:
+        """Refuse a state of another model, shape or dtype; cast nothing."""
+        if set(state.anchor) != set(fast):
+            raise ShapeError(
+                f"program: state holds the leaves {sorted(state.anchor)}; expected the learner's = {sorted(fast)}. It belongs "
+                "to another model: pass a state that this program returned."
+            )
+        parts = (("anchor", state.anchor, ()), ("registers", state.registers, (self.rule.num_registers,)))
+        held = [
+            (f"{part}.{n}", leaves[n], (B, w.shape[0], *r, *w.shape[1:]), w.dtype)
+            for part, leaves, r in parts for n, w in fast.items()
+        ]  # fmt: skip
+        for name, x, shape, dtype in (*held, ("position", state.position, (B,), torch.long)):
+            if x.shape != shape or x.dtype != dtype:
+                raise ShapeError(
+                    f"program: state's {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected {tuple(shape)} and "
+                    f"{dtype}. Pass a state of this batch and these heads (state.select, state.fork, state.to)."
+                )
+        if list(state.anchor) == list(state.registers) == list(fast):
+            return state
+        return replace(
+            state, anchor={n: state.anchor[n] for n in fast}, registers={n: state.registers[n] for n in fast}
+        )
+
+    def with_heads(
+        self, params: Mapping[str, Tensor], H: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return fast and slow parameters with a head axis."""
+        own = {**self.parts.fast, **self.parts.slow}
+        for name in params:
+            if name not in own and name not in self.parts.buffers:
+                raise ShapeError(
+                    f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter names."
+                )
+
+        def lift(name: str, p: Tensor) -> Tensor:
+            shape, given = own[name].shape, params.get(name, p)
+            if given.shape == shape:
+                given = given.expand(H, *shape)
+            elif given.shape != (H, *shape):
+                raise ShapeError(
+                    f"program: params[{name!r}] has shape {tuple(given.shape)}; expected {tuple(shape)} or (heads, ...) = "
+                    f"{(H, *shape)}. Pass one of the two."
+                )
+            return given.to(device, dtype)
+
+        return {n: lift(n, p) for n, p in self.parts.fast.items()}, {n: lift(n, p) for n, p in self.parts.slow.items()}
+
+    def _buffer(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        wanted = self.parts.buffers[name].shape
+        if x.shape != wanted:
+            raise ShapeError(
+                f"program: params[{name!r}] has shape {tuple(x.shape)}; expected the buffer's {tuple(wanted)}, shared by heads. "
+                "Pass that."
+            )
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    def _gates(
+        self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        for name in gates:
+            if name not in self.rule.gates:
+                raise ShapeError(
+                    f"program: gates has {name!r}; expected gates of the rule ({self.rule.name}) = {self.rule.gates}. Drop it, or "
+                    "use a rule that has it (momentum and decay: give SGD a nonzero constant)."
+                )
+        found = {}
+        for name in self.rule.gates:
+            wanted = (self.chunk,) if name == "offset" else shape
+            x = gates.get(name)
+            if x is None:
+                x = torch.full(wanted, self.rule.default(name), dtype=dtype, device=device)
+            x = x.to(dtype) if name == "offset" else _tokens(x, dtype)
+            if x.shape != wanted:
+                raise ShapeError(
+                    f"program: gates[{name!r}] has shape {tuple(x.shape)}; expected {wanted}. Pass one value each."
+                )
+            found[name] = x
+        return found
+
+
+def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast what is read token by token, unless each backend can widen it while it reads."""
+    return x if x.dtype in _narrow and torch.promote_types(x.dtype, dtype) == dtype else x.to(dtype)
+
+
+_narrow = (torch.bfloat16, torch.float16, torch.float32)
