@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 recording = threading.local()
 
 
-class Part(NamedTuple):
+class SlotView(NamedTuple):
     """A view of a slot; offset: from where the slot's tensor starts, in entries."""
 
     slot: int
@@ -37,10 +37,10 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Step:
+class TapeStep:
     """An op of torch's, or a launch: what it takes, and the slots of what it makes. last: slots that nothing needs after it."""
 
-    takes: list[Part]
+    takes: list[SlotView]
     run: Callable[[list[Any]], Any]
     makes: list[int] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
@@ -48,9 +48,9 @@ class Step:
 
 @dataclass
 class Tape:
-    steps: list[Step]
+    steps: list[TapeStep]
     constants: dict[int, Tensor]
-    outputs: list[Part]
+    outputs: list[SlotView]
     size: int
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -71,7 +71,7 @@ class Tape:
 class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.steps, self.constants, self.bases = list[Step](), dict[int, Tensor](), list(inputs)
+        self.steps, self.constants, self.bases = list[TapeStep](), dict[int, Tensor](), list(inputs)
         self.slot = {id(x): k for k, x in enumerate(inputs)}  # of every tensor seen; all are alive until the end
         self.alive = list(inputs)
 
@@ -79,13 +79,13 @@ class _Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # as graphs/hollow.py's: else torch loads its compiler
 
-    def part(self, x: Tensor) -> Part:
+    def part(self, x: Tensor) -> SlotView:
         if id(x) not in self.slot:
             self.constants[self.new(x)] = x
         k = self.slot[id(x)]
         base = self.bases[k]
         offset, size, stride = x.storage_offset() - base.storage_offset(), tuple(x.shape), x.stride()
-        return Part(k, size, stride, offset, (size, stride, offset) == (tuple(base.shape), base.stride(), 0))
+        return SlotView(k, size, stride, offset, (size, stride, offset) == (tuple(base.shape), base.stride(), 0))
 
     def new(self, x: Tensor) -> int:
         self.bases.append(x)
@@ -122,7 +122,7 @@ class _Recorder(TorchDispatchMode):
             if func.overloadpacket in _EMPTY and new[0].is_contiguous():
                 x = new[0]
                 run = partial(_empty, tuple(x.shape), x.dtype, x.device)
-            self.steps.append(Step(parts, run if makes else lambda slots: run(slots) and (), makes))
+            self.steps.append(TapeStep(parts, run if makes else lambda slots: run(slots) and (), makes))
         return found
 
     def launched(
@@ -139,7 +139,7 @@ class _Recorder(TorchDispatchMode):
                 launch([slots[p.slot].data_ptr() + p.offset * n for p, n in zip(parts, sizes, strict=True)])
             return ()
 
-        self.steps.append(Step(parts, run))
+        self.steps.append(TapeStep(parts, run))
 
 
 _EMPTY = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like}
@@ -150,9 +150,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, slo
     return [torch.empty(shape, dtype=dtype, device=device)]
 
 
-def _building(args: Any, kwargs: Any, parts: list[Part]) -> Callable[[list[Any]], tuple[Any, Any]]:
+def _building(args: Any, kwargs: Any, parts: list[SlotView]) -> Callable[[list[Any]], tuple[Any, Any]]:
     """Write how an op's arguments are made again: tensors stand alone, or in a list."""
-    rest, alone, listed = iter(parts), list[tuple[int, Part]](), list[tuple[int, list[Any]]]()
+    rest, alone, listed = iter(parts), list[tuple[int, SlotView]](), list[tuple[int, list[Any]]]()
     for k, x in enumerate(args):
         if isinstance(x, Tensor):
             alone.append((k, next(rest)))
@@ -168,7 +168,7 @@ def _building(args: Any, kwargs: Any, parts: list[Part]) -> Callable[[list[Any]]
         for k, p in alone:
             own[k] = p.of(slots)
         for k, xs in listed:
-            own[k] = [x.of(slots) if isinstance(x, Part) else x for x in xs]
+            own[k] = [x.of(slots) if isinstance(x, SlotView) else x for x in xs]
         return own, options | {name: p.of(slots) for name, p in named} if named else options
 
     return build
