@@ -151,6 +151,9 @@ class Stretches(Whole, Generic[M]):
     def made(self, run: GridCall, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
 
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
+        return name, ()
+
     @abstractmethod
     def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
         """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
@@ -206,16 +209,17 @@ class Stretches(Whole, Generic[M]):
 
     def _jobs(self, run: GridCall, saved: list[Tensor], G: int) -> Iterator[tuple[range, int, list[Tensor]]]:
         """Yield stretches from the last to the first: with blocks per kept state, and these states."""
-        stop = run.blocks
+        every, stop = _stretches(run, 0, run.blocks), run.blocks
         while stop > 0:
             group = (stop - 1) // G
-            pieces = _stretches(run, group * G, stop)
-            if len(pieces) == 1:  # and what lies before it is of the same kind?
-                while group and len(_stretches(run, (group - 1) * G, group * G + 1)) == 1:
-                    group -= 1
+            while every[-1].start >= stop:
+                every.pop()
+            if every[-1].start <= group * G:  # with all groups before it that lie in the same stretch
+                group = -(-every[-1].start // G)
                 count = 2 * run.L if not run.known(group * G) else run.L
                 yield range(group * G, stop), G, [x[group : (stop - 1) // G + 1] for x in saved[:count]]
             else:
+                pieces = _stretches(run, group * G, stop)
                 held, starts = [x[group] for x in saved], []
                 for piece in pieces:
                     starts.append([x[None] for x in run.enter(piece.start, held)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -22,6 +23,9 @@ from dualform.ops.table import kind_of
 
 # To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
 MOVED = 32.0
+
+
+Price = Callable[[fx.Node], float]
 
 
 def _keys(gm: fx.GraphModule, names: dict[Any, int], given: int) -> dict[fx.Node, int]:
@@ -54,7 +58,7 @@ def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[
     made = {key: n for n, key in _keys(earlier, names, given).items() if n.op == "call_function"}
     key_of = _keys(later, names, given)
     both = [n for n in later.graph.nodes if n.op == "call_function" and key_of[n] in made]
-    kept, _ = _cut(both)
+    kept, _ = _cut(both, price, work)
     graph = later.graph
     last = inputs_of(graph)[-1]
     for n in reversed(kept):
@@ -67,7 +71,7 @@ def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[
     return fx.GraphModule(earlier, earlier.graph), fx.GraphModule(later, graph), len(kept)
 
 
-def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+def _cut(values: list[fx.Node], price: Price, work: Price) -> tuple[list[fx.Node], list[fx.Node]]:
     """Of values that others read, choose those that are kept, and those that are made again from what is kept."""
     network: list[tuple[Any, Any, float]] = []
     inside = set(values)
@@ -83,6 +87,6 @@ def _cut(values: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     return [n for n in values if n in needed and ("again", n) not in needed], made
 
 
-def made_again(values: list[fx.Node]) -> set[fx.Node]:
+def made_again(values: list[fx.Node], price: Price = price, work: Price = work) -> set[fx.Node]:
     """Of values that are at hand in one place, choose those that are made again in others."""
-    return set(_cut(values)[1])
+    return set(_cut(values, price, work)[1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Stretches, Tensors, line_of, never
+from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
+from dualform.kernels.tape import Tape, recorded
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_schedule import (
     Argument,
@@ -29,10 +30,10 @@ from dualform.kernels.triton_schedule import (
     forward_direction,
     place_of_input,
     reverse_direction,
-    sliced,
 )
+from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_text import Precision
-from dualform.learning.backends import Backend, BackendError, backends
+from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
@@ -42,26 +43,31 @@ from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
 
-# States that a stretch computes again, for its backward, at once.
+# What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
+KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Below so many rows a direction is cut in slices, its chain being what takes time; with mini-batches of so many tokens at most, or of
-# any (`LONG`); and only where registers hold the state and what slices make again (LAB.md, one H200).
+# Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the state and what
+# slices make again (LAB.md, one H200).
 ROWS = {"forward": 80, "backward": 1 << 30}
-LONG = {"forward": 0, "backward": 48}
-TOKENS, COUNT, ENTRIES = 32, 16, 8192
+COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
+TAPES = 64  # kinds of calls that are remembered step by step
+WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
 
 
-def cut(entries: int, width: int, rows: int, count: int, direction: str) -> bool:
+def cut(entries: int, rows: int, count: int, direction: str) -> bool:
     """Is a stretch of `count` mini-batches cut in slices?"""
-    rows_below = ROWS[direction] if width <= TOKENS else LONG[direction]
-    return count >= COUNT and entries <= ENTRIES and rows < rows_below
+    return count >= COUNT and entries <= ENTRIES and rows < ROWS[direction]
 
 
-def launch_for(entries: int, warps: int | None, stages: int) -> Launch:
-    """Choose the warps of a program: enough to hold the state."""
-    return Launch(warps or next(n for most, n in WARPS if entries <= most), stages)
+def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
+    """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more programs run beside each other."""
+    if kernel.carries:
+        # Whose reads ahead take what shared memory there is.
+        heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")
+        return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), min(stages, 2) if heavy else stages)
+    return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
 @dataclass(eq=False)
@@ -69,9 +75,15 @@ class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
 
     kernels: dict[str, list[Kernel]]
-    how: Launch
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+
+    @property
+    def said(self) -> str:
+        """Say what runs, and what of it torch computes."""
+        every = list({k.name: k for some in self.kernels.values() for k in some}.values())
+        apart = sum(len(p.graph.graph.nodes) - len(p.inputs) - 1 for k in every for p in (k.before, k.after) if p)
+        return f"{' + '.join(k.name for k in every)}{f' ({apart} ops by torch)' if apart else ''}"
 
 
 Key = tuple[Variant, str, Precision, bool]  # kind of block, direction, how it multiplies, slices
@@ -81,8 +93,8 @@ Key = tuple[Variant, str, Precision, bool]  # kind of block, direction, how it m
 class Compiled:
     """What was written for a plan, and made ready to be launched."""
 
-    kernels: dict[Key, dict[str, list[Kernel]]] = field(default_factory=dict)
-    made: dict[tuple[Key, Launch], Made] = field(default_factory=dict)
+    made: dict[Key, Made] = field(default_factory=dict)
+    tapes: dict[Any, Any] = field(default_factory=dict)  # of calls by their kind: "seen" once, then how they run
 
 
 def written(
@@ -125,10 +137,30 @@ class _Rows(Stretches[Made]):
         self.precision, self.warps, self.stages, self.slices = precision, warps, stages, slices
 
     def suits(self, plan: Plan, call: Call) -> bool:
-        return False  # not yet chosen where nobody did
+        device = call.q.device
+        if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
+            return False
+        if not plan.is_checked:  # Triton's compiler is wrong for some kernels, silently: none is taken that nothing is compared with
+            return False
+        # What follows a longer call stays there.
+        return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
 
     def says(self, plan: Plan) -> str:
-        return ""  # nowhere
+        if not torch.cuda.is_available():
+            return ""
+        why = triton_launch.lack(torch.device("cuda"))
+        if why or not plan.is_checked:
+            checked = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
+            return f"not on this card: {why or checked}"
+        each = dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values())
+        done = f"; made: {', '.join(each)}" if each else ""
+        return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
+        way = "backward" if backward else "forward"
+        ways = {self._in_slices(run, piece, way) for piece in _stretches(run, 0, run.blocks)}
+        options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32, "slices": max(ways)}
+        return backends_key(("triton", options)), triton_launch.place(run.call.q.device)
 
     def schedule(self, plan: Plan, variant: Variant) -> dict[str, Kernel]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
@@ -137,37 +169,73 @@ class _Rows(Stretches[Made]):
     def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         return None
 
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
+        return self._again(run, (checkpoints,), run.call.flat(), lambda: super(_Rows, self).forward(run, checkpoints))
+
+    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
+        given = [*run.call.flat(), *saved, *cotangents]
+        words = (checkpoints, len(saved))
+        return self._again(run, words, given, lambda: super(_Rows, self).backward(run, saved, cotangents, checkpoints))
+
+    def _again(self, run: GridCall, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
+        """Run a direction; from its second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
+        c = run.call
+        if c.carried or c.mask is not None or c.reset is not None:
+            return call()
+        first: dict[int, int] = {}
+        kinds = tuple(
+            (x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() % 16, first.setdefault(id(x), k))
+            for k, x in enumerate(given)
+        )
+        key, tapes = (
+            (self.warps, self.stages, self.precision, self.slices, words, kinds),
+            run.plan.natives.of(Compiled).tapes,
+        )
+        found = tapes.get(key)
+        if isinstance(found, Tape):
+            return found(given)
+        if len(tapes) >= TAPES:
+            tapes.pop(next(iter(tapes)), None)
+        if found is None:
+            tapes[key] = "seen"
+            return call()
+        self.check(c)
+        result, tapes[key] = recorded(call, given)
+        return result
+
     def check(self, call: Call) -> None:
         triton_launch.triton_module()
         if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
             raise BackendError(
                 f"triton: q is on {call.q.device}; expected a CUDA device, whose code this backend makes. Use backend='auto', or move it."
             )
+        if call.q.device.type == "cuda" and (why := triton_launch.lack(call.q.device)):
+            raise BackendError(f"triton: {why} Use backend='inductor' or 'eager'.")
         if call.dtype == torch.float64 and not triton_launch.is_interpreted():
             raise BackendError(
                 f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
             )
 
+    def _in_slices(self, run: GridCall, piece: range, direction: str) -> bool:
+        if self.slices is not None:
+            return self.slices
+        d = run.plan.derivation
+        registers = d.inner.rule.num_registers * (not run.known(piece.start))
+        entries = sum(p.numel() for p in d.parts.fast.values()) * (1 + registers)
+        return cut(entries, run.B * run.H, len(piece), direction)
+
     def made(self, run: GridCall, piece: range, direction: str) -> Made:
         plan, variant = run.plan, run.grid.variants[piece.start]
-        short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
-        factors = (
-            torch.bfloat16 if short and not triton_launch.is_interpreted() else None
-        )  # whose interpreter multiplies their bits
-        precision = (
-            self.precision if self.precision.factors or factors is None else Precision(factors, self.precision.float32)
-        )
-        entries = sum(p.numel() for p in plan.derivation.parts.fast.values()) * (
-            1 + plan.derivation.inner.rule.num_registers * (not run.known(piece.start))
-        )
-        sizes = (entries, variant.width, run.B * run.H, len(piece))
-        slices = cut(*sizes, direction) if self.slices is None else self.slices
-        how = launch_for(entries, self.warps, self.stages)
+        precision = self.precision
+        if not triton_launch.is_interpreted():  # which multiplies bits of bfloat16, and adds pairs one by one
+            short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
+            factors = precision.factors or (torch.bfloat16 if short else None)
+            precision = replace(precision, factors=factors, at_once=True, ahead=True)
+        slices = self._in_slices(run, piece, direction)
         key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
-        with TRACING if (key, how) not in own.made else nullcontext():
-            if (key, how) not in own.made:
-                kernels = own.kernels.get(key) or written(plan, variant, direction, precision, slices)
-                own.kernels[key] = kernels
+        with TRACING if key not in own.made else nullcontext():
+            if key not in own.made:
+                kernels = written(plan, variant, direction, precision, slices)
                 every = [k for some in kernels.values() for k in some]
                 inner = ("made", "passed", "slice", *(["before"] if direction == "backward" else []))
                 wanted = dict.fromkeys((a.role, a.what) for k in every for a in k.arguments if a.role not in inner)
@@ -177,8 +245,8 @@ class _Rows(Stretches[Made]):
                             _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
-                own.made[key, how] = Made(kernels, how, tuple(x for x in wanted if x[0] not in inner))
-            return own.made[key, how]
+                own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
+            return own.made[key]
 
     def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
@@ -191,7 +259,8 @@ class _Rows(Stretches[Made]):
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
-        nbytes = sum(given[key][0].nbytes for key in kept) + passed * run.B * run.H or 1
+        again = sum(given[key][0].nbytes for key in kept) if G > 1 else 0
+        nbytes = again + passed * run.B * run.H or 1
         most = max(1, STATE_BYTES // (nbytes * G)) * G
         stops = [*range(most, count, most), count]
         turned: dict[Any, Tensor] = {}
@@ -278,7 +347,9 @@ class _Rows(Stretches[Made]):
                 device=run.call.q.device,
             )
         tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
-        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, made.how)
+        triton_launch.run(
+            kernel, tensors, run.B * run.H, run.H, groups, scalars, launch_for(kernel, self.warps, self.stages)
+        )
         if kernel.after is None:
             return
         values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]
@@ -343,4 +414,4 @@ def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", sli
     products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
     that was found faster.
     """
-    return Backend(never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=0)
+    return Backend(never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=KEEP)

@@ -6,12 +6,15 @@ import hashlib
 import linecache
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dualform.kernels.tape import recording
 from dualform.kernels.triton_schedule import SCALARS, Argument, Kernel
 from dualform.learning.backends import BackendError
 
@@ -36,6 +39,38 @@ def is_interpreted() -> bool:
     return bool(triton_module().knobs.runtime.interpret)
 
 
+OLDEST, CAPABILITY = (3, 4), (8, 0)  # of Triton, and of the card: what the texts are written for
+
+
+@cache
+def lack(device: torch.device) -> str:
+    """Say what keeps kernels from a card; nothing if nothing does."""
+    try:
+        version = triton_module().__version__
+    except Missing as error:
+        return str(error)
+    if tuple(int(x) for x in re.findall(r"\d+", version)[:2]) < OLDEST:
+        return f"its version is {version}; expected >= {'.'.join(map(str, OLDEST))}, which the kernels' texts are written for."
+    if is_interpreted() or torch.version.hip:
+        return ""
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        return f"the card's compute capability is {found[0]}.{found[1]}; expected >= 8.0, whose matrix units take bfloat16."
+    return ""
+
+
+@cache
+def place(device: torch.device) -> tuple[str, ...]:
+    """Name what compiled code depends on beside its text: Triton, the card, its driver."""
+    if device.type != "cuda":
+        return (triton_module().__version__,)
+    try:
+        driver = Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        driver = str(torch._C._cuda_getDriverVersion()) if torch.version.cuda else str(torch.version.hip)
+    return triton_module().__version__, torch.cuda.get_device_name(device), driver
+
+
 @cache
 def loaded(text: str, name: str) -> Any:
     """Make a function of a kernel's source."""
@@ -54,26 +89,108 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
+# Compiled code by kernel, launch, device, and what it is specialised for: Triton's own look-up binds a hundred arguments, a tenth of a
+# millisecond a launch.
+_made: dict[Any, tuple[Any, int]] = {}
+
+
 def run(
     kernel: Kernel, tensors: Sequence[Tensor], rows: int, heads: int, groups: int, scalars: Sequence[int], how: Launch
 ) -> Any:
     """Run a kernel on (n, B, H, ...) tensors. scalars: count, group, G, phase."""
-    places = [y for x in tensors for y in (x, *x.stride())]
-    function, lack = loaded(kernel.text, kernel.name)[(rows, groups)], ""
-    for stages in range(_stages.get((kernel.text, how), how.stages), 0, -1):
+    places, kinds, alike, seen = [], [], [], dict[Any, int]()
+    for k, x in enumerate(tensors):
+        steps = x.stride()
+        alike.append(first := seen.setdefault(steps, k))
+        places += (x, *steps) if first == k else (x,)
+        kinds.append((x.dtype, steps, not x.data_ptr() % 16))
+    device = tensors[0].device.index
+    key = (kernel.text, how, device, heads, tuple(kinds))
+    found = _made.get(key)
+    with _on(device):
+        if found is not None:
+            made, stages = found
+            made[rows, groups, 1](*places, heads, *scalars, stages)
+        else:
+            function = loaded(sharing(kernel, tuple(alike)), kernel.name)
+            made = _first(key, kernel, function, places, (rows, groups), (heads, *scalars), how)
+    if (recorder := getattr(recording, "now", None)) is not None:
+        steps = [
+            x if first == k else ()
+            for k, (x, first) in enumerate(zip((x.stride() for x in tensors), alike, strict=True))
+        ]
+        last = (heads, *scalars, _made[key][1]) if key in _made else ()
+
+        def launch(pointers: list[int]) -> None:
+            with _on(device):
+                made[rows, groups, 1](*(y for x, own in zip(pointers, steps, strict=True) for y in (x, *own)), *last)
+
+        again = None if last else partial(run, kernel, rows=rows, heads=heads, groups=groups, scalars=scalars, how=how)
+        recorder.launched(tensors, launch, again)
+    return made
+
+
+@cache
+def sharing(kernel: Kernel, alike: tuple[int, ...]) -> str:
+    """Write a kernel for tensors of which some lie alike: those have one set of strides, which takes fewer registers.
+
+    alike: for each tensor, the first that lies as it does.
+    """
+    other = {
+        f"{a.name}_{x}": f"{kernel.arguments[k].name}_{x}"
+        for a, k in zip(kernel.arguments, alike, strict=True)
+        for x in strides(a)
+    }
+    text = re.sub(r"\b\w+_s\w\b", lambda found: other.get(found[0], found[0]), kernel.text)
+    head, given, rest = re.split(rf"(?<=def {kernel.name}\()(.*)(?=\):)", text, maxsplit=1)
+    return f"{head}{', '.join(dict.fromkeys(given.split(', ')))}{rest}"
+
+
+def strides(a: Argument) -> tuple[str, ...]:
+    """Name the strides of a kernel's tensor."""
+    return ("sn", "sb", "sh", *(f"s{k}" for k in range(a.rank)))
+
+
+def _on(device: int | None) -> Any:
+    """Make a device the current one, where it is not."""
+    return nullcontext() if device is None or device == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _first(
+    key: Any,
+    kernel: Kernel,
+    function: Any,
+    places: list[Any],
+    grid: tuple[int, int],
+    numbers: tuple[int, ...],
+    how: Launch,
+) -> Any:
+    """Compile and run a kernel, with fewer stages where it does not fit otherwise."""
+    tried = ""
+    for stages in range(how.stages, 0, -1):
+        words = {"STAGES": stages, "num_warps": how.warps}
         try:
-            made = function(*places, heads, *scalars, STAGES=stages, num_warps=how.warps)
-            _stages[kernel.text, how] = stages
+            if not is_interpreted():
+                function.warmup(*places, *numbers, grid=grid, **words)
+            made = function[grid](*places, *numbers, **words)
+            if made is not None:  # an interpreter makes nothing
+                _made[key] = made, stages
             return made
         except triton_module().runtime.errors.OutOfResources as error:
-            lack = str(error)
+            tried = str(error)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            if "[CUDA]" in str(error):  # of an earlier kernel: nothing runs on this card any more
+                raise
+            raise BackendError(
+                f"triton: {kernel.name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code for {' '.join(place(places[0].device))}. "
+                "Use backend='inductor' or 'eager'; this is a fault of dualform or of Triton, please report it."
+            ) from error
     raise BackendError(
-        f"triton: {kernel.name} does not fit: {lack} Expected what this card has. Use backend='inductor' or 'eager', other warps, or a "
+        f"triton: {kernel.name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', other warps, or a "
         "smaller mini-batch."
     )
-
-
-_stages: dict[tuple[str, Launch], int] = {}  # with which a kernel fits its card
 
 
 # -- compiling without a card ------------------------------------------------------------------------------------------
@@ -88,35 +205,44 @@ _POINTERS = {
 }
 
 
-def signature(
-    arguments: Sequence[Argument], types: Callable[[Argument], torch.dtype] = lambda a: a.dtype
-) -> dict[str, str]:
-    """List a kernel's parameters and their types, the last axis of each tensor one after another."""
-    found = {}
-    for a in arguments:
-        found[f"{a.name}_p"] = _POINTERS[types(a)]
-        found |= {f"{a.name}_s{k}": "i32" for k in ("n", "b", "h", *range(a.rank))}
-    return found | dict.fromkeys(SCALARS, "i32") | {"STAGES": "constexpr"}
-
-
 def compiled(
-    kernel: Kernel, target: Any, how: Launch, types: Callable[[Argument], torch.dtype] = lambda a: a.dtype
-) -> Any:
-    """Compile a kernel for a target, `GPUTarget("cuda", 90, 32)` say: registers, spills and shared memory are in what it made."""
+    kernel: Kernel, target: Any, how: Launch, types: Callable[[Argument], torch.dtype] = lambda a: a.dtype,
+    alike: Callable[[Argument], Any] = lambda a: a,
+) -> Any:  # fmt: skip
+    """Compile a kernel for a target, `GPUTarget("cuda", 90, 32)` say: registers, spills and shared memory are in what it made.
+
+    alike: the same for tensors that lie alike.
+    """
     triton = triton_module()
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]: as above
 
-    ones = {f"{a.name}_s{a.rank - 1}": 1 for a in kernel.arguments if a.rank}
-    kinds = {x: "constexpr" if x in ones else kind for x, kind in signature(kernel.arguments, types).items()}
-    function = loaded(kernel.text, kernel.name)
+    same = [alike(a) for a in kernel.arguments]
+    first = tuple(same.index(x) for x in same)
+    kinds: dict[str, str] = {}
+    for k, (a, j) in enumerate(zip(kernel.arguments, first, strict=True)):
+        kinds[f"{a.name}_p"] = _POINTERS[types(a)]
+        kinds |= {f"{a.name}_{x}": "i32" for x in strides(a) if j == k}
+    ones = {x: 1 for a in kernel.arguments if a.rank and (x := f"{a.name}_s{a.rank - 1}") in kinds}
+    kinds |= dict.fromkeys(ones, "constexpr") | dict.fromkeys(SCALARS, "i32") | {"STAGES": "constexpr"}
     aligned = {
         (k,): [["tt.divisibility", 16]]
         for k, (x, kind) in enumerate(kinds.items())
-        if kind.startswith("*") or re.search(r"_s(n|b|h|0)$", x)
+        if kind.startswith("*") or (kind != "constexpr" and re.search(r"_s(n|b|h|0)$", x))
     }
-    aligned = {k: v for k, v in aligned.items() if list(kinds.values())[k[0]] != "constexpr"}
+    function = loaded(sharing(kernel, first), kernel.name)
     source = ASTSource(fn=function, signature=kinds, constexprs={**ones, "STAGES": how.stages}, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": how.warps})
 
 
-__all__ = ["Launch", "Missing", "compiled", "is_interpreted", "loaded", "run", "signature", "triton_module"]
+__all__ = [
+    "Launch",
+    "Missing",
+    "compiled",
+    "is_interpreted",
+    "lack",
+    "loaded",
+    "place",
+    "run",
+    "sharing",
+    "triton_module",
+]

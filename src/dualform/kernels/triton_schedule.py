@@ -21,17 +21,18 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import extract, inputs_of, needed, only_outputs, results_of, unwritten
-from dualform.graphs.split import Part, split
 from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.sharing import made_again
-from dualform.kernels.targets import Target, backward_targets, forward_targets, label, part_module, views_apart
+from dualform.kernels.targets import Target, backward_targets, forward_targets, label
 from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
-from dualform.kernels.triton_text import Precision, Walker, Writer
+from dualform.kernels.triton_order import abreast, helpers
+from dualform.kernels.triton_text import Precision, Writer
+from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
 
+TILE_AHEAD = 2048  # entries of such a tile, at most
 SCALARS = ("H", "count", "group", "G", "phase")
 _RESERVED = {
     *SCALARS,
@@ -96,7 +97,7 @@ class Crossing(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A kernel's source, what its tensors are, and what torch does before and after it."""
 
@@ -110,6 +111,9 @@ class Kernel:
     slices: tuple[Crossing, ...]  # what it hands to later kernels
     carries: bool  # is one mini-batch after another?
     flops: int  # of matrix products, for one mini-batch of one row
+    held: int  # entries of what is carried on
+    largest: int  # entries of its largest tile, and of its tiles on average
+    usual: int
 
     def __str__(self) -> str:
         outside = [
@@ -135,6 +139,7 @@ class Direction:
     keeps: str = ""  # "" | "some" | "each": does it store the state that a mini-batch starts from?
     backwards: bool = False
     whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
+    short: frozenset[str] = frozenset()  # what passes from slice to slice in the type of factors
     orders: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  # how carried variables lie, if not as their tensors
@@ -203,9 +208,16 @@ class Direction:
 
     # -- the kernel ----------------------------------------------------------------------------------------------
 
+    def _loads_ahead(self) -> bool:
+        """Has it registers for what the next mini-batch reads? (LAB.md: as is read in reverse, or by 64 tokens, it has none.)"""
+        tokens = [n.meta["val"].numel() for n, x in self.source.items() if x.part in ("q", "k", "v")]
+        return (
+            self.precision.ahead and bool(self.carried) and not self.backwards and max(tokens, default=0) <= TILE_AHEAD
+        )
+
     def _begin(self) -> None:
         """Start writing: what is carried is in registers, all else in memory."""
-        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED))
+        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED), ahead=self._loads_ahead())
         self.walker, self.arguments = Walker(self.writer), list[Argument]()
         self.variables: dict[Input, list[Tile]] = {}
         self.head: list[str] = []
@@ -217,6 +229,7 @@ class Direction:
                 looped = x.over == "block"
                 state = self.backwards and x.part in ("th", "R")
                 role, what = ("kept", self.states.index(x)) if state else place_of_input(x)
+                kind = self._passes_as(what) if role == "slice" and kind.is_floating_point else kind
                 self.walker.values[n] = self._read(role, what, label(x), shape, kind, looped)
 
     def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
@@ -226,7 +239,7 @@ class Direction:
             while found in {a.name for a in self.arguments}:
                 found, k = f"{hint}_{k}", k + 1
             self.writer.taken |= {
-                f"{found}_{x}" for x in ("p", "row", "at", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
+                f"{found}_{x}" for x in ("p", "row", "at", "ahead", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
             }
             self.arguments.append(Argument(role, what, found, rank, dtype))
         return found
@@ -290,7 +303,7 @@ class Direction:
             goals = [n for n in self.steps if n.name in made]
             before = self._outside(goals, set(self.steps))
         slices = tuple(
-            Crossing(t.what, tuple(x.meta["val"].shape), self.dtype) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
+            Crossing(t.what, tuple(x.meta["val"].shape), self._passes_as(t.what)) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
         )  # fmt: skip
         crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
         return Kernel(
@@ -304,6 +317,9 @@ class Direction:
             slices,
             bool(self.carried),
             self.writer.flops,
+            sum(math.prod(n.meta["val"].shape) for n in self.carried),
+            max(self.writer.sizes, default=1),
+            sum(self.writer.sizes) // max(1, len(self.writer.sizes)),
         )
 
     def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
@@ -314,23 +330,39 @@ class Direction:
         for n in self.steps:
             if n in read and n in self.early:
                 self.walker.values[n] = self._memory("made", n)
-            elif n in read:
-                self.walker.step(n)
+        self.tail, self.moves = list[str](), dict[str, Tile]()
+        waiting = [k for k in wanted if self.targets[k].kind != "over"]
+        inside = [n for n in self.steps if n in read and n not in self.early]
+        groups = abreast(inside, self.walker.values) if self.precision.at_once else [[n] for n in inside]
+        for group in ([], *groups):
+            if len(group) > 1:
+                self.walker.steps(group)
+            elif group:
+                self.walker.step(group[0])
+            for k in [k for k in waiting if self.results[k] in self.walker.values]:  # at once: registers are few
+                waiting.remove(k)
+                self._leave_at(k)
         for n in passed:
             value = self.walker.values[n]
             name = self._argument("passed", n.name, f"{n.name}_out", len(value.shape), value.kind)
             self.writer.store(name, value, True)
-        self.tail, self.moves, self.sums = list[str](), dict[str, Tile](), list[str]()
-        for k in wanted:
-            try:
-                self._leave(self.targets[k], self.results[k])
-            except Untileable as error:
-                raise Refused(self.results[k], error.why) from None
+        for k in (*waiting, *(k for k in wanted if self.targets[k].kind == "over")):
+            self._leave_at(k)
         used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
         self.arguments = [a for a in self.arguments if a in used]
 
+    def _passes_as(self, name: str) -> torch.dtype:
+        return self.precision.factors if name in self.short and self.precision.factors else self.dtype
+
+    def _leave_at(self, k: int) -> None:
+        try:
+            self._leave(self.targets[k], self.results[k])
+        except Untileable as error:
+            raise Refused(self.results[k], error.why) from None
+
     def _is_used(self, a: Argument) -> bool:
-        return any(f"{a.name}_at" in line for line in (*self.writer.once, *self.writer.loop)) or (
+        w = self.writer
+        return any(f"{a.name}_at" in line or f"{a.name}_ahead" in line for line in (*w.once, *w.loop, *w.next)) or (
             a.role == "kept" and bool(self.keeps)
         )
 
@@ -384,7 +416,8 @@ class Direction:
         hint = {"o": "o", "after": f"after_{what}", "turned": f"turned_{what}"}.get(
             role, f"{label(what)}_gradient" if isinstance(what, Input) else f"{what}_passed"
         )
-        name = self._argument(role, what, hint, len(value.shape), value.kind)
+        kind = self._passes_as(what) if role == "slice" else value.kind
+        name = self._argument(role, what, hint, len(value.shape), kind)
         w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
 
     def _after(self, write: Any) -> None:
@@ -467,6 +500,12 @@ class Direction:
             if any(f"{a.name}_at" in x for x in w.loop)
         ]
         turn = ["n = last - 1 - j"] if self.backwards else []
+        early = [a.name for a in self.arguments if any(f"{a.name}_ahead" in x for x in w.next)]
+        start, after = (
+            ("last - 1", "tl.maximum(n - 1, first)") if self.backwards else ("first", "tl.minimum(n + 1, last - 1)")
+        )
+        ahead = [f"{name}_ahead = {name}_row + (row * 0 + {start}) * {name}_sn" for name in early]
+        on = [f"{name}_ahead = {name}_row + (row * 0 + {after}) * {name}_sn" for name in early]
         begin = [
             "row = tl.program_id(0).to(tl.int64)",
             "part = tl.program_id(1).to(tl.int64)",
@@ -476,7 +515,8 @@ class Direction:
         begin += ["first = tl.program_id(1) * group", "last = tl.minimum(first + group, count)"]
         places = [f"i{n} = tl.arange(0, {n})" for n in sorted(w.places)]
         counter, span = ("j", "0, last - first") if self.backwards else ("n", "first, last")
-        loop = [*turn, "m = row * 0 + n", *moving, *w.loop, *carry]
+        begun = len(w.next)  # lines that take what was loaded ahead
+        loop = [*turn, "m = row * 0 + n", *moving, *w.loop[:begun], *on, *w.next, *w.loop[begun:], *carry]
         body = [
             *begin,
             *places,
@@ -484,6 +524,8 @@ class Direction:
             *fixed,
             *w.once,
             *self.head,
+            *ahead,
+            *w.first,
             f"for {counter} in tl.range({span}, num_stages=STAGES):",
         ]
         lines = [*(f"    {x}" for x in body), *(f"        {x}" for x in loop), *(f"    {x}" for x in tail)]
@@ -496,6 +538,7 @@ class Direction:
             "",
             "",
             triton_ops.helpers(text),
+            helpers(text),
             "",
             f"{head}\n{text}\n",
         ]
@@ -511,50 +554,6 @@ def _is_deep(n: fx.Node) -> bool:
     """Has a value more than two axes, short ones that would fill a tile with nothing?"""
     made = n.meta.get("val")
     return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
-
-
-# -- slices ------------------------------------------------------------------------------------------------------------
-
-
-def _stored(n: fx.Node) -> float:
-    """Price passing a value on, for one row: its bytes. An op in the loop is worth 4096, as on the CPU: a tile there takes about as
-    long as an op's latency where rows are few, and three of them where rows fill the card."""
-    made = n.meta.get("val")
-    return float(made.numel() * made.element_size()) if isinstance(made, torch.Tensor) else math.inf
-
-
-def sliced(d: Direction) -> list[Kernel]:
-    """Cut a direction where its state passes: before, loop and after, of which only the loop goes mini-batch by mini-batch."""
-    views_apart(d.graph)
-    results = results_of(d.graph.graph)
-    on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
-    carried = [d.targets[k].what for k in on]
-    f = split(d.graph, [list(d.sources).index(x) for x in carried], on, None, _stored, again=made_again)
-    known = dict(zip(f.inputs, d.sources, strict=True))
-    parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
-    home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
-    crossing = {x for part in parts.values() for x in part.inputs}
-    crossing |= {x for x in parts["loop"].outputs if x in f.carried}  # the state that a mini-batch starts from
-    found = []
-    for name, part in parts.items():
-        first = on if name == "loop" else []
-        passed = [x for x in part.outputs[len(first) :] if x in crossing]
-        ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
-        wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
-        if not wanted:
-            continue
-        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
-        goes = [
-            *(d.targets[k] for k in first),
-            *(Target("passed", x.name) for x in passed),
-            *(d.targets[k] for k in ends),
-        ]
-        given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
-        made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
-        keeps = d.keeps if name == "loop" else ""
-        one = Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
-        found.append(one.kernel())
-    return found
 
 
 # -- directions --------------------------------------------------------------------------------------------------------
@@ -598,5 +597,4 @@ __all__ = [
     "forward_direction",
     "place_of_input",
     "reverse_direction",
-    "sliced",
 ]

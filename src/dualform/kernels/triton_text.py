@@ -1,4 +1,4 @@
-"""The walker: a graph over small tensors as lines of Triton, value by value in the graph's order.
+"""Lines of Triton for values of a kernel: what is read and written, maps, reductions, products, views that move entries.
 
 A value is a tile in registers (`tiles`); views are bookkeeping; maps, reductions and products are a line each. What cannot be a tile is
 `Untileable`, and the caller decides where else it is computed.
@@ -12,20 +12,16 @@ Legend: i16 places along an axis of 16 entries; T the type that is computed in.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
 
-from dualform.kernels.ops import Unsupported
 from dualform.kernels.tiles import (
     LIMIT,
     Memory,
     Parts,
-    Shape,
     Tile,
     Untileable,
     Value,
@@ -39,10 +35,9 @@ from dualform.kernels.tiles import (
     selected,
     sliced,
     spelt,
-    squeezed,
     unsqueezed,
 )  # fmt: skip
-from dualform.ops.table import ENTRIES, FOLDS, find_row
+from dualform.ops.table import ENTRIES, FOLDS
 
 aten = torch.ops.aten
 TYPES = {
@@ -51,14 +46,20 @@ TYPES = {
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
 }
+ITS_OWN = "cache_modifier='.ca'"  # what a load has by default; as it is said, the load is not merged with another of the same place
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What a product of matrices takes: the type of its factors (None: that which is computed in), and how float32 is multiplied."""
+    """What a product of matrices takes: the type of its factors (None: that which is computed in), and how float32 is multiplied.
+
+    at_once: are sums that do not wait for each other one reduction? ahead: is what a mini-batch reads loaded during the one before?
+    """
 
     factors: torch.dtype | None = None
     float32: str = "ieee"  # | "tf32" | "tf32x3"
+    at_once: bool = False
+    ahead: bool = False
 
 
 @dataclass
@@ -73,6 +74,10 @@ class Writer:
     places: set[int] = field(default_factory=set)
     loaded: dict[Any, Tile] = field(default_factory=dict)
     flops: int = 0
+    sizes: list[int] = field(default_factory=list)  # entries of the tiles made
+    ahead: bool = False  # is what the next mini-batch reads loaded while this one is computed?
+    first: list[str] = field(default_factory=list)  # such loads, for the first mini-batch
+    next: list[str] = field(default_factory=list)
 
     @property
     def T(self) -> str:
@@ -95,8 +100,10 @@ class Writer:
         clean: frozenset[int] = frozenset(), held: bool = False,
     ) -> Tile:  # fmt: skip
         """Write a line; space: the value's axes that the variable has, in its order."""
-        if math.prod(padded(shape[a]) for a in space) > LIMIT:
+        entries = math.prod(padded(shape[a]) for a in space)
+        if entries > LIMIT:
             raise Untileable(f"its {' x '.join(map(str, shape))} entries are no tile of at most {LIMIT:,}")
+        self.sizes.append(entries)
         name = self.named(hint)
         self.line(f"{name} = {text}  # {' x '.join(map(str, shape)) or 'a number'}", looped)
         axes = tuple(space.index(a) if a in space else None for a in range(len(shape)))
@@ -128,20 +135,28 @@ class Writer:
                 masks.append(f"({i} < {x.shape[a]})")
         return text, " & ".join(masks)
 
-    def load(self, x: Memory, hint: str = "") -> Tile:
-        """Read a value, once: as its tensor's axes lie."""
+    def load(self, x: Memory, hint: str = "", factor: bool = False) -> Tile:
+        """Read a value, once: as its tensor's axes lie. factor: of a product, which reads it from memory laid out for that."""
         space = sorted(
             (a for a, k in enumerate(x.axes) if k is not None and x.shape[a] != 1), key=lambda a: x.axes[a] or 0
         )
-        key = (x.name, x.start, *((x.axes[a], x.steps[a], x.shape[a]) for a in space))
+        early = self.ahead and x.looped and not factor
+        key = (x.name, x.start, factor and self.ahead, *((x.axes[a], x.steps[a], x.shape[a]) for a in space))
         if key in self.loaded:
             found = self.loaded[key]
             axes = tuple(space.index(a) if a in space else None for a in range(len(x.shape)))
             return replace(found, shape=x.shape, axes=axes)
-        where, mask = self._address(x, space, f"{x.name}_at")
-        text = f"tl.load({where}{f', mask={mask}, other=0' if mask else ''})"
+        where, mask = self._address(x, space, f"{x.name}_{'ahead' if early else 'at'}")
+        text = f"tl.load({where}{f', mask={mask}, other=0' if mask else ''}{', ' + ITS_OWN if early else ''})"
+        if early:
+            coming = self.named(f"{hint or x.name}_next")
+            self.first.append(f"{coming} = {text}")
+            self.next.append(f"{coming} = {text}")
+            text = coming
         text += f".to({self.typed(x.kind)})"
         tile = self.made(hint or x.name, text, x.shape, space, x.looped, x.kind, frozenset(range(len(space))))
+        if early:
+            self.loop.insert(len(self.next) - 1, self.loop.pop())
         self.loaded[key] = tile
         return tile
 
@@ -179,14 +194,15 @@ class Writer:
             return self.load(x, hint)
         return self._together(x, hint or "whole") if isinstance(x, Parts) else x
 
-    def aligned(self, x: Tile, space: Sequence[int], r: int) -> str:
+    def aligned(self, x: Tile, space: Sequence[int], r: int, cast: str = "") -> str:
         """Spell a tile as a variable whose axes are those of `space`, axes of a result of r."""
         if not x.rank:
             return f"({x.text})" if x.text.startswith("-") else x.text
         before = r - len(x.shape)
         own = [x.axes[a - before] if a >= before else None for a in space]
         order = [k for k in own if k is not None]
-        text = x.text if order == sorted(order) else f"tl.permute({x.text}, {order})"
+        text = f"{x.text}{cast}"
+        text = text if order == sorted(order) else f"tl.permute({text}, {order})"
         return text if None not in own else f"{text}[{', '.join('None' if k is None else ':' for k in own)}]"
 
     def mask(self, x: Tile, axis: int) -> str:
@@ -403,6 +419,31 @@ class Writer:
         clean = frozenset(p for p, k in enumerate(variable) if k in tile.clean) if row == "sum" else frozenset()
         return self.made(hint, value, shape, logical, tile.looped, kind, clean)
 
+    def reduced_at_once(
+        self, found: Sequence[tuple[str, Value, Sequence[int | None], float, Sequence[int]]]
+    ) -> list[Value]:
+        """Sum values over one axis each, in one reduction if they lie alike: (hint, value, kept, scale, shape) each."""
+        tiles, own = [x for _, x, *_ in found if isinstance(x, Tile)], []
+        for tile, (_, _, kept, *_) in zip(tiles, found, strict=False):
+            own.append([k for a, n in enumerate(kept) if n is None and (k := tile.axes[a]) is not None])
+        alike = len(tiles) == len(found) and len({(x.sizes, *k) for x, k in zip(tiles, own, strict=True)}) == 1
+        if not alike or len(own[0]) != 1 or any(x.number is not None or x.kind == torch.bool for x in tiles):
+            return [self.reduced(hint, "sum", *rest) for hint, *rest in found]
+        ((k,), *_), looped = own, any(x.looped for x in tiles)
+        tiles = [self.cleaned(x, k) for x in tiles]
+        names = [self.named(f"{hint}_raw") for hint, *_ in found]
+        self.line(
+            f"{', '.join(names)} = tl.reduce(({', '.join(x.text for x in tiles)}), {k}, sums{len(found)}_)", looped
+        )
+        results = []
+        for name, tile, (hint, _, kept, scale, shape) in zip(names, tiles, found, strict=True):
+            variable = [j for j in range(tile.rank) if j != k]
+            logical = [self._goal(kept, tile.axes.index(j)) for j in variable]
+            clean = frozenset(p for p, j in enumerate(variable) if j in tile.clean)
+            text = name if scale == 1 else f"{name} * {spelt(scale)}"
+            results.append(self.made(hint, text, shape, logical, looped, tile.kind, clean))
+        return results
+
     @staticmethod
     def _goal(kept: Sequence[int | None], a: int) -> int:
         found = kept[a]
@@ -436,7 +477,7 @@ class Writer:
             return self.view(hint, found, shape)
         if isinstance(a, Parts) or isinstance(b, Parts):
             return self._product_of_parts(hint, a, b, shape)
-        x, y = self.real(a), self.real(b)
+        x, y = (self.load(v, factor=True) if isinstance(v, Memory) else self.real(v) for v in (a, b))
         r = len(shape)
         (m, ka), (kb, n) = x.axes[-2:], y.axes[-2:]
         batch = [k for t in (x, y) for k in t.axes[:-2] if k is not None]
@@ -468,9 +509,8 @@ class Writer:
             raise Untileable("both factors are carried on, one of them transposed")
         left, right = (y_, x_) if reverse else (x, y)
         factors = self.precision.factors or self.dtype
-        texts = [self.aligned(t, [a for a in spaces if t.axes[a] is not None], r) for t in (left, right)]
-        if factors != self.dtype:
-            texts = [f"({text}).to({TYPES[factors]})" for text in texts]
+        short = f".to({TYPES[factors]})" if factors != self.dtype else ""  # before it moves: half the bytes
+        texts = [self.aligned(t, [a for a in spaces if t.axes[a] is not None], r, short) for t in (left, right)]
         how = f", input_precision='{self.precision.float32}'" if factors == torch.float32 else ""
         out = f", out_dtype={self.T}" if self.dtype != torch.float32 else ""
         space = [a for a in ([*range(r - 2), r - 1, r - 2] if reverse else spaces) if shape[a] != 1]
@@ -708,153 +748,4 @@ class Writer:
         return self.slice(self.reduced(hint, "sum", picked, kept, 1.0, rest), r - 2, 0, length)
 
 
-# -- nodes -------------------------------------------------------------------------------------------------------------
-
-
-class Walker:
-    """Walks a graph: `values` has what is known, `step` adds a node's value by writing its lines."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
-        self.values: dict[fx.Node, Any] = {}
-
-    def step(self, n: fx.Node) -> None:
-        """Write a node."""
-        try:
-            self.values[n] = self._value(n)
-        except Untileable as error:
-            raise Untileable(error.why, error.node or n) from None
-
-    def _given(self, x: Any) -> Any:
-        return self.values[x] if isinstance(x, fx.Node) else x
-
-    def _value(self, n: fx.Node) -> Any:
-        w = self.writer
-        if n.target is operator.getitem:
-            return self._given(n.args[0])[n.args[1]]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        known = find_row(n.target)
-        if known is None or not known.kind:
-            raise Unsupported(n)
-        if known.kind == "view":
-            return self._view(n)
-        made = n.meta["val"]
-        if made.numel() == 0:
-            raise Untileable("it has no entry")
-        shape, kind = tuple(made.shape), made.dtype
-        if known.kind == "product":
-            a, b = (self._given(x) for x in n.args[:2])
-            return w.product(n.name, a, b, shape)
-        if known.kind == "reduction":
-            row, (x,), params = known.spelt(n)
-            return w.reduced(n.name, row, self._given(x), params["kept"], params["scale"], shape)
-        if known.kind == "pieces":
-            return self._pieces(n, shape)
-        row, operands, params = known.spelt(n)
-        if ENTRIES[row].is_placed:
-            x = self._given(operands[0]) if operands else None
-            return w.filled(n.name, row, params, x, shape, kind)
-        operands = [self._given(x) for x in operands]
-        if all(not isinstance(x, Memory | Parts) and not (isinstance(x, Tile) and x.number is None) for x in operands):
-            return self._folded(n, shape, kind)
-        return w.mapped(n.name, row, operands, params, shape, kind)
-
-    def _folded(self, n: fx.Node, shape: Shape, kind: torch.dtype) -> Tile:
-        """Compute with numbers now."""
-
-        def number(x: fx.Node) -> Any:
-            tile = self.values[x]
-            return torch.full(tile.shape, tile.number, dtype=tile.kind)
-
-        args, kwargs = fx.map_arg((n.args, n.kwargs), number)  # pyright: ignore[reportArgumentType]
-        found = n.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        return constant(found.flatten()[0].item(), shape, kind)
-
-    def _view(self, n: fx.Node) -> Any:
-        w, x, target, args = self.writer, self._given(n.args[0]), n.target, tuple(n.args[1:])
-        if isinstance(x, Parts):
-            try:
-                return self._moved(n, x, target, args)
-            except Untileable:
-                x = w.real(x)
-        return self._moved(n, x, target, args)
-
-    def _moved(self, n: fx.Node, x: Value, target: Any, args: tuple[Any, ...]) -> Any:
-        w, r = self.writer, len(x.shape)
-        if target in (aten.detach.default, aten.alias.default):
-            return x
-        if target in (aten.t.default, aten.transpose.int):
-            first, second = args or (0, 1)
-            order = list(range(r))
-            if r > 1:
-                order[first], order[second] = order[second], order[first]
-            return permuted(x, order)
-        if target == aten.permute.default:
-            return permuted(x, args[0])
-        if target == aten.unsqueeze.default:
-            return unsqueezed(x, args[0])
-        if target.overloadpacket == aten.squeeze:
-            return squeezed(x, None if not args else [args[0]] if isinstance(args[0], int) else args[0])
-        if (row := find_row(target)) is not None and row.ordered:
-            return w.view(n.name, x, tuple(n.meta["val"].shape))
-        if target == aten.expand.default:
-            return expanded(x, args[0])
-        if target == aten.select.int:
-            return w.select(n.name, x, *args)
-        if target == aten.slice.Tensor:
-            found: Any = (*args, *(0, 0, None, 1)[len(args) :])
-            dim, start, end, step = found
-            return w.slice(x, dim, start or 0, x.shape[dim] if end is None else end, step, n.name)
-        if target == aten.diagonal.default:
-            return w.diagonal(n.name, x, *args, **n.kwargs)
-        return self._cut(n, x, target, args)
-
-    def _cut(self, n: fx.Node, x: Value, target: Any, args: Any) -> Any:
-        """Cut a value along an axis: into entries, or into pieces."""
-        w = self.writer
-        if target == aten.unbind.int:
-            dim: Any = (*args, n.kwargs.get("dim", 0))[0]
-            return tuple(w.select(n.name, x, dim, k) for k in range(x.shape[dim]))
-        if target in (aten.split.Tensor, aten.split_with_sizes.default):
-            dim = args[1] if len(args) > 1 else n.kwargs.get("dim", 0)
-            size, total = args[0], x.shape[dim]
-            sizes = [min(size, total - k) for k in range(0, total, size)] if isinstance(size, int) else size
-            starts = [sum(sizes[:k]) for k in range(len(sizes))]
-            return tuple(w.slice(x, dim, s, s + size, 1, n.name) for s, size in zip(starts, sizes, strict=True))
-        raise Untileable(f"the view {target} has no Triton text")
-
-    def _pieces(self, n: fx.Node, shape: Shape) -> Value:
-        w = self.writer
-        args: Any = n.args
-        if n.target in (aten.cat.default, aten.stack.default):
-            dim: Any = args[1] if len(args) > 1 else n.kwargs.get("dim", 0)
-            dim = dim % len(shape)
-            found = [self._given(x) for x in args[0]]
-            if n.target == aten.stack.default:
-                return behind(dim, [unsqueezed(x, dim) for x in found])
-            return behind(dim, [x for x in found if x.shape[dim]])
-        x = self._given(args[0])
-        if n.target == aten.select_backward.default:
-            _, _, dim, index = args
-            dim, index = dim % len(shape), index % shape[dim % len(shape)]
-            return w.placed(n.name, unsqueezed(x, dim), dim, range(index, index + 1), shape[dim])
-        if n.target == aten.slice_backward.default:
-            _, _, dim, start, end, step = args
-            dim = dim % len(shape)
-            places = range(*slice(start, end, step).indices(shape[dim]))
-            return w.placed(n.name, x, dim, places, shape[dim])
-        if n.target == aten.constant_pad_nd.default:
-            return self._padded(n, x, shape)
-        raise Untileable(f"the op {n.target} has no Triton text")
-
-    def _padded(self, n: fx.Node, x: Value, shape: Shape) -> Value:
-        pads: Any = n.args[1]
-        fill: Any = n.args[2] if len(n.args) > 2 else 0.0
-        for k, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
-            dim = len(shape) - 1 - k
-            ends = [constant(fill, (*x.shape[:dim], m, *x.shape[dim + 1 :]), x.kind) for m in (before, after)]
-            if before or after:
-                x = behind(dim, [v for v in (ends[0], x, ends[1]) if v.shape[dim]])
-        return x
-
-
-__all__ = ["TYPES", "Precision", "Walker", "Writer"]
+__all__ = ["TYPES", "Precision", "Writer"]

@@ -65,6 +65,10 @@ class Whole(Protocol):
         """Run one token, without gradients; overwrite: over the state given. None where `forward` is to do it."""
         ...
 
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
+        """Name the backend with what it chooses by a call's size, and what its code depends on beside the graphs: a compiler, a card."""
+        ...
+
     def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
     def backward(
         self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
@@ -202,15 +206,19 @@ def _runs_whole(
 def _check(name: str, plan: Plan, run: GridCall, backward: bool) -> None:
     """Compare generated code with eager at its first use, for each kind of block, on a part of the call."""
     kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
-    key = (name, backward, frozenset(run.grid.variants), kinds)
+    whole = backend_of(name).whole
+    assert whole is not None
+    as_run, place = whole.as_run(name, run, backward)
+    key = (as_run, backward, frozenset(run.grid.variants), kinds, place)
     if key in plan.natives.checked:
         return
     with TRACING:
         if key not in plan.natives.checked:
             plan.natives.checked.add(key)  # what compares runs the same
-            words = (name, backward, sorted(map(tuple, run.grid.variants)), kinds)
-            unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, name, plan, run, backward))
+            words = (as_run, backward, sorted(map(tuple, run.grid.variants)), kinds, place)
+            unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, run, backward))
             if unlike:
+                plan.natives.checked.discard(key)  # nor is it run at the next call
                 raise _faulty(name, unlike)
 
 
@@ -229,6 +237,7 @@ def check_step(name: str, plan: Plan, call: Call) -> None:
         )  # fmt: skip
 
     if unlike := proof.kernel(plan.derivation.structure, key, compare):
+        plan.natives.checked.discard(key)
         raise _faulty(name, unlike)
 
 
@@ -248,16 +257,15 @@ def _faulty(name: str, unlike: str) -> BackendError:
 def _unlike(name: str, plan: Plan, run: GridCall, backward: bool) -> str:
     """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call, and of their tokens as many
     as have every kind of block, if few do."""
-    b, count = plan.derivation.chunk, 1 if backward else 0
+    b = plan.derivation.chunk
     T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(run.call.state.position[0])) % b
     call = run.call.part(slice(0, 2), T)
-    sides = [run_forward(plan, call, count, side) for side in (name, "eager")]
     if not backward:
+        sides = [run_forward(plan, call, 0, side) for side in (name, "eager")]
         return proof.unlike(_named(call, sides[0]), _named(call, sides[1]), call.q.dtype)
-    held = 1 + 2 * len(call.init)
+    made, held = run_forward(plan, call, 1, "eager"), 1 + 2 * len(call.init)  # whose states both sides begin with
     g = torch.Generator().manual_seed(0)
-    cotangents = [torch.randn(x.shape, generator=g).to(x) for x in sides[1][:held]]
-    saved = sides[1][held + 1 :]
-    sides = [run_backward(plan, call, saved, cotangents, count, side) for side in (name, "eager")]
+    cotangents = [torch.randn(x.shape, generator=g).to(x) for x in made[:held]]
+    sides = [run_backward(plan, call, made[held + 1 :], cotangents, 1, side) for side in (name, "eager")]
     got, right = ({f"gradient {n}": x for n, x in enumerate(side)} for side in sides)
     return proof.unlike(got, right, call.q.dtype)

@@ -170,9 +170,11 @@ def variants_of(
 
 def arrange(
     T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype, carried: bool = True,
-    block: int | None = None,
+    block: int | None = None, begins: bool = False,
 ) -> Grid:  # fmt: skip
     """Lay out a call: rows that stand alike are cut by slicing, others go through one gather.
+
+    `begins`: every position is 0.
 
     `block`: at most so many tokens at once, where rows stand alike; it never changes a result.
     `carried`: the caller gave a state, whose registers count (and have gradients) even where a mini-batch begins.
@@ -181,8 +183,9 @@ def arrange(
     plain = mask is None and reset is None
     if not known and (carried or not plain):
         return _token_by_token(T, chunk, position, mask, reset, dtype)
-    first = int(position[0]) if known else 0
-    alike = plain and (not known or bool((position == first).all()))
+    read = known and not begins  # a card would have to be waited for
+    first = int(position[0]) if read else 0
+    alike = plain and (not read or bool((position == first).all()))
     if alike:
         kind = (len(position), dtype, position.device)
         grid = _sliced(T, chunk, first, *kind, carried, min(chunk, block or chunk))

@@ -32,7 +32,7 @@ class GridCall:
         self.rows, self.rule, self.L = Rows(self.B, self.H, blocks, prepare), d.inner.rule, len(call.init)
         device = call.q.device
         marks = (call.state.position, call.mask, call.reset)
-        self.grid: Grid = arrange(self.T, d.chunk, *marks, call.dtype, call.carried, d.block)
+        self.grid: Grid = arrange(self.T, d.chunk, *marks, call.dtype, call.carried, d.block, not call.carried)
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
         widest = max((v.width for v in self.grid.variants), default=1)
@@ -95,6 +95,9 @@ class GridCall:
 
     def start(self, th: Sequence[Tensor]) -> list[Tensor]:
         """Registers at their start, one row each."""
+        r = len(self.rule.start)
+        if not any(self.rule.start):
+            return [w.new_zeros(w.shape[0], r, *w.shape[1:]) for w in th]
         return [torch.stack([s * w for s in self.rule.start], 1) for w in th]
 
     def enter(self, n: int, state: list[Tensor]) -> list[Tensor]:
@@ -108,7 +111,8 @@ class GridCall:
         L = self.L
         dth, dR = state[:L], state[L:]
         if self.returns_registers(n):
-            return dth + (dR or [torch.zeros_like(x) for x in self.start(dth)])
+            r = len(self.rule.start)
+            return dth + (dR or [w.new_zeros(w.shape[0], r, *w.shape[1:]) for w in dth])
         scaled = [(k, s) for k, s in enumerate(self.rule.start) if s and dR]
         return [sum((s * r[:, k] for k, s in scaled), w) for w, r in zip(dth, dR or dth, strict=True)]
 
@@ -217,7 +221,10 @@ class Gradients:
             assert self.offset is not None
             blocks, W = slice(piece.start, piece.stop), g.variants[piece.start].width
             index, keep = g.i[blocks, :, :W].long() - 1, g.valid[blocks, :, :W]
-            self.offset.index_add_(0, index.flatten(), (value.sum(2) * keep).flatten())
+            # A block's valid slots have places of their own: no sum in any order, as index_add_ has on a card.
+            b = len(self.offset)
+            own = value.new_zeros(*index.shape[:2], b + 1).scatter_(2, torch.where(keep > 0, index, b), value.sum(2))
+            self.offset += own[..., :b].sum((0, 1))
         elif x.part in ("q", "k", "v", "gates"):
             g.put(self.tokens[x.name], piece, value)
 
@@ -233,7 +240,7 @@ class Gradients:
         """Return the gradient of every floating tensor of the call, in order; state: of the one it began with."""
         run, call, L = self.run, self.run.call, self.run.L
         if len(state) == L:
-            state = state + [torch.zeros_like(x) for x in run.start(state)]
+            state = state + [w.new_zeros(w.shape[0], len(run.rule.start), *w.shape[1:]) for w in state]
         state = [x.unflatten(0, (run.B, run.H)) for x in state]
         q, k, v, *gates = (run.grid.done(x) for x in self.tokens.values())
         slow, init = ({n: self.sums[part, n] for n in getattr(call, part)} for part in ("slow", "init"))

@@ -1,0 +1,135 @@
+"""A direction of a step in slices, for the card: before, loop and after, of which only the loop goes mini-batch by mini-batch.
+
+Where a value is made, and what passes between kernels, are minimum cuts: of what waits for the state by bytes (`graphs/split`), of the
+rest by nanoseconds of a program alone on its processor, which is what the loop is.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from dualform.graphs.edit import inputs_of, needed, results_of, without_repeats
+from dualform.graphs.regroup import waiting
+from dualform.graphs.split import Part, dispatch, split
+from dualform.kernels.sharing import made_again
+from dualform.kernels.targets import Target, part_module, views_apart
+from dualform.kernels.triton_schedule import Direction, Kernel
+from dualform.learning.plan import Input
+from dualform.ops.table import kind_of
+
+# Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum or a product.
+PASSED, LOAD, ENTRY, MEETING = 0.2, 30.0, 0.02, 200.0
+
+
+def _stored(n: fx.Node) -> float:
+    """Price passing a value on, for one row: its bytes, of the type of factors if it is nothing else. An op in the loop is worth 4096,
+    as on the CPU: a tile there takes about as long as an op's latency where rows are few, and three of them where rows fill the card."""
+    made = n.meta.get("val")
+    if not isinstance(made, torch.Tensor):
+        return math.inf
+    return float(made.numel() * (2 if n.users and _is_factor_alone(n) else made.element_size()))
+
+
+def _working(n: fx.Node) -> float:
+    """Price an op in the loop; a twin of one that is there anyway costs nothing."""
+    return 1.0 if n.meta.get("twin") else dispatch(n)
+
+
+def _is_view(n: fx.Node) -> bool:
+    return kind_of(n.target) == "view" or n.target is operator.getitem
+
+
+def _passing(n: fx.Node) -> float:
+    made = n.meta["val"]
+    return (
+        math.inf if _is_view(n) or not isinstance(made, torch.Tensor) or not made.ndim else LOAD + PASSED * made.numel()
+    )
+
+
+def _making(n: fx.Node) -> float:
+    made = n.meta["val"]
+    if _is_view(n) or not isinstance(made, torch.Tensor):
+        return 0.0
+    return 1.0 + ENTRY * made.numel() if kind_of(n.target) == "map" else MEETING
+
+
+def maps_apart(graph: fx.Graph, carried: list[int], following: list[fx.Node]) -> None:
+    """Give what the next state does not wait for maps of its own: it may be made of fewer values than it was given."""
+    loop = needed(following) & waiting(graph, carried)
+    for n in reversed(list(graph.nodes)):
+        away = [u for u in n.users if u.op == "call_function" and u not in loop]
+        if n in loop and kind_of(n.target) == "map" and away:
+            with graph.inserting_after(n):
+                twin = graph.node_copy(n)
+            twin.meta["twin"] = True
+            for u in away:
+                u.replace_input_with(n, twin)
+
+
+def _is_factor_alone(n: fx.Node) -> bool:
+    """Is a value, through views, nothing but a factor of products of matrices?"""
+    for user in n.users:
+        if kind_of(user.target) == "product":
+            if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
+                return False
+            if (
+                any(k == 1 for x in (*user.all_input_nodes, user) for k in x.meta["val"].shape)
+                or user.meta["val"].ndim != 2
+            ):
+                return False
+        elif user.op == "output" or not _is_view(user) or not _is_factor_alone(user):
+            return False
+    return True
+
+
+def sliced(d: Direction) -> list[Kernel]:
+    """Cut a direction where its state passes."""
+    views_apart(d.graph)
+    on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
+    carried = [d.targets[k].what for k in on]
+    places = [list(d.sources).index(x) for x in carried]
+    if not d.backwards:  # in reverse, what is made again after the loop takes longer than its bytes (LAB.md)
+        maps_apart(d.graph.graph, places, [x for k in on if isinstance(x := results_of(d.graph.graph)[k], fx.Node)])
+    results = results_of(d.graph.graph)
+    f = split(d.graph, places, on, None, _stored, _working, again=lambda values: made_again(values, _passing, _making))
+    known = dict(zip(f.inputs, d.sources, strict=True))
+    parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
+    home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
+    crossing = {x for part in parts.values() for x in part.inputs}
+    crossing |= {x for x in parts["loop"].outputs if x in f.carried}  # the state that a mini-batch starts from
+    found: list[Direction] = []
+    for name, part in parts.items():
+        first = on if name == "loop" else []
+        passed = [x for x in part.outputs[len(first) :] if x in crossing]
+        ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
+        wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
+        if not wanted:
+            continue
+        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
+        without_repeats(inner.graph)
+        goes = [
+            *(d.targets[k] for k in first),
+            *(Target("passed", x.name) for x in passed),
+            *(d.targets[k] for k in ends),
+        ]
+        given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
+        made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
+        keeps = d.keeps if name == "loop" else ""
+        found.append(
+            Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
+        )
+    readers: dict[str, list[fx.Node]] = {}
+    for one in found:
+        for n, x in zip(inputs_of(one.graph.graph), one.sources, strict=True):
+            if x.part == "passed":
+                readers.setdefault(x.name, []).append(n)
+    short = frozenset(name for name, nodes in readers.items() if all(map(_is_factor_alone, nodes)))
+    return [replace(one, short=short).kernel() for one in found]
+
+
+__all__ = ["maps_apart", "sliced"]
