@@ -218,7 +218,9 @@ def test_sums_at_once_and_loads_ahead_are_right(monkeypatch):
 
 
 def test_what_waits_for_nothing_is_summed_at_once():
-    _, direction, _, _ = written_for(lambda x, y: x * (x + y).sum(1, keepdim=True) + (y * y).sum(1, keepdim=True), DOUBLE)
+    _, direction, _, _ = written_for(
+        lambda x, y: x * (x + y).sum(1, keepdim=True) + (y * y).sum(1, keepdim=True), DOUBLE
+    )
     direction.precision = Precision(at_once=True)
     text = direction.kernel().text
     assert re.search(r"= tl\.reduce\(\(\w+, \w+\), 1, sums2_\)", text)

@@ -84,7 +84,7 @@ class _Recorder(TorchDispatchMode):
             self.constants[self.new(x)] = x
         k = self.slot[id(x)]
         base = self.bases[k]
-        offset, size, stride = x.storage_offset() - base.storage_offset(), tuple(x.shape), x.stride()
+        offset, size, stride = int(x.storage_offset() - base.storage_offset()), tuple(x.shape), x.stride()
         return SlotView(k, size, stride, offset, (size, stride, offset) == (tuple(base.shape), base.stride(), 0))
 
     def new(self, x: Tensor) -> int:

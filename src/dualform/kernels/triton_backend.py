@@ -6,6 +6,7 @@ Which stretch, which tensors and which kept states are what they are in C++ (`ba
 from __future__ import annotations
 
 import math
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,6 +55,10 @@ COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
+
+
+def _asked() -> bool:
+    return os.environ.get("DUALFORM_TRITON", "0") == "1"
 
 
 def cut(entries: int, rows: int, count: int, direction: str) -> bool:
@@ -140,7 +145,9 @@ class _Rows(Stretches[Made]):
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        if not plan.is_checked:  # Triton's compiler is wrong for some kernels, silently: none is taken that nothing is compared with
+        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with, or that nobody asked for,
+        # since one that reaches past its memory ends the process (LAB.md, 2026-11-30).
+        if not plan.is_checked or not _asked():
             return False
         # What follows a longer call stays there.
         return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
@@ -149,9 +156,12 @@ class _Rows(Stretches[Made]):
         if not torch.cuda.is_available():
             return ""
         why = triton_launch.lack(torch.device("cuda"))
-        if why or not plan.is_checked:
-            checked = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
-            return f"not on this card: {why or checked}"
+        if not why and not plan.is_checked:
+            why = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
+        if not why and not _asked():
+            why = "ask for it: backend='triton', or DUALFORM_TRITON=1 for auto"
+        if why:
+            return f"not on this card: {why}"
         each = dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values())
         done = f"; made: {', '.join(each)}" if each else ""
         return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"

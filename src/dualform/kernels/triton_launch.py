@@ -67,7 +67,8 @@ def place(device: torch.device) -> tuple[str, ...]:
     try:
         driver = Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
-        driver = str(torch._C._cuda_getDriverVersion()) if torch.version.cuda else str(torch.version.hip)
+        asked: Any = torch._C
+        driver = str(asked._cuda_getDriverVersion()) if torch.version.cuda else str(torch.version.hip)
     return triton_module().__version__, torch.cuda.get_device_name(device), driver
 
 

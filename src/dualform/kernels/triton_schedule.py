@@ -351,7 +351,7 @@ class Direction:
         used = {a for a in self.arguments if a.role not in ("input", "kept", "made") or self._is_used(a)}
         self.arguments = [a for a in self.arguments if a in used]
 
-    def _passes_as(self, name: str) -> torch.dtype:
+    def _passes_as(self, name: Any) -> torch.dtype:
         return self.precision.factors if name in self.short and self.precision.factors else self.dtype
 
     def _leave_at(self, k: int) -> None:

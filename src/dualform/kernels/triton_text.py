@@ -428,7 +428,7 @@ class Writer:
             own.append([k for a, n in enumerate(kept) if n is None and (k := tile.axes[a]) is not None])
         alike = len(tiles) == len(found) and len({(x.sizes, *k) for x, k in zip(tiles, own, strict=True)}) == 1
         if not alike or len(own[0]) != 1 or any(x.number is not None or x.kind == torch.bool for x in tiles):
-            return [self.reduced(hint, "sum", *rest) for hint, *rest in found]
+            return [self.reduced(hint, "sum", x, kept, scale, shape) for hint, x, kept, scale, shape in found]
         ((k,), *_), looped = own, any(x.looped for x in tiles)
         tiles = [self.cleaned(x, k) for x in tiles]
         names = [self.named(f"{hint}_raw") for hint, *_ in found]
