@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dualform.graphs.edit import emitter, inputs_of
 from dualform.graphs.functionalize import Blame, functionalized
 from dualform.graphs.single_results import bound_arguments, normalised
-from dualform.ops.pointwise import filled_with
+from dualform.ops.factories import filled_with
 from dualform.ops.table import find_row
 
 aten = torch.ops.aten

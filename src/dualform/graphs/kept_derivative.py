@@ -20,7 +20,7 @@ from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, 
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.trace import source_line
-from dualform.ops.pointwise import filled_with
+from dualform.ops.factories import filled_with
 from dualform.ops.table import Call, find_row
 from dualform.shapes import TraceError
 

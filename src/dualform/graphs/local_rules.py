@@ -20,7 +20,21 @@ from dualform.algebra.terms import Term, fresh_axes, make_factor
 from dualform.graphs.definitions import definition_terms
 from dualform.graphs.kept import CARRIED
 from dualform.graphs.kept_derivative import kept_terms
-from dualform.ops import attention, fourier, indexing, linalg, norms, products, reductions, views, windows
+from dualform.ops import (
+    attention,
+    elementary,
+    factories,
+    fourier,
+    indexing,
+    linalg,
+    norms,
+    pieces,
+    products,
+    reductions,
+    truths,
+    views,
+    windows,
+)
 from dualform.ops import pointwise as pointwise_rows
 from dualform.ops.examples import T
 from dualform.ops.examples import call as example
@@ -49,7 +63,8 @@ __all__ = [
 ]  # fmt: skip
 
 # Importing them fills the table.
-_modules = (attention, fourier, indexing, linalg, norms, pointwise_rows, products, reductions, views, windows)
+_modules = (attention, elementary, factories, fourier, indexing, linalg, norms, pieces, pointwise_rows)
+_modules += (products, reductions, truths, views, windows)
 _warned: set[str] = set()
 # What stand-ins without values raise where a derivative depends on values.
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from dualform.graphs.edit import Graph, unwritten
 from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
-from dualform.ops.pointwise import OPERATORS
+from dualform.ops.truths import OPERATORS
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]

@@ -16,13 +16,19 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from dualform.graphs.constants import version_of
+from dualform.ops.table import entrywise_reads, find_row
 
 aten = torch.ops.aten
-_ALONE = {aten.clone.default, aten.detach.default, aten.alias.default, aten._to_copy.default, aten.to.dtype}
 _TOLD = {vars(torch._C.TensorBase)[n].__get__ for n in ("dtype", "device")} | {Tensor.is_floating_point}
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def _is_alone(target: Any) -> bool:
+    """Is each entry of its result made of one entry?"""
+    row = find_row(target)
+    return row is not None and row.reads is entrywise_reads
 
 
 class Selected:
@@ -107,7 +113,7 @@ def _each_alone(last: Any) -> bool:
     node = next(reversed(_graph().nodes))
     while node is not last:
         tags = getattr(node.target, "tags", ())
-        if node.op == "call_function" and node.target not in _ALONE and torch.Tag.pointwise not in tags:
+        if node.op == "call_function" and not _is_alone(node.target) and torch.Tag.pointwise not in tags:
             return False
         node = node.prev
     return True

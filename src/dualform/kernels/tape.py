@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from dualform.ops.factories import is_empty
+
 recording = threading.local()
 
 
@@ -119,7 +121,7 @@ class _Recorder(TorchDispatchMode):
                 return [out] if isinstance(out, Tensor) else list(out or ())
 
             makes = [self.new(x) for x in new]
-            if func.overloadpacket in _EMPTY and new[0].is_contiguous():
+            if is_empty(func) and new[0].is_contiguous():
                 x = new[0]
                 run = partial(_empty, tuple(x.shape), x.dtype, x.device)
             self.steps.append(TapeStep(parts, run if makes else lambda slots: run(slots) and (), makes))
@@ -140,9 +142,6 @@ class _Recorder(TorchDispatchMode):
             return ()
 
         self.steps.append(TapeStep(parts, run))
-
-
-_EMPTY = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, slots: list[Any]) -> list[Tensor]:

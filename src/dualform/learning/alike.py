@@ -15,16 +15,11 @@ from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.trace import source_line
 from dualform.learning.sites import Place, op_name
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
-# Sizes, which a result's shape shows; and ops whose numbers no token takes as they are.
+# Sizes, which a result's shape shows.
 _SIZES = {"size", "shape", "sizes", "repeats"}
-_RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-# What torch writes only where sizes differ, or are not 1: one token has size 1.
-_FITTED = {
-    aten.expand.default, aten.sum_to_size.default, aten.view.default, aten.reshape.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.unsqueeze.default,
-}  # fmt: skip
 
 
 class Differs(Exception):
@@ -71,9 +66,16 @@ def difference(first: Seen, second: Seen) -> str:
     return ""
 
 
+def _fits(target: Any) -> bool:
+    """Does torch write an op only where sizes differ, or are not 1: one token has size 1."""
+    row = find_row(target)
+    is_reshape = row is not None and row.ordered and row.odd
+    return is_reshape or target in (aten.expand.default, aten.sum_to_size.default)
+
+
 def _compare(first: Seen, second: Seen) -> None:
-    fitted = _FITTED if 1 in (first.W, second.W) else set()
-    before = {n.node: n.args["self"] for n in (*first.nodes, *second.nodes) if n.target in fitted}
+    is_one = 1 in (first.W, second.W)
+    before = {n.node: n.args["self"] for n in (*first.nodes, *second.nodes) if is_one and _fits(n.target)}
     ones, others = ([n for n in made.nodes if n.node not in before] for made in (first, second))
     twins: dict[fx.Node, fx.Node] = {}
 
@@ -94,7 +96,7 @@ def _compare(first: Seen, second: Seen) -> None:
         if is_kept(a.node) and a.args["key"] != b.args["key"]:
             for pair in zip(_graphs(a), _graphs(b), strict=True):
                 _compare(*(seen(gm, made.W) for gm, made in zip(pair, (first, second), strict=True)))
-        elif not (a.target in _RANGES and rows) and not (
+        elif not (getattr(a.target, "_opname", "") == "arange" and rows) and not (
             a.target is aten.slice.Tensor and _is_whole(a) and _is_whole(b)
         ):
             for name in a.args.keys() | b.args.keys():

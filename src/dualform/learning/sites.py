@@ -29,7 +29,7 @@ from dualform.graphs.kept_derivative import first_bend
 from dualform.graphs.trace import source_line
 from dualform.learning.spelling import DerivationError, has_no_row, op_name, spell, spell_out
 from dualform.learning.token_maps import Place, are_tied, carried_places, find_label
-from dualform.ops.pointwise import is_uniform
+from dualform.ops.factories import is_uniform
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."

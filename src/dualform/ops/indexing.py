@@ -76,6 +76,8 @@ def _reads_indexed(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), out, broadcast_axes(chosen, call.argument(name, k).shape))]
 
 
+row("aten::put", mapped=lookups.put)(None)
+row("aten::embedding_dense_backward", mapped="torch")(None)
 row("aten::_unsafe_index", affine=FIRST, lowered=picking.index, examples=[call("", T("n m"), [I("k", "n")])])(None)
 row(
     "aten::_unsafe_index_put", lowered=picking.index_put, examples=[call("", T("3 m"), [torch.tensor([2, 0])], T("2 m"))],
@@ -446,7 +448,3 @@ def _embedding_bag(
     if mode == 0:
         return (total,)
     return (total / weight.new_zeros(starts.shape[0]).index_add(0, bag, counted).clamp(min=1)[:, None],)
-
-
-row("aten::put", mapped=lookups.put)(None)
-row("aten::embedding_dense_backward", mapped="torch")(None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from dualform.ops.table import (
     broadcast_axes,
     diagonal_terms,
     entrywise_reads,
-    find_row,
     row,
 )
 
@@ -281,11 +278,11 @@ def _fill(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::sgn", "aten::heaviside", reads=entrywise_reads, examples=[call("sgn", NM), call("heaviside", NM, T("m"))])
-def _nothing(call: Call, operand: int) -> list[Term]:
+def nothing(call: Call, operand: int) -> list[Term]:
     return []
 
 
-row("aten::detach", kind="view", ordered=True, reads=entrywise_reads, examples=[call("", NM)])(_nothing)
+row("aten::detach", kind="view", ordered=True, reads=entrywise_reads, examples=[call("", NM)])(nothing)
 _UP, _DOWN = "tl.ceil({0})", "tl.floor({0})"
 for _op, _entry in {
     "sign": Entry(
@@ -296,11 +293,11 @@ for _op, _entry in {
     "round": Entry("std::nearbyint({0})", "round_({0})", 25.0, zero=True),
     "trunc": Entry("std::trunc({0})", f"tl.where({{0}} < 0, {_UP}, {_DOWN})", 25.0, zero=True),
 }.items():
-    row(f"aten::{_op}", reads=entrywise_reads, entry=_entry, examples=[call("", NM)])(_nothing)
+    row(f"aten::{_op}", reads=entrywise_reads, entry=_entry, examples=[call("", NM)])(nothing)
 row(
     "aten::floor_divide", reads=entrywise_reads, examples=[call("", NM, T("m"))],
     entry=Entry("floor_divide_({0}, {1})", "tl.floor({0} / {1})", 25.0),
-)(_nothing)  # fmt: skip
+)(nothing)  # fmt: skip
 
 
 def _decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
@@ -308,93 +305,7 @@ def _decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
     return (x * tens).round() / tens if decimals >= 0 else (x / tens).round() * tens
 
 
-row("aten::round.decimals", reads=entrywise_reads, lowered=_decimals, examples=[call("", NM, decimals=1)])(_nothing)
-
-# Truth values: of two operands, of one.
-_COMPARED = {
-    "eq": "==", "ne": "!=", "ge": ">=", "gt": ">", "le": "<=", "lt": "<",
-}  # fmt: skip
-for _op, _sign in _COMPARED.items():
-    row(
-        f"aten::{_op}", entry=Entry(f"T({{0}} {_sign} {{1}})", f"{{0}} {_sign} {{1}}", bare=True), python=f"{{0}} {_sign} {{1}}",
-        examples=[call(f"{_op}.Tensor", NM, T("m")), call(f"{_op}.Scalar", NM, 0.5)],
-    )(_nothing)  # fmt: skip
-for _op, _cpp, _triton in (
-    ("and", "T({0} != 0 && {1} != 0)", "{0} & {1}"),
-    ("or", "T({0} != 0 || {1} != 0)", "{0} | {1}"),
-    ("xor", "T(({0} != 0) != ({1} != 0))", "{0} ^ {1}"),
-):
-    ENTRIES[_op] = Entry(_cpp, _triton, truth=True)
-    row(f"aten::logical_{_op}", entry=replace(ENTRIES[_op], name=_op), examples=[call("", B("n m"), B("m"))])(_nothing)
-for _op, _entry in {
-    "logical_not": Entry("T({0} == 0)", "{0} == 0", truth=True, name="not"),
-    "isnan": Entry("T({0} != {0})", "{0} != {0}"),
-    "isinf": Entry("T(std::fabs({0}) == T(INFINITY))", "tl.abs({0}) == float('inf')", 25.0),
-    "signbit": Entry("T(std::signbit({0}))", flops=25.0),
-}.items():
-    row(f"aten::{_op}", entry=_entry, examples=[call("", T("n m", "signed"))])(_nothing)
-
-
-def _bits(n: fx.Node) -> Spelt:
-    """Of truth values, or bit by bit."""
-    name = named(n).rpartition("_")[2]
-    name = name if n.meta["val"].dtype == torch.bool else f"bits_{name}"
-    return name, list(n.args[:1] if "not" in name else n.args[:2]), {}
-
-
-for _op, _sign in (("and", "&"), ("or", "|"), ("xor", "^")):
-    ENTRIES[f"bits_{_op}"] = Entry(f"T(int64_t({{0}}) {_sign} int64_t({{1}}))", f"{{0}} {_sign} {{1}}", bare=True)
-    row(f"aten::bitwise_{_op}", entry=_bits, examples=[call(f"bitwise_{_op}.Tensor", I("n m", "9"), I("m", "9"))])(
-        _nothing
-    )
-ENTRIES["bits_not"] = Entry("T(~int64_t({0}))", "-1 - {0}")
-row("aten::bitwise_not", entry=_bits, examples=[call("", I("n m", "9"))])(_nothing)
-for _op, _mark in (("left", "l"), ("right", "r")):
-    _sign = {"l": "<<", "r": ">>"}[_mark]
-    _entry = Entry(f"T(int64_t({{0}}) {_sign} int64_t({{1}}))", f"{{0}} {_sign} {{1}}", bare=True, name=f"shift_{_op}")
-    row(
-        f"aten::__{_mark}shift__", f"aten::bitwise_{_op}_shift", entry=_entry,
-        examples=[call(f"{_name}.Tensor", I("n m", "9"), I("m", "4")) for _name in (f"__{_mark}shift__", f"bitwise_{_op}_shift")],
-    )(_nothing)  # fmt: skip
-
-
-def filled_with(n: fx.Node) -> Any:
-    """The number that an op fills a tensor with; None if it is another op, or memory as it was found."""
-    row = find_row(n.target)
-    if row is None or row.entry is not _filled or "empty" in named(n):
-        return None
-    bound = Call(n.target, n.args, dict(n.kwargs), n.meta["val"]).bound
-    return bound.get("fill_value", bound.get("s", float("ones" in named(n))))
-
-
-def is_uniform(n: fx.Node) -> bool:
-    """Does an op make a tensor of its sizes alone, the same number in every entry?"""
-    row = find_row(n.target)
-    return row is not None and row.entry is _filled and not n.all_input_nodes
-
-
-def _filled(n: fx.Node) -> Spelt:
-    value = torch.tensor(filled_with(n) or 0.0, dtype=n.meta["val"].dtype)  # with the digits that it has
-    return "fill", [], {"value": float(value)}
-
-
-def _counted(n: fx.Node) -> Spelt:
-    start, _, step = (0, *n.args, 1) if len(n.args) == 1 else (*n.args, 1)[:3]
-    return "arange", [], {"start": start, "step": step}
-
-
-ENTRIES |= {"fill": Entry("T({value})", passes=True), "arange": Entry("T({start}) + T({step}) * T({i0})")}
-row(
-    "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full",
-    "aten::new_empty", unread=["self"], entry=_filled,
-    examples=[*(call(op, NM) for op in ("zeros_like", "ones_like")), call("full_like", NM, 2.0), call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0)],
-)(_nothing)  # fmt: skip
-row(
-    "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor", "aten::empty", "aten::empty_strided", entry=_filled,
-    examples=[call("full", [2], 1.0), call("zeros", [2]), call("ones", [2]), call("scalar_tensor", 2.0)],
-)(None)  # fmt: skip
-row("aten::arange", entry=_counted, python="torch.", examples=[call("arange", 3), call("arange.start", 1, 4)])(None)
-row("aten::eye", entry=Entry("T({i0} == {i1})"), examples=[call("eye", 3), call("eye.m", 2, 3)])(None)
+row("aten::round.decimals", reads=entrywise_reads, lowered=_decimals, examples=[call("", NM, decimals=1)])(nothing)
 
 
 def _bins(call: Call, name: str, k: int | None) -> list[Term]:
@@ -409,7 +320,7 @@ def _bins(call: Call, name: str, k: int | None) -> list[Term]:
 row(
     "aten::bucketize", "aten::searchsorted", reads=_bins,
     examples=[call("bucketize.Tensor", NM, T("m")), call("searchsorted.Tensor", T("m"), NM)],
-)(_nothing)  # fmt: skip
+)(nothing)  # fmt: skip
 
 
 def _marks(call: Call, name: str, k: int | None) -> list[Term]:
@@ -418,182 +329,7 @@ def _marks(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), out, out[:-1])]
 
 
-row("aten::one_hot", reads=_marks, examples=[call("", I("n", "m"), 4)])(_nothing)
-
-
-# Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
-row("aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", examples=[call("", T("n m", "signed"))])(pointwise)
-row(
-    "aten::abs", "aten::absolute", entry=Entry("std::fabs({0})", "tl.abs({0})", zero=True, name="abs"), python="torch.",
-    examples=[call("", T("n m", "signed"))],
-)(pointwise)  # fmt: skip
-
-# Functions of one number, of two: C++, Triton, price, f(0) = 0.
-for _op, _cpp, _triton, _zero in (
-    ("erf", "std::erf({0})", "tl.erf({0})", True), ("log1p", "std::log1p({0})", "log1p_({0})", True),
-    ("expm1", "std::expm1({0})", "expm1_({0})", True), ("atan", "std::atan({0})", "", False),
-    ("sinh", "std::sinh({0})", "0.5 * (expm1_({0}) - expm1_(-{0}))", True),
-    ("cosh", "std::cosh({0})", "0.5 * (tl.exp({0}) + tl.exp(-{0}))", False), ("lgamma", "std::lgamma({0})", "", False),
-    ("tan", "std::tan({0})", "tl.sin({0}) / tl.cos({0})", True), ("asin", "std::asin({0})", "", False),
-    ("acos", "std::acos({0})", "", False), ("asinh", "std::asinh({0})", "asinh_({0})", True),
-    ("acosh", "std::acosh({0})", "tl.log({0} + tl.sqrt({0} * {0} - 1.0))", False),
-    ("atanh", "std::atanh({0})", "0.5 * (log1p_({0}) - log1p_(-{0}))", True), ("erfc", "std::erfc({0})", "1.0 - tl.erf({0})", False),
-    ("exp2", "std::exp2({0})", "tl.exp2({0})", False), ("log2", "std::log2({0})", "tl.log2({0})", False),
-    ("log10", "std::log10({0})", "0.4342944819032518 * tl.log({0})", False), ("digamma", "T(digamma_({0}))", "", False),
-    ("erfinv", "T(erfinv_({0}))", "", False), ("special_ndtri", "T(ndtri_({0}))", "", False),
-    ("special_erfcx", "T(erfcx_({0}))", "", False),
-):  # fmt: skip
-    _entry = Entry(_cpp, _triton, 25.0, _zero, name=_op.removeprefix("special_"))
-    _python = "torch." if _op == "erf" else ""
-    row(
-        f"aten::{_op}", entry=_entry, python=_python, examples=[call("", T("n m", "big" if _op == "acosh" else "unit"))]
-    )(pointwise)
-for _op, _cpp, _triton in (
-    ("atan2", "std::atan2({0}, {1})", ""), ("hypot", "std::hypot({0}, {1})", "tl.sqrt({0} * {0} + {1} * {1})"),
-    ("fmod", "std::fmod({0}, {1})", ""), ("remainder", "remainder_({0}, {1})", "{0} - {1} * tl.floor({0} / {1})"),
-    ("copysign", "std::copysign({0}, {1})", ""), ("fmax", "std::fmax(T({0}), T({1}))", "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})"),
-    ("fmin", "std::fmin(T({0}), T({1}))", "tl.where(({0} < {1}) | ({1} != {1}), {0}, {1})"),
-):  # fmt: skip
-    _tensors = ".Tensor" if _op in ("fmod", "remainder", "copysign") else ""
-    row(
-        f"aten::{_op}", entry=Entry(_cpp, _triton, 25.0, bare=_op in ("fmax", "fmin")), examples=[call(f"{_op}{_tensors}", NM, T("m"))],
-    )(pointwise)  # fmt: skip
-for _op, _sign in (("maximum", ">"), ("minimum", "<")):
-    _entry = Entry(
-        f"({{0}} {_sign} {{1}} || {{0}} != {{0}} ? {{0}} : {{1}})",
-        f"tl.where(({{0}} {_sign} {{1}}) | ({{0}} != {{0}}), {{0}}, {{1}})", bare=True, name=_op[:3],
-    )  # fmt: skip
-    row(f"aten::{_op}", entry=_entry, python="torch.", examples=[call("", NM, T("m"))])(pointwise)
-
-
-def _polygamma(n: fx.Node) -> Spelt:
-    return ("digamma", [n.args[1]], {}) if n.args[0] == 0 else ("polygamma", [n.args[1]], {"order": n.args[0]})
-
-
-def _bessel(n: fx.Node) -> Spelt:
-    name = named(n)
-    return "bessel_ie" if name.endswith("e") else "bessel_i", [n.args[0]], {"order": int("1" in name)}
-
-
-ENTRIES |= {
-    "polygamma": Entry("T(polygamma_({order}, {0}))", flops=25.0), "bessel_i": Entry("T(bessel_i_({order}, {0}))", flops=25.0),
-    "bessel_ie": Entry("T(bessel_ie_({order}, {0}))", flops=25.0),
-}  # fmt: skip
-row("aten::polygamma", entry=_polygamma, examples=[call("", k, NM) for k in (0, 2)])(pointwise)
-row("aten::i0", "aten::special_i0e", "aten::special_i1", "aten::special_i1e", entry=_bessel, examples=[call("", NM)])(
-    pointwise
-)
-
-
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u): value and slopes share one sigmoid."""
-    return x * (torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else _normal(x))
-
-
-def _tanh_gelu(x: Tensor, approximate: str = "none") -> Any:
-    return _gelu(x, approximate) if approximate == "tanh" else NotImplemented
-
-
-def _normal(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-
-
-def _gelu_slope(g: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate != "tanh":
-        normal = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return g * (_normal(x) + x * normal)
-    u, du = _steepness(x)
-    s = torch.sigmoid(u)
-    return g * (s + x * (s * (1 - s)) * du)
-
-
-def _steepness(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 2u and its derivative, u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    c, square = 2 * math.sqrt(2 / math.pi), x * x
-    return x * (c + c * 0.044715 * square), c + 3 * c * 0.044715 * square
-
-
-_HIDDEN = T("n m", "signed")
-row(
-    "aten::gelu", lowered=_gelu, sloped=_tanh_gelu, examples=[call("", _HIDDEN), call("", _HIDDEN, approximate="tanh")],
-)(pointwise)  # fmt: skip
-row("aten::silu", lowered=lambda x: x * torch.sigmoid(x), examples=[call("", _HIDDEN)])(pointwise)
-row("aten::gelu_backward", sloped=_gelu_slope, examples=[call("", NM, _HIDDEN)])(pointwise)
-
-
-def _where_large(g: Tensor, x: Tensor, threshold: float) -> Tensor:
-    return torch.where(x.abs() > threshold, g, 0.0)
-
-
-row("aten::softshrink_backward", sloped="torch", lowered=_where_large, examples=[call("", NM, _HIDDEN, 0.5)])(pointwise)
-row("aten::hardshrink_backward", lowered=_where_large, examples=[call("", NM, _HIDDEN, 0.5)])(pointwise)
-for _op, _example in {
-    "sigmoid": call("", NM, NM), "tanh": call("", NM, NM), "silu": call("", NM, _HIDDEN), "elu": call("", NM, 1.0, 1.0, 1.0, False, _HIDDEN),
-    "softplus": call("", NM, _HIDDEN, 1.0, 20.0), "leaky_relu": call("", NM, _HIDDEN, 0.1, False), "hardtanh": call("", NM, _HIDDEN, -1.0, 1.0),
-    "hardsigmoid": call("", NM, _HIDDEN), "hardswish": call("", NM, _HIDDEN), "mish": call("", NM, _HIDDEN),
-    "threshold": call("", NM, _HIDDEN, 0.5),
-}.items():  # fmt: skip
-    row(f"aten::{_op}_backward", sloped="torch", examples=[_example])(None)
-
-
-# Slopes that are cheap in terms of the result, or plainer to read than the generic rule.
-def _unary(slope: Any, shown: str) -> Any:
-    def rule(call: Call, operand: int) -> list[Term]:
-        x = call.operands[operand]
-        return diagonal_terms(call, operand, slope(x, call.out), shown.format(x=call.operand_name(operand)))
-
-    return rule
-
-
-for _op, _slope, _shown, _cpp, _triton, _flops, _zero in (
-    ("exp", lambda x, y: y, "exp({x})", "exp_({0})", "tl.exp({0})", 25.0, False),
-    ("log", lambda x, y: 1 / x, "(1/{x})", "std::log({0})", "tl.log({0})", 25.0, False),
-    ("sqrt", lambda x, y: 0.5 / y, "(1/2√{x})", "std::sqrt({0})", "tl.sqrt({0})", 6.0, True),
-    ("rsqrt", lambda x, y: -0.5 * y * y * y, "rsqrt'({x})", "T(1) / std::sqrt({0})", "tl.rsqrt({0})", 6.0, False),
-    ("reciprocal", lambda x, y: -y * y, "(-1/{x}²)", "T(1) / {0}", "1.0 / {0}", 6.0, False),
-    ("sin", lambda x, y: x.cos(), "cos({x})", "std::sin({0})", "tl.sin({0})", 25.0, True),
-    ("cos", lambda x, y: -x.sin(), "(-sin({x}))", "std::cos({0})", "tl.cos({0})", 25.0, False),
-    ("tanh", lambda x, y: 1 - y * y, "tanh'({x})", "tanh_({0})", "tanh_({0})", 25.0, True),
-    ("sigmoid", lambda x, y: y * (1 - y), "sigmoid'({x})", "sigmoid_({0})", "tl.sigmoid({0})", 25.0, False),
-    (
-        "relu", lambda x, y: (x > 0).to(x.dtype), "[{x}>0]",
-        "({0} > 0 || {0} != {0} ? {0} : T(0))", "tl.where({0} < 0, 0.0, {0})", 1.0, True,
-    ),
-):  # fmt: skip
-    row(
-        f"aten::{_op}", entry=Entry(_cpp, _triton, _flops, _zero), python="torch.", called=_op in ("tanh", "exp", "sigmoid", "rsqrt"),
-        over=(0,) * (_op == "sigmoid"), examples=[call("", NM), call("", T(""))],
-    )(_unary(_slope, _shown))  # fmt: skip
-row("aten::square", python="{0} ** 2", examples=[call("", NM), call("", T(""))])(_unary(lambda x, y: 2 * x, "2{x}"))
-
-_POWER = Entry("std::pow({0}, {1})", "pow_({0}, {1})", 25.0, name="pow")
-row(
-    "aten::pow", entry=_POWER, python="{0} ** {1}", examples=[call("pow.Tensor_Tensor", NM, T("m")), call("pow.Scalar", 2.0, NM)],
-)(pointwise)  # fmt: skip
-
-
-def _powered(n: fx.Node) -> Spelt:
-    arguments: Any = n.args
-    x, p = arguments
-    if p in (2, 2.0):
-        return "mul", [x, x], {}
-    if p in (0.5, -0.5, -1):
-        return {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}[p], [x], {}
-    return "pow", [x, p], {}
-
-
-@row(
-    "aten::pow.Tensor_Scalar", entry=_powered, python="{0} ** {1}", examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)],
-)  # fmt: skip
-def _power(call: Call, operand: int) -> list[Term]:
-    x, p, name = call.operands[0], call.bound["exponent"], call.operand_name(0)
-    if p == 0:
-        return []
-    if p == 1:
-        return diagonal_terms(call, operand)
-    if p == 2:
-        return diagonal_terms(call, operand, x, name, 2.0)
-    return diagonal_terms(call, operand, x ** (p - 1), f"{name}^{p - 1:g}", float(p))
+row("aten::one_hot", reads=_marks, examples=[call("", I("n", "m"), 4)])(nothing)
 
 
 ENTRIES["addcmul"] = Entry("{0} + {alpha} * {1} * {2}", "{0} + {alpha} * {1} * {2}", bare=True)
@@ -675,10 +411,3 @@ def _prelu(call: Call, operand: int) -> list[Term]:
 def is_pointwise(target: Any) -> bool:
     """Does torch tag the op as entry by entry?"""
     return torch.Tag.pointwise in getattr(target, "tags", ())
-
-
-# What the operators &= and so on call, by what does the same.
-OPERATORS = {
-    "__iand__": "bitwise_and_", "__ior__": "bitwise_or_", "__ixor__": "bitwise_xor_", "__ilshift__": "bitwise_left_shift_",
-    "__irshift__": "bitwise_right_shift_",
-}  # fmt: skip
