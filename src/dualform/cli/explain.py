@@ -62,15 +62,10 @@ def explain(
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
-    if shapes and dim is not None:
-        raise UsageError(
-            f"explain: --dim is {dim} beside --shapes, which say every size; expected one of them. Leave one out."
-        )
-    for name, value in {"--format": format, "--level": level}.items():
-        if json and value is not None:
-            raise UsageError(
-                f"explain: {name} is {value!r} beside --json, which tells all; expected one of them. Leave one out."
-            )
+    for name, value, other in (("--dim", dim, shapes), ("--format", format, json), ("--level", level, json)):
+        if other and value is not None:
+            beside = "--json, which tells all" if other is json else "--shapes, which say every size"
+            raise UsageError(f"explain: {name} is {value!r} beside {beside}; expected one of them. Leave one out.")
     if dim is not None and dim < 1:
         raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64, or a preset's own.")
     try:
