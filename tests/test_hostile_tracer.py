@@ -654,3 +654,51 @@ def test_writes_to_memory_of_others_are_refused(f):
     with pytest.raises(TraceError, match=r"writes to an input or a buffer|writes to memory of numpy"):
         trace(f, torch.ones(4))
     assert _shared.tolist() == [1, 1, 1, 1]
+
+
+def _roots(x: Tensor) -> Tensor:
+    h = x * 1
+    h[h < 0] = torch.sqrt(-h[h < 0])
+    return h
+
+
+def _arcs(x: Tensor) -> Tensor:
+    h = x * 1
+    m = h > 1
+    h[m] = torch.acosh(h[m]) * 2
+    return h
+
+
+def _poles(x: Tensor) -> Tensor:
+    h = x * 1
+    m = h < 0
+    h[m] = 1 / (h[m] - 0.5)
+    return h
+
+
+def _roots_in_place(x: Tensor) -> Tensor:
+    h = x * 1
+    m = h < 0
+    p = h[m]
+    p.neg_().sqrt_()
+    h[m] = p
+    return h
+
+
+def _of_weights(x: Tensor) -> Tensor:
+    h, w = x[:2] * 1, x[2]
+    m = h < 0
+    h[m] = torch.log(-h[m]) * w.sum()
+    rows = h[:, 0] > 0
+    h[rows] = h[rows] * w
+    return h
+
+
+@pytest.mark.parametrize("f", [_roots, _arcs, _poles, _roots_in_place, _of_weights])
+def test_what_was_not_picked_has_no_slope_of_its_own(f):
+    """0 times the slope of sqrt at -1/2 is NaN."""
+    x = 1.5 * torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(trace(f, x)(x), f(x))
+    torch.testing.assert_close(df.jacobian(f, x).dense(), want)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(trace(f, x), x), want)

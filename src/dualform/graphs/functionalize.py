@@ -133,7 +133,7 @@ class _Rewriter:
     def is_lent(self, root: fx.Node) -> bool:
         """Is it a tensor in memory that is not torch's, as from_numpy makes it? Others see there what no graph knows of."""
         source: Any = root.args[0] if root.target is aten.lift_fresh_copy.default else None
-        held = getattr(self.gm, source.target) if source is not None and source.op == "get_attr" else None
+        held: Any = getattr(self.gm, source.target) if source is not None and source.op == "get_attr" else None
         is_plain = type(held) is torch.Tensor and held.layout == torch.strided and held.device.type == "cpu"
         return is_plain and not held.untyped_storage().resizable()
 
