@@ -19,6 +19,7 @@ from dualform.learning.sites import Place, op_name
 aten = torch.ops.aten
 # Sizes, which a result's shape shows; and ops whose numbers no token takes as they are.
 _SIZES = {"size", "shape", "sizes", "repeats"}
+_SIZED = {aten.tile.default: "dims"}
 _RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 # What torch writes only where sizes differ, or are not 1: one token has size 1.
 _FITTED = {
@@ -99,7 +100,7 @@ def _compare(first: Seen, second: Seen) -> None:
         ):
             for name in a.args.keys() | b.args.keys():
                 x, y = a.args.get(name), b.args.get(name)
-                if not is_same(name, x, y):
+                if not is_same("size" if _SIZED.get(a.target) == name else name, x, y):
                     raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
     if len(ones) != len(others):
         longer = max(ones, others, key=len)[min(len(ones), len(others)) - 1]
