@@ -24,7 +24,7 @@ _RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 # What torch writes only where sizes differ, or are not 1: one token has size 1.
 _FITTED = {
     aten.expand.default, aten.sum_to_size.default, aten.view.default, aten.reshape.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default,
 }  # fmt: skip
 
 
