@@ -510,3 +510,38 @@ def test_learners_and_calls_of_inference_mode():
         y = x.clone()
         agree("o", program(y, y, y)[0], program(y, y, y, form="primal")[0])
         assert not program(y, y, y, form="primal")[0].requires_grad
+
+
+class _Called(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.w, self.f = nn.Parameter(torch.eye(4)), f
+
+    def forward(self, x):
+        return self.f(x, self.w)
+
+
+def test_tiles_of_as_many_rows_as_tokens():
+    rows = _Called(lambda x, w: x @ w + torch.tile(w[0], (x.shape[0], 1)))
+    alone = _Called(lambda x, w: x @ w + w[0])
+    x = torch.randn(1, 9, 2, 4)
+    found, want = (df.derive(learner, chunk=4, prove=False)(x, x, x)[0] for learner in (rows, alone))
+    torch.testing.assert_close(found, want)
+
+
+def test_an_op_that_is_defined_in_part_is_refused():
+    """torch's definition of embedding_bag makes one of its four results."""
+    with pytest.raises(df.DerivationError, match="embedding_bag"):
+        df.derive(_Called(lambda x, w: x @ w + nn.functional.embedding_bag((x > 0).long(), w)), prove=False)
+
+
+def test_a_learner_that_picks_and_weighs_has_finite_gradients():
+    def f(x, w):
+        h = x @ w
+        h[h < 0] = torch.sqrt(-h[h < 0]) * w.sum()
+        return h
+
+    x, learner = torch.randn(1, 9, 2, 4), _Called(f)
+    o, _ = df.derive(learner, chunk=4, prove=False, rule=("sgd", {"lr": 0.01}))(x, x, x)
+    (g,) = torch.autograd.grad(o.sum(), learner.w)
+    assert torch.cat([o.flatten(), g.flatten()]).isfinite().all()

@@ -592,3 +592,113 @@ def test_so_many_entries_as_a_mask_picks_are_no_size(name):
     learner = _Learner(_REFUSED[name])
     with pytest.raises(TraceError, match="reads a tensor's values"):
         trace(lambda x: learner(x), torch.randn(3, 4, dtype=torch.float64))
+
+
+_shared = torch.ones(4)
+
+
+def _outside(x: Tensor) -> Tensor:
+    _shared[0] = 7
+    return x * _shared
+
+
+def _outside_whole(x: Tensor) -> Tensor:
+    _shared.mul_(7)
+    return x * _shared
+
+
+def _outside_view(x: Tensor) -> Tensor:
+    _shared.view(2, 2)[0].add_(7)
+    return x * _shared
+
+
+def _in_numpys(x: Tensor) -> Tensor:
+    h = torch.ones(4)
+    torch.from_numpy(h.numpy())[0] = 7
+    return x * h
+
+
+def _in_numpys_as_tensor(x: Tensor) -> Tensor:
+    h = torch.ones(4)
+    torch.as_tensor(h.numpy()[1:]).mul_(7)
+    return x * h
+
+
+def _in_numpys_own(x: Tensor) -> Tensor:
+    a = np.ones(4)
+    torch.asarray(a)[0] = 7
+    return x * torch.from_numpy(a)
+
+
+def _in_numpys_by_protocol(x: Tensor) -> Tensor:
+    h = torch.ones(4)
+    torch.from_dlpack(h.numpy())[0] = 7
+    return x * h
+
+
+def _in_numpys_buffer(x: Tensor) -> Tensor:
+    h = torch.ones(4)
+    torch.frombuffer(h.numpy(), dtype=h.dtype)[0] = 7
+    return x * h
+
+
+@pytest.mark.filterwarnings("ignore:The given .* is not writable")
+@pytest.mark.parametrize(
+    "f",
+    [
+        *(_outside, _outside_whole, _outside_view),
+        *(_in_numpys, _in_numpys_as_tensor, _in_numpys_own, _in_numpys_by_protocol, _in_numpys_buffer),
+    ],
+)
+def test_writes_to_memory_of_others_are_refused(f):
+    with pytest.raises(TraceError, match=r"writes to an input or a buffer|writes to memory of numpy"):
+        trace(f, torch.ones(4))
+    assert _shared.tolist() == [1, 1, 1, 1]
+
+
+def _roots(x: Tensor) -> Tensor:
+    h = x * 1
+    h[h < 0] = torch.sqrt(-h[h < 0])
+    return h
+
+
+def _arcs(x: Tensor) -> Tensor:
+    h = x * 1
+    m = h > 1
+    h[m] = torch.acosh(h[m]) * 2
+    return h
+
+
+def _poles(x: Tensor) -> Tensor:
+    h = x * 1
+    m = h < 0
+    h[m] = 1 / (h[m] - 0.5)
+    return h
+
+
+def _roots_in_place(x: Tensor) -> Tensor:
+    h = x * 1
+    m = h < 0
+    p = h[m]
+    p.neg_().sqrt_()
+    h[m] = p
+    return h
+
+
+def _of_weights(x: Tensor) -> Tensor:
+    h, w = x[:2] * 1, x[2]
+    m = h < 0
+    h[m] = torch.log(-h[m]) * w.sum()
+    rows = h[:, 0] > 0
+    h[rows] = h[rows] * w
+    return h
+
+
+@pytest.mark.parametrize("f", [_roots, _arcs, _poles, _roots_in_place, _of_weights])
+def test_what_was_not_picked_has_no_slope_of_its_own(f):
+    """0 times the slope of sqrt at -1/2 is NaN."""
+    x = 1.5 * torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(trace(f, x)(x), f(x))
+    torch.testing.assert_close(df.jacobian(f, x).dense(), want)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(trace(f, x), x), want)

@@ -92,7 +92,7 @@ class Constants:
         """The value of what is known."""
         if not isinstance(x, Tensor):
             return x
-        with _aside():
+        with aside():
             return self._noted(x) if type(x) is Tensor else self._made[id(x)][2]()
 
     def values(self, func: Callable[..., Any], args: Any, kwargs: Any) -> dict[int, Callable[[], Tensor]] | None:
@@ -125,7 +125,7 @@ class Constants:
 
         @cache
         def again() -> list[Tensor]:
-            with _aside():
+            with aside():
                 own, named = pytree.tree_map_only(Tensor, lambda x: values[id(x)](), (args, kwargs))
                 if not writes:
                     return [x for x in pytree.tree_leaves(func(*own, **named)) if isinstance(x, Tensor)]
@@ -152,7 +152,7 @@ class Constants:
         if func in _READ or func in _SIZED:
             leaves = pytree.tree_leaves((args, kwargs))
             if all(map(self.knows, leaves)):
-                with _aside():
+                with aside():
                     found = func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
                 if isinstance(found, numpy.ndarray):
                     found.setflags(write=False)  # the trace would not see it
@@ -183,7 +183,7 @@ class Constants:
         dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
         x = args[0] if repeats is not args[0] else None
         n = None if x is None else x.shape[dim] if dim is not None else x.numel()
-        with _aside():
+        with aside():
             times = self.value(repeats)
             index = torch.repeat_interleave(times if n is None else times.expand(n))
         if x is None:
@@ -205,7 +205,7 @@ class Constants:
                 found.append(self._ends(part) if isinstance(part, slice) else part)
                 continue
             mask = self.value(part)
-            with _aside():
+            with aside():
                 found += (mask if shape is None else mask.expand(shape)).nonzero(as_tuple=True)
         return tuple(found)
 
@@ -225,7 +225,7 @@ class _Written(Exception):
 
 
 @contextmanager
-def _aside() -> Iterator[None]:
+def aside() -> Iterator[None]:
     """Compute, out of sight of the trace."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.no_grad():
         yield

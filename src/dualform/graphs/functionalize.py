@@ -119,6 +119,8 @@ class _Rewriter:
             root = self.parent[root]
         if root.op in ("placeholder", "get_attr"):
             self.blame(node, "writes to an input or a buffer", "Clone it first, or return the new value.")
+        if self.is_lent(root):
+            self.blame(node, "writes to memory of numpy's", "Copy it first: torch.tensor(array), or x.clone().")
         before = self.value[root]
         self.assign(dst, self.functional(node), node)
         if not self.grad and before.meta["val"].is_floating_point():  # another value, the gradient that it had
@@ -127,6 +129,13 @@ class _Rewriter:
             self.value[root] = self.emit(*carried(before, self.value[root]), node)
         self.value[node] = self.read(dst)
         self.parent[node] = dst
+
+    def is_lent(self, root: fx.Node) -> bool:
+        """Is it a tensor in memory that is not torch's, as from_numpy makes it? Others see there what no graph knows of."""
+        source: Any = root.args[0] if root.target is aten.lift_fresh_copy.default else None
+        held: Any = getattr(self.gm, source.target) if source is not None and source.op == "get_attr" else None
+        is_plain = type(held) is torch.Tensor and held.layout == torch.strided and held.device.type == "cpu"
+        return is_plain and not held.untyped_storage().resizable()
 
     def functional(self, node: fx.Node) -> fx.Node:
         target: Any = node.target

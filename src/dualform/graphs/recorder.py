@@ -34,6 +34,10 @@ class CannotRecord(Exception):
     """The function writes to a tensor that others see, or reads values."""
 
 
+class WritesOutside(CannotRecord):
+    """The function writes to a tensor that was there before it: torch's own tracer would run that."""
+
+
 class Recorded(Hollow):
     """A tensor of a recording: hollow, and made by a node."""
 
@@ -210,6 +214,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         self._mode_key = torch._C._TorchDispatchModeKey.PROXY
         self.enter_stack = []
         self.writes: dict[int, list[int]] = {}  # by memory; nodes keep it alive
+        self.outside: dict[int, tuple[Tensor, Hollow]] = {}  # tensors that were there, with their twins
         self._begin()
 
     def input(self, like: Tensor, name: str) -> Recorded:
@@ -228,11 +233,15 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or any(_is_strange(x) for x in given):
             raise CannotRecord(str(func))
         writes = [k for k, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        if writes and (writes != [0] or not isinstance(args[0], Recorded) or len(func._schema.returns) != 1):
+        if writes and (writes != [0] or not isinstance(args[0], Tensor) or len(func._schema.returns) != 1):
             raise CannotRecord(str(func))
         if func is aten.lift_fresh.default:
             func = aten.lift_fresh_copy.default
-        hollow = (each(args, _hollow), {name: each(x, _hollow) for name, x in kwargs.items()})
+        hollow = (each(args, self._hollow), {name: each(x, self._hollow) for name, x in kwargs.items()})
+        if writes and _storage(hollow[0][0].shape_of) in {_storage(x.shape_of) for _, x in self.outside.values()}:
+            raise WritesOutside(str(func))
+        if writes and not isinstance(args[0], Recorded):
+            raise CannotRecord(str(func))
         with torch._C._DisablePythonDispatcher(), Hollows():
             if any(isinstance(x, Tensor) for x in given):
                 made = func(*hollow[0], **hollow[1])
@@ -254,6 +263,11 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
 
     def _shown(self, x: Tensor) -> Tensor:
         return Hollow(x)
+
+    def _hollow(self, x: Any) -> Any:
+        if isinstance(x, Hollow) or not isinstance(x, Tensor):
+            return x
+        return self.outside.setdefault(id(x), (x, Hollow(on_meta(x))))[1]
 
     def switched(self, func: Any, *args: Any) -> None:
         """Record a function that changes a mode of torch and makes no tensor."""
@@ -279,10 +293,6 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         if not isinstance(x, Tensor | int | float | complex | str | bool | None):
             raise CannotRecord(type(x).__name__)
         return self._node(x)
-
-
-def _hollow(x: Any) -> Any:
-    return x if isinstance(x, Hollow) or not isinstance(x, Tensor) else Hollow(on_meta(x))
 
 
 def _is_strange(x: Any) -> bool:

@@ -32,7 +32,7 @@ from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.draws import no_draws
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow, Hollows
-from dualform.graphs.recorder import record_as_called
+from dualform.graphs.recorder import WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.selected import Selected
 from dualform.graphs.single_results import normalised
@@ -80,6 +80,11 @@ def trace(
     def run() -> fx.GraphModule:
         try:
             return _recorded(f, args, known, look)
+        except WritesOutside as error:
+            raise TraceError(
+                f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
+                "Clone it first, or return the new value."
+            ) from None
         except Exception:  # whatever it is, torch's own tracer knows more, or says it better
             return _traced_by_torch(f, args, known, look)
 
@@ -313,9 +318,14 @@ def _refuse_data(where: str) -> NoReturn:
     )
 
 
-def _reraise(error: Exception) -> NoReturn:
+def _raised_at(error: Exception) -> str:
+    """The caller's line that an error comes from."""
     frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
-    where = _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
+    return _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
+
+
+def _reraise(error: Exception) -> NoReturn:
+    where = _raised_at(error)
     reads = ("DataDependent", "DynamicOutputShape")
     text = str(error)
     if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:

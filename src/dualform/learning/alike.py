@@ -20,6 +20,7 @@ from dualform.ops.table import find_row
 aten = torch.ops.aten
 # Sizes, which a result's shape shows.
 _SIZES = {"size", "shape", "sizes", "repeats"}
+_SIZED = {aten.tile.default: "dims"}
 
 
 class Differs(Exception):
@@ -70,7 +71,7 @@ def _fits(target: Any) -> bool:
     """Does torch write an op only where sizes differ, or are not 1: one token has size 1."""
     row = find_row(target)
     is_reshape = row is not None and row.ordered and row.odd
-    return is_reshape or target in (aten.expand.default, aten.sum_to_size.default)
+    return is_reshape or target is aten.contiguous.default or target in (aten.expand.default, aten.sum_to_size.default)
 
 
 def _compare(first: Seen, second: Seen) -> None:
@@ -101,7 +102,7 @@ def _compare(first: Seen, second: Seen) -> None:
         ):
             for name in a.args.keys() | b.args.keys():
                 x, y = a.args.get(name), b.args.get(name)
-                if not is_same(name, x, y):
+                if not is_same("size" if _SIZED.get(a.target) == name else name, x, y):
                     raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
     if len(ones) != len(others):
         longer = max(ones, others, key=len)[min(len(ones), len(others)) - 1]

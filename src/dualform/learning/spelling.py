@@ -123,6 +123,10 @@ def spell_out(graph: fx.GraphModule) -> None:
             ) from error
         if any(_says_nothing(n, node) for n in part.graph.nodes):
             continue
+        results: Any = output_of(part.graph).args[0]
+        results = results.args if _is_named_tuple(results) else results
+        if not isinstance(results, fx.Node) and any(user.args[1] >= len(results) for user in node.users):
+            continue  # of some of its results alone
         copies: dict[fx.Node, fx.Node] = dict(zip(inputs_of(part.graph), sources, strict=True))
         with graph.graph.inserting_before(node):
             for inner in part.graph.nodes:
@@ -131,8 +135,6 @@ def spell_out(graph: fx.GraphModule) -> None:
                     copies[inner].meta |= {"stack_trace": node.meta.get("stack_trace") or node.stack_trace}
                     if has_no_row(inner):
                         pending.append(copies[inner])
-        results: Any = output_of(part.graph).args[0]
-        results = results.args if _is_named_tuple(results) else results
         _stand_for(graph.graph, node, fx.map_arg(results, copies.__getitem__))
 
 
