@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import random
+import sys
 from random import choice
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -592,3 +594,8 @@ def test_so_many_entries_as_a_mask_picks_are_no_size(name):
     learner = _Learner(_REFUSED[name])
     with pytest.raises(TraceError, match="reads a tensor's values"):
         trace(lambda x: learner(x), torch.randn(3, 4, dtype=torch.float64))
+
+
+def test_a_trace_goes_on_while_another_thread_still_imports_the_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo.config", ModuleType("torch._dynamo.config"))
+    assert trace(torch.tanh, torch.randn(3, 4)).graph is not None
