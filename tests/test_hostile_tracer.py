@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import random
+import sys
 from random import choice
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -702,3 +704,8 @@ def test_what_was_not_picked_has_no_slope_of_its_own(f):
     torch.testing.assert_close(trace(f, x)(x), f(x))
     torch.testing.assert_close(df.jacobian(f, x).dense(), want)
     torch.testing.assert_close(torch.autograd.functional.jacobian(trace(f, x), x), want)
+
+
+def test_a_trace_goes_on_while_another_thread_still_imports_the_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo.config", ModuleType("torch._dynamo.config"))
+    assert trace(torch.tanh, torch.randn(3, 4)).graph is not None

@@ -265,8 +265,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 def _uncompiled() -> AbstractContextManager[Any]:
     """What torch.compile made is traced as what it was made of."""
-    config: Any = sys.modules.get("torch._dynamo.config")  # nothing is compiled where it is not loaded
-    return nullcontext() if config is None else config.patch(error_on_nested_fx_trace=False)
+    # Nothing is compiled where it is not loaded, nor while another thread still loads it.
+    patch: Any = getattr(sys.modules.get("torch._dynamo.config"), "patch", None)
+    return nullcontext() if patch is None else patch(error_on_nested_fx_trace=False)
 
 
 def source_line(node: fx.Node) -> str:

@@ -157,7 +157,7 @@ class Draw:
     def problem(self, T: int, rate: float, ragged: bool) -> Problem:
         x = {"q": self.normal(2, T, 2, self.K), "k": self.normal(2, T, 2, self.K), "v": self.normal(2, T, 2, self.V)}
         x |= self.gates(T, rate) | self.weights()
-        device, along = self.program.door.device, (T, 4, 4, T) if ragged else (2, T, T // 2 + 1, 2)
+        device, along = self.program.door.device, (T, 4, 4, T) if ragged else (2, T, T, 2)
         reach = {at: min(n, T) for at, n in zip(itertools.product(range(2), range(2)), along, strict=True)}
         if not ragged and self.program.chunk <= WHOLE:
             return Problem(_leaves(x, device), reach)
