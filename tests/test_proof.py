@@ -1,5 +1,6 @@
 """The proof at `derive`: what it compares, what it says, what it refuses, what it remembers. On here alone."""
 
+import dataclasses
 import json
 import re
 import threading
@@ -141,6 +142,24 @@ def test_a_fault_of_any_row_and_head_is_found(monkeypatch, row, head, ragged):
     with pytest.raises(df.DerivationError, match="differ in"):
         df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
     assert wrong
+
+
+@pytest.mark.parametrize(("row", "head"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_fault_of_the_state_of_any_row_and_head_is_found(monkeypatch, row, head):
+    real = proving.Problem.run
+
+    def run(self, program, form, **options):
+        o, state = real(self, program, form, **options)
+        if form == "primal":
+            return o, state
+        wrong = {name: x.clone() for name, x in state.anchor.items()}
+        for x in wrong.values():
+            x[row, head] *= 1 + 1e-6
+        return o, dataclasses.replace(state, anchor=wrong)
+
+    monkeypatch.setattr(proving.Problem, "run", run)
+    with pytest.raises(df.DerivationError, match="differ in"):
+        df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
 
 
 def test_what_differs_where_the_definition_was_followed_is_followed_to_the_end(monkeypatch):
