@@ -226,7 +226,7 @@ def _windows(x: Tensor, axis: int, size: int, step: int) -> Tensor:
     return torch.stack([x.narrow(axis, s, size).movedim(axis, -1) for s in starts], axis)
 
 
-row("aten::unfold_backward", mapped="torch", examples=[call("", T("3 k 2"), [5, 2], 0, 2, 1)])(
+row("aten::unfold_backward", mapped="torch", examples=[call("", T("4 k 2"), [5, 2], 0, 2, 1)])(
     None
 )  # vmap's is a loop over rows
 
