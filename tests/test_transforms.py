@@ -120,7 +120,10 @@ def test_transforms_agree_with_the_definition(learner, rule, layout):
     same(got[1], tangents, "tangent")
     with forward_ad.dual_level():
         dual = f({name: forward_ad.make_dual(t, dx[name]) for name, t in x.items()})
-        same([forward_ad.unpack_dual(y).tangent for y in dual], tangents, "dual tangent")
+        found = [
+            forward_ad.unpack_dual(y) for y in dual
+        ]  # torch's None is the tangent of a constant: a register set anew
+        same([torch.zeros_like(y) if t is None else t for y, t in found], tangents, "dual tangent")
 
     def gradient(function):
         return lambda tensors: grad(lambda t: scalar(function(t)))(tensors)

@@ -59,7 +59,7 @@ class Formula:
     Raises: ShapeError for another m.
     Example:
         >>> x = sympy.Symbol("x")
-        >>> f = Formula(("x",), ("x",), (Line("y", ((0.5, x**2), (1.0, sympy.sin(x))), -2.0),), ("y",))
+        >>> f = Formula(("x",), ("x",), (FormulaLine("y", ((0.5, x**2), (1.0, sympy.sin(x))), -2.0),), ("y",))
         >>> f, f([[0.0]]).tolist()
         (y = 0.5*x**2 + sin(x) - 2, [[-2.0]])
     """

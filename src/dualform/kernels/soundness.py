@@ -176,7 +176,7 @@ class _Check:
             for x in item.operands:
                 if isinstance(x, Read):
                     found = self._access(nest, x.view, x.steps, phase, item.reads_in, k)
-                    if not bool(torch.isin(found.entries, self._entries(x.view)).all()):
+                    if not bool(torch.isin(found.entries.flatten(), self._entries(x.view).flatten()).all()):
                         raise self.fail(x.view.buffer, f"is read along {x.steps}", f"its strides {x.view.strides}")
                     self._in_time(found, writes)
                 elif isinstance(x, Item) and x.kind == "map" and x.kept and item.reads_in > x.stage:

@@ -20,6 +20,8 @@ from dualform.ops.table import find_row
 aten = torch.ops.aten
 # Sizes, which a result's shape shows.
 _SIZES = {"size", "shape", "sizes", "repeats"}
+# How an op goes about it, which is planned by sizes or by flags of the process: the same numbers.
+_WAYS = {"path", "cudnn_enable", "cudnn_enabled"}
 _SIZED = {aten.tile.default: "dims"}
 
 
@@ -100,7 +102,7 @@ def _compare(first: Seen, second: Seen) -> None:
         elif not (getattr(a.target, "_opname", "") == "arange" and rows) and not (
             a.target is aten.slice.Tensor and _is_whole(a) and _is_whole(b)
         ):
-            for name in a.args.keys() | b.args.keys():
+            for name in (a.args.keys() | b.args.keys()) - _WAYS:
                 x, y = a.args.get(name), b.args.get(name)
                 if not is_same("size" if _SIZED.get(a.target) == name else name, x, y):
                     raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
