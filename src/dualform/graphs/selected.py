@@ -63,8 +63,7 @@ class Selected:
             x, value = args[0], args[2]
             if self._key(args[1]) != key or x.shape != value.shape:
                 self.refuse()
-            chosen = (mask, value.to(x.dtype), x)
-            return Tensor.copy_, (x, self.marked(torch.where, chosen, {}, torch.where(*chosen))), {}
+            return Tensor.copy_, (x, self._where(mask, value.to(x.dtype), x)), {}
         rest = like.ndim - key[0]
         if any(p[2] != key for p in picked) or any(x.ndim > rest for x in leaves if id(x) not in self._picked):
             self.refuse()
@@ -85,7 +84,9 @@ class Selected:
         else:
             self.refuse()
         put = {
-            id(x): self._put(x, mask, now[id(x)]) for x in held if now[id(x)] != given[id(x)] and x.is_floating_point()
+            id(x): self._where(mask, x, torch.full((), now[id(x)], dtype=x.dtype, device=x.device))
+            for x in held
+            if now[id(x)] != given[id(x)] and x.is_floating_point()
         }
         name = getattr(func, "__name__", "").removesuffix("__")
         if name.startswith("__i") or (name.endswith("_") and not name.startswith("__")):
@@ -96,8 +97,8 @@ class Selected:
                 self.marked(Tensor.copy_, copied, {}, Tensor.copy_(*copied))
         return pytree.tree_map_only(Tensor, lambda x: put.get(id(x), x), (args, kwargs))
 
-    def _put(self, x: Tensor, mask: Tensor, other: float) -> Tensor:
-        chosen = (mask, x, torch.full((), other, dtype=x.dtype, device=x.device))
+    def _where(self, *chosen: Tensor) -> Tensor:
+        """Choose by a mask: a value that requires a gradient where one of the two does."""
         return self.marked(torch.where, chosen, {}, torch.where(*chosen))
 
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from dualform.graphs.edit import needed
 from dualform.ops.table import find_row, kind_of
 
 MOST = 6  # sums at once
@@ -56,22 +57,11 @@ def abreast(steps: Sequence[fx.Node], given: Iterable[fx.Node]) -> list[list[fx.
                 group.append(m)
             elif _is_light(m):
                 ready[m] = None
-        wanted = _behind(group, ready)
+        wanted = needed(group, beyond=done)
         for m in ready:
             if m in wanted:
                 emit(m)
         emit(*group)
-    return found
-
-
-def _behind(goals: Sequence[fx.Node], among: Iterable[fx.Node]) -> set[fx.Node]:
-    """Find which nodes goals are made of."""
-    own, found, waiting = set(among), set[fx.Node](), [x for n in goals for x in n.all_input_nodes]
-    while waiting:
-        n = waiting.pop()
-        if n in own and n not in found:
-            found.add(n)
-            waiting += n.all_input_nodes
     return found
 
 

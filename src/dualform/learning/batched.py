@@ -82,8 +82,13 @@ def _expect_rows(graph: fx.Graph, other: fx.Graph) -> None:
 
 def _numbers(node: fx.Node) -> list[int]:
     """List the sizes and places among a node's arguments."""
-    places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
-    return [x for x in _entries(node.args[k] for k in places if k < len(node.args)) if type(x) is int]
+    return [x for x in _entries(node.args[k] for k in _counts(node)) if type(x) is int]
+
+
+def _counts(node: fx.Node) -> list[int]:
+    """Which of a node's arguments may be sizes or places; all of an operator of Python's."""
+    every = range(len(node.args))
+    return [k for k in _sizes(node.target) if k in every] if hasattr(node.target, "_schema") else list(every)
 
 
 @cache
@@ -169,8 +174,8 @@ def _write(graph: fx.Graph, times: Callable[[int], Any], device: torch.device) -
         if node.op != "call_function":
             continue
         if any(map(_counts_rows, _numbers(node))):
-            places = _sizes(node.target) if hasattr(node.target, "_schema") else range(len(node.args))
-            node.args = tuple(map_aggregate(x, real) if k in places else x for k, x in enumerate(node.args))
+            counts = _counts(node)
+            node.args = tuple(map_aggregate(x, real) if k in counts else x for k, x in enumerate(node.args))
         if "device" in node.kwargs:
             node.kwargs = node.kwargs | {"device": device}
 

@@ -240,12 +240,13 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
         return None
     plan = _plan(name, form, call.q.shape[-1], call.dtype)
     plan.natives.tokens += 1
-    whole = backend_of(chosen(backend, plan, call)).whole
+    taken = chosen(backend, plan, call)
+    whole = backend_of(taken).whole
     try:
         if whole is None:
             return None
         if plan.is_checked:
-            check_step(chosen(backend, plan, call), plan, call)
+            check_step(taken, plan, call)
         return whole.step(plan, call, overwrite)
     except BackendError:
         return None  # the op says why
