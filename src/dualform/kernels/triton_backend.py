@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.bounded import Bounded
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
 from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, never
@@ -99,7 +100,9 @@ class Compiled:
     """What was written for a plan, and made ready to be launched."""
 
     made: dict[Key, Made] = field(default_factory=dict)
-    tapes: dict[Any, Any] = field(default_factory=dict)  # of calls by their kind: "seen" once, then how they run
+    tapes: Bounded[Any] = field(
+        default_factory=lambda: Bounded(TAPES)
+    )  # of calls by kind: "seen" once, then how they run
 
 
 def written(
@@ -204,8 +207,6 @@ class _Rows(Stretches[Made]):
         found = tapes.get(key)
         if isinstance(found, Tape):
             return found(given)
-        if len(tapes) >= TAPES:
-            tapes.pop(next(iter(tapes)), None)
         if found is None:
             tapes[key] = "seen"
             return call()
