@@ -3,12 +3,12 @@
     python benchmarks/beside.py --before COMMIT [--rows REGEX] [--rounds 9] [--least 0.05] [--output FILE]
     python benchmarks/beside.py --report [--output FILE]
 
-writes benchmarks/results/beside.json and .md: a line for each row of cpu_ttt.py (inner parts and whole layers), calculus.py and
-functions.py (ours), with the ratio before / now: above 1 is faster now.
+writes benchmarks/results/beside.json and .md: a line for each row of cpu_ttt.py (inner parts and whole layers),
+calculus.py and functions.py (ours), with the ratio before / now: above 1 is faster now.
 
-Each tree has a process of its own, one thread, that holds what it has prepared. A round times a row on both, in turn, in seconds of
-the processor, as the mean over calls that last --least of them together; the ratio is taken within a round, then its median and
-quartiles over rounds.
+Each tree has a process of its own, one thread, that holds what it has prepared. A round times a row on both, in turn,
+in seconds of the processor, as the mean over calls that last --least of them together; the ratio is taken within a
+round, then its median and quartiles over rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Run = Callable[[], Any]
 SIZE, BACKENDS, LAYERS = (1, 512), ("eager", "cpp"), ("eager layer", "cpp layer")
 
 
-# -- one tree ------------------------------------------------------------------------------------------------------------
+# -- one tree
+# ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -106,7 +107,8 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-# -- two trees -----------------------------------------------------------------------------------------------------------
+# -- two trees
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Tree:
@@ -168,7 +170,10 @@ def report(found: harness.Found) -> str:
         if "ratio" in m
     ]  # fmt: skip
     absent = [f"- {m['row']}: {m['absent']}" for m in found["measured"] if "absent" in m]
-    head = f"Commit {found['commit'][:7]} beside {found['before'][:7]}, {found['rounds']} rounds; before / now, above 1 is faster now.\n\n"
+    head = (
+        f"Commit {found['commit'][:7]} beside {found['before'][:7]}, {found['rounds']} rounds; before / now, above 1 "
+        "is faster now.\n\n"
+    )
     table = harness.table("row | before, ms | now, ms | ratio | quartile | quartile".split(" | "), lines, 3)
     return head + table + "\n".join(absent)
 

@@ -2,10 +2,10 @@
 
     python benchmarks/calculus.py [--peers PYTHON] [--seconds 20] [--gib 8] [--cases add,gelu]
 
-writes benchmarks/results/calculus.json (machine, versions, commit, medians and extremes) and calculus.md (the tables of the docs).
-`--peers`: a Python that has jax, sparsejac and asdex, if this one does not; peers that do not import are named as absent.
-Every case and tool runs in a process of its own, n doubling until the next size would pass the limits; memory is the growth
-of the resident set's high-water mark.
+writes benchmarks/results/calculus.json (machine, versions, commit, medians and extremes) and calculus.md (the tables of
+the docs). `--peers`: a Python that has jax, sparsejac and asdex, if this one does not; peers that do not import are
+named as absent. Every case and tool runs in a process of its own, n doubling until the next size would pass the limits;
+memory is the growth of the resident set's high-water mark.
 """
 
 from __future__ import annotations
@@ -358,7 +358,10 @@ def _against(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
 
 def report(found: harness.Found) -> str:
     m, limits = found["machine"], found["limits"]
-    head = f"{m['processor']}, {m['cores']} cores, 1 thread used; torch {found['versions']['torch']}, peers {found['peers']}; "
+    head = (
+        f"{m['processor']}, {m['cores']} cores, 1 thread used; torch {found['versions']['torch']}, peers "
+        f"{found['peers']}; "
+    )
     return head + f"until {limits['gib']:g} GiB or {limits['seconds']:g} s.\n\n" + "\n".join(tables(found))
 
 

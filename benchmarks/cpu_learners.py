@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_learners.py [--length 2048] [--rounds 3] [--output FILE]
 
-The shares of the rate of a large matrix product are of the products alone, and of the rate measured beside each row; the bound is
-the schedule's, at that rate and the rate of memory. What limits a row: `cpu_where.py`.
+The shares of the rate of a large matrix product are of the products alone, and of the rate measured beside each row;
+the bound is the schedule's, at that rate and the rate of memory. What limits a row: `cpu_where.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """How generated C++ uses threads where rows (batch x heads) are few: row by row, and in slices beside each other.
 
-    python benchmarks/cpu_threads.py [--threads 1 2 4 8] [--heads 1 2 4] [--lengths 2048 8192] [--rounds 7] [--output FILE]
+    python benchmarks/cpu_threads.py [--threads 1 2 4 8] [--heads 1 2 4] [--lengths 2048 8192] [--rounds 7] [--output
+    FILE]
 
-Forward and backward, batch 1. Row by row no more threads run than there are rows; in slices four of a row at most. By default
-slices are taken from two threads of a row on.
+Forward and backward, batch 1. Row by row no more threads run than there are rows; in slices four of a row at most. By
+default slices are taken from two threads of a row on.
 """
 
 from __future__ import annotations

@@ -6,18 +6,20 @@
 
 writes benchmarks/results/cpu_ttt.json (machine, versions, commit, medians, quartiles of ratios) and .md.
 
-Sides, float32, 4 heads of width 64, mini-batches of 16. The inner part, from q, k, v (B, T, H, d), the rate gate and the weights
-to the outputs and the gradients of all of them: `official`, `ttt()` of ttt-lm-pytorch's layer, unchanged; `naive`, a loop of
-the paper's dual form with autograd, below; `sdpa`, causal attention on q, k, v; `eager`, `inductor` and `cpp`, our program on that
-backend. The whole layer, with gate, shared q and k and their convolutions: `official layer`, `eager layer` and so on.
+Sides, float32, 4 heads of width 64, mini-batches of 16. The inner part, from q, k, v (B, T, H, d), the rate gate and
+the weights to the outputs and the gradients of all of them: `official`, `ttt()` of ttt-lm-pytorch's layer, unchanged;
+`naive`, a loop of the paper's dual form with autograd, below; `sdpa`, causal attention on q, k, v; `eager`, `inductor`
+and `cpp`, our program on that backend. The whole layer, with gate, shared q and k and their convolutions: `official
+layer`, `eager layer` and so on.
 
-Time: one process per learner and thread count; caches of compiled code begin empty. In each round every side runs once, in an order that turns; a ratio is taken within
-a round, then median and quartiles over rounds. Before that every side's outputs and gradients are compared with the naive loop's
-(the layers with the official layer's) at the very shape. A side whose call would take longer than --budget seconds, by its own
-smaller cases, is skipped; one that takes long runs in fewer rounds. The reason stands in the JSON.
-Memory: a process per side and repeat; a short sequence first, free memory given back to the system, then the growth of
-the resident set's high-water mark (VmHWM, reset through clear_refs) over one forward + backward, inputs and cotangent not counted.
-Compile: the first forward + backward of a fresh process with empty cache directories, less the median of the next three.
+Time: one process per learner and thread count; caches of compiled code begin empty. In each round every side runs once,
+in an order that turns; a ratio is taken within a round, then median and quartiles over rounds. Before that every side's
+outputs and gradients are compared with the naive loop's (the layers with the official layer's) at the very shape. A
+side whose call would take longer than --budget seconds, by its own smaller cases, is skipped; one that takes long runs
+in fewer rounds. The reason stands in the JSON. Memory: a process per side and repeat; a short sequence first, free
+memory given back to the system, then the growth of the resident set's high-water mark (VmHWM, reset through clear_refs)
+over one forward + backward, inputs and cotangent not counted. Compile: the first forward + backward of a fresh process
+with empty cache directories, less the median of the next three.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ Fields = dict[str, Any]
 
 
 # -- the maths, plainly ---------------------------------------------------------------------------------------------
-# Legend: K, Q, V one mini-batch's keys, queries, values (B, H, b, d); Z pre-norm; G gradients of the inner loss; eta step sizes
+# Legend: K, Q, V one mini-batch's keys, queries, values (B, H, b, d); Z pre-norm; G gradients of the inner loss; eta
+# step sizes
 
 
 def norm(Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +114,9 @@ def naive(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, offset: Tensor, p: dict[s
 def flops(learner: str, side: str, B: int, T: int, mode: str) -> float:
     """Count multiplications and additions of matrix products; a backward pass costs two forward, and one to recompute.
 
-    Per mini-batch and head, a layer of m inputs and n outputs: K W, Q W, K^T G: 3 (2 b m n); Q K^T and (eta * .) G: 2 b^2 (m + n);
-    and G W^T, 2 b m n, where a layer lies below. Attention: Q K^T and P V on half of T^2; backward 2.5 times that (3.5 in all).
+    Per mini-batch and head, a layer of m inputs and n outputs: K W, Q W, K^T G: 3 (2 b m n); Q K^T and (eta * .) G: 2
+    b^2 (m + n); and G W^T, 2 b m n, where a layer lies below. Attention: Q K^T and P V on half of T^2; backward 2.5
+    times that (3.5 in all).
     """
     if side == "sdpa":
         return B * H * 2 * T * T * d * (1 if mode == "f" else 3.5)
@@ -126,7 +130,8 @@ def flops(learner: str, side: str, B: int, T: int, mode: str) -> float:
 
 @dataclass
 class Side:
-    """A function of its leaves; `leaves` are under names that all sides share, in shapes that flatten to the same order."""
+    """A function of its leaves; `leaves` are under names that all sides share,
+    in shapes that flatten to the same order."""
 
     run: Callable[[], Tensor]
     leaves: dict[str, Tensor]
@@ -157,7 +162,8 @@ def official_layer(learner: str, path: str) -> Any:
     module = load_official(path)
     kind = "linear" if learner == "TTT-Linear" else "mlp"
     config = module.TTTConfig(
-        hidden_size=H * d, num_attention_heads=H, mini_batch_size=b, ttt_layer_type=kind, ttt_base_lr=BASE_RATE[learner],
+        hidden_size=H * d, num_attention_heads=H, mini_batch_size=b, ttt_layer_type=kind,
+        ttt_base_lr=BASE_RATE[learner],
         use_gate=True, share_qk=True, conv_kernel=4,
     )  # fmt: skip
     return (module.TTTLinear if kind == "linear" else module.TTTMLP)(config, layer_idx=0)
@@ -231,7 +237,8 @@ class Maker:
         return Side(lambda: self.program(q, k, v, gates, params=params, backend=side)[0], leaves, do)
 
     def _official(self, leaves: dict[str, Tensor], do: Tensor) -> Side:
-        """The official `ttt()`, from the step sizes on: what `get_ttt_inputs` gives it, with the rate gate as an input."""
+        """The official `ttt()`, from the step sizes on: what `get_ttt_inputs` gives it,
+        with the rate gate as an input."""
         assert self.official is not None
         layer, (B, T) = official_layer(self.learner, self.official), do.shape[:2]
         shared = {n: x for n, x in leaves.items() if n not in OFFICIAL_NAMES}
@@ -447,7 +454,8 @@ def measured(args: argparse.Namespace, caches: Path) -> Fields:
     common = {"official": args.official, "rounds": args.rounds, "budget": args.budget, "threads": 1}
 
     def collect(part: str, where: str, **job: Any) -> int:
-        """Do one job, compiled code in the folder `where`: it has its thread count built in; return how many results came."""
+        """Do one job, compiled code in the folder `where`: it has its thread count built in;
+        return how many results came."""
         before = len(found[part])
         for one in results_of({"what": part, **common, **job}, caches / where):
             found["failed" if "failed" in one else part].append(one)
@@ -538,15 +546,17 @@ def report(found: Fields) -> str:
         layers[f"ratio to {name}"] = lambda c, s=s: show_ratio(ratio(c, "official layer", f"{s} layer"))
     beside = {f"{o} / {s}": (lambda c, o=o, s=s: show_ratio(ratio(c, o, s))) for s in ours.values() for o in INNER[:3]}
     text = [
-        f"{m['processor']}, {m['cores']} cores ({m['vectors']}), torch {found['versions']['torch']}, commit {found['commit'][:9]}"
-        f"{' and uncommitted changes' if found['uncommitted'] else ''}; load average {m['load'][0]} before the run. "
+        f"{m['processor']}, {m['cores']} cores ({m['vectors']}), torch {found['versions']['torch']}, commit "
+        f"{found['commit'][:9]}{' and uncommitted changes' if found['uncommitted'] else ''}; load average "
+        f"{m['load'][0]} before the run. "
         + "".join(f"Matrix products of size 1024, {n} thread(s): {rate:.0f} GF/s. " for n, rate in rates.items())
         + "\n",
         "Inner part: medians, ms.\n",
         per_case(cases, {name: (lambda c, s=s: show_ms(c, s)) for name, s in sides.items()}),
         "Time of the other over ours, median (quartiles) over rounds; more than 1: ours is faster.\n",
         per_case(cases, beside),
-        "Share of the matrix-product rate, %. Every side is credited with the same work, a recomputed forward pass included.\n",
+        "Share of the matrix-product rate, %. Every side is credited with the same work, a recomputed forward pass "
+        "included.\n",
         per_case(cases, {name: (lambda c, s=s: show_share(c, s)) for name, s in sides.items()}),
         "Whole layer (projections, convolutions, rotary positions, norm, gate): medians, ms, and official / ours.\n",
         per_case(cases, layers),
@@ -555,7 +565,8 @@ def report(found: Fields) -> str:
         at = sorted({(x["learner"], x["T"]) for x in found["memory"]})
         peaks = [[n, T, *(show_peak(found, n, s, T) for s in sides.values())] for n, T in at]
         text += [
-            "Peak memory of forward + backward above the inputs (q, k, v, gates and the output's gradient), B 1, MiB.\n",
+            "Peak memory of forward + backward above the inputs (q, k, v, gates and the output's gradient), B 1, "
+            "MiB.\n",
             harness.table(["learner", "T", *sides], peaks),
         ]
     if found["compile"]:
@@ -672,7 +683,8 @@ def verdict(what: str, holds: Any, value: str) -> str:
 
 def main() -> int:
     only = ["time", "memory", "compile"]
-    # official: path of the official ttt.py; cases: a regular expression on names like 'TTT-MLP B8 T2048 f+b'; budget: seconds a side
+    # official: path of the official ttt.py; cases: a regular expression on names like 'TTT-MLP B8 T2048 f+b'; budget:
+    # seconds a side
     defaults = {
         "official": str,
         "quick": False,

@@ -1,9 +1,10 @@
-"""Where generated C++ spends its time: statement by statement, forward and backward, for the learners of cpu_learners.py.
+"""Where generated C++ spends its time: by statement, forward and backward, learner by learner of cpu_learners.py.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_where.py ["low rank 8" ...] [--length 2048] [--most 5] [--output FILE]
 
-Each statement is compiled between two readings of the processor's counter; the least of all its runs counts, so that what else
-runs on the machine does not. "rest" is what is left of the compiled calls: rows moved in and out, states kept, totals.
+Each statement is compiled between two readings of the processor's counter; the least of all its runs counts, so that
+what else runs on the machine does not. "rest" is what is left of the compiled calls: rows moved in and out, states
+kept, totals.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ class Watch:
 
 def cycles_per_second() -> float:
     """Count the counter's steps in a tenth of a second."""
-    source = 'extern "C" long need(long, long, long, long) { return 0; } extern "C" void run(long, long, long, long, long, const void*, '
+    source = (
+        'extern "C" long need(long, long, long, long) { return 0; } extern "C" void run(long, long, long, long, '
+        "long, const void*, "
+    )
     source += "unsigned long* t, long) { *t = __builtin_ia32_rdtsc(); }"
     library, at = launch.compiled(source), (ctypes.c_ulong * 2)()
     start = time.perf_counter()

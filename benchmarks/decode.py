@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py [--positions 64 1024 8192] [--tokens 320] [--output FILE]
 
-One layer (6 heads of 64, mini-batches of 16, one row), its projections included, whose state goes from token to token as in
-`generate`: "cpp" writes it over the last one, "cpp, kept" leaves the last one alone. Sides alternate, token by token.
+One layer (6 heads of 64, mini-batches of 16, one row), its projections included, whose state goes from token to token
+as in `generate`: "cpp" writes it over the last one, "cpp, kept" leaves the last one alone. Sides alternate, token by
+token.
 """
 
 from __future__ import annotations

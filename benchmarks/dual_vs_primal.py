@@ -1,11 +1,11 @@
-"""Time and memory of the dual and the primal form of one mini-batch, over chunk and width, beside the cost model's choice.
+"""Time and memory of the dual and the primal form of one mini-batch, by chunk, width, beside the cost model's choice.
 
     python benchmarks/dual_vs_primal.py [--quick] [--again]      writes benchmarks/results/dual_vs_primal.json and .md
 
-Sides, in the same process, alternating: `primal`, the vectorised definition (vmap of grad, running sums of every weight,
-vmap of the learner: per-token weights are materialised); `dual`, our program with form="dual"; `auto`, with form="auto".
-Each is measured forward and forward + backward (gradients to q, k, v and the initial weights).
-The paper (Sun et al. 2024, section 2.5) says of its JAX code that the dual form is more than 5x faster.
+Sides, in the same process, alternating: `primal`, the vectorised definition (vmap of grad, running sums of every
+weight, vmap of the learner: per-token weights are materialised); `dual`, our program with form="dual"; `auto`, with
+form="auto". Each is measured forward and forward + backward (gradients to q, k, v and the initial weights). The paper
+(Sun et al. 2024, section 2.5) says of its JAX code that the dual form is more than 5x faster.
 """
 
 from __future__ import annotations

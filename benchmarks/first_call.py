@@ -1,9 +1,9 @@
-"""What a first call costs: imports, derivation, both directions, a new ragged length; each time in a process of its own, one core.
+"""What a first call costs: imports, derivation, two directions, a new ragged length; each in its own process, one core.
 
     python benchmarks/first_call.py [--rounds 5] [--output FILE]     writes benchmarks/results/first_call.json and .md
 
-residual_norm(MLP(2)), width 64, mini-batch 16, B 2, H 2, T 64 first. "cold" empties the folder of what is kept on disk before each
-process, "remembered" and "warm cache" fill it once.
+residual_norm(MLP(2)), width 64, mini-batch 16, B 2, H 2, T 64 first. "cold" empties the folder of what is kept on disk
+before each process, "remembered" and "warm cache" fill it once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ CASES = {
     "auto, prove=False, warm cache": ("auto", 0, False),
     "auto, prove=True, cold cache": ("auto", 1, True),
 }
-SHOWN = "import_torch import_dualform derive forward backward ragged_70 ragged_75 warm_forward warm_backward process".split()
+SHOWN = (
+    "import_torch import_dualform derive forward backward ragged_70 ragged_75 warm_forward warm_backward process"
+).split()
 
 
 def first_calls(backend: str, prove: bool) -> harness.Found:

@@ -1,11 +1,11 @@
-"""Functions beside the obvious PyTorch and beside tinyBIG: time forward, time forward and backward, peak memory, code size.
+"""Functions beside the obvious PyTorch and beside tinyBIG: time of both directions, peak memory, code size.
 
     python benchmarks/functions.py [--tinybig FOLDER [--interpreter PYTHON]] [--only REGEX] [--append] [--rounds N]
 
-FOLDER holds the package `tinybig` (0.2.1: `pip download --no-deps tinybig==0.2.1`, unzipped). Its side runs in a process of
-its own, under any interpreter with torch, numpy, scipy and scikit-learn; what else it imports is stubbed. All sides take
-turns; times are minima of process CPU time, one thread. Outputs are compared before anything is timed where both define the
-same function. Memory is the peak of what torch allocates during one forward and backward.
+FOLDER holds the package `tinybig` (0.2.1: `pip download --no-deps tinybig==0.2.1`, unzipped). Its side runs in a
+process of its own, under any interpreter with torch, numpy, scipy and scikit-learn; what else it imports is stubbed.
+All sides take turns; times are minima of process CPU time, one thread. Outputs are compared before anything is timed
+where both define the same function. Memory is the peak of what torch allocates during one forward and backward.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how each side is built, from shared sizes. `tinybig` is Python for the other process; m, n, b are its sizes."""
+    """One row: how each side is built, from shared sizes. `tinybig` is Python for the other process; m, n,
+    b are its sizes."""
 
     name: str
     b: int
@@ -86,7 +87,8 @@ class Weighed(nn.Module):
         return F.linear(self.expand(x), self.matrix(self.w))
 
 
-# -- the obvious formulations --------------------------------------------------------------------------------------------
+# -- the obvious formulations
+# --------------------------------------------------------------------------------------------
 
 
 def taylor2(x: Tensor) -> Tensor:
@@ -218,7 +220,8 @@ class ObviousKAN(nn.Module):
         return x
 
 
-# -- the cases -----------------------------------------------------------------------------------------------------------
+# -- the cases
+# -----------------------------------------------------------------------------------------------------------
 
 
 def expanding(
@@ -252,7 +255,8 @@ def weighing(
 
 
 def head_need(numbers: Callable[[Case], float]) -> Callable[[Case], float]:
-    """Gradient of x, the output and its gradient, and what the case itself must hold: gradient of w, factors of kappa, products."""
+    """Gradient of x, the output and its gradient, and what the case itself must hold: gradient of w,
+    factors of kappa, products."""
     return lambda c: c.b * (c.m + 2 * c.n) + numbers(c)
 
 
@@ -276,19 +280,23 @@ def all_cases() -> list[Case]:
         weighing("taylor d=2, identity", 64, 784, 64, "taylor", ("identity", {}), lambda c, D: lambda w: w.view(c.n, D),
                  "Head(taylor_expansion(d=2), identity_reconciliation())",
                  head_need(lambda c: c.n * 784 * 785 + c.b * (c.n + 1) * 785)),
-        weighing("taylor d=2, low rank 2", 64, 784, 64, "taylor", ("low_rank", {"rank": 2}), lambda c, D: low_rank(c.n, D, 2),
+        weighing("taylor d=2, "
+        "low rank 2", 64, 784, 64, "taylor", ("low_rank", {"rank": 2}), lambda c, D: low_rank(c.n, D, 2),
                  "Head(taylor_expansion(d=2), lorr_reconciliation(r=2))",
                  head_need(lambda c: 2 * (c.n + 784 * 785) + c.b * 3 * 785)),
-        weighing("taylor d=2, hm 8x785", 64, 784, 64, "taylor", ("hm", {"p": 8, "q": 785}), lambda c, D: kron(8, 785, 8, 784),
+        weighing("taylor d=2, "
+        "hm 8x785", 64, 784, 64, "taylor", ("hm", {"p": 8, "q": 785}), lambda c, D: kron(8, 785, 8, 784),
                  "Head(taylor_expansion(d=2), hm_reconciliation(p=8, q=785))",
                  head_need(lambda c: 8 * (785 + 784) + c.b * (785 + 32))),
         weighing("low rank 8", 256, D, 256, "identity", ("low_rank", {"rank": 8}), lambda c, D: low_rank(c.n, D, 8),
-                 "Head(identity_expansion(), lorr_reconciliation(r=8))", head_need(lambda c: 8 * (c.n + D) + 2 * c.b * 8)),
+                 "Head(identity_expansion(), lorr_reconciliation(r=8))",
+                 head_need(lambda c: 8 * (c.n + D) + 2 * c.b * 8)),
         weighing("hm 16x48", 256, D, 256, "identity", ("hm", {"p": 16, "q": 48}), lambda c, D: kron(16, 48, 16, 98),
                  "Head(identity_expansion(), hm_reconciliation(p=16, q=48))",
                  head_need(lambda c: 16 * 48 + 16 * 98 + 2 * c.b * 48 * 16 + c.b * c.m)),
         weighing("lphm 16x48 r=4", 256, D, 256, "identity", ("lphm", {"p": 16, "q": 48, "rank": 4}),
-                 lambda c, D: lphm(16, 48, 16, 98, 4), "Head(identity_expansion(), lphm_reconciliation(p=16, q=48, r=4))",
+                 lambda c, D: lphm(16, 48, 16, 98, 4),
+                 "Head(identity_expansion(), lphm_reconciliation(p=16, q=48, r=4))",
                  head_need(lambda c: 2000 + 2 * c.b * 48 * 4 + 2 * c.b * 64)),
         weighing("dual_lphm 16x48 r=4", 256, D, 256, "identity", ("dual_lphm", {"p": 16, "q": 48, "rank": 4}),
                  lambda c, D: dual_lphm(16, 48, 16, 98, 4),
@@ -301,10 +309,13 @@ def all_cases() -> list[Case]:
                  lambda c, D: hypernet(c.n, D, 64, 32),
                  "Head(identity_expansion(), hypernet_reconciliation(l=64, hidden_dim=32))",
                  head_need(lambda c: 2 * c.n * c.m)),
-        Case("training step: KAN [784, 64, 10] b=256", 256, 784, 10, lambda c: df.functions.networks.kan(dims=(784, 64, 10))(),
+        Case("training step: KAN [784, 64, "
+        "10] b=256", 256, 784, 10, lambda c: df.functions.networks.kan(dims=(784, 64, 10))(),
              lambda c: ObviousKAN([784, 64, 10]), "kan(dims=[784, 64, 10])", equal=False),
-        Case("training step: MLP [784, 64, 10] b=256", 256, 784, 10, lambda c: df.functions.networks.mlp(dims=(784, 64, 10))(),
-             lambda c: nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)), "mlp(dims=[784, 64, 10], enable_bias=True)",
+        Case("training step: MLP [784, 64, "
+        "10] b=256", 256, 784, 10, lambda c: df.functions.networks.mlp(dims=(784, 64, 10))(),
+             lambda c: nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)),
+             "mlp(dims=[784, 64, 10], enable_bias=True)",
              equal=False),
     ]  # fmt: skip
     return cases
@@ -317,11 +328,13 @@ def wavelet_options() -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in df.expansions["ricker_wavelet"].options}
 
 
-# -- running -------------------------------------------------------------------------------------------------------------
+# -- running
+# -------------------------------------------------------------------------------------------------------------
 
 
 def prepared(module: nn.Module, c: Case) -> tuple[Run, Run]:
-    """Return forward without gradients, and one training step (or forward and backward of the outputs' sum of squares)."""
+    """Return forward without gradients, and one training step (or forward and backward of the outputs' sum of
+    squares)."""
     torch.manual_seed(1)
     x = (2 * torch.rand(c.b, c.m) - 1).requires_grad_()
     tensors = [x, *(p for p in module.parameters() if p.requires_grad)]
@@ -567,7 +580,8 @@ def measure(options: argparse.Namespace) -> harness.Found:
 
 
 if __name__ == "__main__":
-    # tinybig: a folder that holds the package; only: a regular expression; append: keep the other cases of the output file
+    # tinybig: a folder that holds the package; only: a regular expression; append: keep the other cases of the output
+    # file
     defaults = {"tinybig": str, "interpreter": sys.executable, "only": "", "append": False, "rounds": 5, "serve": str}
     given = harness.options(__doc__, **defaults)
     if given.serve:

@@ -160,7 +160,10 @@ def report(found):
     doubles = {n: e for n, e in errors.items() if "float32" not in n}
     worst = max(doubles, key=doubles.__getitem__)
     digits = ", ".join(f"{device} {x['accuracy']:.3f} in {x['seconds']} s" for device, x in found["digits"].items())
-    head = f"{found['machine']['gpu']}, torch {found['versions']['torch']}. Largest difference of {len(doubles)} in float64: "
+    head = (
+        f"{found['machine']['gpu']}, torch {found['versions']['torch']}. Largest difference of {len(doubles)} in "
+        "float64: "
+    )
     head += f"{doubles[worst]:.1e} ({worst}). Digits: {digits}.\n\n"
     return head + harness.table(["what", "forward, ms", "forward + backward, ms", "peak, MiB"], times)
 

@@ -1,9 +1,11 @@
-"""Code of one's own on a GPU: proofs, closures, gradients of one's own, transforms, padding, threads, copies, compile, generation.
+"""Code of one's own on a GPU: proof, closures, own gradients, transforms, threads, copies,
+compile, generation.
 
     python benchmarks/gpu_front_door.py [--only WORD ...] [--device cuda]     writes benchmarks/results/gpu_front_door.json and .md
 
-Each check computes named tensors on a device; what the GPU gives is compared with what the CPU gives, in float64 unless a model is
-float32 in part. The cases are those of the tests (`tests/` is imported), where the CPU is compared with definitions.
+Each check computes named tensors on a device; what the GPU gives is compared with what the CPU gives, in float64 unless
+a model is float32 in part. The cases are those of the tests (`tests/` is imported), where the CPU is compared with
+definitions.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def mlp() -> nn.Module:
     return df.learners.residual_norm(df.learners.MLP(2, 2))(8).double()
 
 
-# -- proofs --------------------------------------------------------------------------------------------------------------
+# -- proofs
+# --------------------------------------------------------------------------------------------------------------
 
 
 @check("proof of every learner on the device")
@@ -100,7 +103,8 @@ def _(d: str) -> Made:
     return {"true": all(bool(x.isfinite().all()) for x in y), "proof": f"{born.program.proof}; {layer.program.proof}"}
 
 
-# -- what is closed over -------------------------------------------------------------------------------------------------
+# -- what is closed over
+# -------------------------------------------------------------------------------------------------
 
 
 def objectives(d: str) -> tuple[nn.Parameter, dict[str, Any]]:
@@ -172,7 +176,8 @@ def _(d: str) -> Made:
     return numbered([o, *found]) | {"proof": str(program.proof)}
 
 
-# -- gradients of one's own ----------------------------------------------------------------------------------------------
+# -- gradients of one's own
+# ----------------------------------------------------------------------------------------------
 
 
 def own_gradients(learner: nn.Module, loss: Any, d: str) -> Made:
@@ -194,7 +199,8 @@ each(
 )
 
 
-# -- transforms ----------------------------------------------------------------------------------------------------------
+# -- transforms
+# ----------------------------------------------------------------------------------------------------------
 
 
 def moved(p: laws.Problem, d: str) -> laws.Problem:
@@ -251,7 +257,8 @@ def _(d: str) -> Made:
 
 
 LAYERS: dict[str, Any] = {
-    "plain": {}, "gate, shared q and k": {"share_qk": True, "use_gate": True}, "averaged": {"rule": df.rules.SGD(averaged=True)},
+    "plain": {}, "gate, shared q and k": {"share_qk": True, "use_gate": True},
+    "averaged": {"rule": df.rules.SGD(averaged=True)},
 }  # fmt: skip
 
 
@@ -298,7 +305,8 @@ kinds = ("test_time", "full_attention", "sliding_attention")
 each("transforms of a model,", kinds, model_transformed, 1e-5)  # norms are float32
 
 
-# -- padding, threads, copies --------------------------------------------------------------------------------------------
+# -- padding, threads, copies
+# --------------------------------------------------------------------------------------------
 
 
 @check("NaN in padding, program, a row of padding alone")
@@ -367,7 +375,8 @@ def _(d: str) -> Made:
     return found | {"the original after its copy changed": moved_model(x.to(d)), "back": moved_model.cpu()(x)}
 
 
-# -- compile, generate, the rest -----------------------------------------------------------------------------------------
+# -- compile, generate, the rest
+# -----------------------------------------------------------------------------------------
 
 
 def compiled(backend: str, d: str) -> Made:
@@ -452,7 +461,8 @@ def _(d: str) -> Made:
     return {"J": first.dense(), "H": second.dense(), "own": df.jacobian(lambda x: own.Modern.apply(W @ x), x).dense()}
 
 
-# -- all of them ---------------------------------------------------------------------------------------------------------
+# -- all of them
+# ---------------------------------------------------------------------------------------------------------
 
 
 def difference(a: Tensor, b: Tensor) -> float:

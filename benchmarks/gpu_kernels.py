@@ -1,11 +1,12 @@
-"""Generated Triton on a card beside its peers: the time of calls, of their kernels alone, and the floors below which nothing goes.
+"""Generated Triton on a card beside its peers: the time of calls, of their kernels alone, and the floors below them.
 
     python benchmarks/gpu_kernels.py [--limit 240] [--parts warm peers ours]     writes benchmarks/results/gpu_kernels.json and .md
 
-Each case runs in a process of its own, alone on the card; medians, all samples in the JSON. A call is what a user writes, torch.autograd
-around it; its kernels alone are the same call as a CUDA graph, replayed. Peers are flash-linear-attention's TTT and torch's causal
-attention, in the same run, if they are there. Floors: bytes of q, k, v, o, gates and their gradients over the card's copy rate; products of
-matrices over its bf16 rate; and the chain of mini-batches, each as long as in the shortest hand-made kernel of that step alone.
+Each case runs in a process of its own, alone on the card; medians, all samples in the JSON. A call is what a user
+writes, torch.autograd around it; its kernels alone are the same call as a CUDA graph, replayed. Peers are
+flash-linear-attention's TTT and torch's causal attention, in the same run, if they are there. Floors: bytes of q, k, v,
+o, gates and their gradients over the card's copy rate; products of matrices over its bf16 rate; and the chain of
+mini-batches, each as long as in the shortest hand-made kernel of that step alone.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from dualform.kernels import triton_launch
 
 L, SGD = df.learners, df.rules.SGD
 learners = {
-    "TTT-Linear": L.residual_norm(L.Linear()), "TTT-MLP": L.residual_norm(L.MLP()), "SwiGLU": L.SwiGLU(), "low rank": L.LowRank(rank=8),
+    "TTT-Linear": L.residual_norm(L.Linear()), "TTT-MLP": L.residual_norm(L.MLP()), "SwiGLU": L.SwiGLU(),
+    "low rank": L.LowRank(rank=8),
     "Linear": L.Linear(), "MLP of 3": L.residual_norm(L.MLP(depth=3, expand=2, activation="silu")),
 }  # fmt: skip
 rules = {
-    "averaged": SGD(lr=0.1, averaged=True), "SGD": SGD(lr=0.01), "momentum": SGD(lr=0.01, momentum=0.8), "decay": SGD(lr=0.01, decay=0.05),
+    "averaged": SGD(lr=0.1, averaged=True), "SGD": SGD(lr=0.01), "momentum": SGD(lr=0.01, momentum=0.8),
+    "decay": SGD(lr=0.01, decay=0.05),
     "Titans": SGD(lr=0.01, momentum=0.6, decay=0.05),
 }  # fmt: skip
 objectives = {"v-k": df.objectives.Squared("v-k"), "v": df.objectives.Squared(), "dot": df.objectives.DotProduct()}
 COPY, PRODUCTS = 4.2e12, 775e12  # bytes and operations a second, one H200
-# Microseconds of a mini-batch's chain of dependent steps, forward and in reverse, hand-made and alone (one H100): by learner and tokens.
+# Microseconds of a mini-batch's chain of dependent steps, forward and in reverse, hand-made and alone (one H100): by
+# learner and tokens.
 CHAIN = {("TTT-Linear", 16): (1.15, 2.0), ("TTT-Linear", 64): (1.93, 3.96), ("TTT-MLP", 16): (4.6, None)}
 
 
@@ -57,17 +61,20 @@ def case(learner: str, rule: str = "averaged", d: int = 64, chunk: int = 16, **m
 SHAPES = ((8, 2048, 12), (2, 8192, 32), (1, 32768, 32))
 REACH = {  # of the issue: forward and backward, ms
     ("TTT-Linear", 8, 16): 0.75, ("TTT-Linear", 8, 64): 0.80, ("TTT-Linear", 2, 16): 2.2, ("TTT-Linear", 2, 64): 1.6,
-    ("TTT-Linear", 1, 16): 8.0, ("TTT-Linear", 1, 64): 4.5, ("TTT-MLP", 8, 16): 4.5, ("TTT-MLP", 8, 64): 4.5, ("TTT-MLP", 1, 16): 45,
+    ("TTT-Linear", 1, 16): 8.0, ("TTT-Linear", 1, 64): 4.5, ("TTT-MLP", 8, 16): 4.5, ("TTT-MLP", 8, 64): 4.5,
+    ("TTT-MLP", 1, 16): 45,
 }  # fmt: skip
 OURS = [case("TTT-Linear", chunk=chunk, B=B, T=T, H=H) for B, T, H in SHAPES for chunk in (16, 64)]
 OURS += [case("TTT-MLP", B=8, T=2048, H=12), case("TTT-MLP", B=1, T=32768, H=32)]
-# Its reverse takes 262 KB of shared memory where a program has 232, in slices or not, and minutes to compile to find that out.
+# Its reverse takes 262 KB of shared memory where a program has 232, in slices or not, and minutes to compile to find
+# that out.
 OURS += [case("TTT-MLP", chunk=64, B=8, T=2048, H=12, only="forward")]
 OURS += [case("TTT-Linear", d=128, B=2, T=8192, H=16)]
 OURS += [
     case(learner, rule, B=8, T=2048, H=12)
     for learner, rule in (
-        ("SwiGLU", "averaged"), ("low rank", "averaged"), ("MLP of 3", "averaged"), ("TTT-Linear", "momentum"), ("TTT-Linear", "decay"), ("Linear", "Titans"),
+        ("SwiGLU", "averaged"), ("low rank", "averaged"), ("MLP of 3", "averaged"), ("TTT-Linear", "momentum"),
+        ("TTT-Linear", "decay"), ("Linear", "Titans"),
     )
 ]  # fmt: skip
 PEERS = [{"B": B, "T": T, "H": H, "chunk": chunk} for B, T, H in SHAPES for chunk in (16, 64)]
@@ -249,7 +256,10 @@ def report(found: harness.Found) -> str:
     for c in found["cases"]:
         if c["kind"] != "ours":
             continue
-        name = f"{c['learner']}{'' if c['rule'] == 'averaged' else ', ' + c['rule']}, B{c['B']} T{c['T']} H{c['H']} d{c['d']}, {c['chunk']}"
+        name = (
+            f"{c['learner']}{'' if c['rule'] == 'averaged' else ', ' + c['rule']}, B{c['B']} T{c['T']} H{c['H']} "
+            f"d{c['d']}, {c['chunk']}"
+        )
         if "error said" in c:
             why.append(f"- {name}: {c['error said']}")
             continue
@@ -260,16 +270,20 @@ def report(found: harness.Found) -> str:
         rows.append([
             name, *(ms(c.get(f"forward, {w}")) for w in ("call", "kernels")), ms(peer and peer["forward, call"]),
             *(ms(c.get(f"both, {w}")) for w in ("call", "kernels")), ms(peer and peer["both, call"]), ms(target),
-            f"{ms(floor['both'])} ({c['both, kernels'] / floor['both']:.1f}x)" if "both, kernels" in c else ms(floor["both"]), ms(c.get("both, eager")), f"{c['MiB']:.0f}", ms(peer and peer["MiB"]).split(".")[0],
+            f"{ms(floor['both'])} "
+            f"({c['both, kernels'] / floor['both']:.1f}x)" if "both, kernels" in c else ms(floor["both"]), ms(c.get("both, eager")), f"{c['MiB']:.0f}", ms(peer and peer["MiB"]).split(".")[0],
         ])  # fmt: skip
     head = [
-        "what, mini-batch", "forward, call", "its kernels", "fla", "both, call", "its kernels", "fla", "target", "floor (kernels over it)",
+        "what, mini-batch", "forward, call", "its kernels", "fla", "both, call", "its kernels", "fla", "target",
+        "floor (kernels over it)",
         "both, eager", "peak, MiB", "fla's",
     ]  # fmt: skip
     beside = [[f"B{b}", ms(x["forward, call"]), ms(x["both, call"]), f"{x['MiB']:.0f}"] for b, x in attention.items()]
     parts = [
-        f"{found['machine'].get('gpu', 'no card')}, torch {found['versions']['torch']}, triton {found['versions']['triton']}; ms, medians, bfloat16.\n",
-        harness.table(head, rows), harness.table(["causal attention, same shapes", "forward", "both", "peak, MiB"], beside),
+        f"{found['machine'].get('gpu', 'no card')}, torch {found['versions']['torch']}, triton "
+        f"{found['versions']['triton']}; ms, medians, bfloat16.\n",
+        harness.table(head, rows),
+        harness.table(["causal attention, same shapes", "forward", "both", "peak, MiB"], beside),
     ]  # fmt: skip
     return "\n".join([*parts, *(["Not run:\n", *why, ""] if why else [])])
 

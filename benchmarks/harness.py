@@ -1,8 +1,9 @@
-"""What every benchmark shares: options, one thread unless asked for more, what ran where, rounds in turn, memory, JSON and tables.
+"""What every benchmark shares: options, one thread unless asked for more, what ran where, rounds in turn, JSON, tables.
 
-Import it first: `OMP_NUM_THREADS` is 1 unless it is set, since libraries that each take all cores may wait for each other for ever.
-A result is two files beside each other: JSON with machine, versions, commit, settings and what was measured (median, least, most and
-number of samples, not the samples), and a Markdown table for the docs, which `--report` makes again from the JSON.
+Import it first: `OMP_NUM_THREADS` is 1 unless it is set, since libraries that each take all cores may wait for each
+other for ever. A result is two files beside each other: JSON with machine, versions, commit, settings and what was
+measured (median, least, most and number of samples, not the samples), and a Markdown table for the docs, which
+`--report` makes again from the JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
     return parser(doc, **defaults).parse_args()
 
 
-# -- what ran, and where -------------------------------------------------------------------------------------------------
+# -- what ran, and where
+# -------------------------------------------------------------------------------------------------
 
 
 def git(*words: str) -> str:
@@ -100,7 +102,8 @@ def about(*packages: str, **more: Any) -> Found:
     }  # fmt: skip
 
 
-# -- time ----------------------------------------------------------------------------------------------------------------
+# -- time
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def seconds(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -147,7 +150,8 @@ def summary(samples: Sequence[float], scale: float = 1.0, digits: int = 8) -> Fo
     return {name: float(f"{scale * x:.{digits}g}") for name, x in found.items()} | {"n": len(samples)}
 
 
-# -- memory --------------------------------------------------------------------------------------------------------------
+# -- memory
+# --------------------------------------------------------------------------------------------------------------
 
 
 def status(field: str) -> int:
@@ -164,13 +168,16 @@ def growth(run: Run) -> tuple[Any, int]:
     return result, max(status("VmHWM") - before, 0)
 
 
-# -- processes -----------------------------------------------------------------------------------------------------------
+# -- processes
+# -----------------------------------------------------------------------------------------------------------
 
 
 def alone(
-    words: Sequence[Any], environment: Mapping[str, str] | None = None, python: str = sys.executable, limit: float = 3600
+    words: Sequence[Any], environment: Mapping[str, str] | None = None, python: str = sys.executable,
+    limit: float = 3600
 ) -> Iterator[Found]:  # fmt: skip
-    """Run this script with such words in a process of its own, so many seconds at most; yield its JSON lines as they come.
+    """Run this script with such words in a process of its own, so many seconds at most;
+    yield its JSON lines as they come.
 
     The last line is {"failed": why} if it fails.
     """
@@ -192,7 +199,8 @@ def alone(
             yield {"failed": f"exit status {process.returncode}: {last}"}
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def shown(x: Any, digits: int = 1) -> str:
@@ -232,9 +240,11 @@ def write(output: Path, found: Found, report: Callable[[Found], str]) -> None:
 
 
 def main(
-    measure: Callable[[argparse.Namespace], Found], report: Callable[[Found], str], options: argparse.Namespace, *packages: str
+    measure: Callable[[argparse.Namespace], Found], report: Callable[[Found], str], options: argparse.Namespace,
+    *packages: str
 ) -> Found:  # fmt: skip
-    """Measure, or with --report read what was measured; write both files and print the table. packages: whose versions matter."""
+    """Measure, or with --report read what was measured; write both files and print the table. packages:
+    whose versions matter."""
     if options.report:
         found = json.loads(options.output.read_text())
     else:

@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py      writes benchmarks/results/memory.json and .md
 
-Each case runs in a process of its own; the peak is the growth of the resident set over the step (VmHWM, reset before it).
+Each case runs in a process of its own; the peak is the growth of the resident set over the step (VmHWM,
+reset before it).
 """
 
 from __future__ import annotations

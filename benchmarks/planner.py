@@ -2,9 +2,10 @@
 
     python benchmarks/planner.py [--rounds 9]      writes benchmarks/results/planner.json
 
-Sides alternate in one process, one thread, by processor time; each is forward, then forward and backward. Ratios are medians over
-rounds of (other / chosen): above 1 the planner is right. Four questions, one for each planner that there was: orders from the
-tokens (structured weights), the free order of few and of many numbers (contract), a running sum or a product (the forms).
+Sides alternate in one process, one thread, by processor time; each is forward, then forward and backward. Ratios are
+medians over rounds of (other / chosen): above 1 the planner is right. Four questions, one for each planner that there
+was: orders from the tokens (structured weights), the free order of few and of many numbers (contract), a running sum or
+a product (the forms).
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ from dualform.functions import multilinear
 
 contraction = import_module("dualform.algebra.contract")  # the package's name is the function's
 
-# tokens, factors, rows, sizes; and the order of before: where it starts, what is met (None: the other token), what that meets
+# tokens, factors, rows, sizes; and the order of before: where it starts, what is met (None: the other token), what that
+# meets
 HEADS = {
     "outer, identity": (("g", "h"), ("igh",), "i", {"i": 64, "g": 29, "h": 28}, (0, [None], [0])),
     "outer, loha": (
-        ("g", "h"), ("ia", "agh", "ib", "bgh"), "i", {"i": 64, "a": 2, "b": 2, "g": 29, "h": 28}, (0, [1, 3, None, 2, 0], []),
+        ("g", "h"), ("ia", "agh", "ib", "bgh"), "i", {"i": 64, "a": 2, "b": 2, "g": 29, "h": 28},
+        (0, [1, 3, None, 2, 0], []),
     ),
     "outer, loha, small": (
-        ("g", "h"), ("ia", "agh", "ib", "bgh"), "i", {"i": 10, "a": 2, "b": 2, "g": 13, "h": 12}, (0, [1, 3, None, 2, 0], []),
+        ("g", "h"), ("ia", "agh", "ib", "bgh"), "i", {"i": 10, "a": 2, "b": 2, "g": 13, "h": 12},
+        (0, [1, 3, None, 2, 0], []),
     ),
     "kronecker": (("jl",), ("ij", "kl"), "ik", {"i": 2, "j": 12, "k": 5, "l": 12}, (0, [0, 1], [])),
     "two low ranks": (
-        ("jl",), ("ib", "bj", "ka", "al"), "ik", {"i": 2, "b": 2, "j": 3, "k": 2, "a": 2, "l": 6}, (0, [3, 2, 1, 0], []),
+        ("jl",), ("ib", "bj", "ka", "al"), "ik", {"i": 2, "b": 2, "j": 3, "k": 2, "a": 2, "l": 6},
+        (0, [3, 2, 1, 0], []),
     ),
 }  # fmt: skip
 # operands, result, sizes: near what a core keeps, and beyond

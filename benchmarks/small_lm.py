@@ -1,9 +1,9 @@
-"""A training step of a small language model: tokens a second with layers that learn while they read, and with attention.
+"""A training step of a small language model: tokens a second with layers that learn as they read, and with attention.
 
     OMP_NUM_THREADS=2 python benchmarks/small_lm.py [--length 1024] [--batch 1] [--rounds 3] [--output FILE]
 
-6 layers, width 384, 6 heads, bytes as tokens; forward, backward and an AdamW step. Sides alternate, round by round; the first
-round, which compiles, is not counted. "cpp" and "eager" are the same weights on two backends.
+6 layers, width 384, 6 heads, bytes as tokens; forward, backward and an AdamW step. Sides alternate, round by round; the
+first round, which compiles, is not counted. "cpp" and "eager" are the same weights on two backends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dualform.models import DualformConfig, DualformForCausalLM
 
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1024}
 SIDES = [
-    ("TTT-Linear", "tiny-ttt-linear", "cpp"), ("TTT-Linear", "tiny-ttt-linear", "eager"), ("TTT-MLP", "tiny-ttt-mlp", "cpp"),
+    ("TTT-Linear", "tiny-ttt-linear", "cpp"), ("TTT-Linear", "tiny-ttt-linear", "eager"),
+    ("TTT-MLP", "tiny-ttt-mlp", "cpp"),
     ("TTT-MLP", "tiny-ttt-mlp", "eager"), ("attention", "tiny-attention", "-"),
 ]  # fmt: skip
 

@@ -2,9 +2,10 @@
 
     python benchmarks/tabular.py [--kan FOLDER] [--jobs N] [--seeds N]     writes benchmarks/results/tabular.json and .md
 
-FOLDER holds pykan (`pip install --no-deps --target FOLDER pykan`). Every model sees the same rows; nothing is tuned on test rows.
-Classification: a quarter held out, accuracy. diabetes: a quarter held out, R2. Formulas: 400 rows to learn, 1000 others to judge, no
-noise, relative root mean square error. Times are of the processor (one thread), so other work on the machine does not count.
+FOLDER holds pykan (`pip install --no-deps --target FOLDER pykan`). Every model sees the same rows; nothing is tuned on
+test rows. Classification: a quarter held out, accuracy. diabetes: a quarter held out, R2. Formulas: 400 rows to learn,
+1000 others to judge, no noise, relative root mean square error. Times are of the processor (one thread), so other work
+on the machine does not count.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ import dualform as df
 
 pi, sin, cos, exp, sqrt = np.pi, np.sin, np.cos, np.exp, np.sqrt
 
-# Number: (formula, ranges). Feynman's lectures, as in Udrescu and Tegmark 2020, table 4; constants are variables there too.
+# Number: (formula, ranges). Feynman's lectures, as in Udrescu and Tegmark 2020, table 4; constants are variables there
+# too.
 FEYNMAN = {
     "I.6.20a": ("exp(-theta**2/2)/sqrt(2*pi)", {"theta": (1, 3)}),
     "I.8.14": ("sqrt((x2-x1)**2+(y2-y1)**2)", {"x1": (1, 5), "x2": (1, 5), "y1": (1, 5), "y2": (1, 5)}),

@@ -2,8 +2,8 @@
 
     python benchmarks/transformers_suite.py --source PATH [--select WORD]
 
-PATH is a checkout of transformers, of the installed release or near it (its `tests` and `utils` are imported, nothing of it
-is copied). Needs what those tests import: peft, parameterized, httpx. Writes
+PATH is a checkout of transformers, of the installed release or near it (its `tests` and `utils` are imported, nothing
+of it is copied). Needs what those tests import: peft, parameterized, httpx. Writes
 benchmarks/results/transformers_suite.json and .md. Two models are tested: test-time layers alone, with every option on,
 and a hybrid of test-time, full and sliding-window attention layers.
 """
@@ -149,7 +149,8 @@ def run(source: Path, select: str) -> dict[str, dict[str, str]]:
 
 
 def kept(found: dict[str, dict[str, str]]) -> harness.Found:
-    """Count the tests of each model by outcome, and keep those that did not pass: one entry for all of an outcome and a reason."""
+    """Count the tests of each model by outcome, and keep those that did not pass:
+    one entry for all of an outcome and a reason."""
     counts: dict[str, Counter[str]] = {}
     others: dict[tuple[str, str], list[str]] = {}
     for name, entry in found.items():

@@ -8,7 +8,8 @@ SOURCE = HERE.parent / "src" / "dualform"
 START, STOP = "<!-- tree: python docs/tree.py -->\n", "<!-- end of the tree -->"
 # From the ground up: each folder imports only from those before it.
 FOLDERS = [
-    "algebra", "ops", "graphs", "explanations", "calculus", "functions", "learning", "kernels", "models", "train", "cli", "testing",
+    "algebra", "ops", "graphs", "explanations", "calculus", "functions", "learning", "kernels", "models", "train",
+    "cli", "testing",
 ]  # fmt: skip
 
 

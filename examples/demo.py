@@ -58,7 +58,8 @@ def step_seconds(outcome: Outcome, rows: PackedRows, size: int, backend: str) ->
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier demo left here, and nothing else: a folder that holds anything else is refused as it is."""
+    """Remove what an earlier demo left here, and nothing else:
+    a folder that holds anything else is refused as it is."""
     if not folder.exists():
         return
     held = sorted(folder.iterdir()) if folder.is_dir() else [folder]
@@ -66,7 +67,8 @@ def clear(folder: Path) -> None:
     strange = [path for path in held if path not in runs and (not runs or path.name != PICTURE)]
     if strange:
         raise SettingsError(
-            f"demo: {strange[0]} is not the demo's; expected --output {folder} to be new, empty, or what a demo wrote. Name another."
+            f"demo: {strange[0]} is not the demo's; expected --output {folder} to be new, empty, or what a demo wrote. "
+            "Name another."
         )
     for run in runs:
         expect_only_a_run(run)
@@ -127,7 +129,8 @@ def main() -> None:
     show(rows, f"held-out plays: {', '.join(d.name for d in corpus.test)}")
 
     print(
-        f"\na step of TTT-MLP takes {auto:.0f} ms; op by op (backend='eager') {eager:.0f} ms, {eager / auto:.1f} times as long"
+        f"\na step of TTT-MLP takes {auto:.0f} ms; op by op (backend='eager') {eager:.0f} ms, "
+        f"{eager / auto:.1f} times as long"
     )
 
     curves = {label: o.evaluation.loss_by_position for label, o in outcomes.items() if o.evaluation is not None}

@@ -2,9 +2,9 @@
 
     python examples/hidden_states.py [--steps N] [--seeds N] [--output FILE.json]
 
-Every model reads the same bytes of Shakespeare in the same order, that of its seed, and is asked about the same held-out plays.
-What differs is the function that learns while it reads: TTT-Linear's matrix, a low-rank matrix, a sum of Kronecker products, and a full matrix on
-a Taylor expansion of narrower heads.
+Every model reads the same bytes of Shakespeare in the same order, that of its seed, and is asked about the same
+held-out plays. What differs is the function that learns while it reads: TTT-Linear's matrix, a low-rank matrix, a sum
+of Kronecker products, and a full matrix on a Taylor expansion of narrower heads.
 """
 
 from __future__ import annotations

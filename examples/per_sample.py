@@ -2,8 +2,8 @@
 
     python examples/per_sample.py [--samples 128] [--width 256]
 
-The same work with structured derivatives and with torch.func, one thread: seconds (best of three), growth of the resident
-set's high-water mark, and the largest difference. Linux (it reads /proc).
+The same work with structured derivatives and with torch.func, one thread: seconds (best of three), growth of the
+resident set's high-water mark, and the largest difference. Linux (it reads /proc).
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def main() -> None:
     }
     sites = df.calculus.site_derivatives(module, x)
     print(
-        f"{n} samples, width {d}; Jacobians by all parameters: {sites.dense_nbytes / 1e6:,.0f} MB, kept: {sites.nbytes / 1e6:.1f} MB"
+        f"{n} samples, width {d}; Jacobians by all parameters: {sites.dense_nbytes / 1e6:,.0f} MB, kept: "
+        f"{sites.nbytes / 1e6:.1f} MB"
     )
     for name, J in sites.items():
         print(f"  d y / d {name}: {J.structure}")

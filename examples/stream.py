@@ -2,10 +2,10 @@
 
     python examples/stream.py [--file FILE] [--tokens N] [--train FILE] [--steps N]
 
-Tokens are bytes. Training reads its text as eight streams, 128 bytes at a time: the layers' state is carried over eight steps
-and detached, so that the model learns to learn over a longer text than gradients go back. Then one stream is
-read to the end, the state carried; beside it the same model whose state is thrown away every 256 bytes. Less than
-a minute on two cores.
+Tokens are bytes. Training reads its text as eight streams, 128 bytes at a time: the layers' state is carried over eight
+steps and detached, so that the model learns to learn over a longer text than gradients go back. Then one stream is read
+to the end, the state carried; beside it the same model whose state is thrown away every 256 bytes. Less than a minute
+on two cores.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Reader(nn.Module):
 def train(model: Reader, text: bytes, steps: int, batch: int = 8, width: int = 128, carry: int = 8) -> float:
     """Read the text as `batch` streams side by side; return the last loss, in nats per byte.
 
-    Every `carry` steps the state begins anew: a state carried through the whole training would never be what a fresh one is.
+    Every `carry` steps the state begins anew: a state carried through the whole training would never be what a fresh
+    one is.
     """
     streams = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     length = len(streams) // batch
@@ -90,7 +91,8 @@ def train(model: Reader, text: bytes, steps: int, batch: int = 8, width: int = 1
 
 @torch.no_grad()
 def read(model: Reader, file: BinaryIO, num_tokens: int, part: int = 256) -> Iterator[tuple[int, float, float]]:
-    """Read a file part by part; yield (bytes read, loss of the part, its loss if the state is thrown away before it)."""
+    """Read a file part by part; yield (bytes read, loss of the part,
+    its loss if the state is thrown away before it)."""
     states, before, done = None, b"", 0
     while done < num_tokens and (new := file.read(min(part, num_tokens - done))):
         ids = torch.frombuffer(bytearray(before + new), dtype=torch.uint8).long()[None]

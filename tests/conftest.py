@@ -1,4 +1,4 @@
-"""What every test run shares: the hypothesis profile (HYPOTHESIS_PROFILE=long for a night) and one thread per worker."""
+"""What all tests share: the hypothesis profile (HYPOTHESIS_PROFILE=long for a night) and one thread per worker."""
 
 import os
 

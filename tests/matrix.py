@@ -5,8 +5,9 @@
     python tests/matrix.py --here            the environment that runs this, whatever it holds: one row more
     python tests/matrix.py --page            docs/versions.md again, from docs/versions.json
 
-A row is a Python and what pip is asked for; `floor` reads the floors from pyproject.toml, `pinned` takes constraints.txt.
-A test that fails keeps, under "why" in the record, one line that says why; who finds out writes it there.
+A row is a Python and what pip is asked for; `floor` reads the floors from pyproject.toml, `pinned` takes
+constraints.txt. A test that fails keeps, under "why" in the record, one line that says why; who finds out writes it
+there.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 WATCHED = ("torch", "transformers", "scikit-learn", "numpy")
-# What meets other packages: the table of ops, the laws, language models with their caches, Trainer, estimators. Not here: what
-# reads the repository, what compiles C++, and what takes long.
+# What meets other packages: the table of ops, the laws, language models with their caches, Trainer, estimators. Not
+# here: what reads the repository, what compiles C++, and what takes long.
 CORE = """catalogue calculus_table calculus_ops calculus_jacobian expansions reconciliations laws rules layer models generation
 transformers train runs tabular""".split()
 LEFT_OUT = ["killed", "scikit_learn_checks"]
@@ -163,7 +164,8 @@ def page(kept: list[dict[str, Any]]) -> str:
     lines = [
         "# Versions",
         "",
-        "The core of the suite in environments of their own, as `make matrix` saw it (this page is made from `versions.json`):",
+        "The core of the suite in environments of their own, as `make matrix` saw it (this page is made from "
+        "`versions.json`):",
         f"the tests of {', '.join(f'`{name}`' for name in CORE)}.",
         "",
         f"| {' | '.join([*WATCHED, 'Python', 'seen on', 'passed', 'failed'])} |",
@@ -180,7 +182,8 @@ def page(kept: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "`pip install` may bring anything from the first row to the last; `constraints.txt` is what the whole suite runs with.",
+        "`pip install` may bring anything from the first row to the last; `constraints.txt` is what the whole suite "
+        "runs with.",
         "",
     ]
     for row in (row for row in kept if row["failed"]):

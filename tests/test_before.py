@@ -22,7 +22,8 @@ def things():
 
 def test_records_are_equal_to_those_of_today(things):
     assert things["records"] == [
-        df.learners.MLP(depth=2), df.rules.SGD(lr=0.1), df.objectives.Squared(), df.expansions.taylor(degree=2), df.backends.eager(),
+        df.learners.MLP(depth=2), df.rules.SGD(lr=0.1), df.objectives.Squared(), df.expansions.taylor(degree=2),
+        df.backends.eager(),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The border is typed: what no signature takes is refused by name, for every record and field there is, with no traceback."""
+"""The border is typed: what no signature takes is refused by name, for every record and field, with no traceback."""
 
 import math
 import re
@@ -22,7 +22,8 @@ from dualform.train.settings import Settings, SettingsError
 nan, inf = math.nan, math.inf
 numbers = BeartypeConf(is_pep484_tower=True)
 values = [
-    True, False, 0, 1, 3, -1, 2.0, 2.5, -0.5, nan, inf, 1j, "maybe", "3", "", None, (), ("a",), (None,), (1, "a"), (1, 2), (nan,),
+    True, False, 0, 1, 3, -1, 2.0, 2.5, -0.5, nan, inf, 1j, "maybe", "3", "", None, (), ("a",), (None,), (1, "a"),
+    (1, 2), (nan,),
     (1, True), ((1, 2), (3,)), {"a": 1},
 ]  # fmt: skip
 catalogues = [c for c in _of_kind.values() if any(c[n].function.__module__.startswith("dualform.") for n in c)]
@@ -282,7 +283,8 @@ def test_every_assignment_that_does_not_fit_is_one_line(folder, capfd, monkeypat
 mistakes = {
     "generate model --prompt a --seed -1": (2, "seed is -1; expected a whole number, 0 <= seed < 2**32"),
     "generate model --prompt \udcff": (2, "prompt is no UTF-8 text"),
-    "generate model --prompt a --temperature 1e-320": (2, "temperature 1e-320; expected >= 1, and 0 or finite, >= 1e-6"),
+    "generate model --prompt a --temperature "
+    "1e-320": (2, "temperature 1e-320; expected >= 1, and 0 or finite, >= 1e-6"),
     "generate model --prompt a --temperature nan": (2, "temperature nan"),
     "generate model --prompt a --max-new-tokens 1.5": (2, "max-new-tokens"),
     "evaluate model --seq-len 1 --data t.txt": (1, "seq_len is 1; expected >= 2"),
@@ -302,7 +304,8 @@ mistakes = {
     "functions taylor --set symmetric=maybe": (2, "symmetric is 'maybe'; expected a value of type bool"),
     "functions lora --set alpha=x": (2, "alpha is 'x'; expected a value of type float or None"),
     "bench cpu --dim 0": (2, "--dim is 0"),
-    "explain tiny-ttt-linear --dim 7": (2, "--dim is 7, which tiny-ttt-linear cannot have. DualformConfig: hidden_size is 28"),
+    "explain tiny-ttt-linear --dim "
+    "7": (2, "--dim is 7, which tiny-ttt-linear cannot have. DualformConfig: hidden_size is 28"),
     "explain model --dim 9": (2, "--dim is 9; expected model's own width of a head = "),
     "explain x --shapes x=2 --dim 8": (2, "--dim is 8 beside --shapes, which say every size"),
     "explain x --shapes x=2 --json --format html": (2, "--format is 'html' beside --json"),
@@ -320,7 +323,8 @@ mistakes = {
     "train --data t.txt --set model.initializer_range=-1": (2, "initializer_range is -1.0; expected a number >= 0"),
     "train --data t.txt --set model.sliding_window=0": (2, "sliding_window is 0; expected a number of tokens > 0"),
     "train --data t.txt --set model.dtype=nonsense": (2, "nonsense"),
-    'train --data t.txt --set model.learner={name="SwiGLU",expand=0}': (2, "SwiGLU: expand is 0; expected a number > 0"),
+    'train --data t.txt --set '
+    'model.learner={name="SwiGLU",expand=0}': (2, "SwiGLU: expand is 0; expected a number > 0"),
 }  # fmt: skip
 
 

@@ -69,17 +69,23 @@ RIGHT: list[tuple[Backward, Callable[..., Tensor], tuple[Tensor, ...]]] = [
 # backward, function, arguments; the argument, the kind, and the words that the message must have
 PLANTED: list[tuple[Backward, Callable[..., Tensor], tuple[Tensor, ...], str, str, str]] = [
     (lambda g, x, y: (g, g), add, (A, B), "x", "kept axis", r"keeps axis 0 \(4\), which should be summed.*g\.sum\(0\)"),
-    (lambda g, x, y: (g.sum(0, keepdim=True), g), add, (A, B), "x", "extra axis", r"extra axis of size 1 at 0; expected \(3,\)"),
-    (lambda g, x, y: (g.sum(1), g), add, (rand(4, 1), S), "x", "lost axis", r"lost axis 1 \(1\); expected shape \(4, 1\). Use keepdim"),
-    (lambda g, x, y: (g.sum(0), g.sum(0)), add, (A, B), "y", "summed axis", r"was summed over axis 0 \(4\), which the argument has"),
+    (lambda g, x, y: (g.sum(0, keepdim=True), g), add, (A, B), "x", "extra axis", r"extra axis of size 1 at 0; "
+    r"expected \(3,\)"),
+    (lambda g, x, y: (g.sum(1), g), add, (rand(4, 1), S), "x", "lost axis", r"lost axis 1 \(1\); expected shape \(4, "
+    r"1\). Use keepdim"),
+    (lambda g, x, y: (g.sum(0), g.sum(0)), add, (A, B), "y", "summed axis", r"was summed over axis 0 \(4\), "
+    r"which the argument has"),
     (lambda g, x, y: (g.sum(0), g.mean(1)), add, (A, B), "y", "summed axis", r"was averaged over axis 1 \(3\)"),
-    (lambda g, x, y: (g.sum(1), g), add, (rand(4), S), "x", "wrong axis", r"sums z's axis 1 where axis 0 should be summed.*\.sum\(0\)"),
-    (lambda g, x, y: (g.mean(0), g), add, (A, B), "x", "averaged", r"averaged over axis 0 \(4\) of the result; expected the sum"),
+    (lambda g, x, y: (g.sum(1), g), add, (rand(4), S), "x", "wrong axis", r"sums z's axis 1 where axis 0 should be "
+    r"summed.*\.sum\(0\)"),
+    (lambda g, x, y: (g.mean(0), g), add, (A, B), "x", "averaged", r"averaged over axis 0 \(4\) of the result; "
+    r"expected the sum"),
     (lambda g, x: g.expand(4, 3), lambda x: x.mean(), (B,), "x", "count", r"misses the factor 1/12"),
     (lambda g, x: g * x, lambda x: x * x, (B,), "x", "scale", r"is 1/2 times what it should be"),
     (lambda g, x, y: (g.sum(0), -g), add, (A, B), "y", "sign", r"has the wrong sign"),
     (lambda g, x, w: (g @ w.T, g.T @ x), matmul, (B, W), "w", "transposed", r"is transposed"),
-    (lambda g, x, w: (g @ w.T, g.T @ x), matmul, (B, rand(3, 5)), "w", "transposed", r"transposed; expected shape \(3, 5\)"),
+    (lambda g, x, w: (g @ w.T, g.T @ x), matmul, (B, rand(3, 5)), "w", "transposed", r"transposed; expected shape \(3, "
+    r"5\)"),
     (lambda g, x, w: (g @ w, x.T @ g), matmul, (B, W), "x", "transposed factor", r"uses w transposed"),
     (lambda g, x, y: (g * x, g * y), mul, (B, rand(4, 3)), "x", "swapped", r"is the gradient of y; expected its own"),
     (lambda g, x, y: ((g * y).sum(0), g * y), mul, (A, B), "y", "wrong operand", r"uses y where x is expected"),
@@ -89,19 +95,24 @@ PLANTED: list[tuple[Backward, Callable[..., Tensor], tuple[Tensor, ...], str, st
     (lambda g, x: g * x.exp() ** 2, torch.exp, (B,), "x0", "repeated factor", r"exp\(x0\) twice"),
     (lambda g, x: g * x.softmax(-1), softmax, (B,), "x", "missing term", r"misses the term -1 p·p"),
     (lambda g, x: softmax_backward(g, x, -1.0), softmax, (B,), "x", "term sign", r"wrong sign in the term -1 p·p"),
-    (lambda g, x: softmax_backward(g, x, 1.0, 0), softmax, (B,), "x", "wrong axis", r"sums over axis 0 inside dz/dx where axis 1"),
+    (lambda g, x: softmax_backward(g, x, 1.0, 0), softmax, (B,), "x", "wrong axis", r"sums over axis 0 inside dz/dx "
+    r"where axis 1"),
     (lambda g, x: g, lambda x: x + x.tanh(), (B,), "x", "missing path", r"misses the path through tanh"),
     (lambda g, x: g.cumsum(0), lambda x: x.cumsum(0), (A,), "x", "not transposed", r"forward; expected its transpose"),
     (lambda g, x: g, lambda x: x.flip(0), (A,), "x", "reversed", r"reversed along axis 0"),
     (lambda g, x: torch.cat([2 * g[:1], g[1:]]), lambda x: x * 1.0, (B,), "x", "scaled axis", r"along axis 0 \(4\) by \[2, 1, 1, 1\]"),
-    (lambda g, x: 2 * x, lambda x: (x * x).sum(), (B,), "x", "g unused", r"does not use g: it is the gradient for g = 1"),
+    (lambda g, x: 2 * x, lambda x: (x * x).sum(), (B,), "x", "g unused", r"does not use g: it is the gradient for g = "
+    r"1"),
     (lambda g, x: g * g, lambda x: 2 * x, (B,), "x", "not linear", r"is not linear in g"),
     (lambda g, x: torch.zeros_like(x), lambda x: 2 * x, (B,), "x", "zero", r"is zero everywhere"),
-    (lambda g, x: (g - g) / (x - x), lambda x: 2 * x, (B,), "x", "NaN", r"is NaN in 12 of 12 entries, first at \[0, 0\]"),
+    (lambda g, x: (g - g) / (x - x), lambda x: 2 * x, (B,), "x", "NaN", r"is NaN in 12 of 12 entries, first at \[0, "
+    r"0\]"),
     (lambda g, x, y: (None, g), add, (A, B), "x", "none", r"is None; expected a tensor"),
     (lambda g, x: 3.0, lambda x: 2 * x, (B,), "x", "type", r"is float; expected a tensor"),
-    (lambda g, x: (2 * g).reshape(-1), lambda x: 2 * x, (B,), "x", "reshaped", r"right entries in the shape \(12,\); expected \(4, 3\)"),
-    (lambda g, x: rand(7), lambda x: 2 * x, (B,), "x", "shape", r"has shape \(7,\); expected its argument's = \(4, 3\)"),
+    (lambda g, x: (2 * g).reshape(-1), lambda x: 2 * x, (B,), "x", "reshaped", r"right entries in the shape \(12,\); "
+    r"expected \(4, 3\)"),
+    (lambda g, x: rand(7), lambda x: 2 * x, (B,), "x", "shape", r"has shape \(7,\); expected its argument's = \(4, "
+    r"3\)"),
     (lambda g, x: g.mul_(2), lambda x: 2 * x, (B,), "g", "in place", r"g was changed in place"),
     (lambda g, x, y: g, add, (A, B), "backward", "count", r"returns 1 gradients; expected one for each .* = 2"),
     (lambda g, x: g / x, torch.log, (torch.zeros(2, dtype=torch.float64),), "x0", "not differentiable", r"itself is inf at \[0\]"),

@@ -275,8 +275,8 @@ def test_latex_parses(example: tuple) -> None:
 def test_latex_speaks_of_partials() -> None:
     latex = jacobian(lambda x: x.softmax(-1), rand(2, 3)).explain().to_latex()
     assert (
-        r"\frac{\partial z_{i,j}}{\partial x_{k,l}} &= p_{i,j}\,\delta_{i,k}\,\delta_{j,l} - p_{i,j}\,p_{i,l}\,\delta_{i,k}"
-        in latex
+        r"\frac{\partial z_{i,j}}{\partial x_{k,l}} &= p_{i,j}\,\delta_{i,k}\,\delta_{j,l} - "
+        r"p_{i,j}\,p_{i,l}\,\delta_{i,k}" in latex
     )
     added = explain(lambda x, y: x + y, rand(2), rand(2, 2)).to_latex()
     assert r"\sum_{l}\,\frac{\partial z_{i,j}}{\partial \mathrm{x\_b}_{l,k}}" in added

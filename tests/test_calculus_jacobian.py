@@ -1,4 +1,4 @@
-"""The public face of structured derivatives: trees, names, slices, proofs, exports, limits, and traces that are kept."""
+"""The public face of structured derivatives: trees, names, slices, proofs, exports, limits, traces that are kept."""
 
 from __future__ import annotations
 
@@ -339,7 +339,8 @@ def test_shapes_that_do_not_fit_are_named(f: Callable[..., Tensor], axes: str | 
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
-    (lambda: jacobian(lambda x: x * 2, torch.tensor([True])), r"argument 0 has dtype torch.bool; expected a floating dtype"),
+    (lambda: jacobian(lambda x: x * 2, torch.tensor([True])), r"argument 0 has dtype torch.bool; "
+    r"expected a floating dtype"),
     (lambda: jacobian(lambda x: x, rand(2).to(torch.complex128)), "complex128; expected a real floating dtype"),
     (lambda: jacobian(lambda p: p["w"], {"w": rand(2), "n": torch.ones(2, dtype=torch.int64)}), r"argument 0\['n'\] has dtype"),
     (lambda: jacobian(lambda x: {"a": x, "b": 3.0}, rand(2)), r"f returns float at \['b'\]; expected tensors"),
@@ -347,7 +348,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: jacobian(lambda x: x, rand(2), wrt=True), "wrt is True; expected the position"),
     (lambda: jacobian(lambda x: x, []), "has no tensor|position of one"),
     (lambda: jacobian(lambda x: x, rand(2), axes="i -> i j"), "names 2 output axes; expected one for each of f's = 1"),
-    (lambda: jacobian(lambda x: (x, x), rand(2), axes="i -> i"), "names 1 results; expected one list for each of f's = 2"),
+    (lambda: jacobian(lambda x: (x, x), rand(2), axes="i -> i"), "names 1 results; expected one list for each of f's = "
+    "2"),
     (lambda: df.hessian(lambda x: (x, x), rand(2)), "f returns 2 tensors; expected one tensor"),
 ]  # fmt: skip
 

@@ -218,17 +218,26 @@ def zeroed(x: Tensor) -> Tensor:
 
 UNARY: list[Callable[[Tensor], Tensor]] = [
     torch.tanh, torch.sin, F.silu, torch.square, lambda x: x.softmax(-1), lambda x: x.softmax(0), lambda x: 0.5 * x - 1,
-    lambda x: x - x.mean(-1, keepdim=True), lambda x: F.layer_norm(x, x.shape[-1:]), lambda x: F.rms_norm(x, x.shape[-1:]),
+    lambda x: x - x.mean(-1, keepdim=True), lambda x: F.layer_norm(x, x.shape[-1:]),
+    lambda x: F.rms_norm(x, x.shape[-1:]),
     lambda x: x.transpose(0, 1).reshape(x.shape), lambda x: x.reshape(-1).flip(0).reshape(x.shape),
     lambda x: torch.cat([x[1:], x[:1]]), lambda x: torch.stack(x.unbind(-1), -1), lambda x: x.roll(1, -1),
     lambda x: x + x.sum(0), lambda x: x.cumsum(-1), lambda x: x.tril(), lambda x: x[:, :1].expand(x.shape),
-    lambda x: x.masked_fill(x > 1, 0.0), lambda x: x.detach() * x, lambda x: x @ x.T @ x / 4, lambda x: x.amax(-1, keepdim=True) * x,
-    lambda x: F.conv1d(x[:, None], THREE, padding=1)[:, 0], lambda x: F.avg_pool1d(x[:, None], 2, 1, 1)[:, 0, 1:], lambda x: x.sort(-1)[0],
-    lambda x: F.max_pool1d(x[None], 3, 1, 1)[0], lambda x: x.gather(0, x.argsort(0)), lambda x: x.clone().mul_(x).add_(1), lambda x: x.tanh().cumprod(-1),
-    lambda x: F.pad(x, (1, 1))[:, 2:], lambda x: F.pad(x, (1, 1), mode="replicate")[:, :-2], lambda x: x.triu() + x.flip(0), lambda x: F.normalize(x + 2, dim=-1),
-    lambda x: x[torch.arange(len(x)).flip(0)], lambda x: x.repeat_interleave(2, 0)[::2], lambda x: torch.group_norm(x[None], 1)[0], lambda x: x.reshape(-1).roll(1).reshape(x.shape),
-    lambda x: x.unfold(1, 1, 1).squeeze(-1) * x, lambda x: torch.zeros_like(x).index_add(0, torch.zeros(len(x), dtype=torch.long), x) + x, zeroed, lambda x: x.logcumsumexp(0) - x,
-    lambda x: F.cosine_similarity(x[:, None], x[None], dim=-1) @ x, lambda x: F.cross_entropy(x, x.softmax(-1), reduction="none")[:, None] * x, lambda x: x.T.reshape(x.shape),
+    lambda x: x.masked_fill(x > 1, 0.0), lambda x: x.detach() * x, lambda x: x @ x.T @ x / 4,
+    lambda x: x.amax(-1, keepdim=True) * x,
+    lambda x: F.conv1d(x[:, None], THREE, padding=1)[:, 0], lambda x: F.avg_pool1d(x[:, None], 2, 1, 1)[:, 0, 1:],
+    lambda x: x.sort(-1)[0],
+    lambda x: F.max_pool1d(x[None], 3, 1, 1)[0], lambda x: x.gather(0, x.argsort(0)),
+    lambda x: x.clone().mul_(x).add_(1), lambda x: x.tanh().cumprod(-1),
+    lambda x: F.pad(x, (1, 1))[:, 2:], lambda x: F.pad(x, (1, 1), mode="replicate")[:, :-2],
+    lambda x: x.triu() + x.flip(0), lambda x: F.normalize(x + 2, dim=-1),
+    lambda x: x[torch.arange(len(x)).flip(0)], lambda x: x.repeat_interleave(2, 0)[::2],
+    lambda x: torch.group_norm(x[None], 1)[0], lambda x: x.reshape(-1).roll(1).reshape(x.shape),
+    lambda x: x.unfold(1, 1, 1).squeeze(-1) * x,
+    lambda x: torch.zeros_like(x).index_add(0, torch.zeros(len(x), dtype=torch.long), x) + x, zeroed,
+    lambda x: x.logcumsumexp(0) - x,
+    lambda x: F.cosine_similarity(x[:, None], x[None], dim=-1) @ x,
+    lambda x: F.cross_entropy(x, x.softmax(-1), reduction="none")[:, None] * x, lambda x: x.T.reshape(x.shape),
 ]  # fmt: skip
 BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add, torch.mul, torch.sub, lambda a, b: torch.where(a > b, a, b * a), lambda a, b: (a @ b.T).tanh() @ a,
@@ -238,7 +247,8 @@ BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
 
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[tuple[int, int], list[tuple[int, int, int, int]]]:
-    """A straight-line program: each line applies one op to any earlier values, so that residuals and reuse are drawn."""
+    """A straight-line program: each line applies one op to any earlier values,
+    so that residuals and reuse are drawn."""
     shape = draw(st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4])))
     length = draw(st.integers(2, 12))
     lines = []

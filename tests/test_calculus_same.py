@@ -45,24 +45,29 @@ SAME: dict[str, list[Callable[[Tensor], Tensor]]] = {
     ],
     "mean": [lambda x: x.mean(0), lambda x: x.sum(0) / 3, lambda x: x.sum(0) * (1 / 3), lambda x: (x / 3).sum(0)],
     "transposed product": [
-        lambda x: (x @ W).T, lambda x: W.T @ x.T, lambda x: torch.einsum("ij,jk->ki", x, W), lambda x: F.linear(x, W.T).t(),
+        lambda x: (x @ W).T, lambda x: W.T @ x.T, lambda x: torch.einsum("ij,jk->ki", x, W),
+        lambda x: F.linear(x, W.T).t(),
     ],
     "product": [
         lambda x: x @ W, lambda x: torch.einsum("ij,jk->ik", x, W), lambda x: F.linear(x, W.T),
-        lambda x: (x[:, :, None] * W).sum(1), lambda x: torch.bmm(x[None], W[None])[0], lambda x: torch.tensordot(x, W, 1),
+        lambda x: (x[:, :, None] * W).sum(1), lambda x: torch.bmm(x[None], W[None])[0],
+        lambda x: torch.tensordot(x, W, 1),
         lambda x: torch.einsum("jk,ij->ik", W, x), lambda x: torch.addmm(torch.zeros(3, 5, dtype=x.dtype), x, W),
     ],
     "nothing": [
         lambda x: x, lambda x: x.reshape(2, 6).reshape(3, 4), lambda x: x.reshape(12).view(3, 4), lambda x: x.T.T,
-        lambda x: x.permute(1, 0).permute(1, 0), lambda x: torch.cat([x[:1], x[1:]]), lambda x: torch.stack(x.unbind(1), 1),
+        lambda x: x.permute(1, 0).permute(1, 0), lambda x: torch.cat([x[:1], x[1:]]),
+        lambda x: torch.stack(x.unbind(1), 1),
         lambda x: torch.cat(x.split(2, 1), 1), lambda x: x.flip(0).flip(0), lambda x: x.roll(1, 0).roll(-1, 0),
         lambda x: 2 * x - x, lambda x: x + 0, lambda x: x.clone() * 1.0, lambda x: x[None].squeeze(0),
-        lambda x: x @ torch.eye(4, dtype=x.dtype), lambda x: torch.eye(3, dtype=x.dtype) @ x, lambda x: torch.ones_like(x) * x,
+        lambda x: x @ torch.eye(4, dtype=x.dtype), lambda x: torch.eye(3, dtype=x.dtype) @ x,
+        lambda x: torch.ones_like(x) * x,
         lambda x: F.pad(x, (1, 1))[:, 1:-1], lambda x: torch.stack([x[0], x[1], x[2]]),
     ],
     "twice": [lambda x: x + x, lambda x: 2 * x, lambda x: x * 2, lambda x: x / 0.5, lambda x: 3 * x - x, lambda x: -(-2 * x), lambda x: torch.cat([x, x]).reshape(2, 3, 4).sum(0)],
     "broadcast add": [
-        lambda x: x[0] + W.T, lambda x: x[0].expand(5, 4) + W.T, lambda x: x[0].repeat(5, 1) + W.T, lambda x: x[0][None] + W.T,
+        lambda x: x[0] + W.T, lambda x: x[0].expand(5, 4) + W.T, lambda x: x[0].repeat(5, 1) + W.T,
+        lambda x: x[0][None] + W.T,
         lambda x: torch.ones(5, 1, dtype=x.dtype) * x[0] + W.T,
     ],
     "permute": [
@@ -101,16 +106,21 @@ SAME: dict[str, list[Callable[[Tensor], Tensor]]] = {
 X4, X3, V = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64), torch.stack([X, Y]), X[0].clone()
 WB = torch.stack([W, 2 * W])
 OTHER_RANKS: dict[str, tuple[Tensor, list[Callable[[Tensor], Tensor]]]] = {
-    "softmax of a vector": (V, [lambda x: x.softmax(0), lambda x: x.exp() / x.exp().sum(), lambda x: (x - x.max()).exp() / (x - x.max()).exp().sum(), lambda x: (x - x.logsumexp(0)).exp()]),
-    "softmax over axis 1 of 4": (X4, [lambda x: x.softmax(1), lambda x: x.exp() / x.exp().sum(1, keepdim=True), lambda x: x.movedim(1, -1).softmax(-1).movedim(-1, 1), lambda x: x.log_softmax(1).exp()]),
+    "softmax of a "
+    "vector": (V, [lambda x: x.softmax(0), lambda x: x.exp() / x.exp().sum(), lambda x: (x - x.max()).exp() / (x - x.max()).exp().sum(), lambda x: (x - x.logsumexp(0)).exp()]),
+    "softmax over axis 1 of "
+    "4": (X4, [lambda x: x.softmax(1), lambda x: x.exp() / x.exp().sum(1, keepdim=True), lambda x: x.movedim(1, -1).softmax(-1).movedim(-1, 1), lambda x: x.log_softmax(1).exp()]),
     "softmax, scaled": (X3, [lambda x: (x / 2).softmax(-1), lambda x: (x * 0.5).softmax(-1), lambda x: (x / 2).exp() / (x / 2).exp().sum(-1, keepdim=True)]),
-    "mean over two axes": (X4, [lambda x: x.mean((1, 3)), lambda x: x.sum((1, 3)) / 15, lambda x: x.sum(3).sum(1) / 15, lambda x: x.mean(3).mean(1), lambda x: torch.einsum("abcd->ac", x) / 15, lambda x: x.movedim(1, 2).reshape(2, 4, 15).mean(-1)]),
+    "mean over two "
+    "axes": (X4, [lambda x: x.mean((1, 3)), lambda x: x.sum((1, 3)) / 15, lambda x: x.sum(3).sum(1) / 15, lambda x: x.mean(3).mean(1), lambda x: torch.einsum("abcd->ac", x) / 15, lambda x: x.movedim(1, 2).reshape(2, 4, 15).mean(-1)]),
     "mean kept": (X3, [lambda x: x.mean(1, keepdim=True), lambda x: x.sum(1, keepdim=True) / 3, lambda x: x.mean(1)[:, None], lambda x: x.sum(1).unsqueeze(1) * (1 / 3)]),
-    "batched transposed product": (X3, [lambda x: (x @ W).mT, lambda x: W.mT @ x.mT, lambda x: torch.einsum("bij,jk->bki", x, W), lambda x: F.linear(x, W.T).permute(0, 2, 1)]),
+    "batched transposed "
+    "product": (X3, [lambda x: (x @ W).mT, lambda x: W.mT @ x.mT, lambda x: torch.einsum("bij,jk->bki", x, W), lambda x: F.linear(x, W.T).permute(0, 2, 1)]),
     "batched product": (X3, [lambda x: x @ WB, lambda x: torch.bmm(x, WB), lambda x: torch.einsum("bij,bjk->bik", x, WB), lambda x: (x[..., None] * WB[:, None]).sum(-2)]),
     "product, flattened": (X3, [lambda x: x @ W, lambda x: (x.reshape(6, 4) @ W).reshape(2, 3, 5), lambda x: torch.matmul(x.flatten(0, 1), W).unflatten(0, (2, 3)), lambda x: torch.tensordot(x, W, 1)]),
     "nothing, rank 4": (X4, [lambda x: x, lambda x: x.reshape(6, 20).reshape(2, 3, 4, 5), lambda x: x.permute(3, 1, 0, 2).permute(2, 1, 3, 0), lambda x: x.flatten(1).unflatten(1, (3, 4, 5)), lambda x: torch.stack(list(x.unbind(2)), 2), lambda x: (x.reshape(2, -1) + x.reshape(2, -1)).reshape(2, 3, 4, 5) / 2]),
-    "broadcast add, rank 3": (V, [lambda y: X3 + y, lambda y: X3 + y.expand(2, 3, 4), lambda y: X3 + y[None, None], lambda y: X3 + y.repeat(2, 3, 1), lambda y: X3 + torch.ones(2, 3, 1, dtype=y.dtype) * y, lambda y: torch.broadcast_tensors(X3, y)[1] + X3]),
+    "broadcast add, "
+    "rank 3": (V, [lambda y: X3 + y, lambda y: X3 + y.expand(2, 3, 4), lambda y: X3 + y[None, None], lambda y: X3 + y.repeat(2, 3, 1), lambda y: X3 + torch.ones(2, 3, 1, dtype=y.dtype) * y, lambda y: torch.broadcast_tensors(X3, y)[1] + X3]),
     "permutes": (X4, [lambda x: x.permute(2, 0, 3, 1), lambda x: x.permute(0, 2, 1, 3).permute(1, 0, 3, 2)[:, :].permute(1, 0, 2, 3).permute(1, 0, 2, 3), lambda x: torch.einsum("abcd->cadb", x), lambda x: x.transpose(0, 2).permute(0, 2, 3, 1)]),
     "batched attention": (X3, [lambda x: F.scaled_dot_product_attention(x, x, x), lambda x: (x @ x.mT / 2).softmax(-1) @ x]),
 }  # fmt: skip

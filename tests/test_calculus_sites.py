@@ -1,4 +1,4 @@
-"""Derivatives by parameters: per-sample gradients and norms, Gauss-Newton diagonals and tangent kernels by contraction."""
+"""Derivatives by parameters: per-sample gradients and norms, Gauss-Newton diagonals, tangent kernels by contraction."""
 
 from __future__ import annotations
 

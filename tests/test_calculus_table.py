@@ -118,7 +118,8 @@ def is_spelt_out(row: Row) -> bool:
 
 def test_every_row_has_an_example() -> None:
     bare = [name for name, row in ROWS.items() if not row.examples and not (row.rule is None and is_spelt_out(row))]
-    # Only what has no value to compare may lack one: uninitialised memory, what works in place; and what no rule differentiates.
+    # Only what has no value to compare may lack one: uninitialised memory, what works in place; and what no rule
+    # differentiates.
     assert all("empty" in name or name.endswith("_") for name in bare), bare
 
 

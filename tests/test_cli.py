@@ -13,7 +13,10 @@ from dualform.cli import main
 from dualform.cli.expression import compile_expression, functions, parse_shapes
 from dualform.cli.output import UsageError
 
-small = "model.hidden_size=16 model.intermediate_size=24 model.num_hidden_layers=1 model.num_attention_heads=2 model.chunk=4"
+small = (
+    "model.hidden_size=16 model.intermediate_size=24 model.num_hidden_layers=1 model.num_attention_heads=2 "
+    "model.chunk=4"
+)
 tiny = [word for assignment in small.split() for word in ("--set", assignment)]
 
 

@@ -1,6 +1,7 @@
 """The other kinds of user code, drawn: objectives (right and wrong ones), rules, the shapes of modules.
 
-The law of forms holds for each, and what is not of one token is refused. DUALFORM_EXAMPLES=300 draws more of them, at random.
+The law of forms holds for each, and what is not of one token is refused. DUALFORM_EXAMPLES=300 draws more of them,
+at random.
 """
 
 import os
@@ -35,7 +36,8 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
-# -- objectives: a residual, a weight per entry or token, a way to sum ------------------------------------------------------
+# -- objectives: a residual, a weight per entry or token, a way to sum
+# ------------------------------------------------------
 
 
 class Written(nn.Module):
@@ -63,25 +65,31 @@ class Written(nn.Module):
 
 RESIDUALS = {
     "difference": lambda p, t: p - t, "product": lambda p, t: p * t, "soft": lambda p, t: (p - t).tanh(),
-    "scaled": lambda p, t: (p - t) / (1 + t.abs()), "cosine": lambda p, t: F.normalize(p + 2, dim=-1) - F.normalize(t, dim=-1),
+    "scaled": lambda p, t: (p - t) / (1 + t.abs()), "cosine": lambda p,
+    t: F.normalize(p + 2, dim=-1) - F.normalize(t, dim=-1),
 }  # fmt: skip
 SIZES = {
     "square": lambda e: e.square(), "huber": lambda e: torch.where(e.abs() < 0.5, 0.5 * e * e, 0.5 * (e.abs() - 0.25)),
     "log cosh": lambda e: e.cosh().log(), "power": lambda e: e**2 * (1 + e**2), "itself": lambda e: e,
 }  # fmt: skip
 FACTORS = {
-    "none": lambda p, t, w: 1.0, "entry": lambda p, t, w: w, "number": lambda p, t, w: w.sum(), "literal": lambda p, t, w: torch.tensor([1.0, 2, 3, 4]),
+    "none": lambda p, t, w: 1.0, "entry": lambda p, t, w: w, "number": lambda p, t, w: w.sum(), "literal": lambda p, t,
+    w: torch.tensor([1.0, 2, 3, 4]),
     "detached": lambda p, t, w: 1 / (1 + (p - t).detach().abs()), "table": lambda p, t, w: w[t.argmax(-1)][..., None],
     "mask": lambda p, t, w: t > 0, "without": lambda p, t, w: _without(p, t),
 }  # fmt: skip
 SUMS = {
-    "sum": lambda e: e.sum(-1), "mean": lambda e: e.mean(-1), "half": lambda e: 0.5 * e.sum(-1), "logsumexp": lambda e: e.logsumexp(-1),
+    "sum": lambda e: e.sum(-1), "mean": lambda e: e.mean(-1), "half": lambda e: 0.5 * e.sum(-1),
+    "logsumexp": lambda e: e.logsumexp(-1),
     "dot": lambda e: torch.einsum("...i,i->...", e, torch.linspace(0, 1, e.shape[-1], dtype=e.dtype)),
 }  # fmt: skip
 WRONG = {
-    "mean over all": lambda e: e.mean(), "sum over all": lambda e: e.sum(), "over tokens": lambda e: e.sum(0), "not summed": lambda e: e,
-    "kept": lambda e: e.sum(-1, keepdim=True), "softmax over tokens": lambda e: e.sum(-1).softmax(0), "centred": lambda e: (e - e.mean(0)).sum(-1),
-    "running": lambda e: e.sum(-1).cumsum(0), "flipped": lambda e: e.sum(-1).flip(0), "sorted": lambda e: e.sum(-1).sort()[0],
+    "mean over all": lambda e: e.mean(), "sum over all": lambda e: e.sum(), "over tokens": lambda e: e.sum(0),
+    "not summed": lambda e: e,
+    "kept": lambda e: e.sum(-1, keepdim=True), "softmax over tokens": lambda e: e.sum(-1).softmax(0),
+    "centred": lambda e: (e - e.mean(0)).sum(-1),
+    "running": lambda e: e.sum(-1).cumsum(0), "flipped": lambda e: e.sum(-1).flip(0),
+    "sorted": lambda e: e.sum(-1).sort()[0],
     "shared norm": lambda e: (e / (1 + e.norm())).sum(-1), "numbered": lambda e: e.sum(-1) * torch.arange(e.shape[0]),
 }  # fmt: skip
 
@@ -128,16 +136,22 @@ def test_objectives_of_several_tokens_are_refused(residual, size, factor, wrong)
         df.derive(Written("torch.tanh(x @ self.W)"), objective(residual, size, factor, WRONG[wrong], w), chunk=3)
 
 
-# -- rules: registers and coefficients ----------------------------------------------------------------------------------------
+# -- rules: registers and coefficients
+# ----------------------------------------------------------------------------------------
 
 COEFFICIENTS = {
-    "1": lambda i, lr, w: 1.0, "0.5": lambda i, lr, w: 0.5, "rate": lambda i, lr, w: 0.3 * lr, "closed": lambda i, lr, w: w, "gated": lambda i, lr, w: torch.sigmoid(w) * lr,
-    "late": lambda i, lr, w: torch.where(i > 1, lr, 0.1 * lr), "harmonic": lambda i, lr, w: 1 / i, "keep": lambda i, lr, w: 1 - 0.2 * lr,
-    "detached": lambda i, lr, w: 0.3 * lr.detach(), "ratio": lambda i, lr, w: lr / lr.detach(), "literal": lambda i, lr, w: torch.tensor(0.4),
+    "1": lambda i, lr, w: 1.0, "0.5": lambda i, lr, w: 0.5, "rate": lambda i, lr, w: 0.3 * lr, "closed": lambda i, lr,
+    w: w, "gated": lambda i, lr, w: torch.sigmoid(w) * lr,
+    "late": lambda i, lr, w: torch.where(i > 1, lr, 0.1 * lr), "harmonic": lambda i, lr, w: 1 / i, "keep": lambda i, lr,
+    w: 1 - 0.2 * lr,
+    "detached": lambda i, lr, w: 0.3 * lr.detach(), "ratio": lambda i, lr, w: lr / lr.detach(), "literal": lambda i, lr,
+    w: torch.tensor(0.4),
 }  # fmt: skip
 MIXED = {
-    "cumsum": lambda lr: lr.cumsum(0), "mean": lambda lr: lr / (lr.mean() + 1), "flip": lambda lr: lr.flip(0), "softmax": lambda lr: lr.softmax(0),
-    "first": lambda lr: lr[:1] * lr, "numbered": lambda lr: lr * torch.arange(lr.shape[0]), "norm": lambda lr: lr / lr.norm(),
+    "cumsum": lambda lr: lr.cumsum(0), "mean": lambda lr: lr / (lr.mean() + 1), "flip": lambda lr: lr.flip(0),
+    "softmax": lambda lr: lr.softmax(0),
+    "first": lambda lr: lr[:1] * lr, "numbered": lambda lr: lr * torch.arange(lr.shape[0]),
+    "norm": lambda lr: lr / lr.norm(),
 }  # fmt: skip
 _coefficient = st.sampled_from(sorted(COEFFICIENTS))
 
@@ -187,7 +201,8 @@ def test_rules_of_several_tokens_are_refused(name, place):
         df.derive(Written("torch.tanh(x @ self.W)"), rule=df.Rule(step=step), chunk=3)
 
 
-# -- the shapes of modules: a tree of drawn parts, shared, tied, in lists, with hooks ------------------------------------------
+# -- the shapes of modules: a tree of drawn parts, shared, tied, in lists, with hooks
+# ------------------------------------------
 
 
 class Tree(nn.Module):
@@ -246,7 +261,8 @@ def test_shapes_of_modules(ways):
     check_printed(program)
 
 
-# -- these laws bite -----------------------------------------------------------------------------------------------------------
+# -- these laws bite
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["expression", "objective", "rule"])

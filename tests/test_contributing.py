@@ -30,7 +30,8 @@ def test_every_recipe_runs_and_keeps_its_law(tmp_path):
     script = tmp_path / "recipes.py"
     script.write_text("\n".join(parts))
     done = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=540
+        [sys.executable, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=540
     )  # fmt: skip
     assert done.returncode == 0, f"after {done.stdout.split()[-1:]}: {done.stderr[-2000:]}"
 
@@ -73,7 +74,8 @@ assert "0.017453292519943295" in float32["forward"].text, "the row's text is not
 
 
 def test_an_op_with_everything_is_one_row(tmp_path):
-    """Of the recipe alone, which imports nothing but `ops`: the op runs in eager and in C++, right against its definition."""
+    """Of the recipe alone, which imports nothing but `ops`: the op runs in eager and in C++,
+    right against its definition."""
     recipe = dict(BLOCKS)["op"]
     assert set(re.findall(r"^from (\S+) import", recipe, re.MULTILINE)) == {
         "dualform.ops.examples",

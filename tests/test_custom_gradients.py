@@ -1,7 +1,7 @@
-"""Gradients that a function defines itself: Functions, hooks, checkpoints, gradients taken inside. Right, or refused by name.
+"""Gradients that a function defines itself: Functions, hooks, checkpoints, gradients inside. Right, or refused by name.
 
-Derivatives are compared with torch.autograd at the same function, twice; learners with the inner problem done by hand, token by
-token, by plain autograd.
+Derivatives are compared with torch.autograd at the same function, twice;
+learners with the inner problem done by hand, token by token, by plain autograd.
 """
 
 from __future__ import annotations
@@ -870,7 +870,8 @@ def test_the_law_sees_an_ignored_gradient(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_law_sees_the_forwards_gradient_in_outer_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: the function is written out before its vjp is taken; the inner gradients are right, the outer are not."""
+    """Planted: the function is written out before its vjp is taken; the inner gradients are right,
+    the outer are not."""
     monkeypatch.setattr(program, "_programs", program.Bounded(16))
     monkeypatch.setattr(program, "_structures", program.Bounded(16))
     m = learner(LEARNERS["tokens"])

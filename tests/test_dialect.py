@@ -1,6 +1,7 @@
-"""One description of what generated functions do, and each language in files of its own: what a second printer builds on.
+"""One description of what generated functions do, each language in its files: what a second printer builds on.
 
-A walker that runs the graphs by torch, on nothing but that description, gives eager's numbers: outputs, states, all gradients.
+A walker that runs the graphs by torch, on nothing but that description, gives eager's numbers: outputs, states,
+all gradients.
 """
 
 import ast
@@ -144,7 +145,8 @@ def test_a_walker_that_forgets_is_found(forgets, walked, monkeypatch):
 # -- one language, one place -------------------------------------------------------------------------------------------
 
 CPP = re.compile(
-    r"\b(for|while|if) ?\(|\bT\(|std::|static |const Arg|\b(float|double|long|int\d*_t) ?[*&]* ?\w+ ?[=;(]|\w->|[\w)\]}];$|; ?}|\bg\["
+    r"\b(for|while|if) ?\(|\bT\(|std::|static |const Arg|\b(float|double|long|int\d*_t) ?[*&]* ?\w+ "
+    r"?[=;(]|\w->|[\w)\]}];$|; ?}|\bg\["
 )
 
 

@@ -52,7 +52,8 @@ def test_the_reference_names_everything_public(module):
 
 
 def test_the_reference_names_what_it_says():
-    """A function is one, a class is one, a module is one: a module may have the name of a function that moved into it."""
+    """A function is one, a class is one, a module is one:
+    a module may have the name of a function that moved into it."""
     kinds = {"function": inspect.isroutine, "class": inspect.isclass, "module": inspect.ismodule}
     page = (ROOT / "docs" / "api.md").read_text()
     entries = re.findall(

@@ -190,7 +190,8 @@ def test_wavelets_are_those_of_pywavelets():
     mexican, _ = pywt.ContinuousWavelet("mexh").wavefun(length=201)
     _, at = pywt.ContinuousWavelet("mexh").wavefun(length=201)
     agree("ricker", expansions.ricker_wavelet().phi(torch.from_numpy(at))[..., 0], torch.from_numpy(mexican))
-    # shan with bandwidth 1/2 and centre 3/4: psi = sqrt(B) sinc(B t) exp(2 pi i C t), ours is its real part over sqrt(B)
+    # shan with bandwidth 1/2 and centre 3/4: psi = sqrt(B) sinc(B t) exp(2 pi i C t), ours is its real part over
+    # sqrt(B)
     shannon, at = pywt.ContinuousWavelet("shan0.5-0.75").wavefun(length=201)
     got = expansions.shannon_wavelet().phi(torch.from_numpy(at))[..., 0]
     agree("shannon", got, torch.from_numpy(shannon.real / math.sqrt(0.5)))
@@ -271,7 +272,8 @@ def test_the_hybrid_holds_one_of_each():
     x = X.numpy()
     expected = [
         scipy.stats.norm.logpdf(x), scipy.stats.cauchy.logpdf(x), scipy.stats.chi2.logpdf(squashed(x), 1),
-        scipy.stats.gamma.logpdf(squashed(x), 0.5), scipy.stats.laplace.logpdf(x), scipy.stats.expon.logpdf(squashed(x)),
+        scipy.stats.gamma.logpdf(squashed(x), 0.5), scipy.stats.laplace.logpdf(x),
+        scipy.stats.expon.logpdf(squashed(x)),
     ]  # fmt: skip
     agree("hybrid", expansions.hybrid_probabilistic().phi(X), torch.from_numpy(np.stack(expected, -1)))
 
@@ -446,7 +448,8 @@ def test_every_class_resolves_or_waits_for_a_reason(family):
     assert sum(map(len, CLASSES["classes"].values())) == 228
 
 
-# -- in blocks of rows ---------------------------------------------------------------------------------------------------
+# -- in blocks of rows
+# ---------------------------------------------------------------------------------------------------
 
 
 def outcome(e, x, g):

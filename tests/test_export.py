@@ -64,7 +64,8 @@ def elsewhere(folder, code):
 
 
 def test_a_file_runs_elsewhere_for_every_length(tmp_path):
-    """Masks, resets, two programs in one file, parameters that learn: values and gradients of this process, to 1e-10."""
+    """Masks, resets, two programs in one file, parameters that learn: values and gradients of this process,
+    to 1e-10."""
     torch.manual_seed(0)
     module = Two().double()
     T = Dim("T", min=2, max=512)

@@ -42,7 +42,8 @@ def test_a_first_call_loads_no_compiler(name: str) -> None:
 
 
 def _laid_out(seed: int) -> list[Tensor]:
-    """One to three tensors that broadcast, their axes in any order, with gaps, of one number along an axis, or of none."""
+    """One to three tensors that broadcast, their axes in any order, with gaps, of one number along an axis,
+    or of none."""
     r, g = random.Random(seed), torch.Generator().manual_seed(seed)
     shape = [r.choice([1, 2, 3, 5]) for _ in range(r.randrange(5))]
     found = []
@@ -72,12 +73,17 @@ _X, _I = torch.ones(3, 4), torch.ones(3, 4, dtype=torch.int64)
 _OPS = {
     "promotion": (aten.add.Tensor, (_X.half(), _X.double())), "a number": (aten.div.Tensor, (_I, 2)),
     "whole numbers": (aten.remainder.Scalar, (_I, 2)), "comparison": (aten.le.Scalar, (_X, 0.0)),
-    "where": (aten.where.self, (_X > 0, _X, _X[0])), "number of no axis": (aten.mul.Tensor, (_X.half(), torch.tensor(2.0))),
-    "mean": (aten.mean.dim, (_X, [1], True)), "several": (aten.var_mean.correction, (_X, [0])), "cat": (aten.cat.default, ([_X, _X], 1)),
-    "product": (aten.mm.default, (_X, _X.t())), "like": (aten.ones_like.default, (_X.t(),)), "sort": (aten.sort.default, (_X,)),
+    "where": (aten.where.self, (_X > 0, _X, _X[0])),
+    "number of no axis": (aten.mul.Tensor, (_X.half(), torch.tensor(2.0))),
+    "mean": (aten.mean.dim, (_X, [1], True)), "several": (aten.var_mean.correction, (_X, [0])),
+    "cat": (aten.cat.default, ([_X, _X], 1)),
+    "product": (aten.mm.default, (_X, _X.t())), "like": (aten.ones_like.default, (_X.t(),)),
+    "sort": (aten.sort.default, (_X,)),
     "gather": (aten.gather.default, (_X, 0, _I)), "norm": (aten.native_layer_norm.default, (_X, [4], None, None, 1e-5)),
-    "cumsum": (aten.cumsum.default, (_X.t(), 0)), "triangle": (aten.tril.default, (_X,)), "view": (aten.transpose.int, (_X, 0, 1)),
-    "arange": (aten.arange.start, (1, 5)), "full": (aten.full.default, ([2, 3], 1)), "softmax": (aten._softmax.default, (_X, -1, False)),
+    "cumsum": (aten.cumsum.default, (_X.t(), 0)), "triangle": (aten.tril.default, (_X,)),
+    "view": (aten.transpose.int, (_X, 0, 1)),
+    "arange": (aten.arange.start, (1, 5)), "full": (aten.full.default, ([2, 3], 1)),
+    "softmax": (aten._softmax.default, (_X, -1, False)),
 }  # fmt: skip
 
 
@@ -132,7 +138,8 @@ def test_an_op_in_place_is_what_its_tensor_is_from_then_on() -> None:
 @pytest.mark.parametrize(
     "f",
     [
-        lambda x: x + float(x.sum()), lambda x: x[x > 0], lambda x: torch.func.grad(lambda y: y.sum())(x), lambda x: x.to("meta"),
+        lambda x: x + float(x.sum()), lambda x: x[x > 0], lambda x: torch.func.grad(lambda y: y.sum())(x),
+        lambda x: x.to("meta"),
         lambda x: torch.vmap(torch.sin)(x), lambda x: torch.fft.fft(x).real, lambda x: x.unsqueeze_(0),
         lambda x: torch.add(x, x, out=torch.empty(2)),
     ],

@@ -1,4 +1,5 @@
-"""A formula is the function: every expansion, reconciliation, remainder and fusion, as numbers and as text that sympy reads."""
+"""Formulas are the function: any expansion, reconciliation, remainder, fusion, as numbers,
+as text that sympy reads."""
 
 import numpy as np
 import pytest

@@ -446,7 +446,8 @@ def test_a_weight_reached_through_a_global_is_refused(monkeypatch):
 _HELD: dict = {}
 
 
-# -- tokens are proved apart in all three -------------------------------------------------------------------------------
+# -- tokens are proved apart in all three
+# -------------------------------------------------------------------------------
 
 MIXING = {
     "mean": (lambda p, t: (p - t).square().mean(), r"shape \(\).*reduction='none'"),
@@ -664,7 +665,8 @@ def test_a_function_that_is_another_one_at_each_call_is_refused(number):
             df.derive(learner, lambda p, v: (p - v).square().sum(-1) * number(), **options)
 
 
-# -- threads ------------------------------------------------------------------------------------------------------------
+# -- threads
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_first_calls_from_many_threads():
@@ -805,7 +807,8 @@ def test_a_trace_elsewhere_between_forward_and_backward(hold, part):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-# -- the house ----------------------------------------------------------------------------------------------------------
+# -- the house
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_else_calls_objective_or_rule():
@@ -831,7 +834,8 @@ def imports_of(tree):
 
 
 def looks_at_user_code(tree):
-    """Where a module reads `.objective` other than through a door, or runs `.step` of something that it calls a rule."""
+    """Where a module reads `.objective` other than through a door,
+    or runs `.step` of something that it calls a rule."""
     return [
         ast.unparse(node)
         for node in ast.walk(tree)
@@ -844,8 +848,8 @@ def looks_at_user_code(tree):
     ]
 
 
-# The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and a trial of
-# its width (front_door). spelling traces definitions of ops.
+# The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and
+# a trial of its width (front_door). spelling traces definitions of ops.
 APART = {"primal", "rules", "objectives", "front_door"}
 TRACERS = {"front_door": {"trace", "Twin"}, "spelling": {"trace"}, "program": {"Twin"}}
 

@@ -1,4 +1,4 @@
-"""`generate` works unmodified: streams, drafts that are taken back, saved states, prompts of every length; nonsense is named."""
+"""`generate` works unmodified: streams, drafts taken back, saved states, prompts of all lengths; nonsense is named."""
 
 import copy
 import threading
@@ -92,7 +92,8 @@ def test_generation_goes_on_from_a_filled_cache(model, ids, seen, options):
 @pytest.mark.parametrize(
     ("wrong", "options", "message"),
     [
-        (lambda x: x[:, :3], {}, r"generate: input_ids has 3 columns and the cache has read 9 columns; .*read \+ new\) = \(1, 12\)"),
+        (lambda x: x[:, :3], {}, r"generate: input_ids has 3 columns and the cache has read 9 columns; "
+        r".*read \+ new\) = \(1, 12\)"),
         (lambda x: x[:, 9:], {}, r"input_ids has \[.*\] before column 9, not \[.*\], and the cache has read 9 columns"),
         (lambda x: x[:, 9:], {"attention_mask": torch.ones(1, 21), "prompt_lookup_num_tokens": 3}, "holds new columns only"),
     ],
@@ -124,7 +125,8 @@ def test_only_what_was_recorded_is_taken_back(model, ids):
 
 
 def test_a_copy_takes_back_what_it_read_itself(model, ids):
-    """A cache that is copied while it records, as for trying several drafts: neither the copy nor the original is spoilt."""
+    """A cache that is copied while it records, as for trying several drafts:
+    neither the copy nor the original is spoilt."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         want = model(ids).logits
@@ -164,7 +166,8 @@ def test_several_answers_go_on_from_a_filled_cache(model, options, only_new):
 
 @pytest.mark.parametrize("kind", ["learner", "hybrid"])
 def test_tokens_written_over_the_state_change_nothing(kind, ids, monkeypatch):
-    """Greedy, beams that move, drafts that are taken back, a copy and what was read from the cache, with compiled steps."""
+    """Greedy, beams that move, drafts that are taken back, a copy and what was read from the cache,
+    with compiled steps."""
     monkeypatch.setattr(launch, "OPTIMISE", "-O0")
     model, calls = build(kind), []
     wanted = [greedy(model, ids), greedy(model, ids, num_beams=3), greedy(model, ids, prompt_lookup_num_tokens=4)]
@@ -297,7 +300,8 @@ def with_cache(model, ids):
             lambda m, x: m(
                 x, past_key_values=with_cache(build("hybrid", num_hidden_layers=4, layer_types=["test_time"] * 4), x)
             ),
-            r"layer 1 is a filled FastWeightCache; expected DocumentCache of window None for a layer of kind 'full_attention'",
+            r"layer 1 is a filled FastWeightCache; expected DocumentCache of window None for a layer of kind "
+            r"'full_attention'",
         ),
         (
             lambda m, x: m(x, past_key_values=with_cache(build("hybrid", sliding_window=4), x)),

@@ -201,7 +201,8 @@ def test_a_number_that_is_no_multiple_of_rows_is_refused(monkeypatch, lost):
 
 
 def test_a_number_that_only_looks_like_one_of_rows_is_caught(monkeypatch):
-    """A user's number that a multiple of ROWS happens to be would follow the rows: over another number of rows it stays."""
+    """A user's number that a multiple of ROWS happens to be would follow the rows:
+    over another number of rows it stays."""
     gm = traced(lambda x: (x * 2.0).narrow(0, 0, 2), torch.randn(3, 4))
     monkeypatch.setattr(batched, "ROWS", 2)
     monkeypatch.setattr(batched, "_without_rows", lambda gm: gm)

@@ -1,4 +1,4 @@
-"""The grid puts every valid token into its mini-batch, in order, whatever the padding, resets and starting positions."""
+"""The grid puts every valid token into its mini-batch, in order, whatever the padding, resets and first positions."""
 
 from dataclasses import replace
 from itertools import chain
@@ -109,7 +109,8 @@ masks = {
 @pytest.mark.parametrize("mask", list(masks))
 @pytest.mark.parametrize("learner", [Unit, lambda: df.learners.MLP(depth=2)(4)], ids=["singular", "mlp"])
 def test_padding_reaches_nothing(learner, mask, fill, resets):
-    """Outputs, state and every gradient are those of harmless padding, in both forms, carried state and gates included."""
+    """Outputs, state and every gradient are those of harmless padding, in both forms,
+    carried state and gates included."""
     torch.manual_seed(0)
     program = df.derive(learner().double(), rule=df.rules.SGD(momentum=0.3, decay=0.1), chunk=3)
     p = laws.draw(program, time=5, carried=True)

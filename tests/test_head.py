@@ -141,7 +141,8 @@ def test_stacks_go_to_text_and_back(tmp_path):
     assert torch.equal(again(x), stack(x))
 
 
-# -- known networks, each against its own definition --------------------------------------------------------------------
+# -- known networks, each against its own definition
+# --------------------------------------------------------------------
 
 
 def test_mlp_is_linear_layers():
@@ -264,7 +265,8 @@ bad = [
     (lambda: df.Head(3, 2, reconciliation=("low_rank", {"rank": 0})), "rank is 0"),
     (lambda: df.Head(3, 2, remainder="identity"), "n is 2; expected n = m = 3"),
     (lambda: df.Head(3, 4, channels=3, fusion="concatenation"), "n is 4; expected a multiple of channels = 3"),
-    (lambda: df.Head(3, 4, channels=2, fusion=("parameterized_concatenation", {"n": 3})), "gives 3 outputs; expected n = 4"),
+    (lambda: df.Head(3, 4, channels=2, fusion=("parameterized_concatenation", {"n": 3})), "gives 3 outputs; "
+    "expected n = 4"),
     (lambda: df.Head(3, 2, interdependence="graph"), "interdependence is 'graph'; expected interdependence = None"),
     (lambda: df.Head(10_000, 2, expansion=("taylor", {"degree": 3})), "1,000,100,010,000"),
     (lambda: df.Head(3, 2)(torch.zeros(5, 4)), "x has shape (5, 4); expected (..., m) with m = 3"),

@@ -32,7 +32,8 @@ def test_reconciliations_notice():
     wrong = {
         "gradient": Spoilt(real, call=lambda w, n, D, c=None: real(w, n, D) * (torch.arange(D) > 0)),
         "apply": Spoilt(real, apply=lambda kappa, w, n: real.apply(kappa, w, n) if w.shape[0] != 10 else 2 * real.apply(kappa, w, n)),
-        "w of a wrong length": Spoilt(real, call=lambda w, n, D, c=None: real(w[:10] if len(w) > 9 else w.new_zeros(10), n, D)),
+        "w of a wrong "
+        "length": Spoilt(real, call=lambda w, n, D, c=None: real(w[:10] if len(w) > 9 else w.new_zeros(10), n, D)),
         "shape": Spoilt(real, call=lambda w, n, D, c=None: real(w, n, D).mT),
         "dense again": Spoilt(real, call=lambda w, n, D, c=None: real(w, n, D) + (c is None)),
     }  # fmt: skip
@@ -46,7 +47,8 @@ def test_remainders_notice():
     real = df.remainders.linear()
     for name, call in {
         "shape": lambda x, n, w=None, b=None: real(x, n, w, b).sum(-1),
-        "rows alone": lambda x, n, w=None, b=None: real(x, n, w, b) + (x.mean(0).sum() if x.ndim > 1 and x.shape[0] else 0),
+        "rows alone": lambda x, n, w=None,
+        b=None: real(x, n, w, b) + (x.mean(0).sum() if x.ndim > 1 and x.shape[0] else 0),
         "no w": lambda x, n, w=None, b=None: real(x, n, x.new_ones(n, x.shape[-1]) if w is None else w, b),
         "gradient": lambda x, n, w=None, b=None: real(x, n, w * 0 if w is not None else w, b),
     }.items():  # fmt: skip
@@ -57,7 +59,8 @@ def test_fusions_notice():
     real = df.fusions.parameterized_concatenation(n=2)
     for name, call in {
         "shape": lambda xs, w=None, n=None: real(xs, w, n).sum(-1, keepdim=True),
-        "rows alone": lambda xs, w=None, n=None: real(xs, w, n) + (xs[0].mean(0).sum() if xs[0].ndim == 2 and len(xs[0]) else 0),
+        "rows alone": lambda xs, w=None,
+        n=None: real(xs, w, n) + (xs[0].mean(0).sum() if xs[0].ndim == 2 and len(xs[0]) else 0),
         "w of a wrong length": lambda xs, w=None, n=None: real(xs, w if w is None else w[:24], n),
     }.items():  # fmt: skip
         assert name in bites(laws.check_fusion, Spoilt(real, call=call), (4, 4, 4)), name

@@ -58,7 +58,8 @@ def test_expansions_are_hidden_states(e):
 def test_a_head_of_everything():
     made = learner(
         expansion="legendre", reconciliation=("lphm", {"rank": 1}), channels=2,
-        fusion="lowrank_parameterized_concatenation", remainder=("linear", {"activation": "silu", "inside": True, "bias": True}),
+        fusion="lowrank_parameterized_concatenation",
+        remainder=("linear", {"activation": "silu", "inside": True, "bias": True}),
     )  # fmt: skip
     laws_of(made, 0)
     laws.check_static(df.derive(made, rule=rule, chunk=2), made, time=3)
@@ -114,7 +115,8 @@ def test_bad_widths_raise_when_built():
         spec(4)
 
 
-# -- leaves in pieces ----------------------------------------------------------------------------------------------------
+# -- leaves in pieces
+# ----------------------------------------------------------------------------------------------------
 
 
 class Sliced(torch.nn.Module):

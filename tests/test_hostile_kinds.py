@@ -385,7 +385,8 @@ def test_the_third_derivative_of_an_instance_norm():
         agree("third", third(lambda x: F.instance_norm(x) + x.sin()), third(lambda x: spelled(x) + x.sin()))
 
 
-# -- complex constants --------------------------------------------------------------------------------------------------
+# -- complex constants
+# --------------------------------------------------------------------------------------------------
 
 
 def turned(x, by):
@@ -422,7 +423,8 @@ def test_complex_constants(run):
     check_forms(df.derive(Tables(run), rule=df.rules.SGD(lr=0.2), chunk=3), time=5)
 
 
-# -- what cannot be read, and what is where -----------------------------------------------------------------------------
+# -- what cannot be read, and what is where
+# -----------------------------------------------------------------------------
 
 
 def changed(box):
@@ -441,9 +443,12 @@ def changed(box):
 
 BOXES = {
     "Random": lambda: random.Random(0), "bytearray": lambda: bytearray(b"ab"), "count": lambda: itertools.count(3),
-    "Generator": lambda: numpy.random.default_rng(0), "UserDict": lambda: collections.UserDict(a=1), "deque": lambda: collections.deque([1]),
-    "UserList": lambda: collections.UserList([1]), "array": lambda: array("d", [1.0]), "defaultdict": lambda: collections.defaultdict(list, {1: [2]}),
-    "ChainMap": lambda: collections.ChainMap({1: 2}), "iterator": lambda: iter([1, 2]), "cycle": lambda: itertools.cycle([1, 2]),
+    "Generator": lambda: numpy.random.default_rng(0), "UserDict": lambda: collections.UserDict(a=1),
+    "deque": lambda: collections.deque([1]),
+    "UserList": lambda: collections.UserList([1]), "array": lambda: array("d", [1.0]),
+    "defaultdict": lambda: collections.defaultdict(list, {1: [2]}),
+    "ChainMap": lambda: collections.ChainMap({1: 2}), "iterator": lambda: iter([1, 2]),
+    "cycle": lambda: itertools.cycle([1, 2]),
 }  # fmt: skip
 
 
@@ -489,7 +494,8 @@ def test_the_border_names_what_is_wrong():
         (lambda: program(x, x, x, mask=torch.ones(1, 5, dtype=torch.bool, device="meta")), r"mask is on meta; expected q's device = cpu"),
         (lambda: program(x, x, away), r"v is on meta; expected q's device = cpu"),
         (lambda: program(x, x, x, {"lr": x[..., 0].to("meta")}), r"gates\['lr'\] is on meta"),
-        (lambda: program(away, away, away, state=state), r"state's anchor.weight is on cpu; expected q's device = meta"),
+        (lambda: program(away, away, away, state=state), r"state's anchor.weight is on cpu; "
+        r"expected q's device = meta"),
     ):  # fmt: skip
         with pytest.raises(ShapeError, match=message):
             call()

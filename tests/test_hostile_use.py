@@ -1,4 +1,4 @@
-"""How programs are used: everything that Python lets a caller change between two calls is seen, and nothing else costs a trace."""
+"""How programs are used: what a caller changes between two calls is seen, and nothing else costs a trace."""
 
 import functools
 import logging

@@ -251,18 +251,23 @@ def test_import_is_light(installed):
 # What one place does: (what a second place would write, the files that may).
 ONE_PLACE = {
     "nodes are added": (r"\.call_function\(|\.create_node\(|\.placeholder\(", {"graphs/edit.py", "graphs/recorder.py", "graphs/verify.py", "learning/shipped.py", "kernels/targets.py"}),
-    "inputs and results are found": (r'n\.op == "placeholder"\]|find_nodes\(op="(placeholder|output)"|\.op == "output"\]', {"graphs/edit.py"}),
+    "inputs and results are "
+    "found": (r'n\.op == "placeholder"\]|find_nodes\(op="(placeholder|output)"|\.op == "output"\]', {"graphs/edit.py"}),
     "a graph is cut": (r"networkx|maximum_flow|def minimum_cut", {"graphs/cut.py"}),
     "equal calls are one": (r"def (without_repeats|\w*_cse)|fx_graph_cse", {"graphs/edit.py"}),
     "what is reached is collected": (r"def _?(reached|needed)\(", {"graphs/edit.py"}),
     "closed-over tensors are found and lifted": (r'find_nodes\(op="get_attr"', {"graphs/edit.py"}),
-    "a graph is run node by node": (r"\w+\[(n|node)\] = (n|node)\.target\(|fx\.Interpreter", {"graphs/edit.py", "kernels/lowering.py"}),
-    "an expand is left to broadcasting": (r"def _?\w*(broadcasts|expands?)\w*\(graph|def broadcasts\(", {"graphs/edit.py", "graphs/straight_line.py", "graphs/regroup.py"}),
+    "a graph is run node by "
+    "node": (r"\w+\[(n|node)\] = (n|node)\.target\(|fx\.Interpreter", {"graphs/edit.py", "kernels/lowering.py"}),
+    "an expand is left to "
+    "broadcasting": (r"def _?\w*(broadcasts|expands?)\w*\(graph|def "
+    r"broadcasts\(", {"graphs/edit.py", "graphs/straight_line.py", "graphs/regroup.py"}),
     "a contraction is planned": (r"opt_einsum\.(paths|contract)|DynamicProgramming\(", {"algebra/planner.py"}),
     "what is remembered is bounded": (r"OrderedDict|\.popitem\(", {"bounded.py"}),
     "an op has a sign in Python": (r'mm[.\w"]*: "@"|mul[.\w"]*: "[*]"|"\{0\} @ \{1\}', {"ops/products.py"}),
     "gelu is spelt out": (r"0\.044715", {"ops/elementary.py", "functions/symbolic.py"}),
-    "forms are known by name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
+    "forms are known by "
+    "name": (r'form == "|"dual", "primal"', {"learning/forms.py", "learning/op.py", "learning/program.py"}),
 }  # fmt: skip
 
 
@@ -278,7 +283,8 @@ def test_an_idea_has_one_place(idea):
 
 
 def watch(run, look):
-    """Run with `look(frame, handed)` at each function of ours that this thread enters or leaves: its arguments, or its result."""
+    """Run with `look(frame, handed)` at each function of ours that this thread enters or leaves: its arguments,
+    or its result."""
 
     def see(frame, event, result):
         code = frame.f_code
@@ -325,10 +331,12 @@ def tensors_in(value):
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_no_value_is_repackaged_more_than_twice(learns):
-    """From the layer's call of its program to the run that a backend is given: a value is in one record, then in two more.
+    """From the layer's call of its program to the run that a backend is given: a value is in one record,
+    then in two more.
 
-    Counted are records of ours, and lists, that a function of ours is given or gives and that hold the value's memory. What holds
-    such a record is not another one, nor is a list of the same memory: torch copies the list that an op is given.
+    Counted are records of ours, and lists, that a function of ours is given or gives and that hold the value's memory.
+    What holds such a record is not another one, nor is a list of the same memory: torch copies the list that an op is
+    given.
     """
     layer, x = eager_layer(), torch.randn(2, 11, 20)
     with torch.no_grad():
@@ -371,6 +379,22 @@ def test_a_file_is_read_in_one_sitting():
     assert long <= TO_CUT, f"over 450 lines: {sorted(long - TO_CUT)}: cut them by their ideas"
 
 
+ROWS_OF_TABLES = re.compile(r'examples=|call\(|"[^"]*"(, |: |\))')
+
+
+def test_long_lines_are_rows_of_tables():
+    """A line is longer than 120 characters in the ops' tables of rows alone."""
+    long = [
+        f"{p.relative_to(SOURCE)}:{k}"
+        for p in modules
+        for k, line in enumerate(p.read_text().splitlines(), 1)
+        if len(line) > 120
+        and str(p.relative_to(SOURCE)) not in TO_CUT
+        and not (p.parent.name == "ops" and ROWS_OF_TABLES.search(line))
+    ]
+    assert not long, f"lines of more than 120 characters: {long}"
+
+
 TYPED = ["call", "plan", "loop", "op", "backends"]
 
 
@@ -401,7 +425,8 @@ def names_op(x):
 
 
 def lists_of_ops(text):
-    """Lines of literal sets, lists, tuples and keys, most of which name ops, three or more; and of strings of nothing else."""
+    """Lines of literal sets, lists, tuples and keys, most of which name ops, three or more;
+    and of strings of nothing else."""
     for node in ast.walk(ast.parse(text)):
         found = node.elts if isinstance(node, ast.Set | ast.List | ast.Tuple) else []
         found = node.keys if isinstance(node, ast.Dict) else found
@@ -424,8 +449,10 @@ def test_no_list_of_ops_stands_outside_the_rows():
 @pytest.mark.parametrize(
     "text",
     [
-        "odd = {aten.sum.dim_IntList, aten.mean.dim, aten.t.default}", "texts = {'exp': 'exp({0})', 'log': 'log({0})', 'tanh': 'tanh({0})'}",
-        "for op in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.mv): ...", "names = 'view reshape expand'.split()",
+        "odd = {aten.sum.dim_IntList, aten.mean.dim, aten.t.default}",
+        "texts = {'exp': 'exp({0})', 'log': 'log({0})', 'tanh': 'tanh({0})'}",
+        "for op in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.mv): ...",
+        "names = 'view reshape expand'.split()",
         "if name in ['aten::split', 'aten::chunk', 'aten::unbind']: ...",
     ],
 )  # fmt: skip

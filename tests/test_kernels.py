@@ -46,51 +46,76 @@ def _quick(monkeypatch):
 # -- one op at a time ------------------------------------------------------------------------------------------------
 
 one_argument = (
-    "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma tan ceil trunc asinh "
-    "erfc exp2 log2 log10 digamma i0 special.i1 special.i0e special.i1e special.erfcx"
+    "neg exp log tanh sigmoid erf sqrt abs rsqrt reciprocal sin cos sign relu log1p expm1 atan sinh cosh floor lgamma "
+    "tan ceil trunc asinh erfc exp2 log2 log10 digamma i0 special.i1 special.i0e special.i1e special.erfcx"
 )
 two = "fmod remainder atan2 hypot copysign fmax fmin logical_xor"
 entries = [lambda x, y, f=f: operator.attrgetter(f)(torch)(x) for f in one_argument.split()]
 entries += [lambda x, y, f=f: getattr(torch, f)(5 * x - 3, y) for f in two.split()]
 entries += [
-    lambda x, y: (5 * x - 3).round() * x, lambda x, y: x.round(decimals=1), lambda x, y: (1 + x).acosh(), lambda x, y: (x - 0.5).atanh(),
+    lambda x, y: (5 * x - 3).round() * x, lambda x, y: x.round(decimals=1), lambda x, y: (1 + x).acosh(), lambda x,
+    y: (x - 0.5).atanh(),
     lambda x, y: (x - 1.2).erfinv(), lambda x, y: torch.special.ndtri(x - 0.19),
-    lambda x, y: torch.polygamma(2, x), lambda x, y: torch.polygamma(1, x), lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="floor"),
+    lambda x, y: torch.polygamma(2, x), lambda x, y: torch.polygamma(1, x), lambda x,
+    y: torch.div(3 - 5 * x, y, rounding_mode="floor"),
     lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="trunc"), lambda x, y: (x - 0.7).signbit() * y,
-    lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y,
-    lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: ~(x > 0.7) * y, lambda x, y: (5 * x).bool() * y, lambda x, y: (9 * x - 5).long() * y,
-    lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x,
+    lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x,
+    y: torch.where(x > 0.7, -torch.inf, x).isinf() * y,
+    lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: ~(x > 0.7) * y, lambda x, y: (5 * x).bool() * y, lambda x,
+    y: (9 * x - 5).long() * y,
+    lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x,
+    y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x,
 ] + [
-    lambda x, y: (0.3 * x).asin(), lambda x, y: (0.3 * x).acos(), lambda x, y: x + y, lambda x, y: torch.add(x, y, alpha=2),
-    lambda x, y: x - y, lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x, lambda x, y: x * y, lambda x, y: x / y,
+    lambda x, y: (0.3 * x).asin(), lambda x, y: (0.3 * x).acos(), lambda x, y: x + y, lambda x,
+    y: torch.add(x, y, alpha=2),
+    lambda x, y: x - y, lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x, lambda x, y: x * y, lambda x,
+    y: x / y,
     lambda x, y: x**y, lambda x, y: x**3, lambda x, y: x**-1, lambda x, y: 1.5**x, torch.maximum, torch.minimum,
-    lambda x, y: x.clamp(0.6, 0.9), lambda x, y: torch.where((x > y) & (x != 0.5), x, y), lambda x, y: ((x <= y) | (y < 0.4)) * x,
+    lambda x, y: x.clamp(0.6, 0.9), lambda x, y: torch.where((x > y) & (x != 0.5), x, y), lambda x,
+    y: ((x <= y) | (y < 0.4)) * x,
     lambda x, y: (x >= y).logical_not() * y, lambda x, y: (x == y) * x, lambda x, y: x.tril(1), lambda x, y: x.triu(-1),
-    lambda x, y: torch.eye(*x.shape, dtype=x.dtype) + x, lambda x, y: torch.arange(x.shape[1]) * x, lambda x, y: torch.full_like(x, 7.0),
+    lambda x, y: torch.eye(*x.shape, dtype=x.dtype) + x, lambda x, y: torch.arange(x.shape[1]) * x, lambda x,
+    y: torch.full_like(x, 7.0),
     lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x.clone(), lambda x, y: x - x.amax(1, keepdim=True),
     lambda x, y: x / x.sum(0), lambda x, y: x * x.mean() + x.amin(), lambda x, y: x * x.prod(-1, keepdim=True),
-    lambda x, y: torch.cat([x[:, 2:], y[:, :2]], 1), lambda x, y: x @ y.T @ x, lambda x, y: (x.T @ (x @ y[0])) @ y.T @ x.new_ones(*x.shape),
-    lambda x, y: torch.nn.functional.pad(x[1:], (0, 0, 1, 0)), lambda x, y: torch.bmm(x[:, :, None], y[:, None, :]).sum(2) + x,
+    lambda x, y: torch.cat([x[:, 2:], y[:, :2]], 1), lambda x, y: x @ y.T @ x, lambda x,
+    y: (x.T @ (x @ y[0])) @ y.T @ x.new_ones(*x.shape),
+    lambda x, y: torch.nn.functional.pad(x[1:], (0, 0, 1, 0)), lambda x,
+    y: torch.bmm(x[:, :, None], y[:, None, :]).sum(2) + x,
 ]  # fmt: skip
 
 
 # What picks, puts and orders; with entries that are equal, and some that are no numbers.
 places = torch.tensor([[4, 0, 1, 3, 2]] * 3), torch.tensor([[1, 1, -1, 0, 1], [4, 0, 2, 2, 3]])
 picks = [
-    lambda x, y, P, Q: x.gather(1, P), lambda x, y, P, Q: x.gather(-1, x.argsort(-1, descending=True)), lambda x, y, P, Q: x[:2].gather(0, Q[:1] % 2).sum(0),
-    lambda x, y, P, Q: x.scatter_add(1, P % 3, y), lambda x, y, P, Q: x[:, :4].scatter_add(0, Q[1:, :4] % 3, y).sum(), lambda x, y, P, Q: x.scatter(1, P, y),
-    lambda x, y, P, Q: x.scatter(1, P[:, :2], 0.5), lambda x, y, P, Q: x.scatter(0, Q[1:, :3] % 3, y), lambda x, y, P, Q: (x > 0.7).long().sort(-1)[1] * x,
-    lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(-1)[1] * y, lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(0, descending=True)[1] * y,
-    lambda x, y, P, Q: torch.sort(torch.where(x > 0.9, torch.nan, x), stable=True, dim=-1, descending=True)[1] * y, lambda x, y, P, Q: x.sort(0)[0] * y,
-    lambda x, y, P, Q: torch.where(x > 0.9, torch.nan, x).sort(-1)[1] * y, lambda x, y, P, Q: torch.where(x > 0.7, torch.nan, x).argmax(1, keepdim=True) * y,
-    lambda x, y, P, Q: x.argmin() * y, lambda x, y, P, Q: x.max(0)[1] * y, lambda x, y, P, Q: x.cumsum(1), lambda x, y, P, Q: x.cumprod(0), lambda x, y, P, Q: x.logcumsumexp(-1),
-    lambda x, y, P, Q: x[Q[0] % 3, Q[1]], lambda x, y, P, Q: x[:, None].expand(3, 2, 5)[Q[0] % 3, :, Q[1]].sum(1), lambda x, y, P, Q: x[:, Q].sum(2).sum(1, True),
-    lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0]), lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0], accumulate=True),
-    lambda x, y, P, Q: x.index_put((Q[1][:4] % 3,), y[:1]), lambda x, y, P, Q: torch.diagonal_scatter(x, y[:, 0], 1), lambda x, y, P, Q: torch.diagonal_scatter(x, y[1:, 0], -1),
-    lambda x, y, P, Q: x.diagonal_scatter(x.diagonal() + 1), lambda x, y, P, Q: torch.nn.functional.embedding(Q[0] % 3, x)[:3], lambda x, y, P, Q: x.index_select(1, Q[1]),
-    lambda x, y, P, Q: x.index_add(1, Q[1], y), lambda x, y, P, Q: x.flip(0, 1), lambda x, y, P, Q: x / x.var(1, keepdim=True) + x.var(0, correction=0),
-    lambda x, y, P, Q: x.std() * x, lambda x, y, P, Q: x.clamp(y - 0.1, y + 0.1), lambda x, y, P, Q: x.repeat(2, 3)[2:5, 4:9], lambda x, y, P, Q: x.unfold(1, 3, 2).sum(-1).sum(1, True),
-    lambda x, y, P, Q: torch.nn.functional.pad(x, (-1, 1, 2, -2), value=3.0), lambda x, y, P, Q: torch.where(x > 0.7, 0.1, 0.2) + x,
+    lambda x, y, P, Q: x.gather(1, P), lambda x, y, P, Q: x.gather(-1, x.argsort(-1, descending=True)), lambda x, y, P,
+    Q: x[:2].gather(0, Q[:1] % 2).sum(0),
+    lambda x, y, P, Q: x.scatter_add(1, P % 3, y), lambda x, y, P, Q: x[:, :4].scatter_add(0, Q[1:, :4] % 3, y).sum(),
+    lambda x, y, P, Q: x.scatter(1, P, y),
+    lambda x, y, P, Q: x.scatter(1, P[:, :2], 0.5), lambda x, y, P, Q: x.scatter(0, Q[1:, :3] % 3, y), lambda x, y, P,
+    Q: (x > 0.7).long().sort(-1)[1] * x,
+    lambda x, y, P, Q: torch.where(x > 0.7, 0.7, x).sort(-1)[1] * y, lambda x, y, P,
+    Q: torch.where(x > 0.7, 0.7, x).sort(0, descending=True)[1] * y,
+    lambda x, y, P, Q: torch.sort(torch.where(x > 0.9, torch.nan, x), stable=True, dim=-1, descending=True)[1] * y,
+    lambda x, y, P, Q: x.sort(0)[0] * y,
+    lambda x, y, P, Q: torch.where(x > 0.9, torch.nan, x).sort(-1)[1] * y, lambda x, y, P,
+    Q: torch.where(x > 0.7, torch.nan, x).argmax(1, keepdim=True) * y,
+    lambda x, y, P, Q: x.argmin() * y, lambda x, y, P, Q: x.max(0)[1] * y, lambda x, y, P, Q: x.cumsum(1), lambda x, y,
+    P, Q: x.cumprod(0), lambda x, y, P, Q: x.logcumsumexp(-1),
+    lambda x, y, P, Q: x[Q[0] % 3, Q[1]], lambda x, y, P, Q: x[:, None].expand(3, 2, 5)[Q[0] % 3, :, Q[1]].sum(1),
+    lambda x, y, P, Q: x[:, Q].sum(2).sum(1, True),
+    lambda x, y, P, Q: x.index_put((Q[0] % 3, Q[1]), y[0]), lambda x, y, P,
+    Q: x.index_put((Q[0] % 3, Q[1]), y[0], accumulate=True),
+    lambda x, y, P, Q: x.index_put((Q[1][:4] % 3,), y[:1]), lambda x, y, P, Q: torch.diagonal_scatter(x, y[:, 0], 1),
+    lambda x, y, P, Q: torch.diagonal_scatter(x, y[1:, 0], -1),
+    lambda x, y, P, Q: x.diagonal_scatter(x.diagonal() + 1), lambda x, y, P,
+    Q: torch.nn.functional.embedding(Q[0] % 3, x)[:3], lambda x, y, P, Q: x.index_select(1, Q[1]),
+    lambda x, y, P, Q: x.index_add(1, Q[1], y), lambda x, y, P, Q: x.flip(0, 1), lambda x, y, P,
+    Q: x / x.var(1, keepdim=True) + x.var(0, correction=0),
+    lambda x, y, P, Q: x.std() * x, lambda x, y, P, Q: x.clamp(y - 0.1, y + 0.1), lambda x, y, P,
+    Q: x.repeat(2, 3)[2:5, 4:9], lambda x, y, P, Q: x.unfold(1, 3, 2).sum(-1).sum(1, True),
+    lambda x, y, P, Q: torch.nn.functional.pad(x, (-1, 1, 2, -2), value=3.0), lambda x, y, P,
+    Q: torch.where(x > 0.7, 0.1, 0.2) + x,
 ]  # fmt: skip
 
 
@@ -294,13 +319,15 @@ def test_slices_with_resets_and_padding(sliced):
 
 
 def test_slices_of_a_state_that_waits_for_nothing(sliced):
-    """A cotangent that is carried on, made of nothing that is: the loop hands it on, and must have made it. It was memory as it lay."""
+    """A cotangent that is carried on, made of nothing that is: the loop hands it on, and must have made it.
+    It was memory as it lay."""
     laws.check_backend(of(learned[1], aims[1], "decay", 2), "cpp", batch=1, time=12)
 
 
 @pytest.mark.parametrize("again", [None, set])
 def test_a_split_hands_on_in_order_what_waits_for_nothing(again):
-    """The next state, made of no state: passed to the loop in its order, which texts show; or made again, and then in the loop."""
+    """The next state, made of no state: passed to the loop in its order, which texts show; or made again,
+    and then in the loop."""
     for _ in range(30):
         graph = fx.Graph()
         *state, x = [graph.placeholder(name) for name in (*"abcdefgh", "x")]
@@ -421,11 +448,13 @@ def test_two_calls_are_one():
     ("dtype", "drawn"),
     [
         (torch.bfloat16, {"time": 7}), (torch.bfloat16, {"time": 7, "ragged": True, "resets": True, "carried": True}),
-        (torch.bfloat16, {"time": 9, "batch": 1, "heads": 1}), (torch.float16, {"time": 3}), (torch.float32, {"time": 3}),
+        (torch.bfloat16, {"time": 9, "batch": 1, "heads": 1}), (torch.float16, {"time": 3}),
+        (torch.float32, {"time": 3}),
     ],
 )  # fmt: skip
 def test_fewer_digits_in_and_out_are_those_of_a_copy(dtype, drawn, backend, monkeypatch, request):
-    """To the bit: numbers are widened while they are read, and rounded while they are written. One in another type, too."""
+    """To the bit: numbers are widened while they are read, and rounded while they are written.
+    One in another type, too."""
     wide = torch.promote_types(torch.float32, dtype) if dtype != torch.float32 else DOUBLE
     if drawn.get("heads") == 1:
         request.getfixturevalue("sliced")
@@ -542,7 +571,8 @@ def test_an_op_without_a_row_is_named_with_its_line_or_left_to_eager(monkeypatch
     x = torch.randn(1, 6, 1, 4, dtype=DOUBLE)
     with pytest.raises(
         ValueError,
-        match=r"aten.igamma.default at return torch.igamma\(x.square\(\), \(x @ self.W\).square\(\)\)   \(test_kernels.py:\d+\)",
+        match=r"aten.igamma.default at return torch.igamma\(x.square\(\), "
+        r"\(x @ self.W\).square\(\)\)   \(test_kernels.py:\d+\)",
     ):
         program(x, x, x, backend="cpp")
     monkeypatch.setattr(backend, "WORTH_COMPILING", 0)
@@ -585,7 +615,8 @@ def program_named(path, script):
         ("echo \"unrecognized option '-std=c++17'\" >&2; exit 1", r"unrecognized option '-std=c\+\+17'"),
         ("case $1 in -O*) exit 0;; esac", "no folder takes compiled code"),
         ("case \"$*\" in *-o*) echo 'No space left on device' >&2; exit 1;; esac", "No space left on device"),
-        ("case \"$*\" in *-o*) while test \"$1\" != -o; do shift; done; echo no library > $2;; esac", "could not be loaded"),
+        ("case \"$*\" in *-o*) while test \"$1\" != -o; do shift; done; echo no library > $2;; "
+        "esac", "could not be loaded"),
     ],
     ids=["missing", "failing", "old", "silent", "full", "nonsense"],
 )  # fmt: skip
@@ -747,8 +778,8 @@ def test_a_schedule_counts_its_bytes(monkeypatch):
 def test_the_source_is_the_same_in_every_process():
     """Else nothing that was compiled once would be found again."""
     code = (
-        "import dualform as df, hashlib; p = df.derive(df.learners.MLP(depth=3)(6), rule=df.rules.SGD(momentum=0.9, decay=0.1), chunk=3);"
-        "print([hashlib.sha256(u.text.encode()).hexdigest() for u in p.schedule('cpp').values()])"
+        "import dualform as df, hashlib; p = df.derive(df.learners.MLP(depth=3)(6), rule=df.rules.SGD(momentum=0.9, "
+        "decay=0.1), chunk=3);print([hashlib.sha256(u.text.encode()).hexdigest() for u in p.schedule('cpp').values()])"
     )
     run = [sys.executable, "-c", code]
     first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout for _ in range(2))
@@ -774,7 +805,8 @@ def test_a_schedule_is_read():
 
 
 def test_slices():
-    """Of a linear learner's step the products of keys with queries do not wait for the state; what is put out leads nowhere."""
+    """Of a linear learner's step the products of keys with queries do not wait for the state;
+    what is put out leads nowhere."""
     schedule = of(built_in[0], squared, "sgd", 4).schedule("cpp")["forward"].parts["step:"]
     found = report.slices(schedule)
     assert {*found} == {*report.SLICES}

@@ -19,7 +19,8 @@ from dualform.learning import emit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, at the first jvp of a process
 
-# -- expressions of weights: a tree of lines, each with a number, mask, comparison, buffer, cast, index, norm or several results ---
+# -- expressions of weights: a tree of lines, each with a number, mask, comparison, buffer, cast, index, norm or several
+# results ---
 
 
 class Expression(Written):
@@ -36,24 +37,31 @@ class Expression(Written):
 LEAVES = ["self.W", "self.A @ self.B", "self.W.T", "torch.outer(self.g, self.g)", "self.g.diag()", "self.A @ self.A.T"]
 UNARY = {
     "number": ["{0} + 1", "1 - {0}", "2.5 * {0}", "{0} / 3 + 1e-3", "torch.add({0}, 0.5, alpha=3)"],
-    "mask": ["{0} * self.mask", "{0}.masked_fill(self.mask, 0.5)", "torch.where(self.mask, {0}, 0.1)", "{0} * self.byte"],
+    "mask": ["{0} * self.mask", "{0}.masked_fill(self.mask, "
+    "0.5)", "torch.where(self.mask, {0}, 0.1)", "{0} * self.byte"],
     "known": [
-        "{0} * {0}[self.known].sum()", "{0} * self.constant_0.item()", "{0} * int(self.count)", "{0}[self.order.tolist()]",
+        "{0} * {0}[self.known].sum()", "{0} * self.constant_0.item()", "{0} * int(self.count)",
+        "{0}[self.order.tolist()]",
         "{0}.index_put((self.known,), self.g.sum())",
     ],
-    "comparison": ["{0} * ({0} > 0)", "torch.where({0} > 0.1, {0}, 0.2 * {0})", "{0} * ({0} >= self.g)", "{0}.clamp(-0.4, 0.4)"],
-    "index": ["{0}[self.order]", "{0}[:, self.order]", "{0}.flip(0)", "{0}.roll(1, 1)", "{0}.index_add(0, self.order, self.W)", "{0}.gather(0, self.steps.expand(4, 4))"],
+    "comparison": ["{0} * ({0} > "
+    "0)", "torch.where({0} > 0.1, {0}, 0.2 * {0})", "{0} * ({0} >= self.g)", "{0}.clamp(-0.4, 0.4)"],
+    "index": ["{0}[self.order]", "{0}[:, self.order]", "{0}.flip(0)", "{0}.roll(1, "
+    "1)", "{0}.index_add(0, self.order, self.W)", "{0}.gather(0, self.steps.expand(4, 4))"],
     "norm": [
-        "{0} / (0.1 + {0}.norm())", "F.normalize({0} + 0.1, dim=0)", "{0} - {0}.mean(0)", "F.layer_norm({0}, (4,))", "{0}.softmax(-1)",
+        "{0} / (0.1 + {0}.norm())", "F.normalize({0} + 0.1, dim=0)", "{0} - {0}.mean(0)", "F.layer_norm({0}, (4,))",
+        "{0}.softmax(-1)",
         "{0} / (1 + {0}.abs().amax(1, keepdim=True))",
     ],
     "several": [
-        "torch.linalg.qr({0} + 3 * torch.eye(4)).Q", "{0}.sort(0).values", "torch.var_mean({0}, 1, keepdim=True)[0] * {0}",
+        "torch.linalg.qr({0} + 3 * torch.eye(4)).Q", "{0}.sort(0).values",
+        "torch.var_mean({0}, 1, keepdim=True)[0] * {0}",
         "{0}.topk(4, 0)[0]", "torch.cat({0}.chunk(2, 0)[::-1])", "{0}.cummax(0).values",
     ],
     "cast": ["{0}.double()", "{0} * self.single", "({0} * self.single.half()).to(x.dtype)", "{0} + torch.ones(4)"],
     "curved": ["torch.tanh({0})", "{0}.exp()", "{0} * {0}.detach()", "{0}.sigmoid().cumsum(0)", "torch.matrix_exp(0.3 * {0})"],
-    "shape": ["{0}.reshape(2, 8).reshape(4, 4)", "F.pad({0}[:, :3], (0, 1), value=0.5)", "{0}.tril() + {0}.triu(1).T", "torch.stack(list({0}))"],
+    "shape": ["{0}.reshape(2, 8).reshape(4, "
+    "4)", "F.pad({0}[:, :3], (0, 1), value=0.5)", "{0}.tril() + {0}.triu(1).T", "torch.stack(list({0}))"],
 }  # fmt: skip
 BINARY = [
     "{0} + {1}",
@@ -64,7 +72,8 @@ BINARY = [
     "torch.where({0} > {1}, {0}, 1.5)",
 ]
 USES = [
-    "x @ ({0})", "F.linear(x, {0}, self.g)", "x @ ({0}) + self.g * (self.g > 0)", "torch.tanh(x @ ({0}))", "(x @ ({0})) * self.mask[0]",
+    "x @ ({0})", "F.linear(x, {0}, self.g)", "x @ ({0}) + self.g * (self.g > 0)", "torch.tanh(x @ ({0}))",
+    "(x @ ({0})) * self.mask[0]",
     "torch.einsum('ti,ij->tj', x, {0})", "(x[..., None] * ({0})).sum(-2)", "x @ ({0})[:, self.order] + 1",
 ]  # fmt: skip
 
@@ -101,7 +110,8 @@ def test_expressions_of_weights(lines):
     check_printed(made)
 
 
-# -- transforms: a drawn learner under a drawn transform --------------------------------------------------------------------------
+# -- transforms: a drawn learner under a drawn transform
+# --------------------------------------------------------------------------
 
 
 def _scalar(o):
@@ -163,7 +173,8 @@ def test_every_transform_there_is(name):
     check_transform(df.derive(Expression("torch.tanh(x @ self.W) * self.g"), rule=df.rules.SGD(lr=0.2), chunk=3), name)
 
 
-# -- threads: the first calls, all at once ------------------------------------------------------------------------------------
+# -- threads: the first calls, all at once
+# ------------------------------------------------------------------------------------
 
 
 def called(learner, n):
@@ -210,7 +221,8 @@ def test_threads(lines):
     check_threads(lines, 2)
 
 
-# -- these laws bite -----------------------------------------------------------------------------------------------------------
+# -- these laws bite
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_law_of_expressions_bites(monkeypatch):

@@ -262,7 +262,8 @@ def of(recipe, objective, rule, chunk, dim=4):
 
 @pytest.mark.parametrize("kind", own, ids=lambda k: k.__name__)
 def test_learners_of_ones_own(kind):
-    """Rules and mini-batches rotate over the learners; padding, resets and carried state always, whole mini-batches too."""
+    """Rules and mini-batches rotate over the learners; padding, resets and carried state always,
+    whole mini-batches too."""
     n = own.index(kind)
     chunk = (3, 4, 1, 3, 7)[n % 5]
     program = df.derive(kind(), df.objectives.Squared(), rules[names[n % len(names)]], chunk=chunk)
@@ -359,7 +360,8 @@ def test_the_definition_fits_on_a_page():
 
 
 @pytest.mark.parametrize("path", ["calculus", "learning/derive.py", "learning/emit.py", "learning/sites.py",
-                                  "learning/reassociate.py", "learning/plan.py", "learning/loop.py", "learning/op.py", "graphs/simplify.py", "learning/grid.py", "kernels"])  # fmt: skip
+                                  "learning/reassociate.py", "learning/plan.py", "learning/loop.py", "learning/op.py",
+                                  "graphs/simplify.py", "learning/grid.py", "kernels"])  # fmt: skip
 def test_nothing_is_derived_by_hand(path):
     """No learner is named where derivations are made."""
     place = Path(df.__file__).parent / path

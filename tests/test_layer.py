@@ -1,4 +1,4 @@
-"""The layer against an independent reading of the paper's equations, and the laws of sequence layers for its every variant."""
+"""The layer against an independent reading of the paper's equations, and the laws of sequence layers, every variant."""
 
 import copy
 import itertools

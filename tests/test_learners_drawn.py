@@ -1,7 +1,7 @@
 """Learners that nobody wrote: hypothesis draws them, none may be refused, and the law of forms holds for each.
 
-DUALFORM_EXAMPLES=300 draws more of them, at random. The end of a test session says how many there were and how many were
-refused.
+DUALFORM_EXAMPLES=300 draws more of them, at random. The end of a test session says how many there were and how many
+were refused.
 """
 
 import os
@@ -18,19 +18,26 @@ from dualform import testing as laws
 
 DOUBLE = torch.float64
 activations = {
-    "tanh": torch.tanh, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu,
+    "tanh": torch.tanh, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu,
+    "relu": F.relu,
     "sigmoid": torch.sigmoid, "sin": torch.sin, "softplus": F.softplus, "elu": F.elu, "leaky": F.leaky_relu,
-    "softmax": lambda x: x.softmax(-1), "log_softmax": lambda x: x.log_softmax(-1), "square": lambda x: 0.3 * x.square(),
+    "softmax": lambda x: x.softmax(-1), "log_softmax": lambda x: x.log_softmax(-1),
+    "square": lambda x: 0.3 * x.square(),
     "in place": lambda x: x.clone().relu_(), "unit": lambda x: x / (0.1 + x.square().sum(-1, keepdim=True)).sqrt(),
-    "centred": lambda x: x - x.mean(-1, keepdim=True), "clamp": lambda x: x.clamp(-1.5, 1.5), "flip": lambda x: x.flip(-1),
-    "rms": lambda x: F.rms_norm(x, x.shape[-1:]), "neg": lambda x: -x, "where": lambda x: torch.where(x > 0.2, x, 0.5 * x),
+    "centred": lambda x: x - x.mean(-1, keepdim=True), "clamp": lambda x: x.clamp(-1.5, 1.5),
+    "flip": lambda x: x.flip(-1),
+    "rms": lambda x: F.rms_norm(x, x.shape[-1:]), "neg": lambda x: -x,
+    "where": lambda x: torch.where(x > 0.2, x, 0.5 * x),
 }  # fmt: skip
 weights = {
-    "plain": lambda A, B: A, "product": lambda A, B: A @ B, "hadamard": lambda A, B: A * B, "sum": lambda A, B: A - 0.5 * B,
+    "plain": lambda A, B: A, "product": lambda A, B: A @ B, "hadamard": lambda A, B: A * B, "sum": lambda A,
+    B: A - 0.5 * B,
     "gram": lambda A, B: A @ A.T, "exp": lambda A, B: (A - 1).exp(), "softmax": lambda A, B: A.softmax(0),
-    "tanh": lambda A, B: A.tanh(), "norm": lambda A, B: B[0] * A / A.square().sum(0).sqrt(), "transposed": lambda A, B: A.T,
+    "tanh": lambda A, B: A.tanh(), "norm": lambda A, B: B[0] * A / A.square().sum(0).sqrt(), "transposed": lambda A,
+    B: A.T,
     "triple": lambda A, B: A @ B @ A.T, "skew": lambda A, B: A - A.T, "triangle": lambda A, B: A.tril(),
-    "eye": lambda A, B: torch.eye(A.shape[0], dtype=A.dtype) + 0.3 * A, "scaled": lambda A, B: A * B.mean(), "column": lambda A, B: A * B[:, :1],
+    "eye": lambda A, B: torch.eye(A.shape[0], dtype=A.dtype) + 0.3 * A, "scaled": lambda A, B: A * B.mean(),
+    "column": lambda A, B: A * B[:, :1],
 }  # fmt: skip
 
 
@@ -211,7 +218,8 @@ def learners(draw):
 
 
 rules = {
-    "sgd": df.rules.SGD(lr=0.1), "averaged": df.rules.SGD(lr=0.1, averaged=True), "momentum": df.rules.SGD(lr=0.05, momentum=0.7),
+    "sgd": df.rules.SGD(lr=0.1), "averaged": df.rules.SGD(lr=0.1, averaged=True),
+    "momentum": df.rules.SGD(lr=0.05, momentum=0.7),
     "decay": df.rules.SGD(lr=0.1, decay=0.2), "titans": df.rules.SGD(lr=0.05, momentum=0.6, decay=0.1),
 }  # fmt: skip
 

@@ -28,7 +28,8 @@ def test_rows_are_read_from_what_the_package_asks_for():
 
 
 def test_no_extra_asks_for_more_than_another():
-    """A build of torch brings its own triton, by its exact version: a higher floor in one extra leaves no environment."""
+    """A build of torch brings its own triton, by its exact version:
+    a higher floor in one extra leaves no environment."""
     project = tomllib.loads((matrix.ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     floors: dict[str, set[str]] = {}

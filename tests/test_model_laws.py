@@ -1,4 +1,4 @@
-"""Language models are one computation, however a text is cut, padded, packed or batched; and each of these laws bites."""
+"""Language models are one computation, however a text is cut, padded, packed or batched; each law bites."""
 
 import pytest
 import torch

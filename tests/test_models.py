@@ -1,4 +1,4 @@
-"""Language models: any split, padding and packing is one computation; saved, loaded and generating they stay the same."""
+"""Language models: any split, padding and packing is one computation; saved, loaded, generating they stay the same."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Packed documents, however a collator says where they start, are documents read alone; what says nothing is refused."""
+"""Packed documents, however a collator says where they start, are documents read alone; what is silent is refused."""
 
 import pytest
 import torch
@@ -137,12 +137,16 @@ def carried(model):
         (lambda m: {"attention_mask": torch.zeros(1, T).log()}, r"attention_mask holds -inf; .*not one that is added"),
         (lambda m: {"attention_mask": torch.zeros(1, T) * torch.nan}, r"attention_mask holds nan"),
         (lambda m: {"attention_mask": numbers.flip(1)}, r"numbers documents that fall along a row; expected"),
-        (lambda m: {"attention_mask": numbers, "cache": carried(m)}, r"numbers documents over 14 columns with 4 read before"),
+        (lambda m: {"attention_mask": numbers, "cache": carried(m)}, r"numbers documents over 14 columns with 4 read "
+        r"before"),
         (lambda m: {"seq_idx": numbers[:, 1:]}, r"seq_idx has shape \(1, 13\); expected \(batch, tokens\) = \(1, 14\)"),
         (lambda m: {"seq_idx": numbers, "cache": carried(m)}, r"seq_idx has shape \(1, 14\) after 4 columns"),
-        (lambda m: {"position_ids": positions, "cache": carried(m)}, r"position_ids begin a document among 14 .* from 4 read"),
-        (lambda m: {"cu_seq_lens_q": torch.tensor([0, 6, 13])}, r"cu_seq_lens_q is \[0, 6, 13\]; expected .* tokens = 14"),
-        (lambda m: {"cu_seq_lens_q": torch.tensor([0, 9, 7, 14])}, r"cu_seq_lens_q is \[0, 9, 7, 14\]; expected lengths that grow"),
+        (lambda m: {"position_ids": positions, "cache": carried(m)}, r"position_ids begin a document among 14 .* from "
+        r"4 read"),
+        (lambda m: {"cu_seq_lens_q": torch.tensor([0, 6, 13])}, r"cu_seq_lens_q is \[0, 6, 13\]; "
+        r"expected .* tokens = 14"),
+        (lambda m: {"cu_seq_lens_q": torch.tensor([0, 9, 7, 14])}, r"cu_seq_lens_q is \[0, 9, 7, 14\]; "
+        r"expected lengths that grow"),
         (lambda m: {"is_causal": False}, r"is_causal is False; expected a causal"),
     ],
 )  # fmt: skip
@@ -154,10 +158,13 @@ def test_what_says_no_documents_is_refused(model, given, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(ids, positions_ids=ids), "DualformForCausalLM: unknown argument 'positions_ids'. Did you mean 'position_ids'"),
+        (lambda m: m(ids, positions_ids=ids), "DualformForCausalLM: unknown argument 'positions_ids'. "
+        "Did you mean 'position_ids'"),
         (lambda m: m(ids, cache_params=1), "unknown argument 'cache_params'. Did you mean 'cache'"),
-        (lambda m: m.model(ids, atention_mask=ids), "DualformModel: unknown argument 'atention_mask'. Did you mean 'attention_mask'"),
-        (lambda m: m.generate(ids, max_new_tokns=3), "generate: unknown argument 'max_new_tokns'. Did you mean 'max_new_tokens'"),
+        (lambda m: m.model(ids, atention_mask=ids), "DualformModel: unknown argument 'atention_mask'. "
+        "Did you mean 'attention_mask'"),
+        (lambda m: m.generate(ids, max_new_tokns=3), "generate: unknown argument 'max_new_tokns'. "
+        "Did you mean 'max_new_tokens'"),
         (lambda m: m.generate(ids, rest=ids), "generate: unknown argument 'rest'. Did you mean 'reset'"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""transformers' Auto classes find our models, whoever imports what first; heads classify texts and tokens, wherever padding stands."""
+"""transformers' Auto classes find our models, whoever imports what first; heads classify, wherever padding stands."""
 
 import os
 import subprocess
@@ -37,13 +37,17 @@ def run(code, home):
 
 orders = {
     "dualform first": "import dualform; from transformers import AutoModelForCausalLM as A, AutoConfig",
-    "transformers first": "import transformers; import dualform; from transformers import AutoModelForCausalLM as A, AutoConfig",
+    "transformers "
+    "first": "import transformers; import dualform; from transformers import AutoModelForCausalLM as A, AutoConfig",
     "its mapping first": "from transformers import AutoConfig, AutoModelForCausalLM as A; import dualform",
-    "another model between": "import dualform; from transformers import LlamaForCausalLM, AutoConfig, AutoModelForCausalLM as A",
-    "a layer of its own": "import dualform; import transformers.modeling_layers; from transformers import AutoConfig, AutoModelForCausalLM as A",
+    "another model "
+    "between": "import dualform; from transformers import LlamaForCausalLM, AutoConfig, AutoModelForCausalLM as A",
+    "a layer of its "
+    "own": "import dualform; import transformers.modeling_layers; from transformers import AutoConfig, "
+    "AutoModelForCausalLM as A",
     "the Trainer": "import dualform; from transformers import Trainer, AutoConfig, AutoModelForCausalLM as A",
-    "loaded again": "import dualform, importlib; from transformers import AutoConfig; importlib.reload(dualform.auto_classes); "
-    "from transformers import AutoModelForCausalLM as A",
+    "loaded again": "import dualform, importlib; from transformers import AutoConfig; "
+    "importlib.reload(dualform.auto_classes); from transformers import AutoModelForCausalLM as A",
 }  # fmt: skip
 
 

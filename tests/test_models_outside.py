@@ -1,4 +1,4 @@
-"""What acts on modules from outside: hooks, adapters, offload, contexts, shards, checkpointing, overrides at load, rows of a cache."""
+"""What acts on modules: hooks, adapters, offload, shards, checkpointing, overrides at load, a cache's rows."""
 
 import copy
 import json

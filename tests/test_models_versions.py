@@ -1,4 +1,4 @@
-"""A cache has two names, one per age of transformers; each is right on every version, and a version nobody has seen is checked."""
+"""A cache has two names, one per age of transformers; each is right, and a version nobody has seen is checked."""
 
 import pytest
 import torch

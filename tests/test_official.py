@@ -1,4 +1,4 @@
-"""The official models: their recorded numbers, their weights there and back, and the faults of their code that ours lacks."""
+"""The official models: their recorded numbers, their weights there and back, and the faults that ours lacks."""
 
 import itertools
 import json
@@ -495,14 +495,16 @@ def without(state, *keys):
         (
             lambda s: s,
             {"mini_batch_size": 8},
-            r"0\.\S+learnable_token_idx has shape \(16,\); expected \(mini_batch_size\) = \(8,\), \S+1\.\S+ has shape \(16,\)",
+            r"0\.\S+learnable_token_idx has shape \(16,\); expected \(mini_batch_size\) = \(8,\), "
+            r"\S+1\.\S+ has shape \(16,\)",
         ),
         (
             lambda s: (
                 s | {WHERE + "b1": s[WHERE + "b1"].double(), "model.norm.weight": torch.ones(12, dtype=torch.half)}
             ),
             {},
-            r"mixes dtypes: model\.norm\.weight \(torch\.float16\), .*b1 \(torch\.float64\); expected torch\.float32, as the "
+            r"mixes dtypes: model\.norm\.weight \(torch\.float16\), .*b1 \(torch\.float64\); expected torch\.float32, "
+            r"as the "
             r"other 37",
         ),
         (
@@ -751,7 +753,8 @@ def test_from_pretrained_refuses_what_convert_does(folder, tmp_path):
         AutoModelForCausalLM.from_pretrained(ours)
 
 
-# -- the faults of the official code, each absent (theory, section 2.1) --------------------------------------------------
+# -- the faults of the official code, each absent (theory, section 2.1)
+# --------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=references)

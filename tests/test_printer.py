@@ -1,4 +1,4 @@
-"""What is printed runs when pasted, and gives what the program gives: for every learner there is, and whatever it calls its tensors."""
+"""Printed text runs when pasted, and gives what the program gives: every learner, whatever its tensors are called."""
 
 import ast
 
@@ -13,8 +13,10 @@ from dualform.graphs.trace import trace
 from dualform.learning.printer import identifier, names_of
 
 odd = [
-    "a.w", "a_w", "0.weight", "q", "k", "v", "lr", "i", "o", "C", "x", "th", "torch", "mini_batch", "lambda", "None", "R", "R_q",
-    "valid", "full", "o_next", "q_next", "R_q_next", "größe", "ﬁ", "fi", "w 1", "w-1", "w_1", "__", "arange", "mul", "1", "class", "init_q",
+    "a.w", "a_w", "0.weight", "q", "k", "v", "lr", "i", "o", "C", "x", "th", "torch", "mini_batch", "lambda", "None",
+    "R", "R_q",
+    "valid", "full", "o_next", "q_next", "R_q_next", "größe", "ﬁ", "fi", "w 1", "w-1", "w_1", "__", "arange", "mul",
+    "1", "class", "init_q",
 ]  # fmt: skip
 
 

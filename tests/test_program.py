@@ -119,7 +119,8 @@ def test_pasted_code_runs_and_is_the_program(learner, rule):
 
 
 def test_printed_formulas_are_the_derivatives():
-    """The names of a formula are those of the printed code: its values there, against jacrev of the learner's own ops."""
+    """The names of a formula are those of the printed code: its values there,
+    against jacrev of the learner's own ops."""
     program = df.derive(mlp(), Squared(), rules["averaged"], chunk=3)
     x, seen, _ = paste(program)
     q, k = x["q"], x["k"]
@@ -307,7 +308,8 @@ def test_states_of_others_are_refused(ran, tmp_path):
         ({"form": "dula"}, r"form is 'dula'; expected one of .*'dual'"),
         ({"backend": "eage"}, r"backend is 'eage'; expected .*'eager'"),
         ({"params": {"W3": torch.ones(2)}}, r"params names 'W3'; expected some of .*'W1'"),
-        ({"params": {"W1": torch.ones(3, 4, 8)}}, r"params\['W1'\] has shape \(3, 4, 8\); expected \(4, 8\) or .*\(2, 4, 8\)"),
+        ({"params": {"W1": torch.ones(3, 4, 8)}}, r"params\['W1'\] has shape \(3, 4, 8\); expected \(4, 8\) or .*\(2, "
+        r"4, 8\)"),
         ({"k": torch.ones(2, 3, 2, 4)}, r"k has shape \(2, 3, 2, 4\); expected q's = \(2, 4, 2, 4\)"),
         ({"v": torch.ones(2, 4, 1, 4)}, r"v has shape \(2, 4, 1, 4\)"),
         ({"q": torch.ones(2, 4, 4)}, r"q has shape \(2, 4, 4\).*4 axes"),

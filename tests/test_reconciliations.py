@@ -1,4 +1,4 @@
-"""The laws of reconciliations, remainders and fusions, over the whole catalogues; tinyBIG's numbers where they are right."""
+"""The laws of reconciliations, remainders and fusions, over whole catalogues; tinyBIG's numbers where right."""
 
 import itertools
 import re
@@ -35,10 +35,13 @@ def test_reconciliations(r):
 @pytest.mark.parametrize(
     "spec",
     [
-        ("low_rank", {"rank": 5}), ("hm", {"p": 6, "q": 1}), ("hm", {"p": 1, "q": 12}), ("lphm", {"p": 3, "q": 4, "rank": 1}),
-        ("dual_lphm", {"p": 2, "q": 6, "rank": 3}), ("duplicated_padding", {"p": 3, "q": 1}), ("masking", {"p": 0.1, "seed": 3}),
+        ("low_rank", {"rank": 5}), ("hm", {"p": 6, "q": 1}), ("hm", {"p": 1, "q": 12}),
+        ("lphm", {"p": 3, "q": 4, "rank": 1}),
+        ("dual_lphm", {"p": 2, "q": 6, "rank": 3}), ("duplicated_padding", {"p": 3, "q": 1}),
+        ("masking", {"p": 0.1, "seed": 3}),
         ("duplicated_diagonal_padding", {"p": 2, "q": 3}), ("duplicated_diagonal_padding", {"p": 3, "q": 2}),
-        ("masking", {"p": 1.0}), ("constant", {"c": -2.5}), ("hypernet", {"l": 3, "hidden_dim": 5}), ("loha", {"rank": 1}),
+        ("masking", {"p": 1.0}), ("constant", {"c": -2.5}), ("hypernet", {"l": 3, "hidden_dim": 5}),
+        ("loha", {"rank": 1}),
         ("random_matrix_hypernet", {"l": 2, "rank": 1}), ("random_matrix_adaption", {"rank": 7, "seed": 1}),
     ],
     ids=str,
@@ -170,7 +173,8 @@ def test_fusions_are_what_they_say():
     s = torch.stack(xs)
     w = torch.randn(3, dtype=DOUBLE)
     expected = {
-        "sum": s.sum(0), "mean": s.sum(0) / 3, "max": s.max(0).values, "min": s.min(0).values, "prod": xs[0] * xs[1] * xs[2],
+        "sum": s.sum(0), "mean": s.sum(0) / 3, "max": s.max(0).values, "min": s.min(0).values,
+        "prod": xs[0] * xs[1] * xs[2],
         "median": s.sort(0).values[1], "l1_norm": s.abs().sum(0), "l2_norm": (s * s).sum(0).sqrt(),
         "concatenation": torch.cat(xs, -1),
     }  # fmt: skip
@@ -218,7 +222,8 @@ bad = [
     (lambda: df.fusions.sum().width((3, 4)), "dims is (3, 4); expected equal widths = 3"),
     (lambda: df.fusions.sum()([torch.zeros(2, 3), torch.zeros(2, 4)]), "dims is (3, 4)"),
     (lambda: df.fusions.sum()([]), "dims is ()"),
-    (lambda: df.fusions.weighted_summation(weights=(1, 2)).width((3, 3, 3)), "weights has 2 entries; expected one per input = 3"),
+    (lambda: df.fusions.weighted_summation(weights=(1, 2)).width((3, 3, 3)), "weights has 2 entries; "
+    "expected one per input = 3"),
     (lambda: df.fusions.metric("maen"), "'mean'"),
     (lambda: df.fusions.parameterized_concatenation(n=0), "n is 0"),
 ]  # fmt: skip

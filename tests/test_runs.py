@@ -1,4 +1,4 @@
-"""A run's folder: it says what it is, goes on to the same numbers after any kill, and nobody else's file is ever lost."""
+"""A run's folder: it says what it is, goes on to the same numbers after any kill; no other file is ever lost."""
 
 import importlib.util
 import json
@@ -20,13 +20,15 @@ from dualform.train.settings import Settings, SettingsError
 from dualform.train.training import WatchedTrainer, train
 
 small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-# 11 batches an epoch, the last one of one row; lines of the log tell of two steps, and most checkpoints part such a pair.
+# 11 batches an epoch, the last one of one row; lines of the log tell of two steps, and most checkpoints part such a
+# pair.
 chosen = {"preset": "tiny-attention", "max_steps": 24, "seq_len": 16, "batch_size": 2, "save_steps": 5, "seed": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu():
-    """Bit for bit is promised on one device; where there is a GPU, Trainer would train there and a model from a file score here."""
+    """Bit for bit is promised on one device; where there is a GPU,
+    Trainer would train there and a model from a file score here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that tests start
@@ -543,7 +545,8 @@ def test_the_demo_removes_what_a_demo_left(demo_folder, tmp_path):
 
 FOREIGN = [
     "notes.txt", "tiny-attention/notes.txt", "tiny-ttt-mlp/model/notes.txt", "tiny-attention/checkpoints/notes.txt",
-    "tiny-attention/checkpoints/checkpoint-24/notes.txt", "tiny-ttt-mlp/checkpoints/checkpoint-2/notes.txt", "sub/x", ".x",
+    "tiny-attention/checkpoints/checkpoint-24/notes.txt", "tiny-ttt-mlp/checkpoints/checkpoint-2/notes.txt", "sub/x",
+    ".x",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What is printed, generated and split for a learner is the same in every process: no order comes from addresses or hashes."""
+"""What is printed, generated and split for a learner is the same in every process: no order is an address's."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Tokens stay apart: what keeps them so is derived and right, through integers too; what mixes them or tells them apart by
+"""Tokens stay apart: what keeps them so is right, through integers too; what mixes them or tells them apart by
 their place is refused with the line."""
 
 import pytest
@@ -165,7 +165,8 @@ APART = {
     "one_hot": (lambda s, x: F.one_hot((x @ s.W).argmax(-1), D).to(x.dtype) @ s.W, {}),
     "table by position": (lambda s, x: s.W[(x @ s.W).argmax(-1)], {}),
     "embedding": (lambda s, x: x @ s.W + s.table((x[..., 0] > 0).long() + (x[..., 1] > 0)), {"table": nn.Embedding(3, D)}),
-    "embedding with padding": (lambda s, x: x @ s.W + s.table((x[..., 0] > 0).long()), {"table": nn.Embedding(3, D, padding_idx=0)}),
+    "embedding with "
+    "padding": (lambda s, x: x @ s.W + s.table((x[..., 0] > 0).long()), {"table": nn.Embedding(3, D, padding_idx=0)}),
     "one place a row": (lambda s, x: (x @ s.W) * x[torch.arange(x.shape[0]), x.argmax(-1)].unsqueeze(-1), {}),
     "bucketize": (lambda s, x: (x @ s.W) * torch.bucketize(x, torch.tensor([0.0, 1.0])), {}),
     "searchsorted": (lambda s, x: (x @ s.W) * torch.searchsorted(torch.tensor([0.0, 1.0], dtype=x.dtype), x), {}),
@@ -213,7 +214,8 @@ APART = {
     "grouped maximum": (lambda s, x: two(x @ s.W).max(-1).values.repeat_interleave(2, -1), {}),
     "group norm": (lambda s, x: s.norm(x @ s.W), {"norm": nn.GroupNorm(2, D)}),
     "local response": (lambda s, x: F.local_response_norm((x @ s.W).unsqueeze(-1), 2).squeeze(-1), {}),
-    "rows turned and back": (lambda s, x: (x.T.contiguous().T @ s.W).reshape(-1, 2, 2).transpose(1, 2).reshape(-1, D), {}),
+    "rows turned and "
+    "back": (lambda s, x: (x.T.contiguous().T @ s.W).reshape(-1, 2, 2).transpose(1, 2).reshape(-1, D), {}),
 }  # fmt: skip
 
 
@@ -261,19 +263,24 @@ PLACED = {
     "diagonal replaced": lambda s, x: torch.diagonal_scatter(x @ s.W, torch.zeros(min(x.shape), dtype=x.dtype)),
     "row filled": lambda s, x: (x @ s.W).index_fill(0, torch.tensor([0]), 1.0),
     "row copied": lambda s, x: (x @ s.W).index_copy(0, torch.tensor([0]), torch.ones(1, D, dtype=x.dtype)),
-    "entry put": lambda s, x: (x @ s.W).index_put([torch.tensor([0]), torch.tensor([1])], torch.ones((), dtype=x.dtype)),
+    "entry put": lambda s,
+    x: (x @ s.W).index_put([torch.tensor([0]), torch.tensor([1])], torch.ones((), dtype=x.dtype)),
     "position added": lambda s, x: x @ s.W + torch.arange(x.shape[0])[:, None],
     "position times": lambda s, x: x @ s.W * torch.linspace(0, 1, x.shape[0], dtype=x.dtype)[:, None],
     "position embedded": lambda s, x: x @ s.W + F.embedding(torch.arange(x.shape[0]) % 5, s.C),
     "position masked": lambda s, x: (x @ s.W).masked_fill(torch.arange(x.shape[0])[:, None] > 0, 0.0),
     "position chosen": lambda s, x: torch.where(torch.arange(x.shape[0])[:, None] > 0, x @ s.W, x),
-    "position as a feature": lambda s, x: torch.cat([x[:, :3], torch.arange(x.shape[0], dtype=x.dtype)[:, None]], -1) @ s.W,
+    "position as a feature": lambda s,
+    x: torch.cat([x[:, :3], torch.arange(x.shape[0], dtype=x.dtype)[:, None]], -1) @ s.W,
     "identity column": lambda s, x: (x @ s.W) * torch.eye(x.shape[0], dtype=x.dtype)[:, :1],
     "padded constant": lambda s, x: x @ s.W + F.pad(torch.ones(1, 1, dtype=x.dtype), (0, 0, 0, x.shape[0] - 1)),
-    "mirrored constant": lambda s, x: x @ s.W + F.pad(torch.arange(2.0, dtype=x.dtype)[None], (0, x.shape[0] - 2), "circular").T,
-    "stacked numbers": lambda s, x: x @ s.W + torch.stack([x.new_full((), float(n)) for n in range(x.shape[0])])[:, None],
+    "mirrored constant": lambda s,
+    x: x @ s.W + F.pad(torch.arange(2.0, dtype=x.dtype)[None], (0, x.shape[0] - 2), "circular").T,
+    "stacked numbers": lambda s,
+    x: x @ s.W + torch.stack([x.new_full((), float(n)) for n in range(x.shape[0])])[:, None],
     "counted ones": lambda s, x: x @ s.W + x.new_ones(x.shape[0], 1).cumsum(0),
-    "repeated and cut": lambda s, x: x @ s.W + torch.arange(2.0, dtype=x.dtype).repeat_interleave(x.shape[0])[1 : x.shape[0] + 1, None],
+    "repeated and cut": lambda s,
+    x: x @ s.W + torch.arange(2.0, dtype=x.dtype).repeat_interleave(x.shape[0])[1 : x.shape[0] + 1, None],
 }  # fmt: skip
 
 

@@ -304,7 +304,8 @@ def test_the_inner_rate_warms_up_and_ends_at_its_own(tmp_path, text):
     assert float(outcome.model.model.layers[0].mixer.rate_scale) == 1.0
     saved = DualformForCausalLM.from_pretrained(outcome.folder / "model")
     assert float(saved.model.layers[0].mixer.rate_scale) == 1.0
-    # A checkpoint on the way holds its step's multiplier; resuming sets it by the step, and a run stopped there ends at 1.
+    # A checkpoint on the way holds its step's multiplier; resuming sets it by the step, and a run stopped there ends at
+    # 1.
     half = DualformForCausalLM.from_pretrained(outcome.folder / "checkpoints" / "checkpoint-2")
     assert float(half.model.layers[0].mixer.rate_scale) == 0.5
 

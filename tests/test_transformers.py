@@ -1,4 +1,4 @@
-"""What a user of transformers expects of any model: outputs, types, devices, files, adapters, the Trainer, torch.compile."""
+"""What a user of transformers expects of any model: outputs, types, devices, files, adapters, Trainer, compile."""
 
 import copy
 import pickle

@@ -1,4 +1,5 @@
-"""Programs, layers and models under torch's transforms: forward mode, gradients of gradients, vmap; against the definition."""
+"""Programs, layers and models under torch's transforms: forward mode, Hessians, vmap;
+beside the primal form."""
 
 import copy
 
@@ -143,7 +144,8 @@ def test_transforms_agree_with_the_definition(learner, rule, layout):
 def test_finite_differences(layout):
     """First and second derivatives of every tensor of the call, both modes, by torch's own check.
 
-    With a fast norm, whose third derivative torch itself has wrong (2.13), so that no definition is there to compare with.
+    With a fast norm, whose third derivative torch itself has wrong (2.13),
+    so that no definition is there to compare with.
     """
     torch.manual_seed(0)
     learner = df.learners.residual_norm(df.learners.MLP(depth=1))(4).double()
@@ -422,7 +424,8 @@ def test_models(kind):
 @pytest.mark.parametrize("fields", [{}, {"pre_conv": True, "share_qk": True}], ids=["plain", "convolutions"])
 @pytest.mark.parametrize("kind", ["test_time", "full_attention", "sliding_attention"])
 def test_models_twice(kind, fields):
-    """The gradient of a model's gradient outside torch.func is what forward mode makes of it, also where layers run again."""
+    """The gradient of a model's gradient outside torch.func is what forward mode makes of it,
+    also where layers run again."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk": 4}
     kinds = {"layer_types": [kind, "full_attention"], "sliding_window": 4}

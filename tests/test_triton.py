@@ -1,4 +1,4 @@
-"""Generated Triton equals eager: outputs, state and all outer gradients, in Triton's interpreter; and it compiles for cards that are not here."""
+"""Generated Triton equals eager: outputs, state, all outer gradients, interpreted; and it compiles for absent cards."""
 
 import json
 import os
@@ -30,7 +30,8 @@ from dualform.testing import LawBroken, check_backend
 
 # The interpreter is numpy, which warns of 1 / 0 in entries beyond a tile's edge.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 ]  # fmt: skip
 squared, shifted, dot = df.objectives.Squared(), df.objectives.Squared("v-k"), df.objectives.DotProduct()
 hard = {"carried": True, "ragged": True, "resets": True}
@@ -39,31 +40,51 @@ hard = {"carried": True, "ragged": True, "resets": True}
 # -- one op at a time ------------------------------------------------------------------------------------------------
 
 maps = [
-    lambda x, y: -x, torch.exp, torch.log, torch.tanh, torch.sigmoid, torch.erf, torch.sqrt, torch.abs, torch.rsqrt, torch.reciprocal,
-    torch.sin, torch.cos, torch.tan, torch.sign, torch.relu, torch.log1p, torch.expm1, torch.sinh, torch.cosh, torch.floor, torch.ceil,
-    torch.trunc, torch.erfc, torch.asinh, lambda x, y: (1 + x).acosh(), lambda x, y: (0.3 * x).atanh(), torch.exp2, torch.log2, torch.log10,
+    lambda x, y: -x, torch.exp, torch.log, torch.tanh, torch.sigmoid, torch.erf, torch.sqrt, torch.abs, torch.rsqrt,
+    torch.reciprocal,
+    torch.sin, torch.cos, torch.tan, torch.sign, torch.relu, torch.log1p, torch.expm1, torch.sinh, torch.cosh,
+    torch.floor, torch.ceil,
+    torch.trunc, torch.erfc, torch.asinh, lambda x, y: (1 + x).acosh(), lambda x, y: (0.3 * x).atanh(), torch.exp2,
+    torch.log2, torch.log10,
     torch.hypot, torch.fmax, torch.fmin, torch.maximum, torch.minimum, lambda x, y: torch.remainder(5 * x - 3, y),
-    lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="floor"), lambda x, y: (5 * x - 3).round() * x, lambda x, y: (2 * x).round(),
-    lambda x, y: x + y, lambda x, y: torch.add(x, y, alpha=2), lambda x, y: x - y, lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x,
-    lambda x, y: x * y, lambda x, y: x / y, lambda x, y: x**y, lambda x, y: x**3, lambda x, y: x**-1, lambda x, y: 1.5**x,
-    lambda x, y: (x - 0.7) ** 3, lambda x, y: (x - 0.7) ** 5.0, lambda x, y: (x - 0.7).pow(-3), lambda x, y: x.clamp(0.6, 0.9),
-    lambda x, y: torch.where((x > y) & (x != 0.5), x, y), lambda x, y: ((x <= y) | (y < 0.4)) * x, lambda x, y: (x >= y).logical_not() * y,
-    lambda x, y: (x == y) * x, lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x, y: (x / (y - y) > 0) * y,
-    lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y, lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x, y: (5 * x).bool() * y,
-    lambda x, y: (9 * x - 5).long() * y, lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x, y: torch.where(x > 0.7, 0.1, 0.2) + x,
-    lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x, lambda x, y: ((9 * x).long() << 40 >> 38) * y, lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x.clone(),
+    lambda x, y: torch.div(3 - 5 * x, y, rounding_mode="floor"), lambda x, y: (5 * x - 3).round() * x, lambda x,
+    y: (2 * x).round(),
+    lambda x, y: x + y, lambda x, y: torch.add(x, y, alpha=2), lambda x, y: x - y, lambda x,
+    y: torch.sub(x, y, alpha=3), lambda x, y: 2 - x,
+    lambda x, y: x * y, lambda x, y: x / y, lambda x, y: x**y, lambda x, y: x**3, lambda x, y: x**-1, lambda x,
+    y: 1.5**x,
+    lambda x, y: (x - 0.7) ** 3, lambda x, y: (x - 0.7) ** 5.0, lambda x, y: (x - 0.7).pow(-3), lambda x,
+    y: x.clamp(0.6, 0.9),
+    lambda x, y: torch.where((x > y) & (x != 0.5), x, y), lambda x, y: ((x <= y) | (y < 0.4)) * x, lambda x,
+    y: (x >= y).logical_not() * y,
+    lambda x, y: (x == y) * x, lambda x, y: torch.where(x > 0.7, torch.nan, x).isnan() * y, lambda x,
+    y: (x / (y - y) > 0) * y,
+    lambda x, y: torch.where(x > 0.7, -torch.inf, x).isinf() * y, lambda x, y: ((x > 0.7) ^ (y > 0.7)) * y, lambda x,
+    y: (5 * x).bool() * y,
+    lambda x, y: (9 * x - 5).long() * y, lambda x, y: (~(9 * x).long() & 5 | 8 ^ (9 * y).long()) * x, lambda x,
+    y: torch.where(x > 0.7, 0.1, 0.2) + x,
+    lambda x, y: (((9 * x).long() << 2) ^ (9 * y).long() >> 1) * x, lambda x, y: ((9 * x).long() << 40 >> 38) * y,
+    lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x.clone(),
 ]  # fmt: skip
 others = [
-    lambda x, y: x.tril(1), lambda x, y: x.triu(-1), lambda x, y: torch.eye(*x.shape, dtype=x.dtype) + x, lambda x, y: torch.arange(x.shape[1]) * x,
-    lambda x, y: torch.full_like(x, 7.0), lambda x, y: x - x.amax(1, keepdim=True), lambda x, y: x / x.sum(0), lambda x, y: x * x.mean() + x.amin(),
-    lambda x, y: torch.where(x > 1.1, torch.nan, x).amax(1, keepdim=True).isnan() * x, lambda x, y: x * x.prod(-1, keepdim=True),
-    lambda x, y: torch.cat([x[:, 2:], y[:, :2]], 1), lambda x, y: torch.cat([x[1:], y[:1]]), lambda x, y: x @ y.T @ x, lambda x, y: x.T[1:4] @ y,
-    lambda x, y: (x.T @ (x @ y[0])) @ y.T @ x.new_ones(*x.shape), lambda x, y: torch.nn.functional.pad(x[1:], (0, 0, 1, 0)),
-    lambda x, y: torch.stack([x, y, x * y]).sum(0), lambda x, y: torch.stack([x, y], 2).reshape(3, 10)[:, 1::2], lambda x, y: x.flatten()[3:8] + y,
+    lambda x, y: x.tril(1), lambda x, y: x.triu(-1), lambda x, y: torch.eye(*x.shape, dtype=x.dtype) + x, lambda x,
+    y: torch.arange(x.shape[1]) * x,
+    lambda x, y: torch.full_like(x, 7.0), lambda x, y: x - x.amax(1, keepdim=True), lambda x, y: x / x.sum(0), lambda x,
+    y: x * x.mean() + x.amin(),
+    lambda x, y: torch.where(x > 1.1, torch.nan, x).amax(1, keepdim=True).isnan() * x, lambda x,
+    y: x * x.prod(-1, keepdim=True),
+    lambda x, y: torch.cat([x[:, 2:], y[:, :2]], 1), lambda x, y: torch.cat([x[1:], y[:1]]), lambda x, y: x @ y.T @ x,
+    lambda x, y: x.T[1:4] @ y,
+    lambda x, y: (x.T @ (x @ y[0])) @ y.T @ x.new_ones(*x.shape), lambda x,
+    y: torch.nn.functional.pad(x[1:], (0, 0, 1, 0)),
+    lambda x, y: torch.stack([x, y, x * y]).sum(0), lambda x, y: torch.stack([x, y], 2).reshape(3, 10)[:, 1::2],
+    lambda x, y: x.flatten()[3:8] + y,
     lambda x, y: (x[:, :, None] * y[:, None, :]).reshape(3, 25)[:, 7:12], lambda x, y: x.flip(1) + y.diagonal(1)[:1],
     lambda x, y: x.cumsum(1), lambda x, y: x.unbind(1)[2][:, None] * y, lambda x, y: x[:, 1:3].sum(1, keepdim=True) + y,
-    lambda x, y: torch.bmm(x[:, :, None], y[:, None, :]).sum(2) + x, lambda x, y: x.expand(4, 3, 5).sum(0), lambda x, y: x.T.reshape(5, 3).T,
-    lambda x, y: (y.T.reshape(15) * torch.arange(15)).reshape(3, 5), lambda x, y: x.softmax(-1), lambda x, y: x.argmin() * y, lambda x, y: x.sort(1)[0] * y,
+    lambda x, y: torch.bmm(x[:, :, None], y[:, None, :]).sum(2) + x, lambda x, y: x.expand(4, 3, 5).sum(0), lambda x,
+    y: x.T.reshape(5, 3).T,
+    lambda x, y: (y.T.reshape(15) * torch.arange(15)).reshape(3, 5), lambda x, y: x.softmax(-1), lambda x,
+    y: x.argmin() * y, lambda x, y: x.sort(1)[0] * y,
 ]  # fmt: skip
 
 
@@ -112,7 +133,8 @@ def test_every_map(every_map):
 
 
 def test_other_ops(monkeypatch):
-    """Reductions, products, triangles, what is put together and what moves entries; short axes do not leave the kernel here."""
+    """Reductions, products, triangles, what is put together and what moves entries;
+    short axes do not leave the kernel here."""
     monkeypatch.setattr("dualform.kernels.triton_schedule._is_deep", lambda n: False)
     for k, f in enumerate(others):
         got, expected, _ = value_of(f)
@@ -130,7 +152,8 @@ def test_a_wrong_row_is_found(row, monkeypatch):
 # -- whole programs --------------------------------------------------------------------------------------------------
 
 pairs = [
-    (built_in[6], shifted, "averaged", 3, hard), (built_in[6], squared, "titans", 4, {}), (built_in[1], shifted, "sgd", 3, hard),
+    (built_in[6], shifted, "averaged", 3, hard), (built_in[6], squared, "titans", 4, {}),
+    (built_in[1], shifted, "sgd", 3, hard),
     (built_in[2], squared, "decay", 3, {}), (built_in[3], wobble, "momentum", 3, hard),
     (built_in[4], shifted, "user", 3, hard), (built_in[0], wobble, "averaged", 1, {}),
 ]  # fmt: skip
@@ -348,7 +371,8 @@ print(json.dumps(made))
 
 
 def test_it_compiles_where_there_is_no_card(tmp_path):
-    """For cards of three generations and one of another maker, in a process that does not interpret; none takes more than it did."""
+    """For cards of three generations and one of another maker, in a process that does not interpret;
+    none takes more than it did."""
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_DEFAULT_FP_FUSION": "1",
@@ -388,7 +412,8 @@ def test_an_op_without_a_text_is_refused_by_name_and_line():
     x = torch.rand(1, 4, 1, 4)
     with pytest.raises(
         BackendError,
-        match=r"triton: the op aten\.lgamma\.default at return torch\.lgamma\(.*'lgamma' has no Triton text.*backend='eager'",
+        match=r"triton: the op aten\.lgamma\.default at return torch\.lgamma\(.*'lgamma' has no Triton "
+        r"text.*backend='eager'",
     ):
         program(x, x, x, backend="triton")
 

@@ -297,7 +297,8 @@ def test_autocast_inside():
     assert torch.equal(inside, plain(q, k, v)[0])
 
 
-# The rows of docs/learners_refused.md that are not about tokens (tests/test_token_places.py has those), by words of theirs.
+# The rows of docs/learners_refused.md that are not about tokens (tests/test_token_places.py has those), by words of
+# theirs.
 REFUSED = {
     "a complex parameter that learns": (
         lambda: _complex(),

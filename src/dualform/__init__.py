@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dualform import auto_classes as _auto_classes  # noqa: F401 - transformers' Auto classes know our models from here on
+from dualform import auto_classes as _auto_classes  # noqa: F401 - Auto classes know our models
 from dualform import functions
 from dualform import moved as _moved  # noqa: F401 - last: it says old names of modules
 from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian

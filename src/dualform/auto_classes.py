@@ -1,7 +1,7 @@
-"""Let transformers' Auto classes find our models after `import dualform` alone, which imports neither transformers nor them.
+"""Let transformers' Auto classes find our models after `import dualform` alone, which imports neither.
 
-The mapping in which transformers looks up kinds of models learns one more key, whose models are imported when it is asked for.
-It is made when transformers makes that mapping, or here if it has.
+The mapping in which transformers looks up kinds of models learns one more key, whose models are imported when it is
+asked for. It is made when transformers makes that mapping, or here if it has.
 """
 
 from __future__ import annotations

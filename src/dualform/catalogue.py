@@ -342,7 +342,8 @@ class Catalogue:
     ) -> Callable[[F], F]:
         """Register the decorated function or dataclass; its parameters are the record's options.
 
-        `nested` names the options that are specs themselves, and the catalogue each belongs to; (catalogue,) for a list of specs.
+        `nested` names the options that are specs themselves, and the catalogue each belongs to;
+        (catalogue,) for a list of specs.
         """
 
         def register(function: F) -> F:

@@ -1,4 +1,4 @@
-"""Errors of the public border, in one format: `<function>: <argument> <is what>; expected <rule>. <what to do next>.`"""
+"""Errors of the border, in one format: `<function>: <argument> <is what>; expected <rule>. <what to do next>.`"""
 
 from __future__ import annotations
 

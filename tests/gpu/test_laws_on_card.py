@@ -1,7 +1,7 @@
-"""Generated Triton on a card, at real sizes: outputs, state and all gradients against eager in float64, splits, decoding, graphs, `auto`.
+"""Generated Triton on a card, at real sizes: everything against eager in float64, splits, decoding, graphs, `auto`.
 
-Skipped without CUDA, and under TRITON_INTERPRET=1, which tests/conftest.py sets. With DUALFORM_GPU_LOG=FILE each comparison is a line there,
-of which benchmarks/results/gpu_laws.json is made.
+Skipped without CUDA, and under TRITON_INTERPRET=1, which tests/conftest.py sets. With DUALFORM_GPU_LOG=FILE each
+comparison is a line there, of which benchmarks/results/gpu_laws.json is made.
 """
 
 import copy
@@ -33,12 +33,17 @@ else:
 # Of the largest error in norm, of any output, state or gradient: two-byte factors keep eight or eleven bits.
 LIMIT = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
 cases = [
-    case("TTT-Linear", T=2048), case("TTT-Linear", chunk=64, T=2048), case("TTT-Linear", B=1, T=32768, H=1), case("TTT-Linear", B=12, H=8, T=256),
-    case("TTT-Linear", dtype="float32", T=1024), case("TTT-Linear", dtype="float16"), case("TTT-Linear", chunk=100, T=200),
+    case("TTT-Linear", T=2048), case("TTT-Linear", chunk=64, T=2048), case("TTT-Linear", B=1, T=32768, H=1),
+    case("TTT-Linear", B=12, H=8, T=256),
+    case("TTT-Linear", dtype="float32", T=1024), case("TTT-Linear", dtype="float16"),
+    case("TTT-Linear", chunk=100, T=200),
     case("TTT-Linear", "SGD", chunk=1, T=6, dtype="float32"), case("TTT-Linear", dtype="float32", ragged=True, T=50),
-    case("TTT-Linear", d=96, T=256), case("TTT-Linear", d=16, T=512), case("TTT-Linear", "momentum", d=128), case("TTT-Linear", chunk=128, T=512),
-    case("TTT-Linear", d=48, chunk=24, T=90, ragged=True), case("TTT-Linear", "momentum", T=512), case("TTT-Linear", "decay", T=512),
-    case("TTT-MLP", T=256), case("TTT-MLP", dtype="float32", d=32), case("SwiGLU", "SGD", T=256), case("low rank", "decay", objective="dot", T=256),
+    case("TTT-Linear", d=96, T=256), case("TTT-Linear", d=16, T=512), case("TTT-Linear", "momentum", d=128),
+    case("TTT-Linear", chunk=128, T=512),
+    case("TTT-Linear", d=48, chunk=24, T=90, ragged=True), case("TTT-Linear", "momentum", T=512),
+    case("TTT-Linear", "decay", T=512),
+    case("TTT-MLP", T=256), case("TTT-MLP", dtype="float32", d=32), case("SwiGLU", "SGD", T=256),
+    case("low rank", "decay", objective="dot", T=256),
     case("Linear", "Titans", dtype="float32", T=512), case("Linear", "momentum", d=32, chunk=32, objective="dot"),
     case("MLP of 3", "decay", d=32, dtype="float32"),
 ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""What a structured linear map is: terms, their relations, sums, products and contraction; no graph, no rule of an op."""
+"""What a structured linear map is: terms, their relations, sums, products and contraction; no graph, no op's rule."""

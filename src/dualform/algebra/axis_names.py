@@ -1,4 +1,4 @@
-"""The caller's names of axes: read, made where there are none, and spoken in the errors about shapes that do not fit."""
+"""The caller's names of axes: read, made where there are none, and spoken in errors about shapes that do not fit."""
 
 from __future__ import annotations
 

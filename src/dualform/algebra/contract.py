@@ -2,8 +2,8 @@
 
     out[labels] = sum over the other labels of prod factors
 
-A pairwise step becomes an elementwise product, a matrix product, or a batched one; the ops emitted are the ones a person
-would write, because the traced result is printed as code.
+A pairwise step becomes an elementwise product, a matrix product, or a batched one; the ops emitted are the ones a
+person would write, because the traced result is printed as code.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class ContractionStep:
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """The order of a contraction and its cost; `bytes` counts what the steps write, `naive` is flops in one loop nest."""
+    """The order of a contraction and its cost; `bytes` counts what the steps write,
+    `naive` is flops in one loop nest."""
 
     path: tuple[tuple[int, ...], ...]
     steps: tuple[ContractionStep, ...]

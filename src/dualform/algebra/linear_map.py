@@ -173,9 +173,9 @@ class Derivative(Questions):
         most = DENSE_LIMIT if limit is None else limit
         if self.dense_nbytes > most:
             raise MemoryError(
-                f"dense: the {' x '.join(map(str, self.shape))} entries take {self.dense_nbytes:,} bytes; expected at most "
-                f"{most:,}. Use J.vjp, J.jvp, a slice J[...] or J.diagonal, or pass J.dense(limit=...); stored as it is, "
-                f"the derivative takes {self.nbytes:,}."
+                f"dense: the {' x '.join(map(str, self.shape))} entries take {self.dense_nbytes:,} bytes; expected at "
+                f"most {most:,}. Use J.vjp, J.jvp, a slice J[...] or J.diagonal, or pass J.dense(limit=...); stored as "
+                f"it is, the derivative takes {self.nbytes:,}."
             )
         result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if result.numel():

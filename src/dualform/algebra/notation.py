@@ -141,7 +141,8 @@ def tex(name: str) -> str:
         return rf"\mathrm{{{_tex_escaped(name)}}}"
     word = re.fullmatch(r"(\w+)('\d*)\((.*)\)", name)
     if word is not None:  # a slope, as gelu'(h)
-        return rf"\mathrm{{{_tex_escaped(word[1])}}}{word[2][0]}{_subscript((word[2][1:],)) if word[2][1:] else ''}({_tex_plain(word[3])})"
+        index = _subscript((word[2][1:],)) if word[2][1:] else ""
+        return rf"\mathrm{{{_tex_escaped(word[1])}}}{word[2][0]}{index}({_tex_plain(word[3])})"
     inside = _tex_plain(name)
     return inside if name[0] + name[-1] in ("()", "[]") else rf"({inside})"
 

@@ -2,8 +2,8 @@
 
     total = flops + FLOPS_PER_BYTE bytes        flops of a pairwise step = prod(sizes), twice that if it sums an index
 
-In `free_order` any two operands may meet; in `token_order` each step has a token operand, so that no product of weights is
-ever formed. Both count numbers as float32's, whatever they are: a dtype changes no order, and so no rounding.
+In `free_order` any two operands may meet; in `token_order` each step has a token operand, so that no product of weights
+is ever formed. Both count numbers as float32's, whatever they are: a dtype changes no order, and so no rounding.
 
 Legend: an operand is a string of letters, one per axis; `sizes` pairs each letter with its extent.
 """
@@ -33,7 +33,8 @@ Sizes = tuple[tuple[str, int], ...]
 
 
 class Price(NamedTuple):
-    """What a computation costs: flops, bytes moved, and the numbers of its largest intermediate; `total` is in flops."""
+    """What a computation costs: flops, bytes moved, and the numbers of its largest intermediate;
+    `total` is in flops."""
 
     flops: float = 0
     bytes: float = 0
@@ -54,7 +55,8 @@ def flops(points: int, is_sum: bool, operands: int = 2) -> int:
 
 
 def counted(nodes: Iterable[fx.Node]) -> Price:
-    """Price what is traced: flops of matrix products as torch counts them, bytes that ops write, the largest of their values."""
+    """Price what is traced: flops of matrix products as torch counts them, bytes that ops write,
+    the largest of their values."""
     from torch.utils.flop_counter import flop_registry  # loads triton: not at `import dualform`
 
     total = Price()
@@ -73,7 +75,8 @@ def letters(*operands: Iterable[Hashable]) -> dict[Any, str]:
 
 @lru_cache(maxsize=4096)
 def free_order(inputs: tuple[frozenset[int], ...], out: frozenset[int], extents: tuple[int, ...]) -> Path:
-    """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its end."""
+    """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its
+    end."""
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
     is_near = all(math.prod(extents[k] for k in labels) <= CACHE for labels in inputs)
@@ -84,7 +87,8 @@ def free_order(inputs: tuple[frozenset[int], ...], out: frozenset[int], extents:
 
 
 class Pairing(NamedTuple):
-    """Meet one more operand: a factor, or the other token (which = None); the labels before, its own, and those left."""
+    """Meet one more operand: a factor, or the other token (which = None); the labels before, its own,
+    and those left."""
 
     which: int | None
     left: str
@@ -93,7 +97,8 @@ class Pairing(NamedTuple):
 
 
 class TokenOrder(NamedTuple):
-    """The token to start at, the labels left, what is met in turn, what the other token meets before the two meet, the price."""
+    """The token to start at, the labels left, what is met in turn, what the other token meets before the two meet,
+    the price."""
 
     start: int
     labels: str
@@ -108,7 +113,8 @@ def token_order(
 ) -> TokenOrder | None:
     """Find the cheapest order in which one token, or two that meet on the way, meet the factors one by one.
 
-    fixed: which factors are identities, whose products rename. limit: what no intermediate may reach; None: each order has one.
+    fixed: which factors are identities, whose products rename. limit: what no intermediate may reach; None:
+    each order has one.
     """
     operands, first, extents = (*tokens, *factors), len(tokens), dict(sizes)
 
@@ -146,7 +152,8 @@ def token_order(
 
 
 def _met(left: str, right: str, out: str, extents: dict[str, int], renames: bool) -> Price:
-    """Price a step, with what it lays out anew: a product wants what it sums side by side, and axes that both keep up front."""
+    """Price a step, with what it lays out anew: a product wants what it sums side by side,
+    and axes that both keep up front."""
     shared = [x for x in left if x in right]
     summed = "".join(x for x in shared if x not in out)
     size, tokens, factor = (math.prod(extents[x] for x in labels) for labels in (out, left, right))

@@ -155,7 +155,8 @@ def _joined(term: Term) -> Term:
 
 
 class _Meet:
-    """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every term."""
+    """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every
+    term."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = _refined(terms)

@@ -4,7 +4,8 @@
 
 A label that stands on an output axis and on an input axis is a Kronecker delta; it is never stored. A label on the
 output only is a broadcast copy, on the input only a sum, on neither a contraction. An axis is a row-major tuple of
-labels, so that reshapes need no numbers; an axis of size 1 is the empty tuple, so that broadcasting needs no special case.
+labels, so that reshapes need no numbers; an axis of size 1 is the empty tuple,
+so that broadcasting needs no special case.
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ def volume(labels: Iterable[Label]) -> int:
 
 
 def make_factor(tensor: Tensor, axes: Sequence[Axis], name: str = "") -> Factor:
-    """Label a tensor whose axis k is `axes[k]`: split composite axes, drop those of size 1, take diagonals of repeats."""
+    """Label a tensor whose axis k is `axes[k]`: split composite axes, drop those of size 1,
+    take diagonals of repeats."""
     labels = atoms(axes)
     shape = sizes(labels)
     if list(tensor.shape) != shape:

@@ -210,7 +210,8 @@ def _compared(
 
 
 def _slip(
-    given: Given, k: int, seed: Tensor, found: Any, expected: dict[int, Tensor], backward: Callable[..., Any], args: Any,
+    given: Given, k: int, seed: Tensor, found: Any, expected: dict[int, Tensor], backward: Callable[..., Any],
+    args: Any,
     place: int, J: Any, names: Any,
 ) -> Slip | None:  # fmt: skip
     """What is wrong with one gradient; None if nothing is."""

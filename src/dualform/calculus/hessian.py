@@ -35,8 +35,8 @@ def hessian(f: Callable[..., Any], *args: Any, wrt: Wrt = 0, **kwargs: Any) -> A
     """Differentiate a torch function twice, keeping the structure.
 
     H[out..., in..., in'...] = d^2 f[out...] / d args[wrt][in...] d args[wrt][in'...]
-    Shape:  f gives one tensor; H.out_shape = out_shape + in_shape, H.in_shape = in_shape. A tuple `wrt` gives a tuple of
-            tuples of mixed partials, an argument that is a tree a tree of trees.
+    Shape:  f gives one tensor; H.out_shape = out_shape + in_shape, H.in_shape = in_shape. A tuple `wrt` gives a tuple
+            of tuples of mixed partials, an argument that is a tree a tree of trees.
     Dtype:  the result's. For a scalar f, `H.is_symmetric` and H[a][b] is H[b][a].T, the same numbers.
     Raises: as `jacobian`; ValueError if f gives more than one tensor.
     Example:
@@ -135,7 +135,8 @@ def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | No
     place = next(at)
     if isinstance(f, Factor):
         return Factor(made[place], f.labels, f.name), place
-    return Skeleton((Term(1.0, (f,), (), ()),), ((place,),), lambda: made, None).filled([])[0].factors[0], place  # type: ignore[arg-type]
+    skeleton = Skeleton((Term(1.0, (f,), (), ()),), ((place,),), lambda: made, None)  # type: ignore[arg-type]
+    return skeleton.filled([])[0].factors[0], place
 
 
 def _slope(point: Point, source: int) -> Skeleton:

@@ -26,9 +26,9 @@ def jacobian(f: Callable[..., Any], *args: Any, wrt: Wrt = 0, axes: str | None =
     """Differentiate a torch function, keeping the structure: nothing is materialised unless asked.
 
     J[out..., in...] = d f[out...] / d args[wrt][in...]
-    Shape:  arguments and result: tensors, or dicts, tuples and lists of them; J.shape = out_shape + in_shape. `wrt` is a
-            position, the name of a keyword argument, or a tuple of these, which gives a tuple. A result that is a tree
-            gives a tree of derivatives, and so does an argument. `axes` names the axes of the tensors in order, as
+    Shape:  arguments and result: tensors, or dicts, tuples and lists of them; J.shape = out_shape + in_shape. `wrt` is
+            a position, the name of a keyword argument, or a tuple of these, which gives a tuple. A result that is a
+            tree gives a tree of derivatives, and so does an argument. `axes` names the axes of the tensors in order, as
             "i j, j l -> i l".
     Dtype:  the result's, real; the argument must be floating. Where f has a kink, the derivative is autograd's choice.
     Raises: ValueError for an argument that is no floating tensor, a result that is no tensor, or axes that do not fit;

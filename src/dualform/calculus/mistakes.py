@@ -268,7 +268,10 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
                     yield slip, with_terms([*before, changed, *after])
     yield Slip("path sign", f"has the wrong sign in d{name}/d{below}; expected minus it. Negate that path."), -1 * J
     if J.out_shape == J.in_shape:
-        text = f"applies d{name}/d{below} forward; expected its transpose. Run the op the other way round (reverse, apply, reverse)."
+        text = (
+            f"applies d{name}/d{below} forward; expected its transpose. Run the op the other way round (reverse, "
+            "apply, reverse)."
+        )
         yield Slip("not transposed", text), J.T
     text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
     yield Slip("missing path", text), with_terms([])
@@ -281,7 +284,10 @@ def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Sli
     yield Slip("missing factor", missing), _with(f, torch.ones_like(f.tensor))
     for a, b in itertools.combinations(range(f.tensor.ndim), 2):
         if f.tensor.shape[a] == f.tensor.shape[b]:
-            text = f"uses {said} transposed where it should not be, or not where it should; expected the other. Use {said}.mT."
+            text = (
+                f"uses {said} transposed where it should not be, or not where it should; expected the other. Use "
+                f"{said}.mT."
+            )
             yield Slip("transposed factor", text), _with(f, f.tensor.transpose(a, b))
     for node, value in program.values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or value is f.tensor:
@@ -357,7 +363,8 @@ def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:
             values = ", ".join(f"{v:.4g}" for v in first[:4, 0].tolist())
             return Slip(
                 "scaled axis",
-                f"is scaled along {said} by [{values}{', ...' if len(first) > 4 else ''}]; expected no factor. Drop it.",
+                f"is scaled along {said} by [{values}{', ...' if len(first) > 4 else ''}]; expected no factor. Drop "
+                "it.",
             )
     return None
 

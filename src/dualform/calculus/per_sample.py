@@ -1,4 +1,4 @@
-"""What structured derivatives by parameters are good for: per-sample gradients and norms, Gauss-Newton, tangent kernels.
+"""What structured derivatives by parameters are good for: per-sample gradients, norms, Gauss-Newton, tangent kernels.
 
     g_b = sum_v g[b,v] J[b,v; p]     |g_b|^2 = g_b . g_b     diag(J^T H J)     K = sum_p J_p J_p^T
 

@@ -1,8 +1,8 @@
 """A function traced once for its shapes: what of its derivatives does not depend on values is made once and kept.
 
-The first use of a derivative interprets the graph; from the second on, a straight-line program made from the same rules runs
-(`graphs/straight_line.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and devices; never values of
-tensors, and never identity alone. At most 256 are kept, the least recently used goes first.
+The first use of a derivative interprets the graph; from the second on, a straight-line program made from the same rules
+runs (`graphs/straight_line.py`). Traces are kept by `fingerprint.py`'s key: code, settings, shapes, strides, dtypes and
+devices; never values of tensors, and never identity alone. At most 256 are kept, the least recently used goes first.
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ def _refuse_steps(results: Sequence[fx.Node]) -> None:
 
 
 def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
-    """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself), and its name."""
+    """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself),
+    and its name."""
     slot: dict[int, Any] = {id(t): k for k, t in enumerate(known.tensors)}
     slots: list[int | Tensor] = []
     names: list[str] = []

@@ -39,8 +39,8 @@ def read_words(kind: Any, words: Sequence[Token]) -> Any:
 app = App(
     name="dualform",
     default_parameter=Parameter(converter=read_words),
-    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert, bench; functions that such layers are made of. "
-    "--debug anywhere shows where an error came from.",
+    help="Sequence layers that learn at test time: train, generate, evaluate, explain, convert, bench; "
+    "functions that such layers are made of. --debug anywhere shows where an error came from.",
     version_flags=[],
 )
 for verb in (train, generate, explain, evaluate, convert, functions, bench, cache):
@@ -49,7 +49,8 @@ app.command(list_presets, name="presets")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status; errors go to stderr as one line, as a traceback with --debug only."""
+    """Run the command line and return its exit status; errors go to stderr as one line,
+    as a traceback with --debug only."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, arguments = "--debug" in arguments, [word for word in arguments if word != "--debug"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here

@@ -71,7 +71,10 @@ def bench(
         return torch.nn.functional.scaled_dot_product_attention(Q, K, V, is_causal=True)
 
     rows.append({"learner": "(attention)", "eager ms": _milliseconds(attend, [q, k, v], rounds)})
-    title = f"forward + backward, batch {batch}, {length} tokens, {heads} heads of {dim}, {torch.get_num_threads()} thread(s)"
+    title = (
+        f"forward + backward, batch {batch}, {length} tokens, {heads} heads of {dim}, {torch.get_num_threads()} "
+        "thread(s)"
+    )
     show(rows, title, as_json)
 
 

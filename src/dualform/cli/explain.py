@@ -43,8 +43,8 @@ def explain(
     Parameters
     ----------
     target
-        A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a formula such
-        as "x + y" or a FILE.py:NAME that is a function of tensors.
+        A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a formula
+        such as "x + y" or a FILE.py:NAME that is a function of tensors.
     dim
         The width of a head: what a learner from a file is made with (default 64), and a preset beside its own.
     shapes
@@ -145,13 +145,13 @@ def _of_learner(target: str, dim: int | None) -> Any:
             learner = make(dim)
         except Exception as error:  # the caller's too
             raise UsageError(
-                f"explain: {target} called with ({dim}) raises {type(error).__name__}: {error}; expected NAME(dim) to make an "
-                "nn.Module. For a function of tensors pass --shapes."
+                f"explain: {target} called with ({dim}) raises {type(error).__name__}: {error}; expected NAME(dim) to "
+                "make an nn.Module. For a function of tensors pass --shapes."
             ) from error
         if not isinstance(learner, nn.Module):
             raise UsageError(
-                f"explain: {target} made a {type(learner).__name__}; expected NAME(dim) to make an nn.Module. For a function of "
-                "tensors pass --shapes."
+                f"explain: {target} made a {type(learner).__name__}; expected NAME(dim) to make an nn.Module. For a "
+                "function of tensors pass --shapes."
             )
         return derive(learner, rule=rules.SGD(lr=0.1))
     if target in presets:

@@ -1,7 +1,7 @@
 """A formula typed on the command line, made a function of tensors without running anybody's code.
 
-Allowed: the names that have shapes, numbers, + - * / @ ** and comparisons, `.T`, slices and indices, and the functions and
-methods listed here, with numbers, words and lists as arguments. What is not allowed is pointed at.
+Allowed: the names that have shapes, numbers, + - * / @ ** and comparisons, `.T`, slices and indices, and the functions
+and methods listed here, with numbers, words and lists as arguments. What is not allowed is pointed at.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ operators = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.MatMult, ast.Pow, ast.USub
 comparisons = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
 
 _both = """
-    abs exp expm1 log log1p log2 sqrt rsqrt square sin cos tan tanh sinh cosh asin acos atan sigmoid relu reciprocal neg erf
-    softmax log_softmax sum mean prod var std amax amin logsumexp cumsum cumprod norm maximum minimum clamp pow
+    abs exp expm1 log log1p log2 sqrt rsqrt square sin cos tan tanh sinh cosh asin acos atan sigmoid relu reciprocal neg
+    erf softmax log_softmax sum mean prod var std amax amin logsumexp cumsum cumprod norm maximum minimum clamp pow
     outer matmul mm bmm mv dot add sub mul div where masked_fill index_select gather flip roll tril triu diagonal diag
     transpose permute reshape flatten unflatten unsqueeze squeeze movedim broadcast_to narrow select take_along_dim sort
     inverse det trace cholesky logdet unbind split chunk angle conj
 """.split()
 _functions = """
-    einsum stack cat kron tensordot addmm baddbmm atan2 lerp cdist zeros_like ones_like complex polar real imag view_as_real
-    view_as_complex cov corrcoef combinations vander
+    einsum stack cat kron tensordot addmm baddbmm atan2 lerp cdist zeros_like ones_like complex polar real imag
+    view_as_real view_as_complex cov corrcoef combinations vander
 """.split()
 _transforms = "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn fftshift ifftshift".split()
 _methods = "expand view repeat expand_as view_as mean clone t float double max min unfold swapaxes detach".split()
 _layers = """
-    gelu silu softplus elu selu leaky_relu mish hardtanh logsigmoid linear bilinear conv1d conv2d conv3d avg_pool1d avg_pool2d
-    max_pool1d max_pool2d pad group_norm normalize scaled_dot_product_attention mse_loss cross_entropy cosine_similarity
-    one_hot glu unfold l1_loss smooth_l1_loss binary_cross_entropy nll_loss softmin embedding
+    gelu silu softplus elu selu leaky_relu mish hardtanh logsigmoid linear bilinear conv1d conv2d conv3d avg_pool1d
+    avg_pool2d max_pool1d max_pool2d pad group_norm normalize scaled_dot_product_attention mse_loss
+    cross_entropy cosine_similarity one_hot glu unfold l1_loss smooth_l1_loss binary_cross_entropy nll_loss
+    softmin embedding
 """.split()
 
 functions: Mapping[str, Callable[..., Any]] = {
@@ -130,8 +131,8 @@ def expect_used(text: str, names: list[str]) -> None:
     if unused := [name for name in names if name not in met]:
         one = len(unused) == 1
         raise UsageError(
-            f"explain: {', '.join(map(repr, unused))} {'has a shape but is' if one else 'have shapes but are'} not in {text!r}; "
-            f"expected shapes for its own names only. Leave {'it' if one else 'them'} out."
+            f"explain: {', '.join(map(repr, unused))} {'has a shape but is' if one else 'have shapes but are'} not in "
+            f"{text!r}; expected shapes for its own names only. Leave {'it' if one else 'them'} out."
         )
 
 
@@ -213,9 +214,8 @@ class _Reader:
         known = f" {near_misses(name, sorted(self.names))}" if self.names else ""
         self.refuse(
             node,
-            f"{name!r} in {self.text!r} has no shape; expected one for each name. Add {name}=SIZES to --shapes.{known}".rstrip(
-                "."
-            ),
+            f"{name!r} in {self.text!r} has no shape; expected one for each name. "
+            f"Add {name}=SIZES to --shapes.{known}".rstrip("."),
         )
 
     def _call(self, node: ast.Call) -> ast.expr:

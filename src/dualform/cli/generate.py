@@ -47,7 +47,8 @@ def generate(
     """
     if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits overflow
         raise UsageError(
-            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1, and 0 or finite, >= 1e-6."
+            f"generate: max_new_tokens is {max_new_tokens}, temperature {temperature}; expected >= 1, and 0 or finite, "
+            ">= 1e-6."
         )
     if not 0 <= seed < 2**32:
         raise UsageError(f"generate: seed is {seed}; expected a whole number, 0 <= seed < 2**32 = {2**32}.")

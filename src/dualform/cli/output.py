@@ -22,7 +22,8 @@ class UsageError(ValueError):
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = False, file: TextIO | None = None) -> None:
-    """Print rows as a table, or as a JSON list of objects; numbers with four digits in the table. file: default stdout."""
+    """Print rows as a table, or as a JSON list of objects; numbers with four digits in the table. file:
+    default stdout."""
     if as_json:
         print(json.dumps(list(rows), indent=2))
         return
@@ -61,6 +62,7 @@ def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFas
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError):
         raise UsageError(
-            f"{folder} holds no tokenizer; expected tokenizer.json beside config.json. Copy the files of the model's tokenizer there."
+            f"{folder} holds no tokenizer; expected tokenizer.json beside config.json. Copy the files of the model's "
+            "tokenizer there."
         ) from None
     return model.eval(), tokenizer

@@ -56,8 +56,8 @@ def train(
     seed
         Of weights and order. Default 0.
     resume
-        Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is given beside
-        this must be what the run was made with.
+        Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is given
+        beside this must be what the run was made with.
     assignments
         A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated.
     as_json
@@ -87,5 +87,6 @@ def train(
     show([row], as_json=as_json)
     if not as_json:
         print(
-            f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {outcome.folder / 'model'}\nplot:  {picture}"
+            f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {outcome.folder / 'model'}\nplot: "
+            f" {picture}"
         )

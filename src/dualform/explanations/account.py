@@ -1,4 +1,4 @@
-"""The account of one derivative: the program behind it, what people call things in it, its steps, proof, code and checks."""
+"""The account of one derivative: its program, the names of things in it, its steps, proof, code and checks."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ MAX_PRODUCTS = 12
 
 @dataclass(frozen=True)
 class Joined(Route):
-    """The route of outer @ inner: one after the other; x is the inner input, y what they meet in, z the outer result."""
+    """The route of outer @ inner: one after the other; x is the inner input, y what they meet in,
+    z the outer result."""
 
     outer: Derivative
     inner: Derivative
@@ -64,8 +65,10 @@ class Joined(Route):
         code, namespace = vjp_code(derivative)
         shapes = f"x:{self.inner.in_shape}  ->  y:{self.inner.out_shape}  ->  z:{self.outer.out_shape}"
         return Explanation(
-            level, shapes, (first, second), ("dz/dx = dz/dy · dy/dx", *self._costs(derivative)), result, code, namespace,
-            tuple(self._checks(derivative, code, namespace)), (Stage("dz/dx", tuple(moves), derivative.out_shape),), moves[-1].formula if moves else None,
+            level, shapes, (first, second), ("dz/dx = dz/dy · dy/dx", *self._costs(derivative)), result, code,
+            namespace,
+            tuple(self._checks(derivative, code, namespace)), (Stage("dz/dx", tuple(moves), derivative.out_shape),),
+            moves[-1].formula if moves else None,
         )  # fmt: skip
 
     def _step(self, op: str, symbol: str, J: Derivative, names: Names) -> OpStep:

@@ -1,7 +1,7 @@
 """A derivation as data, and as text, LaTeX and HTML made from that data.
 
-Each op is a step with its local derivative in index form; broadcasting is a step of its own, x -> x_b; the stages are the
-proof, one move a line; then the final formula, how to apply it (torch code), and a check against autograd.
+Each op is a step with its local derivative in index form; broadcasting is a step of its own, x -> x_b; the stages are
+the proof, one move a line; then the final formula, how to apply it (torch code), and a check against autograd.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Explanation:
     """The account of a derivative: `steps` link the input to the output, `result` is the whole.
 
     chain: lines that join the steps; code: torch statements that map `g` to `x_bar` with the tensors of `namespace`;
-    checks: (what, largest error, relative to the largest number where that is above 1); stages: the proof; expanded: the result with no stored product or sum in it
+    checks: (what, largest error, relative to the largest number where that is above 1); stages: the proof; expanded:
+    the result with no stored product or sum in it
     """
 
     level: str
@@ -227,15 +228,16 @@ def _html(told: Explanation) -> Iterable[str]:
         html.check(said, error < close) for said, (_, error) in zip(told.verdicts, told.checks, strict=True)
     )
     yield (
-        f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, in]</code></div>'
-        f"<pre>{code}</pre>{checks}</div>"
+        f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, '
+        f"in]</code></div><pre>{code}</pre>{checks}</div>"
     )
 
 
 def _html_result(number: int, told: Explanation) -> str:
     step = told.result
     parts = [
-        f'<div class="head">Step {number} &nbsp;{told.result_name} &nbsp;<code>{escape(step.formula.symbol)}</code></div>'
+        f'<div class="head">Step {number} &nbsp;{told.result_name} '
+        f"&nbsp;<code>{escape(step.formula.symbol)}</code></div>"
     ]
     parts += [f'<div class="f">{escape(line)}</div>' for line in told.chain]
     parts += [html.stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
@@ -304,8 +306,8 @@ def agreed(checks: list[tuple[str, float]], dtype: torch.dtype) -> list[tuple[st
     for what, error in checks:
         if error > most:
             raise ArithmeticError(
-                f"explain: {what}: the largest error is {error:.1e}; expected at most {most:.1e}. The derivative is wrong here: "
-                "do not use it, and report the function."
+                f"explain: {what}: the largest error is {error:.1e}; expected at most {most:.1e}. The derivative is "
+                "wrong here: do not use it, and report the function."
             )
     return checks
 

@@ -1,7 +1,7 @@
-"""What an explanation is made of as HTML that stands alone: no network, no script; hovering over an index lights up its axis.
+"""What an explanation is made of as HTML that stands alone: no network, no script; an index under the mouse lights up.
 
-An index is a coloured span of class i-NAME wherever it stands: in a formula, and as the size of its axis in a shape. One
-CSS rule for each index lights all of them up inside the step that the pointer is in.
+An index is a coloured span of class i-NAME wherever it stands: in a formula, and as the size of its axis in a shape.
+One CSS rule for each index lights all of them up inside the step that the pointer is in.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ _STYLE = """
 .{k} .step.end {{ border-color: #0072b2; background: #f6faff; }}
 .{k} .head {{ font-weight: 600; }}
 .{k} .head code {{ font-weight: 400; white-space: pre-wrap; }}
-.{k} code, .{k} pre, .{k} .f {{ font-family: ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; font-size: 13px;
-  background: none; border: 0; padding: 0; color: inherit; }}
+.{k} code, .{k} pre, .{k} .f {{ font-family: ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace;
+  font-size: 13px; background: none; border: 0; padding: 0; color: inherit; }}
 .{k} pre {{ background: #f6f8fa; border-radius: 6px; padding: .5em .8em; margin: .3em 0; overflow-x: auto; }}
 .{k} .f {{ margin: .25em 0; white-space: pre-wrap; }}
 .{k} .f b {{ font-weight: 600; }}
 .{k} .note, .{k} .why {{ color: #57606a; font-size: 13px; }}
 .{k} ul.why {{ margin: .2em 0 .1em; padding-left: 1.3em; }}
 .{k} table {{ border-collapse: collapse; border: 0; margin: .3em 0; }}
-.{k} td {{ padding: .1em .5em .1em 0; vertical-align: baseline; white-space: pre; border: 0; background: none; text-align: left; }}
+.{k} td {{ padding: .1em .5em .1em 0; vertical-align: baseline; white-space: pre; border: 0; background: none;
+  text-align: left; }}
 .{k} .move {{ display: flex; flex-wrap: wrap; column-gap: 1.4em; }}
 .{k} .move .f {{ margin: 0; }} .{k} .move .why {{ flex: 1 1 15em; white-space: normal; }}
 .{k} .i {{ border-radius: 3px; padding: 0 1px; cursor: help; }}
@@ -68,7 +69,8 @@ def stage(told: Stage, name: str = "Proof") -> str:
         left = _left(move.formula) if k == 0 else ""
         note = f' <span class="why">({move.formula.ranges})</span>' if move.formula.ranges else ""
         rows.append(
-            f'<tr><td class="f">{left}&nbsp;</td><td><div class="move"><span class="f">= {_right(move.formula)}{note}</span>'
+            f'<tr><td class="f">{left}&nbsp;</td><td><div class="move"><span class="f">= '
+            f"{_right(move.formula)}{note}</span>"
             f'<span class="why">{_indexed(move.reason)}</span></div></td></tr>'
         )
     head = f'<div class="head">{name} &nbsp;<code>{escape(told.symbol)}</code></div>'
@@ -93,7 +95,10 @@ def account(step: OpStep) -> str:
         return f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
 
     counts = step.account.partition("; ")[2]
-    return f'<div class="note">shape {shape(sizes[0])} + {shape(sizes[1])} = {shape([*sizes[0], *sizes[1]])}; {counts}</div>'
+    return (
+        f'<div class="note">shape {shape(sizes[0])} + {shape(sizes[1])} = {shape([*sizes[0], *sizes[1]])}; '
+        f"{counts}</div>"
+    )
 
 
 def formula(f: IndexFormula) -> str:

@@ -13,7 +13,8 @@ from dualform.ops.table import Row
 def op_table() -> str:
     """Write the table of derivative rules as Markdown, a line per op, from the rows and their own examples.
 
-    op | where its derivative comes from | jointly affine in | example | its derivative by the first operand | stored of dense
+    op | where its derivative comes from | jointly affine in | example | its derivative by the first operand | stored of
+    dense
     Shape:  none.
     Dtype:  float64 in the examples.
     Raises: nothing.

@@ -46,7 +46,10 @@ def rule(call: Call, x_is: str) -> str:
     if row is not None and row.multilinear:
         return f"{op} is a product, linear in {x_is}: its derivative by {x_is} is the product of the other operands"
     if torch.Tag.pointwise in call.target.tags:
-        return f"{op} works entry by entry: an entry of the result depends on one entry of {x_is}, so off the diagonal all is 0"
+        return (
+            f"{op} works entry by entry: an entry of the result depends on one entry of {x_is}, so off the diagonal "
+            "all is 0"
+        )
     if row is None:
         return f"{op} has no rule: its own derivative is computed entry by entry and stored dense"
     if row.affine == ALL:

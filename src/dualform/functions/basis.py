@@ -1,14 +1,15 @@
 """What a data expansion is: kappa: R^m -> R^D, as one frozen value; and the catalogue of all of them.
 
-Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k), M = dim of the base, D = expanded dim, n outputs.
+Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k), M = dim of the base,
+        D = expanded dim, n outputs.
 
-    kappa(x) = [ u, u (x) u, .., u^(x)d ],   u = base(x) in R^M         (x) the Kronecker product, the first factor slowest
+    kappa(x) = [ u, u (x) u, .., u^(x)d ],   u = base(x) in R^M      (x) the Kronecker product, first factor slowest
 
-Almost every expansion has d = `power` = 1: it *is* its base. Taylor has base = x and any d; wavelets of order d likewise. What
-contracts kappa with weights may use that structure (`contract` does) and build no row of D.
-Most bases act on each attribute alone, through `basis(x, axis)`, which gives phi_1(x) .. phi_k(x) one by one, or on a new axis:
--1 is the layout "attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all attributes, then
-phi_2, ...). `blocks` lays them side by side.
+Almost every expansion has d = `power` = 1: it *is* its base. Taylor has base = x and any d; wavelets of order d
+likewise. What contracts kappa with weights may use that structure (`contract` does) and build no row of D. Most bases
+act on each attribute alone, through `basis(x, axis)`, which gives phi_1(x) .. phi_k(x) one by one, or on a new axis: -1
+is the layout "attribute" (all functions of x_1, then all of x_2, ...), -2 the layout "function" (phi_1 of all
+attributes, then phi_2, ...). `blocks` lays them side by side.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Expansion:
             return torch.cat(list(symmetric_powers(u, self.power)), -1)
         found = u
         for _ in range(1, self.power):
-            # [1, kappa_(d-1)] (x) u = kappa_d: no copy of the powers below; as a matmul, whose backward forms nothing as wide
+            # [1, kappa_(d-1)] (x) u = kappa_d: no copy of the powers below; as a matmul, whose backward forms nothing
+            # as wide
             rows = torch.cat([torch.ones_like(u[..., :1]), found], -1)
             found = (rows.unsqueeze(-1) @ u.unsqueeze(-2)).flatten(-2)
         return found
@@ -139,8 +141,10 @@ class Expansion:
     def contract(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return kappa(x) @ weight.T without building a row of D features where tensor powers allow it.
 
-        Horner: W_1 u + W_2 (u (x) u) + ... = (W_1 + (W_2 + ...) u) u, the last factor first: b n M^(d-1) numbers, not b M^d.
-        Shape:  x (..., m), weight (n, D) -> (..., n). The columns of weight are those of kappa, W_d (n, M^d) for d in degrees.
+        Horner: W_1 u + W_2 (u (x) u) + ... = (W_1 + (W_2 + ...) u) u, the last factor first: b n M^(d-1) numbers,
+        not b M^d.
+        Shape:  x (..., m), weight (n, D) -> (..., n). The columns of weight are those of kappa, W_d (n,
+                M^d) for d in degrees.
         """
         n, M = weight.shape[0], self.base_dim(x.shape[-1])
         if self.symmetric or self.power == 1 or n >= M:
@@ -155,7 +159,8 @@ class Expansion:
         return total
 
     def features(self, names: Sequence[str]) -> list[str]:
-        """Name the D features as Python expressions in the attributes' names; `vocabulary` has the functions they use."""
+        """Name the D features as Python expressions in the attributes' names;
+        `vocabulary` has the functions they use."""
         if self.label is not None:
             return self.label(names)
         base = list(names)
@@ -189,7 +194,7 @@ def _sinc(t: float) -> float:
 # What the terms of expansions are written in: eval(term, vocabulary | {"x": 0.5}).
 vocabulary: dict[str, object] = {
     name: getattr(math, name)
-    for name in ("exp", "log", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "pi")
+    for name in "exp log sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh pi".split()
 } | {"abs": abs, "max": max, "sinc": _sinc}  # fmt: skip
 
 

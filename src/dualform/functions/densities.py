@@ -1,4 +1,4 @@
-"""Log-densities of one attribute. Legend: s = slope sigmoid(x) + floor, for densities on the half line; theta their parameters.
+"""Log-densities of one attribute. Legend: s = slope sigmoid(x) + floor (half line), theta their parameters.
 
 Each is log_prob of the class of its name in torch.distributions, written out: numbers stay numbers, so that nothing is
 built, moved or checked per call.
@@ -134,7 +134,8 @@ def _family(
     name: str, density: Density, theta: Sequence[float | tuple[float, ...]], formula: str, domain: str = _half,
     slope: float = 0.99, floor: float = 0.001,
 ) -> None:  # fmt: skip
-    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several; by default those of theta."""
+    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several;
+    by default those of theta."""
     usual: Theta = tuple(t if isinstance(t, tuple) else (t,) for t in theta)
     parameters = [
         inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=float(value), annotation="float")
@@ -151,7 +152,10 @@ def _family(
     one.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     of = "squashed attribute" if density.half_line else "attribute"
     one.__doc__ = f"Take the log-density of every {of} under one {name} distribution."
-    several.__doc__ = f"Take the log-densities of every {of} under {name} distributions, theta = (({', '.join(density.parameters)}), ..)."
+    several.__doc__ = (
+        f"Take the log-densities of every {of} under {name} distributions, theta = (({', '.join(density.parameters)}), "
+        "..)."
+    )
     for short, build in ((f"naive_{name}", one), (name, several)):
         build.__name__ = short
         expansions.record(name=short, aliases=(f"{short}_expansion",), formula=formula, source=_source, domain=domain)(
@@ -184,7 +188,8 @@ _family(
 
 @expansions.record(
     name="hybrid_probabilistic", aliases=("hybrid_probabilistic_expansion",), source=_source,
-    formula="[log N(x; 0, 1), log Cauchy(x; 0, 1), log chi2_1(s), log Gamma(s; 1/2, 1), log Laplace(x; 0, 1), log Exp(s; 1)]",
+    formula="[log N(x; 0, 1), log Cauchy(x; 0, 1), log chi2_1(s), log Gamma(s; 1/2, 1), log Laplace(x; 0, 1), "
+    "log Exp(s; 1)]",
     domain="all reals; the parts in s = 0.99 sigmoid(x) + 0.001 saturate, the others fall",
 )  # fmt: skip
 def hybrid_probabilistic() -> Expansion:

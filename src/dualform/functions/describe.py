@@ -198,7 +198,8 @@ def _of_fusion(u: Any) -> Curves:
 
 
 _pictures: dict[str, Callable[[Any], Curves | Image]] = {
-    "expansions": _of_expansion, "reconciliations": _of_reconciliation, "remainders": _of_remainder, "fusions": _of_fusion,
+    "expansions": _of_expansion, "reconciliations": _of_reconciliation, "remainders": _of_remainder,
+    "fusions": _of_fusion,
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
     u.length(dims, n) -> l        u.width(dims) -> n        u(xs, w=None) -> (..., n)
 
-Elementwise fusions reduce along the list; concatenations put widths side by side, and may pass through a structured matrix
-from the catalogue of reconciliations.
+Elementwise fusions reduce along the list; concatenations put widths side by side, and may pass through a structured
+matrix from the catalogue of reconciliations.
 
 Legend: xs k tensors (..., n_i), dims their widths, n output, l parameters.
 """
@@ -48,8 +48,8 @@ _identities = {"sum", "mean", "max", "min", "prod", "median"}  # reductions that
 class Fusion:
     """A way to join k outputs, as data.
 
-    kind: "reduce" by a metric, "weigh" by k numbers (given, or learnt if none are), "cat" side by side, "mix" side by side
-    through a reconciliation.
+    kind: "reduce" by a metric, "weigh" by k numbers (given, or learnt if none are), "cat" side by side,
+    "mix" side by side through a reconciliation.
     """
 
     name: str

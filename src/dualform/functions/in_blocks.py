@@ -1,9 +1,9 @@
-"""The functions of every attribute, evaluated for a block of rows at a time: beside the features almost nothing is held.
+"""The functions of every attribute, evaluated for a block of rows at a time: beside features almost nothing is held.
 
-Written out op by op, a basis keeps each step of its arithmetic for the backward pass, and lays its k functions side by side
-in one more copy. Here a block stays in the cache, each function is written where it belongs, and the backward pass
-evaluates the block again, or its derivative where a family says it. Whatever looks on (a trace, a transform, a compiler)
-sees the definition, op by op.
+Written out op by op, a basis keeps each step of its arithmetic for the backward pass, and lays its k functions side by
+side in one more copy. Here a block stays in the cache, each function is written where it belongs, and the backward pass
+evaluates the block again, or its derivative where a family says it. Whatever looks on (a trace, a transform, a
+compiler) sees the definition, op by op.
 
 Legend: x (R, m) rows, k functions, axis -1 for features (R, m, k), -2 for (R, k, m).
 """
@@ -21,12 +21,14 @@ from dualform.graphs.this_thread import compiles, records
 
 # Below so many features the ops' own cost decides, and the definition is as good.
 least_features = 2**16
-# Numbers a block holds per tensor, at most and at least: small beside the cache, large beside the cost of calling an op.
+# Numbers a block holds per tensor, at most and at least: small beside the cache, large beside the cost of calling an
+# op.
 most_numbers, least_numbers = 2**17, 2**12
 
 
 class Local(NamedTuple):
-    """Those of k functions that are not 0: row r of values (d + 1, ...) belongs to function first + r, if there is one."""
+    """Those of k functions that are not 0: row r of values (d + 1, ...) belongs to function first + r,
+    if there is one."""
 
     values: Tensor
     first: Tensor  # whole numbers in x's dtype; what is far off, or NaN, stands for no function
@@ -86,7 +88,8 @@ def joined(values: Values, axis: int) -> Tensor:
 
 
 class Pull(NamedTuple):
-    """A family's own backward pass: run(x, y, g, axis) -> gx for a block of rows; y are its features, or None unless kept."""
+    """A family's own backward pass: run(x, y, g, axis) -> gx for a block of rows; y are its features,
+    or None unless kept."""
 
     run: Callable[[Tensor, Any, Tensor, int], Tensor]
     keeps_features: bool = False
@@ -96,7 +99,8 @@ class Pull(NamedTuple):
 
 
 def by_slopes(slopes: Basis) -> Pull:
-    """Make the backward pass of functions whose derivatives are known: slopes gives them as a basis gives the functions."""
+    """Make the backward pass of functions whose derivatives are known:
+    slopes gives them as a basis gives the functions."""
 
     def run(x: Tensor, y: None, g: Tensor, axis: int) -> Tensor:
         values = slopes(x, axis)
@@ -153,7 +157,9 @@ def is_unobserved(x: Tensor) -> bool:
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, basis: Basis, pull: Pull, k: int, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, basis: Basis, pull: Pull, k: int, axis: int
+    ) -> Tensor:
         numbers = 3 * most_numbers // pull.width // k if pull.width else x.numel()
         found = _features(x, basis, numbers, k, axis)
         ctx.save_for_backward(x, found if pull.keeps_features else None)

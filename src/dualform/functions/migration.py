@@ -38,10 +38,12 @@ defects = {
     "laguerre_expansion": "its recurrence starts from x + 1 + alpha; the polynomial is 1 + alpha - x",
     "beta_wavelet_expansion": "it squashes the whole batch if one tau is outside [0, 1]; the density is 0 there",
     "shannon_wavelet_expansion": "it gives NaN at tau = 0; the limit is 1",
-    "meyer_wavelet_expansion": "it computes the scaling function, with NaN at +-3/4; part='scaling' is that one, finite",
+    "meyer_wavelet_expansion": "it computes the scaling function, with NaN at +-3/4; part='scaling' is that one, "
+    "finite",
     "harr_wavelet_expansion": "its values are these, but it can pass no gradient on; Haar's is 0 where it exists",
     "combinatorial_expansion": "it returns nested lists of subsets; here they are one row of features",
-    "masking_reconciliation": "its mask is not saved and its w has n D entries; here the mask is seeded and w has p n D",
+    "masking_reconciliation": "its mask is not saved and its w has n D entries; "
+    "here the mask is seeded and w has p n D",
     "duplicated_padding_reconciliation": "it repeats the entries of w one by one; the tiling is 1_(p x q) (x) w",
     "hm_reconciliation": "it reshapes the outer product of the flat factors; the Kronecker product is A (x) B",
     "lphm_reconciliation": "it reshapes the outer product of the flat factors; the Kronecker product is A (x) (S T)",
@@ -73,9 +75,11 @@ around |= {"preprocess_function_configs": "before", "postprocess_function_config
 def from_tinybig(name: str, /, **kwargs: Any) -> Migrated:
     """Build tinyBIG's class `name` from its own keywords, to be called in its way or in ours.
 
-    Shape:  expansions (b, m) -> (b, D); reconciliations w (l,) or (1, l) -> (n, D); remainders -> (..., n); fusions as ours.
+    Shape:  expansions (b, m) -> (b, D); reconciliations w (l,) or (1, l) -> (n, D); remainders -> (..., n);
+            fusions as ours.
     Dtype:  the input's: float64 stays float64.
-    Raises: UnknownNameError for a class that does not exist or waits for a later issue, CatalogueError for a keyword it lacks.
+    Raises: UnknownNameError for a class that does not exist or waits for a later issue,
+            CatalogueError for a keyword it lacks.
     Source: tinyBIG 0.2.1. Differs: where `defects` says so, with a warning; keywords it would drop silently are errors.
     Example:
         >>> import torch
@@ -122,8 +126,9 @@ def _find(name: str) -> tuple[Catalogue, Record, str]:
         alias for c in families.values() for n in c for alias in c[n].aliases if alias.rpartition("_")[2] in families
     ]
     raise UnknownNameError(
-        f"from_tinybig: {name!r} is no expansion, reconciliation, remainder or fusion of tinyBIG. {near_misses(short, known)} "
-        "Its interdependences, compressions, heads, layers and models wait for a later issue."
+        f"from_tinybig: {name!r} is no expansion, reconciliation, remainder or fusion of tinyBIG. "
+        f"{near_misses(short, known)} Its interdependences, compressions, heads, layers and models wait for a later "
+        "issue."
     )
 
 
@@ -169,7 +174,8 @@ def _part(value: Any) -> Any:
 
 
 def _maps(own: str, value: Any) -> list[Any]:
-    """Read process functions: callables, names such as "torch.nn.functional.tanh" or "tanh", configurations, lists of these."""
+    """Read process functions: callables, names such as "torch.nn.functional.tanh" or "tanh", configurations,
+    lists of these."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
@@ -247,7 +253,8 @@ packings: dict[str, dict[str, tuple[float, ...]]] = {
         "dense_hexagonal": (0.5 * _root(6), _root(2), 1), "denser_hexagonal": (0.5 * _root(3), 1, 1),
     },
     "sphere": {
-        "sparse_simple_cubic": (2, 2, 2), "complete_simple_cubic": (0.6667 * _root(3),) * 3, "dense_simple_cubic": (1, 1, 1),
+        "sparse_simple_cubic": (2, 2, 2), "complete_simple_cubic": (0.6667 * _root(3),) * 3,
+        "dense_simple_cubic": (1, 1, 1),
         "sparse_face_centered_cubic": (2, _root(3), 0.6667 * _root(6)),
         "complete_face_centered_cubic": (_root(2), 0.6667 * _root(6), 1.3333),
         "dense_face_centered_cubic": (1, 1, 1), "sparse_hexagonal": (2, 2, _root(6)),
@@ -420,5 +427,6 @@ class FusionLike(Migrated):
 
 
 _conventions: dict[str, type[Migrated]] = {
-    "expansions": ExpansionLike, "reconciliations": ReconciliationLike, "remainders": RemainderLike, "fusions": FusionLike,
+    "expansions": ExpansionLike, "reconciliations": ReconciliationLike, "remainders": RemainderLike,
+    "fusions": FusionLike,
 }  # fmt: skip

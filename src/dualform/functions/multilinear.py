@@ -2,11 +2,13 @@
 
     W[rows, cols] = coef * sum  prod_k  factor_k[labels_k]        y[rows] = sum_cols kappa[cols] W[rows, cols]
 
-A low-rank matrix is "ia,aj"; a Kronecker product is "ij,kl" with rows "ik" and columns "jl"; a tiled one leaves "ij" out.
-`dense` multiplies the factors together; `apply` starts at the tokens and meets one factor at a time, so that neither W nor,
-where kappa is an outer product itself, kappa is ever formed. The order of the steps is planned once per size.
+A low-rank matrix is "ia,aj"; a Kronecker product is "ij,kl" with rows "ik" and columns "jl"; a tiled one leaves "ij"
+out. `dense` multiplies the factors together; `apply` starts at the tokens and meets one factor at a time, so that
+neither W nor, where kappa is an outer product itself, kappa is ever formed. The order of the steps is planned once per
+size.
 
-Legend: m input, D expanded, n output, l parameters; rows "i" or "ik" (n = p s), columns "j" or "jl" (D = q t); "a", "b" ranks.
+Legend: m input, D expanded, n output, l parameters; rows "i" or "ik" (n = p s), columns "j" or "jl" (D = q t); "a",
+        "b" ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def width_of(kappa: Features) -> int:
 class WeightFactor:
     """One tensor of the product: what its axes are called and where its numbers come from.
 
-    fill: "w" the next entries of w; "kept" the same, but only at seeded places; "normal" seeded constants; "eye" the identity.
+    fill: "w" the next entries of w; "kept" the same, but only at seeded places; "normal" seeded constants;
+    "eye" the identity.
     """
 
     labels: str
@@ -126,7 +129,8 @@ class Multilinear:
         return sum(self.piece_lengths(n, D))
 
     def constants(self, n: int, D: int) -> dict[str, Tensor]:
-        """Draw what is frozen, the same for the same seed on every machine: normal numbers, or the kept entries' places."""
+        """Draw what is frozen, the same for the same seed on every machine: normal numbers,
+        or the kept entries' places."""
         g = np.random.default_rng(self.seed)
         found: dict[str, Tensor] = {}
         for f, shape in zip(self.factors, self.shapes(self.sizes(n, D)), strict=True):
@@ -194,7 +198,8 @@ class Multilinear:
     def _split(
         self, kappa: Features, specs: list[str], tensors: list[Tensor | None], sizes: dict[str, int]
     ) -> tuple[list[tuple[str, Tensor]], list[str], list[Tensor | None], dict[str, int]]:
-        """Name the axes of the tokens. An outer product stays one where the columns split as it does, or can be split so."""
+        """Name the axes of the tokens. An outer product stays one where the columns split as it does,
+        or can be split so."""
         if isinstance(kappa, Outer):
             U, V = kappa.left.shape[-1], kappa.right.shape[-1]
             if len(self.cols) == 2 and (sizes[self.cols[0]], sizes[self.cols[1]]) == (U, V):
@@ -247,7 +252,8 @@ def _walk(
 
 
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:
-    """Contract tokens with a factor; as a plain matrix product where it is one, whose gradient is laid out as the factor is."""
+    """Contract tokens with a factor; as a plain matrix product where it is one,
+    whose gradient is laid out as the factor is."""
     if not _is_product(labels, right, out):
         return torch.einsum(f"...{labels},{right}->...{out}", y, factor)
     if right[-1] != labels[-1]:
@@ -258,7 +264,8 @@ def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tenso
 
 
 def _is_product(labels: str, right: str, out: str) -> bool:
-    """Is the last axis of the tokens all that is summed, and can the factor be read as a matrix on it as it lies in memory?"""
+    """Is the last axis of the tokens all that is summed,
+    and can the factor be read as a matrix on it as it lies in memory?"""
     last = labels[-1]
     summed = [label for label in labels if label in right and label not in out] == [last]
     lies = len(right) > 1 and (right[-1] == last or (right[0] == last and len(right) == 2))

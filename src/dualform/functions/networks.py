@@ -1,7 +1,7 @@
 """Networks that people know, as stacks of heads: each record's configuration is the whole definition.
 
-`networks.mlp(dims=(784, 64, 10))` is a value; calling it builds the module, `to_toml()` writes it down. Adapters are called
-with the linear map that they adapt.
+`networks.mlp(dims=(784, 64, 10))` is a value; calling it builds the module, `to_toml()` writes it down. Adapters are
+called with the linear map that they adapt.
 
 Legend: dims the widths, input first; m attributes, n outputs.
 """
@@ -50,7 +50,8 @@ def kan(dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float,
     """Build a Kolmogorov-Arnold network: B-splines on every edge, on a silu base.
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
-    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is part of its coefficients; the grid does not move.
+    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is part of its coefficients;
+            the grid does not move.
     """
     spline = ("bspline", {"cells": cells, "degree": degree, "span": span})
     base = ("linear", {"activation": "silu", "inside": True})

@@ -1,6 +1,7 @@
 """Neighbourhoods on a grid: every cell's patch of values, zero beyond the border.
 
-Legend: C channels, h x w x d cells (d depth, 1 for images), p patch centres, e offsets of a patch. x is (..., C h w d), channel
+Legend: C channels, h x w x d cells (d depth, 1 for images), p patch centres, e offsets of a patch. x is (...,
+        C h w d), channel
 first, depth fastest; the features are (C, e, p) flattened.
 """
 
@@ -26,7 +27,8 @@ _domain = "all reals; cells beyond the border count as 0"
 def patches(
     name: str, offsets: Sequence[Offset], grid: Sequence[int] | None, channels: int, stride: Steps
 ) -> Expansion:
-    """Make the expansion in the patches {cell + offset} around every stride-th cell. grid: (h, w) or (h, w, d); None: square."""
+    """Make the expansion in the patches {cell + offset} around every stride-th cell. grid: (h, w) or (h, w, d);
+    None: square."""
     positive(name, "channels", channels)
     strides = (stride,) * 3 if isinstance(stride, int) else (*stride, 1)[:3]
     shape = None if grid is None else (*grid, 1)[:3]

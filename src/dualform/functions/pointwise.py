@@ -1,4 +1,4 @@
-"""Lists of functions of one attribute, and the maps that are no basis: identity, reciprocal, linear. Legend: x attribute, s = sigmoid(x)."""
+"""Functions of one attribute; maps but no basis: identity, reciprocal, linear. Legend: x attribute, s = sigmoid(x)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def pointwise(
 def identity() -> Expansion:
     """Keep the attributes as they are."""
     return Expansion(
-        "identity", lambda x: x, lambda m: m, "m", layout="attribute", basis=lambda x, axis: x.unsqueeze(axis), terms=("x",), degree=1,
+        "identity", lambda x: x, lambda m: m, "m", layout="attribute", basis=lambda x, axis: x.unsqueeze(axis),
+        terms=("x",), degree=1,
     )  # fmt: skip
 
 

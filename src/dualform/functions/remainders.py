@@ -1,4 +1,4 @@
-"""Remainders pi: R^m -> R^n, what is added to <kappa(x), psi(w)>: nothing, a constant, the input itself, a linear map of it.
+"""Remainders pi: R^m -> R^n, what is added to <kappa(x), psi(w)>: nothing, a constant, the input, a linear map of it.
 
     p.length(m, n) -> l        p(x, n, w=None, b=None) -> (..., n)
 

@@ -1,7 +1,8 @@
 """Subsets and monomials: which d of m things, in lexicographic order.
 
-The tuples of size d that begin with i are i followed by each tuple of size d - 1 that may follow it; and these stand together, at
-the end of the shorter ones. So a product or a sum over all tuples is one over their first elements and a slice of what came before.
+The tuples of size d that begin with i are i followed by each tuple of size d - 1 that may follow it; and these stand
+together, at the end of the shorter ones. So a product or a sum over all tuples is one over their first elements and a
+slice of what came before.
 """
 
 from __future__ import annotations

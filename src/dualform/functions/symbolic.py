@@ -1,7 +1,8 @@
 """From heads to formulas: monomials with coefficients, spline pieces, functions, in the inputs' own names.
 
-Terms are the features' own texts (`Expansion.features`); functions of one attribute that are polynomials between knots are read
-off at degree + 1 points per piece; what a head does with its features is its own code, run on matrices instead of rows.
+Terms are the features' own texts (`Expansion.features`); functions of one attribute that are polynomials between knots
+are read off at degree + 1 points per piece; what a head does with its features is its own code, run on matrices instead
+of rows.
 
 Legend: m inputs, n outputs, D features, k functions per attribute, R rows of the sample, c coefficients.
 """
@@ -61,8 +62,8 @@ def formula_of(
 ) -> Formula:  # fmt: skip
     """Write down what heads in a row compute of (x - mean) / scale, times the units' slope plus their shift.
 
-    Terms are dropped while what they do together to the line they are in, on the sample's rows, stays below tolerance times
-    the line's standard deviation.
+    Terms are dropped while what they do together to the line they are in, on the sample's rows,
+    stays below tolerance times the line's standard deviation.
     Shape:  sample (R, m).
     """
     names = tuple(_identifiers(labels))
@@ -121,7 +122,8 @@ class _Writer:
     def standardised(
         self, inputs: list[sympy.Expr], expansion: Expansion, scale: np.ndarray, mean: np.ndarray
     ) -> list[sympy.Expr]:
-        """Put (x - mean) / scale in the place of x, in a line of its own where an expanded polynomial would lose its digits."""
+        """Put (x - mean) / scale in the place of x, in a line of its own where an expanded polynomial would lose its
+        digits."""
         degree = max(expansion.degrees) * (expansion.degree or 1)
         z = [(x - float(m)) / float(s) for x, s, m in zip(inputs, scale, mean, strict=True)]
         if (np.abs(mean / scale).max() + 1) ** degree <= _most_cancelled:

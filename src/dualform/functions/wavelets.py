@@ -2,7 +2,8 @@
 
     phi_{s,t}(x) = a^(-s/2) phi(x / a^s - t b),   s = 0 .. scales - 1,  t = 0 .. shifts - 1
 
-Orders above 1 are tensor powers of these, as in a Taylor expansion. Legend: a dilation, b translation, tau = x / a^s - t b.
+Orders above 1 are tensor powers of these, as in a Taylor expansion. Legend: a dilation, b translation,
+tau = x / a^s - t b.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ _common = inspect.signature(_children_options).parameters
 def wavelet(
     *aliases: str, formula: str, source: str, domain: str, nested: Mapping[str, Catalogue] | None = None
 ) -> Callable[[Callable[..., Mother]], Callable[..., Mother]]:
-    """Register the expansion in the children of the mother that the decorated function makes of its options; theirs come with it."""
+    """Register the expansion in the children of the mother that the decorated function makes of its options;
+    theirs come with it."""
 
     def register(make: Callable[..., Mother]) -> Callable[..., Mother]:
         own = inspect.signature(make).parameters
@@ -66,7 +68,8 @@ def wavelet(
             mother = make(**{name: options.pop(name) for name in own})
             return dilated(make.__name__, mother, **options)
 
-        build.__signature__ = inspect.Signature([p for part in order for p in part.values()])  # type: ignore[attr-defined]
+        signature = inspect.Signature([p for part in order for p in part.values()])
+        build.__signature__ = signature  # type: ignore[attr-defined]
         build.__name__, build.__doc__, build.__module__ = make.__name__, make.__doc__, make.__module__
         expansions.record(
             name=make.__name__,
@@ -122,14 +125,17 @@ def dilated(
     nested={"mother": expansions},
 )
 def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
-    """Expand every attribute in dilations and translations of one function: that of any expansion with one per attribute."""
+    """Expand every attribute in dilations and translations of one function:
+    that of any expansion with one per attribute."""
     if mother.width != 1 or mother.power != 1:
         fail(
             "discrete_wavelet", "mother", f"is {mother}, with {mother.width or 'no'} functions per attribute",
-            "exactly 1", "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)}).",
+            "exactly 1",
+            "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)}).",
         )  # fmt: skip
     return Mother(
-        lambda tau: mother.phi(tau).squeeze(-1), substitute(mother.terms[0], "tau"), mother.domain, mother.reach, mother.rough,
+        lambda tau: mother.phi(tau).squeeze(-1), substitute(mother.terms[0], "tau"), mother.domain, mother.reach,
+        mother.rough,
     )  # fmt: skip
 
 
@@ -158,7 +164,8 @@ def haar_wavelet() -> Mother:
 @wavelet(
     "beta_wavelet_expansion",
     formula="phi(tau) = tau^(al-1) (1 - tau)^(be-1) / B(al, be) on [0, 1], else 0",
-    source="Zhang 2024 (RPN 1), section 5. Differs from tinyBIG 0.2.1, which squashes the whole batch if one tau is outside",
+    source="Zhang 2024 (RPN 1), section 5. Differs from tinyBIG 0.2.1, "
+    "which squashes the whole batch if one tau is outside",
     domain="all reals; 0 outside [0, 1] in tau; alpha, beta >= 1",
 )
 def beta_wavelet(alpha: float = 1.0, beta: float = 1.0) -> Mother:
@@ -241,7 +248,8 @@ def ricker_wavelet(sigma: float = 1.0) -> Mother:
         return square.mul_(scale / sigma**4).sub_(3 * scale / sigma**2).mul_(fade)
 
     return Mother(
-        mother, f"{scale!r}*(1-(tau/{sigma!r})**2)*exp(-0.5*(tau/{sigma!r})**2)", (-3.0, 3.0), (-1e15, 1e15), slope=slope,
+        mother, f"{scale!r}*(1-(tau/{sigma!r})**2)*exp(-0.5*(tau/{sigma!r})**2)", (-3.0, 3.0), (-1e15, 1e15),
+        slope=slope,
     )  # fmt: skip
 
 
@@ -282,16 +290,18 @@ def _width(name: str, option: str, sigma: float) -> None:
 
 
 def _band(c: Tensor | float, turn: Callable[[Tensor], Tensor], width: float) -> Tensor:
-    # the integral of cos(c w) or sin(c w) over one band of frequencies, w / pi from 2/3 to 4/3 (times 3 width), up to a factor
+    # the integral of cos(c w) or sin(c w) over one band of frequencies, w / pi from 2/3 to 4/3 (times 3 width), up to a
+    # factor
     assert isinstance(c, Tensor)
     return turn(3 * width * math.pi * c) * _sinc(width * c)
 
 
 @wavelet(
     "meyer_wavelet_expansion",
-    formula="phi(tau) = psi(tau), the inverse Fourier transform of e^(-iw/2) (sin(pi/2 nu(3|w|/2pi - 1)) on [2pi/3, 4pi/3], "
-    "cos(pi/2 nu(3|w|/4pi - 1)) on [4pi/3, 8pi/3]), nu(x) = x; part='scaling': the scaling function",
-    source="Meyer 1985; Valenzuela, de Oliveira 2015. Differs from tinyBIG 0.2.1, whose phi is the scaling function (NaN at +-3/4)",
+    formula="phi(tau) = psi(tau), the inverse Fourier transform of e^(-iw/2) (sin(pi/2 nu(3|w|/2pi - 1)) on [2pi/3, "
+    "4pi/3], cos(pi/2 nu(3|w|/4pi - 1)) on [4pi/3, 8pi/3]), nu(x) = x; part='scaling': the scaling function",
+    source="Meyer 1985; Valenzuela, de Oliveira 2015. Differs from tinyBIG 0.2.1, "
+    "whose phi is the scaling function (NaN at +-3/4)",
     domain="all reals; decays as 1 / tau^2",
 )
 def meyer_wavelet(part: str = "wavelet") -> Mother:

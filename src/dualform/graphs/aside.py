@@ -106,8 +106,11 @@ def replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def value_of(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Run the op of a node, where autograd may be watching: a detach of the function's own is no detach of autograd's."""
-    return stop_gradient(*args) if node.target is aten.detach.default else node.target(*args, **kwargs)  # type: ignore[operator]
+    """Run the op of a node, where autograd may be watching:
+    a detach of the function's own is no detach of autograd's."""
+    if node.target is aten.detach.default:
+        return stop_gradient(*args)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def blame(node: fx.Node, what: str, advice: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One call of a torch.autograd.Function: its author's forward and backward, as functions of the tensors among its arguments."""
+"""One call of a torch.autograd.Function: its author's forward and backward, as functions of its tensor arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Context(FunctionCtx):
 
 
 class Called:
-    """One call of a Function: its forward, and for each result its backward, as functions of the tensors among its arguments."""
+    """One call of a Function: its forward, and for each result its backward,
+    as functions of the tensors among its arguments."""
 
     def __init__(self, cls: Any, args: tuple[Any, ...], needs: tuple[bool, ...], where: str) -> None:
         self.cls, self.args, self.needs, self.where = cls, args, needs, where
@@ -87,12 +88,14 @@ class Called:
         user: Any = self.cls.vjp if self.cls.vjp is not Function.vjp else self.cls.backward
         if user is Function.backward:
             raise TraceError(
-                f"trace: `{self.where}` has no backward; expected one, which torch's gradients need too. Write it, or use plain ops."
+                f"trace: `{self.where}` has no backward; expected one, which torch's gradients need too. Write it, or "
+                "use plain ops."
             )
         if getattr(user, "__code__", None) is _ONCE:
             user, message = (
                 user.__wrapped__,
-                f"trace: `{self.where}` is marked once_differentiable; expected no derivative of its gradient. Take the mark away, if its backward is made of torch ops.",
+                f"trace: `{self.where}` is marked once_differentiable; expected no derivative of its gradient. Take "
+                "the mark away, if its backward is made of torch ops.",
             )
             inputs, results = ([once_only(x, message) for x in some] for some in (inputs, results))
         ctx = Context(self.needs)
@@ -107,8 +110,8 @@ class Called:
         grads = list(grads) if isinstance(grads, tuple) else [grads]
         if len(grads) < len(self.args) or any(x is not None for x in grads[len(self.args) :]):
             raise TraceError(
-                f"trace: the backward of `{self.where}` returns {len(grads)} gradients; expected one for each argument of "
-                f"forward = {len(self.args)}. Return None for what has none."
+                f"trace: the backward of `{self.where}` returns {len(grads)} gradients; expected one for each argument "
+                f"of forward = {len(self.args)}. Return None for what has none."
             )
         return [
             fitted(grads[p], x, self.where) if self.needs[p] and grads[p] is not None else None

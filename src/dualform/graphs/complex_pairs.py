@@ -1,7 +1,8 @@
 """Complex tensors as pairs of real ones, z = re + i im: every derivative is of real numbers by real numbers.
 
-A traced graph is rewritten node by node. A linear op acts on both parts, a product of k complex operands is 2^k real ones, a
-Fourier transform is sums with cosines and sines, a composite op is spelled out first. What is left is refused by name.
+A traced graph is rewritten node by node. A linear op acts on both parts, a product of k complex operands is 2^k real
+ones, a Fourier transform is sums with cosines and sines, a composite op is spelled out first. What is left is refused
+by name.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ class PairWriter:
 
 
 def _partwise(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
-    """A linear op acts on each part; a real operand among complex ones has no imaginary part, and neither has a number."""
+    """A linear op acts on each part; a real operand among complex ones has no imaginary part,
+    and neither has a number."""
     names = [a.name for a in node.target._schema.arguments if "number" in str(a.type) and a.name != "alpha"]
     parts = []
     for k in (0, 1):

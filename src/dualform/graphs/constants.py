@@ -3,8 +3,8 @@
 mask = table > 0; w[mask]        ->    w[places], where mask is true
 n = count.item()                 ->    a number of the graph
 
-A constant is a tensor that the function closes over, one of `known`, or what ops make of constants; its value is computed when
-somebody asks for it. Those asked for are `read`: the graph is made for their values.
+A constant is a tensor that the function closes over, one of `known`, or what ops make of constants; its value is
+computed when somebody asks for it. Those asked for are `read`: the graph is made for their values.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Constants:
         for x, version, where in self.shared:
             if version_of(x) != version:
                 raise TraceError(
-                    f"trace: `{where}` looks at a tensor's memory, which is written to later; expected a pure function of its "
-                    "inputs. Take x.clone().numpy(), or look at it after the last write."
+                    f"trace: `{where}` looks at a tensor's memory, which is written to later; expected a pure function "
+                    "of its inputs. Take x.clone().numpy(), or look at it after the last write."
                 )
 
     def knows(self, x: Any) -> bool:
@@ -142,7 +142,8 @@ class Constants:
         return result
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a call that reads constants gives, in a list; else the call, with places for masks that are constants."""
+        """What a call that reads constants gives, in a list; else the call,
+        with places for masks that are constants."""
         try:
             return self._call(func, args, kwargs)
         except _Written:

@@ -3,7 +3,8 @@
     y = Round.apply(x)        ->    y = kept([x], "Round.apply", 0), its backward traced beside its forward
     h.register_hook(f)        ->    every use of h, before and after, is one of kept([h], "hook f", 0)
 
-While a trace runs, `torch.autograd.Function` asks here first; on other threads, and inside a transform, it is torch's own.
+While a trace runs, `torch.autograd.Function` asks here first; on other threads, and inside a transform,
+it is torch's own.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Listener:
             setattr(x, LIVE, True)
 
     def marked(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
-        """What is made of what requires a gradient requires one, where gradients are on; inference mode makes constants."""
+        """What is made of what requires a gradient requires one, where gradients are on;
+        inference mode makes constants."""
         if torch.is_inference_mode_enabled():
             return pytree.tree_map_only(Tensor, lambda x: x.detach() if can_move(x) else x, result)
         leaves = pytree.tree_leaves((args, kwargs)) if func not in DETACH and torch.is_grad_enabled() else []
@@ -123,7 +125,8 @@ class Listener:
     # -- Functions
 
     def transform(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Begin or end a transform unseen: torch's tracer makes nodes of that for torch.export (2.11: always), a graph of ops has none."""
+        """Begin or end a transform unseen: torch's tracer makes nodes of that for torch.export (2.11: always),
+        a graph of ops has none."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
@@ -139,8 +142,8 @@ class Listener:
         name = f"{cls.__qualname__.split('.')[-1]}.apply"
         if cls.__name__ == "BackwardHookFunction":
             raise TraceError(
-                f"trace: `{where}` calls a module with a backward hook; expected gradients that the module's own forward "
-                "says. Remove the hook, or register one on a tensor in forward: h.register_hook(...)."
+                f"trace: `{where}` calls a module with a backward hook; expected gradients that the module's own "
+                "forward says. Remove the hook, or register one on a tensor in forward: h.register_hook(...)."
             )
         needs = tuple(isinstance(a, Tensor) and requires_grad(a) for a in args)
         if not any(needs) or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -210,7 +213,8 @@ class Listener:
         create_graph: bool = False, only_inputs: bool = True, allow_unused: bool | None = None,
         is_grads_batched: bool = False, materialize_grads: bool = False,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """torch.autograd.grad: the part of the trace between inputs and outputs is differentiated, and that is traced."""
+        """torch.autograd.grad: the part of the trace between inputs and outputs is differentiated,
+        and that is traced."""
         where = self.note()
         outs, ins = ([x] if isinstance(x, Tensor) else list(x) for x in (outputs, inputs))
         seeds = [grad_outputs] if grad_outputs is None or isinstance(grad_outputs, Tensor) else list(grad_outputs)
@@ -225,15 +229,15 @@ class Listener:
                 else "is of tensors without gradient"
             )
             raise TraceError(
-                f"trace: `{where}` {why}; expected a gradient of what depends on an input, by a tensor that it depends on. "
-                "Call h.requires_grad_() on that tensor, or differentiate the function from outside."
+                f"trace: `{where}` {why}; expected a gradient of what depends on an input, by a tensor that it depends "
+                "on. Call h.requires_grad_() on that tensor, or differentiate the function from outside."
             )
         seeds = [None] * len(outs) if grad_outputs is None else seeds
         found = [self._slope(outs, x, seeds, where) for x in ins]
         if any(x is None for x in found) and not (allow_unused or materialize_grads):
             raise TraceError(
-                f"trace: `{where}` differentiates by a tensor that the result does not depend on; expected one that it does. "
-                "Pass allow_unused=True or materialize_grads=True."
+                f"trace: `{where}` differentiates by a tensor that the result does not depend on; expected one that it "
+                "does. Pass allow_unused=True or materialize_grads=True."
             )
         if materialize_grads:
             found = [torch.zeros_like(x) if g is None else g for x, g in zip(ins, found, strict=True)]
@@ -315,7 +319,8 @@ class Listener:
 
 
 class Plain(Listener):
-    """The listener of a recording that holds nothing but ops: it gives up where a function defines or takes a gradient."""
+    """The listener of a recording that holds nothing but ops:
+    it gives up where a function defines or takes a gradient."""
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """Take the inputs; which nodes they are, nobody asks."""

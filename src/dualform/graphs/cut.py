@@ -1,4 +1,4 @@
-"""A minimum cut: which nodes of a network stand with its source, so that what leads from them to the others costs least."""
+"""A minimum cut: which nodes of a network stand with its source, so that the edges between cost least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python's and numpy's random numbers, which a trace would hold for ever: a function that draws some is refused, by its line."""
+"""Python's and numpy's random numbers, which a trace would hold for ever: who draws some is refused, by line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def undrawn(generators: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def no_draws(generators: Sequence[Any], again: Callable[[], Any], shown: Callable[[FrameType], str]) -> Iterator[None]:
-    """Refuse to draw from some generators, and leave them as they were; `again` does the same once more, to find the line.
+    """Refuse to draw from some generators, and leave them as they were; `again` does the same once more,
+    to find the line.
 
     shown: a frame's line as people read it. Other threads may draw meanwhile: no line, no refusal.
     """
@@ -51,7 +52,8 @@ def no_draws(generators: Sequence[Any], again: Callable[[], Any], shown: Callabl
         yield
         if pickle.dumps(_states(generators)) != before and (line := _line_that_draws(generators, again, shown)):
             raise TraceError(
-                f"trace: `{line}` is random; expected a pure function of its inputs. Draw the noise outside and pass it in."
+                f"trace: `{line}` is random; expected a pure function of its inputs. Draw the noise outside and pass "
+                "it in."
             )
 
 

@@ -1,4 +1,4 @@
-"""Edit a graph: add a node with its value and its line, find what is given, returned, reached and needed, take a part out.
+"""Edit a graph: add a node with its value and its line, find what is given, returned, reached, needed, take parts out.
 
 A node's value, `meta["val"]`, is a stand-in of its shape and dtype; its line, `meta["stack_trace"]`, is the user's.
 """
@@ -20,7 +20,8 @@ _OF_THE_LINE = ("section", "ordinal")
 
 
 class Graph(fx.Graph):
-    """A graph that searches no node's arguments for symbolic sizes, which no trace here has: a third of what a node costs."""
+    """A graph that searches no node's arguments for symbolic sizes, which no trace here has:
+    a third of what a node costs."""
 
     def create_node(
         self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, type_expr: Any = None
@@ -71,7 +72,8 @@ def add_alike(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs:
 
 
 def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | None = None) -> fx.Node:
-    """Add an input after another one, the last if none is named; its value, if there is one, is a tensor or a stand-in."""
+    """Add an input after another one, the last if none is named; its value, if there is one,
+    is a tensor or a stand-in."""
     given = inputs_of(graph)
     with graph.inserting_after(after or given[-1]) if given else graph.inserting_before(next(iter(graph.nodes), None)):
         new = graph.placeholder(name)
@@ -86,7 +88,8 @@ def held_by(gm: fx.GraphModule) -> list[tuple[torch.Tensor, fx.Node]]:
 
 
 def lift(gm: fx.GraphModule, stand_for: Callable[[torch.Tensor, fx.Node], fx.Node]) -> None:
-    """Let other nodes, inputs as a rule, stand for the tensors that a graph holds: `stand_for(tensor, node)` gives each."""
+    """Let other nodes, inputs as a rule, stand for the tensors that a graph holds: `stand_for(tensor,
+    node)` gives each."""
     for value, node in held_by(gm):
         replace(node, stand_for(value, node))
 
@@ -148,7 +151,8 @@ def reached(graph: fx.Graph, first: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def needed(goals: Iterable[Any], beyond: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Collect some nodes and everything that they are computed from, nothing beyond some; what is no node is passed over."""
+    """Collect some nodes and everything that they are computed from, nothing beyond some;
+    what is no node is passed over."""
     found: set[fx.Node] = set()
     stack = [x for x in goals if isinstance(x, fx.Node)]
     while stack:
@@ -174,7 +178,8 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -> tuple[list[Any], list[fx.Node]]:
-    """Write a part out before `at`, its inputs being `given`: return what it returns, and the nodes made, which have at's line."""
+    """Write a part out before `at`, its inputs being `given`: return what it returns, and the nodes made,
+    which have at's line."""
     copies: dict[fx.Node, Any] = dict(zip(inputs_of(part), given, strict=True))
     before = set(copies)
     with graph.inserting_before(at):
@@ -187,7 +192,8 @@ def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -
 
 
 def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callable[[fx.Graph, dict], Any]) -> fx.Graph:
-    """Copy some nodes, in order, into a graph of their own; `finish` says what it returns, from the copies by their originals."""
+    """Copy some nodes, in order, into a graph of their own; `finish` says what it returns,
+    from the copies by their originals."""
     graph, made = Graph(), {}
     for node in inputs:
         made[node] = graph.placeholder(node.name)
@@ -276,7 +282,8 @@ def evaluated(
 
 
 def without_dead(graph: fx.Graph) -> fx.Graph:
-    """Erase what nothing reads and what writes nothing. (fx asks of each op whether it has effects, at ten times the price.)"""
+    """Erase what nothing reads and what writes nothing. (fx asks of each op whether it has effects,
+    at ten times the price.)"""
     for node in reversed(graph.nodes):
         if node.op in ("call_function", "get_attr") and not node.users and not writes(node):
             graph.erase_node(node)

@@ -1,7 +1,7 @@
 """What a function is made of: a key that is equal for equal code and settings, with every tensor as an open slot.
 
-Two closures of one source line are the same function on other tensors. Their key is the same; the tensors are read anew at
-each call, so that nothing closed over can be stale. What cannot be read (objects of foreign types) has no key.
+Two closures of one source line are the same function on other tensors. Their key is the same; the tensors are read anew
+at each call, so that nothing closed over can be stale. What cannot be read (objects of foreign types) has no key.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Unreadable(Exception):
 class Fingerprint:
     """The key of some objects, and the tensors in it in the order in which they were met.
 
-    key: hashable, or None if something could not be read (`unreadable`: its type); names: what the code calls each tensor
+    key: hashable, or None if something could not be read (`unreadable`: its type); names:
+    what the code calls each tensor
     """
 
     def __init__(self, *objects: Any, watch: bool = False) -> None:
@@ -110,7 +111,7 @@ class Fingerprint:
         """What draws random numbers for Python and numpy, where code may reach it."""
         found = [x for x in self._held if isinstance(x, _GENERATORS)]
         if "random" in self._words or self._libraries & {"random", "numpy.random"}:
-            found += [getattr(random, "_inst"), getattr(numpy.random.mtrand, "_rand")]  # noqa: B009  (neither has a name)
+            found += [getattr(random, "_inst"), getattr(numpy.random.mtrand, "_rand")]  # noqa: B009
         return list({id(x): x for x in found}.values())
 
     def _watch(self, x: Any) -> None:
@@ -218,7 +219,8 @@ class Fingerprint:
         return (f.__code__, tuple(found), *own)
 
     def _read_modules(self) -> Iterator[Hashable]:
-        """What code may read of the caller's own modules, however it came by them: the attributes that some code names."""
+        """What code may read of the caller's own modules, however it came by them:
+        the attributes that some code names."""
         done: set[tuple[int, str]] = set()
         while todo := [
             (module, n)

@@ -1,6 +1,6 @@
 """Rewrite in-place ops of a traced graph as functional ones; what a write changes is every view of the same memory.
 
-base[view] <- value      becomes      base' = scatter(base, value at view), and later reads of other views are taken anew
+base[view] <- value   becomes   base' = scatter(base, value at view); later reads of other views are taken anew
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def _inverse(dims: list[int]) -> list[int]:
 
 
 def functionalized(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
-    """Rewrite a graph without in-place ops, grad-mode switches and dead nodes; `blame` reports what cannot be rewritten."""
+    """Rewrite a graph without in-place ops, grad-mode switches and dead nodes;
+    `blame` reports what cannot be rewritten."""
     if not any(writes(n) or _switch(n) is not None for n in gm.graph.nodes):
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -131,7 +132,8 @@ class _Rewriter:
         self.parent[node] = dst
 
     def is_lent(self, root: fx.Node) -> bool:
-        """Is it a tensor in memory that is not torch's, as from_numpy makes it? Others see there what no graph knows of."""
+        """Is it a tensor in memory that is not torch's,
+        as from_numpy makes it? Others see there what no graph knows of."""
         source: Any = root.args[0] if root.target is aten.lift_fresh_copy.default else None
         held: Any = getattr(self.gm, source.target) if source is not None and source.op == "get_attr" else None
         is_plain = type(held) is torch.Tensor and held.layout == torch.strided and held.device.type == "cpu"
@@ -222,7 +224,8 @@ class _Rewriter:
 
 
 class _Places(NamedTuple):
-    """Where a view of any kind lies in its base: the axes that they share, in an order for each, and evenly spaced places in the rest."""
+    """Where a view of any kind lies in its base: the axes that they share, in an order for each,
+    and evenly spaced places in the rest."""
 
     of_base: list[int]
     of_view: list[int]

@@ -1,7 +1,8 @@
 """Tensors without numbers: a shape, a dtype and how they lie in memory, on the CPU as far as anybody can see.
 
-A trace computes with them. Shapes come from torch: an op entry by entry runs on one entry, one of torch's core set on zeros,
-where they are few, and any other on the meta device, whose kernels in Python load torch's whole compiler at their first use.
+A trace computes with them. Shapes come from torch: an op entry by entry runs on one entry, one of torch's core set on
+zeros, where they are few, and any other on the meta device, whose kernels in Python load torch's whole compiler at
+their first use.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Hollow(Tensor):
     @staticmethod
     def __new__(cls, value: Tensor, *rest: Any) -> Hollow:
         self = torch.Tensor._make_wrapper_subclass(
-            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype, device=CPU
+            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
+            device=CPU
         )  # fmt: skip
         self.shape_of = value
         return self
@@ -58,7 +60,8 @@ class Hollow(Tensor):
 class Hollows(TorchDispatchMode):
     """Run ops of hollow tensors, and of those on the meta device, on shapes.
 
-    A hollow tensor does so by itself; but at the first op that finds its way to a class, torch loads all of its distributed tensors.
+    A hollow tensor does so by itself; but at the first op that finds its way to a class,
+    torch loads all of its distributed tensors.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A hook on a tensor of a trace: a node between that tensor and all its uses, with the op that made it where that reads it."""
+"""A hook on a tensor of a trace: a node between that tensor and all its uses, with its op where that reads it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Handle:
 
 
 class Maker:
-    """The op that made a hooked tensor, where its own gradient reads that tensor: in second derivatives, through the hook."""
+    """The op that made a hooked tensor, where its own gradient reads that tensor: in second derivatives,
+    through the hook."""
 
     def __init__(self, node: fx.Node, joint: fx.GraphModule) -> None:
         self.node, self.joint = node, joint
@@ -65,8 +66,8 @@ class Maker:
             return None
         if source.target._schema.is_mutable:
             raise TraceError(
-                f"trace: a hook on the result of {source.target._opname}, written in place, whose gradient reads that result; "
-                "expected one made anew. Write h = op(h)."
+                f"trace: a hook on the result of {source.target._opname}, written in place, whose gradient reads that "
+                "result; expected one made anew. Write h = op(h)."
             )
         out.replace_all_uses_with(add_input(made.graph, "out"))
         output_of(made.graph).args = (grads,)

@@ -1,6 +1,7 @@
 """Identities of functions of numbers, sums and exponentials, as rewritings of graphs.
 
-pow(x, 2) -> mul(x, x)      sum(x) / n -> mean(x)      exp(u) / sum exp(u) -> softmax(u)      u - logsumexp u -> log_softmax u
+pow(x, 2) -> mul(x, x)              sum(x) / n -> mean(x)
+exp(u) / sum exp(u) -> softmax(u)   u - logsumexp u -> log_softmax u
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     kept(inputs, key, r) = forward(*inputs)[r]        its vjp: g -> backward_r(g, *inputs, *results)
 
-Both are graphs of aten ops that hold no tensors, named by what they say, so that equal ones are one. The op is opaque: what
-differentiates a graph meets the backward, and so does a second derivative, which is that of the backward's ops. Once all
-derivatives are taken, `written_out` leaves the forward's ops.
+Both are graphs of aten ops that hold no tensors, named by what they say, so that equal ones are one. The op is opaque:
+what differentiates a graph meets the backward, and so does a second derivative, which is that of the backward's ops.
+Once all derivatives are taken, `written_out` leaves the forward's ops.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ aten = torch.ops.aten
 class Kept:
     """A function and its gradient.
 
-    name: what people call it, as `Round.apply`; backward: one for each result, whose results are None for an input without
-    gradient; None for a result without any. refusal: why it has no derivative, though its value may be used.
+    name: what people call it, as `Round.apply`; backward: one for each result, whose results are None for an input
+    without gradient; None for a result without any. refusal: why it has no derivative, though its value may be used.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Vjp(_SingleLevelFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]: so torch's docs
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the backward, whose ops have derivatives of their own."""
         *inputs, out = ctx.saved_tensors
         return None, None, *named(ctx.key).gradients(ctx.result, g, inputs, out, ctx.key)

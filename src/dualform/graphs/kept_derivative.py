@@ -66,15 +66,16 @@ def expect_twice(gm: fx.GraphModule) -> None:
         )
         if other is not None:
             raise TraceError(
-                f"hessian: the gradient of {named(node.args[1]).name} detaches the gradient that it is given, or hands it to "
-                f"another function with a gradient of its own: `{source_line(other) or other.target}`; expected a gradient "
-                "whose derivative is that of its value. Use torch.autograd.functional.hessian."
+                f"hessian: the gradient of {named(node.args[1]).name} detaches the gradient that it is given, or hands "
+                f"it to another function with a gradient of its own: `{source_line(other) or other.target}`; expected "
+                "a gradient whose derivative is that of its value. Use torch.autograd.functional.hessian."
             )
 
 
 @cache
 def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
-    """A backward as the function of the gradient that it is: a detached gradient is the gradient, a kept function its value."""
+    """A backward as the function of the gradient that it is: a detached gradient is the gradient,
+    a kept function its value."""
     late = reached(gm.graph, inputs_of(gm.graph)[:1])
     own = {n.name for n in late if is_kept(n) and all(x in late for x in n.all_input_nodes)}
     gm = written_out(gm, lambda n: n.name in own)
@@ -109,7 +110,8 @@ def _bend(gm: fx.GraphModule, active: frozenset[int]) -> fx.Node | None:
 
 
 def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
-    """Is an op linear in those of its operands that depend on the gradient? Affine by its row, and 0 where they are 0."""
+    """Is an op linear in those of its operands that depend on the gradient? Affine by its row,
+    and 0 where they are 0."""
     if node.target in (aten.detach.default, aten.alias.default):
         return True
     row, operands = find_row(node.target), _operands(node)

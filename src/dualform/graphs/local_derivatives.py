@@ -34,7 +34,8 @@ class Program:
         names: Sequence[str] | Mapping[fx.Node, str] = (),
         output: int = 0,
     ) -> None:
-        """`args`: the inputs, or the values of all nodes; `names`: of the inputs, or of any nodes; `output`: which result."""
+        """`args`: the inputs, or the values of all nodes; `names`: of the inputs, or of any nodes; `output`:
+        which result."""
         self.gm = gm
         self.rule = rule
         self.inputs = inputs_of(gm.graph)

@@ -18,7 +18,8 @@ def custom_operator(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make an operator of a function of tensors that writes to none and gives back none of them.
 
-    fake: the shapes of its results; backward, keep: its gradient, and what that needs, as torch.library.register_autograd asks.
+    fake: the shapes of its results; backward, keep: its gradient, and what that needs,
+    as torch.library.register_autograd asks.
     """
 
     def make(f: Callable[..., Any]) -> Any:

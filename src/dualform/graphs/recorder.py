@@ -1,7 +1,8 @@
 """Write down the ops that a function of tensors runs, below autograd and vmap: a graph of plain aten ops.
 
-Tensors in a recording have a shape and a dtype and no numbers: they seem to be on the CPU, and run on torch's meta device. torch's own
-tracer (make_fx) does the same for more kinds of functions at ten times the price; here a function is our own.
+Tensors in a recording have a shape and a dtype and no numbers: they seem to be on the CPU, and run on torch's meta
+device. torch's own tracer (make_fx) does the same for more kinds of functions at ten times the price; here a function
+is our own.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Recorded(Hollow):
 
 
 def twin_of(func: Any) -> Any:
-    """Find the op that does the same and is not in place: of the same arguments, as pow_.Scalar is pow.Tensor_Scalar."""
+    """Find the op that does the same and is not in place: of the same arguments,
+    as pow_.Scalar is pow.Tensor_Scalar."""
     name: str = func._schema.name.removeprefix("aten::")
     name = OPERATORS.get(name) or name
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
@@ -275,7 +277,8 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         func(*args)
 
     def _followed(self, made: Any, node: fx.Node) -> Any:
-        """Let a node be what made the tensors of a result: one that was there, as an op in place gives it, is that from now on."""
+        """Let a node be what made the tensors of a result: one that was there, as an op in place gives it,
+        is that from now on."""
         if isinstance(made, tuple | list):
             parts = [self._followed(x, self._call(operator.getitem, (node, n), {})) for n, x in enumerate(made)]
             node.meta["val"] = tuple(self._shown(x.shape_of) if isinstance(x, Hollow) else x for x in made)

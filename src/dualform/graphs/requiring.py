@@ -50,8 +50,8 @@ def fitted(g: Any, x: Tensor, where: str) -> Tensor:
     if lead < 0 or any(a not in (1, b) for a, b in zip(x.shape, g.shape[lead:], strict=True)):
         got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
         raise TraceError(
-            f"trace: the backward of `{where}` gives a gradient of shape {got}; expected its input's = {tuple(x.shape)}. "
-            "Return it in that shape."
+            f"trace: the backward of `{where}` gives a gradient of shape {got}; expected its input's = "
+            f"{tuple(x.shape)}. Return it in that shape."
         )
     if g.shape != x.shape:
         g = g.sum_to_size(x.shape)

@@ -2,8 +2,8 @@
 
     view of a view -> one view      cat of all slices -> nothing      a composite op -> its definition
 
-A rewriting is an identity of functions; which values the ops compute with is not looked at. `identities.py` has those of
-numbers, sums and exponentials.
+A rewriting is an identity of functions; which values the ops compute with is not looked at.
+`identities.py` has those of numbers, sums and exponentials.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def inline(graph: fx.Graph) -> None:
 
 
 class Rewriter:
-    """Apply rewritings at one node after the other; the nodes before are in canonical form, and no two of them are equal."""
+    """Apply rewritings at one node after the other; the nodes before are in canonical form,
+    and no two of them are equal."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -136,7 +137,11 @@ def is_number(x: Any) -> bool:
 # -- nothing happens
 
 
-@rewrites("clone", "contiguous", "alias", "positive", "view", "reshape", "_unsafe_view", "expand", "flatten", "unflatten", "to", "_to_copy", "type_as", "lift_fresh", "broadcast_to", "expand_as", "view_as", "reshape_as", "squeeze", "ravel")  # fmt: skip
+@rewrites(
+    "clone", "contiguous", "alias", "positive", "view", "reshape", "_unsafe_view", "expand", "flatten",
+    "unflatten", "to", "_to_copy", "type_as", "lift_fresh", "broadcast_to", "expand_as", "view_as", "reshape_as",
+    "squeeze", "ravel",
+)  # fmt: skip
 def _nothing(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
     return x if value(x).shape == value(node).shape and value(x).dtype == value(node).dtype else None

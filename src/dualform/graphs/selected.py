@@ -2,8 +2,9 @@
 
 h[m] *= 0.1        ->    picked = where(m, h, 1/2) * 0.1;  h = where(m, picked, h)
 
-An entry is worked on alone until it is written back under the same mask; whatever else is asked of so many entries is refused.
-What stands where nothing was picked is followed: before an op that has no value or no slope there, another number is put there.
+An entry is worked on alone until it is written back under the same mask; whatever else is asked of so many entries is
+refused. What stands where nothing was picked is followed: before an op that has no value or no slope there, another
+number is put there.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Selected:
         return func, args, kwargs
 
     def _with_slopes(self, func: Callable[..., Any], args: Any, kwargs: Any, mask: Tensor) -> Any:
-        """Arguments with a number where nothing was picked that the op has a value and slopes at: 0 times NaN is no 0."""
+        """Arguments with a number where nothing was picked that the op has a value and slopes at:
+        0 times NaN is no 0."""
         held = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and id(x) in self._picked]
         given = {id(x): self._other[id(x)] for x in held}
         tried = ({k: n if other is None else other for k, other in given.items()} for n in _OTHERS)
@@ -133,7 +135,8 @@ class Selected:
 
 
 def _at(func: Callable[..., Any], args: Any, kwargs: Any, numbers: dict[int, Any]) -> tuple[bool, Any]:
-    """Has an op a value and slopes where some tensors are these numbers, and which value, None if it is of other tensors, too."""
+    """Has an op a value and slopes where some tensors are these numbers, and which value,
+    None if it is of other tensors, too."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     leaves: list[Tensor] = []
 

@@ -6,8 +6,8 @@
     after    the next state does not wait for it: many mini-batches at once
 
 The same split serves both directions (in reverse the carried thing is the cotangent of the state) and every backend.
-What may run in the loop or after it goes where it costs least: an op in the loop costs its dispatch, a value that crosses
-into `after` is stored for every mini-batch. That is a minimum cut.
+What may run in the loop or after it goes where it costs least: an op in the loop costs its dispatch, a value that
+crosses into `after` is stored for every mini-batch. That is a minimum cut.
 
 Legend: a node is *free* if it depends on the state and the next state does not depend on it.
 """
@@ -68,9 +68,9 @@ def split(
 ) -> Fission:  # fmt: skip
     """Split a graph whose inputs `carried` are what the previous mini-batch gave as outputs `returned`.
 
-    fixed: inputs that every mini-batch shares; None if nothing is to be made once. size: price of storing a value; infinite if it
-    cannot be, as one that is not cut by rows. work: price of an op in the loop. again: chooses, among values that do not wait, those
-    that are made where they are used, not stored.
+    fixed: inputs that every mini-batch shares; None if nothing is to be made once. size: price of storing a value;
+    infinite if it cannot be, as one that is not cut by rows. work: price of an op in the loop. again: chooses, among
+    values that do not wait, those that are made where they are used, not stored.
     """
     inputs, results = tuple(inputs_of(gm.graph)), results_of(gm.graph)
     following = tuple(results[i] for i in returned)
@@ -113,7 +113,8 @@ def _is_turned(node: fx.Node) -> bool:
 
 
 def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
-    """Is a value better made where it is used than stored: one that cannot be cut, or larger than what it is made of?"""
+    """Is a value better made where it is used than stored: one that cannot be cut,
+    or larger than what it is made of?"""
     if size(node) == math.inf or _is_turned(node):
         return True
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1

@@ -123,7 +123,8 @@ def _move_unsqueeze(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
     if not _alone(product, aten.mul.Tensor):
         return
     parts: Any = product.args  # type: ignore[union-attr]
-    if not all(isinstance(a, fx.Node) and a.meta["val"].ndim == product.meta["val"].ndim for a in parts):  # type: ignore[union-attr]
+    rank = product.meta["val"].ndim  # type: ignore[union-attr]
+    if not all(isinstance(a, fx.Node) and a.meta["val"].ndim == rank for a in parts):  # type: ignore[union-attr]
         return
     if not any(a not in late for a in parts) or not any(_alone(a, aten.sum.dim_IntList) for a in parts):
         return

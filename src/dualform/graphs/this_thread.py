@@ -1,4 +1,4 @@
-"""What this thread does to the calls that it makes: torch's own flags and modes above dispatch are the whole process's."""
+"""What this thread does to the calls that it makes: torch's own flags and modes are the whole process's."""
 
 from __future__ import annotations
 

@@ -49,21 +49,22 @@ _doors: set[str] = set()  # files of ours that hand a user's function to the tra
 
 
 def trace(
-    f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}), generators: Sequence[Any] = (),
+    f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}),
+    generators: Sequence[Any] = (),
     look: Callable[[fx.GraphModule], None] = lambda gm: None,
 ) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
 
-    gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every node
-    that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
-    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex tensor is
-    two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for, closed-over ones or of
-    `known`: inputs, by position, that are constants.
-    A gradient that f defines itself (an autograd.Function, a hook) is a node `kept`, whose derivative is that gradient.
-    look: sees the graph as f calls it, before it is rewritten; what it writes into a node's meta stays where the node does.
-    generators: of random numbers, as `Fingerprint.generators` finds them; f may draw from none.
-    The graph is for these shapes, dtypes and devices. A module goes through
-    torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to one is noticed.
+    gm(*args) == f(*args); closed-over tensors are attributes of gm (`get_attr` nodes, readable as gm.<target>); every
+    node that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
+    Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex
+    tensor is two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for,
+    closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
+    autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
+    before it is rewritten; what it writes into a node's meta stays where the node does. generators: of random numbers,
+    as `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
+    module goes through torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to
+    one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
     Dtype:  any; nothing is computed.
     Raises: TraceError for randomness, control flow that reads values, writes to inputs or closed-over tensors, and for
@@ -175,7 +176,8 @@ class _Lines(TorchFunctionMode):
 
 
 def _note() -> str:
-    """Write the caller's line into the nodes that are made next; and give it as people read it, empty if there is none."""
+    """Write the caller's line into the nodes that are made next; and give it as people read it,
+    empty if there is none."""
     frame, inner = sys._getframe(1), None
     while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
         inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
@@ -233,7 +235,9 @@ _ASKED: dict[Any, Callable[..., Any]] = {
         ),
         _memory,
     ),
-    Tensor.data.__set__: _refused("gives a tensor other memory (.data = ...)", "Use the new value, or h.copy_(...)."),  # type: ignore[attr-defined]
+    Tensor.data.__set__: _refused(  # type: ignore[attr-defined]
+        "gives a tensor other memory (.data = ...)", "Use the new value, or h.copy_(...)."
+    ),
 }
 
 
@@ -307,15 +311,15 @@ def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
 
 def _refuse_transform(where: str) -> NoReturn:
     raise TraceError(
-        f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain tensor ops. "
-        "Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
+        f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain "
+        "tensor ops. Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
     )
 
 
 def _refuse_data(where: str) -> NoReturn:
     raise TraceError(
-        f"trace: `{where}` reads a tensor's values (control flow, .item(), or a shape that depends on data); expected a "
-        "graph that is the same for all values. Use torch.where or a mask instead."
+        f"trace: `{where}` reads a tensor's values (control flow, .item(), or a shape that depends on data); expected "
+        "a graph that is the same for all values. Use torch.where or a mask instead."
     )
 
 
@@ -333,8 +337,8 @@ def _reraise(error: Exception) -> NoReturn:
         _refuse_data(where)
     if "TorchScript interpreter" in text:
         raise TraceError(
-            f"trace: `{where}` runs TorchScript, which a trace cannot look into; expected Python. Use the module or the "
-            "function that it was scripted or traced from."
+            f"trace: `{where}` runs TorchScript, which a trace cannot look into; expected Python. Use the module or "
+            "the function that it was scripted or traced from."
         ) from error
     if "does not require grad" in text:
         _refuse_transform(where)

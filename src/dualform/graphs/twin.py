@@ -1,8 +1,8 @@
 """A module on other tensors, itself untouched: a copy of its structure in which every place that held a parameter or a
 buffer takes what it is given.
 
-torch.func.functional_call puts tensors into the module itself while it runs: other threads see them, and a submodule that is
-reached by two names keeps them. Here the user's objects are only read.
+torch.func.functional_call puts tensors into the module itself while it runs: other threads see them, and a submodule
+that is reached by two names keeps them. Here the user's objects are only read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dualform.shapes import TraceError
 class Twin:
     """Run a module's code on other tensors: `Twin(module)({name: tensor}, *args)`.
 
-    Shared, tied and nested parts stay so; lists, dicts, bound methods, hooks and closures that lead to the module lead to its
-    copy; what forward writes (attributes, lists) it writes to the copy, which is made for each call. Tensors that are not registered are the module's own.
+    Shared, tied and nested parts stay so; lists, dicts, bound methods, hooks and closures that lead to the module lead
+    to its copy; what forward writes (attributes, lists) it writes to the copy, which is made for each call. Tensors
+    that are not registered are the module's own.
     Shape:  tensors: of named_parameters() and named_buffers(), any shapes the code takes.
     Dtype:  any.
     Raises: TraceError if forward puts another tensor in the place of a parameter or buffer, or the module is scripted.
@@ -45,8 +46,9 @@ class Twin:
             if holder[key] is not x:
                 name = next((n for n, t in tensors.items() if t is x), str(key))
                 raise TraceError(
-                    f"trace: forward of {type(self._source).__name__} puts another tensor in the place of {name!r}; expected a pure "
-                    "function of its inputs. Compute the new value without assigning it, or call .eval()."
+                    f"trace: forward of {type(self._source).__name__} puts another tensor in the place of {name!r}; "
+                    "expected a pure function of its inputs. Compute the new value without assigning it, or call "
+                    ".eval()."
                 )
         return result
 
@@ -74,7 +76,8 @@ class Twin:
     def _module(self, x: nn.Module) -> nn.Module:
         if isinstance(x, torch.jit.ScriptModule):
             raise TraceError(
-                f"trace: {type(x).__name__} is scripted; expected Python code that can be traced. Pass the module it was made of."
+                f"trace: {type(x).__name__} is scripted; expected Python code that can be traced. Pass the module it "
+                "was made of."
             )
         new = self._copies[id(x)] = type(x).__new__(type(x))
         self._fill(new.__dict__, x.__dict__)
@@ -109,7 +112,8 @@ class Twin:
         return partial(self._copy(x.func), *self._tuple(x.args), **{k: self._copy(v) for k, v in x.keywords.items()})
 
     def _function(self, x: types.FunctionType) -> Any:
-        """A function that closes over something that was copied, or has it as a default, is made anew, over the copy."""
+        """A function that closes over something that was copied, or has it as a default, is made anew,
+        over the copy."""
         given, named, closure = x.__defaults__ or (), x.__kwdefaults__ or {}, x.__closure__ or ()
         if not (given or named or closure):
             return x

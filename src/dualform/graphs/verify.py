@@ -1,4 +1,4 @@
-"""Is a graph sound, and does a pass leave it meaning what it meant? Asked between passes under DUALFORM_VERIFY=1, and by tests.
+"""Is a graph sound, and does a pass leave it meaning what it meant? Asked between passes under DUALFORM_VERIFY=1.
 
 A node is written before it is read; its value has the shape and dtype that its op gives; and on drawn inputs the graph
 returns, and hands back as gradients, what it did before: a lost `detach` shows there.
@@ -32,12 +32,14 @@ def is_on() -> bool:
 
 
 def verified(f: Pass) -> Pass:
-    """Mark a pass, a function of a graph (module) that returns one or changes it: where asked for, its result is verified."""
+    """Mark a pass, a function of a graph (module) that returns one or changes it: where asked for,
+    its result is verified."""
     return _marked(f, True)
 
 
 def verified_below_autograd(f: Pass) -> Pass:
-    """Mark a pass over traces made below autograd, where `aten.detach` is what autograd left behind and cuts nothing."""
+    """Mark a pass over traces made below autograd, where `aten.detach` is what autograd left behind and cuts
+    nothing."""
     return _marked(f, False)
 
 
@@ -61,7 +63,8 @@ def _marked(f: Pass, detaches: bool) -> Pass:
 def verify(
     gm: fx.GraphModule, before: fx.GraphModule | None = None, name: str = "graph", detaches: bool = True
 ) -> None:
-    """Check a graph by itself, and against the graph that a pass began with. detaches: does `aten.detach` cut gradients?
+    """Check a graph by itself, and against the graph that a pass began with. detaches:
+    does `aten.detach` cut gradients?
 
     Raises: BrokenGraph, naming the pass, the node, its line, what was found and what was expected.
     """

@@ -185,7 +185,8 @@ def _norm_vjp(graph: fx.Graph, node: Any) -> None:
         matched = (
             scale.target in (aten.div.Tensor, aten.div.Scalar) and inner.target == left.target == aten.sub.Tensor
             and scaled.target == aten.mul.Tensor and D == again == _shape(g)[-1] and total.args[0] is g
-            and total.target == along.target == aten.sum.dim_IntList and list(total.args[1]) == list(along.args[1]) == last
+            and total.target == along.target == aten.sum.dim_IntList
+            and list(total.args[1]) == list(along.args[1]) == last
             and along.args[0].target == aten.mul.Tensor and set(along.args[0].args) == {g, hat}
             and (hat.args[1], rstd.args[1]) == (0, 2) and hat.args[0] is rstd.args[0]
             and hat.args[0].target is torch.ops.dualform.standardize.default

@@ -37,7 +37,8 @@ class Made(NamedTuple):
 
 @dataclass(eq=False)
 class NativeFunctions:
-    """What was compiled for a plan: functions by kind of block, direction, how they end, slices and the caller's types."""
+    """What was compiled for a plan: functions by kind of block, direction, how they end,
+    slices and the caller's types."""
 
     functions: dict[tuple[Variant, str, bool | None, bool, Kinds], Made] = field(default_factory=dict)
     marks: dict[str, Tensor] = field(default_factory=dict)  # what one token has at each place of its mini-batch
@@ -334,7 +335,7 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: without a self
+    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 

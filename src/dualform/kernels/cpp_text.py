@@ -24,7 +24,8 @@ ARGUMENTS = "const Arg* g, long n, long b, long h, T* s, T* f, T* st, T* kp, T* 
 CALL = "g, n, b, h, s, f, st, {kp}, {ps}, ct, acc"
 TYPES = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool",
-    torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t",
+    torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t", torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
 }  # fmt: skip
 LETTERS = "i", "k", "l", "m", "o"
 

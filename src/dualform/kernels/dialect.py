@@ -2,8 +2,8 @@
 
 A second printer is one record and one walker:
 
-    Dialect   the texts below, for its language; how ops read in it is a column of their rows, `ops.table.Entry` and `Fold`: an
-              entry or fold that has no text there, the walker refuses
+    Dialect   the texts below, for its language; how ops read in it is a column of their rows,
+              `ops.table.Entry` and `Fold`: an entry or fold that has no text there, the walker refuses
     walker    unit(direction: targets.Direction) -> Unit: goes through the graphs of `direction.functions`, or of
               `.sliced()`, reads each source where `targets` says it is held, spells each node, leaves each result
               where its target says
@@ -31,8 +31,8 @@ from dualform.ops.table import ENTRIES, FOLDS
 class Dialect:
     """A language.
 
-    name: that of its column. types: of numbers. where: the index (n, b, h) of an argument. number: a constant. loop: over so
-    many, the variable's name given. load, store: as `layout.Load` and `layout.Store` say.
+    name: that of its column. types: of numbers. where: the index (n, b, h) of an argument. number: a constant. loop:
+    over so many, the variable's name given. load, store: as `layout.Load` and `layout.Store` say.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Compile generated C++ once per source, compiler and machine; keep it on disk; call it on tensors, rows over threads."""
+"""Compile generated C++ once per source, compiler and machine; keep it on disk; call it, rows over threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from dualform.learning.proof import cache_folder
 
 OPTIMISE = "-O3"
 FLAGS = (
-    "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-ffp-contract=off",
+    "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 # Below so many multiplications and additions a second thread costs more than it brings.
 FLOPS_PER_THREAD = 2_000_000
@@ -70,8 +71,8 @@ def _execute(command: Sequence[str], text: str = "") -> str:
         if "No space left" in done.stderr:
             raise OSError(done.stderr.strip()[-200:])
         raise _fail(
-            f"{command[0]} failed with status {done.returncode}; expected a C++17 compiler (g++ 9, clang 10 or later). It said: "
-            f"{done.stderr.strip()[-1500:]}"
+            f"{command[0]} failed with status {done.returncode}; expected a C++17 compiler (g++ 9, clang 10 or later). "
+            f"It said: {done.stderr.strip()[-1500:]}"
         )
     return done.stdout
 

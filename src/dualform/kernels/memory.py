@@ -1,4 +1,4 @@
-"""Where a schedule's values lie: in a piece of what they become part of, over what nobody needs any more, or in scratch memory."""
+"""Where a schedule's values lie: in a piece of what they become part of, over what is needed no more, or in scratch."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ class Unsupported(BackendError):
         where = f" at {line}" if line else ""
         known = sum(bool(row.kind or row.lowered) for row in ROWS.values())
         super().__init__(
-            f"cpp: the row of the op {node.target}{where} in ops/ does not say how it is generated; expected one of {known} ops that "
-            "have a kind, or are spelt out in those. Use backend='eager', or add `entry` to its row."
+            f"cpp: the row of the op {node.target}{where} in ops/ does not say how it is generated; expected one of "
+            f"{known} ops that have a kind, or are spelt out in those. Use backend='eager', or add `entry` to its row."
         )
         self.node = node
 

@@ -1,4 +1,4 @@
-"""A schedule in words: which statements wait for the state, where values lie, what it costs, and the time it cannot go below."""
+"""A schedule in words: which statements wait for the state, where values lie, what it costs, and its floor."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def describe(s: Schedule, sizes: bool = True) -> str:
     each = s.flops / s.nbytes if s.nbytes else math.inf
     return "\n".join([
         *lines,
-        f"{s.flops:,} flops in products, {s.entries:,} entry by entry; {s.nbytes:,} bytes in and out ({s.moved:,} entries in and out); "
-        f"scratch {s.scratch * s.itemsize:,} bytes",
-        f"bound: the larger of {s.flops:,} / (flops a second) and {s.nbytes:,} / (bytes a second); the flops, where a machine does "
-        f"fewer than {each:.1f} of them per byte",
+        f"{s.flops:,} flops in products, {s.entries:,} entry by entry; {s.nbytes:,} bytes in and out ({s.moved:,} "
+        f"entries in and out); scratch {s.scratch * s.itemsize:,} bytes",
+        f"bound: the larger of {s.flops:,} / (flops a second) and {s.nbytes:,} / (bytes a second); the flops, where a "
+        f"machine does fewer than {each:.1f} of them per byte",
     ])  # fmt: skip
 
 

@@ -35,13 +35,14 @@ _NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_vie
 
 
 def schedule(
-    gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str], over: Mapping[int, int], beside: bool = False,
+    gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str], over: Mapping[int, int],
+    beside: bool = False,
     stay: Mapping[int, str] | None = None,
 ) -> Schedule:  # fmt: skip
     """Turn a graph into statements.
 
-    places: where each input is held; "scratch" if it may be written over. over: outputs that had better be written over an input;
-    beside: or where the next mini-batch has it. stay: outputs that stay with the mini-batch, and where.
+    places: where each input is held; "scratch" if it may be written over. over: outputs that had better be written over
+    an input; beside: or where the next mini-batch has it. stay: outputs that stay with the mini-batch, and where.
     """
     return _Scheduler(gm, align, places, names).run(over, beside, stay or {})
 
@@ -105,7 +106,8 @@ class _Scheduler:
         return [*(product.all_input_nodes if product else ()), *(x for x in n.all_input_nodes if x is not product)]
 
     def _takes(self, n: fx.Node) -> bool:
-        """Add a node to what is open, or make a statement of it; False if it must wait until the open nest is closed."""
+        """Add a node to what is open, or make a statement of it;
+        False if it must wait until the open nest is closed."""
         row = find_row(n.target)
         kind = row.kind if row else ""
         if kind == "view" or n.target is operator.getitem:
@@ -277,8 +279,9 @@ def _sums_of_products(
         sign = -1.0 if n.target == aten.sub.Tensor else 1.0
         for product, other, alpha, beta in ((y, x, sign, 1.0), (x, y, 1.0, sign)):
             if (
-                product.target in (aten.mm.default, aten.bmm.default) and len(product.users) == 1 and product not in results
-                and product not in used and other.meta["val"].shape == n.meta["val"].shape and other is not product
+                product.target in (aten.mm.default, aten.bmm.default) and len(product.users) == 1
+                and product not in results and product not in used and other is not product
+                and other.meta["val"].shape == n.meta["val"].shape
             ):  # fmt: skip
                 found[n] = (product, alpha, beta, other)
                 used.add(product)

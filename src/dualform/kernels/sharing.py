@@ -1,7 +1,8 @@
 """What the backward takes from the states computed again, and what it computes again itself: a minimum cut.
 
-A group's states are computed again before its vjp runs, and the vjp of a mini-batch begins with much of the same. A value that
-both have is kept, if to store and load it costs less than what it would take to compute it from what is kept below it.
+A group's states are computed again before its vjp runs, and the vjp of a mini-batch begins with much of the same. A
+value that both have is kept, if to store and load it costs less than what it would take to compute it from what is kept
+below it.
 
     minimise  sum over recomputed n of work(n) + sum over kept n of moved(n)
     such that what the rest of the later graph reads, and what a recomputed value is made of, is recomputed or kept
@@ -21,7 +22,8 @@ from dualform.graphs.edit import add_input, inputs_of, output_of
 from dualform.kernels.ops import work
 from dualform.ops.table import kind_of
 
-# To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and additions.
+# To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and
+# additions.
 MOVED = 32.0
 
 
@@ -50,7 +52,8 @@ def price(n: fx.Node) -> float:
 
 
 def shared(earlier: fx.GraphModule, later: fx.GraphModule, given: int) -> tuple[fx.GraphModule, fx.GraphModule, int]:
-    """Let `earlier` return, after its outputs, values that `later` then reads as inputs after its own; return both, and how many.
+    """Let `earlier` return, after its outputs, values that `later` then reads as inputs after its own; return both,
+    and how many.
 
     given: how many inputs are the same tensors in both.
     """

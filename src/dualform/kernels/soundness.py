@@ -1,6 +1,7 @@
-"""Is a schedule sound: in bounds, shaped and typed as its graph, all written before it is read, nothing lost while it is needed?
+"""Is a schedule sound: in bounds, shaped and typed as its graph, written before read, nothing lost while needed?
 
-Asked between passes under DUALFORM_VERIFY=1, and by tests: the memory is played through, and every entry of it knows whose it is.
+Asked between passes under DUALFORM_VERIFY=1, and by tests: the memory is played through,
+and every entry of it knows whose it is.
 
 Legend: T when something happens in a nest (row, stage, phase), k by which item; in a phase, columns come in any order.
 """

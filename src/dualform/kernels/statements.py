@@ -5,7 +5,8 @@
 
 Views cost nothing: a value is a buffer with strides. Nothing here knows a learner, or the language that is printed.
 
-Legend: a space is a shape without its axes of size 1: its last axis is the column, the others lead; a stage is one pass over
+Legend: a space is a shape without its axes of size 1: its last axis is the column, the others lead;
+        a stage is one pass over
 a row, and what is summed over a row in one stage is at hand in the next.
 """
 
@@ -89,7 +90,8 @@ Operand = Any  # Read | Item | float
 
 @dataclass(eq=False)
 class Item:
-    """One value of a nest: "map" entry by entry, "row" one number per row, "reduce" over the column, "total" over other axes."""
+    """One value of a nest: "map" entry by entry, "row" one number per row, "reduce" over the column,
+    "total" over other axes."""
 
     kind: str
     op: str
@@ -189,7 +191,8 @@ class Schedule:
 
     @property
     def _crossing(self) -> list[tuple[int, int]]:
-        """Entries of what comes from and goes to the caller with each mini-batch, and bytes of one; what stays with a row is not counted."""
+        """Entries of what comes from and goes to the caller with each mini-batch, and bytes of one;
+        what stays with a row is not counted."""
         outputs = [(k, x) for k, x in enumerate(self.outputs) if isinstance(x, View) and x.buffer.place == "scratch"]
         types = [(b.shape, b.dtype) for b in self.inputs if b.place == "scratch"] + [
             (x.shape, self.types.get(k)) for k, x in outputs

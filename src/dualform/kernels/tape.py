@@ -1,9 +1,10 @@
-"""A call on a card, written down as it runs first, and run again without the Python around it: allocations, torch's ops, launches.
+"""A call on a card, written down as it runs first, and run again without the Python around it: torch's ops, launches.
 
-What runs must be decided by shapes, types and strides alone, which are the key that a caller keeps a tape under. Views are no steps here: a
-step's argument is a place in an input, in a constant, or in what an earlier step made.
+What runs must be decided by shapes, types and strides alone, which are the key that a caller keeps a tape under. Views
+are no steps here: a step's argument is a place in an input, in a constant, or in what an earlier step made.
 
-Legend: slot number of a tensor that has memory of its own; a constant is a tensor that was there before and is no input.
+Legend: slot number of a tensor that has memory of its own;
+        a constant is a tensor that was there before and is no input.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class SlotView(NamedTuple):
 
 @dataclass
 class TapeStep:
-    """An op of torch's, or a launch: what it takes, and the slots of what it makes. last: slots that nothing needs after it."""
+    """An op of torch's, or a launch: what it takes, and the slots of what it makes. last:
+    slots that nothing needs after it."""
 
     takes: list[SlotView]
     run: Callable[[list[Any]], Any]

@@ -1,8 +1,8 @@
 """Values of a kernel: tiles in registers, places in memory that are read when they are needed, and parts put together.
 
-A tile is a variable of Triton's with an axis for each axis of the value that is not of size 1 or repeated, in any order: a transpose, a
-new axis, a repetition are bookkeeping here and no instructions. An axis of the variable has 16 entries or the next power of two;
-what lies beyond the value's size is zero where the axis is `clean`, else anything.
+A tile is a variable of Triton's with an axis for each axis of the value that is not of size 1 or repeated, in any
+order: a transpose, a new axis, a repetition are bookkeeping here and no instructions. An axis of the variable has 16
+entries or the next power of two; what lies beyond the value's size is zero where the axis is `clean`, else anything.
 
 Legend: r axes of a value, a one of them; a variable's own axes are numbered apart.
 """
@@ -264,6 +264,7 @@ def relabelled(x: Value, shape: Sequence[int]) -> Value | None:
 
 
 __all__ = [
-    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "behind", "constant", "expanded", "padded", "permuted", "regrouped", "relabelled",
+    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "behind", "constant", "expanded", "padded", "permuted",
+    "regrouped", "relabelled",
     "selected", "sliced", "spelt", "squeezed", "unsqueezed",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The backend "triton": stretches of mini-batches of one kind, each in one kernel.
 
-Which stretch, which tensors and which kept states are what they are in C++ (`backend`); here a stretch's kernels are written, and run.
+Which stretch, which tensors and which kept states are what they are in C++ (`backend`);
+here a stretch's kernels are written, and run.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from dualform.learning.transforms import TRACING, undisturbed
 STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the state and what
-# slices make again (LAB.md, one H200).
+# Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the
+# state and what slices make again (LAB.md, one H200).
 ROWS = {"forward": 80, "backward": 1 << 30}
 COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
@@ -68,7 +69,8 @@ def cut(entries: int, rows: int, count: int, direction: str) -> bool:
 
 
 def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
-    """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more programs run beside each other."""
+    """Choose the warps of a program: enough to hold the state; else for its tiles,
+    the fewer the more programs run beside each other."""
     if kernel.carries:
         # Whose reads ahead take what shared memory there is.
         heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")
@@ -108,7 +110,8 @@ class Compiled:
 def written(
     plan: Plan, variant: Variant, direction: str, precision: Precision, slices: bool = False, full: bool | None = None
 ) -> dict[str, list[Kernel]]:  # fmt: skip
-    """Write a direction's kernels, which run one after the other: "forward", or "advance" and "reverse". slices: for few rows."""
+    """Write a direction's kernels, which run one after the other: "forward", or "advance" and "reverse". slices:
+    for few rows."""
     step, inputs, dtype = plan.step(variant), plan.inputs(variant), plan.derivation.dtype
     states = sum(x.part in ("th", "R") for x in inputs)
     alone = step.num_outputs - 1 != states  # such a mini-batch is the only one of its call
@@ -148,8 +151,8 @@ class _Rows(Stretches[Made]):
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with, or that nobody asked for,
-        # since one that reaches past its memory ends the process (LAB.md, 2026-11-30).
+        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with, or that nobody asked
+        # for, since one that reaches past its memory ends the process (LAB.md, 2026-11-30).
         if not plan.is_checked or not _asked():
             return False
         # What follows a longer call stays there.
@@ -191,7 +194,8 @@ class _Rows(Stretches[Made]):
         return self._again(run, words, given, lambda: super(_Rows, self).backward(run, saved, cotangents, checkpoints))
 
     def _again(self, run: GridCall, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
-        """Run a direction; from its second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
+        """Run a direction; from its second call with tensors of these shapes on,
+        where nothing else decides what runs, as it was written down."""
         c = run.call
         if c.carried or c.mask is not None or c.reset is not None:
             return call()
@@ -218,13 +222,15 @@ class _Rows(Stretches[Made]):
         triton_launch.triton_module()
         if call.q.device.type != "cuda" and not triton_launch.is_interpreted():
             raise BackendError(
-                f"triton: q is on {call.q.device}; expected a CUDA device, whose code this backend makes. Use backend='auto', or move it."
+                f"triton: q is on {call.q.device}; expected a CUDA device, whose code this backend makes. Use "
+                "backend='auto', or move it."
             )
         if call.q.device.type == "cuda" and (why := triton_launch.lack(call.q.device)):
             raise BackendError(f"triton: {why} Use backend='inductor' or 'eager'.")
         if call.dtype == torch.float64 and not triton_launch.is_interpreted():
             raise BackendError(
-                f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels have. Use backend='eager'."
+                f"triton: the state is {call.dtype}; expected torch.float32, the most that products of its kernels "
+                "have. Use backend='eager'."
             )
 
     def _in_slices(self, run: GridCall, piece: range, direction: str) -> bool:
@@ -313,7 +319,8 @@ class _Rows(Stretches[Made]):
     def _run_all(
         self, run: GridCall, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
     ) -> None:
-        """Run a direction's kernels: what carries the state on row by row, the rest in groups of mini-batches beside each other."""
+        """Run a direction's kernels: what carries the state on row by row,
+        the rest in groups of mini-batches beside each other."""
         room = {
             ("slice", x.name): torch.empty(count, run.B, run.H, *x.shape, dtype=x.dtype, device=run.call.q.device)
             for k in kernels for x in k.slices
@@ -393,7 +400,8 @@ class _Rows(Stretches[Made]):
         results = results_of(made.parts[kernel.name, part is kernel.before].graph)
         whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in results]
         return [
-            (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x, own in zip(found_, whole_, strict=True)
+            (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x,
+            own in zip(found_, whole_, strict=True)
         ]  # fmt: skip
 
 
@@ -421,8 +429,8 @@ def _shaped(x: Tensor, a: Argument) -> Tensor:
 def triton(warps: int | None = None, stages: int = 3, float32: str = "ieee", slices: bool | None = None) -> Backend:
     """Compile the step and its vjp to kernels of a GPU.
 
-    warps: of a program, None: as many as hold the state; stages: mini-batches whose reads are under way, at most; float32: how its
-    products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in kernels of its own? None: where
-    that was found faster.
+    warps: of a program, None: as many as hold the state; stages: mini-batches whose reads are under way, at most;
+    float32: how its products are multiplied, "ieee", "tf32" or "tf32x3"; slices: is what need not wait for the state in
+    kernels of its own? None: where that was found faster.
     """
     return Backend(never, whole=_Rows(Precision(None, float32), warps, stages, slices), keep=KEEP)

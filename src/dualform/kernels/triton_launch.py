@@ -29,7 +29,8 @@ def triton_module() -> Any:
         import triton  # pyright: ignore[reportMissingImports]: with torch for CUDA; not at `import dualform`
     except ImportError as error:
         raise Missing(
-            f"triton: the package is not installed ({error}); expected triton, which torch for CUDA brings. Install it, or use backend='auto'."
+            f"triton: the package is not installed ({error}); expected triton, which torch for CUDA brings. Install "
+            "it, or use backend='auto'."
         ) from None
     return triton
 
@@ -50,12 +51,18 @@ def lack(device: torch.device) -> str:
     except Missing as error:
         return str(error)
     if tuple(int(x) for x in re.findall(r"\d+", version)[:2]) < OLDEST:
-        return f"its version is {version}; expected >= {'.'.join(map(str, OLDEST))}, which the kernels' texts are written for."
+        return (
+            f"its version is {version}; expected >= {'.'.join(map(str, OLDEST))}, which the kernels' texts are written "
+            "for."
+        )
     if is_interpreted() or torch.version.hip:
         return ""
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
-        return f"the card's compute capability is {found[0]}.{found[1]}; expected >= 8.0, whose matrix units take bfloat16."
+        return (
+            f"the card's compute capability is {found[0]}.{found[1]}; expected >= 8.0, whose matrix units take "
+            "bfloat16."
+        )
     return ""
 
 
@@ -90,8 +97,8 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
-# Compiled code by kernel, launch, device, and what it is specialised for: Triton's own look-up binds a hundred arguments, a tenth of a
-# millisecond a launch.
+# Compiled code by kernel, launch, device, and what it is specialised for: Triton's own look-up binds a hundred
+# arguments, a tenth of a millisecond a launch.
 _made: dict[Any, tuple[Any, int]] = {}
 
 
@@ -185,12 +192,13 @@ def _first(
             if "[CUDA]" in str(error):  # of an earlier kernel: nothing runs on this card any more
                 raise
             raise BackendError(
-                f"triton: {kernel.name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code for {' '.join(place(places[0].device))}. "
-                "Use backend='inductor' or 'eager'; this is a fault of dualform or of Triton, please report it."
+                f"triton: {kernel.name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
+                f"for {' '.join(place(places[0].device))}. Use backend='inductor' or 'eager'; this is a fault of "
+                "dualform or of Triton, please report it."
             ) from error
     raise BackendError(
-        f"triton: {kernel.name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', other warps, or a "
-        "smaller mini-batch."
+        f"triton: {kernel.name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
+        "other warps, or a smaller mini-batch."
     )
 
 
@@ -210,7 +218,8 @@ def compiled(
     kernel: Kernel, target: Any, how: Launch, types: Callable[[Argument], torch.dtype] = lambda a: a.dtype,
     alike: Callable[[Argument], Any] = lambda a: a,
 ) -> Any:  # fmt: skip
-    """Compile a kernel for a target, `GPUTarget("cuda", 90, 32)` say: registers, spills and shared memory are in what it made.
+    """Compile a kernel for a target, `GPUTarget("cuda", 90, 32)` say: registers,
+    spills and shared memory are in what it made.
 
     alike: the same for tensors that lie alike.
     """

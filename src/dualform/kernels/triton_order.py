@@ -1,7 +1,7 @@
-"""In which order a kernel computes: sums that do not wait for each other at once, as each alone takes all warps' meeting twice.
+"""In which order a kernel computes: independent sums at once, as each alone has all warps meet twice.
 
-A sum is joined by those later ones of the same shape and axis that wait for no product and no other sum; what they are made of comes
-before, if it is maps and views alone.
+A sum is joined by those later ones of the same shape and axis that wait for no product and no other sum; what they are
+made of comes before, if it is maps and views alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A direction of a step in slices, for the card: before, loop and after, of which only the loop goes mini-batch by mini-batch.
+"""A direction of a step in slices, for the card: before, loop and after, of which only the loop goes in order.
 
-Where a value is made, and what passes between kernels, are minimum cuts: of what waits for the state by bytes (`graphs/split`), of the
-rest by nanoseconds of a program alone on its processor, which is what the loop is.
+Where a value is made, and what passes between kernels, are minimum cuts: of what waits for the state by bytes
+(`graphs/split`), of the rest by nanoseconds of a program alone on its processor, which is what the loop is.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from dualform.kernels.triton_schedule import Direction, Kernel
 from dualform.learning.plan import Input
 from dualform.ops.table import kind_of
 
-# Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum or a product.
+# Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum
+# or a product.
 PASSED, LOAD, ENTRY, MEETING = 0.2, 30.0, 0.02, 200.0
 
 
 def _stored(n: fx.Node) -> float:
-    """Price passing a value on, for one row: its bytes, of the type of factors if it is nothing else. An op in the loop is worth 4096,
-    as on the CPU: a tile there takes about as long as an op's latency where rows are few, and three of them where rows fill the card."""
+    """Price passing a value on, for one row: its bytes, of the type of factors if it is nothing else.
+    An op in the loop is worth 4096,
+    as on the CPU: a tile there takes about as long as an op's latency where rows are few,
+    and three of them where rows fill the card."""
     made = n.meta.get("val")
     if not isinstance(made, torch.Tensor):
         return math.inf

@@ -1,6 +1,7 @@
 """The walker: a graph over small tensors as lines of Triton, value by value in the graph's order.
 
-Each op is looked up in the tables of `ops`, and written by `triton_text`; what has no row, or is no tile, is for the caller to place.
+Each op is looked up in the tables of `ops`, and written by `triton_text`; what has no row, or is no tile,
+is for the caller to place.
 """
 
 from __future__ import annotations

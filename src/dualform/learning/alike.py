@@ -1,7 +1,7 @@
 """Is a function of tokens the same however many there are? Two of its traces are laid side by side.
 
 x / x.shape[0]         takes 16 for 16 tokens and 17 for 17: refused
-zeros(len(x), 4)       grows with them: where, is `meta["rows"]` of the node, and `mark` keeps such rows apart as it does tokens
+zeros(len(x), 4)       grows with them: where, is `meta["rows"]` of the node, and `mark` keeps such rows apart
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
 
 
 def difference(first: Seen, second: Seen) -> str:
-    """Say where two traces are of two functions, empty if they are of one; mark what grows with the tokens in the second."""
+    """Say where two traces are of two functions, empty if they are of one;
+    mark what grows with the tokens in the second."""
     try:
         _compare(first, second)
     except Differs as error:

@@ -1,4 +1,4 @@
-"""What runs a call: each backend is a record; all give the same numbers. Which one is taken, and what it is compared with.
+"""What runs a call: each backend is a record; all give the same numbers. Which is taken, and its comparison.
 
 A backend is a way to make functions of graphs, for the loop; or it takes calls whole, as `Whole` says. Code that it
 generates is compared with eager at its first use.
@@ -26,7 +26,8 @@ from dualform.learning.prepare import Prepare, by_inductor, in_place
 from dualform.learning.transforms import TRACING
 
 backends = Catalogue("backends")
-# States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more (LAB.md).
+# States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more
+# (LAB.md).
 STATE_BYTES = 96 * 2**20
 
 
@@ -66,7 +67,8 @@ class Whole(Protocol):
         ...
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
-        """Name the backend with what it chooses by a call's size, and what its code depends on beside the graphs: a compiler, a card."""
+        """Name the backend with what it chooses by a call's size, and what its code depends on beside the graphs:
+        a compiler, a card."""
         ...
 
     def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
@@ -100,7 +102,8 @@ def eager() -> Backend:
     name="inductor", formula="some mini-batches as one graph, compiled", source="Ansel et al. 2024 (PyTorch 2)"
 )
 def inductor(blocks: int = 8) -> Backend:
-    """Compile a few mini-batches at once with torch's inductor; the first call with a new batch takes about a minute."""
+    """Compile a few mini-batches at once with torch's inductor;
+    the first call with a new batch takes about a minute."""
     if blocks < 1:
         raise ValueError(f"inductor: blocks is {blocks}; expected a number of mini-batches >= 1. Leave it out for 8.")
     return Backend(by_inductor, blocks)
@@ -110,7 +113,8 @@ def inductor(blocks: int = 8) -> Backend:
 
 
 def backends_key(spec: object, where: str = "program") -> str:
-    """Write a backend, spelt in any way, as the one text that stands for it: `cpp`, `inductor {"blocks": 2}`, `auto`."""
+    """Write a backend, spelt in any way, as the one text that stands for it: `cpp`, `inductor {"blocks":
+    2}`, `auto`."""
     if isinstance(spec, str) and spec in _words:
         return spec
     if isinstance(spec, str) and normalise(spec) == "auto":
@@ -249,13 +253,14 @@ def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
 
 def _faulty(name: str, unlike: str) -> BackendError:
     return BackendError(
-        f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of the compiler, "
-        "please report it; backend='eager' is the reference."
+        f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of "
+        "the compiler, please report it; backend='eager' is the reference."
     )
 
 
 def _unlike(name: str, plan: Plan, run: GridCall, backward: bool) -> str:
-    """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call, and of their tokens as many
+    """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call,
+    and of their tokens as many
     as have every kind of block, if few do."""
     b = plan.derivation.chunk
     T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(run.call.state.position[0])) % b

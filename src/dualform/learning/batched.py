@@ -1,7 +1,8 @@
 """A step mapped over rows (batch x heads, or blocks x batch x heads), in parts that run at any number of them.
 
 The step is mapped once, over a made-up number of rows, and split where the state passes. The real number of rows
-is an input of each part, or written into it: nothing is traced again for another batch, another length or another device.
+is an input of each part, or written into it: nothing is traced again for another batch,
+another length or another device.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from dualform.learning.derive import Table, trace_fake
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
-# A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with rows.
+# A prime larger than any size in a learner: an integer in a mapped graph is a multiple of it or has nothing to do with
+# rows.
 ROWS = 2**31 - 1
-# Another one: where graphs are verified, what was taken for a number of rows counts these too, and nothing else differs.
+# Another one: where graphs are verified, what was taken for a number of rows counts these too, and nothing else
+# differs.
 _OTHER = 2**31 - 19
 _END = 2**62  # beyond it, a slice goes on to the end
 
@@ -70,13 +73,14 @@ def _over(rows: int, gm: fx.GraphModule, shared: Sequence[bool], table: Table | 
 
 
 def _expect_rows(graph: fx.Graph, other: fx.Graph) -> None:
-    """Is each number of rows one, and no other number? Then it follows them, from one made-up number of rows to another."""
+    """Is each number of rows one, and no other number? Then it follows them,
+    from one made-up number of rows to another."""
     for node, twin in zip(graph.nodes, other.nodes, strict=True):
         numbers = [x // ROWS * _OTHER if _counts_rows(x) else x for x in _numbers(node)]
         if node.target != twin.target or numbers != _numbers(twin):
             raise BrokenGraph(
-                f"mapped: {node.format_node()} has the numbers {_numbers(node)} over {ROWS} rows and {_numbers(twin)} over "
-                f"{_OTHER}; expected multiples of both. The map is wrong: please report it."
+                f"mapped: {node.format_node()} has the numbers {_numbers(node)} over {ROWS} rows and {_numbers(twin)} "
+                f"over {_OTHER}; expected multiples of both. The map is wrong: please report it."
             )
 
 

@@ -24,7 +24,8 @@ OPTIONAL = ("offset", "mask", "reset")  # tensors that a call may lack, in the o
 
 
 class Call(NamedTuple):
-    """The tensors of one call. q, k, v and gates may be of fewer digits than the state, which is what is computed in."""
+    """The tensors of one call. q, k, v and gates may be of fewer digits than the state,
+    which is what is computed in."""
 
     q: Tensor  # (B, T, H, K)
     k: Tensor  # (B, T, H, K)
@@ -86,7 +87,8 @@ class Call(NamedTuple):
         return self._replace(q=q, k=k, v=v, gates=gates, state=state, mask=mask, reset=reset)
 
     def plain(self) -> Call:
-        """Cast tokens to what is computed in, and copy what was made in inference mode: the definition takes gradients."""
+        """Cast tokens to what is computed in, and copy what was made in inference mode:
+        the definition takes gradients."""
         dtype = self.dtype
 
         def own(x: Tensor) -> Tensor:
@@ -128,7 +130,8 @@ class Signature(NamedTuple):
         for name, x in (marks | {f"state's {n}": x for n, x in (state.tensors() if state else {}).items()}).items():
             if x is not None and x.device != device:
                 raise ShapeError(
-                    f"program: {name} is on {x.device}; expected q's device = {device}. Move it there: .to({str(device)!r})."
+                    f"program: {name} is on {x.device}; expected q's device = {device}. Move it there: "
+                    f".to({str(device)!r})."
                 )
         dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self.kind[0])
         init, slow = self.with_heads(params, H, dtype, device)
@@ -143,7 +146,8 @@ class Signature(NamedTuple):
     def _expect_shapes(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reset: Tensor | None) -> None:
         if q.ndim != 4:
             raise ShapeError(
-                f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing axes."
+                f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing "
+                "axes."
             )
         B, T, H, _ = q.shape
         if k.shape != q.shape:
@@ -152,17 +156,19 @@ class Signature(NamedTuple):
             )
         if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
             raise ShapeError(
-                f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make them agree."
+                f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make "
+                "them agree."
             )
         if q.shape[3] == self.width and v.shape[3] != self.out_width:
             raise ShapeError(
-                f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them agree."
+                f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them "
+                "agree."
             )
         for name, x in (("mask", mask), ("reset", reset)):
             if x is not None and (x.shape != (B, T) or x.dtype != torch.bool):
                 raise ShapeError(
-                    f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = {(B, T)} of "
-                    f"torch.bool. Pass {name}.bool() of that shape."
+                    f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = "
+                    f"{(B, T)} of torch.bool. Pass {name}.bool() of that shape."
                 )
 
     def start(self, fast: Mapping[str, Tensor], B: int) -> State:
@@ -176,8 +182,8 @@ class Signature(NamedTuple):
         """Refuse a state of another model, shape or dtype; cast nothing."""
         if set(state.anchor) != set(fast):
             raise ShapeError(
-                f"program: state holds the leaves {sorted(state.anchor)}; expected the learner's = {sorted(fast)}. It belongs "
-                "to another model: pass a state that this program returned."
+                f"program: state holds the leaves {sorted(state.anchor)}; expected the learner's = {sorted(fast)}. It "
+                "belongs to another model: pass a state that this program returned."
             )
         parts = (("anchor", state.anchor, ()), ("registers", state.registers, (self.rule.num_registers,)))
         held = [
@@ -187,8 +193,8 @@ class Signature(NamedTuple):
         for name, x, shape, dtype in (*held, ("position", state.position, (B,), torch.long)):
             if x.shape != shape or x.dtype != dtype:
                 raise ShapeError(
-                    f"program: state's {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected {tuple(shape)} and "
-                    f"{dtype}. Pass a state of this batch and these heads (state.select, state.fork, state.to)."
+                    f"program: state's {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected {tuple(shape)} "
+                    f"and {dtype}. Pass a state of this batch and these heads (state.select, state.fork, state.to)."
                 )
         if list(state.anchor) == list(state.registers) == list(fast):
             return state
@@ -204,7 +210,8 @@ class Signature(NamedTuple):
         for name in params:
             if name not in own and name not in self.parts.buffers:
                 raise ShapeError(
-                    f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter names."
+                    f"program: params names {name!r}; expected some of {sorted(own)}. Use the learner's parameter "
+                    "names."
                 )
 
         def lift(name: str, p: Tensor) -> Tensor:
@@ -213,8 +220,8 @@ class Signature(NamedTuple):
                 given = given.expand(H, *shape)
             elif given.shape != (H, *shape):
                 raise ShapeError(
-                    f"program: params[{name!r}] has shape {tuple(given.shape)}; expected {tuple(shape)} or (heads, ...) = "
-                    f"{(H, *shape)}. Pass one of the two."
+                    f"program: params[{name!r}] has shape {tuple(given.shape)}; expected {tuple(shape)} or (heads, "
+                    f"...) = {(H, *shape)}. Pass one of the two."
                 )
             return given.to(device, dtype)
 
@@ -224,8 +231,8 @@ class Signature(NamedTuple):
         wanted = self.parts.buffers[name].shape
         if x.shape != wanted:
             raise ShapeError(
-                f"program: params[{name!r}] has shape {tuple(x.shape)}; expected the buffer's {tuple(wanted)}, shared by heads. "
-                "Pass that."
+                f"program: params[{name!r}] has shape {tuple(x.shape)}; expected the buffer's {tuple(wanted)}, shared "
+                "by heads. Pass that."
             )
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
@@ -235,8 +242,8 @@ class Signature(NamedTuple):
         for name in gates:
             if name not in self.rule.gates:
                 raise ShapeError(
-                    f"program: gates has {name!r}; expected gates of the rule ({self.rule.name}) = {self.rule.gates}. Drop it, or "
-                    "use a rule that has it (momentum and decay: give SGD a nonzero constant)."
+                    f"program: gates has {name!r}; expected gates of the rule ({self.rule.name}) = {self.rule.gates}. "
+                    "Drop it, or use a rule that has it (momentum and decay: give SGD a nonzero constant)."
                 )
         found = {}
         for name in self.rule.gates:

@@ -181,11 +181,13 @@ class Derivation:
         self.V = proof.output.meta["val"].shape[-1]
         if self.inner.target == "v-k" and self.V != self.K:
             raise DerivationError(
-                f"derive: the objective's target is v - k with K = {self.K}, V = {self.V}; expected K = V. Use target='v'."
+                f"derive: the objective's target is v - k with K = {self.K}, V = {self.V}; expected K = V. Use "
+                "target='v'."
             )
         self.loss(self._proved)
         self.rule(self._proved)
-        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that is no size, too.
+        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that is
+        # no size, too.
         sizes = {
             self.K,
             self.V,
@@ -202,7 +204,8 @@ class Derivation:
     def _expect_form(self, form: Form, a: Analysis) -> None:
         if why := form.applies(self.inner.rule, a):
             raise DerivationError(
-                f"derive: form={form.name!r} does not exist at {why}; expected {form.expected}. Use form='auto' (weights per token there)."
+                f"derive: form={form.name!r} does not exist at {why}; expected {form.expected}. Use form='auto' "
+                "(weights per token there)."
             )
 
     def forms(self) -> dict[str, str | None]:
@@ -231,7 +234,8 @@ class Derivation:
         named = [(n, tuple(x.shape), x.dtype) for n, x in (*self.parts.fast.items(), *self.slow_values().items())]
         return (
             self.analyses[W].graph.code, self.losses[W].text, self.rules[W].text, rule.gates, rule.start, rule.resets,
-            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype, self.per_token, self.source is None,
+            tuple(named), len(self.parts.fast), *self.inner[1:], self.chunk, self.K, self.dtype, self.per_token,
+            self.source is None,
         )  # fmt: skip
 
     def analysis(self, W: int) -> Analysis:
@@ -361,7 +365,8 @@ def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table)
 
 
 def _plain_views(gm: fx.GraphModule) -> None:
-    """Write as_strided as the view that it is: its derivative writes through strides, which cannot be mapped over rows."""
+    """Write as_strided as the view that it is: its derivative writes through strides,
+    which cannot be mapped over rows."""
     for node in gm.graph.nodes:
         if node.target is aten.as_strided.default:
             x, made = node.args[0].meta["val"], node.meta["val"]

@@ -3,8 +3,8 @@
     y_t = y0(xq_t) + J(xq_t)[c_t th + d_t . R_0] - sum_{s<=t} C[t,s] J(xq_t) sum_sites J(x_s)^T delta_s
     R_n = (A_n ... A_1) R_0 - sum_s (A_n ... A_{s+1} b_s) sum_sites J(x_s)^T delta_s
 
-Each sum is a contraction of C, J at the query, J at the keys and delta; its order is the form. Tokens first: weights per
-token. Query with key first: scores. Nothing here is traced or knows a learner; `derive` traces it.
+Each sum is a contraction of C, J at the query, J at the keys and delta; its order is the form. Tokens first: weights
+per token. Query with key first: scores. Nothing here is traced or knows a learner; `derive` traces it.
 
 Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient, delta d loss / d y.
 """
@@ -92,7 +92,8 @@ class _Keys:
 
 
 def called(x: Any, name: str) -> Any:
-    """While tracing, name the node of a value, for the reader of the printed program; several results keep their names."""
+    """While tracing, name the node of a value, for the reader of the printed program;
+    several results keep their names."""
     node = node_of(x) if isinstance(x, Tensor) else None
     if node is not None and node.op == "call_function":
         node._rename(name)

@@ -1,4 +1,4 @@
-"""The derivation of a chunk program, told: where the weights meet the data, the derivative there, the form and its price."""
+"""The derivation of a chunk program, told: where weights meet data, the derivative there, the form, its price."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def account(
     target = "v - k" if inner.target == "v-k" else "v"
     registers = inner.rule.num_registers
     facts = (
-        f"rows     (..., {derivation.K}) -> (..., {derivation.V}), one mini-batch = {derivation.chunk} tokens, one head",
+        f"rows     (..., {derivation.K}) -> (..., {derivation.V}), one mini-batch = {derivation.chunk} tokens, one "
+        "head",
         f"fast     {shapes};  slow: {slow}",
         f"loss     {loss}(f(k), {target}) per token, gradients g_s at the mini-batch's anchor th",
         f"rule     {inner.rule.name}: theta_t = c_t th + d_t . R_0 - sum over s <= t of C[t,s] g_s;  "

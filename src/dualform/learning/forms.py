@@ -68,7 +68,8 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Correction:
-    """An order of the contraction: its equation, its price before it is paid, its value, and why it would not do (or None)."""
+    """An order of the contraction: its equation, its price before it is paid, its value,
+    and why it would not do (or None)."""
 
     name: str
     says: str
@@ -136,8 +137,9 @@ def _sites_are_affine(rule: Rule, a: Analysis) -> str | None:
 class Form:
     """One way to compute a program.
 
-    applies: None, or the learner's line and why not. corrections: the orders that it allows; none: token by token, as the
-    definition says. reassociates: are products of weights rewritten wherever they can be, or only where it is cheaper?
+    applies: None, or the learner's line and why not. corrections: the orders that it allows; none: token by token, as
+    the definition says. reassociates: are products of weights rewritten wherever they can be, or only where it is
+    cheaper?
     """
 
     name: str

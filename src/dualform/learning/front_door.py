@@ -1,8 +1,8 @@
 """The front door: how a user's learner, objective and rule come in.
 
-All three are read by one fingerprint, traced by the one tracer (on a twin, so that the user's module is never touched), and
-proved to keep tokens apart. Tensors that they close over become inputs under a name: live, and reached by outer gradients.
-Nothing else in this folder calls them but `primal`, the definition.
+All three are read by one fingerprint, traced by the one tracer (on a twin, so that the user's module is never touched),
+and proved to keep tokens apart. Tensors that they close over become inputs under a name: live, and reached by outer
+gradients. Nothing else in this folder calls them but `primal`, the definition.
 
 Legend: W tokens in a trace, K key width, V value width.
 """
@@ -53,23 +53,25 @@ def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[s
     for pattern in patterns:
         if not fnmatch.filter(named, pattern):
             raise DerivationError(
-                f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an fnmatch "
-                "pattern of one. Correct or drop it."
+                f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an "
+                "fnmatch pattern of one. Correct or drop it."
             )
     is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
     fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
     if not fast:
         still = f", requires_grad=False {sorted(n for n in frozen if n in named)}" if frozen else ""
         raise DerivationError(
-            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}{still}); expected at "
-            "least one. A learner without weights cannot learn: give it an nn.Parameter that requires a gradient."
+            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}{still}); "
+            "expected at least one. A learner without weights cannot learn: give it an nn.Parameter that requires a "
+            "gradient."
         )
     return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
 
 
 @dataclass(eq=False)
 class Routine:
-    """A traced function of tokens: an objective's loss, a rule's coefficients. Numbers among its results stay numbers."""
+    """A traced function of tokens: an objective's loss, a rule's coefficients.
+    Numbers among its results stay numbers."""
 
     analysis: Analysis
     results: list[Any]  # nodes and numbers
@@ -99,7 +101,8 @@ class FrontDoor:
         for name, p in learner.named_parameters():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise DerivationError(
-                    f"derive: the learner's {name!r} has no shape yet; expected built parameters. Run it once: learner(torch.zeros(1, K))."
+                    f"derive: the learner's {name!r} has no shape yet; expected built parameters. Run it once: "
+                    "learner(torch.zeros(1, K))."
                 )
         for name, part in learner.named_modules():
             if isinstance(getattr(part, "door", None), FrontDoor):
@@ -112,8 +115,8 @@ class FrontDoor:
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
         self._unread = ""  # what cannot be read, once it was said
-        # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them; closed-over ones
-        # by name, where it has them, or themselves.
+        # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them;
+        # closed-over ones by name, where it has them, or themselves.
         self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self._first: dict[Any, Seen] = {}  # traces that all others are held against
@@ -133,8 +136,9 @@ class FrontDoor:
         if reading.unreadable not in ("", self._unread):
             self._unread = reading.unreadable
             warnings.warn(
-                f"derive: learner, objective or rule hold {reading.unreadable}, whose state cannot be read; they are traced again at "
-                "each call, as it may have changed. Keep numbers, lists or tensors in its place, or give it a __fingerprint__().",
+                f"derive: learner, objective or rule hold {reading.unreadable}, whose state cannot be read; they are "
+                "traced again at each call, as it may have changed. Keep numbers, lists or tensors in its place, or "
+                "give it a __fingerprint__().",
                 stacklevel=2,
             )
         parts = split_parameters(self.learner, self.slow, self.frozen)
@@ -182,24 +186,27 @@ class FrontDoor:
         inputs, result = _ends(gm)
         if not isinstance(result, fx.Node):
             raise DerivationError(
-                f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the prediction alone."
+                f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the "
+                "prediction alone."
             )
         a = self._analysis("learner", gm, inputs[-1:], dict(zip(names, inputs, strict=False)), set(fast))
         mark(a, W)
         if a.output not in a.tok:
             raise DerivationError(
-                "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. Use x in forward."
+                "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. "
+                "Use x in forward."
             )
         if W > 1 and a.places[a.output] != Place(0, 1, 1):
             raise DerivationError(
-                f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as in its input: "
-                "(..., K) -> (..., V). Transpose back before returning."
+                f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as "
+                "in its input: (..., K) -> (..., V). Transpose back before returning."
             )
         _expect(wrong)
         return a
 
     def trace_objective(self, W: int, V: int, *dtypes: torch.dtype) -> Routine:
-        """Trace the objective on predictions and targets (W, V) of two dtypes; prove that each token has a loss of its own."""
+        """Trace the objective on predictions and targets (W, V) of two dtypes;
+        prove that each token has a loss of its own."""
 
         def make(W: int, look: Look) -> fx.GraphModule:
             tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
@@ -210,12 +217,13 @@ class FrontDoor:
         value = result.meta["val"] if isinstance(result, fx.Node) else None
         if not isinstance(value, Tensor):
             raise DerivationError(
-                f"derive: the objective returns {type(result).__name__}; expected one tensor (...,), a loss per token. {PER_TOKEN}"
+                f"derive: the objective returns {type(result).__name__}; expected one tensor (...,), a loss per token. "
+                f"{PER_TOKEN}"
             )
         if W > 1 and tuple(value.shape) != (W,):
             raise DerivationError(
-                f"derive: the objective gives shape {tuple(value.shape)} for predictions and targets (W, V) = {(W, V)}; expected one "
-                f"loss per token, (W,) = {(W,)}. {PER_TOKEN}"
+                f"derive: the objective gives shape {tuple(value.shape)} for predictions and targets (W, V) = "
+                f"{(W, V)}; expected one loss per token, (W,) = {(W,)}. {PER_TOKEN}"
             )
         if not value.is_floating_point():
             raise DerivationError(
@@ -225,7 +233,8 @@ class FrontDoor:
         mark(a, W)
         if W > 1 and a.places.get(a.output) not in (None, Place(0, 1, 1)):
             raise DerivationError(
-                f"derive: the objective's losses have their tokens at axis {a.places[a.output].axis}; expected axis 0. {PER_TOKEN}"
+                f"derive: the objective's losses have their tokens at axis {a.places[a.output].axis}; expected axis 0. "
+                f"{PER_TOKEN}"
             )
         _expect(wrong)
         return Routine(a, [a.output])
@@ -253,8 +262,9 @@ class FrontDoor:
             shape = tuple(node.meta["val"].shape)
             if shape not in ((), (W,)) or (shape == (W,) and W > 1 and a.places.get(node) != Place(0, 1, 1)):
                 raise DerivationError(
-                    f"derive: the rule {self.rule.name!r} returns a coefficient of shape {shape} for {W} tokens; expected a number, "
-                    "a tensor () or one entry per token, made of that token's position and gates. Write it entry by entry."
+                    f"derive: the rule {self.rule.name!r} returns a coefficient of shape {shape} for {W} tokens; "
+                    "expected a number, a tensor () or one entry per token, made of that token's position and gates. "
+                    "Write it entry by entry."
                 )
         _expect(wrong)
         return Routine(a, [*results, spec])
@@ -263,9 +273,15 @@ class FrontDoor:
         return trace(f, *inputs, generators=self.reading.generators, look=look, **options)
 
     def _alike(
-        self, who: str, W: int, make: Callable[[int, Look], fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
-    ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
-        """Trace, and say what is otherwise than in the first trace of the kind, which was of another number of tokens or another call."""
+        self,
+        who: str,
+        W: int,
+        make: Callable[[int, Look], fx.GraphModule],
+        kind: Any,
+        numbers: Callable[[], Any] = list,
+    ) -> tuple[fx.GraphModule, DerivationError | None]:
+        """Trace, and say what is otherwise than in the first trace of the kind,
+        which was of another number of tokens or another call."""
         first = self._first.get((who, *kind))
 
         def made(W: int) -> tuple[fx.GraphModule, Seen, str]:
@@ -311,8 +327,9 @@ class FrontDoor:
             own = self._own.get(id(value))
             if who == "learner" and own is not None:
                 raise DerivationError(
-                    f"derive: the learner reaches its own {own!r} at {source_line(next(iter(node.users)))} by another way than itself, so it "
-                    f"would not learn there; expected self.{own}. Read it from the module that is passed."
+                    f"derive: the learner reaches its own {own!r} at {source_line(next(iter(node.users)))} by another "
+                    f"way than itself, so it would not learn there; expected self.{own}. Read it from the module that "
+                    "is passed."
                 )
             name = self._name(who, value, len(constants))
             if name not in lifted:

@@ -1,7 +1,8 @@
 """Where each token goes: a row's valid tokens, cut into mini-batches and these into blocks of slots.
 
-A block holds tokens of one mini-batch, left-aligned; empty slots are identity updates. Padding vanishes, a reset opens a
-new mini-batch, and a call may begin and end anywhere inside one, so every split of a sequence is the same computation.
+A block holds tokens of one mini-batch, left-aligned; empty slots are identity updates. Padding vanishes, a reset opens
+a new mini-batch, and a call may begin and end anywhere inside one, so every split of a sequence is the same
+computation.
 
 Legend: B batch, T time, N blocks, W slots of a block, b the mini-batch (chunk).
 """
@@ -67,8 +68,8 @@ class Grid:
     def take(self, x: Tensor, piece: range, fill: bool = False) -> Tensor:
         """Read the blocks of a piece from token-major x (B, T, H, ...): (n, B, H, W, ...), a view where rows are alike.
 
-        fill: empty slots read a token of the row instead of zero. A learner may have no derivative at zero (x / |x|), and a
-        masked NaN is a NaN.
+        fill: empty slots read a token of the row instead of zero.
+        A learner may have no derivative at zero (x / |x|), and a masked NaN is a NaN.
         """
         n, W = len(piece), self.variants[piece.start].width
         if self.spans is not None:
@@ -169,7 +170,8 @@ def variants_of(
 
 
 def arrange(
-    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype, carried: bool = True,
+    T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype,
+    carried: bool = True,
     block: int | None = None, begins: bool = False,
 ) -> Grid:  # fmt: skip
     """Lay out a call: rows that stand alike are cut by slicing, others go through one gather.

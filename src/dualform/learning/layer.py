@@ -80,18 +80,21 @@ class TestTimeTraining(nn.Module):
 
     def __init__(
         self, dim: int, heads: int, *, learner: Any, objective: Any = "squared", rule: Any = "sgd", chunk: int = 16,
-        rope_theta: float = 1e4, share_qk: bool = False, use_gate: bool = False, post_norm: bool = True, conv_kernel: int = 4,
+        rope_theta: float = 1e4, share_qk: bool = False, use_gate: bool = False, post_norm: bool = True,
+        conv_kernel: int = 4,
         prove: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         if heads < 1 or dim % heads:
             raise ShapeError(
-                f"TestTimeTraining: dim is {dim} with heads = {heads}; expected dim % heads = 0, here {dim % max(heads, 1)}. Change one of them."
+                f"TestTimeTraining: dim is {dim} with heads = {heads}; expected dim % heads = 0, here "
+                f"{dim % max(heads, 1)}. Change one of them."
             )
         f = dim // heads
         if f % 2:
             raise ShapeError(
-                f"TestTimeTraining: the head width is dim / heads = {f}; expected an even number, RoPE turns pairs. Change dim or heads."
+                f"TestTimeTraining: the head width is dim / heads = {f}; expected an even number, RoPE turns pairs. "
+                "Change dim or heads."
             )
         self.dim, self.heads, self.head_dim, self.chunk, self.rope_theta = dim, heads, f, chunk, float(rope_theta)
         self.conv_kernel = conv_kernel
@@ -132,7 +135,8 @@ class TestTimeTraining(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None, reset: Tensor | None = None,
+        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None,
+        reset: Tensor | None = None,
         overwrite: bool = False, observed: bool = False,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return (y, state); any split of x over calls with the state carried gives the same y.
@@ -158,7 +162,8 @@ class TestTimeTraining(nn.Module):
         return self.o_proj(z), LayerState(memory, tails, position)
 
     def inner_losses(
-        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None, reset: Tensor | None = None
+        self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None,
+        reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return each token's inner loss before and after its own update.
 
@@ -175,18 +180,21 @@ class TestTimeTraining(nn.Module):
         """Return x with padding blank, and what is padding and where documents begin, as truth values."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(
-                f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the layer's dim."
+                f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the "
+                "layer's dim."
             )
         B, T, _ = x.shape
         for name, given in (("attention_mask", attention_mask), ("reset", reset)):
             if given is not None and given.shape != (B, T):
                 raise ShapeError(
-                    f"TestTimeTraining: {name} has shape {tuple(given.shape)}; expected (batch, time) = {(B, T)}. Pass one value per token."
+                    f"TestTimeTraining: {name} has shape {tuple(given.shape)}; expected (batch, time) = {(B, T)}. Pass "
+                    "one value per token."
                 )
         if state is not None and (state.position.shape != (B,) or ("qk" in state.conv) != (self.conv_q is not None)):
             raise ShapeError(
-                f"TestTimeTraining: state has {state.position.shape[0]} rows and convolutions {sorted(state.conv)}; expected batch = "
-                f"{B} rows and {['qk'] if self.conv_q is not None else []}. Pass a state of this layer (state.select, state.fork)."
+                f"TestTimeTraining: state has {state.position.shape[0]} rows and convolutions {sorted(state.conv)}; "
+                f"expected batch = {B} rows and {['qk'] if self.conv_q is not None else []}. Pass a state of this "
+                "layer (state.select, state.fork)."
             )
         mask = None if attention_mask is None else attention_mask.bool()
         reset = None if reset is None else reset.bool()
@@ -243,7 +251,10 @@ class TestTimeTraining(nn.Module):
         return self.program.explain(level)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads={self.heads}, chunk={self.chunk}, learner={type(self.program.learner).__name__}, rule={self.program.rule.name}"
+        return (
+            f"dim={self.dim}, heads={self.heads}, chunk={self.chunk}, learner={type(self.program.learner).__name__}, "
+            f"rule={self.program.rule.name}"
+        )
 
 
 def recipe_of(learner: Any, f: int) -> Callable[[int], Any]:
@@ -251,14 +262,15 @@ def recipe_of(learner: Any, f: int) -> Callable[[int], Any]:
     if isinstance(learner, nn.Module):
         kind = type(learner).__name__
         raise DerivationError(
-            f"TestTimeTraining: learner is a built {kind}; expected what builds one for each head: a class, a function of "
-            f"the head width, or a spec. Pass {kind}, not {kind}(...); the head width is dim / heads = {f}."
+            f"TestTimeTraining: learner is a built {kind}; expected what builds one for each head: a class, a function "
+            f"of the head width, or a spec. Pass {kind}, not {kind}(...); the head width is dim / heads = {f}."
         )
     if isinstance(learner, Bound | str | tuple | list | Mapping):
         return learners.build(learner)
     if not callable(learner):
         raise DerivationError(
-            f"TestTimeTraining: learner is a {type(learner).__name__}; expected a class or function of the head width, here {f}, "
+            f"TestTimeTraining: learner is a {type(learner).__name__}; expected a class or function of the head width, "
+            f"here {f}, "
             "or a spec: a name, (name, {options}), {'name': ..., options}, df.learners.MLP(...). Pass one of these."
         )
     return learner
@@ -297,7 +309,8 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
 
 def turned(x: Tensor, by: Tensor) -> Tensor:
-    """Turn the pairs of x (B, T, H, f) by angles; by (2, B, T, f): what multiplies each entry, and the other of its pair."""
+    """Turn the pairs of x (B, T, H, f) by angles; by (2, B, T, f): what multiplies each entry,
+    and the other of its pair."""
     y = x.to(by.dtype)
     others = y.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).reshape(x.shape)
     return torch.addcmul(y * by[0, :, :, None], others, by[1, :, :, None]).to(x.dtype)
@@ -319,7 +332,8 @@ def angles_below(count: int, f: int, theta: float, dtype: torch.dtype, device: t
 
 
 class DepthwiseConv(nn.Conv1d):
-    """Be an nn.Conv1d; with a filter for each channel, run as the few sums of products that it is, which CPUs do faster.
+    """Be an nn.Conv1d; with a filter for each channel, run as the few sums of products that it is,
+    which CPUs do faster.
 
     y_t = bias + sum_j weight_j x_{t+j}
     Shape:  (B, dim, T + n - 1) -> (B, dim, T).

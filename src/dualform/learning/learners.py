@@ -1,4 +1,4 @@
-"""Built-in inner models. Each is an ordinary module on token rows (..., K) -> (..., V): nothing here knows how it learns.
+"""Built-in inner models. Each is an ordinary module on token rows (..., K) -> (..., V): none knows how it learns.
 
 A record `learners.X(**options)` is a recipe: called with a width it builds the module.
 """
@@ -176,13 +176,14 @@ def Head(
     fusion: Any = "mean",
     bias: bool = True,
 ) -> Recipe:
-    """Build an RPN head: any expansion with any reconciliation. Its flat w is the fast weight, with bias and remainder weights.
+    """Build an RPN head: any expansion with any reconciliation. Its flat w is the fast weight,
+    with bias and remainder weights.
 
     f(x) = <kappa(x), psi(w)> + b + pi(x)
     Shape:  (..., K) -> (..., K); w (channels l,), l = reconciliation.length(K, D), D = expansion.dim(K).
     Raises: ValueError for unknown names and options; ShapeError, when built at a width, for sizes that do not join.
-    Source: Zhang 2024 (RPN 1). psi affine: one site; multilinear: the tokens meet one factor after the other; a hypernet: w is
-            carried per token.
+    Source: Zhang 2024 (RPN 1). psi affine: one site; multilinear: the tokens meet one factor after the other;
+            a hypernet: w is carried per token.
     """
     options = {
         "expansion": expansion, "reconciliation": reconciliation, "remainder": remainder,

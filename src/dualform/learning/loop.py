@@ -173,7 +173,8 @@ def forward(run: GridCall, checkpoints: int) -> list[Tensor]:
 
 
 def run_visible(plan: Plan, call: Call) -> list[Tensor]:
-    """Return [o, *anchor, *registers, position] by ops that autograd and every transform of torch.func see, one by one."""
+    """Return [o, *anchor, *registers, position] by ops that autograd and every transform of torch.func see,
+    one by one."""
     with torch.autocast(call.q.device.type, enabled=False):
         run = GridCall(plan, call)
         if not run.blocks:

@@ -1,7 +1,7 @@
 """The op: a program over a sequence as one `torch.library` op each way.
 
-It takes a flat list of tensors and a key, a plain string, so that compiled code may hold both. Inside an op autograd does
-not run: its backward is an op of its own.
+It takes a flat list of tensors and a key, a plain string, so that compiled code may hold both. Inside an op autograd
+does not run: its backward is an op of its own.
 
 Legend: B batch, T time, H heads.
 """
@@ -64,7 +64,8 @@ def _plan(name: str, form: str, K: int, dtype: torch.dtype) -> Plan:
 
 
 def _constant(f: F) -> F:
-    """Mark a function whose result a compiler may keep, as torch.compiler.assume_constant_result does at the price of its import."""
+    """Mark a function whose result a compiler may keep,
+    as torch.compiler.assume_constant_result does at the price of its import."""
     setattr(f, "_dynamo_marked_constant", True)  # noqa: B010
     return f
 
@@ -94,7 +95,8 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that an operator may: of no memory that it was given or returns twice, each laid out as its fake says."""
+    """Return tensors that an operator may: of no memory that it was given or returns twice,
+    each laid out as its fake says."""
     taken, own = {x.untyped_storage().data_ptr() for x in given}, []
     for x in found:
         y = x.contiguous()
@@ -205,8 +207,8 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
     if any(has_tangent(x) for x in tensors):
         raise NotImplementedError(
-            "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected plain ones, its "
-            "tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
+            "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected "
+            "plain ones, its tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
         )
     with torch.autocast(tensors[0].device.type, enabled=False):
         return _own(run_forward(plan, call, checkpoints, backend), tensors)
@@ -218,7 +220,8 @@ library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
 def checkpoints_for(T: int, chunk: int, remat: str | int | None, nbytes: int, keep: int) -> int:
     """Count checkpoints of nbytes each: G mini-batches one, None all.
 
-    "auto" keeps every state while that takes at most `keep` bytes, else one per power of two near the root of their number.
+    "auto" keeps every state while that takes at most `keep` bytes,
+    else one per power of two near the root of their number.
     """
     N = -(-T // chunk)
     if remat is None:

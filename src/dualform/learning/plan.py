@@ -1,7 +1,7 @@
-"""What a call needs of its derivation: each direction of a block mapped over rows, split, made ready; what backends keep.
+"""What a call needs of its derivation: each direction of a block mapped over rows, split, ready; what backends keep.
 
-Each direction is the traced graph of one mini-batch, split where the state passes (`fission`): what does not wait for the
-state runs for many mini-batches at once, the loop holds only what carries the state on.
+Each direction is the traced graph of one mini-batch, split where the state passes (`fission`): what does not wait for
+the state runs for many mini-batches at once, the loop holds only what carries the state on.
 
 Legend: B batch, T time, H heads, P = B H rows, n blocks of a piece.
 """
@@ -115,8 +115,8 @@ class Way:
     ) -> Result:
         """Run blocks in the order given; return the state after them and the other outputs, for all blocks' rows.
 
-        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from. once: what was
-        computed for other blocks of the call and is the same for all.
+        given: values of the inputs, blocks in ascending order. visit(n, state): what block n starts from. once: what
+        was computed for other blocks of the call and is the same for all.
         """
         if rows.blocks == len(blocks) and self.returns == len(self.fission.carried):
             return self._run_whole(blocks, given, state, visit, rows)
@@ -184,8 +184,8 @@ class Way:
 class Natives:
     """What backends that run whole calls keep with a plan; all plans of a structure share it.
 
-    refused: why no backend does where nobody chose it; tokens: calls of one token, which may come to repay compiling; checked:
-    what was compared with eager; made: each backend's own record, by its class.
+    refused: why no backend does where nobody chose it; tokens: calls of one token, which may come to repay compiling;
+    checked: what was compared with eager; made: each backend's own record, by its class.
     """
 
     refused: str = ""

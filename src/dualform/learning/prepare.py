@@ -1,4 +1,4 @@
-"""How a graph becomes a function: op by op, in place where nobody sees it, or as it is for those who must see every op."""
+"""How a graph becomes a function: op by op, in place where nobody sees it, or as it is for who must see every op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The definition: one token after another, with the user's own module and torch's own gradients. Everything else is tested
+"""The definition: one token after another, with the user's own module and torch's own gradients. All else is tested
 against this and shares no line with it.
 
 Legend: B batch, T time, H heads; th anchor, R registers, i position in the mini-batch (from 1), g gradient.
@@ -23,7 +23,8 @@ from dualform.ops.spelled import differentiable_twice
 
 
 def gradient(loss: Callable[..., Tensor], th: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
-    """Differentiate a token's loss by the weights: as autograd does, so that hooks and custom Functions count; by torch.func
+    """Differentiate a token's loss by the weights: as autograd does, so that hooks and custom Functions count;
+    by torch.func
     inside its transforms, where autograd cannot be asked."""
     if torch._C._are_functorch_transforms_active():
         return grad(loss)(th, *rest)

@@ -21,7 +21,8 @@ from dualform.learning.emit import StepInputs
 class Cost(NamedTuple):
     """Work and memory of one mini-batch for one head, forward.
 
-    Units: flops of matrix products (2 per multiply-add, as torch counts them); bytes written by all operations; bytes of
+    Units: flops of matrix products (2 per multiply-add, as torch counts them); bytes written by all operations;
+           bytes of
     fast state (anchor and registers).
     """
 

@@ -1,4 +1,4 @@
-"""What a proof compares: drawn problems, how a program and its definition answer them, and how far the answers are apart."""
+"""What a proof compares: drawn problems, how a program and its definition answer them, and how far these are apart."""
 
 from __future__ import annotations
 

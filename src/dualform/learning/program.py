@@ -44,8 +44,8 @@ from dualform.shapes import ShapeError
 class ChunkProgram(nn.Module):
     """A learner, an objective and a rule, ready to run over sequences; `print` it to read one mini-batch's code.
 
-    A module like any other: its learner is its part, and so is an objective that is a module. What it derives follows them: a
-    changed attribute, mode, closure or replaced parameter is seen at the next call.
+    A module like any other: its learner is its part, and so is an objective that is a module. What it derives follows
+    them: a changed attribute, mode, closure or replaced parameter is seen at the next call.
     Shape:  q, k (B, T, H, K), v, o (B, T, H, V), gates {name: (B, T, H)}, offset (chunk,), mask, reset (B, T) bool.
     Dtype:  computes in float32, or float64 if q or the learner is; o has q's dtype, the state never less than float32.
     Raises: ShapeError for inputs that do not fit; DerivationError for a form that does not exist.
@@ -176,15 +176,18 @@ class ChunkProgram(nn.Module):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
-        mask: Tensor | None = None, reset: Tensor | None = None, params: Mapping[str, Tensor] | None = None, form: str = "auto",
+        mask: Tensor | None = None, reset: Tensor | None = None, params: Mapping[str, Tensor] | None = None,
+        form: str = "auto",
         backend: Any = "auto", remat: str | int | None = "auto", nan_policy: str = "propagate", overwrite: bool = False,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
-                overwrite: the state given is not needed again; a step without gradients may leave the new one in its place.
+                overwrite: the state given is not needed again;
+                a step without gradients may leave the new one in its place.
         Raises: ShapeError, DerivationError; BackendError for a backend that cannot run this; under nan_policy="raise"
-                NonFiniteError where the state is not finite, naming row, head and mini-batch (not inside torch.compile).
+                NonFiniteError where the state is not finite, naming row,
+                head and mini-batch (not inside torch.compile).
         """
         self.refresh()
         call = self.signature.call(q, k, v, gates or {}, state, mask, reset, params or {})
@@ -198,7 +201,8 @@ class ChunkProgram(nn.Module):
             raise DerivationError(f"program: form is {form!r}; expected one of {(*forms,)}. Choose one of these.")
         if not (remat in ("auto", None) or (isinstance(remat, int) and remat > 0)):
             raise ShapeError(
-                f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one of these."
+                f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one "
+                "of these."
             )
         if nan_policy not in policies:
             raise ShapeError(f"program: nan_policy is {nan_policy!r}; expected one of {policies}. Choose one of these.")
@@ -207,7 +211,8 @@ class ChunkProgram(nn.Module):
         if not forms[form].corrections:
             outer = torch.is_grad_enabled()  # leaving inference mode would switch it on
             with (
-                torch.autocast(call.q.device.type, enabled=False), torch.inference_mode(False), torch.set_grad_enabled(outer),
+                torch.autocast(call.q.device.type, enabled=False), torch.inference_mode(False),
+                torch.set_grad_enabled(outer),
             ):  # fmt: skip
                 o, after = primal(self, Twin(self.learner), call.plain())
         else:
@@ -254,8 +259,9 @@ class ChunkProgram(nn.Module):
             own, x = self.parts.buffers[name], given[name]
             if x is not own and not (is_known(x) and torch.equal(x, own.to(x))):
                 raise ShapeError(
-                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as numbers (an "
-                    "index, a size, an if); expected the same. Write them into the learner's buffer, which derives again."
+                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as "
+                    "numbers (an index, a size, an if); expected the same. Write them into the learner's buffer, "
+                    "which derives again."
                 )
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
@@ -271,8 +277,8 @@ class ChunkProgram(nn.Module):
         """The plan that is printed: at the inferred width, in the learner's dtype."""
         if self.width is None:
             raise DerivationError(
-                "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` or a call. "
-                "Set learner.dim = K, or call the program once."
+                "derive: the learner's input width K cannot be told from its parameters; expected an attribute `dim` "
+                "or a call. Set learner.dim = K, or call the program once."
             )
         return self.plan(self.width, self.signature.kind[0], "auto")
 
@@ -296,7 +302,8 @@ class ChunkProgram(nn.Module):
         whole = backend_of(backends_key(backend, "program.schedule")).whole
         if whole is None:
             raise DerivationError(
-                f"program.schedule: backend is {backend!r}; expected one that generates code, as 'cpp'. Print the program instead."
+                f"program.schedule: backend is {backend!r}; expected one that generates code, as 'cpp'. Print the "
+                "program instead."
             )
         return whole.schedule(self._shown, Variant(self.chunk, True, True, False))
 
@@ -313,7 +320,8 @@ class ChunkProgram(nn.Module):
 
     @property
     def forms(self) -> dict[str, str | None]:
-        """Each form by name: None if it applies, or the learner's line and why it does not; `form="auto"` takes what is cheapest."""
+        """Each form by name: None if it applies, or the learner's line and why it does not;
+        `form="auto"` takes what is cheapest."""
         return self.derivation.forms()
 
     @property
@@ -322,7 +330,8 @@ class ChunkProgram(nn.Module):
         return self.step.choices
 
     def explain(self, level: str = "steps") -> Account:
-        """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms, costs) or "proof" (and the code)."""
+        """Explain the derivation: level "one-line", "steps" (sites, derivatives, forms,
+        costs) or "proof" (and the code)."""
         words = chosen_in_words(self.plan(self.derivation.K, self.derivation.dtype, "auto"))
         proof = str(self.proof or "none: prove=False, or DUALFORM_PROVE=0")
         return account(self.learner, self.derivation, self.step, self.cost, self.code, level, words, proof)
@@ -359,13 +368,14 @@ def derive(
     """Derive a chunk program from an inner model: its gradients, its dual form where one exists, its state.
 
     th <- mini-batch of `chunk` tokens <- gradients at th; outputs with each token's own weights
-    Shape:  learner maps rows (..., K) -> (..., V), K != V allowed; its parameters are fast unless `slow` (fnmatch) or the
-            module's own attribute `slow` names them. block: at most so many tokens are computed at once (any value gives
-            the same results). prove: the first time a structure is seen, compare the derived form with the definition in outputs,
-            state and outer gradients (`program.proof`; about a second, remembered on disk); DUALFORM_PROVE=0 switches it off.
+    Shape:  learner maps rows (..., K) -> (..., V), K != V allowed; its parameters are fast unless `slow` (fnmatch) or
+            the module's own attribute `slow` names them. block: at most so many tokens are computed at once (any value
+            gives the same results). prove: the first time a structure is seen, compare the derived form with the
+            definition in outputs, state and outer gradients (`program.proof`; about a second, remembered on disk);
+            DUALFORM_PROVE=0 switches it off.
     Dtype:  see ChunkProgram.
-    Raises: DerivationError if tokens mix, randomness is active or buffers are written, naming the learner's line, and where the
-            proof finds a difference.
+    Raises: DerivationError if tokens mix, randomness is active or buffers are written, naming the learner's line,
+            and where the proof finds a difference.
     Source: DESIGN section 1 of this project.
     Example:
         >>> import dualform as df, torch
@@ -377,7 +387,8 @@ def derive(
     """
     if not isinstance(learner, nn.Module):
         raise DerivationError(
-            f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: spec(dim)."
+            f"derive: learner is a {type(learner).__name__}; expected a built nn.Module. Call the recipe with a width: "
+            "spec(dim)."
         )
     for name, x in (("chunk", chunk), ("block", block)):
         if not (isinstance(x, int) and not isinstance(x, bool) and x >= 1) and not (name == "block" and x is None):

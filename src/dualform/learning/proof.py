@@ -1,10 +1,11 @@
-"""The proof at `derive`: the first time a structure is seen, its derived form is compared with the definition on drawn data.
+"""The proof at `derive`: the first time a structure is seen, its form is compared with the definition on drawn data.
 
-Two problems are drawn, two rows and two heads each: one of whole mini-batches, as most calls are, and one with padding, resets, a
-carried state, a cut and tokens of rate 0. In the first head the weights are the learner's own, in the second these with noise.
-Outputs, state and the gradients of a random scalar by everything that may have one are compared, in float64 where the learner
-can be. The definition goes token by token: of two rows and heads, the second in one problem being others than in the other, it follows
-every token, of the rest the first few; where something differs, every token of all. What was found is remembered on disk.
+Two problems are drawn, two rows and two heads each: one of whole mini-batches, as most calls are, and one with padding,
+resets, a carried state, a cut and tokens of rate 0. In the first head the weights are the learner's own, in the second
+these with noise. Outputs, state and the gradients of a random scalar by everything that may have one are compared, in
+float64 where the learner can be. The definition goes token by token: of two rows and heads, the second in one problem
+being others than in the other, it follows every token, of the rest the first few; where something differs, every token
+of all. What was found is remembered on disk.
 
 Legend: B = H = 2, T tokens, b the mini-batch (chunk).
 """
@@ -32,7 +33,8 @@ from dualform.learning.problems import WHOLE, Draw, Problem, differences, larges
 from dualform.learning.sites import DerivationError
 from dualform.shapes import TraceError
 
-# The largest error, relative to the largest entry of what is compared, by the least precise dtype that the learner goes through.
+# The largest error, relative to the largest entry of what is compared, by the least precise dtype that the learner goes
+# through.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 MOVES = 0.01  # the state must move the outputs by this share, or nothing is proved of how it learns
 _proving: ContextVar[bool] = ContextVar("proving", default=False)
@@ -58,7 +60,10 @@ class Proof:
             return f"{self.form} not proved: {'; '.join(self.unproved)}"
         when = "remembered" if self.remembered else f"in {self.seconds:.2f} s"
         but = f"; not proved: {'; '.join(self.unproved)}" if self.unproved else ""
-        return f"{self.form} == primal to {self.error:.1e} ({self.dtype}; {len(self.compared)} tensors, outer gradients among them; {when}){but}"
+        return (
+            f"{self.form} == primal to {self.error:.1e} ({self.dtype}; {len(self.compared)} tensors, outer gradients "
+            f"among them; {when}){but}"
+        )
 
 
 def is_on(prove: bool) -> bool:
@@ -146,7 +151,8 @@ def kernel(structure: Any, words: Any, compare: Callable[[], str]) -> str:
 
 
 def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str:
-    """Name what differs most, and by how much, where that is more than digits of a dtype allow; what is not finite is left out."""
+    """Name what differs most, and by how much, where that is more than digits of a dtype allow;
+    what is not finite is left out."""
     finite = {n: x for n, x in expected.items() if x.is_floating_point() and bool(x.isfinite().all())}
     found = {n: largest_entry(got[n].to(x) - x) / (largest_entry(x) or 1.0) for n, x in finite.items()}
     worst = max(found, key=lambda n: math.inf if math.isnan(found[n]) else found[n], default="")
@@ -160,8 +166,9 @@ def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dty
 def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:
     """Compare a program's form, planned in a dtype, with the definition; raise DerivationError where they differ.
 
-    Runs on the CPU (or where what the learner closes over lies), on a copy of the learner's tensors, in float64 where the learner can be, else in its own dtype. The graphs
-    are those of its own dtype with the numbers' type exchanged; where that does not hold, they are traced again.
+    Runs on the CPU (or where what the learner closes over lies), on a copy of the learner's tensors, in float64 where
+    the learner can be, else in its own dtype. The graphs are those of its own dtype with the numbers' type exchanged;
+    where that does not hold, they are traced again.
     """
     began = time.perf_counter()
     with _under_way(), torch.enable_grad():
@@ -182,8 +189,9 @@ def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:
             except (RuntimeError, TypeError, LookupError, AssertionError) as error:
                 if dtype == own and not retyped:
                     raise DerivationError(
-                        f"derive: form {form!r} fails with {type(error).__name__} ({str(error).partition(chr(10))[0]}); expected a program "
-                        "that runs. This is a fault of dualform, please report it: form='primal' is the definition."
+                        f"derive: form {form!r} fails with {type(error).__name__} "
+                        f"({str(error).partition(chr(10))[0]}); expected a program that runs. This is a fault of "
+                        "dualform, please report it: form='primal' is the definition."
                     ) from error
         return Proof(form, math.nan, (), time.perf_counter() - began, "", (f"the definition cannot run: {why}",))
 
@@ -319,7 +327,8 @@ def _rate(draw: Callable[[], Draw], program: Any, form: str) -> tuple[float, flo
 
 
 def _blamed(program: Any, differs: _Differs, form: str) -> DerivationError:
-    """Say what differs, by how much, and the nearest line: the first site whose weights, formed per token, repair it."""
+    """Say what differs, by how much, and the nearest line: the first site whose weights, formed per token,
+    repair it."""
     problem, where = differs.problem, ""
     K, dtype = problem.leaves["k"].shape[-1], problem.leaves["k"].dtype
     for site, line in enumerate(program.plan(K, dtype, form).derivation.site_lines()):
@@ -332,7 +341,7 @@ def _blamed(program: Any, differs: _Differs, form: str) -> DerivationError:
             where = f", at {line}"
             break
     return DerivationError(
-        f"derive: form {form!r} and the definition differ in {differs.name} by {differs.error:.2g} of its largest entry{where}; expected "
-        f"at most {differs.allowed:.0e} in {dtype}. This is a fault of dualform, please report it: form='primal' is the definition, "
-        "prove=False goes on as it is."
+        f"derive: form {form!r} and the definition differ in {differs.name} by {differs.error:.2g} of its largest "
+        f"entry{where}; expected at most {differs.allowed:.0e} in {dtype}. This is a fault of dualform, please report "
+        "it: form='primal' is the definition, prove=False goes on as it is."
     )

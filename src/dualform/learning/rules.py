@@ -217,7 +217,8 @@ class Recurrence(Protocol):
 
 
 class Coefficients(NamedTuple):
-    """A rule unrolled over a block: theta_t = c_t th + d_t . R_0 - sum_{s<=t} C[t,s] g_s, and the same for R at the end.
+    """A rule unrolled over a block: theta_t = c_t th + d_t . R_0 - sum_{s<=t} C[t,s] g_s,
+    and the same for R at the end.
 
     `row`, `col` are set when C = tril(row x col): then a sum over s <= t is a running sum.
     """

@@ -1,7 +1,8 @@
 """A program as a line of text: what an exported file carries, so that a process that never saw the learner can run it.
 
-The text holds the traced blocks of every kind that the exported call may need, op by op, and what a run must know of the
-rule: no Python is in it, and none is run when it is read. From the blocks both directions and every backend are made as ever.
+The text holds the traced blocks of every kind that the exported call may need, op by op, and what a run must know of
+the rule: no Python is in it, and none is run when it is read. From the blocks both directions and every backend are
+made as ever.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def _target(name: str) -> Any:
         return getattr(getattr(getattr(torch.ops, namespace), op), overload)
     except (AttributeError, RuntimeError):
         raise BackendError(
-            f"dualform: an exported program calls the operator {name!r}, which this process has not; expected a registered "
-            "one. Import what registers it first."
+            f"dualform: an exported program calls the operator {name!r}, which this process has not; expected a "
+            "registered one. Import what registers it first."
         ) from None
 
 
@@ -161,9 +162,9 @@ class Shipped:
         """Build a kind of block from its lines."""
         if variant not in self.told:
             raise BackendError(
-                f"dualform: an exported program was called with masks, resets, a state or a length (blocks of {variant}) that it "
-                "was not exported with; expected calls like the one at export. Export it again with such inputs, lengths as "
-                "torch.export.Dim."
+                "dualform: an exported program was called with masks, resets, a state or a length (blocks of "
+                f"{variant}) that it was not exported with; expected calls like the one at export. Export it again "
+                "with such inputs, lengths as torch.export.Dim."
             )
         if variant not in self.steps:
             told = self.told[variant]

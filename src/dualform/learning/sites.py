@@ -1,8 +1,8 @@
 """Where the weights meet the data: reading a learner's trace.
 
-A node is *par* if it depends on fast leaves only and *tok* if it depends on the tokens. A *site* is a tok node with a par
-operand. It is admissible if, its tok operands held fixed, it is jointly affine in the leaves behind its par operands; the
-op table says so. This file marks nodes, proves that tokens do not mix, and lists the sites.
+A node is *par* if it depends on fast leaves only and *tok* if it depends on the tokens. A *site* is a tok node with a
+par operand. It is admissible if, its tok operands held fixed, it is jointly affine in the leaves behind its par
+operands; the op table says so. This file marks nodes, proves that tokens do not mix, and lists the sites.
 
 Legend: W tokens in the trace, K key width.
 """
@@ -91,7 +91,8 @@ class Analysis:
 
 def maker(node: fx.Node) -> tuple[fx.Node, int | None]:
     """The node whose op makes a value, and which of its results the value is, if it has several."""
-    return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, None)  # type: ignore[return-value]
+    got = (node.args[0], node.args[1]) if node.target is operator.getitem else (node, None)
+    return got  # type: ignore[return-value]
 
 
 def operand_nodes(node: fx.Node) -> list[fx.Node]:
@@ -109,8 +110,9 @@ def prepared(graph: fx.GraphModule, **parts: Any) -> Analysis:
     for name, node in parts["leaf_nodes"].items():
         if not is_floating(node.meta["val"]):
             raise DerivationError(
-                f"derive: the learner's fast weight {name!r} is {node.meta['val'].dtype}; expected real floating numbers, which a "
-                "gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use torch.view_as_complex in forward."
+                f"derive: the learner's fast weight {name!r} is {node.meta['val'].dtype}; expected real floating "
+                "numbers, which a gradient step keeps real. Keep torch.view_as_real(w) as the parameter; use "
+                "torch.view_as_complex in forward."
             )
     spell(graph, parts["who"])
     output: Any = output_of(graph.graph)
@@ -161,16 +163,16 @@ def _follow_rows(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int,
 def counts(who: str, where: str) -> DerivationError:
     """Refuse a function that knows how many tokens it is given."""
     return DerivationError(
-        f"derive: the {who} reads the number of tokens, at {where}; expected the same ops and numbers however many tokens are "
-        "computed at once. Use a number of your own, or the size of the last axis."
+        f"derive: the {who} reads the number of tokens, at {where}; expected the same ops and numbers however many "
+        "tokens are computed at once. Use a number of your own, or the size of the last axis."
     )
 
 
 def changes(who: str, where: str) -> DerivationError:
     """Refuse a function that is another one at each call."""
     return DerivationError(
-        f"derive: the {who} is another function at each call (random, counted or timed), at {where}; expected the same ops and "
-        "numbers. Draw or count outside, and pass the number in as a buffer or a gate."
+        f"derive: the {who} is another function at each call (random, counted or timed), at {where}; expected the same "
+        "ops and numbers. Draw or count outside, and pass the number in as a buffer or a gate."
     )
 
 
@@ -227,13 +229,15 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
 
 
 def is_of_one_type(node: fx.Node) -> bool:
-    """Does an op give one result of its operands' own type? A cast rounds, which no correction at the anchor repeats."""
+    """Does an op give one result of its operands' own type? A cast rounds,
+    which no correction at the anchor repeats."""
     value = node.meta["val"]
     return isinstance(value, Tensor) and all(x.meta["val"].dtype == value.dtype for x in operand_nodes(node))
 
 
 def is_detach(node: fx.Node) -> bool:
-    """Is it a detach? Its derivative is zero, so the value of weights behind one must be carried, not differentiated."""
+    """Is it a detach? Its derivative is zero, so the value of weights behind one must be carried,
+    not differentiated."""
     return node.target == aten.detach.default
 
 
@@ -277,7 +281,8 @@ def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
 
 
 def _is_alike(
-    a: Analysis, call: local_rules.Call, name: str, k: int | None, source: fx.Node, place: Place, W: int, env: Mapping[fx.Node, Any]
+    a: Analysis, call: local_rules.Call, name: str, k: int | None, source: fx.Node, place: Place, W: int,
+    env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip
     """Does an argument that no token reaches enter a result in the same way at every token?"""
     J = local_rules.reads(call, name, k)
@@ -350,8 +355,9 @@ def _expect_apart(a: Analysis, node: fx.Node) -> None:
     if bend is not None and (shared or sum(b is not None for b in made.backward) > 1):
         why = "is shared by all tokens, whose gradients come as a sum" if shared else "has several results"
         raise DerivationError(
-            f"derive: {made.name} at {source_line(node)} {why}, and its gradient is not linear in the one that it is given: "
-            f"`{source_line(bend)}`; expected a linear backward there. Make it linear, or apply it to one token's result."
+            f"derive: {made.name} at {source_line(node)} {why}, and its gradient is not linear in the one that it is "
+            f"given: `{source_line(bend)}`; expected a linear backward there. Make it linear, or apply it to one "
+            "token's result."
         )
 
 
@@ -390,15 +396,17 @@ def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
             "that can be shown to keep tokens apart. Write it with other ops, or add a row (ops/table.py)."
         )
     return DerivationError(
-        f"derive: the {a.who} mixes tokens at {where}: {op_name(op)} makes one row depend on others; expected {_apart[a.who]}"
+        f"derive: the {a.who} mixes tokens at {where}: {op_name(op)} makes one row depend on others; expected "
+        f"{_apart[a.who]}"
     )
 
 
 def _differs(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
     return DerivationError(
-        f"derive: the {a.who} treats tokens by their place in the batch at {source_line(node) or op_name(op)}: {op_name(op)} takes "
-        f"numbers that differ from row to row; expected {_apart[a.who]} Such numbers may have size 1 along the token axis."
+        f"derive: the {a.who} treats tokens by their place in the batch at {source_line(node) or op_name(op)}: "
+        f"{op_name(op)} takes numbers that differ from row to row; expected {_apart[a.who]} Such numbers may have size "
+        "1 along the token axis."
     )
 
 

@@ -1,4 +1,4 @@
-"""A trace in ops that are known: spelt out in ops with a row, writes as slices, nothing that torch cannot map over rows."""
+"""A trace in known ops: spelt out in ops with a row, writes as slices, nothing that cannot be mapped over rows."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def spell(graph: fx.GraphModule, who: str) -> None:
         node.meta["ordinal"] = n
         if node.all_input_nodes and not _has_rule_for_rows(node.target):
             raise DerivationError(
-                f"derive: the {who} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch cannot map "
-                "over rows (batch and heads); expected ops with a vmap rule. Write that line with other ops."
+                f"derive: the {who} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch "
+                "cannot map over rows (batch and heads); expected ops with a vmap rule. Write that line with other "
+                "ops."
             )
 
 
@@ -118,8 +119,8 @@ def spell_out(graph: fx.GraphModule) -> None:
             if not isinstance(error.__cause__, NotImplementedError):
                 raise
             raise DerivationError(
-                f"derive: {op_name(node)} at {source_line(node)} has no definition for {error.__cause__}; expected a form of it that "
-                "is in the table of ops. Write it with other ops."
+                f"derive: {op_name(node)} at {source_line(node)} has no definition for {error.__cause__}; expected a "
+                "form of it that is in the table of ops. Write it with other ops."
             ) from error
         if any(_says_nothing(n, node) for n in part.graph.nodes):
             continue

@@ -16,7 +16,8 @@ from dualform.learning.transforms import is_known
 
 
 class Carried:
-    """Methods shared by everything that is carried: every field is a tensor, a mapping or another `Carried`, batch first."""
+    """Methods shared by everything that is carried: every field is a tensor, a mapping or another `Carried`,
+    batch first."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def over(value: Any) -> Any:
@@ -62,7 +63,8 @@ class Carried:
         return self._map(lambda x: x.repeat_interleave(n, 0))
 
     def select(self, rows: Any) -> Self:
-        """Keep the given rows of the batch, in that order: numbers (negative ones count from the end) or a bool for each."""
+        """Keep the given rows of the batch, in that order:
+        numbers (negative ones count from the end) or a bool for each."""
         return self._map(lambda x: x.index_select(0, row_numbers(rows, x.shape[0]).to(x.device)))
 
     def save(self, path: str | Path) -> None:
@@ -102,13 +104,14 @@ def row_numbers(rows: Any, count: int) -> Tensor:
         return chosen.nonzero()[:, 0]
     if chosen.ndim != 1 or chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
         raise IndexError(
-            f"select: rows has shape {tuple(chosen.shape)} and type {chosen.dtype}; expected a list of row numbers, or one truth "
-            f"value for each of the batch = {count} rows. Pass one of these."
+            f"select: rows has shape {tuple(chosen.shape)} and type {chosen.dtype}; expected a list of row numbers, or "
+            f"one truth value for each of the batch = {count} rows. Pass one of these."
         )
     chosen = chosen.long()
     if is_known(chosen) and bool(((chosen < -count) | (chosen >= count)).any()):
         raise IndexError(
-            f"select: rows holds {chosen.tolist()}; expected numbers of the batch = {count} rows, {-count} ... {count - 1}. Pass those."
+            f"select: rows holds {chosen.tolist()}; expected numbers of the batch = {count} rows, {-count} ... "
+            f"{count - 1}. Pass those."
         )
     return torch.where(chosen < 0, chosen + count, chosen)
 
@@ -122,8 +125,8 @@ def from_tensors(kind: type[State], tensors: dict[str, Tensor], path: str | Path
             parts[head][leaf] = x
         elif name != "position":
             raise ValueError(
-                f"State.load: {path} holds a tensor named {name!r}; expected names 'anchor.*', 'registers.*', 'position'. "
-                "Pass a file that State.save wrote."
+                f"State.load: {path} holds a tensor named {name!r}; expected names 'anchor.*', 'registers.*', "
+                "'position'. Pass a file that State.save wrote."
             )
     if "position" not in tensors or not parts["anchor"]:
         raise ValueError(

@@ -102,7 +102,8 @@ def per_target(J: Derivative, axis: int | None) -> Derivative:
 
 
 def running(coef: Coefficients, W: int, size: int, itemsize: int) -> tuple[bool, Price]:
-    """Is sum_{s<=t} C[t,s] g_s a running sum, and its price, that of one where C = tril(row x col); size: numbers of all W g's."""
+    """Is sum_{s<=t} C[t,s] g_s a running sum, and its price, that of one where C = tril(row x col); size:
+    numbers of all W g's."""
     added, product = Price(3 * size, 6 * size * itemsize), Price(2 * W * size, 2 * size * itemsize)
     can = coef.row is not None and coef.col is not None
     return can and added.total < product.total, added if can else product

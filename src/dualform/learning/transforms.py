@@ -1,4 +1,4 @@
-"""What torch's transforms ask of a call: to be seen op by op, to read no value that they hide, to keep nothing of theirs."""
+"""What torch's transforms ask of a call: to be seen op by op, to read no hidden value, to keep nothing of theirs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector back: a graph is many small objects that live, and each collection goes through all of torch's."""
+    """Hold the garbage collector back: a graph is many small objects that live,
+    and each collection goes through all of torch's."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -80,7 +81,8 @@ def _first_fake_tensors() -> None:
 
 @contextmanager
 def on_behalf(role: dict[str, bool]) -> Iterator[None]:
-    """Run as part of what another thread does and waits for: autograd runs the backward of a GPU's tensors on a thread of its own."""
+    """Run as part of what another thread does and waits for:
+    autograd runs the backward of a GPU's tensors on a thread of its own."""
     before = dict(inside.__dict__)
     inside.__dict__.update(role)
     try:
@@ -96,7 +98,8 @@ def watched() -> bool:
 
 
 def is_known(x: Tensor) -> bool:
-    """May a call depend on a tensor's values? Not while it is traced, nor on the meta device, nor where they differ along an axis that vmap hides."""
+    """May a call depend on a tensor's values? Not while it is traced, nor on the meta device,
+    nor where they differ along an axis that vmap hides."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
     if compiles() or x.is_meta or records():
         return False

@@ -1,7 +1,7 @@
 """Language models on Hugging Face transformers, whose Auto classes importing this registers; scikit-learn estimators.
 
-The estimators (`dualform.models.tabular`) do not need transformers: without it, only the language models' names are missing,
-and asking for one says so.
+The estimators (`dualform.models.tabular`) do not need transformers: without it,
+only the language models' names are missing, and asking for one says so.
 """
 
 from typing import Never

@@ -29,17 +29,18 @@ def refuse_unknown(where: str, forward: Any, given: dict[str, Any], more: Sequen
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Refuse token ids that the embedding has no row for (not where values are hidden: under torch.compile and vmap)."""
+    """Refuse token ids that the embedding has no row for (not where values are hidden:
+    under torch.compile and vmap)."""
     if ids.ndim != 2 or ids.dtype not in (torch.long, torch.int):
         raise ValueError(
-            f"DualformModel: input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected (batch, tokens) of whole "
-            "numbers. Pass what the tokenizer returns with return_tensors='pt'."
+            f"DualformModel: input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected (batch, tokens) of "
+            "whole numbers. Pass what the tokenizer returns with return_tensors='pt'."
         )
     if not ids.numel() or not is_known(ids):
         return
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"DualformModel: input_ids holds {low if low < 0 else high}; expected ids in 0 ... vocab_size - 1 = {vocab_size - 1}. "
-            "Use the tokenizer that the model was trained with."
+            f"DualformModel: input_ids holds {low if low < 0 else high}; expected ids in 0 ... vocab_size - 1 = "
+            f"{vocab_size - 1}. Use the tokenizer that the model was trained with."
         )

@@ -1,4 +1,4 @@
-"""The body of our language models: embedded tokens through blocks; and what transformers may do with every model of ours.
+"""The body of our language models: embedded tokens through blocks; and what transformers may do with our models.
 
 B batch, T new tokens.
 """
@@ -39,7 +39,7 @@ auto_classes = {
     "AutoModelForSequenceClassification": "DualformForSequenceClassification",
     "AutoModelForTokenClassification": "DualformForTokenClassification",
 }
-import_us = f'''"""A model of the package dualform (`pip install dualform`), for trust_remote_code=True where nobody has imported it."""
+import_us = f'''"""A model of the package dualform (`pip install dualform`), for trust_remote_code=True."""
 
 from dualform.models import {", ".join(auto_classes.values())}
 '''
@@ -115,8 +115,8 @@ class DualformPreTrainedModel(PreTrainedModel):
         """Read how well the layers knew each token: their inner loss before and after the update that it caused.
 
         before_t = loss(f(k_t; anchor), v_t), whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
-        Shape:  input_ids (B, T), and whatever else forward takes -> (layers, B, heads, T) each: the test-time layers, in
-                order; 0 for padding. A cache that is passed is read on, as in forward.
+        Shape:  input_ids (B, T), and whatever else forward takes -> (layers, B, heads, T) each: the test-time layers,
+                in order; 0 for padding. A cache that is passed is read on, as in forward.
         Dtype:  float32, float64 for float64 parameters.
         Raises: as forward; ValueError if no layer learns at test time.
         Source: Sun et al. 2024, figure 4.
@@ -129,7 +129,8 @@ class DualformPreTrainedModel(PreTrainedModel):
         """
         if not any(isinstance(m, TestTimeTraining) for m in self.modules()):
             raise ValueError(
-                f"inner_losses: layer_types is {self.config.layer_types}; expected a 'test_time' layer. Attention has no inner loss."
+                f"inner_losses: layer_types is {self.config.layer_types}; expected a 'test_time' layer. Attention has "
+                "no inner loss."
             )
         found: list[tuple[Tensor, Tensor]] = []
         token = observing.set(found)
@@ -149,13 +150,15 @@ class DualformPreTrainedModel(PreTrainedModel):
 class DualformModel(DualformPreTrainedModel):
     """Embed tokens and run the blocks.
 
-    Padding, left, right or in between, changes nothing for the tokens that are there; neither does the way a text is cut into
-    calls. position_ids turn the queries and keys of attention layers only (default: the number of tokens before, padding not
-    counted); test-time layers turn theirs by the place in the mini-batch, which they carry. Without a mask and a cache, a
-    position 0 inside a row starts a new document, as `reset` does, and so do the inner entries of cu_seq_lens_q.
-    Shape:  input_ids (B, T) or inputs_embeds (B, T, hidden), attention_mask (B, T or past + T), position_ids (B or 1, T),
-            reset (B, T) bool -> last_hidden_state (B, T, hidden); if asked for, hidden_states, one more than layers, and
-            attentions, one per attention layer (B, heads, T, columns in its cache + T). What padding outputs is not defined.
+    Padding, left, right or in between, changes nothing for the tokens that are there; neither does the way a text is
+    cut into calls. position_ids turn the queries and keys of attention layers only (default: the number of tokens
+    before, padding not counted); test-time layers turn theirs by the place in the mini-batch, which they carry. Without
+    a mask and a cache, a position 0 inside a row starts a new document, as `reset` does, and so do the inner entries of
+    cu_seq_lens_q.
+    Shape:  input_ids (B, T) or inputs_embeds (B, T, hidden), attention_mask (B, T or past + T), position_ids (B or 1,
+            T), reset (B, T) bool -> last_hidden_state (B, T, hidden); if asked for, hidden_states, one more than
+            layers, and attentions, one per attention layer (B, heads, T, columns in its cache + T). What padding
+            outputs is not defined.
     Dtype:  as the parameters; fast weights in float32 (float64 for float64 parameters).
     Raises: ValueError for ids outside the vocabulary, shapes that do not fit, a cache of another model or batch.
     Source: Sun et al. 2024, figure 16.
@@ -191,7 +194,8 @@ class DualformModel(DualformPreTrainedModel):
         refuse_unknown("DualformModel", DualformModel.forward, kwargs)
         if kwargs.get("is_causal") is False:
             raise ValueError(
-                "DualformModel: is_causal is False; expected a causal model's True or nothing. Every layer reads from left to right."
+                "DualformModel: is_causal is False; expected a causal model's True or nothing. Every layer reads from "
+                "left to right."
             )
         past = one_cache("DualformModel", past_key_values, cache)
         if inputs_embeds is None:
@@ -237,8 +241,8 @@ class DualformModel(DualformPreTrainedModel):
         seen = 0 if cache is None else cache.get_seq_length()
         if cache is not None and torch.is_grad_enabled() and any(getattr(held, "cut", False) for held in cache.layers):
             raise ValueError(
-                "DualformModel: past_key_values holds a state that reentrant activation checkpointing made without gradients; expected "
-                "one that has them, or that was detached on purpose. Call cache.detach(), or use "
+                "DualformModel: past_key_values holds a state that reentrant activation checkpointing made without "
+                "gradients; expected one that has them, or that was detached on purpose. Call cache.detach(), or use "
                 'activation_checkpointing_kwargs={"use_reentrant": False}.'
             )
         mask, starts = read_mask(mask, B, T, seen)
@@ -246,7 +250,8 @@ class DualformModel(DualformPreTrainedModel):
             positions = positions[None] if positions.ndim == 1 else positions
             if positions.shape not in ((1, T), (B, T)):
                 raise ValueError(
-                    f"DualformModel: position_ids has shape {tuple(positions.shape)}; expected (batch or 1, tokens) = {(B, T)}."
+                    f"DualformModel: position_ids has shape {tuple(positions.shape)}; expected (batch or 1, tokens) = "
+                    f"{(B, T)}."
                 )
             starts = joined(starts, starts_by_positions(positions, mask, B, seen))
         reset = joined(starts, said_starts(packed, B, T, seen, x.device))

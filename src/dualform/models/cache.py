@@ -45,7 +45,8 @@ class Columns(NamedTuple):
 
 
 class CachedCall(NamedTuple):
-    """One call that a cache recorded: what it held before, what was read (h (B, T, d), call), and how to read it again."""
+    """One call that a cache recorded: what it held before, what was read (h (B, T, d), call),
+    and how to read it again."""
 
     before: Rollback
     h: Tensor
@@ -64,8 +65,8 @@ class CachedCall(NamedTuple):
 class Rollback:
     """Undo the last columns, for decoding that tries tokens and takes some back (`crop`); move by rows.
 
-    What fast weights learnt cannot be unlearnt: while recording, a layer keeps what it held before each call, and how to
-    read the first columns of that call again.
+    What fast weights learnt cannot be unlearnt: while recording, a layer keeps what it held before each call, and how
+    to read the first columns of that call again.
     """
 
     is_croppable = True
@@ -101,9 +102,9 @@ class Rollback:
         if not 0 <= n <= known:
             asked = f"forget {n} columns" if n >= 0 else f"keep {tokens_to_remove} columns, which crop does not know"
             raise ValueError(
-                f"{type(self).__name__}: crop is asked to {asked}; expected 0 ... {known}, those read since the last crop while "
-                "recording, as a negative number. Call `cache.activate_past_recording()` before they are read, or keep an earlier "
-                "state (`copy.deepcopy(cache)`)."
+                f"{type(self).__name__}: crop is asked to {asked}; expected 0 ... {known}, those read since the last "
+                "crop while recording, as a negative number. Call `cache.activate_past_recording()` before they are "
+                "read, or keep an earlier state (`copy.deepcopy(cache)`)."
             )
         records, self.records = self.records, []
         recording, self.record_past = self.record_past, False
@@ -137,7 +138,8 @@ class Rollback:
         raise NotImplementedError
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep the given rows, in that order: numbers (negative ones count from the end) or a truth value for each row."""
+        """Keep the given rows, in that order: numbers (negative ones count from the end) or a truth value for each
+        row."""
         if self.num_rows is not None:
             rows = row_numbers(indices, self.num_rows)
             self.records = [reading.select(rows) for reading in self.records]
@@ -184,7 +186,8 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         return self._state, self._ours and not self.record_past and not self.records
 
     def check(self, expected: dict[str, tuple[int, ...]], batch: int) -> None:
-        """Refuse a state of other rows or of another layer; expected: the shape of each tensor's row, and the mini-batch."""
+        """Refuse a state of other rows or of another layer; expected: the shape of each tensor's row,
+        and the mini-batch."""
         if self._state is None:
             self.chunk = expected["chunk"]
             return
@@ -192,16 +195,16 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         rows = held["layer.position"][0]
         if rows != batch:
             raise ValueError(
-                f"past_key_values: holds the state of {rows} rows; expected batch = {batch}. Pass the cache that this model "
-                "returned for these rows, or move it by `batch_select_indices` and `batch_repeat_interleave`."
+                f"past_key_values: holds the state of {rows} rows; expected batch = {batch}. Pass the cache that this "
+                "model returned for these rows, or move it by `batch_select_indices` and `batch_repeat_interleave`."
             )
         held = {name: shape[1:] for name, shape in held.items() if "anchor." in name or "conv." in name}
         held["chunk"] = self.chunk or expected["chunk"]
         for name in sorted(held.keys() | expected.keys()):
             if held.get(name) != expected.get(name):
                 raise ValueError(
-                    f"past_key_values: holds {name} of {held.get(name, 'no shape')} a row; expected {expected.get(name, 'none')}. "
-                    "Pass a cache that this model returned, or none."
+                    f"past_key_values: holds {name} of {held.get(name, 'no shape')} a row; expected "
+                    f"{expected.get(name, 'none')}. Pass a cache that this model returned, or none."
                 )
 
     def advance(self, state: BlockState, num_columns: int) -> None:
@@ -273,8 +276,9 @@ class DocumentCache(Rollback, DynamicLayer):
         B, H, _, D = (keys if self.keys is None else self.keys).shape
         if (B, H, D) != (*keys.shape[:2], keys.shape[3]):
             raise ValueError(
-                f"past_key_values: holds keys of batch {B}, heads {H}, head_dim {D}; expected batch {keys.shape[0]}, heads "
-                f"{keys.shape[1]}, head_dim {keys.shape[3]}. Pass the cache that this model returned for these rows."
+                f"past_key_values: holds keys of batch {B}, heads {H}, head_dim {D}; expected batch {keys.shape[0]}, "
+                f"heads {keys.shape[1]}, head_dim {keys.shape[3]}. Pass the cache that this model returned for these "
+                "rows."
             )
         self.columns = columns
         self.seen += keys.shape[-2]
@@ -328,7 +332,8 @@ class DocumentCache(Rollback, DynamicLayer):
 
 
 def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, like: Tensor) -> Columns | None:
-    """Say where past and new columns stand, (B, S + T); None where all is one document without padding. like (B, T, ...)."""
+    """Say where past and new columns stand, (B, S + T); None where all is one document without padding. like (B,
+    T, ...)."""
     old = None if past is None else past.columns
     if old is None and mask is None and reset is None:
         return None
@@ -363,8 +368,8 @@ def adopt(cache: Cache, config: DualformConfig) -> None:
     kinds, window = config.layer_types or [], config.sliding_window
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values: is a {type(cache).__name__}; expected a Cache. Pass what this model returned as past_key_values, "
-            "or DynamicCache(config=model.config)."
+            f"past_key_values: is a {type(cache).__name__}; expected a Cache. Pass what this model returned as "
+            "past_key_values, or DynamicCache(config=model.config)."
         )
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for i, kind in enumerate(kinds):
@@ -380,8 +385,8 @@ def adopt(cache: Cache, config: DualformConfig) -> None:
             found = f"{type(held).__name__}" + (f" of window {held.window}" if isinstance(held, DocumentCache) else "")
             expected = wanted.__name__ + (f" of window {width}" if wanted is DocumentCache else "")
             raise ValueError(
-                f"past_key_values: layer {i} is a filled {found}; expected {expected} for a layer of kind {kind!r}. Pass a "
-                "cache that this model returned, or none."
+                f"past_key_values: layer {i} is a filled {found}; expected {expected} for a layer of kind {kind!r}. "
+                "Pass a cache that this model returned, or none."
             )
         made = FastWeightCache() if kind == "test_time" else DocumentCache(width)
         made.record_past = recording
@@ -389,6 +394,6 @@ def adopt(cache: Cache, config: DualformConfig) -> None:
     lengths = [getattr(layer, "get_seq_length", lambda: -1)() for layer in cache.layers]
     if len(set(lengths)) > 1 or len(lengths) > len(kinds):
         raise ValueError(
-            f"past_key_values: holds {len(lengths)} layers that have seen {lengths} columns; expected {len(kinds)} layers, all "
-            "with the same number. Pass a cache that this model returned, or none."
+            f"past_key_values: holds {len(lengths)} layers that have seen {lengths} columns; expected {len(kinds)} "
+            "layers, all with the same number. Pass a cache that this model returned, or none."
         )

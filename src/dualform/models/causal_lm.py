@@ -94,8 +94,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, on a cache by either of its names.
 
-        Shape:  see transformers' generate. The ids begin with those that a cache has read; or they are new ones only, where
-                attention_mask (batch, read + new) says so.
+        Shape:  see transformers' generate. The ids begin with those that a cache has read; or they are new ones only,
+                where attention_mask (batch, read + new) says so.
         Raises: ValueError for ids that do not go on from what the cache has read, and for names that nobody knows.
         """
         kwargs = renamed("generate", kwargs)
@@ -145,8 +145,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         B, T = (new if new is not None else inputs["inputs_embeds"]).shape[:2]
         if not T:
             raise ValueError(
-                f"generate: input_ids has shape {(B, T)}; expected at least one token to go on from. Begin with bos_token_id = "
-                f"{self.config.bos_token_id}, or pass no input_ids."
+                f"generate: input_ids has shape {(B, T)}; expected at least one token to go on from. Begin with "
+                f"bos_token_id = {self.config.bos_token_id}, or pass no input_ids."
             )
         if reset is not None:
             seen = cache.get_seq_length() if cache is not None else 0
@@ -201,8 +201,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         cache = kwargs.get(CACHE)
         if getattr(cache, only_new, False):
             raise ValueError(
-                "generate: input_ids holds new columns only; expected those that the cache has read too, since drafts are compared "
-                "with the whole text. Pass torch.cat([ids that were read, new ids], 1)."
+                "generate: input_ids holds new columns only; expected those that the cache has read too, since drafts "
+                "are compared with the whole text. Pass torch.cat([ids that were read, new ids], 1)."
             )
         if cache is not None:
             setattr(cache, drafted, True)
@@ -241,9 +241,9 @@ def continued(cache: Cache, ids: Tensor, mask: Tensor | None, is_draft: bool) ->
         )
     if wrong:
         raise ValueError(
-            f"generate: input_ids {wrong} and the cache has read {seen} columns; expected those and the new ones together. Pass "
-            "torch.cat([ids that were read, new ids], 1); or the new ids with attention_mask (batch, read + new) = "
-            f"{(len(ids), seen + new)}."
+            f"generate: input_ids {wrong} and the cache has read {seen} columns; expected those and the new ones "
+            "together. Pass torch.cat([ids that were read, new ids], 1); or the new ids with attention_mask (batch, "
+            f"read + new) = {(len(ids), seen + new)}."
         )
     return new
 
@@ -252,7 +252,8 @@ def continued(cache: Cache, ids: Tensor, mask: Tensor | None, is_draft: bool) ->
 only_new, drafted = "_dualform_only_new", "_dualform_drafted"
 # For the check on versions of transformers that no test run has seen.
 smallest = {
-    "vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk": 4,
+    "vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2,
+    "chunk": 4,
     "layer_types": ["test_time", "full_attention"], "initializer_range": 0.3, "share_qk": True,
 }  # fmt: skip
 transformers_version.build = lambda: DualformForCausalLM(DualformConfig(preset="tiny-ttt-linear", **smallest))

@@ -17,7 +17,8 @@ from dualform.models.presets import inner, presets
 
 layer_kinds = ("test_time", "full_attention", "sliding_attention")
 specs = {"learner": learners, "objective": objectives, "rule": rules}
-# A Trainer that resumes reads config.json with transformers' own class, which must know our kind of layer (as its caches do).
+# A Trainer that resumes reads config.json with transformers' own class, which must know our kind of layer (as its
+# caches do).
 for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     setattr(configuration_utils, _name, (*getattr(configuration_utils, _name, ()), "test_time"))
 
@@ -32,7 +33,8 @@ class DualformConfig(PreTrainedConfig):
     Dtype:  none.
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, kinds that are unknown and names that are nearly a field's.
-    Source: Sun et al. 2024; field names as in their published models. Differs: `learner`, `objective`, `rule` are specs.
+    Source: Sun et al. 2024; field names as in their published models. Differs: `learner`, `objective`,
+            `rule` are specs.
     Example:
         >>> config = DualformConfig(preset="tiny-ttt-mlp", num_hidden_layers=2)
         >>> config.layer_types, config.rule["lr"]
@@ -90,8 +92,8 @@ class DualformConfig(PreTrainedConfig):
             raise ValueError(f"DualformConfig: model_type is {kind!r}; expected {cls.model_type!r}. {advice}.")
         if "preset" in kwargs:
             raise ValueError(
-                f"DualformConfig: preset is {kwargs['preset']!r} while a configuration is read; expected fields to lay over it. Make a "
-                "new one: DualformConfig(preset=...)."
+                f"DualformConfig: preset is {kwargs['preset']!r} while a configuration is read; expected fields to lay "
+                "over it. Make a new one: DualformConfig(preset=...)."
             )
         own = cls.__annotations__
         _refuse_near_misses(kwargs.keys() - own.keys(), list(own))
@@ -104,7 +106,8 @@ class DualformConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """Leave out the copy of our source that transformers would save: models save a file that imports the package."""
+        """Leave out the copy of our source that transformers would save:
+        models save a file that imports the package."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Specs are JSON values at any time, so that a configuration can be saved at any time.
@@ -162,8 +165,8 @@ class DualformConfig(PreTrainedConfig):
                 )
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"DualformConfig: pad_token_id is {self.pad_token_id}; expected an id of the embedding, at most vocab_size - 1 = "
-                f"{self.vocab_size - 1}, or None. Change one of the two."
+                f"DualformConfig: pad_token_id is {self.pad_token_id}; expected an id of the embedding, at most "
+                f"vocab_size - 1 = {self.vocab_size - 1}, or None. Change one of the two."
             )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(

@@ -17,7 +17,8 @@ packing = ("reset", "seq_idx", "cu_seq_lens_q")
 
 
 def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return which of the last T columns are tokens, and the starts that a mask of numbered documents says; None: all, none.
+    """Return which of the last T columns are tokens, and the starts that a mask of numbered documents says; None:
+    all, none.
 
     Shape:  mask (B, T) or (B, seen + T): bool, or 0 for padding and 1, or 1 1 2 2 2 ... for tokens of packed documents.
     Raises: ValueError for another shape, for other values, and for numbers that fall.
@@ -27,8 +28,8 @@ def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | 
     if mask.shape not in ((B, T), (B, seen + T)):
         past = f" or (batch, past + tokens) = {(B, seen + T)}" if seen else ""
         raise ValueError(
-            f"DualformModel: attention_mask has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)}{past}. Pass "
-            "the 2D padding mask, 1 for tokens and 0 for padding."
+            f"DualformModel: attention_mask has shape {tuple(mask.shape)}; expected (batch, tokens) = {(B, T)}{past}. "
+            "Pass the 2D padding mask, 1 for tokens and 0 for padding."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         mask = mask.long()  # in uint8 no step falls, and 2**31 is 0
@@ -40,13 +41,14 @@ def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | 
         if is_known(mask):
             if bool((valid & (before >= 0) & (step < 0)).any()):
                 raise ValueError(
-                    "DualformModel: attention_mask numbers documents that fall along a row; expected 0 for padding and documents "
-                    "numbered in their order, 1 1 2 2 2 ... Number them so, or pass reset."
+                    "DualformModel: attention_mask numbers documents that fall along a row; expected 0 for padding "
+                    "and documents numbered in their order, 1 1 2 2 2 ... Number them so, or pass reset."
                 )
             if seen and mask.shape[1] == T:
                 raise ValueError(
-                    f"DualformModel: attention_mask numbers documents over {T} columns with {seen} read before; expected (batch, "
-                    f"past + tokens) = {(B, seen + T)}, which says whether the first goes on. Pass that, or reset."
+                    f"DualformModel: attention_mask numbers documents over {T} columns with {seen} read before; "
+                    f"expected (batch, past + tokens) = {(B, seen + T)}, which says whether the first goes on. Pass "
+                    "that, or reset."
                 )
     valid = valid[:, mask.shape[1] - T :]
     return None if is_known(valid) and valid.all() else valid, starts
@@ -61,8 +63,9 @@ def _is_numbered(mask: Tensor) -> bool:
         return bool(high > 1)
     wrong = mask[~((mask >= 0) & (mask == mask.round()) & (mask < 2**31))]
     raise ValueError(
-        f"DualformModel: attention_mask holds {wrong[0].item()}; expected 1 for tokens and 0 for padding, truth values, or whole "
-        "numbers of packed documents, 1 1 2 2 2 ... Pass the tokenizer's mask, not one that is added to scores."
+        f"DualformModel: attention_mask holds {wrong[0].item()}; expected 1 for tokens and 0 for padding, truth "
+        "values, or whole numbers of packed documents, 1 1 2 2 2 ... Pass the tokenizer's mask, not one that is added "
+        "to scores."
     )
 
 
@@ -75,7 +78,8 @@ def previous(valid: Tensor) -> Tensor:
 
 
 def starts_by_positions(positions: Tensor, valid: Tensor | None, B: int, seen: int) -> Tensor | None:
-    """Return where positions (B or 1, T) do not go on by one from token to token, (B, T) bool; padding between may count.
+    """Return where positions (B or 1, T) do not go on by one from token to token, (B, T) bool;
+    padding between may count.
 
     Raises: ValueError if they do not after past columns, whose last position nobody knows.
     """
@@ -94,8 +98,9 @@ def starts_by_positions(positions: Tensor, valid: Tensor | None, B: int, seen: i
         return None
     if seen:
         raise ValueError(
-            f"DualformModel: position_ids begin a document among {T} columns that go on from {seen} read before; expected positions "
-            "that go on one by one, since the last one read is not known here. Say where documents start with reset."
+            f"DualformModel: position_ids begin a document among {T} columns that go on from {seen} read before; "
+            "expected positions that go on one by one, since the last one read is not known here. Say where documents "
+            "start with reset."
         )
     return starts
 
@@ -105,8 +110,8 @@ def starts_by_index(index: Tensor, B: int, T: int, seen: int) -> Tensor:
     if index.shape != (B, T) or seen:
         past = f" after {seen} columns" if seen else ""
         raise ValueError(
-            f"DualformModel: seq_idx has shape {tuple(index.shape)}{past}; expected (batch, tokens) = {(B, T)} and nothing read "
-            "before, whose document it does not say. Pass reset (batch, tokens)."
+            f"DualformModel: seq_idx has shape {tuple(index.shape)}{past}; expected (batch, tokens) = {(B, T)} and "
+            "nothing read before, whose document it does not say. Pass reset (batch, tokens)."
         )
     return F.pad(index.diff(dim=1) != 0, (1, 0))
 
@@ -115,13 +120,13 @@ def starts_by_lengths(ends: Tensor, B: int, T: int) -> Tensor:
     """Return where documents of one packed row start, (1, T) bool, from its cumulative lengths 0, ..., T (n + 1,)."""
     if B != 1 or ends.ndim != 1 or ends.numel() < 2:
         raise ValueError(
-            f"DualformModel: cu_seq_lens_q has shape {tuple(ends.shape)} with batch = {B}; expected (documents + 1,) and one "
-            "packed row, batch = 1. Pass reset (batch, tokens) for more rows."
+            f"DualformModel: cu_seq_lens_q has shape {tuple(ends.shape)} with batch = {B}; expected (documents + 1,) "
+            "and one packed row, batch = 1. Pass reset (batch, tokens) for more rows."
         )
     if is_known(ends) and (int(ends[0]) != 0 or int(ends[-1]) != T or bool((ends.diff() < 0).any())):
         raise ValueError(
-            f"DualformModel: cu_seq_lens_q is {ends.tolist()}; expected lengths that grow from 0 to the number of tokens = {T}. "
-            "Pass the cumulative lengths of this row's documents."
+            f"DualformModel: cu_seq_lens_q is {ends.tolist()}; expected lengths that grow from 0 to the number of "
+            f"tokens = {T}. Pass the cumulative lengths of this row's documents."
         )
     return (torch.arange(T, device=ends.device) == ends[1:-1, None]).any(0)[None]
 
@@ -146,7 +151,8 @@ def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, dev
 
 
 def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dict[str, Any]:
-    """Say where documents start as `reset` does: `generate` hands the same arguments to calls that read other columns."""
+    """Say where documents start as `reset` does: `generate` hands the same arguments to calls that read other
+    columns."""
     valid, starts = read_mask(given.get("attention_mask"), B, T, 0)
     starts = joined(starts, said_starts({name: given.get(name) for name in packing}, B, T, 0, device))
     rest = {name: value for name, value in given.items() if name not in packing}
@@ -157,7 +163,8 @@ def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dic
 
 
 def onto_padding(h: Tensor, mask: Tensor) -> Tensor:
-    """Give padding (B, T) what the last token before it says, so that right-padded prompts go on from their own ends."""
+    """Give padding (B, T) what the last token before it says,
+    so that right-padded prompts go on from their own ends."""
     column = torch.arange(h.shape[1], device=h.device).expand(mask.shape)
     last = torch.where(mask.bool(), column, 0).cummax(1).values
     return h.gather(1, last[..., None].expand_as(h))

@@ -43,7 +43,8 @@ _largest = 1e152  # squares of these, and their sums, are numbers still
 
 @dataclass(eq=False, repr=False)
 class RowsEstimator(BaseEstimator):
-    """What the classifier and the regressor share. `_loss`, `_encoded`, `_scaled` and `_width` are what they differ in."""
+    """What the classifier and the regressor share. `_loss`, `_encoded`,
+    `_scaled` and `_width` are what they differ in."""
 
     _loss: ClassVar[fitting.Loss]
 
@@ -154,8 +155,10 @@ class RowsEstimator(BaseEstimator):
         if solver == "least_squares":
             if not can_solve:
                 fail(
-                    type(self).__name__, "solver", "is 'least_squares'", "one regression layer that is linear in its weights",
-                    "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias.", ValueError,
+                    type(self).__name__, "solver", "is 'least_squares'",
+                    "one regression layer that is linear in its weights",
+                    "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias.",
+                    ValueError,
                 )  # fmt: skip
             self._check_finite(cast(Head, head).expansion(rows.x), 0)
             alphas = fitting.least_squares(cast(Head, head), rows, self._given_alpha())
@@ -199,7 +202,8 @@ class RowsEstimator(BaseEstimator):
         return fitting.adam(network, rows, self._loss, self.alpha_, count, watch, **options)
 
     def _chosen_alpha(self, network: Network, rows: WeightedRows, generator: torch.Generator) -> float:
-        """Validate: one held-out part if it is large, three folds if rows are few. Every alpha starts from the same weights."""
+        """Validate: one held-out part if it is large, three folds if rows are few.
+        Every alpha starts from the same weights."""
         large = len(rows) >= 500
         parts = max(2, round(1 / self.validation_fraction)) if large else 3
         fold = fitting.folds(self._groups(rows.y), len(rows), parts, generator).to(rows.x.device)
@@ -381,12 +385,15 @@ class RowsEstimator(BaseEstimator):
         )
 
     def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Any:
-        """Draw the basis functions, the strongest terms and the learnt function of each feature; return matplotlib's figure.
+        """Draw the basis functions, the strongest terms and the learnt function of each feature;
+        return matplotlib's figure.
 
-        A feature's curve is the output's mean over the rows fitted to, as that feature alone is changed; thin lines are single
-        rows: where they are parallel the feature acts alone.
-        Shape:  X (R, m) and y (R,), if given, are drawn as points around the curves (regression); `output` picks a class or target.
-        Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`); ValueError for an output it does not have.
+        A feature's curve is the output's mean over the rows fitted to, as that feature alone is changed; thin lines are
+        single rows: where they are parallel the feature acts alone.
+        Shape:  X (R, m) and y (R,), if given, are drawn as points around the curves (regression);
+                `output` picks a class or target.
+        Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`);
+                ValueError for an output it does not have.
         """
         check_is_fitted(self, "network_")
         names = self._output_names()
@@ -406,6 +413,7 @@ class RowsEstimator(BaseEstimator):
             return self._evaluate(rows)[:, output] * slope[output] + shift[output]
 
         return draw(
-            f, self.sample_, self._feature_names(), output, names[output], self.layers_[0].expansion.build(), self.formula(),
+            f, self.sample_, self._feature_names(), output, names[output], self.layers_[0].expansion.build(),
+            self.formula(),
             bool(self.standardize), points, max_features,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checkpoint folders, config.json and weights: told apart by their tensors' names, read without running anybody's code."""
+"""Checkpoint folders, config.json and weights: told apart by tensors' names, read without running any code."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _tensors(folder: Path) -> dict[str, Any]:
         tensors |= read_safetensors("read_folder", file)
     if lost := sorted(wanted.keys() - tensors.keys()):
         raise CheckpointError(
-            f"read_folder: {index.name} lists {lost[0]} in {wanted[lost[0]]}, which does not hold it; expected all of its "
-            f"{len(wanted)} tensors, {len(lost)} are missing. Copy the folder again."
+            f"read_folder: {index.name} lists {lost[0]} in {wanted[lost[0]]}, which does not hold it; expected all of "
+            f"its {len(wanted)} tensors, {len(lost)} are missing. Copy the folder again."
         )
     for file in [] if files else sorted(folder.glob("*.npz")):
         tensors |= _npz(file)
@@ -106,8 +106,8 @@ def _npz(file: Path) -> dict[str, Any]:
             return dict(opened)
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise CheckpointError(
-            f"read_folder: {file} cannot be read ({error}); expected arrays of numbers under names joined by '/'. Save it "
-            "with numpy.savez."
+            f"read_folder: {file} cannot be read ({error}); expected arrays of numbers under names joined by '/'. Save "
+            "it with numpy.savez."
         ) from None
 
 
@@ -116,7 +116,8 @@ def _json(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"read_folder: {file} cannot be read ({error.strerror}); expected a folder with config.json and safetensors."
+            f"read_folder: {file} cannot be read ({error.strerror}); expected a folder with config.json and "
+            "safetensors."
         ) from None
     except ValueError as error:
         raise CheckpointError(f"read_folder: {file} is not JSON ({error}); expected a JSON object.") from None

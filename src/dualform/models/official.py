@@ -152,7 +152,8 @@ def load_official(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -
     if (layout := layout_of(state_dict)) != "official":
         advice = next(advice for name, advice in marks.values() if name == layout)
         raise CheckpointError(
-            f"load_official: state_dict has the names of the layout {layout!r}; expected those of ttt-lm-pytorch. {advice}"
+            f"load_official: state_dict has the names of the layout {layout!r}; expected those of ttt-lm-pytorch. "
+            f"{advice}"
         )
     ours = read_config(config)
     return assemble(ours, rename("load_official", state_dict, ours, "official", "ours"))
@@ -200,8 +201,8 @@ def to_official(
     """
     if not isinstance(model, DualformForCausalLM):
         raise CheckpointError(
-            f"to_official: model is a {type(model).__name__}; expected a DualformForCausalLM. Pass the causal LM itself "
-            "(of a wrapped model, what it wraps)."
+            f"to_official: model is a {type(model).__name__}; expected a DualformForCausalLM. Pass the causal LM "
+            "itself (of a wrapped model, what it wraps)."
         )
     fields, sizes = write_config(model.config), axis_sizes(model.config)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
@@ -279,7 +280,8 @@ def rename(
                 what, advice = f"dtype {x.dtype}", "Convert it: x.float(), if these are its numbers"
                 what, advice = ("no numbers, device meta", "Load the weights first") if x.is_meta else (what, advice)
             raise CheckpointError(
-                f"{function}: {name} has {what}; expected a tensor of floating point numbers, {place.describe(sizes)}. {advice}."
+                f"{function}: {name} has {what}; expected a tensor of floating point numbers, {place.describe(sizes)}. "
+                f"{advice}."
             )
     wrong = [
         f"{name} has shape {tuple(tensors[name].shape)}; expected {p[source].describe(sizes)}"
@@ -293,8 +295,8 @@ def rename(
         embedded = move(tensors[embedding], table[embedding][source], table[head][source], sizes)
         if not torch.equal(tensors[head], embedded):
             raise CheckpointError(
-                f"{function}: {head} differs from {embedding}; expected the same numbers, as tie_word_embeddings = True. "
-                "Pass tie_word_embeddings=False in the config to keep both."
+                f"{function}: {head} differs from {embedding}; expected the same numbers, as tie_word_embeddings = "
+                "True. Pass tie_word_embeddings=False in the config to keep both."
             )
     return {p[target].name: move(tensors[name], p[source], p[target], sizes) for name, p in table.items()}
 

@@ -98,8 +98,8 @@ def kind_of(config: DualformConfig) -> str:
     layers = sorted(set(config.layer_types or ()) - {"test_time"})
     if layers:
         raise CheckpointError(
-            f"to_official: layer_types holds {layers}; expected 'test_time' for all {config.num_hidden_layers} layers. The "
-            "official models know no other: save_pretrained keeps them."
+            f"to_official: layer_types holds {layers}; expected 'test_time' for all {config.num_hidden_layers} layers. "
+            "The official models know no other: save_pretrained keeps them."
         )
     asked = {"learner": learners, "objective": objectives, "rule": rules}
     built = {name: catalogue.build(getattr(config, name)) for name, catalogue in asked.items()}

@@ -1,4 +1,4 @@
-"""A learnt function as a picture: its basis, its strongest terms, and what it does with each feature. Needs the extra `viz`.
+"""A learnt function as a picture: its basis, its strongest terms, its part in each feature. Needs the extra `viz`.
 
 Legend: R rows of the sample, m features, f the function, k basis functions.
 """

@@ -18,8 +18,8 @@ from dualform.models.configuration import DualformConfig
 
 # What must agree for a state to mean the same to two models.
 _identity = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads learner objective rule chunk use_gate share_qk pre_conv "
-    "conv_kernel rope_theta layer_types sliding_window"
+    "vocab_size hidden_size num_hidden_layers num_attention_heads learner objective rule chunk use_gate share_qk "
+    "pre_conv conv_kernel rope_theta layer_types sliding_window"
 ).split()
 
 
@@ -72,8 +72,8 @@ def load_state(path: Path, config: DualformConfig, device: torch.device | str = 
     for name in _identity:
         if theirs.get(name) != ours[name]:
             raise StateFileError(
-                f"load_state: {path} is the state of another model, {name} = {theirs.get(name)}; expected {ours[name]}. "
-                "Use the model that wrote it."
+                f"load_state: {path} is the state of another model, {name} = {theirs.get(name)}; expected "
+                f"{ours[name]}. Use the model that wrote it."
             )
     cache, seen = DynamicCache(config=config), int(about["seen"])
     adopt(cache, config)

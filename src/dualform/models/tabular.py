@@ -28,11 +28,12 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
     Shape:  X (R, m), y (R,) labels of any kind.
     Dtype:  probabilities are float64; float32 rows are computed in float32, all others in float64.
     Raises: ValueError for layers, options, shapes or values that cannot be used, and for one class alone.
-    Source: Zhang 2024 (RPN 1). layers=None: two layers of Gaussian bumps beside straight lines, as in Li 2024 (FastKAN).
+    Source: Zhang 2024 (RPN 1). layers=None: two layers of Gaussian bumps beside straight lines,
+            as in Li 2024 (FastKAN).
 
-    layers: a list of mappings of df.Head's options, widths found: None is a good start. alpha: weight decay; "auto" is validated
-    on held-out rows. solver: "lbfgs" over all rows for up to 5000 of them, else "adam" on mini-batches with early stopping.
-    Equal rows are one row of greater weight, so sample weights and repetition are the same thing.
+    layers: a list of mappings of df.Head's options, widths found: None is a good start. alpha: weight decay; "auto" is
+    validated on held-out rows. solver: "lbfgs" over all rows for up to 5000 of them, else "adam" on mini-batches with
+    early stopping. Equal rows are one row of greater weight, so sample weights and repetition are the same thing.
     Example:
         >>> import dualform as df
         >>> from sklearn.datasets import load_iris
@@ -87,7 +88,8 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
             self.classes_ = np.unique(y if classes is None else classes)
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
             fail(
-                type(self).__name__, "classes", f"is {np.unique(classes).tolist()}", f"the first call's {self.classes_.tolist()}",
+                type(self).__name__, "classes", f"is {np.unique(classes).tolist()}",
+                f"the first call's {self.classes_.tolist()}",
                 "Leave it out after the first call.", ValueError,
             )  # fmt: skip
         return self._partial_fit(X, y, sample_weight)
@@ -133,10 +135,12 @@ class RPNRegressor(RegressorMixin, RowsEstimator):
     Shape:  X (R, m), y (R,) or (R, n) for n targets at once.
     Dtype:  predictions are float64; float32 rows are computed in float32, all others in float64.
     Raises: ValueError for layers, options, shapes or values that cannot be used.
-    Source: Zhang 2024 (RPN 1). layers=None: two layers of Gaussian bumps beside straight lines, as in Li 2024 (FastKAN).
+    Source: Zhang 2024 (RPN 1). layers=None: two layers of Gaussian bumps beside straight lines,
+            as in Li 2024 (FastKAN).
 
-    layers and options are those of RPNClassifier. One layer with the identity reconciliation is linear in its weights: it is
-    solved at once (solver "least_squares"), its decay chosen by the leave-one-out error, for symbolic regression exact.
+    layers and options are those of RPNClassifier. One layer with the identity reconciliation is linear in its weights:
+    it is solved at once (solver "least_squares"), its decay chosen by the leave-one-out error, for symbolic regression
+    exact.
     Example:
         >>> import numpy as np, dualform as df
         >>> X = np.random.RandomState(0).uniform(-1, 1, (80, 2))
@@ -158,7 +162,8 @@ class RPNRegressor(RegressorMixin, RowsEstimator):
     def _scaled(self, t: np.ndarray) -> np.ndarray:
         if t.shape[1] != self.target_scaler_.n_features_in_:
             fail(
-                type(self).__name__, "y", f"has {t.shape[1]} targets", f"{self.target_scaler_.n_features_in_}, as at first",
+                type(self).__name__, "y", f"has {t.shape[1]} targets",
+                f"{self.target_scaler_.n_features_in_}, as at first",
                 "Fit anew for other targets.",
             )  # fmt: skip
         return self.target_scaler_.transform(t)

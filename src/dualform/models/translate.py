@@ -50,7 +50,8 @@ def from_jax(params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict
 
     `params` is its nested mapping of arrays (an outer "params" is looked through), or a flat one with names joined by
     "/". `config` is in JAX's own terms (`seq_modeling_block`, `conv_width`) or in ttt-lm-pytorch's.
-    Shape:  dense kernels (in, out) -> (out, in); convolutions (n, 1, d) -> (d, 1, n); rate kernels (H, d, 1) -> (H, 1, d).
+    Shape:  dense kernels (in, out) -> (out, in); convolutions (n, 1, d) -> (d, 1, n); rate kernels (H, d, 1) -> (H,
+            1, d).
     Dtype:  as the arrays; bfloat16 too, also where numpy shows it as two raw bytes.
     Raises: CheckpointError for missing and extra names, wrong shapes, mixed dtypes, an unknown layer.
     Source: ttt-lm-jax, `ttt/models`. Differs: nothing.
@@ -100,8 +101,8 @@ def to_jax(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
     block = next((name for name, layer in _jax_layers.items() if layer == own), None)
     if block is None:
         raise CheckpointError(
-            f"to_jax: use_gate is {ours.use_gate} and share_qk {ours.share_qk}; expected both or neither. ttt-lm-jax knows "
-            "no other backbone."
+            f"to_jax: use_gate is {ours.use_gate} and share_qk {ours.share_qk}; expected both or neither. ttt-lm-jax "
+            "knows no other backbone."
         )
     flat = rename("to_jax", state_dict, ours, "official", "jax")
     if any(x.dtype == torch.bfloat16 for x in flat.values()):
@@ -156,8 +157,8 @@ def from_kernels(
         stacked = _without_ones(shapes[0]) if len(parts) == 1 else [sum(counts) // shapes[0][-1], shapes[0][-1]]
         if _without_ones(x.shape) != stacked:
             raise CheckpointError(
-                f"from_kernels: {name} has shape {tuple(x.shape)}; expected {tuple(stacked)} but for axes of one, the rows "
-                f"of {', '.join(parts)}. Check the config, or the file."
+                f"from_kernels: {name} has shape {tuple(x.shape)}; expected {tuple(stacked)} but for axes of one, the "
+                f"rows of {', '.join(parts)}. Check the config, or the file."
             )
         pieces = x.flatten().split(counts)
         tensors |= {part: y.view(shape) for part, shape, y in zip(parts, shapes, pieces, strict=True)}
@@ -194,8 +195,8 @@ def _fields(
         return fields
     if block not in layers:
         raise CheckpointError(
-            f"{function}: seq_modeling_block is {block!r}; expected one of {', '.join(map(repr, layers))}. Other models "
-            "of that program are not test-time training."
+            f"{function}: seq_modeling_block is {block!r}; expected one of {', '.join(map(repr, layers))}. Other "
+            "models of that program are not test-time training."
         )
     return {**fields, **layers[block]}
 

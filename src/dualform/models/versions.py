@@ -1,4 +1,4 @@
-"""What differs between versions of transformers: how a cache is called; and a check on versions that no test run has seen."""
+"""What differs between versions of transformers: how a cache is called; and a check on versions no test has seen."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def one_cache(function: str, past_key_values: Any, cache: Any) -> Any:
     """Return the cache that was given by either of its names."""
     if past_key_values is not None and cache is not None:
         raise ValueError(
-            f"{function}: both past_key_values and cache are given; expected one, they are two names of one thing. Pass one of them."
+            f"{function}: both past_key_values and cache are given; expected one, they are two names of one thing. "
+            "Pass one of them."
         )
     return past_key_values if cache is None else cache
 
@@ -85,16 +86,18 @@ class Unchecked:
                 self.running, self.done = False, True
         if self.verdict:
             raise RuntimeError(
-                f"dualform: transformers is {self.version}, which no test run has seen, and {self.verdict}; expected equal ones. Install "
-                f"one of the versions {', '.join(seen_versions)}, or pass use_cache=False and report this."
+                f"dualform: transformers is {self.version}, which no test run has seen, and {self.verdict}; expected "
+                f"equal ones. Install one of the versions {', '.join(seen_versions)}, or pass use_cache=False and "
+                "report this."
             )
 
 
 def difference(build: Callable[[], Any]) -> float:
-    """Return how far logits on a carried state are from those of one reading, relative: two rows, 16 columns, left padding.
+    """Return how far logits on a carried state are from those of one reading, relative: two rows, 16 columns,
+    left padding.
 
-    Both by `generate`, which hands the cache about by its own name for it, a second call of which reads several tokens, and
-    by calls.
+    Both by `generate`, which hands the cache about by its own name for it,
+    a second call of which reads several tokens, and by calls.
     """
     quiet = torch.autocast("cpu", enabled=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"), quiet:

@@ -43,7 +43,8 @@ def no_weights(function: str, folder: Path, also: str = "") -> NoReturn:
 
 def refuse_pickle(function: str, file: Path) -> NoReturn:
     raise CheckpointError(
-        f"{function}: {file} is a pickle, which can run code when it is read; expected safetensors. Convert it where you "
+        f"{function}: {file} is a pickle, which can run code when it is read; expected safetensors. Convert it where "
+        "you "
         'trust it: state_dict = torch.load("'
         f'{file.name}", weights_only=True); safetensors.torch.save_file({{name: x.clone() for name, x in '
         'state_dict.items()}, "model.safetensors").'

@@ -2,8 +2,8 @@
 
     cosines(x)[..., k, ...] = sum over l of cos(2 pi k l / n) x[..., l, ...]        sines: the same with sin
 
-fft(x) = cosines(x) - i sines(x) for a real x. The matrix is symmetric in k and l, so the adjoint is the same map with its sizes
-swapped, and is applied as a transform; the terms hold one matrix, with deltas on all other axes.
+fft(x) = cosines(x) - i sines(x) for a real x. The matrix is symmetric in k and l, so the adjoint is the same map with
+its sizes swapped, and is applied as a transform; the terms hold one matrix, with deltas on all other axes.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _indexed(
 def _places(
     x: Tensor, indices: Sequence[tuple[int, Tensor | None]]
 ) -> tuple[tuple[Axis, ...], tuple[Axis, ...], tuple[Axis, ...], list[tuple[int, Tensor]]]:
-    """The axes of x, of the indices broadcast to each other, of x[indices]; the indices with the axes that they read."""
+    """The axes of x, of the indices broadcast, of x[indices]; the indices with the axes they read."""
     given = [(k, i) for k, i in indices if i is not None]
     inn = fresh_axes(x.shape)
     chosen = fresh_axes(torch.broadcast_shapes(*(i.shape for _, i in given)))
@@ -319,7 +319,7 @@ def _index_fill(call: Call, operand: int) -> list[Term]:
 
 
 def _reads_put(call: Call, name: str, k: int | None) -> list[Term]:
-    """A mask of the whole is looked at entry by entry; places that a value is put at are known by its own derivative."""
+    """A mask of the whole, entry by entry; the places of a value are known by its own derivative."""
     if name != "indices":
         return NotImplemented
     index, base = call.argument(name, k), call.bound["self"]
@@ -383,7 +383,7 @@ def _masked_scatter(self: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 def _scatter_reduce(
     self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
-    """Sums and averages of what lands on a place; for products and the largest, all that may land there side by side."""
+    """Sums and averages of what lands on a place; for products and extremes, all that may land there."""
     if reduce in ("prod", "amax", "amin"):
         return _landed(self, dim, index, src, reduce, include_self)
     own = self if include_self else self.scatter(dim, index, 0.0)
@@ -395,7 +395,7 @@ def _scatter_reduce(
 
 
 def _landed(self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, include_self: bool) -> Tensor:
-    """(..., n) numbers that land on (..., m): a table (..., n + 1, m) of what each brings to each place, and its own."""
+    """(..., n) numbers land on (..., m): a table (..., n + 1, m) of what each brings, and its own."""
     dim %= self.ndim
     if any(a != b for k, (a, b) in enumerate(zip(index.shape, self.shape, strict=True)) if k != dim):
         raise NotImplementedError(f"{reduce} on a part of the places")
@@ -430,13 +430,13 @@ def _index_reduce(
     "aten::_embedding_bag_forward_only", call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2]), False, 0, False, T("p")),
 )  # fmt: skip
 def _embedding_bag(
-    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0, sparse: bool = False,
-    per_sample_weights: Tensor | None = None, include_last_offset: bool = False, padding_idx: int = -1,
+    weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
+    sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
+    padding_idx: int = -1,
 ) -> tuple[Tensor]:  # fmt: skip
     """Rows of the weight, summed (mode 0), averaged (1), or the largest (2) of the bag that their place lies in."""
     starts = offsets[:-1] if include_last_offset else offsets
-    places = torch.arange(indices.shape[0], device=indices.device)
-    bag = (places[:, None] >= starts).sum(1) - 1
+    bag = (torch.arange(indices.shape[0], device=indices.device)[:, None] >= starts).sum(1) - 1
     counted = (indices != padding_idx).to(weight.dtype)
     scale = counted if per_sample_weights is None else counted * per_sample_weights
     none = weight.new_zeros(starts.shape[0], weight.shape[1])

@@ -2,7 +2,8 @@
 
     x[i, :, j]  ->  (x with the axes of i and j first, as a table)[i n + j]        x[i] += v  ->  scatter_add
 
-For the others vmap numbers the rows, and a number of a row is right only where all rows are; parts of a step run at some.
+For the others vmap numbers the rows, and a number of a row is right only where all rows are;
+parts of a step run at some.
 
 Legend: a table has one row per place, and what is read at a place along it.
 """

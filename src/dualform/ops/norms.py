@@ -117,8 +117,8 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13); torch's own definitions are these, and
-# load sympy. A batch norm's statistics have none at all.
+# vmap over native_layer_norm_backward has a wrong derivative when the gain is fast (torch 2.13); torch's own
+# definitions are these, and load sympy. A batch norm's statistics have none at all.
 row("aten::native_layer_norm_backward", mapped=_layer_normalised_backward, fresh=True)(None)
 row(
     "aten::native_group_norm", "aten::native_group_norm_backward", "aten::_fused_rms_norm", "aten::_fused_rms_norm_backward",
@@ -185,7 +185,8 @@ def _group_norm(call: Call, operand: int) -> list[Term]:
     ],
 )  # fmt: skip
 def _batch_norm(call: Call, operand: int) -> list[Term]:
-    """With running statistics, an affine map of each channel; with those of the batch, as layer_norm over all but the channel."""
+    """With running statistics, an affine map of each channel; with those of the batch,
+    as layer_norm over all but the channel."""
     b, x = call.bound, call.bound["input"]
     own = call.target._schema.name == "aten::instance_norm"
     axes = fresh_axes(x.shape)
@@ -225,7 +226,8 @@ def _normalised(
     centred_too: bool = True,
     split: tuple[Axis, ...] | None = None,
 ) -> list[Term]:
-    """The derivative of w h + b: h and r have axes `split` (or `out`), normalised over the labels `over`; w, b have `gain`."""
+    """The derivative of w h + b: h and r have axes `split` (or `out`), normalised over the labels `over`; w,
+    b have `gain`."""
     where = call.places[operand][0]
     own = out if split is None else split
     hat = make_factor(h, own, "h")

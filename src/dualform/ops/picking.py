@@ -1,4 +1,4 @@
-"""What picks, puts and orders entries, spelt in ops that have a row: sums over all entries of an axis, a few dozen here.
+"""What picks, puts and orders entries, spelt in ops that have a row: sums over all entries of an axis, a few dozen.
 
 `where`, not times 0, so that a NaN stays where it is.
 

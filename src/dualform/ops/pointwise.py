@@ -212,7 +212,8 @@ def _kept_triangle(n: fx.Node) -> Spelt:
 
 _TRIANGLES = [call("", T("k n m")), call("", T("n n"), -1), call("", NM, 1), call("", T("n 1")), call("", T("1 m"), 1)]
 ENTRIES |= {
-    "tril": Entry("({row} >= {col} - ({diagonal}) ? {0} : T(0))"), "triu": Entry("({row} <= {col} - ({diagonal}) ? {0} : T(0))")
+    "tril": Entry("({row} >= {col} - ({diagonal}) ? {0} : "
+    "T(0))"), "triu": Entry("({row} <= {col} - ({diagonal}) ? {0} : T(0))")
 }  # fmt: skip
 
 

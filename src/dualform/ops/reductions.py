@@ -1,6 +1,7 @@
 """Rows of sums and of what is made of sums: means, norms, extrema, running sums.
 
-Most reductions need no rule of their own: each entry feeds one result, so the op's own backward over ones is all slopes.
+Most reductions need no rule of their own: each entry feeds one result,
+so the op's own backward over ones is all slopes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ _folds = {"kind": "reduction", "entry": _folded}
 
 
 @row(
-    "aten::sum", affine=ALL, **_folds, odd=True, python="{0}.sum() | {0}.sum({1}) | {0}.sum({1}, keepdim={2}) | x.", called=True,
+    "aten::sum", affine=ALL, **_folds, odd=True, python="{0}.sum() | {0}.sum({1}) | {0}.sum({1}, "
+    "keepdim={2}) | x.", called=True,
     examples=[*along("sum"), call("sum.dim_IntList", NM, [-1]), call("sum.dim_IntList", T("n m k"), [0, 2], True), call("sum.dim_IntList", NM, [])],
 )  # fmt: skip
 def _sum(call: Call, operand: int) -> list[Term]:

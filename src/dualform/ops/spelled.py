@@ -1,4 +1,4 @@
-"""Functions whose own code reads values or writes in place for no need of the result, written with ops that can be traced.
+"""Functions whose own code reads values or writes in place for no need of the result, in ops that can be traced.
 
 cov(x) = (x - mean) w (x - mean)^T / n        combinations(x) = x[places]        vander(x) = x^0, x^1, ...
 fake_quantize(x) = x + (level - x).detach()        lstsq(A, B) = pinv(A) B
@@ -174,7 +174,8 @@ def _instance_norm(
     return scaled if bias is None else scaled + bias.reshape(shape)
 
 
-# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm, instance_norm) wrongly, or twice not at all.
+# Functions that torch (2.13) differentiates twice (_weight_norm) or thrice (layer_norm, instance_norm) wrongly, or
+# twice not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.cdist: _cdist,

@@ -1,4 +1,4 @@
-"""The record of one op, all that is known of it: its derivative, its kind, how it reads in every language. One row per op.
+"""The record of one op, all that is known of it: its derivative, its kind, its text in every language. One row per op.
 
 A row is added with the decorator:  @row("aten::mm", affine=EACH, multilinear=True)
 """
@@ -124,10 +124,10 @@ Adjoint = Callable[[Call, Tensor], Tensor]
 class Entry:
     """How an entry of a result reads, by language; an empty text: it cannot be said there.
 
-    {0}, {1}, ... are operands, {alpha}, ... parameters, {i0}, {i1}, ... the place along the value's axes, {row} and {col} along
-    the last two. flops: as many multiplications and additions as it takes about as long as. zero: it is 0 where its operands
-    are. truth: it takes truth values as they are. bare: a number may stand where a tile does. passes: it rounds nothing, but passes an
-    operand on. name: "" for the op's.
+    {0}, {1}, ... are operands, {alpha}, ... parameters, {i0}, {i1}, ... the place along the value's axes, {row} and
+    {col} along the last two. flops: as many multiplications and additions as it takes about as long as. zero: it is 0
+    where its operands are. truth: it takes truth values as they are. bare: a number may stand where a tile does.
+    passes: it rounds nothing, but passes an operand on. name: "" for the op's.
     """
 
     cpp: str
@@ -152,7 +152,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fold:
-    """How a reduction reads, by language. cpp: what it begins with, and how {1} goes into {0}. triton: that of a tile along
+    """How a reduction reads, by language. cpp: what it begins with, and how {1} goes into {0}. triton:
+    that of a tile along
     {axis}, and the number that changes nothing. joins: the entry that makes one of two."""
 
     cpp: tuple[str, str]
@@ -170,24 +171,26 @@ class Row:
     """What is known of an op.
 
     rule: its derivative as terms; None if the op is differentiated through `definition`, a function of the same
-    arguments, or has no operand. reads: which entries of an argument (its name, its position in a list) the result looks at, as
-    terms, where the derivative does not say it: results of integers, indices, masks. unread: arguments of which it takes only
-    shape and type.
-    affine: the maximal sets of operands in which it is jointly affine; "each": every operand by itself; "all": all together.
-    multilinear: homogeneous in each operand. examples: calls on which the laws are tried.
-    adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that is cheaper.
+    arguments, or has no operand. reads: which entries of an argument (its name, its position in a list) the result
+    looks at, as terms, where the derivative does not say it: results of integers, indices, masks. unread: arguments of
+    which it takes only shape and type. affine: the maximal sets of operands in which it is jointly affine; "each":
+    every operand by itself; "all": all together. multilinear: homogeneous in each operand. examples: calls on which the
+    laws are tried. adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that
+    is cheaper.
 
-    kind: "map" (entry by entry), "reduction", "product" (of two matrices), "pieces", "view" (the same memory, read otherwise); what
-    has none is spelt out in others before it is generated. entry: how it reads: an Entry, or a function of a node: (name of
-    the entry or fold, operands, parameters); of pieces, of a node and its shape: pairs (place, value).
-    lowered: a function of the same arguments in ops that have a kind; NotImplemented where it does not say. mapped: the same in ops that
-    vmap maps as they are, "torch" for torch's. sloped: the same of a derivative, as a product of a slope and the incoming gradient.
-    several: what its results are: ("cut",) along an axis; ("picked",) at the last, or at what this op gives; or an op each.
-    put: of a view, (base, value, *its other arguments) -> the op and arguments that write through it.
-    signs: of a sum, entry by entry: its operands'. overwrites: of its first operand it keeps shape and type alone. ordered: its entries are its first operand's, in their order. odd: it passes on the sign of its first operand. python: how a call of it is printed, by the number of its operands; the first that
-    fits of several, parted by |: "{0} + {1}", a method "x." of its own name, a function "torch." of its own name. called: does eager
-    call it as Python names it, which takes two thirds of the time? over: operands that its result may be written over, by the
-    method of its name with a _. fresh: its results have memory of their own.
+    kind: "map" (entry by entry), "reduction", "product" (of two matrices), "pieces", "view" (the same memory, read
+    otherwise); what has none is spelt out in others before it is generated. entry: how it reads: an Entry, or a
+    function of a node: (name of the entry or fold, operands, parameters); of pieces, of a node and its shape: pairs
+    (place, value). lowered: a function of the same arguments in ops that have a kind; NotImplemented where it does not
+    say. mapped: the same in ops that vmap maps as they are, "torch" for torch's. sloped: the same of a derivative, as a
+    product of a slope and the incoming gradient. several: what its results are: ("cut",) along an axis; ("picked",) at
+    the last, or at what this op gives; or an op each. put: of a view, (base, value, *its other arguments) -> the op and
+    arguments that write through it. signs: of a sum, entry by entry: its operands'. overwrites: of its first operand it
+    keeps shape and type alone. ordered: its entries are its first operand's, in their order. odd: it passes on the sign
+    of its first operand. python: how a call of it is printed, by the number of its operands; the first that fits of
+    several, parted by |: "{0} + {1}", a method "x." of its own name, a function "torch." of its own name. called: does
+    eager call it as Python names it, which takes two thirds of the time? over: operands that its result may be written
+    over, by the method of its name with a _. fresh: its results have memory of their own.
     """
 
     name: str
@@ -284,7 +287,8 @@ def add_row(row: Row) -> None:
 
 
 def row(*names: str, **columns: Any) -> Callable[[Any], Any]:
-    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one. columns: as `Row` has them."""
+    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one. columns:
+    as `Row` has them."""
 
     def add(rule: Rule | None) -> Rule | None:
         for name in names:

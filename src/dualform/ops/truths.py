@@ -17,7 +17,8 @@ _COMPARED = {
 }  # fmt: skip
 for _op, _sign in _COMPARED.items():
     row(
-        f"aten::{_op}", entry=Entry(f"T({{0}} {_sign} {{1}})", f"{{0}} {_sign} {{1}}", bare=True), python=f"{{0}} {_sign} {{1}}",
+        f"aten::{_op}", entry=Entry(f"T({{0}} {_sign} "
+        f"{{1}})", f"{{0}} {_sign} {{1}}", bare=True), python=f"{{0}} {_sign} {{1}}",
         examples=[call(f"{_op}.Tensor", NM, T("m")), call(f"{_op}.Scalar", NM, 0.5)],
     )(nothing)  # fmt: skip
 for _op, _cpp, _triton in (

@@ -1,7 +1,7 @@
 """The laws, public: what must hold of every learner, objective, rule, form and function, and of yours.
 
-Each law takes the thing it judges, compares it with an independent definition, and raises `LawBroken` with the name of the
-quantity and the error. Tolerances are one table by dtype; nothing loosens it.
+Each law takes the thing it judges, compares it with an independent definition, and raises `LawBroken` with the name of
+the quantity and the error. Tolerances are one table by dtype; nothing loosens it.
 """
 
 from dualform.testing.agreement import LawBroken, agree, tolerances

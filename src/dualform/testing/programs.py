@@ -217,7 +217,8 @@ def check_layer(
     ragged: bool = False,
     resets: bool = False,
 ) -> None:
-    """Law: a layer cut anywhere, its state carried, is the layer in one call, in y, state and gradients; y ignores the future."""
+    """Law: a layer cut anywhere, its state carried, is the layer in one call, in y, state and gradients;
+    y ignores the future."""
     g = torch.Generator().manual_seed(seed)
     dtype = layer.o_proj.weight.dtype
     x = torch.randn(batch, time, layer.dim, generator=g, dtype=dtype).requires_grad_()

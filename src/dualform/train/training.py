@@ -74,8 +74,8 @@ class Outcome:
 class WatchedTrainer(Trainer):
     """Stop at the first loss that is not finite, and say at which step; save whole checkpoints or none.
 
-    A line of the log tells the mean loss since the line before it. The losses that it is made of are kept in checkpoints, so
-    that a run that goes on from one logs what it would have logged.
+    A line of the log tells the mean loss since the line before it. The losses that it is made of are kept in
+    checkpoints, so that a run that goes on from one logs what it would have logged.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,8 +90,9 @@ class WatchedTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingDiverged(
-                f"train: the loss is {float(loss)} at step {self.state.global_step + 1}; expected a finite number. Lower "
-                f"--learning-rate or the rule's lr, in another --output; the checkpoints in {self.args.output_dir} are whole."
+                f"train: the loss is {float(loss)} at step {self.state.global_step + 1}; expected a finite number. "
+                "Lower --learning-rate or the rule's lr, in another --output; the checkpoints in "
+                f"{self.args.output_dir} are whole."
             )
         self.losses.append(float(loss))
         return loss
@@ -114,8 +115,8 @@ class WatchedTrainer(Trainer):
                 (made / LOSSES).write_text(as_json(self.losses), encoding="utf-8")
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise OSError(
-                    f"train: the checkpoint of step {step} cannot be written to {folder} ({error}); expected room for it. "
-                    "Make some, then --resume: what was saved before is whole."
+                    f"train: the checkpoint of step {step} cannot be written to {folder} ({error}); expected room for "
+                    "it. Make some, then --resume: what was saved before is whole."
                 ) from error
             finally:
                 self._workshop = None
@@ -236,7 +237,8 @@ def _new_model(config: DualformConfig, settings: Settings) -> DualformForCausalL
 
 
 def _start(run: TrainingRun, config: DualformConfig) -> Path | None:
-    """Return the checkpoint to go on from, saying which ones are passed over; None if a finished run has none any more."""
+    """Return the checkpoint to go on from, saying which ones are passed over;
+    None if a finished run has none any more."""
     folder = run.folder / CHECKPOINTS
     if steps(run.folder) or (run.folder / SETTINGS).exists():
         TrainingRun.read(run.folder).expect(run)
@@ -244,7 +246,8 @@ def _start(run: TrainingRun, config: DualformConfig) -> Path | None:
     if start is None and broken:
         told = "; ".join(f"{name}: {why}" for name, why in broken.items())
         raise SettingsError(
-            f"train: no checkpoint in {folder} is whole ({told}); expected one to go on from. Begin again in another --output."
+            f"train: no checkpoint in {folder} is whole ({told}); expected one to go on from. Begin again in another "
+            "--output."
         )
     if start is not None:
         _expect_model(start, config)
@@ -259,8 +262,8 @@ def _expect_model(checkpoint: Path, config: DualformConfig) -> None:
     for name, value in described(config).items():
         if value != held[name] and not name.endswith("_token_id"):  # these the Trainer takes from the tokenizer
             raise SettingsError(
-                f"train: {name} is {value!r} by the run's settings and {held[name]!r} in {checkpoint}; expected the same. Put "
-                f"{SETTINGS} back as the run wrote it, or use the version of dualform that made it."
+                f"train: {name} is {value!r} by the run's settings and {held[name]!r} in {checkpoint}; expected the "
+                f"same. Put {SETTINGS} back as the run wrote it, or use the version of dualform that made it."
             )
 
 

@@ -29,8 +29,8 @@ class RateWarmup(TrainerCallback):
     def __init__(self, start: float, steps: int) -> None:
         if not 0 <= start <= 1 or steps < 0:
             raise SettingsError(
-                f"RateWarmup: start (rate_start) is {start} and steps (rate_warmup_steps) {steps}; expected 0 <= start <= 1, a "
-                "share of the rule's rate, and steps >= 0. Change them."
+                f"RateWarmup: start (rate_start) is {start} and steps (rate_warmup_steps) {steps}; expected 0 <= start "
+                "<= 1, a share of the rule's rate, and steps >= 0. Change them."
             )
         self.start, self.steps = start, steps
 
