@@ -25,7 +25,7 @@ from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.rewriting import inline
 from dualform.graphs.trace import source_line, trace
-from dualform.ops.table import Call, broadcast_axes
+from dualform.ops.table import OpCall, broadcast_axes
 from dualform.shapes import fail
 
 # A stage with more products than this, before deltas are eliminated, is written with stored sums instead.
@@ -130,7 +130,7 @@ class Story:
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
         return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
-    def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[OpStep]:
+    def _op_steps(self, node: fx.Node, call: OpCall, source: fx.Node, locals_: list[Derivative]) -> list[OpStep]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
         places = [k for k, s in enumerate(self.program.operand_nodes(node)) if s is source]
         x, found, wide = call.operands[places[0]], [], {}
@@ -301,7 +301,7 @@ def _joined(steps: Sequence[OpStep], start: str, end: str) -> list[OpStep]:
     return [step for step in flowing if step.below in reached and step.above in needed]
 
 
-def _broadcast_shape(call: Call, x: Tensor) -> tuple[int, ...]:
+def _broadcast_shape(call: OpCall, x: Tensor) -> tuple[int, ...]:
     """What an operand is broadcast to: the result's shape entry by entry, its batch axes in a matrix product."""
     if torch.Tag.pointwise in call.target.tags:
         return tuple(call.out.shape)

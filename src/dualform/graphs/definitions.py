@@ -22,7 +22,7 @@ from dualform.graphs.hollow import META, Hollow, Hollows
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.recorder import below_dispatch
 from dualform.graphs.trace import trace
-from dualform.ops.table import Call, Target, find_row
+from dualform.ops.table import OpCall, Target, find_row
 
 _Like = tuple[tuple[int, ...], torch.dtype, torch.device]
 
@@ -88,7 +88,7 @@ def _stand_ins(likes: tuple[_Like, ...]) -> list[Tensor]:
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
 
 
-def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:
+def defined(call: OpCall) -> tuple[fx.GraphModule, list[Tensor]] | None:
     """The traced definition of an op at a call, and the tensors that it takes."""
     flat, spec = _pytree.tree_flatten((call.args, dict(call.kwargs)))
     tensors = [x for x in flat if isinstance(x, Tensor)]
@@ -98,7 +98,7 @@ def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:
     return None if gm is None else (gm, tensors)
 
 
-def definition_terms(call: Call, operand: int, rule: LocalRule) -> list[Term] | None:
+def definition_terms(call: OpCall, operand: int, rule: LocalRule) -> list[Term] | None:
     """Differentiate an op through its definition; None if it has none."""
     found = defined(call)
     if found is None:

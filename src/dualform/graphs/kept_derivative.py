@@ -21,13 +21,13 @@ from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.trace import source_line
 from dualform.ops.factories import filled_with
-from dualform.ops.table import Call, find_row
+from dualform.ops.table import OpCall, find_row
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
 
 
-def kept_terms(call: Call, operand: int, rule: LocalRule) -> list[Term]:
+def kept_terms(call: OpCall, operand: int, rule: LocalRule) -> list[Term]:
     """Differentiate a kept op by one of its floating inputs."""
     inputs, key, result = (call.bound[name] for name in ("inputs", "key", "result"))
     made = named(key)
@@ -120,7 +120,7 @@ def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
     if row is None or row.rule is None:  # by its definition
         flat = nodes_in((node.args, dict(node.kwargs)))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        found = None if is_kept(node) else defined(Call(node.target, args, kwargs, node.meta["val"]))
+        found = None if is_kept(node) else defined(OpCall(node.target, args, kwargs, node.meta["val"]))
         return found is not None and _bend(found[0], frozenset(k for k, n in enumerate(flat) if n in late)) is None
     if not row.is_affine(frozenset(k for k, n in enumerate(operands) if n in late)):
         return False

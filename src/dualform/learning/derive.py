@@ -64,7 +64,7 @@ def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(eq=False)
-class Step:
+class TracedStep:
     """A traced block for one head: the graph, the tree of its inputs, what was chosen per site; and its reverse."""
 
     graph: fx.GraphModule
@@ -169,7 +169,7 @@ class Derivation:
     analyses: dict[int, Analysis] = field(default_factory=dict)
     losses: dict[int, Routine] = field(default_factory=dict)
     rules: dict[int, Routine] = field(default_factory=dict)
-    steps: dict[Variant, Step] = field(default_factory=dict)
+    steps: dict[Variant, TracedStep] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parts = self.door.parts
@@ -282,7 +282,7 @@ class Derivation:
             self.constants |= self.rules[W].analysis.constants
         return self.rules[W]
 
-    def step(self, variant: Variant) -> Step:
+    def step(self, variant: Variant) -> TracedStep:
         """Trace one block for one head."""
         if variant not in self.steps and self.source is not None:
             self.steps[variant] = self.source.step(variant)  # for what it says of its inputs
@@ -293,7 +293,7 @@ class Derivation:
             emitter = Emitter(self.inner, many, one, self.loss(W), self.rule(W), variant, self.chunk)
             example = self.example(variant)
             whole = InPieces(emitter, self.cut) if self.cut else emitter
-            self.steps[variant] = Step(trace_flat(whole, example), example, emitter.choices)
+            self.steps[variant] = TracedStep(trace_flat(whole, example), example, emitter.choices)
         return self.steps[variant]
 
     def slow_values(self) -> dict[str, Tensor]:
@@ -302,7 +302,7 @@ class Derivation:
     def example(self, variant: Variant) -> StepInputs:
         """Make inputs of a block's shapes, for tracing."""
         rule, W = self.inner.rule, variant.width
-        self.analysis(W), self.loss(W), self.rule(W)  # which find what is closed over
+        _ = self.analysis(W), self.loss(W), self.rule(W)  # which find what is closed over
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device="cpu")

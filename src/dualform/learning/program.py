@@ -21,7 +21,7 @@ from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning.backends import Code, backend_of, backends_key, chosen_in_words
 from dualform.learning.call import Call, Signature
-from dualform.learning.derive import Derivation, Step
+from dualform.learning.derive import Derivation, TracedStep
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
@@ -288,7 +288,7 @@ class ChunkProgram(nn.Module):
         return self._shown.derivation
 
     @property
-    def step(self) -> Step:
+    def step(self) -> TracedStep:
         # Of the plan, which traces out of sight: torch 2.11's export prints each module while it traces.
         return self._shown.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
 

@@ -130,10 +130,10 @@ def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
     return Factor(torch.empty(sizes(labels), device="meta"), labels, node.name)
 
 
-def _meta_call(node: fx.Node) -> local_rules.Call:
+def _meta_call(node: fx.Node) -> local_rules.OpCall:
     """Describe an op on meta tensors: only its labels are asked for."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
-    return local_rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
+    return local_rules.OpCall(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
 
 
 def _product_of(a: Analysis, node: fx.Node) -> list[Term]:

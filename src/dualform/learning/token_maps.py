@@ -44,7 +44,7 @@ def separated(J: Derivative, place: Place, W: int, y: Tensor) -> tuple[Derivativ
     if place.outer == 1 and place.inner == 1:
         return J, place.axis
     shape = [*y.shape[: place.axis], place.outer, W, place.inner, *y.shape[place.axis + 1 :]]
-    view = table.Call(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
+    view = table.OpCall(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
     return compose(table.derivative(view, 0), J), place.axis + 1
 
 
