@@ -368,10 +368,7 @@ def lines_of(path):
 
 
 # Cut by other branches; to be emptied.
-TO_CUT = {
-    "kernels/triton_text.py", "kernels/triton_schedule.py",
-    "learning/proof.py",
-}  # fmt: skip
+TO_CUT = {"learning/proof.py"}
 
 
 def test_a_file_is_read_in_one_sitting():

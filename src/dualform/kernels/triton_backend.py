@@ -22,20 +22,11 @@ from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, ne
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import Tape, recorded
+from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
 from dualform.kernels.triton_launch import Launch
-from dualform.kernels.triton_schedule import (
-    Argument,
-    Direction,
-    Kernel,
-    Outside,
-    Refused,
-    advance_direction,
-    forward_direction,
-    place_of_input,
-    reverse_direction,
-)
+from dualform.kernels.triton_lines import Precision
+from dualform.kernels.triton_schedule import Direction, Refused, advance_direction, forward_direction, reverse_direction
 from dualform.kernels.triton_slices import sliced
-from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
@@ -90,7 +81,7 @@ class Made:
     def said(self) -> str:
         """Say what runs, and what of it torch computes."""
         every = list({k.name: k for some in self.kernels.values() for k in some}.values())
-        apart = sum(len(p.graph.graph.nodes) - len(p.inputs) - 1 for k in every for p in (k.before, k.after) if p)
+        apart = sum(p.ops for k in every for p in (k.before, k.after) if p)
         return f"{' + '.join(k.name for k in every)}{f' ({apart} ops by torch)' if apart else ''}"
 
 
@@ -259,7 +250,7 @@ class _Rows(Stretches[Made]):
                 for k in every:
                     for part in (k.before, k.after):
                         wanted |= dict.fromkeys(
-                            _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
+                            held_in(x, k.kept) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
                 own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
@@ -352,7 +343,7 @@ class _Rows(Stretches[Made]):
         if kernel.before is not None:
             names = [x.name for x in results_of(kernel.before.graph.graph)]
             found_ = self._torch(
-                run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count
+                run, made, kernel, kernel.before, [given[held_in(x, kernel.kept)] for x in kernel.before.inputs], count
             )
             room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
         for name, shape, kind in kernel.passed:
@@ -370,7 +361,9 @@ class _Rows(Stretches[Made]):
         )
         if kernel.after is None:
             return
-        values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]
+        values = [
+            room["passed", x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs
+        ]
         found_ = self._torch(run, made, kernel, kernel.after, values, count)
         for t, x in zip(kernel.after.targets, found_, strict=True):
             goal = given[_goal(t)]
@@ -403,13 +396,6 @@ class _Rows(Stretches[Made]):
             (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x,
             own in zip(found_, whole_, strict=True)
         ]  # fmt: skip
-
-
-def _outer(x: Input, kernel: Kernel) -> tuple[str, Any]:
-    """Name the tensor of an input that torch reads: in reverse, a state is one that was kept."""
-    if kernel.name.startswith("reverse") and x.part in ("th", "R"):
-        return "kept", kernel.states.index(x)
-    return place_of_input(x)
 
 
 def _goal(t: Any) -> tuple[str, Any]:

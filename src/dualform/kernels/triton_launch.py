@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dualform.kernels.tape import recording
-from dualform.kernels.triton_schedule import SCALARS, Argument, Kernel
+from dualform.kernels.triton_kernel import SCALARS, Argument, Kernel
 from dualform.learning.backends import BackendError
 
 
@@ -147,16 +147,11 @@ def sharing(kernel: Kernel, alike: tuple[int, ...]) -> str:
     other = {
         f"{a.name}_{x}": f"{kernel.arguments[k].name}_{x}"
         for a, k in zip(kernel.arguments, alike, strict=True)
-        for x in strides(a)
+        for x in a.strides
     }
     text = re.sub(r"\b\w+_s\w\b", lambda found: other.get(found[0], found[0]), kernel.text)
     head, given, rest = re.split(rf"(?<=def {kernel.name}\()(.*)(?=\):)", text, maxsplit=1)
     return f"{head}{', '.join(dict.fromkeys(given.split(', ')))}{rest}"
-
-
-def strides(a: Argument) -> tuple[str, ...]:
-    """Name the strides of a kernel's tensor."""
-    return ("sn", "sb", "sh", *(f"s{k}" for k in range(a.rank)))
 
 
 def _on(device: int | None) -> Any:
@@ -231,7 +226,7 @@ def compiled(
     kinds: dict[str, str] = {}
     for k, (a, j) in enumerate(zip(kernel.arguments, first, strict=True)):
         kinds[f"{a.name}_p"] = _POINTERS[types(a)]
-        kinds |= {f"{a.name}_{x}": "i32" for x in strides(a) if j == k}
+        kinds |= {f"{a.name}_{x}": "i32" for x in a.strides if j == k}
     ones = {x: 1 for a in kernel.arguments if a.rank and (x := f"{a.name}_s{a.rank - 1}") in kinds}
     kinds |= dict.fromkeys(ones, "constexpr") | dict.fromkeys(SCALARS, "i32") | {"STAGES": "constexpr"}
     aligned = {
