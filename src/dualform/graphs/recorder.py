@@ -235,7 +235,8 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or any(_is_strange(x) for x in given):
             raise CannotRecord(str(func))
         writes = [k for k, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        if writes and (writes != [0] or not isinstance(args[0], Tensor) or len(func._schema.returns) != 1):
+        is_plain = writes == [0] and isinstance(args[0], Tensor) and len(func._schema.returns) == 1
+        if writes and (not is_plain or torch.Tag.inplace_view in func.tags):
             raise CannotRecord(str(func))
         if func is aten.lift_fresh.default:
             func = aten.lift_fresh_copy.default

@@ -104,15 +104,15 @@ class ChunkProgram(nn.Module):
         return self._planned(key) if found is None else found
 
     def plan_again(self, K: int, dtype: torch.dtype, form: str, retyped: bool) -> Plan:
-        """Make a plan anew: traced, or that of the learner's own dtype with the numbers' type exchanged."""
-        source = (
-            next((p for (k, t, f), p in self.plans.items() if (k, f) == (K, form) and t != dtype), None)
-            if retyped
-            else None
-        )
+        """Return a plan as traced, or make that of the learner's own dtype with the numbers' type exchanged."""
+        key, there = (K, dtype, form), self.plans.get((K, dtype, form))
+        if there is not None and not retyped and there.source is None:
+            return there
+        own = (p for (k, t, f), p in self.plans.items() if (k, f) == (K, form) and t != dtype)
+        source = next(own, None) if retyped else None
         with TRACING:
-            self.plans.pop((K, dtype, form), None)
-            return self._planned((K, dtype, form), source)
+            self.plans.pop(key, None)
+            return self._planned(key, source)
 
     def _planned(self, key: tuple[int, torch.dtype, str], source: Plan | None = None) -> Plan:
         K, dtype, form = key
