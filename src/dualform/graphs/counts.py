@@ -21,6 +21,7 @@ from torch import Tensor
 _Of = Callable[[int], Any]
 _READ = {getattr(Tensor, n) for n in ("size", "stride", "numel", "nelement", "__len__")} | {torch.numel}
 _READ |= {getattr(Tensor, n).__get__ for n in ("shape", "nbytes") if hasattr(getattr(Tensor, n), "__get__")}
+_SQUEEZED = {torch.squeeze, Tensor.squeeze, Tensor.squeeze_}
 
 
 class Choice(NamedTuple):
@@ -95,7 +96,10 @@ def asking(asked: Asked | None, note: Callable[[], str]) -> Iterator[None]:
 
 def told(func: Any, result: Any) -> Any:
     """What a call of torch gives, told if it is a size."""
-    return result if _here.asked is None or func not in _READ else _here.asked.told(result)
+    asked = _here.asked
+    if asked is not None and func in _SQUEEZED:  # which asks whether there is one row
+        asked.is_read = True
+    return result if asked is None or func not in _READ else asked.told(result)
 
 
 class _Told:

@@ -276,10 +276,9 @@ class FrontDoor:
         return trace(f, *inputs, generators=self.reading.generators, **options)
 
     def _alike(
-    def _alike(
         self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
     ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
-        """Trace, and say what is otherwise than in the first trace of the kind: of another number of tokens, or call."""
+        """Trace, and say what is otherwise than in the kind's first trace: of another number of tokens, or call."""
         first = self._first.get((who, *kind))
 
         def made(W: int) -> tuple[fx.GraphModule, Seen, str, Asked]:
@@ -310,9 +309,9 @@ class FrontDoor:
     def _otherwise(
         self, who: str, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
     ) -> DerivationError | None:
-        """Trace at the numbers of tokens where what is decided by them may go otherwise, and say what is another function there.
+        """Trace at numbers of tokens for which a choice by them goes otherwise, and say what is another function there.
 
-        Who reads a number may do so unseen: it is one token, too, as in a step of decoding.
+        Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
         """
         left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.turn(n) or (n == 1 and asked.is_read)]
         for _ in range(_TURNS):
@@ -423,7 +422,7 @@ def _free(name: str, taken: set[str]) -> str:
     return name if name not in taken else _free(name + "_", taken)
 
 
-# Up to so many tokens, what is decided by them is asked about, in so many traces; beyond these, the first call shows it.
+# Choices are looked for up to so many tokens, in so many traces at most; beyond these, the first call shows them.
 _MANY, _TURNS = 16, 8
 # Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
 _TRIALS = 32
