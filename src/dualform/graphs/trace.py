@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from dualform.graphs.complex_rules import paired
 from dualform.graphs.constants import Constants
+from dualform.graphs.counts import Asked, asking, told
 from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.draws import no_draws
 from dualform.graphs.functionalize import functionalized
@@ -51,7 +52,7 @@ _doors: set[str] = set()  # files of ours that hand a user's function to the tra
 def trace(
     f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}),
     generators: Sequence[Any] = (),
-    look: Callable[[fx.GraphModule], None] = lambda gm: None,
+    look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
 
@@ -61,7 +62,8 @@ def trace(
     tensor is two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for,
     closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
     autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
-    before it is rewritten; what it writes into a node's meta stays where the node does. generators: of random numbers,
+    before it is rewritten; what it writes into a node's meta stays where the node does. asked: is
+    told what f asks of sizes, and decides by them. generators: of random numbers,
     as `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
     module goes through torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to
     one is noticed.
@@ -90,7 +92,7 @@ def trace(
             return _traced_by_torch(f, args, known, look)
 
     still = no_draws(generators, run, _line_of) if generators else nullcontext()
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled(), still:
+    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled(), still, asking(asked, _note):
         return run()
 
 
@@ -172,7 +174,7 @@ class _Lines(TorchFunctionMode):
         to, own, named = self.selected.call(*call)
         result = (SPELLED.get(to) or to)(*own, **named)
         self.selected.note(func, args, kwargs, result)
-        return self.constants.made(func, args, kwargs, self.listener.marked(to, own, named, result), values)
+        return told(func, self.constants.made(func, args, kwargs, self.listener.marked(to, own, named, result), values))
 
 
 def _note() -> str:

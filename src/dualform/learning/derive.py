@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -186,14 +187,14 @@ class Derivation:
             )
         self.loss(self._proved)
         self.rule(self._proved)
-        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that is
-        # no size, too.
+        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that no
+        # size has a factor of, too.
         sizes = {
             self.K,
             self.V,
             *(n for x in (*self.parts.fast.values(), *self.slow_values().values()) for n in x.shape),
         }
-        W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
+        W = next(n for n in itertools.count(self._proved + 1) if all(math.gcd(n, size) == 1 for size in sizes - {0}))
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
         self.door.trace_rule(W, self.dtype)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
+from dualform.graphs.counts import Asked
 from dualform.graphs.edit import add_input, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
@@ -27,9 +28,9 @@ from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
+from dualform.shapes import TraceError
 
 aten = torch.ops.aten
-Look = Callable[[fx.GraphModule], None]
 
 
 class Parts(NamedTuple):
@@ -120,6 +121,8 @@ class FrontDoor:
         self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self._first: dict[Any, Seen] = {}  # traces that all others are held against
+        self._settled: set[Any] = set()  # whose they are that were traced wherever they decide by the number of tokens
+        self.asks = False  # does any of the three read how many tokens there are?
         self.read()
 
     @property
@@ -143,7 +146,7 @@ class FrontDoor:
             )
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
-            self._found, self._versions, self._first = {}, {}, {}
+            self._found, self._versions, self._first, self._settled, self.asks = {}, {}, {}, set(), False
         closed = {n: reading.tensors[x] if isinstance(x, int) else x for n, x in self._found.items()}
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
@@ -178,9 +181,9 @@ class FrontDoor:
 
         tables = {k: self.parts.buffers[n] for k, n in enumerate(names) if n in self.parts.buffers}
 
-        def make(W: int, look: Look) -> fx.GraphModule:
+        def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = torch.empty(W, K, dtype=dtype, device=self.device)
-            return self._trace(run, [*fast.values(), *rest.values(), tokens], look, known=tables)
+            return self._trace(run, [*fast.values(), *rest.values(), tokens], known=tables, **eyes)
 
         gm, wrong = self._alike("learner", W, make, (K, dtype))
         inputs, result = _ends(gm)
@@ -208,9 +211,9 @@ class FrontDoor:
         """Trace the objective on predictions and targets (W, V) of two dtypes;
         prove that each token has a loss of its own."""
 
-        def make(W: int, look: Look) -> fx.GraphModule:
+        def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
-            return self._trace(lambda prediction, target: self.objective(prediction, target), tokens, look)
+            return self._trace(lambda prediction, target: self.objective(prediction, target), tokens, **eyes)
 
         gm, wrong = self._alike("objective", W, make, (V, *dtypes))
         inputs, result = _ends(gm)
@@ -248,9 +251,9 @@ class FrontDoor:
             leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
             return [x for x in leaves if isinstance(x, Tensor)]
 
-        def make(W: int, look: Look) -> fx.GraphModule:
+        def make(W: int, **eyes: Any) -> fx.GraphModule:
             gates = [torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)]
-            return self._trace(run, gates, look)
+            return self._trace(run, gates, **eyes)
 
         gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if not isinstance(x, Tensor)])
         a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
@@ -269,40 +272,65 @@ class FrontDoor:
         _expect(wrong)
         return Routine(a, [*results, spec])
 
-    def _trace(self, f: Callable[..., Any], inputs: list[Tensor], look: Look, **options: Any) -> fx.GraphModule:
-        return trace(f, *inputs, generators=self.reading.generators, look=look, **options)
+    def _trace(self, f: Callable[..., Any], inputs: list[Tensor], **options: Any) -> fx.GraphModule:
+        return trace(f, *inputs, generators=self.reading.generators, **options)
 
     def _alike(
-        self,
-        who: str,
-        W: int,
-        make: Callable[[int, Look], fx.GraphModule],
-        kind: Any,
-        numbers: Callable[[], Any] = list,
-    ) -> tuple[fx.GraphModule, DerivationError | None]:
-        """Trace, and say what is otherwise than in the first trace of the kind,
-        which was of another number of tokens or another call."""
+        self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
+    ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
+        """Trace, and say what is otherwise than in the kind's first trace: of another number of tokens, or call."""
         first = self._first.get((who, *kind))
 
-        def made(W: int) -> tuple[fx.GraphModule, Seen, str]:
+        def made(W: int) -> tuple[fx.GraphModule, Seen, str, Asked]:
             found: list[tuple[Seen, str]] = []
 
             def look(gm: fx.GraphModule) -> None:
                 now = seen(gm, W)
                 found[:] = [(now, difference(first, now) if first else "")]
 
-            gm = make(W, look)
+            gm = make(W, look=look, asked=(asked := Asked(W)))
             now, wrong = found[0][0]._replace(results=numbers()), found[0][1]
             if first and first.results != now.results:
                 wrong = wrong or f"its results: {first.results}, then {now.results}"
-            return gm, now, wrong
+            self.asks |= asked.is_read
+            return gm, now, wrong, asked
 
-        gm, now, wrong = made(W)
-        first = self._first.setdefault((who, *kind), now)
-        if not wrong:
-            return gm, None
-        again = made(first.W)[2]
-        return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
+        gm, now, wrong, asked = made(W)
+        if first is None:
+            self._first[who, *kind] = first = now
+        elif wrong:
+            again = made(first.W)[2]
+            return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
+        elif (who, *kind) not in self._settled:
+            self._settled.add((who, *kind))
+            return gm, self._otherwise(who, first.W, asked, made)
+        return gm, None
+
+    def _otherwise(
+        self, who: str, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
+    ) -> DerivationError | None:
+        """Trace at numbers of tokens for which a choice by them goes otherwise, and say what is another function there.
+
+        Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
+        """
+        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.turn(n) or (n == 1 and asked.is_read)]
+        for _ in range(_TURNS):
+            if not left:
+                break
+            n, turn = left[0], asked.turn(left[0])
+            at = f"`{turn.where}`" if turn else ""
+            try:
+                _, _, wrong, there = made(n)
+            except TraceError as error:
+                if n > asked.W:  # so many may be too many for it
+                    break
+                why = str(error).partition("; expected")[0]
+                return counts(who, f"{at or 'its sizes'}: {asked.W} tokens run and {n} do not ({why})")
+            if wrong:
+                first = "" if wrong.startswith(at) else f"{at}: then "
+                return counts(who, f"{first}{wrong} (for {W} and {n} tokens)")
+            left = [m for m in left if m != n and there.turn(m)]
+        return None
 
     def _analysis(
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
@@ -394,6 +422,8 @@ def _free(name: str, taken: set[str]) -> str:
     return name if name not in taken else _free(name + "_", taken)
 
 
+# Choices are looked for up to so many tokens, in so many traces at most; beyond these, the first call shows them.
+_MANY, _TURNS = 16, 8
 # Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
 _TRIALS = 32
 

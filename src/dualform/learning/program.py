@@ -123,7 +123,7 @@ class ChunkProgram(nn.Module):
                 given = source and source.derivation
                 build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, given)
                 made = undisturbed(build)
-                twin = _structures.setdefault(made.structure, Plan(made))
+                twin = _structures.setdefault(self._structure(made), Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
                 self.plans[key] = Plan(
                     made, twin.ways, twin.natives, is_checked=proving.is_on(self.prove), source=source
@@ -135,7 +135,7 @@ class ChunkProgram(nn.Module):
 
     def _proof(self, made: Derivation, form: str) -> Proof:
         """Prove a form, or remember that a structure like it was proved; a form that fails is not kept."""
-        found = _proved.get(made.structure)
+        found = _proved.get(self._structure(made))
         if found is not None:
             return found
         device = next(iter(self.parts.fast.values())).device.type
@@ -150,8 +150,12 @@ class ChunkProgram(nn.Module):
                 raise
             self.plans = kept
             proving.remember(folder, key, found)
-        _proved[made.structure] = found
+        _proved[self._structure(made)] = found
         return found
+
+    def _structure(self, made: Derivation) -> Any:
+        """What decides all traces: where sizes are read, who reads them may be another function where none was made."""
+        return made.structure, (self.door.key or object()) if self.door.asks else None
 
     @property
     def proof(self) -> Proof | None:
