@@ -40,6 +40,7 @@ from dualform.learning.transforms import TRACING, undisturbed
 # What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
+GRID = 65535  # programs of a launch along its second axis, at most
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
 # Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the
 # state and what slices make again (LAB.md, one H200).
@@ -269,7 +270,7 @@ class _Rows(Stretches[Made]):
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
         again = sum(given[key][0].nbytes for key in kept) if G > 1 else 0
         nbytes = again + passed * run.B * run.H or 1
-        most = max(1, STATE_BYTES // (nbytes * G)) * G
+        most = min(max(1, STATE_BYTES // (nbytes * G)), GRID) * G
         stops = [*range(most, count, most), count]
         turned: dict[Any, Tensor] = {}
         for stop in reversed(stops):
@@ -320,7 +321,7 @@ class _Rows(Stretches[Made]):
             if kernel.carries or len(kernels) == 1:
                 self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
                 continue
-            group = min(max(run.B * run.H * count // PROGRAMS, 1), 16)
+            group = max(min(max(run.B * run.H * count // PROGRAMS, 1), 16), -(-count // GRID))
             groups = -(-count // group)
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
