@@ -18,7 +18,7 @@ def played(monkeypatch, program, dim, time, slices, batch=2, num_heads=2, **more
     """Play every kernel of a call, both ways, and run none; returns their launches."""
     launches = []
     monkeypatch.setattr(triton_launch, "is_on", lambda: True)  # as under DUALFORM_VERIFY=1, of kernels alone
-    monkeypatch.setattr(triton_launch, "_first", lambda *words: launches.append(words))
+    monkeypatch.setattr(triton_launch, "first_run", lambda *words: launches.append(words) or (None, 1))
     x = [torch.zeros(batch, time, num_heads, dim).requires_grad_() for _ in range(3)]
     o, _ = program(*x, backend=("triton", {"slices": slices}), **more)
     o.sum().backward()
@@ -36,7 +36,7 @@ def test_every_kernel_is_sound(monkeypatch, n):
     learner, rule, objective, slices = cases[n]
     program = of(learner, objective, rule, 4, 20).float()
     launches = played(monkeypatch, program, 20, 10, slices, remat=2)
-    assert {words[1].name.partition("_")[0] for words in launches} >= {"forward", "reverse"}
+    assert {words[1].partition("_")[0] for words in launches} >= {"forward", "reverse"}
     if n == 6:
         played(monkeypatch, program, 20, 200, not slices, batch=3)
 
@@ -51,18 +51,7 @@ def test_heads_are_sound(monkeypatch):
 def given_to(monkeypatch, name):
     program = of(built_in[6], shifted, "averaged", 4, 20).float()
     launches = played(monkeypatch, program, 20, 10, True)
-    return next(words for words in launches if words[1].name == name)
-
-
-def text_of(words):
-    _, kernel, function, places, grid, numbers, _ = words
-    return (
-        "".join(triton_launch.linecache.cache[function.fn.__code__.co_filename][2]),
-        kernel.name,
-        places,
-        numbers,
-        grid,
-    )
+    return next(words for words in launches if words[1] == name)[:-1]
 
 
 faults = [
@@ -79,7 +68,7 @@ faults = [
 @pytest.mark.parametrize("n", range(len(faults)))
 def test_a_broken_text_is_caught(monkeypatch, n):
     name, pattern, other, says = faults[n]
-    text, *rest = text_of(given_to(monkeypatch, name))
+    text, *rest = given_to(monkeypatch, name)
     verify(text, *rest)
     broken, count = re.subn(pattern, other, text, count=1)
     assert count
@@ -89,7 +78,7 @@ def test_a_broken_text_is_caught(monkeypatch, n):
 
 def test_what_is_not_written_is_caught(monkeypatch):
     """An entry, or a mini-batch of one program."""
-    text, *rest = text_of(given_to(monkeypatch, "forward_after"))
+    text, *rest = given_to(monkeypatch, "forward_after")
     for pattern, other in (
         (r"\(i32\[None, :\] < 20\)", "(i32[None, :] < 19)"),
         ("first, last", "first + 1, last"),
@@ -101,7 +90,7 @@ def test_what_is_not_written_is_caught(monkeypatch):
 
 
 def test_two_programs_that_write_one_place_are_caught(monkeypatch):
-    text, *rest = text_of(given_to(monkeypatch, "reverse_after"))
+    text, *rest = given_to(monkeypatch, "reverse_after")
     broken = re.sub(r"_row \+ part \* (\w+)_sn", r"_row", text)
     assert broken != text
     with pytest.raises(BrokenSchedule, match="is written twice at one place"):
@@ -110,19 +99,21 @@ def test_two_programs_that_write_one_place_are_caught(monkeypatch):
 
 def test_entries_that_lie_far_apart_are_counted_in_64_bits(monkeypatch):
     """A token's place in its mini-batch times the tokens' stride, and a start inside an entry."""
-    words = given_to(monkeypatch, "forward_loop")
-    _, kernel, _, places, grid, numbers, _ = words
+    sharing, texts = triton_launch.sharing, {}
+
+    def both(kernel, alike, far):
+        texts[kernel.name] = [sharing(kernel, alike, wide) for wide in (False, True)]
+        return texts[kernel.name][0]
+
+    monkeypatch.setattr(triton_launch, "sharing", both)
+    _, name, places, *rest = given_to(monkeypatch, "forward_loop")
     far = [
-        torch.empty_strided(x.shape, [s << 28 for s in x.stride()], device="meta")
-        if isinstance(x, torch.Tensor)
-        else x << 28
+        torch.empty_strided(x.shape, [s << 28 for s in x.stride()], device="meta") if isinstance(x, torch.Tensor) else x << 28
         for x in places
-    ]
-    alike = tuple(range(len(kernel.arguments)))
-    every = [y for x in far if isinstance(x, torch.Tensor) for y in (x, *x.stride())]
+    ]  # fmt: skip
     with pytest.raises(BrokenSchedule, match=r"an integer of 32 bits is .* expected one"):
-        verify(triton_launch.sharing(kernel, alike), kernel.name, every, numbers, grid)
-    verify(triton_launch.sharing(kernel, alike, True), kernel.name, every, numbers, grid)
+        verify(texts[name][0], name, far, *rest)
+    verify(texts[name][1], name, far, *rest)
 
 
 # -- the assembler -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -136,6 +137,7 @@ class Launch(NamedTuple):
 # Compiled code by kernel, launch, device, and what it is specialised for: Triton's own look-up binds a hundred
 # arguments, a tenth of a millisecond a launch.
 _made: dict[Any, tuple[Any, int]] = {}
+elsewhere = threading.local()  # run: what runs this thread's first launches instead, in another process
 
 
 def run(
@@ -159,10 +161,15 @@ def run(
             spans = (zip(x.shape[3:], x.stride()[3:], strict=True) for x in tensors)
             far = any(sum((n - 1) * step for n, step in span) >= 2**31 for span in spans)
             text = sharing(kernel, tuple(alike), far)
+            words = (text, kernel.name, places, (rows, groups), (heads, *scalars), how)
             if is_on():
-                verify(text, kernel.name, places, (heads, *scalars), (rows, groups))
-            function = loaded(text, kernel.name)
-            made = _first(key, kernel, function, places, (rows, groups), (heads, *scalars), how)
+                verify(*words[:-1])
+            if (trial := getattr(elsewhere, "run", None)) is not None:
+                return trial(*words)
+            _made[key] = first_run(*words)
+            made = _made[key][0]
+            if made is None:  # an interpreter makes nothing
+                del _made[key]
     if (recorder := getattr(recording, "now", None)) is not None:
         steps = [
             x if first == k else ()
@@ -204,17 +211,11 @@ def _on(device: int | None) -> Any:
     return nullcontext() if device is None or device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _first(
-    key: Any,
-    kernel: Kernel,
-    function: Any,
-    places: list[Any],
-    grid: tuple[int, int],
-    numbers: tuple[int, ...],
-    how: Launch,
-) -> Any:
+def first_run(
+    text: str, name: str, places: Sequence[Any], grid: tuple[int, int], numbers: Sequence[int], how: Launch
+) -> tuple[Any, int]:
     """Compile and run a kernel, with fewer stages where it does not fit otherwise."""
-    tried = ""
+    tried, function = "", loaded(text, name)
     for stages in range(how.stages, 0, -1):
         words = {"STAGES": stages, "num_warps": how.warps}
         try:
@@ -222,9 +223,7 @@ def _first(
                 if not is_interpreted():
                     function.warmup(*places, *numbers, grid=grid, **words)
                 made = function[grid](*places, *numbers, **words)
-            if made is not None:  # an interpreter makes nothing
-                _made[key] = made, stages
-            return made
+            return made, stages
         except triton_module().runtime.errors.OutOfResources as error:
             tried = str(error)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -233,12 +232,12 @@ def _first(
             if "[CUDA]" in str(error):  # of an earlier kernel: nothing runs on this card any more
                 raise
             raise BackendError(
-                f"triton: {kernel.name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
+                f"triton: {name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
                 f"for {' '.join(place(places[0].device))}. Use backend='inductor' or 'eager'; this is a fault of "
                 "dualform or of Triton, please report it."
             ) from error
     raise BackendError(
-        f"triton: {kernel.name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
+        f"triton: {name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
         "other warps, or a smaller mini-batch."
     )
 
@@ -290,6 +289,8 @@ __all__ = [
     "Launch",
     "Missing",
     "compiled",
+    "elsewhere",
+    "first_run",
     "is_interpreted",
     "lack",
     "loaded",

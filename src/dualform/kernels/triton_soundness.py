@@ -238,7 +238,7 @@ class Player:
         return Played(index.shape, x.kind)
 
 
-def verify(text: str, name: str, given: Sequence[Tensor | int], numbers: Sequence[int], grid: tuple[int, int]) -> None:
+def verify(text: str, name: str, given: Sequence[Tensor | int], grid: tuple[int, int], numbers: Sequence[int]) -> None:
     """Play a kernel with the arguments of a launch. numbers: heads, count, group, G, phase.
 
     Raises: BrokenSchedule, naming the tensor or the tile, what was found and what was expected.
