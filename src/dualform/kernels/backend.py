@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, NoReturn, TypeVar
 
@@ -154,6 +154,9 @@ class Stretches(Whole, Generic[M]):
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         return name, ()
+
+    def trial(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @abstractmethod
     def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:

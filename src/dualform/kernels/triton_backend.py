@@ -7,8 +7,7 @@ here a stretch's kernels are written, and run.
 from __future__ import annotations
 
 import math
-import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +26,7 @@ from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
 from dualform.kernels.triton_schedule import Direction, Refused, advance_direction, forward_direction, reverse_direction
 from dualform.kernels.triton_slices import sliced
+from dualform.kernels.triton_trial import trial
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
@@ -40,6 +40,7 @@ from dualform.learning.transforms import TRACING, undisturbed
 # What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
+GRID = 65535  # programs of a launch along its second axis, at most
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
 # Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the
 # state and what slices make again (LAB.md, one H200).
@@ -48,10 +49,6 @@ COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
-
-
-def _asked() -> bool:
-    return os.environ.get("DUALFORM_TRITON", "0") == "1"
 
 
 def cut(entries: int, rows: int, count: int, direction: str) -> bool:
@@ -142,9 +139,8 @@ class _Rows(Stretches[Made]):
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with, or that nobody asked
-        # for, since one that reaches past its memory ends the process (LAB.md, 2026-11-30).
-        if not plan.is_checked or not _asked():
+        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with.
+        if not plan.is_checked:
             return False
         # What follows a longer call stays there.
         return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
@@ -155,13 +151,14 @@ class _Rows(Stretches[Made]):
         why = triton_launch.lack(torch.device("cuda"))
         if not why and not plan.is_checked:
             why = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
-        if not why and not _asked():
-            why = "ask for it: backend='triton', or DUALFORM_TRITON=1 for auto"
         if why:
             return f"not on this card: {why}"
         each = dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values())
-        done = f"; made: {', '.join(each)}" if each else ""
+        done = f"; made: {', '.join(each)}; each was compared with eager at its first use, apart" if each else ""
         return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+
+    def trial(self) -> AbstractContextManager[None]:
+        return trial()
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         way = "backward" if backward else "forward"
@@ -269,7 +266,7 @@ class _Rows(Stretches[Made]):
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
         again = sum(given[key][0].nbytes for key in kept) if G > 1 else 0
         nbytes = again + passed * run.B * run.H or 1
-        most = max(1, STATE_BYTES // (nbytes * G)) * G
+        most = min(max(1, STATE_BYTES // (nbytes * G)), GRID) * G
         stops = [*range(most, count, most), count]
         turned: dict[Any, Tensor] = {}
         for stop in reversed(stops):
@@ -320,7 +317,7 @@ class _Rows(Stretches[Made]):
             if kernel.carries or len(kernels) == 1:
                 self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
                 continue
-            group = min(max(run.B * run.H * count // PROGRAMS, 1), 16)
+            group = max(min(max(run.B * run.H * count // PROGRAMS, 1), 16), -(-count // GRID))
             groups = -(-count // group)
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}

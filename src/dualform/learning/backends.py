@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Protocol
@@ -69,6 +70,10 @@ class Whole(Protocol):
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         """Name the backend with what it chooses by a call's size, and what its code depends on beside the graphs:
         a compiler, a card."""
+        ...
+
+    def trial(self) -> AbstractContextManager[None]:
+        """Run code that was never seen to run here where a fault harms nobody."""
         ...
 
     def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
@@ -172,7 +177,7 @@ def chosen_in_words(plan: Plan) -> str:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _runs_whole(backend, plan, call, lambda whole, run: whole.forward(run, checkpoints))
+    run = _runs_whole(backend, plan, call, lambda whole, run: whole.forward(run, checkpoints), checkpoints)
     return run if isinstance(run, list) else forward(run, checkpoints)
 
 
@@ -180,14 +185,12 @@ def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
 ) -> list[Tensor]:
     """Return the gradient of every floating tensor of `call`, in order."""
-    run = _runs_whole(
-        backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints), backward=True
-    )
+    run = _runs_whole(backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints), None)
     return run if isinstance(run, list) else backward(run, saved, cotangents, checkpoints)
 
 
 def _runs_whole(
-    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, GridCall], list[Tensor]], backward: bool = False
+    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, GridCall], list[Tensor]], checkpoints: int | None
 ) -> list[Tensor] | GridCall:
     """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
     name = chosen(backend, plan, call)
@@ -197,7 +200,7 @@ def _runs_whole(
         return run
     try:
         if plan.is_checked:
-            _check(name, plan, run, backward)
+            _check(name, plan, run, None if checkpoints is None else bool(checkpoints))
         return direction(whole, run)
     except BackendError as error:
         if backend != "auto":
@@ -207,20 +210,24 @@ def _runs_whole(
         return GridCall(plan, call)
 
 
-def _check(name: str, plan: Plan, run: GridCall, backward: bool) -> None:
-    """Compare generated code with eager at its first use, for each kind of block, on a part of the call."""
+def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
+    """Compare generated code with eager at its first use, for each kind of block, on a part of the call.
+
+    keeps: does forward keep states for a backward, which may be code of its own? None: it is that backward.
+    """
     kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
     whole = backend_of(name).whole
     assert whole is not None
-    as_run, place = whole.as_run(name, run, backward)
-    key = (as_run, backward, frozenset(run.grid.variants), kinds, place)
+    as_run, place = whole.as_run(name, run, keeps is None)
+    key = (as_run, keeps, frozenset(run.grid.variants), kinds, place)
     if key in plan.natives.checked:
         return
     with TRACING:
         if key not in plan.natives.checked:
             plan.natives.checked.add(key)  # what compares runs the same
-            words = (as_run, backward, sorted(map(tuple, run.grid.variants)), kinds, place)
-            unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, run, backward))
+            words = (as_run, keeps, sorted(map(tuple, run.grid.variants)), kinds, place)
+            with whole.trial():
+                unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, run, keeps))
             if unlike:
                 plan.natives.checked.discard(key)  # nor is it run at the next call
                 raise _faulty(name, unlike)
@@ -258,15 +265,14 @@ def _faulty(name: str, unlike: str) -> BackendError:
     )
 
 
-def _unlike(name: str, plan: Plan, run: GridCall, backward: bool) -> str:
+def _unlike(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> str:
     """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call,
-    and of their tokens as many
-    as have every kind of block, if few do."""
+    and of their tokens as many as have every kind of block, if few do."""
     b = plan.derivation.chunk
     T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(run.call.state.position[0])) % b
     call = run.call.part(slice(0, 2), T)
-    if not backward:
-        sides = [run_forward(plan, call, 0, side) for side in (name, "eager")]
+    if keeps is not None:
+        sides = [run_forward(plan, call, int(keeps), side) for side in (name, "eager")]
         return proof.unlike(_named(call, sides[0]), _named(call, sides[1]), call.q.dtype)
     made, held = run_forward(plan, call, 1, "eager"), 1 + 2 * len(call.init)  # whose states both sides begin with
     g = torch.Generator().manual_seed(0)
