@@ -43,9 +43,6 @@ def _axis(k: int, n: int, names: Sequence[str] | None) -> str:
     return f"axis {k} ({names[k]}={n})" if names is not None else f"axis {k} ({n})"
 
 
-# -- shapes
-
-
 def of_shape(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
     """Name what is wrong with a gradient of the wrong shape; None if the shape is right."""
     if got.shape == right.shape:
@@ -111,9 +108,6 @@ def _subsets(rank: int) -> Iterator[list[int]]:
 def _orders(rank: int) -> Iterator[tuple[int, ...]]:
     if rank <= MAX_RANK:
         yield from itertools.permutations(range(rank))
-
-
-# -- values
 
 
 def of_values(

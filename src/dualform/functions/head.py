@@ -269,9 +269,6 @@ class Head(nn.Module):
         return ", ".join([f"{self.m}, {self.n}", *shown, f"D={self.D}", f"l={self.l}"])
 
 
-# -- the scale of the first weights -----------------------------------------------------------------------------------
-
-
 def mean_square(y: Tensor) -> float:
     return float(y.square().mean()) if y.numel() else 0.0
 

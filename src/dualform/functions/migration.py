@@ -241,8 +241,6 @@ def _metric(value: Any) -> Any:
     return lambda stacked: per_row(stacked.movedim(0, -1).flatten(0, -2)).view(stacked.shape[1:])
 
 
-# -- patches: their geometry as options --------------------------------------------------------------------------------
-
 _root = math.sqrt
 # The distance of patch centres along h, w, d of each packing, in units of p (its sizes per axis, or its radius).
 packings: dict[str, dict[str, tuple[float, ...]]] = {
@@ -316,9 +314,6 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "stride": tuple(stride),
     }
     return kwargs | grid_options | own_options
-
-
-# -- calling conventions -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

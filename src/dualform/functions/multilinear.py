@@ -87,8 +87,6 @@ class Multilinear:
         whole = [WeightFactor(self.rows + self.cols)]
         return list(self.factors) == whole and len(whole[0].labels) == 2 and self.coef == 1.0
 
-    # -- sizes ---------------------------------------------------------------------------------------------------
-
     def sizes(self, n: int, D: int) -> dict[str, int]:
         """Give every label its size; refuse a split that does not divide."""
         for letter, size in (("n", n), ("D", D)):
@@ -144,8 +142,6 @@ class Multilinear:
                 table[np.sort(g.permutation(size)[:kept])] = np.arange(kept)
                 found[f.name] = torch.from_numpy(table.reshape(shape))
         return found
-
-    # -- numbers -------------------------------------------------------------------------------------------------
 
     def tensors(self, w: Tensor, sizes: dict[str, int], constants: Constants) -> list[Tensor | None]:
         """Cut w into the factors, in order; None stands for an identity, which is never formed here."""

@@ -299,9 +299,6 @@ def loha(rank: int = 2) -> Reconciliation:
     return Reconciliation(Multilinear("loha", factors, rank=rank))
 
 
-# -- hypernets: w goes through a frozen net first ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Hyper:
     """W = gain * reshape(net(w)), the net frozen; not multilinear in w.

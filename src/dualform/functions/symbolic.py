@@ -136,8 +136,6 @@ class _Writer:
             named.append(sympy.Symbol(name))
         return named
 
-    # -- one head ------------------------------------------------------------------------------------------------------
-
     def head(self, head: Head, inputs: list[sympy.Expr], names: Sequence[str]) -> list[Terms]:
         """Return the terms of every output of a head."""
         matrices = list(head.matrix().detach().double())
@@ -211,9 +209,6 @@ class _Writer:
                 kept.append(line)
                 needed |= line.symbols
         return Formula(self.inputs, self.labels, tuple(reversed(kept)), tuple(outputs))
-
-
-# -- terms -------------------------------------------------------------------------------------------------------------
 
 
 def _add(terms: Terms, f: sympy.Expr, c: float) -> None:
@@ -317,9 +312,6 @@ def _affine(z: sympy.Expr) -> tuple[sympy.Expr, float, float]:
     x = next(iter(z.free_symbols))
     slope, shift = (float(c) for c in sympy.Poly(z, x).all_coeffs()) if z != x else (1.0, 0.0)
     return cast("sympy.Expr", x), slope, shift
-
-
-# -- names and numbers -------------------------------------------------------------------------------------------------
 
 
 def _identifiers(labels: Sequence[str]) -> list[str]:

@@ -69,8 +69,6 @@ class RowsEstimator(BaseEstimator):
     alpha_: Any = field(init=False)
     n_features_in_: int = field(init=False)
 
-    # -- what a subclass says ------------------------------------------------------------------------------------------
-
     def _encoded(self, y: np.ndarray, new: bool) -> np.ndarray:
         """Turn y into what is computed with: class numbers, or (R, n) numbers."""
         raise NotImplementedError
@@ -88,8 +86,6 @@ class RowsEstimator(BaseEstimator):
     def _groups(self, y: Tensor) -> Tensor | None:
         """Say which rows a held-out part should have its share of."""
         return None
-
-    # -- fitting -------------------------------------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit to the rows of X and their targets y.
@@ -244,8 +240,6 @@ class RowsEstimator(BaseEstimator):
             every=max(1, 10 // int(self.verbose)) if self.verbose else 0,
         )
 
-    # -- checks --------------------------------------------------------------------------------------------------------
-
     def _check_options(self) -> None:
         name = type(self).__name__
         positive = {
@@ -330,8 +324,6 @@ class RowsEstimator(BaseEstimator):
                 "finite features", "Scale X, lower the degree, or take an expansion that is defined there.", ValueError,
             )  # fmt: skip
 
-    # -- using ---------------------------------------------------------------------------------------------------------
-
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "network_")
         return self._evaluate(cast(Any, validate_data(self, X, dtype=[np.float64, np.float32], reset=False)))
@@ -350,8 +342,6 @@ class RowsEstimator(BaseEstimator):
 
     def _output_names(self) -> list[str]:
         raise NotImplementedError
-
-    # -- reading -------------------------------------------------------------------------------------------------------
 
     def _feature_names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)

@@ -225,8 +225,6 @@ def _finish(network: Network, watch: Watch) -> None:
     network.zero_grad(set_to_none=True)
 
 
-# -- one linear layer: closed form -------------------------------------------------------------------------------------
-
 _widest = 2000  # the smaller side of the largest matrix that is decomposed
 
 
@@ -288,8 +286,6 @@ def least_squares(head: Head, rows: WeightedRows, alpha: float | None) -> list[f
         head.remainder_bias.zero_()
     return alphas.tolist()
 
-
-# -- how strong the decay should be ------------------------------------------------------------------------------------
 
 decays = (250.0, 50.0, 10.0, 2.0, 0.4, 0.08, 0.016, 3e-3, 1e-4, 1e-6)
 

@@ -221,9 +221,7 @@ def _repeat_interleave(call: OpCall, operand: int) -> list[Term]:
     return _flat_taken(x, index) if dim is None else _taken(call, dim % x.ndim, index)
 
 
-# -- writes: what is written over keeps no derivative; what is written has the transpose of a read
-
-
+# Writes: what is written over keeps no derivative; what is written has the transpose of a read
 def _kept(covered: Tensor, axes: tuple[Axis, ...]) -> list[Term]:
     """The identity where nothing was written; `covered` is 1 where something was, and may have axes of size 1."""
     return [Term(1.0, (make_factor(1 - covered, broadcast_axes(axes, covered.shape), "[kept]"),), axes, axes)]

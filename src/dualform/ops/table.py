@@ -361,9 +361,6 @@ def as_derivative(terms: list[Term], call: OpCall, operand: int) -> Derivative:
     return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
 
 
-# -- pieces that rules are made of
-
-
 def broadcast_axes(out: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...]:
     """The axes of an operand that is broadcast to `out`: aligned at the right, size 1 is the empty axis."""
     shown = out[len(out) - len(shape) :] if len(shape) else ()

@@ -122,9 +122,6 @@ def _any_convolution(call: OpCall, operand: int) -> list[Term]:
     return _convolved(call, operand, stride, padding, dilation, b["groups"], b["transposed"])
 
 
-# -- pooling
-
-
 @row(
     "aten::avg_pool1d", "aten::avg_pool2d", "aten::avg_pool3d", affine=ALL,
     examples=[
@@ -222,9 +219,6 @@ def _max_pool(call: OpCall, operand: int) -> list[Term]:
     return [Term(1.0, lookup(out, atoms(inn[x.ndim - rank :]), index), tuple(out), inn)]
 
 
-# -- windows as axes
-
-
 def _windows(x: Tensor, axis: int, size: int, step: int) -> Tensor:
     if not x.ndim:
         return x.expand(1)
@@ -301,9 +295,7 @@ def _col2im(call: OpCall, operand: int) -> list[Term]:
     return [Term(1.0, relations, image, columns)]
 
 
-# -- resampling: one small matrix for each axis
-
-
+# Resampling: one small matrix for each axis
 @row(
     "aten::upsample_nearest1d", "aten::upsample_nearest2d", "aten::upsample_nearest3d", "aten::upsample_linear1d",
     "aten::upsample_bilinear2d", "aten::upsample_trilinear3d", "aten::upsample_bicubic2d", "aten::_upsample_nearest_exact1d",

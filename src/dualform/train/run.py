@@ -175,9 +175,6 @@ def claim(folder: Path) -> None:
         )
 
 
-# -- what is whole ---------------------------------------------------------------------------------------------------
-
-
 def steps(folder: Path) -> dict[int, Path]:
     """List a run's checkpoints by step, whole or not."""
     found = {}
@@ -245,9 +242,6 @@ def _strangers(folder: Path) -> list[Path]:
     except (OSError, ValueError, AttributeError):
         listed = set()
     return [path for path in _files(folder) if str(path.relative_to(folder)) not in listed]
-
-
-# -- how it gets there -----------------------------------------------------------------------------------------------
 
 
 def as_json(document: Any) -> str:
