@@ -273,9 +273,8 @@ class Story:
         x = self.args[self.wrt]
         generator = torch.Generator(device="cpu").manual_seed(0)
         g = torch.randn(J.out_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
-        expected: Any = torch.autograd.functional.vjp(alone, x, g)[
-            1
-        ]  # plain autograd: what users' gradients are made by
+        # Plain autograd: what users' gradients are made by.
+        expected: Any = torch.autograd.functional.vjp(alone, x, g)[1]
         scope: dict[str, Any] = {"torch": torch, "g": g, **namespace}
         exec(code, scope)
         checks = [("the code above against autograd's vjp", deviation(scope["x_bar"], expected))]

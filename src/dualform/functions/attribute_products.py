@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from dualform.catalogue import Bound
-from dualform.functions.basis import Expansion, expansions, positive
+from dualform.functions.basis import Expansion, expansion, expansions, positive
 from dualform.functions.subsets import num_subsets, subsets, tails
 from dualform.shapes import fail
 
 _source = "Zhang 2024 (RPN 1, arXiv 2407.04819), section 5"
 
 
-@expansions.record(
-    name="taylor",
-    aliases=("taylor_expansion",),
-    formula="[x, x (x) x, .., x^(x)d]; symmetric: each monomial once",
-    source=_source,
-    domain="all reals; grows as x^d",
+@expansion(
+    formula="[x, x (x) x, .., x^(x)d]; symmetric: each monomial once", source=_source, domain="all reals; grows as x^d"
 )
 def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
     """Expand the attributes in their products of up to `degree` factors.
@@ -48,9 +44,7 @@ def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
     )
 
 
-@expansions.record(
-    name="combinatorial",
-    aliases=("combinatorial_expansion",),
+@expansion(
     formula="[the r-subsets of x, each written out, r = 1 .. d], in lexicographic order",
     source=f"{_source}. tinyBIG 0.2.1 returns nested lists of them, which no head can take",
     domain="all reals",
@@ -83,9 +77,7 @@ def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
     return Expansion("combinatorial", base, size, rule, label=label)
 
 
-@expansions.record(
-    name="combinatorial_normal",
-    aliases=("combinatorial_normal_expansion",),
+@expansion(
     formula="[log N(x_S; 0, I_r) for the r-subsets S, r = 1 .. d], in lexicographic order",
     source=_source,
     domain="all reals; falls as -x^2; sums of marginals, so they span what x_i^2 and 1 span",
@@ -121,9 +113,7 @@ def combinatorial_normal(degree: int = 1, with_replacement: bool = False) -> Exp
 Matrix = Sequence[Sequence[float]]
 
 
-@expansions.record(
-    name="linear",
-    aliases=("linear_expansion",),
+@expansion(
     formula="c x, or pre x (over the rows of a batch), or x post; x if none is given",
     source=_source,
     domain="all reals",
@@ -206,9 +196,7 @@ def _common(parts: Sequence[Expansion], ends: Callable[[Expansion], tuple[float,
     return (low, high) if low < high else ends(parts[0])
 
 
-@expansions.record(
-    name="extended",
-    aliases=("extended_expansion",),
+@expansion(
     formula="[f_1(x) | .. | f_k(x)]",
     source=_source,
     domain="where all parts are defined",
@@ -235,9 +223,7 @@ def extended(functions: Any = ("identity",)) -> Expansion:
     )
 
 
-@expansions.record(
-    name="nested",
-    aliases=("nested_expansion",),
+@expansion(
     formula="f_k(.. f_1(x))",
     source=_source,
     domain="that of f_1; the others see what comes before them",

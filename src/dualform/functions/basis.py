@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
 from dualform.shapes import fail
 
 expansions = Catalogue("expansions")
+expansion = partial(expansions.record, suffix="_expansion")
 
 # The widest row that is built: 0.4 GB in float32. Beyond it a setting exploded, and the message says how to do without.
 widest_row = 100_000_000

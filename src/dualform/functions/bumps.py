@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive, substitute
+from dualform.functions.basis import Expansion, along, attribute_wise, expansion, positive, substitute
 from dualform.functions.in_blocks import Local, Pull, by_slopes
 from dualform.shapes import fail
 
@@ -89,9 +89,7 @@ def _radial(
 Centres = Sequence[float] | Sequence[Sequence[float]] | None
 
 
-@expansions.record(
-    name="gaussian_rbf",
-    aliases=("gaussian_rbf_expansion",),
+@expansion(
     formula="exp(-(eps (x - c_k))^2), c_k = linspace(span, count) or the given centres",
     source="Broomhead, Lowe 1988",
     domain="all reals; decays to 0 away from the centres",
@@ -110,9 +108,7 @@ def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0
     )
 
 
-@expansions.record(
-    name="inverse_quadratic_rbf",
-    aliases=("inverse_quadratic_rbf_expansion",),
+@expansion(
     formula="1 / (1 + (eps (x - c_k))^2), c_k as for gaussian_rbf",
     source="Fornberg, Flyer 2015",
     domain="all reals; decays to 0 away from the centres",
@@ -133,9 +129,7 @@ def inverse_quadratic_rbf(
     )
 
 
-@expansions.record(
-    name="fourier",
-    aliases=("fourier_expansion",),
+@expansion(
     formula="[cos(2 pi n x / P), sin(2 pi n x / P)] for n = 1 .. N",
     source="Zhang 2024 (RPN 1), section 5",
     domain="all reals, with period P",
@@ -191,9 +185,8 @@ def _spline_text(start: float, h: float, d: int) -> str:
     return "+".join(f"{f!r}*max(0.0,{c - j!r}-{near})**{d}" for j, f in enumerate(factors)).replace("+-", "-")
 
 
-@expansions.record(
-    name="bspline",
-    aliases=("bspline_expansion", "b_spline"),
+@expansion(
+    aliases=("b_spline",),
     formula="B_i of degree d on the knots low + h (-d .. t + d), h = (high - low) / t (Cox, de Boor), i = 1 .. t + d",
     source="de Boor 1978; Liu 2024 (KAN), section 2.3",
     domain="all reals; sums to 1 on [low, high), fades to 0 over d cells outside and stays 0",

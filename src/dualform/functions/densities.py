@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, attribute_wise, expansions
+from dualform.functions.basis import Expansion, attribute_wise, expansion
 from dualform.functions.in_blocks import by_slopes
 from dualform.shapes import fail
 
@@ -158,9 +158,7 @@ def _family(
     )
     for short, build in ((f"naive_{name}", one), (name, several)):
         build.__name__ = short
-        expansions.record(name=short, aliases=(f"{short}_expansion",), formula=formula, source=_source, domain=domain)(
-            build
-        )
+        expansion(formula=formula, source=_source, domain=domain)(build)
 
 
 _family(
@@ -186,12 +184,12 @@ _family(
 )  # fmt: skip
 
 
-@expansions.record(
-    name="hybrid_probabilistic", aliases=("hybrid_probabilistic_expansion",), source=_source,
+@expansion(
+    source=_source,
     formula="[log N(x; 0, 1), log Cauchy(x; 0, 1), log chi2_1(s), log Gamma(s; 1/2, 1), log Laplace(x; 0, 1), "
     "log Exp(s; 1)]",
     domain="all reals; the parts in s = 0.99 sigmoid(x) + 0.001 saturate, the others fall",
-)  # fmt: skip
+)
 def hybrid_probabilistic() -> Expansion:
     """Take the log-density of every attribute under one distribution of each family."""
     return log_densities(

@@ -93,9 +93,8 @@ class Pull(NamedTuple):
 
     run: Callable[[Tensor, Any, Tensor, int], Tensor]
     keeps_features: bool = False
-    width: int = (
-        0  # how many tensors as wide as all the features basis and run hold at once; 0: they go one function at a time
-    )
+    # How many tensors as wide as all the features basis and run hold at once; 0: they go one function at a time.
+    width: int = 0
 
 
 def by_slopes(slopes: Basis) -> Pull:

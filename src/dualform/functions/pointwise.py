@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansions
+from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansion
 
 
 def pointwise(
@@ -27,13 +27,7 @@ def pointwise(
     return attribute_wise(name, basis, terms, layout="function", domain=domain, reach=reach)
 
 
-@expansions.record(
-    name="identity",
-    aliases=("identity_expansion",),
-    formula="x",
-    source="Zhang 2024 (RPN 1), section 5",
-    domain="all reals",
-)
+@expansion(formula="x", source="Zhang 2024 (RPN 1), section 5", domain="all reals")
 def identity() -> Expansion:
     """Keep the attributes as they are."""
     return Expansion(
@@ -42,9 +36,7 @@ def identity() -> Expansion:
     )  # fmt: skip
 
 
-@expansions.record(
-    name="reciprocal",
-    aliases=("reciprocal_expansion",),
+@expansion(
     formula="1 / x, |x| <= 1e-6 taken as 1e-6 with x's sign (0 is positive)",
     source="Zhang 2024 (RPN 1), section 5",
     domain="all reals; constant +-1e6 on |x| <= 1e-6, where the gradient is 0",
@@ -59,9 +51,7 @@ def reciprocal() -> Expansion:
     return attribute_wise("reciprocal", basis, ["1/x"], domain=(0.1, 2.0))
 
 
-@expansions.record(
-    name="trigonometric",
-    aliases=("trigonometric_expansion",),
+@expansion(
     formula="[sin x, cos x, tan x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cos, sin, tan)",
     domain="all reals; tan has poles at pi/2 + k pi",
@@ -73,9 +63,7 @@ def trigonometric() -> Expansion:
     )
 
 
-@expansions.record(
-    name="arc_trigonometric",
-    aliases=("arc_trigonometric_expansion",),
+@expansion(
     formula="[arcsin(0.99 s), arccos(0.99 s), arctan s], s = sigmoid(x)",
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",
@@ -91,9 +79,7 @@ def arc_trigonometric() -> Expansion:
     )
 
 
-@expansions.record(
-    name="hyperbolic",
-    aliases=("hyperbolic_expansion",),
+@expansion(
     formula="[sinh x, cosh x, tanh x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cosh, sinh, tanh)",
     domain="all reals; grows as e^|x|, infinite in float32 beyond |x| = 88",
@@ -109,9 +95,7 @@ def hyperbolic() -> Expansion:
     )
 
 
-@expansions.record(
-    name="arc_hyperbolic",
-    aliases=("arc_hyperbolic_expansion",),
+@expansion(
     formula="[arcsinh s, arccosh(s + 1.01), arctanh(0.99 s)], s = sigmoid(x)",
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",

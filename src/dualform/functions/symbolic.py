@@ -143,9 +143,8 @@ class _Writer:
         if fusion.kind == "reduce" and len(matrices) > 1 and fusion.metric not in ("sum", "mean"):
             found = self._reduced(head, [_features(head.expansion, inputs, w) for w in matrices], names)
         else:
-            with (
-                torch.no_grad()
-            ):  # linear in the channels' outputs, so it may be given columns of psi(w) in place of rows
+            # Linear in the channels' outputs, so it may be given columns of psi(w) in place of rows.
+            with torch.no_grad():
                 joined = head.double()._fuse([w.mT for w in matrices], head.fusion_weight).mT
             found = _features(head.expansion, inputs, joined)
         bias = torch.zeros(head.n) if head.bias is None else head.bias

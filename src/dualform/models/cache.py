@@ -77,9 +77,8 @@ class Rollback:
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.records: list[CachedCall] = []
-        self.read: Tensor | None = (
-            None  # the last ids (B, n), which tell whether more ids go on from them; None: not known
-        )
+        # The last ids (B, n), which tell whether more ids go on from them; None: not known.
+        self.read: Tensor | None = None
 
     def __copy__(self) -> Self:
         made = type(self).__new__(type(self))

@@ -136,9 +136,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         # `reset` speaks of the prompt; generated tokens belong to its last document.
         kwargs = renamed("prepare_inputs_for_generation", kwargs)
         reset, cache = kwargs.pop("reset", None), kwargs.get(CACHE)
-        if getattr(
-            cache, drafted, False
-        ):  # transformers takes the first call of assisted decoding for one on an empty cache
+        # transformers takes the first call of assisted decoding for one on an empty cache
+        if getattr(cache, drafted, False):
             kwargs["next_sequence_length"] = input_ids.shape[1] - cast("Cache", cache).get_seq_length()
         inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         new = inputs.get("input_ids")

@@ -72,9 +72,8 @@ def from_jax(params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict
         fields["tie_word_embeddings"] = not any(name.startswith("lm_head/") for name in flat)
     tensors = {name: _tensor(x) for name, x in flat.items()}
     tensors = rename("from_jax", tensors, read_config(fields), "jax", "official")
-    tensors.setdefault(
-        "lm_head.weight", tensors["model.embed_tokens.weight"].clone()
-    )  # a tied head has no place in JAX
+    # A tied head has no place in JAX.
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
     return tensors, fields
 
 
