@@ -130,12 +130,9 @@ class Questions(ABC):
             if len(items) > len(names):
                 advice = "Use ints, slices and one ellipsis."
                 fail(
-                    "J[...]",
-                    "the index",
-                    f"has {len(items)} places",
-                    f"at most one for each axis = {len(names)}",
+                    "J[...]", "the index", f"has {len(items)} places", f"at most one for each axis = {len(names)}",
                     advice,
-                )
+                )  # fmt: skip
             picked = list(enumerate(items))
         found = []
         for place, item in sorted(picked, key=lambda p: -p[0]):

@@ -34,14 +34,9 @@ def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
     positive("taylor", "degree", degree)
     edge = 10.0 ** (30.0 / degree)
     return Expansion(
-        "taylor",
-        lambda x: x,
-        lambda m: m,
-        "C(m + d, d) - 1" if symmetric else "m + m^2 + .. + m^d",
-        power=int(degree),
-        symmetric=symmetric,
-        reach=(-edge, edge),
-    )
+        "taylor", lambda x: x, lambda m: m, "C(m + d, d) - 1" if symmetric else "m + m^2 + .. + m^d", power=int(degree),
+        symmetric=symmetric, reach=(-edge, edge),
+    )  # fmt: skip
 
 
 @expansion(
@@ -144,12 +139,9 @@ def linear(
         constant = torch.tensor(numbers, dtype=x.dtype, device=x.device)
         if kind == "pre" and (x.ndim < 2 or x.shape[-2] != shape[0]):
             fail(
-                name,
-                "x",
-                f"has shape {tuple(x.shape)}",
-                f"(..., {shape[0]}, m) for pre {shape}",
+                name, "x", f"has shape {tuple(x.shape)}", f"(..., {shape[0]}, m) for pre {shape}",
                 "Pass b rows at once.",
-            )
+            )  # fmt: skip
         return constant * x if kind == "c" else constant @ x if kind == "pre" else x @ constant
 
     def size(m: int) -> int:
@@ -162,12 +154,9 @@ def linear(
             return list(names)
         if kind == "pre":
             fail(
-                name,
-                "features",
-                "do not exist",
-                "features of one row",
+                name, "features", "do not exist", "features of one row",
                 "pre mixes the rows of a batch: a row has no formula.",
-            )
+            )  # fmt: skip
         if kind == "post":
             return [
                 "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, numbers, strict=True)) for k in range(shape[-1])
@@ -182,12 +171,9 @@ def linear(
 def _parts(name: str, functions: Sequence[Bound | Expansion]) -> tuple[Expansion, ...]:
     if not functions:
         fail(
-            name,
-            "functions",
-            "is empty",
-            "at least one expansion",
+            name, "functions", "is empty", "at least one expansion",
             "Pass specs, as in functions=('taylor', 'bspline').",
-        )
+        )  # fmt: skip
     return tuple(part.build() if isinstance(part, Bound) else part for part in functions)
 
 
@@ -211,16 +197,12 @@ def extended(functions: Any = ("identity",)) -> Expansion:
     """
     parts = _parts("extended", functions)
     return Expansion(
-        "extended",
-        lambda x: torch.cat([part(x) for part in parts], -1),
-        lambda m: sum(part.dim(m) for part in parts),
-        " + ".join(f"({part.rule})" for part in parts),
-        domain=_common(parts, lambda part: part.domain),
-        reach=_common(parts, lambda part: part.reach),
-        batchwise=all(part.batchwise for part in parts),
+        "extended", lambda x: torch.cat([part(x) for part in parts], -1), lambda m: sum(part.dim(m) for part in parts),
+        " + ".join(f"({part.rule})" for part in parts), domain=_common(parts, lambda part: part.domain),
+        reach=_common(parts, lambda part: part.reach), batchwise=all(part.batchwise for part in parts),
         rough="; ".join(part.rough for part in parts if part.rough),
         label=lambda names: [feature for part in parts for feature in part.features(names)],
-    )
+    )  # fmt: skip
 
 
 @expansion(

@@ -201,15 +201,9 @@ vocabulary: dict[str, object] = {
 
 
 def attribute_wise(
-    name: str,
-    basis: Basis,
-    terms: Sequence[str],
-    *,
-    pull: Pull | None = None,
-    layout: Layout = "attribute",
-    rule: str = "",
-    **notes: Any,
-) -> Expansion:
+    name: str, basis: Basis, terms: Sequence[str], *, pull: Pull | None = None, layout: Layout = "attribute",
+    rule: str = "", **notes: Any,
+) -> Expansion:  # fmt: skip
     """Make the expansion that applies the functions of `basis`, one term each, to every attribute alone."""
     k = len(terms)
 

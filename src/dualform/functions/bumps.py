@@ -97,15 +97,9 @@ Centres = Sequence[float] | Sequence[Sequence[float]] | None
 def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
     """Expand every attribute in Gaussian bumps around centres."""
     return _radial(
-        "gaussian_rbf",
-        "exp(-({eps!r}*(x-({c!r})))**2)",
-        lambda r: torch.exp(-r),
-        lambda y: -y,
-        span,
-        count,
-        epsilon,
+        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), lambda y: -y, span, count, epsilon,
         centres,
-    )
+    )  # fmt: skip
 
 
 @expansion(
@@ -118,15 +112,9 @@ def inverse_quadratic_rbf(
 ) -> Expansion:
     """Expand every attribute in inverse quadratic bumps around centres."""
     return _radial(
-        "inverse_quadratic_rbf",
-        "1/(1+({eps!r}*(x-({c!r})))**2)",
-        lambda r: 1 / (1 + r),
-        lambda y: -y * y,
-        span,
-        count,
-        epsilon,
-        centres,
-    )
+        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), lambda y: -y * y, span, count,
+        epsilon, centres,
+    )  # fmt: skip
 
 
 @expansion(

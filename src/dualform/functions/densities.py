@@ -59,27 +59,20 @@ def _gamma_text(s: str, concentration: float, rate: float) -> str:
 
 
 normal_density = Density(
-    _normal,
-    lambda x, mean, std: (x - mean) * (-1 / std**2),
+    _normal, lambda x, mean, std: (x - mean) * (-1 / std**2),
     lambda x, mean, std: f"-0.5*(({x}-({mean!r}))/{std!r})**2-({math.log(std) + 0.5 * math.log(2 * math.pi)!r})",
-    ("mean", "std"),
-    ("std",),
-)
+    ("mean", "std"), ("std",),
+)  # fmt: skip
 cauchy_density = Density(
-    _cauchy,
-    lambda x, loc, scale: (x - loc) / ((x - loc).square() + scale**2) * -2,
-    lambda x, loc, scale: f"-log(1+(({x}-({loc!r}))/{scale!r})**2)-({math.log(math.pi * scale)!r})",
-    ("loc", "scale"),
+    _cauchy, lambda x, loc, scale: (x - loc) / ((x - loc).square() + scale**2) * -2,
+    lambda x, loc, scale: f"-log(1+(({x}-({loc!r}))/{scale!r})**2)-({math.log(math.pi * scale)!r})", ("loc", "scale"),
     ("scale",),
-)
+)  # fmt: skip
 laplace_density = Density(
-    _laplace,
-    lambda x, loc, scale: (x - loc).sign() * (-1 / scale),
-    lambda x, loc, scale: f"-abs({x}-({loc!r}))/{scale!r}-({math.log(2 * scale)!r})",
-    ("loc", "scale"),
-    ("scale",),
+    _laplace, lambda x, loc, scale: (x - loc).sign() * (-1 / scale),
+    lambda x, loc, scale: f"-abs({x}-({loc!r}))/{scale!r}-({math.log(2 * scale)!r})", ("loc", "scale"), ("scale",),
     kink=True,
-)
+)  # fmt: skip
 gamma_density = Density(
     _gamma, _gamma_slope, _gamma_text, ("concentration", "rate"), ("concentration", "rate"), half_line=True
 )  # fmt: skip
@@ -88,13 +81,9 @@ chi2_density = Density(
     lambda s, df: _gamma_text(s, df / 2, 0.5), ("df",), ("df",), half_line=True,
 )  # fmt: skip
 exponential_density = Density(
-    lambda s, rate: s * -rate + math.log(rate),
-    lambda s, rate: torch.full_like(s, -rate),
-    lambda s, rate: f"-{rate!r}*{s}+({math.log(rate)!r})",
-    ("rate",),
-    ("rate",),
-    half_line=True,
-)
+    lambda s, rate: s * -rate + math.log(rate), lambda s, rate: torch.full_like(s, -rate),
+    lambda s, rate: f"-{rate!r}*{s}+({math.log(rate)!r})", ("rate",), ("rate",), half_line=True,
+)  # fmt: skip
 
 
 def log_densities(name: str, pairs: Sequence[tuple[Density, Sequence[float]]], slope: float, floor: float) -> Expansion:

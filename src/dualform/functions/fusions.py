@@ -80,12 +80,9 @@ class Fusion:
             fail(self.name, "dims", f"is {dims}", f"equal widths = {dims[0]}", "Use a concatenation for unequal ones.")
         if self.weights is not None and len(self.weights) != len(dims):
             fail(
-                self.name,
-                "weights",
-                f"has {len(self.weights)} entries",
-                f"one per input = {len(dims)}",
+                self.name, "weights", f"has {len(self.weights)} entries", f"one per input = {len(dims)}",
                 "Pass as many weights as there are inputs.",
-            )
+            )  # fmt: skip
         return dims[0]
 
     def channel_width(self, n: int, channels: int) -> int:
@@ -94,12 +91,9 @@ class Fusion:
             return n
         if n % channels:
             fail(
-                self.name,
-                "n",
-                f"is {n}",
-                f"a multiple of channels = {channels}, as they are put side by side",
+                self.name, "n", f"is {n}", f"a multiple of channels = {channels}, as they are put side by side",
                 "Change n or channels, or use another fusion.",
-            )
+            )  # fmt: skip
         return n // channels
 
     def length(self, dims: Sequence[int], n: int | None = None) -> int:
@@ -210,13 +204,9 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
     def build(n: int | None = None, **options: Any) -> Fusion:
         if n is not None and n < 1:
             fail(
-                name,
-                "n",
-                f"is {n}",
-                "n >= 1",
-                "Pass the output width, or None for that of the first input.",
+                name, "n", f"is {n}", "n >= 1", "Pass the output width, or None for that of the first input.",
                 ValueError,
-            )
+            )  # fmt: skip
         inner: Bound = record(**options)
         return Fusion(name, "mix", reconciliation=inner, n=n)
 

@@ -111,19 +111,10 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self,
-        m: int,
-        n: int,
-        *,
-        expansion: Any = "identity",
-        reconciliation: Any = "identity",
-        remainder: Any = "zero",
-        interdependence: Any = None,
-        compression: Any = None,
-        channels: int = 1,
-        fusion: Any = "mean",
+        self, m: int, n: int, *, expansion: Any = "identity", reconciliation: Any = "identity", remainder: Any = "zero",
+        interdependence: Any = None, compression: Any = None, channels: int = 1, fusion: Any = "mean",
         bias: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         c = HeadConfig(m, n, expansion, reconciliation, remainder, interdependence, compression, channels, fusion, bias)
         self.config = c

@@ -393,13 +393,9 @@ class FusionLike(Migrated):
     """A fusion: called with a list of tensors, and w (l,) or (1, l)."""
 
     def __call__(
-        self,
-        xs: Sequence[Tensor] = (),
-        w: Tensor | None = None,
-        x: Sequence[Tensor] = (),
-        device: Any = None,
+        self, xs: Sequence[Tensor] = (), w: Tensor | None = None, x: Sequence[Tensor] = (), device: Any = None,
         constants: Any = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         xs = [Chain(self.before)(part) for part in (xs or x)]
         needs = self.record.length([part.shape[-1] for part in xs])
         w = w.reshape(-1) if w is not None and needs else None

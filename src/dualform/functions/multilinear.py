@@ -102,12 +102,10 @@ class Multilinear:
                 letter = "p" if what == "n" else "q"
                 near = [d for d in range(1, size + 1) if size % d == 0]
                 fail(
-                    self.name,
-                    letter,
-                    f"is {first} and {what} is {size}",
+                    self.name, letter, f"is {first} and {what} is {size}",
                     f"{letter} divides {what}: one of {near[:12]}",
                     f"Pass another {letter}, or None for the largest factor up to the square root.",
-                )
+                )  # fmt: skip
             found[axes[0]], found[axes[1]] = first, size // first
         return found
 

@@ -11,13 +11,9 @@ from dualform.functions.basis import Expansion, Interval, attribute_wise, everyw
 
 
 def pointwise(
-    name: str,
-    functions: Sequence[Callable[[Tensor], Tensor]],
-    terms: Sequence[str],
-    domain: Interval,
-    reach: Interval = everywhere,
-    prepare: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Expansion:
+    name: str, functions: Sequence[Callable[[Tensor], Tensor]], terms: Sequence[str], domain: Interval,
+    reach: Interval = everywhere, prepare: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Expansion:  # fmt: skip
     """Make the expansion [f_1(p), .., f_k(p)], p = prepare(x), of every attribute, function by function."""
 
     def basis(x: Tensor, axis: int) -> list[Tensor]:
@@ -71,12 +67,9 @@ def trigonometric() -> Expansion:
 def arc_trigonometric() -> Expansion:
     """Expand every squashed attribute in inverse trigonometric functions; the first two sum to pi / 2."""
     return pointwise(
-        "arc_trigonometric",
-        (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
-        ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"),
-        (-3.0, 3.0),
-        prepare=torch.sigmoid,
-    )
+        "arc_trigonometric", (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
+        ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"), (-3.0, 3.0), prepare=torch.sigmoid,
+    )  # fmt: skip
 
 
 @expansion(
@@ -87,12 +80,9 @@ def arc_trigonometric() -> Expansion:
 def hyperbolic() -> Expansion:
     """Expand every attribute in its hyperbolic sine, cosine and tangent."""
     return pointwise(
-        "hyperbolic",
-        (torch.sinh, torch.cosh, torch.tanh),
-        ("sinh(x)", "cosh(x)", "tanh(x)"),
-        (-2.0, 2.0),
+        "hyperbolic", (torch.sinh, torch.cosh, torch.tanh), ("sinh(x)", "cosh(x)", "tanh(x)"), (-2.0, 2.0),
         (-88.0, 88.0),
-    )
+    )  # fmt: skip
 
 
 @expansion(
@@ -103,9 +93,7 @@ def hyperbolic() -> Expansion:
 def arc_hyperbolic() -> Expansion:
     """Expand every squashed attribute in inverse hyperbolic functions."""
     return pointwise(
-        "arc_hyperbolic",
-        (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
-        ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"),
-        (-3.0, 3.0),
+        "arc_hyperbolic", (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
+        ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"), (-3.0, 3.0),
         prepare=torch.sigmoid,
-    )
+    )  # fmt: skip

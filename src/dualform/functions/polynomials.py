@@ -45,15 +45,9 @@ def recurrence(
     # |P_d| stays below 1e30 up to here: the leading coefficients of d <= 20 are below 1e23.
     edge = 10.0 ** (min(30.0, 30.0 / d))
     return attribute_wise(
-        name,
-        basis,
-        terms,
-        pull=by_slopes(slopes),
-        rule="m d",
-        degree=d,
-        domain=interval,
+        name, basis, terms, pull=by_slopes(slopes), rule="m d", degree=d, domain=interval,
         reach=(-edge, edge) if d > 1 else (-1e30, 1e30),
-    )
+    )  # fmt: skip
 
 
 def _run(x: Tensor, p0: float, p1: tuple[float, float], rows: Rows) -> Iterator[Tensor]:

@@ -67,12 +67,9 @@ class Remainder:
         """Count the weights; refuse sizes that the remainder does not join."""
         if self.kind == "identity" and m != n:
             fail(
-                self.name,
-                "n",
-                f"is {n}",
-                f"n = m = {m}, as the input itself is added",
+                self.name, "n", f"is {n}", f"n = m = {m}, as the input itself is added",
                 "Use remainder='linear', or equal widths.",
-            )
+            )  # fmt: skip
         return m * n if self.kind == "linear" else 0
 
     @property

@@ -158,12 +158,9 @@ class _Writer:
         metric = head.fusion.metric
         if metric not in _metrics:
             fail(
-                "formula",
-                "fusion",
-                f"is {head.fusion.name}",
-                f"one of {sorted(_metrics)}, or a linear one",
+                "formula", "fusion", f"is {head.fusion.name}", f"one of {sorted(_metrics)}, or a linear one",
                 "It has no formula.",
-            )
+            )  # fmt: skip
         found = []
         for i, name in enumerate(names):
             parts = [self.line(f"{name}_channel{c}", terms[i]) for c, terms in enumerate(channels)]
@@ -174,12 +171,9 @@ class _Writer:
         r = head.remainder
         if callable(r.activation):
             fail(
-                "formula",
-                "remainder",
-                f"has the activation {r.activation!r}",
-                f"one of {sorted(_activations)}",
+                "formula", "remainder", f"has the activation {r.activation!r}", f"one of {sorted(_activations)}",
                 "Name it.",
-            )
+            )  # fmt: skip
         act = _activations[r.activation]
         for i, (terms, name) in enumerate(zip(found, names, strict=True)):
             if r.kind == "constant":

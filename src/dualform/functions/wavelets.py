@@ -132,13 +132,9 @@ def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
 
 
 @wavelet(
-    "haar",
-    "harr_wavelet",
-    "harr_wavelet_expansion",
-    formula="phi(tau) = 1 on [0, 1/2), -1 on [1/2, 1), else 0",
-    source="Haar 1910",
-    domain="all reals; 0 outside [0, 1) in tau",
-)
+    "haar", "harr_wavelet", "harr_wavelet_expansion", formula="phi(tau) = 1 on [0, 1/2), -1 on [1/2, 1), else 0",
+    source="Haar 1910", domain="all reals; 0 outside [0, 1) in tau",
+)  # fmt: skip
 def haar_wavelet() -> Mother:
     """Expand every attribute in Haar wavelets."""
 

@@ -57,14 +57,9 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        columns: Columns | None,
-        cache: DocumentCache | None,
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, columns: Columns | None, cache: DocumentCache | None,
         with_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (
             y.transpose(1, 2) for y in (rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta), v)

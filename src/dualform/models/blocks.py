@@ -72,18 +72,11 @@ class ShortConv(nn.Module):
 def learning_layer(config: DualformConfig, name: str = "", prove: bool = True) -> TestTimeTraining:
     """Build the layer that a configuration describes; name: how errors call it; prove: as df.derive's."""
     layer = TestTimeTraining(
-        config.hidden_size,
-        config.num_attention_heads,
-        learner=learners.build(config.learner),
-        objective=objectives.build(config.objective),
-        rule=rules.build(config.rule),
-        chunk=config.chunk,
-        rope_theta=config.rope_theta,
-        share_qk=config.share_qk,
-        use_gate=config.use_gate,
-        conv_kernel=config.conv_kernel,
-        prove=prove,
-    )
+        config.hidden_size, config.num_attention_heads, learner=learners.build(config.learner),
+        objective=objectives.build(config.objective), rule=rules.build(config.rule), chunk=config.chunk,
+        rope_theta=config.rope_theta, share_qk=config.share_qk, use_gate=config.use_gate,
+        conv_kernel=config.conv_kernel, prove=prove,
+    )  # fmt: skip
     layer.name = name
     for tensor in own_tensors(layer).values():
         # The layer has drawn its own values; transformers' init must refill them only where it made them from nothing.

@@ -216,16 +216,9 @@ def _batch_norm(call: OpCall, operand: int) -> list[Term]:
 
 
 def _normalised(
-    call: OpCall,
-    operand: int,
-    out: tuple[Axis, ...],
-    h: Tensor,
-    r: Tensor,
-    over: Sequence[Label],
-    gain: tuple[Axis, ...],
-    centred_too: bool = True,
-    split: tuple[Axis, ...] | None = None,
-) -> list[Term]:
+    call: OpCall, operand: int, out: tuple[Axis, ...], h: Tensor, r: Tensor, over: Sequence[Label],
+    gain: tuple[Axis, ...], centred_too: bool = True, split: tuple[Axis, ...] | None = None,
+) -> list[Term]:  # fmt: skip
     """The derivative of w h + b: h and r have axes `split` (or `out`), normalised over the labels `over`; w,
     b have `gain`."""
     where = call.places[operand][0]

@@ -70,12 +70,9 @@ def evaluate(
     model.train(was_training)
     nats, tokens = float(total.sum()), float(count.sum())
     return Evaluation(
-        loss=nats / tokens,
-        bits_per_byte=nats / math.log(2) / num_bytes,
-        num_bytes=num_bytes,
-        tokens_per_second=n * rows.seq_len / seconds,
-        loss_by_position=tuple((total / count.clamp(min=1)).tolist()),
-    )
+        loss=nats / tokens, bits_per_byte=nats / math.log(2) / num_bytes, num_bytes=num_bytes,
+        tokens_per_second=n * rows.seq_len / seconds, loss_by_position=tuple((total / count.clamp(min=1)).tolist()),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -286,12 +286,9 @@ def _learn(
     settings, before = run.settings, 0
     interrupt = StopOnInterrupt()
     trainer = WatchedTrainer(
-        model=model,
-        args=_arguments(settings, parts.config, quiet),
-        train_dataset=parts.rows,
-        processing_class=parts.tokenizer,
-        callbacks=[interrupt, parts.warmup],
-    )
+        model=model, args=_arguments(settings, parts.config, quiet), train_dataset=parts.rows,
+        processing_class=parts.tokenizer, callbacks=[interrupt, parts.warmup],
+    )  # fmt: skip
     if start is not None:
         before = step_of(start)
         trainer.losses = json.loads((start / LOSSES).read_text(encoding="utf-8"))
