@@ -26,8 +26,7 @@ _source = "Zhang 2024 (RPN 1, arXiv 2407.04819), section 5"
 def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
     """Expand the attributes in their products of up to `degree` factors.
 
-    kappa(x) = [x, x (x) x, ..]: all m^r products of r factors, the first slowest; symmetric keeps the C(m + r - 1,
-    r) distinct ones
+    kappa(x) = [x, x (x) x, ..]: all m^r products of r factors, the first slowest; symmetric: each distinct one once
     Shape:  (..., m) -> (..., D), D = sum_r m^r, or C(m + d, d) - 1 if symmetric.
     Raises: ShapeError for degree < 1 and, when called, for a row of more than 1e8 features.
     """

@@ -29,8 +29,7 @@ def _ordered(name: str, span: Span) -> tuple[float, float]:
 def _radial(
     name: str, shape: str, function: Radial, slope: Radial, span: Span, count: int, epsilon: float, centres: Any
 ) -> Expansion:
-    """Place function((eps (x - c))^2) at every centre; `shape` is its text, with c and eps for the numbers;
-    slope gives its derivative from its value.
+    """Place function((eps (x - c))^2) at every centre; `shape`: its text in c, eps; slope: f' in terms of f.
 
     centres: (k,) for all attributes, (m, k) for each its own, None for `count` even ones in span.
     """
@@ -145,8 +144,7 @@ def fourier(period: float = 10, order: int = 5) -> Expansion:
 def _spline_pieces(d: int) -> list[list[float]]:
     """Return the d + 1 pieces of the uniform B-spline of degree d, as seen from one cell: row p has the factors of u^p.
 
-    Cox and de Boor on the unit knots, run on coefficients:
-    N_r^k = ((u + k - r) N_{r-1}^{k-1} + (r + 1 - u) N_r^{k-1}) / k.
+    Cox and de Boor on unit knots, on coefficients: N_r^k = ((u + k - r) N_{r-1}^{k-1} + (r + 1 - u) N_r^{k-1}) / k.
     """
     pieces = [[1.0]]
     for k in range(1, d + 1):
@@ -165,8 +163,7 @@ def _spline_pieces(d: int) -> list[list[float]]:
 
 
 def _spline_text(start: float, h: float, d: int) -> str:
-    """Write a spline from its first knot on as truncated powers of the distance to its nearer end:
-    nothing large cancels."""
+    """Write a spline as truncated powers of the distance to its nearer end: nothing large cancels."""
     c = (d + 1) / 2
     near = f"abs((x-({start!r}))/{h!r}-{c!r})"
     factors = [(-1) ** j * math.comb(d + 1, j) / math.factorial(d) for j in range(math.ceil(c))]
@@ -180,8 +177,7 @@ def _spline_text(start: float, h: float, d: int) -> str:
     domain="all reals; sums to 1 on [low, high), fades to 0 over d cells outside and stays 0",
 )
 def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expansion:
-    """Expand every attribute in the uniform B-splines of one degree;
-    only the degree + 1 that are not 0 are evaluated."""
+    """Expand every attribute in uniform B-splines of one degree; only the degree + 1 that are not 0 are evaluated."""
     positive("bspline", "cells", cells)
     positive("bspline", "degree", degree)
     low, high = _ordered("bspline", span)

@@ -123,8 +123,7 @@ def _family(
     name: str, density: Density, theta: Sequence[float | tuple[float, ...]], formula: str, domain: str = _half,
     slope: float = 0.99, floor: float = 0.001,
 ) -> None:  # fmt: skip
-    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several;
-    by default those of theta."""
+    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several, default theta."""
     usual: Theta = tuple(t if isinstance(t, tuple) else (t,) for t in theta)
     parameters = [
         inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=float(value), annotation="float")

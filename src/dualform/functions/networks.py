@@ -48,8 +48,7 @@ def kan(dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float,
     """Build a Kolmogorov-Arnold network: B-splines on every edge, on a silu base.
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
-    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is part of its coefficients;
-            the grid does not move.
+    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is in its coefficients; the grid does not move.
     """
     spline = ("bspline", {"cells": cells, "degree": degree, "span": span})
     base = ("linear", {"activation": "silu", "inside": True})

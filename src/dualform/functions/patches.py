@@ -30,8 +30,7 @@ _patch = partial(
 def patches(
     name: str, offsets: Sequence[Offset], grid: Sequence[int] | None, channels: int, stride: Steps
 ) -> Expansion:
-    """Make the expansion in the patches {cell + offset} around every stride-th cell. grid: (h, w) or (h, w, d);
-    None: square."""
+    """Make the expansion in patches {cell + offset} around every stride-th cell. grid: (h, w[, d]); None: square."""
     positive(name, "channels", channels)
     strides = (stride,) * 3 if isinstance(stride, int) else (*stride, 1)[:3]
     shape = None if grid is None else (*grid, 1)[:3]

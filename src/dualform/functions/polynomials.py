@@ -2,8 +2,7 @@
 
     P_n(x) = (a x + b) P_{n-1}(x) + (c + e x^2) P_{n-2}(x),   (a, b, c, e) = step(n),   n = 2 .. d
 
-where c or e is 0. P_0 is not a feature (a bias has it). Legend: x attribute, d degree, n index,
-al and be the parameters alpha and beta.
+c or e is 0. P_0 is no feature (a bias has it). Legend: x attribute, d degree, n index, al and be alpha and beta.
 """
 
 from __future__ import annotations

@@ -143,8 +143,7 @@ def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     W = M * scatter(w)
     Shape:  w (l,) -> (n, D) with l = max(1, round(p n D)). Leading dims: any.
     Raises: ValueError unless 0 < p <= 1.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters of which 1 - p do nothing,
-            and draws the mask in forward.
+    Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters, 1 - p idle, and draws the mask in forward.
     """
     _seeded("masking", seed)
     if not 0 < p <= 1:
@@ -213,8 +212,7 @@ def hm(p: int | None = None, q: int | None = None) -> Reconciliation:
     W = A (x) B
     Shape:  w (l,) -> (n, D) with l = p q + (n/p)(D/q); A comes first in w. Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D. None is the largest factor up to the square root.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG reshapes the outer product of the flat factors,
-            which is no Kronecker product.
+    Source: Zhang 2024 (RPN 1). Differs: tinyBIG reshapes the outer product of flat factors, which is not Kronecker's.
     """
     _positive("hm", p=p, q=q)
     return Reconciliation(Multilinear("hm", (A, B), rows="ik", cols="jl", p=p, q=q))
@@ -339,8 +337,7 @@ def hypernet(l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliatio
 
 @reconciliation(formula="W = reshape(sigmoid(w P Q^T) S T^T), all seeded and frozen, of rank r; l given")
 def random_matrix_hypernet(rank: int = 2, l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliation:
-    """Let a frozen net of low-rank matrices write the matrix:
-    r (n D) frozen numbers where hypernet needs hidden_dim (n D)."""
+    """Let a frozen net of low-rank matrices write the matrix: r, not hidden_dim, times n D frozen numbers."""
     _positive("random_matrix_hypernet", rank=rank, l=l, hidden_dim=hidden_dim)
     _seeded("random_matrix_hypernet", seed)
     return Reconciliation(Hyper("random_matrix_hypernet", l, hidden_dim, rank, seed))

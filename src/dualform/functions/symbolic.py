@@ -122,8 +122,7 @@ class _Writer:
     def standardised(
         self, inputs: list[sympy.Expr], expansion: Expansion, scale: np.ndarray, mean: np.ndarray
     ) -> list[sympy.Expr]:
-        """Put (x - mean) / scale in the place of x, in a line of its own where an expanded polynomial would lose its
-        digits."""
+        """Put (x - mean) / scale in the place of x, in its own line where an expanded polynomial would lose digits."""
         degree = max(expansion.degrees) * (expansion.degree or 1)
         z = [(x - float(m)) / float(s) for x, s, m in zip(inputs, scale, mean, strict=True)]
         if (np.abs(mean / scale).max() + 1) ** degree <= _most_cancelled:

@@ -2,8 +2,7 @@
 
     phi_{s,t}(x) = a^(-s/2) phi(x / a^s - t b),   s = 0 .. scales - 1,  t = 0 .. shifts - 1
 
-Orders above 1 are tensor powers of these, as in a Taylor expansion. Legend: a dilation, b translation,
-tau = x / a^s - t b.
+Orders above 1 are tensor powers, as in a Taylor expansion. Legend: a dilation, b translation, tau = x / a^s - t b.
 """
 
 from __future__ import annotations
@@ -117,8 +116,7 @@ def dilated(
     nested={"mother": expansions},
 )
 def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
-    """Expand every attribute in dilations and translations of one function:
-    that of any expansion with one per attribute."""
+    """Expand every attribute in dilations and translations of one function, that of an expansion with one."""
     if mother.width != 1 or mother.power != 1:
         fail(
             "discrete_wavelet", "mother", f"is {mother}, with {mother.width or 'no'} functions per attribute",
@@ -273,8 +271,7 @@ def _width(name: str, option: str, sigma: float) -> None:
 
 
 def _band(c: Tensor | float, turn: Callable[[Tensor], Tensor], width: float) -> Tensor:
-    # the integral of cos(c w) or sin(c w) over one band of frequencies, w / pi from 2/3 to 4/3 (times 3 width), up to a
-    # factor
+    # the integral of cos(c w) or sin(c w) over a band, w / pi from 2/3 to 4/3 (times 3 width), up to a factor
     assert isinstance(c, Tensor)
     return turn(3 * width * math.pi * c) * _sinc(width * c)
 

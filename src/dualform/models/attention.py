@@ -18,8 +18,7 @@ from dualform.models.cache import Columns, DocumentCache
 
 
 def allowed(columns: Columns | None, T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which of S columns each of the T last may look at, (B or 1, 1, T, S);
-    None if SDPA's own causal rule says it.
+    """Return which of S columns each of the T last may look at, (B or 1, 1, T, S); None: SDPA's own causal rule.
 
     A token sees the tokens of its document up to itself, the last `window` of them. Padding sees what a token in its
     place would, and itself, so that no row of the softmax is empty.

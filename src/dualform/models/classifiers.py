@@ -55,13 +55,11 @@ class Classifier(DualformPreTrainedModel):
 class DualformForSequenceClassification(Classifier):
     """Classify a text by what its last token has become, wherever padding stands.
 
-    The last token is the last column that attention_mask keeps; without a mask,
-    the last that is not config.pad_token_id.
+    The last token is the last column that attention_mask keeps, or without one the last not config.pad_token_id.
     Shape:  as DualformModel; labels (B,) whole numbers, or (B, C) for several, or numbers to regress -> logits (B, C).
     Dtype:  logits as the parameters.
     Raises: as DualformModel.
-    Source: transformers' heads for causal models. Differs: rows may be padded on either side,
-            with or without pad_token_id.
+    Source: transformers' heads for causal models. Differs: padding on either side, with or without pad_token_id.
     """
 
     def read(self, h: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tensor:

@@ -203,8 +203,7 @@ def check_layer(
     layer: TestTimeTraining, cuts: Sequence[int], *, seed: int = 0, batch: int = 2, time: int = 11,
     ragged: bool = False, resets: bool = False,
 ) -> None:  # fmt: skip
-    """Law: a layer cut anywhere, its state carried, is the layer in one call, in y, state and gradients;
-    y ignores the future."""
+    """Law: a layer cut anywhere, its state carried, is one call, in y, state, gradients; y ignores the future."""
     g = torch.Generator().manual_seed(seed)
     dtype = layer.o_proj.weight.dtype
     x = torch.randn(batch, time, layer.dim, generator=g, dtype=dtype).requires_grad_()

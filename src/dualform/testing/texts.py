@@ -127,8 +127,7 @@ def check_model_rollback(
     model: Any, cuts: Iterable[int], taken: Sequence[int], *, seed: int = 0, batch: int = 2, time: int = 13,
     ragged: bool = False, resets: bool = False,
 ) -> None:  # fmt: skip
-    """Law: columns that are read and taken back (`cache.crop`) were never read. taken:
-    how many after each part of the text."""
+    """Law: columns read and taken back (`cache.crop`) were never read. taken: how many after each part."""
     text, cuts = _text(model, seed, batch, time, ragged, resets), list(cuts)
     edges = edges_of(cuts, time)
     cache, found = None, []

@@ -141,8 +141,7 @@ def plot_loss_by_position(curves: dict[str, tuple[float, ...]], path: Path) -> P
 
 
 def terminal_plot(curves: dict[str, tuple[float, ...]], width: int = 60, height: int = 12) -> str:
-    """Draw the same picture in characters, each curve with its name on it:
-    without colours nothing else tells them apart."""
+    """Draw the same in characters, each curve with its name on it: without colours nothing else tells them apart."""
     import plotille  # here: of the extra `viz`
 
     figure = plotille.Figure()

@@ -237,8 +237,7 @@ def _new_model(config: DualformConfig, settings: Settings) -> DualformForCausalL
 
 
 def _start(run: TrainingRun, config: DualformConfig) -> Path | None:
-    """Return the checkpoint to go on from, saying which ones are passed over;
-    None if a finished run has none any more."""
+    """Return the checkpoint to go on from, saying which are passed over; None if a finished run has none."""
     folder = run.folder / CHECKPOINTS
     if steps(run.folder) or (run.folder / SETTINGS).exists():
         TrainingRun.read(run.folder).expect(run)
