@@ -241,13 +241,9 @@ class IndexFormula:
 
 
 def formula(
-    terms: Sequence[Term],
-    out_shape: Sequence[int],
-    in_shape: Sequence[int],
-    symbol: str = "J",
-    axes: tuple[Sequence[str], Sequence[str]] | None = None,
-    names: Names | None = None,
-) -> IndexFormula:
+    terms: Sequence[Term], out_shape: Sequence[int], in_shape: Sequence[int], symbol: str = "J",
+    axes: tuple[Sequence[str], Sequence[str]] | None = None, names: Names | None = None,
+) -> IndexFormula:  # fmt: skip
     """Write terms in index notation: one name for each axis, an axis of size 1 is index 0.
 
     Names are given by position, so that all lines of one formula speak of the same indices; `axes` gives the caller's.
@@ -353,13 +349,10 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
             low = f"{_polynomial(r.cols, name)}{r.offset:+d}" if r.offset else _polynomial(r.cols, name)
             steps.append((_polynomial(r.rows, name), low))
     return Line(
-        term.coef,
-        tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
-        in_order(deltas, [*out, *inn]),
-        tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
-        tuple(sums),
-        tuple(steps),
-    )
+        term.coef, tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
+        in_order(deltas, [*out, *inn]), tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
+        tuple(sums), tuple(steps),
+    )  # fmt: skip
 
 
 def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: Names) -> str:

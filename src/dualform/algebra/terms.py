@@ -176,8 +176,7 @@ def volume(labels: Iterable[Label]) -> int:
 
 
 def make_factor(tensor: Tensor, axes: Sequence[Axis], name: str = "") -> Factor:
-    """Label a tensor whose axis k is `axes[k]`: split composite axes, drop those of size 1,
-    take diagonals of repeats."""
+    """Label a tensor whose axis k is `axes[k]`: split composite axes, drop size 1, take diagonals of repeats."""
     labels = atoms(axes)
     shape = sizes(labels)
     if list(tensor.shape) != shape:

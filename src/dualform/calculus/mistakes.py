@@ -111,14 +111,9 @@ def _orders(rank: int) -> Iterator[tuple[int, ...]]:
 
 
 def of_values(
-    got: Tensor,
-    right: Tensor,
-    g: Tensor,
-    again: Callable[[Tensor], Tensor],
-    others: dict[str, Tensor],
-    program: Program,
-    names: Names,
-) -> Slip | None:
+    got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], others: dict[str, Tensor],
+    program: Program, names: Names,
+) -> Slip | None:  # fmt: skip
     """Name what is wrong with a gradient of the right shape; None if nothing is."""
     unfinite = _not_finite(got, right)
     if unfinite is not None:

@@ -42,14 +42,9 @@ class Story:
     """A program and what people call things in it: the route of a derivative, and its account."""
 
     def __init__(
-        self,
-        f: Callable[..., Tensor],
-        args: Sequence[Tensor],
-        wrt: int,
-        names: Sequence[str],
-        axes: tuple[list[list[str]], list[str]] | None,
-        closed: Mapping[int, str] | None = None,
-    ) -> None:
+        self, f: Callable[..., Tensor], args: Sequence[Tensor], wrt: int, names: Sequence[str],
+        axes: tuple[list[list[str]], list[str]] | None, closed: Mapping[int, str] | None = None,
+    ) -> None:  # fmt: skip
         """`closed`: what the code calls the tensors that it closes over, by their identity."""
         self.f = f
         self.args = list(args)
@@ -88,17 +83,9 @@ class Story:
         if whole and self.axes is not None:
             whole = in_axes(whole, result.formula.out, result.formula.inn)
         return Explanation(
-            level,
-            self._title(),
-            tuple(steps),
-            tuple(self._chain()),
-            result,
-            code,
-            namespace,
-            tuple(self._checks(derivative, code, namespace, level)),
-            tuple(stages),
-            whole or None,
-        )
+            level, self._title(), tuple(steps), tuple(self._chain()), result, code, namespace,
+            tuple(self._checks(derivative, code, namespace, level)), tuple(stages), whole or None,
+        )  # fmt: skip
 
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names that its steps use."""
@@ -161,15 +148,9 @@ class Story:
         return [*found, self._step(op, text, total, f"d{name}/d{operand}", node, said)]
 
     def _step(
-        self,
-        op: str,
-        text: str,
-        derivative: Derivative,
-        symbol: str,
-        node: fx.Node | None = None,
-        said: str = "",
+        self, op: str, text: str, derivative: Derivative, symbol: str, node: fx.Node | None = None, said: str = "",
         axes: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> OpStep:
+    ) -> OpStep:  # fmt: skip
         if symbol == self._symbol(self.program.output):
             axes = self.axes
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
@@ -273,9 +254,8 @@ class Story:
         x = self.args[self.wrt]
         generator = torch.Generator(device="cpu").manual_seed(0)
         g = torch.randn(J.out_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
-        expected: Any = torch.autograd.functional.vjp(alone, x, g)[
-            1
-        ]  # plain autograd: what users' gradients are made by
+        # Plain autograd: what users' gradients are made by.
+        expected: Any = torch.autograd.functional.vjp(alone, x, g)[1]
         scope: dict[str, Any] = {"torch": torch, "g": g, **namespace}
         exec(code, scope)
         checks = [("the code above against autograd's vjp", deviation(scope["x_bar"], expected))]

@@ -61,9 +61,6 @@ def example_call(example: Example) -> OpCall:
     result = example.target(*args, **kwargs)
     several = isinstance(result, (tuple, list))
     return OpCall(
-        example.target,
-        tuple(args),
-        kwargs,
-        result[example.part] if several else result,
+        example.target, tuple(args), kwargs, result[example.part] if several else result,
         example.part if several else None,
-    )
+    )  # fmt: skip

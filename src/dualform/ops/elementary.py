@@ -81,8 +81,7 @@ row("aten::i0", "aten::special_i0e", "aten::special_i1", "aten::special_i1e", en
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u):
-    value and slopes share one sigmoid."""
+    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u), shared with the slopes."""
     return x * (torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else _normal(x))
 
 

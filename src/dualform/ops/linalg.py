@@ -124,8 +124,7 @@ def _cholesky(call: OpCall, operand: int) -> list[Term]:
     "aten::cholesky_solve", examples=[call("", T("b n k"), BNN), call("", T("n k"), NN, True), call("", T("n k"), BNN)]
 )
 def _cholesky_solve(call: OpCall, operand: int) -> list[Term]:
-    """L L^T X = B: dX = C dB - C (dL L^T + L dL^T) X, C = (L L^T)^-1; as in torch,
-    for the half of dL that is not read too."""
+    """L L^T X = B: dX = C dB - C (dL L^T + L dL^T) X, C = (L L^T)^-1; as in torch, for all of dL."""
     B, L = call.operands
     upper, X = call.bound["upper"], call.out
     *batch, i, k = fresh_axes(X.shape)

@@ -185,8 +185,7 @@ def _group_norm(call: OpCall, operand: int) -> list[Term]:
     ],
 )  # fmt: skip
 def _batch_norm(call: OpCall, operand: int) -> list[Term]:
-    """With running statistics, an affine map of each channel; with those of the batch,
-    as layer_norm over all but the channel."""
+    """With running statistics affine in each channel; with those of the batch, layer_norm over all but the channel."""
     b, x = call.bound, call.bound["input"]
     own = call.target._schema.name == "aten::instance_norm"
     axes = fresh_axes(x.shape)
@@ -216,18 +215,10 @@ def _batch_norm(call: OpCall, operand: int) -> list[Term]:
 
 
 def _normalised(
-    call: OpCall,
-    operand: int,
-    out: tuple[Axis, ...],
-    h: Tensor,
-    r: Tensor,
-    over: Sequence[Label],
-    gain: tuple[Axis, ...],
-    centred_too: bool = True,
-    split: tuple[Axis, ...] | None = None,
-) -> list[Term]:
-    """The derivative of w h + b: h and r have axes `split` (or `out`), normalised over the labels `over`; w,
-    b have `gain`."""
+    call: OpCall, operand: int, out: tuple[Axis, ...], h: Tensor, r: Tensor, over: Sequence[Label],
+    gain: tuple[Axis, ...], centred_too: bool = True, split: tuple[Axis, ...] | None = None,
+) -> list[Term]:  # fmt: skip
+    """The derivative of w h + b: h, r have axes `split` (or `out`), normalised over labels `over`; w, b have `gain`."""
     where = call.places[operand][0]
     own = out if split is None else split
     hat = make_factor(h, own, "h")

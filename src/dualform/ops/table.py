@@ -287,8 +287,7 @@ def add_row(row: Row) -> None:
 
 
 def row(*names: str, **columns: Any) -> Callable[[Any], Any]:
-    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one. columns:
-    as `Row` has them."""
+    """Add a row, with the columns of `Row`, for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
 
     def add(rule: Rule | None) -> Rule | None:
         for name in names:

@@ -29,14 +29,9 @@ def _each(value: Any, rank: int) -> list[int]:
 
 
 def _convolved(
-    call: OpCall,
-    operand: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    call: OpCall, operand: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
     transposed: bool,
-) -> list[Term]:
+) -> list[Term]:  # fmt: skip
     """The module's equation; transposed, x and out change places in it."""
     x, weight = call.bound["input"], call.bound["weight"]
     rank = weight.ndim - 2

@@ -70,12 +70,9 @@ def evaluate(
     model.train(was_training)
     nats, tokens = float(total.sum()), float(count.sum())
     return Evaluation(
-        loss=nats / tokens,
-        bits_per_byte=nats / math.log(2) / num_bytes,
-        num_bytes=num_bytes,
-        tokens_per_second=n * rows.seq_len / seconds,
-        loss_by_position=tuple((total / count.clamp(min=1)).tolist()),
-    )
+        loss=nats / tokens, bits_per_byte=nats / math.log(2) / num_bytes, num_bytes=num_bytes,
+        tokens_per_second=n * rows.seq_len / seconds, loss_by_position=tuple((total / count.clamp(min=1)).tolist()),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -144,8 +141,7 @@ def plot_loss_by_position(curves: dict[str, tuple[float, ...]], path: Path) -> P
 
 
 def terminal_plot(curves: dict[str, tuple[float, ...]], width: int = 60, height: int = 12) -> str:
-    """Draw the same picture in characters, each curve with its name on it:
-    without colours nothing else tells them apart."""
+    """Draw the same in characters, each curve with its name on it: without colours nothing else tells them apart."""
     import plotille  # here: of the extra `viz`
 
     figure = plotille.Figure()

@@ -118,8 +118,7 @@ class TrainingRun:
 
 
 def resumed(document: Mapping[str, Any]) -> Settings:
-    """Return the settings of the run in a document's output folder,
-    with what else the document asks for laid over them.
+    """Return the settings of the run in a document's output folder, what else it asks for laid over them.
 
     Raises: SettingsError if there is no run.
     """
@@ -260,8 +259,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Give the folder to write that becomes `target` once it is left without an error;
-    until then `target` is what it was."""
+    """Give a folder to write that becomes `target`, unchanged until then, once it is left without an error."""
     work = target.parent / WORKSHOP
     _clear(work)
     made = work / target.name
