@@ -159,11 +159,8 @@ class Signature(NamedTuple):
                 f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make "
                 "them agree."
             )
-        if q.shape[3] == self.width and v.shape[3] != self.out_width:
-            raise ShapeError(
-                f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them "
-                "agree."
-            )
+        if q.shape[3] == self.width and self.out_width is not None:
+            expect_width(v, self.out_width)
         for name, x in (("mask", mask), ("reset", reset)):
             if x is not None and (x.shape != (B, T) or x.dtype != torch.bool):
                 raise ShapeError(
@@ -258,6 +255,12 @@ class Signature(NamedTuple):
                 )
             found[name] = x
         return found
+
+
+def expect_width(v: Tensor, V: int) -> None:
+    """Refuse values of another width than the learner's output."""
+    if v.shape[3] != V:
+        raise ShapeError(f"program: v has width {v.shape[3]}; expected the learner's output V = {V}. Make them agree.")
 
 
 def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -313,12 +312,12 @@ class FrontDoor:
 
         Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
         """
-        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.turn(n) or (n == 1 and asked.is_read)]
-        for _ in range(_TURNS):
+        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.fork(n) or (n == 1 and asked.is_read)]
+        for _ in range(_FORKS):
             if not left:
                 break
-            n, turn = left[0], asked.turn(left[0])
-            at = f"`{turn.where}`" if turn else ""
+            n, fork = left[0], asked.fork(left[0])
+            at = f"`{fork.where}`" if fork else ""
             try:
                 _, _, wrong, there = made(n)
             except TraceError as error:
@@ -329,7 +328,7 @@ class FrontDoor:
             if wrong:
                 first = "" if wrong.startswith(at) else f"{at}: then "
                 return counts(who, f"{first}{wrong} (for {W} and {n} tokens)")
-            left = [m for m in left if m != n and there.turn(m)]
+            left = [m for m in left if m != n and there.fork(m)]
         return None
 
     def _analysis(
@@ -423,29 +422,4 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 # Choices are looked for up to so many tokens, in so many traces at most; beyond these, the first call shows them.
-_MANY, _TURNS = 16, 8
-# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
-_TRIALS = 32
-
-
-def infer_width(learner: nn.Module) -> int | None:
-    """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
-    said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
-    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
-    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
-    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
-    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
-    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
-    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
-    return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
-
-
-def _runs(learner: nn.Module, K: int) -> bool:
-    p = next(learner.parameters(), torch.empty(()))
-    buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = Twin(learner)(buffers, torch.zeros(3, K, dtype=p.dtype, device=p.device))
-            return not isinstance(found, Tensor) or found.shape[:1] == (3,)
-    except Exception:
-        return False
+_MANY, _FORKS = 16, 8

@@ -20,13 +20,13 @@ from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning.backends import Code, backend_of, backends_key, chosen_in_words
-from dualform.learning.call import Call, Signature
+from dualform.learning.call import Call, Signature, expect_width
 from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
 from dualform.learning.forms import forms
-from dualform.learning.front_door import FrontDoor, Parts, infer_width
+from dualform.learning.front_door import FrontDoor, Parts
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.op import register, scan
@@ -38,6 +38,7 @@ from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, is_known, undisturbed
+from dualform.learning.width import infer_width
 from dualform.shapes import ShapeError
 
 
@@ -71,8 +72,11 @@ class ChunkProgram(nn.Module):
         self._derive()
 
     def _derive(self) -> None:
+        dtype = self.signature.kind[0]
         if self.width is not None:
-            self.plan(self.width, self.signature.kind[0], "auto")
+            self.plan(self.width, dtype, "auto")
+        else:  # the rule's mistakes are no less known
+            undisturbed(lambda: [self.door.trace_rule(max(2, self.chunk) + n, dtype) for n in range(2)])
 
     @property
     def parts(self) -> Parts:
@@ -253,7 +257,8 @@ class ChunkProgram(nn.Module):
         self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
         if not compiles():
-            self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            expect_width(call.v, made.derivation.V)
             self._expect_fixed(call.slow)
         return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
 
