@@ -13,7 +13,7 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,9 +25,10 @@ from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
+from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
-from dualform.shapes import TraceError
+from dualform.shapes import TraceError, require
 
 aten = torch.ops.aten
 
@@ -48,24 +49,35 @@ class Parts(NamedTuple):
 
 def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Parts:
     """Sort a learner's tensors: slow are those that patterns (given, and the module's own `slow`) or `frozen` name."""
-    patterns = (*slow, *getattr(learner, "slow", ()))
+    own = getattr(learner, "slow", ())
+    own = () if isinstance(own, Tensor | nn.Module) else own  # a part of that name
+    found = (*patterns("slow", slow), *patterns("the learner's own slow", own))
     named = dict(learner.named_parameters())
-    for pattern in patterns:
+    for pattern in found:
         if not fnmatch.filter(named, pattern):
             raise DerivationError(
                 f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an "
                 "fnmatch pattern of one. Correct or drop it."
             )
-    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
+    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in found) for name in named}
     fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
     if not fast:
         still = f", requires_grad=False {sorted(n for n in frozen if n in named)}" if frozen else ""
         raise DerivationError(
-            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}{still}); "
+            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(found)}{still}); "
             "expected at least one. A learner without weights cannot learn: give it an nn.Parameter that requires a "
             "gradient."
         )
     return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
+
+
+def patterns(name: str, given: Any) -> tuple[str, ...]:
+    """Read fnmatch patterns: one alone is not read letter by letter."""
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Tensor) else (None,)
+    advice = f"Write ({given!r},)." if isinstance(given, str) else "Name parameters, as in ('norm.*', '*.bias')."
+    is_right = all(isinstance(p, str) for p in found)
+    require(is_right, "derive", name, given, "a tuple of fnmatch patterns", advice, DerivationError)
+    return cast("tuple[str, ...]", found)
 
 
 @dataclass(eq=False)
@@ -126,7 +138,11 @@ class FrontDoor:
 
     @property
     def target(self) -> str:
-        return getattr(self.objective, "target", "v")
+        """What the objective compares with: v, unless it says otherwise in a word."""
+        found = getattr(self.objective, "target", "v")
+        if not isinstance(found, str):
+            return "v"
+        return expect_target("derive", "the objective's target", found, DerivationError)
 
     def read(self) -> bool:
         """Read everything anew; return whether a trace made before still stands."""
