@@ -794,6 +794,96 @@ def test_sizes_of_as_many_rows_as_tokens_are_right(name, chunk):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+# -- what fails at every width, or whatever the width, fails at derive
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A learner whose width no attribute says."""
+
+    def __init__(self, body=None, *shapes):
+        super().__init__()
+        self.W, *self.rest = (nn.Parameter(rand(*shape, seed=3) / 2) for shape in shapes or [(4, 4)])
+        self.V, self.body = (self.rest or [None])[0], body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def raising(kind, *words):
+    def body(s, x):
+        h = torch.tanh(x @ s.W)
+        raise kind(*words) if h.requires_grad or len(words) else kind
+        return h
+
+    return body
+
+
+def three_axes(s, x):
+    batch, time, width = x.shape
+    return (x @ s.W).view(batch, time, width)
+
+
+FAILING = {
+    "no attribute": (
+        Wide(lambda s, x: x @ s.missing),
+        r"test_front_door.py:\d+\)` failed with AttributeError: .*missing",
+    ),
+    "no key": (Wide(lambda s, x: {"y": x @ s.W}["z"]), r"py:\d+\)` failed with KeyError: 'z'"),
+    "an argument": (Wide(lambda s, x, y: x @ s.W), "failed with TypeError"),
+    "raises": (Wide(raising(RuntimeError, "broken")), r"raise kind.*py:\d+\)` failed with RuntimeError: broken"),
+    "raises at once": (Wide(lambda s, x: 1 / 0), r"py:\d+\)` failed with ZeroDivisionError"),
+    "no widths fit": (Wide(lambda s, x: x @ s.W @ s.V, (4, 4), (5, 4)), r"py:\d+\)` failed with .*4.*5, 4"),
+    "nor in the second line": (
+        Wide(lambda s, x: F.linear(F.linear(x, s.W).relu(), s.V), (8, 4), (4, 6)),
+        "failed with",
+    ),
+    "parts of torch": (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(6, 4)), r"`Linear\(in_features=6.*failed"),
+    "no forward": (nn.ParameterList([rand(4, 4)]), "should not be called"),
+    "three axes": (Wide(three_axes), r"batch, time, width = x.shape   \(.*expected 3, got 2"),
+    "one number": (Wide(lambda s, x: (x @ s.W).sum()), "mixes tokens at .*sum"),
+    "one number of all": (Wide(lambda s, x: (x * s.W).sum(), (4,)), "mixes tokens at .*sum"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_learner_that_fails_whatever_the_width_fails_at_derive(name):
+    learner, words = FAILING[name]
+    with pytest.raises(ValueError, match=words):
+        df.derive(learner, chunk=3, prove=False)
+
+
+# Widths that nothing shows: 77 = 7 times 11, 100 = 2 times 50.
+HIDDEN = {
+    "viewed": (lambda s, x: x.view(-1, 7, 11).mean(-1) * s.W, (7,), 77),
+    "checked": (lambda s, x: x.view(-1, 7, 11).mean(-1) * s.W if x.shape[-1] == 77 else 1 / 0, (7,), 77),
+    "split": (lambda s, x: sum(half[:, :7] for half in x.split(50, -1)[1:2] or 1 / 0) * s.W, (7,), 100),
+    "unpacked": (lambda s, x: (lambda a, b: a[:, :7] * b[:, :7])(*x.split(50, -1)) * s.W, (7,), 100),
+    "indexed": (lambda s, x: x[:, [76, *range(6)]] * s.W, (7,), 77),
+    "looked up": (lambda s, x: x.index_select(-1, torch.arange(70, 77)) * s.W, (7,), 77),
+    "columns": (
+        lambda s, x: sum(x[:, k] for k in range(x.shape[1])).view(-1, 1) * x.view(-1, 7, 11)[..., 0] * s.W,
+        (7,),
+        77,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_width_that_nothing_shows_is_known_at_the_call(name):
+    body, shape, K = HIDDEN[name]
+    program = df.derive(Wide(body, shape), rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    assert program.width is None
+    q, k, v = rand(1, 5, 1, K, seed=1), rand(1, 5, 1, K, seed=2), rand(1, 5, 1, 7, seed=3)
+    found, right = (program(q, k, v, form=form, backend="eager")[0] for form in ("auto", "primal"))
+    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+    with pytest.raises(df.ShapeError, match=r"v has width 4; expected the learner's output V = 7"):
+        program(q, k, v[..., :4])
+    rule = df.Rule(step=lambda i, lr: df.Step(((1.0,),), (lr / i.numel(),), (1.0,), 1.0))
+    with pytest.raises(df.DerivationError, match="the rule reads the number of tokens"):
+        df.derive(Wide(body, shape), rule=rule, chunk=3, prove=False)
+
+
 calls = itertools.count(1)
 
 

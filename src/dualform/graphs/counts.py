@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 _Of = Callable[[int], Any]
-_READ = {getattr(Tensor, n) for n in ("size", "stride", "numel", "nelement", "__len__")} | {torch.numel}
-_READ |= {getattr(Tensor, n).__get__ for n in ("shape", "nbytes") if hasattr(getattr(Tensor, n), "__get__")}
+_READ: set[Any] = {Tensor.size, Tensor.stride, Tensor.numel, Tensor.nelement, Tensor.__len__, torch.numel}
+_READ |= {vars(torch._C.TensorBase)[n].__get__ for n in ("shape", "nbytes")}
 _SQUEEZED = {torch.squeeze, Tensor.squeeze, Tensor.squeeze_}
 
 
-class Choice(NamedTuple):
+class Fork(NamedTuple):
     """Something decided by a number: what it is for so many rows, what it was, and the caller's line."""
 
     at: _Of
@@ -39,7 +39,7 @@ class Asked:
         self.W = W
         self.note: Callable[[], str] = str  # gives the caller's line
         self.is_read, self.is_over = False, False
-        self.choices: list[Choice] = []
+        self.forks: list[Fork] = []
 
     def told(self, n: Any) -> Any:
         """A size as it is read: as many rows know that they are."""
@@ -50,14 +50,14 @@ class Asked:
         self.is_read = True
         return _made(self, lambda rows: n // self.W * rows)
 
-    def choose(self, at: _Of, found: Any) -> Any:
-        """Note what is decided."""
-        self.choices.append(Choice(at, found, self.note()))
+    def decided(self, at: _Of, found: Any) -> Any:
+        """Note what a number decides, and give it."""
+        self.forks.append(Fork(at, found, self.note()))
         return found
 
-    def turn(self, n: int) -> Choice | None:
-        """The first choice that is another for n rows."""
-        return next((c for c in self.choices if _value(c.at, n) != c.found), None)
+    def fork(self, n: int) -> Fork | None:
+        """The first that goes otherwise for n rows."""
+        return next((c for c in self.forks if _value(c.at, n) != c.found), None)
 
 
 def _value(at: _Of, n: int) -> Any:
@@ -107,7 +107,7 @@ class _Told:
 
     asked: Asked
     at: _Of
-    plain: Callable[[], Any]
+    plain: Callable[..., Any]
 
     def __reduce__(self) -> Any:
         return type(self.plain()), (self.plain(),)
@@ -144,28 +144,15 @@ def _done(do: Callable[..., Any], *given: Any) -> Any:
 
     if not own or (do in _EQUAL and len(own) < 2 and value is (do is operator.eq)):
         return value  # what equals a number exactly is a key of what somebody keeps for so many rows
-    return own[0].asked.choose(at, value) if do in _DECIDE else _made(own[0].asked, at)
+    return own[0].asked.decided(at, value) if do in _DECIDE else _made(own[0].asked, at)
 
 
-_ARITHMETIC = "add sub mul floordiv truediv mod pow and or xor lshift rshift"
 _EQUAL = (operator.eq, operator.ne)
 # What gives one of few values, or a number that tells nothing more.
-_DECIDE = {
-    *_EQUAL,
-    operator.lt,
-    operator.le,
-    operator.gt,
-    operator.ge,
-    operator.mod,
-    operator.and_,
-    bool,
-    int,
-    float,
-    repr,
-}
-_ALONE = {"bool": bool, "int": int, "float": float, "repr": repr, "round": round} | {
-    "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc,
-}  # fmt: skip
+_DECIDE = {*_EQUAL, operator.lt, operator.le, operator.gt, operator.ge, operator.mod, operator.and_}
+_DECIDE |= {operator.index, bool, int, float, repr}
+_METHODS: dict[str, Any] = {name: do for name, do in vars(operator).items() if name in dir(int) and callable(do)}
+_METHODS |= {f"__{f.__name__}__": f for f in (bool, int, float, repr, round, pow, math.floor, math.ceil, math.trunc)}
 
 
 def _method(do: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
@@ -175,9 +162,7 @@ def _method(do: Callable[..., Any], reflected: bool = False) -> Callable[..., An
     return run
 
 
-for _name in (*_ARITHMETIC.split(), *"eq ne lt le gt ge neg pos abs invert".split()):
-    setattr(_Told, f"__{_name}__", _method(getattr(operator, f"__{_name}__")))
-for _name in _ARITHMETIC.split():
-    setattr(_Told, f"__r{_name}__", _method(getattr(operator, f"__{_name}__"), reflected=True))
-for _name, _do in _ALONE.items():
-    setattr(_Told, f"__{_name}__", _method(_do))
+for _name, _do in _METHODS.items():
+    setattr(_Told, _name, _method(_do))
+    if hasattr(int, _other := _name.replace("__", "__r", 1)):
+        setattr(_Told, _other, _method(_do, reflected=True))

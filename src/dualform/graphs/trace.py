@@ -328,7 +328,11 @@ def _refuse_data(where: str) -> NoReturn:
 def _raised_at(error: Exception) -> str:
     """The caller's line that an error comes from."""
     frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
-    return _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
+    if frames:
+        return _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "")
+    called = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
+    parts = [x for frame in called if isinstance(x := frame.f_locals.get("self"), torch.nn.Module)]
+    return repr(parts[-1]).partition("\n")[0] if parts else "the function"
 
 
 def _reraise(error: Exception) -> NoReturn:

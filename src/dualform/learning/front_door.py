@@ -10,11 +10,10 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,9 +25,10 @@ from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
+from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
-from dualform.shapes import TraceError
+from dualform.shapes import TraceError, require
 
 aten = torch.ops.aten
 
@@ -49,24 +49,35 @@ class Parts(NamedTuple):
 
 def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Parts:
     """Sort a learner's tensors: slow are those that patterns (given, and the module's own `slow`) or `frozen` name."""
-    patterns = (*slow, *getattr(learner, "slow", ()))
+    own = getattr(learner, "slow", ())
+    own = () if isinstance(own, Tensor | nn.Module) else own  # a part of that name
+    found = (*patterns("slow", slow), *patterns("the learner's own slow", own))
     named = dict(learner.named_parameters())
-    for pattern in patterns:
+    for pattern in found:
         if not fnmatch.filter(named, pattern):
             raise DerivationError(
                 f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an "
                 "fnmatch pattern of one. Correct or drop it."
             )
-    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
+    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in found) for name in named}
     fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
     if not fast:
         still = f", requires_grad=False {sorted(n for n in frozen if n in named)}" if frozen else ""
         raise DerivationError(
-            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}{still}); "
+            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(found)}{still}); "
             "expected at least one. A learner without weights cannot learn: give it an nn.Parameter that requires a "
             "gradient."
         )
     return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
+
+
+def patterns(name: str, given: Any) -> tuple[str, ...]:
+    """Read fnmatch patterns: one alone is not read letter by letter."""
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Tensor) else (None,)
+    advice = f"Write ({given!r},)." if isinstance(given, str) else "Name parameters, as in ('norm.*', '*.bias')."
+    is_right = all(isinstance(p, str) for p in found)
+    require(is_right, "derive", name, given, "a tuple of fnmatch patterns", advice, DerivationError)
+    return cast("tuple[str, ...]", found)
 
 
 @dataclass(eq=False)
@@ -127,7 +138,11 @@ class FrontDoor:
 
     @property
     def target(self) -> str:
-        return getattr(self.objective, "target", "v")
+        """What the objective compares with: v, unless it says otherwise in a word."""
+        found = getattr(self.objective, "target", "v")
+        if not isinstance(found, str):
+            return "v"
+        return expect_target("derive", "the objective's target", found, DerivationError)
 
     def read(self) -> bool:
         """Read everything anew; return whether a trace made before still stands."""
@@ -313,12 +328,12 @@ class FrontDoor:
 
         Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
         """
-        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.turn(n) or (n == 1 and asked.is_read)]
-        for _ in range(_TURNS):
+        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.fork(n) or (n == 1 and asked.is_read)]
+        for _ in range(_FORKS):
             if not left:
                 break
-            n, turn = left[0], asked.turn(left[0])
-            at = f"`{turn.where}`" if turn else ""
+            n, fork = left[0], asked.fork(left[0])
+            at = f"`{fork.where}`" if fork else ""
             try:
                 _, _, wrong, there = made(n)
             except TraceError as error:
@@ -329,7 +344,7 @@ class FrontDoor:
             if wrong:
                 first = "" if wrong.startswith(at) else f"{at}: then "
                 return counts(who, f"{first}{wrong} (for {W} and {n} tokens)")
-            left = [m for m in left if m != n and there.turn(m)]
+            left = [m for m in left if m != n and there.fork(m)]
         return None
 
     def _analysis(
@@ -423,29 +438,4 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 # Choices are looked for up to so many tokens, in so many traces at most; beyond these, the first call shows them.
-_MANY, _TURNS = 16, 8
-# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
-_TRIALS = 32
-
-
-def infer_width(learner: nn.Module) -> int | None:
-    """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
-    said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
-    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
-    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
-    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
-    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
-    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
-    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
-    return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
-
-
-def _runs(learner: nn.Module, K: int) -> bool:
-    p = next(learner.parameters(), torch.empty(()))
-    buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = Twin(learner)(buffers, torch.zeros(3, K, dtype=p.dtype, device=p.device))
-            return not isinstance(found, Tensor) or found.shape[:1] == (3,)
-    except Exception:
-        return False
+_MANY, _FORKS = 16, 8
