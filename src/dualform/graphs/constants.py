@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.recorder import Recorded
 from dualform.shapes import TraceError
+from dualform.storages import contents
 
 # What reads values; what makes sizes of them.
 _READ = {
@@ -46,6 +48,7 @@ _RANDOM = {
 }
 _RANDOM |= {torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.normal, torch.poisson}
 
+_OFTEN = 1 << 16  # bytes, up to which memory is looked at before each op, not at the end alone
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -58,6 +61,7 @@ class Constants:
         self.read: list[Tensor] = []
         self.shared: list[tuple[Tensor, int, str]] = []  # what numpy looks at, with its version and who let it
         self._made: dict[int, tuple[Tensor, int, Callable[[], Tensor]]] = {}
+        self._there: dict[str, bytes | int] = {}  # what lies in the memory that the trace closes over
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """Take the inputs of the function that is traced."""
@@ -80,6 +84,25 @@ class Constants:
                     f"trace: `{where}` looks at a tensor's memory, which is written to later; expected a pure function "
                     "of its inputs. Take x.clone().numpy(), or look at it after the last write."
                 )
+
+    def overwritten(self, *, small: bool) -> fx.Node | None:
+        """Find what has read memory that numpy or Python has written to since, of which no op tells; small: look there alone."""
+        mode: Any = get_proxy_mode()
+        tracer = getattr(mode, "tracer", mode)
+        held = {} if tracer is None else vars(tracer.root) | dict(tracer.root.named_parameters())
+        for name, x in held.items():
+            if not isinstance(x, Tensor) or (small and x.nbytes > _OFTEN):
+                continue
+            with torch._C.DisableTorchFunction():
+                now = contents(x)
+            if now != self._there.setdefault(name, now):
+                found = [n for n in tracer.graph.nodes if n.op == "get_attr" and n.target == name]
+                lifted = [u for n in found for u in n.users]
+                read = (y for u in lifted for y in (u.users if "lift_fresh" in str(u.target) else [u]))
+                if (reader := next(iter(read), None)) is not None:
+                    return reader
+                self._there[name] = now
+        return None
 
     def knows(self, x: Any) -> bool:
         """Is it no tensor, or one whose value is known?"""

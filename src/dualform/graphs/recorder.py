@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from dualform.graphs.edit import Graph, unwritten
 from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
 from dualform.ops.truths import OPERATORS
+from dualform.storages import memory_of
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -146,7 +147,7 @@ class Recorder(_Writing, TorchDispatchMode):
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op in place by its twin that is not, where nobody else sees the tensor."""
         twin, x = twin_of(func), args[0] if args else None
-        if twin is None or not isinstance(x, Recorded) or self.storages[_storage(x.shape_of)] > 1:
+        if twin is None or not isinstance(x, Recorded) or self.storages[memory_of(x.shape_of)] > 1:
             raise CannotRecord(str(func))
         with self:
             result = twin(*args, **kwargs)
@@ -163,16 +164,12 @@ class Recorder(_Writing, TorchDispatchMode):
     def _wrapped(self, made: Any, node: fx.Node) -> Any:
         if isinstance(made, Tensor):
             node.meta["val"] = made = made if made.device == META else made.to(META)
-            self.storages[_storage(made)] += 1
+            self.storages[memory_of(made)] += 1
             return Recorded(made, node)
         if isinstance(made, tuple | list):
             node.meta["val"] = made
             return tuple(self._wrapped(x, self._call(operator.getitem, (node, n), {})) for n, x in enumerate(made))
         return None
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 def record(f: Callable[..., Any], tensors: Sequence[Tensor], table: Table) -> fx.GraphModule:
@@ -227,7 +224,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         return self._recorded(made, node)
 
     def _recorded(self, made: Tensor, node: fx.Node) -> Recorded:
-        return Recorded(made, node, self.writes.setdefault(_storage(made), [0]))
+        return Recorded(made, node, self.writes.setdefault(memory_of(made), [0]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -241,7 +238,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         if func is aten.lift_fresh.default:
             func = aten.lift_fresh_copy.default
         hollow = (each(args, self._hollow), {name: each(x, self._hollow) for name, x in kwargs.items()})
-        if writes and _storage(hollow[0][0].shape_of) in {_storage(x.shape_of) for _, x in self.outside.values()}:
+        if writes and memory_of(hollow[0][0].shape_of) in {memory_of(x.shape_of) for _, x in self.outside.values()}:
             raise WritesOutside(str(func))
         if writes and not isinstance(args[0], Recorded):
             raise CannotRecord(str(func))

@@ -86,6 +86,8 @@ def trace(
                 f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
                 "Clone it first, or return the new value."
             ) from None
+        except WrittenPast:  # a second run would find it written
+            raise
         except Exception:  # whatever it is, torch's own tracer knows more, or says it better
             return _traced_by_torch(f, args, known, look)
 
@@ -156,8 +158,12 @@ class _Lines(TorchFunctionMode):
         self.selected = Selected(lambda: _refuse_data(_note()), listener.marked)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        _note()
+        _expect_unwritten(self.constants, _note())
+        result = self._called(func, args, kwargs or {})
+        self.constants.overwritten(small=True)  # to know what lies in what was read now
+        return result
+
+    def _called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__module__", "") == "torch._functorch.predispatch":
             func = self.listener.transform(func)
         if not self.listener.sees((args, kwargs)):
@@ -195,6 +201,20 @@ def _note() -> str:
     text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
     fx_traceback.current_meta["stack_trace"] = text
     return _shown(file, number, line) if file else ""
+
+
+class WrittenPast(TraceError):
+    """The function writes to memory that it has read, past torch's ops."""
+
+
+def _expect_unwritten(constants: Constants, where: str = "") -> None:
+    reader = constants.overwritten(small=bool(where))
+    if reader is not None:
+        before = f" before `{where}`" if where else ""
+        raise WrittenPast(
+            f"trace: `{source_line(reader)}` reads memory that is written to{before}, past torch's ops; expected a pure function "
+            "of its inputs. Copy it first: torch.tensor(array), or x.clone()."
+        )
 
 
 def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
@@ -250,6 +270,7 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener)
             result = f(*args)
             lines.selected.end(result)
             constants.end()
+            _expect_unwritten(constants)
             return result
 
     return run
