@@ -15,7 +15,8 @@ def memory_of(x: Tensor) -> int:
 
     Raises: NotImplementedError or RuntimeError for a tensor inside a transform, which has none.
     """
-    storage = x.untyped_storage()
+    with torch._C.DisableTorchFunction():
+        storage = x.untyped_storage()
     return (storage.data_ptr() if type(x) in _PLAIN else 0) or storage._cdata  # of no numbers, it is nowhere
 
 
@@ -27,7 +28,13 @@ def contents(x: Tensor) -> bytes | int:
     try:
         if type(x) in _PLAIN and x.device.type == "cpu" and x.layout == torch.strided and x.numel():
             span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            return ctypes.string_at(x.data_ptr(), span * x.element_size())
+            with torch._C.DisableTorchFunction():
+                return ctypes.string_at(x.data_ptr(), span * x.element_size())
     except RuntimeError:  # inside a transform
         pass
+    return times_written(x)
+
+
+def times_written(x: Tensor) -> int:
+    """How often torch has written to it."""
     return 0 if x.is_inference() else x._version

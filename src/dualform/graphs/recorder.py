@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from dualform.graphs.edit import Graph, unwritten
-from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
+from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, is_reshaped, leaves_in, on_meta
 from dualform.ops.truths import OPERATORS
 from dualform.storages import memory_of
 
@@ -233,7 +233,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
             raise CannotRecord(str(func))
         writes = [k for k, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         is_plain = writes == [0] and isinstance(args[0], Tensor) and len(func._schema.returns) == 1
-        if writes and (not is_plain or torch.Tag.inplace_view in func.tags):
+        if writes and (not is_plain or is_reshaped(func)):
             raise CannotRecord(str(func))
         if func is aten.lift_fresh.default:
             func = aten.lift_fresh_copy.default

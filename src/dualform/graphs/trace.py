@@ -210,10 +210,10 @@ class WrittenPast(TraceError):
 def _expect_unwritten(constants: Constants, where: str = "") -> None:
     reader = constants.overwritten(small=bool(where))
     if reader is not None:
-        before = f" before `{where}`" if where else ""
+        before = f" (before `{where}`)" if where else ""
         raise WrittenPast(
-            f"trace: `{source_line(reader)}` reads memory that is written to{before}, past torch's ops; expected a pure function "
-            "of its inputs. Copy it first: torch.tensor(array), or x.clone()."
+            f"trace: `{source_line(reader)}` reads memory that is written to later{before}, past torch's ops; expected a pure "
+            "function of its inputs. Copy the array first: torch.tensor(array)."
         )
 
 
