@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.recorder import Recorded
+from dualform.graphs.this_thread import no_modes
 from dualform.shapes import TraceError
 from dualform.storages import contents, times_written
 
@@ -271,5 +271,5 @@ class _Written(Exception):
 @contextmanager
 def aside() -> Iterator[None]:
     """Compute, out of sight of the trace."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), no_modes(), torch.no_grad():
         yield

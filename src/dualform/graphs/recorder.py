@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
-from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_autocast_cache, make_fx
 from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch, map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from dualform.graphs.edit import Graph, unwritten
 from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, is_reshaped, leaves_in, on_meta
+from dualform.graphs.this_thread import caller, no_modes
 from dualform.ops.truths import OPERATORS
 from dualform.storages import memory_of
 
@@ -192,7 +192,7 @@ def below_dispatch(f: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
             return record(f, tensors, {})
         except (CannotRecord, RuntimeError):  # torch's own tracer knows more
             pass
-    with _disable_current_modes():
+    with no_modes():
         with FakeTensorMode(allow_non_fake_inputs=True):
             tensors = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Hollow) else x for x in tensors
@@ -258,7 +258,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = super()._call(func, args, kwargs)
-        node.meta["stack_trace"] = fx_traceback.current_meta.get("stack_trace", "")
+        node.meta["stack_trace"] = caller.line
         return node
 
     def _shown(self, x: Tensor) -> Tensor:

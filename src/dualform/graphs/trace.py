@@ -36,6 +36,7 @@ from dualform.graphs.recorder import WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.selected import Selected
 from dualform.graphs.single_results import normalised
+from dualform.graphs.this_thread import apart, caller
 from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -92,8 +93,12 @@ def trace(
             return _traced_by_torch(f, args, known, look)
 
     still = no_draws(generators, run, _line_of) if generators else nullcontext()
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled(), still:
-        return run()
+    before = caller.line
+    with apart(), torch.enable_grad(), _uncompiled(), still:
+        try:
+            return run()
+        finally:
+            caller.line = before
 
 
 def _recorded(
@@ -122,7 +127,7 @@ def _traced_by_torch(
     mode = "real" if fake else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()))
     # A graph's Python code is written when somebody runs it: most are only read.
-    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"):
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), _lines_told():
         try:
             gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -199,7 +204,9 @@ def _note() -> str:
         frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
     number = frame.f_lineno if frame else 0
     text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
-    fx_traceback.current_meta["stack_trace"] = text
+    caller.line = text
+    if caller.is_told:
+        fx_traceback.current_meta["stack_trace"] = text
     return _shown(file, number, line) if file else ""
 
 
@@ -274,6 +281,17 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener)
             return result
 
     return run
+
+
+@contextmanager
+def _lines_told() -> Iterator[None]:
+    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
+    before, caller.is_told = caller.is_told, True
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        caller.is_told = before
 
 
 @contextmanager
