@@ -22,6 +22,7 @@ floors = [
     "auto_classes",
     "shapes",
     "bounded",
+    "storages",
     "catalogue",
     "algebra",
     "ops",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dualform.algebra.relations import Lookup, Triangle, Window
 from dualform.algebra.terms import Axis, Factor, Label, Term
+from dualform.storages import memory_of
 
 LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
@@ -393,10 +394,9 @@ def stored_bytes(tensors: Sequence[Tensor]) -> int:
     shown: dict[int, dict[tuple, int]] = {}
     total: dict[int, int] = {}
     for t in tensors:
-        storage = t.untyped_storage()
-        key = storage._cdata
+        key = memory_of(t)
         view = (t.storage_offset(), tuple(t.shape), tuple(t.stride()))
         seen = torch.Size([n for n, s in zip(t.shape, t.stride(), strict=True) if s != 0]).numel()
         shown.setdefault(key, {})[view] = seen * t.element_size()
-        total[key] = storage.nbytes()
+        total[key] = t.untyped_storage().nbytes()
     return sum(min(total[key], sum(views.values())) for key, views in shown.items())

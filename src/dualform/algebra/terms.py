@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.storages import memory_of
+
 
 class Label:
     """One atom of an axis. Two labels are the same index if and only if they are the same object."""
@@ -244,6 +246,6 @@ def identity_of(t: Tensor) -> Identity:
     """
     steps = tuple(sorted(zip(t.stride(), t.shape, strict=True), reverse=True))
     try:
-        return (t.untyped_storage()._cdata, t.storage_offset(), steps)
+        return (memory_of(t), t.storage_offset(), steps)
     except (NotImplementedError, RuntimeError):  # tensors inside a transform
         return (id(t),)

@@ -15,12 +15,12 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.algebra.terms import Term
 from dualform.graphs.hollow import META, Hollow, Hollows
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.recorder import below_dispatch
+from dualform.graphs.this_thread import no_modes
 from dualform.graphs.trace import trace
 from dualform.ops.table import OpCall, Target, find_row
 
@@ -69,7 +69,7 @@ def _traced(
         result = definition(*args, **kwargs)
         return result if part is None else result[part]
 
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), Hollows():
+    with temporarily_clear_interpreter_stack(), no_modes(), Hollows():
         stand_ins = _stand_ins(likes)
         try:
             # A composite kernel shows its ops after dispatch only: before it, it is one op again.

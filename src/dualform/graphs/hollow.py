@@ -44,7 +44,7 @@ class Hollow(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _Tag.inplace_view in func.tags and isinstance(args[0], Hollow):  # as an RNN of torch's turns its result
+        if is_reshaped(func) and isinstance(args[0], Hollow):  # as an RNN of torch's turns its result
             with torch._C._DisableTorchDispatch():
                 func(args[0].shape_of, *args[1:], **kwargs or {})
                 return func(*args, **kwargs or {})
@@ -136,6 +136,12 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func._schema.is_mutable and before != [_laid_out(x) for x in args[:1]]:
         raise NotImplementedError(f"{func} changes a shape in place")
     return made
+
+
+@cache
+def is_reshaped(func: Any) -> bool:
+    """Does an op change in place how its tensor lies, as transpose_ does?"""
+    return _Tag.inplace_view in func.tags and "detach" not in func._opname
 
 
 @cache

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.algebra.queries import flipped
 from dualform.algebra.terms import Term
@@ -19,6 +18,7 @@ from dualform.graphs.definitions import defined
 from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, results_of
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
+from dualform.graphs.this_thread import no_modes
 from dualform.graphs.trace import source_line
 from dualform.ops.factories import filled_with
 from dualform.ops.table import OpCall, find_row
@@ -91,7 +91,7 @@ def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
 @cache
 def first_bend(gm: fx.GraphModule) -> fx.Node | None:
     """The first op of a backward that is not linear in the incoming gradient; None if all are."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():  # it computes, also while others trace
+    with temporarily_clear_interpreter_stack(), no_modes():  # it computes, also while others trace
         return _bend(_of_gradient(gm), frozenset({0}))
 
 

@@ -37,6 +37,7 @@ from dualform.graphs.recorder import WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.selected import Selected
 from dualform.graphs.single_results import normalised
+from dualform.graphs.this_thread import apart, caller
 from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -88,12 +89,18 @@ def trace(
                 f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
                 "Clone it first, or return the new value."
             ) from None
+        except WrittenPast:  # a second run would find it written
+            raise
         except Exception:  # whatever it is, torch's own tracer knows more, or says it better
             return _traced_by_torch(f, args, known, look)
 
     still = no_draws(generators, run, _line_of) if generators else nullcontext()
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled(), still, asking(asked, _note):
-        return run()
+    before = caller.line
+    with apart(), torch.enable_grad(), _uncompiled(), still, asking(asked, _note):
+        try:
+            return run()
+        finally:
+            caller.line = before
 
 
 def _recorded(
@@ -122,7 +129,7 @@ def _traced_by_torch(
     mode = "real" if fake else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()))
     # A graph's Python code is written when somebody runs it: most are only read.
-    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"):
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), _lines_told():
         try:
             gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -158,8 +165,12 @@ class _Lines(TorchFunctionMode):
         self.selected = Selected(lambda: _refuse_data(_note()), listener.marked)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        _note()
+        _expect_unwritten(self.constants, _note())
+        result = self._called(func, args, kwargs or {})
+        self.constants.overwritten(small=True)  # to know what lies in what was read now
+        return result
+
+    def _called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__module__", "") == "torch._functorch.predispatch":
             func = self.listener.transform(func)
         if not self.listener.sees((args, kwargs)):
@@ -195,8 +206,24 @@ def _note() -> str:
         frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
     number = frame.f_lineno if frame else 0
     text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
-    fx_traceback.current_meta["stack_trace"] = text
+    caller.line = text
+    if caller.is_told:
+        fx_traceback.current_meta["stack_trace"] = text
     return _shown(file, number, line) if file else ""
+
+
+class WrittenPast(TraceError):
+    """The function writes to memory that it has read, past torch's ops."""
+
+
+def _expect_unwritten(constants: Constants, where: str = "") -> None:
+    reader = constants.overwritten(small=bool(where))
+    if reader is not None:
+        before = f" (before `{where}`)" if where else ""
+        raise WrittenPast(
+            f"trace: `{source_line(reader)}` reads memory that is written to later{before}, past torch's ops; expected a pure "
+            "function of its inputs. Copy the array first: torch.tensor(array)."
+        )
 
 
 def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
@@ -252,9 +279,21 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener)
             result = f(*args)
             lines.selected.end(result)
             constants.end()
+            _expect_unwritten(constants)
             return result
 
     return run
+
+
+@contextmanager
+def _lines_told() -> Iterator[None]:
+    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
+    before, caller.is_told = caller.is_told, True
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        caller.is_told = before
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, GridCall, checkpointed
 from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
+from dualform.storages import memory_of
 
 Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
 M = TypeVar("M")
@@ -308,7 +309,7 @@ class _Sequence(Stretches[Made]):
         if not (alike and all(x.is_contiguous() for x in held) and 0 <= first < chunk):
             return None
         # A state that nothing has been read into yet is the weights themselves.
-        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        ours = overwrite and not set(map(memory_of, held)) & set(map(memory_of, call.init.values()))
         native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
         own, slow = plan.natives.of(NativeFunctions), plan.derivation.constants | call.slow
         marks = own.marks = own.marks or _marks(chunk, call.dtype)

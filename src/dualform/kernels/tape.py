@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from dualform.ops.factories import is_empty
+from dualform.storages import memory_of
 
 recording = threading.local()
 
@@ -107,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         for x in made:
             if id(x) in self.slot:
                 continue  # written in place
-            source = next((y for y in given if x.numel() and y.dtype == x.dtype and _share(x, y)), None)
+            source = next((y for y in given if x.numel() and y.dtype == x.dtype and memory_of(x) == memory_of(y)), None)
             if source is None:
                 new.append(x)
             else:
@@ -173,10 +174,6 @@ def _building(args: Any, kwargs: Any, parts: list[SlotView]) -> Callable[[list[A
         return own, options | {name: p.of(slots) for name, p in named} if named else options
 
     return build
-
-
-def _share(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def recorded(call: Callable[[], list[Tensor]], inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tape]:

@@ -29,6 +29,7 @@ from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
 from dualform.shapes import TraceError, require
+from dualform.storages import contents
 
 aten = torch.ops.aten
 
@@ -127,9 +128,9 @@ class FrontDoor:
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
         self._unread = ""  # what cannot be read, once it was said
-        # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them;
+        # Tensors that a trace read by value, with what lay there and where the fingerprint has them;
         # closed-over ones by name, where it has them, or themselves.
-        self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
+        self._versions: dict[int, tuple[Tensor, bytes | int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self._first: dict[Any, Seen] = {}  # traces that all others are held against
         self._settled: set[Any] = set()  # whose they are that were traced wherever they decide by the number of tokens
@@ -176,7 +177,7 @@ class FrontDoor:
         return self.reading.holds() and self._unwritten()
 
     def _unwritten(self) -> bool:
-        return all(_writes(x) == n for x, n, _ in self._versions.values())
+        return all(contents(x) == was for x, was, _ in self._versions.values())
 
     @property
     def fixed(self) -> list[str]:
@@ -351,7 +352,7 @@ class FrontDoor:
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
     ) -> Analysis:
         constants, lifted = self._lifted(who, gm)
-        self._versions |= {id(x): (x, _writes(x), self._slot.get(id(x))) for x in gm.meta["read"]}
+        self._versions |= {id(x): (x, contents(x), self._slot.get(id(x))) for x in gm.meta["read"]}
         return prepared(
             gm,
             who=who,
@@ -416,10 +417,6 @@ class TracedRule(NamedTuple):
 def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
     return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
-
-
-def _writes(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:

@@ -27,6 +27,7 @@ from dualform.learning.loop import checkpointed, run_visible
 from dualform.learning.plan import Plan
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of_many, on_behalf, undisturbed, watched
+from dualform.storages import memory_of
 
 
 class Source(Protocol):
@@ -97,11 +98,11 @@ def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors that an operator may: of no memory that it was given or returns twice,
     each laid out as its fake says."""
-    taken, own = {x.untyped_storage().data_ptr() for x in given}, []
+    taken, own = set(map(memory_of, given)), []
     for x in found:
         y = x.contiguous()
-        y = y.clone(memory_format=torch.contiguous_format) if y.untyped_storage().data_ptr() in taken else y
-        taken.add(y.untyped_storage().data_ptr())
+        y = y.clone(memory_format=torch.contiguous_format) if memory_of(y) in taken else y
+        taken.add(memory_of(y))
         own.append(y)
     return own
 
