@@ -143,9 +143,9 @@ def _files(path: Path) -> Iterator[Path]:
             total += max(p.stat().st_size, _LEAST)
             if total > most_bytes:
                 raise CorpusError(
-                    f"load_corpus: {path} holds more than {most_bytes / 2**30:g} GiB, with {p} {total / 2**30:.3g} (a file "
-                    f"counts {_LEAST} bytes at least); expected at most {most_bytes} bytes, which are held in memory. "
-                    "Pass a part of it."
+                    f"load_corpus: {path} holds more than {most_bytes / 2**30:g} GiB, with {p} {total / 2**30:.3g} (a "
+                    f"file counts {_LEAST} bytes at least); expected at most {most_bytes} bytes, which are held in "
+                    "memory. Pass a part of it."
                 )
             yield p
 
