@@ -22,7 +22,7 @@ from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Gradients, GridCall, checkpointed
+from dualform.learning.loop import Gradients, GridCall
 from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
 
@@ -163,7 +163,7 @@ class Stretches(Whole, Generic[M]):
         call, grid = run.call, run.grid
         self.check(call)
         state = run.held()
-        saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(run.plan, call)]]
+        saved = run.new_checkpoints(state, checkpoints)
         G = -(-run.blocks // checkpoints) if checkpoints else 0
         o = run.new_output()
         for piece in _stretches(run, 0, run.blocks):

@@ -91,7 +91,7 @@ def _planned(key: str) -> Plan:
 
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
     plan, (_, backend, given) = _planned(key), key.split("|")
-    return plan, Call.of(tensors, plan.names, given), backend
+    return plan, Call.of(tensors, plan.names, plan.derivation.inner.rule.start, given), backend
 
 
 def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
@@ -110,12 +110,12 @@ def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tens
     plan, call, _ = _call(key, tensors)
     if plan.key:
         _compiled[plan.key] = plan
-    held = call.held
+    held, position = call.held, call.state.position
     o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
     return [
         o,
         *(x.new_empty(x.shape) for x in held),
-        call.state.position.new_empty(call.state.position.shape),
+        position.new_empty(position.shape),
         *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
     ]
 
@@ -280,7 +280,7 @@ def _scanned(
         return stepped
     kind, nbytes, keep = (name, form, call.q.shape[-1], call.dtype), 0, 0
     if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
-        nbytes = sum(x.nbytes for x in call.state.anchor.values())
+        nbytes = call.q.shape[0] * sum(x.nbytes for x in call.init.values())
         keep = backend_of(chosen(backend, _plan(*kind), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, nbytes, keep) if learns else 0
     given, T = call.given, call.q.shape[1]

@@ -20,7 +20,7 @@ from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning.backends import Code, backend_of, backends_key, chosen_in_words
-from dualform.learning.call import Call, Signature
+from dualform.learning.call import Call, Signature, started
 from dualform.learning.derive import Derivation, Step
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
@@ -268,7 +268,7 @@ class ChunkProgram(nn.Module):
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
         signature = self.signature
         fast, _ = signature.with_heads(params or {}, heads, *signature.kind)
-        return signature.start(fast, batch)
+        return started(fast, self.rule.start, batch)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
