@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from dualform.kernels import triton_launch
 from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.tape import Tape, recorded
+from dualform.kernels.tape import recorded
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_schedule import (
     Argument,
@@ -185,38 +186,24 @@ class _Rows(Stretches[Made]):
     def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         return None
 
-    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
-        return self._again(run, (checkpoints,), run.call.flat(), lambda: super(_Rows, self).forward(run, checkpoints))
-
-    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
-        given = [*run.call.flat(), *saved, *cotangents]
-        words = (checkpoints, len(saved))
-        return self._again(run, words, given, lambda: super(_Rows, self).backward(run, saved, cotangents, checkpoints))
-
-    def _again(self, run: GridCall, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
-        """Run a direction; from its second call with tensors of these shapes on,
-        where nothing else decides what runs, as it was written down."""
-        c = run.call
-        if c.carried or c.mask is not None or c.reset is not None:
-            return call()
-        first: dict[int, int] = {}
-        kinds = tuple(
-            (x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() % 16, first.setdefault(id(x), k))
-            for k, x in enumerate(given)
-        )
-        key, tapes = (
-            (self.warps, self.stages, self.precision, self.slices, words, kinds),
-            run.plan.natives.of(Compiled).tapes,
-        )
-        found = tapes.get(key)
-        if isinstance(found, Tape):
-            return found(given)
-        if found is None:
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+        """From the second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
+        if call.carried or call.mask is not None or call.reset is not None:
+            return ready()()
+        kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
+        alike = tuple(map(id, given)) if len({*map(id, given)}) < len(given) else ()
+        ids = tuple(map(alike.index, alike))
+        key = (self.warps, self.stages, self.precision, self.slices, words, call.q.device, ids, *kinds)
+        tapes = plan.natives.of(Compiled).tapes
+        tape = tapes.get(key)
+        if tape is None:
             tapes[key] = "seen"
-            return call()
-        self.check(c)
-        result, tapes[key] = recorded(call, given)
-        return result
+            return ready()()
+        if tape == "seen":
+            self.check(call)
+            found, tapes[key] = recorded(ready(), given)
+            return found
+        return tape(given)
 
     def check(self, call: Call) -> None:
         triton_launch.triton_module()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,16 @@ class Code(Protocol):
         ...
 
 
-class Whole(Protocol):
+class Directions(Protocol):
+    """What runs both directions: the loop, or a backend."""
+
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
+    def backward(
+        self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
+    ) -> list[Tensor]: ...
+
+
+class Whole(Directions, Protocol):
     """What runs whole calls itself: the loop's two directions, with the same arguments and results."""
 
     def suits(self, plan: Plan, call: Call) -> bool:
@@ -71,10 +80,9 @@ class Whole(Protocol):
         a compiler, a card."""
         ...
 
-    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
-    def backward(
-        self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
-    ) -> list[Tensor]: ...
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+        """Run a direction: what `ready` returns, or what was written down when one like it ran."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -172,39 +180,81 @@ def chosen_in_words(plan: Plan) -> str:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _runs_whole(backend, plan, call, lambda whole, run: whole.forward(run, checkpoints))
-    return run if isinstance(run, list) else forward(run, checkpoints)
+
+    def run(way: Directions, grid: GridCall) -> list[Tensor]:
+        return way.forward(grid, checkpoints)
+
+    return _run(backend, plan, call, run, call.flat(), ("forward", checkpoints))
 
 
 def run_backward(
-    plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
+    plan: Plan, call: Call, saved: list[Tensor], given: Sequence[Tensor | None], checkpoints: int, backend: str
 ) -> list[Tensor]:
-    """Return the gradient of every floating tensor of `call`, in order."""
-    run = _runs_whole(
-        backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints), backward=True
-    )
-    return run if isinstance(run, list) else backward(run, saved, cotangents, checkpoints)
+    """Return the gradient of every floating tensor of `call`, in order; given: of [o, *anchor, *registers], None for 0."""
+
+    def run(way: Directions, grid: GridCall) -> list[Tensor]:
+        return way.backward(grid, saved, _filled(plan, call, given), checkpoints)
+
+    there = [g for g in given if g is not None]
+    words = ("backward", checkpoints, len(saved), *(g is None for g in given))
+    return _run(backend, plan, call, run, [*call.flat(), *saved, *there], words)
 
 
-def _runs_whole(
-    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, GridCall], list[Tensor]], backward: bool = False
-) -> list[Tensor] | GridCall:
-    """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
+def _run(
+    backend: str, plan: Plan, call: Call, run: Callable[[Directions, GridCall], list[Tensor]], given: list[Tensor], words: Any
+) -> list[Tensor]:  # fmt: skip
+    """Let a backend that takes calls as they are run this one, else the loop; given: all tensors, words: all else that decides."""
     name = chosen(backend, plan, call)
     taken = backend_of(name)
-    run, whole = GridCall(plan, call, taken.blocks, taken.prepare), taken.whole
-    if whole is None or not run.blocks:
-        return run
+    whole = taken.whole
+
+    def ready() -> Callable[[], list[Tensor]]:
+        grid = GridCall(plan, call, taken.blocks, taken.prepare)
+        way = _LOOP if whole is None or not grid.blocks else whole
+        if way is whole and plan.is_checked:
+            _check(name, plan, grid, words[0] == "backward")
+        return lambda: own(run(way, grid), given)
+
+    if whole is None:
+        return ready()()
     try:
-        if plan.is_checked:
-            _check(name, plan, run, backward)
-        return direction(whole, run)
+        return whole.again(plan, call, given, words, ready)
     except BackendError as error:
         if backend != "auto":
             raise
         plan.natives.refused = str(error)
         warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
-        return GridCall(plan, call)
+        return own(run(_LOOP, GridCall(plan, call)), given)
+
+
+class _Loop:
+    forward, backward = staticmethod(forward), staticmethod(backward)
+
+
+_LOOP = _Loop()
+
+
+def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Write the zeros of outputs that nothing depends on."""
+
+    def zero(n: int) -> Tensor:
+        if n == 0:
+            return call.q.new_zeros(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
+        w, r = [*call.init.values()][(n - 1) % len(call.init)], () if n <= len(call.init) else (len(call.start),)
+        return w.new_zeros(call.q.shape[0], w.shape[0], *r, *w.shape[1:])
+
+    return [zero(n) if g is None else g for n, g in enumerate(given)]
+
+
+def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that an operator may: of no memory that it was given or returns twice, each laid out as its fake says."""
+    taken, made = {x.untyped_storage().data_ptr() for x in given}, []
+    for x in found:
+        y = x.contiguous()
+        y = y.clone(memory_format=torch.contiguous_format) if y.untyped_storage().data_ptr() in taken else y
+        taken.add(y.untyped_storage().data_ptr())
+        made.append(y)
+    return made
 
 
 def _check(name: str, plan: Plan, run: GridCall, backward: bool) -> None:

@@ -9,12 +9,14 @@ Legend: B batch, T time, H heads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch._compile import _disable_dynamo
 
 from dualform.graphs.operators import custom_operator, library
@@ -41,6 +43,7 @@ _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
 _plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _compiled: dict[str, Plan] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
+_C: Any = torch._C
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -91,19 +94,11 @@ def _planned(key: str) -> Plan:
 
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
     plan, (_, backend, given) = _planned(key), key.split("|")
-    return plan, Call.of(tensors, plan.names, plan.derivation.inner.rule.start, given), backend
+    return plan, _read(plan, tensors, given), backend
 
 
-def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that an operator may: of no memory that it was given or returns twice,
-    each laid out as its fake says."""
-    taken, own = {x.untyped_storage().data_ptr() for x in given}, []
-    for x in found:
-        y = x.contiguous()
-        y = y.clone(memory_format=torch.contiguous_format) if y.untyped_storage().data_ptr() in taken else y
-        taken.add(y.untyped_storage().data_ptr())
-        own.append(y)
-    return own
+def _read(plan: Plan, tensors: Sequence[Tensor], given: str) -> Call:
+    return Call.of(tensors, plan.names, plan.derivation.inner.rule.start, given)
 
 
 def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
@@ -138,9 +133,8 @@ def scan_backward_op(
     tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int
 ) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
-    given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(run_backward(plan, call, saved, cotangents, checkpoints, backend), given)
+        return run_backward(plan, call, saved, cotangents, checkpoints, backend)
 
 
 class _Kept(Protocol):
@@ -148,6 +142,7 @@ class _Kept(Protocol):
 
     plan: Plan  # which lives as long as the graph
     key: str
+    is_direct: bool  # did no operator stand around it?
     checkpoints: int
     count: int  # of the tensors given
     held: int  # of the state
@@ -161,8 +156,12 @@ class _Kept(Protocol):
 
 def _setup(ctx: _Kept, inputs: tuple[list[Tensor], str, int], output: list[Tensor]) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
-    ctx.plan, call, _ = _call(ctx.key, tensors)
-    ctx.held = 2 * len(call.init)
+    ctx.plan, ctx.is_direct = _planned(ctx.key), False
+    _keep(ctx, tensors, output)
+
+
+def _keep(ctx: _Kept, tensors: Sequence[Tensor], output: Sequence[Tensor]) -> None:
+    ctx.held = 2 * len(ctx.plan.names[1])
     ctx.count, ctx.role = len(tensors), dict(inside.__dict__)
     ctx.outputs = [(x.shape, x.dtype) for x in output[: 1 + ctx.held]]
     ctx.set_materialize_grads(False)  # else the checkpoints get gradients of their size, all zero
@@ -180,9 +179,16 @@ def _gradients(ctx: _Kept, grads: list[Tensor]) -> list[Tensor | None]:
     many = any(g is not None and is_one_of_many(g) for g in grads)
     if many or torch.is_grad_enabled() or watched():  # these gradients will be differentiated again
         return _backward_visibly(ctx.key, tensors, grads)
-    given = zip(grads, ctx.outputs, strict=False)
-    cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]
-    found = iter(scan_backward_op(tensors, saved, cotangents, ctx.key, ctx.checkpoints))
+    cotangents = grads[: len(ctx.outputs)]
+    if ctx.is_direct and _is_plain((*tensors, *saved, *(g for g in cotangents if g is not None))):
+        _, backend, given = ctx.key.split("|")
+        call = _read(ctx.plan, tensors, given)
+        with _no_autocast(call.q.device.type):
+            found = iter(run_backward(ctx.plan, call, saved, cotangents, ctx.checkpoints, backend))
+    else:
+        kinds = zip(cotangents, ctx.outputs, strict=True)
+        given = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in kinds]
+        found = iter(scan_backward_op(tensors, saved, given, ctx.key, ctx.checkpoints))
     return [next(found) if x.is_floating_point() else None for x in tensors]
 
 
@@ -211,7 +217,44 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
             "plain ones, its tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
         )
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(run_forward(plan, call, checkpoints, backend), tensors)
+        return run_forward(plan, call, checkpoints, backend)
+
+
+class _Direct(torch.autograd.Function):
+    """The op where nothing looks at it: at a third of the price of an operator made in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, call: Call, key: str, checkpoints: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        found = _run_direct(plan, call, key, checkpoints)
+        ctx.plan, ctx.key, ctx.is_direct, ctx.checkpoints = plan, key, True, checkpoints
+        ctx.mark_non_differentiable(found[1 + 2 * len(call.init)])
+        _keep(ctx, tensors, found)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, None, None, *_backward(ctx, list(grads))[0]
+
+
+def _run_direct(plan: Plan, call: Call, key: str, checkpoints: int) -> list[Tensor]:
+    with _no_autocast(call.q.device.type):
+        return run_forward(plan, call, checkpoints, key.split("|")[1])
+
+
+def _no_autocast(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Are tensors torch's own, while no mode asks for the operator and nothing is traced?"""
+    return (
+        all(type(x) is Tensor or type(x) is Parameter for x in tensors)
+        and not tensors[0].is_meta
+        and not compiles()
+        and not _C._len_torch_dispatch_stack()
+        and not _C._is_torch_function_mode_enabled()
+        and _C._get_tracing_state() is None
+    )
 
 
 library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
@@ -289,4 +332,9 @@ def _scanned(
         key = _text(*kind, T if fixed else None, given)
     else:
         key = _key(*kind)
-    return scan_op(tensors, f"{key}|{backend}|{given}", checkpoints)[: 2 + 2 * len(call.init)]
+    key, count = f"{key}|{backend}|{given}", 2 + 2 * len(call.init)
+    if not _is_plain(tensors):
+        return scan_op(tensors, key, checkpoints)[:count]
+    plan = _plan(*kind)
+    found = _Direct.apply(plan, call, key, checkpoints, *tensors) if learns else _run_direct(plan, call, key, 0)
+    return list(found[:count])
