@@ -188,9 +188,16 @@ class Stretches(Whole, Generic[M]):
             y = run.call.q.new_empty(shape, dtype=run.plan.out_dtype(run.call))
         kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
         known = before[len(saved) :]  # to be at their start
+
+        def begins(k: int) -> Tensor:
+            if n == 0 and k < run.L and not run.call.carried:  # read where they lie
+                w = [*run.call.init.values()][k]
+                return w.expand(1, run.B, *w.shape)
+            return run.rowed(before[k])[None]
+
         keeps = [*(x[kept.start : kept.stop] for x in saved), *(x.new_empty(len(kept), *x.shape) for x in known)]
         tensors = {
-            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None],
+            "o": lambda _: y, "before": begins,
             "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip

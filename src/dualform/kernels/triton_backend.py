@@ -188,7 +188,7 @@ class _Rows(Stretches[Made]):
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
         """From the second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
-        if call.carried or call.mask is not None or call.reset is not None:
+        if call.carried or call.mask is not None or call.reset is not None or triton_launch.is_watched():
             return ready()()
         kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
         alike = tuple(map(id, given)) if len({*map(id, given)}) < len(given) else ()
@@ -201,9 +201,13 @@ class _Rows(Stretches[Made]):
             return ready()()
         if tape == "seen":
             self.check(call)
-            found, tapes[key] = recorded(ready(), given)
+            found, made = recorded(ready(), given)
+            tapes[key] = made or "never"
             return found
-        return tape(given)
+        if tape == "never":
+            return ready()()
+        with triton_launch.on(call.q.device.index):
+            return tape(given)
 
     def check(self, call: Call) -> None:
         triton_launch.triton_module()

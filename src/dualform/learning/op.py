@@ -16,8 +16,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch._compile import _disable_dynamo
+from torch.nn import Parameter
 
 from dualform.graphs.operators import custom_operator, library
 from dualform.graphs.this_thread import compiles, exports
