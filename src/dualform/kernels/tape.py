@@ -1,8 +1,10 @@
-"""A call on a card, written down as it runs once, and run again without the Python around it: allocations, torch's ops, launches.
+"""A call on a card, written down as it runs once, and run again without the Python around it: allocations,
+torch's ops, launches.
 
-What runs must be decided by shapes, types and strides alone, which are the key that a caller keeps a tape under. Views are no steps here: a
-step's argument is a place in an input, in a constant, or in what an earlier step made. A tape is a function in Python's own text; what launches
-alone read and write lies in one allocation, whose parts serve others once nothing needs them.
+What runs must be decided by shapes, types and strides alone, which are the key that a caller keeps a tape under. Views
+are no steps here: a step's argument is a place in an input, in a constant, or in what an earlier step made. A tape is a
+function in Python's own text; what launches alone read and write lies in one allocation, whose parts serve others once
+nothing needs them.
 
 Legend: slot number of a tensor that has memory of its own;
         a constant is a tensor that was there before and is no input.
@@ -157,7 +159,8 @@ class _Writer:
         self.lines.append(f"return [{', '.join(found)}]")
 
     def _places(self, rooms: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
-        """Place what launches alone need in one allocation: the largest first, each where nothing is that lives beside it."""
+        """Place what launches alone need in one allocation: the largest first,
+        each where nothing is that lives beside it."""
         places, taken, most = dict[int, int](), list[tuple[int, int, int, int]](), 0
         for k, (start, size) in sorted(rooms.items(), key=lambda x: -x[1][1]):
             size, end, at = -(-size // ALIGNMENT) * ALIGNMENT, self.last[k], 0

@@ -187,7 +187,8 @@ class _Rows(Stretches[Made]):
         return None
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
-        """From the second call with tensors of these shapes on, where nothing else decides what runs, as it was written down."""
+        """From the second call with tensors of these shapes on, where nothing else decides what runs,
+        as it was written down."""
         if call.carried or call.mask is not None or call.reset is not None or triton_launch.is_watched():
             return ready()()
         kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]

@@ -132,7 +132,8 @@ def run(
     last = (heads, *scalars, _made[key][1])
 
     def launch(w: Any, pointers: list[str]) -> str:
-        """As the compiled kernel's own look-up does, which makes a mapping of a hundred names for hooks that nobody set."""
+        """As the compiled kernel's own look-up does, which makes a mapping of a hundred names for hooks that nobody
+        set."""
         words = [x for pointer, steps in zip(pointers, own, strict=True) for x in (pointer, *map(str, steps))]
         made = _made[key][0]
         where = f"{w.name(_stream)}({device})" if tensors[0].is_cuda else "0"

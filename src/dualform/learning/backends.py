@@ -190,7 +190,8 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
 def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], given: Sequence[Tensor | None], checkpoints: int, backend: str
 ) -> list[Tensor]:
-    """Return the gradient of every floating tensor of `call`, in order; given: of [o, *anchor, *registers], None for 0."""
+    """Return the gradient of every floating tensor of `call`, in order; given: of [o, *anchor, *registers],
+    None for 0."""
 
     def run(way: Directions, grid: GridCall) -> list[Tensor]:
         return way.backward(grid, saved, _filled(plan, call, given), checkpoints)
@@ -201,9 +202,11 @@ def run_backward(
 
 
 def _run(
-    backend: str, plan: Plan, call: Call, run: Callable[[Directions, GridCall], list[Tensor]], given: list[Tensor], words: Any
+    backend: str, plan: Plan, call: Call, run: Callable[[Directions, GridCall], list[Tensor]], given: list[Tensor],
+    words: Any
 ) -> list[Tensor]:  # fmt: skip
-    """Let a backend that takes calls as they are run this one, else the loop; given: all tensors, words: all else that decides."""
+    """Let a backend that takes calls as they are run this one, else the loop; given: all tensors, words:
+    all else that decides."""
     name = chosen(backend, plan, call)
     taken = backend_of(name)
     whole = taken.whole
@@ -247,7 +250,8 @@ def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tens
 
 
 def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that an operator may: of no memory that it was given or returns twice, each laid out as its fake says."""
+    """Return tensors that an operator may: of no memory that it was given or returns twice,
+    each laid out as its fake says."""
     taken, made = {x.untyped_storage().data_ptr() for x in given}, []
     for x in found:
         y = x.contiguous()
