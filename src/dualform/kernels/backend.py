@@ -105,7 +105,7 @@ def cut(rows: int, count: int) -> bool:
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
 
 
-_ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
+ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
 
 
 def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -316,7 +316,7 @@ class _Sequence(Stretches[Made]):
             return None
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
-        native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
+        native, size = made(plan, call, ONE, "forward", first + 1 == chunk), call.dtype.itemsize
         own, slow = plan.natives.of(NativeFunctions), plan.derivation.constants | call.slow
         marks = own.marks = own.marks or _marks(chunk, call.dtype)
         after = held if ours else [torch.empty_like(x) for x in held]

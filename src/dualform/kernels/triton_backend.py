@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from dualform.bounded import Bounded
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, never
+from dualform.kernels.backend import ONE, Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import recorded
@@ -42,7 +44,7 @@ from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import GridCall
+from dualform.learning.loop import GridCall, fixed
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
@@ -79,6 +81,14 @@ def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
     return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
+class Token(NamedTuple):
+    """A call of one token, as what runs kernels reads calls."""
+
+    call: Call
+    B: int
+    H: int
+
+
 @dataclass(eq=False)
 class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
@@ -86,6 +96,14 @@ class Made:
     kernels: dict[str, list[Kernel]]
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+
+    @cached_property
+    def over(self) -> list[Kernel]:
+        """The kernels of one token that write its state where it was: once every thread has read its own."""
+        store = re.compile(r"^( *)(?=tl\.store\(\w+_after_row)", re.M)
+        return [
+            replace(k, text=store.sub(r"\1tl.debug_barrier()\n\1", k.text, count=1)) for k in self.kernels["forward"]
+        ]
 
     @property
     def said(self) -> str:
@@ -184,12 +202,50 @@ class _Rows(Stretches[Made]):
         return {k.name: k for way in ways for name, kernels in way.items() if name != "forward some" for k in kernels}
 
     def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
-        return None
+        held = call.held
+        # A state that nothing has been read into yet is the weights themselves.
+        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        ours = ours and all(x.is_contiguous() for x in held)
+        return self.again(plan, call, call.flat(), ("step", ours), lambda: partial(self._step, plan, call, ours))
+
+    def _step(self, plan: Plan, call: Call, ours: bool) -> list[Tensor]:
+        """Run one token wherever each row stands in its mini-batch: nothing is read off the card."""
+        self.check(call)
+        assert call.before is not None
+        (B, _, H, _), chunk, held, position = call.q.shape, plan.derivation.chunk, call.held, call.before.position
+        made = self._made(plan, call, ONE, "forward", False)
+        after = held if ours else [torch.empty_like(x) for x in held]
+        o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
+        place = position + 1
+
+        def block(x: Input) -> Tensor:
+            if x.part == "full":
+                return (place == chunk)[None, :, None].expand(1, B, H)
+            if x.name == "offset" and call.offset is not None:
+                return call.offset[position][None, :, None, None].expand(1, B, H, 1)
+            if x.part in ("i", "valid"):
+                return (place if x.part == "i" else torch.ones_like(place))[None, :, None, None].expand(1, B, H, 1)
+            return (call.gates[x.name] if x.part == "gates" else getattr(call, x.part))[None].transpose(2, 3)
+
+        def given(x: Input) -> Tensor:
+            if x.over == "block":
+                return block(x)
+            own, lead = fixed(plan, call, x), (1, B, H)[: 2 if x.over == "heads" else 3]
+            return own.expand(*lead, *own.shape)
+
+        tensors = {
+            "o": lambda _: o[None].transpose(2, 3), "before": lambda k: held[k][None], "after": lambda k: after[k][None],
+            "input": given,
+        }  # fmt: skip
+        own = {(role, what): tensors[role](what) for role, what in made.arguments if role in tensors}
+        self._run_all(Token(call, B, H), made, made.over if ours else made.kernels["forward"], own, 1, 1, 0)
+        return [o, *after, torch.remainder(place, chunk, out=position) if ours else place % chunk]
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
         """From the second call with tensors of these shapes on, where nothing else decides what runs,
         as it was written down."""
-        if call.carried or call.mask is not None or call.reset is not None or triton_launch.is_watched():
+        apart = words[0] != "step" and call.carried  # its first mini-batch may begin anywhere
+        if apart or call.mask is not None or call.reset is not None or triton_launch.is_watched():
             return ready()()
         kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
         alike = tuple(map(id, given)) if len({*map(id, given)}) < len(given) else ()
@@ -234,13 +290,15 @@ class _Rows(Stretches[Made]):
         return cut(entries, run.B * run.H, len(piece), direction)
 
     def made(self, run: GridCall, piece: range, direction: str) -> Made:
-        plan, variant = run.plan, run.grid.variants[piece.start]
+        slices = self._in_slices(run, piece, direction)
+        return self._made(run.plan, run.call, run.grid.variants[piece.start], direction, slices)
+
+    def _made(self, plan: Plan, call: Call, variant: Variant, direction: str, slices: bool) -> Made:
         precision = self.precision
         if not triton_launch.is_interpreted():  # which multiplies bits of bfloat16, and adds pairs one by one
-            short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
+            short = call.q.dtype == torch.bfloat16 and call.dtype == torch.float32
             factors = precision.factors or (torch.bfloat16 if short else None)
             precision = replace(precision, factors=factors, at_once=True, ahead=True)
-        slices = self._in_slices(run, piece, direction)
         key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
         with TRACING if key not in own.made else nullcontext():
             if key not in own.made:
@@ -309,7 +367,14 @@ class _Rows(Stretches[Made]):
         return states
 
     def _run_all(
-        self, run: GridCall, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+        self,
+        run: GridCall | Token,
+        made: Made,
+        kernels: list[Kernel],
+        given: dict[Any, Tensor],
+        count: int,
+        G: int,
+        phase: int,
     ) -> None:
         """Run a direction's kernels: what carries the state on row by row,
         the rest in groups of mini-batches beside each other."""
@@ -331,7 +396,7 @@ class _Rows(Stretches[Made]):
 
     def _run(
         self,
-        run: GridCall,
+        run: GridCall | Token,
         made: Made,
         kernel: Kernel,
         given: dict[Any, Tensor],
@@ -372,7 +437,7 @@ class _Rows(Stretches[Made]):
 
     @staticmethod
     def _torch(
-        run: GridCall, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
+        run: GridCall | Token, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
     ) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
         rows, device = count * run.B * run.H, run.call.q.device

@@ -60,9 +60,7 @@ class GridCall:
         return get
 
     def fixed(self, x: Input) -> Tensor:
-        """Read what all blocks share: (H, ...), or as it is."""
-        own = self.call.slow if x.part == "slow" else self.call.init
-        return own[x.name] if x.name in own else self.plan.derivation.constants[x.name].to(self.call.q.device)
+        return fixed(self.plan, self.call, x)
 
     def of_blocks(self, x: Input, piece: range) -> Tensor | None:
         """Read the blocks of a piece, (n, B, H, ...); None for what the grid does not have."""
@@ -131,7 +129,7 @@ class GridCall:
 
     def new_checkpoints(self, state: list[Tensor], count: int) -> list[Tensor]:
         """Make room for so many kept states."""
-        n = checkpointed(self.plan, self.call) if count else 0
+        n = checkpointed(self.plan, self.call, count)
         return [x.new_empty(count, *x.shape) for x in (state if n <= len(state) else self.whole(state))[:n]]
 
     def rowed(self, x: Tensor) -> Tensor:
@@ -152,6 +150,12 @@ class GridCall:
         starts = [torch.stack([s * x for s in self.rule.start], 1) for x in c.init.values()]
         held = zip((*c.init.values(), *starts), c.held, strict=True)
         return [torch.where(self.again(x), new, x) for new, x in held]
+
+
+def fixed(plan: Plan, call: Call, x: Input) -> Tensor:
+    """Read what all blocks share: (H, ...), or as it is."""
+    own = call.slow if x.part == "slow" else call.init
+    return own[x.name] if x.name in own else plan.derivation.constants[x.name].to(call.q.device)
 
 
 def _power(n: int) -> int:
@@ -198,9 +202,11 @@ def run_visible(plan: Plan, call: Call) -> list[Tensor]:
         return [o, *map(run.rowed, run.whole(state)), run.grid.position]
 
 
-def checkpointed(plan: Plan, call: Call) -> int:
-    """Count the tensors of a checkpoint: the anchors alone where every block is certain to start its registers anew."""
+def checkpointed(plan: Plan, call: Call, count: int) -> int:
+    """Count the tensors of `count` checkpoints: anchors alone where every block is certain to start its registers anew."""
     d, L = plan.derivation, len(call.init)
+    if not count:
+        return 0
     known = all(d.inner.rule.resets) and d.block is None
     return L if known and not call.carried and call.mask is None and call.reset is None else 2 * L
 

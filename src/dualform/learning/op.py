@@ -111,7 +111,7 @@ def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tens
         o,
         *(x.new_empty(x.shape) for x in held),
         position.new_empty(position.shape),
-        *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
+        *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call, checkpoints)]),
     ]
 
 
@@ -119,7 +119,7 @@ def _seen(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     """The op under a transform of torch.func, as a graph that holds it calls it: ops in its place."""
     plan, call, _ = _call(key, tensors)
     found = run_visible(plan, call)
-    return [*found, *(x.new_zeros(checkpoints, *x.shape) for x in found[1 : 1 + checkpointed(plan, call)])]
+    return [*found, *(x.new_zeros(checkpoints, *x.shape) for x in found[1 : 1 + checkpointed(plan, call, checkpoints)])]
 
 
 def _gradient_shapes(
@@ -168,12 +168,12 @@ def _keep(ctx: _Kept, tensors: Sequence[Tensor], output: Sequence[Tensor]) -> No
     ctx.save_for_backward(*tensors, *output[2 + ctx.held :])
 
 
-def _backward(ctx: _Kept, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
+def _backward(ctx: _Kept, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
     with on_behalf(ctx.role):
         return _gradients(ctx, grads), None, None
 
 
-def _gradients(ctx: _Kept, grads: list[Tensor]) -> list[Tensor | None]:
+def _gradients(ctx: _Kept, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
     many = any(g is not None and is_one_of_many(g) for g in grads)
@@ -233,7 +233,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, None, *_backward(ctx, list(grads))[0]
+        return None, None, None, None, *_backward(ctx, grads)[0]
 
 
 def _run_direct(plan: Plan, call: Call, key: str, checkpoints: int) -> list[Tensor]:
