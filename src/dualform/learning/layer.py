@@ -156,9 +156,6 @@ class TestTimeTraining(nn.Module):
             z, memory = self.program(q, k, v, gates, **rest)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
-        if overwrite and state is not None and torch.cuda.is_current_stream_capturing():  # a graph goes on from there
-            tails = {name: state.conv[name].copy_(tail) for name, tail in tails.items()}
-            position = state.position.copy_(position)
         z = z.flatten(2)
         z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
         z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z

@@ -208,6 +208,10 @@ class FastWeightCache(Rollback, CacheLayerMixin):
                 )
 
     def advance(self, state: BlockState, num_columns: int) -> None:
+        if self._state is not None and self._ours and torch.cuda.is_current_stream_capturing():
+            for x, new in zip(self._state.tensors().values(), state.tensors().values(), strict=True):
+                x if x is new else x.copy_(new)  # a graph that is replayed goes on from where it was
+            state = self._state
         self._state, self._ours = state, True
         self.seen, self.is_initialized = self.seen + num_columns, True
 
