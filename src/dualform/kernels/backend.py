@@ -27,6 +27,7 @@ from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
 
 Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
+Found = Mapping[tuple[str, object], Tensor]
 M = TypeVar("M")
 
 
@@ -159,8 +160,11 @@ class Stretches(Whole, Generic[M]):
         return name, ()
 
     @abstractmethod
-    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
-        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found:
+        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept.
+
+        Return by argument what was not written where it was to be: gradients that are sums, in several parts.
+        """
 
     def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
@@ -264,9 +268,9 @@ class Stretches(Whole, Generic[M]):
             "cotangent": lambda k: run.rowed(turned[k])[None], "turned": lambda k: run.rowed(before[k])[None],
             "gradient": gradient,
         }  # fmt: skip
-        self._call(run, native, tensors, len(piece), G, 0)
+        found = self._call(run, native, tensors, len(piece), G, 0)
         for x, value in placed:
-            gradients.add(x, piece, value)
+            gradients.add(x, piece, found.get(("gradient", x), value))
         return before
 
 
@@ -345,9 +349,10 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore
+    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> Found:  # pyright: ignore
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
+        return {}
 
 
 def never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoReturn:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from dualform.learning.prepare import as_python_calls
 from dualform.ops.factories import is_empty
 
 recording = threading.local()
@@ -210,7 +211,7 @@ class _Writer:
 
         words = [*map(spelt, args), *(f"{name}={spelt(x)}" for name, x in kwargs.items())]
         assert next(parts, None) is None, args
-        return f"{self.name(func)}({', '.join(words)})"
+        return f"{self.name(as_python_calls(func))}({', '.join(words)})"
 
 
 def _needed(steps: list[TapeStep], outputs: list[SlotView]) -> list[TapeStep]:

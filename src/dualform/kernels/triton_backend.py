@@ -21,7 +21,7 @@ from torch import Tensor
 from dualform.bounded import Bounded
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import ONE, Stretches, Tensors, _stretches, line_of, never
+from dualform.kernels.backend import ONE, Found, Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import recorded
@@ -315,12 +315,13 @@ class _Rows(Stretches[Made]):
                 own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
             return own.made[key]
 
-    def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> Found:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
-        if "reverse" not in made.kernels:
+        if "reverse" in made.kernels:
+            self._reverse_of(run, made, given, count, G)
+        else:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
-            return
-        self._reverse_of(run, made, given, count, G)
+        return given
 
     def _reverse_of(self, run: GridCall, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
@@ -337,16 +338,16 @@ class _Rows(Stretches[Made]):
             sums = [key for key in own if key[0] == "gradient" and key[1].over != "block"]
             if stop != count:
                 own |= {("cotangent", k): x for (_, k), x in turned.items()}
-                own |= {key: torch.empty_like(own[key]) for key in sums}
+                own |= {key: torch.empty_like(own[key][:1]) for key in sums}
             if start and stop - start:
                 own |= {key: torch.empty_like(x) for key, x in own.items() if key[0] == "turned"}
             if G > 1 and stop - start > 1:
                 own |= self._states(run, made, own, kept, stop - start, G)
             self._run_all(run, made, made.kernels["reverse"], own, stop - start, 1, 0)
             turned = {key: own[key] for key in own if key[0] == "turned"}
-            if stop != count:
-                for key in sums:
-                    given[key].add_(own[key])
+            for key in sums:
+                whole = stop == count
+                given[key] = own[key] if whole else given[key].sum(0, True).add_(own[key].sum(0, True))
 
     @staticmethod
     def _cut(key: Any, x: Tensor, start: int, stop: int, G: int) -> Tensor:
@@ -391,8 +392,7 @@ class _Rows(Stretches[Made]):
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
             self._run(run, made, kernel, given | room | own, groups, (count, group, 1, 0))
-            for key in sums:
-                torch.sum(own[key], 0, keepdim=True, out=given[key])
+            given |= own  # whose parts are summed with all else that is
 
     def _run(
         self,

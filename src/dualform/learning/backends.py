@@ -7,6 +7,7 @@ generates is compared with eager at its first use.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -238,15 +239,19 @@ _LOOP = _Loop()
 
 
 def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tensor]:
-    """Write the zeros of outputs that nothing depends on."""
+    """Write the zeros of outputs that nothing depends on: those of the state in one place, as nobody writes there."""
+    o, B, registers = given[0], call.q.shape[0], (len(call.start),)
+    if o is None:
+        o = call.q.new_zeros(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
+    shapes = [(B, w.shape[0], *r, *w.shape[1:]) for r in ((), registers) for w in call.init.values()]
+    missing = [math.prod(shape) for shape, g in zip(shapes, given[1:], strict=True) if g is None]
+    zeros = next(iter(call.init.values())).new_zeros(max(missing)) if missing else None
 
-    def zero(n: int) -> Tensor:
-        if n == 0:
-            return call.q.new_zeros(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
-        w, r = [*call.init.values()][(n - 1) % len(call.init)], () if n <= len(call.init) else (len(call.start),)
-        return w.new_zeros(call.q.shape[0], w.shape[0], *r, *w.shape[1:])
+    def zero(shape: tuple[int, ...]) -> Tensor:
+        assert zeros is not None
+        return zeros[: math.prod(shape)].view(shape)
 
-    return [zero(n) if g is None else g for n, g in enumerate(given)]
+    return [o, *(zero(shape) if g is None else g for shape, g in zip(shapes, given[1:], strict=True))]
 
 
 def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
