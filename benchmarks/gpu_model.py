@@ -1,12 +1,13 @@
 """Whole models on a card: a training step, and a token of decoding, beside the same model with flash attention.
 
-    python benchmarks/gpu_model.py [--lengths 2048 8192 32768] [--models ttt-linear ttt-mlp attention] [--parts train decode]
-    torchrun --nproc-per-node 2 benchmarks/gpu_model.py --parts train     the same, each GPU with its own rows (DDP)
+    python benchmarks/gpu_model.py [--compiles] [--parts train decode]
+    torchrun --nproc-per-node 2 benchmarks/gpu_model.py --parts train     each GPU with its own rows (DDP)
 
-The 125m presets (vocabulary 32,000) at 32,768 tokens a step, bfloat16 autocast, AdamW (fused), each side eager and with all that lies
-around the inner programs and attention compiled, part by part, as layers share what is compiled: norms, feed-forward, projections and
-rotations. inner: the share of a step's time in kernels of the inner programs, or of attention; busy: in any kernel (torch's profiler).
-Decoding, bfloat16 parameters: a step of the whole model as it is called, and captured as a CUDA graph, whose tokens are compared.
+The 125m presets (vocabulary 32,000) at 32,768 tokens a step, bfloat16 autocast, AdamW (fused). compiled: all that lies
+around the inner programs and attention, part by part, as layers share what is compiled: norms, feed-forward,
+projections and rotations. inner: the share of a step's time in kernels of the inner programs, or of attention; busy: in
+any kernel (torch's profiler). Decoding, bfloat16 parameters: a step of the whole model as it is called, and captured as
+a CUDA graph, whose 20 tokens are compared with those of calls.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def train(preset: str, T: int, compiles: bool, rounds: int, backend: str) -> har
 
 @torch.no_grad()
 def decode(preset: str, batch: int, past: int, backend: str) -> harness.Found:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new length
     model = model_of(preset, backend).to(torch.bfloat16).eval()
     ids = torch.randint(model.config.vocab_size, (batch, past), device="cuda")
     out = model(ids, use_cache=True, logits_to_keep=1)
@@ -193,7 +195,8 @@ def report(found: harness.Found) -> str:
         if r["part"] == "train"
     ]
     decoded = [{k: v for k, v in r.items() if k != "part"} for r in found["rows"] if r["part"] == "decode"]
-    head = f"{found['machine'].get('gpu', 'no card')}, torch {found['versions']['torch']}, {found['settings']['GPUs']} GPU(s).\n"
+    gpu, count = found["machine"].get("gpu", "no card"), found["settings"]["GPUs"]
+    head = f"{gpu}, torch {found['versions']['torch']}, {count} GPU(s).\n"
     return "\n".join([head, *(harness.rows_table(rows) for rows in (train, decoded) if rows)])
 
 

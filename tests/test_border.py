@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import pytest
+import torch
 from annotated_types import Ge, Lt
 from beartype import BeartypeConf
 from beartype.door import is_bearable
@@ -16,6 +17,7 @@ import dualform as df
 from dualform.catalogue import Catalogue, CatalogueError, _of_kind, expect, hints_of, type_name
 from dualform.cli import bench, evaluate, explain, generate, main, train
 from dualform.functions.describe import given
+from dualform.learning.objectives import Objective
 from dualform.models.configuration import DualformConfig
 from dualform.train.settings import Settings, SettingsError
 
@@ -373,3 +375,145 @@ def test_what_nobody_foresaw_is_one_line_too(capfd, monkeypatch):
     assert main(["presets"]) == 1
     _, err = capfd.readouterr()
     assert err == "dualform: RuntimeError: a bug. This was not foreseen; --debug shows where it came from.\n"
+
+
+# -- what is called in Python
+# ----------------------------------------------------------------------------------------------------------
+
+anything = [
+    *values, b"v", len, int, object(), torch.ones(2), torch.tensor(3), torch.nn.Linear(2, 2), ["weight"], {"weight"}, "weight", ((3,),),
+    ("weight",), (0.5,),
+]  # fmt: skip
+
+
+def step(i, lr):
+    return df.Step(((1.0,),), (lr,), (1.0,), 1.0)
+
+
+def loss(p, t):
+    return (p - t).square().sum(-1)
+
+
+def whole(x):
+    return type(x) is int and x > 0
+
+
+def flag(x):
+    return type(x) is bool
+
+
+def word(x):
+    return isinstance(x, str)
+
+
+def names(x):
+    return isinstance(x, (tuple, list, set)) and all(isinstance(v, str) for v in x)
+
+
+def tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+def mapping(x):
+    return x is None or isinstance(x, dict)
+
+
+def derive(**options):
+    return df.derive(**{"learner": torch.nn.Linear(4, 4), "prove": False, **options})
+
+
+def layer(**options):
+    return df.TestTimeTraining(
+        **{"dim": 8, "heads": 2, "learner": "linear", "share_qk": True, "prove": False, **options}
+    )
+
+
+x = torch.ones(1, 6, 1, 4)
+program, built = derive(), layer()
+whats = [
+    (derive, {"learner": lambda v: isinstance(v, torch.nn.Module), "objective": lambda v: word(v) or callable(v), "rule": word}),
+    (derive, {"chunk": whole, "slow": names, "block": lambda v: v is None or whole(v), "prove": flag}),
+    (layer, {"dim": whole, "heads": whole, "conv_kernel": whole, "share_qk": flag, "use_gate": flag, "post_norm": flag}),
+    (layer, {"rope_theta": lambda v: type(v) in (int, float) and 0 < v < inf, "chunk": whole, "prove": flag}),
+    (lambda **o: df.Rule(**{"step": step, **o}), {"step": callable, "gates": names, "constants": mapping, "start": lambda v: isinstance(v, tuple)}),
+    (lambda **o: df.Rule(**{"step": step, **o}), {"resets": lambda v: isinstance(v, tuple), "name": word}),
+    (lambda **o: Objective(**{"loss": loss, **o}), {"loss": callable, "target": ("v", "v-k").__contains__}),
+    (lambda **o: program(**{"q": x, "k": x, "v": x, **o}), {"q": tensor, "k": tensor, "v": tensor, "gates": mapping}),
+    (lambda **o: program(x, x, x, **o), {"state": lambda v: v is None, "mask": lambda v: v is None or tensor(v)}),
+    (lambda **o: program(x, x, x, **o), {"reset": lambda v: v is None or tensor(v), "params": mapping, "overwrite": flag}),
+    (lambda **o: program(x, x, x, **o), {"form": word, "backend": word, "remat": lambda v: v is None or whole(v), "nan_policy": word}),
+    (lambda lr: program(x, x, x, {"lr": lr}), {"lr": tensor}),
+    (lambda weight: program(x, x, x, params={"weight": weight}), {"weight": tensor}),
+    (lambda **o: program.initial_state(**{"batch": 1, "heads": 1, **o}), dict.fromkeys(["batch", "heads"], lambda v: type(v) is int and v >= 0)),
+    (lambda **o: built(**{"x": torch.ones(1, 5, 8), **o}), {"x": tensor, "state": lambda v: v is None}),
+    (lambda **o: built(torch.ones(1, 5, 8), **o), dict.fromkeys(["attention_mask", "reset"], lambda v: v is None or tensor(v))),
+]  # fmt: skip
+arguments = [(f, name, is_right) for f, kinds in whats for name, is_right in kinds.items()]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "is_right"), arguments, ids=[f"{name}-{k}" for k, (_, name, _) in enumerate(arguments)]
+)
+def test_every_argument_is_typed(call, name, is_right):
+    """What is not of its kind is refused, by its name, with its value and what is expected; no error of Python's own."""
+    for value in anything:
+        text = refusal(lambda value=value: call(**{name: value}))
+        assert text is not None or is_right(value), f"{name} takes {value!r}"
+        assert text is None or is_right(value) or re.search(rf"\b{name}\b|\.build: ", text), text
+
+
+def test_patterns_are_not_read_letter_by_letter():
+    with pytest.raises(
+        df.DerivationError, match=r"slow is 'weight'; expected a tuple of fnmatch patterns\. Write \('weight',\)\."
+    ):
+        derive(slow="weight")
+    own = torch.nn.Linear(4, 4)
+    own.slow = "bias"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(df.DerivationError, match=r"the learner's own slow is 'bias'; expected .*\('bias',\)"):
+        derive(learner=own)
+    assert list(derive(slow=(n for n in ["bi*"])).parts.slow) == ["bias"]
+
+
+def test_parts_called_slow_are_parts():
+    class Fast(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slow, self.fast = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fast(x.tanh() + self.slow(x))
+
+    assert set(derive(learner=Fast()).parts.fast) == {"slow.weight", "slow.bias", "fast.weight", "fast.bias"}
+
+
+def test_a_target_is_a_word_of_two():
+    class Own(torch.nn.Module):
+        target: Any = torch.zeros(4)
+
+        def forward(self, p, t):
+            return (p - t - self.target).square().sum(-1)
+
+    assert derive(objective=Own()).target == "v"
+    own = Own()
+    own.target = "v - k"
+    with pytest.raises(df.DerivationError, match=r"the objective's target is 'v - k'; expected 'v' or 'v-k'"):
+        derive(objective=own)
+
+
+STEPS = {
+    "nothing": (lambda i, lr: None, "step failed with AttributeError"),
+    "no Step": (lambda i, lr: (((1.0,),), (lr,), (1.0,), 1.0), "step failed with AttributeError"),
+    "flat": (lambda i, lr: df.Step((1.0,), (lr,), (1.0,), 1.0), "step failed with TypeError"),
+    "a word": (lambda i, lr: df.Step((("a",),), (lr,), (1.0,), 1.0), "an entry of step is 'a'; expected a number or a tensor"),
+    "none": (lambda i, lr: df.Step(((1.0,),), (None,), (1.0,), 1.0), "an entry of step is None"),
+    "none at the end": (lambda i, lr: df.Step(((1.0,),), (lr,), (1.0,), None), "an entry of step is None"),
+    "complex": (lambda i, lr: df.Step(((1j,),), (lr,), (1.0,), 1.0), "an entry of step is 1j"),
+    "no gate": (lambda i: df.Step(((1.0,),), (1.0,), (1.0,), 1.0), r"expected step\(i, lr\) -> Step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_a_rules_step_gives_is_typed(name):
+    made, words = STEPS[name]
+    with pytest.raises(ValueError, match=words):
+        df.Rule(step=made)

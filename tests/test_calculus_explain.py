@@ -26,7 +26,7 @@ from dualform.calculus import Explanation, Term, explain, hessian, jacobian
 from dualform.calculus.traced import clear_cache
 from dualform.explanations.explanation import LEVELS
 from dualform.explanations.steps import OpStep
-from dualform.ops.table import ROWS, Call
+from dualform.ops.table import ROWS, OpCall
 
 
 def rand(*shape: int) -> Tensor:
@@ -365,16 +365,16 @@ def test_wrong_rules_change_the_text_and_break_the_law(monkeypatch: pytest.Monke
     right = explain(lambda x: x.softmax(-1) * 3, rand(2, 3))
     true_rule = ROWS["aten::softmax"].rule
 
-    def dropped(call: Call, k: int) -> list[Term]:
+    def dropped(call: OpCall, k: int) -> list[Term]:
         return true_rule(call, k)[:1]
 
-    def signed(call: Call, k: int) -> list[Term]:
+    def signed(call: OpCall, k: int) -> list[Term]:
         return [replace(t, coef=abs(t.coef)) for t in true_rule(call, k)]
 
-    def scaled(call: Call, k: int) -> list[Term]:
+    def scaled(call: OpCall, k: int) -> list[Term]:
         return [replace(t, coef=t.coef / 3) for t in true_rule(call, k)]
 
-    def turned(call: Call, k: int) -> list[Term]:
+    def turned(call: OpCall, k: int) -> list[Term]:
         first, *rest = true_rule(call, k)
         return [
             replace(

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dualform.algebra.linear_map import Derivative
 from dualform.explanations.op_table import op_table
 from dualform.graphs import local_rules
-from dualform.graphs.local_rules import ROWS, Call, affine, derivative, multilinear
+from dualform.graphs.local_rules import ROWS, OpCall, affine, derivative, multilinear
 from dualform.ops.examples import SIZES, Example
 from dualform.ops.table import Row, add_row
 from dualform.shapes import TraceError
@@ -46,14 +46,14 @@ def ignore_deprecated() -> Any:
         yield
 
 
-def make_call(example: Example, seed: int = 0, sizes: Mapping[str, int] = SIZES, alias: bool = False) -> Call:
+def make_call(example: Example, seed: int = 0, sizes: Mapping[str, int] = SIZES, alias: bool = False) -> OpCall:
     args, kwargs = example.arguments(seed, sizes)
-    call = Call(example.target, tuple(args), kwargs, torch.empty(()))
+    call = OpCall(example.target, tuple(args), kwargs, torch.empty(()))
     if alias:
         for k, x in enumerate(call.operands[1:], 1):
             if x.shape == call.operands[0].shape:
                 args, kwargs = call.with_operand(k, call.operands[0])
-                call = Call(example.target, args, kwargs, torch.empty(()))
+                call = OpCall(example.target, args, kwargs, torch.empty(()))
     out = example.target(*call.args, **call.kwargs)
     return replace(
         call,
@@ -62,7 +62,7 @@ def make_call(example: Example, seed: int = 0, sizes: Mapping[str, int] = SIZES,
     )
 
 
-def reference(call: Call, operand: int) -> Tensor:
+def reference(call: OpCall, operand: int) -> Tensor:
     x = call.operands[operand]
     if not call.out.is_floating_point() or not call.out.numel() or not x.numel():
         return torch.zeros(*call.out.shape, *x.shape, dtype=torch.float64)
@@ -71,7 +71,7 @@ def reference(call: Call, operand: int) -> Tensor:
     return torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
 
 
-def probed(call: Call, operand: int) -> Tensor:
+def probed(call: OpCall, operand: int) -> Tensor:
     """Central differences, for the few ops that torch does not differentiate."""
     x, h = call.operands[operand], 1e-6
     if not x.numel():
@@ -81,7 +81,7 @@ def probed(call: Call, operand: int) -> Tensor:
     return torch.stack(columns, -1).reshape(*call.out.shape, *x.shape)
 
 
-def truth(call: Call, operand: int) -> tuple[Tensor, bool]:
+def truth(call: OpCall, operand: int) -> tuple[Tensor, bool]:
     """The derivative, and whether it is autograd's."""
     if call.kwargs.get("include_self") is False and call.operands[0] is call.operands[-1]:
         return probed(call, operand), False  # torch shares the gradient with a tie that does not take part
@@ -94,7 +94,7 @@ def truth(call: Call, operand: int) -> tuple[Tensor, bool]:
         return probed(call, operand), False
 
 
-def check(call: Call, operand: int) -> Derivative:
+def check(call: OpCall, operand: int) -> Derivative:
     """dense, vjp, jvp and the transpose against autograd."""
     x, J = call.operands[operand], derivative(call, operand)
     assert J.shape == (*call.out.shape, *x.shape)
@@ -186,7 +186,7 @@ def test_claimed_affinity_is_true(example: Example) -> None:
             torch.testing.assert_close(f[2] - f[1], f[1] - f[0], rtol=1e-9, atol=1e-9)
 
 
-def _joint(call: Call, group: tuple[int, ...], change: list[Tensor], scale: float) -> Tensor:
+def _joint(call: OpCall, group: tuple[int, ...], change: list[Tensor], scale: float) -> Tensor:
     for operand, step in zip(group, change, strict=True):
         args, kwargs = call.with_operand(operand, call.operands[operand] + scale * step)
         call = replace(call, args=args, kwargs=kwargs)
@@ -240,7 +240,7 @@ def _guess(argument: Any, shift: float) -> Any:
     return {"Tensor": x + shift, "number": 2.0, "float": 0.5, "int": 1, "bool": False, "str": "none"}.get(kind)
 
 
-def pointwise_calls() -> dict[str, Call]:
+def pointwise_calls() -> dict[str, OpCall]:
     """Every functional overload with the tag that takes floating tensors, called on what its schema asks for."""
     found = {}
     for name in dir(aten):
@@ -257,8 +257,8 @@ def pointwise_calls() -> dict[str, Call]:
                     out = target(*args, **kwargs)
                 except (RuntimeError, NotImplementedError):  # of integers only, or of other arguments than guessed
                     continue
-                if isinstance(out, Tensor) and not out.isnan().any() and Call(target, args, kwargs, out).operands:
-                    found[f"{name}.{overload}"] = Call(target, args, kwargs, out)
+                if isinstance(out, Tensor) and not out.isnan().any() and OpCall(target, args, kwargs, out).operands:
+                    found[f"{name}.{overload}"] = OpCall(target, args, kwargs, out)
                     break
     return found
 
@@ -307,7 +307,7 @@ def test_an_op_that_this_torch_lacks_has_no_row() -> None:
 def test_an_op_without_a_row_is_exact_and_says_so_once() -> None:
     x = torch.rand(3, 3, dtype=torch.float64)
     places = torch.tensor([0, 4])
-    call = Call(aten.put.default, (x, places, x[0, :2]), {}, x.put(places, x[0, :2]))
+    call = OpCall(aten.put.default, (x, places, x[0, :2]), {}, x.put(places, x[0, :2]))
     local_rules._warned.clear()
     with pytest.warns(UserWarning, match="aten::put has no derivative row"):
         J = derivative(call, 0)
@@ -317,14 +317,14 @@ def test_an_op_without_a_row_is_exact_and_says_so_once() -> None:
 
 def test_an_op_that_torch_cannot_differentiate_is_refused_by_name() -> None:
     x = torch.rand(3, dtype=torch.float64) + 1
-    call = Call(aten.special_zeta.default, (x + 1, x), {}, torch.special.zeta(x + 1, x))
+    call = OpCall(aten.special_zeta.default, (x + 1, x), {}, torch.special.zeta(x + 1, x))
     with pytest.raises(TraceError, match=r"aten::special_zeta by x has no row and no backward in torch.*Detach that"):
         derivative(call, 0)
 
 
 def test_a_composite_op_is_differentiated_through_its_definition() -> None:
     x, y = torch.rand(3, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
-    call = Call(aten.cosine_similarity.default, (x, y), {}, torch.cosine_similarity(x, y))
+    call = OpCall(aten.cosine_similarity.default, (x, y), {}, torch.cosine_similarity(x, y))
     J = derivative(call, 0)
     torch.testing.assert_close(J.dense(), reference(call, 0))
     assert J.nbytes < J.dense_nbytes  # tokens stay apart
@@ -332,12 +332,12 @@ def test_a_composite_op_is_differentiated_through_its_definition() -> None:
 
 def test_a_user_adds_an_op_with_one_row() -> None:
     @local_rules.row("aten::frac", affine=local_rules.EACH)
-    def _frac(call: Call, operand: int) -> list:
-        return derivative(Call(aten.clone.default, (call.operands[0],), {}, call.out), 0).terms  # type: ignore[return-value]
+    def _frac(call: OpCall, operand: int) -> list:
+        return derivative(OpCall(aten.clone.default, (call.operands[0],), {}, call.out), 0).terms  # type: ignore[return-value]
 
     try:
         x = torch.rand(3, dtype=torch.float64)
-        call = Call(aten.frac.default, (x,), {}, x.frac())
+        call = OpCall(aten.frac.default, (x,), {}, x.frac())
         assert torch.equal(derivative(call, 0).dense(), torch.eye(3, dtype=torch.float64))
         assert affine(call, frozenset({0}))
     finally:
@@ -386,7 +386,7 @@ def test_rows_work_inside_a_vmap(name: str) -> None:
 
     def pull(g: Tensor, x: Tensor) -> Tensor:
         args, kwargs = call.with_operand(0, x)
-        return derivative(Call(call.target, args, kwargs, call.target(*args, **kwargs)), 0).vjp(g)
+        return derivative(OpCall(call.target, args, kwargs, call.target(*args, **kwargs)), 0).vjp(g)
 
     batched = torch.vmap(pull)(torch.stack([g, 2 * g]), torch.stack([x, x]))
     torch.testing.assert_close(batched[1], 2 * pull(g, x))

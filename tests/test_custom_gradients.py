@@ -876,9 +876,9 @@ def test_the_law_sees_the_forwards_gradient_in_outer_gradients(monkeypatch: pyte
     monkeypatch.setattr(program, "_structures", program.Bounded(16))
     m = learner(LEARNERS["tokens"])
     right = by_hand(m, squared, 3, 0.05)
-    whole = derive.Step.differentiable.func
+    whole = derive.TracedStep.differentiable.func
     wrong = property(lambda step: kept.written_out(whole(step)))
-    monkeypatch.setattr(derive.Step, "differentiable", wrong)
+    monkeypatch.setattr(derive.TracedStep, "differentiable", wrong)
     got = derived(m, squared, 3, 0.05)
     torch.testing.assert_close(got["o"], right["o"], rtol=1e-12, atol=1e-12)
     with pytest.raises(laws.LawBroken):

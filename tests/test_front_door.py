@@ -1,9 +1,12 @@
 """How user code comes in: read, traced, proved apart, followed; never touched, never stale."""
 
 import ast
+import builtins
 import copy
+import functools
 import itertools
 import math
+import pickle
 import re
 import secrets
 import threading
@@ -26,6 +29,7 @@ from dualform.functions.in_blocks import is_unobserved
 from dualform.graphs import this_thread
 from dualform.graphs.recorder import record_as_called
 from dualform.graphs.twin import Twin
+from dualform.learning import front_door
 from dualform.learning.op import checkpoints_for
 from dualform.models.attention import allowed
 
@@ -626,6 +630,144 @@ def test_objective_and_rule_that_read_how_many_tokens_there_are_are_refused():
             df.derive(learner, rule=df.Rule(step=step, gates=(), start=(1.0,), resets=(False,)), chunk=8)
 
 
+def nested(h, b, x):
+    return (h if len(x) != 6 else h * 2) if len(x) < 7 else h
+
+
+def failing(h, b, x):
+    if len(x) == 1:
+        raise ValueError("one is none")
+    return h
+
+
+class Few(Averaged):
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2 if len(g) < 3 else g
+
+
+# Choices that fall alike for the 8 and 9 tokens of the first traces.
+CHOICES = {
+    "one": lambda h, b, x: h * (2 if x.shape[0] == 1 else 1),
+    "one, turned round": lambda h, b, x: h * (2 if 1 == x.size(0) else 1),
+    "four": lambda h, b, x: h * 2 if len(x) > 4 else h,
+    "seven alone": lambda h, b, x: h * 2 if x.shape[0] == 7 else h,
+    "more than there are": lambda h, b, x: h * 2 if len(x) > 9 else h,
+    "a remainder": lambda h, b, x: (h, h * 2)[x.size(0) % 8 == 5],
+    "a list": lambda h, b, x: [h, h, h * 3, *[h] * 5][len(x) % 8],
+    "bits": lambda h, b, x: h * 2 if not x.shape[0] & 8 else h,
+    "a truth": lambda h, b, x: h if len(x) - 3 else h * 2,
+    "least": lambda h, b, x: h * min(len(x), 5),
+    "a member": lambda h, b, x: h * 2 if len(x) in (2, 5) else h,
+    "numel": lambda h, b, x: h * 2 if x.numel() > 20 else h,
+    "prod": lambda h, b, x: h * 2 if math.prod(x.shape) < 20 else h,
+    "a share": lambda h, b, x: h * 2 if 12 / len(x) > 3.5 else h,
+    "a root": lambda h, b, x: h * 2 if math.sqrt(len(x)) < 1.5 else h,
+    "numpy": lambda h, b, x: h * 2 if np.sqrt(len(x)) < 1.5 else h,
+    "halves": lambda h, b, x: h * 2 if math.ceil(x.shape[0] / 4) == 1 else h,
+    "digits": lambda h, b, x: h * 2 if f"{len(x)}" == "3" else h,
+    "other sizes": lambda h, b, x: h * 2 if x.shape[0] < x.shape[1] else h,
+    "a shape": lambda h, b, x: h * 2 if x.shape == (1, 4) else h,
+    "strides": lambda h, b, x: h * 2 if x.t().contiguous().stride(0) < 3 else h,
+    "of what is made": lambda h, b, x: h * 2 if len(torch.cat([h, x], 1)) == 3 else h,
+    "keys": lambda h, b, x: h * {1: 3.0}.get(len(x), 1.0),
+    "a size": lambda h, b, x: h * 2 if x.shape.numel() < 6 else h,
+    "squeezed": lambda h, b, x: h[:, None].squeeze() * b,
+    "nested": nested,
+    "an error": failing,
+    "an error of two": lambda h, b, x: h if len(x) != 2 else 1 / 0,
+    "a backward": lambda h, b, x: Few.apply(h),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_learner_that_decides_by_how_many_tokens_there_are_is_refused(name):
+    expected = r"reads the number of tokens, at (`.*\(test_front_door.py:\d+\)`|its sizes): .*(for 8 and|do not)"
+    with pytest.raises(df.DerivationError, match=expected):
+        df.derive(Body(CHOICES[name]), chunk=8, prove=False)
+
+
+def test_where_it_is_decided_is_named():
+    with pytest.raises(
+        df.DerivationError, match=r"at `return h \* 2 if .* else h .*py:\d+\)`.*\(for 16 and 1 tokens\)"
+    ):
+        df.derive(Body(branched), prove=False)
+    with pytest.raises(df.DerivationError, match=r"at `if len\(x\) == 1: .*py:\d+\)`: 17 tokens run and 1 do not"):
+        df.derive(Body(failing), prove=False)
+
+
+def test_objective_and_rule_that_decide_by_how_many_tokens_there_are_are_refused():
+    learner = nn.Linear(4, 4).double()
+    with pytest.raises(df.DerivationError, match=r"the objective reads the number of tokens.*for 16 and 1 tokens"):
+        df.derive(learner, lambda p, v: (p - v).square().sum(-1) * (1 if len(p) > 3 else 2), prove=False)
+
+    def step(i, lr):
+        return df.Step(((1.0,),), (0.3 * lr,), (1.0 if i.numel() != 5 else 2.0,), 1.0)
+
+    with pytest.raises(df.DerivationError, match=r"the rule reads the number of tokens.*for 16 and 5 tokens"):
+        df.derive(learner, rule=df.Rule(step=step), prove=False)
+
+
+def test_a_choice_that_nobody_sees_is_refused_at_the_call_whoever_was_derived_before():
+    """Of learners with the same first traces, each is traced at other numbers of tokens itself."""
+    x = rand(1, 3, 1, 4, seed=5)  # computed as four
+    plain, odd = (Body(lambda h, b, x, k=k: h * (2 if x.shape.numel() == k else 1)) for k in (0, 16))
+    df.derive(plain, chunk=8, prove=False)(x, x, x)
+    program = df.derive(odd, chunk=8, prove=False)
+    with pytest.raises(df.DerivationError, match="reads the number of tokens"):
+        program(x, x, x)
+
+
+@functools.lru_cache
+def pair(shape):
+    return shape[0], shape[1] // 2
+
+
+HARMLESS = {
+    "asserted": lambda h, b, x: h if x.shape[0] > 0 and x.shape[-1] == 4 and len(x) == len(h) else 1 / 0,
+    "some": lambda h, b, x: h if len(x) else x,
+    "the same": lambda h, b, x: h * 1 if len(x) == 1 else 1 * h,
+    "most": lambda h, b, x: h[: max(x.shape[0], 1)],
+    "a multiple": lambda h, b, x: h if x.numel() % 4 == 0 else 1 / 0,
+    "a product": lambda h, b, x: h.reshape(math.prod(x.shape[:-1]), 2, -1).flatten(1),
+    "broadcast": lambda h, b, x: b.expand(torch.broadcast_shapes(h.shape, b.shape)) * h,
+    "kept by shape": lambda h, b, x: h.view(*pair(x.shape), 2).flatten(1),
+    "own axis": lambda h, b, x: h.view(len(x), 4, 1).squeeze(2),
+    "too many": lambda h, b, x: h if x.shape[0] < 12 else 1 / 0,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_numbers_that_decide_nothing_are_right(name):
+    for _ in range(2):  # what is kept by shapes was kept
+        program = df.derive(Body(HARMLESS[name]), rule=df.rules.SGD(lr=0.1), chunk=8, prove=False)
+    x = rand(1, 11, 1, 4, seed=5)
+    for T in (1, 11):
+        found, right = (program(*[x[:, :T]] * 3, form=form, backend="eager")[0] for form in ("auto", "primal"))
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+def test_who_reads_no_size_is_traced_no_more(monkeypatch):
+    traced = []
+    plain = front_door.trace
+    monkeypatch.setattr(front_door, "trace", lambda f, *x, **rest: traced.append(len(x[-1])) or plain(f, *x, **rest))
+    df.derive(Body(lambda h, b, x: torch.tanh(h) * b), chunk=8, prove=False)
+    assert sorted(traced) == [8] * 3 + [9] * 3
+    df.derive(Body(lambda h, b, x: torch.tanh(h).view(len(x), -1) * b), chunk=8, prove=False)
+    assert sorted(traced) == [1] + [8] * 6 + [9] * 6
+    assert builtins.len.__module__ == "builtins"
+
+
+_sizes: list = []
+
+
+def test_numbers_outlive_their_trace_as_plain_ones():
+    df.derive(Body(lambda h, b, x: _sizes.append((x.shape[0], x.shape[0] / 2)) or h), chunk=8, prove=False)
+    for a, b in zip(next(x for x in _sizes if x[0] == 9), (9, 4.5), strict=True):
+        assert [(a == b) is True, type(a + 1) is type(b), repr(a) == repr(b)] == [True] * 3
+        assert copy.deepcopy(a) == pickle.loads(pickle.dumps(a)) == b
+
+
 SIZES = {
     "ones": lambda h, b, x: h + torch.ones(len(x), 1, dtype=x.dtype),
     "a state": lambda h, b, x: h + torch.zeros(len(x), 4, dtype=x.dtype) @ h.new_ones(4, 4),
@@ -650,6 +792,96 @@ def test_sizes_of_as_many_rows_as_tokens_are_right(name, chunk):
     gradients = [torch.autograd.grad(o.square().sum(), leaves, materialize_grads=True) for o in found]
     for a, b in zip((found[0], *gradients[0]), (found[1], *gradients[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+# -- what fails at every width, or whatever the width, fails at derive
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A learner whose width no attribute says."""
+
+    def __init__(self, body=None, *shapes):
+        super().__init__()
+        self.W, *self.rest = (nn.Parameter(rand(*shape, seed=3) / 2) for shape in shapes or [(4, 4)])
+        self.V, self.body = (self.rest or [None])[0], body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def raising(kind, *words):
+    def body(s, x):
+        h = torch.tanh(x @ s.W)
+        raise kind(*words) if h.requires_grad or len(words) else kind
+        return h
+
+    return body
+
+
+def three_axes(s, x):
+    batch, time, width = x.shape
+    return (x @ s.W).view(batch, time, width)
+
+
+FAILING = {
+    "no attribute": (
+        Wide(lambda s, x: x @ s.missing),
+        r"test_front_door.py:\d+\)` failed with AttributeError: .*missing",
+    ),
+    "no key": (Wide(lambda s, x: {"y": x @ s.W}["z"]), r"py:\d+\)` failed with KeyError: 'z'"),
+    "an argument": (Wide(lambda s, x, y: x @ s.W), "failed with TypeError"),
+    "raises": (Wide(raising(RuntimeError, "broken")), r"raise kind.*py:\d+\)` failed with RuntimeError: broken"),
+    "raises at once": (Wide(lambda s, x: 1 / 0), r"py:\d+\)` failed with ZeroDivisionError"),
+    "no widths fit": (Wide(lambda s, x: x @ s.W @ s.V, (4, 4), (5, 4)), r"py:\d+\)` failed with .*4.*5, 4"),
+    "nor in the second line": (
+        Wide(lambda s, x: F.linear(F.linear(x, s.W).relu(), s.V), (8, 4), (4, 6)),
+        "failed with",
+    ),
+    "parts of torch": (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(6, 4)), r"`Linear\(in_features=6.*failed"),
+    "no forward": (nn.ParameterList([rand(4, 4)]), "should not be called"),
+    "three axes": (Wide(three_axes), r"batch, time, width = x.shape   \(.*expected 3, got 2"),
+    "one number": (Wide(lambda s, x: (x @ s.W).sum()), "mixes tokens at .*sum"),
+    "one number of all": (Wide(lambda s, x: (x * s.W).sum(), (4,)), "mixes tokens at .*sum"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_learner_that_fails_whatever_the_width_fails_at_derive(name):
+    learner, words = FAILING[name]
+    with pytest.raises(ValueError, match=words):
+        df.derive(learner, chunk=3, prove=False)
+
+
+# Widths that nothing shows: 77 = 7 times 11, 100 = 2 times 50.
+HIDDEN = {
+    "viewed": (lambda s, x: x.view(-1, 7, 11).mean(-1) * s.W, (7,), 77),
+    "checked": (lambda s, x: x.view(-1, 7, 11).mean(-1) * s.W if x.shape[-1] == 77 else 1 / 0, (7,), 77),
+    "split": (lambda s, x: sum(half[:, :7] for half in x.split(50, -1)[1:2] or 1 / 0) * s.W, (7,), 100),
+    "unpacked": (lambda s, x: (lambda a, b: a[:, :7] * b[:, :7])(*x.split(50, -1)) * s.W, (7,), 100),
+    "indexed": (lambda s, x: x[:, [76, *range(6)]] * s.W, (7,), 77),
+    "looked up": (lambda s, x: x.index_select(-1, torch.arange(70, 77)) * s.W, (7,), 77),
+    "columns": (
+        lambda s, x: sum(x[:, k] for k in range(x.shape[1])).view(-1, 1) * x.view(-1, 7, 11)[..., 0] * s.W,
+        (7,),
+        77,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_width_that_nothing_shows_is_known_at_the_call(name):
+    body, shape, K = HIDDEN[name]
+    program = df.derive(Wide(body, shape), rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    assert program.width is None
+    q, k, v = rand(1, 5, 1, K, seed=1), rand(1, 5, 1, K, seed=2), rand(1, 5, 1, 7, seed=3)
+    found, right = (program(q, k, v, form=form, backend="eager")[0] for form in ("auto", "primal"))
+    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+    with pytest.raises(df.ShapeError, match=r"v has width 4; expected the learner's output V = 7"):
+        program(q, k, v[..., :4])
+    rule = df.Rule(step=lambda i, lr: df.Step(((1.0,),), (lr / i.numel(),), (1.0,), 1.0))
+    with pytest.raises(df.DerivationError, match="the rule reads the number of tokens"):
+        df.derive(Wide(body, shape), rule=rule, chunk=3, prove=False)
 
 
 calls = itertools.count(1)

@@ -554,13 +554,17 @@ def _by_hand(learner, x: Tensor, lr: float, chunk: int) -> Tensor:
 @pytest.mark.parametrize("name", _LEARNERS)
 def test_a_learner_that_writes_reads_and_lays_out_is_the_recurrence(name):
     learner = _Learner(_LEARNERS[name])
-    program = df.derive(learner, df.objectives.Squared(), rule=df.rules.SGD(lr=0.05), chunk=3)
-    x = torch.randn(1, 7, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    program = df.derive(learner, df.objectives.Squared(), rule=df.rules.SGD(lr=0.05), chunk=3, prove=False)
+    # Two whole mini-batches are one traced block; what a learner is at one token is held against it below.
+    x = torch.randn(1, 6, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     leaves = [x, *learner.parameters()]
     results = program(x, x.sin(), x.cos(), backend="eager")[0][0, :, 0], _by_hand(learner, x[0, :, 0], 0.05, 3)
     slopes = [torch.autograd.grad(o.sin().sum(), leaves, materialize_grads=True) for o in results]
     for a, b in zip((results[0], *slopes[0]), (results[1], *slopes[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    program.door.trace_learner(1, 4, torch.float64)  # refused if it is another function
+    one = x[0, :1, 0].detach()
+    torch.testing.assert_close(trace(lambda t: learner(t), one)(one), learner(one))
 
 
 _REFUSED = {

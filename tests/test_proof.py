@@ -128,7 +128,7 @@ def test_a_fault_of_ragged_blocks_alone_is_found(monkeypatch):
 @pytest.mark.parametrize(("row", "head"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_a_fault_of_any_row_and_head_is_found(monkeypatch, row, head, ragged):
     """The definition follows half of them to the end: the first tokens of the others tell."""
-    real, wrong = proving.Problem.run, []
+    real, wrong = proving.Drawn.run, []
 
     def run(self, program, form, **options):
         o, state = real(self, program, form, **options)
@@ -138,7 +138,7 @@ def test_a_fault_of_any_row_and_head_is_found(monkeypatch, row, head, ragged):
         o[row, :, head] *= 1 + 1e-6
         return o, state
 
-    monkeypatch.setattr(proving.Problem, "run", run)
+    monkeypatch.setattr(proving.Drawn, "run", run)
     with pytest.raises(df.DerivationError, match="differ in"):
         df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
     assert wrong
@@ -146,7 +146,7 @@ def test_a_fault_of_any_row_and_head_is_found(monkeypatch, row, head, ragged):
 
 @pytest.mark.parametrize(("row", "head"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_a_fault_of_the_state_of_any_row_and_head_is_found(monkeypatch, row, head):
-    real = proving.Problem.run
+    real = proving.Drawn.run
 
     def run(self, program, form, **options):
         o, state = real(self, program, form, **options)
@@ -157,15 +157,15 @@ def test_a_fault_of_the_state_of_any_row_and_head_is_found(monkeypatch, row, hea
             x[row, head] *= 1 + 1e-6
         return o, dataclasses.replace(state, anchor=wrong)
 
-    monkeypatch.setattr(proving.Problem, "run", run)
+    monkeypatch.setattr(proving.Drawn, "run", run)
     with pytest.raises(df.DerivationError, match="differ in"):
         df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3)
 
 
 def test_what_differs_where_the_definition_was_followed_is_followed_to_the_end(monkeypatch):
-    seen, real = [], proving.Problem.defined
+    seen, real = [], proving.Drawn.defined
     monkeypatch.setattr(
-        proving.Problem, "defined", lambda self, program: seen.append(dict(self.reach)) or real(self, program)
+        proving.Drawn, "defined", lambda self, program: seen.append(dict(self.reach)) or real(self, program)
     )
     assert df.derive(Net(), rule=df.rules.SGD(lr=0.1), chunk=3).proof.error < 1e-12
     assert len(seen) == 2

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from dualform.models import DualformConfig, DualformForCausalLM
-from dualform.train import training
+from dualform.train import data, metrics, training
 from dualform.train.data import (
     BEGIN,
     END,
@@ -27,7 +28,7 @@ from dualform.train.data import (
     plain_text,
 )
 from dualform.train.metrics import baselines, evaluate, plot_loss_by_position, smoothed, terminal_plot
-from dualform.train.settings import Settings, SettingsError, resolve
+from dualform.train.settings import Settings, SettingsError, asked
 from dualform.train.training import TrainingDiverged, WatchedTrainer, train
 from dualform.train.warmup import set_rate_scale
 
@@ -253,11 +254,48 @@ def test_bad_settings_write_nothing(tmp_path, text):
         train(settings(tmp_path, text), resume=True)
 
 
+def test_a_folder_too_large_to_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "large.txt").touch()
+    os.truncate(tmp_path / "large.txt", 2**30 + 1)  # of nothing: no disk is taken
+    for path in (tmp_path, tmp_path / "large.txt"):
+        with pytest.raises(
+            CorpusError, match=r"more than 1 GiB, with .*large.txt 1 .*expected at most 1073741824 bytes"
+        ):
+            load_corpus(str(path))
+    monkeypatch.setattr(data, "most_bytes", 4096)
+    for n in range(5):  # five of nothing weigh more than four kilobytes
+        (tmp_path / f"{n}.txt").write_text("a\n")
+    (tmp_path / "large.txt").unlink()
+    with pytest.raises(CorpusError, match=r"a file counts 1024 bytes at least"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "4.txt").rename(tmp_path / ".4.txt")
+    assert len(load_corpus(str(tmp_path)).train) == 3
+
+
+def test_rows_take_two_bytes_of_memory_a_byte_of_text():
+    text = Document("a", bytes(range(256)) * 4096)
+    tracemalloc.start()
+    rows = PackedRows((text,), 128)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert max(held, most) < 2.1 * len(text.text)
+    assert rows.stream[:3].tolist() == [1, 3, 4]
+    assert rows.stream[-2:].tolist() == [258, 2]
+
+
+def test_counts_of_pieces_are_those_of_the_whole(monkeypatch):
+    texts = tuple(Document(name, name.encode() * 500 + b"end") for name in ("abc", "hello", "x"))
+    right = metrics.baselines(texts, texts)
+    for size in (1, 7, 500):
+        monkeypatch.setattr(metrics, "_AT_ONCE", size)
+        assert metrics.baselines(texts, texts) == right
+
+
 def test_settings_come_from_defaults_file_assignments_and_flags(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('preset = "tiny-ttt-linear"\nmax_steps = 7\nseed = 1\n[model]\nchunk = 8\nrule = {lr = 0.5}\n')
-    got = resolve(file, ["model.rule.lr=0.25", "model.objective=squared", "seed=2"], {"seed": 3, "max_steps": None})
-    assert got == Settings(
+    got = asked(file, ["model.rule.lr=0.25", "model.objective=squared", "seed=2"], {"seed": 3, "max_steps": None})
+    assert Settings(**got) == Settings(
         preset="tiny-ttt-linear",
         max_steps=7,
         seed=3,
@@ -281,12 +319,12 @@ def test_settings_come_from_defaults_file_assignments_and_flags(tmp_path):
 def test_bad_settings_are_named(tmp_path, content, assignments, message):
     (tmp_path / "run.toml").write_text(content)
     with pytest.raises(SettingsError, match=message):
-        resolve(tmp_path / "run.toml", assignments, {})
+        asked(tmp_path / "run.toml", assignments, {})
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"none\.toml cannot be read"):
-        resolve(tmp_path / "none.toml", [], {})
+        asked(tmp_path / "none.toml", [], {})
 
 
 def test_the_inner_rate_warms_up_and_ends_at_its_own(tmp_path, text):

@@ -20,8 +20,8 @@ from dualform.kernels import tape, triton_backend, triton_launch
 from dualform.kernels.lowering import lowered
 from dualform.kernels.targets import Target
 from dualform.kernels.triton_launch import Launch
+from dualform.kernels.triton_lines import Precision
 from dualform.kernels.triton_schedule import Direction
-from dualform.kernels.triton_text import Precision
 from dualform.learning.backends import BackendError
 from dualform.learning.grid import Variant
 from dualform.learning.plan import Input

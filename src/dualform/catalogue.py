@@ -331,32 +331,28 @@ class Catalogue:
         self._keys: dict[str, str] = {}
 
     def record(
-        self,
-        *,
-        name: str,
-        formula: str = "",
-        source: str = "",
-        domain: str = "",
-        aliases: tuple[str, ...] = (),
-        nested: Mapping[str, Catalogue | tuple[Catalogue]] | None = None,
-    ) -> Callable[[F], F]:
+        self, *, name: str | None = None, suffix: str = "", formula: str = "", source: str = "", domain: str = "",
+        aliases: tuple[str, ...] = (), nested: Mapping[str, Catalogue | tuple[Catalogue]] | None = None,
+    ) -> Callable[[F], F]:  # fmt: skip
         """Register the decorated function or dataclass; its parameters are the record's options.
 
-        `nested` names the options that are specs themselves, and the catalogue each belongs to;
-        (catalogue,) for a list of specs.
+        name: default the function's own; suffix: what makes of it the first alias. nested: the options that are specs
+        themselves, and the catalogue each belongs to; (catalogue,) for a list of specs.
         """
 
         def register(function: F) -> F:
-            made = Record(self.kind, name, function, formula, source, domain, tuple(aliases), dict(nested or {}))
+            called = function.__name__ if name is None else name
+            others = (f"{called}{suffix}", *aliases) if suffix else tuple(aliases)
+            made = Record(self.kind, called, function, formula, source, domain, others, dict(nested or {}))
             self._check_options(made)
-            keys = {normalise(spelling): spelling for spelling in (name, *aliases)}
+            keys = {normalise(spelling): spelling for spelling in (called, *others)}
             for key, spelling in keys.items():
                 if key in self._keys:
                     raise CatalogueError(f"{self.kind}: {spelling!r} is already the name of {self._keys[key]!r}.")
                 if not key or hasattr(type(self), spelling) or spelling == "kind":
                     raise CatalogueError(f"{self.kind}: {spelling!r} cannot name a record. Choose another name.")
-            self._records[name] = made
-            self._keys.update(dict.fromkeys(keys, name))
+            self._records[called] = made
+            self._keys.update(dict.fromkeys(keys, called))
             return function
 
         return register

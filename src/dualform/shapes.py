@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class ShapeError(ValueError):
@@ -18,3 +18,18 @@ def fail(
 ) -> NoReturn:
     """Raise `kind` with the house's message: what was found, what was expected, what to do next."""
     raise kind(f"{function}: {argument} {found}; expected {expected}. {advice}")
+
+
+def require(
+    is_right: bool, function: str, argument: str, value: Any, expected: str, advice: str,
+    kind: type[ValueError] = ShapeError,
+) -> None:  # fmt: skip
+    """Refuse an argument that is not right, showing what it is."""
+    if not is_right:
+        text = " ".join(repr(value).split())
+        fail(function, argument, f"is {text if len(text) < 80 else text[:77] + '...'}", expected, advice, kind)
+
+
+def is_whole(x: Any, least: int = 1) -> bool:
+    """Is it a whole number, not too small? True and 2.0 are none."""
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least

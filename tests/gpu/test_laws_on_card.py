@@ -189,9 +189,8 @@ def test_a_token_is_one_launch():
 
 
 def test_auto_takes_it_and_says_so(monkeypatch, tmp_path):
-    """Where it is asked for: the check at its first use."""
+    """After the check at its first use, in a process of its own."""
     monkeypatch.setenv("DUALFORM_PROVE", "1")
-    monkeypatch.setenv("DUALFORM_TRITON", "1")
     monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))
     c = case("TTT-Linear", B=4, T=512, H=4)
     torch.manual_seed(0)

@@ -122,8 +122,7 @@ class _Meeting:
 
 
 def settle_relations(term: Term) -> Term | None:
-    """Remove every relation that a renaming, a slice or an intersection of ranges can replace;
-    None if the term is zero."""
+    """Remove every relation that a renaming, a slice or an intersection can replace; None if the term is zero."""
     progress = True
     while progress:
         progress = False

@@ -39,8 +39,7 @@ class ContractionStep:
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """The order of a contraction and its cost; `bytes` counts what the steps write,
-    `naive` is flops in one loop nest."""
+    """The order of a contraction and its cost; `bytes`: what steps write, `naive`: flops in one loop nest."""
 
     path: tuple[tuple[int, ...], ...]
     steps: tuple[ContractionStep, ...]

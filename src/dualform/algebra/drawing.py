@@ -78,9 +78,6 @@ def _title(shown: IndexFormula) -> str:
     return text if len(text) <= 110 else f"{text[:107]}..."
 
 
-# -- the matrix
-
-
 def _matrix(panel: Axes, J: Questions, shown: IndexFormula) -> None:
     rows, columns = _fitting(J.out_shape), _fitting(J.in_shape)
     values = entries(shown, (*rows, *columns)).reshape(math.prod(rows), math.prod(columns))
@@ -175,9 +172,6 @@ def entries(f: IndexFormula, shape: Sequence[int]) -> Tensor:
 def _at(text: str, grid: dict[str, Tensor]) -> Tensor:
     index = Index.read(text)
     return sum((step * grid[name] for name, step in index.steps), torch.tensor(index.start))
-
-
-# -- the wires
 
 
 def _wires(panel: Axes, J: Questions, f: IndexFormula, line: Line, colours: dict[str, str], head: str) -> None:

@@ -106,16 +106,10 @@ class Derivative(Questions):
     """
 
     def __init__(
-        self,
-        terms: Sequence[Term] | Callable[[], Sequence[Term]],
-        out_shape: Sequence[int],
-        in_shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        route: Route | None = None,
-        axes: tuple[Sequence[str], Sequence[str]] | None = None,
-        symmetric: bool = False,
-    ) -> None:
+        self, terms: Sequence[Term] | Callable[[], Sequence[Term]], out_shape: Sequence[int], in_shape: Sequence[int],
+        dtype: torch.dtype, device: torch.device | str, route: Route | None = None,
+        axes: tuple[Sequence[str], Sequence[str]] | None = None, symmetric: bool = False,
+    ) -> None:  # fmt: skip
         self._terms = terms if callable(terms) else tuple(terms)
         self.out_shape = tuple(out_shape)
         self.in_shape = tuple(in_shape)
@@ -269,12 +263,9 @@ class Derivative(Questions):
             return NotImplemented
         if self.shape != other.shape or self.out_shape != other.out_shape:
             fail(
-                "Derivative +",
-                "the second summand",
-                f"is {other.out_shape} by {other.in_shape}",
-                f"{self.out_shape} by {self.in_shape}",
-                "Add derivatives of one function space only.",
-            )
+                "Derivative +", "the second summand", f"is {other.out_shape} by {other.in_shape}",
+                f"{self.out_shape} by {self.in_shape}", "Add derivatives of one function space only.",
+            )  # fmt: skip
         return self._with(merged([*self.terms, *other.terms]), self._symmetric and other._symmetric)
 
     def __mul__(self, scale: float) -> Derivative:

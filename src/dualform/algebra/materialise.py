@@ -103,13 +103,9 @@ def _narrowed(f: Factor | Relation, along: Label, piece: Label, start: int) -> F
 
 
 def _place(
-    factors: Sequence[Factor | Relation],
-    labels: Sequence[Label],
-    strides: Sequence[int],
-    offset: int,
-    coef: float,
+    factors: Sequence[Factor | Relation], labels: Sequence[Label], strides: Sequence[int], offset: int, coef: float,
     result: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     value, have = gather(factors, labels, result)
     for axis, label in enumerate(labels):
         if label not in have:

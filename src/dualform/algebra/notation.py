@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dualform.algebra.relations import Lookup, Triangle, Window
 from dualform.algebra.terms import Axis, Factor, Label, Term
+from dualform.storages import memory_of
 
 LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
@@ -241,13 +242,9 @@ class IndexFormula:
 
 
 def formula(
-    terms: Sequence[Term],
-    out_shape: Sequence[int],
-    in_shape: Sequence[int],
-    symbol: str = "J",
-    axes: tuple[Sequence[str], Sequence[str]] | None = None,
-    names: Names | None = None,
-) -> IndexFormula:
+    terms: Sequence[Term], out_shape: Sequence[int], in_shape: Sequence[int], symbol: str = "J",
+    axes: tuple[Sequence[str], Sequence[str]] | None = None, names: Names | None = None,
+) -> IndexFormula:  # fmt: skip
     """Write terms in index notation: one name for each axis, an axis of size 1 is index 0.
 
     Names are given by position, so that all lines of one formula speak of the same indices; `axes` gives the caller's.
@@ -353,13 +350,10 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
             low = f"{_polynomial(r.cols, name)}{r.offset:+d}" if r.offset else _polynomial(r.cols, name)
             steps.append((_polynomial(r.rows, name), low))
     return Line(
-        term.coef,
-        tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
-        in_order(deltas, [*out, *inn]),
-        tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
-        tuple(sums),
-        tuple(steps),
-    )
+        term.coef, tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
+        in_order(deltas, [*out, *inn]), tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
+        tuple(sums), tuple(steps),
+    )  # fmt: skip
 
 
 def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: Names) -> str:
@@ -400,10 +394,9 @@ def stored_bytes(tensors: Sequence[Tensor]) -> int:
     shown: dict[int, dict[tuple, int]] = {}
     total: dict[int, int] = {}
     for t in tensors:
-        storage = t.untyped_storage()
-        key = storage._cdata
+        key = memory_of(t)
         view = (t.storage_offset(), tuple(t.shape), tuple(t.stride()))
         seen = torch.Size([n for n, s in zip(t.shape, t.stride(), strict=True) if s != 0]).numel()
         shown.setdefault(key, {})[view] = seen * t.element_size()
-        total[key] = storage.nbytes()
+        total[key] = t.untyped_storage().nbytes()
     return sum(min(total[key], sum(views.values())) for key, views in shown.items())

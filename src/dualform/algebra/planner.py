@@ -33,8 +33,7 @@ Sizes = tuple[tuple[str, int], ...]
 
 
 class Price(NamedTuple):
-    """What a computation costs: flops, bytes moved, and the numbers of its largest intermediate;
-    `total` is in flops."""
+    """What a computation costs: flops, bytes moved, numbers of its largest intermediate; `total` is in flops."""
 
     flops: float = 0
     bytes: float = 0
@@ -55,8 +54,7 @@ def flops(points: int, is_sum: bool, operands: int = 2) -> int:
 
 
 def counted(nodes: Iterable[fx.Node]) -> Price:
-    """Price what is traced: flops of matrix products as torch counts them, bytes that ops write,
-    the largest of their values."""
+    """Price what is traced: flops of matrix products as torch counts them, bytes written, the largest value."""
     from torch.utils.flop_counter import flop_registry  # loads triton: not at `import dualform`
 
     total = Price()
@@ -75,8 +73,7 @@ def letters(*operands: Iterable[Hashable]) -> dict[Any, str]:
 
 @lru_cache(maxsize=4096)
 def free_order(inputs: tuple[frozenset[int], ...], out: frozenset[int], extents: tuple[int, ...]) -> Path:
-    """Find the cheapest order: pairs of positions in a list that loses both operands and gains their product at its
-    end."""
+    """Find the cheapest order: pairs of positions in a list that loses both and gains their product at its end."""
     if len(inputs) <= 2:
         return (tuple(range(len(inputs))),)
     is_near = all(math.prod(extents[k] for k in labels) <= CACHE for labels in inputs)
@@ -87,8 +84,7 @@ def free_order(inputs: tuple[frozenset[int], ...], out: frozenset[int], extents:
 
 
 class Pairing(NamedTuple):
-    """Meet one more operand: a factor, or the other token (which = None); the labels before, its own,
-    and those left."""
+    """Meet one more operand: a factor, or the other token (which = None); labels before, its own, those left."""
 
     which: int | None
     left: str
@@ -97,8 +93,7 @@ class Pairing(NamedTuple):
 
 
 class TokenOrder(NamedTuple):
-    """The token to start at, the labels left, what is met in turn, what the other token meets before the two meet,
-    the price."""
+    """The token to start at, labels left, what is met in turn, what the other token meets before, the price."""
 
     start: int
     labels: str
@@ -152,8 +147,7 @@ def token_order(
 
 
 def _met(left: str, right: str, out: str, extents: dict[str, int], renames: bool) -> Price:
-    """Price a step, with what it lays out anew: a product wants what it sums side by side,
-    and axes that both keep up front."""
+    """Price a step, with what it lays out anew: a product wants summed axes side by side, kept ones up front."""
     shared = [x for x in left if x in right]
     summed = "".join(x for x in shared if x not in out)
     size, tokens, factor = (math.prod(extents[x] for x in labels) for labels in (out, left, right))

@@ -17,8 +17,7 @@ from dualform.shapes import fail
 
 
 class Questions(ABC):
-    """An array with named axes on two sides that is a sum of terms. Answers come from labels,
-    so that they are proofs."""
+    """An array with named axes on two sides, a sum of terms. Answers come from labels, so they are proofs."""
 
     out_shape: tuple[int, ...]
     in_shape: tuple[int, ...]
@@ -117,8 +116,7 @@ class Questions(ABC):
         return found
 
     def _choices(self, index: Any) -> list[tuple[int, range, bool]]:
-        """For each axis that is cut, from the last: its place, the indices that stay,
-        and whether the axis goes away."""
+        """For each axis that is cut, from the last: its place, the indices that stay, whether the axis goes away."""
         names = [*self.out_axes, *self.in_axes]
         if isinstance(index, dict):
             picked = [(self._place(name), item) for name, item in index.items()]
@@ -130,12 +128,9 @@ class Questions(ABC):
             if len(items) > len(names):
                 advice = "Use ints, slices and one ellipsis."
                 fail(
-                    "J[...]",
-                    "the index",
-                    f"has {len(items)} places",
-                    f"at most one for each axis = {len(names)}",
+                    "J[...]", "the index", f"has {len(items)} places", f"at most one for each axis = {len(names)}",
                     advice,
-                )
+                )  # fmt: skip
             picked = list(enumerate(items))
         found = []
         for place, item in sorted(picked, key=lambda p: -p[0]):

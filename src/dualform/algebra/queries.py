@@ -111,8 +111,7 @@ def _tied(term: Term, first: Axis, second: Axis) -> bool:
 
 
 def term_plan(term: Term, seed: str | None, result: str | None, like: Like) -> ContractionPlan:
-    """Price the contraction of a term with a seed on one side into the axes of the other; without a seed,
-    of all axes."""
+    """Price the contraction of a term with a seed on one side into the axes of the other, or without one of all."""
     wanted = term.visible if result is None else tuple(dict.fromkeys(atoms(getattr(term, result))))
     factors: list = list(term.factors)
     if seed is not None:

@@ -217,9 +217,7 @@ def chained(outer: Window | Lookup, inner: Window | Lookup) -> Relation | None:
     return Lookup(place.labels, outer.bigs, place.tensor)
 
 
-# -- applied: an index that a relation reads is taken out of a tensor, or put back into one
-
-
+# Applied: an index that a relation reads is taken out of a tensor, or put back into one
 def narrowed(tensor: Tensor, axis: int, s: Select) -> Tensor:
     """The entries start, start + step, ... of an axis; a view unless the step is negative."""
     first, last = s.start, s.start + s.step * (s.small.size - 1)

@@ -155,8 +155,7 @@ def _joined(term: Term) -> Term:
 
 
 class _Meet:
-    """The finest pattern that holds in all terms: positions of the axes grouped by the label they share in every
-    term."""
+    """The finest pattern that holds in all terms: positions of axes grouped by the label that they share in each."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = _refined(terms)

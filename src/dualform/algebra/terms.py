@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.storages import memory_of
+
 
 class Label:
     """One atom of an axis. Two labels are the same index if and only if they are the same object."""
@@ -176,8 +178,7 @@ def volume(labels: Iterable[Label]) -> int:
 
 
 def make_factor(tensor: Tensor, axes: Sequence[Axis], name: str = "") -> Factor:
-    """Label a tensor whose axis k is `axes[k]`: split composite axes, drop those of size 1,
-    take diagonals of repeats."""
+    """Label a tensor whose axis k is `axes[k]`: split composite axes, drop size 1, take diagonals of repeats."""
     labels = atoms(axes)
     shape = sizes(labels)
     if list(tensor.shape) != shape:
@@ -245,6 +246,6 @@ def identity_of(t: Tensor) -> Identity:
     """
     steps = tuple(sorted(zip(t.stride(), t.shape, strict=True), reverse=True))
     try:
-        return (t.untyped_storage()._cdata, t.storage_offset(), steps)
+        return (memory_of(t), t.storage_offset(), steps)
     except (NotImplementedError, RuntimeError):  # tensors inside a transform
         return (id(t),)

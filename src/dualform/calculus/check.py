@@ -126,13 +126,9 @@ class Report:
 
 
 def check(
-    backward: Callable[..., Any],
-    f: Callable[..., Tensor],
-    *args: Any,
-    axes: str | None = None,
-    g: Tensor | None = None,
-    **kwargs: Any,
-) -> Report:
+    backward: Callable[..., Any], f: Callable[..., Tensor], *args: Any, axes: str | None = None,
+    g: Tensor | None = None, **kwargs: Any,
+) -> Report:  # fmt: skip
     """Compare a hand-written backward pass with the structured derivative, and say what is wrong.
 
     backward(g, *args) -> the gradient of each floating tensor among `args`, in order (one of them alone, or a tuple)

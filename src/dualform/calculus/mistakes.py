@@ -43,9 +43,6 @@ def _axis(k: int, n: int, names: Sequence[str] | None) -> str:
     return f"axis {k} ({names[k]}={n})" if names is not None else f"axis {k} ({n})"
 
 
-# -- shapes
-
-
 def of_shape(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
     """Name what is wrong with a gradient of the wrong shape; None if the shape is right."""
     if got.shape == right.shape:
@@ -113,18 +110,10 @@ def _orders(rank: int) -> Iterator[tuple[int, ...]]:
         yield from itertools.permutations(range(rank))
 
 
-# -- values
-
-
 def of_values(
-    got: Tensor,
-    right: Tensor,
-    g: Tensor,
-    again: Callable[[Tensor], Tensor],
-    others: dict[str, Tensor],
-    program: Program,
-    names: Names,
-) -> Slip | None:
+    got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], others: dict[str, Tensor],
+    program: Program, names: Names,
+) -> Slip | None:  # fmt: skip
     """Name what is wrong with a gradient of the right shape; None if nothing is."""
     unfinite = _not_finite(got, right)
     if unfinite is not None:

@@ -212,8 +212,7 @@ def _refuse_steps(results: Sequence[fx.Node]) -> None:
 
 
 def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor], list[str], bool]:
-    """Make closed-over tensors inputs: where each is found again (a slot of the fingerprint, or itself),
-    and its name."""
+    """Make closed-over tensors inputs: its name, and where each is found again (a fingerprint slot, or itself)."""
     slot: dict[int, Any] = {id(t): k for k, t in enumerate(known.tensors)}
     slots: list[int | Tensor] = []
     names: list[str] = []

@@ -49,8 +49,7 @@ app.command(list_presets, name="presets")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status; errors go to stderr as one line,
-    as a traceback with --debug only."""
+    """Run the command line; return its exit status. An error is one line on stderr, a traceback with --debug only."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, arguments = "--debug" in arguments, [word for word in arguments if word != "--debug"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders here

@@ -21,18 +21,11 @@ BACKENDS = ("eager", "cpp")
 
 
 def bench(
-    name: Literal["cpu"],
-    /,
-    *,
-    learner: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    batch: int = 1,
-    length: int = 1024,
-    dim: int = 64,
-    heads: int = 4,
-    chunk: int = 16,
-    rounds: int = 3,
+    name: Literal["cpu"], /, *,
+    learner: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None, batch: int = 1,
+    length: int = 1024, dim: int = 64, heads: int = 4, chunk: int = 16, rounds: int = 3,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Time a forward and backward pass of each learner, in milliseconds, the best of some rounds.
 
     Parameters

@@ -16,14 +16,9 @@ from dualform.train.settings import Settings
 
 
 def evaluate(
-    model: str,
-    /,
-    *,
-    data: str | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
+    model: str, /, *, data: str | None = None, seq_len: int | None = None, batch_size: int | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Score a model on the held-out part of a text.
 
     Parameters

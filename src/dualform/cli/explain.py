@@ -27,17 +27,11 @@ from dualform.models.blocks import learning_layer
 
 
 def explain(
-    target: str,
-    /,
-    *,
-    dim: int | None = None,
-    shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    wrt: str | None = None,
-    axes: str | None = None,
-    level: Literal["one-line", "steps", "proof"] | None = None,
-    format: Literal["text", "latex", "html"] | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
+    target: str, /, *, dim: int | None = None,
+    shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None, wrt: str | None = None,
+    axes: str | None = None, level: Literal["one-line", "steps", "proof"] | None = None,
+    format: Literal["text", "latex", "html"] | None = None, json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:  # fmt: skip
     """Show sites, structured derivatives, chosen forms, costs and the program; or the derivative of a formula.
 
     Parameters

@@ -17,13 +17,10 @@ shades = " .:-=+*#%@"
 
 
 def functions(
-    name: str | None = None,
-    /,
-    *,
-    set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    png: Path | None = None,
+    name: str | None = None, /, *,
+    set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None, png: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """List the functions of all families, one family, or describe a record: equation, sizes, domain, source, a picture.
 
     Parameters

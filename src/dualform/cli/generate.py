@@ -19,15 +19,9 @@ from dualform.models.state_file import load_state, save_state
 
 
 def generate(
-    model: str,
-    /,
-    *,
-    prompt: str,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    seed: int = 0,
+    model: str, /, *, prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0,
     state: Path | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Continue a prompt, printing as it goes; then say on stderr how each layer's inner loss fell over the prompt.
 
     Parameters

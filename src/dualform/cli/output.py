@@ -22,8 +22,7 @@ class UsageError(ValueError):
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str = "", as_json: bool = False, file: TextIO | None = None) -> None:
-    """Print rows as a table, or as a JSON list of objects; numbers with four digits in the table. file:
-    default stdout."""
+    """Print rows as a table, numbers with four digits, or as a JSON list of objects. file: default stdout."""
     if as_json:
         print(json.dumps(list(rows), indent=2))
         return

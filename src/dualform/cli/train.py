@@ -18,21 +18,13 @@ from dualform.train.training import train as run
 
 
 def train(
-    config: Path | None = None,
-    /,
-    *,
-    preset: str | None = None,
-    data: str | None = None,
-    output: str | None = None,
-    max_steps: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    seed: int | None = None,
+    config: Path | None = None, /, *, preset: str | None = None, data: str | None = None, output: str | None = None,
+    max_steps: int | None = None, seq_len: int | None = None, batch_size: int | None = None,
+    learning_rate: float | None = None, seed: int | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     assignments: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train a model on text and score it on text held out.
 
     Parameters

@@ -25,7 +25,7 @@ from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.rewriting import inline
 from dualform.graphs.trace import source_line, trace
-from dualform.ops.table import Call, broadcast_axes
+from dualform.ops.table import OpCall, broadcast_axes
 from dualform.shapes import fail
 
 # A stage with more products than this, before deltas are eliminated, is written with stored sums instead.
@@ -42,14 +42,9 @@ class Story:
     """A program and what people call things in it: the route of a derivative, and its account."""
 
     def __init__(
-        self,
-        f: Callable[..., Tensor],
-        args: Sequence[Tensor],
-        wrt: int,
-        names: Sequence[str],
-        axes: tuple[list[list[str]], list[str]] | None,
-        closed: Mapping[int, str] | None = None,
-    ) -> None:
+        self, f: Callable[..., Tensor], args: Sequence[Tensor], wrt: int, names: Sequence[str],
+        axes: tuple[list[list[str]], list[str]] | None, closed: Mapping[int, str] | None = None,
+    ) -> None:  # fmt: skip
         """`closed`: what the code calls the tensors that it closes over, by their identity."""
         self.f = f
         self.args = list(args)
@@ -88,17 +83,9 @@ class Story:
         if whole and self.axes is not None:
             whole = in_axes(whole, result.formula.out, result.formula.inn)
         return Explanation(
-            level,
-            self._title(),
-            tuple(steps),
-            tuple(self._chain()),
-            result,
-            code,
-            namespace,
-            tuple(self._checks(derivative, code, namespace, level)),
-            tuple(stages),
-            whole or None,
-        )
+            level, self._title(), tuple(steps), tuple(self._chain()), result, code, namespace,
+            tuple(self._checks(derivative, code, namespace, level)), tuple(stages), whole or None,
+        )  # fmt: skip
 
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names that its steps use."""
@@ -130,7 +117,7 @@ class Story:
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
         return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
-    def _op_steps(self, node: fx.Node, call: Call, source: fx.Node, locals_: list[Derivative]) -> list[OpStep]:
+    def _op_steps(self, node: fx.Node, call: OpCall, source: fx.Node, locals_: list[Derivative]) -> list[OpStep]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
         places = [k for k, s in enumerate(self.program.operand_nodes(node)) if s is source]
         x, found, wide = call.operands[places[0]], [], {}
@@ -161,15 +148,9 @@ class Story:
         return [*found, self._step(op, text, total, f"d{name}/d{operand}", node, said)]
 
     def _step(
-        self,
-        op: str,
-        text: str,
-        derivative: Derivative,
-        symbol: str,
-        node: fx.Node | None = None,
-        said: str = "",
+        self, op: str, text: str, derivative: Derivative, symbol: str, node: fx.Node | None = None, said: str = "",
         axes: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> OpStep:
+    ) -> OpStep:  # fmt: skip
         if symbol == self._symbol(self.program.output):
             axes = self.axes
         shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
@@ -273,9 +254,8 @@ class Story:
         x = self.args[self.wrt]
         generator = torch.Generator(device="cpu").manual_seed(0)
         g = torch.randn(J.out_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
-        expected: Any = torch.autograd.functional.vjp(alone, x, g)[
-            1
-        ]  # plain autograd: what users' gradients are made by
+        # Plain autograd: what users' gradients are made by.
+        expected: Any = torch.autograd.functional.vjp(alone, x, g)[1]
         scope: dict[str, Any] = {"torch": torch, "g": g, **namespace}
         exec(code, scope)
         checks = [("the code above against autograd's vjp", deviation(scope["x_bar"], expected))]
@@ -301,7 +281,7 @@ def _joined(steps: Sequence[OpStep], start: str, end: str) -> list[OpStep]:
     return [step for step in flowing if step.below in reached and step.above in needed]
 
 
-def _broadcast_shape(call: Call, x: Tensor) -> tuple[int, ...]:
+def _broadcast_shape(call: OpCall, x: Tensor) -> tuple[int, ...]:
     """What an operand is broadcast to: the result's shape entry by entry, its batch axes in a matrix product."""
     if torch.Tag.pointwise in call.target.tags:
         return tuple(call.out.shape)

@@ -23,8 +23,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Link:
-    """One way into a node: its local derivative after the derivative of the operand,
-    None where that is the input itself."""
+    """One way into a node: its local derivative after the operand's; None where that is the input itself."""
 
     local: IndexFormula
     before: IndexFormula | None

@@ -30,8 +30,7 @@ MAX_PRODUCTS = 12
 
 @dataclass(frozen=True)
 class Joined(Route):
-    """The route of outer @ inner: one after the other; x is the inner input, y what they meet in,
-    z the outer result."""
+    """The route of outer @ inner: one after the other; x: inner input, y: what they meet in, z: outer result."""
 
     outer: Derivative
     inner: Derivative

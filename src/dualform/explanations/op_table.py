@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from dualform.algebra.notation import formula
-from dualform.graphs.local_rules import ROWS, Call, derivative
+from dualform.graphs.local_rules import ROWS, OpCall, derivative
 from dualform.ops.examples import Example
 from dualform.ops.table import Row
 
@@ -44,7 +44,7 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _affine(row: Row, call: Call) -> str:
+def _affine(row: Row, call: OpCall) -> str:
     """The operands in which the op is jointly affine, by name; alternatives are parted by semicolons."""
     names = [call.operand_name(k) for k in range(len(call.operands))]
     if row.affine == "all":
@@ -55,15 +55,12 @@ def _affine(row: Row, call: Call) -> str:
     return "; ".join(dict.fromkeys(" ".join(g) for g in groups if g))
 
 
-def example_call(example: Example) -> Call:
+def example_call(example: Example) -> OpCall:
     """Make the call that an example describes."""
     args, kwargs = example.arguments()
     result = example.target(*args, **kwargs)
     several = isinstance(result, (tuple, list))
-    return Call(
-        example.target,
-        tuple(args),
-        kwargs,
-        result[example.part] if several else result,
+    return OpCall(
+        example.target, tuple(args), kwargs, result[example.part] if several else result,
         example.part if several else None,
-    )
+    )  # fmt: skip

@@ -31,9 +31,6 @@ def _filled_in(spelling: str, args: Sequence[str]) -> str:
     return spelling.format(f"({first})" if "**" in spelling and first.startswith("-") else first, *rest)
 
 
-# -- so that it runs ---------------------------------------------------------------------------------------------------
-
-
 def text_of(value: Any, names: dict[fx.Node, str]) -> str:
     """Spell an argument."""
     if isinstance(value, fx.Node):
@@ -66,9 +63,6 @@ def statement(node: fx.Node, names: dict[fx.Node, str]) -> str:
         if not kwargs and spelling.count("{") == len(args):
             return _filled_in(spelling, args)
     return f"torch.ops.{target}({', '.join(every)})"
-
-
-# -- as a person writes it ---------------------------------------------------------------------------------------------
 
 
 def written(node: fx.Node, name: Callable[[fx.Node], str], wide: dict[fx.Node, str] | None = None) -> str:

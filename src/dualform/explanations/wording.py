@@ -14,7 +14,7 @@ from dualform.algebra.index_products import Index
 from dualform.algebra.notation import IndexFormula, Line
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.trace import source_line
-from dualform.ops.table import ALL, ROWS, Call, find_row
+from dualform.ops.table import ALL, ROWS, OpCall, find_row
 
 _PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention"}
 
@@ -39,7 +39,7 @@ def plain(op: str) -> str:
     return "T" if row is not None and re.fullmatch(r"\{0\}\.\w+", row.python) else _PLAIN.get(op, op)
 
 
-def rule(call: Call, x_is: str) -> str:
+def rule(call: OpCall, x_is: str) -> str:
     """The rule of differentiation behind one op, in a sentence."""
     op = plain(call.target._schema.name.split("::")[1])
     row = find_row(call.target)

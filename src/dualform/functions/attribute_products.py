@@ -13,44 +13,32 @@ import torch
 from torch import Tensor
 
 from dualform.catalogue import Bound
-from dualform.functions.basis import Expansion, expansions, positive
+from dualform.functions.basis import Expansion, expansion, expansions, positive
 from dualform.functions.subsets import num_subsets, subsets, tails
 from dualform.shapes import fail
 
 _source = "Zhang 2024 (RPN 1, arXiv 2407.04819), section 5"
 
 
-@expansions.record(
-    name="taylor",
-    aliases=("taylor_expansion",),
-    formula="[x, x (x) x, .., x^(x)d]; symmetric: each monomial once",
-    source=_source,
-    domain="all reals; grows as x^d",
+@expansion(
+    formula="[x, x (x) x, .., x^(x)d]; symmetric: each monomial once", source=_source, domain="all reals; grows as x^d"
 )
 def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
     """Expand the attributes in their products of up to `degree` factors.
 
-    kappa(x) = [x, x (x) x, ..]: all m^r products of r factors, the first slowest; symmetric keeps the C(m + r - 1,
-    r) distinct ones
+    kappa(x) = [x, x (x) x, ..]: all m^r products of r factors, the first slowest; symmetric: each distinct one once
     Shape:  (..., m) -> (..., D), D = sum_r m^r, or C(m + d, d) - 1 if symmetric.
     Raises: ShapeError for degree < 1 and, when called, for a row of more than 1e8 features.
     """
     positive("taylor", "degree", degree)
     edge = 10.0 ** (30.0 / degree)
     return Expansion(
-        "taylor",
-        lambda x: x,
-        lambda m: m,
-        "C(m + d, d) - 1" if symmetric else "m + m^2 + .. + m^d",
-        power=int(degree),
-        symmetric=symmetric,
-        reach=(-edge, edge),
-    )
+        "taylor", lambda x: x, lambda m: m, "C(m + d, d) - 1" if symmetric else "m + m^2 + .. + m^d", power=int(degree),
+        symmetric=symmetric, reach=(-edge, edge),
+    )  # fmt: skip
 
 
-@expansions.record(
-    name="combinatorial",
-    aliases=("combinatorial_expansion",),
+@expansion(
     formula="[the r-subsets of x, each written out, r = 1 .. d], in lexicographic order",
     source=f"{_source}. tinyBIG 0.2.1 returns nested lists of them, which no head can take",
     domain="all reals",
@@ -83,9 +71,7 @@ def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
     return Expansion("combinatorial", base, size, rule, label=label)
 
 
-@expansions.record(
-    name="combinatorial_normal",
-    aliases=("combinatorial_normal_expansion",),
+@expansion(
     formula="[log N(x_S; 0, I_r) for the r-subsets S, r = 1 .. d], in lexicographic order",
     source=_source,
     domain="all reals; falls as -x^2; sums of marginals, so they span what x_i^2 and 1 span",
@@ -121,9 +107,7 @@ def combinatorial_normal(degree: int = 1, with_replacement: bool = False) -> Exp
 Matrix = Sequence[Sequence[float]]
 
 
-@expansions.record(
-    name="linear",
-    aliases=("linear_expansion",),
+@expansion(
     formula="c x, or pre x (over the rows of a batch), or x post; x if none is given",
     source=_source,
     domain="all reals",
@@ -154,12 +138,9 @@ def linear(
         constant = torch.tensor(numbers, dtype=x.dtype, device=x.device)
         if kind == "pre" and (x.ndim < 2 or x.shape[-2] != shape[0]):
             fail(
-                name,
-                "x",
-                f"has shape {tuple(x.shape)}",
-                f"(..., {shape[0]}, m) for pre {shape}",
+                name, "x", f"has shape {tuple(x.shape)}", f"(..., {shape[0]}, m) for pre {shape}",
                 "Pass b rows at once.",
-            )
+            )  # fmt: skip
         return constant * x if kind == "c" else constant @ x if kind == "pre" else x @ constant
 
     def size(m: int) -> int:
@@ -172,12 +153,9 @@ def linear(
             return list(names)
         if kind == "pre":
             fail(
-                name,
-                "features",
-                "do not exist",
-                "features of one row",
+                name, "features", "do not exist", "features of one row",
                 "pre mixes the rows of a batch: a row has no formula.",
-            )
+            )  # fmt: skip
         if kind == "post":
             return [
                 "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, numbers, strict=True)) for k in range(shape[-1])
@@ -192,12 +170,9 @@ def linear(
 def _parts(name: str, functions: Sequence[Bound | Expansion]) -> tuple[Expansion, ...]:
     if not functions:
         fail(
-            name,
-            "functions",
-            "is empty",
-            "at least one expansion",
+            name, "functions", "is empty", "at least one expansion",
             "Pass specs, as in functions=('taylor', 'bspline').",
-        )
+        )  # fmt: skip
     return tuple(part.build() if isinstance(part, Bound) else part for part in functions)
 
 
@@ -206,9 +181,7 @@ def _common(parts: Sequence[Expansion], ends: Callable[[Expansion], tuple[float,
     return (low, high) if low < high else ends(parts[0])
 
 
-@expansions.record(
-    name="extended",
-    aliases=("extended_expansion",),
+@expansion(
     formula="[f_1(x) | .. | f_k(x)]",
     source=_source,
     domain="where all parts are defined",
@@ -223,21 +196,15 @@ def extended(functions: Any = ("identity",)) -> Expansion:
     """
     parts = _parts("extended", functions)
     return Expansion(
-        "extended",
-        lambda x: torch.cat([part(x) for part in parts], -1),
-        lambda m: sum(part.dim(m) for part in parts),
-        " + ".join(f"({part.rule})" for part in parts),
-        domain=_common(parts, lambda part: part.domain),
-        reach=_common(parts, lambda part: part.reach),
-        batchwise=all(part.batchwise for part in parts),
+        "extended", lambda x: torch.cat([part(x) for part in parts], -1), lambda m: sum(part.dim(m) for part in parts),
+        " + ".join(f"({part.rule})" for part in parts), domain=_common(parts, lambda part: part.domain),
+        reach=_common(parts, lambda part: part.reach), batchwise=all(part.batchwise for part in parts),
         rough="; ".join(part.rough for part in parts if part.rough),
         label=lambda names: [feature for part in parts for feature in part.features(names)],
-    )
+    )  # fmt: skip
 
 
-@expansions.record(
-    name="nested",
-    aliases=("nested_expansion",),
+@expansion(
     formula="f_k(.. f_1(x))",
     source=_source,
     domain="that of f_1; the others see what comes before them",

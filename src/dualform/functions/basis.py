@@ -1,7 +1,6 @@
 """What a data expansion is: kappa: R^m -> R^D, as one frozen value; and the catalogue of all of them.
 
-Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k), M = dim of the base,
-        D = expanded dim, n outputs.
+Legend: x (..., m) data, m attributes, k functions per attribute (phi_1 .. phi_k), M base dim, D expanded, n outputs.
 
     kappa(x) = [ u, u (x) u, .., u^(x)d ],   u = base(x) in R^M      (x) the Kronecker product, first factor slowest
 
@@ -18,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
 from dualform.shapes import fail
 
 expansions = Catalogue("expansions")
+expansion = partial(expansions.record, suffix="_expansion")
 
 # The widest row that is built: 0.4 GB in float32. Beyond it a setting exploded, and the message says how to do without.
 widest_row = 100_000_000
@@ -127,8 +128,7 @@ class Expansion:
             return torch.cat(list(symmetric_powers(u, self.power)), -1)
         found = u
         for _ in range(1, self.power):
-            # [1, kappa_(d-1)] (x) u = kappa_d: no copy of the powers below; as a matmul, whose backward forms nothing
-            # as wide
+            # [1, kappa_(d-1)] (x) u = kappa_d: no copy of lower powers; a matmul, whose backward forms nothing as wide
             rows = torch.cat([torch.ones_like(u[..., :1]), found], -1)
             found = (rows.unsqueeze(-1) @ u.unsqueeze(-2)).flatten(-2)
         return found
@@ -141,10 +141,8 @@ class Expansion:
     def contract(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return kappa(x) @ weight.T without building a row of D features where tensor powers allow it.
 
-        Horner: W_1 u + W_2 (u (x) u) + ... = (W_1 + (W_2 + ...) u) u, the last factor first: b n M^(d-1) numbers,
-        not b M^d.
-        Shape:  x (..., m), weight (n, D) -> (..., n). The columns of weight are those of kappa, W_d (n,
-                M^d) for d in degrees.
+        Horner: W_1 u + W_2 (u (x) u) + .. = (W_1 + (W_2 + ..) u) u, last factor first: b n M^(d-1) numbers, not b M^d.
+        Shape:  x (..., m), weight (n, D), its columns those of kappa: W_d (n, M^d) for d in degrees -> (..., n).
         """
         n, M = weight.shape[0], self.base_dim(x.shape[-1])
         if self.symmetric or self.power == 1 or n >= M:
@@ -159,8 +157,7 @@ class Expansion:
         return total
 
     def features(self, names: Sequence[str]) -> list[str]:
-        """Name the D features as Python expressions in the attributes' names;
-        `vocabulary` has the functions they use."""
+        """Name the D features as Python expressions in the attributes' names and the functions of `vocabulary`."""
         if self.label is not None:
             return self.label(names)
         base = list(names)
@@ -199,15 +196,9 @@ vocabulary: dict[str, object] = {
 
 
 def attribute_wise(
-    name: str,
-    basis: Basis,
-    terms: Sequence[str],
-    *,
-    pull: Pull | None = None,
-    layout: Layout = "attribute",
-    rule: str = "",
-    **notes: Any,
-) -> Expansion:
+    name: str, basis: Basis, terms: Sequence[str], *, pull: Pull | None = None, layout: Layout = "attribute",
+    rule: str = "", **notes: Any,
+) -> Expansion:  # fmt: skip
     """Make the expansion that applies the functions of `basis`, one term each, to every attribute alone."""
     k = len(terms)
 

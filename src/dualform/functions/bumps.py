@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, along, attribute_wise, expansions, positive, substitute
+from dualform.functions.basis import Expansion, along, attribute_wise, expansion, positive, substitute
 from dualform.functions.in_blocks import Local, Pull, by_slopes
 from dualform.shapes import fail
 
@@ -29,8 +29,7 @@ def _ordered(name: str, span: Span) -> tuple[float, float]:
 def _radial(
     name: str, shape: str, function: Radial, slope: Radial, span: Span, count: int, epsilon: float, centres: Any
 ) -> Expansion:
-    """Place function((eps (x - c))^2) at every centre; `shape` is its text, with c and eps for the numbers;
-    slope gives its derivative from its value.
+    """Place function((eps (x - c))^2) at every centre; `shape`: its text in c, eps; slope: f' in terms of f.
 
     centres: (k,) for all attributes, (m, k) for each its own, None for `count` even ones in span.
     """
@@ -89,9 +88,7 @@ def _radial(
 Centres = Sequence[float] | Sequence[Sequence[float]] | None
 
 
-@expansions.record(
-    name="gaussian_rbf",
-    aliases=("gaussian_rbf_expansion",),
+@expansion(
     formula="exp(-(eps (x - c_k))^2), c_k = linspace(span, count) or the given centres",
     source="Broomhead, Lowe 1988",
     domain="all reals; decays to 0 away from the centres",
@@ -99,20 +96,12 @@ Centres = Sequence[float] | Sequence[Sequence[float]] | None
 def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
     """Expand every attribute in Gaussian bumps around centres."""
     return _radial(
-        "gaussian_rbf",
-        "exp(-({eps!r}*(x-({c!r})))**2)",
-        lambda r: torch.exp(-r),
-        lambda y: -y,
-        span,
-        count,
-        epsilon,
+        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), lambda y: -y, span, count, epsilon,
         centres,
-    )
+    )  # fmt: skip
 
 
-@expansions.record(
-    name="inverse_quadratic_rbf",
-    aliases=("inverse_quadratic_rbf_expansion",),
+@expansion(
     formula="1 / (1 + (eps (x - c_k))^2), c_k as for gaussian_rbf",
     source="Fornberg, Flyer 2015",
     domain="all reals; decays to 0 away from the centres",
@@ -122,20 +111,12 @@ def inverse_quadratic_rbf(
 ) -> Expansion:
     """Expand every attribute in inverse quadratic bumps around centres."""
     return _radial(
-        "inverse_quadratic_rbf",
-        "1/(1+({eps!r}*(x-({c!r})))**2)",
-        lambda r: 1 / (1 + r),
-        lambda y: -y * y,
-        span,
-        count,
-        epsilon,
-        centres,
-    )
+        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), lambda y: -y * y, span, count,
+        epsilon, centres,
+    )  # fmt: skip
 
 
-@expansions.record(
-    name="fourier",
-    aliases=("fourier_expansion",),
+@expansion(
     formula="[cos(2 pi n x / P), sin(2 pi n x / P)] for n = 1 .. N",
     source="Zhang 2024 (RPN 1), section 5",
     domain="all reals, with period P",
@@ -163,8 +144,7 @@ def fourier(period: float = 10, order: int = 5) -> Expansion:
 def _spline_pieces(d: int) -> list[list[float]]:
     """Return the d + 1 pieces of the uniform B-spline of degree d, as seen from one cell: row p has the factors of u^p.
 
-    Cox and de Boor on the unit knots, run on coefficients:
-    N_r^k = ((u + k - r) N_{r-1}^{k-1} + (r + 1 - u) N_r^{k-1}) / k.
+    Cox and de Boor on unit knots, on coefficients: N_r^k = ((u + k - r) N_{r-1}^{k-1} + (r + 1 - u) N_r^{k-1}) / k.
     """
     pieces = [[1.0]]
     for k in range(1, d + 1):
@@ -183,24 +163,21 @@ def _spline_pieces(d: int) -> list[list[float]]:
 
 
 def _spline_text(start: float, h: float, d: int) -> str:
-    """Write a spline from its first knot on as truncated powers of the distance to its nearer end:
-    nothing large cancels."""
+    """Write a spline as truncated powers of the distance to its nearer end: nothing large cancels."""
     c = (d + 1) / 2
     near = f"abs((x-({start!r}))/{h!r}-{c!r})"
     factors = [(-1) ** j * math.comb(d + 1, j) / math.factorial(d) for j in range(math.ceil(c))]
     return "+".join(f"{f!r}*max(0.0,{c - j!r}-{near})**{d}" for j, f in enumerate(factors)).replace("+-", "-")
 
 
-@expansions.record(
-    name="bspline",
-    aliases=("bspline_expansion", "b_spline"),
+@expansion(
+    aliases=("b_spline",),
     formula="B_i of degree d on the knots low + h (-d .. t + d), h = (high - low) / t (Cox, de Boor), i = 1 .. t + d",
     source="de Boor 1978; Liu 2024 (KAN), section 2.3",
     domain="all reals; sums to 1 on [low, high), fades to 0 over d cells outside and stays 0",
 )
 def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expansion:
-    """Expand every attribute in the uniform B-splines of one degree;
-    only the degree + 1 that are not 0 are evaluated."""
+    """Expand every attribute in uniform B-splines of one degree; only the degree + 1 that are not 0 are evaluated."""
     positive("bspline", "cells", cells)
     positive("bspline", "degree", degree)
     low, high = _ordered("bspline", span)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, attribute_wise, expansions
+from dualform.functions.basis import Expansion, attribute_wise, expansion
 from dualform.functions.in_blocks import by_slopes
 from dualform.shapes import fail
 
@@ -59,27 +59,20 @@ def _gamma_text(s: str, concentration: float, rate: float) -> str:
 
 
 normal_density = Density(
-    _normal,
-    lambda x, mean, std: (x - mean) * (-1 / std**2),
+    _normal, lambda x, mean, std: (x - mean) * (-1 / std**2),
     lambda x, mean, std: f"-0.5*(({x}-({mean!r}))/{std!r})**2-({math.log(std) + 0.5 * math.log(2 * math.pi)!r})",
-    ("mean", "std"),
-    ("std",),
-)
+    ("mean", "std"), ("std",),
+)  # fmt: skip
 cauchy_density = Density(
-    _cauchy,
-    lambda x, loc, scale: (x - loc) / ((x - loc).square() + scale**2) * -2,
-    lambda x, loc, scale: f"-log(1+(({x}-({loc!r}))/{scale!r})**2)-({math.log(math.pi * scale)!r})",
-    ("loc", "scale"),
+    _cauchy, lambda x, loc, scale: (x - loc) / ((x - loc).square() + scale**2) * -2,
+    lambda x, loc, scale: f"-log(1+(({x}-({loc!r}))/{scale!r})**2)-({math.log(math.pi * scale)!r})", ("loc", "scale"),
     ("scale",),
-)
+)  # fmt: skip
 laplace_density = Density(
-    _laplace,
-    lambda x, loc, scale: (x - loc).sign() * (-1 / scale),
-    lambda x, loc, scale: f"-abs({x}-({loc!r}))/{scale!r}-({math.log(2 * scale)!r})",
-    ("loc", "scale"),
-    ("scale",),
+    _laplace, lambda x, loc, scale: (x - loc).sign() * (-1 / scale),
+    lambda x, loc, scale: f"-abs({x}-({loc!r}))/{scale!r}-({math.log(2 * scale)!r})", ("loc", "scale"), ("scale",),
     kink=True,
-)
+)  # fmt: skip
 gamma_density = Density(
     _gamma, _gamma_slope, _gamma_text, ("concentration", "rate"), ("concentration", "rate"), half_line=True
 )  # fmt: skip
@@ -88,13 +81,9 @@ chi2_density = Density(
     lambda s, df: _gamma_text(s, df / 2, 0.5), ("df",), ("df",), half_line=True,
 )  # fmt: skip
 exponential_density = Density(
-    lambda s, rate: s * -rate + math.log(rate),
-    lambda s, rate: torch.full_like(s, -rate),
-    lambda s, rate: f"-{rate!r}*{s}+({math.log(rate)!r})",
-    ("rate",),
-    ("rate",),
-    half_line=True,
-)
+    lambda s, rate: s * -rate + math.log(rate), lambda s, rate: torch.full_like(s, -rate),
+    lambda s, rate: f"-{rate!r}*{s}+({math.log(rate)!r})", ("rate",), ("rate",), half_line=True,
+)  # fmt: skip
 
 
 def log_densities(name: str, pairs: Sequence[tuple[Density, Sequence[float]]], slope: float, floor: float) -> Expansion:
@@ -134,8 +123,7 @@ def _family(
     name: str, density: Density, theta: Sequence[float | tuple[float, ...]], formula: str, domain: str = _half,
     slope: float = 0.99, floor: float = 0.001,
 ) -> None:  # fmt: skip
-    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several;
-    by default those of theta."""
+    """Register `naive_<name>`, the log-density under one distribution, and `<name>`, under several, default theta."""
     usual: Theta = tuple(t if isinstance(t, tuple) else (t,) for t in theta)
     parameters = [
         inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=float(value), annotation="float")
@@ -158,9 +146,7 @@ def _family(
     )
     for short, build in ((f"naive_{name}", one), (name, several)):
         build.__name__ = short
-        expansions.record(name=short, aliases=(f"{short}_expansion",), formula=formula, source=_source, domain=domain)(
-            build
-        )
+        expansion(formula=formula, source=_source, domain=domain)(build)
 
 
 _family(
@@ -186,12 +172,12 @@ _family(
 )  # fmt: skip
 
 
-@expansions.record(
-    name="hybrid_probabilistic", aliases=("hybrid_probabilistic_expansion",), source=_source,
+@expansion(
+    source=_source,
     formula="[log N(x; 0, 1), log Cauchy(x; 0, 1), log chi2_1(s), log Gamma(s; 1/2, 1), log Laplace(x; 0, 1), "
     "log Exp(s; 1)]",
     domain="all reals; the parts in s = 0.99 sigmoid(x) + 0.001 saturate, the others fall",
-)  # fmt: skip
+)
 def hybrid_probabilistic() -> Expansion:
     """Take the log-density of every attribute under one distribution of each family."""
     return log_densities(

@@ -120,8 +120,7 @@ class Formula:
         return np.stack([known[name] for name in self.outputs], 1)
 
     def effects(self, X: Any, output: int = 0) -> list[tuple[str, float]]:
-        """Return the terms of an output's own line with the standard deviation of each on the rows of X,
-        the largest first."""
+        """Return the terms of an output's own line with their standard deviations on the rows of X, largest first."""
         known = self._values(X)
         (line,) = (line for line in self.lines if line.name == self.outputs[output])
         values = known.columns([f for _, f in line.terms])

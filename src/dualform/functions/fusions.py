@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from dualform.shapes import fail
 fusions = Catalogue("fusions")
 
 RPN2 = "Zhang 2024 (RPN 2, arXiv 2411.11162)"
+fusion = partial(fusions.record, suffix="_fusion", source=RPN2)
 
 # What a list of equal widths may be reduced with; the list is the first axis.
 metrics: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,12 +80,9 @@ class Fusion:
             fail(self.name, "dims", f"is {dims}", f"equal widths = {dims[0]}", "Use a concatenation for unequal ones.")
         if self.weights is not None and len(self.weights) != len(dims):
             fail(
-                self.name,
-                "weights",
-                f"has {len(self.weights)} entries",
-                f"one per input = {len(dims)}",
+                self.name, "weights", f"has {len(self.weights)} entries", f"one per input = {len(dims)}",
                 "Pass as many weights as there are inputs.",
-            )
+            )  # fmt: skip
         return dims[0]
 
     def channel_width(self, n: int, channels: int) -> int:
@@ -92,12 +91,9 @@ class Fusion:
             return n
         if n % channels:
             fail(
-                self.name,
-                "n",
-                f"is {n}",
-                f"a multiple of channels = {channels}, as they are put side by side",
+                self.name, "n", f"is {n}", f"a multiple of channels = {channels}, as they are put side by side",
                 "Change n or channels, or use another fusion.",
-            )
+            )  # fmt: skip
         return n // channels
 
     def length(self, dims: Sequence[int], n: int | None = None) -> int:
@@ -140,8 +136,7 @@ def _reducing(name: str, *aliases: str, formula: str) -> None:
 
     build.__doc__ = f"Reduce the list by its {name.replace('_', ' ')}, entry by entry; widths must be equal."
     build.__name__ = name
-    tinybig = (f"{name}_fusion", *aliases)
-    fusions.record(name=name, aliases=tinybig, formula=formula, source=RPN2)(build)
+    fusion(aliases=aliases, formula=formula)(build)
 
 
 _reducing("sum", "summation_fusion", "summation", formula="sum_i x_i")
@@ -154,7 +149,7 @@ _reducing("l1_norm", formula="sum_i |x_i|")
 _reducing("l2_norm", formula="sqrt(sum_i x_i^2)")
 
 
-@fusions.record(name="metric", aliases=("metric_fusion",), formula="metric_i x_i", source=RPN2)
+@fusion(formula="metric_i x_i")
 def metric(metric: str | Callable[[Tensor], Tensor] = "mean") -> Fusion:
     """Reduce the list by a named metric, or by a function of the stacked list (k, ..., n) -> (..., n).
 
@@ -168,9 +163,7 @@ def metric(metric: str | Callable[[Tensor], Tensor] = "mean") -> Fusion:
     return Fusion("metric", "reduce", metric)
 
 
-@fusions.record(
-    name="weighted_summation", aliases=("weighted_summation_fusion",), formula="sum_i w_i x_i, w given", source=RPN2
-)
+@fusion(formula="sum_i w_i x_i, w given")
 def weighted_summation(weights: Sequence[float]) -> Fusion:
     """Add with given weights.
 
@@ -181,12 +174,7 @@ def weighted_summation(weights: Sequence[float]) -> Fusion:
     return Fusion("weighted_summation", "weigh", weights=tuple(float(x) for x in weights))
 
 
-@fusions.record(
-    name="parameterized_weighted_summation",
-    aliases=("parameterized_weighted_summation_fusion",),
-    formula="sum_i w_i x_i, w learnt; l = k",
-    source=RPN2,
-)
+@fusion(formula="sum_i w_i x_i, w learnt; l = k")
 def parameterized_weighted_summation() -> Fusion:
     """Add with learnt weights, which a Head begins at one.
 
@@ -197,7 +185,7 @@ def parameterized_weighted_summation() -> Fusion:
     return Fusion("parameterized_weighted_summation", "weigh")
 
 
-@fusions.record(name="concatenation", aliases=("concatenation_fusion",), formula="[x_1 | ... | x_k]", source=RPN2)
+@fusion(formula="[x_1 | ... | x_k]")
 def concatenation() -> Fusion:
     """Put the inputs side by side; the width is the sum of theirs.
 
@@ -216,13 +204,9 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
     def build(n: int | None = None, **options: Any) -> Fusion:
         if n is not None and n < 1:
             fail(
-                name,
-                "n",
-                f"is {n}",
-                "n >= 1",
-                "Pass the output width, or None for that of the first input.",
+                name, "n", f"is {n}", "n >= 1", "Pass the output width, or None for that of the first input.",
                 ValueError,
-            )
+            )  # fmt: skip
         inner: Bound = record(**options)
         return Fusion(name, "mix", reconciliation=inner, n=n)
 
@@ -238,7 +222,7 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
     """
     build.__name__ = name
     formula = f"[x_1 | ... | x_k] psi(w)^T, psi = {of}"
-    fusions.record(name=name, aliases=(f"{name}_fusion", *aliases), formula=formula, source=RPN2)(build)
+    fusion(aliases=aliases, formula=formula)(build)
 
 
 _mixing("parameterized_concatenation", "identity")

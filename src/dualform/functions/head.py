@@ -81,8 +81,7 @@ def _is_outer(expansion: Expansion) -> bool:
 
 
 def features(expansion: Expansion, x: Tensor) -> Features:
-    """Expand an x that was checked. Tensor powers of a base stay an outer product: [u, u (x) u, ...] = [1, u,
-    ...] (x) u, so no row of D is built."""
+    """Expand an x that was checked; tensor powers stay an outer product, [u, u (x) u, ...] = [1, u, ...] (x) u."""
     if not _is_outer(expansion):
         return expansion.expand(x)
     u = expansion.base(x)
@@ -99,8 +98,7 @@ class Head(nn.Module):
     Shape:  (..., m) -> (..., n). w (channels l,), b (n,); remainder and fusion weights are parameters of their own;
             what is frozen (masks, random matrices, hypernets) is in buffers. Any leading dims, none and empty ones
             included.
-    Dtype:  the parameters'. At the start the output has mean square 1 for x ~ N(0, 1),
-            apart from constants and residuals.
+    Dtype:  the parameters'. At the start the mean square is 1 for x ~ N(0, 1), but for constants and residuals.
     Raises: ShapeError for another last axis than m, for sizes that do not join, and for a row of features too wide to
             build; ValueError for unknown names and options.
     Source: Zhang 2024 (RPN 1, 2). Differs: the bias is added once, not once per channel.
@@ -111,19 +109,10 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self,
-        m: int,
-        n: int,
-        *,
-        expansion: Any = "identity",
-        reconciliation: Any = "identity",
-        remainder: Any = "zero",
-        interdependence: Any = None,
-        compression: Any = None,
-        channels: int = 1,
-        fusion: Any = "mean",
+        self, m: int, n: int, *, expansion: Any = "identity", reconciliation: Any = "identity", remainder: Any = "zero",
+        interdependence: Any = None, compression: Any = None, channels: int = 1, fusion: Any = "mean",
         bias: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         c = HeadConfig(m, n, expansion, reconciliation, remainder, interdependence, compression, channels, fusion, bias)
         self.config = c
@@ -164,8 +153,7 @@ class Head(nn.Module):
         self._look_up()
 
     def _freeze(self, prefix: str, constants: Mapping[str, Tensor]) -> dict[str, tuple[str, bool]]:
-        """Register constants as buffers; return where each is, and whether turned: as it lies in memory,
-        for what is saved."""
+        """Register constants as buffers; return where each is, and whether turned, as it lies in memory, for saving."""
         places: dict[str, tuple[str, bool]] = {}
         for name, x in constants.items():
             is_turned = not x.is_contiguous()
@@ -269,16 +257,12 @@ class Head(nn.Module):
         return ", ".join([f"{self.m}, {self.n}", *shown, f"D={self.D}", f"l={self.l}"])
 
 
-# -- the scale of the first weights -----------------------------------------------------------------------------------
-
-
 def mean_square(y: Tensor) -> float:
     return float(y.square().mean()) if y.numel() else 0.0
 
 
 def _scaled(w: Tensor, run: Callable[[Tensor], Tensor], target: float) -> Tensor:
-    """Scale w so that run(w) has the target as its root mean square,
-    run being homogeneous of a degree that is measured."""
+    """Scale w so that run(w) has the target as its root mean square; of which degree run is, is measured."""
     one, two = mean_square(run(w)), mean_square(run(2 * w))
     if not (0 < one < two < math.inf):
         return w  # nothing depends on w, or nothing is seen of it: the record's constants decide
@@ -287,14 +271,12 @@ def _scaled(w: Tensor, run: Callable[[Tensor], Tensor], target: float) -> Tensor
 
 
 def span_of(expansion: Expansion) -> tuple[float, float]:
-    """Say where the features have second moments: where float32 holds them or, if there are poles (1/x, tan),
-    on the domain."""
+    """Say where the features have second moments: where float32 holds them; with poles (1/x, tan) the domain."""
     return expansion.reach if _has_moments(expansion) else expansion.domain
 
 
 def sample(expansion: Expansion, m: int, D: int) -> Tensor:
-    """Draw standard normal rows, each attribute stratified,
-    within the interval where the features have second moments."""
+    """Draw standard normal rows, each attribute stratified, where the features have second moments."""
     count = min(max(2**18 // D, 16), 2**13)
     g = torch.Generator(device="cpu").manual_seed(0)
     order = torch.rand(count, m, generator=g, dtype=torch.float64, device="cpu").argsort(0)
@@ -309,8 +291,7 @@ def _normal_quantiles(u: Tensor, span: tuple[float, float]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _has_moments(expansion: Expansion) -> bool:
-    """Tell whether finer grids agree on the mean square of the functions of one attribute;
-    at a pole it grows without end."""
+    """Tell whether finer grids agree on the functions' mean square; at a pole it grows without end."""
     if expansion.basis is None:
         return True
     found = [

@@ -21,14 +21,12 @@ from dualform.graphs.this_thread import compiles, records
 
 # Below so many features the ops' own cost decides, and the definition is as good.
 least_features = 2**16
-# Numbers a block holds per tensor, at most and at least: small beside the cache, large beside the cost of calling an
-# op.
+# Numbers a block holds per tensor, at most and at least: small beside the cache, large beside the cost of an op.
 most_numbers, least_numbers = 2**17, 2**12
 
 
 class Local(NamedTuple):
-    """Those of k functions that are not 0: row r of values (d + 1, ...) belongs to function first + r,
-    if there is one."""
+    """Those of k functions that are not 0: row r of values (d + 1, ...) is function first + r, if there is one."""
 
     values: Tensor
     first: Tensor  # whole numbers in x's dtype; what is far off, or NaN, stands for no function
@@ -88,19 +86,16 @@ def joined(values: Values, axis: int) -> Tensor:
 
 
 class Pull(NamedTuple):
-    """A family's own backward pass: run(x, y, g, axis) -> gx for a block of rows; y are its features,
-    or None unless kept."""
+    """A family's own backward pass: run(x, y, g, axis) -> gx for a block of rows; y: its features, if kept."""
 
     run: Callable[[Tensor, Any, Tensor, int], Tensor]
     keeps_features: bool = False
-    width: int = (
-        0  # how many tensors as wide as all the features basis and run hold at once; 0: they go one function at a time
-    )
+    # How many tensors as wide as all the features basis and run hold at once; 0: they go one function at a time.
+    width: int = 0
 
 
 def by_slopes(slopes: Basis) -> Pull:
-    """Make the backward pass of functions whose derivatives are known:
-    slopes gives them as a basis gives the functions."""
+    """Make the backward pass of functions whose derivatives, as a basis gives functions, are known."""
 
     def run(x: Tensor, y: None, g: Tensor, axis: int) -> Tensor:
         values = slopes(x, axis)

@@ -75,11 +75,9 @@ around |= {"preprocess_function_configs": "before", "postprocess_function_config
 def from_tinybig(name: str, /, **kwargs: Any) -> Migrated:
     """Build tinyBIG's class `name` from its own keywords, to be called in its way or in ours.
 
-    Shape:  expansions (b, m) -> (b, D); reconciliations w (l,) or (1, l) -> (n, D); remainders -> (..., n);
-            fusions as ours.
+    Shape:  expansions (b, m) -> (b, D); reconciliations w (l,) or (1, l) -> (n, D); remainders (..., n); fusions ours.
     Dtype:  the input's: float64 stays float64.
-    Raises: UnknownNameError for a class that does not exist or waits for a later issue,
-            CatalogueError for a keyword it lacks.
+    Raises: UnknownNameError for no class, or one of a later issue; CatalogueError for a keyword that it lacks.
     Source: tinyBIG 0.2.1. Differs: where `defects` says so, with a warning; keywords it would drop silently are errors.
     Example:
         >>> import torch
@@ -174,8 +172,7 @@ def _part(value: Any) -> Any:
 
 
 def _maps(own: str, value: Any) -> list[Any]:
-    """Read process functions: callables, names such as "torch.nn.functional.tanh" or "tanh", configurations,
-    lists of these."""
+    """Read process functions: callables, names ("torch.nn.functional.tanh", "tanh"), configurations, lists of these."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
@@ -240,8 +237,6 @@ def _metric(value: Any) -> Any:
     per_row: Any = value
     return lambda stacked: per_row(stacked.movedim(0, -1).flatten(0, -2)).view(stacked.shape[1:])
 
-
-# -- patches: their geometry as options --------------------------------------------------------------------------------
 
 _root = math.sqrt
 # The distance of patch centres along h, w, d of each packing, in units of p (its sizes per axis, or its radius).
@@ -316,9 +311,6 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "stride": tuple(stride),
     }
     return kwargs | grid_options | own_options
-
-
-# -- calling conventions -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -398,13 +390,9 @@ class FusionLike(Migrated):
     """A fusion: called with a list of tensors, and w (l,) or (1, l)."""
 
     def __call__(
-        self,
-        xs: Sequence[Tensor] = (),
-        w: Tensor | None = None,
-        x: Sequence[Tensor] = (),
-        device: Any = None,
+        self, xs: Sequence[Tensor] = (), w: Tensor | None = None, x: Sequence[Tensor] = (), device: Any = None,
         constants: Any = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         xs = [Chain(self.before)(part) for part in (xs or x)]
         needs = self.record.length([part.shape[-1] for part in xs])
         w = w.reshape(-1) if w is not None and needs else None

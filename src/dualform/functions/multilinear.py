@@ -57,8 +57,7 @@ def width_of(kappa: Features) -> int:
 class WeightFactor:
     """One tensor of the product: what its axes are called and where its numbers come from.
 
-    fill: "w" the next entries of w; "kept" the same, but only at seeded places; "normal" seeded constants;
-    "eye" the identity.
+    fill: the next entries of w: "w", at seeded places only: "kept"; seeded constants: "normal"; the identity: "eye".
     """
 
     labels: str
@@ -87,8 +86,6 @@ class Multilinear:
         whole = [WeightFactor(self.rows + self.cols)]
         return list(self.factors) == whole and len(whole[0].labels) == 2 and self.coef == 1.0
 
-    # -- sizes ---------------------------------------------------------------------------------------------------
-
     def sizes(self, n: int, D: int) -> dict[str, int]:
         """Give every label its size; refuse a split that does not divide."""
         for letter, size in (("n", n), ("D", D)):
@@ -104,12 +101,10 @@ class Multilinear:
                 letter = "p" if what == "n" else "q"
                 near = [d for d in range(1, size + 1) if size % d == 0]
                 fail(
-                    self.name,
-                    letter,
-                    f"is {first} and {what} is {size}",
+                    self.name, letter, f"is {first} and {what} is {size}",
                     f"{letter} divides {what}: one of {near[:12]}",
                     f"Pass another {letter}, or None for the largest factor up to the square root.",
-                )
+                )  # fmt: skip
             found[axes[0]], found[axes[1]] = first, size // first
         return found
 
@@ -129,8 +124,7 @@ class Multilinear:
         return sum(self.piece_lengths(n, D))
 
     def constants(self, n: int, D: int) -> dict[str, Tensor]:
-        """Draw what is frozen, the same for the same seed on every machine: normal numbers,
-        or the kept entries' places."""
+        """Draw what is frozen, alike for a seed on every machine: normal numbers, or the kept entries' places."""
         g = np.random.default_rng(self.seed)
         found: dict[str, Tensor] = {}
         for f, shape in zip(self.factors, self.shapes(self.sizes(n, D)), strict=True):
@@ -144,8 +138,6 @@ class Multilinear:
                 table[np.sort(g.permutation(size)[:kept])] = np.arange(kept)
                 found[f.name] = torch.from_numpy(table.reshape(shape))
         return found
-
-    # -- numbers -------------------------------------------------------------------------------------------------
 
     def tensors(self, w: Tensor, sizes: dict[str, int], constants: Constants) -> list[Tensor | None]:
         """Cut w into the factors, in order; None stands for an identity, which is never formed here."""
@@ -198,8 +190,7 @@ class Multilinear:
     def _split(
         self, kappa: Features, specs: list[str], tensors: list[Tensor | None], sizes: dict[str, int]
     ) -> tuple[list[tuple[str, Tensor]], list[str], list[Tensor | None], dict[str, int]]:
-        """Name the axes of the tokens. An outer product stays one where the columns split as it does,
-        or can be split so."""
+        """Name the axes of the tokens. An outer product stays one where the columns split as it does, or can be."""
         if isinstance(kappa, Outer):
             U, V = kappa.left.shape[-1], kappa.right.shape[-1]
             if len(self.cols) == 2 and (sizes[self.cols[0]], sizes[self.cols[1]]) == (U, V):
@@ -252,8 +243,7 @@ def _walk(
 
 
 def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tensor:
-    """Contract tokens with a factor; as a plain matrix product where it is one,
-    whose gradient is laid out as the factor is."""
+    """Contract tokens with a factor; where that is a matrix product, its gradient is laid out as the factor is."""
     if not _is_product(labels, right, out):
         return torch.einsum(f"...{labels},{right}->...{out}", y, factor)
     if right[-1] != labels[-1]:
@@ -264,8 +254,7 @@ def _meet(y: Tensor, labels: str, factor: Tensor, right: str, out: str) -> Tenso
 
 
 def _is_product(labels: str, right: str, out: str) -> bool:
-    """Is the last axis of the tokens all that is summed,
-    and can the factor be read as a matrix on it as it lies in memory?"""
+    """Is the tokens' last axis all that is summed, and the factor, as it lies, a matrix on it?"""
     last = labels[-1]
     summed = [label for label in labels if label in right and label not in out] == [last]
     lies = len(right) > 1 and (right[-1] == last or (right[0] == last and len(right) == 2))

@@ -30,7 +30,7 @@ def _stack(name: str, dims: Sequence[int], activation: str = "identity", **optio
     return StackConfig(tuple(HeadConfig(m, n, **options) for m, n in pairs), activation)  # type: ignore[arg-type]
 
 
-@networks.record(name="mlp", formula="W_K act(... act(W_1 x + b_1)) + b_K", source="Rosenblatt 1958")
+@networks.record(formula="W_K act(... act(W_1 x + b_1)) + b_K", source="Rosenblatt 1958")
 def mlp(dims: Sequence[int], activation: str = "relu", bias: bool = True) -> StackConfig:
     """Build a multi-layer perceptron: identity expansion, identity reconciliation.
 
@@ -43,24 +43,19 @@ def mlp(dims: Sequence[int], activation: str = "relu", bias: bool = True) -> Sta
     return _stack("mlp", dims, activation, bias=bias)
 
 
-@networks.record(
-    name="kan", formula="y_j = sum_i w_ji silu(x_i) + sum_k c_jik B_k(x_i)", source="Liu et al. 2024 (KAN), eq. 2.10"
-)
+@networks.record(formula="y_j = sum_i w_ji silu(x_i) + sum_k c_jik B_k(x_i)", source="Liu et al. 2024 (KAN), eq. 2.10")
 def kan(dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float, float] = (-1.0, 1.0)) -> StackConfig:
     """Build a Kolmogorov-Arnold network: B-splines on every edge, on a silu base.
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
-    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is part of its coefficients;
-            the grid does not move.
+    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is in its coefficients; the grid does not move.
     """
     spline = ("bspline", {"cells": cells, "degree": degree, "span": span})
     base = ("linear", {"activation": "silu", "inside": True})
     return _stack("kan", dims, expansion=spline, remainder=base, bias=False)
 
 
-@networks.record(
-    name="rbf", aliases=("svm",), formula="y = W phi(x) + b, phi_ik = exp(-(eps (x_i - c_k))^2)", source="Zhang 2024"
-)
+@networks.record(aliases=("svm",), formula="y = W phi(x) + b, phi_ik = exp(-(eps (x_i - c_k))^2)", source="Zhang 2024")
 def rbf(
     dims: Sequence[int], count: int = 10, span: tuple[float, float] = (-1.0, 1.0), epsilon: float = 1.0
 ) -> StackConfig:
@@ -74,9 +69,7 @@ def rbf(
 
 
 @networks.record(
-    name="naive_bayes",
-    formula="y_c = log prior_c + sum_i log N(x_i; mu_ci, var_ci)",
-    source="Maron 1961; Zhang 2024 for the head",
+    formula="y_c = log prior_c + sum_i log N(x_i; mu_ci, var_ci)", source="Maron 1961; Zhang 2024 for the head"
 )
 def naive_bayes(dims: Sequence[int]) -> StackConfig:
     """Build a Gaussian naive Bayes classifier's joint log-likelihood: two log-densities per attribute span x and x^2.
@@ -112,7 +105,7 @@ def set_naive_bayes(head: Head, means: Tensor, variances: Tensor, priors: Tensor
     return head
 
 
-@networks.record(name="taylornet", formula="y = W [x, x (x) x, ...] + b, W of rank r if given", source="Zhang 2024")
+@networks.record(formula="y = W [x, x (x) x, ...] + b, W of rank r if given", source="Zhang 2024")
 def taylornet(dims: Sequence[int], degree: int = 2, rank: int | None = None, symmetric: bool = False) -> StackConfig:
     """Build a polynomial network: Taylor expansions, with a low-rank matrix if a rank is given.
 
@@ -123,7 +116,7 @@ def taylornet(dims: Sequence[int], degree: int = 2, rank: int | None = None, sym
     return _stack("taylornet", dims, expansion=taylor, reconciliation=psi)
 
 
-@networks.record(name="lora", formula="y = linear(x) + (alpha / r) A B x", source="Hu et al. 2021")
+@networks.record(formula="y = linear(x) + (alpha / r) A B x", source="Hu et al. 2021")
 def lora(rank: int = 4, alpha: float | None = None) -> Adapter:
     """Adapt a given nn.Linear by a matrix of low rank; alpha = r if not given.
 
@@ -135,7 +128,7 @@ def lora(rank: int = 4, alpha: float | None = None) -> Adapter:
     return adapter("low_rank", rank, alpha)
 
 
-@networks.record(name="loha", formula="y = linear(x) + (alpha / r) ((A B) * (P Q)) x", source="Hyeon-Woo et al. 2022")
+@networks.record(formula="y = linear(x) + (alpha / r) ((A B) * (P Q)) x", source="Hyeon-Woo et al. 2022")
 def loha(rank: int = 4, alpha: float | None = None) -> Adapter:
     """Adapt a given nn.Linear by the entrywise product of two matrices of low rank; alpha = r if not given."""
     return adapter("loha", rank, alpha)

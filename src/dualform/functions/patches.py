@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,15 +21,16 @@ from dualform.shapes import fail
 
 Offset = tuple[int, int, int]
 Steps = int | Sequence[int]
-_source = "Zhang 2024 (RPN 2, arXiv 2411.11162)"
-_domain = "all reals; cells beyond the border count as 0"
+_patch = partial(
+    expansions.record, suffix="_based_geometric_expansion", source="Zhang 2024 (RPN 2, arXiv 2411.11162)",
+    domain="all reals; cells beyond the border count as 0",
+)  # fmt: skip
 
 
 def patches(
     name: str, offsets: Sequence[Offset], grid: Sequence[int] | None, channels: int, stride: Steps
 ) -> Expansion:
-    """Make the expansion in the patches {cell + offset} around every stride-th cell. grid: (h, w) or (h, w, d);
-    None: square."""
+    """Make the expansion in patches {cell + offset} around every stride-th cell. grid: (h, w[, d]); None: square."""
     positive(name, "channels", channels)
     strides = (stride,) * 3 if isinstance(stride, int) else (*stride, 1)[:3]
     shape = None if grid is None else (*grid, 1)[:3]
@@ -84,13 +86,7 @@ def ball(radius: int, depth: int, *, flat: bool) -> list[Offset]:
     return [(i, j, k) for i, j, k in cube if i * i + j * j + (0 if flat else k * k) <= radius * radius]
 
 
-@expansions.record(
-    name="geometric",
-    aliases=("geometric_expansion",),
-    formula="[x[c, centre + offset]] over channels c, offsets, centres",
-    source=_source,
-    domain=_domain,
-)
+@_patch(formula="[x[c, centre + offset]] over channels c, offsets, centres", suffix="_expansion")
 def geometric(
     offsets: Sequence[Offset] = tuple(box((1, 1, 0), (1, 1, 0))),
     grid: Sequence[int] | None = None, channels: int = 1, stride: Steps = 1,
@@ -99,13 +95,7 @@ def geometric(
     return patches("geometric", [tuple(o) for o in offsets], grid, channels, stride)  # type: ignore[misc]
 
 
-@expansions.record(
-    name="cuboid_patch",
-    aliases=("cuboid_patch_based_geometric_expansion",),
-    formula="geometric with the offsets -before .. after of each axis",
-    source=_source,
-    domain=_domain,
-)
+@_patch(formula="geometric with the offsets -before .. after of each axis")
 def cuboid_patch(
     before: Sequence[int] = (1, 1, 0), after: Sequence[int] | None = None,
     grid: Sequence[int] | None = None, channels: int = 1, stride: Steps = 1,
@@ -119,13 +109,7 @@ def cuboid_patch(
     return patches("cuboid_patch", box(before, after), grid, channels, stride)
 
 
-@expansions.record(
-    name="cylinder_patch",
-    aliases=("cylinder_patch_based_geometric_expansion",),
-    formula="geometric with the offsets i^2 + j^2 <= radius^2, |k| <= depth",
-    source=_source,
-    domain=_domain,
-)
+@_patch(formula="geometric with the offsets i^2 + j^2 <= radius^2, |k| <= depth")
 def cylinder_patch(
     radius: int = 1, depth: int = 0, grid: Sequence[int] | None = None, channels: int = 1, stride: Steps = 1
 ) -> Expansion:
@@ -135,13 +119,7 @@ def cylinder_patch(
     return patches("cylinder_patch", ball(radius, depth, flat=True), grid, channels, stride)
 
 
-@expansions.record(
-    name="sphere_patch",
-    aliases=("sphere_patch_based_geometric_expansion",),
-    formula="geometric with the offsets i^2 + j^2 + k^2 <= radius^2",
-    source=_source,
-    domain=_domain,
-)
+@_patch(formula="geometric with the offsets i^2 + j^2 + k^2 <= radius^2")
 def sphere_patch(radius: int = 1, grid: Sequence[int] | None = None, channels: int = 1, stride: Steps = 1) -> Expansion:
     """Expand a grid in balls."""
     positive("sphere_patch", "radius", radius, 0)

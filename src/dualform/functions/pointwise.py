@@ -7,17 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansions
+from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansion
 
 
 def pointwise(
-    name: str,
-    functions: Sequence[Callable[[Tensor], Tensor]],
-    terms: Sequence[str],
-    domain: Interval,
-    reach: Interval = everywhere,
-    prepare: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Expansion:
+    name: str, functions: Sequence[Callable[[Tensor], Tensor]], terms: Sequence[str], domain: Interval,
+    reach: Interval = everywhere, prepare: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Expansion:  # fmt: skip
     """Make the expansion [f_1(p), .., f_k(p)], p = prepare(x), of every attribute, function by function."""
 
     def basis(x: Tensor, axis: int) -> list[Tensor]:
@@ -27,13 +23,7 @@ def pointwise(
     return attribute_wise(name, basis, terms, layout="function", domain=domain, reach=reach)
 
 
-@expansions.record(
-    name="identity",
-    aliases=("identity_expansion",),
-    formula="x",
-    source="Zhang 2024 (RPN 1), section 5",
-    domain="all reals",
-)
+@expansion(formula="x", source="Zhang 2024 (RPN 1), section 5", domain="all reals")
 def identity() -> Expansion:
     """Keep the attributes as they are."""
     return Expansion(
@@ -42,9 +32,7 @@ def identity() -> Expansion:
     )  # fmt: skip
 
 
-@expansions.record(
-    name="reciprocal",
-    aliases=("reciprocal_expansion",),
+@expansion(
     formula="1 / x, |x| <= 1e-6 taken as 1e-6 with x's sign (0 is positive)",
     source="Zhang 2024 (RPN 1), section 5",
     domain="all reals; constant +-1e6 on |x| <= 1e-6, where the gradient is 0",
@@ -59,9 +47,7 @@ def reciprocal() -> Expansion:
     return attribute_wise("reciprocal", basis, ["1/x"], domain=(0.1, 2.0))
 
 
-@expansions.record(
-    name="trigonometric",
-    aliases=("trigonometric_expansion",),
+@expansion(
     formula="[sin x, cos x, tan x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cos, sin, tan)",
     domain="all reals; tan has poles at pi/2 + k pi",
@@ -73,9 +59,7 @@ def trigonometric() -> Expansion:
     )
 
 
-@expansions.record(
-    name="arc_trigonometric",
-    aliases=("arc_trigonometric_expansion",),
+@expansion(
     formula="[arcsin(0.99 s), arccos(0.99 s), arctan s], s = sigmoid(x)",
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",
@@ -83,17 +67,12 @@ def trigonometric() -> Expansion:
 def arc_trigonometric() -> Expansion:
     """Expand every squashed attribute in inverse trigonometric functions; the first two sum to pi / 2."""
     return pointwise(
-        "arc_trigonometric",
-        (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
-        ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"),
-        (-3.0, 3.0),
-        prepare=torch.sigmoid,
-    )
+        "arc_trigonometric", (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
+        ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"), (-3.0, 3.0), prepare=torch.sigmoid,
+    )  # fmt: skip
 
 
-@expansions.record(
-    name="hyperbolic",
-    aliases=("hyperbolic_expansion",),
+@expansion(
     formula="[sinh x, cosh x, tanh x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cosh, sinh, tanh)",
     domain="all reals; grows as e^|x|, infinite in float32 beyond |x| = 88",
@@ -101,17 +80,12 @@ def arc_trigonometric() -> Expansion:
 def hyperbolic() -> Expansion:
     """Expand every attribute in its hyperbolic sine, cosine and tangent."""
     return pointwise(
-        "hyperbolic",
-        (torch.sinh, torch.cosh, torch.tanh),
-        ("sinh(x)", "cosh(x)", "tanh(x)"),
-        (-2.0, 2.0),
+        "hyperbolic", (torch.sinh, torch.cosh, torch.tanh), ("sinh(x)", "cosh(x)", "tanh(x)"), (-2.0, 2.0),
         (-88.0, 88.0),
-    )
+    )  # fmt: skip
 
 
-@expansions.record(
-    name="arc_hyperbolic",
-    aliases=("arc_hyperbolic_expansion",),
+@expansion(
     formula="[arcsinh s, arccosh(s + 1.01), arctanh(0.99 s)], s = sigmoid(x)",
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",
@@ -119,9 +93,7 @@ def hyperbolic() -> Expansion:
 def arc_hyperbolic() -> Expansion:
     """Expand every squashed attribute in inverse hyperbolic functions."""
     return pointwise(
-        "arc_hyperbolic",
-        (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
-        ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"),
-        (-3.0, 3.0),
+        "arc_hyperbolic", (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
+        ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"), (-3.0, 3.0),
         prepare=torch.sigmoid,
-    )
+    )  # fmt: skip

@@ -2,8 +2,7 @@
 
     P_n(x) = (a x + b) P_{n-1}(x) + (c + e x^2) P_{n-2}(x),   (a, b, c, e) = step(n),   n = 2 .. d
 
-where c or e is 0. P_0 is not a feature (a bias has it). Legend: x attribute, d degree, n index,
-al and be the parameters alpha and beta.
+c or e is 0. P_0 is no feature (a bias has it). Legend: x attribute, d degree, n index, al and be alpha and beta.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, attribute_wise, expansions, positive
+from dualform.functions.basis import Expansion, attribute_wise, expansion, positive
 from dualform.functions.in_blocks import by_slopes
 from dualform.shapes import fail
 
@@ -45,15 +44,9 @@ def recurrence(
     # |P_d| stays below 1e30 up to here: the leading coefficients of d <= 20 are below 1e23.
     edge = 10.0 ** (min(30.0, 30.0 / d))
     return attribute_wise(
-        name,
-        basis,
-        terms,
-        pull=by_slopes(slopes),
-        rule="m d",
-        degree=d,
-        domain=interval,
+        name, basis, terms, pull=by_slopes(slopes), rule="m d", degree=d, domain=interval,
         reach=(-edge, edge) if d > 1 else (-1e30, 1e30),
-    )
+    )  # fmt: skip
 
 
 def _run(x: Tensor, p0: float, p1: tuple[float, float], rows: Rows) -> Iterator[Tensor]:
@@ -124,9 +117,7 @@ def _text(coefficients: list[float]) -> str:
     return "+".join(parts).replace("+-", "-") or "0.0"
 
 
-@expansions.record(
-    name="chebyshev",
-    aliases=("chebyshev_expansion",),
+@expansion(
     formula="T_n = 2 x T_{n-1} - T_{n-2}, T_0 = 1, T_1 = x",
     source="Mason, Handscomb 2003; DLMF 18.9",
     domain="all reals; |T_n| <= 1 on [-1, 1], grows as x^n outside (x is not squashed)",
@@ -136,9 +127,7 @@ def chebyshev(degree: int = 2) -> Expansion:
     return recurrence("chebyshev", degree, 1, (1, 0), lambda n: (2, 0, -1, 0))
 
 
-@expansions.record(
-    name="legendre",
-    aliases=("legendre_expansion",),
+@expansion(
     formula="n P_n = (2n - 1) x P_{n-1} - (n - 1) P_{n-2}, P_0 = 1, P_1 = x",
     source="DLMF 18.9",
     domain="all reals; |P_n| <= 1 on [-1, 1], grows as x^n outside",
@@ -148,9 +137,7 @@ def legendre(degree: int = 2) -> Expansion:
     return recurrence("legendre", degree, 1, (1, 0), lambda n: ((2 * n - 1) / n, 0, -(n - 1) / n, 0))
 
 
-@expansions.record(
-    name="jacobi",
-    aliases=("jacobi_expansion",),
+@expansion(
     formula="P_n^(al,be), P_1 = ((al + be + 2) x + al - be) / 2, standard recurrence",
     source="DLMF 18.9.2",
     domain="all reals; orthogonal on [-1, 1], grows as x^n outside; not where n + al + be or 2n + al + be - 2 is 0",
@@ -171,9 +158,7 @@ def jacobi(degree: int = 2, alpha: float = 1.0, beta: float = 1.0) -> Expansion:
     return recurrence("jacobi", degree, 1, ((s + 2) / 2, (alpha - beta) / 2), step)
 
 
-@expansions.record(
-    name="gegenbauer",
-    aliases=("gegenbauer_expansion",),
+@expansion(
     formula="n C_n = 2 (n + al - 1) x C_{n-1} - (n + 2 al - 2) C_{n-2}, C_0 = 1, C_1 = 2 al x",
     source="DLMF 18.9",
     domain="all reals; orthogonal on [-1, 1], grows as x^n outside",
@@ -186,9 +171,7 @@ def gegenbauer(degree: int = 2, alpha: float = 1.0) -> Expansion:
     )  # fmt: skip
 
 
-@expansions.record(
-    name="hermite",
-    aliases=("hermite_expansion",),
+@expansion(
     formula="He_n = x He_{n-1} - (n - 1) He_{n-2}, He_0 = 1, He_1 = x",
     source="DLMF 18.9 (the probabilists' polynomials)",
     domain="all reals; orthogonal under the standard normal density, grows as x^n",
@@ -198,9 +181,7 @@ def hermite(degree: int = 2) -> Expansion:
     return recurrence("hermite", degree, 1, (1, 0), lambda n: (1, 0, 1 - n, 0), (-3.0, 3.0))
 
 
-@expansions.record(
-    name="laguerre",
-    aliases=("laguerre_expansion",),
+@expansion(
     formula="n L_n = (2n - 1 + al - x) L_{n-1} - (n - 1 + al) L_{n-2}, L_0 = 1, L_1 = 1 + al - x",
     source="DLMF 18.9. Differs from tinyBIG 0.2.1, which starts from L_1 = x + 1 + al",
     domain="all reals; orthogonal on [0, inf) under x^al exp(-x), grows as x^n",
@@ -213,9 +194,7 @@ def laguerre(degree: int = 2, alpha: float = 1.0) -> Expansion:
     )  # fmt: skip
 
 
-@expansions.record(
-    name="bessel",
-    aliases=("bessel_expansion",),
+@expansion(
     formula="y_n = (2n - 1) x y_{n-1} + y_{n-2}, y_0 = 1, y_1 = x + 1",
     source="Krall, Frink 1949",
     domain="all reals; grows as (2n - 1)!! x^n",
@@ -225,9 +204,7 @@ def bessel(degree: int = 2) -> Expansion:
     return recurrence("bessel", degree, 1, (1, 1), lambda n: (2 * n - 1, 0, 1, 0))
 
 
-@expansions.record(
-    name="reverse_bessel",
-    aliases=("reverse_bessel_expansion",),
+@expansion(
     formula="theta_n = (2n - 1) theta_{n-1} + x^2 theta_{n-2}, theta_0 = 1, theta_1 = x + 1",
     source="Krall, Frink 1949",
     domain="all reals; grows as x^n",
@@ -237,9 +214,7 @@ def reverse_bessel(degree: int = 2) -> Expansion:
     return recurrence("reverse_bessel", degree, 1, (1, 1), lambda n: (0, 2 * n - 1, 0, 1))
 
 
-@expansions.record(
-    name="fibonacci",
-    aliases=("fibonacci_expansion",),
+@expansion(
     formula="F_n = x F_{n-1} + F_{n-2}, F_0 = 0, F_1 = 1",
     source="Hoggatt, Bicknell 1973",
     domain="all reals; grows as x^(n-1); the first feature of each attribute is the constant 1",
@@ -249,12 +224,8 @@ def fibonacci(degree: int = 2) -> Expansion:
     return recurrence("fibonacci", degree, 0, (0, 1), lambda n: (1, 0, 1, 0))
 
 
-@expansions.record(
-    name="lucas",
-    aliases=("lucas_expansion",),
-    formula="L_n = x L_{n-1} + L_{n-2}, L_0 = 2, L_1 = x",
-    source="Bicknell 1970",
-    domain="all reals; grows as x^n",
+@expansion(
+    formula="L_n = x L_{n-1} + L_{n-2}, L_0 = 2, L_1 = x", source="Bicknell 1970", domain="all reals; grows as x^n"
 )
 def lucas(degree: int = 2) -> Expansion:
     """Expand every attribute in Lucas polynomials, degrees 1 to `degree`."""

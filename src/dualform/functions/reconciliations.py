@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from dualform.shapes import fail
 reconciliations = Catalogue("reconciliations")
 
 RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
+reconciliation = partial(reconciliations.record, suffix="_reconciliation", source=RPN1)
 
 
 class _Structure(Protocol):
@@ -70,12 +72,9 @@ class Reconciliation:
         if tuple(w.shape) != (l,):
             count = f"has {w.numel()} entries" if w.ndim == 1 else f"has shape {tuple(w.shape)}"
             fail(
-                self.structure.name,
-                "w",
-                count,
-                f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}",
+                self.structure.name, "w", count, f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}",
                 "Pass a w of that length (`length(n, D)`), or other options.",
-            )
+            )  # fmt: skip
 
 
 def _positive(name: str, **options: int | None) -> None:
@@ -94,9 +93,7 @@ S, T = WeightFactor("ka"), WeightFactor("al")
 _dense = Multilinear("identity", (A,))
 
 
-@reconciliations.record(
-    name="identity", aliases=("identity_reconciliation",), formula="W = reshape(w, (n, D)); l = n D", source=RPN1
-)
+@reconciliation(formula="W = reshape(w, (n, D)); l = n D")
 def identity() -> Reconciliation:
     """Reshape w, nothing else.
 
@@ -113,48 +110,40 @@ def identity() -> Reconciliation:
     return Reconciliation(_dense)
 
 
-@reconciliations.record(
-    name="constant", aliases=("constant_reconciliation",), formula="W = c 1_(n x D); l = 0", source=RPN1
-)
+@reconciliation(formula="W = c 1_(n x D); l = 0")
 def constant(c: float = 1.0) -> Reconciliation:
     """Take every entry as c; there is nothing to learn."""
     return Reconciliation(Multilinear("constant", (), coef=float(c)))
 
 
-@reconciliations.record(name="zero", aliases=("zero_reconciliation",), formula="W = 0; l = 0", source=RPN1)
+@reconciliation(formula="W = 0; l = 0")
 def zero() -> Reconciliation:
     """Take the zero matrix."""
     return Reconciliation(Multilinear("zero", (), coef=0.0))
 
 
-@reconciliations.record(name="one", aliases=("one_reconciliation",), formula="W = 1_(n x D); l = 0", source=RPN1)
+@reconciliation(formula="W = 1_(n x D); l = 0")
 def one() -> Reconciliation:
     """Take the matrix of ones: every output is the sum of the features."""
     return Reconciliation(Multilinear("one", ()))
 
 
 @reconciliations.record(
-    name="eye", aliases=("constant_eye_reconciliation", "constant_eye"), formula="W = I_(n x D); l = 0", source=RPN1
+    aliases=("constant_eye_reconciliation", "constant_eye"), formula="W = I_(n x D); l = 0", source=RPN1
 )
 def eye() -> Reconciliation:
     """Take the identity matrix, cut or filled with zeros: the first n features go through."""
     return Reconciliation(Multilinear("eye", (WeightFactor("ij", "eye"),)))
 
 
-@reconciliations.record(
-    name="masking",
-    aliases=("masking_reconciliation",),
-    formula="W = M * scatter(w), M with round(p n D) seeded ones; l = round(p n D)",
-    source=RPN1,
-)
+@reconciliation(formula="W = M * scatter(w), M with round(p n D) seeded ones; l = round(p n D)")
 def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     """Keep a share p of the entries, at places drawn once from the seed; the others are zero and cost nothing.
 
     W = M * scatter(w)
     Shape:  w (l,) -> (n, D) with l = max(1, round(p n D)). Leading dims: any.
     Raises: ValueError unless 0 < p <= 1.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters of which 1 - p do nothing,
-            and draws the mask in forward.
+    Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters, 1 - p idle, and draws the mask in forward.
     """
     _seeded("masking", seed)
     if not 0 < p <= 1:
@@ -162,12 +151,7 @@ def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     return Reconciliation(Multilinear("masking", (WeightFactor("ij", "kept", "places"),), share=float(p), seed=seed))
 
 
-@reconciliations.record(
-    name="duplicated_padding",
-    aliases=("duplicated_padding_reconciliation", "tiling"),
-    formula="W = 1_(p x q) (x) w; l = (n/p)(D/q)",
-    source=RPN1,
-)
+@reconciliation(aliases=("tiling",), formula="W = 1_(p x q) (x) w; l = (n/p)(D/q)")
 def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     """Tile one small matrix p times down and q times across (q = p if not given).
 
@@ -180,12 +164,7 @@ def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     return Reconciliation(Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q))
 
 
-@reconciliations.record(
-    name="duplicated_diagonal_padding",
-    aliases=("duplicated_diagonal_padding_reconciliation", "block_diagonal"),
-    formula="W = I_(p x q) (x) w; l = (n/p)(D/q)",
-    source=RPN1,
-)
+@reconciliation(aliases=("block_diagonal",), formula="W = I_(p x q) (x) w; l = (n/p)(D/q)")
 def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     """Repeat one small matrix along the diagonal (q = p if not given).
 
@@ -202,7 +181,6 @@ def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliat
 
 
 @reconciliations.record(
-    name="low_rank",
     aliases=("lorr", "lorr_reconciliation"),
     formula="W = A B, A (n, r), B (r, D); l = r (n + D)",
     source=f"{RPN1}; Hu et al. 2021",
@@ -223,9 +201,8 @@ def low_rank(rank: int = 2) -> Reconciliation:
     return Reconciliation(Multilinear("low_rank", (WeightFactor("ia"), WeightFactor("aj")), rank=rank))
 
 
-@reconciliations.record(
-    name="hm",
-    aliases=("hm_reconciliation", "kronecker"),
+@reconciliation(
+    aliases=("kronecker",),
     formula="W = A (x) B, A (p, q), B (n/p, D/q); l = p q + n D / (p q)",
     source=f"{RPN1}; Zhang et al. 2021 (PHM)",
 )
@@ -235,31 +212,20 @@ def hm(p: int | None = None, q: int | None = None) -> Reconciliation:
     W = A (x) B
     Shape:  w (l,) -> (n, D) with l = p q + (n/p)(D/q); A comes first in w. Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D. None is the largest factor up to the square root.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG reshapes the outer product of the flat factors,
-            which is no Kronecker product.
+    Source: Zhang 2024 (RPN 1). Differs: tinyBIG reshapes the outer product of flat factors, which is not Kronecker's.
     """
     _positive("hm", p=p, q=q)
     return Reconciliation(Multilinear("hm", (A, B), rows="ik", cols="jl", p=p, q=q))
 
 
-@reconciliations.record(
-    name="lphm",
-    aliases=("lphm_reconciliation",),
-    formula="W = A (x) (S T), S (n/p, r), T (r, D/q); l = p q + r (n/p + D/q)",
-    source=RPN1,
-)
+@reconciliation(formula="W = A (x) (S T), S (n/p, r), T (r, D/q); l = p q + r (n/p + D/q)")
 def lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reconciliation:
     """Take a Kronecker product whose second factor has low rank; w holds A, S, T in this order."""
     _positive("lphm", p=p, q=q, rank=rank)
     return Reconciliation(Multilinear("lphm", (A, S, T), rows="ik", cols="jl", p=p, q=q, rank=rank))
 
 
-@reconciliations.record(
-    name="dual_lphm",
-    aliases=("dual_lphm_reconciliation",),
-    formula="W = (P Q) (x) (S T); l = r (p + q + n/p + D/q)",
-    source=RPN1,
-)
+@reconciliation(formula="W = (P Q) (x) (S T); l = r (p + q + n/p + D/q)")
 def dual_lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reconciliation:
     """Take a Kronecker product of two matrices of low rank; w holds P, Q, S, T in this order."""
     _positive("dual_lphm", p=p, q=q, rank=rank)
@@ -267,9 +233,8 @@ def dual_lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reco
     return Reconciliation(Multilinear("dual_lphm", factors, rows="ik", cols="jl", p=p, q=q, rank=rank))
 
 
-@reconciliations.record(
-    name="random_matrix_adaption",
-    aliases=("random_matrix_adaption_reconciliation", "random_matrix_adaptation", "vera"),
+@reconciliation(
+    aliases=("random_matrix_adaptation", "vera"),
     formula="W = diag(w_1) A diag(w_2) B^T, A (n, r), B (D, r) seeded N(0, 1); l = n + r",
     source=f"{RPN1}; Kopiczko et al. 2024 (VeRA)",
 )
@@ -287,7 +252,6 @@ def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
 
 
 @reconciliations.record(
-    name="loha",
     aliases=("hadamard_low_rank",),
     formula="W = (A B) * (P Q), each of rank r; l = 2 r (n + D)",
     source="Hyeon-Woo et al. 2022 (FedPara); LyCORIS",
@@ -297,9 +261,6 @@ def loha(rank: int = 2) -> Reconciliation:
     _positive("loha", rank=rank)
     factors = (WeightFactor("ia"), WeightFactor("aj"), WeightFactor("ib"), WeightFactor("bj"))
     return Reconciliation(Multilinear("loha", factors, rank=rank))
-
-
-# -- hypernets: w goes through a frozen net first ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -363,9 +324,7 @@ def _gained(x: Tensor, constants: Constants) -> Tensor:
     return x * constants["gain"].to(x) if "gain" in constants else x
 
 
-@reconciliations.record(
-    name="hypernet",
-    aliases=("hypernet_reconciliation",),
+@reconciliation(
     formula="W = reshape(V sigmoid(U w + a) + b), U, V, a, b seeded and frozen; l given",
     source=f"{RPN1}; Ha et al. 2017",
 )
@@ -376,15 +335,9 @@ def hypernet(l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliatio
     return Reconciliation(Hyper("hypernet", l, hidden_dim, None, seed))
 
 
-@reconciliations.record(
-    name="random_matrix_hypernet",
-    aliases=("random_matrix_hypernet_reconciliation",),
-    formula="W = reshape(sigmoid(w P Q^T) S T^T), all seeded and frozen, of rank r; l given",
-    source=RPN1,
-)
+@reconciliation(formula="W = reshape(sigmoid(w P Q^T) S T^T), all seeded and frozen, of rank r; l given")
 def random_matrix_hypernet(rank: int = 2, l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliation:
-    """Let a frozen net of low-rank matrices write the matrix:
-    r (n D) frozen numbers where hypernet needs hidden_dim (n D)."""
+    """Let a frozen net of low-rank matrices write the matrix: r, not hidden_dim, times n D frozen numbers."""
     _positive("random_matrix_hypernet", rank=rank, l=l, hidden_dim=hidden_dim)
     _seeded("random_matrix_hypernet", seed)
     return Reconciliation(Hyper("random_matrix_hypernet", l, hidden_dim, rank, seed))

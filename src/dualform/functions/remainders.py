@@ -21,6 +21,7 @@ from dualform.shapes import fail
 remainders = Catalogue("remainders")
 
 RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
+remainder = partial(remainders.record, suffix="_remainder", source=RPN1)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -66,12 +67,9 @@ class Remainder:
         """Count the weights; refuse sizes that the remainder does not join."""
         if self.kind == "identity" and m != n:
             fail(
-                self.name,
-                "n",
-                f"is {n}",
-                f"n = m = {m}, as the input itself is added",
+                self.name, "n", f"is {n}", f"n = m = {m}, as the input itself is added",
                 "Use remainder='linear', or equal widths.",
-            )
+            )  # fmt: skip
         return m * n if self.kind == "linear" else 0
 
     @property
@@ -101,7 +99,7 @@ class Remainder:
         return y if self.inside else act(y)
 
 
-@remainders.record(name="constant", aliases=("constant_remainder",), formula="pi(x) = c 1_n", source=RPN1)
+@remainder(formula="pi(x) = c 1_n")
 def constant(c: float = 1.0) -> Remainder:
     """Add c to every output.
 
@@ -114,21 +112,19 @@ def constant(c: float = 1.0) -> Remainder:
     return Remainder("constant", "constant", float(c))
 
 
-@remainders.record(name="zero", aliases=("zero_remainder",), formula="pi(x) = 0", source=RPN1)
+@remainder(formula="pi(x) = 0")
 def zero() -> Remainder:
     """Add nothing."""
     return Remainder("zero", "constant", 0.0)
 
 
-@remainders.record(name="one", aliases=("one_remainder",), formula="pi(x) = 1_n", source=RPN1)
+@remainder(formula="pi(x) = 1_n")
 def one() -> Remainder:
     """Add one to every output."""
     return Remainder("one", "constant", 1.0)
 
 
-@remainders.record(
-    name="identity", aliases=("identity_remainder", "residual"), formula="pi(x) = act(x), m = n", source=RPN1
-)
+@remainder(aliases=("residual",), formula="pi(x) = act(x), m = n")
 def identity(activation: str | Activation = "identity") -> Remainder:
     """Add the input itself: a residual connection.
 
@@ -141,9 +137,7 @@ def identity(activation: str | Activation = "identity") -> Remainder:
     return Remainder("identity", "identity", activation=activation)
 
 
-@remainders.record(
-    name="linear",
-    aliases=("linear_remainder",),
+@remainder(
     formula="pi(x) = act(x W^T + b), or act(x) W^T + b with inside=True",
     source=f"{RPN1}; Liu et al. 2024 (KAN) for inside=True",
 )

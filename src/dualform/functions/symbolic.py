@@ -122,8 +122,7 @@ class _Writer:
     def standardised(
         self, inputs: list[sympy.Expr], expansion: Expansion, scale: np.ndarray, mean: np.ndarray
     ) -> list[sympy.Expr]:
-        """Put (x - mean) / scale in the place of x, in a line of its own where an expanded polynomial would lose its
-        digits."""
+        """Put (x - mean) / scale in the place of x, in its own line where an expanded polynomial would lose digits."""
         degree = max(expansion.degrees) * (expansion.degree or 1)
         z = [(x - float(m)) / float(s) for x, s, m in zip(inputs, scale, mean, strict=True)]
         if (np.abs(mean / scale).max() + 1) ** degree <= _most_cancelled:
@@ -136,8 +135,6 @@ class _Writer:
             named.append(sympy.Symbol(name))
         return named
 
-    # -- one head ------------------------------------------------------------------------------------------------------
-
     def head(self, head: Head, inputs: list[sympy.Expr], names: Sequence[str]) -> list[Terms]:
         """Return the terms of every output of a head."""
         matrices = list(head.matrix().detach().double())
@@ -145,9 +142,8 @@ class _Writer:
         if fusion.kind == "reduce" and len(matrices) > 1 and fusion.metric not in ("sum", "mean"):
             found = self._reduced(head, [_features(head.expansion, inputs, w) for w in matrices], names)
         else:
-            with (
-                torch.no_grad()
-            ):  # linear in the channels' outputs, so it may be given columns of psi(w) in place of rows
+            # Linear in the channels' outputs, so it may be given columns of psi(w) in place of rows.
+            with torch.no_grad():
                 joined = head.double()._fuse([w.mT for w in matrices], head.fusion_weight).mT
             found = _features(head.expansion, inputs, joined)
         bias = torch.zeros(head.n) if head.bias is None else head.bias
@@ -161,12 +157,9 @@ class _Writer:
         metric = head.fusion.metric
         if metric not in _metrics:
             fail(
-                "formula",
-                "fusion",
-                f"is {head.fusion.name}",
-                f"one of {sorted(_metrics)}, or a linear one",
+                "formula", "fusion", f"is {head.fusion.name}", f"one of {sorted(_metrics)}, or a linear one",
                 "It has no formula.",
-            )
+            )  # fmt: skip
         found = []
         for i, name in enumerate(names):
             parts = [self.line(f"{name}_channel{c}", terms[i]) for c, terms in enumerate(channels)]
@@ -177,12 +170,9 @@ class _Writer:
         r = head.remainder
         if callable(r.activation):
             fail(
-                "formula",
-                "remainder",
-                f"has the activation {r.activation!r}",
-                f"one of {sorted(_activations)}",
+                "formula", "remainder", f"has the activation {r.activation!r}", f"one of {sorted(_activations)}",
                 "Name it.",
-            )
+            )  # fmt: skip
         act = _activations[r.activation]
         for i, (terms, name) in enumerate(zip(found, names, strict=True)):
             if r.kind == "constant":
@@ -211,9 +201,6 @@ class _Writer:
                 kept.append(line)
                 needed |= line.symbols
         return Formula(self.inputs, self.labels, tuple(reversed(kept)), tuple(outputs))
-
-
-# -- terms -------------------------------------------------------------------------------------------------------------
 
 
 def _add(terms: Terms, f: sympy.Expr, c: float) -> None:
@@ -317,9 +304,6 @@ def _affine(z: sympy.Expr) -> tuple[sympy.Expr, float, float]:
     x = next(iter(z.free_symbols))
     slope, shift = (float(c) for c in sympy.Poly(z, x).all_coeffs()) if z != x else (1.0, 0.0)
     return cast("sympy.Expr", x), slope, shift
-
-
-# -- names and numbers -------------------------------------------------------------------------------------------------
 
 
 def _identifiers(labels: Sequence[str]) -> list[str]:

@@ -2,8 +2,7 @@
 
     phi_{s,t}(x) = a^(-s/2) phi(x / a^s - t b),   s = 0 .. scales - 1,  t = 0 .. shifts - 1
 
-Orders above 1 are tensor powers of these, as in a Taylor expansion. Legend: a dilation, b translation,
-tau = x / a^s - t b.
+Orders above 1 are tensor powers, as in a Taylor expansion. Legend: a dilation, b translation, tau = x / a^s - t b.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from dualform.functions.basis import (
     along,
     attribute_wise,
     everywhere,
+    expansion,
     expansions,
     positive,
     substitute,
@@ -55,10 +55,9 @@ _common = inspect.signature(_children_options).parameters
 
 
 def wavelet(
-    *aliases: str, formula: str, source: str, domain: str, nested: Mapping[str, Catalogue] | None = None
+    *aliases: str, domain: str, nested: Mapping[str, Catalogue] | None = None, **columns: Any
 ) -> Callable[[Callable[..., Mother]], Callable[..., Mother]]:
-    """Register the expansion in the children of the mother that the decorated function makes of its options;
-    theirs come with it."""
+    """Register the expansion in the children of the mother that the decorated function makes; their options are its."""
 
     def register(make: Callable[..., Mother]) -> Callable[..., Mother]:
         own = inspect.signature(make).parameters
@@ -71,14 +70,7 @@ def wavelet(
         signature = inspect.Signature([p for part in order for p in part.values()])
         build.__signature__ = signature  # type: ignore[attr-defined]
         build.__name__, build.__doc__, build.__module__ = make.__name__, make.__doc__, make.__module__
-        expansions.record(
-            name=make.__name__,
-            aliases=aliases,
-            formula=formula,
-            source=source,
-            domain=f"{domain}; {_options}",
-            nested=nested,
-        )(build)
+        expansion(aliases=aliases, domain=f"{domain}; {_options}", nested=nested, **columns)(build)
         return make
 
     return register
@@ -118,15 +110,13 @@ def dilated(
 
 
 @wavelet(
-    "discrete_wavelet_expansion",
     formula="a^(-s/2) phi(x / a^s - t b) with the function of any other record as phi",
     source="Zhang 2024 (RPN 1), section 5; in tinyBIG 0.2.1 the abstract base of the others",
     domain="that of the mother, in tau",
     nested={"mother": expansions},
 )
 def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
-    """Expand every attribute in dilations and translations of one function:
-    that of any expansion with one per attribute."""
+    """Expand every attribute in dilations and translations of one function, that of an expansion with one."""
     if mother.width != 1 or mother.power != 1:
         fail(
             "discrete_wavelet", "mother", f"is {mother}, with {mother.width or 'no'} functions per attribute",
@@ -140,14 +130,9 @@ def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
 
 
 @wavelet(
-    "haar",
-    "haar_wavelet_expansion",
-    "harr_wavelet",
-    "harr_wavelet_expansion",
-    formula="phi(tau) = 1 on [0, 1/2), -1 on [1/2, 1), else 0",
-    source="Haar 1910",
-    domain="all reals; 0 outside [0, 1) in tau",
-)
+    "haar", "harr_wavelet", "harr_wavelet_expansion", formula="phi(tau) = 1 on [0, 1/2), -1 on [1/2, 1), else 0",
+    source="Haar 1910", domain="all reals; 0 outside [0, 1) in tau",
+)  # fmt: skip
 def haar_wavelet() -> Mother:
     """Expand every attribute in Haar wavelets."""
 
@@ -162,7 +147,6 @@ def haar_wavelet() -> Mother:
 
 
 @wavelet(
-    "beta_wavelet_expansion",
     formula="phi(tau) = tau^(al-1) (1 - tau)^(be-1) / B(al, be) on [0, 1], else 0",
     source="Zhang 2024 (RPN 1), section 5. Differs from tinyBIG 0.2.1, "
     "which squashes the whole batch if one tau is outside",
@@ -199,7 +183,6 @@ def _off_zero(t: Tensor) -> Tensor:
 
 
 @wavelet(
-    "shannon_wavelet_expansion",
     formula="phi(tau) = (sin 2 pi tau - sin pi tau) / (pi tau), 1 at 0",
     source="Mallat 2009, section 7.2. Differs from tinyBIG 0.2.1, which gives NaN at 0",
     domain="all reals; decays as 1 / tau",
@@ -227,7 +210,6 @@ def shannon_wavelet() -> Mother:
 
 
 @wavelet(
-    "ricker_wavelet_expansion",
     "mexican_hat_wavelet",
     formula="phi(tau) = 2 (1 - (tau/sigma)^2) exp(-tau^2 / (2 sigma^2)) / (sqrt(3 sigma) pi^(1/4))",
     source="Ricker 1953",
@@ -254,7 +236,6 @@ def ricker_wavelet(sigma: float = 1.0) -> Mother:
 
 
 @wavelet(
-    "dog_wavelet_expansion",
     formula="phi(tau) = N(tau; 0, sigma_1) - N(tau; 0, sigma_2)",
     source="Marr, Hildreth 1980 (difference of Gaussians)",
     domain="all reals; decays to 0",
@@ -290,14 +271,12 @@ def _width(name: str, option: str, sigma: float) -> None:
 
 
 def _band(c: Tensor | float, turn: Callable[[Tensor], Tensor], width: float) -> Tensor:
-    # the integral of cos(c w) or sin(c w) over one band of frequencies, w / pi from 2/3 to 4/3 (times 3 width), up to a
-    # factor
+    # the integral of cos(c w) or sin(c w) over a band, w / pi from 2/3 to 4/3 (times 3 width), up to a factor
     assert isinstance(c, Tensor)
     return turn(3 * width * math.pi * c) * _sinc(width * c)
 
 
 @wavelet(
-    "meyer_wavelet_expansion",
     formula="phi(tau) = psi(tau), the inverse Fourier transform of e^(-iw/2) (sin(pi/2 nu(3|w|/2pi - 1)) on [2pi/3, "
     "4pi/3], cos(pi/2 nu(3|w|/4pi - 1)) on [4pi/3, 8pi/3]), nu(x) = x; part='scaling': the scaling function",
     source="Meyer 1985; Valenzuela, de Oliveira 2015. Differs from tinyBIG 0.2.1, "

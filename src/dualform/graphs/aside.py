@@ -12,7 +12,6 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.edit import (
     add_input,
@@ -29,6 +28,7 @@ from dualform.graphs.edit import (
 )
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.kept import stop_gradient, stopped
+from dualform.graphs.this_thread import no_modes
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
     with ExitStack() as stack:
         stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(no_modes())
         stack.enter_context(_without_function_modes())
         fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         yield [x if isinstance(x, FakeTensor) else fake.from_tensor(x.detach()) for x in inputs]

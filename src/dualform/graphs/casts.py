@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.edit import emitter, inline, inputs_of, replace
+from dualform.graphs.this_thread import no_modes
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ def _alone(node: fx.Node, sources: list[fx.Node], how: _Autocast) -> fx.GraphMod
         with torch.autocast(how.device, how.dtype, enabled=how.enabled, cache_enabled=False):
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+    with temporarily_clear_interpreter_stack(), no_modes():
         return make_fx(run, tracing_mode="real")(*(x.meta["val"] for x in sources))
 
 

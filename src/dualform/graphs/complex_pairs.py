@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.edit import emitter, inputs_of
 from dualform.graphs.functionalize import Blame, functionalized
 from dualform.graphs.single_results import bound_arguments, normalised
+from dualform.graphs.this_thread import no_modes
 from dualform.ops.factories import filled_with
 from dualform.ops.table import find_row
 
@@ -255,7 +255,7 @@ def _spelled(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
         )
         return node.target(*args, **kwargs)
 
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+    with temporarily_clear_interpreter_stack(), no_modes():
         gm = make_fx(call, tracing_mode="real")(*(n.meta["val"] for n in nodes))
     gm = normalised(functionalized(gm, r.blame))
     if any(n.target is node.target for n in gm.graph.nodes):

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.recorder import Recorded
+from dualform.graphs.this_thread import no_modes
 from dualform.shapes import TraceError
+from dualform.storages import contents, times_written
 
 # What reads values; what makes sizes of them.
 _READ = {
@@ -32,6 +34,7 @@ _READ = {
 _READ |= {Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__, torch.is_nonzero}
 _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
+_LISTED = {torch.tensor, torch.as_tensor, torch.asarray}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
 _REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
@@ -46,6 +49,7 @@ _RANDOM = {
 }
 _RANDOM |= {torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.normal, torch.poisson}
 
+_OFTEN = 1 << 16  # bytes, up to which memory is looked at before each op, not at the end alone
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -58,6 +62,7 @@ class Constants:
         self.read: list[Tensor] = []
         self.shared: list[tuple[Tensor, int, str]] = []  # what numpy looks at, with its version and who let it
         self._made: dict[int, tuple[Tensor, int, Callable[[], Tensor]]] = {}
+        self._there: dict[str, tuple[int, bytes | int]] = {}  # what lies in the memory that the trace closes over
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """Take the inputs of the function that is traced."""
@@ -80,6 +85,25 @@ class Constants:
                     f"trace: `{where}` looks at a tensor's memory, which is written to later; expected a pure function "
                     "of its inputs. Take x.clone().numpy(), or look at it after the last write."
                 )
+
+    def overwritten(self, *, small: bool) -> fx.Node | None:
+        """Find what read memory that numpy or Python has written to since, of which no op tells; small: of that alone."""
+        mode: Any = get_proxy_mode()
+        tracer: Any = getattr(mode, "tracer", mode)
+        if tracer is None:
+            return None
+        for name, x in (vars(tracer.root) | dict(tracer.root.named_parameters())).items():
+            if not isinstance(x, Tensor) or (small and name in self._there and x.nbytes > _OFTEN):
+                continue
+            now = (times_written(x), contents(x))
+            before = self._there.setdefault(name, now)
+            if now != before:
+                readers = [u for n in tracer.graph.nodes if n.op == "get_attr" and n.target == name for u in n.users]
+                read = (y for u in readers for y in (u.users if "lift_fresh" in str(u.target) else [u]))
+                if now[0] == before[0] and (reader := next(iter(read), None)) is not None:
+                    return reader
+                self._there[name] = now
+        return None
 
     def knows(self, x: Any) -> bool:
         """Is it no tensor, or one whose value is known?"""
@@ -164,6 +188,21 @@ class Constants:
         ):
             if isinstance(repeats, Tensor) and self.knows(repeats):
                 return self._repeated(args, kwargs, repeats)
+        elif func is torch.tensor and isinstance(args[0], numpy.ndarray):
+            return func, (args[0].copy(), *args[1:]), kwargs  # of what is there now, not of the array
+        elif (
+            func in _LISTED
+            and isinstance(args[0], list | tuple)
+            and any(map(_is_tensor, parts := pytree.tree_leaves(args[0])))
+        ):
+            if not all(map(self.knows, parts)):
+                raise TraceError(
+                    f"trace: `{self.note()}` makes a tensor of other tensors' numbers, which cuts their gradients; expected tensor "
+                    "ops. Use torch.stack([...])."
+                )
+            with aside():
+                numbers = pytree.tree_map_only(Tensor, lambda x: self.value(x).tolist(), args[0])
+            return func, (numbers, *args[1:]), kwargs
         elif func in _SELECTED and not kwargs and self.is_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args))
             return Tensor.__getitem__, (args[0].expand(shape), self.places(args[1], shape)), {}
@@ -221,6 +260,10 @@ def version_of(x: Tensor) -> int:
     return x.writes[0] if isinstance(x, Recorded) else x._version
 
 
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
 class _Written(Exception):
     """Something that a value is made of was written to."""
 
@@ -228,5 +271,5 @@ class _Written(Exception):
 @contextmanager
 def aside() -> Iterator[None]:
     """Compute, out of sight of the trace."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), no_modes(), torch.no_grad():
         yield

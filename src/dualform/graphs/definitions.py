@@ -15,14 +15,14 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.algebra.terms import Term
 from dualform.graphs.hollow import META, Hollow, Hollows
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.recorder import below_dispatch
+from dualform.graphs.this_thread import no_modes
 from dualform.graphs.trace import trace
-from dualform.ops.table import Call, Target, find_row
+from dualform.ops.table import OpCall, Target, find_row
 
 _Like = tuple[tuple[int, ...], torch.dtype, torch.device]
 
@@ -69,7 +69,7 @@ def _traced(
         result = definition(*args, **kwargs)
         return result if part is None else result[part]
 
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), Hollows():
+    with temporarily_clear_interpreter_stack(), no_modes(), Hollows():
         stand_ins = _stand_ins(likes)
         try:
             # A composite kernel shows its ops after dispatch only: before it, it is one op again.
@@ -88,7 +88,7 @@ def _stand_ins(likes: tuple[_Like, ...]) -> list[Tensor]:
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
 
 
-def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:
+def defined(call: OpCall) -> tuple[fx.GraphModule, list[Tensor]] | None:
     """The traced definition of an op at a call, and the tensors that it takes."""
     flat, spec = _pytree.tree_flatten((call.args, dict(call.kwargs)))
     tensors = [x for x in flat if isinstance(x, Tensor)]
@@ -98,7 +98,7 @@ def defined(call: Call) -> tuple[fx.GraphModule, list[Tensor]] | None:
     return None if gm is None else (gm, tensors)
 
 
-def definition_terms(call: Call, operand: int, rule: LocalRule) -> list[Term] | None:
+def definition_terms(call: OpCall, operand: int, rule: LocalRule) -> list[Term] | None:
     """Differentiate an op through its definition; None if it has none."""
     found = defined(call)
     if found is None:

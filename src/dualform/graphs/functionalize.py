@@ -19,6 +19,7 @@ from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import carried
 from dualform.graphs.recorder import twin_of
 from dualform.ops.table import find_row
+from dualform.storages import memory_of
 
 aten = torch.ops.aten
 Blame = Callable[[fx.Node, str, str], NoReturn]
@@ -291,7 +292,7 @@ def _memory(node: fx.Node) -> set[int]:
     made = node.meta.get("val")
     parts = made if isinstance(made, tuple | list) else (made,)
     tensors = [_told(x) for x in parts if isinstance(x, torch.Tensor)]
-    return {x.untyped_storage()._cdata for x in tensors if x.layout == torch.strided}
+    return {memory_of(x) for x in tensors if x.layout == torch.strided}
 
 
 def _layout(node: fx.Node) -> Any:

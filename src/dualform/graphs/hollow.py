@@ -44,6 +44,10 @@ class Hollow(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_reshaped(func) and isinstance(args[0], Hollow):  # as an RNN of torch's turns its result
+            with torch._C._DisableTorchDispatch():
+                func(args[0].shape_of, *args[1:], **kwargs or {})
+                return func(*args, **kwargs or {})
         made = computed(func, args, kwargs or {})
         first = func._schema.arguments[0].alias_info if func._schema.arguments else None
         if func._schema.is_mutable and first is not None and first.is_write:  # not what rrelu notes its noise in
@@ -135,10 +139,18 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @cache
+def is_reshaped(func: Any) -> bool:
+    """Does an op change in place how its tensor lies, as transpose_ does?"""
+    return _Tag.inplace_view in func.tags and "detach" not in func._opname
+
+
+@cache
 def _kind(func: Any) -> Callable[..., Any] | None:
     """How to find the shape of an op's result without its kernel on the meta device; None: no way is known."""
-    if func.is_view or func._schema.is_mutable or _VALUES & set(func.tags):
+    if func.is_view or _VALUES & set(func.tags):
         return None
+    if func._schema.is_mutable:
+        return _in_place if _Tag.pointwise in func.tags and func._opname.endswith("_") else None
     row = find_row(func)
     if _Tag.pointwise in func.tags or func._opname.endswith("_like"):
         return _entry_by_entry
@@ -182,6 +194,12 @@ def _entry_by_entry(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | No
     dtype = _once(_dtype_of_one, func, args, kwargs, lambda x: (x.dtype, x.ndim)) if len(tensors) <= 3 else None
     shape = None if dtype is None else _broadcast([x.shape for x in tensors])
     return None if shape is None else torch.empty_strided(shape, _strides(shape, tensors), dtype=dtype, device=META)
+
+
+def _in_place(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """What is written to, where a result entry by entry fits there."""
+    made = _entry_by_entry(func, args, kwargs)
+    return args[0] if made is not None and made.shape == args[0].shape else None
 
 
 def _dtype_of_one(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.dtype | None:

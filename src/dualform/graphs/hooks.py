@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.aside import aside, without_detach
 from dualform.graphs.edit import add_input, add_plain, output_of, results_of
 from dualform.graphs.kept import kept_op
 from dualform.graphs.requiring import can_move
+from dualform.graphs.this_thread import caller
 from dualform.shapes import TraceError
 
 
@@ -103,7 +103,7 @@ def put_hook(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[f
     new.meta |= {
         **raw.meta,
         "hooks": raw in operands,
-        "stack_trace": fx_traceback.current_meta.get("stack_trace", ""),
+        "stack_trace": caller.line,
     }
     order = {n: k for k, n in enumerate(graph.nodes)}
     uses = [user for user in node.users if user is not new]

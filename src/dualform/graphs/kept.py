@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.edit import add_input, copied, inline, inputs_of, replace, results_of, without_dead
 from dualform.shapes import TraceError
+from dualform.storages import memory_of
 
 aten = torch.ops.aten
 
@@ -92,8 +93,7 @@ def kept(inputs: list[Tensor], key: str, result: int = 0) -> Tensor:
 
 def _forward(inputs: list[Tensor], key: str, result: int) -> Tensor:
     made = _known[key].forward(*inputs)[result]
-    storage = made.untyped_storage()._cdata
-    return made.clone() if any(x.untyped_storage()._cdata == storage for x in inputs) else made
+    return made.clone() if memory_of(made) in map(memory_of, inputs) else made
 
 
 _library = torch.library.Library("dualform", "FRAGMENT")

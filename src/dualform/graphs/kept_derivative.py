@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.algebra.queries import flipped
 from dualform.algebra.terms import Term
@@ -19,15 +18,16 @@ from dualform.graphs.definitions import defined
 from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, results_of
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
+from dualform.graphs.this_thread import no_modes
 from dualform.graphs.trace import source_line
 from dualform.ops.factories import filled_with
-from dualform.ops.table import Call, find_row
+from dualform.ops.table import OpCall, find_row
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
 
 
-def kept_terms(call: Call, operand: int, rule: LocalRule) -> list[Term]:
+def kept_terms(call: OpCall, operand: int, rule: LocalRule) -> list[Term]:
     """Differentiate a kept op by one of its floating inputs."""
     inputs, key, result = (call.bound[name] for name in ("inputs", "key", "result"))
     made = named(key)
@@ -91,7 +91,7 @@ def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
 @cache
 def first_bend(gm: fx.GraphModule) -> fx.Node | None:
     """The first op of a backward that is not linear in the incoming gradient; None if all are."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():  # it computes, also while others trace
+    with temporarily_clear_interpreter_stack(), no_modes():  # it computes, also while others trace
         return _bend(_of_gradient(gm), frozenset({0}))
 
 
@@ -120,7 +120,7 @@ def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
     if row is None or row.rule is None:  # by its definition
         flat = nodes_in((node.args, dict(node.kwargs)))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        found = None if is_kept(node) else defined(Call(node.target, args, kwargs, node.meta["val"]))
+        found = None if is_kept(node) else defined(OpCall(node.target, args, kwargs, node.meta["val"]))
         return found is not None and _bend(found[0], frozenset(k for k, n in enumerate(flat) if n in late)) is None
     if not row.is_affine(frozenset(k for k, n in enumerate(operands) if n in late)):
         return False

@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from dualform.algebra.linear_map import Derivative, Term, compose, identity, zero
 from dualform.algebra.sums import tidy
 from dualform.graphs.edit import evaluated, inputs_of, results_of
-from dualform.ops.table import Call
+from dualform.ops.table import OpCall
 
-LocalRule = Callable[[Call, int], Derivative]
+LocalRule = Callable[[OpCall, int], Derivative]
 
 
 class Program:
@@ -63,7 +63,7 @@ class Program:
                 todo += node.all_input_nodes
         return [n for n in self.gm.graph.nodes if n in reached and n in needed and n.op == "call_function"]
 
-    def call(self, node: fx.Node) -> Call | None:
+    def call(self, node: fx.Node) -> OpCall | None:
         """The op behind a node as the table knows it; None for a result of several tensors, seen at its parts."""
         value = self.values[node]
         if not isinstance(value, Tensor):
@@ -75,10 +75,10 @@ class Program:
             source, part = node.args[0], node.args[1]
         args, kwargs = fx.map_arg((source.args, dict(source.kwargs)), lambda n: self.values[n])
         names = tuple(self.name_of(n) for n in self.operand_nodes(source))
-        return Call(source.target, args, kwargs, value, part, names)
+        return OpCall(source.target, args, kwargs, value, part, names)
 
     def operand_nodes(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes behind `Call.operands`."""
+        """The nodes behind `OpCall.operands`."""
         source: Any = node.args[0] if node.target is operator.getitem else node
         flat: list[fx.Node] = []
         fx.map_arg((source.args, dict(source.kwargs)), lambda n: flat.append(n))

@@ -44,7 +44,7 @@ from dualform.ops.table import (
     EACH,
     ROWS,
     Adjoint,
-    Call,
+    OpCall,
     Product,
     Row,
     Target,
@@ -58,8 +58,8 @@ from dualform.ops.table import (
 from dualform.shapes import TraceError, fail
 
 __all__ = [
-    "ALL", "EACH", "ROWS", "Call", "Product", "Row", "affine", "derivative", "find_row", "is_structured", "multilinear",
-    "product_row", "reads", "row", "unread",
+    "ALL", "EACH", "ROWS", "OpCall", "Product", "Row", "affine", "derivative", "find_row", "is_structured",
+    "multilinear", "product_row", "reads", "row", "unread",
 ]  # fmt: skip
 
 # Importing them fills the table.
@@ -76,7 +76,7 @@ def reads_values(error: Exception) -> bool:
     return isinstance(error, _UNKNOWN) or type(error).__name__ == "GuardOnDataDependentSymNode"
 
 
-def derivative(call: Call, operand: int) -> Derivative:
+def derivative(call: OpCall, operand: int) -> Derivative:
     """Differentiate one op with respect to one of its floating operands, exactly and with its structure.
 
     J[out..., in...] = d call.out / d call.operands[operand]
@@ -108,7 +108,7 @@ add_row(
 class _Linear(Route):
     """A linear op is its own derivative."""
 
-    call: Call
+    call: OpCall
     operand: int
     adjoint: Adjoint
 
@@ -119,7 +119,7 @@ class _Linear(Route):
         return self.call.run(self.operand, v)
 
 
-def _terms(call: Call, operand: int) -> list[Term] | None:
+def _terms(call: OpCall, operand: int) -> list[Term] | None:
     """By its row, entry by entry, or through its definition, in this order; None if nothing is known of the op."""
     found = find_row(call.target)
     if found is not None and found.rule is not None:
@@ -134,7 +134,7 @@ def _terms(call: Call, operand: int) -> list[Term] | None:
     return definition_terms(call, operand, derivative)
 
 
-def _dense(call: Call, operand: int) -> list[Term]:
+def _dense(call: OpCall, operand: int) -> list[Term]:
     name, x = call.target._schema.name, call.operands[operand]
     try:
         # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
@@ -157,7 +157,7 @@ def _dense(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(full, (*out, *inn), f"d{name.split('::')[1]}"),), out, inn)]
 
 
-def affine(target: Call | Target, operands: frozenset[int]) -> bool:
+def affine(target: OpCall | Target, operands: frozenset[int]) -> bool:
     """Tell whether an op is jointly affine in these operands, the others held fixed.
 
     op(a + s) - op(a) is linear in s = changes of the operands; what the row says, never probed
@@ -165,22 +165,22 @@ def affine(target: Call | Target, operands: frozenset[int]) -> bool:
     Dtype:  none.
     Raises: nothing; an op without a row is affine in no operand.
     """
-    found = find_row(target.target if isinstance(target, Call) else target)
+    found = find_row(target.target if isinstance(target, OpCall) else target)
     return not operands if found is None else found.is_affine(operands)
 
 
-def multilinear(target: Call | Target) -> bool:
+def multilinear(target: OpCall | Target) -> bool:
     """Tell whether an op is a product: homogeneous and linear in each operand by itself.
 
     Shape:  none.
     Dtype:  none.
     Raises: nothing; an op without a row is not.
     """
-    found = find_row(target.target if isinstance(target, Call) else target)
+    found = find_row(target.target if isinstance(target, OpCall) else target)
     return found is not None and found.multilinear
 
 
-def reads(call: Call, name: str, k: int | None = None) -> Derivative | None:
+def reads(call: OpCall, name: str, k: int | None = None) -> Derivative | None:
     """Tell which entries of a tensor argument a result looks at, as if it were a sum of them; None: not known.
 
     name, k: one of `call.arguments`, of whatever type; integers and masks are looked at as numbers are.
@@ -207,7 +207,7 @@ def reads(call: Call, name: str, k: int | None = None) -> Derivative | None:
 _NUMBERS = {"self", "input", "other", "src", "source", "tensors", "values", "value"}
 
 
-def _as_numbers(call: Call) -> Call:
+def _as_numbers(call: OpCall) -> OpCall:
     """The same call of floating stand-ins."""
 
     def number(x: Any) -> Any:

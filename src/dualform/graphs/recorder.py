@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
-from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_autocast_cache, make_fx
 from torch.fx.node import _side_effectful_need_to_be_preserved_pre_dispatch, map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from dualform.graphs.edit import Graph, unwritten
-from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, leaves_in, on_meta
+from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, is_reshaped, leaves_in, on_meta
+from dualform.graphs.this_thread import caller, no_modes
 from dualform.ops.truths import OPERATORS
+from dualform.storages import memory_of
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -146,7 +147,7 @@ class Recorder(_Writing, TorchDispatchMode):
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op in place by its twin that is not, where nobody else sees the tensor."""
         twin, x = twin_of(func), args[0] if args else None
-        if twin is None or not isinstance(x, Recorded) or self.storages[_storage(x.shape_of)] > 1:
+        if twin is None or not isinstance(x, Recorded) or self.storages[memory_of(x.shape_of)] > 1:
             raise CannotRecord(str(func))
         with self:
             result = twin(*args, **kwargs)
@@ -163,16 +164,12 @@ class Recorder(_Writing, TorchDispatchMode):
     def _wrapped(self, made: Any, node: fx.Node) -> Any:
         if isinstance(made, Tensor):
             node.meta["val"] = made = made if made.device == META else made.to(META)
-            self.storages[_storage(made)] += 1
+            self.storages[memory_of(made)] += 1
             return Recorded(made, node)
         if isinstance(made, tuple | list):
             node.meta["val"] = made
             return tuple(self._wrapped(x, self._call(operator.getitem, (node, n), {})) for n, x in enumerate(made))
         return None
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 def record(f: Callable[..., Any], tensors: Sequence[Tensor], table: Table) -> fx.GraphModule:
@@ -195,7 +192,7 @@ def below_dispatch(f: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
             return record(f, tensors, {})
         except (CannotRecord, RuntimeError):  # torch's own tracer knows more
             pass
-    with _disable_current_modes():
+    with no_modes():
         with FakeTensorMode(allow_non_fake_inputs=True):
             tensors = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Hollow) else x for x in tensors
@@ -227,7 +224,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         return self._recorded(made, node)
 
     def _recorded(self, made: Tensor, node: fx.Node) -> Recorded:
-        return Recorded(made, node, self.writes.setdefault(_storage(made), [0]))
+        return Recorded(made, node, self.writes.setdefault(memory_of(made), [0]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -235,12 +232,13 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or any(_is_strange(x) for x in given):
             raise CannotRecord(str(func))
         writes = [k for k, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        if writes and (writes != [0] or not isinstance(args[0], Tensor) or len(func._schema.returns) != 1):
+        is_plain = writes == [0] and isinstance(args[0], Tensor) and len(func._schema.returns) == 1
+        if writes and (not is_plain or is_reshaped(func)):
             raise CannotRecord(str(func))
         if func is aten.lift_fresh.default:
             func = aten.lift_fresh_copy.default
         hollow = (each(args, self._hollow), {name: each(x, self._hollow) for name, x in kwargs.items()})
-        if writes and _storage(hollow[0][0].shape_of) in {_storage(x.shape_of) for _, x in self.outside.values()}:
+        if writes and memory_of(hollow[0][0].shape_of) in {memory_of(x.shape_of) for _, x in self.outside.values()}:
             raise WritesOutside(str(func))
         if writes and not isinstance(args[0], Recorded):
             raise CannotRecord(str(func))
@@ -260,7 +258,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = super()._call(func, args, kwargs)
-        node.meta["stack_trace"] = fx_traceback.current_meta.get("stack_trace", "")
+        node.meta["stack_trace"] = caller.line
         return node
 
     def _shown(self, x: Tensor) -> Tensor:

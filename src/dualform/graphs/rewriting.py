@@ -20,7 +20,7 @@ from dualform.graphs.definitions import defined
 from dualform.graphs.edit import emitter, frozen, inputs_of
 from dualform.graphs.single_results import bound_arguments
 from dualform.ops.pointwise import is_pointwise
-from dualform.ops.table import Call, dims_of, find_row
+from dualform.ops.table import OpCall, dims_of, find_row
 
 aten = torch.ops.aten
 Rewriting = Callable[["Rewriter", Any], Any]
@@ -61,7 +61,7 @@ def inline(graph: fx.Graph) -> None:
         ):  # a constant is nothing to look into
             continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        found = defined(Call(node.target, args, kwargs, node.meta["val"]))
+        found = defined(OpCall(node.target, args, kwargs, node.meta["val"]))
         if found is None:
             continue
         given = [n for n in tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]

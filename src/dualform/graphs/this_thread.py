@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import _ops
+from torch.utils._python_dispatch import _disable_current_modes
 
 _C: Any = torch._C
+
+
+class _Caller(threading.local):
+    line = ""  # of the user's, that a trace is at
+    is_told = False  # does torch's own tracer write lines into nodes?
+
+
+caller = _Caller()
+
+
+class _Modes(_ops._ModeStackStateForPreDispatch):
+    """torch's modes above dispatch: one stack for the process, and one of its own for each thread that asks for it."""
+
+    def __init__(self, shared: Any) -> None:
+        self.shared, self.own = shared, threading.local()
+
+    @property
+    def here(self) -> Any:
+        return getattr(self.own, "stack", self.shared)
+
+    def set(self, index: int, mode: Any) -> None:
+        self.here.set(index, mode)
+
+    def get(self, index: int) -> Any:
+        return self.here.get(index)
+
+    def count(self) -> int:
+        return self.here.count()
+
+    @property
+    def _schema_check_mode(self) -> Any:
+        return self.here._schema_check_mode
+
+    @_schema_check_mode.setter
+    def _schema_check_mode(self, mode: Any) -> None:
+        self.here._schema_check_mode = mode
+
+
+_modes: Any = _Modes(_ops._mode_stack_state_for_pre_dispatch)
+_ops._mode_stack_state_for_pre_dispatch = _modes
+
+
+def traces_apart() -> None:
+    """Give this thread modes of its own from now on: neither does it see what another exports, nor the other what it traces."""
+    _modes.own.stack = _ops._ModeStackStateForPreDispatch()
 
 
 def compiles() -> bool:
@@ -40,3 +90,23 @@ def records() -> bool:
 def captures(x: torch.Tensor) -> bool:
     """Is what is done to a tensor written down as a CUDA graph, which is run again with other numbers?"""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Trace in this thread so, unless it is traced itself."""
+    begins = not _is_above() and not hasattr(_modes.own, "stack")
+    if begins:
+        traces_apart()
+    try:
+        yield
+    finally:
+        if begins:
+            del _modes.own.stack
+
+
+@contextmanager
+def no_modes() -> Iterator[None]:
+    """Switch this thread's modes off. Of those above dispatch, torch's own way would take another thread's, too."""
+    with apart(), _disable_current_modes():
+        yield

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from dualform.graphs.complex_rules import paired
 from dualform.graphs.constants import Constants
+from dualform.graphs.counts import Asked, asking, told
 from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.draws import no_draws
 from dualform.graphs.functionalize import functionalized
@@ -36,6 +37,7 @@ from dualform.graphs.recorder import WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.selected import Selected
 from dualform.graphs.single_results import normalised
+from dualform.graphs.this_thread import apart, caller
 from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -51,7 +53,7 @@ _doors: set[str] = set()  # files of ours that hand a user's function to the tra
 def trace(
     f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}),
     generators: Sequence[Any] = (),
-    look: Callable[[fx.GraphModule], None] = lambda gm: None,
+    look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
 
@@ -61,7 +63,8 @@ def trace(
     tensor is two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for,
     closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
     autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
-    before it is rewritten; what it writes into a node's meta stays where the node does. generators: of random numbers,
+    before it is rewritten; what it writes into a node's meta stays where the node does. asked: is
+    told what f asks of sizes, and decides by them. generators: of random numbers,
     as `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
     module goes through torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to
     one is noticed.
@@ -86,12 +89,18 @@ def trace(
                 f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
                 "Clone it first, or return the new value."
             ) from None
+        except WrittenPast:  # a second run would find it written
+            raise
         except Exception:  # whatever it is, torch's own tracer knows more, or says it better
             return _traced_by_torch(f, args, known, look)
 
     still = no_draws(generators, run, _line_of) if generators else nullcontext()
-    with torch.enable_grad(), fx_traceback.preserve_node_meta(), _uncompiled(), still:
-        return run()
+    before = caller.line
+    with apart(), torch.enable_grad(), _uncompiled(), still, asking(asked, _note):
+        try:
+            return run()
+        finally:
+            caller.line = before
 
 
 def _recorded(
@@ -120,7 +129,7 @@ def _traced_by_torch(
     mode = "real" if fake else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()))
     # A graph's Python code is written when somebody runs it: most are only read.
-    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"):
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), _lines_told():
         try:
             gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -156,8 +165,12 @@ class _Lines(TorchFunctionMode):
         self.selected = Selected(lambda: _refuse_data(_note()), listener.marked)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        _note()
+        _expect_unwritten(self.constants, _note())
+        result = self._called(func, args, kwargs or {})
+        self.constants.overwritten(small=True)  # to know what lies in what was read now
+        return result
+
+    def _called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__module__", "") == "torch._functorch.predispatch":
             func = self.listener.transform(func)
         if not self.listener.sees((args, kwargs)):
@@ -172,7 +185,7 @@ class _Lines(TorchFunctionMode):
         to, own, named = self.selected.call(*call)
         result = (SPELLED.get(to) or to)(*own, **named)
         self.selected.note(func, args, kwargs, result)
-        return self.constants.made(func, args, kwargs, self.listener.marked(to, own, named, result), values)
+        return told(func, self.constants.made(func, args, kwargs, self.listener.marked(to, own, named, result), values))
 
 
 def _note() -> str:
@@ -193,8 +206,24 @@ def _note() -> str:
         frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
     number = frame.f_lineno if frame else 0
     text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
-    fx_traceback.current_meta["stack_trace"] = text
+    caller.line = text
+    if caller.is_told:
+        fx_traceback.current_meta["stack_trace"] = text
     return _shown(file, number, line) if file else ""
+
+
+class WrittenPast(TraceError):
+    """The function writes to memory that it has read, past torch's ops."""
+
+
+def _expect_unwritten(constants: Constants, where: str = "") -> None:
+    reader = constants.overwritten(small=bool(where))
+    if reader is not None:
+        before = f" (before `{where}`)" if where else ""
+        raise WrittenPast(
+            f"trace: `{source_line(reader)}` reads memory that is written to later{before}, past torch's ops; expected a pure "
+            "function of its inputs. Copy the array first: torch.tensor(array)."
+        )
 
 
 def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
@@ -250,9 +279,21 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener)
             result = f(*args)
             lines.selected.end(result)
             constants.end()
+            _expect_unwritten(constants)
             return result
 
     return run
+
+
+@contextmanager
+def _lines_told() -> Iterator[None]:
+    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
+    before, caller.is_told = caller.is_told, True
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        caller.is_told = before
 
 
 @contextmanager
@@ -326,7 +367,11 @@ def _refuse_data(where: str) -> NoReturn:
 def _raised_at(error: Exception) -> str:
     """The caller's line that an error comes from."""
     frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
-    return _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "") if frames else "the function"
+    if frames:
+        return _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "")
+    called = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
+    parts = [x for frame in called if isinstance(x := frame.f_locals.get("self"), torch.nn.Module)]
+    return repr(parts[-1]).partition("\n")[0] if parts else "the function"
 
 
 def _reraise(error: Exception) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -25,6 +25,7 @@ from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, GridCall
 from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
+from dualform.storages import memory_of
 
 Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
 Found = Mapping[tuple[str, object], Tensor]
@@ -158,6 +159,9 @@ class Stretches(Whole, Generic[M]):
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         return name, ()
+
+    def trial(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @abstractmethod
     def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found:
@@ -319,7 +323,7 @@ class _Sequence(Stretches[Made]):
         if not (alike and all(x.is_contiguous() for x in held) and 0 <= first < chunk):
             return None
         # A state that nothing has been read into yet is the weights themselves.
-        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        ours = overwrite and not set(map(memory_of, held)) & set(map(memory_of, call.init.values()))
         native, size = made(plan, call, ONE, "forward", first + 1 == chunk), call.dtype.itemsize
         own, slow = plan.natives.of(NativeFunctions), plan.derivation.constants | call.slow
         marks = own.marks = own.marks or _marks(chunk, call.dtype)

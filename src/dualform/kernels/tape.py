@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 
 from dualform.learning.prepare import as_python_calls
 from dualform.ops.factories import is_empty
+from dualform.storages import memory_of
 
 recording = threading.local()
 ALIGNMENT = 256  # bytes: more than any load asks for
@@ -100,7 +101,7 @@ class _Recorder(TorchDispatchMode):
         for x in made:
             if id(x) in self.slot:
                 continue  # written in place
-            source = next((y for y in given if x.numel() and y.dtype == x.dtype and _share(x, y)), None)
+            source = next((y for y in given if x.numel() and y.dtype == x.dtype and memory_of(x) == memory_of(y)), None)
             if source is None:
                 new.append(x)
             else:
@@ -222,10 +223,6 @@ def _needed(steps: list[TapeStep], outputs: list[SlotView]) -> list[TapeStep]:
             needed |= {p.slot for p in step.takes}
             found.append(step)
     return found[::-1]
-
-
-def _share(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def recorded(call: Callable[[], list[Tensor]], inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tape | None]:

@@ -24,7 +24,7 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import inputs_of, only_outputs, results_of
-from dualform.graphs.split import Part, split
+from dualform.graphs.split import Fission, Part, split
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import work
 from dualform.kernels.sharing import made_again, price, shared
@@ -201,30 +201,36 @@ def in_turn(t: Target) -> Target:
 def _parts(step: Function) -> list[Function]:
     """Make `before`, `loop` and `after`; what passes from one to the next stays with the mini-batch."""
     views_apart(step.graph)
-    sources, targets, results = step.sources, step.targets, step.results
+    on = [k for k, t in enumerate(step.targets) if t.kind == "over"]
+    places = [step.sources.index(step.targets[k].what) for k in on]
+    f = split(step.graph, places, on, None, price, work, made_again)
+    found = list[Function]()
+    for name, graph, made, goes in parted(f, step.sources, step.targets, step.results):
+        at_hand = {t.what for f in found for t in f.targets}
+        assert not (late := [x for x in made if x.part == "passed" and x.name not in at_hand]), f"{name} reads {late}"
+        found.append(replace(step, name=name, graph=graph, sources=made, targets=tuple(map(in_turn, goes))))
+    return found
+
+
+def parted(
+    f: Fission, sources: Sequence[Input], targets: Sequence[Target], results: Sequence[Any]
+) -> Iterator[tuple[str, fx.GraphModule, tuple[Input, ...], list[Target]]]:
+    """Yield a split step's `before`, `loop` and `after`, each with what its inputs are and where its outputs go."""
     on = [k for k, t in enumerate(targets) if t.kind == "over"]
-    carried = [targets[k].what for k in on]
-    f = split(step.graph, [sources.index(x) for x in carried], on, None, price, work, made_again)
     known = dict(zip(f.inputs, sources, strict=True))
     parts: dict[str, Part] = {"before": f.before, "loop": f.loop, "after": f.after}
     home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
     crossing = {x for part in parts.values() for x in part.inputs}
     crossing |= {x for x in f.loop.outputs if x in f.carried}  # the state that a mini-batch starts from
-    found: list[Function] = []
     for name, part in parts.items():
         first = on if name == "loop" else []
         passed = [x for x in part.outputs[len(first) :] if x in crossing]
         ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
         wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
         inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
-        goes = [*(targets[k] for k in first), *(Target("passed", x.name) for x in passed)]
-        goes += [in_turn(targets[k]) for k in ends]
+        goes = [*(targets[k] for k in first), *(Target("passed", x.name) for x in passed), *(targets[k] for k in ends)]
         given = {x: y for x, y in known.items() if name != "after" or x not in f.carried}
-        made = tuple(given.get(x, Input("passed", x.name, "block")) for x in inputs)
-        at_hand = {t.what for f in found for t in f.targets}
-        assert not (late := [x for x in made if x.part == "passed" and x.name not in at_hand]), f"{name} reads {late}"
-        found.append(replace(step, name=name, graph=inner, sources=made, targets=tuple(goes)))
-    return found
+        yield name, inner, tuple(given.get(x, Input("passed", x.name, "block")) for x in inputs), goes
 
 
 def views_apart(gm: fx.GraphModule) -> None:

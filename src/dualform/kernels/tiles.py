@@ -1,8 +1,8 @@
 """Values of a kernel: tiles in registers, places in memory that are read when they are needed, and parts put together.
 
 A tile is a variable of Triton's with an axis for each axis of the value that is not of size 1 or repeated, in any
-order: a transpose, a new axis, a repetition are bookkeeping here and no instructions. An axis of the variable has 16
-entries or the next power of two; what lies beyond the value's size is zero where the axis is `clean`, else anything.
+order: a transpose, a new axis, a repetition are bookkeeping and no instructions. A variable's axis has 16 entries or
+the next power of two; what lies beyond the value's size is zero where the axis is `clean`, else anything.
 
 Legend: r axes of a value, a one of them; a variable's own axes are numbered apart.
 """
@@ -53,9 +53,14 @@ class Tile:
         return sum(a is not None for a in self.axes)
 
     @property
+    def order(self) -> list[int]:
+        """The value's axes that the variable has, in its order."""
+        return [self.axes.index(k) for k in range(self.rank)]
+
+    @property
     def sizes(self) -> Shape:
         """The value's sizes along the variable's axes."""
-        return tuple(self.shape[self.axes.index(k)] for k in range(self.rank))
+        return tuple(self.shape[a] for a in self.order)
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,7 @@ class Parts:
 
     @property
     def shape(self) -> Shape:
-        first = self.values[0].shape
-        return (*first[: self.axis], sum(self.sizes), *first[self.axis + 1 :])
+        return resized(self.values[0].shape, self.axis, sum(self.sizes))
 
     @property
     def sizes(self) -> Shape:
@@ -100,6 +104,15 @@ class Parts:
 Value = Tile | Memory | Parts
 
 
+def axes_in(space: Sequence[int], r: int) -> tuple[int | None, ...]:
+    """Number a variable's axes among a value's r; space: the value's axes that it has, in its order."""
+    return tuple(space.index(a) if a in space else None for a in range(r))
+
+
+def resized(shape: Sequence[int], axis: int, n: int) -> Shape:
+    return (*shape[:axis], n, *shape[axis + 1 :])
+
+
 def behind(axis: int, values: Sequence[Value]) -> Value:
     """Lay values behind each other along an axis."""
     return values[0] if len(values) == 1 else Parts(axis, tuple(values))
@@ -108,6 +121,12 @@ def behind(axis: int, values: Sequence[Value]) -> Value:
 def constant(number: float, shape: Sequence[int], kind: torch.dtype) -> Tile:
     """Fill a shape with a number."""
     return Tile(spelt(number), tuple(shape), (None,) * len(shape), kind=kind, looped=False, number=number)
+
+
+def between(x: Value, axis: int, before: int, after: int, number: float = 0.0) -> Value:
+    """Lay a value, along an axis, between entries that are a number."""
+    ends = [constant(number, resized(x.shape, axis, n), x.kind) for n in (before, after)]
+    return behind(axis, [v for v in (ends[0], x, ends[1]) if v.shape[axis]])
 
 
 def spelt(x: float) -> str:
@@ -128,8 +147,8 @@ def _along(x: Value, shape: Sequence[int], order: Sequence[int | None]) -> Value
         if order.count(x.axis) != 1:
             raise Untileable("an axis of parts is repeated or gone")
         at = order.index(x.axis)
-        sizes = [(*shape[:at], n, *shape[at + 1 :]) for n in x.sizes]
-        return Parts(at, tuple(_along(v, s, order) for v, s in zip(x.values, sizes, strict=True)))
+        parts = zip(x.values, x.sizes, strict=True)
+        return Parts(at, tuple(_along(v, resized(shape, at, n), order) for v, n in parts))
     axes = tuple(None if k is None or x.shape[k] != n else x.axes[k] for k, n in zip(order, shape, strict=True))
     if isinstance(x, Memory):
         return replace(x, shape=tuple(shape), axes=axes, steps=tuple(1 if k is None else x.steps[k] for k in order))
@@ -193,7 +212,7 @@ def sliced(x: Value, dim: int, start: int, end: int, step: int) -> Value | None:
     dim = dim % len(x.shape)
     start, end, step = slice(start, end, step).indices(x.shape[dim])
     n = len(range(start, end, step))
-    shape = (*x.shape[:dim], n, *x.shape[dim + 1 :])
+    shape = resized(x.shape, dim, n)
     if n == x.shape[dim]:
         return x
     if n == 0:
@@ -264,7 +283,6 @@ def relabelled(x: Value, shape: Sequence[int]) -> Value | None:
 
 
 __all__ = [
-    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "behind", "constant", "expanded", "padded", "permuted",
-    "regrouped", "relabelled",
-    "selected", "sliced", "spelt", "squeezed", "unsqueezed",
+    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "axes_in", "behind", "between", "constant", "expanded",
+    "padded", "permuted", "regrouped", "relabelled", "resized", "selected", "sliced", "spelt", "squeezed", "unsqueezed",
 ]  # fmt: skip

@@ -7,10 +7,9 @@ here a stretch's kernels are written, and run.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -25,20 +24,12 @@ from dualform.kernels.backend import ONE, Found, Stretches, Tensors, _stretches,
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import recorded
+from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
 from dualform.kernels.triton_launch import Launch
-from dualform.kernels.triton_schedule import (
-    Argument,
-    Direction,
-    Kernel,
-    Outside,
-    Refused,
-    advance_direction,
-    forward_direction,
-    place_of_input,
-    reverse_direction,
-)
+from dualform.kernels.triton_lines import Precision
+from dualform.kernels.triton_schedule import Direction, Refused, advance_direction, forward_direction, reverse_direction
 from dualform.kernels.triton_slices import sliced
-from dualform.kernels.triton_text import Precision
+from dualform.kernels.triton_trial import trial
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
@@ -48,10 +39,12 @@ from dualform.learning.loop import GridCall, fixed
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
+from dualform.storages import memory_of
 
 # What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
+GRID = 65535  # programs of a launch along its second axis, at most
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
 # Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the
 # state and what slices make again (LAB.md, one H200).
@@ -60,10 +53,6 @@ COUNT, ENTRIES = 16, 8192
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
-
-
-def _asked() -> bool:
-    return os.environ.get("DUALFORM_TRITON", "0") == "1"
 
 
 def cut(entries: int, rows: int, count: int, direction: str) -> bool:
@@ -109,7 +98,7 @@ class Made:
     def said(self) -> str:
         """Say what runs, and what of it torch computes."""
         every = list({k.name: k for some in self.kernels.values() for k in some}.values())
-        apart = sum(len(p.graph.graph.nodes) - len(p.inputs) - 1 for k in every for p in (k.before, k.after) if p)
+        apart = sum(p.ops for k in every for p in (k.before, k.after) if p)
         return f"{' + '.join(k.name for k in every)}{f' ({apart} ops by torch)' if apart else ''}"
 
 
@@ -170,9 +159,8 @@ class _Rows(Stretches[Made]):
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with, or that nobody asked
-        # for, since one that reaches past its memory ends the process (LAB.md, 2026-11-30).
-        if not plan.is_checked or not _asked():
+        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with.
+        if not plan.is_checked:
             return False
         # What follows a longer call stays there.
         return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
@@ -183,13 +171,14 @@ class _Rows(Stretches[Made]):
         why = triton_launch.lack(torch.device("cuda"))
         if not why and not plan.is_checked:
             why = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
-        if not why and not _asked():
-            why = "ask for it: backend='triton', or DUALFORM_TRITON=1 for auto"
         if why:
             return f"not on this card: {why}"
         each = dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values())
-        done = f"; made: {', '.join(each)}" if each else ""
+        done = f"; made: {', '.join(each)}; each was compared with eager at its first use, apart" if each else ""
         return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+
+    def trial(self) -> AbstractContextManager[None]:
+        return trial()
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         way = "backward" if backward else "forward"
@@ -204,7 +193,7 @@ class _Rows(Stretches[Made]):
     def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
         held = call.held
         # A state that nothing has been read into yet is the weights themselves.
-        ours = overwrite and not {x.data_ptr() for x in held} & {x.data_ptr() for x in call.init.values()}
+        ours = overwrite and not set(map(memory_of, held)) & set(map(memory_of, call.init.values()))
         ours = ours and all(x.is_contiguous() for x in held)
         return self.again(plan, call, call.flat(), ("step", ours), lambda: partial(self._step, plan, call, ours))
 
@@ -234,8 +223,8 @@ class _Rows(Stretches[Made]):
             return own.expand(*lead, *own.shape)
 
         tensors = {
-            "o": lambda _: o[None].transpose(2, 3), "before": lambda k: held[k][None], "after": lambda k: after[k][None],
-            "input": given,
+            "o": lambda _: o[None].transpose(2, 3), "input": given,
+            "before": lambda k: held[k][None], "after": lambda k: after[k][None],
         }  # fmt: skip
         own = {(role, what): tensors[role](what) for role, what in made.arguments if role in tensors}
         self._run_all(Token(call, B, H), made, made.over if ours else made.kernels["forward"], own, 1, 1, 0)
@@ -309,7 +298,7 @@ class _Rows(Stretches[Made]):
                 for k in every:
                     for part in (k.before, k.after):
                         wanted |= dict.fromkeys(
-                            _outer(x, k) for x in (part.inputs if part else ()) if isinstance(x, Input)
+                            held_in(x, k.kept) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
                 own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
@@ -329,7 +318,7 @@ class _Rows(Stretches[Made]):
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
         again = sum(given[key][0].nbytes for key in kept) if G > 1 else 0
         nbytes = again + passed * run.B * run.H or 1
-        most = max(1, STATE_BYTES // (nbytes * G)) * G
+        most = min(max(1, STATE_BYTES // (nbytes * G)), GRID) * G
         stops = [*range(most, count, most), count]
         turned: dict[Any, Tensor] = {}
         for stop in reversed(stops):
@@ -387,7 +376,7 @@ class _Rows(Stretches[Made]):
             if kernel.carries or len(kernels) == 1:
                 self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
                 continue
-            group = min(max(run.B * run.H * count // PROGRAMS, 1), 16)
+            group = max(min(max(run.B * run.H * count // PROGRAMS, 1), 16), -(-count // GRID))
             groups = -(-count // group)
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
@@ -409,7 +398,7 @@ class _Rows(Stretches[Made]):
         if kernel.before is not None:
             names = [x.name for x in results_of(kernel.before.graph.graph)]
             found_ = self._torch(
-                run, made, kernel, kernel.before, [given[_outer(x, kernel)] for x in kernel.before.inputs], count
+                run, made, kernel, kernel.before, [given[held_in(x, kernel.kept)] for x in kernel.before.inputs], count
             )
             room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
         for name, shape, kind in kernel.passed:
@@ -427,7 +416,9 @@ class _Rows(Stretches[Made]):
         )
         if kernel.after is None:
             return
-        values = [room["passed", x] if isinstance(x, str) else given[_outer(x, kernel)] for x in kernel.after.inputs]
+        values = [
+            room["passed", x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs
+        ]
         found_ = self._torch(run, made, kernel, kernel.after, values, count)
         for t, x in zip(kernel.after.targets, found_, strict=True):
             goal = given[_goal(t)]
@@ -460,13 +451,6 @@ class _Rows(Stretches[Made]):
             (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x,
             own in zip(found_, whole_, strict=True)
         ]  # fmt: skip
-
-
-def _outer(x: Input, kernel: Kernel) -> tuple[str, Any]:
-    """Name the tensor of an input that torch reads: in reverse, a state is one that was kept."""
-    if kernel.name.startswith("reverse") and x.part in ("th", "R"):
-        return "kept", kernel.states.index(x)
-    return place_of_input(x)
 
 
 def _goal(t: Any) -> tuple[str, Any]:

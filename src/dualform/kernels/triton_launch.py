@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import linecache
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.graphs.verify import is_on
 from dualform.kernels.tape import recording
-from dualform.kernels.triton_schedule import SCALARS, Argument, Kernel
+from dualform.kernels.triton_kernel import SCALARS, Argument, Kernel
+from dualform.kernels.triton_soundness import verify
 from dualform.learning.backends import BackendError
 
 
@@ -41,6 +44,33 @@ def is_interpreted() -> bool:
 
 
 OLDEST, CAPABILITY = (3, 4), (8, 0)  # of Triton, and of the card: what the texts are written for
+# ptxas 12.8 gives products of matrices on Hopper addresses that are some other register's, silently (LAB.md).
+HOPPER, ASSEMBLER = (9, 0), (12, 9)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", text)[:2])
+
+
+@cache
+def _newer() -> str:
+    """Find the assembler for Hopper: "" for the one that Triton takes; else the path of one that is new enough."""
+    tools, blackwell = triton_module().knobs.nvidia, getattr(triton_module().knobs.nvidia, "ptxas_blackwell", None)
+    if _version(tools.ptxas.version) >= ASSEMBLER or blackwell is None or _version(blackwell.version) < ASSEMBLER:
+        return ""
+    return blackwell.path
+
+
+@contextmanager
+def assembler() -> Iterator[None]:
+    """Compile with an assembler that is right: Triton 3.6 brings one for Hopper, and a newer one for Blackwell."""
+    knobs = triton_module().knobs
+    if is_interpreted() or not _newer():
+        yield
+        return
+    with knobs.nvidia.scope():
+        knobs.nvidia.ptxas = _newer()
+        yield
 
 
 @cache
@@ -50,7 +80,7 @@ def lack(device: torch.device) -> str:
         version = triton_module().__version__
     except Missing as error:
         return str(error)
-    if tuple(int(x) for x in re.findall(r"\d+", version)[:2]) < OLDEST:
+    if _version(version) < OLDEST:
         return (
             f"its version is {version}; expected >= {'.'.join(map(str, OLDEST))}, which the kernels' texts are written "
             "for."
@@ -62,6 +92,12 @@ def lack(device: torch.device) -> str:
         return (
             f"the card's compute capability is {found[0]}.{found[1]}; expected >= 8.0, whose matrix units take "
             "bfloat16."
+        )
+    tool = triton_module().knobs.nvidia.ptxas.version
+    if found == HOPPER and _version(tool) < ASSEMBLER and not _newer():
+        return (
+            f"its ptxas is {tool}; expected >= {'.'.join(map(str, ASSEMBLER))}, whose products of matrices on Hopper "
+            "are right. Set TRITON_PTXAS_PATH to CUDA's."
         )
     return ""
 
@@ -76,7 +112,8 @@ def place(device: torch.device) -> tuple[str, ...]:
     except OSError:
         asked: Any = torch._C
         driver = str(asked._cuda_getDriverVersion()) if torch.version.cuda else str(torch.version.hip)
-    return triton_module().__version__, torch.cuda.get_device_name(device), driver
+    tool = "" if torch.version.hip else _newer() or triton_module().knobs.nvidia.ptxas.version
+    return triton_module().__version__, torch.cuda.get_device_name(device), driver, tool
 
 
 @cache
@@ -100,6 +137,7 @@ class Launch(NamedTuple):
 # Compiled code by kernel, launch, device, and what it is specialised for: Triton's own look-up binds a hundred
 # arguments, a tenth of a millisecond a launch.
 _made: dict[Any, tuple[Any, int]] = {}
+elsewhere = threading.local()  # run: what runs this thread's first launches instead, in another process
 
 
 def run(
@@ -120,8 +158,18 @@ def run(
             made, stages = found
             made[rows, groups, 1](*places, heads, *scalars, stages)
         else:
-            function = loaded(sharing(kernel, tuple(alike)), kernel.name)
-            made = _first(key, kernel, function, places, (rows, groups), (heads, *scalars), how)
+            spans = (zip(x.shape[3:], x.stride()[3:], strict=True) for x in tensors)
+            far = any(sum((n - 1) * step for n, step in span) >= 2**31 for span in spans)
+            text = sharing(kernel, tuple(alike), far)
+            words = (text, kernel.name, places, (rows, groups), (heads, *scalars), how)
+            if is_on():
+                verify(*words[:-1])
+            if (trial := getattr(elsewhere, "run", None)) is not None:
+                return trial(*words)
+            _made[key] = first_run(*words)
+            made = _made[key][0]
+            if made is None:  # an interpreter makes nothing
+                del _made[key]
     if (recorder := getattr(recording, "now", None)) is None:
         return made
     if key not in _made:
@@ -150,31 +198,32 @@ _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def is_watched() -> bool:
-    """Has somebody, a profiler say, asked to be told of launches?"""
+    """Has somebody, a profiler say, asked to be told of launches, or to make them?"""
+    if getattr(elsewhere, "run", None) is not None:
+        return True
     at = triton_module().knobs.runtime
     hooks = (at.launch_enter_hook, at.launch_exit_hook)
     return any(getattr(x, "calls", x) for x in hooks)
 
 
 @cache
-def sharing(kernel: Kernel, alike: tuple[int, ...]) -> str:
+def sharing(kernel: Kernel, alike: tuple[int, ...], far: bool = False) -> str:
     """Write a kernel for tensors of which some lie alike: those have one set of strides, which takes fewer registers.
 
-    alike: for each tensor, the first that lies as it does.
+    alike: for each tensor, the first that lies as it does. far: do entries of one mini-batch lie 2^31 and more apart?
+    Rows, heads and mini-batches are counted in 64 bits anyway.
     """
     other = {
         f"{a.name}_{x}": f"{kernel.arguments[k].name}_{x}"
         for a, k in zip(kernel.arguments, alike, strict=True)
-        for x in strides(a)
+        for x in a.strides
     }
     text = re.sub(r"\b\w+_s\w\b", lambda found: other.get(found[0], found[0]), kernel.text)
+    if far:
+        text = re.sub(r"(= tl\.arange\(0, \d+\))$", r"\1.to(tl.int64)", text, flags=re.M)
+        text = re.sub(r"(?<= \+ )(\d+)(?= \* \w+_s\d)", r"(row * 0 + \1)", text)
     head, given, rest = re.split(rf"(?<=def {kernel.name}\()(.*)(?=\):)", text, maxsplit=1)
     return f"{head}{', '.join(dict.fromkeys(given.split(', ')))}{rest}"
-
-
-def strides(a: Argument) -> tuple[str, ...]:
-    """Name the strides of a kernel's tensor."""
-    return ("sn", "sb", "sh", *(f"s{k}" for k in range(a.rank)))
 
 
 def on(device: int | None) -> Any:
@@ -182,26 +231,19 @@ def on(device: int | None) -> Any:
     return nullcontext() if device is None or device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _first(
-    key: Any,
-    kernel: Kernel,
-    function: Any,
-    places: list[Any],
-    grid: tuple[int, int],
-    numbers: tuple[int, ...],
-    how: Launch,
-) -> Any:
+def first_run(
+    text: str, name: str, places: Sequence[Any], grid: tuple[int, int], numbers: Sequence[int], how: Launch
+) -> tuple[Any, int]:
     """Compile and run a kernel, with fewer stages where it does not fit otherwise."""
-    tried = ""
+    tried, function = "", loaded(text, name)
     for stages in range(how.stages, 0, -1):
         words = {"STAGES": stages, "num_warps": how.warps}
         try:
-            if not is_interpreted():
-                function.warmup(*places, *numbers, grid=grid, **words)
-            made = function[grid](*places, *numbers, **words)
-            if made is not None:  # an interpreter makes nothing
-                _made[key] = made, stages
-            return made
+            with assembler():
+                if not is_interpreted():
+                    function.warmup(*places, *numbers, grid=grid, **words)
+                made = function[grid](*places, *numbers, **words)
+            return made, stages
         except triton_module().runtime.errors.OutOfResources as error:
             tried = str(error)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -210,12 +252,12 @@ def _first(
             if "[CUDA]" in str(error):  # of an earlier kernel: nothing runs on this card any more
                 raise
             raise BackendError(
-                f"triton: {kernel.name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
+                f"triton: {name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
                 f"for {' '.join(place(places[0].device))}. Use backend='inductor' or 'eager'; this is a fault of "
                 "dualform or of Triton, please report it."
             ) from error
     raise BackendError(
-        f"triton: {kernel.name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
+        f"triton: {name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
         "other warps, or a smaller mini-batch."
     )
 
@@ -249,7 +291,7 @@ def compiled(
     kinds: dict[str, str] = {}
     for k, (a, j) in enumerate(zip(kernel.arguments, first, strict=True)):
         kinds[f"{a.name}_p"] = _POINTERS[types(a)]
-        kinds |= {f"{a.name}_{x}": "i32" for x in strides(a) if j == k}
+        kinds |= {f"{a.name}_{x}": "i32" for x in a.strides if j == k}
     ones = {x: 1 for a in kernel.arguments if a.rank and (x := f"{a.name}_s{a.rank - 1}") in kinds}
     kinds |= dict.fromkeys(ones, "constexpr") | dict.fromkeys(SCALARS, "i32") | {"STAGES": "constexpr"}
     aligned = {
@@ -259,13 +301,16 @@ def compiled(
     }
     function = loaded(sharing(kernel, first), kernel.name)
     source = ASTSource(fn=function, signature=kinds, constexprs={**ones, "STAGES": how.stages}, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": how.warps})
+    with assembler():
+        return triton.compile(source, target=target, options={"num_warps": how.warps})
 
 
 __all__ = [
     "Launch",
     "Missing",
     "compiled",
+    "elsewhere",
+    "first_run",
     "is_interpreted",
     "is_watched",
     "lack",

@@ -1,11 +1,12 @@
-"""Both directions of a step as Triton kernels: a program per row, which scans its mini-batches with the state in registers.
+"""Both directions of a step as Triton kernels: a program per row scans its mini-batches, with the state in registers.
 
     forward    state <- start; per mini-batch: keep the state where asked, then the step
-    advance    the same without outputs, for each group of mini-batches beside the others: the states that the reverse starts from
+    advance    the same without outputs, each group of mini-batches beside the others: where the reverse starts from
     reverse    from the last mini-batch: the vjp, the state's gradient in registers, sums of what all mini-batches share
 
-What no tile can hold and the next state need not wait for, torch computes for all mini-batches at once: `before` the kernel what does
-not wait for the state (coefficients of a rule with several registers, say), `after` it what nothing in the kernel waits for.
+What no tile can hold and the next state need not wait for, torch computes for all mini-batches at once: `before` the
+kernel what does not wait for the state (coefficients of a rule with several registers, say), `after` it what nothing in
+the kernel waits for.
 
 Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as in learning/plan.
 """
@@ -13,47 +14,27 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from dualform.graphs.edit import extract, inputs_of, needed, only_outputs, results_of, unwritten
-from dualform.kernels import triton_ops
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.targets import Target, backward_targets, forward_targets, label
-from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, behind, padded
-from dualform.kernels.triton_order import abreast, helpers
-from dualform.kernels.triton_text import Precision, Writer
+from dualform.kernels.targets import Target, backward_targets, forward_targets, label, place_of
+from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, axes_in, behind, padded, unsqueezed
+from dualform.kernels.triton_kernel import RESERVED, Argument, Crossing, Kernel, Outside, held_in, source
+from dualform.kernels.triton_lines import Precision
+from dualform.kernels.triton_order import abreast
+from dualform.kernels.triton_text import Writer
 from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
 
 TILE_AHEAD = 2048  # entries of such a tile, at most
-SCALARS = ("H", "count", "group", "G", "phase")
-_RESERVED = {
-    *SCALARS,
-    "tl",
-    "triton",
-    "row",
-    "part",
-    "first",
-    "last",
-    "n",
-    "m",
-    "j",
-    "b",
-    "h",
-    "STAGES",
-    "since",
-    "float",
-    "forward",
-    "advance",
-    "reverse",
-}
 
 
 class Refused(BackendError):
@@ -62,65 +43,11 @@ class Refused(BackendError):
     def __init__(self, node: fx.Node, why: str, line: str = "") -> None:
         where = f" at {line}" if line else ""
         super().__init__(
-            f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: {why}; expected ops "
-            "on tiles with a Triton text in their rows, ops/. Use backend='eager' or 'inductor', or add its text."
+            f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: "
+            f"{why}; expected ops on tiles with a Triton text in their rows, ops/. Use backend='eager' or 'inductor', "
+            "or add its text."
         )
         self.node, self.why = node, why
-
-
-class Argument(NamedTuple):
-    """A tensor of a kernel, (n, B, H, ...): what it is (as for C++), its name, and how many axes an entry has."""
-
-    role: str
-    what: Any
-    name: str
-    rank: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Outside:
-    """What torch computes for all mini-batches: `graph(*inputs) -> outputs`; each input an `Input`, or the name of a passed value."""
-
-    graph: fx.GraphModule
-    inputs: tuple[Any, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    kinds: tuple[torch.dtype, ...]
-    targets: tuple[Target, ...] = ()
-
-
-class Crossing(NamedTuple):
-    """A value of each mini-batch that passes from one kernel to the next."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Kernel:
-    """A kernel's source, what its tensors are, and what torch does before and after it."""
-
-    name: str
-    text: str
-    arguments: tuple[Argument, ...]
-    before: Outside | None
-    after: Outside | None
-    passed: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # what it hands to `after`
-    states: tuple[Input, ...]
-    slices: tuple[Crossing, ...]  # what it hands to later kernels
-    carries: bool  # is one mini-batch after another?
-    flops: int  # of matrix products, for one mini-batch of one row
-    held: int  # entries of what is carried on
-    largest: int  # entries of its largest tile, and of its tiles on average
-    usual: int
-
-    def __str__(self) -> str:
-        outside = [
-            f"# {len(part.graph.graph.nodes) - len(part.inputs) - 1} ops {when} it, by torch, for all mini-batches at once"
-            for when, part in (("before", self.before), ("after", self.after)) if part is not None
-        ]  # fmt: skip
-        return "\n".join([*outside, self.text])
 
 
 @dataclass
@@ -140,13 +67,11 @@ class Direction:
     backwards: bool = False
     whole: Sequence[Input] = ()  # of a slice: the inputs of the whole direction
     short: frozenset[str] = frozenset()  # what passes from slice to slice in the type of factors
-    orders: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # how carried variables lie, if not as their tensors
+    orders: dict[str, list[int]] = field(default_factory=dict)  # how carried variables lie, if not as their tensors
 
     def __post_init__(self) -> None:
         self.whole = self.whole or self.sources
-        self.states = [x for x in self.whole if x.part in ("th", "R")]
+        self.kept = tuple(x for x in self.whole if self.backwards and place_of(x) == "state")
         self.order = [x for x in self.whole if self._is_carried(x)]
         self.inputs, self.results = inputs_of(self.graph.graph), results_of(self.graph.graph)
         self.steps = [n for n in self.graph.graph.nodes if n.op == "call_function"]
@@ -155,7 +80,7 @@ class Direction:
         self.over = {self.targets[k].what: x for k, x in enumerate(self.results) if self.targets[k].kind == "over"}
 
     def _is_carried(self, x: Input) -> bool:
-        return (x.part == "cotangent" and x.name != "0") if self.backwards else x.part in ("th", "R")
+        return place_of(x) == ("cotangent" if self.backwards else "state")
 
     # -- where what is computed ----------------------------------------------------------------------------------
 
@@ -209,15 +134,14 @@ class Direction:
     # -- the kernel ----------------------------------------------------------------------------------------------
 
     def _loads_ahead(self) -> bool:
-        """Has it registers for what the next mini-batch reads? (LAB.md: as is read in reverse, or by 64 tokens, it has none.)"""
-        tokens = [n.meta["val"].numel() for n, x in self.source.items() if x.part in ("q", "k", "v")]
-        return (
-            self.precision.ahead and bool(self.carried) and not self.backwards and max(tokens, default=0) <= TILE_AHEAD
-        )
+        """Has it registers for what the next mini-batch reads? (LAB.md: in reverse, or with 64 tokens, it has none.)"""
+        if not self.precision.ahead or not self.carried or self.backwards:
+            return False
+        return all(n.meta["val"].numel() <= TILE_AHEAD for n, x in self.source.items() if x.part in ("q", "k", "v"))
 
     def _begin(self) -> None:
         """Start writing: what is carried is in registers, all else in memory."""
-        self.writer = Writer(self.dtype, self.precision, taken=set(_RESERVED), ahead=self._loads_ahead())
+        self.writer = Writer(self.dtype, self.precision, taken=set(RESERVED), ahead=self._loads_ahead())
         self.walker, self.arguments = Walker(self.writer), list[Argument]()
         self.variables: dict[Input, list[Tile]] = {}
         self.head: list[str] = []
@@ -226,11 +150,9 @@ class Direction:
             if n in self.carried:
                 self.walker.values[n] = self._variable(x, shape, kind)
             else:
-                looped = x.over == "block"
-                state = self.backwards and x.part in ("th", "R")
-                role, what = ("kept", self.states.index(x)) if state else place_of_input(x)
+                role, what = held_in(x, self.kept)
                 kind = self._passes_as(what) if role == "slice" and kind.is_floating_point else kind
-                self.walker.values[n] = self._read(role, what, label(x), shape, kind, looped)
+                self.walker.values[n] = self._read(role, what, label(x), shape, kind, x.over == "block")
 
     def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
         found = next((a.name for a in self.arguments if (a.role, a.what) == (role, what)), None)
@@ -238,10 +160,8 @@ class Direction:
             found, k = hint, 2
             while found in {a.name for a in self.arguments}:
                 found, k = f"{hint}_{k}", k + 1
-            self.writer.taken |= {
-                f"{found}_{x}" for x in ("p", "row", "at", "ahead", "sn", "sb", "sh", *(f"s{k}" for k in range(rank)))
-            }
             self.arguments.append(Argument(role, what, found, rank, dtype))
+            self.writer.taken |= {f"{found}_{x}" for x in ("p", "row", "at", "ahead", *self.arguments[-1].strides)}
         return found
 
     def _read(self, role: str, what: Any, hint: str, shape: tuple[int, ...], kind: torch.dtype, looped: bool) -> Memory:
@@ -257,70 +177,52 @@ class Direction:
         for k in range(registers or 1):
             own = shape[1:] if registers else shape
             name = self.writer.named(f"{label(x)}_{k}" if registers else label(x))
-            order = self.orders.get(name, tuple(a for a, n in enumerate(own) if n != 1))
-            axes = tuple(order.index(a) if a in order else None for a in range(len(own)))
-            tile = Tile(name, own, axes, frozenset(range(len(order))), kind, held=True)
-            at = Memory.whole(memory, shape, kind, False)
+            order = self.orders.get(name, [a for a, n in enumerate(own) if n != 1])
+            tile = Tile(name, own, axes_in(order, len(own)), frozenset(range(len(order))), kind, held=True)
             shift = len(shape) - len(own)
             start = (k, *[0] * len(own)) if registers else (0,) * len(own)
-            where, mask = self.writer._address(
-                Memory(memory, shape, at.axes, start, at.steps, kind, False), [a + shift for a in order], f"{memory}_row"
-            )  # fmt: skip
-            self.head.append(
-                f"{name} = tl.load({where}{f', mask={mask}, other=0' if mask else ''}).to({self.writer.T})"
-            )
+            at = replace(Memory.whole(memory, shape, kind, False), start=start)
+            text = self.writer.read(at, [a + shift for a in order], f"{memory}_row")
+            self.head.append(f"{name} = {text}.to({self.writer.T})")
             found.append(tile)
         self.variables[x] = found
         if not registers:
             return found[0]
-        wide = [Tile(t.text, (1, *t.shape), (None, *t.axes), t.clean, t.kind, held=True) for t in found]
-        return behind(0, wide)
+        return behind(0, [unsqueezed(t, 0) for t in found])
 
     def _has_registers(self, x: Input) -> bool:
         if not self.backwards:
             return x.part == "R"
-        return int(x.name) > sum(y.part == "th" for y in self.whole)  # cotangents of anchors come first
+        return int(x.name) > sum(y.part == "th" for y in self.kept)  # cotangents of anchors come first
 
     def kernel(self) -> Kernel:
         """Write the kernel; again, if what is carried on had better lie otherwise."""
-        after = passed = before = None
-        for _ in range(3):
-            self._place()
-            late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late | self.early]
-            after = passed = None
-            if late:
-                goals = [self.results[k] for k in late]
-                own = {n for n in self.steps if n in self.late or n not in self.waits}
-                after = self._outside(goals, own, [self.targets[k] for k in late])
-                passed = [
-                    n for n in [*self.inputs, *self.steps] if n.name in {x for x in after.inputs if isinstance(x, str)}
-                ]
-            self._write([k for k in range(len(self.results)) if k not in late], passed or [])
-            if not self._reordered():
-                break
-        made = [a.what for a in self.arguments if a.role == "made"]
-        if made:
-            goals = [n for n in self.steps if n.name in made]
-            before = self._outside(goals, set(self.steps))
-        slices = tuple(
-            Crossing(t.what, tuple(x.meta["val"].shape), self._passes_as(t.what)) for t, x in zip(self.targets, self.results, strict=True) if t.kind == "passed"
-        )  # fmt: skip
-        crossing = tuple((n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in passed or [])
+        after, passed = self._written()
+        for _ in range(2):
+            if self._reordered():
+                after, passed = self._written()
+        made = {a.what for a in self.arguments if a.role == "made"}
+        before = self._outside([n for n in self.steps if n.name in made], set(self.steps)) if made else None
+        ends, sizes = zip(self.targets, self.results, strict=True), self.writer.sizes
+        slices = tuple(Crossing(t.what, _shape(x), self._passes_as(t.what)) for t, x in ends if t.kind == "passed")
         return Kernel(
-            self.name,
-            self._text(),
-            tuple(self.arguments),
-            before,
-            after,
-            crossing,
-            tuple(self.states),
-            slices,
-            bool(self.carried),
-            self.writer.flops,
-            sum(math.prod(n.meta["val"].shape) for n in self.carried),
-            max(self.writer.sizes, default=1),
-            sum(self.writer.sizes) // max(1, len(self.writer.sizes)),
-        )
+            self.name, self._text(), tuple(self.arguments), before, after,
+            tuple(Crossing(n.name, _shape(n), n.meta["val"].dtype) for n in passed), self.kept, slices,
+            bool(self.carried), self.writer.flops, sum(math.prod(_shape(n)) for n in self.carried),
+            max(sizes, default=1), sum(sizes) // max(1, len(sizes)),
+        )  # fmt: skip
+
+    def _written(self) -> tuple[Outside | None, list[fx.Node]]:
+        """Place and write what is computed; return what torch does after the kernel, and what that reads of it."""
+        self._place()
+        late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late | self.early]
+        after, passed = None, list[fx.Node]()
+        if late:
+            own = {n for n in self.steps if n in self.late or n not in self.waits}
+            after = self._outside([self.results[k] for k in late], own, [self.targets[k] for k in late])
+            passed = [n for n in [*self.inputs, *self.steps] if n.name in after.inputs]
+        self._write([k for k in range(len(self.results)) if k not in late], passed)
+        return after, passed
 
     def _write(self, wanted: Sequence[int], passed: Sequence[fx.Node]) -> None:
         """Write what the kernel computes, in order, and where it goes."""
@@ -402,14 +304,11 @@ class Direction:
             tile = w.real(value)
             space = [a for a, n in enumerate(tile.shape) if n != 1]
             name = w.named(f"sum_{label(target.what)}")
-            sizes = ", ".join(str(padded(tile.shape[a])) for a in space)
-            self.head.append(f"{name} = tl.full([{sizes}], 0.0, {w.T})")
+            self.head.append(f"{name} = tl.full({[padded(tile.shape[a]) for a in space]}, 0.0, {w.T})")
             w.line(f"{name} += {w.aligned(tile, space, len(tile.shape))}", True)
-            axes = tuple(space.index(a) if a in space else None for a in range(len(tile.shape)))
-            total = Tile(name, tile.shape, axes)
-            goal = self._argument(
-                "gradient", target.what, f"{label(target.what)}_gradient", len(tile.shape), self.dtype
-            )
+            total = Tile(name, tile.shape, axes_in(space, len(tile.shape)))
+            hint = f"{label(target.what)}_gradient"
+            goal = self._argument("gradient", target.what, hint, len(tile.shape), self.dtype)
             self._after(lambda: w.store(goal, total, True, base=f"{goal}_row + part * {goal}_sn"))
             return
         role, what, where = ("slice", target.what, "n") if target.kind == "passed" else target.what
@@ -420,7 +319,7 @@ class Direction:
         name = self._argument(role, what, hint, len(value.shape), kind)
         w.store(name, value, True, base="" if where.startswith("n") else f"{name}_row")
 
-    def _after(self, write: Any) -> None:
+    def _after(self, write: Callable[[], None]) -> None:
         """Write lines that come after the loop."""
         kept, self.writer.loop = self.writer.loop, []
         write()
@@ -435,35 +334,18 @@ class Direction:
                 new = self.moves.get(v.text)
                 if new is None or new.rank != v.rank or new.rank < 2:
                     continue
-                order = tuple(a for _, a in sorted((k, a) for a, k in enumerate(new.axes) if k is not None))
-                if order != self.orders.get(v.text, tuple(sorted(order))):
-                    self.orders[v.text] = order
+                if new.order != self.orders.get(v.text, sorted(new.order)):
+                    self.orders[v.text] = new.order
                     changed = True
         return changed
 
     def _carry(self) -> list[str]:
         """Let the new values take the place of the old."""
         variables = {v.text: v for many in self.variables.values() for v in many}
-        lines = []
-        for name, new in self.moves.items():
-            v = variables[name]
-            space = [a for _, a in sorted((k, a) for a, k in enumerate(v.axes) if k is not None)]
-            text = self.writer.aligned(new, space, len(v.shape))
-            sizes = [padded(v.shape[a]) for a in space]
-            if new.number is not None:
-                text = f"tl.full({sizes}, {new.text}, {self.writer.T})"
-            elif new.rank < v.rank:
-                text = f"tl.broadcast_to({text}, {sizes})"
-            lines.append((name, text))
-        names = {name for name, _ in lines}
-        found = []
-        for k, (_, text) in enumerate(lines):
-            if text in names:
-                found.append(f"old_{k} = {text}")
-        for k, (name, text) in enumerate(lines):
-            if text != name:
-                found.append(f"{name} = {f'old_{k}' if text in names else text}")
-        return found
+        texts = {name: self.writer.whole(new, variables[name].order) for name, new in self.moves.items()}
+        olds = {text: f"old_{k}" for k, text in enumerate(texts.values()) if text in texts}
+        found = [f"{old} = {text}" for text, old in olds.items()]
+        return found + [f"{name} = {olds.get(text, text)}" for name, text in texts.items() if text != name]
 
     def _ends(self) -> list[str]:
         """Store what is carried on, after the loop."""
@@ -476,7 +358,7 @@ class Direction:
             rank = len(variables[0].shape) + registers
             name = self._argument(role, index, f"{label(x)}_{role}", rank, self.dtype)
             for k, v in enumerate(variables):
-                wide = Tile(v.text, (1, *v.shape), (None, *v.axes), v.clean, v.kind) if registers else v
+                wide = unsqueezed(v, 0) if registers else v
                 start = (k, *[0] * len(v.shape)) if registers else ()
                 self._after(lambda n=name, t=wide, s=start: self.writer.store(n, t, True, base=f"{n}_row", start=s))
         return self.tail
@@ -484,70 +366,11 @@ class Direction:
     def _text(self) -> str:
         """Put the source together."""
         carry, tail = self._carry(), self._ends()
-        w = self.writer
-        names = [
-            ", ".join(f"{a.name}_{x}" for x in ("p", "sn", "sb", "sh", *(f"s{k}" for k in range(a.rank))))
-            for a in self.arguments
-        ]
-        rows = [f"{a.name}_row = {a.name}_p + b * {a.name}_sb + h * {a.name}_sh" for a in self.arguments]
-        fixed = [f"{a.name}_at = {a.name}_row" for a in self.arguments if any(f"{a.name}_at" in x for x in w.once)]
-        for a in self.arguments:
-            if a.role in ("before",):
-                rows.append(f"{a.name}_row += part * {a.name}_sn")
-        moving = [
-            f"{a.name}_at = {a.name}_row + m * {a.name}_sn"
-            for a in self.arguments
-            if any(f"{a.name}_at" in x for x in w.loop)
-        ]
-        turn = ["n = last - 1 - j"] if self.backwards else []
-        early = [a.name for a in self.arguments if any(f"{a.name}_ahead" in x for x in w.next)]
-        start, after = (
-            ("last - 1", "tl.maximum(n - 1, first)") if self.backwards else ("first", "tl.minimum(n + 1, last - 1)")
-        )
-        ahead = [f"{name}_ahead = {name}_row + (row * 0 + {start}) * {name}_sn" for name in early]
-        on = [f"{name}_ahead = {name}_row + (row * 0 + {after}) * {name}_sn" for name in early]
-        begin = [
-            "row = tl.program_id(0).to(tl.int64)",
-            "part = tl.program_id(1).to(tl.int64)",
-            "b = row // H",
-            "h = row % H",
-        ]
-        begin += ["first = tl.program_id(1) * group", "last = tl.minimum(first + group, count)"]
-        places = [f"i{n} = tl.arange(0, {n})" for n in sorted(w.places)]
-        counter, span = ("j", "0, last - first") if self.backwards else ("n", "first, last")
-        begun = len(w.next)  # lines that take what was loaded ahead
-        loop = [*turn, "m = row * 0 + n", *moving, *w.loop[:begun], *on, *w.next, *w.loop[begun:], *carry]
-        body = [
-            *begin,
-            *places,
-            *rows,
-            *fixed,
-            *w.once,
-            *self.head,
-            *ahead,
-            *w.first,
-            f"for {counter} in tl.range({span}, num_stages=STAGES):",
-        ]
-        lines = [*(f"    {x}" for x in body), *(f"        {x}" for x in loop), *(f"    {x}" for x in tail)]
-        scalars = ", ".join(f'"{x}"' for x in SCALARS[1:])
-        text = "\n".join(lines)
-        head = f"@triton.jit(do_not_specialize=[{scalars}])\ndef {self.name}({', '.join([*names, *SCALARS])}, STAGES: tl.constexpr):"
-        parts = [
-            "import triton",
-            "import triton.language as tl",
-            "",
-            "",
-            triton_ops.helpers(text),
-            helpers(text),
-            "",
-            f"{head}\n{text}\n",
-        ]
-        return "\n".join(parts)
+        return source(self.name, self.arguments, self.writer, self.backwards, self.head, carry, tail)
 
 
-def place_of_input(x: Input) -> tuple[str, Any]:
-    """Name the tensor of an input."""
-    return ("slice", x.name) if x.part == "passed" else ("input", x)
+def _shape(n: fx.Node) -> tuple[int, ...]:
+    return tuple(n.meta["val"].shape)
 
 
 def _is_deep(n: fx.Node) -> bool:
@@ -578,7 +401,8 @@ def advance_direction(
 
 
 def reverse_direction(
-    reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int, dtype: torch.dtype, precision: Precision
+    reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int, dtype: torch.dtype,
+    precision: Precision,
 ) -> Direction:  # fmt: skip
     """Read the vjp, from the last mini-batch to the first."""
     cotangents = [Input("cotangent", str(k), "block") for k in range(outputs)]
@@ -587,14 +411,4 @@ def reverse_direction(
     return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
 
 
-__all__ = [
-    "Argument",
-    "Direction",
-    "Kernel",
-    "Outside",
-    "Refused",
-    "advance_direction",
-    "forward_direction",
-    "place_of_input",
-    "reverse_direction",
-]
+__all__ = ["Direction", "Refused", "advance_direction", "forward_direction", "reverse_direction"]

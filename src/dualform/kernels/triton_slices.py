@@ -15,11 +15,11 @@ from torch import fx
 
 from dualform.graphs.edit import inputs_of, needed, results_of, without_repeats
 from dualform.graphs.regroup import waiting
-from dualform.graphs.split import Part, dispatch, split
+from dualform.graphs.split import dispatch, split
 from dualform.kernels.sharing import made_again
-from dualform.kernels.targets import Target, part_module, views_apart
-from dualform.kernels.triton_schedule import Direction, Kernel
-from dualform.learning.plan import Input
+from dualform.kernels.targets import parted, views_apart
+from dualform.kernels.triton_kernel import Kernel
+from dualform.kernels.triton_schedule import Direction
 from dualform.ops.table import kind_of
 
 # Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum
@@ -94,38 +94,17 @@ def sliced(d: Direction) -> list[Kernel]:
     """Cut a direction where its state passes."""
     views_apart(d.graph)
     on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
-    carried = [d.targets[k].what for k in on]
-    places = [list(d.sources).index(x) for x in carried]
+    places = [d.sources.index(d.targets[k].what) for k in on]
     if not d.backwards:  # in reverse, what is made again after the loop takes longer than its bytes (LAB.md)
         maps_apart(d.graph.graph, places, [x for k in on if isinstance(x := results_of(d.graph.graph)[k], fx.Node)])
     results = results_of(d.graph.graph)
     f = split(d.graph, places, on, None, _stored, _working, again=lambda values: made_again(values, _passing, _making))
-    known = dict(zip(f.inputs, d.sources, strict=True))
-    parts: dict[str, Part] = {name: getattr(f, name) for name in ("before", "loop", "after")}
-    home = {x: name for name in parts for x in parts[name].outputs if isinstance(x, fx.Node) and x not in known}
-    crossing = {x for part in parts.values() for x in part.inputs}
-    crossing |= {x for x in parts["loop"].outputs if x in f.carried}  # the state that a mini-batch starts from
     found: list[Direction] = []
-    for name, part in parts.items():
-        first = on if name == "loop" else []
-        passed = [x for x in part.outputs[len(first) :] if x in crossing]
-        ends = [k for k in range(len(results)) if k not in on and home.get(results[k], "after") == name]
-        wanted = [*(results[k] for k in first), *passed, *(results[k] for k in ends)]
-        if not wanted:
-            continue
-        inner, inputs = part_module(part, wanted, f.carried if name == "loop" else ())
-        without_repeats(inner.graph)
-        goes = [
-            *(d.targets[k] for k in first),
-            *(Target("passed", x.name) for x in passed),
-            *(d.targets[k] for k in ends),
-        ]
-        given = {x: y for x, y in known.items() if name == "loop" or x not in f.carried}
-        made = [given.get(x, Input("passed", x.name, "block")) for x in inputs]
-        keeps = d.keeps if name == "loop" else ""
-        found.append(
-            Direction(f"{d.name}_{name}", inner, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole)
-        )
+    for name, graph, made, goes in parted(f, d.sources, d.targets, results):
+        if goes:
+            without_repeats(graph.graph)
+            keeps, own = d.keeps if name == "loop" else "", f"{d.name}_{name}"
+            found.append(Direction(own, graph, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole))
     readers: dict[str, list[fx.Node]] = {}
     for one in found:
         for n, x in zip(inputs_of(one.graph.graph), one.sources, strict=True):

@@ -22,6 +22,7 @@ from dualform.kernels.tiles import (
     Untileable,
     Value,
     behind,
+    between,
     constant,
     expanded,
     permuted,
@@ -183,10 +184,7 @@ class Walker:
         pads: Any = n.args[1]
         fill: Any = n.args[2] if len(n.args) > 2 else 0.0
         for k, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
-            dim = len(shape) - 1 - k
-            ends = [constant(fill, (*x.shape[:dim], m, *x.shape[dim + 1 :]), x.kind) for m in (before, after)]
-            if before or after:
-                x = behind(dim, [v for v in (ends[0], x, ends[1]) if v.shape[dim]])
+            x = between(x, len(shape) - 1 - k, before, after, fill)
         return x
 
 

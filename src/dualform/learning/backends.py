@@ -10,8 +10,10 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,7 @@ from dualform.learning.loop import GridCall, backward, forward
 from dualform.learning.plan import Plan
 from dualform.learning.prepare import Prepare, by_inductor, in_place
 from dualform.learning.transforms import TRACING
+from dualform.storages import memory_of
 
 backends = Catalogue("backends")
 # States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more
@@ -83,6 +86,10 @@ class Whole(Directions, Protocol):
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
         """Run a direction: what `ready` returns, or what was written down when one like it ran."""
+        ...
+
+    def trial(self) -> AbstractContextManager[None]:
+        """Run code that was never seen to run here where a fault harms nobody."""
         ...
 
 
@@ -216,7 +223,7 @@ def _run(
         grid = GridCall(plan, call, taken.blocks, taken.prepare)
         way = _LOOP if whole is None or not grid.blocks else whole
         if way is whole and plan.is_checked:
-            _check(name, plan, grid, words[0] == "backward")
+            _check(name, plan, grid, None if words[0] == "backward" else bool(words[1]))
         return lambda: own(run(way, grid), given)
 
     if whole is None:
@@ -257,29 +264,33 @@ def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tens
 def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors that an operator may: of no memory that it was given or returns twice,
     each laid out as its fake says."""
-    taken, made = {x.untyped_storage().data_ptr() for x in given}, []
+    taken, made = set(map(memory_of, given)), []
     for x in found:
         y = x.contiguous()
-        y = y.clone(memory_format=torch.contiguous_format) if y.untyped_storage().data_ptr() in taken else y
-        taken.add(y.untyped_storage().data_ptr())
+        y = y.clone(memory_format=torch.contiguous_format) if memory_of(y) in taken else y
+        taken.add(memory_of(y))
         made.append(y)
     return made
 
 
-def _check(name: str, plan: Plan, run: GridCall, backward: bool) -> None:
-    """Compare generated code with eager at its first use, for each kind of block, on a part of the call."""
+def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
+    """Compare generated code with eager at its first use, for each kind of block, on a part of the call.
+
+    keeps: does forward keep states for a backward, which may be code of its own? None: it is that backward.
+    """
     kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
     whole = backend_of(name).whole
     assert whole is not None
-    as_run, place = whole.as_run(name, run, backward)
-    key = (as_run, backward, frozenset(run.grid.variants), kinds, place)
+    as_run, place = whole.as_run(name, run, keeps is None)
+    key = (as_run, keeps, frozenset(run.grid.variants), kinds, place)
     if key in plan.natives.checked:
         return
     with TRACING:
         if key not in plan.natives.checked:
             plan.natives.checked.add(key)  # what compares runs the same
-            words = (as_run, backward, sorted(map(tuple, run.grid.variants)), kinds, place)
-            unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, run, backward))
+            words = (as_run, keeps, sorted(map(tuple, run.grid.variants)), kinds, place)
+            with whole.trial():
+                unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, run, keeps))
             if unlike:
                 plan.natives.checked.discard(key)  # nor is it run at the next call
                 raise _faulty(name, unlike)
@@ -296,16 +307,20 @@ def check_step(name: str, plan: Plan, call: Call) -> None:
     plan.natives.checked.add(key)
 
     def compare() -> str:
-        for n in (None,) if known else (0, chunk - 1):
-            there = before if n is None else replace(before, position=torch.full_like(before.position, n))
+        for n, over in product((None,) if known else (0, chunk - 1), (False, True)):
+            there = before._map(torch.clone)
+            there = there if n is None else replace(there, position=torch.full_like(before.position, n))
             one = call._replace(before=there)
-            got = whole.step(plan, one, False)
-            right = None if got is None else _named(call, run_forward(plan, one, 0, "eager"))
-            if got is not None and right and (unlike := proof.unlike(_named(call, got), right, call.q.dtype)):
+            right = _named(call, run_forward(plan, one, 0, "eager"))
+            got = whole.step(plan, one, over)
+            if got is not None and (unlike := proof.unlike(_named(call, got), right, call.q.dtype)):
                 return unlike
         return ""
 
-    if unlike := proof.kernel(plan.derivation.structure, key, compare):
+    words = (*key, *whole.as_run(name, GridCall(plan, call), False))
+    with whole.trial():
+        unlike = proof.kernel(plan.derivation.structure, words, compare)
+    if unlike:
         plan.natives.checked.discard(key)
         raise _faulty(name, unlike)
 
@@ -323,15 +338,14 @@ def _faulty(name: str, unlike: str) -> BackendError:
     )
 
 
-def _unlike(name: str, plan: Plan, run: GridCall, backward: bool) -> str:
+def _unlike(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> str:
     """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call,
-    and of their tokens as many
-    as have every kind of block, if few do."""
+    and of their tokens as many as have every kind of block, if few do."""
     b = plan.derivation.chunk
     T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(run.call.state.position[0])) % b
     call = run.call.part(slice(0, 2), T)
-    if not backward:
-        sides = [run_forward(plan, call, 0, side) for side in (name, "eager")]
+    if keeps is not None:
+        sides = [run_forward(plan, call, int(keeps), side) for side in (name, "eager")]
         return proof.unlike(_named(call, sides[0]), _named(call, sides[1]), call.q.dtype)
     made, held = run_forward(plan, call, 1, "eager"), 1 + 2 * len(call.init)  # whose states both sides begin with
     g = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dualform.learning.front_door import Parts
 from dualform.learning.rules import Rule
 from dualform.learning.state import State
-from dualform.shapes import ShapeError
+from dualform.shapes import ShapeError, require
 
 Leaves = dict[str, Tensor]
 Names = tuple[list[str], list[str], list[str]]
@@ -139,10 +139,17 @@ class Signature(NamedTuple):
         return torch.promote_types(torch.float32, p.dtype), p.device
 
     def call(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State | None, mask: Tensor | None,
-        reset: Tensor | None, params: Mapping[str, Tensor],
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None, state: State | None,
+        mask: Tensor | None, reset: Tensor | None, params: Mapping[str, Tensor] | None,
     ) -> Call:  # fmt: skip
         """Check and cast what a caller gives; fill in the rest."""
+        gates, params = {} if gates is None else gates, {} if params is None else params
+        for name, given in (("gates", gates), ("params", params)):
+            advice = "Write {'lr': tensor} or the like."
+            require(hasattr(given, "items"), "program", name, given, "a mapping from names to tensors", advice)
+            if not all(isinstance(x, Tensor) for x in given.values()):
+                expect_kinds("program", {f"{name}[{n!r}]": x for n, x in given.items()}, None, State)
+        expect_kinds("program", {"q": q, "k": k, "v": v, "mask": mask, "reset": reset}, state, State)
         self._expect_shapes(q, k, v, mask, reset)
         (B, T, H, _), device = q.shape, q.device
         marks = {"k": k, "v": v, "mask": mask, "reset": reset, **{f"gates[{n!r}]": x for n, x in gates.items()}}
@@ -178,11 +185,8 @@ class Signature(NamedTuple):
                 f"program: v has shape {tuple(v.shape)}; expected (batch, time, heads, V) = {(B, T, H, 'V')}. Make "
                 "them agree."
             )
-        if q.shape[3] == self.width and v.shape[3] != self.out_width:
-            raise ShapeError(
-                f"program: v has width {v.shape[3]}; expected the learner's output V = {self.out_width}. Make them "
-                "agree."
-            )
+        if q.shape[3] == self.width and self.out_width is not None:
+            expect_width(v, self.out_width)
         for name, x in (("mask", mask), ("reset", reset)):
             if x is not None and (x.shape != (B, T) or x.dtype != torch.bool):
                 raise ShapeError(
@@ -270,6 +274,21 @@ class Signature(NamedTuple):
                 )
             found[name] = x
         return found
+
+
+def expect_kinds(where: str, tensors: Mapping[str, object], state: object, kind: type) -> None:
+    """Refuse what is no tensor, and a state of another kind; those that may be left out are None."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (x is None and name in ("mask", "reset", "attention_mask")):
+            require(False, where, name, x, "a tensor", "Pass one: torch.as_tensor(...).")
+    if not isinstance(state, kind | None):
+        require(False, where, "state", state, f"a {kind.__name__}", "Pass what a call has returned.")
+
+
+def expect_width(v: Tensor, V: int) -> None:
+    """Refuse values of another width than the learner's output."""
+    if v.shape[3] != V:
+        raise ShapeError(f"program: v has width {v.shape[3]}; expected the learner's output V = {V}. Make them agree.")
 
 
 def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:

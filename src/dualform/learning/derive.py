@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -64,7 +65,7 @@ def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(eq=False)
-class Step:
+class TracedStep:
     """A traced block for one head: the graph, the tree of its inputs, what was chosen per site; and its reverse."""
 
     graph: fx.GraphModule
@@ -169,7 +170,7 @@ class Derivation:
     analyses: dict[int, Analysis] = field(default_factory=dict)
     losses: dict[int, Routine] = field(default_factory=dict)
     rules: dict[int, Routine] = field(default_factory=dict)
-    steps: dict[Variant, Step] = field(default_factory=dict)
+    steps: dict[Variant, TracedStep] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parts = self.door.parts
@@ -186,14 +187,14 @@ class Derivation:
             )
         self.loss(self._proved)
         self.rule(self._proved)
-        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that is
-        # no size, too.
+        # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that no
+        # size has a factor of, too.
         sizes = {
             self.K,
             self.V,
             *(n for x in (*self.parts.fast.values(), *self.slow_values().values()) for n in x.shape),
         }
-        W = next(n for n in itertools.count(self._proved + 1) if n not in sizes)
+        W = next(n for n in itertools.count(self._proved + 1) if all(math.gcd(n, size) == 1 for size in sizes - {0}))
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
         self.door.trace_rule(W, self.dtype)
@@ -282,7 +283,7 @@ class Derivation:
             self.constants |= self.rules[W].analysis.constants
         return self.rules[W]
 
-    def step(self, variant: Variant) -> Step:
+    def step(self, variant: Variant) -> TracedStep:
         """Trace one block for one head."""
         if variant not in self.steps and self.source is not None:
             self.steps[variant] = self.source.step(variant)  # for what it says of its inputs
@@ -293,7 +294,7 @@ class Derivation:
             emitter = Emitter(self.inner, many, one, self.loss(W), self.rule(W), variant, self.chunk)
             example = self.example(variant)
             whole = InPieces(emitter, self.cut) if self.cut else emitter
-            self.steps[variant] = Step(trace_flat(whole, example), example, emitter.choices)
+            self.steps[variant] = TracedStep(trace_flat(whole, example), example, emitter.choices)
         return self.steps[variant]
 
     def slow_values(self) -> dict[str, Tensor]:
@@ -302,7 +303,7 @@ class Derivation:
     def example(self, variant: Variant) -> StepInputs:
         """Make inputs of a block's shapes, for tracing."""
         rule, W = self.inner.rule, variant.width
-        self.analysis(W), self.loss(W), self.rule(W)  # which find what is closed over
+        _ = self.analysis(W), self.loss(W), self.rule(W)  # which find what is closed over
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device="cpu")

@@ -25,12 +25,12 @@ from dualform.graphs import local_rules as table
 from dualform.graphs.local_derivatives import identity
 from dualform.graphs.recorder import node_of, recorded_so_far
 from dualform.graphs.trace import source_line
-from dualform.learning.forms import Meeting, Written, forms
+from dualform.learning.forms import Meeting, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
-from dualform.learning.token_maps import Price, separated, token_back, token_first, weighted
+from dualform.learning.token_maps import Price, Written, separated, together, token_back, token_first, weighted
 
 
 @dataclass
@@ -201,6 +201,7 @@ class Emitter:
                 keys.derivatives[leaf].append((J, axis, delta.detach().reshape(J.out_shape)))
         for leaf, delta in zip(self.cut, deltas[len(proper) :], strict=True):
             keys.derivatives[leaf].append((self._copied(x.th[leaf]), 0, delta.detach()))
+        keys.derivatives = {leaf: together(written) for leaf, written in keys.derivatives.items()}
         return keys
 
     def _inputs(self, x: StepInputs, th: Mapping[str, Tensor]) -> dict[fx.Node, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dualform.algebra.planner import Price
-from dualform.learning.derive import Derivation, Step
+from dualform.learning.derive import Derivation, TracedStep
 from dualform.learning.emit import Choice
 from dualform.learning.forms import says
 from dualform.learning.printer import Cost
@@ -66,7 +66,14 @@ class Account:
 
 
 def account(
-    learner: nn.Module, derivation: Derivation, step: Step, cost: Cost, code: str, level: str, backend: str, proof: str
+    learner: nn.Module,
+    derivation: Derivation,
+    step: TracedStep,
+    cost: Cost,
+    code: str,
+    level: str,
+    backend: str,
+    proof: str,
 ) -> Account:
     """Tell a derivation from its traced step."""
     if level not in ("one-line", "steps", "proof"):

@@ -22,6 +22,7 @@ from dualform.graphs.trace import source_line
 from dualform.learning.rules import Coefficients, Rule
 from dualform.learning.sites import Analysis
 from dualform.learning.token_maps import (
+    Written,
     is_elementwise,
     kernel_first,
     masked,
@@ -31,9 +32,6 @@ from dualform.learning.token_maps import (
     price,
     running,
 )
-
-# A leaf at one site of the keys: d y / d leaf, the token axis of y, delta.
-Written = tuple[Derivative, "int | None", Tensor]
 
 
 @dataclass

@@ -10,26 +10,28 @@ Legend: W tokens in a trace, K key width, V value width.
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
+from dualform.graphs.counts import Asked
 from dualform.graphs.edit import add_input, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
+from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
+from dualform.shapes import TraceError, require
+from dualform.storages import contents
 
 aten = torch.ops.aten
-Look = Callable[[fx.GraphModule], None]
 
 
 class Parts(NamedTuple):
@@ -48,24 +50,35 @@ class Parts(NamedTuple):
 
 def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Parts:
     """Sort a learner's tensors: slow are those that patterns (given, and the module's own `slow`) or `frozen` name."""
-    patterns = (*slow, *getattr(learner, "slow", ()))
+    own = getattr(learner, "slow", ())
+    own = () if isinstance(own, Tensor | nn.Module) else own  # a part of that name
+    found = (*patterns("slow", slow), *patterns("the learner's own slow", own))
     named = dict(learner.named_parameters())
-    for pattern in patterns:
+    for pattern in found:
         if not fnmatch.filter(named, pattern):
             raise DerivationError(
                 f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an "
                 "fnmatch pattern of one. Correct or drop it."
             )
-    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in patterns) for name in named}
+    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in found) for name in named}
     fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
     if not fast:
         still = f", requires_grad=False {sorted(n for n in frozen if n in named)}" if frozen else ""
         raise DerivationError(
-            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(patterns)}{still}); "
+            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(found)}{still}); "
             "expected at least one. A learner without weights cannot learn: give it an nn.Parameter that requires a "
             "gradient."
         )
     return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
+
+
+def patterns(name: str, given: Any) -> tuple[str, ...]:
+    """Read fnmatch patterns: one alone is not read letter by letter."""
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Tensor) else (None,)
+    advice = f"Write ({given!r},)." if isinstance(given, str) else "Name parameters, as in ('norm.*', '*.bias')."
+    is_right = all(isinstance(p, str) for p in found)
+    require(is_right, "derive", name, given, "a tuple of fnmatch patterns", advice, DerivationError)
+    return cast("tuple[str, ...]", found)
 
 
 @dataclass(eq=False)
@@ -115,16 +128,22 @@ class FrontDoor:
         self.frozen = frozenset(n for n, p in learner.named_parameters() if not p.requires_grad)
         self.key: Any = None
         self._unread = ""  # what cannot be read, once it was said
-        # Tensors that a trace read by value, with the count of their writes and where the fingerprint has them;
+        # Tensors that a trace read by value, with what lay there and where the fingerprint has them;
         # closed-over ones by name, where it has them, or themselves.
-        self._versions: dict[int, tuple[Tensor, int, int | None]] = {}
+        self._versions: dict[int, tuple[Tensor, bytes | int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self._first: dict[Any, Seen] = {}  # traces that all others are held against
+        self._settled: set[Any] = set()  # whose they are that were traced wherever they decide by the number of tokens
+        self.asks = False  # does any of the three read how many tokens there are?
         self.read()
 
     @property
     def target(self) -> str:
-        return getattr(self.objective, "target", "v")
+        """What the objective compares with: v, unless it says otherwise in a word."""
+        found = getattr(self.objective, "target", "v")
+        if not isinstance(found, str):
+            return "v"
+        return expect_target("derive", "the objective's target", found, DerivationError)
 
     def read(self) -> bool:
         """Read everything anew; return whether a trace made before still stands."""
@@ -143,7 +162,7 @@ class FrontDoor:
             )
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
-            self._found, self._versions, self._first = {}, {}, {}
+            self._found, self._versions, self._first, self._settled, self.asks = {}, {}, {}, set(), False
         closed = {n: reading.tensors[x] if isinstance(x, int) else x for n, x in self._found.items()}
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
@@ -158,7 +177,7 @@ class FrontDoor:
         return self.reading.holds() and self._unwritten()
 
     def _unwritten(self) -> bool:
-        return all(_writes(x) == n for x, n, _ in self._versions.values())
+        return all(contents(x) == was for x, was, _ in self._versions.values())
 
     @property
     def fixed(self) -> list[str]:
@@ -178,9 +197,9 @@ class FrontDoor:
 
         tables = {k: self.parts.buffers[n] for k, n in enumerate(names) if n in self.parts.buffers}
 
-        def make(W: int, look: Look) -> fx.GraphModule:
+        def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = torch.empty(W, K, dtype=dtype, device=self.device)
-            return self._trace(run, [*fast.values(), *rest.values(), tokens], look, known=tables)
+            return self._trace(run, [*fast.values(), *rest.values(), tokens], known=tables, **eyes)
 
         gm, wrong = self._alike("learner", W, make, (K, dtype))
         inputs, result = _ends(gm)
@@ -208,9 +227,9 @@ class FrontDoor:
         """Trace the objective on predictions and targets (W, V) of two dtypes;
         prove that each token has a loss of its own."""
 
-        def make(W: int, look: Look) -> fx.GraphModule:
+        def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
-            return self._trace(lambda prediction, target: self.objective(prediction, target), tokens, look)
+            return self._trace(lambda prediction, target: self.objective(prediction, target), tokens, **eyes)
 
         gm, wrong = self._alike("objective", W, make, (V, *dtypes))
         inputs, result = _ends(gm)
@@ -248,9 +267,9 @@ class FrontDoor:
             leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
             return [x for x in leaves if isinstance(x, Tensor)]
 
-        def make(W: int, look: Look) -> fx.GraphModule:
+        def make(W: int, **eyes: Any) -> fx.GraphModule:
             gates = [torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)]
-            return self._trace(run, gates, look)
+            return self._trace(run, gates, **eyes)
 
         gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if not isinstance(x, Tensor)])
         a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
@@ -269,46 +288,71 @@ class FrontDoor:
         _expect(wrong)
         return Routine(a, [*results, spec])
 
-    def _trace(self, f: Callable[..., Any], inputs: list[Tensor], look: Look, **options: Any) -> fx.GraphModule:
-        return trace(f, *inputs, generators=self.reading.generators, look=look, **options)
+    def _trace(self, f: Callable[..., Any], inputs: list[Tensor], **options: Any) -> fx.GraphModule:
+        return trace(f, *inputs, generators=self.reading.generators, **options)
 
     def _alike(
-        self,
-        who: str,
-        W: int,
-        make: Callable[[int, Look], fx.GraphModule],
-        kind: Any,
-        numbers: Callable[[], Any] = list,
-    ) -> tuple[fx.GraphModule, DerivationError | None]:
-        """Trace, and say what is otherwise than in the first trace of the kind,
-        which was of another number of tokens or another call."""
+        self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
+    ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
+        """Trace, and say what is otherwise than in the kind's first trace: of another number of tokens, or call."""
         first = self._first.get((who, *kind))
 
-        def made(W: int) -> tuple[fx.GraphModule, Seen, str]:
+        def made(W: int) -> tuple[fx.GraphModule, Seen, str, Asked]:
             found: list[tuple[Seen, str]] = []
 
             def look(gm: fx.GraphModule) -> None:
                 now = seen(gm, W)
                 found[:] = [(now, difference(first, now) if first else "")]
 
-            gm = make(W, look)
+            gm = make(W, look=look, asked=(asked := Asked(W)))
             now, wrong = found[0][0]._replace(results=numbers()), found[0][1]
             if first and first.results != now.results:
                 wrong = wrong or f"its results: {first.results}, then {now.results}"
-            return gm, now, wrong
+            self.asks |= asked.is_read
+            return gm, now, wrong, asked
 
-        gm, now, wrong = made(W)
-        first = self._first.setdefault((who, *kind), now)
-        if not wrong:
-            return gm, None
-        again = made(first.W)[2]
-        return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
+        gm, now, wrong, asked = made(W)
+        if first is None:
+            self._first[who, *kind] = first = now
+        elif wrong:
+            again = made(first.W)[2]
+            return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
+        elif (who, *kind) not in self._settled:
+            self._settled.add((who, *kind))
+            return gm, self._otherwise(who, first.W, asked, made)
+        return gm, None
+
+    def _otherwise(
+        self, who: str, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
+    ) -> DerivationError | None:
+        """Trace at numbers of tokens for which a choice by them goes otherwise, and say what is another function there.
+
+        Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
+        """
+        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.fork(n) or (n == 1 and asked.is_read)]
+        for _ in range(_FORKS):
+            if not left:
+                break
+            n, fork = left[0], asked.fork(left[0])
+            at = f"`{fork.where}`" if fork else ""
+            try:
+                _, _, wrong, there = made(n)
+            except TraceError as error:
+                if n > asked.W:  # so many may be too many for it
+                    break
+                why = str(error).partition("; expected")[0]
+                return counts(who, f"{at or 'its sizes'}: {asked.W} tokens run and {n} do not ({why})")
+            if wrong:
+                first = "" if wrong.startswith(at) else f"{at}: then "
+                return counts(who, f"{first}{wrong} (for {W} and {n} tokens)")
+            left = [m for m in left if m != n and there.fork(m)]
+        return None
 
     def _analysis(
         self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
     ) -> Analysis:
         constants, lifted = self._lifted(who, gm)
-        self._versions |= {id(x): (x, _writes(x), self._slot.get(id(x))) for x in gm.meta["read"]}
+        self._versions |= {id(x): (x, contents(x), self._slot.get(id(x))) for x in gm.meta["read"]}
         return prepared(
             gm,
             who=who,
@@ -375,10 +419,6 @@ def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> T
     return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
 
 
-def _writes(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:
     """A graph's inputs and its result."""
     return inputs_of(gm.graph), output_of(gm.graph).args[0]
@@ -394,28 +434,5 @@ def _free(name: str, taken: set[str]) -> str:
     return name if name not in taken else _free(name + "_", taken)
 
 
-# Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
-_TRIALS = 32
-
-
-def infer_width(learner: nn.Module) -> int | None:
-    """Find the width of the rows that a learner takes: what it says, or what its tensors show, if it runs at that."""
-    said = [n for name in ("dim", "in_features", "K") if isinstance(n := getattr(learner, name, None), int)]
-    shapes = [p.shape for p in itertools.chain(learner.parameters(), learner.buffers())]
-    sizes = list(dict.fromkeys(n for shape in shapes for n in shape))
-    own = [n for m in learner.modules() for n in vars(m).values() if type(n) is int and n > 0]
-    products = [a * b for a, b in itertools.combinations_with_replacement(sizes, 2)]
-    shown = list(dict.fromkeys([*said, *sizes, *own, *products]))[:_TRIALS]
-    candidates = dict.fromkeys([*shown, *range(1, _TRIALS + 1)])
-    return next((K for K in candidates if _runs(learner, K)), said[0] if said else None)
-
-
-def _runs(learner: nn.Module, K: int) -> bool:
-    p = next(learner.parameters(), torch.empty(()))
-    buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = Twin(learner)(buffers, torch.zeros(3, K, dtype=p.dtype, device=p.device))
-            return not isinstance(found, Tensor) or found.shape[:1] == (3,)
-    except Exception:
-        return False
+# Choices are looked for up to so many tokens, in so many traces at most; beyond these, the first call shows them.
+_MANY, _FORKS = 16, 8

@@ -5,6 +5,7 @@ Legend: B batch, T time, H heads, d model width, f head width, b mini-batch (chu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,13 +20,14 @@ from torch.utils import _pytree
 
 from dualform.catalogue import Bound
 from dualform.graphs.this_thread import compiles
+from dualform.learning.call import expect_kinds
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.learners import learners
 from dualform.learning.program import ChunkProgram, DerivationError, derive
 from dualform.learning.state import Carried, State, from_tensors
 from dualform.learning.transforms import lasting
-from dualform.shapes import ShapeError
+from dualform.shapes import ShapeError, is_whole, require
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,18 @@ class TestTimeTraining(nn.Module):
         prove: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        if heads < 1 or dim % heads:
+        for name, n in (("dim", dim), ("heads", heads), ("conv_kernel", conv_kernel)):
+            require(is_whole(n), "TestTimeTraining", name, n, "a whole number >= 1", "Pass a positive int.")
+        for name, flag in (("share_qk", share_qk), ("use_gate", use_gate), ("post_norm", post_norm)):
+            require(isinstance(flag, bool), "TestTimeTraining", name, flag, "True or False", "Pass one of them.")
+        is_right = (
+            not isinstance(rope_theta, bool) and isinstance(rope_theta, int | float) and 0 < rope_theta < math.inf
+        )
+        require(is_right, "TestTimeTraining", "rope_theta", rope_theta, "a number > 0", "Leave it out for 10000.")
+        if dim % heads:
             raise ShapeError(
                 f"TestTimeTraining: dim is {dim} with heads = {heads}; expected dim % heads = 0, here "
-                f"{dim % max(heads, 1)}. Change one of them."
+                f"{dim % heads}. Change one of them."
             )
         f = dim // heads
         if f % 2:
@@ -178,6 +188,8 @@ class TestTimeTraining(nn.Module):
         self, x: Tensor, state: LayerState | None, attention_mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return x with padding blank, and what is padding and where documents begin, as truth values."""
+        tensors = {"x": x, "attention_mask": attention_mask, "reset": reset}
+        expect_kinds("TestTimeTraining", tensors, state, LayerState)
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(
                 f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the "

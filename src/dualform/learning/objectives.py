@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from dualform.catalogue import Catalogue
+from dualform.shapes import require
 
 objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
+
+
+def expect_target(where: str, name: str, target: Any, kind: type[ValueError] = ValueError) -> Target:
+    """Refuse what no target is made of."""
+    is_right = isinstance(target, str) and target in ("v", "v-k")
+    require(is_right, where, name, target, "'v' or 'v-k'", "Choose one of the two.", kind)
+    return cast("Target", target)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,11 @@ class Objective:
 
     loss: Callable[[Tensor, Tensor], Tensor]
     target: Target = "v"
+
+    def __post_init__(self) -> None:
+        advice = "Pass f(prediction, target) -> (...,), a loss per token."
+        require(callable(self.loss), "Objective", "loss", self.loss, "a function of two tensors", advice, ValueError)
+        expect_target("Objective", "target", self.target)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         return self.loss(prediction, target)
@@ -42,9 +55,7 @@ def Squared(target: Target = "v") -> Objective:
     Raises: ValueError if target is neither "v" nor "v-k".
     Source: Sun et al. 2024 (TTT), as in its code.
     """
-    if target not in ("v", "v-k"):
-        raise ValueError(f"Squared: target is {target!r}; expected 'v' or 'v-k'. Choose one of the two.")
-    return Objective(half_squared_error, target)
+    return Objective(half_squared_error, expect_target("Squared", "target", target))
 
 
 @objectives.record(

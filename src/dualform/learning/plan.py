@@ -22,7 +22,7 @@ from dualform.graphs.split import Fission, split
 from dualform.graphs.whole_norms import native_norms
 from dualform.learning.batched import at_any, example, joined, mapped, row_axis, row_bytes
 from dualform.learning.call import Call, Names
-from dualform.learning.derive import Derivation, Step, retyped, slopes_as_arithmetic
+from dualform.learning.derive import Derivation, TracedStep, retyped, slopes_as_arithmetic
 from dualform.learning.grid import Variant
 from dualform.learning.prepare import Prepare, Prepared, in_place, visible
 from dualform.learning.transforms import TRACING, undisturbed
@@ -219,7 +219,7 @@ class Plan:
         """Say what the outputs are rounded to: q's digits; losses keep all."""
         return call.dtype if self.derivation.inner.observed else call.q.dtype
 
-    def step(self, variant: Variant) -> Step:
+    def step(self, variant: Variant) -> TracedStep:
         steps = self.derivation.steps
         return steps[variant] if variant in steps else undisturbed(lambda: self.derivation.step(variant))
 

@@ -14,7 +14,7 @@ from dualform.algebra.planner import counted
 from dualform.explanations.python_text import statement, text_of
 from dualform.graphs.edit import inputs_of
 from dualform.graphs.kept import is_kept, is_stopped, written_out
-from dualform.learning.derive import Derivation, Step
+from dualform.learning.derive import Derivation, TracedStep
 from dualform.learning.emit import StepInputs
 
 
@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     state_bytes: int
 
 
-def cost_of(step: Step, registers: int) -> Cost:
+def cost_of(step: TracedStep, registers: int) -> Cost:
     """Count a step's cost from its graph."""
     flops, written, _ = counted(written_out(step.graph).graph.nodes)
     leaves = sum(w.numel() * w.element_size() for w in step.inputs.th.values())
@@ -65,7 +65,7 @@ def _shape(node: fx.Node) -> str:
     return f"({', '.join(map(str, value.shape))})" if isinstance(value, Tensor) else ""
 
 
-def print_step(step: Step, derivation: Derivation) -> str:
+def print_step(step: TracedStep, derivation: Derivation) -> str:
     """Print a step with a shape behind every line and a heading above every part."""
     graph = written_out(step.graph, lambda n: is_kept(n) and not is_stopped(n)).graph
     nodes = list(graph.nodes)

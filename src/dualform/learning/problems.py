@@ -16,7 +16,7 @@ WHOLE = 32  # mini-batches up to which the definition runs over whole ones; long
 
 
 @dataclass(frozen=True)
-class Problem:
+class Drawn:
     """Drawn inputs of a program; every floating tensor in `leaves` has a gradient."""
 
     leaves: dict[str, Tensor]  # q, k, v, gate.*, param.*, anchor.*, register.*
@@ -57,7 +57,7 @@ class Problem:
         runs = {at: self.alone(*at, n).run(program, "primal", whole=True) for at, n in self.reach.items()}
         return _named([_piece(runs[at], 0, 0, n, n == self.tokens) for at, n in self.reach.items()])
 
-    def alone(self, row: int, head: int, n: int) -> Problem:
+    def alone(self, row: int, head: int, n: int) -> Drawn:
         """Take the first tokens of one row and head."""
         rows, heads = slice(row, row + 1), slice(head, head + 1)
         places = {"param": (heads,), "anchor": (rows, heads), "register": (rows, heads)}
@@ -68,7 +68,7 @@ class Problem:
 
         mask, reset = (None if x is None else x[rows, :n] for x in (self.mask, self.reset))
         position = None if self.position is None else self.position[rows]
-        return Problem({name: cut(name, x) for name, x in self.leaves.items()}, {(0, 0): n}, position, mask, reset)
+        return Drawn({name: cut(name, x) for name, x in self.leaves.items()}, {(0, 0): n}, position, mask, reset)
 
 
 def _piece(run: tuple[Tensor, State], row: int, head: int, n: int, ends: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,13 +154,13 @@ class Draw:
             found[f"gate.{name}"] = middle * (0.7 + 0.3 * self.uniform(2, T, 2))
         return found
 
-    def problem(self, T: int, rate: float, ragged: bool) -> Problem:
+    def problem(self, T: int, rate: float, ragged: bool) -> Drawn:
         x = {"q": self.normal(2, T, 2, self.K), "k": self.normal(2, T, 2, self.K), "v": self.normal(2, T, 2, self.V)}
         x |= self.gates(T, rate) | self.weights()
         device, along = self.program.door.device, (T, 4, 4, T) if ragged else (2, T, T, 2)
         reach = {at: min(n, T) for at, n in zip(itertools.product(range(2), range(2)), along, strict=True)}
         if not ragged and self.program.chunk <= WHOLE:
-            return Problem(_leaves(x, device), reach)
+            return Drawn(_leaves(x, device), reach)
         program, b = self.program, self.program.chunk
         position = torch.tensor([0, b // 2]) if b <= WHOLE else torch.tensor([b - T // 2, b // 2])
         fresh = (position == 0)[:, None] & torch.tensor(program.rule.resets)
@@ -171,7 +171,7 @@ class Draw:
             at_start = fresh[:, None].reshape(2, 1, -1, *[1] * p.ndim)
             x |= {f"anchor.{name}": anchor, f"register.{name}": torch.where(at_start, start, drawn)}
         if not ragged:
-            return Problem(_leaves(x, device), reach, position[:1].expand(2).clone().to(device))
+            return Drawn(_leaves(x, device), reach, position[:1].expand(2).clone().to(device))
         if "gate.lr" in x:
             x["gate.lr"][1, T // 2 :] = 0.0
         mask, reset, cut = torch.ones(2, T, dtype=torch.bool), torch.zeros(2, T, dtype=torch.bool), (T + 1) // 2
@@ -179,7 +179,7 @@ class Draw:
         reset[1, min(3, cut - 1)] = reset[0, (cut + T) // 2] = (
             True  # one in each part, which are then blocks of one kind
         )
-        return Problem(_leaves(x, device), reach, position.to(device), mask.to(device), reset.to(device), cut)
+        return Drawn(_leaves(x, device), reach, position.to(device), mask.to(device), reset.to(device), cut)
 
 
 def _leaves(x: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

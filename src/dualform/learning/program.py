@@ -20,13 +20,13 @@ from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning.backends import Code, backend_of, backends_key, chosen_in_words
-from dualform.learning.call import Call, Signature, started
-from dualform.learning.derive import Derivation, Step
+from dualform.learning.call import Call, Signature, expect_width, started
+from dualform.learning.derive import Derivation, TracedStep
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
 from dualform.learning.forms import forms
-from dualform.learning.front_door import FrontDoor, Parts, infer_width
+from dualform.learning.front_door import FrontDoor, Parts, patterns
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.op import register, scan
@@ -38,7 +38,8 @@ from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, is_known, undisturbed
-from dualform.shapes import ShapeError
+from dualform.learning.width import infer_width
+from dualform.shapes import ShapeError, is_whole, require
 
 
 class ChunkProgram(nn.Module):
@@ -71,8 +72,11 @@ class ChunkProgram(nn.Module):
         self._derive()
 
     def _derive(self) -> None:
+        dtype = self.signature.kind[0]
         if self.width is not None:
-            self.plan(self.width, self.signature.kind[0], "auto")
+            self.plan(self.width, dtype, "auto")
+        else:  # the rule's mistakes are no less known
+            undisturbed(lambda: [self.door.trace_rule(max(2, self.chunk) + n, dtype) for n in range(2)])
 
     @property
     def parts(self) -> Parts:
@@ -104,15 +108,15 @@ class ChunkProgram(nn.Module):
         return self._planned(key) if found is None else found
 
     def plan_again(self, K: int, dtype: torch.dtype, form: str, retyped: bool) -> Plan:
-        """Make a plan anew: traced, or that of the learner's own dtype with the numbers' type exchanged."""
-        source = (
-            next((p for (k, t, f), p in self.plans.items() if (k, f) == (K, form) and t != dtype), None)
-            if retyped
-            else None
-        )
+        """Return a plan as traced, or make that of the learner's own dtype with the numbers' type exchanged."""
+        key, there = (K, dtype, form), self.plans.get((K, dtype, form))
+        if there is not None and not retyped and there.source is None:
+            return there
+        own = (p for (k, t, f), p in self.plans.items() if (k, f) == (K, form) and t != dtype)
+        source = next(own, None) if retyped else None
         with TRACING:
-            self.plans.pop((K, dtype, form), None)
-            return self._planned((K, dtype, form), source)
+            self.plans.pop(key, None)
+            return self._planned(key, source)
 
     def _planned(self, key: tuple[int, torch.dtype, str], source: Plan | None = None) -> Plan:
         K, dtype, form = key
@@ -123,7 +127,7 @@ class ChunkProgram(nn.Module):
                 given = source and source.derivation
                 build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, given)
                 made = undisturbed(build)
-                twin = _structures.setdefault(made.structure, Plan(made))
+                twin = _structures.setdefault(self._structure(made), Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
                 self.plans[key] = Plan(
                     made, twin.ways, twin.natives, is_checked=proving.is_on(self.prove), source=source
@@ -135,7 +139,7 @@ class ChunkProgram(nn.Module):
 
     def _proof(self, made: Derivation, form: str) -> Proof:
         """Prove a form, or remember that a structure like it was proved; a form that fails is not kept."""
-        found = _proved.get(made.structure)
+        found = _proved.get(self._structure(made))
         if found is not None:
             return found
         device = next(iter(self.parts.fast.values())).device.type
@@ -150,8 +154,12 @@ class ChunkProgram(nn.Module):
                 raise
             self.plans = kept
             proving.remember(folder, key, found)
-        _proved[made.structure] = found
+        _proved[self._structure(made)] = found
         return found
+
+    def _structure(self, made: Derivation) -> Any:
+        """What decides all traces: where sizes are read, who reads them may be another function where none was made."""
+        return made.structure, (self.door.key or object()) if self.door.asks else None
 
     @property
     def proof(self) -> Proof | None:
@@ -190,20 +198,21 @@ class ChunkProgram(nn.Module):
                 head and mini-batch (not inside torch.compile).
         """
         self.refresh()
-        call = self.signature.call(q, k, v, gates or {}, state, mask, reset, params or {})
+        call = self.signature.call(q, k, v, gates, state, mask, reset, params)
         o, after = self._run(call, form, backends_key(backend), remat, nan_policy, overwrite)
         return o.to(q.dtype), after
 
     def _run(
         self, call: Call, form: str, backend: str, remat: str | int | None, nan_policy: str, overwrite: bool
     ) -> tuple[Tensor, State]:
-        if form not in forms:
+        if not isinstance(form, str) or form not in forms:
             raise DerivationError(f"program: form is {form!r}; expected one of {(*forms,)}. Choose one of these.")
-        if not (remat in ("auto", None) or (isinstance(remat, int) and remat > 0)):
+        if not (remat in ("auto", None) or is_whole(remat)):
             raise ShapeError(
                 f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one "
                 "of these."
             )
+        require(isinstance(overwrite, bool), "program", "overwrite", overwrite, "True or False", "Pass one of them.")
         if nan_policy not in policies:
             raise ShapeError(f"program: nan_policy is {nan_policy!r}; expected one of {policies}. Choose one of these.")
         if 0 in call.q.shape[:3]:
@@ -238,7 +247,7 @@ class ChunkProgram(nn.Module):
         Raises: ShapeError.
         """
         self.refresh()
-        call = self.signature.call(k, k, v, gates or {}, state, mask, reset, params or {})
+        call = self.signature.call(k, k, v, gates, state, mask, reset, params)
         if 0 in call.k.shape[:3]:
             none = call.v.new_zeros(call.v.shape[:3], dtype=call.dtype)
             return none, none, call.state
@@ -249,7 +258,8 @@ class ChunkProgram(nn.Module):
         self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False
     ) -> tuple[Tensor, State]:
         if not compiles():
-            self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
+            expect_width(call.v, made.derivation.V)
             self._expect_fixed(call.slow)
         return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
 
@@ -266,6 +276,9 @@ class ChunkProgram(nn.Module):
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
+        for name, x in (("batch", batch), ("heads", heads)):
+            advice = "Pass how many there are."
+            require(is_whole(x, 0), "program.initial_state", name, x, "a whole number >= 0", advice)
         signature = self.signature
         fast, _ = signature.with_heads(params or {}, heads, *signature.kind)
         return started(fast, self.rule.start, batch)
@@ -288,7 +301,7 @@ class ChunkProgram(nn.Module):
         return self._shown.derivation
 
     @property
-    def step(self) -> Step:
+    def step(self) -> TracedStep:
         # Of the plan, which traces out of sight: torch 2.11's export prints each module while it traces.
         return self._shown.step(Variant(self.chunk, fresh=True, dense=True, opens=False))
 
@@ -391,18 +404,19 @@ def derive(
             "spec(dim)."
         )
     for name, x in (("chunk", chunk), ("block", block)):
-        if not (isinstance(x, int) and not isinstance(x, bool) and x >= 1) and not (name == "block" and x is None):
-            raise DerivationError(
-                f"derive: {name} is {x!r}; expected a number of tokens, a whole number >= 1. Pass a positive int."
-            )
+        expected = "a number of tokens, a whole number >= 1"
+        is_right = is_whole(x) or (name == "block" and x is None)
+        require(is_right, "derive", name, x, expected, "Pass a positive int.", DerivationError)
+    require(isinstance(prove, bool), "derive", "prove", prove, "True or False", "Pass one of them.", DerivationError)
+    slow = patterns("slow", slow)
     loss = _resolved(objectives, objective, Callable)
     built = _resolved(rules, rule, Rule)
     frozen = tuple(name for name, p in learner.named_parameters() if not p.requires_grad)
     with TRACING:
         reading = Fingerprint(learner, loss, built).key or object()
-        key = (id(learner), id(loss), id(built), reading, chunk, tuple(slow), block, prove, frozen)
+        key = (id(learner), id(loss), id(built), reading, chunk, slow, block, prove, frozen)
         if key not in _programs:
-            _programs[key] = ChunkProgram(learner, loss, built, chunk, tuple(slow), block, prove)
+            _programs[key] = ChunkProgram(learner, loss, built, chunk, slow, block, prove)
         return _programs[key]
 
 

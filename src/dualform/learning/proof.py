@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.learning.problems import WHOLE, Draw, Problem, differences, largest_entry, outcome
+from dualform.learning.problems import WHOLE, Draw, Drawn, differences, largest_entry, outcome
 from dualform.learning.sites import DerivationError
 from dualform.shapes import TraceError
 
@@ -203,7 +203,7 @@ class _CannotRun(Exception):
 class _Differs(Exception):
     """Something differs: what, by how much, the problem and the expected outcome."""
 
-    def __init__(self, found: dict[str, float], allowed: float, problem: Problem, expected: dict[str, Tensor]) -> None:
+    def __init__(self, found: dict[str, float], allowed: float, problem: Drawn, expected: dict[str, Tensor]) -> None:
         super().__init__()
         self.name = max(found, key=lambda n: found[n])
         self.error, self.allowed, self.problem, self.expected = found[self.name], allowed, problem, expected
@@ -244,13 +244,13 @@ def _tokens(b: int, ragged: bool) -> int:
     return (b + 4 if ragged else 2 * b) if b <= WHOLE else WHOLE + 8
 
 
-def _inputs(program: Any, problem: Problem) -> dict[str, Tensor]:
+def _inputs(program: Any, problem: Drawn) -> dict[str, Tensor]:
     """All that has a gradient: what was drawn, and the tensors that the user's code closes over."""
     return problem.leaves | {n: x for n, x in program.parts.closed.items() if x.requires_grad}
 
 
 def _compared(
-    program: Any, blocked: Any, form: str, problems: list[Problem], allowed: float
+    program: Any, blocked: Any, form: str, problems: list[Drawn], allowed: float
 ) -> tuple[float, tuple[str, ...]] | None:
     """Return the largest error and what was compared; None where the definition is not finite."""
     error, names = 0.0, dict[str, None]()
@@ -268,19 +268,19 @@ def _compared(
     return error, tuple(names)
 
 
-def _derived(problem: Problem, program: Any, blocked: Any, form: str) -> dict[str, Tensor]:
+def _derived(problem: Drawn, program: Any, blocked: Any, form: str) -> dict[str, Tensor]:
     results = problem.followed(problem.run(blocked, form, backend="eager", remat=None))
     return outcome(results, _inputs(program, problem))
 
 
-def _definition(program: Any, problem: Problem) -> dict[str, Tensor]:
+def _definition(program: Any, problem: Drawn) -> dict[str, Tensor]:
     try:
         return outcome(problem.defined(program), _inputs(program, problem))
     except Exception as error:  # the user's code, run as it is
         raise _CannotRun(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _silent(program: Any, form: str, blocked: Any, problem: Problem) -> list[str]:
+def _silent(program: Any, form: str, blocked: Any, problem: Drawn) -> list[str]:
     """List the leaves that no output depends on, neither as they begin nor as they are carried."""
     o, _ = problem.run(blocked, form, backend="eager", remat=None)
     scalar = (o * torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(o)).sum()
@@ -289,7 +289,7 @@ def _silent(program: Any, form: str, blocked: Any, problem: Problem) -> list[str
     return [name for name, g in zip(leaves, grads, strict=True) if not bool(g.any())]
 
 
-def _agreed(got: dict[str, Tensor], expected: dict[str, Tensor], allowed: float, problem: Problem) -> float:
+def _agreed(got: dict[str, Tensor], expected: dict[str, Tensor], allowed: float, problem: Drawn) -> float:
     found = differences(got, expected)
     if not max(found.values()) <= allowed:
         raise _Differs(found, allowed, problem, expected)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.algebra.planner import letters, token_order
 from dualform.algebra.terms import Axis, Factor, Label, Term, atoms, fresh_axes, renewed, sizes, substitute, volume
 from dualform.graphs import local_rules
 from dualform.graphs.edit import add
+from dualform.graphs.this_thread import no_modes
 from dualform.learning.sites import Analysis, first_crooked, is_of_one_type, mark, operand_nodes
 from dualform.ops.pointwise import is_pointwise
 from dualform.ops.table import find_row
@@ -130,10 +130,10 @@ def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:
     return Factor(torch.empty(sizes(labels), device="meta"), labels, node.name)
 
 
-def _meta_call(node: fx.Node) -> local_rules.Call:
+def _meta_call(node: fx.Node) -> local_rules.OpCall:
     """Describe an op on meta tensors: only its labels are asked for."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: torch.empty_like(n.meta["val"], device="meta"))
-    return local_rules.Call(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
+    return local_rules.OpCall(node.target, args, kwargs, torch.empty_like(node.meta["val"], device="meta"))
 
 
 def _product_of(a: Analysis, node: fx.Node) -> list[Term]:
@@ -237,7 +237,7 @@ def _offset(node: fx.Node) -> float:
     if not is_pointwise(node.target):
         raise _NoProduct
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda _: torch.zeros((), dtype=torch.float64))
-    with _disable_current_modes():
+    with no_modes():
         return float(node.target(*args, **kwargs))  # type: ignore[operator]
 
 

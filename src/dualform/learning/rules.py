@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dualform.catalogue import Catalogue
+from dualform.shapes import fail, require
 
 Scalar = float | Tensor
 
@@ -62,24 +63,59 @@ class Rule:
     name: str = "rule"
 
     def __post_init__(self) -> None:
+        self._expect_kinds()
         if len(self.start) != len(self.resets):
             raise ValueError(
                 f"Rule: start has {len(self.start)} entries and resets has {len(self.resets)}; expected one of each "
                 "per register. Give both the same length."
             )
-        got = self.step(torch.ones(()), **{gate: torch.ones(()) for gate in self.gates})
-        sizes = {
-            "A": len(got.A),
-            "b": len(got.b),
-            "u": len(got.u),
-            **{f"A[{k}]": len(row) for k, row in enumerate(got.A)},
-        }
-        for part, size in sizes.items():
+        for part, size in self._sizes().items():
             if size != self.num_registers:
                 raise ValueError(
                     f"Rule: step returns {part} with {size} entries; expected one per register = {self.num_registers} "
                     f"(start = {self.start}). Make start, resets, A, b and u agree."
                 )
+
+    def _expect_kinds(self) -> None:
+        """Refuse fields of another kind."""
+
+        def require_all(name: str, is_right: bool, expected: str, advice: str) -> None:
+            require(is_right, "Rule", name, getattr(self, name), expected, advice, ValueError)
+
+        def is_tuple(x: Any, *kinds: type) -> bool:
+            return isinstance(x, tuple) and all(isinstance(v, kinds) for v in x)
+
+        words = ", ".join(f"{gate}" for gate in self.gates) if is_tuple(self.gates, str) else "**gates"
+        require_all("step", callable(self.step), f"a function step(i, {words}) -> Step", "Pass one.")
+        require_all("gates", is_tuple(self.gates, str), "a tuple of names", "Write ('lr',), with its comma.")
+        is_mapping = isinstance(self.constants, Mapping) and is_tuple(tuple(self.constants.values()), int, float)
+        require_all("constants", is_mapping, "a mapping from gates to numbers", "Write {'decay': 0.1}.")
+        require_all("start", is_tuple(self.start, int, float), "a tuple of numbers", "Write (0.0,), one per register.")
+        require_all(
+            "resets", is_tuple(self.resets, bool), "a tuple of True and False", "Write (True,), one per register."
+        )
+        require_all("name", isinstance(self.name, str), "a name", "Write a string.")
+
+    def _sizes(self) -> dict[str, int]:
+        """How many entries each part of a step has, all of which must be numbers or tensors."""
+        gates, wanted = {gate: torch.ones(()) for gate in self.gates}, f"step(i, {', '.join(self.gates)}) -> Step"
+        try:
+            got = self.step(torch.ones(()), **gates)
+            sizes = {"A": len(got.A), "b": len(got.b), "u": len(got.u)}
+            sizes |= {f"A[{k}]": len(row) for k, row in enumerate(got.A)}
+        except (TypeError, AttributeError) as error:
+            fail(
+                "Rule",
+                "step",
+                f"failed with {type(error).__name__}: {error}",
+                wanted,
+                f"Take {self.gates}.",
+                ValueError,
+            )
+        for x in tree_leaves(tuple(got), is_leaf=lambda x: x is None):
+            is_right = isinstance(x, Tensor | int | float)
+            require(is_right, "Rule", "an entry of step", x, "a number or a tensor", f"Write {wanted}.", ValueError)
+        return sizes
 
     @property
     def num_registers(self) -> int:

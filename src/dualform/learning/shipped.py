@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from dualform.graphs.simplify import tidy
 from dualform.learning.backends import BackendError
-from dualform.learning.derive import Step, flatten, trace_fake
+from dualform.learning.derive import TracedStep, flatten, trace_fake
 from dualform.learning.emit import StepInputs
 from dualform.learning.grid import Variant
 from dualform.learning.plan import Plan
@@ -52,7 +52,7 @@ def written(plan: Plan, variants: Sequence[Variant]) -> str:
     return MARK + base64.b64encode(lzma.compress(json.dumps(told).encode())).decode()
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: TracedStep) -> dict[str, Any]:
     def shaped(x: Any) -> Any:
         if isinstance(x, dict):
             return {name: shaped(y) for name, y in x.items()}
@@ -155,10 +155,10 @@ class Shipped:
     parts: Any
     constants: dict[str, Tensor]
     told: dict[Variant, Any]
-    steps: dict[Variant, Step] = field(default_factory=dict)
+    steps: dict[Variant, TracedStep] = field(default_factory=dict)
     analyses: dict[int, Any] = field(default_factory=dict)
 
-    def step(self, variant: Variant) -> Step:
+    def step(self, variant: Variant) -> TracedStep:
         """Build a kind of block from its lines."""
         if variant not in self.told:
             raise BackendError(
@@ -175,7 +175,7 @@ class Shipped:
                 return None if x is None else torch.empty(x[0], dtype=_read(x[1]))
 
             inputs = StepInputs(**{part: empty(x) for part, x in told["inputs"].items()})
-            self.steps[variant] = Step(tidy(trace_fake(_graph(told["nodes"]), flatten(inputs), {})), inputs, [])
+            self.steps[variant] = TracedStep(tidy(trace_fake(_graph(told["nodes"]), flatten(inputs), {})), inputs, [])
         return self.steps[variant]
 
 

@@ -79,14 +79,14 @@ class Analysis:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
         return value_of(node, args, kwargs)
 
-    def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> local_rules.Call:
+    def call(self, node: fx.Node, env: Mapping[fx.Node, Any], row: str = "x") -> local_rules.OpCall:
         """Describe a node and its values for the op table; operands are named as in the trace, the tokens `row`."""
         made, part = maker(node)
         args, kwargs = map_arg((made.args, dict(made.kwargs)), env.__getitem__)
         names = tuple(
             row if s in self.tokens[:1] else f"{s.name}_{row}" if s in self.tok else s.name for s in operand_nodes(made)
         )
-        return local_rules.Call(made.target, args, kwargs, env[node], part, names)  # type: ignore[arg-type]
+        return local_rules.OpCall(made.target, args, kwargs, env[node], part, names)  # type: ignore[arg-type]
 
 
 def maker(node: fx.Node) -> tuple[fx.Node, int | None]:
@@ -254,7 +254,7 @@ def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Pl
 
 
 def _carried(
-    a: Analysis, node: fx.Node, call: local_rules.Call, W: int, places: Mapping[fx.Node, Place]
+    a: Analysis, node: fx.Node, call: local_rules.OpCall, W: int, places: Mapping[fx.Node, Place]
 ) -> Place | None:
     """Follow an index of W rows from the tensors that have it to what is made of them; None where it is lost."""
     if is_kept(node):
@@ -281,7 +281,7 @@ def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
 
 
 def _is_alike(
-    a: Analysis, call: local_rules.Call, name: str, k: int | None, source: fx.Node, place: Place, W: int,
+    a: Analysis, call: local_rules.OpCall, name: str, k: int | None, source: fx.Node, place: Place, W: int,
     env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip
     """Does an argument that no token reaches enter a result in the same way at every token?"""
@@ -362,7 +362,7 @@ def _expect_apart(a: Analysis, node: fx.Node) -> None:
 
 
 def _is_even_through(
-    a: Analysis, call: local_rules.Call, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
+    a: Analysis, call: local_rules.OpCall, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip
     """Does a source bring no difference along some labels of a result?"""
     looked_up = any(labels & set(r.labels) for r in term.relations)

@@ -166,7 +166,9 @@ def has_no_row(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and value.is_complex():  # made of constants: the tracer leaves no others
         return False
-    is_op = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    is_op = isinstance(node.target, torch._ops.OpOverload) and bool(
+        node.all_input_nodes
+    )  # of none, there is none to have
     return is_op and not local_rules.is_structured(node.target)
 
 

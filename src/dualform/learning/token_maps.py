@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def separated(J: Derivative, place: Place, W: int, y: Tensor) -> tuple[Derivativ
     if place.outer == 1 and place.inner == 1:
         return J, place.axis
     shape = [*y.shape[: place.axis], place.outer, W, place.inner, *y.shape[place.axis + 1 :]]
-    view = table.Call(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
+    view = table.OpCall(torch.ops.aten.reshape.default, (y, shape), {}, y.reshape(shape))
     return compose(table.derivative(view, 0), J), place.axis + 1
 
 
@@ -99,6 +100,46 @@ def per_target(J: Derivative, axis: int | None) -> Derivative:
         return replace(term, inn=(tokens(term.out, axis), *term.inn))
 
     return _edit(J, change, J.out_shape, (count(J, axis), *J.in_shape))
+
+
+# A leaf at some sites of the keys: d y / d leaf, the token axis of y, delta.
+Written = tuple[Derivative, "int | None", Tensor]
+
+
+def together(written: Sequence[Written]) -> list[Written]:
+    """Lay what like sites write one upon another, along an axis that is summed: n uses of a leaf then meet n others in n products, not n^2."""
+    groups: dict[Any, list[Written]] = {}
+    for one in written:
+        groups.setdefault((one[1], *map(_pattern, one[0].terms)), []).append(one)
+    return [_stacked(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _pattern(term: Term) -> Any:
+    """A term but for its numbers."""
+    number = {label: (k, label.size) for k, label in enumerate((*term.visible, *term.hidden))}
+    sides = tuple(tuple(tuple(number[x] for x in axis) for axis in side) for side in (term.out, term.inn))
+    kinds = ((f.tensor.dtype if isinstance(f, Factor) else f.key, *(number[x] for x in f.labels)) for f in term.factors)
+    return term.coef, sides, tuple(kinds)
+
+
+def _stacked(written: Sequence[Written]) -> Written:
+    u, axis = Label(len(written)), written[0][1]
+
+    def stack(*fs: Any) -> Any:
+        first, *others = fs
+        if isinstance(first, Relation) or all(f.tensor is first.tensor for f in others):
+            return first
+        return Factor(torch.stack([f.tensor for f in fs]), (u, *first.labels), f"[{', '.join(f.name for f in fs)}]")
+
+    def laid(*terms: Term) -> Term:
+        factors = tuple(itertools.starmap(stack, zip(*(t.factors for t in terms), strict=True)))
+        return replace(terms[0], factors=factors, out=((u,), *terms[0].out))
+
+    Js, deltas = [J for J, _, _ in written], [delta for *_, delta in written]
+    J = Js[0]
+    terms = tuple(itertools.starmap(laid, zip(*(J.terms for J in Js), strict=True)))
+    made = Derivative(terms, (u.size, *J.out_shape), J.in_shape, J.dtype, J.device)
+    return made, None if axis is None else axis + 1, torch.stack(deltas)
 
 
 def running(coef: Coefficients, W: int, size: int, itemsize: int) -> tuple[bool, Price]:

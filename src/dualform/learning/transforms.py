@@ -15,10 +15,9 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dualform.graphs.hollow import Hollows
-from dualform.graphs.this_thread import captures, compiles, records
+from dualform.graphs.this_thread import captures, compiles, no_modes, records, traces_apart
 
 inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
 
@@ -49,6 +48,7 @@ def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
 
     def run() -> Any:
         setattr(inside, role, True)
+        traces_apart()
         with Hollows() if role == "worker" else nullcontext():
             return make()
 
@@ -75,7 +75,7 @@ def _uncollected() -> Iterator[None]:
 def _first_fake_tensors() -> None:
     """A torch for CUDA that finds no GPU crashes if its first fake tensors are another thread's (seen in 2.11)."""
     if torch.version.cuda is not None and not torch.cuda.is_available():
-        with _disable_current_modes(), FakeTensorMode():
+        with no_modes(), FakeTensorMode():
             pass
 
 
@@ -128,7 +128,7 @@ def lasting() -> Iterator[None]:
     """
     with (
         TRACING,
-        _disable_current_modes(),
+        no_modes(),
         temporarily_clear_interpreter_stack(),
         torch.inference_mode(False),
         torch.no_grad(),

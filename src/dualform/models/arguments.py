@@ -29,8 +29,7 @@ def refuse_unknown(where: str, forward: Any, given: dict[str, Any], more: Sequen
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Refuse token ids that the embedding has no row for (not where values are hidden:
-    under torch.compile and vmap)."""
+    """Refuse token ids that the embedding has no row for (unless hidden: under torch.compile and vmap)."""
     if ids.ndim != 2 or ids.dtype not in (torch.long, torch.int):
         raise ValueError(
             f"DualformModel: input_ids has shape {tuple(ids.shape)} and type {ids.dtype}; expected (batch, tokens) of "

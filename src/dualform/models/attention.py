@@ -18,8 +18,7 @@ from dualform.models.cache import Columns, DocumentCache
 
 
 def allowed(columns: Columns | None, T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which of S columns each of the T last may look at, (B or 1, 1, T, S);
-    None if SDPA's own causal rule says it.
+    """Return which of S columns each of the T last may look at, (B or 1, 1, T, S); None: SDPA's own causal rule.
 
     A token sees the tokens of its document up to itself, the last `window` of them. Padding sees what a token in its
     place would, and itself, so that no row of the softmax is empty.
@@ -57,14 +56,9 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        columns: Columns | None,
-        cache: DocumentCache | None,
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, columns: Columns | None, cache: DocumentCache | None,
         with_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (
             y.transpose(1, 2) for y in (rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta), v)

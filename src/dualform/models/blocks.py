@@ -72,18 +72,11 @@ class ShortConv(nn.Module):
 def learning_layer(config: DualformConfig, name: str = "", prove: bool = True) -> TestTimeTraining:
     """Build the layer that a configuration describes; name: how errors call it; prove: as df.derive's."""
     layer = TestTimeTraining(
-        config.hidden_size,
-        config.num_attention_heads,
-        learner=learners.build(config.learner),
-        objective=objectives.build(config.objective),
-        rule=rules.build(config.rule),
-        chunk=config.chunk,
-        rope_theta=config.rope_theta,
-        share_qk=config.share_qk,
-        use_gate=config.use_gate,
-        conv_kernel=config.conv_kernel,
-        prove=prove,
-    )
+        config.hidden_size, config.num_attention_heads, learner=learners.build(config.learner),
+        objective=objectives.build(config.objective), rule=rules.build(config.rule), chunk=config.chunk,
+        rope_theta=config.rope_theta, share_qk=config.share_qk, use_gate=config.use_gate,
+        conv_kernel=config.conv_kernel, prove=prove,
+    )  # fmt: skip
     layer.name = name
     for tensor in own_tensors(layer).values():
         # The layer has drawn its own values; transformers' init must refill them only where it made them from nothing.
@@ -108,8 +101,7 @@ class AttentionView(NamedTuple):
 class BlockCall:
     """What one call gives every block, and none should compute again.
 
-    mask, reset (B, T) bool; positions (B or 1, T), for the rotations of attention layers; views:
-    for each kind of attention.
+    mask, reset (B, T) bool; positions (B or 1, T), for the rotations of attention; views: for each kind of it.
     """
 
     mask: Tensor | None
@@ -117,14 +109,12 @@ class BlockCall:
     positions: Tensor
     views: dict[str, AttentionView]
     with_weights: bool = False
-    # What each layer's cache held before it read, for blocks that run again to have their gradients; None without
-    # gradients.
+    # What each layer's cache held before it read, for blocks that run again for gradients; None without gradients.
     before: dict[int, Any] | None = None
     observed: list[tuple[Tensor, Tensor]] | None = None  # where layers leave their inner losses, if anyone asks
 
     def once(self, index: int, cache: Any) -> Any:
-        """Return the cache that block `index` reads on: its own the first time,
-        then a copy of what that held before."""
+        """Return the cache that block `index` reads on: first its own, then a copy of what that held before."""
         assert self.before is not None
         if index in self.before:
             return copy.copy(self.before[index])

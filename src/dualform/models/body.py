@@ -105,13 +105,9 @@ class DualformPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def inner_losses(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, reset: Tensor | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Read how well the layers knew each token: their inner loss before and after the update that it caused.
 
         before_t = loss(f(k_t; anchor), v_t), whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
@@ -175,17 +171,10 @@ class DualformModel(DualformPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        reset: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> BaseOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        reset: Tensor | None = None, cache: Cache | None = None, **kwargs: Any,
+    ) -> BaseOutput:  # fmt: skip
         if (input_ids is None) == (inputs_embeds is None):
             given = "both" if input_ids is not None else "neither"
             raise ValueError(
@@ -223,14 +212,9 @@ class DualformModel(DualformPreTrainedModel):
         return BaseOutput(last_hidden_state=self.norm(h), **carried)
 
     def _call(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-        packed: dict[str, Tensor | None],
-        with_weights: bool,
-    ) -> BlockCall:
+        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None,
+        packed: dict[str, Tensor | None], with_weights: bool,
+    ) -> BlockCall:  # fmt: skip
         """Check what was given, and prepare what every layer of a kind needs."""
         if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
             raise ValueError(

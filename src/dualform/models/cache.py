@@ -46,8 +46,7 @@ class Columns(NamedTuple):
 
 
 class CachedCall(NamedTuple):
-    """One call that a cache recorded: what it held before, what was read (h (B, T, d), call),
-    and how to read it again."""
+    """One call that a cache recorded: what it held, what was read (h (B, T, d), call), how to read it again."""
 
     before: Rollback
     h: Tensor
@@ -78,9 +77,8 @@ class Rollback:
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.records: list[CachedCall] = []
-        self.read: Tensor | None = (
-            None  # the last ids (B, n), which tell whether more ids go on from them; None: not known
-        )
+        # The last ids (B, n), which tell whether more ids go on from them; None: not known.
+        self.read: Tensor | None = None
 
     def __copy__(self) -> Self:
         made = type(self).__new__(type(self))
@@ -139,8 +137,7 @@ class Rollback:
         raise NotImplementedError
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep the given rows, in that order: numbers (negative ones count from the end) or a truth value for each
-        row."""
+        """Keep the given rows, in that order: numbers (negative from the end) or a truth value for each row."""
         if self.num_rows is not None:
             rows = row_numbers(indices, self.num_rows)
             self.records = [reading.select(rows) for reading in self.records]
@@ -187,8 +184,7 @@ class FastWeightCache(Rollback, CacheLayerMixin):
         return self._state, self._ours and not self.record_past and not self.records
 
     def check(self, expected: dict[str, tuple[int, ...]], batch: int) -> None:
-        """Refuse a state of other rows or of another layer; expected: the shape of each tensor's row,
-        and the mini-batch."""
+        """Refuse a state of other rows or of another layer; expected: each tensor's row shape, and the mini-batch."""
         if self._state is None:
             self.chunk = expected["chunk"]
             return
@@ -337,8 +333,7 @@ class DocumentCache(Rollback, DynamicLayer):
 
 
 def join(past: DocumentCache | None, mask: Tensor | None, reset: Tensor | None, like: Tensor) -> Columns | None:
-    """Say where past and new columns stand, (B, S + T); None where all is one document without padding. like (B,
-    T, ...)."""
+    """Say where past and new columns stand, (B, S + T); None: one document, no padding. like (B, T, ...)."""
     old = None if past is None else past.columns
     if old is None and mask is None and reset is None:
         return None

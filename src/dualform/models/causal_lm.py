@@ -48,32 +48,18 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        reset: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> CausalOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, reset: Tensor | None = None,
+        cache: Cache | None = None, **kwargs: Any,
+    ) -> CausalOutput:  # fmt: skip
         for_loss = {name: kwargs.pop(name) for name in ("shift_labels", "ignore_index") if name in kwargs}
         refuse_unknown("DualformForCausalLM", DualformForCausalLM.forward, kwargs)
         body = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            reset=reset,
-            cache=cache,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, reset=reset, cache=cache,
             **kwargs,
-        )
+        )  # fmt: skip
         h = body.last_hidden_state
         if attention_mask is not None:
             h = onto_padding(h, attention_mask[:, attention_mask.shape[1] - h.shape[1] :])
@@ -84,12 +70,9 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             for_loss |= kwargs
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return CausalOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
+            loss=loss, logits=logits, hidden_states=body.hidden_states, attentions=body.attentions,
             **{CACHE: getattr(body, CACHE)},
-        )
+        )  # fmt: skip
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does, on a cache by either of its names.
@@ -136,9 +119,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         # `reset` speaks of the prompt; generated tokens belong to its last document.
         kwargs = renamed("prepare_inputs_for_generation", kwargs)
         reset, cache = kwargs.pop("reset", None), kwargs.get(CACHE)
-        if getattr(
-            cache, drafted, False
-        ):  # transformers takes the first call of assisted decoding for one on an empty cache
+        # transformers takes the first call of assisted decoding for one on an empty cache
+        if getattr(cache, drafted, False):
             kwargs["next_sequence_length"] = input_ids.shape[1] - cast("Cache", cache).get_seq_length()
         inputs = cast("Any", super()).prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         new = inputs.get("input_ids")

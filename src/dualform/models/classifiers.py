@@ -31,16 +31,10 @@ class Classifier(DualformPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> SequenceOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Any = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, **kwargs: Any,
+    ) -> SequenceOutput:  # fmt: skip
         body = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
@@ -61,13 +55,11 @@ class Classifier(DualformPreTrainedModel):
 class DualformForSequenceClassification(Classifier):
     """Classify a text by what its last token has become, wherever padding stands.
 
-    The last token is the last column that attention_mask keeps; without a mask,
-    the last that is not config.pad_token_id.
+    The last token is the last column that attention_mask keeps, or without one the last not config.pad_token_id.
     Shape:  as DualformModel; labels (B,) whole numbers, or (B, C) for several, or numbers to regress -> logits (B, C).
     Dtype:  logits as the parameters.
     Raises: as DualformModel.
-    Source: transformers' heads for causal models. Differs: rows may be padded on either side,
-            with or without pad_token_id.
+    Source: transformers' heads for causal models. Differs: padding on either side, with or without pad_token_id.
     """
 
     def read(self, h: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tensor:

@@ -17,8 +17,7 @@ from dualform.models.presets import inner, presets
 
 layer_kinds = ("test_time", "full_attention", "sliding_attention")
 specs = {"learner": learners, "objective": objectives, "rule": rules}
-# A Trainer that resumes reads config.json with transformers' own class, which must know our kind of layer (as its
-# caches do).
+# A resuming Trainer reads config.json with transformers' own class, which must know our kind of layer (as caches do).
 for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     setattr(configuration_utils, _name, (*getattr(configuration_utils, _name, ()), "test_time"))
 
@@ -33,8 +32,7 @@ class DualformConfig(PreTrainedConfig):
     Dtype:  none.
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, kinds that are unknown and names that are nearly a field's.
-    Source: Sun et al. 2024; field names as in their published models. Differs: `learner`, `objective`,
-            `rule` are specs.
+    Source: Sun et al. 2024; field names as in their models. Differs: `learner`, `objective`, `rule` are specs.
     Example:
         >>> config = DualformConfig(preset="tiny-ttt-mlp", num_hidden_layers=2)
         >>> config.layer_types, config.rule["lr"]
@@ -106,8 +104,7 @@ class DualformConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        """Leave out the copy of our source that transformers would save:
-        models save a file that imports the package."""
+        """Leave out the copy of our source: models save a file that imports the package."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Specs are JSON values at any time, so that a configuration can be saved at any time.

@@ -17,8 +17,7 @@ packing = ("reset", "seq_idx", "cu_seq_lens_q")
 
 
 def read_mask(mask: Tensor | None, B: int, T: int, seen: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return which of the last T columns are tokens, and the starts that a mask of numbered documents says; None:
-    all, none.
+    """Return which of the last T columns are tokens, and the starts that a numbered mask says; None: all, none.
 
     Shape:  mask (B, T) or (B, seen + T): bool, or 0 for padding and 1, or 1 1 2 2 2 ... for tokens of packed documents.
     Raises: ValueError for another shape, for other values, and for numbers that fall.
@@ -78,8 +77,7 @@ def previous(valid: Tensor) -> Tensor:
 
 
 def starts_by_positions(positions: Tensor, valid: Tensor | None, B: int, seen: int) -> Tensor | None:
-    """Return where positions (B or 1, T) do not go on by one from token to token, (B, T) bool;
-    padding between may count.
+    """Return where positions (B or 1, T) do not go on by one, (B, T) bool; padding between may count.
 
     Raises: ValueError if they do not after past columns, whose last position nobody knows.
     """
@@ -151,8 +149,7 @@ def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, dev
 
 
 def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dict[str, Any]:
-    """Say where documents start as `reset` does: `generate` hands the same arguments to calls that read other
-    columns."""
+    """Say where documents start as `reset`: `generate` hands the same arguments to calls on other columns."""
     valid, starts = read_mask(given.get("attention_mask"), B, T, 0)
     starts = joined(starts, said_starts({name: given.get(name) for name in packing}, B, T, 0, device))
     rest = {name: value for name, value in given.items() if name not in packing}
@@ -163,8 +160,7 @@ def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dic
 
 
 def onto_padding(h: Tensor, mask: Tensor) -> Tensor:
-    """Give padding (B, T) what the last token before it says,
-    so that right-padded prompts go on from their own ends."""
+    """Give padding (B, T) what the last token before it says: right-padded prompts go on from their own ends."""
     column = torch.arange(h.shape[1], device=h.device).expand(mask.shape)
     last = torch.where(mask.bool(), column, 0).cummax(1).values
     return h.gather(1, last[..., None].expand_as(h))

@@ -43,8 +43,7 @@ _largest = 1e152  # squares of these, and their sums, are numbers still
 
 @dataclass(eq=False, repr=False)
 class RowsEstimator(BaseEstimator):
-    """What the classifier and the regressor share. `_loss`, `_encoded`,
-    `_scaled` and `_width` are what they differ in."""
+    """What the classifier and the regressor share; they differ in `_loss`, `_encoded`, `_scaled`, `_width`."""
 
     _loss: ClassVar[fitting.Loss]
 
@@ -69,8 +68,6 @@ class RowsEstimator(BaseEstimator):
     alpha_: Any = field(init=False)
     n_features_in_: int = field(init=False)
 
-    # -- what a subclass says ------------------------------------------------------------------------------------------
-
     def _encoded(self, y: np.ndarray, new: bool) -> np.ndarray:
         """Turn y into what is computed with: class numbers, or (R, n) numbers."""
         raise NotImplementedError
@@ -88,8 +85,6 @@ class RowsEstimator(BaseEstimator):
     def _groups(self, y: Tensor) -> Tensor | None:
         """Say which rows a held-out part should have its share of."""
         return None
-
-    # -- fitting -------------------------------------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit to the rows of X and their targets y.
@@ -202,8 +197,7 @@ class RowsEstimator(BaseEstimator):
         return fitting.adam(network, rows, self._loss, self.alpha_, count, watch, **options)
 
     def _chosen_alpha(self, network: Network, rows: WeightedRows, generator: torch.Generator) -> float:
-        """Validate: one held-out part if it is large, three folds if rows are few.
-        Every alpha starts from the same weights."""
+        """Validate: one large held-out part, or three folds of few rows. Every alpha starts from the same weights."""
         large = len(rows) >= 500
         parts = max(2, round(1 / self.validation_fraction)) if large else 3
         fold = fitting.folds(self._groups(rows.y), len(rows), parts, generator).to(rows.x.device)
@@ -243,8 +237,6 @@ class RowsEstimator(BaseEstimator):
             label=type(self).__name__,
             every=max(1, 10 // int(self.verbose)) if self.verbose else 0,
         )
-
-    # -- checks --------------------------------------------------------------------------------------------------------
 
     def _check_options(self) -> None:
         name = type(self).__name__
@@ -330,8 +322,6 @@ class RowsEstimator(BaseEstimator):
                 "finite features", "Scale X, lower the degree, or take an expansion that is defined there.", ValueError,
             )  # fmt: skip
 
-    # -- using ---------------------------------------------------------------------------------------------------------
-
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "network_")
         return self._evaluate(cast(Any, validate_data(self, X, dtype=[np.float64, np.float32], reset=False)))
@@ -350,8 +340,6 @@ class RowsEstimator(BaseEstimator):
 
     def _output_names(self) -> list[str]:
         raise NotImplementedError
-
-    # -- reading -------------------------------------------------------------------------------------------------------
 
     def _feature_names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)
@@ -385,15 +373,12 @@ class RowsEstimator(BaseEstimator):
         )
 
     def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Any:
-        """Draw the basis functions, the strongest terms and the learnt function of each feature;
-        return matplotlib's figure.
+        """Draw the basis functions, the strongest terms and each feature's learnt function; return the figure.
 
         A feature's curve is the output's mean over the rows fitted to, as that feature alone is changed; thin lines are
         single rows: where they are parallel the feature acts alone.
-        Shape:  X (R, m) and y (R,), if given, are drawn as points around the curves (regression);
-                `output` picks a class or target.
-        Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`);
-                ValueError for an output it does not have.
+        Shape:  X (R, m) and y (R,), if given, are points around the curves (regression); `output`: a class or target.
+        Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`); ValueError for no such output.
         """
         check_is_fitted(self, "network_")
         names = self._output_names()

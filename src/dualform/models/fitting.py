@@ -225,14 +225,11 @@ def _finish(network: Network, watch: Watch) -> None:
     network.zero_grad(set_to_none=True)
 
 
-# -- one linear layer: closed form -------------------------------------------------------------------------------------
-
 _widest = 2000  # the smaller side of the largest matrix that is decomposed
 
 
 def is_linear(head: Head, num_rows: int) -> bool:
-    """Is the output plainly linear in the weights, one column per feature,
-    and the problem small enough to solve at once?"""
+    """Is the output linear in the weights, one column per feature, and the problem small enough to solve at once?"""
     plain = head.channels == 1 and head.fusion.is_plain and head.config.reconciliation.name == "identity"
     r = head.remainder
     linear = r.kind != "linear" or r.inside or r.activation == "identity"
@@ -242,11 +239,9 @@ def is_linear(head: Head, num_rows: int) -> bool:
 
 @torch.no_grad()
 def least_squares(head: Head, rows: WeightedRows, alpha: float | None) -> list[float]:
-    """Solve for all weights of a linear head; alpha=None takes for each target the one with the least leave-one-out
-    error.
+    """Solve for all weights of a linear head; alpha=None: for each target the one of least leave-one-out error.
 
-    With columns of unit variance, A = U S V^T: fitted = U s^2 / (s^2 + alpha) U^T y,
-    and a row left out errs by e / (1 - h).
+    With columns of unit variance, A = U S V^T: fitted = U s^2 / (s^2 + alpha) U^T y; a row left out errs e / (1 - h).
     """
     share = (rows.w / rows.w.sum())[:, None]
     learnt = head.remainder.kind == "linear"
@@ -288,8 +283,6 @@ def least_squares(head: Head, rows: WeightedRows, alpha: float | None) -> list[f
         head.remainder_bias.zero_()
     return alphas.tolist()
 
-
-# -- how strong the decay should be ------------------------------------------------------------------------------------
 
 decays = (250.0, 50.0, 10.0, 2.0, 0.4, 0.08, 0.016, 3e-3, 1e-4, 1e-6)
 

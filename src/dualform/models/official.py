@@ -187,8 +187,7 @@ def to_official(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a model's weights and configuration as ttt-lm-pytorch names and shapes them.
 
-    `read` takes something else of each parameter: `read=lambda p: p.grad` gives the gradients under official names;
-    what it returns None for is left out.
+    `read` takes something else of each parameter: `lambda p: p.grad` gives gradients; where None, it is left out.
     Shape:  the official ones.
     Dtype:  the model's. Tensors share the model's memory; a tied `lm_head.weight` is a copy.
     Raises: CheckpointError, naming the field, for what the official models cannot express.

@@ -50,8 +50,7 @@ def from_jax(params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict
 
     `params` is its nested mapping of arrays (an outer "params" is looked through), or a flat one with names joined by
     "/". `config` is in JAX's own terms (`seq_modeling_block`, `conv_width`) or in ttt-lm-pytorch's.
-    Shape:  dense kernels (in, out) -> (out, in); convolutions (n, 1, d) -> (d, 1, n); rate kernels (H, d, 1) -> (H,
-            1, d).
+    Shape:  dense kernels (in, out) -> (out, in); convolutions (n, 1, d) -> (d, 1, n); rates (H, d, 1) -> (H, 1, d).
     Dtype:  as the arrays; bfloat16 too, also where numpy shows it as two raw bytes.
     Raises: CheckpointError for missing and extra names, wrong shapes, mixed dtypes, an unknown layer.
     Source: ttt-lm-jax, `ttt/models`. Differs: nothing.
@@ -72,9 +71,8 @@ def from_jax(params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict
         fields["tie_word_embeddings"] = not any(name.startswith("lm_head/") for name in flat)
     tensors = {name: _tensor(x) for name, x in flat.items()}
     tensors = rename("from_jax", tensors, read_config(fields), "jax", "official")
-    tensors.setdefault(
-        "lm_head.weight", tensors["model.embed_tokens.weight"].clone()
-    )  # a tied head has no place in JAX
+    # A tied head has no place in JAX.
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
     return tensors, fields
 
 

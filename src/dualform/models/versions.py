@@ -93,8 +93,7 @@ class Unchecked:
 
 
 def difference(build: Callable[[], Any]) -> float:
-    """Return how far logits on a carried state are from those of one reading, relative: two rows, 16 columns,
-    left padding.
+    """Return how far logits on a carried state are, relative, from one reading: two rows, 16 columns, left padding.
 
     Both by `generate`, which hands the cache about by its own name for it,
     a second call of which reads several tokens, and by calls.

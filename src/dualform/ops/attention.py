@@ -20,16 +20,9 @@ _QKV = (T("b h 4"), T("b l 4"), T("b l k"))
     call("", T("n 4"), T("l 4"), T("l k"), B("n l")), call("", T("2 4"), T("2 4"), T("2 k"), torch.tensor([[True, False], [False, False]])), call("", T("1 4 n k"), T("1 2 l k"), T("1 2 l k"), None, 0.0, True, enable_gqa=True),
 )  # fmt: skip
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dualform.algebra.terms import Term
 from dualform.ops.examples import T, call
 from dualform.ops.pointwise import NM, Spelt, named, pointwise
-from dualform.ops.table import ENTRIES, Call, Entry, diagonal_terms, row
+from dualform.ops.table import ENTRIES, Entry, OpCall, diagonal_terms, row
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
 row("aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", examples=[call("", T("n m", "signed"))])(pointwise)
@@ -81,8 +81,7 @@ row("aten::i0", "aten::special_i0e", "aten::special_i1", "aten::special_i1e", en
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u):
-    value and slopes share one sigmoid."""
+    """x times the normal distribution's integral up to it; 0.5 (1 + tanh u) = sigmoid(2u), shared with the slopes."""
     return x * (torch.sigmoid(_steepness(x)[0]) if approximate == "tanh" else _normal(x))
 
 
@@ -134,7 +133,7 @@ for _op, _example in {
 
 # Slopes that are cheap in terms of the result, or plainer to read than the generic rule.
 def _unary(slope: Any, shown: str) -> Any:
-    def rule(call: Call, operand: int) -> list[Term]:
+    def rule(call: OpCall, operand: int) -> list[Term]:
         x = call.operands[operand]
         return diagonal_terms(call, operand, slope(x, call.out), shown.format(x=call.operand_name(operand)))
 
@@ -181,7 +180,7 @@ def _powered(n: fx.Node) -> Spelt:
 @row(
     "aten::pow.Tensor_Scalar", entry=_powered, python="{0} ** {1}", examples=[call("", NM, p) for p in (2, 0, 1, 3.5, -1)],
 )  # fmt: skip
-def _power(call: Call, operand: int) -> list[Term]:
+def _power(call: OpCall, operand: int) -> list[Term]:
     x, p, name = call.operands[0], call.bound["exponent"], call.operand_name(0)
     if p == 0:
         return []

@@ -9,7 +9,7 @@ from torch import fx
 
 from dualform.ops.examples import call
 from dualform.ops.pointwise import NM, Spelt, named, nothing
-from dualform.ops.table import ENTRIES, Call, Entry, find_row, row
+from dualform.ops.table import ENTRIES, Entry, OpCall, find_row, row
 
 
 def filled_with(n: fx.Node) -> Any:
@@ -17,7 +17,7 @@ def filled_with(n: fx.Node) -> Any:
     row = find_row(n.target)
     if row is None or row.entry is not _filled or is_empty(n.target):
         return None
-    bound = Call(n.target, n.args, dict(n.kwargs), n.meta["val"]).bound
+    bound = OpCall(n.target, n.args, dict(n.kwargs), n.meta["val"]).bound
     return bound.get("fill_value", bound.get("s", float("ones" in named(n))))
 
 

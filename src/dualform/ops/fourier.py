@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualform.algebra.terms import Term, fresh_axes, make_factor
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, Call, row
+from dualform.ops.table import ALL, OpCall, row
 
 
 def _cosines(x: Tensor, dim: int, n: int, out: int) -> Tensor:
@@ -39,7 +39,7 @@ for _name, _map in (("cosines", _cosines), ("sines", _sines)):
 cosines, sines = torch.ops.dualform.cosines.default, torch.ops.dualform.sines.default
 
 
-def _pulled(call: Call, g: Tensor) -> Tensor:
+def _pulled(call: OpCall, g: Tensor) -> Tensor:
     dim, n = call.bound["dim"], call.bound["n"]
     return call.target(g, dim, n, call.operands[0].shape[dim])
 
@@ -48,7 +48,7 @@ def _pulled(call: Call, g: Tensor) -> Tensor:
     "dualform::cosines", "dualform::sines", affine=ALL, adjoint=_pulled,
     examples=[call(op, x, *rest) for op in ("dualform::cosines", "dualform::sines") for x, *rest in ((T("n m"), 0, 3, 3), (T("3 n"), -2, 5, 3), (T("5"), 0, 6, 6))],
 )  # fmt: skip
-def _transform(call: Call, operand: int) -> list[Term]:
+def _transform(call: OpCall, operand: int) -> list[Term]:
     """One matrix on one axis."""
     x, dim, n = call.operands[0], call.bound["dim"] % call.out.ndim, call.bound["n"]
     inn = fresh_axes(x.shape)

@@ -15,7 +15,7 @@ from dualform.algebra.relations import Lookup, window
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
 from dualform.ops import lookups, picking
 from dualform.ops.examples import B, I, T, call
-from dualform.ops.table import ALL, FIRST, Call, broadcast_axes, defined_row, diagonal_terms, entrywise_reads, row
+from dualform.ops.table import ALL, FIRST, OpCall, broadcast_axes, defined_row, diagonal_terms, entrywise_reads, row
 
 
 def lookup(chosen: Sequence[Axis], big: Axis, index: Tensor, name: str = "idx") -> tuple[Relation, ...]:
@@ -27,14 +27,14 @@ def lookup(chosen: Sequence[Axis], big: Axis, index: Tensor, name: str = "idx") 
     return (Lookup(own, big, torch.remainder(index.reshape(size), volume(big)), name),)
 
 
-def _taken(call: Call, dim: int, index: Tensor) -> list[Term]:
+def _taken(call: OpCall, dim: int, index: Tensor) -> list[Term]:
     """out[..., i..., ...] = x[..., index[i...], ...]."""
     inn = fresh_axes(call.operands[0].shape)
     chosen = fresh_axes(index.shape)
     return [Term(1.0, lookup(chosen, inn[dim], index), (*inn[:dim], *chosen, *inn[dim + 1 :]), inn)]
 
 
-def _reads_taken(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_taken(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Where a whole index stands in the result."""
     if name == "self" or name == "weight":
         return NotImplemented
@@ -47,7 +47,7 @@ def _reads_taken(call: Call, name: str, k: int | None) -> list[Term]:
     "aten::index_select", affine=ALL, lowered=picking.index_select, reads=_reads_taken,
     examples=[call("", T("n m"), 0, I("k", "n")), call("", T("n m"), -1, I("p", "m"))],
 )  # fmt: skip
-def _index_select(call: Call, operand: int) -> list[Term]:
+def _index_select(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[0]
     index = call.bound["index"].reshape(-1)
     return _taken(call, call.bound["dim"] % x.ndim, index) if x.ndim else diagonal_terms(call, operand)
@@ -57,7 +57,7 @@ def _index_select(call: Call, operand: int) -> list[Term]:
     "aten::embedding", affine=FIRST, lowered=picking.embedding, mapped=lookups.embedding, reads=_reads_taken,
     examples=[call("", T("n m"), I("b k", "n")), call("", T("n m"), I("p", "n"), 1)],
 )  # fmt: skip
-def _embedding(call: Call, operand: int) -> list[Term]:
+def _embedding(call: OpCall, operand: int) -> list[Term]:
     """A padding row is read, and gets no derivative."""
     index, padding = call.bound["indices"], call.bound["padding_idx"]
     (term,) = _taken(call, 0, index)
@@ -67,7 +67,7 @@ def _embedding(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (kept, *term.factors), term.out, term.inn)]
 
 
-def _reads_indexed(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_indexed(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Where one of several indices stands: they are broadcast to each other."""
     given = call.bound["indices"]
     if name == "self" or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in given):
@@ -91,7 +91,7 @@ row(
         call("", T("n k m"), [I("b 1", "n"), None, I("p", "m")]), call("", T("n m k"), [None, I("b 1", "m"), I("p", "k")]),
     ],
 )  # fmt: skip
-def _index(call: Call, operand: int) -> list[Term]:
+def _index(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[0]
     out, relations, inn = _indexed(x, call.bound["indices"])
     return [Term(1.0, relations, out, inn)]
@@ -145,7 +145,7 @@ def _joint_lookup(
     return lookup(chosen, tuple(label for k, _ in given for label in inn[k]), flat)
 
 
-def _reads_each(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_each(call: OpCall, name: str, k: int | None) -> list[Term]:
     """An index of its own for each entry of the result."""
     return NotImplemented if name == "self" else entrywise_reads(call, name, k)
 
@@ -154,7 +154,7 @@ def _reads_each(call: Call, name: str, k: int | None) -> list[Term]:
     "aten::gather", affine=FIRST, lowered=picking.gather, reads=_reads_each,
     examples=[call("", T("n m"), 1, I("n k", "m")), call("", T("n m"), 0, I("p 2", "n")), call("", T(""), 0, I("", "1"))],
 )  # fmt: skip
-def _gather(call: Call, operand: int) -> list[Term]:
+def _gather(call: OpCall, operand: int) -> list[Term]:
     x, index = call.operands[0], call.bound["index"]
     if x.ndim == 0:
         return diagonal_terms(call, operand)
@@ -178,7 +178,7 @@ def _gathered(
     return out, tuple(relations), tuple(inn)
 
 
-def _reads_along(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_along(call: OpCall, name: str, k: int | None) -> list[Term]:
     return NotImplemented if name == "self" or call.bound["dim"] is None else entrywise_reads(call, name, k)
 
 
@@ -186,7 +186,7 @@ def _reads_along(call: Call, name: str, k: int | None) -> list[Term]:
     "aten::take_along_dim", affine=FIRST, reads=_reads_along,
     examples=[call("", T("n m"), I("1 k", "m"), 1), call("", T("n m", "flat"), I("k", "12"))],
 )  # fmt: skip
-def _take_along_dim(call: Call, operand: int) -> list[Term]:
+def _take_along_dim(call: OpCall, operand: int) -> list[Term]:
     """A gather whose other axes are broadcast; without dim, of the flat tensor."""
     x, index, dim = call.operands[0], call.bound["indices"], call.bound["dim"]
     if dim is None:
@@ -201,7 +201,7 @@ def _take_along_dim(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::take", affine=FIRST, reads=_reads_each, mapped=lookups.take, examples=[call("", T("n m"), I("k p", "12"))])
-def _take(call: Call, operand: int) -> list[Term]:
+def _take(call: OpCall, operand: int) -> list[Term]:
     return _flat_taken(call.operands[0], call.bound["index"])
 
 
@@ -213,7 +213,7 @@ def _flat_taken(x: Tensor, index: Tensor) -> list[Term]:
 @row(
     "aten::repeat_interleave.self_Tensor", affine=ALL, examples=[call("", T("2 m"), torch.tensor([1, 2]), 0, output_size=3)],
 )  # fmt: skip
-def _repeat_interleave(call: Call, operand: int) -> list[Term]:
+def _repeat_interleave(call: OpCall, operand: int) -> list[Term]:
     x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     n = x.numel() if dim is None else x.shape[dim]
     count = call.out.numel() if dim is None else call.out.shape[dim]
@@ -221,15 +221,13 @@ def _repeat_interleave(call: Call, operand: int) -> list[Term]:
     return _flat_taken(x, index) if dim is None else _taken(call, dim % x.ndim, index)
 
 
-# -- writes: what is written over keeps no derivative; what is written has the transpose of a read
-
-
+# Writes: what is written over keeps no derivative; what is written has the transpose of a read
 def _kept(covered: Tensor, axes: tuple[Axis, ...]) -> list[Term]:
     """The identity where nothing was written; `covered` is 1 where something was, and may have axes of size 1."""
     return [Term(1.0, (make_factor(1 - covered, broadcast_axes(axes, covered.shape), "[kept]"),), axes, axes)]
 
 
-def _reads_written(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_written(call: OpCall, name: str, k: int | None) -> list[Term]:
     """An entry looks at the indices of its line, to see whether it is written."""
     if name != "index":
         return NotImplemented
@@ -260,7 +258,7 @@ _writes = {"affine": ALL, "reads": _reads_written}
     "aten::scatter.src", "aten::scatter.value", **_writes, lowered=picking.scatter,
     examples=[call("scatter.src", T("n 4"), 1, torch.tensor([[0, 2], [3, 1]]), T("2 k")), call("scatter.value", T("n m"), 0, I("k 2", "n"), 2.0)],
 )  # fmt: skip
-def _scatter(call: Call, operand: int) -> list[Term]:
+def _scatter(call: OpCall, operand: int) -> list[Term]:
     base, index, adds = call.bound["self"], call.bound["index"], call.target._schema.name == "aten::scatter_add"
     if base.ndim == 0:
         return diagonal_terms(call, operand) if adds or call.places[operand][0] == "src" else []
@@ -285,7 +283,7 @@ def _scatter(call: Call, operand: int) -> list[Term]:
     "aten::index_add", **_writes, mapped="torch", lowered=picking.index_add,
     examples=[call("", T("n m"), 0, I("k", "n"), T("k m"), alpha=2), call("", T("n m"), 1, I("p", "m"), T("n p"))],
 )  # fmt: skip
-def _index_add(call: Call, operand: int) -> list[Term]:
+def _index_add(call: OpCall, operand: int) -> list[Term]:
     base, index, adds = call.bound["self"], call.bound["index"].reshape(-1), "alpha" in call.bound
     dim = call.bound["dim"] % max(base.ndim, 1)
     out = fresh_axes(base.shape)
@@ -310,7 +308,7 @@ def _covered(base: Tensor, dim: int, index: Tensor) -> Tensor:
     "aten::index_fill", **_writes, mapped=lookups.index_fill,
     examples=[call("index_fill.int_Scalar", T("n m"), 0, I("k", "n"), 2.0), call("index_fill.int_Tensor", T("n m"), 1, I("k", "m"), T(""))],
 )  # fmt: skip
-def _index_fill(call: Call, operand: int) -> list[Term]:
+def _index_fill(call: OpCall, operand: int) -> list[Term]:
     base, out = call.bound["self"], fresh_axes(call.out.shape)
     covered = _covered(base, call.bound["dim"] % max(base.ndim, 1), call.bound["index"].reshape(-1))
     if call.places[operand][0] == "self":
@@ -318,7 +316,7 @@ def _index_fill(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(covered, broadcast_axes(out, covered.shape), "[filled]"),), out, ())]
 
 
-def _reads_put(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_put(call: OpCall, name: str, k: int | None) -> list[Term]:
     """A mask of the whole, entry by entry; the places of a value are known by its own derivative."""
     if name != "indices":
         return NotImplemented
@@ -336,7 +334,7 @@ def _reads_put(call: Call, name: str, k: int | None) -> list[Term]:
         call("", T("n m"), [None, I("k", "m")], T("n k")),
     ],
 )  # fmt: skip
-def _index_put(call: Call, operand: int) -> list[Term]:
+def _index_put(call: OpCall, operand: int) -> list[Term]:
     base, indices, adds = call.bound["self"], call.bound["indices"], call.bound["accumulate"]
     masks = [i for i in indices if i is not None and i.dtype == torch.bool]
     if len(masks) == 1 and masks[0].shape == base.shape and call.bound["values"].numel() == 1:
@@ -356,7 +354,7 @@ def _index_put(call: Call, operand: int) -> list[Term]:
     return _kept(torch.ops.aten.index_put.default(torch.zeros_like(base), indices, ones), whole)
 
 
-def _masked_put(call: Call, operand: int, mask: Tensor, adds: bool) -> list[Term]:
+def _masked_put(call: OpCall, operand: int, mask: Tensor, adds: bool) -> list[Term]:
     """x[mask] = value: no place depends on the mask's values."""
     out = fresh_axes(mask.shape)
     hit = mask.to(call.out.dtype)

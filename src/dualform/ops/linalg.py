@@ -16,7 +16,7 @@ from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Factor, Relation, Term, fresh_axes, make_factor
 from dualform.ops.examples import T, call
 from dualform.ops.reductions import slope_of
-from dualform.ops.table import Call, broadcast_axes, defined_row, dims_of, row
+from dualform.ops.table import OpCall, broadcast_axes, defined_row, dims_of, row
 
 NN, BNN = T("n n", "positive"), T("b n n", "positive")
 
@@ -30,7 +30,7 @@ def _square(x: Tensor) -> tuple[tuple[Axis, ...], Axis, Axis]:
 @row(
     "aten::linalg_inv", "aten::inverse", "aten::linalg_inv_ex", examples=[call("", BNN), call("", NN), call("", T("b 1 1"))],
 )  # fmt: skip
-def _inverse(call: Call, operand: int) -> list[Term]:
+def _inverse(call: OpCall, operand: int) -> list[Term]:
     """dC = -C dA C."""
     if call.part:
         return NotImplemented
@@ -50,7 +50,7 @@ def _inverse(call: Call, operand: int) -> list[Term]:
         call("linalg_solve_triangular", NN, T("k n"), upper=True, left=False),
     ],
 )  # fmt: skip
-def _solve(call: Call, operand: int) -> list[Term]:
+def _solve(call: OpCall, operand: int) -> list[Term]:
     """A X = B: dX = C dB - C dA X, for a triangular A with the triangle of dA; X A = B likewise from the right."""
     if call.part:
         return NotImplemented
@@ -97,7 +97,7 @@ def _solve(call: Call, operand: int) -> list[Term]:
     "aten::linalg_cholesky", "aten::cholesky", "aten::linalg_cholesky_ex",
     examples=[call("", BNN), call("", NN), call("linalg_cholesky", NN, upper=True), call("", T("b 1 1"))],
 )  # fmt: skip
-def _cholesky(call: Call, operand: int) -> list[Term]:
+def _cholesky(call: OpCall, operand: int) -> list[Term]:
     """dL = L f(C dA C^T), C = L^-1; f keeps the lower triangle and halves the diagonal; dA is made symmetric first."""
     if call.part:
         return NotImplemented
@@ -123,9 +123,8 @@ def _cholesky(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::cholesky_solve", examples=[call("", T("b n k"), BNN), call("", T("n k"), NN, True), call("", T("n k"), BNN)]
 )
-def _cholesky_solve(call: Call, operand: int) -> list[Term]:
-    """L L^T X = B: dX = C dB - C (dL L^T + L dL^T) X, C = (L L^T)^-1; as in torch,
-    for the half of dL that is not read too."""
+def _cholesky_solve(call: OpCall, operand: int) -> list[Term]:
+    """L L^T X = B: dX = C dB - C (dL L^T + L dL^T) X, C = (L L^T)^-1; as in torch, for all of dL."""
     B, L = call.operands
     upper, X = call.bound["upper"], call.out
     *batch, i, k = fresh_axes(X.shape)
@@ -150,7 +149,7 @@ def _cholesky_solve(call: Call, operand: int) -> list[Term]:
         call("linalg_lu", BNN).of(2), call("linalg_lu_factor_ex", BNN), call("cholesky_inverse", BNN), call("linalg_matrix_exp", T("n n")),
     ],
 )  # fmt: skip
-def _each_matrix(call: Call, operand: int) -> list[Term]:
+def _each_matrix(call: OpCall, operand: int) -> list[Term]:
     """Every matrix of a batch by itself; within one, all depends on all."""
     x = call.operands[0]
     if len(call.operands) > 1:
@@ -173,7 +172,7 @@ def _each_matrix(call: Call, operand: int) -> list[Term]:
     "aten::linalg_det", "aten::det", "aten::logdet", "aten::linalg_slogdet", "aten::slogdet", "aten::linalg_matrix_norm", "aten::nuclear_norm",
     examples=[*(call(op, x) for op in ("linalg_det", "det", "logdet") for x in (BNN, NN)), *(call(op, BNN).of(1) for op in ("linalg_slogdet", "slogdet")), call("nuclear_norm", NN), call("linalg_matrix_norm.str_ord", BNN, "nuc"), call("linalg_matrix_norm", T("n b m"), 2, [0, 2])],
 )  # fmt: skip
-def _of_a_matrix(call: Call, operand: int) -> list[Term]:
+def _of_a_matrix(call: OpCall, operand: int) -> list[Term]:
     """One number of a matrix: its slopes are a matrix of each batch entry."""
     inn = fresh_axes(call.operands[0].shape)
     dims = dims_of(call.bound.get("dim", [-2, -1]), len(inn))

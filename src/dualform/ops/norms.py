@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualform.algebra.terms import Axis, Factor, Label, Term, fresh_axes, make_factor, volume
 from dualform.ops.examples import T, call
-from dualform.ops.table import Call, dims_of, row
+from dualform.ops.table import OpCall, dims_of, row
 
 NM = T("n m")
 GAIN = (frozenset({1, 2}),)
@@ -50,7 +50,7 @@ row(
 @row("aten::_softmax", lowered=_exponentials, examples=[call("", NM, 0, False)])
 @row("aten::softmax", python="torch.", examples=_ALONG)
 @row("aten::special_softmax", "aten::_safe_softmax", examples=[call("", NM, 0)])
-def _softmax(call: Call, operand: int) -> list[Term]:
+def _softmax(call: OpCall, operand: int) -> list[Term]:
     """dp_j/dx_k = p_j (δ_jk - p_k)."""
     p = call.out
     out = fresh_axes(p.shape)
@@ -64,7 +64,7 @@ def _softmax(call: Call, operand: int) -> list[Term]:
     "aten::log_softmax", "aten::special_log_softmax",
     examples=[call("log_softmax.int", NM, 1), call("log_softmax.int", T(""), 0), call("special_log_softmax", NM, 0)],
 )  # fmt: skip
-def _log_softmax(call: Call, operand: int) -> list[Term]:
+def _log_softmax(call: OpCall, operand: int) -> list[Term]:
     """d log p_j/dx_k = δ_jk - p_k."""
     out = fresh_axes(call.out.shape)
     inn = _twin(out, dims_of(call.bound["dim"], call.out.ndim))
@@ -134,7 +134,7 @@ row(
     "aten::layer_norm", affine=GAIN,
     examples=[call("", NM, [4], T("4"), T("4")), call("", T("k 3 2"), [3, 2]), call("", T("n 1"), [1])],
 )  # fmt: skip
-def _layer_norm(call: Call, operand: int) -> list[Term]:
+def _layer_norm(call: OpCall, operand: int) -> list[Term]:
     """y_j = w_j h_j + b_j with h = (x - mean) r: dy_j/dx_k = w_j r (δ_jk - 1/n - h_j h_k / n)."""
     if call.part:
         return NotImplemented
@@ -149,7 +149,7 @@ def _layer_norm(call: Call, operand: int) -> list[Term]:
     "aten::rms_norm", affine=(frozenset({1}),),
     examples=[call("", NM, [4], T("4")), call("", NM, [4], None, 0.1), call("", T("k 3 2"), [3, 2])],
 )  # fmt: skip
-def _rms_norm(call: Call, operand: int) -> list[Term]:
+def _rms_norm(call: OpCall, operand: int) -> list[Term]:
     """y_j = w_j h_j with h = x r: dy_j/dx_k = w_j r (δ_jk - h_j h_k / n)."""
     b, x = call.bound, call.bound["input"]
     dims = list(range(x.ndim - len(b["normalized_shape"]), x.ndim))
@@ -164,7 +164,7 @@ def _rms_norm(call: Call, operand: int) -> list[Term]:
     "aten::group_norm", affine=GAIN,
     examples=[call("", T("b 4 l"), 2, T("4"), T("4")), call("", T("b 4"), 2), call("", T("1 6 n k"), 3, T("6"), T("6"), 0.1), call("", T("b 4 n"), 4), call("", T("b 3 n"), 1)],
 )  # fmt: skip
-def _group_norm(call: Call, operand: int) -> list[Term]:
+def _group_norm(call: OpCall, operand: int) -> list[Term]:
     """A channel is (group, member): as layer_norm, over the members and all positions."""
     x, groups = call.bound["input"], call.bound["num_groups"]
     split = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
@@ -184,9 +184,8 @@ def _group_norm(call: Call, operand: int) -> list[Term]:
         call("instance_norm", T("b c l"), T("c"), T("c"), None, None, True, 0.1, 1e-5, False), call("instance_norm", T("b c l"), None, None, T("c"), T("c"), False, 0.1, 1e-5, False),
     ],
 )  # fmt: skip
-def _batch_norm(call: Call, operand: int) -> list[Term]:
-    """With running statistics, an affine map of each channel; with those of the batch,
-    as layer_norm over all but the channel."""
+def _batch_norm(call: OpCall, operand: int) -> list[Term]:
+    """With running statistics affine in each channel; with those of the batch, layer_norm over all but the channel."""
     b, x = call.bound, call.bound["input"]
     own = call.target._schema.name == "aten::instance_norm"
     axes = fresh_axes(x.shape)
@@ -216,18 +215,10 @@ def _batch_norm(call: Call, operand: int) -> list[Term]:
 
 
 def _normalised(
-    call: Call,
-    operand: int,
-    out: tuple[Axis, ...],
-    h: Tensor,
-    r: Tensor,
-    over: Sequence[Label],
-    gain: tuple[Axis, ...],
-    centred_too: bool = True,
-    split: tuple[Axis, ...] | None = None,
-) -> list[Term]:
-    """The derivative of w h + b: h and r have axes `split` (or `out`), normalised over the labels `over`; w,
-    b have `gain`."""
+    call: OpCall, operand: int, out: tuple[Axis, ...], h: Tensor, r: Tensor, over: Sequence[Label],
+    gain: tuple[Axis, ...], centred_too: bool = True, split: tuple[Axis, ...] | None = None,
+) -> list[Term]:  # fmt: skip
+    """The derivative of w h + b: h, r have axes `split` (or `out`), normalised over labels `over`; w, b have `gain`."""
     where = call.places[operand][0]
     own = out if split is None else split
     hat = make_factor(h, own, "h")
@@ -252,5 +243,5 @@ def _normalised(
     return terms
 
 
-def _weight_name(call: Call) -> str:
+def _weight_name(call: OpCall) -> str:
     return next(call.operand_name(k) for k, (name, _) in enumerate(call.places) if name == "weight")

@@ -44,9 +44,6 @@ def _at(index: Tensor, n: int) -> Tensor:
     return _counted(index, n).unsqueeze(-1) == _places(n, index)
 
 
-# -- along one axis, the same for all rows -----------------------------------------------------------------------------
-
-
 def flip(x: Tensor, dims: Any) -> Tensor:
     for dim in dims:
         place = _places(x.shape[dim], x)
@@ -114,9 +111,6 @@ def embedding(weight: Tensor, indices: Tensor, *rest: Any) -> Any:
     return index(weight, [indices])
 
 
-# -- along one axis, each row its own ----------------------------------------------------------------------------------
-
-
 def _fitted(x: Tensor, dim: int, sizes: Sequence[int], fill: float = 0) -> Tensor:
     """Cut or fill up all axes but one."""
     for k, n in enumerate(sizes):
@@ -155,9 +149,6 @@ def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, 
     wide = pad(source, (0, whole.shape[-2 if offset >= 0 else -1] - source.shape[-1]))
     on = columns - rows[:, None] == offset
     return torch.where(on, wide.unsqueeze(along), whole).movedim((-2, -1), (dim1, dim2))
-
-
-# -- along one axis, in order ------------------------------------------------------------------------------------------
 
 
 def running(over: Callable[..., Tensor], fill: float) -> Callable[..., Tensor]:

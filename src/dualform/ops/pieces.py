@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from dualform.algebra.relations import Lookup, window
 from dualform.algebra.terms import Axis, Label, Relation, Term, atoms, fresh_axes, volume
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, FIRST, Call, row, window_terms, without_axis
+from dualform.ops.table import ALL, FIRST, OpCall, row, window_terms, without_axis
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ _pieces = {"affine": ALL, "kind": "pieces", "entry": _joined, "python": "torch."
     "aten::cat", "aten::concat", "aten::concatenate", **_pieces,
     examples=[call("", [T("n m"), T("n 1"), T("n k")], 1), call("", [T("n m"), T("0"), T("k m")], 0)],
 )  # fmt: skip
-def _cat(call: Call, operand: int) -> list[Term]:
+def _cat(call: OpCall, operand: int) -> list[Term]:
     pieces = call.bound["tensors"]
     where = call.places[operand][1]
     assert where is not None
@@ -50,7 +50,7 @@ def _cat(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::stack", **_pieces, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
-def _stack(call: Call, operand: int) -> list[Term]:
+def _stack(call: OpCall, operand: int) -> list[Term]:
     where = call.places[operand][1]
     assert where is not None
     dim = call.bound["dim"] % call.out.ndim
@@ -101,7 +101,7 @@ row("aten::slice_backward", kind="pieces", entry=_window, examples=[call("", T("
     "aten::pad", affine=FIRST,
     examples=[call("", T("n m"), [1, 2, 0, 1]), *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")), call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect")],
 )  # fmt: skip
-def _pad(call: Call, operand: int) -> list[Term]:
+def _pad(call: OpCall, operand: int) -> list[Term]:
     """The border is zero (a window that reaches outside), a mirror, the edge, or the other end (a lookup)."""
     x, pads, mode = call.operands[0], list(call.bound["pad"]), call.bound.get("mode", "constant")
     inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
@@ -130,9 +130,9 @@ def _mirrored(out: Axis, inn: Axis, n: int, before: int, mode: str, device: torc
 
 
 def _bordered(mode: str) -> Any:
-    def rule(call: Call, operand: int) -> list[Term]:
+    def rule(call: OpCall, operand: int) -> list[Term]:
         args = (call.operands[0], call.bound["padding"], mode)
-        return _pad(Call(torch.ops.aten.pad.default, args, {}, call.out, names=call.names), operand)
+        return _pad(OpCall(torch.ops.aten.pad.default, args, {}, call.out, names=call.names), operand)
 
     return rule
 
@@ -152,7 +152,7 @@ def _repeated(x: Tensor, repeats: Any) -> Tensor:
 
 @row("aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("", T("k n m"), [2])])
 @row("aten::repeat", affine=ALL, lowered=_repeated, examples=[call("", T("n 1"), [2, 2, 3])])
-def _repeat(call: Call, operand: int) -> list[Term]:
+def _repeat(call: OpCall, operand: int) -> list[Term]:
     x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
     times = [1] * (x.ndim - len(times)) + times
     inn = fresh_axes(x.shape)
@@ -164,7 +164,7 @@ def _repeat(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::repeat_interleave.self_int", affine=ALL, examples=[call("", T("n m"), 2, 1), call("", T("n m"), 3), call("", T("n"), 1, 0)],
 )  # fmt: skip
-def _repeat_interleave(call: Call, operand: int) -> list[Term]:
+def _repeat_interleave(call: OpCall, operand: int) -> list[Term]:
     x, times, dim = call.operands[0], call.bound["repeats"], call.bound["dim"]
     inn = fresh_axes(x.shape)
     copies: Axis = (Label(times),) if times != 1 else ()

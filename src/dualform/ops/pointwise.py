@@ -15,8 +15,8 @@ from dualform.ops.table import (
     EACH,
     ENTRIES,
     FIRST,
-    Call,
     Entry,
+    OpCall,
     Product,
     Row,
     add_row,
@@ -38,10 +38,10 @@ def named(n: fx.Node) -> str:
 
 def argument(n: fx.Node, name: str) -> Any:
     """An argument by its name in the schema."""
-    return Call(n.target, n.args, n.kwargs, n.meta["val"]).bound[name]
+    return OpCall(n.target, n.args, n.kwargs, n.meta["val"]).bound[name]
 
 
-def pointwise(call: Call, operand: int) -> list[Term]:
+def pointwise(call: OpCall, operand: int) -> list[Term]:
     """The generic entry-by-entry rule: one pass of the op's own backward over ones gives the diagonal."""
     x = call.operands[operand]
     spread = x if x.shape == call.out.shape else x.expand(call.out.shape).contiguous()
@@ -50,7 +50,7 @@ def pointwise(call: Call, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, slope, _slope_name(call, operand))
 
 
-def _slope_name(call: Call, operand: int) -> str:
+def _slope_name(call: OpCall, operand: int) -> str:
     op = call.target._schema.name.split("::")[1]
     mark = "'" if len(call.operands) == 1 else f"'{operand + 1}"
     return f"{op}{mark}({','.join(call.operand_name(k) for k in range(len(call.operands)))})"
@@ -77,7 +77,7 @@ def _summed(n: fx.Node) -> Spelt:
     "aten::add", affine=ALL, signs=(1, 1), entry=_summed, python="{0} + {1}", called=True, over=(0, 1),
     examples=[call("add.Tensor", T("m"), NM), call("add.Tensor", T("n 1"), T("m"), alpha=2), call("add.Tensor", T("n"), 2.0)],
 )  # fmt: skip
-def _add(call: Call, operand: int) -> list[Term]:
+def _add(call: OpCall, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "other"
     return diagonal_terms(call, operand, coef=float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
@@ -86,7 +86,7 @@ def _add(call: Call, operand: int) -> list[Term]:
     "aten::sub", "aten::subtract", affine=ALL, signs=(1, -1), entry=_summed, python="{0} - {1}", called=True, over=(0,),
     examples=[call("sub.Tensor", NM, T("m")), call("sub.Tensor", T("1 1"), NM, alpha=3), call("subtract.Tensor", NM, T("m"))],
 )  # fmt: skip
-def _sub(call: Call, operand: int) -> list[Term]:
+def _sub(call: OpCall, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "other"
     return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
@@ -95,7 +95,7 @@ def _sub(call: Call, operand: int) -> list[Term]:
     "aten::rsub", affine=ALL, entry=_summed, fresh=True,
     examples=[call("rsub.Tensor", NM, T("m"), alpha=2), call("rsub.Scalar", NM, 1.0), call("rsub.Scalar", NM, 1.0, 2)],
 )  # fmt: skip
-def _rsub(call: Call, operand: int) -> list[Term]:
+def _rsub(call: OpCall, operand: int) -> list[Term]:
     scaled = call.places[operand][0] == "self"
     return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
 
@@ -104,18 +104,18 @@ def _rsub(call: Call, operand: int) -> list[Term]:
     "aten::neg", "aten::negative", affine=ALL, entry=Entry("-{0}", "-{0}", zero=True, name="neg"), signs=(-1,),
     python="-{0}", called=True, over=(0,), examples=[call("", NM)],
 )  # fmt: skip
-def _neg(call: Call, operand: int) -> list[Term]:
+def _neg(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=-1.0)
 
 
-def _mul_form(call: Call) -> Product:
+def _mul_form(call: OpCall) -> Product:
     out = fresh_axes(call.out.shape)
     other = call.bound["other"]
     axes = tuple(broadcast_axes(out, x.shape) for x in call.operands)
     return Product(out, axes, float(other) if isinstance(other, (int, float)) else 1.0)
 
 
-def _mul(call: Call, operand: int) -> list[Term]:
+def _mul(call: OpCall, operand: int) -> list[Term]:
     """The factor is the other side on its own axes; a mask of integers or bools is one too."""
     other = call.bound["other" if call.places[operand][0] == "self" else "self"]
     if not isinstance(other, Tensor):
@@ -135,7 +135,7 @@ for _op in ("aten::mul", "aten::multiply"):
 
 
 @row("aten::mul.Scalar", affine=ALL, entry=_MUL, python="{0} * {1}", examples=[call("", NM, 2.5)])
-def _scale(call: Call, operand: int) -> list[Term]:
+def _scale(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=float(call.bound["other"]))
 
 
@@ -144,7 +144,7 @@ def _scale(call: Call, operand: int) -> list[Term]:
     odd=True, python="{0} / {1}", called=True, over=(0,),
     examples=[*(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)],
 )  # fmt: skip
-def _div(call: Call, operand: int) -> list[Term]:
+def _div(call: OpCall, operand: int) -> list[Term]:
     if call.bound.get("rounding_mode") is not None:
         return []
     x, y = call.bound["self"], call.bound["other"]
@@ -173,11 +173,11 @@ def _quotient(n: fx.Node) -> Spelt:
         call("divide.Scalar_mode", T("n"), 2.0, rounding_mode=None),
     ],
 )  # fmt: skip
-def _rounded_div(call: Call, operand: int) -> list[Term]:
+def _rounded_div(call: OpCall, operand: int) -> list[Term]:
     return _div(call, operand)
 
 
-def _called(call: Call, value: Any) -> str:
+def _called(call: OpCall, value: Any) -> str:
     for k, x in enumerate(call.operands):
         if x is value:
             return call.operand_name(k)
@@ -189,7 +189,7 @@ def _called(call: Call, value: Any) -> str:
     entry=Entry("({0} != 0 ? {1} : {2})", "tl.where({0}, {1}, {2})", passes=True),
     examples=[call("where.self", B("n m"), T("n 1"), T("m")), call("where.ScalarOther", B("n m"), NM, 0.0)],
 )  # fmt: skip
-def _where(call: Call, operand: int) -> list[Term]:
+def _where(call: OpCall, operand: int) -> list[Term]:
     chosen = call.bound["condition"]
     mask = chosen if call.places[operand][0] == "self" else ~chosen
     name = "[c]" if call.places[operand][0] == "self" else "[not c]"
@@ -200,7 +200,7 @@ def _where(call: Call, operand: int) -> list[Term]:
     "aten::masked_fill", affine=ALL, reads=entrywise_reads,
     examples=[call("masked_fill.Scalar", NM, B("m"), 0.5), call("masked_fill.Tensor", NM, B("n m"), T(""))],
 )  # fmt: skip
-def _masked_fill(call: Call, operand: int) -> list[Term]:
+def _masked_fill(call: OpCall, operand: int) -> list[Term]:
     mask = call.bound["mask"]
     keeps = call.places[operand][0] == "self"
     return diagonal_terms(call, operand, (~mask if keeps else mask).to(call.out.dtype), "[kept]" if keeps else "[mask]")
@@ -219,7 +219,7 @@ ENTRIES |= {
 
 @row("aten::triu", affine=ALL, entry=_kept_triangle, python="x.", examples=_TRIANGLES)
 @row("aten::tril", affine=ALL, entry=_kept_triangle, odd=True, python="x.", called=True, over=(0,), examples=_TRIANGLES)
-def _triangle(call: Call, operand: int) -> list[Term]:
+def _triangle(call: OpCall, operand: int) -> list[Term]:
     """tril keeps row + diagonal >= col; triu keeps col >= row + diagonal. No mask is stored."""
     axes: list[Axis] = list(fresh_axes(call.out.shape))
     # An axis of size 1 has no label for a relation to speak of; a label of its own for the relation is index 0 of it.
@@ -234,7 +234,7 @@ def _triangle(call: Call, operand: int) -> list[Term]:
     "aten::to", "aten::positive", "aten::dropout", "aten::requires_grad_", affine=ALL, reads=entrywise_reads,
     examples=[call("positive", NM), call("to.dtype", NM, torch.float64), call("to.dtype", T("n"), torch.int64), call("dropout", NM, 0.5, False)],
 )  # fmt: skip
-def _same(call: Call, operand: int) -> list[Term]:
+def _same(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if operand == 0 else []
 
 
@@ -266,7 +266,7 @@ row("aten::type_as", affine=ALL, reads=entrywise_reads, unread=["other"], exampl
     "aten::copy", affine=ALL, reads=entrywise_reads, unread=["self"], overwrites=True, examples=[call("", NM, T("m"))],
     entry=lambda n: ("copy", [n.args[1]], {}),
 )  # fmt: skip
-def _copy(call: Call, operand: int) -> list[Term]:
+def _copy(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "src" else []
 
 
@@ -274,12 +274,12 @@ def _copy(call: Call, operand: int) -> list[Term]:
     "aten::fill", affine=ALL, reads=entrywise_reads, unread=["self"], overwrites=True,
     examples=[call("fill.Tensor", NM, T("")), call("fill.Scalar", NM, 2.0)],
 )  # fmt: skip
-def _fill(call: Call, operand: int) -> list[Term]:
+def _fill(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand) if call.places[operand][0] == "value" else []
 
 
 @row("aten::sgn", "aten::heaviside", reads=entrywise_reads, examples=[call("sgn", NM), call("heaviside", NM, T("m"))])
-def nothing(call: Call, operand: int) -> list[Term]:
+def nothing(call: OpCall, operand: int) -> list[Term]:
     return []
 
 
@@ -309,7 +309,7 @@ def _decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
 row("aten::round.decimals", reads=entrywise_reads, lowered=_decimals, examples=[call("", NM, decimals=1)])(nothing)
 
 
-def _bins(call: Call, name: str, k: int | None) -> list[Term]:
+def _bins(call: OpCall, name: str, k: int | None) -> list[Term]:
     """A value looks at all bounds of its own line; lines are the leading axes of bounds that have several."""
     out, x = fresh_axes(call.out.shape), call.argument(name, k)
     if name in ("self", "input") and x.shape == call.out.shape:
@@ -324,7 +324,7 @@ row(
 )(nothing)  # fmt: skip
 
 
-def _marks(call: Call, name: str, k: int | None) -> list[Term]:
+def _marks(call: OpCall, name: str, k: int | None) -> list[Term]:
     """A row of marks looks at one number."""
     out = fresh_axes(call.out.shape)
     return [Term(1.0, (), out, out[:-1])]
@@ -340,7 +340,7 @@ ENTRIES["addcmul"] = Entry("{0} + {alpha} * {1} * {2}", "{0} + {alpha} * {1} * {
     "aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), called=True, over=(0,),
     entry=lambda n: ("addcmul", list(n.args[:3]), {"alpha": argument(n, "value")}), examples=[call("", NM, T("m"), T("n 1"), value=2)],
 )  # fmt: skip
-def _addcmul(call: Call, operand: int) -> list[Term]:
+def _addcmul(call: OpCall, operand: int) -> list[Term]:
     where = call.places[operand][0]
     if where == "self":
         return diagonal_terms(call, operand)
@@ -353,7 +353,7 @@ def _addcmul(call: Call, operand: int) -> list[Term]:
     "aten::lerp.Tensor", "aten::lerp.Scalar", affine=(frozenset({0, 1}),),
     examples=[call("lerp.Tensor", NM, T("m"), T("n 1")), call("lerp.Scalar", NM, T("m"), 0.3)],
 )  # fmt: skip
-def _lerp(call: Call, operand: int) -> list[Term]:
+def _lerp(call: OpCall, operand: int) -> list[Term]:
     where, w = call.places[operand][0], call.bound["weight"]
     if where == "weight":
         return diagonal_terms(call, operand, call.bound["end"] - call.bound["self"], "(end-start)")
@@ -368,7 +368,7 @@ row("aten::addcdiv", affine=(frozenset({0, 1}),), examples=[call("", NM, T("m"),
 
 
 def _clamped(n: fx.Node) -> Spelt:
-    bound = Call(n.target, n.args, n.kwargs, n.meta["val"]).bound
+    bound = OpCall(n.target, n.args, n.kwargs, n.meta["val"]).bound
     low, high = bound.get("min"), bound.get("max")
     assert low is None or high is None  # lowered
     return ("max", [n.args[0], low], {}) if high is None else ("min", [n.args[0], high], {})
@@ -394,7 +394,7 @@ row("aten::clip", examples=[call("", NM, 0.5)])(pointwise)
 @row(
     "aten::prelu", affine=(frozenset({1}),), examples=[call("", T("b c l", "signed"), T("c")), call("", T("n", "signed"), T("1"))],
 )  # fmt: skip
-def _prelu(call: Call, operand: int) -> list[Term]:
+def _prelu(call: OpCall, operand: int) -> list[Term]:
     """x where x > 0, else w x, one w for each channel (axis 1)."""
     x, weight = call.operands
     out = fresh_axes(x.shape)

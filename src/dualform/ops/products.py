@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
 from dualform.ops.examples import Example, T, call
-from dualform.ops.table import Call, Product, Row, add_row, broadcast_axes, defined_row, product_row, product_term
+from dualform.ops.table import OpCall, Product, Row, add_row, broadcast_axes, defined_row, product_row, product_term
 
 
 def _axis(n: int) -> Axis:
     return () if n == 1 else (Label(n),)
 
 
-def _matrix_product(call: Call) -> Product:
+def _matrix_product(call: OpCall) -> Product:
     """out[..., i, j] = sum_k a[..., i, k] b[..., k, j]; a vector lacks its outer axis; batch axes broadcast."""
     a, b = call.operands[:2]
     return _batched(a.shape, b.shape, call.out.shape)
@@ -55,13 +55,13 @@ product_row(
 
 @product_row("aten::outer", python="torch.", examples=[call("", T("n"), T("m"))])
 @product_row("aten::ger", examples=[call("", T("n"), T("m"))])
-def _outer(call: Call) -> Product:
+def _outer(call: OpCall) -> Product:
     i, j = fresh_axes(call.out.shape)
     return Product((i, j), ((i,), (j,)))
 
 
 @product_row("aten::inner", examples=[call("", T("n m"), T("k m")), call("", T("m"), T("m")), call("", T(""), T("n"))])
-def _inner(call: Call) -> Product:
+def _inner(call: OpCall) -> Product:
     a, b = call.operands
     if not a.ndim or not b.ndim:
         axes = fresh_axes(call.out.shape)
@@ -72,7 +72,7 @@ def _inner(call: Call) -> Product:
 
 
 @product_row("aten::kron", examples=[call("", T("k n", "flat"), T("n k", "flat")), call("", T("k"), T("n k", "flat"))])
-def _kron(call: Call) -> Product:
+def _kron(call: OpCall) -> Product:
     rank = call.out.ndim
     a, b = (fresh_axes((1,) * (rank - x.ndim) + tuple(x.shape)) for x in call.operands)
     out = tuple(p + q for p, q in zip(a, b, strict=True))
@@ -87,7 +87,7 @@ _SPECS = [
 
 
 @product_row("aten::einsum", examples=[call("einsum", spec, [T(x) for x in tensors]) for spec, *tensors in _SPECS])
-def _einsum(call: Call) -> Product:
+def _einsum(call: OpCall) -> Product:
     tensors = call.operands
     left, arrow, right = call.bound["equation"].replace(" ", "").partition("->")
     inputs = left.split(",")
@@ -121,7 +121,7 @@ def _einsum(call: Call) -> Product:
 
 
 @product_row("aten::tensordot", examples=[call("", T("k n m"), T("m p k"), [2, 0], [0, 2])])
-def _tensordot(call: Call) -> Product:
+def _tensordot(call: OpCall) -> Product:
     a, b = call.operands[:2]
     left = list(fresh_axes(a.shape))
     right = list(fresh_axes(b.shape))
@@ -141,7 +141,7 @@ def _with_addend(name: str, examples: Sequence[Example], **columns: Any) -> None
     """out = beta * addend + alpha * (a @ b); addbmm sums the batch too."""
     addend, scale, product_scale = "self", "beta", "alpha"
 
-    def rule(call: Call, operand: int) -> list[Term]:
+    def rule(call: OpCall, operand: int) -> list[Term]:
         pair = [k for k, (where, _) in enumerate(call.places) if where != addend]
         a, b = (call.operands[k] for k in pair)
         whole = _batched(a.shape, b.shape, a.shape[:-1] + b.shape[-1:] if name == "aten::addbmm" else call.out.shape)
@@ -166,7 +166,7 @@ for _op, _shapes, _columns in (
     _with_addend(f"aten::{_op}", [call("", *map(T, _shapes), beta=2, alpha=3)], **_columns)
 
 
-def _linear(call: Call, operand: int) -> list[Term]:
+def _linear(call: OpCall, operand: int) -> list[Term]:
     """out[..., n] = sum_k x[..., k] W[n, k] + b[n]."""
     product = _linear_form(call)
     if operand == 2:
@@ -174,7 +174,7 @@ def _linear(call: Call, operand: int) -> list[Term]:
     return [product_term(call, product, operand)]
 
 
-def _linear_form(call: Call) -> Product:
+def _linear_form(call: OpCall) -> Product:
     x, weight = call.operands[:2]
     rows = fresh_axes(x.shape[:-1])
     inner = _axis(x.shape[-1])

@@ -18,12 +18,12 @@ from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
 from dualform.ops import picking
 from dualform.ops.examples import T, call
 from dualform.ops.pointwise import named
-from dualform.ops.table import ALL, FOLDS, Call, Fold, diagonal_terms, dims_of, row, volume_of
+from dualform.ops.table import ALL, FOLDS, Fold, OpCall, diagonal_terms, dims_of, row, volume_of
 
 NM, BNM, SIGNED = T("n m"), T("b n m"), T("n m", "signed")
 
 
-def _reduced(call: Call) -> tuple[list[int], tuple[Axis, ...], tuple[Axis, ...]]:
+def _reduced(call: OpCall) -> tuple[list[int], tuple[Axis, ...], tuple[Axis, ...]]:
     """The dims that go, the output's axes and the input's."""
     x = call.operands[0]
     dims = dims_of(call.bound.get("dim", call.bound.get("axis")), x.ndim)
@@ -70,13 +70,13 @@ _folds = {"kind": "reduction", "entry": _folded}
     "keepdim={2}) | x.", called=True,
     examples=[*along("sum"), call("sum.dim_IntList", NM, [-1]), call("sum.dim_IntList", T("n m k"), [0, 2], True), call("sum.dim_IntList", NM, [])],
 )  # fmt: skip
-def _sum(call: Call, operand: int) -> list[Term]:
+def _sum(call: OpCall, operand: int) -> list[Term]:
     _, out, inn = _reduced(call)
     return [Term(1.0, (), out, inn)]
 
 
 @row("aten::sum_to_size", affine=ALL, examples=[call("", T("2 n m"), [3, 1])])
-def _sum_to_size(call: Call, operand: int) -> list[Term]:
+def _sum_to_size(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[0]
     inn = fresh_axes(x.shape)
     kept = inn[x.ndim - call.out.ndim :]
@@ -87,7 +87,7 @@ def _sum_to_size(call: Call, operand: int) -> list[Term]:
     "aten::mean", affine=ALL, **_folds, odd=True, called=True,
     examples=[*along("mean"), call("mean.dim", NM, [0]), call("mean.dim", T("n m k"), [0, -1], True)],
 )  # fmt: skip
-def _mean(call: Call, operand: int) -> list[Term]:
+def _mean(call: OpCall, operand: int) -> list[Term]:
     dims, out, inn = _reduced(call)
     return [Term(1.0 / volume_of(call.operands[0].shape, dims), (), out, inn)]
 
@@ -154,7 +154,7 @@ row("aten::aminmax", several=("amin", "amax"), examples=[call("", NM, dim=1)])(N
         call("nanmean", NM, [1]), call("frobenius_norm.dim", BNM, [1, 2]),
     ],
 )  # fmt: skip
-def reduction(call: Call, operand: int) -> list[Term]:
+def reduction(call: OpCall, operand: int) -> list[Term]:
     """Slopes of any reduction; ties and zeros as torch's own backward has them."""
     if "other" in call.bound:
         return NotImplemented
@@ -162,22 +162,22 @@ def reduction(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(slope_of(call, operand), inn, _slope_name(call)),), out, inn)]
 
 
-def slope_of(call: Call, operand: int) -> Tensor:
+def slope_of(call: OpCall, operand: int) -> Tensor:
     """d (sum of the result) / d operand: all there is to know where each entry feeds one result."""
     pulled: Any = torch.func.vjp(lambda t: call.run(operand, t), call.operands[operand])
     return pulled[1](torch.ones_like(pulled[0]))[0]
 
 
-def _slope_name(call: Call) -> str:
+def _slope_name(call: OpCall) -> str:
     name = call.target._schema.name.split("::")[1]
     return "p" if name.endswith("logsumexp") else f"{name.replace('linalg_vector_', '')}'({call.operand_name(0)})"
 
 
-def _nothing(call: Call, operand: int) -> list[Term]:
+def _nothing(call: OpCall, operand: int) -> list[Term]:
     return []
 
 
-def _along(call: Call, name: str, k: int | None) -> list[Term]:
+def _along(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Each entry of a sort looks at its whole line."""
     inn, dim = fresh_axes(call.argument(name, k).shape), call.bound["dim"]
     out = list(inn)
@@ -186,7 +186,7 @@ def _along(call: Call, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), tuple(out), inn)]
 
 
-def _over(call: Call, name: str, k: int | None) -> list[Term]:
+def _over(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Each entry of a reduction looks at the whole of what is reduced to it."""
     inn = fresh_axes(call.argument(name, k).shape)
     dims = dims_of(call.bound.get("dim"), len(inn))
@@ -207,7 +207,7 @@ row(
 )(_nothing)  # fmt: skip
 
 
-def _elsewhere(call: Call, operand: int) -> list[Term]:
+def _elsewhere(call: OpCall, operand: int) -> list[Term]:
     """The values of such an op are gathered at its indices (normal.py); those have no derivative."""
     return NotImplemented
 
@@ -232,7 +232,7 @@ for _op, _value, _place in (("max", torch.amax, torch.argmax), ("min", torch.ami
 @row(
     "aten::cumsum", affine=ALL, odd=True, python="x.", lowered=picking.running(torch.sum, 0), examples=[call("", NM, 1), call("", T("1 m"), 0), call("", T(""), 0), call("", BNM, -2)]
 )  # fmt: skip
-def _cumsum(call: Call, operand: int) -> list[Term]:
+def _cumsum(call: OpCall, operand: int) -> list[Term]:
     """A triangle: dy_i/dx_j = [i >= j]."""
     x = call.operands[0]
     inn = fresh_axes(x.shape)
@@ -248,7 +248,7 @@ _RUNS = [call("", SIGNED, 1), call("", T(""), 0), call("", BNM, 0), call("", T("
 
 @row("aten::cumprod", lowered=picking.running(torch.prod, 1), examples=_RUNS)
 @row("aten::logcumsumexp", lowered=picking.running(torch.logsumexp, -math.inf), examples=_RUNS)
-def _running(call: Call, operand: int) -> list[Term]:
+def _running(call: OpCall, operand: int) -> list[Term]:
     """A triangle of slopes for each line: those of the running product are products that leave one factor out."""
     x, dim = call.operands[0], call.bound["dim"] % max(call.operands[0].ndim, 1)
     inn = fresh_axes(x.shape)

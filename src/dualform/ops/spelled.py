@@ -134,13 +134,9 @@ SPELLED: dict[Any, Callable[..., Any]] = {
 
 
 def _layer_norm(
-    x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
     cudnn_enable: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As torch: its mean and deviation are of single precision at least."""
     axes = tuple(range(-len(normalized_shape), 0))
     wide = x.to(torch.promote_types(torch.float32, x.dtype))
@@ -157,15 +153,9 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     if not use_input_stats:
         return torch.instance_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, False)
     normed = _layer_norm(input, input.shape[2:], None, None, eps)

@@ -35,7 +35,7 @@ _PEOPLE = {
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One application of an op to tensors: concrete, fake or traced.
 
     `part` is the position in the result of an op that returns several tensors; `names` are those of the operands.
@@ -115,9 +115,9 @@ def _is_operand(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-Rule = Callable[[Call, int], "list[Term]"]
-Reads = Callable[[Call, str, "int | None"], "list[Term]"]
-Adjoint = Callable[[Call, Tensor], Tensor]
+Rule = Callable[[OpCall, int], "list[Term]"]
+Reads = Callable[[OpCall, str, "int | None"], "list[Term]"]
+Adjoint = Callable[[OpCall, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Row:
     rule: Rule | None
     affine: str | tuple[frozenset[int], ...] = ()
     multilinear: bool = False
-    form: Callable[[Call], Product] | None = None
+    form: Callable[[OpCall], Product] | None = None
     examples: Sequence[Example] = ()
     definition: Callable[..., Any] | None = None
     reads: Reads | None = None
@@ -287,8 +287,7 @@ def add_row(row: Row) -> None:
 
 
 def row(*names: str, **columns: Any) -> Callable[[Any], Any]:
-    """Add a row to the table for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one. columns:
-    as `Row` has them."""
+    """Add a row, with the columns of `Row`, for each name: "aten::mm" for all overloads, "aten::add.Tensor" for one."""
 
     def add(rule: Rule | None) -> Rule | None:
         for name in names:
@@ -317,11 +316,11 @@ class Product:
     coef: float = 1.0
 
 
-def product_row(*names: str, **columns: Any) -> Callable[[Callable[[Call], Product]], Any]:
+def product_row(*names: str, **columns: Any) -> Callable[[Callable[[OpCall], Product]], Any]:
     """Add a row for an op that is a product of its operands; its derivative is the product of the others."""
 
-    def add(form: Callable[[Call], Product]) -> Callable[[Call], Product]:
-        def rule(call: Call, operand: int) -> list[Term]:
+    def add(form: Callable[[OpCall], Product]) -> Callable[[OpCall], Product]:
+        def rule(call: OpCall, operand: int) -> list[Term]:
             return [product_term(call, form(call), operand)]
 
         for name in names:
@@ -331,7 +330,7 @@ def product_row(*names: str, **columns: Any) -> Callable[[Callable[[Call], Produ
     return add
 
 
-def product_term(call: Call, product: Product, operand: int) -> Term:
+def product_term(call: OpCall, product: Product, operand: int) -> Term:
     """The product of all operands but one, between the output's axes and that operand's."""
     factors = [
         make_factor(tensor, product.axes[k], call.operand_name(k))
@@ -355,13 +354,10 @@ def kind_of(target: Target) -> str:
     return "" if found is None else found.kind
 
 
-def as_derivative(terms: list[Term], call: Call, operand: int) -> Derivative:
+def as_derivative(terms: list[Term], call: OpCall, operand: int) -> Derivative:
     """Wrap a rule's terms with shapes and dtype."""
     x = call.operands[operand]
     return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
-
-
-# -- pieces that rules are made of
 
 
 def broadcast_axes(out: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...]:
@@ -371,7 +367,7 @@ def broadcast_axes(out: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, .
 
 
 def diagonal_terms(
-    call: Call, operand: int, factor: Tensor | None = None, name: str = "", coef: float = 1.0
+    call: OpCall, operand: int, factor: Tensor | None = None, name: str = "", coef: float = 1.0
 ) -> list[Term]:
     """Entry by entry: the input's labels are the output's, times a factor that may be smaller than the output."""
     out = fresh_axes(call.out.shape)
@@ -380,7 +376,7 @@ def diagonal_terms(
     return [Term(coef, tuple(factors), out, inn)]
 
 
-def entrywise_reads(call: Call, name: str, k: int | None = None) -> list[Term]:
+def entrywise_reads(call: OpCall, name: str, k: int | None = None) -> list[Term]:
     """Each entry of the result looks at one entry of the argument, broadcast to it."""
     out = fresh_axes(call.out.shape)
     return [Term(1.0, (), out, broadcast_axes(out, call.argument(name, k).shape))]
@@ -394,7 +390,7 @@ def dims_of(dim: Any, rank: int) -> list[int]:
     return [d % rank if rank else 0 for d in chosen]
 
 
-def index_terms(call: Call, operand: int, strides_of: Callable[[Tensor], Tensor]) -> list[Term]:
+def index_terms(call: OpCall, operand: int, strides_of: Callable[[Tensor], Tensor]) -> list[Term]:
     """Differentiate a permutation, expansion or squeeze by looking where a contiguous stand-in's strides go."""
     x = call.operands[operand]
     stand_in = torch.empty(x.shape, device="meta")

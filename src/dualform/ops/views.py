@@ -14,7 +14,7 @@ from dualform.algebra.relations import window
 from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
 from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, Call, dims_of, index_terms, row, window_terms, without_axis
+from dualform.ops.table import ALL, OpCall, dims_of, index_terms, row, window_terms, without_axis
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ def _on_meta(value: Any, own: Tensor, stand_in: Tensor) -> Any:
     return torch.empty(value.shape, device="meta") if isinstance(value, Tensor) else value
 
 
-def _moved(call: Call, operand: int) -> list[Term]:
+def _moved(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[operand]
 
     def strides_of(stand_in: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ row(
     "aten::unflatten", "aten::ravel", "aten::reshape_as", "aten::view_as", affine=ALL, put=_shaped_back, unread=["other"],
     examples=[call("view_as", T("12"), T("3 4")), call("unflatten.int", T("6 m"), 0, [2, 3]), call("ravel", T("n m")), call("reshape_as", T("6"), T("2 3"))],
 )  # fmt: skip
-def _reshaped(call: Call, operand: int) -> list[Term]:
+def _reshaped(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[operand]
     if operand:
         return []
@@ -127,7 +127,7 @@ def _bounds(start: Any, end: Any, step: int, size: int) -> tuple[int, int]:
         call("slice.Tensor", T("n"), -1, 2, 1), call("slice.Tensor", T("l"), 0, 1, -1, 3),
     ],
 )  # fmt: skip
-def _slice(call: Call, operand: int) -> list[Term]:
+def _slice(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
     start, count = _bounds(b["start"], b["end"], b["step"], x.shape[dim])
@@ -138,7 +138,7 @@ def _slice(call: Call, operand: int) -> list[Term]:
     "aten::narrow", affine=ALL, examples=[call("", T("k p"), 1, 1, 3), call("", T("p"), 0, -2, 2)],
     put=lambda base, value, dim, start, n: (aten.slice_scatter.default, (base, value, dim, start, start + n)),
 )  # fmt: skip
-def _narrow(call: Call, operand: int) -> list[Term]:
+def _narrow(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
     return window_terms(x.shape, dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"], into=False)
@@ -148,7 +148,7 @@ def _narrow(call: Call, operand: int) -> list[Term]:
     "aten::select.int", **_view, python="x.", examples=[call("", T("n m"), 1, -1), call("", T("1"), 0, 0)],
     put=lambda base, value, *at: (aten.select_scatter.default, (base, value, *at)),
 )  # fmt: skip
-def _select(call: Call, operand: int) -> list[Term]:
+def _select(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     dim = b["dim"] % x.ndim
     return without_axis(window_terms(x.shape, dim, b["index"] % x.shape[dim], 1, 1, into=False), dim, "out")
@@ -188,7 +188,7 @@ def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[
     "aten::slice_scatter", affine=ALL,
     examples=[call("", T("5 k"), T("2 k"), 0, 1, 5, 2), call("", T("1"), T("1"), 0), call("", T("n"), T("0"), 0, 1, 1)],
 )  # fmt: skip
-def _slice_scatter(call: Call, operand: int) -> list[Term]:
+def _slice_scatter(call: OpCall, operand: int) -> list[Term]:
     base, b = call.bound["self"], call.bound
     dim = b["dim"] % base.ndim
     start, count = _bounds(b["start"], b["end"], b["step"], base.shape[dim])
@@ -198,7 +198,7 @@ def _slice_scatter(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::select_scatter", affine=ALL, examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)])
-def _select_scatter(call: Call, operand: int) -> list[Term]:
+def _select_scatter(call: OpCall, operand: int) -> list[Term]:
     base, b = call.bound["self"], call.bound
     dim = b["dim"] % base.ndim
     start = b["index"] % base.shape[dim]
@@ -225,7 +225,7 @@ def _on_diagonal(
     "aten::diagonal", **_view, put=lambda base, value, *at: (aten.diagonal_scatter.default, (base, value, *at)),
     examples=[call("", T("n n")), call("", T("n m"), 1), call("", T("k m n"), -1, 1, 2), call("", T("n m"), 3)],
 )  # fmt: skip
-def _diagonal(call: Call, operand: int) -> list[Term]:
+def _diagonal(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     first, second = b["dim1"] % x.ndim, b["dim2"] % x.ndim
     (along,) = fresh_axes(call.out.shape[-1:])
@@ -235,7 +235,7 @@ def _diagonal(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::diag_embed", affine=ALL, examples=[call("", T("k n")), call("", T("n"), 1), call("", T("k n"), -2, 0, 2)])
-def _diag_embed(call: Call, operand: int) -> list[Term]:
+def _diag_embed(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     return _embedded(x, call.out, b["offset"], b["dim1"] % call.out.ndim, b["dim2"] % call.out.ndim)
 
@@ -254,7 +254,7 @@ def _embedded(x: Tensor, out_: Tensor, offset: int, first: int, second: int) -> 
     "aten::diagonal_scatter", affine=ALL, lowered=picking.diagonal_scatter,
     examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)],
 )  # fmt: skip
-def _diagonal_scatter(call: Call, operand: int) -> list[Term]:
+def _diagonal_scatter(call: OpCall, operand: int) -> list[Term]:
     """The base away from the diagonal, and the source on it."""
     base, b = call.bound["self"], call.bound
     first, second = b["dim1"] % base.ndim, b["dim2"] % base.ndim
@@ -266,7 +266,7 @@ def _diagonal_scatter(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::diag", affine=ALL, examples=[call("", T("n")), call("", T("n m"), 1), call("", T("n"), -1)])
-def _diag(call: Call, operand: int) -> list[Term]:
+def _diag(call: OpCall, operand: int) -> list[Term]:
     """A vector on a diagonal, or the diagonal of a matrix."""
     x, offset = call.operands[0], call.bound["diagonal"]
     if x.ndim == 1:
@@ -277,7 +277,7 @@ def _diag(call: Call, operand: int) -> list[Term]:
 
 
 @row("aten::trace", affine=ALL, examples=[call("", T("n m")), call("", T("n n"))])
-def _trace(call: Call, operand: int) -> list[Term]:
+def _trace(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[0]
     (along,) = fresh_axes([min(x.shape)])
     inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), 0)
@@ -286,7 +286,7 @@ def _trace(call: Call, operand: int) -> list[Term]:
 
 @row("aten::flip", affine=ALL, odd=True, lowered=picking.flip, examples=[call("", T("n m"), [0, 1])])
 @row("aten::fliplr", "aten::flipud", affine=ALL, examples=[call("", T("n m"))])
-def _flip(call: Call, operand: int) -> list[Term]:
+def _flip(call: OpCall, operand: int) -> list[Term]:
     """big = n - 1 - small on each flipped axis."""
     x = call.operands[0]
     named = {"aten::fliplr": [1], "aten::flipud": [0]}.get(call.target._schema.name)
@@ -305,7 +305,7 @@ def _flipped(x: Tensor, dims: list[int]) -> list[Term]:
 
 
 @row("aten::rot90", affine=ALL, examples=[call("", T("n m"), k, [0, 1]) for k in (1, 2, -1, 4)])
-def _rot90(call: Call, operand: int) -> list[Term]:
+def _rot90(call: OpCall, operand: int) -> list[Term]:
     """Flips and a transposition."""
     x, turns = call.operands[0], call.bound["k"] % 4
     first, second = (d % x.ndim for d in call.bound["dims"])
@@ -321,7 +321,7 @@ def _rot90(call: Call, operand: int) -> list[Term]:
     "aten::roll", affine=ALL,
     examples=[call("", T("n m"), [1], [1]), call("", T("p"), [-2], [0]), call("", T("n m"), [2, -1], [0, 1]), call("", T("n m"), [5]), call("", T("n"), [0], [0])],
 )  # fmt: skip
-def _roll(call: Call, operand: int) -> list[Term]:
+def _roll(call: OpCall, operand: int) -> list[Term]:
     """Along each axis a roll is two windows: what stays and what wraps around."""
     x, dims, shifts = call.operands[0], call.bound["dims"], call.bound["shifts"]
     if not dims:

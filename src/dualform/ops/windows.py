@@ -17,7 +17,7 @@ from dualform.algebra.relations import Window, window
 from dualform.algebra.terms import Axis, Factor, Relation, Term, atoms, fresh_axes, make_factor
 from dualform.ops.examples import T, call
 from dualform.ops.indexing import lookup
-from dualform.ops.table import ALL, Call, row
+from dualform.ops.table import ALL, OpCall, row
 
 aten = torch.ops.aten
 
@@ -29,8 +29,9 @@ def _each(value: Any, rank: int) -> list[int]:
 
 
 def _convolved(
-    call: Call, operand: int, stride: list[int], padding: list[int], dilation: list[int], groups: int, transposed: bool
-) -> list[Term]:
+    call: OpCall, operand: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    transposed: bool,
+) -> list[Term]:  # fmt: skip
     """The module's equation; transposed, x and out change places in it."""
     x, weight = call.bound["input"], call.bound["weight"]
     rank = weight.ndim - 2
@@ -80,7 +81,7 @@ _CONVOLUTIONS = [
 
 
 @row("aten::conv1d", "aten::conv2d", "aten::conv3d", affine=JOINT, examples=_CONVOLUTIONS)
-def _convolution(call: Call, operand: int) -> list[Term]:
+def _convolution(call: OpCall, operand: int) -> list[Term]:
     b, weight = call.bound, call.bound["weight"]
     rank = weight.ndim - 2
     dilation = _each(b["dilation"], rank)
@@ -96,7 +97,7 @@ def _convolution(call: Call, operand: int) -> list[Term]:
         call("conv_transpose3d.input", T("1 k 2 2 3"), T("k 1 2 1 2")),
     ],
 )  # fmt: skip
-def _transposed_convolution(call: Call, operand: int) -> list[Term]:
+def _transposed_convolution(call: OpCall, operand: int) -> list[Term]:
     b, rank = call.bound, call.bound["weight"].ndim - 2
     stride, padding, dilation = (_each(b[name], rank) for name in ("stride", "padding", "dilation"))
     return _convolved(call, operand, stride, padding, dilation, b["groups"], transposed=True)
@@ -110,13 +111,10 @@ def _transposed_convolution(call: Call, operand: int) -> list[Term]:
         call("_convolution.deprecated", T("b c l"), T("o c 3"), T("o"), [2], [1], [1], False, [0], 1, False, False, False),
     ],
 )  # fmt: skip
-def _any_convolution(call: Call, operand: int) -> list[Term]:
+def _any_convolution(call: OpCall, operand: int) -> list[Term]:
     b, rank = call.bound, call.bound["weight"].ndim - 2
     stride, padding, dilation = (_each(b[name], rank) for name in ("stride", "padding", "dilation"))
     return _convolved(call, operand, stride, padding, dilation, b["groups"], b["transposed"])
-
-
-# -- pooling
 
 
 @row(
@@ -127,7 +125,7 @@ def _any_convolution(call: Call, operand: int) -> list[Term]:
         call("avg_pool2d", T("1 1 h w"), 3, 2, 1, True), call("avg_pool3d", T("1 k 3 2 4"), 2),
     ],
 )  # fmt: skip
-def _average_pool(call: Call, operand: int) -> list[Term]:
+def _average_pool(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     rank = int(call.target._schema.name[-2])
     size = _each(b["kernel_size"], rank)
@@ -170,7 +168,7 @@ def _count(start: int, size: int, n: int, border: int) -> int:
         call("adaptive_avg_pool2d", T("k h w"), [1, 6]), call("_adaptive_avg_pool2d", T("b k h w"), [1, 4]), call("adaptive_avg_pool3d", T("1 k 2 4 3"), [2, 2, 2]),
     ],
 )  # fmt: skip
-def _adaptive_average_pool(call: Call, operand: int) -> list[Term]:
+def _adaptive_average_pool(call: OpCall, operand: int) -> list[Term]:
     """Equal windows where the sizes divide; else one small matrix of shares for each axis."""
     x, rank = call.operands[0], len(call.bound["output_size"])
     inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
@@ -205,7 +203,7 @@ def _adaptive_average_pool(call: Call, operand: int) -> list[Term]:
         call("adaptive_max_pool3d", T("1 k 3 2 4"), [2, 2, 2]),
     ],
 )  # fmt: skip
-def _max_pool(call: Call, operand: int) -> list[Term]:
+def _max_pool(call: OpCall, operand: int) -> list[Term]:
     """Each output reads the place of its maximum."""
     x, name = call.operands[0], call.target._schema.name.removeprefix("aten::").removesuffix("_with_indices")
     rank = int(name[-2])
@@ -214,9 +212,6 @@ def _max_pool(call: Call, operand: int) -> list[Term]:
     inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
     out[: x.ndim - rank] = inn[: x.ndim - rank]
     return [Term(1.0, lookup(out, atoms(inn[x.ndim - rank :]), index), tuple(out), inn)]
-
-
-# -- windows as axes
 
 
 def _windows(x: Tensor, axis: int, size: int, step: int) -> Tensor:
@@ -235,7 +230,7 @@ row("aten::unfold_backward", mapped="torch", examples=[call("", T("4 k 2"), [5, 
     "aten::unfold", affine=ALL, lowered=_windows,
     examples=[call("", T("l k"), 0, 3, 2), call("", T("n l"), 1, 2, 1), call("", T("n"), -1, 1, 2), call("", T("4"), 0, 4, 1)],
 )  # fmt: skip
-def _unfold(call: Call, operand: int) -> list[Term]:
+def _unfold(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
     if x.ndim == 0:
         axes = fresh_axes(call.out.shape)
@@ -250,7 +245,7 @@ def _unfold(call: Call, operand: int) -> list[Term]:
 @row(
     "aten::as_strided", affine=ALL, examples=[call("", T("12", "flat"), [3, 2], [2, 1], 1), call("", T("3 4", "flat"), [3, 3], [4, 1])],
 )  # fmt: skip
-def _as_strided(call: Call, operand: int) -> list[Term]:
+def _as_strided(call: OpCall, operand: int) -> list[Term]:
     """A window over the numbers as they lie in memory."""
     x, b = call.operands[0], call.bound
     if not x.is_contiguous():
@@ -261,7 +256,7 @@ def _as_strided(call: Call, operand: int) -> list[Term]:
     return [Term(1.0, (Window(atoms(out), atoms(inn), start, tuple(steps)),), out, inn)]
 
 
-def _columns(call: Call, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:
+def _columns(call: OpCall, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:
     """Axes of an image (n, c, p, q), of its columns (n, (c, k, l), (i, j)), and the windows between."""
     b = call.bound
     size, stride, padding, dilation = (_each(b[name], 2) for name in ("kernel_size", "stride", "padding", "dilation"))
@@ -281,7 +276,7 @@ def _columns(call: Call, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[Rel
     "aten::im2col", affine=ALL,
     examples=[call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]), call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1])],
 )  # fmt: skip
-def _im2col(call: Call, operand: int) -> list[Term]:
+def _im2col(call: OpCall, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.operands[0].shape)
     return [Term(1.0, relations, columns, image)]
 
@@ -290,14 +285,12 @@ def _im2col(call: Call, operand: int) -> list[Term]:
     "aten::col2im", affine=ALL,
     examples=[call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])],
 )  # fmt: skip
-def _col2im(call: Call, operand: int) -> list[Term]:
+def _col2im(call: OpCall, operand: int) -> list[Term]:
     image, relations, columns = _columns(call, call.out.shape)
     return [Term(1.0, relations, image, columns)]
 
 
-# -- resampling: one small matrix for each axis
-
-
+# Resampling: one small matrix for each axis
 @row(
     "aten::upsample_nearest1d", "aten::upsample_nearest2d", "aten::upsample_nearest3d", "aten::upsample_linear1d",
     "aten::upsample_bilinear2d", "aten::upsample_trilinear3d", "aten::upsample_bicubic2d", "aten::_upsample_nearest_exact1d",
@@ -311,7 +304,7 @@ def _col2im(call: Call, operand: int) -> list[Term]:
         call("_upsample_nearest_exact3d", T("1 k 2 3 2"), [3, 2, 4]),
     ],
 )  # fmt: skip
-def _resampled(call: Call, operand: int) -> list[Term]:
+def _resampled(call: OpCall, operand: int) -> list[Term]:
     """Each axis by itself: its matrix is the op applied to the identity of that axis, the others of size 1."""
     x = call.operands[0]
     inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))

@@ -15,8 +15,7 @@ class LawBroken(AssertionError):
 
 
 def agree(name: str, got: Tensor, expected: Tensor) -> None:
-    """Demand that two tensors are equal to the tolerance of their dtype,
-    relative to the larger of 1 and their scale."""
+    """Demand that two tensors are equal to the tolerance of their dtype, relative to max(1, their scale)."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         raise LawBroken(f"{name}: {tuple(got.shape)} {got.dtype}; expected {tuple(expected.shape)} {expected.dtype}.")
     if not got.dtype.is_floating_point:

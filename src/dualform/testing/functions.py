@@ -49,8 +49,7 @@ def _refused(what: str, call: Callable[[], Any], *values: object) -> None:
 
 
 def check_expansion(e: Any, m: int = 4, seed: int = 0) -> None:
-    """Law: kappa has D = rule(m) features of x's dtype, rows do not mix, it draws nothing,
-    and it is what its record says.
+    """Law: kappa has D = rule(m) features of x's dtype, mixes no rows, draws nothing, is what its record says.
 
     That is: differentiable on its domain, finite there and to the ends of its reach in float32, the same after
     serialisation, equal to its functions phi, to its features as text, and to what it is contracted into.
@@ -121,8 +120,7 @@ def _check_text(e: Any, x: Tensor, y: Tensor) -> None:
 
 
 def check_reconciliation(r: Any, n: int, D: int, seed: int = 0) -> None:
-    """Law: psi eats exactly l(n, D) numbers and each of them matters; apply is the matrix;
-    what is frozen is the same again.
+    """Law: psi eats exactly l(n, D) numbers, each of which matters; apply is the matrix; what is frozen stays.
 
     r: a bound record of `reconciliations`, or anything with length, constants, apply and a call.
     """
@@ -152,8 +150,7 @@ def check_reconciliation(r: Any, n: int, D: int, seed: int = 0) -> None:
 
 
 def check_remainder(p: Any, m: int, n: int, seed: int = 0) -> None:
-    """Law: pi keeps leading axes and dtype, its rows do not mix, it eats exactly l(m,
-    n) numbers and each of them matters."""
+    """Law: pi keeps leading axes and dtype, mixes no rows, eats exactly l(m, n) numbers, each of which matters."""
     l = p.length(m, n)
     w = _rows(l, seed=seed).requires_grad_() if l else None
     for lead in ((), (3,), (2, 3), (0,)):
@@ -193,8 +190,7 @@ def check_fusion(u: Any, dims: Sequence[int], n: int | None = None, seed: int = 
 
 
 def check_head(head: Head, seed: int = 0) -> None:
-    """Law: a head is its formula on the full features and matrices; it survives being saved, copied and mapped;
-    w matters.
+    """Law: a head is its formula on the full features and matrices; it survives saving, copies, vmap; w matters.
 
     The weights are compared at random values, constants included; rows are drawn within the expansion's domain.
     """
@@ -231,8 +227,7 @@ def check_head(head: Head, seed: int = 0) -> None:
 
 
 def check_unit_scale(head: Head, tolerance: float = 0.15, rows: int = 8192, seed: int = 0) -> None:
-    """Law: a new head's output has mean square 1 on standard normal rows (within the record's domain,
-    where features have poles).
+    """Law: a new head's output has mean square 1 on standard normal rows (within the domain, if it has poles).
 
     Not asked of heads that have nothing to scale: no w, or an output that w does not reach.
     """

@@ -46,17 +46,9 @@ class Problem:
 
 
 def draw(
-    program: ChunkProgram,
-    *,
-    seed: int = 0,
-    batch: int = 2,
-    time: int = 11,
-    heads: int = 2,
-    carried: bool = False,
-    ragged: bool = False,
-    resets: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> Problem:
+    program: ChunkProgram, *, seed: int = 0, batch: int = 2, time: int = 11, heads: int = 2, carried: bool = False,
+    ragged: bool = False, resets: bool = False, dtype: torch.dtype = torch.float64,
+) -> Problem:  # fmt: skip
     """Draw a problem: sizes small enough for a loop over tokens, numbers large enough for every path to matter."""
     g = torch.Generator().manual_seed(seed)
 
@@ -208,17 +200,10 @@ def check_static(program: ChunkProgram, learner: nn.Module, form: str = "auto", 
 
 
 def check_layer(
-    layer: TestTimeTraining,
-    cuts: Sequence[int],
-    *,
-    seed: int = 0,
-    batch: int = 2,
-    time: int = 11,
-    ragged: bool = False,
-    resets: bool = False,
-) -> None:
-    """Law: a layer cut anywhere, its state carried, is the layer in one call, in y, state and gradients;
-    y ignores the future."""
+    layer: TestTimeTraining, cuts: Sequence[int], *, seed: int = 0, batch: int = 2, time: int = 11,
+    ragged: bool = False, resets: bool = False,
+) -> None:  # fmt: skip
+    """Law: a layer cut anywhere, its state carried, is one call, in y, state, gradients; y ignores the future."""
     g = torch.Generator().manual_seed(seed)
     dtype = layer.o_proj.weight.dtype
     x = torch.randn(batch, time, layer.dim, generator=g, dtype=dtype).requires_grad_()
@@ -250,14 +235,9 @@ def check_layer(
 
 
 def check_learner(
-    learner: nn.Module,
-    objective: Any = "squared",
-    rule: Any = "sgd",
-    *,
-    chunk: int = 4,
-    forms: Sequence[str] = ("auto",),
-    seed: int = 0,
-) -> None:
+    learner: nn.Module, objective: Any = "squared", rule: Any = "sgd", *, chunk: int = 4,
+    forms: Sequence[str] = ("auto",), seed: int = 0,
+) -> None:  # fmt: skip
     """Every law of sequence layers for one learner: forms, splits, causality, padding, resets."""
     program = derive(learner, objective, rule, chunk=chunk)
     check_forms(program, forms, seed=seed, time=2 * chunk + 3)

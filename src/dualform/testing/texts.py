@@ -44,15 +44,9 @@ def _tokens(text: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def check_model_split(
-    model: Any,
-    cuts: Iterable[int],
-    *,
-    seed: int = 0,
-    batch: int = 2,
-    time: int = 13,
-    ragged: bool = False,
+    model: Any, cuts: Iterable[int], *, seed: int = 0, batch: int = 2, time: int = 13, ragged: bool = False,
     resets: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Law: a text cut anywhere, the cache carried, is the text in one call. Cut everywhere: decoding is forward.
 
     model: a causal language model in eval mode, called as transformers' are, with `reset` (B, T) where documents start.
@@ -118,13 +112,9 @@ def check_model_generation(model: Any, lengths: Sequence[int], *, seed: int = 0,
     text = _text(model, seed, len(lengths), max(lengths), False, False)
     mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     found = model.generate(
-        text["input_ids"],
-        attention_mask=mask.long(),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
+        text["input_ids"], attention_mask=mask.long(), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None,
         pad_token_id=0,
-    )
+    )  # fmt: skip
     for row, n in enumerate(lengths):
         ids = text["input_ids"][row : row + 1, max(lengths) - n :]
         for _ in range(num_tokens):
@@ -134,18 +124,10 @@ def check_model_generation(model: Any, lengths: Sequence[int], *, seed: int = 0,
 
 @torch.no_grad()
 def check_model_rollback(
-    model: Any,
-    cuts: Iterable[int],
-    taken: Sequence[int],
-    *,
-    seed: int = 0,
-    batch: int = 2,
-    time: int = 13,
-    ragged: bool = False,
-    resets: bool = False,
-) -> None:
-    """Law: columns that are read and taken back (`cache.crop`) were never read. taken:
-    how many after each part of the text."""
+    model: Any, cuts: Iterable[int], taken: Sequence[int], *, seed: int = 0, batch: int = 2, time: int = 13,
+    ragged: bool = False, resets: bool = False,
+) -> None:  # fmt: skip
+    """Law: columns read and taken back (`cache.crop`) were never read. taken: how many after each part."""
     text, cuts = _text(model, seed, batch, time, ragged, resets), list(cuts)
     edges = edges_of(cuts, time)
     cache, found = None, []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, BEGIN, END = 0, 1, 2
 OFFSET = 3
+# Of text, and what a file counts at least.
+most_bytes, _LEAST = 2**30, 1024
 # One tragedy and one comedy are never trained on.
 held_out_plays = ("macbeth", "twelfth-night")
 
@@ -68,7 +71,7 @@ def load_corpus(source: str) -> Corpus:
     of one) the last tenth of its bytes, from a line's start on.
     Shape:  none.
     Dtype:  none.
-    Raises: CorpusError if there is nothing to read.
+    Raises: CorpusError if there is nothing to read, or more than can be held in memory.
     """
     path = source_path(source)
     if path is None:
@@ -116,10 +119,8 @@ def plain_text(markdown: str) -> str:
 def _read(path: Path) -> list[Document]:
     if not path.exists():
         raise CorpusError(f"load_corpus: data {path} does not exist; expected a file, a folder, or 'shakespeare'.")
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     documents: list[Document] = []
-    for p in found:
+    for p in sorted(_files(path)):
         try:
             documents.append(Document(str(p), p.read_bytes()))
         except OSError as error:
@@ -132,6 +133,21 @@ def _read(path: Path) -> list[Document]:
             f"load_corpus: {path} holds no text; expected at least one file that is not empty. Pass another."
         )
     return documents
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Find the files of a folder that are not hidden, as long as all of them together can be held."""
+    total = 0
+    for p in path.rglob("*") if path.is_dir() else [path]:
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts):
+            total += max(p.stat().st_size, _LEAST)
+            if total > most_bytes:
+                raise CorpusError(
+                    f"load_corpus: {path} holds more than {most_bytes / 2**30:g} GiB, with {p} {total / 2**30:.3g} (a file "
+                    f"counts {_LEAST} bytes at least); expected at most {most_bytes} bytes, which are held in memory. "
+                    "Pass a part of it."
+                )
+            yield p
 
 
 def _cut(document: Document) -> tuple[Document, Document]:
@@ -156,10 +172,12 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             raise CorpusError(
                 f"PackedRows: seq_len is {seq_len}; expected >= 2, a token and the next. Pass a longer one."
             )
-        parts = [np.frombuffer(document.text, np.uint8).astype(np.uint16) + OFFSET for document in documents]
-        framed = [np.concatenate([[BEGIN], part, [END]]).astype(np.uint16) for part in parts]
-        self.stream = np.concatenate([*framed]) if framed else np.zeros(0, np.uint16)
-        self.num_bytes = sum(len(part) for part in parts)
+        self.num_bytes = sum(len(document.text) for document in documents)
+        self.stream, end = np.empty(self.num_bytes + 2 * len(documents), np.uint16), 0
+        for document in documents:
+            part = self.stream[end : (end := end + len(document.text) + 2)]
+            part[0], part[-1] = BEGIN, END
+            np.add(np.frombuffer(document.text, np.uint8), OFFSET, out=part[1:-1], dtype=np.uint16)
         self.seq_len = seq_len
         predicted = max(len(self.stream) - 1, 0)
         rows = predicted / (seq_len - 1)
@@ -206,12 +224,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
 
 
 def _byte_characters() -> dict[int, str]:

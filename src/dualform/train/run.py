@@ -118,8 +118,7 @@ class TrainingRun:
 
 
 def resumed(document: Mapping[str, Any]) -> Settings:
-    """Return the settings of the run in a document's output folder,
-    with what else the document asks for laid over them.
+    """Return the settings of the run in a document's output folder, what else it asks for laid over them.
 
     Raises: SettingsError if there is no run.
     """
@@ -173,9 +172,6 @@ def claim(folder: Path) -> None:
             f"train: {folder} already holds a run; expected a folder without one, so that nothing is lost. Pass "
             "--resume to go on with it, or another --output."
         )
-
-
-# -- what is whole ---------------------------------------------------------------------------------------------------
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -247,9 +243,6 @@ def _strangers(folder: Path) -> list[Path]:
     return [path for path in _files(folder) if str(path.relative_to(folder)) not in listed]
 
 
-# -- how it gets there -----------------------------------------------------------------------------------------------
-
-
 def as_json(document: Any) -> str:
     """Write as JSON; records of learners, objectives and rules as what they are in a configuration."""
     return json.dumps(document, indent=2, default=lambda record: record.to_json()) + "\n"
@@ -266,8 +259,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Give the folder to write that becomes `target` once it is left without an error;
-    until then `target` is what it was."""
+    """Give a folder to write that becomes `target`, unchanged until then, once it is left without an error."""
     work = target.parent / WORKSHOP
     _clear(work)
     made = work / target.name

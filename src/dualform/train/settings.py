@@ -94,18 +94,13 @@ def configure(settings: Settings) -> DualformConfig:
         raise SettingsError(f"train: [model] does not fit: {error.__cause__ or error}") from None
 
 
-def resolve(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> Settings:
-    """Merge a TOML file, `a.b=value` assignments and flags (None = not given) over the defaults.
+def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else.
 
     Shape:  none.
     Dtype:  none.
     Raises: SettingsError for a file that cannot be read, an unknown name, or a value that does not fit.
     """
-    return Settings(**asked(file, assignments, flags))
-
-
-def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else."""
     document = {} if file is None else _read(file)
     for assignment in (None, *assignments):
         if assignment is not None:

@@ -237,8 +237,7 @@ def _new_model(config: DualformConfig, settings: Settings) -> DualformForCausalL
 
 
 def _start(run: TrainingRun, config: DualformConfig) -> Path | None:
-    """Return the checkpoint to go on from, saying which ones are passed over;
-    None if a finished run has none any more."""
+    """Return the checkpoint to go on from, saying which are passed over; None if a finished run has none."""
     folder = run.folder / CHECKPOINTS
     if steps(run.folder) or (run.folder / SETTINGS).exists():
         TrainingRun.read(run.folder).expect(run)
@@ -286,12 +285,9 @@ def _learn(
     settings, before = run.settings, 0
     interrupt = StopOnInterrupt()
     trainer = WatchedTrainer(
-        model=model,
-        args=_arguments(settings, parts.config, quiet),
-        train_dataset=parts.rows,
-        processing_class=parts.tokenizer,
-        callbacks=[interrupt, parts.warmup],
-    )
+        model=model, args=_arguments(settings, parts.config, quiet), train_dataset=parts.rows,
+        processing_class=parts.tokenizer, callbacks=[interrupt, parts.warmup],
+    )  # fmt: skip
     if start is not None:
         before = step_of(start)
         trainer.losses = json.loads((start / LOSSES).read_text(encoding="utf-8"))

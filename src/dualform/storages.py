@@ -1,0 +1,40 @@
+"""Which memory a tensor lies in, and what lies there."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def memory_of(x: Tensor) -> int:
+    """Tell a tensor's memory from any other's: views have one, and so have tensors made of one array.
+
+    Raises: NotImplementedError or RuntimeError for a tensor inside a transform, which has none.
+    """
+    with torch._C.DisableTorchFunction():
+        storage = x.untyped_storage()
+    return (storage.data_ptr() if type(x) in _PLAIN else 0) or storage._cdata  # of no numbers, it is nowhere
+
+
+def contents(x: Tensor) -> bytes | int:
+    """What lies there, to be compared later: the bytes, where numpy and `.data` write past torch's count of writes.
+
+    Of a tensor that is not on the CPU it is that count: to look would be to wait for the device.
+    """
+    try:
+        if type(x) in _PLAIN and x.device.type == "cpu" and x.layout == torch.strided and x.numel():
+            span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            with torch._C.DisableTorchFunction():
+                return ctypes.string_at(x.data_ptr(), span * x.element_size())
+    except RuntimeError:  # inside a transform
+        pass
+    return times_written(x)
+
+
+def times_written(x: Tensor) -> int:
+    """How often torch has written to it."""
+    return 0 if x.is_inference() else x._version
