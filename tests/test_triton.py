@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import triton_backend, triton_launch
+from dualform.kernels import tape, triton_backend, triton_launch
 from dualform.kernels.lowering import lowered
 from dualform.kernels.targets import Target
 from dualform.kernels.triton_launch import Launch
@@ -282,6 +282,48 @@ def test_calls_of_one_shape_run_from_a_tape():
     assert [type(x).__name__ for kind, x in tapes.items() if kind not in before] == ["Tape", "Tape"]
     same = program(x[0], x[0], x[2], backend="triton")[0]
     assert (same - program(x[0], x[0], x[2], backend="eager")[0]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("rule", rules)
+@pytest.mark.parametrize("n", [2, 6])
+def test_single_tokens_run_wherever_rows_stand(n, rule, monkeypatch):
+    """One kernel a token, nothing read off the tensors; the state where it was, if it may be lost."""
+    launches, plain = [], triton_launch.run
+    program = of(built_in[n], shifted, rule, 3)
+    torch.manual_seed(n)
+    start = program.initial_state(3, 2)
+    start = replace(start.detach()._map(torch.clone), position=torch.tensor([0, 1, 2]))
+    states = {"triton": start, "over": start.fork(1), "eager": start}
+    kept = states["over"].tensors()
+    monkeypatch.setattr(triton_launch, "run", lambda *a, **k: launches.append(a[0].name) or plain(*a, **k))
+    with torch.no_grad():
+        for _ in range(5):
+            x = [torch.randn(3, 1, 2, 4, dtype=DOUBLE) for _ in range(3)]
+            gates = {g: 0.1 + 0.5 * torch.rand(3, 1, 2, dtype=DOUBLE) for g in program.rule.gates if g != "offset"}
+            sides, before = {}, len(launches)
+            for side, state in states.items():
+                over = {"backend": side.replace("over", "triton"), "overwrite": side == "over"}
+                o, states[side] = program(*x, gates, state=state, **over)
+                sides[side] = [o, *states[side].tensors().values()]
+            for a, b, right in zip(sides["triton"], sides["over"], sides["eager"], strict=True):
+                assert (a - right).double().norm() <= 1e-10 * right.double().norm()
+                assert torch.equal(a, b)
+            assert len(launches) - before in (0, 2)  # none is asked for where a tape has it
+    assert all(x is kept[name] for name, x in states["over"].tensors().items())
+
+
+def test_what_launches_alone_need_is_one_allocation():
+    """No two of its parts lie on each other while both are needed."""
+    steps = [tape.TapeStep([], [k], None, size) for k, size in enumerate((700, 256, 1, 600))]
+    use = [
+        tape.TapeStep([tape.SlotView(k, (1,), (1,), 0, True, 8) for k in ks], launches=True) for ks in ((0, 1), (2, 3))
+    ]
+    recorder = tape._Recorder([])
+    recorder.steps, recorder.bases = [steps[0], steps[1], use[0], steps[2], steps[3], use[1]], [None] * 4
+    for one in use:
+        one.write = lambda w: "None"
+    found = tape._Writer(recorder, [], 0).place
+    assert found == {0: 0, 1: 768, 3: 0, 2: 768}
 
 
 def test_wrong_code_is_refused_at_every_call(monkeypatch, tmp_path):

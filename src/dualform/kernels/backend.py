@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,12 +22,13 @@ from dualform.kernels.targets import Argument, Direction, Kinds
 from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import Gradients, GridCall, checkpointed
+from dualform.learning.loop import Gradients, GridCall
 from dualform.learning.plan import Input, Plan
 from dualform.learning.transforms import TRACING
 from dualform.storages import memory_of
 
 Tensors = Mapping[str, Callable[..., Tensor]]  # by role: the tensor of an argument
+Found = Mapping[tuple[str, object], Tensor]
 M = TypeVar("M")
 
 
@@ -106,7 +107,7 @@ def cut(rows: int, count: int) -> bool:
     return count >= SLICED and torch.get_num_threads() >= 2 * rows
 
 
-_ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
+ONE = Variant(1, fresh=False, dense=True, opens=False)  # a token that goes on with a state
 
 
 def _marks(chunk: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -153,6 +154,9 @@ class Stretches(Whole, Generic[M]):
     def made(self, run: GridCall, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
 
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+        return ready()()
+
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         return name, ()
 
@@ -160,14 +164,17 @@ class Stretches(Whole, Generic[M]):
         return nullcontext()
 
     @abstractmethod
-    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> None:
-        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept."""
+    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found:
+        """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept.
+
+        Return by argument what was not written where it was to be: gradients that are sums, in several parts.
+        """
 
     def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
         call, grid = run.call, run.grid
         self.check(call)
         state = run.held()
-        saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(run.plan, call)]]
+        saved = run.new_checkpoints(state, checkpoints)
         G = -(-run.blocks // checkpoints) if checkpoints else 0
         o = run.new_output()
         for piece in _stretches(run, 0, run.blocks):
@@ -189,9 +196,16 @@ class Stretches(Whole, Generic[M]):
             y = run.call.q.new_empty(shape, dtype=run.plan.out_dtype(run.call))
         kept = range(-(-n // G), (piece.stop - 1) // G + 1) if G else range(0)
         known = before[len(saved) :]  # to be at their start
+
+        def begins(k: int) -> Tensor:
+            if n == 0 and k < run.L and not run.call.carried:  # read where they lie
+                w = [*run.call.init.values()][k]
+                return w.expand(1, run.B, *w.shape)
+            return run.rowed(before[k])[None]
+
         keeps = [*(x[kept.start : kept.stop] for x in saved), *(x.new_empty(len(kept), *x.shape) for x in known)]
         tensors = {
-            "o": lambda _: y, "before": lambda k: run.rowed(before[k])[None],
+            "o": lambda _: y, "before": begins,
             "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
@@ -258,9 +272,9 @@ class Stretches(Whole, Generic[M]):
             "cotangent": lambda k: run.rowed(turned[k])[None], "turned": lambda k: run.rowed(before[k])[None],
             "gradient": gradient,
         }  # fmt: skip
-        self._call(run, native, tensors, len(piece), G, 0)
+        found = self._call(run, native, tensors, len(piece), G, 0)
         for x, value in placed:
-            gradients.add(x, piece, value)
+            gradients.add(x, piece, found.get(("gradient", x), value))
         return before
 
 
@@ -310,7 +324,7 @@ class _Sequence(Stretches[Made]):
             return None
         # A state that nothing has been read into yet is the weights themselves.
         ours = overwrite and not set(map(memory_of, held)) & set(map(memory_of, call.init.values()))
-        native, size = made(plan, call, _ONE, "forward", first + 1 == chunk), call.dtype.itemsize
+        native, size = made(plan, call, ONE, "forward", first + 1 == chunk), call.dtype.itemsize
         own, slow = plan.natives.of(NativeFunctions), plan.derivation.constants | call.slow
         marks = own.marks = own.marks or _marks(chunk, call.dtype)
         after = held if ours else [torch.empty_like(x) for x in held]
@@ -339,9 +353,10 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore
+    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> Found:  # pyright: ignore
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
+        return {}
 
 
 def never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoReturn:

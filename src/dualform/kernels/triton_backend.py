@@ -7,9 +7,12 @@ here a stretch's kernels are written, and run.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +20,10 @@ from torch import Tensor
 from dualform.bounded import Bounded
 from dualform.graphs.edit import results_of
 from dualform.kernels import triton_launch
-from dualform.kernels.backend import Stretches, Tensors, _stretches, line_of, never
+from dualform.kernels.backend import ONE, Found, Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.tape import Tape, recorded
+from dualform.kernels.tape import recorded
 from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
@@ -32,10 +35,11 @@ from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import GridCall
+from dualform.learning.loop import GridCall, fixed
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
+from dualform.storages import memory_of
 
 # What a stretch computes again and passes on, for its backward, at once.
 STATE_BYTES = 512 * 2**20
@@ -66,6 +70,14 @@ def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
     return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
+class Token(NamedTuple):
+    """A call of one token, as what runs kernels reads calls."""
+
+    call: Call
+    B: int
+    H: int
+
+
 @dataclass(eq=False)
 class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
@@ -73,6 +85,14 @@ class Made:
     kernels: dict[str, list[Kernel]]
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+
+    @cached_property
+    def over(self) -> list[Kernel]:
+        """The kernels of one token that write its state where it was: once every thread has read its own."""
+        store = re.compile(r"^( *)(?=tl\.store\(\w+_after_row)", re.M)
+        return [
+            replace(k, text=store.sub(r"\1tl.debug_barrier()\n\1", k.text, count=1)) for k in self.kernels["forward"]
+        ]
 
     @property
     def said(self) -> str:
@@ -171,40 +191,69 @@ class _Rows(Stretches[Made]):
         return {k.name: k for way in ways for name, kernels in way.items() if name != "forward some" for k in kernels}
 
     def step(self, plan: Plan, call: Call, overwrite: bool) -> list[Tensor] | None:
-        return None
+        held = call.held
+        # A state that nothing has been read into yet is the weights themselves.
+        ours = overwrite and not set(map(memory_of, held)) & set(map(memory_of, call.init.values()))
+        ours = ours and all(x.is_contiguous() for x in held)
+        return self.again(plan, call, call.flat(), ("step", ours), lambda: partial(self._step, plan, call, ours))
 
-    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
-        return self._again(run, (checkpoints,), run.call.flat(), lambda: super(_Rows, self).forward(run, checkpoints))
+    def _step(self, plan: Plan, call: Call, ours: bool) -> list[Tensor]:
+        """Run one token wherever each row stands in its mini-batch: nothing is read off the card."""
+        self.check(call)
+        assert call.before is not None
+        (B, _, H, _), chunk, held, position = call.q.shape, plan.derivation.chunk, call.held, call.before.position
+        made = self._made(plan, call, ONE, "forward", False)
+        after = held if ours else [torch.empty_like(x) for x in held]
+        o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
+        place = position + 1
 
-    def backward(self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int) -> list[Tensor]:
-        given = [*run.call.flat(), *saved, *cotangents]
-        words = (checkpoints, len(saved))
-        return self._again(run, words, given, lambda: super(_Rows, self).backward(run, saved, cotangents, checkpoints))
+        def block(x: Input) -> Tensor:
+            if x.part == "full":
+                return (place == chunk)[None, :, None].expand(1, B, H)
+            if x.name == "offset" and call.offset is not None:
+                return call.offset[position][None, :, None, None].expand(1, B, H, 1)
+            if x.part in ("i", "valid"):
+                return (place if x.part == "i" else torch.ones_like(place))[None, :, None, None].expand(1, B, H, 1)
+            return (call.gates[x.name] if x.part == "gates" else getattr(call, x.part))[None].transpose(2, 3)
 
-    def _again(self, run: GridCall, words: tuple[int, ...], given: list[Tensor], call: Any) -> list[Tensor]:
-        """Run a direction; from its second call with tensors of these shapes on,
-        where nothing else decides what runs, as it was written down."""
-        c = run.call
-        if c.carried or c.mask is not None or c.reset is not None:
-            return call()
-        first: dict[int, int] = {}
-        kinds = tuple(
-            (x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() % 16, first.setdefault(id(x), k))
-            for k, x in enumerate(given)
-        )
-        key, tapes = (
-            (self.warps, self.stages, self.precision, self.slices, words, kinds),
-            run.plan.natives.of(Compiled).tapes,
-        )
-        found = tapes.get(key)
-        if isinstance(found, Tape):
-            return found(given)
-        if found is None:
+        def given(x: Input) -> Tensor:
+            if x.over == "block":
+                return block(x)
+            own, lead = fixed(plan, call, x), (1, B, H)[: 2 if x.over == "heads" else 3]
+            return own.expand(*lead, *own.shape)
+
+        tensors = {
+            "o": lambda _: o[None].transpose(2, 3), "input": given,
+            "before": lambda k: held[k][None], "after": lambda k: after[k][None],
+        }  # fmt: skip
+        own = {(role, what): tensors[role](what) for role, what in made.arguments if role in tensors}
+        self._run_all(Token(call, B, H), made, made.over if ours else made.kernels["forward"], own, 1, 1, 0)
+        return [o, *after, torch.remainder(place, chunk, out=position) if ours else place % chunk]
+
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+        """From the second call with tensors of these shapes on, where nothing else decides what runs,
+        as it was written down."""
+        apart = words[0] != "step" and call.carried  # its first mini-batch may begin anywhere
+        if apart or call.mask is not None or call.reset is not None or triton_launch.is_watched():
+            return ready()()
+        kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
+        alike = tuple(map(id, given)) if len({*map(id, given)}) < len(given) else ()
+        ids = tuple(map(alike.index, alike))
+        key = (self.warps, self.stages, self.precision, self.slices, words, call.q.device, ids, *kinds)
+        tapes = plan.natives.of(Compiled).tapes
+        tape = tapes.get(key)
+        if tape is None:
             tapes[key] = "seen"
-            return call()
-        self.check(c)
-        result, tapes[key] = recorded(call, given)
-        return result
+            return ready()()
+        if tape == "seen":
+            self.check(call)
+            found, made = recorded(ready(), given)
+            tapes[key] = made or "never"
+            return found
+        if tape == "never":
+            return ready()()
+        with triton_launch.on(call.q.device.index):
+            return tape(given)
 
     def check(self, call: Call) -> None:
         triton_launch.triton_module()
@@ -230,13 +279,15 @@ class _Rows(Stretches[Made]):
         return cut(entries, run.B * run.H, len(piece), direction)
 
     def made(self, run: GridCall, piece: range, direction: str) -> Made:
-        plan, variant = run.plan, run.grid.variants[piece.start]
+        slices = self._in_slices(run, piece, direction)
+        return self._made(run.plan, run.call, run.grid.variants[piece.start], direction, slices)
+
+    def _made(self, plan: Plan, call: Call, variant: Variant, direction: str, slices: bool) -> Made:
         precision = self.precision
         if not triton_launch.is_interpreted():  # which multiplies bits of bfloat16, and adds pairs one by one
-            short = run.call.q.dtype == torch.bfloat16 and run.call.dtype == torch.float32
+            short = call.q.dtype == torch.bfloat16 and call.dtype == torch.float32
             factors = precision.factors or (torch.bfloat16 if short else None)
             precision = replace(precision, factors=factors, at_once=True, ahead=True)
-        slices = self._in_slices(run, piece, direction)
         key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
         with TRACING if key not in own.made else nullcontext():
             if key not in own.made:
@@ -253,12 +304,13 @@ class _Rows(Stretches[Made]):
                 own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
             return own.made[key]
 
-    def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:
+    def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> Found:
         given = {(role, what): tensors[role](what) for role, what in made.arguments}
-        if "reverse" not in made.kernels:
+        if "reverse" in made.kernels:
+            self._reverse_of(run, made, given, count, G)
+        else:
             self._run_all(run, made, made.kernels["forward some" if G else "forward"], given, count, max(G, 1), phase)
-            return
-        self._reverse_of(run, made, given, count, G)
+        return given
 
     def _reverse_of(self, run: GridCall, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
@@ -275,16 +327,16 @@ class _Rows(Stretches[Made]):
             sums = [key for key in own if key[0] == "gradient" and key[1].over != "block"]
             if stop != count:
                 own |= {("cotangent", k): x for (_, k), x in turned.items()}
-                own |= {key: torch.empty_like(own[key]) for key in sums}
+                own |= {key: torch.empty_like(own[key][:1]) for key in sums}
             if start and stop - start:
                 own |= {key: torch.empty_like(x) for key, x in own.items() if key[0] == "turned"}
             if G > 1 and stop - start > 1:
                 own |= self._states(run, made, own, kept, stop - start, G)
             self._run_all(run, made, made.kernels["reverse"], own, stop - start, 1, 0)
             turned = {key: own[key] for key in own if key[0] == "turned"}
-            if stop != count:
-                for key in sums:
-                    given[key].add_(own[key])
+            for key in sums:
+                whole = stop == count
+                given[key] = own[key] if whole else given[key].sum(0, True).add_(own[key].sum(0, True))
 
     @staticmethod
     def _cut(key: Any, x: Tensor, start: int, stop: int, G: int) -> Tensor:
@@ -305,7 +357,14 @@ class _Rows(Stretches[Made]):
         return states
 
     def _run_all(
-        self, run: GridCall, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int, phase: int
+        self,
+        run: GridCall | Token,
+        made: Made,
+        kernels: list[Kernel],
+        given: dict[Any, Tensor],
+        count: int,
+        G: int,
+        phase: int,
     ) -> None:
         """Run a direction's kernels: what carries the state on row by row,
         the rest in groups of mini-batches beside each other."""
@@ -322,12 +381,11 @@ class _Rows(Stretches[Made]):
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
             self._run(run, made, kernel, given | room | own, groups, (count, group, 1, 0))
-            for key in sums:
-                torch.sum(own[key], 0, keepdim=True, out=given[key])
+            given |= own  # whose parts are summed with all else that is
 
     def _run(
         self,
-        run: GridCall,
+        run: GridCall | Token,
         made: Made,
         kernel: Kernel,
         given: dict[Any, Tensor],
@@ -370,7 +428,7 @@ class _Rows(Stretches[Made]):
 
     @staticmethod
     def _torch(
-        run: GridCall, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
+        run: GridCall | Token, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
     ) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
         rows, device = count * run.B * run.H, run.call.q.device

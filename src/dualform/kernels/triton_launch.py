@@ -153,7 +153,7 @@ def run(
     device = tensors[0].device.index
     key = (kernel.text, how, device, heads, tuple(kinds))
     found = _made.get(key)
-    with _on(device):
+    with on(device):
         if found is not None:
             made, stages = found
             made[rows, groups, 1](*places, heads, *scalars, stages)
@@ -170,20 +170,40 @@ def run(
             made = _made[key][0]
             if made is None:  # an interpreter makes nothing
                 del _made[key]
-    if (recorder := getattr(recording, "now", None)) is not None:
-        steps = [
-            x if first == k else ()
-            for k, (x, first) in enumerate(zip((x.stride() for x in tensors), alike, strict=True))
-        ]
-        last = (heads, *scalars, _made[key][1]) if key in _made else ()
+    if (recorder := getattr(recording, "now", None)) is None:
+        return made
+    if key not in _made:
+        again = partial(run, kernel, rows=rows, heads=heads, groups=groups, scalars=scalars, how=how)
+        recorder.called(tensors, again)
+        return made
+    own = [x.stride() if first == k else () for k, (x, first) in enumerate(zip(tensors, alike, strict=True))]
+    last = (heads, *scalars, _made[key][1])
 
-        def launch(pointers: list[int]) -> None:
-            with _on(device):
-                made[rows, groups, 1](*(y for x, own in zip(pointers, steps, strict=True) for y in (x, *own)), *last)
+    def launch(w: Any, pointers: list[str]) -> str:
+        """As the compiled kernel's own look-up does, which makes a mapping of a hundred names for hooks that nobody
+        set."""
+        words = [x for pointer, steps in zip(pointers, own, strict=True) for x in (pointer, *map(str, steps))]
+        made = _made[key][0]
+        where = f"{w.name(_stream)}({device})" if tensors[0].is_cuda else "0"
+        start = (
+            f"{rows}, {groups}, 1, {where}, {w.name(made.function)}, {w.name(made.packed_metadata)}, None, None, None"
+        )
+        return f"{w.name(made.run)}({start}, {', '.join([*words, *map(str, last)])})"
 
-        again = None if last else partial(run, kernel, rows=rows, heads=heads, groups=groups, scalars=scalars, how=how)
-        recorder.launched(tensors, launch, again)
+    recorder.launched(tensors, launch)
     return made
+
+
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def is_watched() -> bool:
+    """Has somebody, a profiler say, asked to be told of launches, or to make them?"""
+    if getattr(elsewhere, "run", None) is not None:
+        return True
+    at = triton_module().knobs.runtime
+    hooks = (at.launch_enter_hook, at.launch_exit_hook)
+    return any(getattr(x, "calls", x) for x in hooks)
 
 
 @cache
@@ -206,7 +226,7 @@ def sharing(kernel: Kernel, alike: tuple[int, ...], far: bool = False) -> str:
     return f"{head}{', '.join(dict.fromkeys(given.split(', ')))}{rest}"
 
 
-def _on(device: int | None) -> Any:
+def on(device: int | None) -> Any:
     """Make a device the current one, where it is not."""
     return nullcontext() if device is None or device == torch.cuda.current_device() else torch.cuda.device(device)
 
@@ -292,8 +312,10 @@ __all__ = [
     "elsewhere",
     "first_run",
     "is_interpreted",
+    "is_watched",
     "lack",
     "loaded",
+    "on",
     "place",
     "run",
     "sharing",

@@ -7,12 +7,14 @@ generates is compared with eager at its first use.
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Protocol
+from itertools import product
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from dualform.learning.loop import GridCall, backward, forward
 from dualform.learning.plan import Plan
 from dualform.learning.prepare import Prepare, by_inductor, in_place
 from dualform.learning.transforms import TRACING
+from dualform.storages import memory_of
 
 backends = Catalogue("backends")
 # States that the backward finds again need not be computed again, a tenth of its time; beyond this, memory counts more
@@ -48,7 +51,16 @@ class Code(Protocol):
         ...
 
 
-class Whole(Protocol):
+class Directions(Protocol):
+    """What runs both directions: the loop, or a backend."""
+
+    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
+    def backward(
+        self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
+    ) -> list[Tensor]: ...
+
+
+class Whole(Directions, Protocol):
     """What runs whole calls itself: the loop's two directions, with the same arguments and results."""
 
     def suits(self, plan: Plan, call: Call) -> bool:
@@ -72,14 +84,13 @@ class Whole(Protocol):
         a compiler, a card."""
         ...
 
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+        """Run a direction: what `ready` returns, or what was written down when one like it ran."""
+        ...
+
     def trial(self) -> AbstractContextManager[None]:
         """Run code that was never seen to run here where a fault harms nobody."""
         ...
-
-    def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]: ...
-    def backward(
-        self, run: GridCall, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int
-    ) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -177,37 +188,89 @@ def chosen_in_words(plan: Plan) -> str:
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
-    run = _runs_whole(backend, plan, call, lambda whole, run: whole.forward(run, checkpoints), checkpoints)
-    return run if isinstance(run, list) else forward(run, checkpoints)
+
+    def run(way: Directions, grid: GridCall) -> list[Tensor]:
+        return way.forward(grid, checkpoints)
+
+    return _run(backend, plan, call, run, call.flat(), ("forward", checkpoints))
 
 
 def run_backward(
-    plan: Plan, call: Call, saved: list[Tensor], cotangents: list[Tensor], checkpoints: int, backend: str
+    plan: Plan, call: Call, saved: list[Tensor], given: Sequence[Tensor | None], checkpoints: int, backend: str
 ) -> list[Tensor]:
-    """Return the gradient of every floating tensor of `call`, in order."""
-    run = _runs_whole(backend, plan, call, lambda whole, run: whole.backward(run, saved, cotangents, checkpoints), None)
-    return run if isinstance(run, list) else backward(run, saved, cotangents, checkpoints)
+    """Return the gradient of every floating tensor of `call`, in order; given: of [o, *anchor, *registers],
+    None for 0."""
+
+    def run(way: Directions, grid: GridCall) -> list[Tensor]:
+        return way.backward(grid, saved, _filled(plan, call, given), checkpoints)
+
+    there = [g for g in given if g is not None]
+    words = ("backward", checkpoints, len(saved), *(g is None for g in given))
+    return _run(backend, plan, call, run, [*call.flat(), *saved, *there], words)
 
 
-def _runs_whole(
-    backend: str, plan: Plan, call: Call, direction: Callable[[Whole, GridCall], list[Tensor]], checkpoints: int | None
-) -> list[Tensor] | GridCall:
-    """Let a backend that takes calls as they are run this one; else return the run, for the loop."""
+def _run(
+    backend: str, plan: Plan, call: Call, run: Callable[[Directions, GridCall], list[Tensor]], given: list[Tensor],
+    words: Any
+) -> list[Tensor]:  # fmt: skip
+    """Let a backend that takes calls as they are run this one, else the loop; given: all tensors, words:
+    all else that decides."""
     name = chosen(backend, plan, call)
     taken = backend_of(name)
-    run, whole = GridCall(plan, call, taken.blocks, taken.prepare), taken.whole
-    if whole is None or not run.blocks:
-        return run
+    whole = taken.whole
+
+    def ready() -> Callable[[], list[Tensor]]:
+        grid = GridCall(plan, call, taken.blocks, taken.prepare)
+        way = _LOOP if whole is None or not grid.blocks else whole
+        if way is whole and plan.is_checked:
+            _check(name, plan, grid, None if words[0] == "backward" else bool(words[1]))
+        return lambda: own(run(way, grid), given)
+
+    if whole is None:
+        return ready()()
     try:
-        if plan.is_checked:
-            _check(name, plan, run, None if checkpoints is None else bool(checkpoints))
-        return direction(whole, run)
+        return whole.again(plan, call, given, words, ready)
     except BackendError as error:
         if backend != "auto":
             raise
         plan.natives.refused = str(error)
         warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
-        return GridCall(plan, call)
+        return own(run(_LOOP, GridCall(plan, call)), given)
+
+
+class _Loop:
+    forward, backward = staticmethod(forward), staticmethod(backward)
+
+
+_LOOP = _Loop()
+
+
+def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Write the zeros of outputs that nothing depends on: those of the state in one place, as nobody writes there."""
+    o, B, registers = given[0], call.q.shape[0], (len(call.start),)
+    if o is None:
+        o = call.q.new_zeros(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
+    shapes = [(B, w.shape[0], *r, *w.shape[1:]) for r in ((), registers) for w in call.init.values()]
+    missing = [math.prod(shape) for shape, g in zip(shapes, given[1:], strict=True) if g is None]
+    zeros = next(iter(call.init.values())).new_zeros(max(missing)) if missing else None
+
+    def zero(shape: tuple[int, ...]) -> Tensor:
+        assert zeros is not None
+        return zeros[: math.prod(shape)].view(shape)
+
+    return [o, *(zero(shape) if g is None else g for shape, g in zip(shapes, given[1:], strict=True))]
+
+
+def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that an operator may: of no memory that it was given or returns twice,
+    each laid out as its fake says."""
+    taken, made = set(map(memory_of, given)), []
+    for x in found:
+        y = x.contiguous()
+        y = y.clone(memory_format=torch.contiguous_format) if memory_of(y) in taken else y
+        taken.add(memory_of(y))
+        made.append(y)
+    return made
 
 
 def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
@@ -235,19 +298,29 @@ def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
 
 def check_step(name: str, plan: Plan, call: Call) -> None:
     """Compare the code for one token with eager at its first use, inside a mini-batch and at its end."""
-    whole, ends = backend_of(name).whole, int(call.state.position[0]) + 1 == plan.derivation.chunk
-    key = (name, "step", ends, str(call.q.dtype))
+    assert call.before is not None
+    whole, before, chunk = backend_of(name).whole, call.before, plan.derivation.chunk
+    known = call.q.device.type == "cpu"  # a card would have to be waited for, at each token: there both are compared
+    key = (name, "step", known and int(before.position[0]) + 1 == chunk, str(call.q.dtype))
     if whole is None or key in plan.natives.checked:
         return
     plan.natives.checked.add(key)
 
     def compare() -> str:
-        got = whole.step(plan, call, False)
-        return "" if got is None else proof.unlike(
-            _named(call, got), _named(call, run_forward(plan, call, 0, "eager")), call.q.dtype
-        )  # fmt: skip
+        for n, over in product((None,) if known else (0, chunk - 1), (False, True)):
+            there = before._map(torch.clone)
+            there = there if n is None else replace(there, position=torch.full_like(before.position, n))
+            one = call._replace(before=there)
+            right = _named(call, run_forward(plan, one, 0, "eager"))
+            got = whole.step(plan, one, over)
+            if got is not None and (unlike := proof.unlike(_named(call, got), right, call.q.dtype)):
+                return unlike
+        return ""
 
-    if unlike := proof.kernel(plan.derivation.structure, key, compare):
+    words = (*key, *whole.as_run(name, GridCall(plan, call), False))
+    with whole.trial():
+        unlike = proof.kernel(plan.derivation.structure, words, compare)
+    if unlike:
         plan.natives.checked.discard(key)
         raise _faulty(name, unlike)
 

@@ -32,12 +32,22 @@ class Call(NamedTuple):
     v: Tensor  # (B, T, H, V)
     gates: Leaves  # (B, T, H) each
     slow: Leaves  # (H, ...) parameters; buffers, and what is closed over, as they are
-    state: State
+    before: State | None  # that the caller gave
     init: Leaves  # (H, ...): where a document starts
+    start: tuple[float, ...]  # of the registers, times init
     offset: Tensor | None = None  # (chunk,)
     mask: Tensor | None = None  # (B, T)
     reset: Tensor | None = None  # (B, T)
-    carried: bool = False  # did the caller give a state?
+
+    @property
+    def carried(self) -> bool:
+        """Did the caller give a state?"""
+        return self.before is not None
+
+    @property
+    def state(self) -> State:
+        """The state that the call begins with; made at each question where none was given."""
+        return self.before or started(self.init, self.start, self.q.shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,29 +72,31 @@ class Call(NamedTuple):
 
     def flat(self) -> list[Tensor]:
         """List the tensors, as an op takes them."""
-        parts = (self.gates, self.slow, self.state.anchor, self.state.registers, self.init)
+        held = self.before.tensors().values() if self.before else ()
+        parts = (self.gates.values(), self.slow.values(), held, self.init.values())
         optional = [x for x in (self.offset, self.mask, self.reset) if x is not None]
-        return [self.q, self.k, self.v, self.state.position, *chain.from_iterable(map(dict.values, parts)), *optional]
+        return [self.q, self.k, self.v, *chain.from_iterable(parts), *optional]
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor], names: Names, given: str) -> Call:
+    def of(cls, tensors: Iterable[Tensor], names: Names, start: tuple[float, ...], given: str) -> Call:
         """Read the list; names: of the gates, of the fast leaves, and of what is not fast."""
         rest, (gates, leaves, others), words = iter(tensors), names, given.split(",")
-        q, k, v, position = (next(rest) for _ in range(4))
-        gate, slow, anchor, registers, init = (
-            {n: next(rest) for n in part} for part in (gates, others, leaves, leaves, leaves)
-        )
-        offset, mask, reset = (next(rest) if n in words else None for n in OPTIONAL)
-        state = State(anchor, registers, position)
-        return cls(q, k, v, gate, slow, state, init, offset, mask, reset, "carried" in words)
+
+        def some(part: Sequence[str]) -> Leaves:
+            return {n: next(rest) for n in part}
+
+        q, k, v, gate, slow = next(rest), next(rest), next(rest), some(gates), some(others)
+        before = State(some(leaves), some(leaves), next(rest)) if "carried" in words else None
+        init = some(leaves)
+        return cls(q, k, v, gate, slow, before, init, start, *(next(rest) if n in words else None for n in OPTIONAL))
 
     def part(self, rows: slice, T: int) -> Call:
         """Take some rows, and their first T tokens."""
         mask, reset = (None if x is None else x[rows, :T] for x in (self.mask, self.reset))
         q, k, v = (x[rows, :T] for x in (self.q, self.k, self.v))
         gates = {n: x[rows, :T] for n, x in self.gates.items()}
-        state = self.after([x[rows] for x in self.held], self.state.position[rows])
-        return self._replace(q=q, k=k, v=v, gates=gates, state=state, mask=mask, reset=reset)
+        before = self.before and self.before._map(lambda x: x[rows])
+        return self._replace(q=q, k=k, v=v, gates=gates, before=before, mask=mask, reset=reset)
 
     def plain(self) -> Call:
         """Cast tokens to what is computed in, and copy what was made in inference mode:
@@ -98,10 +110,17 @@ class Call(NamedTuple):
             return {n: own(x) for n, x in part.items()}
 
         q, k, v = (own(x.to(dtype)) for x in (self.q, self.k, self.v))
-        gates, state = {n: own(x.to(dtype)) for n, x in self.gates.items()}, [own(x) for x in self.held]
-        offset, mask, reset = (None if x is None else own(x) for x in (self.offset, self.mask, self.reset))
-        state = self.after(state, own(self.state.position))
-        return Call(q, k, v, gates, leaves(self.slow), state, leaves(self.init), offset, mask, reset, self.carried)
+        gates, before = {n: own(x.to(dtype)) for n, x in self.gates.items()}, self.before and self.before._map(own)
+        optional = (None if x is None else own(x) for x in (self.offset, self.mask, self.reset))
+        return Call(q, k, v, gates, leaves(self.slow), before, leaves(self.init), self.start, *optional)
+
+
+def started(fast: Mapping[str, Tensor], start: tuple[float, ...], B: int) -> State:
+    """Return the state that B rows start from: at the initial weights, registers at their start."""
+    anchor = {name: w.expand(B, *w.shape) for name, w in fast.items()}
+    registers = {name: torch.stack([s * w for s in start], 2) for name, w in anchor.items()}
+    device = next(iter(fast.values())).device
+    return State(anchor, registers, torch.zeros(B, dtype=torch.long, device=device))
 
 
 class Signature(NamedTuple):
@@ -147,8 +166,8 @@ class Signature(NamedTuple):
         made = self._gates(gates, (B, T, H), dtype, device)
         offset = made.pop("offset", None)
         q, k, v = (_tokens(x, dtype) for x in (q, k, v))
-        held = self.start(init, B) if state is None else self._fitting(state, init, B)
-        return Call(q, k, v, made, slow, held, init, offset, mask, reset, state is not None)
+        before = state and self._fitting(state, init, B)
+        return Call(q, k, v, made, slow, before, init, self.rule.start, offset, mask, reset)
 
     def _expect_shapes(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reset: Tensor | None) -> None:
         if q.ndim != 4:
@@ -174,13 +193,6 @@ class Signature(NamedTuple):
                     f"program: {name} has shape {tuple(x.shape)} and dtype {x.dtype}; expected (batch, time) = "
                     f"{(B, T)} of torch.bool. Pass {name}.bool() of that shape."
                 )
-
-    def start(self, fast: Mapping[str, Tensor], B: int) -> State:
-        """Return the state that B rows start from: at the initial weights, registers at their start."""
-        anchor = {name: w.expand(B, *w.shape) for name, w in fast.items()}
-        registers = {name: torch.stack([s * w for s in self.rule.start], 2) for name, w in anchor.items()}
-        device = next(iter(fast.values())).device
-        return State(anchor, registers, torch.zeros(B, dtype=torch.long, device=device))
 
     def _fitting(self, state: State, fast: Leaves, B: int) -> State:
         """Refuse a state of another model, shape or dtype; cast nothing."""

@@ -31,14 +31,15 @@ class GridCall:
         self.B, self.T, self.H = call.q.shape[:3]
         self.rows, self.rule, self.L = Rows(self.B, self.H, blocks, prepare), d.inner.rule, len(call.init)
         device = call.q.device
-        marks = (call.state.position, call.mask, call.reset)
+        self.position = call.before.position if call.before else torch.zeros(self.B, dtype=torch.long, device=device)
+        marks = (self.position, call.mask, call.reset)
         self.grid: Grid = arrange(self.T, d.chunk, *marks, call.dtype, call.carried, d.block, not call.carried)
         self.blocks = len(self.grid.variants)
         self.same: dict[int, Once] = {}
         widest = max((v.width for v in self.grid.variants), default=1)
         kind = "cpu" if device.type == "cpu" else "cuda"
         by_tokens = TOKENS_AT_ONCE[kind] // (self.B * self.H * widest)
-        by_leaves = LEAF_BYTES_AT_ONCE[kind] // max(x.nbytes for x in call.state.anchor.values())
+        by_leaves = LEAF_BYTES_AT_ONCE[kind] // max(self.B * x.nbytes for x in call.init.values())
         self.at_once = blocks or _power(by_tokens)
         self.at_once_back = blocks or _power(min(by_tokens, by_leaves))
 
@@ -59,9 +60,7 @@ class GridCall:
         return get
 
     def fixed(self, x: Input) -> Tensor:
-        """Read what all blocks share: (H, ...), or as it is."""
-        own = self.call.slow if x.part == "slow" else self.call.init
-        return own[x.name] if x.name in own else self.plan.derivation.constants[x.name].to(self.call.q.device)
+        return fixed(self.plan, self.call, x)
 
     def of_blocks(self, x: Input, piece: range) -> Tensor | None:
         """Read the blocks of a piece, (n, B, H, ...); None for what the grid does not have."""
@@ -75,6 +74,8 @@ class GridCall:
         W = g.variants[piece.start].width
         if x.part == "gates":
             assert c.offset is not None
+            if g.variants[piece.start].completes(self.plan.derivation.chunk):
+                return c.offset.expand(len(piece), self.B, self.H, W)
             mark = c.offset[g.i[piece.start : piece.stop, :, :W].long() - 1]
         else:
             mark = getattr(g, x.part)[piece.start : piece.stop]
@@ -122,8 +123,14 @@ class GridCall:
         return self.grid.new(like, self.B, self.T, self.H, self.plan.derivation.out_width)
 
     def held(self) -> list[Tensor]:
-        """The state of the call, by rows."""
-        return [x.flatten(0, 1).contiguous() for x in self.call.held]
+        """The state of the call, by rows; without registers at their start where no state was given."""
+        own = self.call.held if self.call.carried else [x.expand(self.B, *x.shape) for x in self.call.init.values()]
+        return [x.flatten(0, 1).contiguous() for x in own]
+
+    def new_checkpoints(self, state: list[Tensor], count: int) -> list[Tensor]:
+        """Make room for so many kept states."""
+        n = checkpointed(self.plan, self.call, count)
+        return [x.new_empty(count, *x.shape) for x in (state if n <= len(state) else self.whole(state))[:n]]
 
     def rowed(self, x: Tensor) -> Tensor:
         """Split rows: (P, ...) -> (B, H, ...)."""
@@ -134,7 +141,7 @@ class GridCall:
 
     def again(self, like: Tensor) -> Tensor:
         """Which rows of a state (B, ...) start anew in a call without a token?"""
-        starts = self.call.state.position.new_zeros(self.B, 1) if self.call.reset is None else self.call.reset
+        starts = self.position.new_zeros(self.B, 1) if self.call.reset is None else self.call.reset
         return starts.any(1).reshape(self.B, *[1] * (like.ndim - 1))
 
     def idle(self) -> list[Tensor]:
@@ -145,6 +152,12 @@ class GridCall:
         return [torch.where(self.again(x), new, x) for new, x in held]
 
 
+def fixed(plan: Plan, call: Call, x: Input) -> Tensor:
+    """Read what all blocks share: (H, ...), or as it is."""
+    own = call.slow if x.part == "slow" else call.init
+    return own[x.name] if x.name in own else plan.derivation.constants[x.name].to(call.q.device)
+
+
 def _power(n: int) -> int:
     """Return the largest power of two up to n, 1 at least."""
     return 1 << (max(1, n).bit_length() - 1)
@@ -153,7 +166,7 @@ def _power(n: int) -> int:
 def forward(run: GridCall, checkpoints: int) -> list[Tensor]:
     """Return [o, *anchor, *registers, position, *checkpoints of anchor, *of registers]."""
     state, plan = run.held(), run.plan
-    saved = [x.new_empty(checkpoints, *x.shape) for x in state[: checkpointed(plan, run.call)]]
+    saved = run.new_checkpoints(state, checkpoints)
     G = -(-run.blocks // checkpoints) if checkpoints else run.blocks + 1
     o = run.new_output()
 
@@ -189,9 +202,11 @@ def run_visible(plan: Plan, call: Call) -> list[Tensor]:
         return [o, *map(run.rowed, run.whole(state)), run.grid.position]
 
 
-def checkpointed(plan: Plan, call: Call) -> int:
-    """Count the tensors of a checkpoint: the anchors alone where every block is certain to start its registers anew."""
+def checkpointed(plan: Plan, call: Call, count: int) -> int:
+    """Count the tensors of a checkpoint, if any: the anchors alone where every block is certain to start its registers."""
     d, L = plan.derivation, len(call.init)
+    if not count:
+        return 0
     known = all(d.inner.rule.resets) and d.block is None
     return L if known and not call.carried and call.mask is None and call.reset is None else 2 * L
 
@@ -209,44 +224,60 @@ class Gradients:
         self.tokens = {
             n: g.new(x, *x.shape) for n, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())
         }
-        self.sums = {("slow", name): torch.zeros_like(x) for name, x in call.slow.items()}
-        self.sums |= {("init", name): torch.zeros_like(x) for name, x in call.init.items()}
-        self.offset = None if call.offset is None else torch.zeros_like(call.offset)
+        self.sums: dict[tuple[str, str], Tensor] = {}
 
     def add(self, x: Input, piece: range, value: Tensor) -> None:
         """Add the gradient of an input of some blocks: (n, B, H, ...), or already summed over the blocks."""
-        g = self.run.grid
-        if (x.part, x.name) in self.sums:
-            self.sums[x.part, x.name] += value.sum((0, 1, 2) if x.over == "shared" else (0, 1))
+        g, variant = self.run.grid, self.run.grid.variants[piece.start]
+        if x.part in ("slow", "init"):
+            self._sum(x.part, x.name, value.sum((0, 1, 2) if x.over == "shared" else (0, 1)))
+        elif x.name == "offset" and variant.completes(self.run.plan.derivation.chunk):
+            self._sum("gates", "offset", value.sum((0, 1, 2)))
         elif x.name == "offset":
-            assert self.offset is not None
-            blocks, W = slice(piece.start, piece.stop), g.variants[piece.start].width
+            blocks, W = slice(piece.start, piece.stop), variant.width
             index, keep = g.i[blocks, :, :W].long() - 1, g.valid[blocks, :, :W]
             # A block's valid slots have places of their own: no sum in any order, as index_add_ has on a card.
-            b = len(self.offset)
+            b = self.run.plan.derivation.chunk
             own = value.new_zeros(*index.shape[:2], b + 1).scatter_(2, torch.where(keep > 0, index, b), value.sum(2))
-            self.offset += own[..., :b].sum((0, 1))
+            self._sum("gates", "offset", own[..., :b].sum((0, 1)))
         elif x.part in ("q", "k", "v", "gates"):
             g.put(self.tokens[x.name], piece, value)
+
+    def _sum(self, part: str, name: str, value: Tensor) -> None:
+        found = self.sums.get((part, name))
+        self.sums[part, name] = value if found is None else found.add_(value)
+
+    def _start(self, th: Sequence[Tensor], R: Sequence[Tensor]) -> None:
+        """Add the gradient of rows that start at `init`: (B, H, ...), registers (B, H, r, ...) or none."""
+        for k, name in enumerate(self.run.call.init):
+            scaled = [s * R[k][:, :, j] for j, s in enumerate(self.run.rule.start) if s and R]
+            self._sum("init", name, sum(scaled, th[k]).sum(0))
 
     def idle(self, state: list[Tensor]) -> list[Tensor]:
         """Return what `flat` does for a call without a token; state: the gradient of the one after it, (B, H, ...)."""
         run, L = self.run, self.run.L
         started, held = zip(*((torch.where(a := run.again(x), x, 0), torch.where(a, 0, x)) for x in state), strict=True)
-        for name, th, R in zip(run.call.init, started[:L], started[L:], strict=True):
-            self.sums["init", name] += th.sum(0) + sum(s * R[:, :, k].sum(0) for k, s in enumerate(run.rule.start))
+        self._start(started[:L], started[L:])
         return self.flat([x.flatten(0, 1) for x in held])
 
     def flat(self, state: list[Tensor]) -> list[Tensor]:
         """Return the gradient of every floating tensor of the call, in order; state: of the one it began with."""
         run, call, L = self.run, self.run.call, self.run.L
-        if len(state) == L:
+        if call.carried and len(state) == L:
             state = state + [w.new_zeros(w.shape[0], len(run.rule.start), *w.shape[1:]) for w in state]
         state = [x.unflatten(0, (run.B, run.H)) for x in state]
+        if not call.carried:
+            self._start(state[:L], state[L:])
         q, k, v, *gates = (run.grid.done(x) for x in self.tokens.values())
-        slow, init = ({n: self.sums[part, n] for n in getattr(call, part)} for part in ("slow", "init"))
-        gates, after = dict(zip(call.gates, gates, strict=True)), call.after(state, call.state.position)
-        tree = call._replace(q=q, k=k, v=v, gates=gates, slow=slow, state=after, init=init, offset=self.offset)
+
+        def summed(part: str, name: str, x: Tensor) -> Tensor:
+            found = self.sums.get((part, name))
+            return torch.zeros_like(x) if found is None else found.to(x.dtype)
+
+        slow, init = ({n: summed(part, n, x) for n, x in getattr(call, part).items()} for part in ("slow", "init"))
+        gates, after = dict(zip(call.gates, gates, strict=True)), call.before and call.after(state, run.position)
+        offset = None if call.offset is None else summed("gates", "offset", call.offset)
+        tree = call._replace(q=q, k=k, v=v, gates=gates, slow=slow, before=after, init=init, offset=offset)
         return [x for x, y in zip(tree.flat(), call.flat(), strict=True) if y.is_floating_point()]
 
 

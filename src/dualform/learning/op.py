@@ -9,13 +9,15 @@ Legend: B batch, T time, H heads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn import Parameter
 
 from dualform.graphs.operators import custom_operator, library
 from dualform.graphs.this_thread import compiles, exports
@@ -27,7 +29,6 @@ from dualform.learning.loop import checkpointed, run_visible
 from dualform.learning.plan import Plan
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of_many, on_behalf, undisturbed, watched
-from dualform.storages import memory_of
 
 
 class Source(Protocol):
@@ -42,6 +43,7 @@ _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
 _plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _compiled: dict[str, Plan] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
+_C: Any = torch._C
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -92,32 +94,24 @@ def _planned(key: str) -> Plan:
 
 def _call(key: str, tensors: Sequence[Tensor]) -> tuple[Plan, Call, str]:
     plan, (_, backend, given) = _planned(key), key.split("|")
-    return plan, Call.of(tensors, plan.names, given), backend
+    return plan, _read(plan, tensors, given), backend
 
 
-def _own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that an operator may: of no memory that it was given or returns twice,
-    each laid out as its fake says."""
-    taken, own = set(map(memory_of, given)), []
-    for x in found:
-        y = x.contiguous()
-        y = y.clone(memory_format=torch.contiguous_format) if memory_of(y) in taken else y
-        taken.add(memory_of(y))
-        own.append(y)
-    return own
+def _read(plan: Plan, tensors: Sequence[Tensor], given: str) -> Call:
+    return Call.of(tensors, plan.names, plan.derivation.inner.rule.start, given)
 
 
 def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, _ = _call(key, tensors)
     if plan.key:
         _compiled[plan.key] = plan
-    held = call.held
+    held, position = call.held, call.state.position
     o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
     return [
         o,
         *(x.new_empty(x.shape) for x in held),
-        call.state.position.new_empty(call.state.position.shape),
-        *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call)]),
+        position.new_empty(position.shape),
+        *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call, checkpoints)]),
     ]
 
 
@@ -125,7 +119,7 @@ def _seen(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     """The op under a transform of torch.func, as a graph that holds it calls it: ops in its place."""
     plan, call, _ = _call(key, tensors)
     found = run_visible(plan, call)
-    return [*found, *(x.new_zeros(checkpoints, *x.shape) for x in found[1 : 1 + checkpointed(plan, call)])]
+    return [*found, *(x.new_zeros(checkpoints, *x.shape) for x in found[1 : 1 + checkpointed(plan, call, checkpoints)])]
 
 
 def _gradient_shapes(
@@ -139,9 +133,8 @@ def scan_backward_op(
     tensors: list[Tensor], saved: list[Tensor], cotangents: list[Tensor], key: str, checkpoints: int
 ) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
-    given = [*tensors, *saved, *cotangents]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(run_backward(plan, call, saved, cotangents, checkpoints, backend), given)
+        return run_backward(plan, call, saved, cotangents, checkpoints, backend)
 
 
 class _Kept(Protocol):
@@ -149,6 +142,7 @@ class _Kept(Protocol):
 
     plan: Plan  # which lives as long as the graph
     key: str
+    is_direct: bool  # did no operator stand around it?
     checkpoints: int
     count: int  # of the tensors given
     held: int  # of the state
@@ -162,28 +156,39 @@ class _Kept(Protocol):
 
 def _setup(ctx: _Kept, inputs: tuple[list[Tensor], str, int], output: list[Tensor]) -> None:
     tensors, ctx.key, ctx.checkpoints = inputs
-    ctx.plan, call, _ = _call(ctx.key, tensors)
-    ctx.held = 2 * len(call.init)
+    ctx.plan, ctx.is_direct = _planned(ctx.key), False
+    _keep(ctx, tensors, output)
+
+
+def _keep(ctx: _Kept, tensors: Sequence[Tensor], output: Sequence[Tensor]) -> None:
+    ctx.held = 2 * len(ctx.plan.names[1])
     ctx.count, ctx.role = len(tensors), dict(inside.__dict__)
     ctx.outputs = [(x.shape, x.dtype) for x in output[: 1 + ctx.held]]
     ctx.set_materialize_grads(False)  # else the checkpoints get gradients of their size, all zero
     ctx.save_for_backward(*tensors, *output[2 + ctx.held :])
 
 
-def _backward(ctx: _Kept, grads: list[Tensor]) -> tuple[list[Tensor | None], None, None]:
+def _backward(ctx: _Kept, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
     with on_behalf(ctx.role):
         return _gradients(ctx, grads), None, None
 
 
-def _gradients(ctx: _Kept, grads: list[Tensor]) -> list[Tensor | None]:
+def _gradients(ctx: _Kept, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     held = ctx.saved_tensors  # read once: a checkpointed region gives them only once
     tensors, saved = list(held[: ctx.count]), list(held[ctx.count :])
     many = any(g is not None and is_one_of_many(g) for g in grads)
     if many or torch.is_grad_enabled() or watched():  # these gradients will be differentiated again
         return _backward_visibly(ctx.key, tensors, grads)
-    given = zip(grads, ctx.outputs, strict=False)
-    cotangents = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in given]
-    found = iter(scan_backward_op(tensors, saved, cotangents, ctx.key, ctx.checkpoints))
+    cotangents = grads[: len(ctx.outputs)]
+    if ctx.is_direct and _is_plain((*tensors, *saved, *(g for g in cotangents if g is not None))):
+        _, backend, given = ctx.key.split("|")
+        call = _read(ctx.plan, tensors, given)
+        with _no_autocast(call.q.device.type):
+            found = iter(run_backward(ctx.plan, call, saved, cotangents, ctx.checkpoints, backend))
+    else:
+        kinds = zip(cotangents, ctx.outputs, strict=True)
+        given = [tensors[0].new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in kinds]
+        found = iter(scan_backward_op(tensors, saved, given, ctx.key, ctx.checkpoints))
     return [next(found) if x.is_floating_point() else None for x in tensors]
 
 
@@ -212,7 +217,44 @@ def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
             "plain ones, its tangents would be lost. Use torch.func.jvp, or call the module that it was made of."
         )
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _own(run_forward(plan, call, checkpoints, backend), tensors)
+        return run_forward(plan, call, checkpoints, backend)
+
+
+class _Direct(torch.autograd.Function):
+    """The op where nothing looks at it: at a third of the price of an operator made in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, call: Call, key: str, checkpoints: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        found = _run_direct(plan, call, key, checkpoints)
+        ctx.plan, ctx.key, ctx.is_direct, ctx.checkpoints = plan, key, True, checkpoints
+        ctx.mark_non_differentiable(found[1 + 2 * len(call.init)])
+        _keep(ctx, tensors, found)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, None, None, *_backward(ctx, grads)[0]
+
+
+def _run_direct(plan: Plan, call: Call, key: str, checkpoints: int) -> list[Tensor]:
+    with _no_autocast(call.q.device.type):
+        return run_forward(plan, call, checkpoints, key.split("|")[1])
+
+
+def _no_autocast(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Are tensors torch's own, while no mode asks for the operator and nothing is traced?"""
+    return (
+        all(type(x) is Tensor or type(x) is Parameter for x in tensors)
+        and not tensors[0].is_meta
+        and not compiles()
+        and not _C._len_torch_dispatch_stack()
+        and not _C._is_torch_function_mode_enabled()
+        and _C._get_tracing_state() is None
+    )
 
 
 library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
@@ -281,7 +323,7 @@ def _scanned(
         return stepped
     kind, nbytes, keep = (name, form, call.q.shape[-1], call.dtype), 0, 0
     if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
-        nbytes = sum(x.nbytes for x in call.state.anchor.values())
+        nbytes = call.q.shape[0] * sum(x.nbytes for x in call.init.values())
         keep = backend_of(chosen(backend, _plan(*kind), call)).keep
     checkpoints = checkpoints_for(call.q.shape[1], chunk, remat, nbytes, keep) if learns else 0
     given, T = call.given, call.q.shape[1]
@@ -290,4 +332,9 @@ def _scanned(
         key = _text(*kind, T if fixed else None, given)
     else:
         key = _key(*kind)
-    return scan_op(tensors, f"{key}|{backend}|{given}", checkpoints)[: 2 + 2 * len(call.init)]
+    key, count = f"{key}|{backend}|{given}", 2 + 2 * len(call.init)
+    if not _is_plain(tensors):
+        return scan_op(tensors, key, checkpoints)[:count]
+    plan = _plan(*kind)
+    found = _Direct.apply(plan, call, key, checkpoints, *tensors) if learns else _run_direct(plan, call, key, 0)
+    return list(found[:count])

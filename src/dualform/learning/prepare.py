@@ -24,7 +24,7 @@ def in_place(gm: fx.GraphModule, examples: Examples = list) -> Prepared:
     in_one_pass(gm.graph, {aten.bmm.default, aten.mul.Tensor})
     _reuse(gm.graph)
     for node in gm.graph.nodes:
-        node.target = _as_python_calls(node.target)
+        node.target = as_python_calls(node.target)
     return written(gm)
 
 
@@ -41,7 +41,7 @@ def by_inductor(gm: fx.GraphModule, examples: Examples) -> Prepared:
         return compiled(gm, inputs, options={"cpp_wrapper": on_cpu})  # pyright: ignore[reportReturnType]: as the graph
 
 
-def _as_python_calls(target: Any) -> Any:
+def as_python_calls(target: Any) -> Any:
     """Python's own entry points take two thirds of the time of an overload called by name."""
     row = find_row(target)
     if row is None or not row.called:

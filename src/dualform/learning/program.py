@@ -20,7 +20,7 @@ from dualform.graphs.this_thread import compiles
 from dualform.graphs.twin import Twin
 from dualform.learning import proof as proving
 from dualform.learning.backends import Code, backend_of, backends_key, chosen_in_words
-from dualform.learning.call import Call, Signature, expect_width
+from dualform.learning.call import Call, Signature, expect_width, started
 from dualform.learning.derive import Derivation, TracedStep
 from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
@@ -281,7 +281,7 @@ class ChunkProgram(nn.Module):
             require(is_whole(x, 0), "program.initial_state", name, x, "a whole number >= 0", advice)
         signature = self.signature
         fast, _ = signature.with_heads(params or {}, heads, *signature.kind)
-        return signature.start(fast, batch)
+        return started(fast, self.rule.start, batch)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

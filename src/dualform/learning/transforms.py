@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from dualform.graphs.hollow import Hollows
-from dualform.graphs.this_thread import compiles, no_modes, records, traces_apart
+from dualform.graphs.this_thread import captures, compiles, no_modes, records, traces_apart
 
 inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
 
@@ -98,10 +98,10 @@ def watched() -> bool:
 
 
 def is_known(x: Tensor) -> bool:
-    """May a call depend on a tensor's values? Not while it is traced, nor on the meta device,
+    """May a call depend on a tensor's values? Not while it is traced or captured, nor on the meta device,
     nor where they differ along an axis that vmap hides."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    if compiles() or x.is_meta or records():
+    if compiles() or x.is_meta or records() or captures(x):
         return False
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):

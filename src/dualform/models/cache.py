@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer
 
+from dualform.graphs.this_thread import captures
 from dualform.learning.layer import LayerState
 from dualform.learning.state import Carried, row_numbers
 from dualform.models.configuration import DualformConfig
@@ -204,6 +205,10 @@ class FastWeightCache(Rollback, CacheLayerMixin):
                 )
 
     def advance(self, state: BlockState, num_columns: int) -> None:
+        if self._state is not None and self._ours and captures(state.layer.position):
+            for x, new in zip(self._state.tensors().values(), state.tensors().values(), strict=True):
+                x if x is new else x.copy_(new)  # a graph that is replayed goes on from where it was
+            state = self._state
         self._state, self._ours = state, True
         self.seen, self.is_initialized = self.seen + num_columns, True
 
