@@ -165,11 +165,9 @@ def _settled(term: Term, s: Select) -> Term | None:
     bare = replace(term, factors=rest)
     if s.is_identity:
         # Keep the label that an axis shows.
-        return (
-            substitute(bare, {s.big: (s.small,)})
-            if s.big not in term.visible
-            else substitute(bare, {s.small: (s.big,)})
-        )
+        if s.big in term.visible:
+            return substitute(bare, {s.small: (s.big,)})
+        return substitute(bare, {s.big: (s.small,)})
     others = [f for f in rest if isinstance(f, Select)]
     twin = next((o for o in others if o.big is s.big), None)
     if twin is not None and s.big not in term.visible and not any(o.small is s.big for o in others):
@@ -195,11 +193,9 @@ def _through(relation: Relation, s: Select) -> Relation | None:
     if not isinstance(relation, Select):
         return restricted(relation, s)
     step = relation.step
-    return (
-        Select(s.small, relation.big, relation.start + step * s.start, step * s.step)
-        if relation.small is s.big
-        else None
-    )
+    if relation.small is not s.big:
+        return None
+    return Select(s.small, relation.big, relation.start + step * s.start, step * s.step)
 
 
 def _intersected(term: Term, s: Select, t: Select) -> Term | None:

@@ -207,9 +207,8 @@ class Derivative(Questions):
 
     def _refuse(self, method: str, argument: str, value: Tensor, shape: tuple[int, ...]) -> NoReturn:
         side = "output" if argument == "g" else "input"
-        fail(
-            method, argument, f"has shape {tuple(value.shape)}", f"the {side}'s shape = {shape}", "Reshape or slice it."
-        )
+        has = f"has shape {tuple(value.shape)}"
+        fail(method, argument, has, f"the {side}'s shape = {shape}", "Reshape or slice it.")
 
     def _apply(self, seed: Tensor, side: str, other: str, shape: tuple[int, ...]) -> Tensor:
         total: Tensor | None = None

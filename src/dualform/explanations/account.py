@@ -97,9 +97,8 @@ class Story:
 
     def _title(self) -> str:
         program = self.program
-        inputs = "  ".join(
-            f"{program.name_of(n)}:{tuple(v.shape)}" for n, v in program.values.items() if n.op == "placeholder"
-        )
+        given = ((n, v) for n, v in program.values.items() if n.op == "placeholder")
+        inputs = "  ".join(f"{program.name_of(n)}:{tuple(v.shape)}" for n, v in given)
         line = source_line(program.output)
         head = f"{line}\n" if line else ""
         return f"{head}{inputs}  ->  {program.name_of(program.output)}:{tuple(self.out.shape)}"

@@ -224,9 +224,8 @@ def _html(told: Explanation) -> Iterable[str]:
     yield _html_result(last, told)
     code = escape(told.code)
     close = torch.finfo(told.result.derivative.dtype).eps ** 0.5
-    checks = "".join(
-        html.check(said, error < close) for said, (_, error) in zip(told.verdicts, told.checks, strict=True)
-    )
+    judged = zip(told.verdicts, told.checks, strict=True)
+    checks = "".join(html.check(said, error < close) for said, (_, error) in judged)
     yield (
         f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, '
         f"in]</code></div><pre>{code}</pre>{checks}</div>"
@@ -275,9 +274,8 @@ def _ranges(f: IndexFormula) -> str:
 
 def _short(moves: Sequence[Move]) -> list[Move]:
     """The chain rule, the sum over copies, the formulas put in, and the end."""
-    kept = [
-        move for k, move in enumerate(moves) if k < 2 or "copy contributes" in move.reason or "put in" in move.reason
-    ]
+    said = ("copy contributes", "put in")
+    kept = [move for k, move in enumerate(moves) if k < 2 or any(words in move.reason for words in said)]
     if moves[-1] not in kept:
         # what came between is in the proof
         kept.append(moves[-1])

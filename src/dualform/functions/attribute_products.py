@@ -157,9 +157,8 @@ def linear(
                 "pre mixes the rows of a batch: a row has no formula.",
             )  # fmt: skip
         if kind == "post":
-            return [
-                "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, numbers, strict=True)) for k in range(shape[-1])
-            ]
+            columns = zip(*numbers, strict=True)
+            return ["+".join(f"{c!r}*{n}" for n, c in zip(names, column, strict=True)) for column in columns]
         each = numbers if shape else [numbers] * len(names)
         return [f"{factor!r}*{n}" for n, factor in zip(names, each, strict=True)]
 

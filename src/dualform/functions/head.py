@@ -227,9 +227,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_floating("Head", x)
         if x.shape[-1:] != (self.m,):
-            fail(
-                "Head", "x", f"has shape {tuple(x.shape)}", f"(..., m) with m = {self.m}", "Pass rows of m attributes."
-            )
+            has = f"has shape {tuple(x.shape)}"
+            fail("Head", "x", has, f"(..., m) with m = {self.m}", "Pass rows of m attributes.")
         if self._is_matrix:  # psi(w) is a view of w
             y = F.linear(self.expansion.expand(x), self.w.view(self.n, self.D), self.bias)
         else:

@@ -168,9 +168,8 @@ class Multilinear:
         ones = [label for label in labels if label not in given]  # axes that no factor has: W is the same along them
         tensors += [torch.ones(sizes[label], dtype=w.dtype, device=w.device) for label in ones]
         spec = ",".join([f.labels for f in self.factors] + ones) + "->" + labels
-        return (torch.einsum(spec, *tensors) * self.coef if self.coef != 1.0 else torch.einsum(spec, *tensors)).reshape(
-            n, D
-        )
+        W = torch.einsum(spec, *tensors).reshape(n, D)
+        return W if self.coef == 1.0 else W * self.coef
 
     def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor:
         """Contract the tokens with one factor at a time: (..., D) -> (..., n)."""

@@ -88,9 +88,7 @@ def _run_slopes(x: Tensor, p0: float, p1: tuple[float, float], rows: Rows) -> It
         yield newer
 
 
-def _coefficients(
-    p0: float, p1: tuple[float, float], rows: list[tuple[float, float, float, float]]
-) -> list[list[float]]:
+def _coefficients(p0: float, p1: tuple[float, float], rows: Rows) -> list[list[float]]:
     """Run the recurrence on coefficients, lowest power first."""
     older, newer = [p0], [p1[1], p1[0]]
     found = [newer]

@@ -90,9 +90,8 @@ class Remainder:
             return act(x)
         if w is None or w.numel() != l or tuple(w.shape) not in ((n, m), (l,)):
             found = "is None" if w is None else f"has shape {tuple(w.shape)}"
-            fail(
-                self.name, "w", found, f"(n, m) = ({n}, {m}) or (n m,) = ({l},)", "Pass the weights of the linear map."
-            )
+            wanted = f"(n, m) = ({n}, {m}) or (n m,) = ({l},)"
+            fail(self.name, "w", found, wanted, "Pass the weights of the linear map.")
         if b is not None and tuple(b.shape) != (n,):
             fail(self.name, "b", f"has shape {tuple(b.shape)}", f"(n,) = ({n},)", "Pass one bias per output.")
         y = F.linear(self.linear_part(x), w.reshape(n, m), b)

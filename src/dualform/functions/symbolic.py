@@ -253,9 +253,8 @@ class _Indicators(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         sides = [node.left, *node.comparators]
-        pairs = [
-            ast.Compare(left, [op], [right]) for left, op, right in zip(sides, node.ops, node.comparators, strict=False)
-        ]
+        compared = zip(sides, node.ops, node.comparators, strict=False)
+        pairs = [ast.Compare(left, [op], [right]) for left, op, right in compared]
         return ast.Call(ast.Name("_indicator", ast.Load()), cast("list[ast.expr]", pairs), [])
 
 

@@ -52,16 +52,16 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
         if new:
             self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
-            fail(
-                type(self).__name__, "y", f"has one class, {self.classes_.tolist()[0]!r}", "at least two classes",
-                "Give rows of another class too.", ValueError,
+            self._refuse(
+                "y", f"has one class, {self.classes_.tolist()[0]!r}", "at least two classes",
+                "Give rows of another class too.",
             )  # fmt: skip
         found = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         if not (self.classes_[found] == y).all():
             new = np.setdiff1d(y, self.classes_).tolist()
-            fail(
-                type(self).__name__, "y", f"has the new classes {new}", f"classes {self.classes_.tolist()}",
-                "Name all classes at the first call, or fit anew.", ValueError,
+            self._refuse(
+                "y", f"has the new classes {new}", f"classes {self.classes_.tolist()}",
+                "Name all classes at the first call, or fit anew.",
             )  # fmt: skip
         return found
 
@@ -87,10 +87,9 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
         if not hasattr(self, "network_"):
             self.classes_ = np.unique(y if classes is None else classes)
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
-            fail(
-                type(self).__name__, "classes", f"is {np.unique(classes).tolist()}",
-                f"the first call's {self.classes_.tolist()}",
-                "Leave it out after the first call.", ValueError,
+            self._refuse(
+                "classes", f"is {np.unique(classes).tolist()}", f"the first call's {self.classes_.tolist()}",
+                "Leave it out after the first call.",
             )  # fmt: skip
         return self._partial_fit(X, y, sample_weight)
 

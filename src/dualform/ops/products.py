@@ -91,9 +91,8 @@ def _einsum(call: OpCall) -> Product:
     tensors = call.operands
     left, arrow, right = call.bound["equation"].replace(" ", "").partition("->")
     inputs = left.split(",")
-    rank = max(
-        (x.ndim - len(s.replace("...", "")) for s, x in zip(inputs, tensors, strict=True) if "..." in s), default=0
-    )
+    dotted = [(s.replace("...", ""), x) for s, x in zip(inputs, tensors, strict=True) if "..." in s]
+    rank = max((x.ndim - len(s) for s, x in dotted), default=0)
     dots = [f"…{k}" for k in range(rank)]
 
     def letters(spec: str, ndim: int) -> list[str]:

@@ -257,9 +257,8 @@ def definitions(column: str) -> dict[Target, Callable[..., Any]]:
         (x, row) for row in ROWS.values() if getattr(row, column) for x in _overloads(row.name) if find_row(x) is row
     ]
     own = {x: getattr(row, column) for x, row in said}
-    return {x: f for x, f in own.items() if f != "torch"} | get_decompositions(
-        [x for x, f in own.items() if f == "torch"]
-    )
+    theirs = [x for x, f in own.items() if f == "torch"]
+    return {x: f for x, f in own.items() if f != "torch"} | get_decompositions(theirs)
 
 
 def _overloads(name: str) -> list[Target]:

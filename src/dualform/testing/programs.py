@@ -69,9 +69,8 @@ def draw(
     if carried:
         position = torch.randint(0, program.chunk, (batch,), generator=g)
         for name, p in parts.fast.items():
-            x[f"anchor.{name}"] = x[f"param.{name}"].expand(batch, heads, *p.shape) + 0.1 * normal(
-                batch, heads, *p.shape
-            )
+            own = x[f"param.{name}"].expand(batch, heads, *p.shape)
+            x[f"anchor.{name}"] = own + 0.1 * normal(batch, heads, *p.shape)
             registers = 0.1 * normal(batch, heads, rule.num_registers, *p.shape)
             start = torch.stack([s * x[f"anchor.{name}"] for s in rule.start], 2)
             fresh = (position == 0)[:, None, None] & torch.tensor(rule.resets)

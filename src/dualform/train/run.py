@@ -125,9 +125,8 @@ def resumed(document: Mapping[str, Any]) -> Settings:
     folder = Settings(**{name: document[name] for name in ("preset", "output") if name in document}).folder
     if not steps(folder) and not (folder / SETTINGS).exists():
         raise nothing_to_resume(folder)
-    return laid_over(
-        TrainingRun.read(folder).settings, {name: value for name, value in document.items() if name != "output"}
-    )
+    asked = {name: value for name, value in document.items() if name != "output"}
+    return laid_over(TrainingRun.read(folder).settings, asked)
 
 
 def nothing_to_resume(folder: Path) -> SettingsError:

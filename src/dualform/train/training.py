@@ -197,9 +197,8 @@ def train(
         model.save_pretrained(folder)
         parts.tokenizer.save_pretrained(folder)
     is_done = step >= settings.max_steps
-    scored = (
-        evaluate(model, parts.held_out, batch_size=settings.batch_size, max_rows=evaluate_rows) if is_done else None
-    )
+    size = settings.batch_size
+    scored = evaluate(model, parts.held_out, batch_size=size, max_rows=evaluate_rows) if is_done else None
     outcome = Outcome(run.folder, model, step, _last_loss(history), rate, scored)
     write_metrics(outcome, history)
     return outcome
