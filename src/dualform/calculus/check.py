@@ -218,7 +218,7 @@ def _slip(
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
     program = Program(_graph(given), given.tensors, k, local_derivative)
     program.names = name_nodes(program.gm, given.names)
-    shape = of_shape(found, right, seed, names)
+    shape = of_shape(found, right, names)
     if shape is not None:
         return shape
 

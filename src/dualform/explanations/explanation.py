@@ -164,8 +164,7 @@ class Explanation:
         """
         return html.page(_html(self))
 
-    def _repr_html_(self) -> str:
-        return html.page(_html(self))
+    _repr_html_ = to_html
 
     def to_dict(self) -> dict[str, Any]:
         """The same as numbers and strings, for JSON.

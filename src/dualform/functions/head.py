@@ -163,10 +163,8 @@ class Head(nn.Module):
         return places
 
     def _thaw(self, places: Mapping[str, tuple[str, bool]]) -> dict[str, Tensor]:
-        return {
-            name: getattr(self, place).mT if turned else getattr(self, place)
-            for name, (place, turned) in places.items()
-        }
+        held = ((name, getattr(self, place), turned) for name, (place, turned) in places.items())
+        return {name: x.mT if turned else x for name, x, turned in held}
 
     def constants(self) -> dict[str, Tensor]:
         """Return what is frozen in the reconciliation, by the names that `reconciliation.constants` gives."""

@@ -299,12 +299,8 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             raise CatalogueError(f"{own}: unknown packing_strategy {packing!r}. {near_misses(packing, known)}")
         factors = packings[shape].get(packing, (0, 0, 0))
         stride = [max(1, int(f * size)) for f, size in zip(factors, unit, strict=True)]
-    grid_options = {
-        "grid": (grid["h"], grid["w"], grid["d"]),
-        "channels": grid["universe_num"],
-        "stride": tuple(stride),
-    }
-    return kwargs | grid_options | own_options
+    shape = (grid["h"], grid["w"], grid["d"])
+    return kwargs | {"grid": shape, "channels": grid["universe_num"], "stride": tuple(stride)} | own_options
 
 
 @dataclass(frozen=True)

@@ -242,12 +242,8 @@ def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
     """Scale the rows and the inner axis of a frozen product; w holds the n row scales, then the r inner ones."""
     _positive("random_matrix_adaption", rank=rank)
     _seeded("random_matrix_adaption", seed)
-    factors = (
-        WeightFactor("i"),
-        WeightFactor("ia", "normal", "A"),
-        WeightFactor("a"),
-        WeightFactor("ja", "normal", "B"),
-    )
+    frozen = WeightFactor("ia", "normal", "A"), WeightFactor("ja", "normal", "B")
+    factors = (WeightFactor("i"), frozen[0], WeightFactor("a"), frozen[1])
     return Reconciliation(Multilinear("random_matrix_adaption", factors, rank=rank, seed=seed))
 
 

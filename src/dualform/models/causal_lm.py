@@ -106,10 +106,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         try:
             cast("Any", super())._validate_model_kwargs(model_kwargs)
         except ValueError:
-            known = [
-                *GenerationConfig().to_dict(),
-                *inspect.signature(cast("Any", GenerationMixin).generate).parameters,
-            ]
+            own = inspect.signature(cast("Any", GenerationMixin).generate).parameters
+            known = [*GenerationConfig().to_dict(), *own]
             refuse_unknown("generate", type(self).forward, model_kwargs, [name for name in known if name[0] != "_"])
             raise
 

@@ -269,12 +269,8 @@ def _learnt(checkpoint: Path) -> tuple[DualformForCausalLM, int, None, list[dict
     """Read the model of a run whose last step was taken and that was ended before it could say so."""
     model = DualformForCausalLM.from_pretrained(checkpoint, local_files_only=True)
     set_rate_scale(model, 1.0)  # as it is once training is over
-    return (
-        model,
-        step_of(checkpoint),
-        None,
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history,
-    )
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return model, step_of(checkpoint), None, state.log_history
 
 
 def _learn(
