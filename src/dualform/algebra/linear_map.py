@@ -261,10 +261,8 @@ class Derivative(Questions):
         if not isinstance(other, Derivative):
             return NotImplemented
         if self.shape != other.shape or self.out_shape != other.out_shape:
-            fail(
-                "Derivative +", "the second summand", f"is {other.out_shape} by {other.in_shape}",
-                f"{self.out_shape} by {self.in_shape}", "Add derivatives of one function space only.",
-            )  # fmt: skip
+            found, advice = f"is {other.out_shape} by {other.in_shape}", "Add derivatives of one function space only."
+            fail("Derivative +", "the second summand", found, f"{self.out_shape} by {self.in_shape}", advice)
         return self._with(merged([*self.terms, *other.terms]), self._symmetric and other._symmetric)
 
     def __mul__(self, scale: float) -> Derivative:

@@ -42,13 +42,11 @@ def _radial(
     try:
         given = torch.tensor(wanted, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
-        fail(
-            name, "centres", f"are {wanted!r}", "finite numbers, (k,) or (m, k)", "Pass nested tuples of equal lengths."
-        )
+        advice = "Pass nested tuples of equal lengths."
+        fail(name, "centres", f"are {wanted!r}", "finite numbers, (k,) or (m, k)", advice)
     if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
-        fail(
-            name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."
-        )
+        advice = "Pass nested tuples."
+        fail(name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", advice)
     values = given.tolist()
 
     def places(x: Tensor) -> Tensor:

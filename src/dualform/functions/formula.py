@@ -130,10 +130,8 @@ class Formula:
     def _values(self, X: Any) -> Values:
         X = np.asarray(X, dtype=np.float64)
         if X.ndim != 2 or X.shape[1] != len(self.inputs):
-            fail(
-                "Formula", "X", f"has shape {X.shape}", f"(R, m) with m = {len(self.inputs)}",
-                "Pass rows of the inputs " + ", ".join(self.inputs) + ".",
-            )  # fmt: skip
+            advice = "Pass rows of the inputs " + ", ".join(self.inputs) + "."
+            fail("Formula", "X", f"has shape {X.shape}", f"(R, m) with m = {len(self.inputs)}", advice)
         known = Values(self.inputs, X)
         for line in self.lines:
             known.add(line)

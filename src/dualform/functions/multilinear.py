@@ -100,11 +100,9 @@ class Multilinear:
             if size % first:
                 letter = "p" if what == "n" else "q"
                 near = [d for d in range(1, size + 1) if size % d == 0]
-                fail(
-                    self.name, letter, f"is {first} and {what} is {size}",
-                    f"{letter} divides {what}: one of {near[:12]}",
-                    f"Pass another {letter}, or None for the largest factor up to the square root.",
-                )  # fmt: skip
+                found = f"is {first} and {what} is {size}"
+                advice = f"Pass another {letter}, or None for the largest factor up to the square root."
+                fail(self.name, letter, found, f"{letter} divides {what}: one of {near[:12]}", advice)
             found[axes[0]], found[axes[1]] = first, size // first
         return found
 

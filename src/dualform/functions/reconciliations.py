@@ -71,10 +71,8 @@ class Reconciliation:
         l = self.length(n, D)
         if tuple(w.shape) != (l,):
             count = f"has {w.numel()} entries" if w.ndim == 1 else f"has shape {tuple(w.shape)}"
-            fail(
-                self.structure.name, "w", count, f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}",
-                "Pass a w of that length (`length(n, D)`), or other options.",
-            )  # fmt: skip
+            advice = "Pass a w of that length (`length(n, D)`), or other options."
+            fail(self.structure.name, "w", count, f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}", advice)
 
 
 def _positive(name: str, **options: int | None) -> None:

@@ -66,10 +66,8 @@ class Remainder:
     def length(self, m: int, n: int) -> int:
         """Count the weights; refuse sizes that the remainder does not join."""
         if self.kind == "identity" and m != n:
-            fail(
-                self.name, "n", f"is {n}", f"n = m = {m}, as the input itself is added",
-                "Use remainder='linear', or equal widths.",
-            )  # fmt: skip
+            advice = "Use remainder='linear', or equal widths."
+            fail(self.name, "n", f"is {n}", f"n = m = {m}, as the input itself is added", advice)
         return m * n if self.kind == "linear" else 0
 
     @property

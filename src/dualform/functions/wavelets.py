@@ -118,11 +118,9 @@ def dilated(
 def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
     """Expand every attribute in dilations and translations of one function, that of an expansion with one."""
     if mother.width != 1 or mother.power != 1:
-        fail(
-            "discrete_wavelet", "mother", f"is {mother}, with {mother.width or 'no'} functions per attribute",
-            "exactly 1",
-            "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)}).",
-        )  # fmt: skip
+        found = f"is {mother}, with {mother.width or 'no'} functions per attribute"
+        advice = "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)})."
+        fail("discrete_wavelet", "mother", found, "exactly 1", advice)
     return Mother(
         lambda tau: mother.phi(tau).squeeze(-1), substitute(mother.terms[0], "tau"), mother.domain, mother.reach,
         mother.rough,
@@ -155,9 +153,8 @@ def haar_wavelet() -> Mother:
 def beta_wavelet(alpha: float = 1.0, beta: float = 1.0) -> Mother:
     """Expand every attribute in dilated densities of the beta distribution."""
     if not (alpha >= 1 and beta >= 1):
-        fail(
-            "beta_wavelet", "(alpha, beta)", f"is ({alpha}, {beta})", "both >= 1", "Below 1 the density is not bounded."
-        )
+        advice = "Below 1 the density is not bounded."
+        fail("beta_wavelet", "(alpha, beta)", f"is ({alpha}, {beta})", "both >= 1", advice)
     scale = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))
 
     def mother(tau: Tensor) -> Tensor:

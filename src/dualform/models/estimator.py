@@ -109,10 +109,8 @@ class RowsEstimator(BaseEstimator):
         )  # fmt: skip
         for name, values in (("X", X), ("y", y)):
             if values.dtype.kind == "f" and (largest := float(np.abs(values).max())) > _largest:
-                self._refuse(
-                    name, f"holds {largest:.3g}", f"numbers up to {_largest:g}",
-                    "Scale it: its squares would overflow.",
-                )  # fmt: skip
+                advice = "Scale it: its squares would overflow."
+                self._refuse(name, f"holds {largest:.3g}", f"numbers up to {_largest:g}", advice)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         if not weight.sum() > 0:  # newer releases of scikit-learn have refused it by now
             self._refuse("sample_weight", f"sums to {weight.sum()}", "a sum > 0", "Give weight to some row.")
@@ -146,10 +144,9 @@ class RowsEstimator(BaseEstimator):
             solver = "least_squares" if can_solve else "lbfgs" if len(rows) <= _full_batch else "adam"
         if solver == "least_squares":
             if not can_solve:
-                self._refuse(
-                    "solver", "is 'least_squares'", "one regression layer that is linear in its weights",
-                    "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias.",
-                )  # fmt: skip
+                found = "is 'least_squares'"
+                advice = "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias."
+                self._refuse("solver", found, "one regression layer that is linear in its weights", advice)
             self._check_finite(cast(Head, head).expansion(rows.x), 0)
             alphas = fitting.least_squares(cast(Head, head), rows, self._given_alpha())
             self.alpha_ = alphas[0] if len(alphas) == 1 else np.array(alphas)
@@ -243,19 +240,14 @@ class RowsEstimator(BaseEstimator):
                 word = "an integer" if kind is Integral else "a number"
                 self._refuse(option, f"is {value!r}", f"{word} > 0", "Leave it out for the default.")
         if not (isinstance(self.validation_fraction, Real) and 0 < self.validation_fraction <= 0.5):
-            self._refuse(
-                "validation_fraction", f"is {self.validation_fraction!r}", "0 < fraction <= 0.5", "A fifth is usual."
-            )
+            advice = "A fifth is usual."
+            self._refuse("validation_fraction", f"is {self.validation_fraction!r}", "0 < fraction <= 0.5", advice)
         if self.solver not in _solvers:
-            self._refuse(
-                "solver", f"is {self.solver!r}", f"one of {list(_solvers)}",
-                near_misses(str(self.solver), list(_solvers)),
-            )  # fmt: skip
+            found = f"is {self.solver!r}"
+            self._refuse("solver", found, f"one of {list(_solvers)}", near_misses(str(self.solver), list(_solvers)))
         if self.early_stopping not in (True, False, "auto"):
-            self._refuse(
-                "early_stopping", f"is {self.early_stopping!r}", "True, False or 'auto'",
-                "'auto' holds rows out for Adam only.",
-            )  # fmt: skip
+            advice = "'auto' holds rows out for Adam only."
+            self._refuse("early_stopping", f"is {self.early_stopping!r}", "True, False or 'auto'", advice)
         self._given_alpha()
         self._device()
 
@@ -263,9 +255,8 @@ class RowsEstimator(BaseEstimator):
         if self.alpha == "auto" and isinstance(self.alpha, str):
             return None
         if isinstance(self.alpha, (bool, str)) or not isinstance(self.alpha, Real) or not 0 <= self.alpha < np.inf:
-            self._refuse(
-                "alpha", f"is {self.alpha!r}", "a number >= 0, or 'auto'", "Larger values give smoother functions."
-            )
+            advice = "Larger values give smoother functions."
+            self._refuse("alpha", f"is {self.alpha!r}", "a number >= 0, or 'auto'", advice)
         return float(self.alpha)
 
     def _device(self) -> torch.device:
@@ -276,10 +267,8 @@ class RowsEstimator(BaseEstimator):
         except RuntimeError:
             device = None
         if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
-            self._refuse(
-                "device", f"is {self.device!r}", "a device that torch has here",
-                "Use 'cpu', or 'auto' for a GPU if there is one.",
-            )  # fmt: skip
+            advice = "Use 'cpu', or 'auto' for a GPU if there is one."
+            self._refuse("device", f"is {self.device!r}", "a device that torch has here", advice)
         return device
 
     def _configs(self, num_rows: int, m: int) -> tuple[HeadConfig, ...]:
@@ -308,10 +297,9 @@ class RowsEstimator(BaseEstimator):
     def _check_finite(self, values: Tensor, layer: int) -> None:
         if not bool(torch.isfinite(values).all()):
             expansion = self.layers_[layer].expansion
-            self._refuse(
-                f"layers[{layer}]", f"gives infinite or NaN numbers for these X: {expansion!r}", "finite features",
-                "Scale X, lower the degree, or take an expansion that is defined there.",
-            )  # fmt: skip
+            found = f"gives infinite or NaN numbers for these X: {expansion!r}"
+            advice = "Scale X, lower the degree, or take an expansion that is defined there."
+            self._refuse(f"layers[{layer}]", found, "finite features", advice)
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "network_")
@@ -353,10 +341,8 @@ class RowsEstimator(BaseEstimator):
         """
         check_is_fitted(self, "network_")
         if isinstance(tolerance, bool) or not 0 <= tolerance < 1:
-            fail(
-                f"{type(self).__name__}.formula", "tolerance", f"is {tolerance!r}", "0 <= tolerance < 1",
-                "It is a share of the output's standard deviation.", ValueError,
-            )  # fmt: skip
+            found, advice = f"is {tolerance!r}", "It is a share of the output's standard deviation."
+            fail(f"{type(self).__name__}.formula", "tolerance", found, "0 <= tolerance < 1", advice, ValueError)
         scale = (self.scaler_.scale_, self.scaler_.mean_) if self.standardize else None
         heads = [cast(Head, head).double() for head in copy.deepcopy(self.network_)]
         return formula_of(
@@ -374,10 +360,8 @@ class RowsEstimator(BaseEstimator):
         check_is_fitted(self, "network_")
         names = self._output_names()
         if not 0 <= output < len(names):
-            fail(
-                f"{type(self).__name__}.plot", "output", f"is {output}", f"0 <= output < {len(names)}",
-                f"Outputs: {', '.join(names)}.", ValueError,
-            )  # fmt: skip
+            found, advice = f"is {output}", f"Outputs: {', '.join(names)}."
+            fail(f"{type(self).__name__}.plot", "output", found, f"0 <= output < {len(names)}", advice, ValueError)
         slope, shift = self._output_scale()
         points = None
         if X is not None and y is not None:
