@@ -196,9 +196,8 @@ def _intersected(term: Term, s: Select, t: Select) -> Term | None:
         return None
     step = common[1] - common[0] if len(common) > 1 else 1
     meet = Label(len(common), s.small.name)
-    tied = [
-        Select(meet, x.small, (common[0] - x.start) // x.step, step // x.step if len(common) > 1 else 1) for x in (s, t)
-    ]
+    single = len(common) == 1
+    tied = [Select(meet, x.small, (common[0] - x.start) // x.step, 1 if single else step // x.step) for x in (s, t)]
     # A tensor that reads big reads it on the common range only.
     shared = Select(meet, s.big, common[0], step)
     sliced = [read(shared, f) if isinstance(f, Factor) else f for f in rest]

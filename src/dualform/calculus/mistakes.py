@@ -172,9 +172,8 @@ def _scaled(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
     for axes in _subsets(right.ndim):
         count = math.prod(right.shape[a] for a in axes)
         if count > 1 and abs(scale / count - 1) < 1e-6 and g.numel() < right.numel():
-            text = (
-                f"misses the factor 1/{count}, the entries of {_told(axes, right, names, 1)}; expected a mean's share."
-            )
+            said = _told(axes, right, names, 1)
+            text = f"misses the factor 1/{count}, the entries of {said}; expected a mean's share."
             return Slip("count", f"{text} Divide by {count}.")
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
     return Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")

@@ -76,7 +76,5 @@ def train(
     }  # fmt: skip
     show([row], as_json=as_json)
     if not as_json:
-        print(
-            f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {outcome.folder / 'model'}\nplot: "
-            f" {picture}"
-        )
+        place = outcome.folder / "model"
+        print(f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {place}\nplot:  {picture}")

@@ -233,10 +233,8 @@ def _html(told: Explanation) -> Iterable[str]:
 
 def _html_result(number: int, told: Explanation) -> str:
     step = told.result
-    parts = [
-        f'<div class="head">Step {number} &nbsp;{told.result_name} '
-        f"&nbsp;<code>{escape(step.formula.symbol)}</code></div>"
-    ]
+    head = f"Step {number} &nbsp;{told.result_name} &nbsp;<code>{escape(step.formula.symbol)}</code>"
+    parts = [f'<div class="head">{head}</div>']
     parts += [f'<div class="f">{escape(line)}</div>' for line in told.chain]
     parts += [html.stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
     if told.is_rewritten and told.expanded is not None:

@@ -104,9 +104,8 @@ class Expansion:
             packed = sum(num_subsets(M, p, repeat=True) for p in self.degrees)
             ways = [f"symmetric=True ({packed:,} features)"] if d > 1 and not self.symmetric else []
             ways += [f"degree={d - 1} (at most {sum(M**p for p in range(1, d)):,})"] if d > 1 else []
-            ways += ["fewer attributes"] + (
-                ["contract(x, weight), which builds no row"] if d > 1 and not self.symmetric else []
-            )
+            ways += ["fewer attributes"]
+            ways += ["contract(x, weight), which builds no row"] if d > 1 and not self.symmetric else []
             found = f"has m = {m} attributes, which make D = {self.rule} = {D:,} features per row"
             advice = f"Use {', '.join(ways[:-1])}{' or ' if ways[:-1] else ''}{ways[-1]}."
             fail(self.name, "x", found, f"at most {widest_row:,}", advice)

@@ -97,10 +97,8 @@ class Formula:
             text = sympy.latex(_rounded(f, digits), symbol_names=names)
             return rf"\left({text}\right)" if isinstance(f, sympy.Add) else text
 
-        rows = [
-            rf"{sympy.latex(sympy.Symbol(line.name))} &= {line.write(digits, function, chr(92) + ', ')}"
-            for line in self.lines
-        ]
+        named = ((sympy.latex(sympy.Symbol(line.name)), line) for line in self.lines)
+        rows = [rf"{name} &= {line.write(digits, function, chr(92) + ', ')}" for name, line in named]
         rows = [re.sub(r"(\d)e([+-]?)0*(\d+)", r"\1 \\cdot 10^{\2\3}", row).replace("^{+", "^{") for row in rows]
         return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
 

@@ -173,9 +173,8 @@ def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliat
     """
     _positive("duplicated_diagonal_padding", p=p, q=q)
     factors = (WeightFactor("ij", "eye"), B)
-    return Reconciliation(
-        Multilinear("duplicated_diagonal_padding", factors, rows="ik", cols="jl", p=p, q=p if q is None else q)
-    )
+    q = p if q is None else q
+    return Reconciliation(Multilinear("duplicated_diagonal_padding", factors, rows="ik", cols="jl", p=p, q=q))
 
 
 @reconciliations.record(

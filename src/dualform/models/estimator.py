@@ -345,9 +345,8 @@ class RowsEstimator(BaseEstimator):
             fail(f"{type(self).__name__}.formula", "tolerance", found, "0 <= tolerance < 1", advice, ValueError)
         scale = (self.scaler_.scale_, self.scaler_.mean_) if self.standardize else None
         heads = [cast(Head, head).double() for head in copy.deepcopy(self.network_)]
-        return formula_of(
-            heads, self._feature_names(), self._output_names(), self.sample_, tolerance, scale, self._output_scale()
-        )
+        names, outputs = self._feature_names(), self._output_names()
+        return formula_of(heads, names, outputs, self.sample_, tolerance, scale, self._output_scale())
 
     def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Any:
         """Draw the basis functions, the strongest terms and each feature's learnt function; return the figure.

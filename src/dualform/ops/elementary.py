@@ -37,9 +37,8 @@ for _op, _cpp, _triton, _zero in (
 ):  # fmt: skip
     _entry = Entry(_cpp, _triton, 25.0, _zero, name=_op.removeprefix("special_"))
     _python = "torch." if _op == "erf" else ""
-    row(
-        f"aten::{_op}", entry=_entry, python=_python, examples=[call("", T("n m", "big" if _op == "acosh" else "unit"))]
-    )(pointwise)
+    _example = call("", T("n m", "big" if _op == "acosh" else "unit"))
+    row(f"aten::{_op}", entry=_entry, python=_python, examples=[_example])(pointwise)
 for _op, _cpp, _triton in (
     ("atan2", "std::atan2({0}, {1})", ""), ("hypot", "std::hypot({0}, {1})", "tl.sqrt({0} * {0} + {1} * {1})"),
     ("fmod", "std::fmod({0}, {1})", ""), ("remainder", "remainder_({0}, {1})", "{0} - {1} * tl.floor({0} / {1})"),

@@ -397,10 +397,8 @@ def _prelu(call: OpCall, operand: int) -> list[Term]:
     if operand == 1:
         return [Term(1.0, (make_factor(x * low, out, "x[x<0]"),), out, channel)]
     w = make_factor(weight, channel, call.operand_name(1))
-    return [
-        Term(1.0, (make_factor((x >= 0).to(x.dtype), out, "[x>=0]"),), out, out),
-        Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out),
-    ]
+    high = make_factor((x >= 0).to(x.dtype), out, "[x>=0]")
+    return [Term(1.0, (high,), out, out), Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out)]
 
 
 def is_pointwise(target: Any) -> bool:

@@ -250,9 +250,8 @@ def _columns(call: OpCall, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[R
     size, stride, padding, dilation = (_each(b[name], 2) for name in ("kernel_size", "stride", "padding", "dilation"))
     whole = fresh_axes(image)
     *lead, p, q = whole
-    places = [
-        (image[len(image) - 2 + k] + 2 * padding[k] - dilation[k] * (size[k] - 1) - 1) // stride[k] + 1 for k in (0, 1)
-    ]
+    reach = [image[len(image) - 2 + k] + 2 * padding[k] - dilation[k] * (size[k] - 1) for k in (0, 1)]
+    places = [(n - 1) // step + 1 for n, step in zip(reach, stride, strict=True)]
     taps, at = fresh_axes(size), fresh_axes(places)
     relations = [
         r for k, axis in enumerate((p, q)) for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
