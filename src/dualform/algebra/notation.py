@@ -159,16 +159,9 @@ def _tex_escaped(word: str) -> str:
 
 
 _TEX = {
-    "_": r"\_",
-    "·": r"\cdot ",
-    "δ": r"\delta ",
-    "²": "^2",
-    "√": r"\surd ",
-    "#": r"\#",
-    "≥": r"\geq ",
-    "≤": r"\leq ",
+    "_": r"\_", "·": r"\cdot ", "δ": r"\delta ", "²": "^2", "√": r"\surd ", "#": r"\#", "≥": r"\geq ", "≤": r"\leq ",
     "…": r"\dots ",
-}
+}  # fmt: skip
 
 
 def _subscript(labels: Iterable[str]) -> str:

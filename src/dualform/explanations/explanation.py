@@ -175,31 +175,19 @@ class Explanation:
         """
 
         def told(step: OpStep) -> dict[str, Any]:
+            stored = step.derivative.nbytes // step.derivative.dtype.itemsize
             return {
-                "op": step.op,
-                "text": step.text,
-                "formula": str(step.formula),
-                "latex": step.formula.latex(),
-                "out_shape": list(step.out_shape),
-                "in_shape": list(step.in_shape),
-                "dense": math.prod(step.shape),
-                "stored": step.derivative.nbytes // step.derivative.dtype.itemsize,
-                "why": list(step.reasons),
-                "rule": step.rule,
-            }
+                "op": step.op, "text": step.text, "formula": str(step.formula), "latex": step.formula.latex(),
+                "out_shape": list(step.out_shape), "in_shape": list(step.in_shape), "dense": math.prod(step.shape),
+                "stored": stored, "why": list(step.reasons), "rule": step.rule,
+            }  # fmt: skip
 
+        stages = [stage.moves for stage in self.stages if stage.moves]
+        proof = [[{"formula": str(move.formula), "why": move.reason} for move in moves] for moves in stages]
         return {
-            "title": self.title,
-            "steps": [told(step) for step in self.steps],
-            "proof": [
-                [{"formula": str(move.formula), "why": move.reason} for move in stage.moves]
-                for stage in self.stages
-                if stage.moves
-            ],
-            "result": told(self.result),
-            "code": self.code,
-            "checks": dict(self.checks),
-        }
+            "title": self.title, "steps": [told(step) for step in self.steps], "proof": proof,
+            "result": told(self.result), "code": self.code, "checks": dict(self.checks),
+        }  # fmt: skip
 
 
 def _html(told: Explanation) -> Iterable[str]:

@@ -111,12 +111,8 @@ def _cholesky(call: OpCall, operand: int) -> list[Term]:
     eye = torch.eye(n, dtype=L.dtype, device=L.device)
     C = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
     half = (torch.ones_like(eye).tril() - 0.5 * eye) if n != 1 else torch.full_like(eye, 0.5)
-    factors = (
-        make_factor(L, (*batch, i, a), "L"),
-        make_factor(half, (a, j), "half"),
-        make_factor(C, (*batch, a, k), "C"),
-        make_factor(C, (*batch, j, l), "C"),
-    )
+    outer = make_factor(L, (*batch, i, a), "L"), make_factor(half, (a, j), "half")
+    factors = (*outer, make_factor(C, (*batch, a, k), "C"), make_factor(C, (*batch, j, l), "C"))
     out = (*batch, j, i) if upper else (*batch, i, j)
     return [Term(0.5, factors, out, (*batch, k, l)), Term(0.5, factors, out, (*batch, l, k))]
 

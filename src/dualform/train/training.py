@@ -330,15 +330,12 @@ def _last_loss(history: list[dict[str, float]]) -> float:
 
 def write_metrics(outcome: Outcome, history: list[dict[str, float]]) -> None:
     """Write DIR/metrics.json: the last training loss, the held-out evaluation, and what was logged on the way."""
+    held_out = None if outcome.evaluation is None else outcome.evaluation.to_json()
     document = {
-        "step": outcome.step,
-        "interrupted": outcome.evaluation is None,
-        "train_loss": outcome.train_loss,
-        "train_tokens_per_second": outcome.train_tokens_per_second,
-        "held_out": None if outcome.evaluation is None else outcome.evaluation.to_json(),
-        "parameters": num_parameters(outcome.model),
-        "history": history,
-    }
+        "step": outcome.step, "interrupted": outcome.evaluation is None, "train_loss": outcome.train_loss,
+        "train_tokens_per_second": outcome.train_tokens_per_second, "held_out": held_out,
+        "parameters": num_parameters(outcome.model), "history": history,
+    }  # fmt: skip
     write_text(outcome.folder / METRICS, as_json(document))
 
 
