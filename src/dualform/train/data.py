@@ -201,11 +201,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         labels = np.where((ids == BEGIN) | (ids == PAD), -100, ids)
         reset = ids == BEGIN
         reset[0] = False  # a row starts afresh anyway, and rows without a reset are cheaper
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
-            "reset": torch.from_numpy(reset),
-        }
+        arrays = {"input_ids": ids, "labels": labels, "reset": reset}
+        return {name: torch.from_numpy(x) for name, x in arrays.items()}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
