@@ -1,7 +1,6 @@
 """How user code comes in: read, traced, proved apart, followed; never touched, never stale."""
 
 import ast
-import builtins
 import copy
 import functools
 import itertools
@@ -631,7 +630,8 @@ def test_objective_and_rule_that_read_how_many_tokens_there_are_are_refused():
 
 
 def nested(h, b, x):
-    return (h if len(x) != 6 else h * 2) if len(x) < 7 else h
+    n = x.shape[0]
+    return (h if n != 6 else h * 2) if n < 7 else h
 
 
 def failing(h, b, x):
@@ -652,24 +652,24 @@ CHOICES = {
     "one, turned round": lambda h, b, x: h * (2 if 1 == x.size(0) else 1),
     "four": lambda h, b, x: h * 2 if len(x) > 4 else h,
     "seven alone": lambda h, b, x: h * 2 if x.shape[0] == 7 else h,
-    "more than there are": lambda h, b, x: h * 2 if len(x) > 9 else h,
+    "more than there are": lambda h, b, x: h * 2 if x.size(0) > 9 else h,
     "a remainder": lambda h, b, x: (h, h * 2)[x.size(0) % 8 == 5],
     "a list": lambda h, b, x: [h, h, h * 3, *[h] * 5][len(x) % 8],
     "bits": lambda h, b, x: h * 2 if not x.shape[0] & 8 else h,
-    "a truth": lambda h, b, x: h if len(x) - 3 else h * 2,
+    "a truth": lambda h, b, x: h if x.shape[0] - 3 else h * 2,
     "least": lambda h, b, x: h * min(len(x), 5),
     "a member": lambda h, b, x: h * 2 if len(x) in (2, 5) else h,
     "numel": lambda h, b, x: h * 2 if x.numel() > 20 else h,
     "prod": lambda h, b, x: h * 2 if math.prod(x.shape) < 20 else h,
-    "a share": lambda h, b, x: h * 2 if 12 / len(x) > 3.5 else h,
+    "a share": lambda h, b, x: h * 2 if 12 / x.shape[0] > 3.5 else h,
     "a root": lambda h, b, x: h * 2 if math.sqrt(len(x)) < 1.5 else h,
     "numpy": lambda h, b, x: h * 2 if np.sqrt(len(x)) < 1.5 else h,
     "halves": lambda h, b, x: h * 2 if math.ceil(x.shape[0] / 4) == 1 else h,
-    "digits": lambda h, b, x: h * 2 if f"{len(x)}" == "3" else h,
+    "digits": lambda h, b, x: h * 2 if f"{x.shape[0]}" == "3" else h,
     "other sizes": lambda h, b, x: h * 2 if x.shape[0] < x.shape[1] else h,
     "a shape": lambda h, b, x: h * 2 if x.shape == (1, 4) else h,
     "strides": lambda h, b, x: h * 2 if x.t().contiguous().stride(0) < 3 else h,
-    "of what is made": lambda h, b, x: h * 2 if len(torch.cat([h, x], 1)) == 3 else h,
+    "of what is made": lambda h, b, x: h * 2 if torch.cat([h, x], 1).shape[0] == 3 else h,
     "keys": lambda h, b, x: h * {1: 3.0}.get(len(x), 1.0),
     "a size": lambda h, b, x: h * 2 if x.shape.numel() < 6 else h,
     "squeezed": lambda h, b, x: h[:, None].squeeze() * b,
@@ -754,8 +754,9 @@ def test_who_reads_no_size_is_traced_no_more(monkeypatch):
     df.derive(Body(lambda h, b, x: torch.tanh(h) * b), chunk=8, prove=False)
     assert sorted(traced) == [8] * 3 + [9] * 3
     df.derive(Body(lambda h, b, x: torch.tanh(h).view(len(x), -1) * b), chunk=8, prove=False)
-    assert sorted(traced) == [1] + [8] * 6 + [9] * 6
-    assert builtins.len.__module__ == "builtins"
+    assert sorted(traced) == [1, 2, 4] + [8] * 6 + [9] * 6
+    df.derive(Body(lambda h, b, x: torch.tanh(h).view(x.shape[0], -1) * b), chunk=8, prove=False)
+    assert sorted(traced) == [1, 1, 2, 4] + [8] * 9 + [9] * 9
 
 
 _sizes: list = []

@@ -1,13 +1,12 @@
 """How many rows there are, as a number that says what a function decides by it.
 
-y if len(x) > 4 else z    in a trace of 17 rows goes one way; at(n) > 4 says that up to 4 rows go another
+y if x.shape[0] > 4 else z    in a trace of 17 rows goes one way; at(n) > 4 says that up to 4 rows go another
 
 Sizes that a trace reads are such numbers, and what is made of them by arithmetic; for torch they are plain ones.
 """
 
 from __future__ import annotations
 
-import builtins
 import math
 import operator
 import threading
@@ -39,6 +38,7 @@ class Asked:
         self.W = W
         self.note: Callable[[], str] = str  # gives the caller's line
         self.is_read, self.is_over = False, False
+        self.let_out = ""  # where a number was
         self.forks: list[Fork] = []
 
     def told(self, n: Any) -> Any:
@@ -54,6 +54,10 @@ class Asked:
         """Note what a number decides, and give it."""
         self.forks.append(Fork(at, found, self.note()))
         return found
+
+    def may_differ(self, n: int) -> bool:
+        """May so many rows go otherwise? Of a number that was let out only those are asked about that calls compute."""
+        return self.fork(n) is not None or (self.let_out != "" and n < self.W and n & (n - 1) == 0)
 
     def fork(self, n: int) -> Fork | None:
         """The first that goes otherwise for n rows."""
@@ -80,25 +84,20 @@ def asking(asked: Asked | None, note: Callable[[], str]) -> Iterator[None]:
     if asked is None:
         yield
         return
-    plain, before, asked.note, _here.asked = builtins.len, _here.asked, note, asked
-
-    def told(x: Any, /) -> int:
-        """len(x), which makes a plain number of whatever it is told."""
-        n = x.__len__() if isinstance(x, Tensor) and _here.asked is not None else None
-        return n if isinstance(n, _Count) else plain(x)
-
-    builtins.len = told
+    before, asked.note, _here.asked = _here.asked, note, asked
     try:
         yield
     finally:
-        builtins.len, _here.asked, asked.is_over = plain, before, True
+        _here.asked, asked.is_over = before, True
 
 
 def told(func: Any, result: Any) -> Any:
     """What a call of torch gives, told if it is a size."""
     asked = _here.asked
-    if asked is not None and func in _SQUEEZED:  # which asks whether there is one row
-        asked.is_read = True
+    if asked is not None:
+        asked.is_read |= func in _SQUEEZED  # which asks whether there is one row
+        if func is Tensor.__len__:  # of whatever it is told, len(x) makes a plain number
+            asked.let_out = asked.note()
     return result if asked is None or func not in _READ else asked.told(result)
 
 

@@ -133,6 +133,7 @@ class FrontDoor:
         self._versions: dict[int, tuple[Tensor, bytes | int, int | None]] = {}
         self._found: dict[str, int | Tensor] = {}
         self._first: dict[Any, Seen] = {}  # traces that all others are held against
+        self._traced: dict[Any, fx.GraphModule] = {}  # and were held, not asked for yet
         self._settled: set[Any] = set()  # whose they are that were traced wherever they decide by the number of tokens
         self.asks = False  # does any of the three read how many tokens there are?
         self.read()
@@ -162,7 +163,8 @@ class FrontDoor:
             )
         parts = split_parameters(self.learner, self.slow, self.frozen)
         if not stands:
-            self._found, self._versions, self._first, self._settled, self.asks = {}, {}, {}, set(), False
+            self._found, self._versions, self._first, self._traced = {}, {}, {}, {}
+            self._settled, self.asks = set(), False
         closed = {n: reading.tensors[x] if isinstance(x, int) else x for n, x in self._found.items()}
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
@@ -295,7 +297,10 @@ class FrontDoor:
         self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
     ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
         """Trace, and say what is otherwise than in the kind's first trace: of another number of tokens, or call."""
-        first = self._first.get((who, *kind))
+        key = (who, *kind)
+        first, traced = self._first.get(key), self._traced.pop((key, W), None)
+        if traced is not None and numbers is list:
+            return traced, None
 
         def made(W: int) -> tuple[fx.GraphModule, Seen, str, Asked]:
             found: list[tuple[Seen, str]] = []
@@ -313,39 +318,41 @@ class FrontDoor:
 
         gm, now, wrong, asked = made(W)
         if first is None:
-            self._first[who, *kind] = first = now
+            self._first[key] = first = now
         elif wrong:
             again = made(first.W)[2]
             return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
-        elif (who, *kind) not in self._settled:
-            self._settled.add((who, *kind))
-            return gm, self._otherwise(who, first.W, asked, made)
+        elif key not in self._settled:
+            self._settled.add(key)
+            return gm, self._otherwise(key, first.W, asked, made)
         return gm, None
 
     def _otherwise(
-        self, who: str, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
+        self, key: Any, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
     ) -> DerivationError | None:
         """Trace at numbers of tokens for which a choice by them goes otherwise, and say what is another function there.
 
         Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
         """
-        left = [n for n in range(1, max(asked.W, _MANY) + 1) if asked.fork(n) or (n == 1 and asked.is_read)]
+        counted = [n for n in range(1, max(asked.W, _MANY) + 1) if n not in (W, asked.W)]
+        left = [n for n in counted if asked.may_differ(n) or (n == 1 and asked.is_read)]
         for _ in range(_FORKS):
             if not left:
                 break
             n, fork = left[0], asked.fork(left[0])
-            at = f"`{fork.where}`" if fork else ""
+            line = fork.where if fork else asked.let_out
+            at = f"`{line}`" if line else ""
             try:
-                _, _, wrong, there = made(n)
+                self._traced[key, n], _, wrong, there = made(n)
             except TraceError as error:
                 if n > asked.W:  # so many may be too many for it
                     break
                 why = str(error).partition("; expected")[0]
-                return counts(who, f"{at or 'its sizes'}: {asked.W} tokens run and {n} do not ({why})")
+                return counts(key[0], f"{at or 'its sizes'}: {asked.W} tokens run and {n} do not ({why})")
             if wrong:
                 first = "" if wrong.startswith(at) else f"{at}: then "
-                return counts(who, f"{first}{wrong} (for {W} and {n} tokens)")
-            left = [m for m in left if m != n and there.fork(m)]
+                return counts(key[0], f"{first}{wrong} (for {W} and {n} tokens)")
+            left = [m for m in left if m != n and (there.fork(m) or asked.let_out)]
         return None
 
     def _analysis(
