@@ -94,11 +94,13 @@ def asking(asked: Asked | None, note: Callable[[], str]) -> Iterator[None]:
 def told(func: Any, result: Any) -> Any:
     """What a call of torch gives, told if it is a size."""
     asked = _here.asked
-    if asked is not None:
-        asked.is_read |= func in _SQUEEZED  # which asks whether there is one row
-        if func is Tensor.__len__:  # of whatever it is told, len(x) makes a plain number
-            asked.let_out = asked.note()
-    return result if asked is None or func not in _READ else asked.told(result)
+    if asked is None:
+        return result
+    asked.is_read |= func in _SQUEEZED  # which asks whether there is one row
+    found = asked.told(result) if func in _READ else result
+    if func is Tensor.__len__ and isinstance(found, _Told):  # of whatever it is told, len(x) makes a plain number
+        asked.let_out = asked.note()
+    return found
 
 
 class _Told:
