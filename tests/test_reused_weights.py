@@ -1,4 +1,4 @@
-"""A weight used n times: n products per token and not n^2, the same numbers, and no longer a derivation than n calls for."""
+"""A weight used n times: n products per token and not n^2, the same numbers, and a derivation as long as n."""
 
 import subprocess
 import sys
@@ -112,7 +112,7 @@ def test_many_uses_of_a_weight_are_the_definition(name, form):
     "make", [lambda n: Repeats(unrolled, n), lambda n: Repeats(runge_kutta, n)], ids=["loop", "RK"]
 )
 def test_a_program_grows_as_its_uses(make, form):
-    """Four times the uses: at most four times the ops, forward and in reverse; by products of all pairs it was up to sixteen."""
+    """Four times the uses: at most four times the ops, forward and in reverse."""
 
     def size(n):
         program = df.derive(make(n), chunk=4, prove=False)
