@@ -27,6 +27,7 @@ from dualform import testing as laws
 from dualform.functions.in_blocks import is_unobserved
 from dualform.graphs import this_thread
 from dualform.graphs.recorder import record_as_called
+from dualform.graphs.trace import trace
 from dualform.graphs.twin import Twin
 from dualform.learning import front_door
 from dualform.learning.op import checkpoints_for
@@ -1008,6 +1009,68 @@ def test_what_another_thread_traces_changes_no_plain_call(hold):
         shared = is_unobserved(x)
     assert kept == checkpoints_for(512, 16, "auto", 8, 1 << 20)
     assert shared
+
+
+def tracing(wait):
+    trace(lambda x: wait() or torch.tanh(x) * 2, torch.ones(2))
+
+
+class Once:
+    """Waits at the first time that it is traced."""
+
+    def __init__(self, wait):
+        self.wait, self.is_done = wait, False
+
+    def __fingerprint__(self):
+        return ()
+
+    def __call__(self):
+        if this_thread.records() and not self.is_done:
+            self.is_done = True
+            self.wait()
+
+
+class Pauses(Square):
+    def forward(self, x):
+        self.pause()
+        return super().forward(x)
+
+
+def deriving(wait):
+    df.derive(Pauses(pause=Once(wait)), chunk=3, prove=False)
+
+
+def differentiating(wait):
+    df.jacobian(lambda x: wait() or torch.tanh(x) * 2, torch.ones(2))
+
+
+@pytest.mark.parametrize("hold", [tracing, deriving, differentiating])
+def test_export_and_compile_go_on_while_another_thread_traces(hold):
+    """torch keeps the modes of a trace above dispatch, and the line that it is at, once for the process; ours are a thread's."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.ones(2, 3)
+    expected = model(x)
+    with held_elsewhere(hold):
+        made = torch.export.export(model, (x,), strict=False)
+        lines = [n.meta.get("stack_trace") or "" for n in made.graph.nodes]
+        assert not any("test_front_door" in line for line in lines)
+        compiled = torch.compile(lambda x: model(x), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        made_fx = make_fx(lambda x: model(x), pre_dispatch=True)(x)
+    for run in (made.module(), made_fx):
+        torch.testing.assert_close(run(x), expected)
+
+
+@pytest.mark.parametrize("hold", [exporting, compiling, proxies])
+def test_what_is_derived_while_another_thread_exports(hold):
+    learner = Square(scale=nn.Parameter(rand(4)))
+    with held_elsewhere(hold):
+        program = df.derive(learner, chunk=3, prove=False)
+        x = rand(1, 5, 1, 4).requires_grad_()
+        o, _ = program(x, x, x, backend="eager")
+        torch.testing.assert_close(o, program(x, x, x, form="primal")[0])
+        o.sum().backward()
+        assert df.jacobian(lambda x: torch.tanh(x) * 2, torch.ones(2)).shape == (2, 2)
+    assert "test_front_door" in str(program.sites[0].line)
 
 
 class Scaled(nn.Module):

@@ -87,8 +87,7 @@ class Constants:
                 )
 
     def overwritten(self, *, small: bool) -> fx.Node | None:
-        """Find what read memory that numpy or Python has written to since, of which no op tells; small:
-        of that alone."""
+        """Find what read memory that numpy or Python has written to since, as no op tells; small: of small alone."""
         mode: Any = get_proxy_mode()
         tracer: Any = getattr(mode, "tracer", mode)
         if tracer is None:

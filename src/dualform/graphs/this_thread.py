@@ -55,8 +55,8 @@ _ops._mode_stack_state_for_pre_dispatch = _modes
 
 
 def traces_apart() -> None:
-    """Give this thread modes of its own from now on: neither does it see what another exports,
-    nor the other what it traces."""
+    """Give this thread modes of its own from now on: what another exports it does not see, nor the other what it
+    traces."""
     _modes.own.stack = _ops._ModeStackStateForPreDispatch()
 
 
@@ -86,11 +86,6 @@ def records() -> bool:
     if _C._get_dispatch_mode(proxies) is not None:
         return True
     return _is_above() and torch._ops._get_dispatch_mode_pre_dispatch(proxies) is not None
-
-
-def captures(x: torch.Tensor) -> bool:
-    """Is what is done to a tensor written down as a CUDA graph, which is run again with other numbers?"""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
