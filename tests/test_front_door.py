@@ -1083,7 +1083,7 @@ def looks_at_user_code(tree):
 # The definition, and the records themselves; what runs a learner beside the front door: the definition's own runs, and
 # a trial of its width (front_door). spelling traces definitions of ops.
 APART = {"primal", "rules", "objectives", "front_door"}
-TRACERS = {"front_door": {"trace", "Twin"}, "spelling": {"trace"}, "program": {"Twin"}}
+TRACERS = {"front_door": {"trace", "Twin"}, "spelling": {"trace"}, "program": {"Twin"}, "width": {"Twin"}}
 
 
 def breaches(name, tree):

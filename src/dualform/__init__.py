@@ -8,15 +8,7 @@ from dualform import functions
 from dualform import moved as _moved  # noqa: F401 - last: it says old names of modules
 from dualform.calculus import Derivative, Explanation, explain, hessian, jacobian
 from dualform.catalogue import Bound, Catalogue, CatalogueError
-from dualform.functions import (
-    Head,
-    compressions,
-    expansions,
-    fusions,
-    interdependences,
-    reconciliations,
-    remainders,
-)
+from dualform.functions import Head, compressions, expansions, fusions, interdependences, reconciliations, remainders
 from dualform.kernels import backend as _cpp  # noqa: F401 - it registers itself
 from dualform.learning.backends import backends
 from dualform.learning.layer import LayerState, TestTimeTraining

@@ -11,17 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dualform.algebra.relations import Lookup, Window, as_window, chained, plainer, read, restricted, same_place
-from dualform.algebra.terms import (
-    Axis,
-    Factor,
-    Label,
-    Relation,
-    Select,
-    Term,
-    renewed,
-    substitute,
-    volume,
-)
+from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, renewed, substitute, volume
 
 
 def compose_terms(outer: Term, inner: Term) -> Term | None:
@@ -165,11 +155,9 @@ def _settled(term: Term, s: Select) -> Term | None:
     bare = replace(term, factors=rest)
     if s.is_identity:
         # Keep the label that an axis shows.
-        return (
-            substitute(bare, {s.big: (s.small,)})
-            if s.big not in term.visible
-            else substitute(bare, {s.small: (s.big,)})
-        )
+        if s.big in term.visible:
+            return substitute(bare, {s.small: (s.big,)})
+        return substitute(bare, {s.big: (s.small,)})
     others = [f for f in rest if isinstance(f, Select)]
     twin = next((o for o in others if o.big is s.big), None)
     if twin is not None and s.big not in term.visible and not any(o.small is s.big for o in others):
@@ -195,11 +183,9 @@ def _through(relation: Relation, s: Select) -> Relation | None:
     if not isinstance(relation, Select):
         return restricted(relation, s)
     step = relation.step
-    return (
-        Select(s.small, relation.big, relation.start + step * s.start, step * s.step)
-        if relation.small is s.big
-        else None
-    )
+    if relation.small is not s.big:
+        return None
+    return Select(s.small, relation.big, relation.start + step * s.start, step * s.step)
 
 
 def _intersected(term: Term, s: Select, t: Select) -> Term | None:
@@ -210,9 +196,8 @@ def _intersected(term: Term, s: Select, t: Select) -> Term | None:
         return None
     step = common[1] - common[0] if len(common) > 1 else 1
     meet = Label(len(common), s.small.name)
-    tied = [
-        Select(meet, x.small, (common[0] - x.start) // x.step, step // x.step if len(common) > 1 else 1) for x in (s, t)
-    ]
+    single = len(common) == 1
+    tied = [Select(meet, x.small, (common[0] - x.start) // x.step, 1 if single else step // x.step) for x in (s, t)]
     # A tensor that reads big reads it on the common range only.
     shared = Select(meet, s.big, common[0], step)
     sliced = [read(shared, f) if isinstance(f, Factor) else f for f in rest]

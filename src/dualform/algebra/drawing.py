@@ -57,9 +57,8 @@ def draw(J: Questions, shown: IndexFormula) -> Figure:
     tallest = max([len(shown.out), len(shown.inn), *(len(line.factors) + len(line.ties) for line in terms)], default=1)
     figure = _figures()(figsize=(6.4 + 3.2 * max(len(terms), 1), max(3.9, 1.6 + 0.62 * tallest)), layout="constrained")
     panels = figure.subplots(1, 1 + max(len(terms), 1), width_ratios=[1.9, *[1.0] * max(len(terms), 1)])
-    colours = {
-        name: COLOURS[k % len(COLOURS)] for k, name in enumerate(x for x in (*shown.out, *shown.inn) if x != "0")
-    }
+    named = (x for x in (*shown.out, *shown.inn) if x != "0")
+    colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(named)}
     _matrix(panels[0], J, shown)
     for k, line in enumerate(terms):
         left = len(shown.lines) - MAX_TERMS

@@ -207,9 +207,8 @@ class Derivative(Questions):
 
     def _refuse(self, method: str, argument: str, value: Tensor, shape: tuple[int, ...]) -> NoReturn:
         side = "output" if argument == "g" else "input"
-        fail(
-            method, argument, f"has shape {tuple(value.shape)}", f"the {side}'s shape = {shape}", "Reshape or slice it."
-        )
+        has = f"has shape {tuple(value.shape)}"
+        fail(method, argument, has, f"the {side}'s shape = {shape}", "Reshape or slice it.")
 
     def _apply(self, seed: Tensor, side: str, other: str, shape: tuple[int, ...]) -> Tensor:
         total: Tensor | None = None
@@ -262,10 +261,8 @@ class Derivative(Questions):
         if not isinstance(other, Derivative):
             return NotImplemented
         if self.shape != other.shape or self.out_shape != other.out_shape:
-            fail(
-                "Derivative +", "the second summand", f"is {other.out_shape} by {other.in_shape}",
-                f"{self.out_shape} by {self.in_shape}", "Add derivatives of one function space only.",
-            )  # fmt: skip
+            found, advice = f"is {other.out_shape} by {other.in_shape}", "Add derivatives of one function space only."
+            fail("Derivative +", "the second summand", found, f"{self.out_shape} by {self.in_shape}", advice)
         return self._with(merged([*self.terms, *other.terms]), self._symmetric and other._symmetric)
 
     def __mul__(self, scale: float) -> Derivative:

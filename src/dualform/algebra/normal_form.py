@@ -53,9 +53,8 @@ def _one_factor(group: Sequence[Term]) -> Sequence[Term]:
             if k not in have:
                 tensor = tensor.unsqueeze(axis)
         total = total + term.coef * tensor
-    name = "+".join(
-        dict.fromkeys((term.tensors[0].name or "F") if term.tensors else f"{term.coef:g}" for term in group)
-    )
+    names = [(term.tensors[0].name or "F") if term.tensors else f"{term.coef:g}" for term in group]
+    name = "+".join(dict.fromkeys(names))
     factor = Factor(total, axes, f"({name})" if len(name) < 40 else "sum")  # type: ignore[arg-type]
     return [replace(group[full], coef=1.0, factors=(factor,))]
 

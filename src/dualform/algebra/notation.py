@@ -159,16 +159,9 @@ def _tex_escaped(word: str) -> str:
 
 
 _TEX = {
-    "_": r"\_",
-    "·": r"\cdot ",
-    "δ": r"\delta ",
-    "²": "^2",
-    "√": r"\surd ",
-    "#": r"\#",
-    "≥": r"\geq ",
-    "≤": r"\leq ",
+    "_": r"\_", "·": r"\cdot ", "δ": r"\delta ", "²": "^2", "√": r"\surd ", "#": r"\#", "≥": r"\geq ", "≤": r"\leq ",
     "…": r"\dots ",
-}
+}  # fmt: skip
 
 
 def _subscript(labels: Iterable[str]) -> str:
@@ -371,12 +364,7 @@ def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: Names) -> str
 def in_order(ties: Sequence[tuple[str, str]], axes: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Sort ties as their axes stand: δ(i,l) before δ(j,k), and not δ(l,i)."""
     place = {name: k for k, name in enumerate(axes)}
-    ties = [
-        tie
-        if tie[0] not in place or tie[1] not in place
-        else (min(tie, key=place.__getitem__), max(tie, key=place.__getitem__))
-        for tie in ties
-    ]
+    ties = [(b, a) if a in place and b in place and place[b] < place[a] else (a, b) for a, b in ties]
     return tuple(sorted(ties, key=lambda tie: min(place.get(x, len(place)) for x in tie)))
 
 

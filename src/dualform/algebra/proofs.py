@@ -67,9 +67,8 @@ class Questions(ABC):
     @property
     def is_symmetric(self) -> bool:
         """True proves that the derivative equals its transpose."""
-        return self.out_shape == self.in_shape and (
-            self._symmetric or same_terms(self.terms, queries.flipped(self.terms))
-        )
+        square = self.out_shape == self.in_shape
+        return square and (self._symmetric or same_terms(self.terms, queries.flipped(self.terms)))
 
     def is_diagonal(self, axis: int | str, in_axis: int | str | None = None) -> bool:
         """True proves that entries vanish unless the index on an output axis equals the one on an input axis.
@@ -126,11 +125,8 @@ class Questions(ABC):
                 at = items.index(Ellipsis)
                 items[at : at + 1] = [slice(None)] * (len(names) - len(items) + 1)
             if len(items) > len(names):
-                advice = "Use ints, slices and one ellipsis."
-                fail(
-                    "J[...]", "the index", f"has {len(items)} places", f"at most one for each axis = {len(names)}",
-                    advice,
-                )  # fmt: skip
+                most = f"at most one for each axis = {len(names)}"
+                fail("J[...]", "the index", f"has {len(items)} places", most, "Use ints, slices and one ellipsis.")
             picked = list(enumerate(items))
         found = []
         for place, item in sorted(picked, key=lambda p: -p[0]):
@@ -143,9 +139,8 @@ class Questions(ABC):
                     raise IndexError(f"J[...]: index {item} is out of the axis {names[place]} of {n} entries.")
                 found.append((place, range(item % n, item % n + 1), True))
             else:
-                fail(
-                    "J[...]", f"the index of axis {names[place]}", f"is {item!r}", "an int or a slice forward", "Slice."
-                )
+                where = f"the index of axis {names[place]}"
+                fail("J[...]", where, f"is {item!r}", "an int or a slice forward", "Slice.")
         return found
 
     def _place(self, axis: int | str) -> int:

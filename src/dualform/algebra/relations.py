@@ -102,9 +102,8 @@ class Lookup(Relation):
 
     def renamed(self, final: Callable[[Label], Axis]) -> Lookup:
         moved = make_factor(self.index, [final(x) for x in self.smalls])
-        return replace(
-            self, smalls=moved.labels, bigs=tuple(x for b in self.bigs for x in final(b)), index=moved.tensor
-        )
+        bigs = tuple(x for b in self.bigs for x in final(b))
+        return replace(self, smalls=moved.labels, bigs=bigs, index=moved.tensor)
 
     def values(self, device: torch.device) -> Tensor:
         return self.index

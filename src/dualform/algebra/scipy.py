@@ -56,6 +56,5 @@ def to_linear_operator(J: Questions, jvp: Callable[[Tensor], Tensor], vjp: Calla
 
     name = str(J.dtype).removeprefix("torch.")
     shape = (math.prod(J.out_shape), math.prod(J.in_shape))
-    return linalg.LinearOperator(
-        shape, matvec=forward, rmatvec=adjoint, dtype="float32" if name == "bfloat16" else name
-    )
+    kept = "float32" if name == "bfloat16" else name
+    return linalg.LinearOperator(shape, matvec=forward, rmatvec=adjoint, dtype=kept)

@@ -61,9 +61,8 @@ def why_unbroadcast(grad_shape: Sequence[int], shape: Sequence[int]) -> str:
     lead, ones = _copied_axes("why_unbroadcast", grad_shape, shape)
     J = jacobian(lambda x: x.expand(grad_shape), torch.zeros(shape))
     shown = formula(J.terms, grad_shape, shape, "dx_b/dx")
-    lines = [
-        f"x:{shape} was copied into x_b:{grad_shape}, and the gradient of a copy is a sum over the copies: {shown}"
-    ]
+    told = f"x:{shape} was copied into x_b:{grad_shape}, and the gradient of a copy is a sum over the copies: "
+    lines = [told + str(shown)]
     code = "grad"
     for axis, n in enumerate(grad_shape):
         if axis < lead:
@@ -218,7 +217,7 @@ def _slip(
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
     program = Program(_graph(given), given.tensors, k, local_derivative)
     program.names = name_nodes(program.gm, given.names)
-    shape = of_shape(found, right, seed, names)
+    shape = of_shape(found, right, names)
     if shape is not None:
         return shape
 

@@ -72,9 +72,8 @@ def hessian(f: Callable[..., Any], *args: Any, wrt: Wrt = 0, **kwargs: Any) -> A
 def _block(given: Given, at: Point, first: int, second: int, symmetric: bool) -> Derivative:
     route = Second(at, first, second, partial(_gradient_story, given, at, first, second))
     out, x, y = at.traced.out_values[0], at.inputs[first], at.inputs[second]
-    return Derivative(
-        route.terms, (*out.shape, *x.shape), y.shape, out.dtype, x.device, route=route, symmetric=symmetric
-    )
+    shape = (*out.shape, *x.shape)
+    return Derivative(route.terms, shape, y.shape, out.dtype, x.device, route=route, symmetric=symmetric)
 
 
 class Second(AtPoint):

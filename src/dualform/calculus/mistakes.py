@@ -33,17 +33,17 @@ def close(a: Tensor, b: Tensor) -> bool:
     """Are two tensors equal up to rounding?"""
     if a.shape != b.shape:
         return False
-    tight = torch.finfo(b.dtype).eps ** 0.6
-    return torch.allclose(
-        a.to(b.dtype), b, rtol=tight, atol=tight * max(1e-30, b.abs().max().item() if b.numel() else 0)
-    )
+    tight, largest = torch.finfo(b.dtype).eps ** 0.6, b.abs().max().item() if b.numel() else 0
+    return torch.allclose(a.to(b.dtype), b, rtol=tight, atol=tight * max(1e-30, largest))
 
 
-def _axis(k: int, n: int, names: Sequence[str] | None) -> str:
-    return f"axis {k} ({names[k]}={n})" if names is not None else f"axis {k} ({n})"
+def _told(axes: Sequence[int], x: Tensor, names: Names, side: int) -> str:
+    """Axes by number, size and, where the caller named those of that side, name."""
+    known = names[side] if names and len(names[side]) == x.ndim else [""] * x.ndim
+    return " and ".join(f"axis {a} ({known[a]}{'=' if known[a] else ''}{x.shape[a]})" for a in axes)
 
 
-def of_shape(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
+def of_shape(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     """Name what is wrong with a gradient of the wrong shape; None if the shape is right."""
     if got.shape == right.shape:
         return None
@@ -63,12 +63,9 @@ def _kept(got: Tensor, right: Tensor, names: Names) -> Slip | None:
             if not axes or not close(got.sum(axes, keepdim=keep), right):
                 continue
             if all(got.shape[a] == 1 for a in axes):
-                return Slip(
-                    "extra axis", f"has an extra axis of size 1 at {axes[0]}; expected {tuple(right.shape)}. Drop it."
-                )
-            said = " and ".join(
-                _axis(a, got.shape[a], names[0] if names and got.ndim == len(names[0]) else None) for a in axes
-            )
+                text = f"has an extra axis of size 1 at {axes[0]}; expected {tuple(right.shape)}. Drop it."
+                return Slip("extra axis", text)
+            said = _told(axes, got, names, 0)
             code = f"g.sum({axes[0] if len(axes) == 1 else axes}{', keepdim=True' if keep else ''})"
             why = "the argument is broadcast along it, and the gradients of its copies add up"
             return Slip("kept axis", f"keeps {said}, which should be summed: {why}. Use {code} or unbroadcast.")
@@ -90,12 +87,11 @@ def _summed(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     for axes in _subsets(right.ndim):
         if not axes:
             continue
-        said = " and ".join(_axis(a, right.shape[a], names[1] if names else None) for a in axes)
+        said = _told(axes, right, names, 1)
         for keep, (word, reduce) in itertools.product((False, True), (("summed", torch.sum), ("averaged", torch.mean))):
             if close(got, reduce(right, axes, keep)):
                 if all(right.shape[a] == 1 for a in axes):
-                    text = f"lost {said}; expected shape {tuple(right.shape)}. Use keepdim=True."
-                    return Slip("lost axis", text)
+                    return Slip("lost axis", f"lost {said}; expected shape {tuple(right.shape)}. Use keepdim=True.")
                 return Slip("summed axis", f"was {word} over {said}, which the argument has. Leave that axis.")
     return None
 
@@ -124,7 +120,7 @@ def of_values(
         _of_the_seed(got, right, g, again, program)
         or _scaled(got, right, g, names)
         or _exchanged(got, right, others)
-        or _of_an_op(got, g, program, names)
+        or _of_an_op(got, g, program)
         or _along_an_axis(got, right, names)
         or _somewhere(got, right, names)
     )
@@ -141,9 +137,8 @@ def _not_finite(got: Tensor, right: Tensor) -> Slip | None:
     where = bad.nonzero()[0].tolist()
     what = "NaN" if got.isnan().any() else "infinite"
     count = f"{int(bad.sum())} of {got.numel()} entries, first at {where}"
-    return Slip(
-        "NaN", f"is {what} in {count}; expected {right[tuple(where)].item():.6g} there. Look for 0/0, inf - inf, log 0."
-    )
+    text = f"is {what} in {count}; expected {right[tuple(where)].item():.6g} there."
+    return Slip("NaN", f"{text} Look for 0/0, inf - inf, log 0.")
 
 
 def _of_the_seed(
@@ -157,10 +152,8 @@ def _of_the_seed(
         why = "it is the gradient for g = 1" if same else "another g gives the same"
         return Slip("g unused", f"does not use g: {why}; expected a sum over g. Multiply by g (the chain rule).")
     if not close(again(2 * g), 2 * got):
-        return Slip(
-            "not linear",
-            "is not linear in g: twice the g is not twice the gradient; expected a linear map. Use g once.",
-        )
+        text = "is not linear in g: twice the g is not twice the gradient; expected a linear map. Use g once."
+        return Slip("not linear", text)
     return None
 
 
@@ -174,18 +167,14 @@ def _scaled(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
     for axes in _subsets(g.ndim):
         count = math.prod(g.shape[a] for a in axes)
         if count > 1 and abs(scale * count - 1) < 1e-6 and right.numel() < g.numel():
-            said = " and ".join(_axis(a, g.shape[a], names[0] if names else None) for a in axes)
-            return Slip(
-                "averaged", f"is averaged over {said} of the result; expected the sum. Use .sum instead of .mean."
-            )
+            text = f"is averaged over {_told(axes, g, names, 0)} of the result; expected the sum."
+            return Slip("averaged", f"{text} Use .sum instead of .mean.")
     for axes in _subsets(right.ndim):
         count = math.prod(right.shape[a] for a in axes)
         if count > 1 and abs(scale / count - 1) < 1e-6 and g.numel() < right.numel():
-            said = " and ".join(_axis(a, right.shape[a], names[1] if names else None) for a in axes)
-            return Slip(
-                "count",
-                f"misses the factor 1/{count}, the entries of {said}; expected a mean's share. Divide by {count}.",
-            )
+            said = _told(axes, right, names, 1)
+            text = f"misses the factor 1/{count}, the entries of {said}; expected a mean's share."
+            return Slip("count", f"{text} Divide by {count}.")
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
     return Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
 
@@ -210,7 +199,7 @@ def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Slip | 
     return None
 
 
-def _of_an_op(got: Tensor, g: Tensor, program: Program, names: Names) -> Slip | None:
+def _of_an_op(got: Tensor, g: Tensor, program: Program) -> Slip | None:
     """One op's local derivative with one slip in it."""
     local = program.local
     for node, parts in local.items():
@@ -233,28 +222,28 @@ def _line(program: Program, node: fx.Node) -> str:
     return program.name_of(node) if not line or line.startswith("(") else line
 
 
+def _made_of(terms: Sequence[Term], J: Derivative) -> Derivative:
+    return Derivative(terms, J.out_shape, J.in_shape, J.dtype, J.device)
+
+
 def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> Iterator[tuple[Slip, Derivative]]:
     name, below = program.name_of(node), program.name_of(source)
-
-    def with_terms(terms: Sequence[Term]) -> Derivative:
-        return Derivative(terms, J.out_shape, J.in_shape, J.dtype, J.device)
-
     for k, term in enumerate(J.terms):
         before, after = J.terms[:k], J.terms[k + 1 :]
         shown = f"{term.coef:+.4g} {'·'.join(f.name or 'F' for f in term.tensors)}".strip()
         if before or after:
             text = f"misses the term {shown} of d{name}/d{below}; expected {len(J.terms)} terms. Add it."
-            yield Slip("missing term", text), with_terms([*before, *after])
+            yield Slip("missing term", text), _made_of([*before, *after], J)
             text = f"has the wrong sign in the term {shown} of d{name}/d{below}; expected minus it. Negate that term."
-            yield Slip("term sign", text), with_terms([*before, replace(term, coef=-term.coef), *after])
+            yield Slip("term sign", text), _made_of([*before, replace(term, coef=-term.coef), *after], J)
         if term.coef not in (1, -1):
             text = f"misses the factor {term.coef:.6g} of d{name}/d{below}; expected it. Multiply by it."
-            yield Slip("missing factor", text), with_terms([*before, replace(term, coef=1.0), *after])
+            yield Slip("missing factor", text), _made_of([*before, replace(term, coef=1.0), *after], J)
         for j, f in enumerate(term.factors):
             if isinstance(f, Factor):
                 for slip, wrong in _factor_slips(program, f, term):
                     changed = replace(term, factors=(*term.factors[:j], wrong, *term.factors[j + 1 :]))
-                    yield slip, with_terms([*before, changed, *after])
+                    yield slip, _made_of([*before, changed, *after], J)
     yield Slip("path sign", f"has the wrong sign in d{name}/d{below}; expected minus it. Negate that path."), -1 * J
     if J.out_shape == J.in_shape:
         text = (
@@ -263,7 +252,7 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
         )
         yield Slip("not transposed", text), J.T
     text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
-    yield Slip("missing path", text), with_terms([])
+    yield Slip("missing path", text), _made_of([], J)
     yield from _wrong_axes(J, name, below)
 
 
@@ -311,8 +300,7 @@ def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, De
                 swapped = tuple(tuple(change.get(x, x) for x in labels) for labels in term.out)
                 wrong = replace(term, out=swapped)
                 text = f"sums {name}'s axis {tied[0]} where axis {other} should be summed for {below}'s axis {axis}"
-                terms = [*J.terms[:k], wrong, *J.terms[k + 1 :]]
-                made = Derivative(terms, J.out_shape, J.in_shape, J.dtype, J.device)
+                made = _made_of([*J.terms[:k], wrong, *J.terms[k + 1 :]], J)
                 yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
         yield from _other_axis(J, k, name, below)
 
@@ -337,7 +325,7 @@ def _other_axis(J: Derivative, k: int, name: str, below: str) -> Iterator[tuple[
         wrong = replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
         terms = [*J.terms[:k], wrong, *J.terms[k + 1 :]]
         text = f"sums over axis {a} inside d{name}/d{below} where axis {b} is expected. Use .sum({b}, keepdim=True)."
-        yield Slip("wrong axis", text), Derivative(terms, J.out_shape, J.in_shape, J.dtype, J.device)
+        yield Slip("wrong axis", text), _made_of(terms, J)
 
 
 def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:
@@ -348,13 +336,9 @@ def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     for axis in range(right.ndim):
         first = ratio.movedim(axis, 0).reshape(right.shape[axis], -1)
         if close(first, first[:, :1].expand_as(first)):
-            said = _axis(axis, right.shape[axis], names[1] if names else None)
-            values = ", ".join(f"{v:.4g}" for v in first[:4, 0].tolist())
-            return Slip(
-                "scaled axis",
-                f"is scaled along {said} by [{values}{', ...' if len(first) > 4 else ''}]; expected no factor. Drop "
-                "it.",
-            )
+            values = ", ".join([f"{v:.4g}" for v in first[:4, 0].tolist()] + ["..."] * (len(first) > 4))
+            text = f"is scaled along {_told([axis], right, names, 1)} by [{values}]; expected no factor. Drop it."
+            return Slip("scaled axis", text)
     return None
 
 
@@ -367,7 +351,7 @@ def _somewhere(got: Tensor, right: Tensor, names: Names) -> Slip:
     for axis in range(right.ndim):
         at = places[:, axis].unique()
         if len(at) < right.shape[axis] and len(at) <= 3:
-            text += f", all at {at.tolist()} of {_axis(axis, right.shape[axis], names[1] if names else None)}"
+            text += f", all at {at.tolist()} of {_told([axis], right, names, 1)}"
     where = places[0].tolist()
     pair = f"got {got[tuple(where)].item():.6g} at {where}; expected {right[tuple(where)].item():.6g}"
     return Slip("values", f"{text}: {pair}. Compare with the formula below.")

@@ -68,9 +68,8 @@ class SiteDerivatives(Mapping[str, Derivative]):
     def _weighted(self, J: Derivative, g: Tensor, method: str) -> Derivative:
         """sum over all but the sample of g J: one row per sample."""
         if g.shape != self.out_shape:
-            fail(
-                method, "g", f"has shape {tuple(g.shape)}", f"y's = {self.out_shape}", "Pass the loss's gradient by y."
-            )
+            found = f"has shape {tuple(g.shape)}"
+            fail(method, "g", found, f"y's = {self.out_shape}", "Pass the loss's gradient by y.")
         terms = [Term(t.coef, (make_factor(g, t.out, "g"), *t.factors), t.out[:1], t.inn) for t in J.terms]
         return Derivative(terms, J.out_shape[:1], J.in_shape, J.dtype, J.device)
 
@@ -131,9 +130,8 @@ class SiteDerivatives(Mapping[str, Derivative]):
         """
         right = self if other is None else other
         if list(right) != list(self):
-            fail(
-                "ntk", "other", f"has parameters {list(right)}", f"{list(self)}", "Pass the same module's.", ValueError
-            )
+            found = f"has parameters {list(right)}"
+            fail("ntk", "other", found, f"{list(self)}", "Pass the same module's.", ValueError)
         parts = [J @ right[name].T for name, J in self.items()]
         first = parts[0]
         terms = merged([t for part in parts for t in part.terms])

@@ -262,10 +262,8 @@ class Point:
         """Refuse to go on from tensors that are not what they were."""
         for name, t, version in zip(self.traced.input_names, self.inputs, self.versions, strict=True):
             if _version(t) != version:
-                advice = "Differentiate again, or differentiate a clone."
-                fail(
-                    "Derivative", name, "was changed in place since", "the tensor differentiated at", advice, ValueError
-                )
+                found, advice = "was changed in place since", "Differentiate again, or differentiate a clone."
+                fail("Derivative", name, found, "the tensor differentiated at", advice, ValueError)
 
 
 def _version(t: Tensor) -> int:

@@ -64,10 +64,8 @@ def bench(
         return torch.nn.functional.scaled_dot_product_attention(Q, K, V, is_causal=True)
 
     rows.append({"learner": "(attention)", "eager ms": _milliseconds(attend, [q, k, v], rounds)})
-    title = (
-        f"forward + backward, batch {batch}, {length} tokens, {heads} heads of {dim}, {torch.get_num_threads()} "
-        "thread(s)"
-    )
+    size = f"batch {batch}, {length} tokens, {heads} heads of {dim}"
+    title = f"forward + backward, {size}, {torch.get_num_threads()} thread(s)"
     show(rows, title, as_json)
 
 

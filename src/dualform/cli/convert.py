@@ -47,6 +47,5 @@ def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"
     for pattern in _kept:
         for file in model_folder(source).glob(pattern):
             shutil.copy(file, target)
-    print(
-        f"{layout} -> {to}: {target}, {num_parameters(model):,} parameters, {str(model.dtype).removeprefix('torch.')}"
-    )
+    kind = str(model.dtype).removeprefix("torch.")
+    print(f"{layout} -> {to}: {target}, {num_parameters(model):,} parameters, {kind}")

@@ -49,13 +49,6 @@ def evaluate(
     rows = PackedRows(corpus.test, seq_len or settings.seq_len, keep_rest=True)
     result = score(lm, rows, batch_size=batch_size or settings.batch_size)
     table = [{"model": name, "bits per byte": bits} for name, bits in baselines(corpus.train, corpus.test).items()]
-    table.append(
-        {
-            "model": model,
-            "bits per byte": result.bits_per_byte,
-            "loss": result.loss,
-            "bytes": result.num_bytes,
-            "tokens/s": result.tokens_per_second,
-        }
-    )
+    row = {"model": model, "bits per byte": result.bits_per_byte, "loss": result.loss, "bytes": result.num_bytes}
+    table.append(row | {"tokens/s": result.tokens_per_second})
     show(table, f"held-out part of {corpus.name}: {', '.join(d.name for d in corpus.test)}", as_json)

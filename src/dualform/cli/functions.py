@@ -54,7 +54,7 @@ def functions(
         raise UsageError(f"functions: {name!r} is in several families; expected one, as in {names}. Name it so.")
     described = [(describe(family, r, **parse(r, set or [])), example(r, **parse(r, set or []))) for family, r in found]
     if as_json:
-        print(json.dumps([_plain(asdict(text)) for text, _ in described], indent=2))
+        print(json.dumps([asdict(text) for text, _ in described], indent=2, default=_written))
     for text, made in described:
         if not as_json:
             _print(text)
@@ -75,27 +75,12 @@ def _rows(chosen: Any) -> Any:
         for name in catalogue:
             text = describe(family, catalogue[name])
             sizes = [f"{size} ({case})" for case, size in text.sizes.items()]
-            row = {
-                "family": family,
-                "name": name,
-                "equation": text.equation,
-                "size": text.rule or (sizes[0] if sizes else ""),
-            }
-            yield row | {"source": text.source}
+            row = {"family": family, "name": name, "equation": text.equation}
+            yield row | {"size": text.rule or (sizes[0] if sizes else ""), "source": text.source}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return (
-        value.to_json()
-        if hasattr(value, "to_json")
-        else value
-        if isinstance(value, (str, int, float, type(None)))
-        else str(value)
-    )
+def _written(value: Any) -> Any:
+    return value.to_json() if hasattr(value, "to_json") else str(value)
 
 
 def _print(text: Description) -> None:

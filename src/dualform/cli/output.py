@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dualform.models import DualformForCausalLM
+from dualform.models.folder import model_folder
 from dualform.train.run import newest_whole
 
 
@@ -46,15 +46,10 @@ def _cell(value: Any) -> str:
 
 def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFast]:
     """Read a model and its tokenizer from the folder that `train` wrote."""
-    path = Path(folder)
-    path = path / "model" if (path / "model" / "config.json").exists() else path
+    path = model_folder(folder)
     if not (path / "config.json").exists():
         whole, _ = newest_whole(path)
-        advice = (
-            "Pass the folder that `train` wrote."
-            if whole is None
-            else f"`train --resume` ends the run; or pass {whole}."
-        )
+        advice = f"`train --resume` ends the run; or pass {whole}." if whole else "Pass the folder that `train` wrote."
         raise UsageError(f"{folder} is no model; expected a folder with config.json. {advice}")
     model = DualformForCausalLM.from_pretrained(path, local_files_only=True)
     try:

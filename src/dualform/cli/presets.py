@@ -38,11 +38,7 @@ def _summary(config: DualformConfig) -> dict[str, object]:
     assert config.layer_types is not None
     learner = config.learner.get("spec", config.learner)["name"] if "test_time" in config.layer_types else "-"
     return {
-        "learner": learner,
-        "hidden": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "chunk": config.chunk,
-        "vocabulary": config.vocab_size,
+        "learner": learner, "hidden": config.hidden_size, "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads, "chunk": config.chunk, "vocabulary": config.vocab_size,
         "backbone": "Mamba" if config.use_gate else "Transformer",
-    }
+    }  # fmt: skip

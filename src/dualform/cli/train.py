@@ -64,10 +64,8 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log where the table belongs
         outcome = run(settings, resume=resume)
     if outcome.evaluation is None:
-        print(
-            f"dualform: stopped and saved at step {outcome.step} of {settings.max_steps}; go on with --resume.",
-            file=sys.stderr,
-        )
+        said = f"stopped and saved at step {outcome.step} of {settings.max_steps}; go on with --resume."
+        print(f"dualform: {said}", file=sys.stderr)
         return
     curve = {settings.preset: outcome.evaluation.loss_by_position}
     picture = plot_loss_by_position(curve, outcome.folder / "loss_by_position.png")
@@ -78,7 +76,5 @@ def train(
     }  # fmt: skip
     show([row], as_json=as_json)
     if not as_json:
-        print(
-            f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {outcome.folder / 'model'}\nplot: "
-            f" {picture}"
-        )
+        place = outcome.folder / "model"
+        print(f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {place}\nplot:  {picture}")

@@ -97,9 +97,8 @@ class Story:
 
     def _title(self) -> str:
         program = self.program
-        inputs = "  ".join(
-            f"{program.name_of(n)}:{tuple(v.shape)}" for n, v in program.values.items() if n.op == "placeholder"
-        )
+        given = ((n, v) for n, v in program.values.items() if n.op == "placeholder")
+        inputs = "  ".join(f"{program.name_of(n)}:{tuple(v.shape)}" for n, v in given)
         line = source_line(program.output)
         head = f"{line}\n" if line else ""
         return f"{head}{inputs}  ->  {program.name_of(program.output)}:{tuple(self.out.shape)}"
@@ -125,16 +124,9 @@ class Story:
         if shape != tuple(x.shape):
             wide[source] = f"{operand}_b"
             spread = _expansion(x, shape)
-            found.append(
-                self._step(
-                    "broadcast",
-                    f"{operand} -> {wide[source]}   {tuple(x.shape)} -> {shape}",
-                    spread,
-                    f"d{wide[source]}/d{operand}",
-                    node,
-                    "broadcasting is a copy: it moves no number, and every copy is the entry that it was made of",
-                )
-            )
+            text, symbol = f"{operand} -> {wide[source]}   {tuple(x.shape)} -> {shape}", f"d{wide[source]}/d{operand}"
+            said = "broadcasting is a copy: it moves no number, and every copy is the entry that it was made of"
+            found.append(self._step("broadcast", text, spread, symbol, node, said))
             operand = wide[source]
             for k in places:
                 args, kwargs = call.with_operand(k, x.expand(shape))

@@ -73,11 +73,9 @@ class Joined(Route):
     def _step(self, op: str, symbol: str, J: Derivative, names: Names) -> OpStep:
         shown = formula(J.terms, J.out_shape, J.in_shape, symbol, names=names)
         known = {name: "an input" for K in (self.inner, self.outer) if K.route for name in K.route.inputs}
-        why = (
-            reasons(shown, partial(meaning, known=known))
-            if math.prod(J.shape)
-            else ("an axis is empty: there is no entry",)
-        )
+        why = ("an axis is empty: there is no entry",)
+        if math.prod(J.shape):
+            why = reasons(shown, partial(meaning, known=known))
         text = f"{symbol[1]} <- {symbol[-1]}   {J.out_shape} by {J.in_shape}"
         return OpStep(op, text, shown, J, "; ".join(why), "", why)
 
@@ -92,9 +90,8 @@ class Joined(Route):
         return lines
 
     def _checks(self, J: Derivative, code: str, namespace: dict[str, Tensor]) -> list[tuple[str, float]]:
-        g = torch.randn(J.out_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-            J.device, J.dtype
-        )
+        generator = torch.Generator().manual_seed(0)
+        g = torch.randn(J.out_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
         scope: dict[str, Tensor] = {"torch": torch, "g": g, **namespace}  # type: ignore[dict-item]
         exec(code, scope)
         checks = [("the code above against the factors' vjps", deviation(scope["x_bar"], self.vjp(g)))]

@@ -97,9 +97,8 @@ def _split(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Found:
             if parts:
                 new = replace(p, ties=tuple(x for t in p.ties for x in (parts if t is tie else (t,))))
                 shown = " ".join(f"δ({a},{b})" for a, b in parts)
-                return [*products[:k], *_clean(new, known), *products[k + 1 :]], (
-                    f"δ({tie[0]},{tie[1]}) = {shown}: equal numbers have equal digits"
-                )
+                said = f"δ({tie[0]},{tie[1]}) = {shown}: equal numbers have equal digits"
+                return [*products[:k], *_clean(new, known), *products[k + 1 :]], said
     return None
 
 
@@ -136,9 +135,8 @@ def _recombine(products: Sequence[IndexProduct], sizes: Mapping[str, int]) -> Fo
                 if any(moved.uses(name) for name in digits.names):
                     continue
                 moved = replace(moved, sums=tuple(x for x in moved.sums if x[0] not in digits.names))
-                return [*products[:k], *_clean(moved, known), *products[k + 1 :]], (
-                    f"{digits} takes each value of {plain} once"
-                )
+                said = f"{digits} takes each value of {plain} once"
+                return [*products[:k], *_clean(moved, known), *products[k + 1 :]], said
     return None
 
 

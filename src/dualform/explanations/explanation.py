@@ -164,8 +164,7 @@ class Explanation:
         """
         return html.page(_html(self))
 
-    def _repr_html_(self) -> str:
-        return html.page(_html(self))
+    _repr_html_ = to_html
 
     def to_dict(self) -> dict[str, Any]:
         """The same as numbers and strings, for JSON.
@@ -176,31 +175,19 @@ class Explanation:
         """
 
         def told(step: OpStep) -> dict[str, Any]:
+            stored = step.derivative.nbytes // step.derivative.dtype.itemsize
             return {
-                "op": step.op,
-                "text": step.text,
-                "formula": str(step.formula),
-                "latex": step.formula.latex(),
-                "out_shape": list(step.out_shape),
-                "in_shape": list(step.in_shape),
-                "dense": math.prod(step.shape),
-                "stored": step.derivative.nbytes // step.derivative.dtype.itemsize,
-                "why": list(step.reasons),
-                "rule": step.rule,
-            }
+                "op": step.op, "text": step.text, "formula": str(step.formula), "latex": step.formula.latex(),
+                "out_shape": list(step.out_shape), "in_shape": list(step.in_shape), "dense": math.prod(step.shape),
+                "stored": stored, "why": list(step.reasons), "rule": step.rule,
+            }  # fmt: skip
 
+        stages = [stage.moves for stage in self.stages if stage.moves]
+        proof = [[{"formula": str(move.formula), "why": move.reason} for move in moves] for moves in stages]
         return {
-            "title": self.title,
-            "steps": [told(step) for step in self.steps],
-            "proof": [
-                [{"formula": str(move.formula), "why": move.reason} for move in stage.moves]
-                for stage in self.stages
-                if stage.moves
-            ],
-            "result": told(self.result),
-            "code": self.code,
-            "checks": dict(self.checks),
-        }
+            "title": self.title, "steps": [told(step) for step in self.steps], "proof": proof,
+            "result": told(self.result), "code": self.code, "checks": dict(self.checks),
+        }  # fmt: skip
 
 
 def _html(told: Explanation) -> Iterable[str]:
@@ -224,9 +211,8 @@ def _html(told: Explanation) -> Iterable[str]:
     yield _html_result(last, told)
     code = escape(told.code)
     close = torch.finfo(told.result.derivative.dtype).eps ** 0.5
-    checks = "".join(
-        html.check(said, error < close) for said, (_, error) in zip(told.verdicts, told.checks, strict=True)
-    )
+    judged = zip(told.verdicts, told.checks, strict=True)
+    checks = "".join(html.check(said, error < close) for said, (_, error) in judged)
     yield (
         f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, '
         f"in]</code></div><pre>{code}</pre>{checks}</div>"
@@ -235,10 +221,8 @@ def _html(told: Explanation) -> Iterable[str]:
 
 def _html_result(number: int, told: Explanation) -> str:
     step = told.result
-    parts = [
-        f'<div class="head">Step {number} &nbsp;{told.result_name} '
-        f"&nbsp;<code>{escape(step.formula.symbol)}</code></div>"
-    ]
+    head = f"Step {number} &nbsp;{told.result_name} &nbsp;<code>{escape(step.formula.symbol)}</code>"
+    parts = [f'<div class="head">{head}</div>']
     parts += [f'<div class="f">{escape(line)}</div>' for line in told.chain]
     parts += [html.stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
     if told.is_rewritten and told.expanded is not None:
@@ -275,9 +259,8 @@ def _ranges(f: IndexFormula) -> str:
 
 def _short(moves: Sequence[Move]) -> list[Move]:
     """The chain rule, the sum over copies, the formulas put in, and the end."""
-    kept = [
-        move for k, move in enumerate(moves) if k < 2 or "copy contributes" in move.reason or "put in" in move.reason
-    ]
+    said = ("copy contributes", "put in")
+    kept = [move for k, move in enumerate(moves) if k < 2 or any(words in move.reason for words in said)]
     if moves[-1] not in kept:
         # what came between is in the proof
         kept.append(moves[-1])

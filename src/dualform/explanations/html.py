@@ -95,10 +95,8 @@ def account(step: OpStep) -> str:
         return f"({', '.join(shown)}{',' if len(shown) == 1 else ''})"
 
     counts = step.account.partition("; ")[2]
-    return (
-        f'<div class="note">shape {shape(sizes[0])} + {shape(sizes[1])} = {shape([*sizes[0], *sizes[1]])}; '
-        f"{counts}</div>"
-    )
+    whole = f"{shape(sizes[0])} + {shape(sizes[1])} = {shape([*sizes[0], *sizes[1]])}"
+    return f'<div class="note">shape {whole}; {counts}</div>'
 
 
 def formula(f: IndexFormula) -> str:

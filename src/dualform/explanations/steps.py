@@ -71,7 +71,5 @@ class Stage:
 def account(J: Derivative) -> str:
     """out-shape + in-shape = J-shape; how many numbers dense and stored."""
     unit = J.dtype.itemsize
-    return (
-        f"shape {J.out_shape} + {J.in_shape} = {J.shape}; {math.prod(J.shape):,} numbers if dense, "
-        f"{J.nbytes // unit:,} stored"
-    )
+    shapes, dense = f"shape {J.out_shape} + {J.in_shape} = {J.shape}", math.prod(J.shape)
+    return f"{shapes}; {dense:,} numbers if dense, {J.nbytes // unit:,} stored"

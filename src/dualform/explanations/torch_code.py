@@ -28,9 +28,8 @@ def vjp_code(J: Derivative) -> tuple[str, dict[str, Tensor]]:
         return f"x_bar = torch.zeros({J.in_shape}, dtype={J.dtype})", namespace
     if not any(window for window, _ in parts):
         codes = [code for _, code in parts]
-        return "\n".join(
-            [*relations, f"x_bar = {codes[0]}", *(f"x_bar = x_bar {_signed(code, '')}" for code in codes[1:])]
-        ), namespace
+        more = (f"x_bar = x_bar {_signed(code, '')}" for code in codes[1:])
+        return "\n".join([*relations, f"x_bar = {codes[0]}", *more]), namespace
     lines = [*relations, f"x_bar = g.new_zeros({list(J.in_shape)})"]
     return "\n".join([*lines, *(f"x_bar{window} {_signed(code, '=')}" for window, code in parts)]), namespace
 
@@ -177,12 +176,8 @@ def _related(r: Relation, namespace: dict[str, Tensor], relations: list[str]) ->
 
 def _identifier(f: Factor, namespace: dict[str, Tensor]) -> str:
     """A Python name for a factor: its own where that is one."""
-    base = (
-        re.sub(r"[^A-Za-z0-9_]+", "_", f.name.replace("'", "_slope").replace("²", "_sq").replace("√", "sqrt_")).strip(
-            "_"
-        )
-        or "F"
-    )
+    plain = f.name.replace("'", "_slope").replace("²", "_sq").replace("√", "sqrt_")
+    base = re.sub(r"[^A-Za-z0-9_]+", "_", plain).strip("_") or "F"
     base = f"_{base}" if base[0].isdigit() or keyword.iskeyword(base) or base in ("g", "torch", "x_bar") else base
     name, k = base, 2
     while name in namespace and namespace[name] is not f.tensor:

@@ -128,19 +128,16 @@ def linear(
     shape, numbers, name = tuple(value.shape), value.tolist(), "linear"
     allowed = {"none": (0,), "c": (0, 1), "pre": (2,), "post": (2,)}[kind]
     if len(shape) not in allowed or (kind == "pre" and shape[0] != shape[1]):
-        fail(
-            name, kind, f"has shape {shape}", "c () or (m,), pre (b, b), post (m, D)", "Pass nested tuples of numbers."
-        )
+        advice = "Pass nested tuples of numbers."
+        fail(name, kind, f"has shape {shape}", "c () or (m,), pre (b, b), post (m, D)", advice)
 
     def base(x: Tensor) -> Tensor:
         if kind == "none":
             return x
         constant = torch.tensor(numbers, dtype=x.dtype, device=x.device)
         if kind == "pre" and (x.ndim < 2 or x.shape[-2] != shape[0]):
-            fail(
-                name, "x", f"has shape {tuple(x.shape)}", f"(..., {shape[0]}, m) for pre {shape}",
-                "Pass b rows at once.",
-            )  # fmt: skip
+            advice = "Pass b rows at once."
+            fail(name, "x", f"has shape {tuple(x.shape)}", f"(..., {shape[0]}, m) for pre {shape}", advice)
         return constant * x if kind == "c" else constant @ x if kind == "pre" else x @ constant
 
     def size(m: int) -> int:
@@ -152,14 +149,11 @@ def linear(
         if kind == "none":
             return list(names)
         if kind == "pre":
-            fail(
-                name, "features", "do not exist", "features of one row",
-                "pre mixes the rows of a batch: a row has no formula.",
-            )  # fmt: skip
+            advice = "pre mixes the rows of a batch: a row has no formula."
+            fail(name, "features", "do not exist", "features of one row", advice)
         if kind == "post":
-            return [
-                "+".join(f"{row[k]!r}*{n}" for n, row in zip(names, numbers, strict=True)) for k in range(shape[-1])
-            ]
+            columns = zip(*numbers, strict=True)
+            return ["+".join(f"{c!r}*{n}" for n, c in zip(names, column, strict=True)) for column in columns]
         each = numbers if shape else [numbers] * len(names)
         return [f"{factor!r}*{n}" for n, factor in zip(names, each, strict=True)]
 
@@ -169,10 +163,8 @@ def linear(
 
 def _parts(name: str, functions: Sequence[Bound | Expansion]) -> tuple[Expansion, ...]:
     if not functions:
-        fail(
-            name, "functions", "is empty", "at least one expansion",
-            "Pass specs, as in functions=('taylor', 'bspline').",
-        )  # fmt: skip
+        advice = "Pass specs, as in functions=('taylor', 'bspline')."
+        fail(name, "functions", "is empty", "at least one expansion", advice)
     return tuple(part.build() if isinstance(part, Bound) else part for part in functions)
 
 

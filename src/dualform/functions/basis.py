@@ -92,9 +92,8 @@ class Expansion:
     def phi(self, x: Tensor) -> Tensor:
         """Evaluate the k functions of one attribute: x (...) -> (..., k)."""
         if self.basis is None:
-            fail(
-                self.name, "phi", "does not exist", "an expansion of each attribute alone", "Call the expansion itself."
-            )
+            advice = "Call the expansion itself."
+            fail(self.name, "phi", "does not exist", "an expansion of each attribute alone", advice)
         return joined(self.basis(x, -1), -1)
 
     def check(self, m: int) -> int:
@@ -105,13 +104,11 @@ class Expansion:
             packed = sum(num_subsets(M, p, repeat=True) for p in self.degrees)
             ways = [f"symmetric=True ({packed:,} features)"] if d > 1 and not self.symmetric else []
             ways += [f"degree={d - 1} (at most {sum(M**p for p in range(1, d)):,})"] if d > 1 else []
-            ways += ["fewer attributes"] + (
-                ["contract(x, weight), which builds no row"] if d > 1 and not self.symmetric else []
-            )
-            fail(
-                self.name, "x", f"has m = {m} attributes, which make D = {self.rule} = {D:,} features per row",
-                f"at most {widest_row:,}", f"Use {', '.join(ways[:-1])}{' or ' if ways[:-1] else ''}{ways[-1]}.",
-            )  # fmt: skip
+            ways += ["fewer attributes"]
+            ways += ["contract(x, weight), which builds no row"] if d > 1 and not self.symmetric else []
+            found = f"has m = {m} attributes, which make D = {self.rule} = {D:,} features per row"
+            advice = f"Use {', '.join(ways[:-1])}{' or ' if ways[:-1] else ''}{ways[-1]}."
+            fail(self.name, "x", found, f"at most {widest_row:,}", advice)
         return D
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -42,13 +42,11 @@ def _radial(
     try:
         given = torch.tensor(wanted, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
-        fail(
-            name, "centres", f"are {wanted!r}", "finite numbers, (k,) or (m, k)", "Pass nested tuples of equal lengths."
-        )
+        advice = "Pass nested tuples of equal lengths."
+        fail(name, "centres", f"are {wanted!r}", "finite numbers, (k,) or (m, k)", advice)
     if given.ndim not in (1, 2) or not given.numel() or not given.isfinite().all():
-        fail(
-            name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", "Pass nested tuples."
-        )
+        advice = "Pass nested tuples."
+        fail(name, "centres", f"has shape {tuple(given.shape)}", "finite numbers, (k,) or (m, k)", advice)
     values = given.tolist()
 
     def places(x: Tensor) -> Tensor:
@@ -68,9 +66,8 @@ def _radial(
     domain = (float(given.min()) - 1, float(given.max()) + 1)
     if given.ndim == 1:
         terms = [shape.format(eps=epsilon, c=c) for c in values]
-        return attribute_wise(
-            name, basis, terms, pull=Pull(pull, keeps_features=True, width=3), rule="m k, k centres", domain=domain
-        )
+        known = Pull(pull, keeps_features=True, width=3)
+        return attribute_wise(name, basis, terms, pull=known, rule="m k, k centres", domain=domain)
     m, k = given.shape
 
     def size(found: int) -> int:
@@ -136,9 +133,8 @@ def fourier(period: float = 10, order: int = 5) -> Expansion:
         return both.flatten(-2) if axis == -1 else both.flatten(-3, -2)
 
     terms = [f"{f}({2 * math.pi * n / period!r}*x)" for n in range(1, order + 1) for f in ("cos", "sin")]
-    return attribute_wise(
-        "fourier", basis, terms, layout="function", rule="2 m N", domain=(-period / 2, period / 2), reach=(-1e6, 1e6)
-    )
+    domain, reach = (-period / 2, period / 2), (-1e6, 1e6)
+    return attribute_wise("fourier", basis, terms, layout="function", rule="2 m N", domain=domain, reach=reach)
 
 
 def _spline_pieces(d: int) -> list[list[float]]:
@@ -203,6 +199,5 @@ def bspline(span: Span = (-1.0, 1.0), cells: int = 5, degree: int = 3) -> Expans
 
     terms = [_spline_text(low + h * (i - d), h, d) for i in range(t + d)]
     knots = tuple(low + h * k for k in range(-d, t + d + 1))
-    return attribute_wise(
-        "bspline", basis, terms, pull=by_slopes(slopes), rule="m (t + d)", domain=(low, high), degree=d, knots=knots
-    )
+    known = {"pull": by_slopes(slopes), "domain": (low, high), "degree": d, "knots": knots}
+    return attribute_wise("bspline", basis, terms, rule="m (t + d)", **known)

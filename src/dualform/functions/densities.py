@@ -140,10 +140,8 @@ def _family(
     one.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     of = "squashed attribute" if density.half_line else "attribute"
     one.__doc__ = f"Take the log-density of every {of} under one {name} distribution."
-    several.__doc__ = (
-        f"Take the log-densities of every {of} under {name} distributions, theta = (({', '.join(density.parameters)}), "
-        "..)."
-    )
+    shown = ", ".join(density.parameters)
+    several.__doc__ = f"Take the log-densities of every {of} under {name} distributions, theta = (({shown}), ..)."
     for short, build in ((f"naive_{name}", one), (name, several)):
         build.__name__ = short
         expansion(formula=formula, source=_source, domain=domain)(build)

@@ -23,9 +23,8 @@ from dualform.functions.networks import networks
 from dualform.functions.reconciliations import reconciliations
 from dualform.functions.remainders import remainders
 
-families: dict[str, Catalogue] = {
-    c.kind: c for c in (expansions, reconciliations, remainders, fusions, interdependences, compressions, networks)
-}
+_every = (expansions, reconciliations, remainders, fusions, interdependences, compressions, networks)
+families: dict[str, Catalogue] = {c.kind: c for c in _every}
 # What stands in for an option that must be given, so that its record can be shown.
 given = {"weights": (2.0, 1.0), "dims": (4, 8, 2)}
 most_lines = 8
@@ -170,9 +169,8 @@ def _takes(e: Any, m: int) -> bool:
 
 def _curves(t: Tensor, y: Tensor, labels: list[str], title: str) -> Curves:
     lines = {label: y[:, k].tolist() for k, label in enumerate(labels[:most_lines])}
-    return Curves(
-        t.tolist(), lines, title + ("" if len(labels) <= most_lines else f" (the first {most_lines} of {len(labels)})")
-    )
+    more = "" if len(labels) <= most_lines else f" (the first {most_lines} of {len(labels)})"
+    return Curves(t.tolist(), lines, title + more)
 
 
 def _of_reconciliation(r: Any) -> Image:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dualform.functions import attribute_products, bumps, densities, patches, pointwise, polynomials, wavelets
 from dualform.functions.basis import Expansion, expansions
 
-families = (
-    pointwise,
-    attribute_products,
-    polynomials,
-    bumps,
-    densities,
-    wavelets,
-    patches,
-)  # importing them fills the catalogue
+# Importing them fills the catalogue.
+families = (pointwise, attribute_products, polynomials, bumps, densities, wavelets, patches)
 
 __all__ = ["Expansion", "expansions", "families"]

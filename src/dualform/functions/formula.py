@@ -97,10 +97,8 @@ class Formula:
             text = sympy.latex(_rounded(f, digits), symbol_names=names)
             return rf"\left({text}\right)" if isinstance(f, sympy.Add) else text
 
-        rows = [
-            rf"{sympy.latex(sympy.Symbol(line.name))} &= {line.write(digits, function, chr(92) + ', ')}"
-            for line in self.lines
-        ]
+        named = ((sympy.latex(sympy.Symbol(line.name)), line) for line in self.lines)
+        rows = [rf"{name} &= {line.write(digits, function, chr(92) + ', ')}" for name, line in named]
         rows = [re.sub(r"(\d)e([+-]?)0*(\d+)", r"\1 \\cdot 10^{\2\3}", row).replace("^{+", "^{") for row in rows]
         return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
 
@@ -130,10 +128,8 @@ class Formula:
     def _values(self, X: Any) -> Values:
         X = np.asarray(X, dtype=np.float64)
         if X.ndim != 2 or X.shape[1] != len(self.inputs):
-            fail(
-                "Formula", "X", f"has shape {X.shape}", f"(R, m) with m = {len(self.inputs)}",
-                "Pass rows of the inputs " + ", ".join(self.inputs) + ".",
-            )  # fmt: skip
+            advice = "Pass rows of the inputs " + ", ".join(self.inputs) + "."
+            fail("Formula", "X", f"has shape {X.shape}", f"(R, m) with m = {len(self.inputs)}", advice)
         known = Values(self.inputs, X)
         for line in self.lines:
             known.add(line)

@@ -79,10 +79,8 @@ class Fusion:
         if len(set(dims)) > 1:
             fail(self.name, "dims", f"is {dims}", f"equal widths = {dims[0]}", "Use a concatenation for unequal ones.")
         if self.weights is not None and len(self.weights) != len(dims):
-            fail(
-                self.name, "weights", f"has {len(self.weights)} entries", f"one per input = {len(dims)}",
-                "Pass as many weights as there are inputs.",
-            )  # fmt: skip
+            advice = "Pass as many weights as there are inputs."
+            fail(self.name, "weights", f"has {len(self.weights)} entries", f"one per input = {len(dims)}", advice)
         return dims[0]
 
     def channel_width(self, n: int, channels: int) -> int:
@@ -90,10 +88,8 @@ class Fusion:
         if self.kind != "cat":
             return n
         if n % channels:
-            fail(
-                self.name, "n", f"is {n}", f"a multiple of channels = {channels}, as they are put side by side",
-                "Change n or channels, or use another fusion.",
-            )  # fmt: skip
+            expected = f"a multiple of channels = {channels}, as they are put side by side"
+            fail(self.name, "n", f"is {n}", expected, "Change n or channels, or use another fusion.")
         return n // channels
 
     def length(self, dims: Sequence[int], n: int | None = None) -> int:
@@ -203,10 +199,8 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
 
     def build(n: int | None = None, **options: Any) -> Fusion:
         if n is not None and n < 1:
-            fail(
-                name, "n", f"is {n}", "n >= 1", "Pass the output width, or None for that of the first input.",
-                ValueError,
-            )  # fmt: skip
+            advice = "Pass the output width, or None for that of the first input."
+            fail(name, "n", f"is {n}", "n >= 1", advice, ValueError)
         inner: Bound = record(**options)
         return Fusion(name, "mix", reconciliation=inner, n=n)
 

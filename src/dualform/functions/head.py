@@ -163,10 +163,8 @@ class Head(nn.Module):
         return places
 
     def _thaw(self, places: Mapping[str, tuple[str, bool]]) -> dict[str, Tensor]:
-        return {
-            name: getattr(self, place).mT if turned else getattr(self, place)
-            for name, (place, turned) in places.items()
-        }
+        held = ((name, getattr(self, place), turned) for name, (place, turned) in places.items())
+        return {name: x.mT if turned else x for name, x, turned in held}
 
     def constants(self) -> dict[str, Tensor]:
         """Return what is frozen in the reconciliation, by the names that `reconciliation.constants` gives."""
@@ -227,9 +225,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_floating("Head", x)
         if x.shape[-1:] != (self.m,):
-            fail(
-                "Head", "x", f"has shape {tuple(x.shape)}", f"(..., m) with m = {self.m}", "Pass rows of m attributes."
-            )
+            has = f"has shape {tuple(x.shape)}"
+            fail("Head", "x", has, f"(..., m) with m = {self.m}", "Pass rows of m attributes.")
         if self._is_matrix:  # psi(w) is a view of w
             y = F.linear(self.expansion.expand(x), self.w.view(self.n, self.D), self.bias)
         else:

@@ -120,9 +120,8 @@ def _find(name: str) -> tuple[Catalogue, Record, str]:
     catalogue = families.get(short.rpartition("_")[2])
     if catalogue is not None and short in catalogue:
         return catalogue, catalogue[short], short
-    known = [
-        alias for c in families.values() for n in c for alias in c[n].aliases if alias.rpartition("_")[2] in families
-    ]
+    aliases = [alias for c in families.values() for n in c for alias in c[n].aliases]
+    known = [alias for alias in aliases if alias.rpartition("_")[2] in families]
     raise UnknownNameError(
         f"from_tinybig: {name!r} is no expansion, reconciliation, remainder or fusion of tinyBIG. "
         f"{near_misses(short, known)} Its interdependences, compressions, heads, layers and models wait for a later "
@@ -224,13 +223,8 @@ def _activation(own: str, value: Any) -> Any:
 
 def _metric(value: Any) -> Any:
     """Read a metric of tinyBIG, a name or a function (N, k) -> (N,), as one over a stacked list (k, ..., n)."""
-    name = (
-        value.get("__fn__", "")
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, str)
-        else getattr(value, "__name__", "")
-    )
+    name = value.get("__fn__", "") if isinstance(value, Mapping) else value
+    name = name if isinstance(name, str) else getattr(name, "__name__", "")
     short = name.rpartition(".")[2].removeprefix("batch_").replace("variance", "var")
     if short in metrics or not callable(value):
         return short
@@ -305,12 +299,8 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             raise CatalogueError(f"{own}: unknown packing_strategy {packing!r}. {near_misses(packing, known)}")
         factors = packings[shape].get(packing, (0, 0, 0))
         stride = [max(1, int(f * size)) for f, size in zip(factors, unit, strict=True)]
-    grid_options = {
-        "grid": (grid["h"], grid["w"], grid["d"]),
-        "channels": grid["universe_num"],
-        "stride": tuple(stride),
-    }
-    return kwargs | grid_options | own_options
+    shape = (grid["h"], grid["w"], grid["d"])
+    return kwargs | {"grid": shape, "channels": grid["universe_num"], "stride": tuple(stride)} | own_options
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,9 @@ class Multilinear:
             if size % first:
                 letter = "p" if what == "n" else "q"
                 near = [d for d in range(1, size + 1) if size % d == 0]
-                fail(
-                    self.name, letter, f"is {first} and {what} is {size}",
-                    f"{letter} divides {what}: one of {near[:12]}",
-                    f"Pass another {letter}, or None for the largest factor up to the square root.",
-                )  # fmt: skip
+                found = f"is {first} and {what} is {size}"
+                advice = f"Pass another {letter}, or None for the largest factor up to the square root."
+                fail(self.name, letter, found, f"{letter} divides {what}: one of {near[:12]}", advice)
             found[axes[0]], found[axes[1]] = first, size // first
         return found
 
@@ -168,9 +166,8 @@ class Multilinear:
         ones = [label for label in labels if label not in given]  # axes that no factor has: W is the same along them
         tensors += [torch.ones(sizes[label], dtype=w.dtype, device=w.device) for label in ones]
         spec = ",".join([f.labels for f in self.factors] + ones) + "->" + labels
-        return (torch.einsum(spec, *tensors) * self.coef if self.coef != 1.0 else torch.einsum(spec, *tensors)).reshape(
-            n, D
-        )
+        W = torch.einsum(spec, *tensors).reshape(n, D)
+        return W if self.coef == 1.0 else W * self.coef
 
     def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor:
         """Contract the tokens with one factor at a time: (..., D) -> (..., n)."""

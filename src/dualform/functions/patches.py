@@ -103,9 +103,8 @@ def cuboid_patch(
     """Expand a grid in boxes, before + after + 1 cells along each axis (after = before unless given)."""
     after = before if after is None else after
     if len(before) != 3 or len(after) != 3 or min(*before, *after) < 0:
-        fail(
-            "cuboid_patch", "(before, after)", f"is {(before, after)}", "3 numbers >= 0 each", "Pass before=(1, 1, 0)."
-        )
+        advice = "Pass before=(1, 1, 0)."
+        fail("cuboid_patch", "(before, after)", f"is {(before, after)}", "3 numbers >= 0 each", advice)
     return patches("cuboid_patch", box(before, after), grid, channels, stride)
 
 

@@ -54,9 +54,8 @@ def reciprocal() -> Expansion:
 )
 def trigonometric() -> Expansion:
     """Expand every attribute in its sine, cosine and tangent."""
-    return pointwise(
-        "trigonometric", (torch.sin, torch.cos, torch.tan), ("sin(x)", "cos(x)", "tan(x)"), (-1.4, 1.4), (-1e6, 1e6)
-    )
+    functions, terms = (torch.sin, torch.cos, torch.tan), ("sin(x)", "cos(x)", "tan(x)")
+    return pointwise("trigonometric", functions, terms, (-1.4, 1.4), (-1e6, 1e6))
 
 
 @expansion(

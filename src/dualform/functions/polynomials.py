@@ -29,10 +29,8 @@ def recurrence(
     try:
         rows = [step(n) for n in range(2, d + 1)]
     except ZeroDivisionError:
-        fail(
-            name, "alpha and beta", "make a denominator of the recurrence 0", "alpha > -1 and beta > -1",
-            "Choose other parameters: the polynomial of that degree is not defined by its recurrence.",
-        )  # fmt: skip
+        advice = "Choose other parameters: the polynomial of that degree is not defined by its recurrence."
+        fail(name, "alpha and beta", "make a denominator of the recurrence 0", "alpha > -1 and beta > -1", advice)
 
     def basis(x: Tensor, axis: int) -> Iterator[Tensor]:
         return _run(x, p0, p1, rows)
@@ -88,9 +86,7 @@ def _run_slopes(x: Tensor, p0: float, p1: tuple[float, float], rows: Rows) -> It
         yield newer
 
 
-def _coefficients(
-    p0: float, p1: tuple[float, float], rows: list[tuple[float, float, float, float]]
-) -> list[list[float]]:
+def _coefficients(p0: float, p1: tuple[float, float], rows: Rows) -> list[list[float]]:
     """Run the recurrence on coefficients, lowest power first."""
     older, newer = [p0], [p1[1], p1[0]]
     found = [newer]

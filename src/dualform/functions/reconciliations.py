@@ -71,10 +71,8 @@ class Reconciliation:
         l = self.length(n, D)
         if tuple(w.shape) != (l,):
             count = f"has {w.numel()} entries" if w.ndim == 1 else f"has shape {tuple(w.shape)}"
-            fail(
-                self.structure.name, "w", count, f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}",
-                "Pass a w of that length (`length(n, D)`), or other options.",
-            )  # fmt: skip
+            advice = "Pass a w of that length (`length(n, D)`), or other options."
+            fail(self.structure.name, "w", count, f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}", advice)
 
 
 def _positive(name: str, **options: int | None) -> None:
@@ -175,9 +173,8 @@ def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliat
     """
     _positive("duplicated_diagonal_padding", p=p, q=q)
     factors = (WeightFactor("ij", "eye"), B)
-    return Reconciliation(
-        Multilinear("duplicated_diagonal_padding", factors, rows="ik", cols="jl", p=p, q=p if q is None else q)
-    )
+    q = p if q is None else q
+    return Reconciliation(Multilinear("duplicated_diagonal_padding", factors, rows="ik", cols="jl", p=p, q=q))
 
 
 @reconciliations.record(
@@ -242,12 +239,8 @@ def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
     """Scale the rows and the inner axis of a frozen product; w holds the n row scales, then the r inner ones."""
     _positive("random_matrix_adaption", rank=rank)
     _seeded("random_matrix_adaption", seed)
-    factors = (
-        WeightFactor("i"),
-        WeightFactor("ia", "normal", "A"),
-        WeightFactor("a"),
-        WeightFactor("ja", "normal", "B"),
-    )
+    frozen = WeightFactor("ia", "normal", "A"), WeightFactor("ja", "normal", "B")
+    factors = (WeightFactor("i"), frozen[0], WeightFactor("a"), frozen[1])
     return Reconciliation(Multilinear("random_matrix_adaption", factors, rank=rank, seed=seed))
 
 

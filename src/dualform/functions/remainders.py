@@ -66,10 +66,8 @@ class Remainder:
     def length(self, m: int, n: int) -> int:
         """Count the weights; refuse sizes that the remainder does not join."""
         if self.kind == "identity" and m != n:
-            fail(
-                self.name, "n", f"is {n}", f"n = m = {m}, as the input itself is added",
-                "Use remainder='linear', or equal widths.",
-            )  # fmt: skip
+            advice = "Use remainder='linear', or equal widths."
+            fail(self.name, "n", f"is {n}", f"n = m = {m}, as the input itself is added", advice)
         return m * n if self.kind == "linear" else 0
 
     @property
@@ -90,9 +88,8 @@ class Remainder:
             return act(x)
         if w is None or w.numel() != l or tuple(w.shape) not in ((n, m), (l,)):
             found = "is None" if w is None else f"has shape {tuple(w.shape)}"
-            fail(
-                self.name, "w", found, f"(n, m) = ({n}, {m}) or (n m,) = ({l},)", "Pass the weights of the linear map."
-            )
+            wanted = f"(n, m) = ({n}, {m}) or (n m,) = ({l},)"
+            fail(self.name, "w", found, wanted, "Pass the weights of the linear map.")
         if b is not None and tuple(b.shape) != (n,):
             fail(self.name, "b", f"has shape {tuple(b.shape)}", f"(n,) = ({n},)", "Pass one bias per output.")
         y = F.linear(self.linear_part(x), w.reshape(n, m), b)

@@ -156,10 +156,8 @@ class _Writer:
         """A maximum, a product ...: a line for each channel, and one for what is made of them."""
         metric = head.fusion.metric
         if metric not in _metrics:
-            fail(
-                "formula", "fusion", f"is {head.fusion.name}", f"one of {sorted(_metrics)}, or a linear one",
-                "It has no formula.",
-            )  # fmt: skip
+            advice = "It has no formula."
+            fail("formula", "fusion", f"is {head.fusion.name}", f"one of {sorted(_metrics)}, or a linear one", advice)
         found = []
         for i, name in enumerate(names):
             parts = [self.line(f"{name}_channel{c}", terms[i]) for c, terms in enumerate(channels)]
@@ -169,10 +167,8 @@ class _Writer:
     def _add_remainder(self, head: Head, inputs: list[sympy.Expr], found: list[Terms], names: Sequence[str]) -> None:
         r = head.remainder
         if callable(r.activation):
-            fail(
-                "formula", "remainder", f"has the activation {r.activation!r}", f"one of {sorted(_activations)}",
-                "Name it.",
-            )  # fmt: skip
+            what = f"has the activation {r.activation!r}"
+            fail("formula", "remainder", what, f"one of {sorted(_activations)}", "Name it.")
         act = _activations[r.activation]
         for i, (terms, name) in enumerate(zip(found, names, strict=True)):
             if r.kind == "constant":
@@ -253,9 +249,8 @@ class _Indicators(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         sides = [node.left, *node.comparators]
-        pairs = [
-            ast.Compare(left, [op], [right]) for left, op, right in zip(sides, node.ops, node.comparators, strict=False)
-        ]
+        compared = zip(sides, node.ops, node.comparators, strict=False)
+        pairs = [ast.Compare(left, [op], [right]) for left, op, right in compared]
         return ast.Call(ast.Name("_indicator", ast.Load()), cast("list[ast.expr]", pairs), [])
 
 

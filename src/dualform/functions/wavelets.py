@@ -118,11 +118,9 @@ def dilated(
 def discrete_wavelet(mother: Any = "ricker_wavelet") -> Mother:
     """Expand every attribute in dilations and translations of one function, that of an expansion with one."""
     if mother.width != 1 or mother.power != 1:
-        fail(
-            "discrete_wavelet", "mother", f"is {mother}, with {mother.width or 'no'} functions per attribute",
-            "exactly 1",
-            "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)}).",
-        )  # fmt: skip
+        found = f"is {mother}, with {mother.width or 'no'} functions per attribute"
+        advice = "Pass an expansion such as ricker_wavelet, naive_normal or ('gaussian_rbf', {'centres': (0.0,)})."
+        fail("discrete_wavelet", "mother", found, "exactly 1", advice)
     return Mother(
         lambda tau: mother.phi(tau).squeeze(-1), substitute(mother.terms[0], "tau"), mother.domain, mother.reach,
         mother.rough,
@@ -155,9 +153,8 @@ def haar_wavelet() -> Mother:
 def beta_wavelet(alpha: float = 1.0, beta: float = 1.0) -> Mother:
     """Expand every attribute in dilated densities of the beta distribution."""
     if not (alpha >= 1 and beta >= 1):
-        fail(
-            "beta_wavelet", "(alpha, beta)", f"is ({alpha}, {beta})", "both >= 1", "Below 1 the density is not bounded."
-        )
+        advice = "Below 1 the density is not bounded."
+        fail("beta_wavelet", "(alpha, beta)", f"is ({alpha}, {beta})", "both >= 1", advice)
     scale = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))
 
     def mother(tau: Tensor) -> Tensor:
@@ -244,24 +241,19 @@ def dog_wavelet(sigma_1: float = 1.0, sigma_2: float = 2.0) -> Mother:
     """Expand every attribute in differences of two Gaussian densities."""
     _width("dog_wavelet", "sigma_1", sigma_1)
     _width("dog_wavelet", "sigma_2", sigma_2)
+    root = math.sqrt(2 * math.pi)
 
     def mother(tau: Tensor) -> Tensor:
         square = tau.square()
-        one, two = (
-            torch.exp(square * (-0.5 / sigma**2)) * (1 / (math.sqrt(2 * math.pi) * sigma))
-            for sigma in (sigma_1, sigma_2)
-        )
+        one, two = (torch.exp(square * (-0.5 / s**2)) * (1 / (root * s)) for s in (sigma_1, sigma_2))
         return one - two
 
     def slope(tau: Tensor) -> Tensor:
         square = tau.square()
-        one, two = (
-            torch.exp(square * (-0.5 / sigma**2)).mul_(-1 / (math.sqrt(2 * math.pi) * sigma**3))
-            for sigma in (sigma_1, sigma_2)
-        )
+        one, two = (torch.exp(square * (-0.5 / s**2)).mul_(-1 / (root * s**3)) for s in (sigma_1, sigma_2))
         return one.sub_(two).mul_(tau)
 
-    text = "-".join(f"exp(-0.5*(tau/{s!r})**2)/{math.sqrt(2 * math.pi) * s!r}" for s in (sigma_1, sigma_2))
+    text = "-".join(f"exp(-0.5*(tau/{s!r})**2)/{root * s!r}" for s in (sigma_1, sigma_2))
     return Mother(mother, text, (-3.0, 3.0), slope=slope)
 
 
@@ -299,16 +291,9 @@ def meyer_wavelet(part: str = "wavelet") -> Mother:
     def text(c: str, turn: str, width: str) -> str:
         return "+".join(f"{turn}(3*{width}*pi*({c}{sign}u))*sinc({width}*({c}{sign}u))" for sign in "+-")
 
-    parts = {
-        "wavelet": (
-            psi,
-            f"(2*({text('0.375', 'sin', '2/3')})-({text('0.75', 'cos', '1/3')}))/3".replace("u", "(tau-0.5)"),
-        ),
-        "scaling": (
-            scaling,
-            f"(2*sinc(2/3*tau)+{text('0.75', 'sin', '1/3')})/3".replace("u", "tau").replace("tatau", "tau"),
-        ),
-    }
+    psi_text = f"(2*({text('0.375', 'sin', '2/3')})-({text('0.75', 'cos', '1/3')}))/3".replace("u", "(tau-0.5)")
+    scaling_text = f"(2*sinc(2/3*tau)+{text('0.75', 'sin', '1/3')})/3".replace("u", "tau").replace("tatau", "tau")
+    parts = {"wavelet": (psi, psi_text), "scaling": (scaling, scaling_text)}
     if part not in parts:
         fail("meyer_wavelet", "part", f"is {part!r}", f"one of {sorted(parts)}", "Pass part='wavelet' for psi.")
     mother, shown = parts[part]

@@ -87,7 +87,8 @@ class Constants:
                 )
 
     def overwritten(self, *, small: bool) -> fx.Node | None:
-        """Find what read memory that numpy or Python has written to since, of which no op tells; small: of that alone."""
+        """Find what read memory that numpy or Python has written to since, of which no op tells; small:
+        of that alone."""
         mode: Any = get_proxy_mode()
         tracer: Any = getattr(mode, "tracer", mode)
         if tracer is None:
@@ -197,8 +198,8 @@ class Constants:
         ):
             if not all(map(self.knows, parts)):
                 raise TraceError(
-                    f"trace: `{self.note()}` makes a tensor of other tensors' numbers, which cuts their gradients; expected tensor "
-                    "ops. Use torch.stack([...])."
+                    f"trace: `{self.note()}` makes a tensor of other tensors' numbers, which cuts their gradients; "
+                    "expected tensor ops. Use torch.stack([...])."
                 )
             with aside():
                 numbers = pytree.tree_map_only(Tensor, lambda x: self.value(x).tolist(), args[0])

@@ -55,7 +55,8 @@ _ops._mode_stack_state_for_pre_dispatch = _modes
 
 
 def traces_apart() -> None:
-    """Give this thread modes of its own from now on: neither does it see what another exports, nor the other what it traces."""
+    """Give this thread modes of its own from now on: neither does it see what another exports,
+    nor the other what it traces."""
     _modes.own.stack = _ops._ModeStackStateForPreDispatch()
 
 

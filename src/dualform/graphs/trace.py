@@ -221,8 +221,8 @@ def _expect_unwritten(constants: Constants, where: str = "") -> None:
     if reader is not None:
         before = f" (before `{where}`)" if where else ""
         raise WrittenPast(
-            f"trace: `{source_line(reader)}` reads memory that is written to later{before}, past torch's ops; expected a pure "
-            "function of its inputs. Copy the array first: torch.tensor(array)."
+            f"trace: `{source_line(reader)}` reads memory that is written to later{before}, past torch's ops; expected "
+            "a pure function of its inputs. Copy the array first: torch.tensor(array)."
         )
 
 

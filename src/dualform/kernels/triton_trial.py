@@ -78,9 +78,9 @@ class _Other:
         process, self.process = self.process, None
         if process is None:
             return ""
-        with suppress(OSError):
-            process.stdin.close()
-        process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError, AttributeError):
+                pipe.close()  # type: ignore[union-attr]
         code, said = process.wait(), ""
         with suppress(OSError):
             said = "".join(self.said.read_text(errors="replace").strip().splitlines()[-1:])

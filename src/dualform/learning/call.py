@@ -147,7 +147,8 @@ class Signature(NamedTuple):
         gates, params = {} if gates is None else gates, {} if params is None else params
         for name, given in (("gates", gates), ("params", params)):
             advice = "Write {'lr': tensor} or the like."
-            require(hasattr(given, "items"), "program", name, given, "a mapping from names to tensors", advice)
+            if not hasattr(given, "items"):
+                require(False, "program", name, given, "a mapping from names to tensors", advice)
             if not all(isinstance(x, Tensor) for x in given.values()):
                 expect_kinds("program", {f"{name}[{n!r}]": x for n, x in given.items()}, None, State)
         expect_kinds("program", {"q": q, "k": k, "v": v, "mask": mask, "reset": reset}, state, State)

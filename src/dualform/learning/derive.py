@@ -165,6 +165,7 @@ class Derivation:
     source: Derivation | None = None  # the same in another dtype, whose graphs are taken
     parts: Parts = field(init=False)
     V: int = field(init=False, default=0)
+    out_width: int = field(init=False, default=0)  # how many numbers a token's result has
     constants: dict[str, Tensor] = field(default_factory=dict)
     cut: Ranges = field(default_factory=dict)  # leaves that are only ever sliced, in pieces
     analyses: dict[int, Analysis] = field(default_factory=dict)
@@ -176,10 +177,12 @@ class Derivation:
         self.parts = self.door.parts
         if self.source is not None:
             self.V, self.constants, self.cut = self.source.V, self.source.constants, self.source.cut
+            self.out_width = self.source.out_width
             self.analyses, self.losses, self.rules = self.source.analyses, self.source.losses, self.source.rules
             return
         proof = self.analysis(self._proved)
         self.V = proof.output.meta["val"].shape[-1]
+        self.out_width = 2 if self.inner.observed else self.V
         if self.inner.target == "v-k" and self.V != self.K:
             raise DerivationError(
                 f"derive: the objective's target is v - k with K = {self.K}, V = {self.V}; expected K = V. Use "
@@ -222,11 +225,6 @@ class Derivation:
     def _proved(self) -> int:
         """Tokens of the traces that prove them apart: with one token nothing can be seen to mix."""
         return max(2, self.chunk)
-
-    @property
-    def out_width(self) -> int:
-        """How many numbers a token's result has."""
-        return 2 if self.inner.observed else self.V
 
     @property
     def structure(self) -> Any:

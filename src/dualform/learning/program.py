@@ -212,7 +212,8 @@ class ChunkProgram(nn.Module):
                 f"program: remat is {remat!r}; expected 'auto', None or mini-batches per checkpoint >= 1. Choose one "
                 "of these."
             )
-        require(isinstance(overwrite, bool), "program", "overwrite", overwrite, "True or False", "Pass one of them.")
+        if not isinstance(overwrite, bool):
+            require(False, "program", "overwrite", overwrite, "True or False", "Pass one of them.")
         if nan_policy not in policies:
             raise ShapeError(f"program: nan_policy is {nan_policy!r}; expected one of {policies}. Choose one of these.")
         if 0 in call.q.shape[:3]:

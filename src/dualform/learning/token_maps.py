@@ -107,7 +107,8 @@ Written = tuple[Derivative, "int | None", Tensor]
 
 
 def together(written: Sequence[Written]) -> list[Written]:
-    """Lay what like sites write one upon another, along an axis that is summed: n uses of a leaf then meet n others in n products, not n^2."""
+    """Lay what like sites write one upon another, along an axis that is summed:
+    n uses of a leaf then meet n others in n products, not n^2."""
     groups: dict[Any, list[Written]] = {}
     for one in written:
         groups.setdefault((one[1], *map(_pattern, one[0].terms)), []).append(one)

@@ -60,9 +60,8 @@ class Attention(nn.Module):
         with_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (
-            y.transpose(1, 2) for y in (rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta), v)
-        )
+        q, k = (rotate(y, positions, self.rope_theta) for y in (q, k))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is not None:
             k, v = cache.extend(k, v, columns)
         if with_weights or watched():  # SDPA's kernels have no forward derivative

@@ -138,14 +138,12 @@ class BlockCall:
 
     def first(self, x: Tensor, cache: Any) -> BlockCall:
         """Return the same call with the columns of x only, its first ones, for the layer that holds this cache."""
-        mask, reset, positions = (
-            None if y is None else y[:, : x.shape[1]] for y in (self.mask, self.reset, self.positions)
-        )
+        T, given = x.shape[1], (self.mask, self.reset, self.positions)
+        mask, reset, positions = (None if y is None else y[:, :T] for y in given)
         past = cache if isinstance(cache, DocumentCache) else None
         assert positions is not None
-        return BlockCall(
-            mask, reset, positions, {k: view(past, mask, reset, x, v.window) for k, v in self.views.items()}
-        )
+        views = {k: view(past, mask, reset, x, v.window) for k, v in self.views.items()}
+        return BlockCall(mask, reset, positions, views)
 
 
 def view(

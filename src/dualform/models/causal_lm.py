@@ -106,10 +106,8 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         try:
             cast("Any", super())._validate_model_kwargs(model_kwargs)
         except ValueError:
-            known = [
-                *GenerationConfig().to_dict(),
-                *inspect.signature(cast("Any", GenerationMixin).generate).parameters,
-            ]
+            own = inspect.signature(cast("Any", GenerationMixin).generate).parameters
+            known = [*GenerationConfig().to_dict(), *own]
             refuse_unknown("generate", type(self).forward, model_kwargs, [name for name in known if name[0] != "_"])
             raise
 
@@ -218,9 +216,8 @@ def continued(cache: Cache, ids: Tensor, mask: Tensor | None, is_draft: bool) ->
     wrong = f"has {new} columns" if new <= seen else ""
     if not wrong and read is not None and len(read) == len(ids) and not is_draft:
         given = ids[:, seen - read.shape[1] : seen].to(read.device)
-        wrong = (
-            "" if torch.equal(given, read) else f"has {given[0].tolist()} before column {seen}, not {read[0].tolist()},"
-        )
+        same = torch.equal(given, read)
+        wrong = "" if same else f"has {given[0].tolist()} before column {seen}, not {read[0].tolist()},"
     if wrong:
         raise ValueError(
             f"generate: input_ids {wrong} and the cache has read {seen} columns; expected those and the new ones "

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 import numpy as np
 import torch
@@ -109,16 +109,11 @@ class RowsEstimator(BaseEstimator):
         )  # fmt: skip
         for name, values in (("X", X), ("y", y)):
             if values.dtype.kind == "f" and (largest := float(np.abs(values).max())) > _largest:
-                fail(
-                    type(self).__name__, name, f"holds {largest:.3g}", f"numbers up to {_largest:g}",
-                    "Scale it: its squares would overflow.", ValueError,
-                )  # fmt: skip
+                advice = "Scale it: its squares would overflow."
+                self._refuse(name, f"holds {largest:.3g}", f"numbers up to {_largest:g}", advice)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         if not weight.sum() > 0:  # newer releases of scikit-learn have refused it by now
-            fail(
-                type(self).__name__, "sample_weight", f"sums to {weight.sum()}", "a sum > 0",
-                "Give weight to some row.", ValueError,
-            )  # fmt: skip
+            self._refuse("sample_weight", f"sums to {weight.sum()}", "a sum > 0", "Give weight to some row.")
         targets = self._encoded(y, new_targets)
         x, t, w = fitting.merged(X, targets, weight * self._class_weight(y))
         if first:
@@ -149,12 +144,9 @@ class RowsEstimator(BaseEstimator):
             solver = "least_squares" if can_solve else "lbfgs" if len(rows) <= _full_batch else "adam"
         if solver == "least_squares":
             if not can_solve:
-                fail(
-                    type(self).__name__, "solver", "is 'least_squares'",
-                    "one regression layer that is linear in its weights",
-                    "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias.",
-                    ValueError,
-                )  # fmt: skip
+                found = "is 'least_squares'"
+                advice = "Use solver='lbfgs', or one layer with reconciliation='identity', channels=1 and a bias."
+                self._refuse("solver", found, "one regression layer that is linear in its weights", advice)
             self._check_finite(cast(Head, head).expansion(rows.x), 0)
             alphas = fitting.least_squares(cast(Head, head), rows, self._given_alpha())
             self.alpha_ = alphas[0] if len(alphas) == 1 else np.array(alphas)
@@ -231,15 +223,13 @@ class RowsEstimator(BaseEstimator):
         return self
 
     def _watch(self) -> Watch:
-        return Watch(
-            patience=self.n_iter_no_change,
-            tol=self.tol,
-            label=type(self).__name__,
-            every=max(1, 10 // int(self.verbose)) if self.verbose else 0,
-        )
+        every = max(1, 10 // int(self.verbose)) if self.verbose else 0
+        return Watch(patience=self.n_iter_no_change, tol=self.tol, label=type(self).__name__, every=every)
+
+    def _refuse(self, what: str, found: str, expected: str, advice: str) -> NoReturn:
+        fail(type(self).__name__, what, found, expected, advice, ValueError)
 
     def _check_options(self) -> None:
-        name = type(self).__name__
         positive = {
             "max_iter": Integral, "batch_size": Integral, "n_iter_no_change": Integral, "tol": Real,
             "learning_rate": Real,
@@ -248,22 +238,16 @@ class RowsEstimator(BaseEstimator):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
                 word = "an integer" if kind is Integral else "a number"
-                fail(name, option, f"is {value!r}", f"{word} > 0", "Leave it out for the default.", ValueError)
+                self._refuse(option, f"is {value!r}", f"{word} > 0", "Leave it out for the default.")
         if not (isinstance(self.validation_fraction, Real) and 0 < self.validation_fraction <= 0.5):
-            fail(
-                name, "validation_fraction", f"is {self.validation_fraction!r}", "0 < fraction <= 0.5",
-                "A fifth is usual.", ValueError,
-            )  # fmt: skip
+            advice = "A fifth is usual."
+            self._refuse("validation_fraction", f"is {self.validation_fraction!r}", "0 < fraction <= 0.5", advice)
         if self.solver not in _solvers:
-            fail(
-                name, "solver", f"is {self.solver!r}", f"one of {list(_solvers)}",
-                near_misses(str(self.solver), list(_solvers)), ValueError,
-            )  # fmt: skip
+            found = f"is {self.solver!r}"
+            self._refuse("solver", found, f"one of {list(_solvers)}", near_misses(str(self.solver), list(_solvers)))
         if self.early_stopping not in (True, False, "auto"):
-            fail(
-                name, "early_stopping", f"is {self.early_stopping!r}", "True, False or 'auto'",
-                "'auto' holds rows out for Adam only.", ValueError,
-            )  # fmt: skip
+            advice = "'auto' holds rows out for Adam only."
+            self._refuse("early_stopping", f"is {self.early_stopping!r}", "True, False or 'auto'", advice)
         self._given_alpha()
         self._device()
 
@@ -271,10 +255,8 @@ class RowsEstimator(BaseEstimator):
         if self.alpha == "auto" and isinstance(self.alpha, str):
             return None
         if isinstance(self.alpha, (bool, str)) or not isinstance(self.alpha, Real) or not 0 <= self.alpha < np.inf:
-            fail(
-                type(self).__name__, "alpha", f"is {self.alpha!r}", "a number >= 0, or 'auto'",
-                "Larger values give smoother functions.", ValueError,
-            )  # fmt: skip
+            advice = "Larger values give smoother functions."
+            self._refuse("alpha", f"is {self.alpha!r}", "a number >= 0, or 'auto'", advice)
         return float(self.alpha)
 
     def _device(self) -> torch.device:
@@ -285,10 +267,8 @@ class RowsEstimator(BaseEstimator):
         except RuntimeError:
             device = None
         if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
-            fail(
-                type(self).__name__, "device", f"is {self.device!r}", "a device that torch has here",
-                "Use 'cpu', or 'auto' for a GPU if there is one.", ValueError,
-            )  # fmt: skip
+            advice = "Use 'cpu', or 'auto' for a GPU if there is one."
+            self._refuse("device", f"is {self.device!r}", "a device that torch has here", advice)
         return device
 
     def _configs(self, num_rows: int, m: int) -> tuple[HeadConfig, ...]:
@@ -298,13 +278,13 @@ class RowsEstimator(BaseEstimator):
             layers = [{"n": _hidden if num_rows >= 1000 else _hidden // 2, **_bent}, _bent]
         example = 'Pass for example [dict(expansion="taylor")].'
         if isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence):
-            fail(name, "layers", f"is {layers!r}", "a list of mappings of Head's options", example, ValueError)
+            self._refuse("layers", f"is {layers!r}", "a list of mappings of Head's options", example)
         if not layers:
-            fail(name, "layers", "is empty", "at least one layer", example, ValueError)
+            self._refuse("layers", "is empty", "at least one layer", example)
         configs = []
         for i, layer in enumerate(layers):
             if not isinstance(layer, Mapping):
-                fail(name, f"layers[{i}]", f"is {layer!r}", "a mapping of Head's options", example, ValueError)
+                self._refuse(f"layers[{i}]", f"is {layer!r}", "a mapping of Head's options", example)
             n = self._width() if i == len(layers) - 1 else layer.get("n", _hidden)
             for key, right, source in (("m", m, "the width before it"), ("n", n, "the number of outputs")):
                 if layer.get(key, right) != right:
@@ -317,10 +297,9 @@ class RowsEstimator(BaseEstimator):
     def _check_finite(self, values: Tensor, layer: int) -> None:
         if not bool(torch.isfinite(values).all()):
             expansion = self.layers_[layer].expansion
-            fail(
-                type(self).__name__, f"layers[{layer}]", f"gives infinite or NaN numbers for these X: {expansion!r}",
-                "finite features", "Scale X, lower the degree, or take an expansion that is defined there.", ValueError,
-            )  # fmt: skip
+            found = f"gives infinite or NaN numbers for these X: {expansion!r}"
+            advice = "Scale X, lower the degree, or take an expansion that is defined there."
+            self._refuse(f"layers[{layer}]", found, "finite features", advice)
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "network_")
@@ -362,15 +341,12 @@ class RowsEstimator(BaseEstimator):
         """
         check_is_fitted(self, "network_")
         if isinstance(tolerance, bool) or not 0 <= tolerance < 1:
-            fail(
-                f"{type(self).__name__}.formula", "tolerance", f"is {tolerance!r}", "0 <= tolerance < 1",
-                "It is a share of the output's standard deviation.", ValueError,
-            )  # fmt: skip
+            found, advice = f"is {tolerance!r}", "It is a share of the output's standard deviation."
+            fail(f"{type(self).__name__}.formula", "tolerance", found, "0 <= tolerance < 1", advice, ValueError)
         scale = (self.scaler_.scale_, self.scaler_.mean_) if self.standardize else None
         heads = [cast(Head, head).double() for head in copy.deepcopy(self.network_)]
-        return formula_of(
-            heads, self._feature_names(), self._output_names(), self.sample_, tolerance, scale, self._output_scale()
-        )
+        names, outputs = self._feature_names(), self._output_names()
+        return formula_of(heads, names, outputs, self.sample_, tolerance, scale, self._output_scale())
 
     def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Any:
         """Draw the basis functions, the strongest terms and each feature's learnt function; return the figure.
@@ -383,10 +359,8 @@ class RowsEstimator(BaseEstimator):
         check_is_fitted(self, "network_")
         names = self._output_names()
         if not 0 <= output < len(names):
-            fail(
-                f"{type(self).__name__}.plot", "output", f"is {output}", f"0 <= output < {len(names)}",
-                f"Outputs: {', '.join(names)}.", ValueError,
-            )  # fmt: skip
+            found, advice = f"is {output}", f"Outputs: {', '.join(names)}."
+            fail(f"{type(self).__name__}.plot", "output", found, f"0 <= output < {len(names)}", advice, ValueError)
         slope, shift = self._output_scale()
         points = None
         if X is not None and y is not None:

@@ -50,10 +50,8 @@ class TensorName:
         """Return the three places under the given prefixes."""
         specs = {"official": self.official, "ours": self.ours or self.official, "jax": self.jax}
         prefixes = {"official": official, "ours": ours, "jax": jax}
-        parts = {layout: spec.split(": ") for layout, spec in specs.items()}
-        return {
-            layout: StoredTensor(prefixes[layout] + name, tuple(axes.split())) for layout, (name, axes) in parts.items()
-        }
+        split = ((layout, *spec.split(": ")) for layout, spec in specs.items())
+        return {layout: StoredTensor(prefixes[layout] + name, tuple(axes.split())) for layout, name, axes in split}
 
 
 axis_names = {

@@ -46,9 +46,8 @@ def read_config(config: Mapping[str, Any]) -> DualformConfig:
         )
     model_type = config.get("model_type", "ttt")
     if model_type != "ttt":
-        advice = (
-            "Use from_pretrained." if model_type == "dualform" else "Pass the configuration of an official TTT model."
-        )
+        ours = model_type == "dualform"
+        advice = "Use from_pretrained." if ours else "Pass the configuration of an official TTT model."
         raise CheckpointError(f"load_official: model_type is {model_type!r}; expected 'ttt'. {advice}")
     for name in config.keys() - official_defaults.keys():
         # Anything else is transformers' business; a typo would silently mean a default.

@@ -93,10 +93,8 @@ def _draw_basis(panel: Any, expansion: Expansion, sample: np.ndarray, is_standar
     if expansion.basis is not None:
         y, said = expansion.phi(x), f"{expansion.name}: {expansion.width} functions of each feature"
     elif max(expansion.degrees) > 1:
-        y, said = (
-            torch.stack([x**d for d in expansion.degrees], -1),
-            f"{expansion.name}: products of up to {max(expansion.degrees)} features",
-        )
+        y = torch.stack([x**d for d in expansion.degrees], -1)
+        said = f"{expansion.name}: products of up to {max(expansion.degrees)} features"
     else:
         one = expansion.batchwise and _takes_one(expansion)
         y = expansion(x[:, None]) if one else torch.zeros(len(x), 0, dtype=x.dtype)

@@ -52,17 +52,13 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
         if new:
             self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
-            fail(
-                type(self).__name__, "y", f"has one class, {self.classes_.tolist()[0]!r}", "at least two classes",
-                "Give rows of another class too.", ValueError,
-            )  # fmt: skip
+            advice = "Give rows of another class too."
+            self._refuse("y", f"has one class, {self.classes_.tolist()[0]!r}", "at least two classes", advice)
         found = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         if not (self.classes_[found] == y).all():
             new = np.setdiff1d(y, self.classes_).tolist()
-            fail(
-                type(self).__name__, "y", f"has the new classes {new}", f"classes {self.classes_.tolist()}",
-                "Name all classes at the first call, or fit anew.", ValueError,
-            )  # fmt: skip
+            advice = "Name all classes at the first call, or fit anew."
+            self._refuse("y", f"has the new classes {new}", f"classes {self.classes_.tolist()}", advice)
         return found
 
     def _class_weight(self, y: np.ndarray) -> np.ndarray | float:
@@ -87,11 +83,8 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
         if not hasattr(self, "network_"):
             self.classes_ = np.unique(y if classes is None else classes)
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
-            fail(
-                type(self).__name__, "classes", f"is {np.unique(classes).tolist()}",
-                f"the first call's {self.classes_.tolist()}",
-                "Leave it out after the first call.", ValueError,
-            )  # fmt: skip
+            expected = f"the first call's {self.classes_.tolist()}"
+            self._refuse("classes", f"is {np.unique(classes).tolist()}", expected, "Leave it out after the first call.")
         return self._partial_fit(X, y, sample_weight)
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -161,11 +154,8 @@ class RPNRegressor(RegressorMixin, RowsEstimator):
 
     def _scaled(self, t: np.ndarray) -> np.ndarray:
         if t.shape[1] != self.target_scaler_.n_features_in_:
-            fail(
-                type(self).__name__, "y", f"has {t.shape[1]} targets",
-                f"{self.target_scaler_.n_features_in_}, as at first",
-                "Fit anew for other targets.",
-            )  # fmt: skip
+            expected = f"{self.target_scaler_.n_features_in_}, as at first"
+            fail(type(self).__name__, "y", f"has {t.shape[1]} targets", expected, "Fit anew for other targets.")
         return self.target_scaler_.transform(t)
 
     def _width(self) -> int:

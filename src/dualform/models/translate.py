@@ -91,11 +91,8 @@ def to_jax(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
     """
     ours = read_config(config)
     fields = {name: value for name, value in config.items() if name not in _jax_layers["ttt_linear"]}
-    own = {
-        "ttt_layer_type": config.get("ttt_layer_type", "linear"),
-        "use_gate": ours.use_gate,
-        "share_qk": ours.share_qk,
-    }
+    kind = config.get("ttt_layer_type", "linear")
+    own = {"ttt_layer_type": kind, "use_gate": ours.use_gate, "share_qk": ours.share_qk}
     block = next((name for name, layer in _jax_layers.items() if layer == own), None)
     if block is None:
         raise CheckpointError(
@@ -181,10 +178,7 @@ def _interleave(x: Tensor, axes: tuple[str, ...], f: int) -> Tensor:
 
 
 def _fields(
-    function: str,
-    config: Mapping[str, Any],
-    renamed: Mapping[str, str],
-    layers: Mapping[str, Mapping[str, Any]],
+    function: str, config: Mapping[str, Any], renamed: Mapping[str, str], layers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return a configuration in ttt-lm-pytorch's terms, whichever of the two it was in."""
     fields = {renamed.get(name, name): value for name, value in config.items()}

@@ -78,9 +78,8 @@ class Unchecked:
                 self.running = True
                 try:
                     wrong = difference(self.build)
-                    self.verdict = (
-                        "" if wrong < 1e-5 else f"cached and uncached logits differ by {wrong:.2g} of their size"
-                    )
+                    said = f"cached and uncached logits differ by {wrong:.2g} of their size"
+                    self.verdict = "" if wrong < 1e-5 else said
                 except Exception as error:
                     self.verdict = f"decoding raises {type(error).__name__}: {error}"
                 self.running, self.done = False, True

@@ -29,8 +29,7 @@ for _op, _cpp, _triton, _zero in (
     ("tan", "std::tan({0})", "tl.sin({0}) / tl.cos({0})", True), ("asin", "std::asin({0})", "", False),
     ("acos", "std::acos({0})", "", False), ("asinh", "std::asinh({0})", "asinh_({0})", True),
     ("acosh", "std::acosh({0})", "tl.log({0} + tl.sqrt({0} * {0} - 1.0))", False),
-    ("atanh", "std::atanh({0})", "0.5 * (log1p_({0}) - "
-    "log1p_(-{0}))", True), ("erfc", "std::erfc({0})", "1.0 - tl.erf({0})", False),
+    ("atanh", "std::atanh({0})", "0.5 * (log1p_({0}) - log1p_(-{0}))", True), ("erfc", "std::erfc({0})", "1.0 - tl.erf({0})", False),
     ("exp2", "std::exp2({0})", "tl.exp2({0})", False), ("log2", "std::log2({0})", "tl.log2({0})", False),
     ("log10", "std::log10({0})", "0.4342944819032518 * tl.log({0})", False), ("digamma", "T(digamma_({0}))", "", False),
     ("erfinv", "T(erfinv_({0}))", "", False), ("special_ndtri", "T(ndtri_({0}))", "", False),
@@ -38,14 +37,12 @@ for _op, _cpp, _triton, _zero in (
 ):  # fmt: skip
     _entry = Entry(_cpp, _triton, 25.0, _zero, name=_op.removeprefix("special_"))
     _python = "torch." if _op == "erf" else ""
-    row(
-        f"aten::{_op}", entry=_entry, python=_python, examples=[call("", T("n m", "big" if _op == "acosh" else "unit"))]
-    )(pointwise)
+    _example = call("", T("n m", "big" if _op == "acosh" else "unit"))
+    row(f"aten::{_op}", entry=_entry, python=_python, examples=[_example])(pointwise)
 for _op, _cpp, _triton in (
     ("atan2", "std::atan2({0}, {1})", ""), ("hypot", "std::hypot({0}, {1})", "tl.sqrt({0} * {0} + {1} * {1})"),
     ("fmod", "std::fmod({0}, {1})", ""), ("remainder", "remainder_({0}, {1})", "{0} - {1} * tl.floor({0} / {1})"),
-    ("copysign", "std::copysign({0}, "
-    "{1})", ""), ("fmax", "std::fmax(T({0}), T({1}))", "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})"),
+    ("copysign", "std::copysign({0}, {1})", ""), ("fmax", "std::fmax(T({0}), T({1}))", "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})"),
     ("fmin", "std::fmin(T({0}), T({1}))", "tl.where(({0} < {1}) | ({1} != {1}), {0}, {1})"),
 ):  # fmt: skip
     _tensors = ".Tensor" if _op in ("fmod", "remainder", "copysign") else ""
@@ -70,14 +67,12 @@ def _bessel(n: fx.Node) -> Spelt:
 
 
 ENTRIES |= {
-    "polygamma": Entry("T(polygamma_({order}, "
-    "{0}))", flops=25.0), "bessel_i": Entry("T(bessel_i_({order}, {0}))", flops=25.0),
+    "polygamma": Entry("T(polygamma_({order}, {0}))", flops=25.0), "bessel_i": Entry("T(bessel_i_({order}, {0}))", flops=25.0),
     "bessel_ie": Entry("T(bessel_ie_({order}, {0}))", flops=25.0),
 }  # fmt: skip
 row("aten::polygamma", entry=_polygamma, examples=[call("", k, NM) for k in (0, 2)])(pointwise)
-row("aten::i0", "aten::special_i0e", "aten::special_i1", "aten::special_i1e", entry=_bessel, examples=[call("", NM)])(
-    pointwise
-)
+_orders = ("aten::i0", "aten::special_i0e", "aten::special_i1", "aten::special_i1e")
+row(*_orders, entry=_bessel, examples=[call("", NM)])(pointwise)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:

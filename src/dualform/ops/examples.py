@@ -30,9 +30,8 @@ class T:
     def make(self, sizes: Mapping[str, int], generator: torch.Generator) -> Tensor:
         """Draw it in float64, not contiguous where the rank allows."""
         shape = shape_of(self.axes, sizes)
-        x = torch.rand(shape[::-1], generator=generator, dtype=torch.float64).permute(
-            list(range(len(shape) - 1, -1, -1))
-        )
+        x = torch.rand(shape[::-1], generator=generator, dtype=torch.float64)
+        x = x.permute(list(range(len(shape) - 1, -1, -1)))
         if self.kind == "flat":
             x = x.contiguous()
         if self.kind == "big":

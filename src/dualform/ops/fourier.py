@@ -56,7 +56,6 @@ def _transform(call: OpCall, operand: int) -> list[Term]:
     k, l = (torch.arange(shape[dim], device=x.device) for shape in (call.out.shape, x.shape))
     angles = (torch.outer(k, l) % n).to(x.dtype) * (2 * math.pi / n)  # whole turns taken off before they are rounded
     is_cosine = call.target._schema.name.endswith("cosines")
-    wave = make_factor(
-        angles.cos() if is_cosine else angles.sin(), (frequency, inn[dim]), "cos" if is_cosine else "sin"
-    )
+    values, name = (angles.cos(), "cos") if is_cosine else (angles.sin(), "sin")
+    wave = make_factor(values, (frequency, inn[dim]), name)
     return [Term(1.0, (wave,), (*inn[:dim], frequency, *inn[dim + 1 :]), inn)]

@@ -16,6 +16,7 @@ from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Factor, Relation, Term, fresh_axes, make_factor
 from dualform.ops.examples import T, call
 from dualform.ops.reductions import slope_of
+from dualform.ops.spelled import cdist
 from dualform.ops.table import OpCall, broadcast_axes, defined_row, dims_of, row
 
 NN, BNN = T("n n", "positive"), T("b n n", "positive")
@@ -110,12 +111,8 @@ def _cholesky(call: OpCall, operand: int) -> list[Term]:
     eye = torch.eye(n, dtype=L.dtype, device=L.device)
     C = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
     half = (torch.ones_like(eye).tril() - 0.5 * eye) if n != 1 else torch.full_like(eye, 0.5)
-    factors = (
-        make_factor(L, (*batch, i, a), "L"),
-        make_factor(half, (a, j), "half"),
-        make_factor(C, (*batch, a, k), "C"),
-        make_factor(C, (*batch, j, l), "C"),
-    )
+    outer = make_factor(L, (*batch, i, a), "L"), make_factor(half, (a, j), "half")
+    factors = (*outer, make_factor(C, (*batch, a, k), "C"), make_factor(C, (*batch, j, l), "C"))
     out = (*batch, j, i) if upper else (*batch, i, j)
     return [Term(0.5, factors, out, (*batch, k, l)), Term(0.5, factors, out, (*batch, l, k))]
 
@@ -182,9 +179,6 @@ def _of_a_matrix(call: OpCall, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(slope_of(call, operand), inn, name),), out, inn)]
 
 
-@defined_row(
+defined_row(
     "aten::cdist", call("", T("b n k"), T("b m k"), 2.0), call("", T("n k"), T("m k"), 1.0), call("", T("n k"), T("m k"), float("inf")),
-)  # fmt: skip
-def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
-    """The norm of all differences."""
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+)(cdist)  # fmt: skip

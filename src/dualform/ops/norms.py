@@ -106,11 +106,7 @@ def _layer_normalised_backward(
         return (of.sum(list(range(rest))) if rest else of).to(leaf.dtype)
 
     dweight = over_rows(wide * hat, weight, wanted[1])
-    return (
-        ((rstd / N) * inner).to(x.dtype) if wanted[0] else None,
-        dweight,
-        over_rows(wide, bias, wanted[2]),
-    )
+    return (((rstd / N) * inner).to(x.dtype) if wanted[0] else None, dweight, over_rows(wide, bias, wanted[2]))
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -196,10 +192,8 @@ def _batch_norm(call: OpCall, operand: int) -> list[Term]:
         return _normalised(call, operand, axes, h, r, [label for d in dims for label in axes[d]], channel)
     along = [-1 if k == 1 else 1 for k in range(x.ndim)]
     mean, r, weight = b["running_mean"], (b["running_var"] + b["eps"]).rsqrt(), b["weight"]
-    scale = (
-        make_factor(r, channel, "r"),
-        *([] if weight is None else [make_factor(weight, channel, _weight_name(call))]),
-    )
+    gain = () if weight is None else (make_factor(weight, channel, _weight_name(call)),)
+    scale = (make_factor(r, channel, "r"), *gain)
     where = call.places[operand][0]
     if where == "bias":
         return [Term(1.0, (), axes, channel)]

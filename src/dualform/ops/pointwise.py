@@ -18,8 +18,6 @@ from dualform.ops.table import (
     Entry,
     OpCall,
     Product,
-    Row,
-    add_row,
     broadcast_axes,
     diagonal_terms,
     entrywise_reads,
@@ -127,11 +125,9 @@ _MUL = Entry("{0} * {1}", "{0} * {1}", bare=True, name="mul")
 for _op in ("aten::mul", "aten::multiply"):
     _tries = [(T("n 1"), T("m")), (NM, 2.5), (NM, B("n m")), (T(""), T("n"))]
     _calls = tuple(call(f"{_op.removeprefix('aten::')}.Tensor", *a) for a in _tries)
-    add_row(
-        Row(
-            _op, _mul, EACH, multilinear=True, form=_mul_form, examples=_calls, entry=_MUL, python="{0} * {1}", called=True, over=(0, 1)
-        )
-    )  # fmt: skip
+    row(
+        _op, affine=EACH, multilinear=True, form=_mul_form, examples=_calls, entry=_MUL, python="{0} * {1}", called=True, over=(0, 1),
+    )(_mul)  # fmt: skip
 
 
 @row("aten::mul.Scalar", affine=ALL, entry=_MUL, python="{0} * {1}", examples=[call("", NM, 2.5)])
@@ -211,10 +207,8 @@ def _kept_triangle(n: fx.Node) -> Spelt:
 
 
 _TRIANGLES = [call("", T("k n m")), call("", T("n n"), -1), call("", NM, 1), call("", T("n 1")), call("", T("1 m"), 1)]
-ENTRIES |= {
-    "tril": Entry("({row} >= {col} - ({diagonal}) ? {0} : "
-    "T(0))"), "triu": Entry("({row} <= {col} - ({diagonal}) ? {0} : T(0))")
-}  # fmt: skip
+for _op, _sign in (("tril", ">="), ("triu", "<=")):
+    ENTRIES[_op] = Entry(f"({{row}} {_sign} {{col}} - ({{diagonal}}) ? {{0}} : T(0))")
 
 
 @row("aten::triu", affine=ALL, entry=_kept_triangle, python="x.", examples=_TRIANGLES)
@@ -403,10 +397,8 @@ def _prelu(call: OpCall, operand: int) -> list[Term]:
     if operand == 1:
         return [Term(1.0, (make_factor(x * low, out, "x[x<0]"),), out, channel)]
     w = make_factor(weight, channel, call.operand_name(1))
-    return [
-        Term(1.0, (make_factor((x >= 0).to(x.dtype), out, "[x>=0]"),), out, out),
-        Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out),
-    ]
+    high = make_factor((x >= 0).to(x.dtype), out, "[x>=0]")
+    return [Term(1.0, (high,), out, out), Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out)]
 
 
 def is_pointwise(target: Any) -> bool:

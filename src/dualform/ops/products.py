@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
 from dualform.ops.examples import Example, T, call
-from dualform.ops.table import OpCall, Product, Row, add_row, broadcast_axes, defined_row, product_row, product_term
+from dualform.ops.table import OpCall, Product, broadcast_axes, defined_row, product_row, product_term, row
 
 
 def _axis(n: int) -> Axis:
@@ -91,9 +91,8 @@ def _einsum(call: OpCall) -> Product:
     tensors = call.operands
     left, arrow, right = call.bound["equation"].replace(" ", "").partition("->")
     inputs = left.split(",")
-    rank = max(
-        (x.ndim - len(s.replace("...", "")) for s, x in zip(inputs, tensors, strict=True) if "..." in s), default=0
-    )
+    dotted = [(s.replace("...", ""), x) for s, x in zip(inputs, tensors, strict=True) if "..." in s]
+    rank = max((x.ndim - len(s) for s, x in dotted), default=0)
     dots = [f"…{k}" for k in range(rank)]
 
     def letters(spec: str, ndim: int) -> list[str]:
@@ -138,23 +137,21 @@ def _added(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -
 
 
 def _with_addend(name: str, examples: Sequence[Example], **columns: Any) -> None:
-    """out = beta * addend + alpha * (a @ b); addbmm sums the batch too."""
-    addend, scale, product_scale = "self", "beta", "alpha"
+    """out = beta * self + alpha * (a @ b); addbmm sums the batch too."""
 
     def rule(call: OpCall, operand: int) -> list[Term]:
-        pair = [k for k, (where, _) in enumerate(call.places) if where != addend]
+        pair = [k for k, (where, _) in enumerate(call.places) if where != "self"]
         a, b = (call.operands[k] for k in pair)
         whole = _batched(a.shape, b.shape, a.shape[:-1] + b.shape[-1:] if name == "aten::addbmm" else call.out.shape)
         product = replace(whole, out=whole.out[-call.out.ndim :])
         if operand not in pair:
             inn = broadcast_axes(product.out, call.operands[operand].shape)
-            return [Term(float(call.bound.get(scale, 1)), (), product.out, inn)]
+            return [Term(float(call.bound.get("beta", 1)), (), product.out, inn)]
         mine = pair.index(operand)
         other = make_factor(call.operands[pair[1 - mine]], product.axes[1 - mine], call.operand_name(pair[1 - mine]))
-        return [Term(float(call.bound.get(product_scale, 1)), (other,), product.out, product.axes[mine])]
+        return [Term(float(call.bound.get("alpha", 1)), (other,), product.out, product.axes[mine])]
 
-    groups = (frozenset({0, 1}), frozenset({0, 2}))
-    add_row(Row(name, rule, groups, examples=examples, **columns))
+    row(name, affine=(frozenset({0, 1}), frozenset({0, 2})), examples=examples, **columns)(rule)
 
 
 for _op, _shapes, _columns in (
@@ -182,16 +179,10 @@ def _linear_form(call: OpCall) -> Product:
     return Product((*rows, *cols), ((*rows, inner), (*cols, inner)))
 
 
-add_row(
-    Row(
-        "aten::linear",
-        _linear,
-        (frozenset({0, 2}), frozenset({1, 2})),
-        multilinear=True,
-        form=_linear_form,
-        examples=(call("", T("b n m"), T("p m"), T("p")), call("", T("m"), T("1 m"))),
-    )
-)
+row(
+    "aten::linear", affine=(frozenset({0, 2}), frozenset({1, 2})), multilinear=True, form=_linear_form,
+    examples=[call("", T("b n m"), T("p m"), T("p")), call("", T("m"), T("1 m"))],
+)(_linear)  # fmt: skip
 
 
 @defined_row("aten::bilinear", call("", T("b n"), T("b m"), T("o n m"), T("o")), call("", T("n"), T("m"), T("o n m")))

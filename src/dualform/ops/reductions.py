@@ -195,9 +195,8 @@ def _over(call: OpCall, name: str, k: int | None) -> list[Term]:
 
 
 row("aten::argmax", reads=_over, lowered=picking.first(torch.amax), examples=[call("", NM, 1), call("", NM)])(_nothing)
-row("aten::argmin", reads=_over, lowered=picking.first(torch.amin), examples=[call("", NM, 1), call("", NM, 0, True)])(
-    _nothing
-)
+_calls = [call("", NM, 1), call("", NM, 0, True)]
+row("aten::argmin", reads=_over, lowered=picking.first(torch.amin), examples=_calls)(_nothing)
 row(
     "aten::any", "aten::all", "aten::count_nonzero", reads=_over,
     examples=[call(op, NM, 1) for op in ("any.dim", "all.dim", "count_nonzero")],

@@ -82,7 +82,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    """The norm of all differences."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
@@ -168,7 +169,7 @@ def _instance_norm(
 # twice not at all.
 TWICE: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
-    torch.cdist: _cdist,
+    torch.cdist: cdist,
     torch.layer_norm: _layer_norm,
     torch.nn.functional.layer_norm: _layer_norm,
     torch.nn.functional.scaled_dot_product_attention: _attention,

@@ -23,15 +23,8 @@ from dualform.ops.examples import Example
 Target = Any  # torch._ops.OpOverload or OpOverloadPacket; torch has no public name for them
 
 _PEOPLE = {
-    "self": "x",
-    "input": "x",
-    "weight": "W",
-    "mat1": "A",
-    "mat2": "B",
-    "other": "y",
-    "tensor1": "a",
-    "tensor2": "b",
-}
+    "self": "x", "input": "x", "weight": "W", "mat1": "A", "mat2": "B", "other": "y", "tensor1": "a", "tensor2": "b",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,19 +53,12 @@ class OpCall:
     @cached_property
     def places(self) -> tuple[tuple[str, int | None], ...]:
         """Argument name, and position in it if it is a list, of each operand."""
-        named = [*zip((a.name for a in self.target._schema.arguments), self.args, strict=False), *self.kwargs.items()]
-        found: list[tuple[str, int | None]] = []
-        for name, value in named:
-            if _is_operand(value):
-                found.append((name, None))
-            elif isinstance(value, (list, tuple)):
-                found += [(name, k) for k, item in enumerate(value) if _is_operand(item)]
-        return tuple(found)
+        return tuple(place for place in self.arguments if self.argument(*place).is_floating_point())
 
     @cached_property
     def operands(self) -> tuple[Tensor, ...]:
         """The floating tensor arguments, lists flattened."""
-        return tuple(self.bound[name] if k is None else self.bound[name][k] for name, k in self.places)
+        return tuple(self.argument(*place) for place in self.places)
 
     @cached_property
     def arguments(self) -> tuple[tuple[str, int | None], ...]:
@@ -109,10 +95,6 @@ class OpCall:
         args, kwargs = self.with_operand(operand, value)
         result = self.target(*args, **kwargs)
         return result if self.part is None else result[self.part]
-
-
-def _is_operand(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 Rule = Callable[[OpCall, int], "list[Term]"]
@@ -152,9 +134,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fold:
-    """How a reduction reads, by language. cpp: what it begins with, and how {1} goes into {0}. triton:
-    that of a tile along
-    {axis}, and the number that changes nothing. joins: the entry that makes one of two."""
+    """How a reduction reads, by language. cpp: what it begins with, and how {1} goes into {0}. triton: that of a tile
+    along {axis}, and the number that changes nothing. joins: the entry that makes one of two."""
 
     cpp: tuple[str, str]
     triton: tuple[str, str] = ("", "")
@@ -257,9 +238,8 @@ def definitions(column: str) -> dict[Target, Callable[..., Any]]:
         (x, row) for row in ROWS.values() if getattr(row, column) for x in _overloads(row.name) if find_row(x) is row
     ]
     own = {x: getattr(row, column) for x, row in said}
-    return {x: f for x, f in own.items() if f != "torch"} | get_decompositions(
-        [x for x, f in own.items() if f == "torch"]
-    )
+    theirs = [x for x, f in own.items() if f == "torch"]
+    return {x: f for x, f in own.items() if f != "torch"} | get_decompositions(theirs)
 
 
 def _overloads(name: str) -> list[Target]:

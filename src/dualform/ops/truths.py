@@ -12,13 +12,10 @@ from dualform.ops.pointwise import NM, Spelt, named, nothing
 from dualform.ops.table import ENTRIES, Entry, row
 
 # Truth values: of two operands, of one.
-_COMPARED = {
-    "eq": "==", "ne": "!=", "ge": ">=", "gt": ">", "le": "<=", "lt": "<",
-}  # fmt: skip
+_COMPARED = {"eq": "==", "ne": "!=", "ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 for _op, _sign in _COMPARED.items():
     row(
-        f"aten::{_op}", entry=Entry(f"T({{0}} {_sign} "
-        f"{{1}})", f"{{0}} {_sign} {{1}}", bare=True), python=f"{{0}} {_sign} {{1}}",
+        f"aten::{_op}", entry=Entry(f"T({{0}} {_sign} {{1}})", f"{{0}} {_sign} {{1}}", bare=True), python=f"{{0}} {_sign} {{1}}",
         examples=[call(f"{_op}.Tensor", NM, T("m")), call(f"{_op}.Scalar", NM, 0.5)],
     )(nothing)  # fmt: skip
 for _op, _cpp, _triton in (
@@ -46,9 +43,8 @@ def _bits(n: fx.Node) -> Spelt:
 
 for _op, _sign in (("and", "&"), ("or", "|"), ("xor", "^")):
     ENTRIES[f"bits_{_op}"] = Entry(f"T(int64_t({{0}}) {_sign} int64_t({{1}}))", f"{{0}} {_sign} {{1}}", bare=True)
-    row(f"aten::bitwise_{_op}", entry=_bits, examples=[call(f"bitwise_{_op}.Tensor", I("n m", "9"), I("m", "9"))])(
-        nothing
-    )
+    _example = call(f"bitwise_{_op}.Tensor", I("n m", "9"), I("m", "9"))
+    row(f"aten::bitwise_{_op}", entry=_bits, examples=[_example])(nothing)
 ENTRIES["bits_not"] = Entry("T(~int64_t({0}))", "-1 - {0}")
 row("aten::bitwise_not", entry=_bits, examples=[call("", I("n m", "9"))])(nothing)
 for _op, _mark in (("left", "l"), ("right", "r")):

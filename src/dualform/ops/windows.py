@@ -81,14 +81,6 @@ _CONVOLUTIONS = [
 
 
 @row("aten::conv1d", "aten::conv2d", "aten::conv3d", affine=JOINT, examples=_CONVOLUTIONS)
-def _convolution(call: OpCall, operand: int) -> list[Term]:
-    b, weight = call.bound, call.bound["weight"]
-    rank = weight.ndim - 2
-    dilation = _each(b["dilation"], rank)
-    padding = _same(weight, dilation, b["padding"]) if isinstance(b["padding"], str) else _each(b["padding"], rank)
-    return _convolved(call, operand, _each(b["stride"], rank), padding, dilation, b["groups"], transposed=False)
-
-
 @row(
     "aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d", affine=JOINT,
     examples=[
@@ -97,12 +89,6 @@ def _convolution(call: OpCall, operand: int) -> list[Term]:
         call("conv_transpose3d.input", T("1 k 2 2 3"), T("k 1 2 1 2")),
     ],
 )  # fmt: skip
-def _transposed_convolution(call: OpCall, operand: int) -> list[Term]:
-    b, rank = call.bound, call.bound["weight"].ndim - 2
-    stride, padding, dilation = (_each(b[name], rank) for name in ("stride", "padding", "dilation"))
-    return _convolved(call, operand, stride, padding, dilation, b["groups"], transposed=True)
-
-
 @row(
     "aten::convolution", "aten::_convolution", affine=JOINT,
     examples=[
@@ -111,10 +97,13 @@ def _transposed_convolution(call: OpCall, operand: int) -> list[Term]:
         call("_convolution.deprecated", T("b c l"), T("o c 3"), T("o"), [2], [1], [1], False, [0], 1, False, False, False),
     ],
 )  # fmt: skip
-def _any_convolution(call: OpCall, operand: int) -> list[Term]:
-    b, rank = call.bound, call.bound["weight"].ndim - 2
-    stride, padding, dilation = (_each(b[name], rank) for name in ("stride", "padding", "dilation"))
-    return _convolved(call, operand, stride, padding, dilation, b["groups"], b["transposed"])
+def _convolution(call: OpCall, operand: int) -> list[Term]:
+    b, weight = call.bound, call.bound["weight"]
+    rank = weight.ndim - 2
+    stride, dilation = _each(b["stride"], rank), _each(b["dilation"], rank)
+    padding = _same(weight, dilation, b["padding"]) if isinstance(b["padding"], str) else _each(b["padding"], rank)
+    transposed = b.get("transposed", "transpose" in call.target._schema.name)
+    return _convolved(call, operand, stride, padding, dilation, b["groups"], transposed)
 
 
 @row(
@@ -221,9 +210,8 @@ def _windows(x: Tensor, axis: int, size: int, step: int) -> Tensor:
     return torch.stack([x.narrow(axis, s, size).movedim(axis, -1) for s in starts], axis)
 
 
-row("aten::unfold_backward", mapped="torch", examples=[call("", T("4 k 2"), [5, 2], 0, 2, 1)])(
-    None
-)  # vmap's is a loop over rows
+# vmap's is a loop over rows.
+row("aten::unfold_backward", mapped="torch", examples=[call("", T("4 k 2"), [5, 2], 0, 2, 1)])(None)
 
 
 @row(
@@ -262,9 +250,8 @@ def _columns(call: OpCall, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[R
     size, stride, padding, dilation = (_each(b[name], 2) for name in ("kernel_size", "stride", "padding", "dilation"))
     whole = fresh_axes(image)
     *lead, p, q = whole
-    places = [
-        (image[len(image) - 2 + k] + 2 * padding[k] - dilation[k] * (size[k] - 1) - 1) // stride[k] + 1 for k in (0, 1)
-    ]
+    reach = [image[len(image) - 2 + k] + 2 * padding[k] - dilation[k] * (size[k] - 1) for k in (0, 1)]
+    places = [(n - 1) // step + 1 for n, step in zip(reach, stride, strict=True)]
     taps, at = fresh_axes(size), fresh_axes(places)
     relations = [
         r for k, axis in enumerate((p, q)) for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])

@@ -69,9 +69,8 @@ def draw(
     if carried:
         position = torch.randint(0, program.chunk, (batch,), generator=g)
         for name, p in parts.fast.items():
-            x[f"anchor.{name}"] = x[f"param.{name}"].expand(batch, heads, *p.shape) + 0.1 * normal(
-                batch, heads, *p.shape
-            )
+            own = x[f"param.{name}"].expand(batch, heads, *p.shape)
+            x[f"anchor.{name}"] = own + 0.1 * normal(batch, heads, *p.shape)
             registers = 0.1 * normal(batch, heads, rule.num_registers, *p.shape)
             start = torch.stack([s * x[f"anchor.{name}"] for s in rule.start], 2)
             fresh = (position == 0)[:, None, None] & torch.tensor(rule.resets)
@@ -190,11 +189,8 @@ def check_reset(program: ChunkProgram, at: int, form: str = "auto", **drawn: Any
 def check_static(program: ChunkProgram, learner: nn.Module, form: str = "auto", **drawn: Any) -> None:
     """Law: with a rate of zero (and no decay) the layer is the learner itself."""
     problem = draw(program, **drawn)
-    tensors = {
-        n: torch.zeros_like(x) if n == "gate.lr" else x
-        for n, x in problem.tensors.items()
-        if not n.startswith("param.")
-    }
+    tensors = {n: x for n, x in problem.tensors.items() if not n.startswith("param.")}
+    tensors["gate.lr"] = torch.zeros_like(tensors["gate.lr"])
     o, _ = replace(problem, tensors=tensors, position=None).run(form)
     agree("o", o, learner(problem.tensors["q"]))
 
@@ -216,11 +212,8 @@ def check_layer(
         outputs: list[Tensor] = []
         state: LayerState | None = None
         for start, stop in zip(edges, edges[1:], strict=False):
-            marks = {
-                name: None if m is None else m[:, start:stop]
-                for name, m in (("attention_mask", mask), ("reset", reset))
-            }
-            y, state = layer(x[:, start:stop], state, **marks)
+            marks = [None if m is None else m[:, start:stop] for m in (mask, reset)]
+            y, state = layer(x[:, start:stop], state, attention_mask=marks[0], reset=marks[1])
             outputs.append(y)
         assert state is not None
         return torch.cat(outputs, 1), state

@@ -141,6 +141,5 @@ def check_model_rollback(
         else:
             cache.crop(-back)
         found.append(out.logits[:, : stop - start])
-    agree(
-        f"logits with {list(taken)} taken back", _tokens(text, torch.cat(found, 1)), _tokens(text, _logits(model, text))
-    )
+    got, expected = _tokens(text, torch.cat(found, 1)), _tokens(text, _logits(model, text))
+    agree(f"logits with {list(taken)} taken back", got, expected)

@@ -143,9 +143,9 @@ def _files(path: Path) -> Iterator[Path]:
             total += max(p.stat().st_size, _LEAST)
             if total > most_bytes:
                 raise CorpusError(
-                    f"load_corpus: {path} holds more than {most_bytes / 2**30:g} GiB, with {p} {total / 2**30:.3g} (a file "
-                    f"counts {_LEAST} bytes at least); expected at most {most_bytes} bytes, which are held in memory. "
-                    "Pass a part of it."
+                    f"load_corpus: {path} holds more than {most_bytes / 2**30:g} GiB, with {p} {total / 2**30:.3g} (a "
+                    f"file counts {_LEAST} bytes at least); expected at most {most_bytes} bytes, which are held in "
+                    "memory. Pass a part of it."
                 )
             yield p
 
@@ -201,11 +201,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         labels = np.where((ids == BEGIN) | (ids == PAD), -100, ids)
         reset = ids == BEGIN
         reset[0] = False  # a row starts afresh anyway, and rows without a reset are cheaper
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
-            "reset": torch.from_numpy(reset),
-        }
+        arrays = {"input_ids": ids, "labels": labels, "reset": reset}
+        return {name: torch.from_numpy(x) for name, x in arrays.items()}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -109,9 +109,8 @@ class TrainingRun:
         """Return metrics.json, if the run is finished and its model is whole."""
         try:
             found = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
-            done = (
-                found["step"] >= self.settings.max_steps and not found["interrupted"] and found["held_out"] is not None
-            )
+            whole = not found["interrupted"] and found["held_out"] is not None
+            done = found["step"] >= self.settings.max_steps and whole
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if done and damage(self.folder / MODEL) is None else None
@@ -125,15 +124,13 @@ def resumed(document: Mapping[str, Any]) -> Settings:
     folder = Settings(**{name: document[name] for name in ("preset", "output") if name in document}).folder
     if not steps(folder) and not (folder / SETTINGS).exists():
         raise nothing_to_resume(folder)
-    return laid_over(
-        TrainingRun.read(folder).settings, {name: value for name, value in document.items() if name != "output"}
-    )
+    asked = {name: value for name, value in document.items() if name != "output"}
+    return laid_over(TrainingRun.read(folder).settings, asked)
 
 
 def nothing_to_resume(folder: Path) -> SettingsError:
-    return SettingsError(
-        f"train: there is no checkpoint in {folder / CHECKPOINTS} to resume from. Drop --resume, or name --output."
-    )
+    place = folder / CHECKPOINTS
+    return SettingsError(f"train: there is no checkpoint in {place} to resume from. Drop --resume, or name --output.")
 
 
 def _short(digest: str | None) -> str:

@@ -85,12 +85,7 @@ def configure(settings: Settings) -> DualformConfig:
         return DualformConfig(preset=settings.preset, **settings.model)
     except CatalogueError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:  # as transformers has it for its fields
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # the last is transformers'
         raise SettingsError(f"train: [model] does not fit: {error.__cause__ or error}") from None
 
 

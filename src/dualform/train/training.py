@@ -197,9 +197,8 @@ def train(
         model.save_pretrained(folder)
         parts.tokenizer.save_pretrained(folder)
     is_done = step >= settings.max_steps
-    scored = (
-        evaluate(model, parts.held_out, batch_size=settings.batch_size, max_rows=evaluate_rows) if is_done else None
-    )
+    size = settings.batch_size
+    scored = evaluate(model, parts.held_out, batch_size=size, max_rows=evaluate_rows) if is_done else None
     outcome = Outcome(run.folder, model, step, _last_loss(history), rate, scored)
     write_metrics(outcome, history)
     return outcome
@@ -270,12 +269,8 @@ def _learnt(checkpoint: Path) -> tuple[DualformForCausalLM, int, None, list[dict
     """Read the model of a run whose last step was taken and that was ended before it could say so."""
     model = DualformForCausalLM.from_pretrained(checkpoint, local_files_only=True)
     set_rate_scale(model, 1.0)  # as it is once training is over
-    return (
-        model,
-        step_of(checkpoint),
-        None,
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history,
-    )
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return model, step_of(checkpoint), None, state.log_history
 
 
 def _learn(
@@ -335,15 +330,12 @@ def _last_loss(history: list[dict[str, float]]) -> float:
 
 def write_metrics(outcome: Outcome, history: list[dict[str, float]]) -> None:
     """Write DIR/metrics.json: the last training loss, the held-out evaluation, and what was logged on the way."""
+    held_out = None if outcome.evaluation is None else outcome.evaluation.to_json()
     document = {
-        "step": outcome.step,
-        "interrupted": outcome.evaluation is None,
-        "train_loss": outcome.train_loss,
-        "train_tokens_per_second": outcome.train_tokens_per_second,
-        "held_out": None if outcome.evaluation is None else outcome.evaluation.to_json(),
-        "parameters": num_parameters(outcome.model),
-        "history": history,
-    }
+        "step": outcome.step, "interrupted": outcome.evaluation is None, "train_loss": outcome.train_loss,
+        "train_tokens_per_second": outcome.train_tokens_per_second, "held_out": held_out,
+        "parameters": num_parameters(outcome.model), "history": history,
+    }  # fmt: skip
     write_text(outcome.folder / METRICS, as_json(document))
 
 
