@@ -197,7 +197,7 @@ def report(found: harness.Found) -> str:
     decoded = [{k: v for k, v in r.items() if k != "part"} for r in found["rows"] if r["part"] == "decode"]
     gpu, count = found["machine"].get("gpu", "no card"), found["settings"]["GPUs"]
     head = f"{gpu}, torch {found['versions']['torch']}, {count} GPU(s).\n"
-    return "\n".join([head, *(harness.rows_table(rows) for rows in (train, decoded) if rows)])
+    return "\n".join([head, *(harness.rows_table(rows, 2) for rows in (train, decoded) if rows)])
 
 
 if __name__ == "__main__":

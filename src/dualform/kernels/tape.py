@@ -135,7 +135,7 @@ class _Writer:
         self.recorder, self.inputs, self.lines, self.views = recorder, inputs, list[str](), dict[str, str]()
         self.space: dict[str, Any] = {f"x{k}": x for k, x in recorder.constants.items()}
         self.space |= {"empty": torch.empty, "uint8": torch.uint8}
-        steps, self.last = _needed(recorder.steps, outputs), dict[int, int]()
+        steps, self.last = _read_later(recorder.steps, outputs), dict[int, int]()
         for n, step in enumerate(steps):
             self.last |= dict.fromkeys((*(p.slot for p in step.takes), *step.makes), n)
         seen = {p.slot for step in steps if not step.launches for p in step.takes} | {p.slot for p in outputs}
@@ -215,7 +215,7 @@ class _Writer:
         return f"{self.name(as_python_calls(func))}({', '.join(words)})"
 
 
-def _needed(steps: list[TapeStep], outputs: list[SlotView]) -> list[TapeStep]:
+def _read_later(steps: list[TapeStep], outputs: list[SlotView]) -> list[TapeStep]:
     """Drop what makes tensors that nothing reads."""
     needed, found = {p.slot for p in outputs}, list[TapeStep]()
     for step in reversed(steps):

@@ -7,12 +7,11 @@ here a stretch's kernels are written, and run.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +28,14 @@ from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
 from dualform.kernels.triton_schedule import Direction, Refused, advance_direction, forward_direction, reverse_direction
 from dualform.kernels.triton_slices import sliced
+from dualform.kernels.triton_token import Token, written_over
 from dualform.kernels.triton_trial import trial
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import GridCall, fixed
+from dualform.learning.loop import GridCall
 from dualform.learning.plan import Input, Plan
 from dualform.learning.prepare import in_place
 from dualform.learning.transforms import TRACING, undisturbed
@@ -70,14 +70,6 @@ def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
     return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
-class Token(NamedTuple):
-    """A call of one token, as what runs kernels reads calls."""
-
-    call: Call
-    B: int
-    H: int
-
-
 @dataclass(eq=False)
 class Made:
     """A direction's kernels, and what each of its tensors is, as for C++."""
@@ -88,11 +80,8 @@ class Made:
 
     @cached_property
     def over(self) -> list[Kernel]:
-        """The kernels of one token that write its state where it was: once every thread has read its own."""
-        store = re.compile(r"^( *)(?=tl\.store\(\w+_after_row)", re.M)
-        return [
-            replace(k, text=store.sub(r"\1tl.debug_barrier()\n\1", k.text, count=1)) for k in self.kernels["forward"]
-        ]
+        """The kernels of one token that write its state where it was."""
+        return [*map(written_over, self.kernels["forward"])]
 
     @property
     def said(self) -> str:
@@ -198,37 +187,11 @@ class _Rows(Stretches[Made]):
         return self.again(plan, call, call.flat(), ("step", ours), lambda: partial(self._step, plan, call, ours))
 
     def _step(self, plan: Plan, call: Call, ours: bool) -> list[Tensor]:
-        """Run one token wherever each row stands in its mini-batch: nothing is read off the card."""
         self.check(call)
-        assert call.before is not None
-        (B, _, H, _), chunk, held, position = call.q.shape, plan.derivation.chunk, call.held, call.before.position
-        made = self._made(plan, call, ONE, "forward", False)
-        after = held if ours else [torch.empty_like(x) for x in held]
-        o = call.q.new_empty(B, 1, H, plan.derivation.out_width, dtype=plan.out_dtype(call))
-        place = position + 1
-
-        def block(x: Input) -> Tensor:
-            if x.part == "full":
-                return (place == chunk)[None, :, None].expand(1, B, H)
-            if x.name == "offset" and call.offset is not None:
-                return call.offset[position][None, :, None, None].expand(1, B, H, 1)
-            if x.part in ("i", "valid"):
-                return (place if x.part == "i" else torch.ones_like(place))[None, :, None, None].expand(1, B, H, 1)
-            return (call.gates[x.name] if x.part == "gates" else getattr(call, x.part))[None].transpose(2, 3)
-
-        def given(x: Input) -> Tensor:
-            if x.over == "block":
-                return block(x)
-            own, lead = fixed(plan, call, x), (1, B, H)[: 2 if x.over == "heads" else 3]
-            return own.expand(*lead, *own.shape)
-
-        tensors = {
-            "o": lambda _: o[None].transpose(2, 3), "input": given,
-            "before": lambda k: held[k][None], "after": lambda k: after[k][None],
-        }  # fmt: skip
-        own = {(role, what): tensors[role](what) for role, what in made.arguments if role in tensors}
-        self._run_all(Token(call, B, H), made, made.over if ours else made.kernels["forward"], own, 1, 1, 0)
-        return [o, *after, torch.remainder(place, chunk, out=position) if ours else place % chunk]
+        made, token = self._made(plan, call, ONE, "forward", False), Token(plan, call, ours)
+        own = {(role, what): token.tensor(role, what) for role, what in made.arguments if role != "kept"}
+        self._run_all(token, made, made.over if ours else made.kernels["forward"], own, 1, 1, 0)
+        return [token.o, *token.after, token.position()]
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
         """From the second call with tensors of these shapes on, where nothing else decides what runs,

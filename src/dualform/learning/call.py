@@ -72,7 +72,8 @@ class Call(NamedTuple):
 
     def flat(self) -> list[Tensor]:
         """List the tensors, as an op takes them."""
-        held = self.before.tensors().values() if self.before else ()
+        b = self.before
+        held = [*b.anchor.values(), *b.registers.values(), b.position] if b else ()
         parts = (self.gates.values(), self.slow.values(), held, self.init.values())
         optional = [x for x in (self.offset, self.mask, self.reset) if x is not None]
         return [self.q, self.k, self.v, *chain.from_iterable(parts), *optional]

@@ -203,7 +203,7 @@ def run_visible(plan: Plan, call: Call) -> list[Tensor]:
 
 
 def checkpointed(plan: Plan, call: Call, count: int) -> int:
-    """Count the tensors of a checkpoint, if any: the anchors alone where every block is certain to start its registers."""
+    """Count the tensors of a checkpoint, if any: anchors alone where blocks are certain to start their registers."""
     d, L = plan.derivation, len(call.init)
     if not count:
         return 0
