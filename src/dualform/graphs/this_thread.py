@@ -88,6 +88,11 @@ def records() -> bool:
     return _is_above() and torch._ops._get_dispatch_mode_pre_dispatch(proxies) is not None
 
 
+def captures(x: torch.Tensor) -> bool:
+    """Is what is done to a tensor written down as a CUDA graph, which is run again with other numbers?"""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """Trace in this thread so, unless it is traced itself."""
