@@ -111,3 +111,9 @@ def no_modes() -> Iterator[None]:
     """Switch this thread's modes off. Of those above dispatch, torch's own way would take another thread's, too."""
     with apart(), _disable_current_modes():
         yield
+
+
+def is_looked_at() -> bool:
+    """Does a mode of this thread, or torch.jit, ask for what it runs?"""
+    modes = _C._len_torch_dispatch_stack() or _C._is_torch_function_mode_enabled()
+    return bool(modes) or _C._get_tracing_state() is not None

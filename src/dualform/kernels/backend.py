@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Argument, Direction, Kinds
-from dualform.learning.backends import Backend, BackendError, Whole, backends
+from dualform.learning.backends import Backend, BackendError, Ready, Whole, Words, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, GridCall
@@ -154,7 +154,7 @@ class Stretches(Whole, Generic[M]):
     def made(self, run: GridCall, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
 
-    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
         return ready()()
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:

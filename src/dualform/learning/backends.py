@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class Code(Protocol):
         ...
 
 
+Words = tuple[object, ...]  # all that decides what a direction runs, beside its tensors
+Ready = Callable[[], Callable[[], list[Tensor]]]
+
+
 class Directions(Protocol):
     """What runs both directions: the loop, or a backend."""
 
@@ -84,7 +88,7 @@ class Whole(Directions, Protocol):
         a compiler, a card."""
         ...
 
-    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
+    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
         """Run a direction: what `ready` returns, or what was written down when one like it ran."""
         ...
 
@@ -211,7 +215,7 @@ def run_backward(
 
 def _run(
     backend: str, plan: Plan, call: Call, run: Callable[[Directions, GridCall], list[Tensor]], given: list[Tensor],
-    words: Any
+    words: Words
 ) -> list[Tensor]:  # fmt: skip
     """Let a backend that takes calls as they are run this one, else the loop; given: all tensors, words:
     all else that decides."""

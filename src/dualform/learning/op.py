@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, Protocol, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from dualform.graphs.operators import custom_operator, library
-from dualform.graphs.this_thread import compiles, exports
+from dualform.graphs.this_thread import compiles, exports, is_looked_at
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError, backend_of, check_step, chosen, run_backward, run_forward
 from dualform.learning.call import Call, Names
@@ -43,7 +43,6 @@ _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
 _plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 _compiled: dict[str, Plan] = {}  # what compiled graphs, which hold keys alone, may call at any time
 _count = itertools.count()
-_C: Any = torch._C
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -151,6 +150,7 @@ class _Kept(Protocol):
     saved_tensors: tuple[Tensor, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
@@ -224,7 +224,7 @@ class _Direct(torch.autograd.Function):
     """The op where nothing looks at it: at a third of the price of an operator made in Python."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, call: Call, key: str, checkpoints: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Kept, plan: Plan, call: Call, key: str, checkpoints: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         found = _run_direct(plan, call, key, checkpoints)
         ctx.plan, ctx.key, ctx.is_direct, ctx.checkpoints = plan, key, True, checkpoints
         ctx.mark_non_differentiable(found[1 + 2 * len(call.init)])
@@ -232,7 +232,7 @@ class _Direct(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: _Kept, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, None, None, *_backward(ctx, grads)[0]
 
 
@@ -241,7 +241,7 @@ def _run_direct(plan: Plan, call: Call, key: str, checkpoints: int) -> list[Tens
         return run_forward(plan, call, checkpoints, key.split("|")[1])
 
 
-def _no_autocast(device: str) -> Any:
+def _no_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -251,9 +251,7 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
         all(type(x) is Tensor or type(x) is Parameter for x in tensors)
         and not tensors[0].is_meta
         and not compiles()
-        and not _C._len_torch_dispatch_stack()
-        and not _C._is_torch_function_mode_enabled()
-        and _C._get_tracing_state() is None
+        and not is_looked_at()
     )
 
 
