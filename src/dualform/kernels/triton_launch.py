@@ -166,10 +166,9 @@ def run(
                 verify(*words[:-1])
             if (trial := getattr(elsewhere, "run", None)) is not None:
                 return trial(*words)
-            _made[key] = first_run(*words)
-            made = _made[key][0]
-            if made is None:  # an interpreter makes nothing
-                del _made[key]
+            made, stages = first_run(*words)
+            if made is not None:  # an interpreter makes nothing
+                _made[key] = made, stages
     if (recorder := getattr(recording, "now", None)) is None:
         return made
     if key not in _made:

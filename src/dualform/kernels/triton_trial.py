@@ -59,7 +59,8 @@ class _Other:
     """The other process, and the lock of those who use it."""
 
     def __init__(self) -> None:
-        self.lock, self.process, self.said = threading.Lock(), None, Path()
+        self.lock, self.said = threading.Lock(), Path()
+        self.process: Any = None
 
     def started(self) -> Any:
         if self.process is None:
