@@ -17,7 +17,8 @@ def test_a_recurrence_gate_by_gate_is_torchs(options):
     net = nn.LSTM(3, 4, **options)
     n = net.num_layers * (1 + net.bidirectional)
     x, hx = torch.randn(2, 5, 3), tuple(torch.randn(2, n, 2 if net.batch_first else 5, 4))
-    given = (hx, net._flat_weights, net.bias, net.num_layers, 0.0, True, net.bidirectional, net.batch_first)
+    weights = [p.detach() for p in net.parameters()]
+    given = (hx, weights, net.bias, net.num_layers, 0.0, True, net.bidirectional, net.batch_first)
     torch.testing.assert_close(SPELLED[torch.lstm](x, *given), torch.lstm(x, *given))
 
 
@@ -44,3 +45,23 @@ def test_a_recurrence_of_single_precision_learns():
         slopes = torch.autograd.grad(loss, list(fast.values()))
         fast = {name: (p - 0.1 * g).detach() for (name, p), g in zip(fast.items(), slopes, strict=True)}
         torch.testing.assert_close(o[0, t, 0], torch.func.functional_call(learner, fast, (q[0, t, 0],)))
+
+
+def test_an_output_is_never_cut_to_whole_numbers():
+    """It has the queries' dtype."""
+    program = df.derive(nn.Linear(4, 4), chunk=2, prove=False)
+    q = torch.ones(1, 3, 2, 4)
+    with pytest.raises(ValueError, match=r"q has dtype torch.int64; .* q.float\(\)"):
+        program(q.long(), q, q)
+    torch.testing.assert_close(program(q, q.long(), q.long())[0], program(q, q, q)[0])
+    layer = df.TestTimeTraining(8, 2, learner="linear", objective="squared", rule="sgd", chunk=2, prove=False)
+    with pytest.raises(ValueError, match=r"x has dtype torch.int64; .* x.float\(\)"):
+        layer(torch.ones(1, 3, 8).long())
+
+
+def test_labels_of_another_shape_are_named():
+    pytest.importorskip("transformers")
+    from dualform.models.causal_lm import next_token_loss
+
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 3\); .* = \(2, 6\)"):
+        next_token_loss(torch.randn(2, 6, 9), torch.zeros(2, 3).long())
