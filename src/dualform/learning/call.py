@@ -177,6 +177,8 @@ class Signature(NamedTuple):
                 f"program: q has shape {tuple(q.shape)}; expected (batch, time, heads, K), 4 axes. Add the missing "
                 "axes."
             )
+        if not (q.is_floating_point() or q.is_complex()):  # the output has its dtype
+            raise ShapeError(f"program: q has dtype {q.dtype}; expected one of real numbers. Pass q.float().")
         B, T, H, _ = q.shape
         if k.shape != q.shape:
             raise ShapeError(

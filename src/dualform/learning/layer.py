@@ -195,6 +195,8 @@ class TestTimeTraining(nn.Module):
                 f"TestTimeTraining: x has shape {tuple(x.shape)}; expected (batch, time, dim = {self.dim}). Check the "
                 "layer's dim."
             )
+        if not x.is_floating_point():
+            raise ShapeError(f"TestTimeTraining: x has dtype {x.dtype}; expected one of real numbers. Pass x.float().")
         B, T, _ = x.shape
         for name, given in (("attention_mask", attention_mask), ("reset", reset)):
             if given is not None and given.shape != (B, T):

@@ -202,6 +202,11 @@ def next_token_loss(
 ) -> Tensor:
     """Score each token's logits against the next label; shift_labels: labels that stand there already."""
     if shift_labels is None:
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"DualformForCausalLM: labels has shape {tuple(labels.shape)}; expected the logits' (batch, tokens) = "
+                f"{tuple(logits.shape[:-1])}. Pass one label per token, -100 where none counts."
+            )
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     return cross_entropy(logits, shift_labels, ignore_index=ignore_index, **kwargs)
 

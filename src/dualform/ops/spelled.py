@@ -125,11 +125,39 @@ def _gaussian_nll(
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
+def _lstm(input: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate by gate: torch traces one of single precision on the CPU as a call of oneDNN, which vmap cannot map."""
+    own = isinstance(params, tuple | list) and hx[0].shape[-1] == hx[1].shape[-1]  # not packed, no projections
+    if not own or (rest[2] and rest[3]) or torch.is_autocast_enabled("cpu"):  # dropout is refused as random
+        return torch.lstm(input, hx, params, *rest)
+    has_biases, layers, _, _, bidirectional, batch_first = rest
+    count, sides = 4 if has_biases else 2, 2 if bidirectional else 1
+    x = input.transpose(0, 1) if batch_first else input
+    ends: list[tuple[Tensor, Tensor]] = []
+    for layer in range(layers):
+        sweeps: list[Tensor] = []
+        for n in range(layer * sides, (layer + 1) * sides):
+            into, again, *biases = params[n * count : (n + 1) * count]
+            (b, b_again), h, c = biases or (None, None), hx[0][n], hx[1][n]
+            gates = torch.nn.functional.linear(x, into, b)
+            steps: list[Tensor] = []
+            for at in range(len(x)) if n % sides == 0 else reversed(range(len(x))):
+                i, f, g, o = (gates[at] + torch.nn.functional.linear(h, again, b_again)).chunk(4, -1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+                steps.append(h)
+            sweeps.append(torch.stack(steps if n % sides == 0 else steps[::-1]))
+            ends.append((h, c))
+        x = torch.cat(sweeps, -1) if bidirectional else sweeps[0]
+    last, cells = (torch.stack(one) for one in zip(*ends, strict=True))
+    return x.transpose(0, 1) if batch_first else x, last, cells
+
+
 SPELLED: dict[Any, Callable[..., Any]] = {
     torch.linalg.lstsq: _lstsq, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
     Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
     Tensor.fill_diagonal_: _fill_diagonal, torch.vander: _vander, torch.rrelu: _rrelu,
-    torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.lstm: _lstm, torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
 }  # fmt: skip
 
