@@ -551,3 +551,22 @@ def test_a_learner_that_picks_and_weighs_has_finite_gradients():
     o, _ = df.derive(learner, chunk=4, prove=False, rule=("sgd", {"lr": 0.01}))(x, x, x)
     (g,) = torch.autograd.grad(o.sum(), learner.w)
     assert torch.cat([o.flatten(), g.flatten()]).isfinite().all()
+
+
+CIRCLES = {
+    "both ways": lambda s, x: F.pad((x @ s.W)[:, None], (1, 2), mode="circular")[:, 0, 1:5],
+    "cut": lambda s, x: F.pad((x @ s.W)[:, None], (-1, 1), mode="circular")[:, 0],
+    "two axes": lambda s, x: F.pad((x @ s.W).view(-1, 1, 2, 2), (1, 0, 2, 1), mode="circular").flatten(1)[:, :D] + x,
+    "a convolution": lambda s, x: F.conv1d(F.pad(x[:, None], (1, 1), mode="circular"), s.W[:1, None, :3])[:, 0],
+}
+
+
+@pytest.mark.parametrize("run", CIRCLES.values(), ids=CIRCLES)
+def test_circular_pads_are_slices(run):
+    check_forms(program_of(run), time=5)
+    torch.manual_seed(1)
+    x = torch.randn(1, 1, 1, D, dtype=torch.float64)  # against the module itself: before anything was learnt
+    program = program_of(run)
+    state = program.initial_state(1, 1)
+    o, _ = program(x, x, x, {"lr": torch.zeros(1, 1, 1, dtype=torch.float64)}, state=state)
+    agree("output", o[0, 0], program.learner(x[0, 0]))

@@ -42,6 +42,8 @@ def spell(graph: fx.GraphModule, who: str) -> None:
             _inside(node)
         elif node.target == aten.embedding.default and len(node.args) > 2:
             _without_padding(graph.graph, node)
+        elif node.target == aten.pad.default and "circular" in node.args:
+            _in_circles(graph.graph, node)
     for n, node in enumerate(graph.graph.nodes):
         node.meta["ordinal"] = n
         if node.all_input_nodes and not _has_rule_for_rows(node.target):
@@ -67,6 +69,21 @@ def _inside(node: fx.Node) -> None:
     dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
     span = range(*slice(start, end, step).indices(base.meta["val"].shape[dim]))  # type: ignore[union-attr, misc, index]
     node.args = (base, source, dim, span.start, span.stop, step)
+
+
+def _in_circles(graph: fx.Graph, node: fx.Node) -> None:
+    """Write a circular pad as slices side by side: torch's own copies into an empty tensor, which vmap loops over."""
+    made, pads, *_ = node.args
+    with graph.inserting_before(node):
+        for k, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True)):  # type: ignore[index]
+            value = made.meta["val"]  # type: ignore[union-attr]
+            dim, size = value.ndim - 1 - k, value.shape[value.ndim - 1 - k]
+            low, high = max(-left, 0), size - max(-right, 0)  # what is cut off is not come back to
+            spans = [(high - left, high)] * (left > 0) + [(low, high)] + [(low, low + right)] * (right > 0)
+            made = [_made(graph, node, aten.slice.Tensor, made, dim, *span) for span in spans]
+            made = _made(graph, node, aten.cat.default, made, dim)
+    node.replace_all_uses_with(made)  # type: ignore[arg-type]
+    graph.erase_node(node)
 
 
 def _without_padding(graph: fx.Graph, node: fx.Node) -> None:
