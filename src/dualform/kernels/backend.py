@@ -164,10 +164,10 @@ class Stretches(Whole, Generic[M]):
         return nullcontext()
 
     @abstractmethod
-    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found:
+    def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found | None:
         """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept.
 
-        Return by argument what was not written where it was to be: gradients that are sums, in several parts.
+        Return by argument what was not written where it was to be, if anything: gradients that are sums, in parts.
         """
 
     def forward(self, run: GridCall, checkpoints: int) -> list[Tensor]:
@@ -272,7 +272,7 @@ class Stretches(Whole, Generic[M]):
             "cotangent": lambda k: run.rowed(turned[k])[None], "turned": lambda k: run.rowed(before[k])[None],
             "gradient": gradient,
         }  # fmt: skip
-        found = self._call(run, native, tensors, len(piece), G, 0)
+        found = self._call(run, native, tensors, len(piece), G, 0) or {}
         for x, value in placed:
             gradients.add(x, piece, found.get(("gradient", x), value))
         return before
@@ -353,10 +353,9 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> Found:  # pyright: ignore
+    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
-        return {}
 
 
 def never(graph: fx.GraphModule, examples: Callable[[], list[Tensor]]) -> NoReturn:
