@@ -240,6 +240,32 @@ def test_sums_at_once_and_loads_ahead_are_right(monkeypatch):
         check_backend(program, ("triton", {"slices": slices, "stages": 4 + n}), time=5, batch=1, heads=1, carried=True)
 
 
+def test_factors_made_short_before_they_move_are_the_same(monkeypatch):
+    """But for the order of sums in float32; and it is another text."""
+    found = []
+    for n, narrow in enumerate((False, True)):
+        short = Precision(torch.float32, narrow=narrow)
+        monkeypatch.setattr(triton_backend, "Precision", lambda factors, float32, short=short: short)
+        for slices in (False, True):
+            torch.manual_seed(0)
+            problem = laws.draw(of(built_in[5], shifted, "averaged", 2), time=7, batch=1, heads=1, seed=3)
+            backend = ("triton", {"slices": slices, "stages": 6 + n})
+            found.append(laws.outcome(problem, lambda p=problem, b=backend: p.run("auto", backend=b)))
+    for a, b in zip(found[:2], found[2:], strict=True):
+        assert all((a[n] - b[n]).double().norm() <= 1e-6 * b[n].double().norm() for n in a)
+    texts = [
+        kernels_of(built_in[5], precision=Precision(torch.bfloat16, narrow=x))["reverse"].text for x in (False, True)
+    ]
+    assert "_factor = tl.where(n < last" not in texts[0]
+    # Two weights of the state that a mini-batch began with, k and q: no other factor is read.
+    assert texts[1].count("_factor = tl.where(n < last") >= 2
+
+
+def test_cards_with_little_shared_memory_are_known():
+    assert [triton_launch.is_narrow(x) for x in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))] == [0, 1, 1, 0, 0]
+    assert triton_launch.is_narrow((12, 0))  # of which nothing is known
+
+
 def test_what_waits_for_nothing_is_summed_at_once():
     _, direction, _, _ = written_for(
         lambda x, y: x * (x + y).sum(1, keepdim=True) + (y * y).sum(1, keepdim=True), DOUBLE
