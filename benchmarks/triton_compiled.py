@@ -168,13 +168,15 @@ def report(found: harness.Found) -> str:
     room = ", ".join(f"sm_{c} {n >> 10}" if isinstance(c, int) else f"{c} {n >> 10}" for c, n in ROOM.items())
     parts = [
         f"Triton {found['versions']['triton']}: shared memory of a program, registers of a thread, and what of them "
-        f"spills (bytes; on gfx942 registers): the most of a direction's kernels. KiB that a program may have: {room}.\n",
+        f"spills (bytes; on gfx942 registers): the most of a direction's kernels. "
+        f"KiB that a program may have: {room}.\n",
         spelt(found["rows"]),
     ]
     for other in found.get("others", []):
         bad = [x for x in other["rows"] if "failed" in x]
         parts += [
-            f"Triton {other['triton']}, torch {other['torch']}: {len(other['rows'])} kernels, {len(bad)} not compiled.\n",
+            f"Triton {other['triton']}, torch {other['torch']}: {len(other['rows'])} kernels, "
+            f"{len(bad)} not compiled.\n",
             spelt(other["rows"]),
         ]
     return "\n".join(parts)

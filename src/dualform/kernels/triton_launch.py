@@ -272,8 +272,9 @@ def first_run(
 
 def short_of_memory(name: str, error: Exception) -> BackendError:
     return BackendError(
-        f"triton: {name} finds no memory for its first run ({str(error)[:200]}); expected room for two rows of the call "
-        "beside it, and for what does not fit in registers. Free some, take a smaller batch, or use backend='eager'."
+        f"triton: {name} finds no memory for its first run ({str(error)[:200]}); expected room for two rows of the "
+        "call beside it, and for what does not fit in registers. Free some, take a smaller batch, or use "
+        "backend='eager'."
     )
 
 

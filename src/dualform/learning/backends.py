@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -295,7 +295,7 @@ def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
             _compare(name, plan, key, words, partial(_unlike, as_run, plan, run, keeps))
 
 
-def _compare(name: str, plan: Plan, key: Any, words: Any, unlike: Callable[[], str]) -> None:
+def _compare(name: str, plan: Plan, key: Words, words: Words, unlike: Callable[[], str]) -> None:
     """Compare code with eager, or remember that it was; what differs, or does not end well, is not run next time."""
     whole = backend_of(name).whole
     assert whole is not None
