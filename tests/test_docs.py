@@ -68,6 +68,25 @@ def test_the_reference_names_what_it_says():
         assert [m for m in re.findall(r"\w+", members) if not (hasattr(found, m) or m in fields)] == [], name
 
 
+def test_what_pages_show_of_code_and_results_is_of_today(monkeypatch):
+    """Kernels, and tables of the README: python docs/generated.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    generated = import_module("generated")
+    marked = [page for page in pages if generated.MARK.search(page.read_text())]
+    assert marked == sorted(generated.PAGES, key=pages.index)
+    for page in marked:
+        assert generated.written(page.read_text()) == page.read_text(), page.name
+
+
+def test_the_page_of_a_kernel_shows_all_of_it(monkeypatch):
+    """Every value that TTT-Linear's kernel computes has its line there."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    lines = [x for some in import_module("generated").stretches().values() for x in some[1:] if x.strip()]
+    page = (ROOT / "docs" / "learner_to_kernel.md").read_text()
+    left = [x for x in lines if x not in page]
+    assert all(re.match(r"\s*\w+_(row|at) \+?= ", x) for x in left), left
+
+
 def test_files_that_pages_name_are_there():
     folders = [p.name for p in (ROOT / "src" / "dualform").iterdir() if p.is_dir()]
     named = rf"`((?:{'|'.join(folders)}|src|docs|tests|benchmarks|examples)/[\w./*-]+)`"

@@ -250,7 +250,8 @@ class _Rows(Stretches[Made]):
         if not triton_launch.is_interpreted():  # which multiplies bits of bfloat16, and adds pairs one by one
             short = call.q.dtype == torch.bfloat16 and call.dtype == torch.float32
             factors = precision.factors or (torch.bfloat16 if short else None)
-            precision = replace(precision, factors=factors, at_once=True, ahead=True)
+            narrow = triton_launch.is_narrow(torch.cuda.get_device_capability(call.q.device))
+            precision = replace(precision, factors=factors, at_once=True, ahead=True, narrow=narrow)
         key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
         with TRACING if key not in own.made else nullcontext():
             if key not in own.made:

@@ -44,6 +44,9 @@ def is_interpreted() -> bool:
 
 
 OLDEST, CAPABILITY = (3, 4), (8, 0)  # of Triton, and of the card: what the texts are written for
+# Bytes of shared memory that a program may have, by compute capability; of others, as little as of any.
+SHARED = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+ENOUGH = 128 << 10  # of it, for factors of products in the type that they are read in
 # ptxas 12.8 gives products of matrices on Hopper addresses that are some other register's, silently (LAB.md).
 HOPPER, ASSEMBLER = (9, 0), (12, 9)
 
@@ -100,6 +103,11 @@ def lack(device: torch.device) -> str:
             "are right. Set TRITON_PTXAS_PATH to CUDA's."
         )
     return ""
+
+
+def is_narrow(capability: tuple[int, int]) -> bool:
+    """Has a program of such a card so little shared memory that factors are made short before they pass through it?"""
+    return SHARED.get(capability, min(SHARED.values())) < ENOUGH
 
 
 @cache
@@ -245,10 +253,11 @@ def first_run(
             return made, stages
         except triton_module().runtime.errors.OutOfResources as error:
             tried = str(error)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
         except Exception as error:
-            if "[CUDA]" in str(error):  # of an earlier kernel: nothing runs on this card any more
+            if "out of memory" in str(error):
+                raise short_of_memory(name, error) from error
+            # Of an earlier kernel: nothing runs on this card any more.
+            if isinstance(error, torch.AcceleratorError) or "[CUDA]" in str(error):
                 raise
             raise BackendError(
                 f"triton: {name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
@@ -258,6 +267,14 @@ def first_run(
     raise BackendError(
         f"triton: {name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
         "other warps, or a smaller mini-batch."
+    )
+
+
+def short_of_memory(name: str, error: Exception) -> BackendError:
+    return BackendError(
+        f"triton: {name} finds no memory for its first run ({str(error)[:200]}); expected room for two rows of the "
+        "call beside it, and for what does not fit in registers. Free some, take a smaller batch, or use "
+        "backend='eager'."
     )
 
 
@@ -311,6 +328,7 @@ __all__ = [
     "elsewhere",
     "first_run",
     "is_interpreted",
+    "is_narrow",
     "is_watched",
     "lack",
     "loaded",
@@ -318,5 +336,6 @@ __all__ = [
     "place",
     "run",
     "sharing",
+    "short_of_memory",
     "triton_module",
 ]

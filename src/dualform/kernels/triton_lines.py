@@ -34,13 +34,14 @@ class Precision:
     """What products of matrices take: the type of factors (None: that which is computed in), how float32 is multiplied.
 
     at_once: are sums that do not wait for each other one reduction? ahead: is what a mini-batch reads loaded during the
-    one before?
+    one before? narrow: is what is read as a factor of fewer bits before it passes through shared memory?
     """
 
     factors: torch.dtype | None = None
     float32: str = "ieee"  # | "tf32" | "tf32x3"
     at_once: bool = False
     ahead: bool = False
+    narrow: bool = False
 
 
 @dataclass

@@ -259,7 +259,7 @@ class Writer(Moves):
             return self.view(hint, found, shape)
         if isinstance(a, Parts) or isinstance(b, Parts):
             return self._product_of_parts(hint, a, b, shape)
-        x, y = (self.load(v, factor=True) if isinstance(v, Memory) else self.real(v) for v in (a, b))
+        x, y = (self._factor(v) if isinstance(v, Memory) else self.real(v) for v in (a, b))
         r = len(shape)
         (m, ka), (kb, n) = x.axes[-2:], y.axes[-2:]
         batch = [k for t in (x, y) for k in t.axes[:-2] if k is not None]
@@ -271,6 +271,18 @@ class Writer(Moves):
             return self.reduced(hint, "sum", terms, kept, 1.0, shape)
         x, y = self.cleaned(x, ka), self.cleaned(y, kb)
         return self._dot(hint, x, y, shape)
+
+    def _factor(self, x: Memory) -> Tile:
+        """Read a factor; narrow: as something that Triton does not move what is read past, twice its bytes."""
+        tile, kind = self.load(x, factor=True), self.precision.factors
+        if not self.precision.narrow or kind is None or not tile.looped:
+            return tile
+        key = ("factor", tile.text)
+        if key not in self.loaded:
+            name = self.named(f"{tile.text}_factor")
+            self.line(f"{name} = tl.where(n < last, {tile.text}, 0.0).to({TYPES[kind]})", True)
+            self.loaded[key] = replace(tile, text=name)
+        return replace(self.loaded[key], shape=tile.shape, axes=tile.axes)
 
     def _dot(self, hint: str, x: Tile, y: Tile, shape: Sequence[int]) -> Tile:
         """Multiply tiles, or their transposes in reverse: whichever leaves alone what is carried on, and moves less."""

@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from dualform.kernels.triton_launch import Launch, elsewhere, first_run
+from dualform.kernels.triton_launch import Launch, elsewhere, first_run, short_of_memory
 from dualform.learning.backends import BackendError
 
 IDLE, LIMIT = 30, 900  # seconds that it waits for a launch, and that one may take, its compilation included
@@ -158,10 +158,10 @@ def serve() -> None:
             what = _receive(source)
         except EOFError:
             return
-        places = [_laid(x) if isinstance(x, dict) else x for x in what["places"]]
-        tensors = [x for x in places if isinstance(x, Tensor)]
-        before = [x.clone() for x in tensors]
         try:
+            places = [_laid(x) if isinstance(x, dict) else x for x in what["places"]]
+            tensors = [x for x in places if isinstance(x, Tensor)]
+            before = [x.clone() for x in tensors]
             first_run(what["text"], what["name"], places, what["grid"], what["numbers"], Launch(*what["how"]))
             pairs = zip(tensors, before, strict=True)
             answer = {
@@ -171,6 +171,8 @@ def serve() -> None:
             }
         except BackendError as error:
             answer = {"refused": str(error)}
+        except torch.OutOfMemoryError as error:
+            answer = {"refused": str(short_of_memory(what["name"], error))}
         except Exception as error:
             answer = {"error": f"failed ({type(error).__name__}: {str(error)[:400]})"}
         _send(goal, answer)

@@ -291,13 +291,23 @@ def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
         return
     with TRACING:
         if key not in plan.natives.checked:
-            plan.natives.checked.add(key)  # what compares runs the same
             words = (as_run, keeps, sorted(map(tuple, run.grid.variants)), kinds, place)
-            with whole.trial():
-                unlike = proof.kernel(plan.derivation.structure, words, partial(_unlike, as_run, plan, run, keeps))
-            if unlike:
-                plan.natives.checked.discard(key)  # nor is it run at the next call
-                raise _faulty(name, unlike)
+            _compare(name, plan, key, words, partial(_unlike, as_run, plan, run, keeps))
+
+
+def _compare(name: str, plan: Plan, key: Words, words: Words, unlike: Callable[[], str]) -> None:
+    """Compare code with eager, or remember that it was; what differs, or does not end well, is not run next time."""
+    whole = backend_of(name).whole
+    assert whole is not None
+    plan.natives.checked.add(key)  # what compares runs the same
+    try:
+        with whole.trial():
+            found = proof.kernel(plan.derivation.structure, words, unlike)
+        if found:
+            raise _faulty(name, found)
+    except BaseException:
+        plan.natives.checked.discard(key)
+        raise
 
 
 def check_step(name: str, plan: Plan, call: Call) -> None:
@@ -308,7 +318,6 @@ def check_step(name: str, plan: Plan, call: Call) -> None:
     key = (name, "step", known and int(before.position[0]) + 1 == chunk, str(call.q.dtype))
     if whole is None or key in plan.natives.checked:
         return
-    plan.natives.checked.add(key)
 
     def compare() -> str:
         for n, over in product((None,) if known else (0, chunk - 1), (False, True)):
@@ -321,12 +330,7 @@ def check_step(name: str, plan: Plan, call: Call) -> None:
                 return unlike
         return ""
 
-    words = (*key, *whole.as_run(name, GridCall(plan, call), False))
-    with whole.trial():
-        unlike = proof.kernel(plan.derivation.structure, words, compare)
-    if unlike:
-        plan.natives.checked.discard(key)
-        raise _faulty(name, unlike)
+    _compare(name, plan, key, (*key, *whole.as_run(name, GridCall(plan, call), False)), compare)
 
 
 def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
