@@ -115,7 +115,7 @@ def walked(monkeypatch, request):
         key = (plan.derivation.structure, variant, direction, kinds := backend._kinds(plan, call))
         if key not in walks:
             walks[key] = Walk(backend.described(plan, variant, direction, full, kinds), request.param)
-        return backend.Made(walks[key], ())
+        return backend.NativeUnit(walks[key], ())
 
     def call(run, made, tensors, *rest):
         made.native(tensors, (run.B, run.H), *rest)

@@ -21,7 +21,7 @@ from dualform.kernels.lowering import lowered
 from dualform.kernels.targets import Target
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
-from dualform.kernels.triton_schedule import Direction
+from dualform.kernels.triton_schedule import TileDirection
 from dualform.learning.backends import BackendError
 from dualform.learning.grid import Variant
 from dualform.learning.plan import Input
@@ -94,7 +94,7 @@ def written_for(f, dtype):
     x, y = (0.2 + torch.rand(3, 5, generator=g, dtype=dtype) for _ in range(2))
     gm = lowered(make_fx(lambda x, y: [torch.broadcast_to(f(x, y), (3, 5)).clone()], tracing_mode="fake")(x, y))
     sources, targets = [Input("q", n, "block") for n in "xy"], [Target("given", ("o", None, "n, b, h"))]
-    return gm, Direction("forward", gm, sources, targets, dtype, Precision()), x, y
+    return gm, TileDirection("forward", gm, sources, targets, dtype, Precision()), x, y
 
 
 def value_of(f, dtype=DOUBLE):

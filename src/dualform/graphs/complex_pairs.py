@@ -191,9 +191,6 @@ class PairWriter:
         return Pair(length, None) if a.im is None else self.polar(length, a.im)
 
 
-# -- whole families
-
-
 def _partwise(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     """A linear op acts on each part; a real operand among complex ones has no imaginary part,
     and neither has a number."""

@@ -15,9 +15,6 @@ from dualform.ops.fourier import cosines, sines
 aten = torch.ops.aten
 
 
-# -- ops that look at the parts
-
-
 @rule("real")
 def _real(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
     return r.whole(given["self"])[0]
@@ -83,9 +80,6 @@ def _norm(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
 def _to(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
     re, im = r.pair(given["self"])
     return Pair(re, im) if is_complex(node) else re
-
-
-# -- arithmetic
 
 
 @rule("add", "sub", "subtract")
@@ -182,9 +176,6 @@ def _vdot(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     w = r.times(Pair(z.re, r.neg(z.im)), r.pair(given[second]))
     dims = [given["dim"]] if "dim" in given else [0]
     return Pair(*(None if part is None else r.emit(aten.sum.dim_IntList, part, dims) for part in w))
-
-
-# -- the three transforms that all others are made of
 
 
 def _scaled(r: PairWriter, z: Pair, given: dict[str, Any], count: int) -> Pair:

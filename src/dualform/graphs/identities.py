@@ -63,9 +63,6 @@ def _by_ones(r: Rewriter, node: Any) -> Any:
     return None
 
 
-# -- numbers and powers
-
-
 @rewrites("square")
 def _squared(r: Rewriter, node: Any) -> Any:
     return r.make(aten.mul.Tensor, node.args[0], node.args[0])
@@ -166,9 +163,6 @@ def _mean(r: Rewriter, total: Any, scale: float) -> Any:
     return None
 
 
-# -- sums
-
-
 @rewrites("unsqueeze")
 def _kept_dim(r: Rewriter, node: Any) -> Any:
     """A reduction of one dim, put back by unsqueeze, is the reduction with keepdim."""
@@ -249,9 +243,6 @@ def _without_gain(r: Rewriter, node: Any) -> Any:
         plain = r.make(aten.rms_norm.default, b["input"], b["normalized_shape"], None, b["eps"])
     scaled = plain if gain is None else r.make(aten.mul.Tensor, plain, gain)
     return scaled if bias is None else r.make(aten.add.Tensor, scaled, bias)
-
-
-# -- exponentials
 
 
 def _softmax(r: Rewriter, x: Any, total: Any) -> Any:

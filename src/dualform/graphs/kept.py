@@ -196,9 +196,6 @@ def written_out(gm: fx.GraphModule, which: Callable[[fx.Node], bool] = is_kept) 
     return gm
 
 
-# -- two that every trace knows
-
-
 def _written(name: str, inputs: int, forward: int, backward: tuple[int | None, ...] | None) -> str:
     """Keep a function that hands on one of its inputs, and whose gradient hands on g (0) or nothing (None)."""
     graphs: list[fx.GraphModule] = []

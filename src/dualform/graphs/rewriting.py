@@ -134,9 +134,6 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-# -- nothing happens
-
-
 @rewrites(
     "clone", "contiguous", "alias", "positive", "view", "reshape", "_unsafe_view", "expand", "flatten",
     "unflatten", "to", "_to_copy", "type_as", "lift_fresh", "broadcast_to", "expand_as", "view_as", "reshape_as",

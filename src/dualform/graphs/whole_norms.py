@@ -89,9 +89,6 @@ torch.library.register_vmap(standardize, _norm_of_rows, lib=library)
 torch.library.register_vmap(standardize_vjp, _vjp_of_rows, lib=library)
 
 
-# -- what they are made of
-
-
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(-1, keepdim=True)
     centred = x - mean

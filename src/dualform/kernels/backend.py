@@ -18,7 +18,7 @@ from dualform.kernels.dialect import Unit
 from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
-from dualform.kernels.targets import Argument, Direction, Kinds
+from dualform.kernels.targets import Direction, Kinds, Role
 from dualform.learning.backends import Backend, BackendError, Ready, Whole, Words, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
@@ -32,9 +32,9 @@ Found = Mapping[tuple[str, object], Tensor]
 M = TypeVar("M")
 
 
-class Made(NamedTuple):
+class NativeUnit(NamedTuple):
     native: Native
-    arguments: tuple[Argument, ...]
+    arguments: tuple[Role, ...]
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ class NativeFunctions:
     """What was compiled for a plan: functions by kind of block, direction, how they end,
     slices and the caller's types."""
 
-    functions: dict[tuple[Variant, str, bool | None, bool, Kinds], Made] = field(default_factory=dict)
+    functions: dict[tuple[Variant, str, bool | None, bool, Kinds], NativeUnit] = field(default_factory=dict)
     marks: dict[str, Tensor] = field(default_factory=dict)  # what one token has at each place of its mini-batch
 
 
@@ -88,7 +88,7 @@ def line_of(plan: Plan, node: fx.Node) -> str:
 
 def made(
     plan: Plan, call: Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
-) -> Made:
+) -> NativeUnit:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
     key, found = (
         (variant, direction, full, slices, kinds := _kinds(plan, call)),
@@ -98,7 +98,7 @@ def made(
         if key not in found:
             unit = written(plan, variant, direction, full, slices, kinds)
             native = Native(compiled(unit.text), unit.flops, plan.derivation.dtype, slices)
-            found[key] = Made(native, unit.arguments)
+            found[key] = NativeUnit(native, unit.arguments)
         return found[key]
 
 
@@ -278,7 +278,7 @@ class Stretches(Whole, Generic[M]):
         return before
 
 
-class _Sequence(Stretches[Made]):
+class _Sequence(Stretches[NativeUnit]):
     """Runs stretches by compiled functions."""
 
     def suits(self, plan: Plan, call: Call) -> bool:
@@ -312,7 +312,7 @@ class _Sequence(Stretches[Made]):
             what = f"cpp: q is on {call.q.device}; expected the CPU, whose code this backend makes."
             raise BackendError(f"{what} Use backend='auto', or move it.")
 
-    def made(self, run: GridCall, piece: range, direction: str) -> Made:
+    def made(self, run: GridCall, piece: range, direction: str) -> NativeUnit:
         slices = cut(run.B * run.H, len(piece))
         return made(run.plan, run.call, run.grid.variants[piece.start], direction, slices=slices)
 
@@ -353,7 +353,9 @@ class _Sequence(Stretches[Made]):
         return [o, *after, (call.state.position + 1) % chunk]
 
     @staticmethod
-    def _call(run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> None:  # pyright: ignore
+    def _call(  # pyright: ignore
+        run: GridCall, made: NativeUnit, tensors: Tensors, count: int, G: int, phase: int
+    ) -> None:  # fmt: skip
         given = [tensors[role](what) for role, what in made.arguments]  # alive until the call is over
         made.native([placed(x) for x in given], run.B * run.H, run.H, count, G, phase)
 

@@ -46,9 +46,6 @@ def comment(view: View) -> str:
     return f"{view.buffer.name} {list(view.shape)}"
 
 
-# -- statements -----------------------------------------------------------------------------------------------------
-
-
 def product_text(p: MatrixProduct) -> list[str]:
     batch = p.out.shape[:-2]
     if not batch:
@@ -210,9 +207,6 @@ def statements(s: Schedule) -> list[str]:
     return [line for one in s.statements for line in statement_text(one)]
 
 
-# -- what moves ----------------------------------------------------------------------------------------------------
-
-
 def moved(moves: Iterable[Move]) -> list[str]:
     """Print moves, one after another."""
     return [line for move in moves for line in _moved(move)]
@@ -275,9 +269,6 @@ def _rows(shape: Sequence[int], strides: Sequence[int]) -> tuple[Any, ...]:
 
 def _inside(strides: Sequence[int], names: Sequence[str]) -> str:
     return "".join(f" + {s} * {x}" for s, x in zip(strides, names, strict=True) if s)
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
 
 
 def header(name: str) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from dualform.kernels.report import TimeBound, bound, describe
 from dualform.kernels.statements import Schedule
-from dualform.kernels.targets import Argument
+from dualform.kernels.targets import Role
 from dualform.ops.table import ENTRIES, FOLDS
 
 
@@ -63,7 +63,7 @@ class Unit:
 
     text: str
     parts: dict[str, Schedule]
-    arguments: tuple[Argument, ...]
+    arguments: tuple[Role, ...]
     memory: int  # per thread, and per row where rows share threads; without slots
     slot: int  # of a mini-batch in a group: its state, and what is kept with it
 

@@ -84,9 +84,6 @@ def _identity(command: tuple[str, ...], flags: tuple[str, ...]) -> str:
     return "\n".join([*command, _execute([*command, "--version"]), platform.machine(), defined, *flags])
 
 
-# -- the cache: KEY.DIGEST.so, the key of what was compiled, the digest of what came out ------------------------------
-
-
 def _folders() -> Iterator[Path]:
     """Yield the cache, then a private folder among the temporary files, for a cache that cannot be written."""
     yield cache_folder()
@@ -182,9 +179,6 @@ def clear_cache() -> tuple[int, int]:
             path.unlink(missing_ok=True)
             count, nbytes = count + 1, nbytes + size
     return count, nbytes
-
-
-# -- calls -----------------------------------------------------------------------------------------------------------
 
 
 Place = tuple[int, ...]  # an `Arg` of the preamble: where a tensor's entries are, and strides of (n, B, H, ...)

@@ -42,7 +42,7 @@ from dualform.ops.table import kind_of
 EACH, ROW = "n", "0"  # the place of an argument along n: each mini-batch has its own; the only one of its row
 
 What = Input | int | None
-Argument = tuple[str, What]
+Role = tuple[str, What]
 # What the caller's tensors are made of, where that is not what is computed in: ((part, name) of an `Input`, type), ...
 Kinds = tuple[tuple[tuple[str, str], torch.dtype], ...]
 
@@ -188,9 +188,6 @@ def backward_targets(inputs: Sequence[Input], wants: Sequence[bool], cotangents:
         else:
             found.append(Target("given", ("turned", turning.index(x), ROW)))
     return found
-
-
-# -- split where the state passes --------------------------------------------------------------------------------------
 
 
 def in_turn(t: Target) -> Target:

@@ -136,9 +136,6 @@ def spelt(x: float) -> str:
     return repr(float(x)) if math.isfinite(x) else f"float('{float(x)}')"
 
 
-# -- views that move nothing -------------------------------------------------------------------------------------------
-
-
 def _along(x: Value, shape: Sequence[int], order: Sequence[int | None]) -> Value:
     """Give a value new axes: axis order[a] of the old, or None for one that is new or repeated."""
     if isinstance(x, Parts):

@@ -26,7 +26,13 @@ from dualform.kernels.tape import recorded
 from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
-from dualform.kernels.triton_schedule import Direction, Refused, advance_direction, forward_direction, reverse_direction
+from dualform.kernels.triton_schedule import (
+    Refused,
+    TileDirection,
+    advance_direction,
+    forward_direction,
+    reverse_direction,
+)
 from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_token import Token, written_over
 from dualform.kernels.triton_trial import trial
@@ -113,7 +119,7 @@ def written(
     states = sum(x.part in ("th", "R") for x in inputs)
     alone = step.num_outputs - 1 != states  # such a mini-batch is the only one of its call
 
-    def kernels(d: Direction) -> list[Kernel]:
+    def kernels(d: TileDirection) -> list[Kernel]:
         return sliced(d) if slices and not alone else [d.kernel()]
 
     try:

@@ -278,8 +278,6 @@ def short_of_memory(name: str, error: Exception) -> BackendError:
     )
 
 
-# -- compiling without a card ------------------------------------------------------------------------------------------
-
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",

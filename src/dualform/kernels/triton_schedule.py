@@ -51,7 +51,7 @@ class Refused(BackendError):
 
 
 @dataclass
-class Direction:
+class TileDirection:
     """A graph, where its inputs come from and its outputs go; and its kernel, written.
 
     carried: inputs that the next mini-batch has from this one, with the output that they become (None: none does).
@@ -379,36 +379,33 @@ def _is_deep(n: fx.Node) -> bool:
     return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
 
 
-# -- directions --------------------------------------------------------------------------------------------------------
-
-
 def forward_direction(
     plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision, keeps: str
-) -> Direction:
+) -> TileDirection:
     """Read the forward direction. keeps: which states it stores, "" none, "some" every G-th, "each"."""
     graph = lowered(plain)
     targets = forward_targets(inputs, len(results_of(graph.graph)))
-    return Direction("forward", graph, inputs, targets, dtype, precision, keeps)
+    return TileDirection("forward", graph, inputs, targets, dtype, precision, keeps)
 
 
 def advance_direction(
     plain: fx.GraphModule, inputs: Sequence[Input], dtype: torch.dtype, precision: Precision
-) -> Direction:
+) -> TileDirection:
     """Read what computes a group's states again, and stores each."""
     graph = lowered(only_outputs(plain, slice(1, None)))
     targets = forward_targets(inputs, 1 + len(results_of(graph.graph)))[1:]
-    return Direction("advance", graph, inputs, targets, dtype, precision, "each")
+    return TileDirection("advance", graph, inputs, targets, dtype, precision, "each")
 
 
 def reverse_direction(
     reverse: fx.GraphModule, inputs: Sequence[Input], wants: Sequence[bool], outputs: int, dtype: torch.dtype,
     precision: Precision,
-) -> Direction:  # fmt: skip
+) -> TileDirection:  # fmt: skip
     """Read the vjp, from the last mini-batch to the first."""
     cotangents = [Input("cotangent", str(k), "block") for k in range(outputs)]
     targets = backward_targets(inputs, wants, cotangents[1:])
     sources = [*inputs, *cotangents]
-    return Direction("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
+    return TileDirection("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
 
 
-__all__ = ["Direction", "Refused", "advance_direction", "forward_direction", "reverse_direction"]
+__all__ = ["Refused", "TileDirection", "advance_direction", "forward_direction", "reverse_direction"]

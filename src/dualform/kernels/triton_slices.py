@@ -19,7 +19,7 @@ from dualform.graphs.split import dispatch, split
 from dualform.kernels.sharing import made_again
 from dualform.kernels.targets import parted, views_apart
 from dualform.kernels.triton_kernel import Kernel
-from dualform.kernels.triton_schedule import Direction
+from dualform.kernels.triton_schedule import TileDirection
 from dualform.ops.table import kind_of
 
 # Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum
@@ -90,7 +90,7 @@ def _is_factor_alone(n: fx.Node) -> bool:
     return True
 
 
-def sliced(d: Direction) -> list[Kernel]:
+def sliced(d: TileDirection) -> list[Kernel]:
     """Cut a direction where its state passes."""
     views_apart(d.graph)
     on = [k for k, t in enumerate(d.targets) if t.kind == "over"]
@@ -99,12 +99,12 @@ def sliced(d: Direction) -> list[Kernel]:
         maps_apart(d.graph.graph, places, [x for k in on if isinstance(x := results_of(d.graph.graph)[k], fx.Node)])
     results = results_of(d.graph.graph)
     f = split(d.graph, places, on, None, _stored, _working, again=lambda values: made_again(values, _passing, _making))
-    found: list[Direction] = []
+    found: list[TileDirection] = []
     for name, graph, made, goes in parted(f, d.sources, d.targets, results):
         if goes:
             without_repeats(graph.graph)
             keeps, own = d.keeps if name == "loop" else "", f"{d.name}_{name}"
-            found.append(Direction(own, graph, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole))
+            found.append(TileDirection(own, graph, made, goes, d.dtype, d.precision, keeps, d.backwards, d.whole))
     readers: dict[str, list[fx.Node]] = {}
     for one in found:
         for n, x in zip(inputs_of(one.graph.graph), one.sources, strict=True):

@@ -129,9 +129,6 @@ def inductor(blocks: int = 8) -> Backend:
     return Backend(by_inductor, blocks)
 
 
-# -- which one -------------------------------------------------------------------------------------------------------
-
-
 def backends_key(spec: object, where: str = "program") -> str:
     """Write a backend, spelt in any way, as the one text that stands for it: `cpp`, `inductor {"blocks":
     2}`, `auto`."""
@@ -185,9 +182,6 @@ def chosen_in_words(plan: Plan) -> str:
     each = ((name, backend_of(name).whole) for name in backends.names())
     words = ((name, whole.says(plan)) for name, whole in each if whole is not None)
     return "; ".join([*(f"{name} {when}" for name, when in words if when), "else eager"])
-
-
-# -- running ---------------------------------------------------------------------------------------------------------
 
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.learning.front_door import Parts
+from dualform.learning.front_door import Roles
 from dualform.learning.rules import Rule
 from dualform.learning.state import State
 from dualform.shapes import ShapeError, require
@@ -127,7 +127,7 @@ def started(fast: Mapping[str, Tensor], start: tuple[float, ...], B: int) -> Sta
 class Signature(NamedTuple):
     """What a program takes: its learner's tensors, its rule, its mini-batch; its widths where they are known."""
 
-    parts: Parts
+    parts: Roles
     rule: Rule
     chunk: int
     width: int | None

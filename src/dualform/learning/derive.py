@@ -32,7 +32,7 @@ from dualform.graphs.whole_norms import whole_norms
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.flat_leaves import InPieces, Ranges, cut_leaves
 from dualform.learning.forms import Form, forms
-from dualform.learning.front_door import FrontDoor, Parts, Routine, like
+from dualform.learning.front_door import FrontDoor, Roles, Routine, like
 from dualform.learning.grid import Variant
 from dualform.learning.reassociate import reassociate
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
@@ -163,7 +163,7 @@ class Derivation:
     block: int | None = None
     per_token: int | None = None  # a site whose weights are to be formed per token, whatever it allows
     source: Derivation | None = None  # the same in another dtype, whose graphs are taken
-    parts: Parts = field(init=False)
+    parts: Roles = field(init=False)
     V: int = field(init=False, default=0)
     out_width: int = field(init=False, default=0)  # how many numbers a token's result has
     constants: dict[str, Tensor] = field(default_factory=dict)

@@ -34,7 +34,7 @@ from dualform.storages import contents
 aten = torch.ops.aten
 
 
-class Parts(NamedTuple):
+class Roles(NamedTuple):
     """A learner's tensors by role; `closed`: those that learner, objective and rule close over."""
 
     fast: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
         return {**self.slow, **self.buffers, **self.closed}
 
 
-def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Parts:
+def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Roles:
     """Sort a learner's tensors: slow are those that patterns (given, and the module's own `slow`) or `frozen` name."""
     own = getattr(learner, "slow", ())
     own = () if isinstance(own, Tensor | nn.Module) else own  # a part of that name
@@ -69,7 +69,7 @@ def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[s
             "expected at least one. A learner without weights cannot learn: give it an nn.Parameter that requires a "
             "gradient."
         )
-    return Parts(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
+    return Roles(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
 
 
 def patterns(name: str, given: Any) -> tuple[str, ...]:

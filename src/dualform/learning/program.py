@@ -26,7 +26,7 @@ from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
 from dualform.learning.forms import forms
-from dualform.learning.front_door import FrontDoor, Parts, patterns
+from dualform.learning.front_door import FrontDoor, Roles, patterns
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
 from dualform.learning.op import register, scan
@@ -79,7 +79,7 @@ class ChunkProgram(nn.Module):
             undisturbed(lambda: [self.door.trace_rule(max(2, self.chunk) + n, dtype) for n in range(2)])
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> Roles:
         """The learner's tensors by role, and those that learner, objective and rule close over; live."""
         return self.door.parts
 

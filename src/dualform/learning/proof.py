@@ -80,9 +80,6 @@ def _under_way() -> Iterator[None]:
         _proving.reset(token)
 
 
-# -- the memory --------------------------------------------------------------------------------------------------
-
-
 def cache_folder() -> Path:
     """Where proofs and compiled code are kept: $DUALFORM_CACHE, else the user's cache folder."""
     base = os.environ.get("DUALFORM_CACHE")
@@ -158,9 +155,6 @@ def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dty
     worst = max(found, key=lambda n: math.inf if math.isnan(found[n]) else found[n], default="")
     allowed = max(TOLERANCES[d] for d in {dtype, *(x.dtype for x in finite.values())} & TOLERANCES.keys())
     return "" if not worst or found[worst] <= allowed else f"{worst} by {found[worst]:.2g} of the largest entry"
-
-
-# -- the proof ---------------------------------------------------------------------------------------------------
 
 
 def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:

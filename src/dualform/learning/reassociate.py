@@ -107,9 +107,6 @@ def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
             a.graph.graph.erase_node(node)
 
 
-# -- reading a product -------------------------------------------------------------------------------------------
-
-
 def _chains(a: Analysis, node: fx.Node, limit: float) -> list[_Chain] | None:
     try:
         return [_chain(a, term, limit) for term in _product_of(a, node)]
@@ -239,9 +236,6 @@ def _offset(node: fx.Node) -> float:
     args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda _: torch.zeros((), dtype=torch.float64))
     with no_modes():
         return float(node.target(*args, **kwargs))  # type: ignore[operator]
-
-
-# -- writing a chain ---------------------------------------------------------------------------------------------
 
 
 def _chain(a: Analysis, term: Term, limit: float) -> _Chain:
