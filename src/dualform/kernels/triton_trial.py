@@ -149,6 +149,11 @@ def _laid(x: dict[str, Any]) -> Tensor:
     return room.as_strided(x["shape"], x["stride"])
 
 
+def _bytes(x: Tensor) -> Tensor:
+    """The bytes of a tensor, NaNs too; contiguous() leaves an axis of one entry the stride that it has."""
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def serve() -> None:
     """Run launches that come in, one after the other."""
     source, goal = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -164,11 +169,7 @@ def serve() -> None:
             before = [x.clone() for x in tensors]
             first_run(what["text"], what["name"], places, what["grid"], what["numbers"], Launch(*what["how"]))
             pairs = zip(tensors, before, strict=True)
-            answer = {
-                "values": [
-                    None if torch.equal(*(t.contiguous().view(torch.uint8) for t in p)) else p[0].cpu() for p in pairs
-                ]
-            }
+            answer = {"values": [None if torch.equal(_bytes(x), _bytes(y)) else x.cpu() for x, y in pairs]}
         except BackendError as error:
             answer = {"refused": str(error)}
         except torch.OutOfMemoryError as error:

@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from dualform.models.arguments import refuse_unknown
 from dualform.models.body import DualformModel, DualformPreTrainedModel, cross_entropy
 from dualform.models.cache import Rollback, adopt
+from dualform.models.captured import CapturedStep, is_capturable
 from dualform.models.configuration import DualformConfig
 from dualform.models.documents import as_reset, onto_padding
 from dualform.models.versions import CACHE, OTHER, CausalOutput, renamed, transformers_version
@@ -148,6 +149,15 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         if isinstance(cache := model_kwargs.get(CACHE), Cache):
             adopt(cache, self.config)
         return result
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        own = is_capturable(self) and not generation_config.disable_compile and generation_config.compile_config is None
+        return own or cast("Any", super())._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return what `generate` calls for each token after the prompt: CUDA graphs, where nothing else was asked."""
+        own = compile_config is None and is_capturable(self)
+        return CapturedStep(self) if own else cast("Any", super()).get_compiled_call(compile_config)
 
     def _prefill(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
