@@ -384,6 +384,13 @@ def test_bench_compares_backends_and_the_cache_is_cleared(capfd, monkeypatch, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_of_a_gpu_that_is_not_there(capfd):
+    status, _, err = run(capfd, "bench", "gpu")
+    assert status == 2
+    assert "torch sees no CUDA device; expected one. Use `bench cpu`." in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

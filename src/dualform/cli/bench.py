@@ -1,11 +1,12 @@
-"""`dualform bench cpu`: how fast the built-in learners run here, op by op and compiled, beside attention."""
+"""`dualform bench cpu|gpu`: how fast the built-in learners run here, op by op and compiled, beside attention."""
 
 from __future__ import annotations
 
 import inspect
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from cyclopts import Parameter
@@ -17,13 +18,29 @@ from dualform.learning.learners import learners
 from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.rules import rules
 
-BACKENDS = ("eager", "cpp")
+
+class Machine(NamedTuple):
+    """What runs: where, by which backend beside eager, in which type, and at which sizes if none are asked for."""
+
+    device: str
+    backend: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    heads: int
+
+
+MACHINES = {
+    "cpu": Machine("cpu", "cpp", torch.float32, 1, 1024, 4),
+    "gpu": Machine("cuda", "triton", torch.bfloat16, 8, 2048, 12),
+}
 
 
 def bench(
-    name: Literal["cpu"], /, *,
-    learner: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None, batch: int = 1,
-    length: int = 1024, dim: int = 64, heads: int = 4, chunk: int = 16, rounds: int = 3,
+    name: Literal["cpu", "gpu"], /, *,
+    learner: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    batch: int | None = None, length: int | None = None, dim: int = 64, heads: int | None = None, chunk: int = 16,
+    rounds: int = 3,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:  # fmt: skip
     """Time a forward and backward pass of each learner, in milliseconds, the best of some rounds.
@@ -31,17 +48,17 @@ def bench(
     Parameters
     ----------
     name
-        cpu.
+        cpu: eager and generated C++, float32. gpu: eager and generated Triton, bfloat16.
     learner
         Names of learners; default all, each with its default options.
     batch
-        Sequences at once.
+        Sequences at once. Default 1 on a CPU, 8 on a GPU.
     length
-        Tokens of a sequence.
+        Tokens of a sequence. Default 1024 on a CPU, 2048 on a GPU.
     dim
         Width of a head.
     heads
-        Heads.
+        Heads. Default 4 on a CPU, 12 on a GPU.
     chunk
         Tokens of a mini-batch.
     rounds
@@ -49,24 +66,32 @@ def bench(
     as_json
         Print JSON instead of a table.
     """
+    on = MACHINES[name]
+    batch, length, heads = (
+        own if given is None else given for own, given in zip(on[3:], (batch, length, heads), strict=True)
+    )
     sizes = {"batch": batch, "length": length, "dim": dim, "heads": heads, "chunk": chunk, "rounds": rounds}
     for key, value in sizes.items():
         if value < 1:
             raise UsageError(f"bench: --{key} is {value}; expected a number >= 1.")
+    if on.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("bench: gpu is asked for, and torch sees no CUDA device; expected one. Use `bench cpu`.")
     torch.manual_seed(0)
-    q, k, v = (torch.randn(batch, length, heads, dim, requires_grad=True) for _ in range(3))
-    rule = rules.SGD(lr=0.1, averaged=True)
-    programs = {key: derive(learners.build(key)(dim), rule=rule, chunk=chunk) for key in learner or _alone()}
-    rows = [{"learner": key} | compare(program, (q, k, v), rounds) for key, program in programs.items()]
+    with torch.device(on.device):
+        q, k, v = (torch.randn(batch, length, heads, dim, dtype=on.dtype, requires_grad=True) for _ in range(3))
+        rule = rules.SGD(lr=0.1, averaged=True)
+        programs = {key: derive(learners.build(key)(dim), rule=rule, chunk=chunk) for key in learner or _alone()}
+    milliseconds = partial(_milliseconds, rounds=rounds)
+    rows = [{"learner": key} | compare(program, (q, k, v), on, milliseconds) for key, program in programs.items()]
 
     def attend() -> Tensor:
         Q, K, V = (x.transpose(1, 2) for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(Q, K, V, is_causal=True)
 
-    rows.append({"learner": "(attention)", "eager ms": _milliseconds(attend, [q, k, v], rounds)})
-    size = f"batch {batch}, {length} tokens, {heads} heads of {dim}"
-    title = f"forward + backward, {size}, {torch.get_num_threads()} thread(s)"
-    show(rows, title, as_json)
+    rows.append({"learner": "(attention)", "eager ms": milliseconds(attend, [q, k, v])})
+    size = f"batch {batch}, {length} tokens, {heads} heads of {dim}, mini-batches of {chunk}"
+    where = f"{torch.get_num_threads()} thread(s)" if on.device == "cpu" else torch.cuda.get_device_name()
+    show(rows, f"forward + backward, {size}, {where}", as_json)
 
 
 def _alone() -> list[str]:
@@ -75,24 +100,21 @@ def _alone() -> list[str]:
     return [name for name in learners.names() if empty not in learners[name].options.values()]
 
 
-def compare(program: ChunkProgram, qkv: tuple[Tensor, Tensor, Tensor], rounds: int) -> dict[str, Any]:
+def compare(
+    program: ChunkProgram, qkv: tuple[Tensor, Tensor, Tensor], on: Machine,
+    milliseconds: Callable[[Callable[[], Tensor], list[Tensor]], float],
+) -> dict[str, Any]:  # fmt: skip
     """Time a program's two directions on each backend, and one large matrix product beside them."""
     leaves = [*qkv, *program.learner.parameters()]
     found: dict[str, Any] = {}
-    for backend in BACKENDS:
-
-        def run(backend: str = backend) -> Tensor:
-            return program(*qkv, backend=backend)[0]
-
+    for backend in ("eager", on.backend):
         try:
-            found[f"{backend} ms"] = _milliseconds(run, leaves, rounds)
+            found[f"{backend} ms"] = milliseconds(lambda b=backend: program(*qkv, backend=b)[0], leaves)
         except BackendError as error:
             return found | {"note": str(error)}
-    work = _work(program, qkv[0])
-    return found | {
-        "times faster": found["eager ms"] / found["cpp ms"],
-        "% of matmul rate": 100 * work / (found["cpp ms"] / 1e3) / _matmul_rate(),
-    }
+    taken = found[f"{on.backend} ms"]
+    rate = 100 * _work(program, qkv[0]) / (taken / 1e3) / _matmul_rate(on)
+    return found | {"times faster": found["eager ms"] / taken, "% of matmul rate": rate}
 
 
 def _work(program: ChunkProgram, q: Tensor) -> float:
@@ -105,18 +127,26 @@ def _work(program: ChunkProgram, q: Tensor) -> float:
 def _milliseconds(run: Callable[[], Tensor], leaves: list[Tensor], rounds: int) -> float:
     found = []
     for _ in range(rounds + 1):
-        start = time.perf_counter()
+        start = _now(leaves[0])
         torch.autograd.grad(run().sum(), leaves, allow_unused=True)
-        found.append(1e3 * (time.perf_counter() - start))
+        found.append(1e3 * (_now(leaves[0]) - start))
     return min(found[1:])
 
 
-def _matmul_rate() -> float:
+def _now(x: Tensor) -> float:
+    """Read the clock, once all is done that was launched."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
+
+def _matmul_rate(on: Machine) -> float:
     """Measure multiplications and additions per second of one large product."""
-    a = torch.randn(768, 768)
+    size = 768 if on.device == "cpu" else 8192
+    a = torch.randn(size, size, device=on.device, dtype=on.dtype)
     found = []
     for _ in range(15):
-        start = time.perf_counter()
+        start = _now(a)
         torch.mm(a, a)
-        found.append(time.perf_counter() - start)
-    return 2 * 768**3 / min(found)
+        found.append(_now(a) - start)
+    return 2 * size**3 / min(found)
