@@ -69,3 +69,18 @@ def test_ragged_rows_compile_with_gradients(layer):
     got, wanted = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in both(x))
     for n, (a, b) in enumerate(zip(got, wanted, strict=True)):
         laws.agree(f"gradient {n}", a, b)
+
+
+def test_a_program_compiles_for_sizes_that_vary():
+    """dynamic=True takes the width for one that varies too, where a program is called on its inputs themselves."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    program = df.derive(df.learners.MLP(expand=2)(4).double(), rule=df.rules.SGD(lr=0.1), chunk=4)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(program, fullgraph=True, backend=counter, dynamic=True)
+    for B, T, H in ((2, 6, 3), (3, 9, 2), (2, 13, 4)):
+        given = [torch.randn(B, T, H, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv"]
+        got, wanted = (torch.autograd.grad(call(*given)[0].square().sum(), given) for call in (compiled, program))
+        for n, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            laws.agree(f"B {B}, T {T}, H {H}, gradient {n}", a, b)
+    assert counter.frame_count <= 2

@@ -9,6 +9,7 @@ Legend: B batch, T time, H heads.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
@@ -319,7 +320,8 @@ def _scanned(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
         return stepped
-    kind, nbytes, keep = (name, form, call.q.shape[-1], call.dtype), 0, 0
+    width = operator.index(call.q.shape[-1])  # a compiler may take it for one that varies
+    kind, nbytes, keep = (name, form, width, call.dtype), 0, 0
     if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
         nbytes = call.q.shape[0] * sum(x.nbytes for x in call.init.values())
         keep = backend_of(chosen(backend, _plan(*kind), call)).keep
