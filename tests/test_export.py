@@ -287,3 +287,63 @@ def test_models_of_any_length(kind, masked):
         if masked:
             given["attention_mask"] = mask.long()
         laws.agree("logits", found(**given).logits[mask], model(**given).logits[mask])
+
+
+class Tempered(nn.Module):
+    """An objective whose part holds what it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, prediction, target):
+        return (self.parts(prediction) - target).square().sum(-1)
+
+
+class Moded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(0.3 * torch.randn(4, 4))
+
+    def forward(self, x):
+        return (x @ self.W) * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("of", ["program", "layer"])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+def test_a_file_holds_the_weights_as_weights(of, strict):
+    """They have gradients there, other ones may be loaded, and what an objective learns is among them."""
+    torch.manual_seed(0)
+    program = df.derive(Moded(), Tempered(), df.rules.SGD(lr=0.1), chunk=4)
+    layer = df.TestTimeTraining(8, 2, learner=lambda _: Moded(), objective=Tempered(), chunk=4)
+    module, given = (program, [torch.randn(2, 9, 2, 4)] * 3) if of == "program" else (layer, [torch.randn(2, 9, 8)])
+    module.double()
+    given = [x.double() for x in given]
+    T = Dim("T", min=2, max=64)
+    made = export(module, tuple(given), dynamic_shapes=({1: T},) * len(given), strict=strict).module()
+    assert "objective.parts.0.weight" in dict(made.named_parameters())
+    other = {name: x + 0.1 * torch.randn_like(x) for name, x in module.state_dict().items()}
+    for one in (made, module):
+        one.load_state_dict(other)
+    shorter = [x[:, :5] for x in given]
+    (got, wanted) = (call(*shorter)[0] for call in (made, module))
+    laws.agree("o", got, wanted)
+    names = [name for name, p in module.named_parameters() if "post_norm.bias" not in name]
+    for name in names:
+        parameters = made.get_parameter(name), module.get_parameter(name)
+        found = [
+            torch.autograd.grad(o.square().sum(), p, retain_graph=True)[0]
+            for o, p in zip((got, wanted), parameters, strict=True)
+        ]
+        laws.agree(name, *found)
+
+
+def test_a_mode_that_changed_is_exported_and_the_program_goes_on():
+    torch.manual_seed(0)
+    program, x = df.derive(Moded().double(), chunk=4), torch.randn(2, 9, 2, 4).double()
+    program(x, x, x)
+    program.eval()
+    got = export(program, (x, x, x)).module()(x, x, x)[0]
+    laws.agree("o", got, program(x, x, x)[0])
+    laws.agree("definition", got, program(x, x, x, form="primal")[0])

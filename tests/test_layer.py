@@ -439,3 +439,25 @@ def test_a_learner_is_said_in_many_ways(learner):
 def test_what_is_no_learner_is_named(learner, message):
     with pytest.raises(ValueError, match=message):
         df.TestTimeTraining(8, 2, learner=learner)
+
+
+def test_an_objective_that_learns_is_a_part_of_the_layer():
+    """What it holds is trained, moved, saved and copied with the layer."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, prediction, target):
+            return (self.parts(prediction) - target).square().sum(-1)
+
+    layers = [df.TestTimeTraining(8, 2, learner="linear", objective=Weighted(), chunk=3).double() for _ in range(2)]
+    x = rand(2, 7, 8)
+    layers[0](x)[0].square().sum().backward()
+    assert all(p.grad is not None for p in layers[0].parameters())
+    torch.optim.SGD(layers[0].parameters(), 1e-2).step()
+    layers[1].load_state_dict(layers[0].state_dict())
+    for other in (layers[1], copy.deepcopy(layers[0])):
+        torch.testing.assert_close(other(x)[0], layers[0](x)[0])
+        assert other.objective is other.program.objective is not layers[0].objective

@@ -622,6 +622,12 @@ def test_evaluate_may_score_another_text_and_says_when_it_would(capfd, straight,
         assert (status, f"is {words[1]}; expected" in err) == (1 if words[1] == "1" else 2, True), err
 
 
+def test_evaluate_on_no_text_is_named(capfd, straight):
+    status, out, err = command(capfd, "evaluate", straight, "--data", "")
+    assert (status, out) == (1, "")
+    assert "data is ''; expected a file, a folder, or 'shakespeare'" in err
+
+
 def test_evaluate_of_a_run_without_a_model_names_its_checkpoint(capfd, run, text):
     status, _, err = command(capfd, "evaluate", run)
     assert status == 2
@@ -646,6 +652,14 @@ MISTAKES = {
     "--set model=3": (2, "model is 3; expected a table"),
     "--data /proc/self/mem": (1, "/proc/self/mem cannot be read"),
     "--set data=3": (2, "data is 3; expected a value of type str"),
+    "--data ": (1, "data is ''; expected a file, a folder, or 'shakespeare'"),
+    "--set data=": (1, "data is ''; expected"),
+    "--set seed=1\nmax_steps=9": (2, "seed is '1\\nmax_steps=9'; expected a value of type int"),
+    "--set model.dtype=bfloat16": (2, "the model has no field 'dtype'"),
+    "--set model.return_dict=false": (2, "the model has no field 'return_dict'"),
+    "--set model.output_hidden_states=true": (2, "the model has no field 'output_hidden_states'"),
+    "--set model.bos_token_id=7": (2, "model.bos_token_id is 7; expected 1, that of the tokenizer of bytes"),
+    "--set model.eos_token_id=[2, 5]": (2, "model.eos_token_id is [2, 5]; expected 2"),
 }
 
 

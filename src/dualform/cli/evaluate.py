@@ -45,7 +45,7 @@ def evaluate(
         )
     run = run_of(Path(model))
     settings = Settings() if run is None else run.settings
-    corpus = run.corpus() if run is not None and data is None else load_corpus(data or settings.data)
+    corpus = run.corpus() if run is not None and data is None else load_corpus(settings.data if data is None else data)
     rows = PackedRows(corpus.test, seq_len or settings.seq_len, keep_rest=True)
     result = score(lm, rows, batch_size=batch_size or settings.batch_size)
     table = [{"model": name, "bits per byte": bits} for name, bits in baselines(corpus.train, corpus.test).items()]

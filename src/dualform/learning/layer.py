@@ -114,6 +114,9 @@ class TestTimeTraining(nn.Module):
         born = [dict(model.named_parameters()) for model in models if isinstance(model, nn.Module)]
         made = derive(materialised(models[0]), objective, rule, chunk=chunk, prove=prove)
         object.__setattr__(self, "program", made)
+        for name, part in made.named_children():  # an objective that is a module is trained, saved and moved with this
+            if name != "learner":
+                self.add_module(name, part)
         parts = self.program.parts
         self.leaves = own_names("initial_", [*parts.fast, *parts.slow])
         for name, own in self.leaves.items():

@@ -9,6 +9,7 @@ Legend: B batch, T time, H heads.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
@@ -24,9 +25,11 @@ from dualform.graphs.this_thread import compiles, exports, is_looked_at
 from dualform.learning import shipped
 from dualform.learning.backends import BackendError, backend_of, check_step, chosen, run_backward, run_forward
 from dualform.learning.call import Call, Names
+from dualform.learning.front_door import FrontDoor
 from dualform.learning.grid import variants_of
 from dualform.learning.loop import checkpointed, run_visible
 from dualform.learning.plan import Plan
+from dualform.learning.sites import DerivationError
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of_many, on_behalf, undisturbed, watched
 
@@ -34,9 +37,14 @@ from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of
 class Source(Protocol):
     """What makes plans: a program."""
 
+    door: FrontDoor
+    places: dict[str, str]
+
     @property
     def tensor_names(self) -> Names: ...
     def plan(self, K: int, dtype: torch.dtype, form: str) -> Plan: ...
+    def follow(self) -> None: ...
+    def as_read(self) -> AbstractContextManager[None]: ...
 
 
 _sources: WeakValueDictionary[str, Source] = WeakValueDictionary()
@@ -60,7 +68,7 @@ def _plan(name: str, form: str, K: int, dtype: torch.dtype) -> Plan:
     if not plan.key:
         with TRACING:
             key = plan.key or f"plan{next(_count)}"
-            plan.names, _plans[key] = source.tensor_names, plan
+            plan.names, plan.asked, _plans[key] = source.tensor_names, (name, K, dtype, form), plan
             plan.key = key  # last: who reads it finds the rest
     return plan
 
@@ -73,6 +81,15 @@ def _constant(f: F) -> F:
 
 
 @_constant
+def followed(name: str, modes: tuple[bool, ...]) -> bool:
+    """Let a program follow what has changed, before a compiler looks at it."""
+    source = _sources[name]
+    with source.as_read():
+        undisturbed(source.follow, role="holds")
+    return True
+
+
+@_constant
 def _key(name: str, form: str, K: int, dtype: torch.dtype) -> str:
     return _plan(name, form, K, dtype).key
 
@@ -80,7 +97,11 @@ def _key(name: str, form: str, K: int, dtype: torch.dtype) -> str:
 @_constant
 def _text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: str) -> str:
     """Write a plan for a file that other processes read. T: the length of every call, None if it may vary."""
-    plan = _plan(name, form, K, dtype)
+    with _sources[name].as_read():
+        return _written(_plan(name, form, K, dtype), T, given)
+
+
+def _written(plan: Plan, T: int | None, given: str) -> str:
     d, (carried, masked, resets) = plan.derivation, (x in given.split(",") for x in ("carried", "mask", "reset"))
     return undisturbed(lambda: shipped.written(plan, variants_of(T, d.chunk, d.block, carried, masked, resets)))
 
@@ -208,9 +229,28 @@ def _backward_visibly(key: str, tensors: list[Tensor], grads: Sequence[Tensor | 
     return [next(found) if x.requires_grad else None for x in given]
 
 
+def _expect_current(plan: Plan) -> None:
+    """Refuse to run, in a compiled graph, what its program was when that is another function by now."""
+    name, K, dtype, form = plan.asked or ("", 0, torch.float32, "")
+    source = _sources.get(name)
+    if source is None or source.door.is_current():
+        return
+    closed = dict(source.door.parts.closed)
+    undisturbed(source.follow, role="holds")
+    same = source.plan(K, dtype, form).derivation.structure == plan.derivation.structure
+    now = {name: x for name, x in source.door.parts.closed.items() if name not in source.places}
+    other = [name for name, x in now.items() if x is not closed.get(name)] if same else ["learner, objective or rule"]
+    if other:
+        raise DerivationError(
+            f"program: {other[0]} changed after torch.compile had read it; expected what was compiled. Compile again, "
+            "after torch.compiler.reset()."
+        )
+
+
 @custom_operator("scan", _scan_shapes, _backward, _setup)
 def scan_op(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
     plan, call, backend = _call(key, tensors)
+    _expect_current(plan)
     if any(has_tangent(x) for x in tensors):
         raise NotImplementedError(
             "dualform: a compiled or exported graph was given dual tensors of torch.autograd.forward_ad; expected "
@@ -319,7 +359,8 @@ def _scanned(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if not learns and (stepped := _stepped(name, form, backend, call, overwrite)) is not None:
         return stepped
-    kind, nbytes, keep = (name, form, call.q.shape[-1], call.dtype), 0, 0
+    width = operator.index(call.q.shape[-1])  # a compiler may take it for one that varies
+    kind, nbytes, keep = (name, form, width, call.dtype), 0, 0
     if learns and not compiles():  # there the op alone chooses, and sizes may be symbols
         nbytes = call.q.shape[0] * sum(x.nbytes for x in call.init.values())
         keep = backend_of(chosen(backend, _plan(*kind), call)).keep

@@ -212,6 +212,7 @@ class Plan:
     natives: Natives = field(default_factory=Natives)
     names: Names = ([], [], [])
     key: str = ""  # what an op knows it by
+    asked: tuple[str, int, torch.dtype, str] | None = None  # whose it is, and for what: program, width, dtype, form
     is_checked: bool = False  # is generated code compared with eager at its first use?
     source: Plan | None = None  # the same in another dtype, whose graphs are taken
 

@@ -6,6 +6,7 @@ Legend: B batch, T time, H heads, K key width, V value width, r registers, b the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -29,13 +30,14 @@ from dualform.learning.forms import forms
 from dualform.learning.front_door import FrontDoor, Roles, patterns
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import objectives
-from dualform.learning.op import register, scan
+from dualform.learning.op import followed, register, scan
 from dualform.learning.plan import Plan
 from dualform.learning.primal import primal
 from dualform.learning.printer import Cost, cost_of, print_step
 from dualform.learning.proof import Proof, cache_folder
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
+from dualform.learning.standing import Written, as_they_stand, note_places, put_back
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, is_known, undisturbed
 from dualform.learning.width import infer_width
@@ -62,10 +64,11 @@ class ChunkProgram(nn.Module):
             learner, objective, rule, chunk, slow, block,
         )  # fmt: skip
         self.prove, self.per_token = prove, per_token
-        self.proofs: dict[str, Proof] = {}
+        self.proofs: dict[str, Proof] = Written()
+        self.places: dict[str, str] = Written()
         self.door = FrontDoor(learner, objective, rule, slow)
         self.name = register(self)
-        self.plans: dict[Any, Plan] = {}
+        self.plans: dict[Any, Plan] = Written()
         with undrawn(self.door.reading.generators):
             self.width: int | None = infer_width(learner)
         self.out_width: int | None = None
@@ -81,16 +84,27 @@ class ChunkProgram(nn.Module):
     @property
     def parts(self) -> Roles:
         """The learner's tensors by role, and those that learner, objective and rule close over; live."""
-        return self.door.parts
+        return as_they_stand(self, self.door.parts, self.places) if compiles() else self.door.parts
+
+    def as_read(self) -> AbstractContextManager[None]:
+        """Stand, while a trace runs, as when it was read."""
+        return put_back(self, self.door.parts, self.places)
 
     def refresh(self) -> None:
         """Follow what has changed since the last call."""
-        if compiles() or self.door.is_current():
-            return
+        if compiles():
+            followed(self.name, tuple(part.training for part in self.modules()))  # modes: asked for at each call
+        elif not self.door.is_current():
+            self.follow()
+
+    def follow(self) -> None:
+        """Read anew what has changed; derive anew if it is another function."""
         with TRACING:
-            if not self.door.is_current() and not self.door.read():
-                self.plans.clear()
-                self._derive()
+            if not self.door.is_current():
+                if not self.door.read():
+                    self.plans.clear()
+                    self._derive()
+                note_places(self.places, self, self.door.parts.closed)
 
     @property
     def signature(self) -> Signature:
@@ -129,6 +143,7 @@ class ChunkProgram(nn.Module):
                 made = undisturbed(build)
                 twin = _structures.setdefault(self._structure(made), Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
+                note_places(self.places, self, self.door.parts.closed)
                 self.plans[key] = Plan(
                     made, twin.ways, twin.natives, is_checked=proving.is_on(self.prove), source=source
                 )
@@ -150,9 +165,11 @@ class ChunkProgram(nn.Module):
             try:
                 found = undisturbed(partial(proving.prove, self, made.K, made.dtype, form), role="holds")
             except BaseException:
-                self.plans = {k: plan for k, plan in kept.items() if k[2] != form}
+                kept = {k: plan for k, plan in kept.items() if k[2] != form}
                 raise
-            self.plans = kept
+            finally:
+                self.plans.clear()
+                self.plans.update(kept)
             proving.remember(folder, key, found)
         _proved[self._structure(made)] = found
         return found

@@ -73,6 +73,8 @@ def load_corpus(source: str) -> Corpus:
     Dtype:  none.
     Raises: CorpusError if there is nothing to read, or more than can be held in memory.
     """
+    if not source:  # as of a shell's variable that is not set; a path of no letters is the folder one stands in
+        raise CorpusError("load_corpus: data is ''; expected a file, a folder, or 'shakespeare'. Name one.")
     path = source_path(source)
     if path is None:
         return shakespeare()

@@ -78,7 +78,7 @@ def _fits(name: str, value: Any) -> None:
 
 def configure(settings: Settings) -> DualformConfig:
     """Build the model's configuration: the preset with the overrides, which must name fields that exist."""
-    known = [f.name for f in fields(DualformConfig)]
+    known = list(DualformConfig.__annotations__)  # what else transformers adds changes no run, or breaks it
     for name in settings.model.keys() - set(known):
         raise SettingsError(f"train: the model has no field {name!r}. {near_misses(name, known)}")
     try:
@@ -171,9 +171,9 @@ def _assign(document: dict[str, Any], assignment: str) -> None:
     if not equals or not all(names):
         raise SettingsError(f"train: --set {assignment!r} is no assignment; expected a.b=value, as in model.chunk=8.")
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        (value,) = tomllib.loads(f"x = {text}").values()
+    except ValueError:
+        value = text  # a bare word is a string, and so are several lines
     for name in names[:-1]:
         document = document.setdefault(name, {})
         if not isinstance(document, dict):

@@ -223,6 +223,12 @@ def _parts(settings: Settings, corpus: Corpus) -> RunParts:
             f"train: vocab_size is {config.vocab_size}; expected >= {len(tokenizer)} = 256 bytes and 3 special tokens. "
             "Use a tiny preset, or set model.vocab_size."
         )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer would write the tokenizer's over it
+        given, own = settings.model.get(name), getattr(tokenizer, name)
+        if given not in (None, own):
+            raise SettingsError(
+                f"train: model.{name} is {given}; expected {own}, that of the tokenizer of bytes. Leave it out."
+            )
     return RunParts(rows, held_out, config, tokenizer, RateWarmup(settings.rate_start, settings.rate_warmup_steps))
 
 
