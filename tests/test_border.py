@@ -18,7 +18,7 @@ from dualform.catalogue import Catalogue, CatalogueError, _of_kind, expect, hint
 from dualform.cli import bench, evaluate, explain, generate, main, train
 from dualform.functions.describe import given
 from dualform.learning.objectives import Objective
-from dualform.models.configuration import DualformConfig
+from dualform.models.configuration import DualformConfig, shared
 from dualform.train.settings import Settings, SettingsError
 
 nan, inf = math.nan, math.inf
@@ -191,6 +191,55 @@ def test_every_field_of_the_configuration_is_typed(field):
             assert value is None if hint is Any else fits(value, hint), f"{field.name} takes {value!r}"
         elif hint is not Any and not fits(value, hint):
             assert f"DualformConfig: {field.name}" in text
+
+
+named = [(name, hint) for name, hint in shared.items() if hint is not Any]
+
+
+@pytest.mark.parametrize(("name", "hint"), named, ids=[name for name, _ in named])
+def test_what_stands_beside_the_fields_is_typed(tmp_path, name, hint):
+    """In the constructor, and over a file while it is read."""
+    DualformConfig(preset="tiny-ttt-linear").save_pretrained(tmp_path)
+    for value in [*values, ["a"], [1], [None], {0: "a"}]:
+        given = {name: value}
+        text = refusal(lambda given=given: DualformConfig(preset="tiny-ttt-linear", **given))
+        assert fits(value, hint) if text is None else re.match(rf"DualformConfig: {name}(\[0\])? is ", text), (value, text)
+        if text is not None and value is not None and name != "model_type":
+            with pytest.raises(ValueError, match=rf"DualformConfig: {name}(\[0\])? is "):
+                DualformConfig.from_pretrained(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": "foo"}, "dtype is 'foo'; expected a type of real numbers. Known: float16, bfloat16, float32, float64."),
+        ({"dtype": "flaot32"}, "Did you mean 'float32'"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; expected a type of real numbers."),
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; expected a type of real numbers."),
+        ({"hidden_act": "rleu"}, "hidden_act is 'rleu'; expected 'silu' or 'swish'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'silu' or 'swish'"),
+        ({"hiden_act": "silu"}, "unknown field 'hiden_act'. Did you mean 'hidden_act'"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; expected greater than or equal to 1"),
+        ({"num_labels": 0}, "num_labels is 0; expected greater than or equal to 1"),
+        ({"id2label": {}}, "id2label is {}; expected {0: name, ...}"),
+        ({"id2label": {"a": "b"}}, "id2label is {'a': 'b'}; expected {0: name, ...}"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True; expected False. There is no encoder."),
+        ({"num_heads": 4}, "unknown field 'num_heads'. Did you mean 'num_attention_heads'"),
+        ({"attention_dropout": 0.1}, "unknown field 'attention_dropout'."),
+        ({"max_length": 20}, "unknown field 'max_length'. Known: "),
+    ],
+)
+def test_what_no_model_reads_is_refused(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DualformConfig(preset="tiny-ttt-linear", **given)
+
+
+def test_what_others_write_into_a_configuration_is_kept(tmp_path):
+    config = DualformConfig(preset="tiny-ttt-linear", dtype="torch.bfloat16", max_position_embeddings=64)
+    config.note = "mine"
+    config.save_pretrained(tmp_path)
+    for same in (DualformConfig.from_pretrained(tmp_path), DualformConfig(**config.to_dict())):
+        assert (same.note, same.max_position_embeddings, same.dtype) == ("mine", 64, torch.bfloat16)
 
 
 def test_whole_numbers_become_the_fractions_that_fields_are():

@@ -22,7 +22,7 @@ from functools import cache, cached_property
 from importlib import import_module
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +97,8 @@ def type_name(hint: Any) -> str:
     """Write an annotation as people say it: `int or None`, `Sequence[float]`."""
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(type_name, get_args(hint)))
+    if get_origin(hint) is Annotated:
+        return type_name(get_args(hint)[0])
     return re.sub(r"\b\w+\.", "", inspect.formatannotation(hint)).replace("NoneType", "None")
 
 
