@@ -1,5 +1,6 @@
 """The border is typed: what no signature takes is refused by name, for every record and field, with no traceback."""
 
+import itertools
 import math
 import re
 import typing
@@ -18,6 +19,7 @@ from dualform.catalogue import Catalogue, CatalogueError, _of_kind, expect, hint
 from dualform.cli import bench, evaluate, explain, generate, main, train
 from dualform.functions.describe import given
 from dualform.learning.objectives import Objective
+from dualform.models.arguments import check_ids, check_labels
 from dualform.models.configuration import DualformConfig, shared
 from dualform.train.settings import Settings, SettingsError
 
@@ -203,7 +205,10 @@ def test_what_stands_beside_the_fields_is_typed(tmp_path, name, hint):
     for value in [*values, ["a"], [1], [None], {0: "a"}]:
         given = {name: value}
         text = refusal(lambda given=given: DualformConfig(preset="tiny-ttt-linear", **given))
-        assert fits(value, hint) if text is None else re.match(rf"DualformConfig: {name}(\[0\])? is ", text), (value, text)
+        assert fits(value, hint) if text is None else re.match(rf"DualformConfig: {name}(\[0\])? is ", text), (
+            value,
+            text,
+        )
         if text is not None and value is not None and name != "model_type":
             with pytest.raises(ValueError, match=rf"DualformConfig: {name}(\[0\])? is "):
                 DualformConfig.from_pretrained(tmp_path, **given)
@@ -212,7 +217,10 @@ def test_what_stands_beside_the_fields_is_typed(tmp_path, name, hint):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dtype": "foo"}, "dtype is 'foo'; expected a type of real numbers. Known: float16, bfloat16, float32, float64."),
+        (
+            {"dtype": "foo"},
+            "dtype is 'foo'; expected a type of real numbers. Known: float16, bfloat16, float32, float64.",
+        ),
         ({"dtype": "flaot32"}, "Did you mean 'float32'"),
         ({"dtype": torch.int8}, "dtype is torch.int8; expected a type of real numbers."),
         ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; expected a type of real numbers."),
@@ -566,3 +574,130 @@ def test_what_a_rules_step_gives_is_typed(name):
     made, words = STEPS[name]
     with pytest.raises(ValueError, match=words):
         df.Rule(step=made)
+
+
+# -- types of numbers, and numbers of rows
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("types", itertools.product(TYPES, repeat=3), ids=str)
+def test_the_widest_type_is_computed_in(types):
+    """o has q's; what is given in float64 is not rounded, whichever of q, k, v and the fast weights it is."""
+    torch.manual_seed(0)
+    learner = torch.nn.Linear(4, 4)
+    program, x = df.derive(learner, chunk=3, prove=False), torch.randn(3, 1, 7, 2, 4).double()
+    q, k, v = (part.to(kind) for part, kind in zip(x, types, strict=True))
+    o, state = program(q, k, v)
+    is_wide = torch.float64 in types
+    assert (o.dtype, state.anchor["weight"].dtype) == (types[0], torch.float64 if is_wide else torch.float32)
+    if is_wide:
+        _, want = df.derive(learner, chunk=3, prove=False)(q.double(), k.double(), v.double())
+        torch.testing.assert_close(state.anchor["weight"], want.anchor["weight"], rtol=1e-12, atol=1e-12)
+
+
+def test_fast_weights_of_float64_are_not_rounded():
+    program, x = df.derive(torch.nn.Linear(4, 4), chunk=3, prove=False), torch.randn(1, 7, 2, 4)
+    own = {"weight": torch.randn(4, 4).double()}
+    start = program.initial_state(1, 2, own)
+    assert torch.equal(start.anchor["weight"][0, 0], own["weight"])
+    o, state = program(x, x, x, params=own)
+    assert (o.dtype, state.anchor["weight"].dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(program(x, x, x, state=start, params=own)[0], o)
+
+
+@pytest.mark.parametrize("options", [{}, {"share_qk": False}, {"use_gate": True}], ids=str)
+@pytest.mark.parametrize(("own", "given"), itertools.permutations(TYPES, 2), ids=str)
+def test_a_layer_names_numbers_of_another_type(options, own, given):
+    made, x = layer(**options).to(own), torch.ones(1, 5, 8, dtype=given)
+    words = rf"x has dtype {given}; expected the parameters' = {own}\. Pass x\.to\({own}\)"
+    with pytest.raises(ValueError, match=words):
+        made(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if torch.float64 not in (own, given):  # which autocast leaves as it is
+            assert made(x)[0].dtype == torch.bfloat16
+            return
+        with pytest.raises(ValueError, match=words):
+            made(x)
+
+
+@pytest.fixture(scope="module")
+def small():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 11}
+    sizes |= {"pad_token_id": None, "num_labels": 3, "layer_types": ["test_time", "full_attention"]}
+    return DualformConfig(preset="tiny-ttt-linear", **sizes)
+
+
+def heads(small):
+    import copy
+
+    kinds = (
+        df.DualformForCausalLM,
+        df.models.DualformForTokenClassification,
+        df.models.DualformForSequenceClassification,
+    )
+    return [kind(copy.deepcopy(small), prove=False) for kind in kinds]
+
+
+def test_embeddings_of_another_type_are_named(small):
+    model = df.DualformForCausalLM(small, prove=False)
+    for kind in (torch.float64, torch.bfloat16):
+        with pytest.raises(
+            ValueError, match=rf"inputs_embeds has dtype {kind}; expected the parameters' = torch.float32"
+        ):
+            model(inputs_embeds=torch.ones(1, 3, 16, dtype=kind))
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 11, 2**40])
+def test_ids_of_no_row_are_named(small, wrong):
+    ids = torch.tensor([[1, 2, wrong]])
+    for model in heads(small):
+        with pytest.raises(ValueError, match=rf"input_ids holds {wrong}; expected ids in 0 \.\.\. vocab_size - 1 = 10"):
+            model(input_ids=ids)
+
+
+@pytest.mark.parametrize("wrong", [-1, -99, 11, 2**40])
+def test_labels_of_no_class_are_named(small, wrong):
+    """By their value, with the number of classes and what -100 means; in each head, whatever brings them."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    lm, tokens, texts = heads(small)
+    bad = torch.tensor([[0, 1, wrong], [-100, 2, 0]])
+    for run, classes in (
+        (lambda: lm(input_ids=ids, labels=bad), 11), (lambda: lm(input_ids=ids, labels=ids, shift_labels=bad), 11),
+        (lambda: tokens(input_ids=ids, labels=bad), 3), (lambda: texts(input_ids=ids, labels=bad[0, 1:]), 3),
+    ):  # fmt: skip
+        words = rf"labels holds {wrong}; expected classes in 0 \.\.\. {classes - 1}, .* -100 where none counts"
+        with pytest.raises(ValueError, match=words):
+            run()
+
+
+def test_labels_of_another_kind_are_named(small):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    lm, tokens, _ = heads(small)
+    for kind in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=rf"labels has dtype {kind}; expected whole numbers"):
+            lm(input_ids=ids, labels=ids.to(kind))
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 2\); expected the logits' = \(2, 3\)"):
+        tokens(input_ids=ids, labels=torch.zeros(2, 2, dtype=torch.long))
+    want = lm(input_ids=ids, labels=ids).loss
+    for kind in (torch.int32, torch.int16, torch.uint8):
+        torch.testing.assert_close(lm(input_ids=ids, labels=ids.to(kind)).loss, want)
+
+
+def test_nothing_is_looked_at_where_values_are_hidden(small, monkeypatch):
+    """A compiled loss has no question in it; and a GPU that trains is not waited for."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    lm = df.DualformForCausalLM(small, prove=False)
+    run = torch.compile(lambda ids: lm(input_ids=ids, labels=ids).loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(ids), lm(input_ids=ids, labels=ids).loss)
+
+    class Far(torch.Tensor):  # a tensor that says that it lies on a GPU, and whose values nobody may ask for
+        is_cuda = property(lambda self: True)
+        aminmax = property(lambda self: pytest.fail("a GPU was waited for"))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    far = torch.full((2, 3), 99).as_subclass(Far)
+    check_ids(far, 11)
+    check_labels(far, torch.zeros(2, 3, 11), -100)
+    with torch.no_grad(), pytest.raises(ValueError, match="holds 99"):
+        check_ids(torch.full((2, 3), 99), 11)

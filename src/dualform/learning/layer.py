@@ -170,7 +170,8 @@ class TestTimeTraining(nn.Module):
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
         z = z.flatten(2)
-        z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
+        if self.post_norm is not None:  # CPUs norm no numbers wider than the gain
+            z = self.post_norm(z.to(min(x.dtype, self.post_norm.weight.dtype, key=lambda kind: kind.itemsize)))
         z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
         return self.o_proj(z), LayerState(memory, tails, position)
 
@@ -200,6 +201,7 @@ class TestTimeTraining(nn.Module):
             )
         if not x.is_floating_point():
             raise ShapeError(f"TestTimeTraining: x has dtype {x.dtype}; expected one of real numbers. Pass x.float().")
+        expect_type("TestTimeTraining", "x", x, self.v_proj)
         B, T, _ = x.shape
         for name, given in (("attention_mask", attention_mask), ("reset", reset)):
             if given is not None and given.shape != (B, T):
@@ -271,6 +273,17 @@ class TestTimeTraining(nn.Module):
         return (
             f"dim={self.dim}, heads={self.heads}, chunk={self.chunk}, learner={type(self.program.learner).__name__}, "
             f"rule={self.program.rule.name}"
+        )
+
+
+def expect_type(where: str, name: str, x: Tensor, linear: nn.Module) -> None:
+    """Refuse numbers of another type than a plain map's, where nothing would cast them: autocast leaves float64 be."""
+    w: Any = linear.weight if type(linear) is nn.Linear else x
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, w.dtype)
+    if x.dtype != w.dtype and type(w) in (Tensor, nn.Parameter) and not (casts or linear._forward_pre_hooks):
+        raise ShapeError(
+            f"{where}: {name} has dtype {x.dtype}; expected the parameters' = {w.dtype}. Pass {name}.to({w.dtype}), or "
+            f"cast the module: .to({x.dtype})."
         )
 
 

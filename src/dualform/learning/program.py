@@ -50,7 +50,8 @@ class ChunkProgram(nn.Module):
     A module like any other: its learner is its part, and so is an objective that is a module. What it derives follows
     them: a changed attribute, mode, closure or replaced parameter is seen at the next call.
     Shape:  q, k (B, T, H, K), v, o (B, T, H, V), gates {name: (B, T, H)}, offset (chunk,), mask, reset (B, T) bool.
-    Dtype:  computes in float32, or float64 if q or the learner is; o has q's dtype, the state never less than float32.
+    Dtype:  computes in float32, or float64 if one of q, k, v and the fast weights is; o has q's dtype, the state never
+            less than float32; gates are cast.
     Raises: ShapeError for inputs that do not fit; DerivationError for a form that does not exist.
     Source: DESIGN sections 1 and 2 of this project.
     """
@@ -201,13 +202,15 @@ class ChunkProgram(nn.Module):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
-        mask: Tensor | None = None, reset: Tensor | None = None, params: Mapping[str, Tensor] | None = None,
-        form: str = "auto",
-        backend: Any = "auto", remat: str | int | None = "auto", nan_policy: str = "propagate", overwrite: bool = False,
+        mask: Tensor | None = None, reset: Tensor | None = None, cu_seqlens: Tensor | None = None,
+        params: Mapping[str, Tensor] | None = None, form: str = "auto", backend: Any = "auto",
+        remat: str | int | None = "auto", nan_policy: str = "propagate", overwrite: bool = False,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
+                cu_seqlens (n + 1,) instead of reset, 0 ... T: the ends of n documents packed into one row, B = 1. The
+                first goes on from the state given; the state returned is that of the last one that has a token.
                 overwrite: the state given is not needed again;
                 a step without gradients may leave the new one in its place.
         Raises: ShapeError, DerivationError; BackendError for a backend that cannot run this; under nan_policy="raise"
@@ -215,7 +218,7 @@ class ChunkProgram(nn.Module):
                 head and mini-batch (not inside torch.compile).
         """
         self.refresh()
-        call = self.signature.call(q, k, v, gates, state, mask, reset, params)
+        call = self.signature.call(q, k, v, gates, state, mask, reset, params, cu_seqlens)
         o, after = self._run(call, form, backends_key(backend), remat, nan_policy, overwrite)
         return o.to(q.dtype), after
 
@@ -261,7 +264,7 @@ class ChunkProgram(nn.Module):
 
         before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
         Shape:  k, v, gates, mask, reset as for a call -> before, after (B, T, H), 0 for padding.
-        Dtype:  float32, or float64 if k or the learner is.
+        Dtype:  float32, or float64 if one of k, v and the fast weights is.
         Raises: ShapeError.
         """
         self.refresh()
@@ -297,8 +300,8 @@ class ChunkProgram(nn.Module):
         for name, x in (("batch", batch), ("heads", heads)):
             advice = "Pass how many there are."
             require(is_whole(x, 0), "program.initial_state", name, x, "a whole number >= 0", advice)
-        signature = self.signature
-        fast, _ = signature.with_heads(params or {}, heads, *signature.kind)
+        signature, given = self.signature, params or {}
+        fast, _ = signature.with_heads(given, heads, signature.computed_in(given), signature.kind[1])
         return started(fast, self.rule.start, batch)
 
     # -- reading -------------------------------------------------------------------------------------------------
