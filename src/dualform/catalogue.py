@@ -48,9 +48,10 @@ def normalise(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def near_misses(wrong: str, known: list[str]) -> str:
-    """Say what `wrong` may have meant, as the tail of an error message."""
+def near_misses(wrong: str, known: list[str], others: Mapping[str, str] | None = None) -> str:
+    """Say what `wrong` may have meant, as the tail of an error message; others: names of what is written otherwise."""
     by_key = {normalise(name): name for name in known}
+    by_key = {normalise(name): text for name, text in (others or {}).items()} | by_key
     close = difflib.get_close_matches(normalise(wrong), by_key, n=3, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(repr(by_key[key]) for key in close) + "?"
