@@ -565,10 +565,92 @@ def test_a_target_is_a_word_of_two():
         derive(objective=own)
 
 
+def from_second(first, later):
+    """A learner that builds one thing for the first head and another for all others."""
+    made = []
+    return lambda f: (made.append(1), first(f) if len(made) == 1 else later(f))[1]
+
+
+def broken(f):
+    raise KeyError("x")
+
+
+LEARNERS = {
+    "wider": (lambda f: torch.nn.Linear(f, f + 1), "learner is Linear, which gives V = 5; expected .* dim / heads = 4"),
+    "no width": (lambda f: torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(f, 3)), "gives V = 3; expected"),
+    "of another": (lambda f: torch.nn.Linear(f + 1, f), "is Linear, which takes tokens of width 5; expected .* = 4"),
+    "of none": (lambda: 3, r"learner failed at 4 with TypeError: .* takes 0 positional .*; expected .* learner\(4\)"),
+    "of two": (torch.nn.Linear, "learner failed at 4 with TypeError: .* 'out_features'"),
+    "broken": (broken, "learner failed at 4 with KeyError: 'x'"),
+    "in words": (lambda f: int("a"), "learner failed at 4 with ValueError: invalid literal"),
+    "a number": (lambda f: 3, "learner made 3; expected what builds an nn.Module"),
+    "nothing": (lambda f: None, "learner made None; expected"),
+    "a class": (lambda f: torch.nn.Linear, "learner made <class .*Linear'>; expected"),
+    "a spec": (lambda f: df.learners.MLP(), r"learner made learners.MLP\(\); expected"),
+    "second": (from_second(lambda f: torch.nn.Linear(f, f), lambda f: 3), "learner made 3"),
+    "other shapes": (
+        from_second(*(lambda f, h=h: torch.nn.Sequential(torch.nn.Linear(f, h), torch.nn.Linear(h, f)) for h in (5, 6))),
+        r"made parameters .*\(6, 4\).* for head 2; expected those of the first = .*\(5, 4\)",
+    ),
+    "other names": (
+        from_second(*(lambda f, b=b: torch.nn.Linear(f, f, bias=b) for b in (False, True))), "parameters .*bias.* for head 2",
+    ),
+    "lazy": (torch.nn.LazyLinear, "'weight' has no shape yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learner_that_does_not_fit_is_refused_where_it_is_given(name):
+    learner, words = LEARNERS[name]
+    with pytest.raises(df.DerivationError, match=words):
+        layer(learner=learner)
+
+
+OBJECTIVES = {
+    "record": (df.objectives.Squared, r"objectives.build: objectives.Squared\(.* is not a spec; .* Call it: Squared\(\)"),
+    "class": (torch.nn.MSELoss, r"objective is <class '.*MSELoss'>; expected f\(prediction, target\)"),
+    "own class": (Objective, "objective is <class '.*Objective'>"),
+    "factory": (lambda: loss, r"objective takes \(\); expected a function of two: f\(prediction, target\)"),
+    "of one": (lambda p: p, r"objective takes \(p\); expected a function of two"),
+    "by name": (lambda p, *, t: p, r"objective takes \(p, \*, t\); expected a function of two"),
+    "misspelt": ("sqared", "no record is called 'sqared'. Did you mean 'Squared'"),
+    "rule": (df.rules.SGD(), r"objectives.build: rules.SGD\(\) belongs to the catalogue 'rules'"),
+    "of targets": (lambda p, t: t.square().sum(-1), "loss has no gradient by the prediction"),
+    "constant": (lambda p, t: torch.ones_like(p[..., 0]), "loss has no gradient by the prediction"),
+    "compared": (lambda p, t: (p > t).sum(-1).to(p), "loss has no gradient by the prediction"),
+    "by place": (lambda p, t: torch.arange(len(p)).to(p), "losses are not made of their own tokens alone"),
+}  # fmt: skip
+RULES = {
+    "record": (df.rules.SGD, r"rules.build: rules.SGD\(.* is not a spec; .* Call it: SGD\(\)"),
+    "class": (df.Rule, r"rule is <class '.*Rule'>; expected a df.Rule\(step=...\), or a spec"),
+    "optimiser": (torch.optim.SGD, "rule is <class '.*SGD'>; expected a df.Rule"),
+    "built optimiser": (torch.optim.SGD([torch.ones(1)], lr=0.1), "rules.build: SGD .* is not a spec"),
+    "factory": (lambda: df.Rule(step), "rule is <function .*; expected a df.Rule"),
+    "step": (step, "rule is <function step .*; expected a df.Rule"),
+    "misspelt": ("SDG", "no record is called 'SDG'. Did you mean 'SGD'"),
+    "objective": (df.objectives.Squared(), r"rules.build: objectives.Squared\(\) belongs to"),
+    "options": ({"lr": 0.1}, "rules.build: {'lr': 0.1} is not a spec"),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [*(("objective", n) for n in OBJECTIVES), *(("rule", n) for n in RULES)], ids=str
+)
+def test_an_objective_or_rule_that_is_none_is_refused_where_it_is_given(part, name):
+    given, words = (OBJECTIVES if part == "objective" else RULES)[name]
+    for make in (derive, layer):
+        with pytest.raises(ValueError, match=words):
+            make(**{part: given})
+
+
 STEPS = {
-    "nothing": (lambda i, lr: None, "step failed with AttributeError"),
-    "no Step": (lambda i, lr: (((1.0,),), (lr,), (1.0,), 1.0), "step failed with AttributeError"),
-    "flat": (lambda i, lr: df.Step((1.0,), (lr,), (1.0,), 1.0), "step failed with TypeError"),
+    "a crash": (lambda i, lr: {}["a"], r"step failed on tensors of shape \(\) with KeyError: 'a'; expected step\(i, lr\)"),
+    "a division": (lambda i, lr: 1 // 0, "with ZeroDivisionError"),
+    "a shape": (lambda i, lr: df.Step(((i.reshape(7),),), (lr,), (1.0,), 1.0), "with RuntimeError: shape"),
+    "an index": (lambda i, lr: df.Step(((i[0],),), (lr,), (1.0,), 1.0), "with IndexError"),
+    "nothing": (lambda i, lr: None, "step failed .* with AttributeError"),
+    "no Step": (lambda i, lr: (((1.0,),), (lr,), (1.0,), 1.0), "step failed .* with AttributeError"),
+    "flat": (lambda i, lr: df.Step((1.0,), (lr,), (1.0,), 1.0), "step failed .* with TypeError"),
     "a word": (lambda i, lr: df.Step((("a",),), (lr,), (1.0,), 1.0), "an entry of step is 'a'; expected a number or a tensor"),
     "none": (lambda i, lr: df.Step(((1.0,),), (None,), (1.0,), 1.0), "an entry of step is None"),
     "none at the end": (lambda i, lr: df.Step(((1.0,),), (lr,), (1.0,), None), "an entry of step is None"),

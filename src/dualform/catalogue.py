@@ -24,6 +24,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
 
+from dualform.shapes import shown
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -391,10 +393,9 @@ class Catalogue:
             parts = cast("Sequence[Any]", spec)
             if len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], Mapping):
                 return self[parts[0]](**cast("Mapping[str, Any]", parts[1]))
-        raise CatalogueError(
-            f"{self.kind}.build: {spec!r} is not a spec; expected a bound record, a name, (name, {{options}}) "
-            f'or {{"name": ..., options}}. Known names: {", ".join(self.names())}.'
-        )
+        expected = 'a bound record, a name, (name, {options}) or {"name": ..., options}'
+        advice = f"Call it: {spec.name}()." if isinstance(spec, Record) else f"Known names: {', '.join(self.names())}."
+        raise CatalogueError(f"{self.kind}.build: {shown(spec)} is not a spec; expected {expected}. {advice}")
 
     def __getitem__(self, name: str) -> Record:
         key = self._keys.get(normalise(str(name)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.bounded import Bounded
-from dualform.catalogue import Bound, Catalogue
+from dualform.catalogue import Bound, Catalogue, Record
 from dualform.graphs.draws import undrawn
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.this_thread import compiles
@@ -29,7 +29,7 @@ from dualform.learning.finite import check_finite, policies
 from dualform.learning.forms import forms
 from dualform.learning.front_door import FrontDoor, Roles, patterns
 from dualform.learning.grid import Variant
-from dualform.learning.objectives import objectives
+from dualform.learning.objectives import expect_two_arguments, objectives
 from dualform.learning.op import followed, register, scan
 from dualform.learning.plan import Plan
 from dualform.learning.primal import primal
@@ -430,8 +430,9 @@ def derive(
         require(is_right, "derive", name, x, expected, "Pass a positive int.", DerivationError)
     require(isinstance(prove, bool), "derive", "prove", prove, "True or False", "Pass one of them.", DerivationError)
     slow = patterns("slow", slow)
-    loss = _resolved(objectives, objective, Callable)
-    built = _resolved(rules, rule, Rule)
+    loss = _resolved("objective", objectives, objective, Callable, "f(prediction, target) -> (...,), a loss per token")
+    expect_two_arguments(loss)
+    built = _resolved("rule", rules, rule, Rule, "a df.Rule(step=...)")
     frozen = tuple(name for name, p in learner.named_parameters() if not p.requires_grad)
     with TRACING:
         reading = Fingerprint(learner, loss, built).key or object()
@@ -441,11 +442,13 @@ def derive(
         return _programs[key]
 
 
-def _resolved(catalogue: Catalogue, spec: Any, kind: Any) -> Any:
+def _resolved(name: str, catalogue: Catalogue, spec: Any, kind: Any, expected: str) -> Any:
     """Return what a spec builds, the same object for equal specs; pass on what is built already."""
-    if isinstance(spec, kind) and not isinstance(spec, Bound):
-        return spec
-    return _built(catalogue.build(spec))
+    if isinstance(spec, Bound | Record) or not (isinstance(spec, kind) or callable(spec)):
+        return _built(catalogue.build(spec))
+    is_right, advice = isinstance(spec, kind) and not isinstance(spec, type), "Pass what a class or a function makes."
+    require(is_right, "derive", name, spec, f"{expected}, or a spec", advice, DerivationError)
+    return spec
 
 
 @lru_cache(maxsize=256)
