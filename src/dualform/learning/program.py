@@ -37,7 +37,7 @@ from dualform.learning.printer import Cost, cost_of, print_step
 from dualform.learning.proof import Proof, cache_folder
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
-from dualform.learning.standing import Written, as_they_stand, note_places, put_back
+from dualform.learning.standing import Written, as_they_stand, expect_fixed, note_places, put_back
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, is_known, undisturbed
 from dualform.learning.width import infer_width
@@ -70,6 +70,7 @@ class ChunkProgram(nn.Module):
         self.door = FrontDoor(learner, objective, rule, slow)
         self.name = register(self)
         self.plans: dict[Any, Plan] = Written()
+        self._compared: dict[str, Any] = Written()  # buffers that were given last, and in what state
         with undrawn(self.door.reading.generators):
             self.width: int | None = infer_width(learner)
         self.out_width: int | None = None
@@ -219,12 +220,13 @@ class ChunkProgram(nn.Module):
         """
         self.refresh()
         call = self.signature.call(q, k, v, gates, state, mask, reset, params, cu_seqlens)
-        o, after = self._run(call, form, backends_key(backend), remat, nan_policy, overwrite)
+        o, after = self._run(call, form, backends_key(backend), remat, nan_policy, overwrite, params)
         return o.to(q.dtype), after
 
     def _run(
-        self, call: Call, form: str, backend: str, remat: str | int | None, nan_policy: str, overwrite: bool
-    ) -> tuple[Tensor, State]:
+        self, call: Call, form: str, backend: str, remat: str | int | None, nan_policy: str, overwrite: bool,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         if not isinstance(form, str) or form not in forms:
             raise DerivationError(f"program: form is {form!r}; expected one of {(*forms,)}. Choose one of these.")
         if not (remat in ("auto", None) or is_whole(remat)):
@@ -246,7 +248,7 @@ class ChunkProgram(nn.Module):
             ):  # fmt: skip
                 o, after = primal(self, Twin(self.learner), call.plain())
         else:
-            o, after = self._scan(form, backend, call, remat, overwrite and nan_policy != "raise")
+            o, after = self._scan(form, backend, call, remat, overwrite and nan_policy != "raise", params)
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
 
             def after_tokens(n: int) -> State:
@@ -272,28 +274,19 @@ class ChunkProgram(nn.Module):
         if 0 in call.k.shape[:3]:
             none = call.v.new_zeros(call.v.shape[:3], dtype=call.dtype)
             return none, none, call.state
-        both, after = self._scan("losses", "auto", call, "auto")
+        both, after = self._scan("losses", "auto", call, "auto", params=params)
         return both[..., 0], both[..., 1], after
 
     def _scan(
-        self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False
-    ) -> tuple[Tensor, State]:
+        self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         if not compiles():
             made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             expect_width(call.v, made.derivation.V)
-            self._expect_fixed(call.slow)
+            fixed = {name: self.parts.buffers[name] for name in self.door.fixed}
+            expect_fixed(fixed, self._compared, call.slow, params or {})
         return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
-
-    def _expect_fixed(self, given: Mapping[str, Tensor]) -> None:
-        """Refuse other values of a buffer than those that the graph was made for."""
-        for name in self.door.fixed:
-            own, x = self.parts.buffers[name], given[name]
-            if x is not own and not (is_known(x) and torch.equal(x, own.to(x))):
-                raise ShapeError(
-                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as "
-                    "numbers (an index, a size, an if); expected the same. Write them into the learner's buffer, "
-                    "which derives again."
-                )
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
@@ -390,15 +383,9 @@ _proved: Bounded[Proof] = Bounded(1024)
 
 
 def derive(
-    learner: nn.Module,
-    objective: Any = "squared",
-    rule: Any = "sgd",
-    *,
-    chunk: int = 16,
-    slow: tuple[str, ...] = (),
-    block: int | None = None,
-    prove: bool = True,
-) -> ChunkProgram:
+    learner: nn.Module, objective: Any = "squared", rule: Any = "sgd", *, chunk: int = 16, slow: tuple[str, ...] = (),
+    block: int | None = None, prove: bool = True,
+) -> ChunkProgram:  # fmt: skip
     """Derive a chunk program from an inner model: its gradients, its dual form where one exists, its state.
 
     th <- mini-batch of `chunk` tokens <- gradients at th; outputs with each token's own weights
