@@ -711,6 +711,13 @@ def test_a_layer_names_numbers_of_another_type(options, own, given):
             made(x)
 
 
+def test_numbers_of_another_type_on_no_device_are_named():
+    made = layer().to("meta")  # which autocast does not know
+    assert made(torch.ones(1, 5, 8, device="meta"))[0].is_meta
+    with pytest.raises(ValueError, match=r"x has dtype torch.float64; expected the parameters' = torch.float32"):
+        made(torch.ones(1, 5, 8, dtype=torch.float64, device="meta"))
+
+
 @pytest.fixture(scope="module")
 def small():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 11}

@@ -276,8 +276,11 @@ class TestTimeTraining(nn.Module):
 def expect_type(where: str, name: str, x: Tensor, linear: nn.Module) -> None:
     """Refuse numbers of another type than a plain map's, where nothing would cast them: autocast leaves float64 be."""
     w: Any = linear.weight if type(linear) is nn.Linear else x
-    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, w.dtype)
-    if x.dtype != w.dtype and type(w) in (Tensor, nn.Parameter) and not (casts or linear._forward_pre_hooks):
+    if x.dtype == w.dtype or type(w) not in (Tensor, nn.Parameter) or linear._forward_pre_hooks:
+        return
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not casts or torch.float64 in (x.dtype, w.dtype):
         raise ShapeError(
             f"{where}: {name} has dtype {x.dtype}; expected the parameters' = {w.dtype}. Pass {name}.to({w.dtype}), or "
             f"cast the module: .to({x.dtype})."
