@@ -389,7 +389,7 @@ mistakes = {
     "train --data t.txt --set model.bos_token_id=-5": (2, "bos_token_id is -5; expected an id of the vocabulary"),
     "train --data t.txt --set model.initializer_range=-1": (2, "initializer_range is -1.0; expected a number >= 0"),
     "train --data t.txt --set model.sliding_window=0": (2, "sliding_window is 0; expected a number of tokens > 0"),
-    "train --data t.txt --set model.dtype=nonsense": (2, "nonsense"),
+    "train --data t.txt --set model.dtype=nonsense": (2, "the model has no field 'dtype'"),
     'train --data t.txt --set '
     'model.learner={name="SwiGLU",expand=0}': (2, "SwiGLU: expand is 0; expected a number > 0"),
 }  # fmt: skip

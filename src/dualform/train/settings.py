@@ -68,7 +68,7 @@ def _fits(name: str, value: Any) -> None:
     """Refuse a setting that there is not, and a value that it cannot have."""
     hints = hints_of(Settings)
     if name not in hints:
-        inside = {f.name: f"model.{f.name}" for f in fields(DualformConfig)}
+        inside = {name: f"model.{name}" for name in DualformConfig.__annotations__}
         path, last = name, name
         # Of a table that there is not, what stands in it says more than its name, unless that is nearly right.
         while isinstance(value, Mapping) and value and not get_close_matches(last, [*hints, *inside], cutoff=0.75):
