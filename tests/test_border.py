@@ -1,5 +1,6 @@
 """The border is typed: what no signature takes is refused by name, for every record and field, with no traceback."""
 
+import itertools
 import math
 import re
 import typing
@@ -18,7 +19,8 @@ from dualform.catalogue import Catalogue, CatalogueError, _of_kind, expect, hint
 from dualform.cli import bench, evaluate, explain, generate, main, train
 from dualform.functions.describe import given
 from dualform.learning.objectives import Objective
-from dualform.models.configuration import DualformConfig
+from dualform.models.arguments import check_ids, check_labels
+from dualform.models.configuration import DualformConfig, shared
 from dualform.train.settings import Settings, SettingsError
 
 nan, inf = math.nan, math.inf
@@ -193,6 +195,61 @@ def test_every_field_of_the_configuration_is_typed(field):
             assert f"DualformConfig: {field.name}" in text
 
 
+named = [(name, hint) for name, hint in shared.items() if hint is not Any]
+
+
+@pytest.mark.parametrize(("name", "hint"), named, ids=[name for name, _ in named])
+def test_what_stands_beside_the_fields_is_typed(tmp_path, name, hint):
+    """In the constructor, and over a file while it is read."""
+    DualformConfig(preset="tiny-ttt-linear").save_pretrained(tmp_path)
+    for value in [*values, ["a"], [1], [None], {0: "a"}]:
+        given = {name: value}
+        text = refusal(lambda given=given: DualformConfig(preset="tiny-ttt-linear", **given))
+        assert fits(value, hint) if text is None else re.match(rf"DualformConfig: {name}(\[0\])? is ", text), (
+            value,
+            text,
+        )
+        if text is not None and value is not None and name != "model_type":
+            with pytest.raises(ValueError, match=rf"DualformConfig: {name}(\[0\])? is "):
+                DualformConfig.from_pretrained(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"dtype": "foo"},
+            "dtype is 'foo'; expected a type of real numbers. Known: float16, bfloat16, float32, float64.",
+        ),
+        ({"dtype": "flaot32"}, "Did you mean 'float32'"),
+        ({"dtype": torch.int8}, "dtype is torch.int8; expected a type of real numbers."),
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; expected a type of real numbers."),
+        ({"hidden_act": "rleu"}, "hidden_act is 'rleu'; expected 'silu' or 'swish'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'silu' or 'swish'"),
+        ({"hiden_act": "silu"}, "unknown field 'hiden_act'. Did you mean 'hidden_act'"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; expected greater than or equal to 1"),
+        ({"num_labels": 0}, "num_labels is 0; expected greater than or equal to 1"),
+        ({"id2label": {}}, "id2label is {}; expected {0: name, ...}"),
+        ({"id2label": {"a": "b"}}, "id2label is {'a': 'b'}; expected {0: name, ...}"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True; expected False. There is no encoder."),
+        ({"num_heads": 4}, "unknown field 'num_heads'. Did you mean 'num_attention_heads'"),
+        ({"attention_dropout": 0.1}, "unknown field 'attention_dropout'."),
+        ({"max_length": 20}, "unknown field 'max_length'. Known: "),
+    ],
+)
+def test_what_no_model_reads_is_refused(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DualformConfig(preset="tiny-ttt-linear", **given)
+
+
+def test_what_others_write_into_a_configuration_is_kept(tmp_path):
+    config = DualformConfig(preset="tiny-ttt-linear", dtype="torch.bfloat16", max_position_embeddings=64)
+    config.note = "mine"
+    config.save_pretrained(tmp_path)
+    for same in (DualformConfig.from_pretrained(tmp_path), DualformConfig(**config.to_dict())):
+        assert (same.note, same.max_position_embeddings, same.dtype) == ("mine", 64, torch.bfloat16)
+
+
 def test_whole_numbers_become_the_fractions_that_fields_are():
     config = DualformConfig(preset="tiny-ttt-linear", rope_theta=3, initializer_range=1)
     assert [type(config.rope_theta), type(config.initializer_range)] == [float, float]
@@ -320,11 +377,19 @@ mistakes = {
     "train --seed 1 --set seed=-1": (2, "seed is -1; expected a whole number, 0 <= seed < 2**32"),
     "train --preset tiny-attention --set preset=tiny-atention": (2, "Did you mean 'tiny-attention'"),
     "train --preset tiny-attention --set save_steps=0 --set save_steps=1": (2, "save_steps is 0; expected"),
+    "train --set training.max_steps=3": (2, "no setting 'training.max_steps'. Did you mean 'max_steps'"),
+    "train --set training.x=3": (2, "no setting 'training.x'. Known: preset, data, output, max_steps, seq_len"),
+    "train --set optimizer.args.seed=3": (2, "no setting 'optimizer.args.seed'. Did you mean 'seed'"),
+    "train --set layer.chunk=3": (2, "no setting 'layer.chunk'. Did you mean 'model.chunk'"),
+    "train --set modl.chunk=3": (2, "no setting 'modl'. Did you mean 'model'?"),
+    "train --set rule.lr=1": (2, "no setting 'rule'. Did you mean 'model.rule'"),
+    "train --set chunk=8": (2, "no setting 'chunk'. Did you mean 'model.chunk'"),
+    "train --set max_step=8": (2, "no setting 'max_step'. Did you mean 'max_steps'"),
     "train --data t.txt --set model.eos_token_id=259": (2, "eos_token_id is 259; expected an id of the vocabulary"),
     "train --data t.txt --set model.bos_token_id=-5": (2, "bos_token_id is -5; expected an id of the vocabulary"),
     "train --data t.txt --set model.initializer_range=-1": (2, "initializer_range is -1.0; expected a number >= 0"),
     "train --data t.txt --set model.sliding_window=0": (2, "sliding_window is 0; expected a number of tokens > 0"),
-    "train --data t.txt --set model.dtype=nonsense": (2, "nonsense"),
+    "train --data t.txt --set model.dtype=nonsense": (2, "the model has no field 'dtype'"),
     'train --data t.txt --set '
     'model.learner={name="SwiGLU",expand=0}': (2, "SwiGLU: expand is 0; expected a number > 0"),
 }  # fmt: skip
@@ -500,10 +565,92 @@ def test_a_target_is_a_word_of_two():
         derive(objective=own)
 
 
+def from_second(first, later):
+    """A learner that builds one thing for the first head and another for all others."""
+    made = []
+    return lambda f: (made.append(1), first(f) if len(made) == 1 else later(f))[1]
+
+
+def broken(f):
+    raise KeyError("x")
+
+
+LEARNERS = {
+    "wider": (lambda f: torch.nn.Linear(f, f + 1), "learner is Linear, which gives V = 5; expected .* dim / heads = 4"),
+    "no width": (lambda f: torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(f, 3)), "gives V = 3; expected"),
+    "of another": (lambda f: torch.nn.Linear(f + 1, f), "is Linear, which takes tokens of width 5; expected .* = 4"),
+    "of none": (lambda: 3, r"learner failed at 4 with TypeError: .* takes 0 positional .*; expected .* learner\(4\)"),
+    "of two": (torch.nn.Linear, "learner failed at 4 with TypeError: .* 'out_features'"),
+    "broken": (broken, "learner failed at 4 with KeyError: 'x'"),
+    "in words": (lambda f: int("a"), "learner failed at 4 with ValueError: invalid literal"),
+    "a number": (lambda f: 3, "learner made 3; expected what builds an nn.Module"),
+    "nothing": (lambda f: None, "learner made None; expected"),
+    "a class": (lambda f: torch.nn.Linear, "learner made <class .*Linear'>; expected"),
+    "a spec": (lambda f: df.learners.MLP(), r"learner made learners.MLP\(\); expected"),
+    "second": (from_second(lambda f: torch.nn.Linear(f, f), lambda f: 3), "learner made 3"),
+    "other shapes": (
+        from_second(*(lambda f, h=h: torch.nn.Sequential(torch.nn.Linear(f, h), torch.nn.Linear(h, f)) for h in (5, 6))),
+        r"made parameters .*\(6, 4\).* for head 2; expected those of the first = .*\(5, 4\)",
+    ),
+    "other names": (
+        from_second(*(lambda f, b=b: torch.nn.Linear(f, f, bias=b) for b in (False, True))), "parameters .*bias.* for head 2",
+    ),
+    "lazy": (torch.nn.LazyLinear, "'weight' has no shape yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learner_that_does_not_fit_is_refused_where_it_is_given(name):
+    learner, words = LEARNERS[name]
+    with pytest.raises(df.DerivationError, match=words):
+        layer(learner=learner)
+
+
+OBJECTIVES = {
+    "record": (df.objectives.Squared, r"objectives.build: objectives.Squared\(.* is not a spec; .* Call it: Squared\(\)"),
+    "class": (torch.nn.MSELoss, r"objective is <class '.*MSELoss'>; expected f\(prediction, target\)"),
+    "own class": (Objective, "objective is <class '.*Objective'>"),
+    "factory": (lambda: loss, r"objective takes \(\); expected a function of two: f\(prediction, target\)"),
+    "of one": (lambda p: p, r"objective takes \(p\); expected a function of two"),
+    "by name": (lambda p, *, t: p, r"objective takes \(p, \*, t\); expected a function of two"),
+    "misspelt": ("sqared", "no record is called 'sqared'. Did you mean 'Squared'"),
+    "rule": (df.rules.SGD(), r"objectives.build: rules.SGD\(\) belongs to the catalogue 'rules'"),
+    "of targets": (lambda p, t: t.square().sum(-1), "loss has no gradient by the prediction"),
+    "constant": (lambda p, t: torch.ones_like(p[..., 0]), "loss has no gradient by the prediction"),
+    "compared": (lambda p, t: (p > t).sum(-1).to(p), "loss has no gradient by the prediction"),
+    "by place": (lambda p, t: torch.arange(len(p)).to(p), "losses are not made of their own tokens alone"),
+}  # fmt: skip
+RULES = {
+    "record": (df.rules.SGD, r"rules.build: rules.SGD\(.* is not a spec; .* Call it: SGD\(\)"),
+    "class": (df.Rule, r"rule is <class '.*Rule'>; expected a df.Rule\(step=...\), or a spec"),
+    "optimiser": (torch.optim.SGD, "rule is <class '.*SGD'>; expected a df.Rule"),
+    "built optimiser": (torch.optim.SGD([torch.ones(1)], lr=0.1), "rules.build: SGD .* is not a spec"),
+    "factory": (lambda: df.Rule(step), "rule is <function .*; expected a df.Rule"),
+    "step": (step, "rule is <function step .*; expected a df.Rule"),
+    "misspelt": ("SDG", "no record is called 'SDG'. Did you mean 'SGD'"),
+    "objective": (df.objectives.Squared(), r"rules.build: objectives.Squared\(\) belongs to"),
+    "options": ({"lr": 0.1}, "rules.build: {'lr': 0.1} is not a spec"),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [*(("objective", n) for n in OBJECTIVES), *(("rule", n) for n in RULES)], ids=str
+)
+def test_an_objective_or_rule_that_is_none_is_refused_where_it_is_given(part, name):
+    given, words = (OBJECTIVES if part == "objective" else RULES)[name]
+    for make in (derive, layer):
+        with pytest.raises(ValueError, match=words):
+            make(**{part: given})
+
+
 STEPS = {
-    "nothing": (lambda i, lr: None, "step failed with AttributeError"),
-    "no Step": (lambda i, lr: (((1.0,),), (lr,), (1.0,), 1.0), "step failed with AttributeError"),
-    "flat": (lambda i, lr: df.Step((1.0,), (lr,), (1.0,), 1.0), "step failed with TypeError"),
+    "a crash": (lambda i, lr: {}["a"], r"step failed on tensors of shape \(\) with KeyError: 'a'; expected step\(i, lr\)"),
+    "a division": (lambda i, lr: 1 // 0, "with ZeroDivisionError"),
+    "a shape": (lambda i, lr: df.Step(((i.reshape(7),),), (lr,), (1.0,), 1.0), "with RuntimeError: shape"),
+    "an index": (lambda i, lr: df.Step(((i[0],),), (lr,), (1.0,), 1.0), "with IndexError"),
+    "nothing": (lambda i, lr: None, "step failed .* with AttributeError"),
+    "no Step": (lambda i, lr: (((1.0,),), (lr,), (1.0,), 1.0), "step failed .* with AttributeError"),
+    "flat": (lambda i, lr: df.Step((1.0,), (lr,), (1.0,), 1.0), "step failed .* with TypeError"),
     "a word": (lambda i, lr: df.Step((("a",),), (lr,), (1.0,), 1.0), "an entry of step is 'a'; expected a number or a tensor"),
     "none": (lambda i, lr: df.Step(((1.0,),), (None,), (1.0,), 1.0), "an entry of step is None"),
     "none at the end": (lambda i, lr: df.Step(((1.0,),), (lr,), (1.0,), None), "an entry of step is None"),
@@ -517,3 +664,137 @@ def test_what_a_rules_step_gives_is_typed(name):
     made, words = STEPS[name]
     with pytest.raises(ValueError, match=words):
         df.Rule(step=made)
+
+
+# -- types of numbers, and numbers of rows
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("types", itertools.product(TYPES, repeat=3), ids=str)
+def test_the_widest_type_is_computed_in(types):
+    """o has q's; what is given in float64 is not rounded, whichever of q, k, v and the fast weights it is."""
+    torch.manual_seed(0)
+    learner = torch.nn.Linear(4, 4)
+    program, x = df.derive(learner, chunk=3, prove=False), torch.randn(3, 1, 7, 2, 4).double()
+    q, k, v = (part.to(kind) for part, kind in zip(x, types, strict=True))
+    o, state = program(q, k, v)
+    is_wide = torch.float64 in types
+    assert (o.dtype, state.anchor["weight"].dtype) == (types[0], torch.float64 if is_wide else torch.float32)
+    if is_wide:
+        _, want = df.derive(learner, chunk=3, prove=False)(q.double(), k.double(), v.double())
+        torch.testing.assert_close(state.anchor["weight"], want.anchor["weight"], rtol=1e-12, atol=1e-12)
+
+
+def test_fast_weights_of_float64_are_not_rounded():
+    program, x = df.derive(torch.nn.Linear(4, 4), chunk=3, prove=False), torch.randn(1, 7, 2, 4)
+    own = {"weight": torch.randn(4, 4).double()}
+    start = program.initial_state(1, 2, own)
+    assert torch.equal(start.anchor["weight"][0, 0], own["weight"])
+    o, state = program(x, x, x, params=own)
+    assert (o.dtype, state.anchor["weight"].dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(program(x, x, x, state=start, params=own)[0], o)
+
+
+@pytest.mark.parametrize("options", [{}, {"share_qk": False}, {"use_gate": True}], ids=str)
+@pytest.mark.parametrize(("own", "given"), itertools.permutations(TYPES, 2), ids=str)
+def test_a_layer_names_numbers_of_another_type(options, own, given):
+    made, x = layer(**options).to(own), torch.ones(1, 5, 8, dtype=given)
+    words = rf"x has dtype {given}; expected the parameters' = {own}\. Pass x\.to\({own}\)"
+    with pytest.raises(ValueError, match=words):
+        made(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if torch.float64 not in (own, given):  # which autocast leaves as it is
+            assert made(x)[0].dtype == torch.bfloat16
+            return
+        with pytest.raises(ValueError, match=words):
+            made(x)
+
+
+def test_numbers_of_another_type_on_no_device_are_named():
+    made = layer().to("meta")  # which autocast does not know
+    assert made(torch.ones(1, 5, 8, device="meta"))[0].is_meta
+    with pytest.raises(ValueError, match=r"x has dtype torch.float64; expected the parameters' = torch.float32"):
+        made(torch.ones(1, 5, 8, dtype=torch.float64, device="meta"))
+
+
+@pytest.fixture(scope="module")
+def small():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 11}
+    sizes |= {"pad_token_id": None, "num_labels": 3, "layer_types": ["test_time", "full_attention"]}
+    return DualformConfig(preset="tiny-ttt-linear", **sizes)
+
+
+def heads(small):
+    import copy
+
+    kinds = (
+        df.DualformForCausalLM,
+        df.models.DualformForTokenClassification,
+        df.models.DualformForSequenceClassification,
+    )
+    return [kind(copy.deepcopy(small), prove=False) for kind in kinds]
+
+
+def test_embeddings_of_another_type_are_named(small):
+    model = df.DualformForCausalLM(small, prove=False)
+    for kind in (torch.float64, torch.bfloat16):
+        with pytest.raises(
+            ValueError, match=rf"inputs_embeds has dtype {kind}; expected the parameters' = torch.float32"
+        ):
+            model(inputs_embeds=torch.ones(1, 3, 16, dtype=kind))
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 11, 2**40])
+def test_ids_of_no_row_are_named(small, wrong):
+    ids = torch.tensor([[1, 2, wrong]])
+    for model in heads(small):
+        with pytest.raises(ValueError, match=rf"input_ids holds {wrong}; expected ids in 0 \.\.\. vocab_size - 1 = 10"):
+            model(input_ids=ids)
+
+
+@pytest.mark.parametrize("wrong", [-1, -99, 11, 2**40])
+def test_labels_of_no_class_are_named(small, wrong):
+    """By their value, with the number of classes and what -100 means; in each head, whatever brings them."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    lm, tokens, texts = heads(small)
+    bad = torch.tensor([[0, 1, wrong], [-100, 2, 0]])
+    for run, classes in (
+        (lambda: lm(input_ids=ids, labels=bad), 11), (lambda: lm(input_ids=ids, labels=ids, shift_labels=bad), 11),
+        (lambda: tokens(input_ids=ids, labels=bad), 3), (lambda: texts(input_ids=ids, labels=bad[0, 1:]), 3),
+    ):  # fmt: skip
+        words = rf"labels holds {wrong}; expected classes in 0 \.\.\. {classes - 1}, .* -100 where none counts"
+        with pytest.raises(ValueError, match=words):
+            run()
+
+
+def test_labels_of_another_kind_are_named(small):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    lm, tokens, _ = heads(small)
+    for kind in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=rf"labels has dtype {kind}; expected whole numbers"):
+            lm(input_ids=ids, labels=ids.to(kind))
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 2\); expected the logits' = \(2, 3\)"):
+        tokens(input_ids=ids, labels=torch.zeros(2, 2, dtype=torch.long))
+    want = lm(input_ids=ids, labels=ids).loss
+    for kind in (torch.int32, torch.int16, torch.uint8):
+        torch.testing.assert_close(lm(input_ids=ids, labels=ids.to(kind)).loss, want)
+
+
+def test_nothing_is_looked_at_where_values_are_hidden(small, monkeypatch):
+    """A compiled loss has no question in it; and a GPU that trains is not waited for."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    lm = df.DualformForCausalLM(small, prove=False)
+    run = torch.compile(lambda ids: lm(input_ids=ids, labels=ids).loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(ids), lm(input_ids=ids, labels=ids).loss)
+
+    class Far(torch.Tensor):  # a tensor that says that it lies on a GPU, and whose values nobody may ask for
+        is_cuda = property(lambda self: True)
+        aminmax = property(lambda self: pytest.fail("a GPU was waited for"))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    far = torch.full((2, 3), 99).as_subclass(Far)
+    check_ids(far, 11)
+    check_labels(far, torch.zeros(2, 3, 11), -100)
+    with torch.no_grad(), pytest.raises(ValueError, match="holds 99"):
+        check_ids(torch.full((2, 3), 99), 11)

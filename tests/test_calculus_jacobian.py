@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 
@@ -373,3 +375,27 @@ def test_a_derivative_without_a_program_still_answers() -> None:
     assert (2 * plain - plain - plain).is_zero
     assert plain.structure == J.structure
     assert (plain / 2).structure.startswith("J[i,j,k,l]")
+
+
+WIDE = rand(4, 5)
+PICKLED = {
+    "product": lambda x: jacobian(lambda x: x @ WIDE, x), "named": lambda x: jacobian(torch.tanh, x, axes="i j -> i j"),
+    "softmax": lambda x: jacobian(lambda x: x.softmax(-1), x), "looked up": lambda x: jacobian(lambda x: x.topk(2).values, x),
+    "window": lambda x: jacobian(lambda x: x.unfold(1, 2, 1), x), "cumsum": lambda x: jacobian(lambda x: x.cumsum(0), x),
+    "sum": lambda x: jacobian(torch.sin, x) + 2 * jacobian(torch.cos, x), "transpose": lambda x: jacobian(lambda x: x @ WIDE, x).T,
+    "chain": lambda x: jacobian(torch.tanh, x.sin()) @ jacobian(torch.sin, x),
+    "hessian": lambda x: df.hessian(lambda x: (x @ WIDE).square().sum() + x.exp().sum(), x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", [lambda J: pickle.loads(pickle.dumps(J)), copy.copy, copy.deepcopy], ids=str)
+@pytest.mark.parametrize("make", PICKLED.values(), ids=PICKLED)
+def test_a_derivative_is_pickled_as_its_terms(make, copied):
+    J = make(rand(3, 4))
+    again = copied(J)
+    assert (again.shape, again.nbytes, again.dtype) == (J.shape, J.nbytes, J.dtype)
+    for x, y in ((again.dense(), J.dense()), (again.vjp(rand(*J.out_shape)), J.vjp(rand(*J.out_shape)))):
+        torch.testing.assert_close(x, y, **TIGHT)
+    torch.testing.assert_close(again.jvp(rand(*J.in_shape)), J.jvp(rand(*J.in_shape)), **TIGHT)
+    text = jacobian(torch.exp, rand(2)).explain()
+    assert str(copied(text)) == str(text)

@@ -1,11 +1,11 @@
 """The grid puts every valid token into its mini-batch, in order, whatever the padding, resets and first positions."""
 
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -166,3 +166,90 @@ def test_gradients_from_no_kept_state():
             scan.scan_op = real
         calls.append(torch.autograd.grad(o.sum() + state.anchor["W1"].sum(), leaf)[0])
     laws.agree("gradient", calls[1], calls[0])
+
+
+PACKED_RULES = [df.rules.SGD(0.3), df.rules.SGD(0.3, averaged=True), df.rules.SGD(0.3, momentum=0.5, decay=0.1)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 11), max_size=4).map(sorted), chunk=st.integers(1, 5),
+    rule=st.sampled_from(PACKED_RULES), way=st.sampled_from([("auto", "eager"), ("auto", "cpp"), ("primal", "eager")]),
+    carried=st.booleans(), wide=st.booleans(),
+)  # fmt: skip
+def test_packed_documents_are_calls_of_their_own(cuts, chunk, rule, way, carried, wide):
+    """Outputs, the last state and every outer gradient; the first document goes on from the state that is given."""
+    T, ends = 11, [0, *cuts, 11]
+    assume(ends[-2] < T)
+    torch.manual_seed(len(cuts))
+    learner = df.learners.residual_norm(df.learners.MLP(depth=2, expand=1))(4).double()
+    program = df.derive(learner, rule=rule, chunk=chunk, prove=False)
+    gates = {name: torch.rand(1, T, 2).double().requires_grad_() for name in program.rule.gates if name != "offset"}
+    q, k, v = (torch.randn(1, T, 2, 4).double().requires_grad_() for _ in range(3))
+    _, before = program(q[:, :3], k[:, :3], v[:, :3]) if carried else (None, None)
+    before = before and before.detach()._map(lambda x: x.requires_grad_() if x.is_floating_point() else x)
+    end = torch.tensor(ends, dtype=torch.int64 if wide else torch.int32)
+    form, backend = way
+    o, after = program(q, k, v, gates, state=before, cu_seqlens=end, form=form, backend=backend)
+    parts, rest = [], before
+    for n, (a, b) in enumerate(pairwise(ends)):
+        given = {name: x[:, a:b] for name, x in gates.items()}
+        part, last = program(q[:, a:b], k[:, a:b], v[:, a:b], given, state=rest if n == 0 else None)
+        parts.append(part)
+    results = [[o, *after.tensors().values()], [torch.cat(parts, 1), *last.tensors().values()]]
+    leaves = [q, k, v, *gates.values(), *learner.parameters(), *before.tensors().values()] if before else [
+        q, k, v, *gates.values(), *learner.parameters()
+    ]  # fmt: skip
+    leaves = [x for x in leaves if x.is_floating_point()]
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+    torch.manual_seed(1)
+    weights = [torch.randn_like(x) for x in results[0] if x.is_floating_point()]
+    grads = [
+        torch.autograd.grad(
+            sum((w * x).sum() for w, x in zip(weights, [x for x in found if x.is_floating_point()], strict=True)),
+            leaves, allow_unused=True, materialize_grads=True,
+        )
+        for found in results
+    ]  # fmt: skip
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (
+            torch.tensor([1, 6]),
+            r"cu_seqlens is \[1, 6\]; expected lengths that grow from 0 to the number of tokens = 6",
+        ),
+        (torch.tensor([0, 5]), r"cu_seqlens is \[0, 5\]; expected"),
+        (torch.tensor([0, 4, 2, 6]), r"cu_seqlens is \[0, 4, 2, 6\]; expected"),
+        (torch.tensor([0, 7, 6]), r"cu_seqlens is \[0, 7, 6\]; expected"),
+        (
+            torch.tensor([0.0, 6.0]),
+            r"cu_seqlens has shape \(2,\) and dtype torch.float32 .* torch.int32 or torch.int64",
+        ),
+        (torch.tensor([True, False]), "dtype torch.bool"),
+        (torch.tensor([[0, 6]]), r"cu_seqlens has shape \(1, 2\)"),
+        (torch.tensor([0]), r"cu_seqlens has shape \(1,\)"),
+        (torch.tensor(6), r"cu_seqlens has shape \(\)"),
+        ([0, 6], r"cu_seqlens is \[0, 6\]; expected a tensor"),
+    ],
+)
+def test_ends_that_are_none_of_the_row_are_refused(ends, message):
+    program, x = df.derive(nn.Linear(4, 4), chunk=2, prove=False), torch.ones(1, 6, 1, 4)
+    with pytest.raises(ValueError, match=message):
+        program(x, x, x, cu_seqlens=ends)
+    with pytest.raises(ValueError, match=r"reset is tensor.* both say where documents start"):
+        program(x, x, x, cu_seqlens=torch.tensor([0, 6]), reset=torch.zeros(1, 6, dtype=torch.bool))
+    x = torch.ones(2, 6, 1, 4)
+    with pytest.raises(ValueError, match=r"with batch = 2; expected .* one packed row, batch = 1"):
+        program(x, x, x, cu_seqlens=torch.tensor([0, 6]))
+
+
+def test_packed_documents_in_compiled_code():
+    program, x = df.derive(nn.Linear(4, 4), chunk=2, prove=False), torch.randn(1, 6, 1, 4)
+    ends = torch.tensor([0, 1, 4, 6])
+    run = torch.compile(lambda x, ends: program(x, x, x, cu_seqlens=ends)[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(x, ends), program(x, x, x, cu_seqlens=ends)[0])

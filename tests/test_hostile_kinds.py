@@ -306,6 +306,42 @@ def test_other_values_of_a_constant_are_refused():
         program(x, x, x, params={"mask": ~program.learner.mask})
 
 
+def test_constants_on_a_card_are_compared_once(monkeypatch):
+    """To look is to wait for the card, and under a capture nobody may: a buffer is looked at again when it is written."""
+    from dualform.learning import standing
+
+    torch.manual_seed(0)
+    program, x = program_of(KNOWN["mask"], Tables), torch.randn(1, 5, 1, D, dtype=torch.float64)
+    looks, equal, own = [], torch.equal, program.learner.mask
+    monkeypatch.setattr(torch, "equal", lambda *args: looks.append(1) or equal(*args))
+
+    def run(mask):
+        before = len(looks)
+        program(x, x, x, params={"mask": mask})
+        return len(looks) - before
+
+    given = own.clone()
+    assert [run(given), run(given)] == [1, 1]  # on the CPU, whose numbers numpy may write uncounted, each time
+    monkeypatch.setattr(standing, "last_written", lambda x: (x.data_ptr(), x._version))  # as on a card
+    assert [run(given), run(given), run(given.view(D, D)), run(given)] == [1, 0, 1, 1]
+    monkeypatch.setattr(standing, "is_known", lambda x: False)  # as under a capture
+    assert run(given) == 0
+    with pytest.raises(ShapeError, match=r"params\['mask'\] has other values"):
+        run(own.clone())
+    monkeypatch.setattr(standing, "is_known", lambda x: True)
+    assert run(given) == 0
+    given.logical_not_()
+    for wrong in (given, given, ~own):  # refused once and again
+        with pytest.raises(ShapeError, match=r"params\['mask'\] has other values"):
+            run(wrong)
+    given.copy_(own)
+    assert [run(given), run(given)] == [1, 0]
+    program.learner.mask = ~own  # which derives again
+    with pytest.raises(ShapeError, match=r"params\['mask'\] has other values"):
+        run(given)
+    assert run(~own) == 1
+
+
 UNKNOWN = {
     "random": lambda s, x: x @ s.W + s.W[torch.rand(D, D) > 0.5].sum(),
     "weights": lambda s, x: x @ s.W + s.W[s.W > 0].sum(),

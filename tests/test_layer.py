@@ -433,7 +433,7 @@ def test_a_learner_is_said_in_many_ways(learner):
         (4, r"learner is a int; expected a class or function of the head width, here 4"),
         ("MPL", r"no record is called 'MPL'. Did you mean 'MLP'"),
         (df.rules.SGD(), r"belongs to the catalogue 'rules'"),
-        (lambda dim: torch.ones(dim), r"learner is a Tensor; expected a built nn.Module"),
+        (lambda dim: torch.ones(dim), r"learner made tensor\(.*; expected what builds an nn.Module"),
     ],
 )
 def test_what_is_no_learner_is_named(learner, message):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import dualform as df
 from dualform.learning.rules import Rule, Step, rules, segment_products, unroll, vector
 
 
@@ -95,3 +97,57 @@ def test_sgd_is_the_front_of_four_records(options, name):
         record.gates, record.constants, record.start, record.resets, record.name,
     )  # fmt: skip
     assert front.step(i, **gates) == record.step(i, **gates)
+
+
+half = torch.full((), 0.5, dtype=torch.float64)
+# Written with tensors that no token reaches, the same at every one.
+EVEN = {
+    "a": lambda i, lr: Step(((1.0,),), (lr,), (1.0,), torch.ones_like(i) * 0.9),
+    "a alone": lambda i, lr: Step(((1.0,),), (lr,), (torch.ones_like(i),), torch.zeros_like(i)),
+    "u": lambda i, lr: Step(((1.0,),), (lr,), (torch.full_like(lr, 0.5),), 1.0),
+    "A": lambda i, lr: Step(((torch.ones(i.shape) * 0.5,),), (lr,), (1.0,), 1.0),
+    "A by new": lambda i, lr: Step(((i.new_full(i.shape, 0.9),),), (lr,), (1.0,), 1.0),
+    "A expanded": lambda i, lr: Step(((half.expand_as(i),),), (lr,), (1.0,), 1.0),
+    "A of a function": lambda i, lr: Step(((torch.exp(-torch.ones_like(i)),),), (lr,), (1.0,), 1.0),
+    "A chosen": lambda i, lr: Step(((torch.where(torch.zeros_like(i) > 0, 0.1, 0.9).to(i),),), (lr,), (1.0,), 1.0),
+    "A of pieces": lambda i, lr: Step(((torch.stack([torch.ones_like(i), i * 0]).sum(0) * 0.9,),), (lr,), (1.0,), 1.0),
+    "b": lambda i, lr: Step(((1.0,),), (torch.full(i.shape, 0.2, dtype=i.dtype) * lr,), (1.0,), 1.0),
+    "b without gate": lambda i, lr: Step(((1.0,),), (torch.zeros_like(i) + 0.2,), (1.0,), 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", EVEN)
+def test_coefficients_that_are_the_same_at_every_token(name, kept):
+    rule = Rule(EVEN[name], start=(1.0 if kept else 0.0,), resets=(not kept,))
+    torch.manual_seed(0)
+    learner = nn.Linear(3, 3).double()
+    program = df.derive(learner, rule=rule, chunk=4, prove=False)
+    x = (0.5 * torch.randn(3, 2, 9, 2, 3, dtype=torch.float64)).requires_grad_()
+    lr, w = torch.rand(2, 9, 2).double().requires_grad_(), torch.randn(2, 9, 2, 3).double()
+    mask = torch.tensor([[True] * 9, [True] * 5 + [False] + [True] * 3])
+    found = []
+    for form in ("auto", "primal"):
+        o, state = program(*x, {"lr": lr}, mask=mask, form=form)
+        leaves = [x, lr, *learner.parameters()]
+        grads = torch.autograd.grad((o * w).sum(), leaves, allow_unused=True, materialize_grads=True)
+        found.append([o, *state.tensors().values(), *grads])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def of_place(make):
+    return lambda i, lr: Step(((make(i, i.numel()).to(i).reshape(i.shape),),), (lr,), (1.0,), 1.0)
+
+
+UNEVEN = {
+    "arange": of_place(lambda i, n: torch.arange(n)), "linspace": of_place(lambda i, n: torch.linspace(0, 1, n)),
+    "cumsum": of_place(lambda i, n: torch.ones(n).cumsum(0)), "eye": of_place(lambda i, n: torch.eye(n)[0]),
+    "flip": of_place(lambda i, n: i.reshape(-1).flip(0)), "mean": of_place(lambda i, n: i.mean().expand(n)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_coefficients_by_the_place_in_the_batch_are_refused(name):
+    with pytest.raises(df.DerivationError, match=r"Write it entry by entry|mixes tokens at"):
+        df.derive(nn.Linear(3, 3), rule=Rule(UNEVEN[name]), chunk=4, prove=False)

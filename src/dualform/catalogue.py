@@ -22,7 +22,9 @@ from functools import cache, cached_property
 from importlib import import_module
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
+
+from dualform.shapes import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,9 +50,10 @@ def normalise(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def near_misses(wrong: str, known: list[str]) -> str:
-    """Say what `wrong` may have meant, as the tail of an error message."""
+def near_misses(wrong: str, known: list[str], others: Mapping[str, str] | None = None) -> str:
+    """Say what `wrong` may have meant, as the tail of an error message; others: names of what is written otherwise."""
     by_key = {normalise(name): name for name in known}
+    by_key = {normalise(name): text for name, text in (others or {}).items()} | by_key
     close = difflib.get_close_matches(normalise(wrong), by_key, n=3, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(repr(by_key[key]) for key in close) + "?"
@@ -97,6 +100,8 @@ def type_name(hint: Any) -> str:
     """Write an annotation as people say it: `int or None`, `Sequence[float]`."""
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(type_name, get_args(hint)))
+    if get_origin(hint) is Annotated:
+        return type_name(get_args(hint)[0])
     return re.sub(r"\b\w+\.", "", inspect.formatannotation(hint)).replace("NoneType", "None")
 
 
@@ -388,10 +393,9 @@ class Catalogue:
             parts = cast("Sequence[Any]", spec)
             if len(parts) == 2 and isinstance(parts[0], str) and isinstance(parts[1], Mapping):
                 return self[parts[0]](**cast("Mapping[str, Any]", parts[1]))
-        raise CatalogueError(
-            f"{self.kind}.build: {spec!r} is not a spec; expected a bound record, a name, (name, {{options}}) "
-            f'or {{"name": ..., options}}. Known names: {", ".join(self.names())}.'
-        )
+        expected = 'a bound record, a name, (name, {options}) or {"name": ..., options}'
+        advice = f"Call it: {spec.name}()." if isinstance(spec, Record) else f"Known names: {', '.join(self.names())}."
+        raise CatalogueError(f"{self.kind}.build: {shown(spec)} is not a spec; expected {expected}. {advice}")
 
     def __getitem__(self, name: str) -> Record:
         key = self._keys.get(normalise(str(name)))

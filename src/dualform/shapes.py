@@ -26,8 +26,13 @@ def require(
 ) -> None:  # fmt: skip
     """Refuse an argument that is not right, showing what it is."""
     if not is_right:
-        text = " ".join(repr(value).split())
-        fail(function, argument, f"is {text if len(text) < 80 else text[:77] + '...'}", expected, advice, kind)
+        fail(function, argument, f"is {shown(value)}", expected, advice, kind)
+
+
+def shown(value: Any) -> str:
+    """Write a value on one line, cut where that is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def is_whole(x: Any, least: int = 1) -> bool:

@@ -35,6 +35,17 @@ def contents(x: Tensor) -> bytes | int:
     return times_written(x)
 
 
+def last_written(x: Tensor) -> tuple[int, int] | None:
+    """Where a tensor lies, and how often torch has written there; None where that says nothing: on the CPU, whose
+    numbers are looked at, and in inference mode and inside a transform, where nobody counts."""
+    if x.device.type == "cpu" or x.is_inference():
+        return None
+    try:
+        return memory_of(x), x._version
+    except RuntimeError:
+        return None
+
+
 def times_written(x: Tensor) -> int:
     """How often torch has written to it."""
     return 0 if x.is_inference() else x._version

@@ -87,7 +87,7 @@ class Route(ABC):
 
 
 _NO_ACCOUNT = (
-    "explain: the derivative is made of terms alone; expected one that df.jacobian made, or a product of such. "
+    "explain: the derivative is made of terms alone; expected one that df.jacobian made here, or a product of such. "
     "Read J.structure instead."
 )
 
@@ -118,6 +118,14 @@ class Derivative(Questions):
         self.route = route
         self._axes = axes
         self._symmetric = symmetric
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the terms: the function that they are of, and so its account, stay in the process."""
+        own = (self.terms, self.out_shape, self.in_shape, self.dtype, str(self.device), None, self._axes)
+        return Derivative, (*own, self._symmetric)
+
+    def __copy__(self) -> Derivative:
+        return self
 
     @property
     def terms(self) -> tuple[Term, ...]:

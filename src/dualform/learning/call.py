@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dualform.learning.front_door import Roles
+from dualform.learning.grid import starts_by_lengths
 from dualform.learning.rules import Rule
 from dualform.learning.state import State
 from dualform.shapes import ShapeError, require
@@ -139,9 +141,14 @@ class Signature(NamedTuple):
         p = next(iter(self.parts.fast.values()))
         return torch.promote_types(torch.float32, p.dtype), p.device
 
+    def computed_in(self, *given: Tensor | Mapping[str, Tensor]) -> torch.dtype:
+        """Return the widest of the learner's type, the tokens' and the fast weights', float32 at least."""
+        each = ([x] if isinstance(x, Tensor) else [x[n] for n in self.parts.fast if n in x] for x in given)
+        return reduce(torch.promote_types, (x.dtype for x in chain.from_iterable(each)), self.kind[0])
+
     def call(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None, state: State | None,
-        mask: Tensor | None, reset: Tensor | None, params: Mapping[str, Tensor] | None,
+        mask: Tensor | None, reset: Tensor | None, params: Mapping[str, Tensor] | None, ends: Tensor | None = None,
     ) -> Call:  # fmt: skip
         """Check and cast what a caller gives; fill in the rest."""
         gates, params = {} if gates is None else gates, {} if params is None else params
@@ -151,17 +158,22 @@ class Signature(NamedTuple):
                 require(False, "program", name, given, "a mapping from names to tensors", advice)
             if not all(isinstance(x, Tensor) for x in given.values()):
                 expect_kinds("program", {f"{name}[{n!r}]": x for n, x in given.items()}, None, State)
-        expect_kinds("program", {"q": q, "k": k, "v": v, "mask": mask, "reset": reset}, state, State)
+        rows = {"mask": mask, "reset": reset, "cu_seqlens": ends}
+        expect_kinds("program", {"q": q, "k": k, "v": v, **rows}, state, State)
         self._expect_shapes(q, k, v, mask, reset)
         (B, T, H, _), device = q.shape, q.device
-        marks = {"k": k, "v": v, "mask": mask, "reset": reset, **{f"gates[{n!r}]": x for n, x in gates.items()}}
+        marks = {"k": k, "v": v, **rows, **{f"gates[{n!r}]": x for n, x in gates.items()}}
         for name, x in (marks | {f"state's {n}": x for n, x in (state.tensors() if state else {}).items()}).items():
             if x is not None and x.device != device:
                 raise ShapeError(
                     f"program: {name} is on {x.device}; expected q's device = {device}. Move it there: "
                     f".to({str(device)!r})."
                 )
-        dtype = torch.promote_types(torch.promote_types(torch.float32, q.dtype), self.kind[0])
+        if ends is not None:
+            none = "None, or cu_seqlens = None: both say where documents start"
+            require(reset is None, "program", "reset", reset, none, "Pass one of them.")
+            reset = starts_by_lengths("program: cu_seqlens", ends, B, T)
+        dtype = self.computed_in(q, k, v, params)
         init, slow = self.with_heads(params, H, dtype, device)
         slow |= {n: self._buffer(n, params.get(n, x), dtype, device) for n, x in self.parts.buffers.items()}
         slow |= {n: x.to(device) for n, x in self.parts.closed.items()}
@@ -283,7 +295,7 @@ class Signature(NamedTuple):
 def expect_kinds(where: str, tensors: Mapping[str, object], state: object, kind: type) -> None:
     """Refuse what is no tensor, and a state of another kind; those that may be left out are None."""
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) and not (x is None and name in ("mask", "reset", "attention_mask")):
+        if not isinstance(x, Tensor) and not (x is None and name in ("mask", "reset", "cu_seqlens", "attention_mask")):
             require(False, where, name, x, "a tensor", "Pass one: torch.as_tensor(...).")
     if not isinstance(state, kind | None):
         require(False, where, "state", state, f"a {kind.__name__}", "Pass what a call has returned.")

@@ -27,7 +27,8 @@ from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
-from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
+from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, mark, prepared
+from dualform.learning.spelling import DerivationError
 from dualform.shapes import TraceError, require
 from dualform.storages import contents
 
@@ -217,7 +218,7 @@ class FrontDoor:
                 "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. "
                 "Use x in forward."
             )
-        if W > 1 and a.places[a.output] != Place(0, 1, 1):
+        if W > 1 and not is_apart(a, a.output):
             raise DerivationError(
                 f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as "
                 "in its input: (..., K) -> (..., V). Transpose back before returning."
@@ -252,10 +253,14 @@ class FrontDoor:
             )
         a = self._analysis("objective", gm, inputs, {}, set())
         mark(a, W)
-        if W > 1 and a.places.get(a.output) not in (None, Place(0, 1, 1)):
+        if W > 1 and not is_apart(a, a.output):
             raise DerivationError(
-                f"derive: the objective's losses have their tokens at axis {a.places[a.output].axis}; expected axis 0. "
-                f"{PER_TOKEN}"
+                f"derive: the objective's losses are not made of their own tokens alone; expected axis 0. {PER_TOKEN}"
+            )
+        if a.output not in felt(a):
+            raise DerivationError(
+                "derive: the objective's loss has no gradient by the prediction, its first argument; expected "
+                "f(prediction, target) -> (...,), a loss per token. Use it by more than comparisons."
             )
         _expect(wrong)
         return Routine(a, [a.output])
@@ -281,7 +286,7 @@ class FrontDoor:
         results = [next(nodes) if isinstance(x, Tensor) else x for x in leaves]
         for node in found:
             shape = tuple(node.meta["val"].shape)
-            if shape not in ((), (W,)) or (shape == (W,) and W > 1 and a.places.get(node) != Place(0, 1, 1)):
+            if shape not in ((), (W,)) or (shape == (W,) and W > 1 and not is_apart(a, node)):
                 raise DerivationError(
                     f"derive: the rule {self.rule.name!r} returns a coefficient of shape {shape} for {W} tokens; "
                     "expected a number, a tensor () or one entry per token, made of that token's position and gates. "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dualform.learning.transforms import is_known, lasting
+from dualform.shapes import ShapeError
 
 
 class Variant(NamedTuple):
@@ -211,6 +212,24 @@ def places(T: int, position: Tensor, mask: Tensor | None, reset: Tensor | None) 
     segment = reset.long().cumsum(1)
     first = torch.where(reset, rank - valid, 0).cummax(1).values
     return segment, rank - 1 - first + torch.where(segment == 0, position[:, None], 0)
+
+
+def starts_by_lengths(name: str, ends: Tensor, B: int, T: int) -> Tensor:
+    """Return where documents of one packed row start, (1, T) bool, from its cumulative lengths 0, ..., T (n + 1,).
+
+    The first goes on from what was read before; one of no tokens between others leaves no trace. name: for errors.
+    """
+    if B != 1 or ends.ndim != 1 or ends.numel() < 2 or ends.dtype not in (torch.int, torch.long):
+        raise ShapeError(
+            f"{name} has shape {tuple(ends.shape)} and dtype {ends.dtype} with batch = {B}; expected (documents + 1,) "
+            "of torch.int32 or torch.int64 and one packed row, batch = 1. Pass reset (batch, tokens) for more rows."
+        )
+    if is_known(ends) and (int(ends[0]) != 0 or int(ends[-1]) != T or bool((ends.diff() < 0).any())):
+        raise ShapeError(
+            f"{name} is {ends.tolist()}; expected lengths that grow from 0 to the number of tokens = {T}. Pass the "
+            "cumulative lengths of this row's documents."
+        )
+    return torch.zeros(T + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends[1:-1].long(), True)[None, :T]
 
 
 @lru_cache(maxsize=16)

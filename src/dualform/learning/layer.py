@@ -6,7 +6,6 @@ Legend: B batch, T time, H heads, d model width, f head width, b mini-batch (chu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
 
-from dualform.catalogue import Bound
 from dualform.graphs.this_thread import compiles
 from dualform.learning.call import expect_kinds
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
-from dualform.learning.learners import learners
-from dualform.learning.program import ChunkProgram, DerivationError, derive
+from dualform.learning.program import ChunkProgram, derive
 from dualform.learning.state import Carried, State, from_tensors
+from dualform.learning.templates import expect_fitting, materialised, own_names, templates
 from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError, is_whole, require
 
@@ -108,11 +106,10 @@ class TestTimeTraining(nn.Module):
             )
         self.dim, self.heads, self.head_dim, self.chunk, self.rope_theta = dim, heads, f, chunk, float(rope_theta)
         self.conv_kernel = conv_kernel
-        recipe = recipe_of(learner, f)
-        with torch.device("cpu"):  # the template holds shapes and code, never this layer's weights
-            models = [recipe(f) for _ in range(heads)]
-        born = [dict(model.named_parameters()) for model in models if isinstance(model, nn.Module)]
+        models = templates(learner, f, heads)
+        born = [dict(model.named_parameters()) for model in models]
         made = derive(materialised(models[0]), objective, rule, chunk=chunk, prove=prove)
+        expect_fitting(made, models, f)
         object.__setattr__(self, "program", made)
         for name, part in made.named_children():  # an objective that is a module is trained, saved and moved with this
             if name != "learner":
@@ -170,7 +167,8 @@ class TestTimeTraining(nn.Module):
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.name or type(self).__name__}: {error}") from None
         z = z.flatten(2)
-        z = z if self.post_norm is None else self.post_norm(z.to(x.dtype))
+        if self.post_norm is not None:  # CPUs norm no numbers wider than the gain
+            z = self.post_norm(z.to(min(x.dtype, self.post_norm.weight.dtype, key=lambda kind: kind.itemsize)))
         z = z if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh") * z
         return self.o_proj(z), LayerState(memory, tails, position)
 
@@ -200,6 +198,7 @@ class TestTimeTraining(nn.Module):
             )
         if not x.is_floating_point():
             raise ShapeError(f"TestTimeTraining: x has dtype {x.dtype}; expected one of real numbers. Pass x.float().")
+        expect_type("TestTimeTraining", "x", x, self.v_proj)
         B, T, _ = x.shape
         for name, given in (("attention_mask", attention_mask), ("reset", reset)):
             if given is not None and given.shape != (B, T):
@@ -274,50 +273,18 @@ class TestTimeTraining(nn.Module):
         )
 
 
-def recipe_of(learner: Any, f: int) -> Callable[[int], Any]:
-    """Return what builds a head's model of a width: a class or function as it is, or what a spec names."""
-    if isinstance(learner, nn.Module):
-        kind = type(learner).__name__
-        raise DerivationError(
-            f"TestTimeTraining: learner is a built {kind}; expected what builds one for each head: a class, a function "
-            f"of the head width, or a spec. Pass {kind}, not {kind}(...); the head width is dim / heads = {f}."
+def expect_type(where: str, name: str, x: Tensor, linear: nn.Module) -> None:
+    """Refuse numbers of another type than a plain map's, where nothing would cast them: autocast leaves float64 be."""
+    w: Any = linear.weight if type(linear) is nn.Linear else x
+    if x.dtype == w.dtype or type(w) not in (Tensor, nn.Parameter) or linear._forward_pre_hooks:
+        return
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not casts or torch.float64 in (x.dtype, w.dtype):
+        raise ShapeError(
+            f"{where}: {name} has dtype {x.dtype}; expected the parameters' = {w.dtype}. Pass {name}.to({w.dtype}), or "
+            f"cast the module: .to({x.dtype})."
         )
-    if isinstance(learner, Bound | str | tuple | list | Mapping):
-        return learners.build(learner)
-    if not callable(learner):
-        raise DerivationError(
-            f"TestTimeTraining: learner is a {type(learner).__name__}; expected a class or function of the head width, "
-            f"here {f}, "
-            "or a spec: a name, (name, {options}), {'name': ..., options}, df.learners.MLP(...). Pass one of these."
-        )
-    return learner
-
-
-def own_names(prefix: str, names: list[str]) -> dict[str, str]:
-    """Give each tensor of a learner an attribute of its own: its dots become "_"; those that would coincide grow a "_".
-
-    Example:
-        >>> own_names("initial_", ["a.w", "a_w"])
-        {'a.w': 'initial_a_w_', 'a_w': 'initial_a_w'}
-    """
-    found: dict[str, str] = {}
-    for name in sorted(names, key=lambda name: name.count(".")):
-        own = prefix + name.replace(".", "_")
-        while own in found.values():
-            own += "_"
-        found[name] = own
-    return {name: found[name] for name in names}
-
-
-def materialised(template: nn.Module) -> nn.Module:
-    """Put a template on the CPU where a context (`init_empty_weights`) took its parameters to the meta device."""
-    made: dict[Tensor, nn.Parameter] = {}
-    for module in template.modules() if isinstance(template, nn.Module) else ():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                drawn = torch.empty(p.shape, dtype=p.dtype, device="cpu").normal_(std=0.02)
-                module._parameters[name] = made.setdefault(p, nn.Parameter(drawn, requires_grad=p.requires_grad))
-    return template
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:

@@ -5,14 +5,15 @@ An objective is any callable (prediction (..., V), target (..., V)) -> (...,). `
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualform.catalogue import Catalogue
-from dualform.shapes import require
+from dualform.shapes import fail, require
 
 objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
@@ -23,6 +24,19 @@ def expect_target(where: str, name: str, target: Any, kind: type[ValueError] = V
     is_right = isinstance(target, str) and target in ("v", "v-k")
     require(is_right, where, name, target, "'v' or 'v-k'", "Choose one of the two.", kind)
     return cast("Target", target)
+
+
+def expect_two_arguments(loss: Callable[..., Any]) -> None:
+    """Refuse an objective that takes no prediction and target, as what makes one does not."""
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # of what is written in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        expected, found = "a function of two: f(prediction, target)", f"takes {signature}"
+        fail("derive", "objective", found, expected, "Pass what it makes, if it makes one.", ValueError)
 
 
 @dataclass(frozen=True)

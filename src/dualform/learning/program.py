@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.bounded import Bounded
-from dualform.catalogue import Bound, Catalogue
+from dualform.catalogue import Bound, Catalogue, Record
 from dualform.graphs.draws import undrawn
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.this_thread import compiles
@@ -29,7 +29,7 @@ from dualform.learning.finite import check_finite, policies
 from dualform.learning.forms import forms
 from dualform.learning.front_door import FrontDoor, Roles, patterns
 from dualform.learning.grid import Variant
-from dualform.learning.objectives import objectives
+from dualform.learning.objectives import expect_two_arguments, objectives
 from dualform.learning.op import followed, register, scan
 from dualform.learning.plan import Plan
 from dualform.learning.primal import primal
@@ -37,7 +37,7 @@ from dualform.learning.printer import Cost, cost_of, print_step
 from dualform.learning.proof import Proof, cache_folder
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
-from dualform.learning.standing import Written, as_they_stand, note_places, put_back
+from dualform.learning.standing import Written, as_they_stand, expect_fixed, note_places, put_back
 from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, is_known, undisturbed
 from dualform.learning.width import infer_width
@@ -50,7 +50,8 @@ class ChunkProgram(nn.Module):
     A module like any other: its learner is its part, and so is an objective that is a module. What it derives follows
     them: a changed attribute, mode, closure or replaced parameter is seen at the next call.
     Shape:  q, k (B, T, H, K), v, o (B, T, H, V), gates {name: (B, T, H)}, offset (chunk,), mask, reset (B, T) bool.
-    Dtype:  computes in float32, or float64 if q or the learner is; o has q's dtype, the state never less than float32.
+    Dtype:  computes in float32, or float64 if one of q, k, v and the fast weights is; o has q's dtype, the state never
+            less than float32; gates are cast.
     Raises: ShapeError for inputs that do not fit; DerivationError for a form that does not exist.
     Source: DESIGN sections 1 and 2 of this project.
     """
@@ -69,6 +70,7 @@ class ChunkProgram(nn.Module):
         self.door = FrontDoor(learner, objective, rule, slow)
         self.name = register(self)
         self.plans: dict[Any, Plan] = Written()
+        self._compared: dict[str, Any] = Written()  # buffers that were given last, and in what state
         with undrawn(self.door.reading.generators):
             self.width: int | None = infer_width(learner)
         self.out_width: int | None = None
@@ -201,13 +203,15 @@ class ChunkProgram(nn.Module):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
-        mask: Tensor | None = None, reset: Tensor | None = None, params: Mapping[str, Tensor] | None = None,
-        form: str = "auto",
-        backend: Any = "auto", remat: str | int | None = "auto", nan_policy: str = "propagate", overwrite: bool = False,
+        mask: Tensor | None = None, reset: Tensor | None = None, cu_seqlens: Tensor | None = None,
+        params: Mapping[str, Tensor] | None = None, form: str = "auto", backend: Any = "auto",
+        remat: str | int | None = "auto", nan_policy: str = "propagate", overwrite: bool = False,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Run over a sequence and return (o, state).
 
         Shape:  see the class. A masked token has o = 0 and leaves the state alone; reset True: a document starts here.
+                cu_seqlens (n + 1,) instead of reset, 0 ... T: the ends of n documents packed into one row, B = 1. The
+                first goes on from the state given; the state returned is that of the last one that has a token.
                 overwrite: the state given is not needed again;
                 a step without gradients may leave the new one in its place.
         Raises: ShapeError, DerivationError; BackendError for a backend that cannot run this; under nan_policy="raise"
@@ -215,13 +219,14 @@ class ChunkProgram(nn.Module):
                 head and mini-batch (not inside torch.compile).
         """
         self.refresh()
-        call = self.signature.call(q, k, v, gates, state, mask, reset, params)
-        o, after = self._run(call, form, backends_key(backend), remat, nan_policy, overwrite)
+        call = self.signature.call(q, k, v, gates, state, mask, reset, params, cu_seqlens)
+        o, after = self._run(call, form, backends_key(backend), remat, nan_policy, overwrite, params)
         return o.to(q.dtype), after
 
     def _run(
-        self, call: Call, form: str, backend: str, remat: str | int | None, nan_policy: str, overwrite: bool
-    ) -> tuple[Tensor, State]:
+        self, call: Call, form: str, backend: str, remat: str | int | None, nan_policy: str, overwrite: bool,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         if not isinstance(form, str) or form not in forms:
             raise DerivationError(f"program: form is {form!r}; expected one of {(*forms,)}. Choose one of these.")
         if not (remat in ("auto", None) or is_whole(remat)):
@@ -243,7 +248,7 @@ class ChunkProgram(nn.Module):
             ):  # fmt: skip
                 o, after = primal(self, Twin(self.learner), call.plain())
         else:
-            o, after = self._scan(form, backend, call, remat, overwrite and nan_policy != "raise")
+            o, after = self._scan(form, backend, call, remat, overwrite and nan_policy != "raise", params)
         if nan_policy == "raise" and all(map(is_known, after.tensors().values())):
 
             def after_tokens(n: int) -> State:
@@ -261,7 +266,7 @@ class ChunkProgram(nn.Module):
 
         before_t = loss(f(k_t; anchor), v_t): the one whose gradient is taken;  after_t = loss(f(k_t; theta_t), v_t)
         Shape:  k, v, gates, mask, reset as for a call -> before, after (B, T, H), 0 for padding.
-        Dtype:  float32, or float64 if k or the learner is.
+        Dtype:  float32, or float64 if one of k, v and the fast weights is.
         Raises: ShapeError.
         """
         self.refresh()
@@ -269,36 +274,27 @@ class ChunkProgram(nn.Module):
         if 0 in call.k.shape[:3]:
             none = call.v.new_zeros(call.v.shape[:3], dtype=call.dtype)
             return none, none, call.state
-        both, after = self._scan("losses", "auto", call, "auto")
+        both, after = self._scan("losses", "auto", call, "auto", params=params)
         return both[..., 0], both[..., 1], after
 
     def _scan(
-        self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False
-    ) -> tuple[Tensor, State]:
+        self, form: str, backend: str, call: Call, remat: str | int | None, overwrite: bool = False,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         if not compiles():
             made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             expect_width(call.v, made.derivation.V)
-            self._expect_fixed(call.slow)
+            fixed = {name: self.parts.buffers[name] for name in self.door.fixed}
+            expect_fixed(fixed, self._compared, call.slow, params or {})
         return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
-
-    def _expect_fixed(self, given: Mapping[str, Tensor]) -> None:
-        """Refuse other values of a buffer than those that the graph was made for."""
-        for name in self.door.fixed:
-            own, x = self.parts.buffers[name], given[name]
-            if x is not own and not (is_known(x) and torch.equal(x, own.to(x))):
-                raise ShapeError(
-                    f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as "
-                    "numbers (an index, a size, an if); expected the same. Write them into the learner's buffer, "
-                    "which derives again."
-                )
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
         for name, x in (("batch", batch), ("heads", heads)):
             advice = "Pass how many there are."
             require(is_whole(x, 0), "program.initial_state", name, x, "a whole number >= 0", advice)
-        signature = self.signature
-        fast, _ = signature.with_heads(params or {}, heads, *signature.kind)
+        signature, given = self.signature, params or {}
+        fast, _ = signature.with_heads(given, heads, signature.computed_in(given), signature.kind[1])
         return started(fast, self.rule.start, batch)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -387,15 +383,9 @@ _proved: Bounded[Proof] = Bounded(1024)
 
 
 def derive(
-    learner: nn.Module,
-    objective: Any = "squared",
-    rule: Any = "sgd",
-    *,
-    chunk: int = 16,
-    slow: tuple[str, ...] = (),
-    block: int | None = None,
-    prove: bool = True,
-) -> ChunkProgram:
+    learner: nn.Module, objective: Any = "squared", rule: Any = "sgd", *, chunk: int = 16, slow: tuple[str, ...] = (),
+    block: int | None = None, prove: bool = True,
+) -> ChunkProgram:  # fmt: skip
     """Derive a chunk program from an inner model: its gradients, its dual form where one exists, its state.
 
     th <- mini-batch of `chunk` tokens <- gradients at th; outputs with each token's own weights
@@ -427,8 +417,9 @@ def derive(
         require(is_right, "derive", name, x, expected, "Pass a positive int.", DerivationError)
     require(isinstance(prove, bool), "derive", "prove", prove, "True or False", "Pass one of them.", DerivationError)
     slow = patterns("slow", slow)
-    loss = _resolved(objectives, objective, Callable)
-    built = _resolved(rules, rule, Rule)
+    loss = _resolved("objective", objectives, objective, Callable, "f(prediction, target) -> (...,), a loss per token")
+    expect_two_arguments(loss)
+    built = _resolved("rule", rules, rule, Rule, "a df.Rule(step=...)")
     frozen = tuple(name for name, p in learner.named_parameters() if not p.requires_grad)
     with TRACING:
         reading = Fingerprint(learner, loss, built).key or object()
@@ -438,11 +429,13 @@ def derive(
         return _programs[key]
 
 
-def _resolved(catalogue: Catalogue, spec: Any, kind: Any) -> Any:
+def _resolved(name: str, catalogue: Catalogue, spec: Any, kind: Any, expected: str) -> Any:
     """Return what a spec builds, the same object for equal specs; pass on what is built already."""
-    if isinstance(spec, kind) and not isinstance(spec, Bound):
-        return spec
-    return _built(catalogue.build(spec))
+    if isinstance(spec, Bound | Record) or not (isinstance(spec, kind) or callable(spec)):
+        return _built(catalogue.build(spec))
+    is_right, advice = isinstance(spec, kind) and not isinstance(spec, type), "Pass what a class or a function makes."
+    require(is_right, "derive", name, spec, f"{expected}, or a spec", advice, DerivationError)
+    return spec
 
 
 @lru_cache(maxsize=256)

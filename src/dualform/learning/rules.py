@@ -103,15 +103,9 @@ class Rule:
             got = self.step(torch.ones(()), **gates)
             sizes = {"A": len(got.A), "b": len(got.b), "u": len(got.u)}
             sizes |= {f"A[{k}]": len(row) for k, row in enumerate(got.A)}
-        except (TypeError, AttributeError) as error:
-            fail(
-                "Rule",
-                "step",
-                f"failed with {type(error).__name__}: {error}",
-                wanted,
-                f"Take {self.gates}.",
-                ValueError,
-            )
+        except Exception as error:  # the user's code
+            found = f"failed on tensors of shape () with {type(error).__name__}: {error}"
+            fail("Rule", "step", found, wanted, f"Take {self.gates}, of any shape.", ValueError)
         for x in tree_leaves(tuple(got), is_leaf=lambda x: x is None):
             is_right = isinstance(x, Tensor | int | float)
             require(is_right, "Rule", "an entry of step", x, "a number or a tensor", f"Write {wanted}.", ValueError)

@@ -361,6 +361,24 @@ def _expect_apart(a: Analysis, node: fx.Node) -> None:
         )
 
 
+def is_apart(a: Analysis, node: fx.Node) -> bool:
+    """Does a value hold one entry for each token, made of that token's own, or the same for all?"""
+    if node in a.tok:
+        return a.places[node] == Place(0, 1, 1)
+    return _is_even(a, node, 0, {n: n.meta.get("val") for n in a.graph.graph.nodes})
+
+
+def felt(a: Analysis) -> set[fx.Node]:
+    """List what a gradient by the first tokens passes: truth values and whole numbers have none."""
+    found = {a.x}
+    for node in a.nodes:
+        value = node.meta["val"]
+        has_none = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        if not has_none and not found.isdisjoint(_read_nodes(node)):
+            found.add(node)
+    return found
+
+
 def _is_even_through(
     a: Analysis, call: local_rules.OpCall, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from dualform.learning.front_door import Roles
+from dualform.learning.transforms import is_known
+from dualform.shapes import ShapeError
+from dualform.storages import contents, last_written
 
 
 class Written(dict[Any, Any]):
@@ -44,3 +49,27 @@ def put_back(module: nn.Module, parts: Roles, places: Mapping[str, str]) -> Iter
     lent = {name: x for name, x in read.items() if type(standing(module, name)) not in (Tensor, nn.Parameter)}
     with _reparametrize_module(module, lent, tie_weights=True):
         yield
+
+
+def expect_fixed(
+    fixed: Mapping[str, Tensor], compared: dict[str, Any], slow: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> None:
+    """Refuse other values of a buffer than those that the graph was made for; slow: the given ones, cast.
+
+    Those of a card are compared once, and again when they are written: to look at each call is to wait for it, and
+    under a capture nobody may look. compared: what was given last, and in what state.
+    """
+    for name, own in fixed.items():
+        x, y = given.get(name), slow[name]
+        if x is None or y is own:
+            continue
+        at, before = (last_written(x), contents(own), y.dtype), compared.get(name)
+        if at[0] is not None and before is not None and before[0]() is x and before[1] == at:
+            continue
+        if not (is_known(y) and torch.equal(y, own.to(y))):
+            raise ShapeError(
+                f"program: params[{name!r}] has other values than the learner's own buffer, which forward reads as "
+                "numbers (an index, a size, an if); expected the same. Write them into the learner's buffer, which "
+                "derives again."
+            )
+        compared[name] = ref(x), at

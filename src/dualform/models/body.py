@@ -19,9 +19,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from dualform.graphs.this_thread import compiles
-from dualform.learning.layer import TestTimeTraining
+from dualform.learning.layer import TestTimeTraining, expect_type
 from dualform.learning.transforms import is_known
-from dualform.models.arguments import check_ids, refuse_unknown
+from dualform.models.arguments import check_ids, check_labels, refuse_unknown
 from dualform.models.attention import Attention
 from dualform.models.blocks import AttentionView, BlockCall, DualformBlock, RMSNorm, learning_layer, own_tensors, view
 from dualform.models.cache import adopt
@@ -221,6 +221,8 @@ class DualformModel(DualformPreTrainedModel):
                 f"DualformModel: inputs_embeds has shape {tuple(x.shape)}; expected (batch, tokens, hidden_size = "
                 f"{self.config.hidden_size}). Pass what the model's embed_tokens returns."
             )
+        mlp: Any = self.layers[0].mlp
+        expect_type("DualformModel", "inputs_embeds", x, getattr(mlp, "gate_proj", mlp))
         B, T, _ = x.shape
         seen = 0 if cache is None else cache.get_seq_length()
         if cache is not None and torch.is_grad_enabled() and any(getattr(held, "cut", False) for held in cache.layers):
@@ -259,8 +261,9 @@ def cross_entropy(
 
     num_items_in_batch: how many labels the whole batch has, over which to average; default those that are counted here.
     """
+    check_labels(labels, logits, ignore_index)
     wide = logits.to(torch.promote_types(torch.float32, logits.dtype)).flatten(0, -2)
-    return fixed_cross_entropy(wide, labels.to(logits.device).flatten(), num_items_in_batch, ignore_index)
+    return fixed_cross_entropy(wide, labels.to(logits.device, torch.long).flatten(), num_items_in_batch, ignore_index)
 
 
 AutoConfig.register("dualform", DualformConfig)

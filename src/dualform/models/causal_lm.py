@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from dualform.models.arguments import refuse_unknown
+from dualform.models.arguments import check_labels, refuse_unknown
 from dualform.models.body import DualformModel, DualformPreTrainedModel, cross_entropy
 from dualform.models.cache import Rollback, adopt
 from dualform.models.captured import CapturedStep, is_capturable
@@ -212,12 +212,8 @@ def next_token_loss(
 ) -> Tensor:
     """Score each token's logits against the next label; shift_labels: labels that stand there already."""
     if shift_labels is None:
-        if labels.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"DualformForCausalLM: labels has shape {tuple(labels.shape)}; expected the logits' (batch, tokens) = "
-                f"{tuple(logits.shape[:-1])}. Pass one label per token, -100 where none counts."
-            )
-        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        check_labels(labels, logits, ignore_index)
+        shift_labels = F.pad(labels[..., 1:].long(), (0, 1), value=ignore_index)
     return cross_entropy(logits, shift_labels, ignore_index=ignore_index, **kwargs)
 
 

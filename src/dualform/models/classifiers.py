@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.utils.generic import can_return_tuple
 
+from dualform.models.arguments import check_labels
 from dualform.models.body import DualformModel, DualformPreTrainedModel, cross_entropy
 from dualform.models.configuration import DualformConfig
 from dualform.models.versions import CACHE, SequenceOutput
@@ -41,6 +42,8 @@ class Classifier(DualformPreTrainedModel):
         logits = self.score(self.read(body.last_hidden_state, attention_mask, input_ids))
         loss = None
         if labels is not None:
+            if not labels.is_floating_point() and labels.ndim < logits.ndim and self.num_labels > 1:
+                check_labels(labels, logits, -100)
             # How many labels the whole batch has, over which the Trainer averages.
             count = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **count)

@@ -4,19 +4,34 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
+from annotated_types import Ge
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
 
-from dualform.catalogue import expect
+from dualform.catalogue import expect, near_misses
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
 from dualform.learning.rules import rules
 from dualform.models.presets import inner, presets
+from dualform.shapes import require
 
 layer_kinds = ("test_time", "full_attention", "sliding_attention")
 specs = {"learner": learners, "objective": objectives, "rule": rules}
+# What transformers' fields hold here, and what may stand beside fields: names that other readers of a config.json know.
+Dtype, Named = str | torch.dtype | None, str | dict[str, Any] | None
+shared: dict[str, Any] = {
+    "transformers_version": str | None, "architectures": list[str] | None, "output_hidden_states": bool | None,
+    "return_dict": bool | None, "dtype": Dtype, "torch_dtype": Dtype, "chunk_size_feed_forward": Annotated[int, Ge(0)],
+    "is_encoder_decoder": bool, "id2label": dict[int, str] | dict[str, str] | None,
+    "label2id": dict[str, int] | dict[str, str] | None, "num_labels": Annotated[int, Ge(1)],
+    "problem_type": Literal["regression", "single_label_classification", "multi_label_classification"] | None,
+    "output_attentions": bool | None, "attn_implementation": Named, "experts_implementation": Named,
+    "tokenizer_class": str | None, "name_or_path": Any, "quantization_config": Any, "auto_map": Any, "model_type": str,
+    "hidden_act": Literal["silu", "swish"], "max_position_embeddings": Annotated[int, Ge(1)],
+}  # fmt: skip
 # A resuming Trainer reads config.json with transformers' own class, which must know our kind of layer (as caches do).
 for _name in ("ALLOWED_ATTN_LAYER_TYPES", "ALLOWED_LAYER_TYPES"):
     setattr(configuration_utils, _name, (*getattr(configuration_utils, _name, ()), "test_time"))
@@ -31,7 +46,7 @@ class DualformConfig(PreTrainedConfig):
     Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
     Dtype:  none.
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
-            that do not fit, kinds that are unknown and names that are nearly a field's.
+            that do not fit, values of another type, kinds and names that are unknown.
     Source: Sun et al. 2024; field names as in their models. Differs: `learner`, `objective`, `rule` are specs.
     Example:
         >>> config = DualformConfig(preset="tiny-ttt-mlp", num_hidden_layers=2)
@@ -72,13 +87,17 @@ class DualformConfig(PreTrainedConfig):
         if preset is not None:
             base |= presets.build(preset).build()
         given = _over(base, {name: value for name, value in given.items() if not (name in specs and value is None)})
-        known = {f.name: f for f in fields(self)}
-        _refuse_near_misses(given.keys() - known.keys(), list(known))
-        for name, f in known.items():
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            value, hint = given.pop(name, default), self.__annotations__.get(name, Any)
-            expect("DualformConfig", name, value, hint, f"Its default is {default!r}.")
-            setattr(self, name, float(value) if hint is float else value)
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        # What `to_dict` wrote may hold attributes that others gave it.
+        _refuse_unknown(given, [*defaults, *shared], near_only="model_type" in given)
+        hints = shared | self.__annotations__
+        for name in {**defaults, **given}:
+            value, hint = given.get(name, defaults.get(name)), hints.get(name, Any)
+            advice = f"Its default is {defaults[name]!r}." if name in defaults else "Leave it out."
+            expect("DualformConfig", name, value, hint, advice)
+            given[name] = float(value) if hint is float else _dtype(name, value) if hint is Dtype else value
+        for name in defaults:
+            setattr(self, name, given.pop(name))
         self.__post_init__(**given)
 
     @classmethod
@@ -93,14 +112,14 @@ class DualformConfig(PreTrainedConfig):
                 f"DualformConfig: preset is {kwargs['preset']!r} while a configuration is read; expected fields to lay "
                 "over it. Make a new one: DualformConfig(preset=...)."
             )
-        own = cls.__annotations__
-        _refuse_near_misses(kwargs.keys() - own.keys(), list(own))
-        given = {name: kwargs.pop(name) for name in own if name in kwargs}
+        own = {**shared, **cls.__annotations__}
+        _refuse_unknown(kwargs, list(own), near_only=True)  # others may be for who reads a model or a tokenizer
+        given = {name: kwargs.pop(name) for name in own if name in kwargs and own[name] is not Dtype}
         given = {name: value for name, value in given.items() if not (name in specs and value is None)}
         kinds = config_dict.get("layer_types") or []
         if "num_hidden_layers" in given and "layer_types" not in given and len(set(kinds)) == 1:
             given["layer_types"] = kinds[:1]  # one kind for all, however many there are now
-        return super().from_dict(_over(config_dict, given), **kwargs)
+        return super().from_dict({"model_type": kind, **_over(config_dict, given)}, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
@@ -118,6 +137,11 @@ class DualformConfig(PreTrainedConfig):
         # Before super's: @strict wraps what the validators raise in an error that is no ValueError.
         self.validate_architecture()
         self.validate_layer_type()
+        is_numbered = self.id2label is None or {str(key).isdecimal() for key in self.id2label} == {True}
+        advice = "Number the labels."
+        require(is_numbered, "DualformConfig", "id2label", self.id2label, "{0: name, ...}", advice, ValueError)
+        is_right, advice = not self.is_encoder_decoder, "There is no encoder."
+        require(is_right, "DualformConfig", "is_encoder_decoder", True, "False", advice, ValueError)
         super().__post_init__(**kwargs)
 
     @property
@@ -183,9 +207,18 @@ def _over(preset: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _refuse_near_misses(unknown: set[str], known: list[str]) -> None:
+def _refuse_unknown(given: Mapping[str, Any], known: list[str], near_only: bool) -> None:
     # transformers keeps keywords it does not know as attributes; a typo must not vanish that way.
-    for name in unknown:
-        close = difflib.get_close_matches(name, known, n=2, cutoff=0.85)
-        if close:
-            raise ValueError(f"DualformConfig: unknown field {name!r}. Did you mean {' or '.join(map(repr, close))}?")
+    for name in given:
+        is_near = not near_only or difflib.get_close_matches(name, known, cutoff=0.85)
+        if name not in known and name[0] != "_" and is_near:
+            raise ValueError(f"DualformConfig: unknown field {name!r}. {near_misses(name, known)}")
+
+
+def _dtype(name: str, value: Any) -> torch.dtype | None:
+    """Return the floating type that a name or a type of torch's is."""
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if value is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    advice = near_misses(str(value), ["float16", "bfloat16", "float32", "float64"])
+    raise ValueError(f"DualformConfig: {name} is {value!r}; expected a type of real numbers. {advice}")

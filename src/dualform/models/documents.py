@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualform.learning.grid import starts_by_lengths
 from dualform.learning.transforms import is_known
 
 packing = ("reset", "seq_idx", "cu_seq_lens_q")
@@ -114,21 +115,6 @@ def starts_by_index(index: Tensor, B: int, T: int, seen: int) -> Tensor:
     return F.pad(index.diff(dim=1) != 0, (1, 0))
 
 
-def starts_by_lengths(ends: Tensor, B: int, T: int) -> Tensor:
-    """Return where documents of one packed row start, (1, T) bool, from its cumulative lengths 0, ..., T (n + 1,)."""
-    if B != 1 or ends.ndim != 1 or ends.numel() < 2:
-        raise ValueError(
-            f"DualformModel: cu_seq_lens_q has shape {tuple(ends.shape)} with batch = {B}; expected (documents + 1,) "
-            "and one packed row, batch = 1. Pass reset (batch, tokens) for more rows."
-        )
-    if is_known(ends) and (int(ends[0]) != 0 or int(ends[-1]) != T or bool((ends.diff() < 0).any())):
-        raise ValueError(
-            f"DualformModel: cu_seq_lens_q is {ends.tolist()}; expected lengths that grow from 0 to the number of "
-            f"tokens = {T}. Pass the cumulative lengths of this row's documents."
-        )
-    return (torch.arange(T, device=ends.device) == ends[1:-1, None]).any(0)[None]
-
-
 def joined(*starts: Tensor | None) -> Tensor | None:
     """Return the starts that any of these says; None for none."""
     found = None
@@ -144,7 +130,11 @@ def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, dev
     if reset is not None and reset.shape != (B, T):
         raise ValueError(f"DualformModel: reset has shape {tuple(reset.shape)}; expected (batch, tokens) = {(B, T)}.")
     by_index = None if index is None else starts_by_index(torch.as_tensor(index, device=device), B, T, seen)
-    by_lengths = None if ends is None else starts_by_lengths(torch.as_tensor(ends, device=device), B, T)
+    by_lengths = (
+        None
+        if ends is None
+        else starts_by_lengths("DualformModel: cu_seq_lens_q", torch.as_tensor(ends, device=device), B, T)
+    )
     return joined(reset, by_index, by_lengths)
 
 

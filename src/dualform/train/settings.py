@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +68,13 @@ def _fits(name: str, value: Any) -> None:
     """Refuse a setting that there is not, and a value that it cannot have."""
     hints = hints_of(Settings)
     if name not in hints:
-        raise SettingsError(f"train: there is no setting {name!r}. {near_misses(name, list(hints))}")
+        inside = {name: f"model.{name}" for name in DualformConfig.__annotations__}
+        path, last = name, name
+        # Of a table that there is not, what stands in it says more than its name, unless that is nearly right.
+        while isinstance(value, Mapping) and value and not get_close_matches(last, [*hints, *inside], cutoff=0.75):
+            last, value = next(iter(cast("Mapping[str, Any]", value).items()))
+            path = f"{path}.{last}"
+        raise SettingsError(f"train: there is no setting {path!r}. {near_misses(last, list(hints), inside)}")
     if name == "model" and not isinstance(value, Mapping):
         raise SettingsError(f"train: model is {value!r}; expected a table of fields. Write [model] in the file.")
     expect("train", name, value, hints[name], kind=SettingsError)
