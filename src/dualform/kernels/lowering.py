@@ -37,12 +37,18 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
                 break
             refused, table = refused or unknown, table | more
         digits = max((x.dtype.itemsize for x in inputs if x.is_floating_point()), default=0)
-        unknown += [n for n in made.graph.nodes if n.op == "call_function" and _rounds(n, digits)]
         if unknown:  # named as the learner does, if it can be
             raise Unsupported(next((n for n in unknown if "aten" in str(n.target)), (refused or unknown)[0]))
+        rounded = next((n for n in made.graph.nodes if n.op == "call_function" and _rounds(n, digits)), None)
+        if rounded is not None:
+            raise Unsupported(rounded, why=f"it has results of {_types(rounded)}, and generated code has one type")
         return tidy(_turned_last(made))
 
     return undisturbed(make)
+
+
+def _types(n: fx.Node) -> str:
+    return ", ".join(dict.fromkeys(str(x.dtype) for x in tree_leaves(n.meta["val"]) if isinstance(x, Tensor)))
 
 
 def _is_known(target: Any) -> bool:

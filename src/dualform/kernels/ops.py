@@ -8,18 +8,20 @@ from torch import fx
 from dualform.learning.backends import BackendError
 from dualform.ops.table import ENTRIES, ROWS, find_row
 
+SAYS_NOTHING = "its row in ops/ does not say how it is generated"
+
 
 class Unsupported(BackendError):
-    """An op of no kind."""
+    """An op that is not generated, and why."""
 
-    def __init__(self, node: fx.Node, line: str = "") -> None:
+    def __init__(self, node: fx.Node, line: str = "", why: str = SAYS_NOTHING) -> None:
         where = f" at {line}" if line else ""
         known = sum(bool(row.kind or row.lowered) for row in ROWS.values())
         super().__init__(
-            f"cpp: the row of the op {node.target}{where} in ops/ does not say how it is generated; expected one of "
-            f"{known} ops that have a kind, or are spelt out in those. Use backend='eager', or add `entry` to its row."
+            f"cpp: the op {node.target}{where} is not generated: {why}; expected one of {known} ops that have a kind, "
+            "or are spelt out in those. Use backend='eager', or add `entry` to its row."
         )
-        self.node = node
+        self.node, self.why = node, why
 
 
 def work(n: fx.Node) -> float:

@@ -19,6 +19,7 @@ from torch import fx
 
 Shape = tuple[int, ...]
 LIMIT = 2**17  # entries of a tile: 1024 threads of 128 registers
+DEEP = 2**14  # of one of three axes and more, short ones that leave most of it empty, where nothing waits for it
 
 
 class Untileable(Exception):
@@ -280,6 +281,7 @@ def relabelled(x: Value, shape: Sequence[int]) -> Value | None:
 
 
 __all__ = [
-    "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "axes_in", "behind", "between", "constant", "expanded",
+    "DEEP", "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "axes_in", "behind", "between", "constant",
+    "expanded",
     "padded", "permuted", "regrouped", "relabelled", "resized", "selected", "sliced", "spelt", "squeezed", "unsqueezed",
 ]  # fmt: skip

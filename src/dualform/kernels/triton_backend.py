@@ -7,7 +7,7 @@ here a stretch's kernels are written, and run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -35,7 +35,7 @@ from dualform.kernels.triton_schedule import (
 )
 from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_token import Token, written_over
-from dualform.kernels.triton_trial import trial
+from dualform.kernels.triton_trial import trial, tried_next
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
@@ -137,11 +137,9 @@ def written(
             found["advance"] = [advance_direction(step.plain, inputs, dtype, precision).kernel()]
         return found
     except Refused as error:
-        raise Refused(error.node, error.why, line_of(plan, error.node)) from None
+        raise Refused(error.node, error.why, line_of(plan, error.node), error.waits) from None
     except Unsupported as error:
-        raise Refused(
-            error.node, "its row in ops/ does not say how it is generated", line_of(plan, error.node)
-        ) from None
+        raise Refused(error.node, error.why, line_of(plan, error.node), waits=False) from None
 
 
 class _Rows(Stretches[Made]):
@@ -164,16 +162,20 @@ class _Rows(Stretches[Made]):
         if not torch.cuda.is_available():
             return ""
         why = triton_launch.lack(torch.device("cuda"))
+        each = ", ".join(dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values()))
         if not why and not plan.is_checked:
             why = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
+            why += f"; made: {each}, compiled only" if each else ""
         if why:
             return f"not on this card: {why}"
-        each = dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values())
-        done = f"; made: {', '.join(each)}; each was compared with eager at its first use, apart" if each else ""
+        done = f"; made: {each}; each was compared with eager at its first use, apart" if each else ""
         return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
 
     def trial(self) -> AbstractContextManager[None]:
         return trial()
+
+    def instead(self) -> Mapping[str, object] | None:
+        return tried_next(warps=self.warps, stages=self.stages, slices=self.slices)
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         way = "backward" if backward else "forward"
@@ -257,7 +259,8 @@ class _Rows(Stretches[Made]):
             short = call.q.dtype == torch.bfloat16 and call.dtype == torch.float32
             factors = precision.factors or (torch.bfloat16 if short else None)
             narrow = triton_launch.is_narrow(torch.cuda.get_device_capability(call.q.device))
-            precision = replace(precision, factors=factors, at_once=True, ahead=True, narrow=narrow)
+            turns = triton_launch.turns(triton_launch.triton_module().__version__)
+            precision = replace(precision, factors=factors, at_once=True, ahead=True, narrow=narrow, turns=turns)
         key, own = (variant, direction, precision, slices), plan.natives.of(Compiled)
         with TRACING if key not in own.made else nullcontext():
             if key not in own.made:

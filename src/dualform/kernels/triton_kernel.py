@@ -5,8 +5,8 @@ A program is a row and a group of mini-batches; it loads what is carried, goes o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,13 +45,17 @@ def held_in(x: Input, kept: Sequence[Input]) -> tuple[str, Any]:
 
 @dataclass(frozen=True)
 class Outside:
-    """What torch computes for all mini-batches: a graph, and its inputs: `Input`s, or names of passed values."""
+    """What torch computes for all mini-batches: a graph, and its inputs: `Input`s, or names of passed values.
+
+    apart: the ops that no kernel has, and why; what else there is stands between them and the kernel.
+    """
 
     graph: fx.GraphModule
     inputs: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
     kinds: tuple[torch.dtype, ...]
     targets: tuple[Target, ...] = ()
+    apart: Mapping[fx.Node, str] = field(default_factory=dict)
 
     @property
     def ops(self) -> int:

@@ -19,7 +19,7 @@ from dualform.graphs.verify import is_on
 from dualform.kernels.tape import recording
 from dualform.kernels.triton_kernel import SCALARS, Argument, Kernel
 from dualform.kernels.triton_soundness import verify
-from dualform.learning.backends import BackendError
+from dualform.learning.backends import BackendError, Miscompiled
 
 
 class Missing(BackendError):
@@ -47,6 +47,7 @@ OLDEST, CAPABILITY = (3, 4), (8, 0)  # of Triton, and of the card: what the text
 # Bytes of shared memory that a program may have, by compute capability; of others, as little as of any.
 SHARED = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 ENOUGH = 128 << 10  # of it, for factors of products in the type that they are read in
+TURNED_WRONG = (3, 4), (3, 7)  # first and last that are wrong where what is carried on is transposed in a product
 # ptxas 12.8 gives products of matrices on Hopper addresses that are some other register's, silently (LAB.md).
 HOPPER, ASSEMBLER = (9, 0), (12, 9)
 
@@ -108,6 +109,12 @@ def lack(device: torch.device) -> str:
 def is_narrow(capability: tuple[int, int]) -> bool:
     """Has a program of such a card so little shared memory that factors are made short before they pass through it?"""
     return SHARED.get(capability, min(SHARED.values())) < ENOUGH
+
+
+def turns(version: str) -> bool:
+    """Is a version of Triton right where what is carried on is transposed in a product?"""
+    first, last = TURNED_WRONG
+    return not first <= _version(version) <= last
 
 
 @cache
@@ -259,12 +266,12 @@ def first_run(
             # Of an earlier kernel: nothing runs on this card any more.
             if isinstance(error, torch.AcceleratorError) or "[CUDA]" in str(error):
                 raise
-            raise BackendError(
+            raise Miscompiled(
                 f"triton: {name} does not compile ({type(error).__name__}: {str(error)[:300]}); expected code "
                 f"for {' '.join(place(places[0].device))}. Use backend='inductor' or 'eager'; this is a fault of "
                 "dualform or of Triton, please report it."
             ) from error
-    raise BackendError(
+    raise Miscompiled(
         f"triton: {name} does not fit: {tried} Expected what this card has. Use backend='inductor' or 'eager', "
         "other warps, or a smaller mini-batch."
     )
@@ -336,4 +343,5 @@ __all__ = [
     "sharing",
     "short_of_memory",
     "triton_module",
+    "turns",
 ]

@@ -34,7 +34,8 @@ class Precision:
     """What products of matrices take: the type of factors (None: that which is computed in), how float32 is multiplied.
 
     at_once: are sums that do not wait for each other one reduction? ahead: is what a mini-batch reads loaded during the
-    one before? narrow: is what is read as a factor of fewer bits before it passes through shared memory?
+    one before? narrow: is what is read as a factor of fewer bits before it passes through shared memory? turns: may
+    what is carried on be transposed in a product?
     """
 
     factors: torch.dtype | None = None
@@ -42,6 +43,7 @@ class Precision:
     at_once: bool = False
     ahead: bool = False
     narrow: bool = False
+    turns: bool = False
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Lines:
     ahead: bool = False  # is what the next mini-batch reads loaded while this one is computed?
     first: list[str] = field(default_factory=list)  # such loads, for the first mini-batch
     next: list[str] = field(default_factory=list)
+    most: int = LIMIT  # entries of a tile of three axes and more
 
     @property
     def T(self) -> str:
@@ -81,8 +84,10 @@ class Lines:
     ) -> Tile:  # fmt: skip
         """Write a line; space: the value's axes that the variable has, in its order."""
         entries = math.prod(padded(shape[a]) for a in space)
-        if entries > LIMIT:
-            raise Untileable(f"its {' x '.join(map(str, shape))} entries are no tile of at most {LIMIT:,}")
+        most = self.most if len(space) > 2 else LIMIT
+        if entries > most:
+            sizes = " x ".join(map(str, shape))
+            raise Untileable(f"its {sizes} entries are a tile of {entries:,}; expected at most {most:,}")
         self.sizes.append(entries)
         name = self.named(hint)
         self.line(f"{name} = {text}  # {' x '.join(map(str, shape)) or 'a number'}", looped)

@@ -40,6 +40,10 @@ class Moves(Lines):
             return self.load(x, hint)
         return self._together(x, hint or "whole") if isinstance(x, Parts) else x
 
+    def tiles(self, x: Value) -> list[Tile]:
+        """Have a value as tiles, one for each of its parts."""
+        return [t for v in x.values for t in self.tiles(v)] if isinstance(x, Parts) else [self.real(x)]
+
     def store(
         self, name: str, value: Value, looped: bool, indent: str = "", base: str = "", start: Sequence[int] = ()
     ) -> None:

@@ -25,7 +25,19 @@ from dualform.graphs.edit import extract, inputs_of, needed, only_outputs, resul
 from dualform.kernels.lowering import lowered
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Target, backward_targets, forward_targets, label, place_of
-from dualform.kernels.tiles import Memory, Parts, Tile, Untileable, Value, axes_in, behind, padded, unsqueezed
+from dualform.kernels.tiles import (
+    DEEP,
+    LIMIT,
+    Memory,
+    Parts,
+    Tile,
+    Untileable,
+    Value,
+    axes_in,
+    behind,
+    padded,
+    unsqueezed,
+)
 from dualform.kernels.triton_kernel import RESERVED, Argument, Crossing, Kernel, Outside, held_in, source
 from dualform.kernels.triton_lines import Precision
 from dualform.kernels.triton_order import abreast
@@ -38,16 +50,16 @@ TILE_AHEAD = 2048  # entries of such a tile, at most
 
 
 class Refused(BackendError):
-    """An op that has to be in the kernel and cannot."""
+    """An op that has to be in a kernel and cannot. waits: does the next state wait for it?"""
 
-    def __init__(self, node: fx.Node, why: str, line: str = "") -> None:
+    def __init__(self, node: fx.Node, why: str, line: str = "", waits: bool = True) -> None:
         where = f" at {line}" if line else ""
+        part = "is part of what the next state waits for, and no kernel has it" if waits else "is not generated"
         super().__init__(
-            f"triton: the op {node.target}{where} is part of what the next state waits for, and no kernel has it: "
-            f"{why}; expected ops on tiles with a Triton text in their rows, ops/. Use backend='eager' or 'inductor', "
-            "or add its text."
+            f"triton: the op {node.target}{where} {part}: {why}; expected ops on tiles with a Triton text in their "
+            "rows, ops/. Use backend='eager' or 'inductor', or add its text."
         )
-        self.node, self.why = node, why
+        self.node, self.why, self.waits = node, why, waits
 
 
 @dataclass
@@ -90,8 +102,8 @@ class TileDirection:
         for n in self.steps:
             if any(x in waits for x in n.all_input_nodes):
                 waits.add(n)
-        leads = needed(self.over.values())
-        self.waits, self.early, self.late = waits, set[fx.Node](), set[fx.Node]()
+        leads, ends = needed(self.over.values()), {*self.results}
+        self.waits, self.early, self.late, self.apart = waits, set[fx.Node](), set[fx.Node](), dict[fx.Node, str]()
         self._begin()
         for n in self.steps:
             inside = n in waits and n in leads
@@ -99,24 +111,28 @@ class TileDirection:
                 self.late.add(n)
                 continue
             try:
-                if not inside and _is_deep(n):
-                    raise Untileable("it has more than two axes", n)
+                self.writer.most = LIMIT if inside else DEEP
                 self.walker.step(n)
+                if not inside and n in ends:
+                    self.writer.tiles(self.walker.values[n])
             except (Untileable, Unsupported) as error:
-                why = error.why if isinstance(error, Untileable) else "its row in ops/ does not say how it is generated"
                 if inside:
-                    raise Refused(n, why) from None
+                    raise Refused(n, error.why) from None
+                self.apart[n] = error.why
                 if n in waits:
                     self.late.add(n)
                 else:
                     self.early.add(n)
                     self.walker.values[n] = self._memory("made", n)
+        for n in reversed(self.steps):  # what would be passed to torch as a large tile, it computes
+            if n in waits and n not in leads and _is_deep(n) and any(x in self.late for x in n.users):
+                self.late.add(n)
 
     def _memory(self, role: str, n: fx.Node) -> Any:
         """Read a value of torch's."""
         made = n.meta["val"]
         if isinstance(made, list | tuple):
-            raise Refused(n, "it has several results")
+            raise Refused(n, "it has several results", waits=False)
         return self._read(role, n.name, n.name, tuple(made.shape), made.dtype, True)
 
     def _outside(self, goals: Sequence[fx.Node], nodes: set[fx.Node], targets: Sequence[Target] = ()) -> Outside:
@@ -129,7 +145,8 @@ class TileDirection:
         values = [n.meta["val"] for n in given]
         graph = extract(ordered, given, lambda _, made: [made[n] for n in goals])
         shapes, kinds = tuple(tuple(x.shape) for x in values), tuple(x.dtype for x in values)
-        return Outside(unwritten(self.graph, graph), inputs, shapes, kinds, tuple(targets))
+        apart = {n: why for n, why in self.apart.items() if n in ordered}
+        return Outside(unwritten(self.graph, graph), inputs, shapes, kinds, tuple(targets), apart)
 
     # -- the kernel ----------------------------------------------------------------------------------------------
 
@@ -260,7 +277,7 @@ class TileDirection:
         try:
             self._leave(self.targets[k], self.results[k])
         except Untileable as error:
-            raise Refused(self.results[k], error.why) from None
+            raise Refused(self.results[k], error.why, waits=self.targets[k].kind == "over") from None
 
     def _is_used(self, a: Argument) -> bool:
         w = self.writer
@@ -374,9 +391,10 @@ def _shape(n: fx.Node) -> tuple[int, ...]:
 
 
 def _is_deep(n: fx.Node) -> bool:
-    """Has a value more than two axes, short ones that would fill a tile with nothing?"""
+    """Has a value more than two axes, short ones that would fill a large tile with nothing?"""
     made = n.meta.get("val")
-    return isinstance(made, torch.Tensor) and sum(k != 1 for k in made.shape) > 2
+    sizes = [k for k in made.shape if k != 1] if isinstance(made, torch.Tensor) else []
+    return len(sizes) > 2 and math.prod(map(padded, sizes)) > DEEP
 
 
 def forward_direction(

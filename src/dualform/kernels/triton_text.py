@@ -1,8 +1,8 @@
 """Lines of Triton for the ops of a kernel: maps, what is made of places, reductions, products, of tiles or parts.
 
 Two rules of products: what lies beyond an axis that is summed over is zero in both factors, and what is carried on is
-never transposed (Triton 3.4 to 3.7 then compute something else on Hopper, silently): instead, the other factor and the
-result are.
+not transposed (some versions then compute something else on Hopper, silently: `triton_launch.TURNED_WRONG`): the other
+factor and the result are; and where both are carried on, only a version that is right has the product.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dualform.kernels.tiles import (
+    DEEP,
     Memory,
     Parts,
     Tile,
@@ -23,6 +24,7 @@ from dualform.kernels.tiles import (
     axes_in,
     constant,
     expanded,
+    padded,
     permuted,
     resized,
     spelt,
@@ -31,6 +33,8 @@ from dualform.kernels.tiles import (
 from dualform.kernels.triton_lines import TYPES
 from dualform.kernels.triton_moves import Moves
 from dualform.ops.table import ENTRIES, FOLDS
+
+SHORT = 8  # places summed over in a product that matrix units do not compute, to be added up one by one
 
 
 class Writer(Moves):
@@ -147,11 +151,12 @@ class Writer(Moves):
             return self.made(hint, f"{text}.to({self.typed(kind)})", shape, [0], False, kind)
         r = len(shape)
         if row == "eye":
-            if 1 in shape:
-                raise Untileable("an identity of one row")
-            rows, columns = self.at(self.place(shape[0]), 0, 2), self.at(self.place(shape[1]), 1, 2)
-            text = f"({rows} == {columns}).to({self.typed(kind)})"
-            return self.made(hint, text, shape, [0, 1], False, kind)
+            space = [a for a in (0, 1) if shape[a] != 1]
+            if not space:
+                return constant(1.0, shape, kind)
+            texts = [self.at(self.place(shape[a]), space.index(a), len(space)) if a in space else "0" for a in (0, 1)]
+            text = f"({texts[0]} == {texts[1]}).to({self.typed(kind)})"
+            return self.made(hint, text, shape, space, False, kind)
         if x is None or row not in ("tril", "triu"):
             raise Untileable(f"{row!r} is made of places, and has no walker here")
         tile = self.real(x)
@@ -265,12 +270,25 @@ class Writer(Moves):
         batch = [k for t in (x, y) for k in t.axes[:-2] if k is not None]
         if ka is None or kb is None or m is None or n is None or (batch and len(batch) != 2):
             every = (*shape[:-1], x.shape[-1], shape[-1])
+            there = {a + (a >= r - 1) * (k == 1) for k, t in enumerate((x, y)) for a in t.order}
+            if x.shape[-1] <= SHORT and math.prod(padded(every[a]) for a in there) > DEEP:
+                return self._outer_products(hint, x, y, shape)
             both = [unsqueezed(x, r), unsqueezed(y, r - 2)]
             terms = self.mapped(f"{hint}_terms", "mul", both, {}, every, self.dtype)
             kept = [*range(r - 1), None, r - 1]
             return self.reduced(hint, "sum", terms, kept, 1.0, shape)
         x, y = self.cleaned(x, ka), self.cleaned(y, kb)
         return self._dot(hint, x, y, shape)
+
+    def _outer_products(self, hint: str, x: Value, y: Value, shape: Sequence[int]) -> Value:
+        """Multiply by adding up, for each of a few places that are summed over, a column times a row."""
+        r, total = len(shape), None
+        for k in range(x.shape[-1]):
+            column, row = self.select(hint, x, r - 1, k), self.select(hint, y, r - 2, k)
+            one = self.mapped(hint, "mul", [unsqueezed(column, r - 1), unsqueezed(row, r - 2)], {}, shape, self.dtype)
+            total = one if total is None else self.mapped(hint, "plus", [total, one], {}, shape, self.dtype)
+        assert total is not None
+        return total
 
     def _factor(self, x: Memory) -> Tile:
         """Read a factor; narrow: as something that Triton does not move what is read past, twice its bytes."""
@@ -298,7 +316,7 @@ class Writer(Moves):
         assert isinstance(x_, Tile) and isinstance(y_, Tile)
         back = [t.held and turned(t) for t in (y_, x_)], sum(map(turned, (y_, x_)))
         reverse = (any(back[0]), back[1]) < (any(forth[0]), forth[1])
-        if any((back if reverse else forth)[0]):
+        if any((back if reverse else forth)[0]) and not self.precision.turns:
             raise Untileable("both factors are carried on, one of them transposed")
         left, right = (y_, x_) if reverse else (x, y)
         factors = self.precision.factors or self.dtype

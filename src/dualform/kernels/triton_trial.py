@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,9 +24,20 @@ import torch
 from torch import Tensor
 
 from dualform.kernels.triton_launch import Launch, elsewhere, first_run, short_of_memory
-from dualform.learning.backends import BackendError
+from dualform.learning.backends import BackendError, Miscompiled
 
 IDLE, LIMIT = 30, 900  # seconds that it waits for a launch, and that one may take, its compilation included
+
+# What is compiled and compared in turn, until something is right.
+SHORT_LIST: list[Mapping[str, object]] = [
+    {"warps": None, "stages": 3, "slices": None}, {"warps": None, "stages": 1, "slices": None},
+    {"warps": None, "stages": 1, "slices": False}, {"warps": 16, "stages": 1, "slices": False},
+]  # fmt: skip
+
+
+def tried_next(**own: object) -> Mapping[str, object] | None:
+    """Say what comes after these options on the short list, if anything."""
+    return SHORT_LIST[SHORT_LIST.index(own) + 1] if own in SHORT_LIST[:-1] else None
 
 
 @contextmanager
@@ -123,9 +134,9 @@ def tried(
     with _other.lock:
         found = _other.asked(what, LIMIT)
     if "refused" in found:
-        raise BackendError(found["refused"])
+        raise (Miscompiled if found["as_compiled"] else BackendError)(found["refused"])
     if "error" in found:
-        raise BackendError(
+        raise Miscompiled(
             f"triton: {name} {found['error']}. It was tried in a process of its own; expected a launch that returns. "
             "Use backend='inductor' or 'eager'; this is a fault of dualform or of the compiler, please report it."
         )
@@ -171,9 +182,9 @@ def serve() -> None:
             pairs = zip(tensors, before, strict=True)
             answer = {"values": [None if torch.equal(_bytes(x), _bytes(y)) else x.cpu() for x, y in pairs]}
         except BackendError as error:
-            answer = {"refused": str(error)}
+            answer = {"refused": str(error), "as_compiled": isinstance(error, Miscompiled)}
         except torch.OutOfMemoryError as error:
-            answer = {"refused": str(short_of_memory(what["name"], error))}
+            answer = {"refused": str(short_of_memory(what["name"], error)), "as_compiled": False}
         except Exception as error:
             answer = {"error": f"failed ({type(error).__name__}: {str(error)[:400]})"}
         _send(goal, answer)
@@ -181,4 +192,4 @@ def serve() -> None:
             return
 
 
-__all__ = ["serve", "trial"]
+__all__ = ["serve", "trial", "tried_next"]

@@ -39,6 +39,10 @@ class BackendError(ValueError):
     """A backend cannot run what it was given; the message says why. Where nobody chose it, eager runs instead."""
 
 
+class Miscompiled(BackendError):
+    """Code is wrong or does not run, as it was compiled; compiled with other options it may."""
+
+
 class Code(Protocol):
     """Code that was generated for a direction; `str` says what it does."""
 
@@ -86,6 +90,10 @@ class Whole(Directions, Protocol):
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
         """Name the backend with what it chooses by a call's size, and what its code depends on beside the graphs:
         a compiler, a card."""
+        ...
+
+    def instead(self) -> Mapping[str, object] | None:
+        """Say with which options the same graphs are compiled next, where this code proved wrong; None: no others."""
         ...
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
@@ -172,7 +180,8 @@ def chosen(backend: str, plan: Plan, call: Call) -> str:
     if plan.natives.refused:
         return "eager"
     each = ((name, backend_of(name).whole) for name in backends.names())
-    return next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
+    found = next((name for name, whole in each if whole is not None and whole.suits(plan, call)), "eager")
+    return plan.natives.instead.get(found, found)
 
 
 def chosen_in_words(plan: Plan) -> str:
@@ -180,7 +189,8 @@ def chosen_in_words(plan: Plan) -> str:
     if plan.natives.refused:
         return f"eager, because {plan.natives.refused}"
     each = ((name, backend_of(name).whole) for name in backends.names())
-    words = ((name, whole.says(plan)) for name, whole in each if whole is not None)
+    now = plan.natives.instead
+    words = ((now.get(name, name), whole.says(plan)) for name, whole in each if whole is not None)
     return "; ".join([*(f"{name} {when}" for name, when in words if when), "else eager"])
 
 
@@ -231,6 +241,12 @@ def _run(
     except BackendError as error:
         if backend != "auto":
             raise
+        options = whole.instead() if isinstance(error, Miscompiled) else None
+        if options is not None:
+            base = name.partition(" ")[0]
+            plan.natives.instead[base] = other = backends_key((base, options))
+            warnings.warn(f"{error} The calls of this program try backend={other!r}.", stacklevel=2)
+            return _run(backend, plan, call, run, given, words)
         plan.natives.refused = str(error)
         warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
         return own(run(_LOOP, GridCall(plan, call)), given)
@@ -333,8 +349,8 @@ def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, results, strict=False))
 
 
-def _faulty(name: str, unlike: str) -> BackendError:
-    return BackendError(
+def _faulty(name: str, unlike: str) -> Miscompiled:
+    return Miscompiled(
         f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of "
         "the compiler, please report it; backend='eager' is the reference."
     )

@@ -23,11 +23,11 @@ row(
 # Functions of one number, of two: C++, Triton, price, f(0) = 0.
 for _op, _cpp, _triton, _zero in (
     ("erf", "std::erf({0})", "tl.erf({0})", True), ("log1p", "std::log1p({0})", "log1p_({0})", True),
-    ("expm1", "std::expm1({0})", "expm1_({0})", True), ("atan", "std::atan({0})", "", False),
+    ("expm1", "std::expm1({0})", "expm1_({0})", True), ("atan", "std::atan({0})", "atan_({0})", True),
     ("sinh", "std::sinh({0})", "0.5 * (expm1_({0}) - expm1_(-{0}))", True),
     ("cosh", "std::cosh({0})", "0.5 * (tl.exp({0}) + tl.exp(-{0}))", False), ("lgamma", "std::lgamma({0})", "", False),
-    ("tan", "std::tan({0})", "tl.sin({0}) / tl.cos({0})", True), ("asin", "std::asin({0})", "", False),
-    ("acos", "std::acos({0})", "", False), ("asinh", "std::asinh({0})", "asinh_({0})", True),
+    ("tan", "std::tan({0})", "tl.sin({0}) / tl.cos({0})", True), ("asin", "std::asin({0})", "atan_({0} / tl.sqrt((1.0 - {0}) * (1.0 + {0})))", True),
+    ("acos", "std::acos({0})", "2.0 * atan_(tl.sqrt((1.0 - {0}) / (1.0 + {0})))", False), ("asinh", "std::asinh({0})", "asinh_({0})", True),
     ("acosh", "std::acosh({0})", "tl.log({0} + tl.sqrt({0} * {0} - 1.0))", False),
     ("atanh", "std::atanh({0})", "0.5 * (log1p_({0}) - log1p_(-{0}))", True), ("erfc", "std::erfc({0})", "1.0 - tl.erf({0})", False),
     ("exp2", "std::exp2({0})", "tl.exp2({0})", False), ("log2", "std::log2({0})", "tl.log2({0})", False),
@@ -40,8 +40,8 @@ for _op, _cpp, _triton, _zero in (
     _example = call("", T("n m", "big" if _op == "acosh" else "unit"))
     row(f"aten::{_op}", entry=_entry, python=_python, examples=[_example])(pointwise)
 for _op, _cpp, _triton in (
-    ("atan2", "std::atan2({0}, {1})", ""), ("hypot", "std::hypot({0}, {1})", "tl.sqrt({0} * {0} + {1} * {1})"),
-    ("fmod", "std::fmod({0}, {1})", ""), ("remainder", "remainder_({0}, {1})", "{0} - {1} * tl.floor({0} / {1})"),
+    ("atan2", "std::atan2({0}, {1})", "atan2_({0}, {1})"), ("hypot", "std::hypot({0}, {1})", "tl.sqrt({0} * {0} + {1} * {1})"),
+    ("fmod", "std::fmod({0}, {1})", "{0} % {1}"), ("remainder", "remainder_({0}, {1})", "{0} - {1} * tl.floor({0} / {1})"),
     ("copysign", "std::copysign({0}, {1})", ""), ("fmax", "std::fmax(T({0}), T({1}))", "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})"),
     ("fmin", "std::fmin(T({0}), T({1}))", "tl.where(({0} < {1}) | ({1} != {1}), {0}, {1})"),
 ):  # fmt: skip

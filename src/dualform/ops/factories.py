@@ -50,8 +50,9 @@ row(
     examples=[*(call(op, NM) for op in ("zeros_like", "ones_like")), call("full_like", NM, 2.0), call("new_zeros", NM, [2]), call("new_ones", NM, [2]), call("new_full", NM, [2], 1.0)],
 )(nothing)  # fmt: skip
 row(
-    "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor", "aten::empty", "aten::empty_strided", entry=_filled,
-    examples=[call("full", [2], 1.0), call("zeros", [2]), call("ones", [2]), call("scalar_tensor", 2.0)],
+    "aten::full", "aten::zeros", "aten::ones", "aten::scalar_tensor", "aten::empty", "aten::empty_strided",
+    "aten::_efficientzerotensor", entry=_filled,
+    examples=[call("full", [2], 1.0), call("zeros", [2]), call("ones", [2]), call("scalar_tensor", 2.0), call("_efficientzerotensor", [2])],
 )(None)  # fmt: skip
 row("aten::arange", entry=_counted, python="torch.", examples=[call("arange", 3), call("arange.start", 1, 4)])(None)
 row("aten::eye", entry=Entry("T({i0} == {i1})"), examples=[call("eye", 3), call("eye.m", 2, 3)])(None)

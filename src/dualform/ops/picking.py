@@ -7,6 +7,7 @@ Legend: taken[..., i, j] says whether the result's entry i is the operand's j, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,6 +174,61 @@ def sort(x: Tensor, dim: int = -1, descending: bool = False, stable: Any = None)
     before = torch.where(more if descending else less, True, ~less & ~more & (place < place[:, None]))
     taken = before.to(torch.long).sum(-1).unsqueeze(-2) == place[:, None]
     return _picked(rows, -1, taken).movedim(-1, dim), torch.where(taken, place, 0).sum(-1).movedim(-1, dim)
+
+
+def topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    values, places = sort(x, dim, largest)
+    return (values.narrow(dim, 0, k), places.narrow(dim, 0, k)) if x.ndim else (values, places)
+
+
+def kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    if not x.ndim:
+        return sort(x)
+    values, places = (y.narrow(dim, k - 1, 1) for y in sort(x, dim))
+    return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
+
+
+def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower of two in the middle; a NaN, if there is one."""
+    if not x.ndim:
+        return sort(x)
+    middle, last = (kthvalue(x, k, dim, keepdim) for k in ((x.shape[dim] + 1) // 2, x.shape[dim]))
+    broken = last[0] != last[0]
+    return torch.where(broken, *(y[0] for y in (last, middle))), torch.where(broken, *(y[1] for y in (last, middle)))
+
+
+def _extreme(most: Callable[..., Tensor], fill: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """The most so far, and the last place of it; a NaN is it from there on."""
+        if not x.ndim:
+            return sort(x)
+        rows, place = x.movedim(dim, -1), _places(x.shape[dim], x)
+        seen = place[:, None] >= place
+        values = most(torch.where(seen, rows.unsqueeze(-2), fill), -1)
+        hit = (rows.unsqueeze(-2) == values.unsqueeze(-1)) | (rows != rows).unsqueeze(-2)
+        places = torch.where(seen & hit, place, -1).amax(-1)
+        return values.movedim(-1, dim), places.movedim(-1, dim)
+
+    return run
+
+
+cummax, cummin = _extreme(torch.amax, -math.inf), _extreme(torch.amin, math.inf)
+
+
+def searchsorted(
+    bounds: Tensor, x: Tensor, out_int32: bool = False, right: bool = False, side: Any = None, sorter: Any = None
+) -> Any:
+    """Count the bounds before each entry, in its own line if there are several; all are before a NaN."""
+    if sorter is not None:
+        return NotImplemented
+    a, b = bounds if bounds.ndim == 1 else bounds.unsqueeze(-2), x.unsqueeze(-1)
+    after = a > b if right or side == "right" else a >= b
+    count = (~after).to(torch.long).sum(-1)
+    return count.to(torch.int32) if out_int32 else count
+
+
+def bucketize(x: Tensor, bounds: Tensor, out_int32: bool = False, right: bool = False) -> Any:
+    return searchsorted(bounds, x, out_int32, right)
 
 
 def first(most: Callable[..., Tensor]) -> Callable[..., Tensor]:

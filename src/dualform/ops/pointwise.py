@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
+from dualform.ops import picking
 from dualform.ops.examples import B, I, T, call
 from dualform.ops.table import (
     ALL,
@@ -238,6 +239,8 @@ def _alias(base: Any, value: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _cast(n: fx.Node) -> Spelt:
     x: Any = n.args[0]
+    if not isinstance(x, fx.Node):
+        return "fill", [], {"value": x}
     before, after = x.meta["val"].dtype, n.meta["val"].dtype
     if after == torch.bool:
         return "nonzero", [x], {}
@@ -312,10 +315,10 @@ def _bins(call: OpCall, name: str, k: int | None) -> list[Term]:
     return [Term(1.0, (), out, (*lines, *fresh_axes(x.shape[-1:])))]
 
 
-row(
-    "aten::bucketize", "aten::searchsorted", reads=_bins,
-    examples=[call("bucketize.Tensor", NM, T("m")), call("searchsorted.Tensor", T("m"), NM)],
-)(nothing)  # fmt: skip
+row("aten::bucketize", reads=_bins, examples=[call("bucketize.Tensor", NM, T("m"))])(nothing)
+row("aten::searchsorted", reads=_bins, examples=[call("searchsorted.Tensor", T("m"), NM)])(nothing)
+row("aten::bucketize.Tensor", reads=_bins, lowered=picking.bucketize, examples=[call("", NM, T("m"))])(nothing)
+row("aten::searchsorted.Tensor", reads=_bins, lowered=picking.searchsorted, examples=[call("", T("m"), NM)])(nothing)
 
 
 def _marks(call: OpCall, name: str, k: int | None) -> list[Term]:

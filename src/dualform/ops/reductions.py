@@ -42,10 +42,10 @@ FOLDS |= {
     "sum": Fold(("T(0)", "{0} += {1};"), ("tl.sum({0}, {axis})", "0.0"), "plus"),
     "prod": Fold(("T(1)", "{0} *= {1};"), ("tl.reduce({0}, {axis}, times_)", "1.0"), "mul"),
     "amax": Fold(
-        ("T(-INFINITY)", "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});"), ("amax_({0}, {axis})", "float('-inf')")
+        ("T(-INFINITY)", "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});"), ("amax_({0}, {axis})", "float('-inf')"), "max"
     ),
     "amin": Fold(
-        ("T(INFINITY)", "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});"), ("amin_({0}, {axis})", "float('inf')")
+        ("T(INFINITY)", "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});"), ("amin_({0}, {axis})", "float('inf')"), "min"
     ),
 }
 
@@ -214,13 +214,17 @@ def _elsewhere(call: OpCall, operand: int) -> list[Term]:
 # Values of their argument, and where they found them.
 _picks = {"several": ("picked",)}
 row(
-    "aten::kthvalue", "aten::mode", "aten::median.dim", "aten::nanmedian.dim", reads=_over, **_picks,
-    examples=[call("kthvalue", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("mode", "median.dim", "nanmedian.dim"))],
-)(_elsewhere)  # fmt: skip
-row(
-    "aten::topk", "aten::cummax", "aten::cummin", reads=_along, **_picks,
-    examples=[call("topk", NM, 2, 1).of(1), *(call(op, NM, 1).of(1) for op in ("cummax", "cummin"))],
-)(_elsewhere)  # fmt: skip
+    "aten::mode",
+    "aten::nanmedian.dim",
+    reads=_over,
+    **_picks,
+    examples=[call(op, NM, 1).of(1) for op in ("mode", "nanmedian.dim")],
+)(_elsewhere)
+row("aten::kthvalue", reads=_over, lowered=picking.kthvalue, **_picks, examples=[call("", NM, 2, 1).of(1)])(_elsewhere)
+row("aten::median.dim", reads=_over, lowered=picking.median, **_picks, examples=[call("", NM, 1).of(1)])(_elsewhere)
+row("aten::topk", reads=_along, lowered=picking.topk, **_picks, examples=[call("", NM, 2, 1).of(1)])(_elsewhere)
+for _op, _run in (("cummax", picking.cummax), ("cummin", picking.cummin)):
+    row(f"aten::{_op}", reads=_along, lowered=_run, **_picks, examples=[call("", NM, 1).of(1)])(_elsewhere)
 row("aten::sort", reads=_along, lowered=picking.sort, **_picks, examples=[call("", NM, 1).of(1)])(_elsewhere)
 for _op, _value, _place in (("max", torch.amax, torch.argmax), ("min", torch.amin, torch.argmin)):
     row(
