@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dualform as df
 from dualform import testing as laws
-from dualform.kernels import tape, triton_backend, triton_launch
+from dualform.kernels import tape, triton_backend, triton_launch, triton_order, triton_schedule, triton_slices
 from dualform.kernels.lowering import lowered
 from dualform.kernels.targets import Target
 from dualform.kernels.tiles import Tile, Untileable, permuted
@@ -537,3 +537,51 @@ def test_without_a_card_it_says_so(monkeypatch):
     x = torch.rand(1, 4, 1, 4)
     with pytest.raises(BackendError, match="triton: q is on cpu; expected a CUDA device"):
         df.derive(built_in[0](4), squared, rules["sgd"], chunk=2)(x, x, x, backend="triton")
+
+
+# -- large states ------------------------------------------------------------------------------------------------------
+
+
+def of_blocks(monkeypatch, again):
+    """Write small kernels as those of large states are: in blocks, in order, made again where it is `again`."""
+    as_on_a_card(monkeypatch)
+    monkeypatch.setattr(triton_schedule, "BLOCK", 4 if again else 1 << 20)
+    monkeypatch.setattr(triton_schedule, "LARGE", 8)
+    monkeypatch.setattr(triton_slices, "ENTRIES", 8)
+    monkeypatch.setattr(triton_order, "ROOM", 64)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["in order", "in blocks"])
+@pytest.mark.parametrize(
+    ("recipe", "rule", "slices"),
+    [(5, "averaged", True), (5, "momentum", False), (6, "momentum", True), (4, "sgd", True)],
+)
+def test_large_states_in_blocks(again, recipe, rule, slices, monkeypatch):
+    of_blocks(monkeypatch, again)
+    backend = ("triton", {"slices": slices, "stages": 8 + again})
+    check_backend(of(built_in[recipe], shifted, rule, 3), backend, time=7, batch=1, heads=1, carried=True)
+
+
+def test_blocks_are_written_and_what_is_cheap_is_made_again(monkeypatch):
+    of_blocks(monkeypatch, True)
+    texts = [k.text for k in kernels_of(built_in[5], slices=True).values()]
+    assert any(re.search(r"^    cotangent_1_1 = tl\.load\(", x, re.M) for x in texts)
+    assert any("tl.minimum(n + 2, 0)" in x for x in texts)
+    monkeypatch.undo()
+    assert not any("tl.minimum(n + " in k.text for k in kernels_of(built_in[5], slices=True).values())
+
+
+def test_lines_in_order_have_what_they_read_and_hold_less():
+    """Two chains are written one after the other, and what is carried on is read before it is taken over."""
+    lines = [
+        "a = tl.load(x_at)", "b = tl.dot(a, s)", "c = tl.load(y_at)", "d = tl.dot(c, r)", "u = s + b",
+        "e = tl.dot(d, s)",
+        "tl.store(z_at, e)", "f = tl.dot(b, b)", "tl.store(w_at, f)",
+    ]  # fmt: skip
+    sizes = dict.fromkeys("abcdefsru", 16)
+    found = triton_order.tightened(lines, sizes, ["s", "r"], ["s = u"], False)
+    assert sorted(found) == sorted(lines)
+    place = {x.split(" = ")[0]: k for k, x in enumerate(found)}
+    assert place["a"] < place["b"] < place["f"]
+    assert place["c"] < place["d"] < place["e"] < place["u"]
+    assert place["a"] > place["e"]  # a chain ends before the next begins

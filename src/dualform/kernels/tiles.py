@@ -35,6 +35,13 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def is_deep(n: fx.Node) -> bool:
+    """Has a value more than two axes, short ones that would fill a large tile with nothing?"""
+    made = n.meta.get("val")
+    sizes = [k for k in made.shape if k != 1] if isinstance(made, torch.Tensor) else []
+    return len(sizes) > 2 and math.prod(map(padded, sizes)) > DEEP
+
+
 @dataclass(frozen=True)
 class Tile:
     """A value in registers, or a number that fills it."""
@@ -117,6 +124,15 @@ def resized(shape: Sequence[int], axis: int, n: int) -> Shape:
 def behind(axis: int, values: Sequence[Value]) -> Value:
     """Lay values behind each other along an axis."""
     return values[0] if len(values) == 1 else Parts(axis, tuple(values))
+
+
+def blocked(x: Memory, cut: tuple[int, int] | None) -> Value:
+    """Cut what is in memory along an axis, into blocks of so many entries."""
+    if cut is None:
+        return x
+    axis, size = cut
+    found = [sliced(x, axis, k, k + size, 1) for k in range(0, x.shape[axis], size)]
+    return behind(axis, [v for v in found if v is not None])
 
 
 def constant(number: float, shape: Sequence[int], kind: torch.dtype) -> Tile:
@@ -281,7 +297,9 @@ def relabelled(x: Value, shape: Sequence[int]) -> Value | None:
 
 
 __all__ = [
-    "DEEP", "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "axes_in", "behind", "between", "constant",
+    "DEEP", "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "axes_in", "behind", "between", "blocked",
+    "constant",
     "expanded",
+    "is_deep",
     "padded", "permuted", "regrouped", "relabelled", "resized", "selected", "sliced", "spelt", "squeezed", "unsqueezed",
 ]  # fmt: skip

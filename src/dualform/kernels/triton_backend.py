@@ -33,7 +33,7 @@ from dualform.kernels.triton_schedule import (
     forward_direction,
     reverse_direction,
 )
-from dualform.kernels.triton_slices import sliced
+from dualform.kernels.triton_slices import ENTRIES, sliced
 from dualform.kernels.triton_token import Token, written_over
 from dualform.kernels.triton_trial import trial, tried_next
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
@@ -52,23 +52,22 @@ STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
 GRID = 65535  # programs of a launch along its second axis, at most
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Below so many rows a direction is cut in slices, its chain being what takes time, and only where registers hold the
+# Below so many rows a direction of a small state is cut in slices, its chain being what takes time: registers hold the
 # state and what slices make again (LAB.md, one H200).
-ROWS = {"forward": 80, "backward": 1 << 30}
-COUNT, ENTRIES = 16, 8192
+ROWS, COUNT = {"forward": 80, "backward": 1 << 30}, 16
 WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
 
 
 def cut(entries: int, rows: int, count: int, direction: str) -> bool:
-    """Is a stretch of `count` mini-batches cut in slices?"""
-    return count >= COUNT and entries <= ENTRIES and rows < ROWS[direction]
+    """Is a stretch of `count` mini-batches cut in slices? In reverse, what is left of a large state's step fits."""
+    return direction == "backward" if entries > ENTRIES else count >= COUNT and rows < ROWS[direction]
 
 
 def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
-    """Choose the warps of a program: enough to hold the state; else for its tiles,
-    the fewer the more programs run beside each other."""
+    """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more run at once."""
+    stages = 1 if kernel.again else stages  # what is read twice would have shared memory twice
     if kernel.carries:
         # Whose reads ahead take what shared memory there is.
         heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")

@@ -87,6 +87,7 @@ class Kernel:
     held: int  # entries of what is carried on
     largest: int  # entries of its largest tile, and of its tiles on average
     usual: int
+    again: bool  # does it read again what it has no room for?
 
     def __str__(self) -> str:
         lines = [

@@ -59,6 +59,7 @@ class Lines:
     loaded: dict[Any, Tile] = field(default_factory=dict)
     flops: int = 0
     sizes: list[int] = field(default_factory=list)  # entries of the tiles made
+    entries: dict[str, int] = field(default_factory=dict)  # of each tile made
     ahead: bool = False  # is what the next mini-batch reads loaded while this one is computed?
     first: list[str] = field(default_factory=list)  # such loads, for the first mini-batch
     next: list[str] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Lines:
         while name in self.taken:
             name, k = f"{hint}_{k}", k + 1
         self.taken.add(name)
+        self.entries[name] = 16
         return name
 
     def line(self, text: str, looped: bool) -> None:
@@ -90,6 +92,7 @@ class Lines:
             raise Untileable(f"its {sizes} entries are a tile of {entries:,}; expected at most {most:,}")
         self.sizes.append(entries)
         name = self.named(hint)
+        self.entries[name] = entries
         self.line(f"{name} = {text}  # {' x '.join(map(str, shape)) or 'a number'}", looped)
         return Tile(name, tuple(shape), axes_in(space, len(shape)), clean, kind, looped, held)
 

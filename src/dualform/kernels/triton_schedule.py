@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,17 +35,21 @@ from dualform.kernels.tiles import (
     Value,
     axes_in,
     behind,
+    blocked,
+    is_deep,
     padded,
     unsqueezed,
 )
 from dualform.kernels.triton_kernel import RESERVED, Argument, Crossing, Kernel, Outside, held_in, source
 from dualform.kernels.triton_lines import Precision
-from dualform.kernels.triton_order import abreast
+from dualform.kernels.triton_order import abreast, tightened
 from dualform.kernels.triton_text import Writer
 from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
 
+# Entries of a block of what only weights have, hidden columns say; and of a tile from which lines are put in order.
+BLOCK, LARGE = 128, 8192
 TILE_AHEAD = 2048  # entries of such a tile, at most
 
 
@@ -125,7 +129,7 @@ class TileDirection:
                     self.early.add(n)
                     self.walker.values[n] = self._memory("made", n)
         for n in reversed(self.steps):  # what would be passed to torch as a large tile, it computes
-            if n in waits and n not in leads and _is_deep(n) and any(x in self.late for x in n.users):
+            if n in waits and n not in leads and is_deep(n) and any(x in self.late for x in n.users):
                 self.late.add(n)
 
     def _memory(self, role: str, n: fx.Node) -> Any:
@@ -160,16 +164,18 @@ class TileDirection:
         """Start writing: what is carried is in registers, all else in memory."""
         self.writer = Writer(self.dtype, self.precision, taken=set(RESERVED), ahead=self._loads_ahead())
         self.walker, self.arguments = Walker(self.writer), list[Argument]()
-        self.variables: dict[Input, list[Tile]] = {}
+        self.variables: dict[Input, list[tuple[Tile, Sequence[int]]]] = {}
         self.head: list[str] = []
+        self.blocks, self.again, self.cuts = 1, False, dict[Any, Any]()
         for n, x in self.source.items():
-            shape, kind = tuple(n.meta["val"].shape), n.meta["val"].dtype
             if n in self.carried:
-                self.walker.values[n] = self._variable(x, shape, kind)
+                self.walker.values[n] = self._variable(n)
             else:
+                shape, kind = _shape(n), n.meta["val"].dtype
                 role, what = held_in(x, self.kept)
                 kind = self._passes_as(what) if role == "slice" and kind.is_floating_point else kind
-                self.walker.values[n] = self._read(role, what, label(x), shape, kind, x.over == "block")
+                found = self._read(role, what, label(x), shape, kind, x.over == "block")
+                self.walker.values[n] = blocked(found, self._cut_at(n))
 
     def _argument(self, role: str, what: Any, hint: str, rank: int, dtype: torch.dtype) -> str:
         found = next((a.name for a in self.arguments if (a.role, a.what) == (role, what)), None)
@@ -184,28 +190,44 @@ class TileDirection:
     def _read(self, role: str, what: Any, hint: str, shape: tuple[int, ...], kind: torch.dtype, looped: bool) -> Memory:
         return Memory.whole(self._argument(role, what, hint, len(shape), kind), shape, kind, looped)
 
-    def _variable(self, x: Input, shape: tuple[int, ...], kind: torch.dtype) -> Value:
+    def _variable(self, n: fx.Node) -> Value:
         """Have what is carried on as variables: registers beside each other."""
+        x, shape, kind = self.carried[n], _shape(n), n.meta["val"].dtype
         registers = shape[0] if self._has_registers(x) else 0
-        role = "cotangent" if self.backwards else "before"
-        index = self.order.index(x)
+        index, role = self.order.index(x), "cotangent" if self.backwards else "before"
         memory = self._argument(role, index, f"{label(x)}_{role}", len(shape), kind)
-        found = []
-        for k in range(registers or 1):
-            own = shape[1:] if registers else shape
-            name = self.writer.named(f"{label(x)}_{k}" if registers else label(x))
-            order = self.orders.get(name, [a for a, n in enumerate(own) if n != 1])
-            tile = Tile(name, own, axes_in(order, len(own)), frozenset(range(len(order))), kind, held=True)
-            shift = len(shape) - len(own)
-            start = (k, *[0] * len(own)) if registers else (0,) * len(own)
-            at = replace(Memory.whole(memory, shape, kind, False), start=start)
-            text = self.writer.read(at, [a + shift for a in order], f"{memory}_row")
-            self.head.append(f"{name} = {text}.to({self.writer.T})")
-            found.append(tile)
-        self.variables[x] = found
+        whole, self.variables[x] = Memory.whole(memory, shape, kind, False), []
+        cut = self.cuts[x] = self._cut_at(n, bool(registers))
+
+        def variable(at: Memory, hint: str) -> Tile:
+            name = self.writer.named(hint)
+            order = self.orders.get(name, [a for a, n in enumerate(at.shape) if n != 1])
+            clean, axes = frozenset(range(len(order))), axes_in(order, len(at.shape))
+            self.variables[x].append((Tile(name, at.shape, axes, clean, kind, held=True), at.start))
+            self.writer.entries[name] = math.prod(map(padded, at.shape))
+            self.head.append(f"{name} = {self.writer.read(at, order, f'{memory}_row')}.to({self.writer.T})")
+            return self.variables[x][-1][0]
+
+        def blocks(at: Any, hint: str) -> Value:
+            at = blocked(at, cut)
+            if isinstance(at, Parts):
+                return Parts(at.axis, tuple(variable(v, f"{hint}_{k}") for k, v in enumerate(at.values)))
+            return variable(at, hint)
+
         if not registers:
-            return found[0]
-        return behind(0, [unsqueezed(t, 0) for t in found])
+            return blocks(whole, label(x))
+        each = [blocks(self.writer.select(x.name, whole, 0, k), f"{label(x)}_{k}") for k in range(registers)]
+        return behind(0, [unsqueezed(v, 0) for v in each])
+
+    def _cut_at(self, n: fx.Node, shift: int = 0) -> tuple[int, int] | None:
+        """Say which axis is cut: longer than any of a token; where gradients are carried, of large ones (LAB.md)."""
+        tokens = [_shape(x) for x, i in self.source.items() if i.part in ("q", "k", "v")]
+        own, count = max((k for shape in tokens for k in shape), default=0), max((s[0] for s in tokens), default=1)
+        for a, k in enumerate(_shape(n)):
+            if k > max(own, BLOCK) and not (self.backwards and self.carried and count * k <= LARGE):
+                self.blocks, self.again = max(self.blocks, -(-k // BLOCK)), self.again or count * k > LARGE
+                return a - shift, BLOCK
+        return None
 
     def _has_registers(self, x: Input) -> bool:
         if not self.backwards:
@@ -226,7 +248,7 @@ class TileDirection:
             self.name, self._text(), tuple(self.arguments), before, after,
             tuple(Crossing(n.name, _shape(n), n.meta["val"].dtype) for n in passed), self.kept, slices,
             bool(self.carried), self.writer.flops, sum(math.prod(_shape(n)) for n in self.carried),
-            max(sizes, default=1), sum(sizes) // max(1, len(sizes)),
+            max(sizes, default=1) * self.blocks, sum(sizes) // max(1, len(sizes)), self.again,
         )  # fmt: skip
 
     def _written(self) -> tuple[Outside | None, list[fx.Node]]:
@@ -314,7 +336,11 @@ class TileDirection:
                 found = [w.view(x.name, v, shape) for v in parts]
             else:
                 found = [value]
-            for variable, v in zip(self.variables[target.what], found, strict=True):
+            if self.cuts[target.what] is not None:
+                axis, size = self.cuts[target.what]
+                stops = range(size, found[0].shape[axis] + size, size)
+                found = [w.slice(v, axis, k - size, k) for v in found for k in stops]
+            for (variable, _), v in zip(self.variables[target.what], found, strict=True):
                 self.moves[variable.text] = w.all_clean(w.real(v))
             return
         if target.kind == "added":
@@ -347,7 +373,7 @@ class TileDirection:
         """Had what is carried on better lie as its next value does?"""
         changed = False
         for variables in self.variables.values():
-            for v in variables:
+            for v, _ in variables:
                 new = self.moves.get(v.text)
                 if new is None or new.rank != v.rank or new.rank < 2:
                     continue
@@ -358,7 +384,7 @@ class TileDirection:
 
     def _carry(self) -> list[str]:
         """Let the new values take the place of the old."""
-        variables = {v.text: v for many in self.variables.values() for v in many}
+        variables = {v.text: v for many in self.variables.values() for v, _ in many}
         texts = {name: self.writer.whole(new, variables[name].order) for name, new in self.moves.items()}
         olds = {text: f"old_{k}" for k, text in enumerate(texts.values()) if text in texts}
         found = [f"{old} = {text}" for text, old in olds.items()]
@@ -372,29 +398,24 @@ class TileDirection:
             index = self.order.index(x)
             role = "turned" if self.backwards else "after"
             registers = self._has_registers(x)
-            rank = len(variables[0].shape) + registers
-            name = self._argument(role, index, f"{label(x)}_{role}", rank, self.dtype)
-            for k, v in enumerate(variables):
+            name = self._argument(role, index, f"{label(x)}_{role}", len(variables[0][1]), self.dtype)
+            for v, start in variables:
                 wide = unsqueezed(v, 0) if registers else v
-                start = (k, *[0] * len(v.shape)) if registers else ()
                 self._after(lambda n=name, t=wide, s=start: self.writer.store(n, t, True, base=f"{n}_row", start=s))
         return self.tail
 
     def _text(self) -> str:
         """Put the source together."""
-        carry, tail = self._carry(), self._ends()
+        w, carry, tail = self.writer, self._carry(), self._ends()
+        if self.blocks > 1 or max(w.sizes, default=0) > LARGE:
+            fixed = max([len(w.next), *(k + 1 for k, x in enumerate(w.loop) if x.startswith(" "))])
+            held = [v.text for many in self.variables.values() for v, _ in many]
+            w.loop[fixed:] = tightened(w.loop[fixed:], w.entries, held, carry, self.again)
         return source(self.name, self.arguments, self.writer, self.backwards, self.head, carry, tail)
 
 
 def _shape(n: fx.Node) -> tuple[int, ...]:
     return tuple(n.meta["val"].shape)
-
-
-def _is_deep(n: fx.Node) -> bool:
-    """Has a value more than two axes, short ones that would fill a large tile with nothing?"""
-    made = n.meta.get("val")
-    sizes = [k for k in made.shape if k != 1] if isinstance(made, torch.Tensor) else []
-    return len(sizes) > 2 and math.prod(map(padded, sizes)) > DEEP
 
 
 def forward_direction(

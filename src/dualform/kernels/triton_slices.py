@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -25,6 +26,9 @@ from dualform.ops.table import kind_of
 # Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum
 # or a product.
 PASSED, LOAD, ENTRY, MEETING = 0.2, 30.0, 0.02, 200.0
+# Where more than so many entries are carried on they fill registers, of so many warps: then a product reads its state
+# again, and what is a factor alone is made by every warp.
+ENTRIES, WARPS = 8192, 8
 
 
 def _stored(n: fx.Node) -> float:
@@ -38,27 +42,41 @@ def _stored(n: fx.Node) -> float:
     return float(made.numel() * (2 if n.users and _is_factor_alone(n) else made.element_size()))
 
 
-def _working(n: fx.Node) -> float:
+def _given(n: fx.Node) -> int:
+    """Count the entries that an op reads of what is given to all slices."""
+    found = 0
+    for x in n.all_input_nodes:
+        while x.op != "placeholder" and _is_view(x):
+            x = x.all_input_nodes[0]
+        found += x.meta["val"].numel() if x.op == "placeholder" else 0
+    return found
+
+
+def _working(n: fx.Node, heavy: bool) -> float:
     """Price an op in the loop; a twin of one that is there anyway costs nothing."""
-    return 1.0 if n.meta.get("twin") else dispatch(n)
+    if n.meta.get("twin"):
+        return 1.0
+    return dispatch(n) + (_given(n) if heavy and kind_of(n.target) == "product" else 0.0)
 
 
 def _is_view(n: fx.Node) -> bool:
     return kind_of(n.target) == "view" or n.target is operator.getitem
 
 
-def _passing(n: fx.Node) -> float:
+def _passing(n: fx.Node, heavy: bool) -> float:
     made = n.meta["val"]
-    return (
-        math.inf if _is_view(n) or not isinstance(made, torch.Tensor) or not made.ndim else LOAD + PASSED * made.numel()
-    )
+    if _is_view(n) or not isinstance(made, torch.Tensor) or not made.ndim:
+        return math.inf
+    return LOAD + PASSED * made.numel() / (2 if heavy and _is_factor_alone(n) else 1)
 
 
-def _making(n: fx.Node) -> float:
+def _making(n: fx.Node, heavy: bool) -> float:
     made = n.meta["val"]
     if _is_view(n) or not isinstance(made, torch.Tensor):
         return 0.0
-    return 1.0 + ENTRY * made.numel() if kind_of(n.target) == "map" else MEETING
+    if kind_of(n.target) == "map":
+        return 1.0 + ENTRY * made.numel() * (WARPS if heavy and _is_factor_alone(n) else 1)
+    return MEETING + (PASSED * _given(n) if heavy else 0.0)
 
 
 def maps_apart(graph: fx.Graph, carried: list[int], following: list[fx.Node]) -> None:
@@ -98,7 +116,9 @@ def sliced(d: TileDirection) -> list[Kernel]:
     if not d.backwards:  # in reverse, what is made again after the loop takes longer than its bytes (LAB.md)
         maps_apart(d.graph.graph, places, [x for k in on if isinstance(x := results_of(d.graph.graph)[k], fx.Node)])
     results = results_of(d.graph.graph)
-    f = split(d.graph, places, on, None, _stored, _working, again=lambda values: made_again(values, _passing, _making))
+    heavy = sum(math.prod(x.meta["val"].shape) for x in d.carried) > ENTRIES
+    passing, making, working = (partial(price, heavy=heavy) for price in (_passing, _making, _working))
+    f = split(d.graph, places, on, None, _stored, working, again=lambda values: made_again(values, passing, making))
     found: list[TileDirection] = []
     for name, graph, made, goes in parted(f, d.sources, d.targets, results):
         if goes:

@@ -298,6 +298,7 @@ class Writer(Moves):
         key = ("factor", tile.text)
         if key not in self.loaded:
             name = self.named(f"{tile.text}_factor")
+            self.entries[name] = self.entries[tile.text] // 2
             self.line(f"{name} = tl.where(n < last, {tile.text}, 0.0).to({TYPES[kind]})", True)
             self.loaded[key] = replace(tile, text=name)
         return replace(self.loaded[key], shape=tile.shape, axes=tile.axes)
