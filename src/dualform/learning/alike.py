@@ -15,7 +15,7 @@ from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.trace import source_line
 from dualform.learning.sites import Place, op_name
-from dualform.ops.table import find_row
+from dualform.learning.spelling import fitted
 
 aten = torch.ops.aten
 # Sizes, which a result's shape shows.
@@ -36,6 +36,7 @@ class Noted(NamedTuple):
     target: Any
     args: dict[str, Any]
     value: Any
+    fitted: fx.Node | None = None
 
 
 class Seen(NamedTuple):
@@ -57,7 +58,9 @@ def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
     schema = getattr(node.target, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else map(str, range(len(node.args)))
     target = node.target if node.op == "call_function" else node.op
-    return Noted(node, target, {**dict(zip(names, node.args, strict=False)), **node.kwargs}, node.meta.get("val"))
+    return Noted(
+        node, target, {**dict(zip(names, node.args, strict=False)), **node.kwargs}, node.meta.get("val"), fitted(node)
+    )
 
 
 def difference(first: Seen, second: Seen) -> str:
@@ -70,16 +73,9 @@ def difference(first: Seen, second: Seen) -> str:
     return ""
 
 
-def _fits(target: Any) -> bool:
-    """Does torch write an op only where sizes differ, or are not 1: one token has size 1."""
-    row = find_row(target)
-    is_reshape = row is not None and row.ordered and row.odd
-    return is_reshape or target is aten.contiguous.default or target in (aten.expand.default, aten.sum_to_size.default)
-
-
 def _compare(first: Seen, second: Seen) -> None:
     is_one = 1 in (first.W, second.W)
-    before = {n.node: n.args["self"] for n in (*first.nodes, *second.nodes) if is_one and _fits(n.target)}
+    before = {n.node: n.fitted for n in (*first.nodes, *second.nodes) if is_one and n.fitted is not None}
     ones, others = ([n for n in made.nodes if n.node not in before] for made in (first, second))
     twins: dict[fx.Node, fx.Node] = {}
 

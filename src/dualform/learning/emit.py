@@ -29,7 +29,8 @@ from dualform.learning.forms import Meeting, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
-from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
+from dualform.learning.sites import Analysis, Site, op_name, operand_nodes, read_nodes
+from dualform.learning.spelling import fitted
 from dualform.learning.token_maps import Price, Written, separated, together, token_back, token_first, weighted
 
 
@@ -335,12 +336,10 @@ class Emitter:
         def run(weights: dict[str, Tensor], tokens: list[Tensor]) -> Tensor:
             local: dict[fx.Node, Any] = {one.leaf_nodes[n]: w for n, w in weights.items()}
             local |= {one.slow_nodes[n]: env[a.slow_nodes[n]] for n in one.slow_nodes}
-            # zeros_like(x) is no token and asks for its shape.
-            local |= {n: env[a.x].new_zeros(n.meta["val"].shape) for n in one.tokens}
             local |= {
                 self.twin[n]: x.reshape(self.twin[n].meta["val"].shape) for n, x in zip(toks, tokens, strict=True)
             }
-            return _evaluate(one, self.twin[site.node], local)
+            return _evaluate(one, self.twin[site.node], local, env[a.x])
 
         weights = {leaf: copies[leaf] for leaf in site.leaves}
         if W == 1:
@@ -420,13 +419,23 @@ def _mixed(u: Sequence[Scalar], weights: Sequence[Scalar]) -> Scalar:
 def twins(many: Analysis, one: Analysis) -> dict[fx.Node, fx.Node]:
     """Match the nodes of two traces of one learner; a rewritten node stands for the one it replaced."""
     ordinals = {node.meta["ordinal"]: node for node in one.graph.graph.nodes}
-    return {n: ordinals[n.meta["ordinal"]] for n in many.graph.graph.nodes if n.meta.get("ordinal") in ordinals}
+    found: dict[fx.Node, fx.Node] = {}
+    for n in many.graph.graph.nodes:
+        twin = ordinals.get(n.meta.get("ordinal"))
+        if twin is None and (source := fitted(n)) is not None:  # one token has that size already
+            twin = found.get(source)
+        if twin is not None:
+            found[n] = twin
+    return found
 
 
-def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    """Run what `goal` needs on top of `env`."""
+def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any], like: Tensor) -> Any:
+    """Run what `goal` needs on top of `env`; zeros_like(x) needs no x, but its shape."""
     if goal not in env:
-        for source in goal.all_input_nodes:
-            _evaluate(a, source, env)
-        env[goal] = a.value(goal, env)
+        read = read_nodes(goal)
+        for source in read:
+            _evaluate(a, source, env, like)
+        values = {n: n.meta["val"] for n in goal.all_input_nodes if n not in read and n not in env}
+        shapes = {n: like.new_zeros(x.shape, dtype=x.dtype) for n, x in values.items()}
+        env[goal] = a.value(goal, env | shapes)
     return env[goal]

@@ -132,7 +132,7 @@ def mark(a: Analysis, W: int) -> None:
             continue
         if node.op == "output":
             continue
-        sources = _read_nodes(node)
+        sources = read_nodes(node)
         a.leaves[node] = frozenset().union(*(a.leaves[s] for s in sources))
         if any(s in a.tok for s in sources):
             a.tok.add(node)
@@ -149,7 +149,7 @@ def mark(a: Analysis, W: int) -> None:
 
 def _follow_rows(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, rows: dict[fx.Node, Place]) -> None:
     """Prove that rows that are as many as the tokens stay apart: what becomes one of them knows how many there are."""
-    if W > 1 and any(s in rows for s in _read_nodes(node)):
+    if W > 1 and any(s in rows for s in read_nodes(node)):
         place = _carried(a, node, a.call(node, env), W, rows)
         if place is None:
             raise counts(
@@ -186,7 +186,7 @@ def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
     return found
 
 
-def _read_nodes(node: fx.Node) -> list[fx.Node]:
+def read_nodes(node: fx.Node) -> list[fx.Node]:
     """List the inputs of a node whose numbers matter, not their shape or type alone."""
     unread = local_rules.unread(node.target)
     return [x for name, _, x in _arguments(node) if name not in unread] if unread else node.all_input_nodes
@@ -323,7 +323,7 @@ def _followed(
     results, rows = results_of(gm.graph), dict[fx.Node, Place]()
     read = needed(results[k] for k in wanted)
     for node in part.nodes:
-        if node in read and any(s in part.tok for s in _read_nodes(node)):
+        if node in read and any(s in part.tok for s in read_nodes(node)):
             part.tok.add(node)
             part.places[node] = _place(part, node, env, W)
         elif node in read:

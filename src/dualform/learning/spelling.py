@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -44,14 +45,39 @@ def spell(graph: fx.GraphModule, who: str) -> None:
             _without_padding(graph.graph, node)
         elif node.target == aten.pad.default and "circular" in node.args:
             _in_circles(graph.graph, node)
-    for n, node in enumerate(graph.graph.nodes):
-        node.meta["ordinal"] = n
+    _number(graph.graph)
+    for node in graph.graph.nodes:
         if node.all_input_nodes and not _has_rule_for_rows(node.target):
             raise DerivationError(
                 f"derive: the {who} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch "
                 "cannot map over rows (batch and heads); expected ops with a vmap rule. Write that line with other "
                 "ops."
             )
+
+
+def _number(graph: fx.Graph) -> None:
+    """Say of each node which one it is, in traces of however many tokens: torch leaves out, for one of them, what fits
+    sizes to others."""
+    count = 0
+    for node in graph.nodes:
+        source = fitted(node)
+        if source is not None:
+            alike = [n for n in source.users if n.target == node.target]
+            node.meta["ordinal"] = (source.meta["ordinal"], str(node.target), alike.index(node))
+        else:
+            count += 1
+            node.meta["ordinal"] = (count, str(node.target) if node.op == "call_function" else node.op)
+
+
+def fitted(node: fx.Node) -> fx.Node | None:
+    """What an op fits to other sizes: torch writes it only where they differ or are not 1, and one token has size 1."""
+    if node.target is operator.getitem:
+        made, place = cast("tuple[Any, int]", node.args)
+        return made.args[0][place] if made.target is aten.broadcast_tensors.default else None
+    row, is_contiguous = local_rules.find_row(node.target), node.target is aten.contiguous.default
+    is_reshape = row is not None and row.ordered and row.odd
+    fits = is_reshape or is_contiguous or node.target in (aten.expand.default, aten.sum_to_size.default)
+    return node.all_input_nodes[0] if fits else None
 
 
 def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:
