@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -111,6 +112,13 @@ def no_modes() -> Iterator[None]:
     """Switch this thread's modes off. Of those above dispatch, torch's own way would take another thread's, too."""
     with apart(), _disable_current_modes():
         yield
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made is traced as what it was made of."""
+    # Nothing is compiled where it is not loaded, nor while another thread still loads it.
+    patch: Any = getattr(sys.modules.get("torch._dynamo.config"), "patch", None)
+    return nullcontext() if patch is None else patch(error_on_nested_fx_trace=False)
 
 
 def is_looked_at() -> bool:

@@ -266,19 +266,20 @@ class FrontDoor:
 
         def run(i: Tensor, *gates: Tensor) -> list[Tensor]:
             nonlocal spec, leaves
-            leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
-            return [x for x in leaves if isinstance(x, Tensor)]
+            found, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
+            leaves = [Tensor if isinstance(x, Tensor) else x for x in found]
+            return [x for x in found if isinstance(x, Tensor)]
 
         def make(W: int, **eyes: Any) -> fx.GraphModule:
             gates = [torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)]
             return self._trace(run, gates, **eyes)
 
-        gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if not isinstance(x, Tensor)])
+        gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if x is not Tensor])
         a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
         mark(a, W)
         _, found = _ends(gm)  # now: a tensor that is a coefficient as it is has become an input
         nodes = iter(found)
-        results = [next(nodes) if isinstance(x, Tensor) else x for x in leaves]
+        results = [next(nodes) if x is Tensor else x for x in leaves]
         for node in found:
             shape = tuple(node.meta["val"].shape)
             if shape not in ((), (W,)) or (shape == (W,) and W > 1 and a.places.get(node) != Place(0, 1, 1)):
