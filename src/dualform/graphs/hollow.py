@@ -24,6 +24,7 @@ FEW = 1 << 18  # numbers, up to which zeros are computed with
 _Tag = torch.Tag
 _VALUES = {_Tag.nondeterministic_seeded, _Tag.dynamic_output_shape, _Tag.data_dependent_output}
 _KEPT = (None, torch.preserve_format)
+_PLAIN = {RuntimeError, IndexError, TypeError, ValueError, NotImplementedError}
 
 
 class Hollow(Tensor):
@@ -312,10 +313,8 @@ def refusal(func: Any, args: Any, kwargs: dict[str, Any]) -> Exception | None:
 
         try:
             func(*_pytree.tree_map(real, args), **_pytree.tree_map(real, kwargs))
-        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-            return None
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            return error.with_traceback(None)  # whose frames hold what was given
+        except Exception as error:  # one of a kind of its own is of values, as LinAlgError, or of stand-ins
+            return error.with_traceback(None) if type(error) in _PLAIN else None  # its frames hold what was given
         return None
 
     found = [tried(value) for value in (0, 1)] if tensors and not is_huge else []
