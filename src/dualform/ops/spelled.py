@@ -113,6 +113,16 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     return _LeastSquares(X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0))
 
 
+class _Solved(NamedTuple):
+    result: Tensor
+    info: Tensor
+
+
+def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> _Solved:
+    """One result that weights and tokens meet in."""
+    return _Solved(torch.linalg.solve(A, B, left=left), A.new_zeros(A.shape[:-2], dtype=torch.int32))
+
+
 def _gaussian_nll(
     input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
@@ -153,8 +163,35 @@ def _lstm(input: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, Tens
     return x.transpose(0, 1) if batch_first else x, last, cells
 
 
+_bagged = torch.nn.functional.embedding_bag
+
+
+def _embedding_bag(
+    input: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False, padding_idx: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Bags that are rows (..., n): looked up, and summed, averaged, or the largest of each, without what is padding."""
+    if input.ndim != 2 or max_norm is not None or (per_sample_weights is not None and mode != "sum"):
+        return _bagged(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+    found = torch.nn.functional.embedding(input, weight)
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    kept = torch.ones_like(input, dtype=torch.bool) if padding is None else input != padding
+    count = kept.sum(-1, keepdim=True)
+    if mode == "max":
+        largest = torch.where(kept[..., None], found, -torch.inf).max(-2).values
+        return torch.where(count > 0, largest, 0.0)
+    weights = kept.to(found.dtype) if per_sample_weights is None else kept * per_sample_weights
+    total = (found * weights[..., None]).sum(-2)
+    return total / count.clamp(min=1) if mode == "mean" else total
+
+
 SPELLED: dict[Any, Callable[..., Any]] = {
-    torch.linalg.lstsq: _lstsq, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
+    _bagged: _embedding_bag,
+    torch.linalg.lstsq: _lstsq, torch.linalg.solve_ex: _solve_ex, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
     Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
     Tensor.fill_diagonal_: _fill_diagonal, torch.vander: _vander, torch.rrelu: _rrelu,
     torch.lstm: _lstm, torch.fake_quantize_per_tensor_affine: _fake_quantize,
@@ -202,6 +239,7 @@ TWICE: dict[Any, Callable[..., Tensor]] = {
     torch.nn.functional.layer_norm: _layer_norm,
     torch.nn.functional.scaled_dot_product_attention: _attention,
     torch.nn.functional.instance_norm: _instance_norm,
+    _bagged: _embedding_bag,
 }
 
 
