@@ -51,7 +51,7 @@ class _Listening(threading.local):
     """The traces of a thread, innermost last."""
 
     def __init__(self) -> None:
-        self.to: list[Listener] = []
+        self.to: list[Listener | None] = []
 
 
 _listening = _Listening()
@@ -60,8 +60,8 @@ _count = 0
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Hand this thread's Functions to a trace; the last one out leaves torch as it was."""
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Hand this thread's Functions to a trace, or to torch as ever; the last one out leaves torch as it was."""
     global _count
     with _lock:
         _count += 1
@@ -81,7 +81,11 @@ def _applied(cls: Any, *args: Any) -> Any:
     listener = _listening.to[-1] if _listening.to else None
     if listener is None or cls is Vjp or cls.__module__.startswith("torch._library") or listener.is_transformed:
         return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
-    return listener.function(cls, args)
+    apply = cls.apply
+    to, args, _ = listener.selected.call(apply, args, {})
+    result = listener.function(cls, args) if to is apply else to(*args)
+    listener.selected.note(apply, args, {}, result)
+    return result
 
 
 class Listener:
@@ -91,6 +95,7 @@ class Listener:
         self.trace = trace
         self.note = note  # writes the caller's line into the next node, and gives it as text
         self.depth = depth
+        self.selected: Any = None  # what masks picked in the trace
         self.hooked: dict[fx.Node, tuple[fx.Node, tuple[Any, ...]]] = {}  # what a tensor was before, and its hooks
 
     @property

@@ -36,7 +36,7 @@ from dualform.graphs.functionalize import functionalized
 from dualform.graphs.hollow import Hollow, Hollows, refusal
 from dualform.graphs.recorder import CannotRecord, WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
-from dualform.graphs.selected import Selected
+from dualform.graphs.selected import Proved, Selected, alone
 from dualform.graphs.single_results import normalised
 from dualform.graphs.survivors import Settled, Survivors, survivors
 from dualform.graphs.this_thread import apart, caller, uncompiled
@@ -55,7 +55,7 @@ _doors: set[str] = set()  # files of ours that hand a user's function to the tra
 def trace(
     f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}),
     generators: Sequence[Any] = (),
-    look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None,
+    look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None, proved: Proved = alone,
 ) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
 
@@ -66,7 +66,8 @@ def trace(
     closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
     autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
     before it is rewritten; what it writes into a node's meta stays where the node does. asked: is
-    told what f asks of sizes, and decides by them. generators: of random numbers,
+    told what f asks of sizes, and decides by them. proved: proves that a graph keeps entries of its inputs apart, as many
+    as a mask picks, and says where its results have them. generators: of random numbers,
     as `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
     module goes through torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to
     one is noticed.
@@ -87,7 +88,7 @@ def trace(
         """Trace in one way; return whether the function found some of its own making."""
         with Survivors() as seen:
             try:
-                gm = record(f, args, known, look)
+                gm = record(f, args, known, look, proved)
             except Exception as error:
                 try:  # while its frames say where it is from
                     _settle(error, error is seen.refused)
@@ -119,11 +120,11 @@ def trace(
 
 
 def _recorded(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
 ) -> fx.GraphModule:
     """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
     constants, listener = Constants(known, _note), Plain(trace, _note, transforms())
-    gm = record_as_called(_with_lines(f, constants, listener), _names(f, len(args)), args)
+    gm = record_as_called(_with_lines(f, constants, listener, proved), _names(f, len(args)), args)
     with Hollows():
         return _checked(gm, constants.read, look)
 
@@ -137,12 +138,12 @@ def _names(f: Callable[..., Any], count: int) -> list[str]:
 
 
 def _traced_by_torch(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
 ) -> fx.GraphModule:
     inputs, constants = [_standin(a) for a in args], Constants(known, _note)
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
-    run = _with_lines(f, constants, Listener(trace, _note, transforms()))
+    run = _with_lines(f, constants, Listener(trace, _note, transforms()), proved)
     # A graph's Python code is written when somebody runs it: most are only read.
     with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), _lines_told():
         try:
@@ -174,10 +175,10 @@ def _standin(value: Tensor) -> Tensor:
 class _Lines(TorchFunctionMode):
     """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
-    def __init__(self, constants: Constants, listener: Listener) -> None:
+    def __init__(self, constants: Constants, listener: Listener, proved: Proved) -> None:
         super().__init__()
         self.constants, self.listener, self.survivors = constants, listener, survivors()
-        self.selected = Selected(lambda: _refuse_data(_note()), listener.marked)
+        self.selected = listener.selected = Selected(_refuse_picked, listener.marked, trace, proved)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         line = _note()
@@ -304,10 +305,12 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener) -> Callable[..., Any]:
+def _with_lines(
+    f: Callable[..., Any], constants: Constants, listener: Listener, proved: Proved
+) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(constants, listener) as lines, listening(listener):
+        with _Lines(constants, listener, proved) as lines, listening(listener):
             lines.survivors.begin(args, constants.released)
             listener.begin(args)
             constants.begin(args)
@@ -382,6 +385,14 @@ def _refuse_transform(where: str) -> NoReturn:
     raise TraceError(
         f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain "
         "tensor ops. Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
+    )
+
+
+def _refuse_picked() -> NoReturn:
+    raise TraceError(
+        f"trace: `{_note()}` reads a tensor's values (how many entries a mask picks, or one of them by another); expected "
+        "each picked entry, or row, worked on alone and put back under the same mask. Use torch.where(mask, new, old), "
+        "or multiply by the mask."
     )
 
 

@@ -27,7 +27,9 @@ from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
-from dualform.learning.sites import PER_TOKEN, Analysis, DerivationError, Place, changes, counts, mark, prepared
+from dualform.learning.sites import (
+    PER_TOKEN, Analysis, DerivationError, Place, changes, counts, kept_apart, mark, prepared,
+)  # fmt: skip
 from dualform.shapes import TraceError, require
 from dualform.storages import contents
 
@@ -292,7 +294,7 @@ class FrontDoor:
         return Routine(a, [*results, spec])
 
     def _trace(self, f: Callable[..., Any], inputs: list[Tensor], **options: Any) -> fx.GraphModule:
-        return trace(f, *inputs, generators=self.reading.generators, **options)
+        return trace(f, *inputs, generators=self.reading.generators, proved=kept_apart, **options)
 
     def _alike(
         self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list

@@ -310,6 +310,14 @@ def _kept_place(a: Analysis, node: fx.Node, W: int, at: Mapping[fx.Node, Place])
     return place
 
 
+def kept_apart(gm: fx.GraphModule, at: Sequence[int | None], many: int) -> list[int | None]:
+    """Prove that a graph keeps the rows apart that some inputs have along an axis; say which axis of its results has them."""
+    places = _followed("learner", gm, [None if k is None else Place(k, 1, 1) for k in at], range(len(results_of(gm.graph))), many)
+    if any(p is not None and p[1:] != (1, 1) for p in places):
+        raise DerivationError(f"derive: rows are cut, or joined with other numbers, in {gm.code}")
+    return [None if p is None else p.axis for p in places]
+
+
 def _followed(
     who: str, gm: fx.GraphModule, places: Sequence[Place | None], wanted: Iterable[int], W: int
 ) -> list[Place | None]:
