@@ -81,11 +81,8 @@ def _applied(cls: Any, *args: Any) -> Any:
     listener = _listening.to[-1] if _listening.to else None
     if listener is None or cls is Vjp or cls.__module__.startswith("torch._library") or listener.is_transformed:
         return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
-    apply = cls.apply
-    to, args, _ = listener.selected.call(apply, args, {})
-    result = listener.function(cls, args) if to is apply else to(*args)
-    listener.selected.note(apply, args, {}, result)
-    return result
+    listener.note()
+    return listener.selected.applied(cls.apply, args, lambda *args: listener.function(cls, args))
 
 
 class Listener:

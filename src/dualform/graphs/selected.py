@@ -21,6 +21,7 @@ from dualform.graphs.constants import aside, version_of
 from dualform.graphs.custom import listening
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.hollow import META, Hollow
+from dualform.graphs.recorder import node_of as node_recorded
 from dualform.graphs.requiring import node_of
 from dualform.ops.spelled import SPELLED
 from dualform.ops.table import entrywise_reads, find_row, kind_of
@@ -134,6 +135,17 @@ class Selected:
             return self._shape(func, *args, **kwargs)
         return self._each(func, args, kwargs, list(held.values()))
 
+    def applied(self, func: Callable[..., Any], args: Any, run: Callable[..., Any]) -> Any:
+        """Call a function that no mode of torch sees, and which `run` applies."""
+        with unseen.without_function_modes():
+            to, args, _ = self.call(func, args, {})
+        coming = self._next
+        result = run(*args) if to is func else to(*args)
+        self._next = coming
+        with unseen.without_function_modes():
+            self.note(func, args, {}, result)
+        return result
+
     def _held(self, args: Any, kwargs: Any) -> dict[int, _Held]:
         """What is picked among arguments."""
         return {id(x): self._picked[id(x)] for x in _leaves((args, kwargs)) if id(x) in self._picked}
@@ -210,6 +222,7 @@ class Selected:
         try:
             made, is_alone, is_view = self._places(func, args, kwargs)
         except Exception:  # whatever is wrong with it, or with so many entries
+            import traceback; traceback.print_exc()
             self.refuse()
         args, kwargs = _counted(args, kwargs, int.__index__)
         self._filled, other = {}, None
@@ -222,14 +235,18 @@ class Selected:
 
         def flat(x: Tensor) -> Tensor:
             h = self._picked.get(id(x)) or self._filled.get(id(x))
-            return x if h is None else x.view(_at_one(x, h.at, axes, total))
+            return x if h is None else self._now(Tensor.view, x, _at_one(x, h.at, axes, total))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            own, named = pytree.tree_map_only(Tensor, flat, (args, kwargs))
-            result = (SPELLED.get(func) or func)(*own, **named)
-            leaves, spec = pytree.tree_flatten(result)
-            found = iter(made)
-            return pytree.tree_unflatten([_unflat(x, next(found), shape) for x in leaves], spec)
+            with unseen.without_function_modes():
+                own, named = pytree.tree_map_only(Tensor, flat, (args, kwargs))
+            leaves, spec = pytree.tree_flatten((SPELLED.get(func) or func)(*own, **named))
+            with unseen.without_function_modes():
+                whole = [
+                    x if k is None or not isinstance(x, Tensor) else self._now(Tensor.unflatten, x, k, shape)
+                    for x, k in zip(leaves, made, strict=True)
+                ]
+            return pytree.tree_unflatten(whole, spec)
 
         return run, args, kwargs
 
@@ -317,7 +334,7 @@ class Selected:
 
     def _made(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> Any:
         """How a mask was made: by which op of which tensors, in one way of many."""
-        node, keys = node_of(result), {node_of(x): self._key(x) for x in leaves}
+        node, keys = _node(result), {_node(x): self._key(x) for x in leaves}
         if node is None or any(n not in keys for n in node.all_input_nodes):
             return func, _hashable(pytree.tree_map(self._key, (args, kwargs)))
         row, name = find_row(node.target), getattr(node.target, "_opname", "")
@@ -346,6 +363,10 @@ class Selected:
         if held is None or held[0] is not x or held[1] != version_of(x):
             held = self._masks[id(x)] = (x, version_of(x), (id(x), version_of(x)))
         return x.ndim, held[2]
+
+
+def _node(x: Tensor) -> fx.Node | None:
+    return node_recorded(x) if isinstance(x, Hollow) else node_of(x)
 
 
 def _leaves(x: Any) -> list[Any]:
@@ -385,10 +406,6 @@ def _shaped(mask: Tensor, ndim: int, at: int) -> Tensor:
     """A mask over axes of a tensor from `at` on, to be spread over the rest."""
     behind = ndim - at - mask.ndim
     return mask.reshape(*mask.shape, *[1] * behind) if behind else mask
-
-
-def _unflat(x: Any, at: int | None, shape: Sequence[int]) -> Any:
-    return x if at is None or not isinstance(x, Tensor) else x.unflatten(at, shape)
 
 
 def _number(n: float, x: Tensor, at: int, axes: int) -> tuple[Tensor, Tensor]:
