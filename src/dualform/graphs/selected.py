@@ -24,7 +24,7 @@ from dualform.graphs.hollow import META, Hollow
 from dualform.graphs.recorder import node_of as node_recorded
 from dualform.graphs.requiring import node_of
 from dualform.ops.spelled import SPELLED
-from dualform.ops.table import entrywise_reads, find_row, kind_of
+from dualform.ops.table import Entry, entrywise_reads, find_row, kind_of
 
 aten = torch.ops.aten
 
@@ -55,7 +55,9 @@ class _Count(int):
     refuse: Callable[[], NoReturn]
 
 
-for _name in "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow neg abs lt le gt ge eq ne".split():
+for _name in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow neg abs lt le gt ge eq ne".split()
+):
     setattr(_Count, f"__{_name}__", lambda self, *_: self.refuse())
 for _name in "int float index bool str repr format".split():
     setattr(_Count, f"__{_name}__", lambda self, *_: self.refuse())
@@ -106,7 +108,11 @@ class Selected:
     """The tensors of one trace that stand for picked entries, and how its masks were made, all by identity."""
 
     def __init__(
-        self, refuse: Callable[[], NoReturn], marked: Callable[..., Any], trace: Callable[..., fx.GraphModule], proved: Proved
+        self,
+        refuse: Callable[[], NoReturn],
+        marked: Callable[..., Any],
+        trace: Callable[..., fx.GraphModule],
+        proved: Proved,
     ) -> None:
         self.refuse, self.marked, self.trace, self.proved = refuse, marked, trace, proved
         self._picked: dict[int, _Held] = {}
@@ -162,7 +168,7 @@ class Selected:
     def _asked(self, x: Any, index: Any) -> tuple[Tensor, _Pick, int, bool] | None:
         """Which view of a tensor is asked for under a mask, where, and whether that is all of it; None: it is no such question."""
         parts = list(index) if isinstance(index, tuple) else [index]
-        masks = [p for p in parts if isinstance(p, Tensor) and p.dtype == torch.bool and p.ndim]
+        masks = [p for p in parts if isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8) and p.ndim]
         if not isinstance(x, Tensor) or len(masks) != 1 or any(_is_list(p) for p in parts if p is not masks[0]):
             return None
         mask, held = masks[0], self._picked.get(id(masks[0]))
@@ -177,10 +183,11 @@ class Selected:
             if own is None or held is None or not whole or own.at or held.at or held.pick.key != own.pick.key:
                 self.refuse()
             return x, _Pick(self._spread(own, mask.ndim) & mask, ("in", own.pick.key, self._key(mask))), 0, True
+        key, mask = self._key(mask), mask if mask.dtype == torch.bool else self._now(Tensor.bool, mask)
         view = x if whole else self._now(Tensor.__getitem__, x, tuple(parts))
         if view.shape[at : at + mask.ndim] != mask.shape:
             return None
-        return view, _Pick(mask, self._key(mask)), at, whole
+        return view, _Pick(mask, key), at, whole
 
     def _spread(self, held: _Held, axes: int = 0) -> Tensor:
         """A mask over a whole tensor, or over its first axes."""
@@ -222,7 +229,6 @@ class Selected:
         try:
             made, is_alone, is_view = self._places(func, args, kwargs)
         except Exception:  # whatever is wrong with it, or with so many entries
-            import traceback; traceback.print_exc()
             self.refuse()
         args, kwargs = _counted(args, kwargs, int.__index__)
         self._filled, other = {}, None
@@ -257,7 +263,8 @@ class Selected:
         writes = _writes(func)
         given = [self._picked.get(id(x)) for x in tensors]
         shapes = [
-            x.shape if h is None else _at_one(x, h.at, h.pick.mask.ndim, _MANY) for x, h in zip(tensors, given, strict=True)
+            x.shape if h is None else _at_one(x, h.at, h.pick.mask.ndim, _MANY)
+            for x, h in zip(tensors, given, strict=True)
         ]
 
         def run(*now: Tensor) -> list[Tensor]:
@@ -268,7 +275,9 @@ class Selected:
 
         at = [None if h is None else h.at for h in given]
         with unseen.aside([]):
-            stand_ins = [Hollow(torch.empty(s, dtype=x.dtype, device=META)) for s, x in zip(shapes, tensors, strict=True)]
+            stand_ins = [
+                Hollow(torch.empty(s, dtype=x.dtype, device=META)) for s, x in zip(shapes, tensors, strict=True)
+            ]
             gm = self.trace(run, *stand_ins)
             try:
                 made, is_alone = alone(gm, at, _MANY), True
@@ -288,11 +297,9 @@ class Selected:
 
         tried = ({k: at(n, h) if h.other is None else h.other for k, h in held.items()} for n in _OTHERS)
         again = ({k: at(n, h) for k, h in held.items()} for n in _OTHERS)
-        for n, now in zip(_OTHERS * 2, (*tried, *again), strict=True):
-            is_one, made = _at(func, args, kwargs, now)
-            if is_one:
-                break
-        else:
+        said = ((n, now, *_at(func, args, kwargs, now)) for n, now in zip(_OTHERS * 2, (*tried, *again), strict=True))
+        n, now, _, made = next((found for found in said if found[2]), (0.0, {}, False, None))
+        if not now:
             self.refuse()
         put: dict[int, Tensor] = {}
         for k, h in held.items():
@@ -328,21 +335,24 @@ class Selected:
                     if x.shape[at : at + pick.mask.ndim] != pick.mask.shape:
                         self.refuse()
                     self._picked[id(x)] = _Held(x, pick, at, other)
-        is_new = isinstance(result, Tensor) and result.dtype == torch.bool and not any(x is result for x in leaves)
-        if is_new:
-            self._masks[id(result)] = (result, version_of(result), self._made(func, args, kwargs, result, leaves))
+        if isinstance(result, Tensor) and not any(x is result for x in leaves):
+            made = self._made(func, args, kwargs, result, leaves)
+            if made is not None:
+                self._masks[id(result)] = (result, version_of(result), made)
 
     def _made(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> Any:
         """How a mask was made: by which op of which tensors, in one way of many."""
         node, keys = _node(result), {_node(x): self._key(x) for x in leaves}
+        one = leaves[0] if len(leaves) == 1 else None
+        if one is not None and one.shape == result.shape and one.dtype == result.dtype and _passes_on(node):
+            return self._key(one)[1]
+        if result.dtype not in (torch.bool, torch.uint8):
+            return None
         if node is None or any(n not in keys for n in node.all_input_nodes):
             return func, _hashable(pytree.tree_map(self._key, (args, kwargs)))
-        row, name = find_row(node.target), getattr(node.target, "_opname", "")
-        if leaves and all(x.dtype == torch.bool for x in leaves):
-            if row is not None and row.ordered and leaves[0].shape == result.shape:
-                return keys[node.all_input_nodes[0]][1]
-            found = _truth(name, [keys[n] for n in node.all_input_nodes])
-            if found is not None and len(node.args) == len(node.all_input_nodes):
+        if leaves and all(x.dtype == torch.bool for x in leaves) and len(node.args) == len(node.all_input_nodes):
+            found = _truth(getattr(node.target, "_opname", ""), [keys[n] for n in node.all_input_nodes])
+            if found is not None:
                 return found
         return node.target, _hashable(fx.map_arg((node.args, dict(node.kwargs)), keys.__getitem__))
 
@@ -363,6 +373,12 @@ class Selected:
         if held is None or held[0] is not x or held[1] != version_of(x):
             held = self._masks[id(x)] = (x, version_of(x), (id(x), version_of(x)))
         return x.ndim, held[2]
+
+
+def _passes_on(node: fx.Node | None) -> bool:
+    """Does an op give its operand's entries as they are?"""
+    row = None if node is None else find_row(node.target)
+    return row is not None and (row.ordered or (isinstance(row.entry, Entry) and row.entry.passes))
 
 
 def _node(x: Tensor) -> fx.Node | None:
@@ -422,7 +438,9 @@ def _number(n: float, x: Tensor, at: int, axes: int) -> tuple[Tensor, Tensor]:
 
 def _varied(n: float, shape: Sequence[int], dtype: torch.dtype, is_varied: bool = True) -> Tensor:
     size = shape[-1] if shape and is_varied else 1
-    return (torch.linspace(n, 1.25 * n, size, dtype=dtype) if size > 1 else torch.full((1,), n, dtype=dtype)).expand(shape)
+    return (torch.linspace(n, 1.25 * n, size, dtype=dtype) if size > 1 else torch.full((1,), n, dtype=dtype)).expand(
+        shape
+    )
 
 
 def _at(func: Callable[..., Any], args: Any, kwargs: Any, numbers: dict[int, Tensor]) -> tuple[bool, Tensor | None]:
@@ -494,7 +512,9 @@ _INDEXED: dict[Any, Callable[..., tuple[Any, ...]]] = {
     Tensor.masked_select: lambda x, mask: _whole(x, mask),
     torch.index_put: lambda input, indices, values, accumulate=False: _put_at(input, indices, values, accumulate, True),
     Tensor.index_put: lambda x, indices, values, accumulate=False: _put_at(x, indices, values, accumulate, True),
-    torch.index_put_: lambda input, indices, values, accumulate=False: _put_at(input, indices, values, accumulate, False),
+    torch.index_put_: lambda input, indices, values, accumulate=False: _put_at(
+        input, indices, values, accumulate, False
+    ),
     Tensor.index_put_: lambda x, indices, values, accumulate=False: _put_at(x, indices, values, accumulate, False),
     torch.masked_scatter: lambda input, mask, source: _whole(input, mask, source, False, True),
     Tensor.masked_scatter: lambda x, mask, source: _whole(x, mask, source, False, True),

@@ -305,9 +305,7 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _with_lines(
-    f: Callable[..., Any], constants: Constants, listener: Listener, proved: Proved
-) -> Callable[..., Any]:
+def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener, proved: Proved) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
         with _Lines(constants, listener, proved) as lines, listening(listener):

@@ -16,13 +16,11 @@ from dualform.graphs.kept import is_kept, named
 from dualform.graphs.trace import source_line
 from dualform.learning.sites import Place, op_name
 from dualform.learning.spelling import fitted
+from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 # Sizes, which a result's shape shows.
 _SIZES = {"size", "shape", "sizes", "repeats"}
-# How an op goes about it, which is planned by sizes or by flags of the process: the same numbers.
-_WAYS = {"path", "cudnn_enable", "cudnn_enabled"}
-_SIZED = {aten.tile.default: "dims"}
 
 
 class Differs(Exception):
@@ -57,10 +55,10 @@ def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
         return Noted(node, node.op, {}, getattr(gm, str(node.target)))
     schema = getattr(node.target, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else map(str, range(len(node.args)))
+    rest = {a.name: a.default_value for a in schema.arguments if a.has_default_value()} if schema else {}
     target = node.target if node.op == "call_function" else node.op
-    return Noted(
-        node, target, {**dict(zip(names, node.args, strict=False)), **node.kwargs}, node.meta.get("val"), fitted(node)
-    )
+    given = {**rest, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return Noted(node, target, given, node.meta.get("val"), fitted(node))
 
 
 def difference(first: Seen, second: Seen) -> str:
@@ -99,9 +97,11 @@ def _compare(first: Seen, second: Seen) -> None:
         elif not (getattr(a.target, "_opname", "") == "arange" and rows) and not (
             a.target is aten.slice.Tensor and _is_whole(a) and _is_whole(b)
         ):
-            for name in (a.args.keys() | b.args.keys()) - _WAYS:
+            row = find_row(a.target)
+            sizes, ways = (row.sizes, row.ways) if row else ((), ())
+            for name in (a.args.keys() | b.args.keys()).difference(ways):
                 x, y = a.args.get(name), b.args.get(name)
-                if not is_same("size" if _SIZED.get(a.target) == name else name, x, y):
+                if not is_same("size" if name in sizes else name, x, y):
                     raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
     if len(ones) != len(others):
         longer = max(ones, others, key=len)[min(len(ones), len(others)) - 1]
@@ -127,6 +127,8 @@ def _tensors(n: Noted) -> list[Tensor]:
 
 def _rows(a: Noted, b: Noted, W0: int, W: int) -> Place | None:
     """Which axis of a value grows with the tokens; a tensor that the function holds does not change besides."""
+    if len(_tensors(a)) != len(_tensors(b)):
+        raise _differs(b.node, f"{len(_tensors(a))} pieces, then {len(_tensors(b))}")
     for x, y in zip(_tensors(a), _tensors(b), strict=True):
         axes = [k for k, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n]
         if x.ndim != y.ndim or len(axes) > 1 or any(x.shape[k] * W != y.shape[k] * W0 for k in axes):

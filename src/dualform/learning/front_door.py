@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from dualform.graphs.counts import Asked
-from dualform.graphs.edit import add_input, inputs_of, lift, output_of
+from dualform.graphs.edit import add_input, emitter, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
@@ -28,7 +28,15 @@ from dualform.learning.alike import Seen, difference, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import (
-    PER_TOKEN, Analysis, DerivationError, Place, changes, counts, kept_apart, mark, prepared,
+    PER_TOKEN,
+    Analysis,
+    DerivationError,
+    Place,
+    changes,
+    counts,
+    kept_apart,
+    mark,
+    prepared,
 )  # fmt: skip
 from dualform.shapes import TraceError, require
 from dualform.storages import contents
@@ -385,13 +393,18 @@ class FrontDoor:
                     f"way than itself, so it would not learn there; expected self.{own}. Read it from the module that "
                     "is passed."
                 )
-            name = self._name(who, value, len(constants))
+            name, rows = self._name(who, value, len(constants)), {n: x for n, x in node.meta.items() if n == "rows"}
+            thin = value if name in self.parts.closed else _thin(value)
             if name not in lifted:
-                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", value.detach())
-                lifted[name].meta |= {"rows": node.meta["rows"]} if "rows" in node.meta else {}
+                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", thin.detach())
+                lifted[name].meta |= rows if thin is value else {}
                 if name not in self.parts.closed:
-                    constants[name] = value
-            return lifted[name]
+                    constants[name] = thin
+            if thin is value:
+                return lifted[name]
+            wide = emitter(gm.graph, node)(aten.expand.default, lifted[name], list(value.shape))
+            wide.meta |= rows
+            return wide
 
         lift(gm, stand_for)
         return constants, lifted
@@ -422,6 +435,16 @@ class TracedRule(NamedTuple):
         """Return the record's coefficients at every token."""
         *leaves, spec = self.routine((i, *gates.values()), self.rest)
         return _pytree.tree_unflatten(leaves, spec)
+
+
+def _thin(x: Tensor) -> Tensor:
+    """A tensor of size 1 along axes that it is the same along, as one made of as many equal rows as there are tokens."""
+    if type(x) is not Tensor or x.is_meta or not x.numel():
+        return x
+    for k in range(x.ndim):
+        first = x.narrow(k, 0, 1)
+        x = first if x.shape[k] > 1 and torch.equal(first.expand_as(x), x) else x
+    return x
 
 
 def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +189,25 @@ def _embedding_bag(
     return total / count.clamp(min=1) if mode == "mean" else total
 
 
+def _once(join: Callable[..., Tensor], thick: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., Tensor]:
+    """[b] * n, joined: b so often. thick: what is done to each before."""
+
+    def joined(tensors: Sequence[Tensor], dim: int = 0, **rest: Any) -> Tensor:
+        first = tensors[0] if len(tensors) else None
+        if rest or first is None or any(x is not first for x in tensors):
+            return join(tensors, **rest) if thick is torch.atleast_2d else join(tensors, dim, **rest)
+        x = thick(first)
+        if join is torch.stack:
+            dim %= x.ndim + 1
+            return x.unsqueeze(dim).expand(*x.shape[:dim], len(tensors), *x.shape[dim:])
+        return x.repeat([len(tensors) if k == dim % x.ndim else 1 for k in range(x.ndim)])
+
+    return joined
+
+
 SPELLED: dict[Any, Callable[..., Any]] = {
+    **{join: _once(join) for join in (torch.stack, torch.cat, torch.concat, torch.concatenate)},
+    **{join: _once(join, torch.atleast_2d) for join in (torch.vstack, torch.row_stack)},
     _bagged: _embedding_bag,
     torch.linalg.lstsq: _lstsq, torch.linalg.solve_ex: _solve_ex, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
     Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
