@@ -277,7 +277,7 @@ def _blank(x: Tensor) -> Callable[[], Tensor]:
 
 def version_of(x: Tensor) -> int:
     """How often a tensor's memory was written to, by views of it too."""
-    return x.writes[0] if isinstance(x, Recorded) else x._version
+    return x.writes[0] if isinstance(x, Recorded) else times_written(x)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -2,14 +2,14 @@
 
 h[m] *= 0.1        ->    picked = where(m, h, 1/2) * 0.1;  h = where(m, picked, h)
 
-Every op runs as if all had been picked, which is the same for those that are if it keeps them apart, as `proved` proves at a
-made-up number of them; what asks how many there are is refused. What stands where nothing was picked is followed: before an op
-that has no value or no slope there, another number is put there.
+Every op runs as if all had been picked, which is the same for those that are if it keeps them apart, as `proved` proves
+at a made-up number of them; what asks how many there are is refused. What stands where nothing was picked is followed:
+before an op that has no value or no slope there, another number is put there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dualform.graphs import aside as unseen
-from dualform.graphs.constants import aside, version_of
-from dualform.graphs.custom import listening
+from dualform.graphs.constants import version_of
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.hollow import META, Hollow
-from dualform.graphs.recorder import node_of as node_recorded
-from dualform.graphs.requiring import node_of
+from dualform.graphs.masks import Masks
+from dualform.graphs.numbers import OTHERS, Count, at_one, counted, leaves_of, number, valued
 from dualform.ops.spelled import SPELLED
-from dualform.ops.table import Entry, entrywise_reads, find_row, kind_of
+from dualform.ops.table import entrywise_reads, find_row, kind_of
+from dualform.storages import memory_of
 
 aten = torch.ops.aten
 
@@ -37,7 +37,6 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
     Tensor.dim: len,
     Tensor.size: lambda shape, dim=None: torch.Size(shape) if dim is None else shape[dim],
 }
-_OTHERS = (0.5, 2.0, -0.5)  # numbers to put where nothing was picked: most functions have slopes at one of them
 _MANY = 7  # a made-up number of picked entries
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -47,20 +46,6 @@ Proved = Callable[[fx.GraphModule, Sequence[int | None], int], Sequence[int | No
 
 class Meets(Exception):
     """Picked entries are not kept apart."""
-
-
-class _Count(int):
-    """How many are picked: a size of other tensors of them, and no number."""
-
-    refuse: Callable[[], NoReturn]
-
-
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow neg abs lt le gt ge eq ne".split()
-):
-    setattr(_Count, f"__{_name}__", lambda self, *_: self.refuse())
-for _name in "int float index bool str repr format".split():
-    setattr(_Count, f"__{_name}__", lambda self, *_: self.refuse())
 
 
 def alone(gm: fx.GraphModule, at: Sequence[int | None], many: int) -> Sequence[int | None]:
@@ -84,6 +69,7 @@ class _Pick(NamedTuple):
 
     mask: Tensor
     key: Any
+    written: int  # how often the mask was
 
 
 class _Held(NamedTuple):
@@ -93,15 +79,6 @@ class _Held(NamedTuple):
     pick: _Pick
     at: int
     other: Tensor | None  # what it is where nothing was picked, for one entry; None: not known
-
-    @property
-    def shape(self) -> list[int]:
-        """That of what is picked, if it is one entry."""
-        return _at_one(self.x, self.at, self.pick.mask.ndim)
-
-
-def _at_one(x: Tensor, at: int, axes: int, many: int = 1) -> list[int]:
-    return [*x.shape[:at], many, *x.shape[at + axes :]]
 
 
 class Selected:
@@ -116,7 +93,7 @@ class Selected:
     ) -> None:
         self.refuse, self.marked, self.trace, self.proved = refuse, marked, trace, proved
         self._picked: dict[int, _Held] = {}
-        self._masks: dict[int, tuple[Tensor, int, Any]] = {}
+        self.masks = Masks()
         # What the call that is going on makes: of each tensor of its result, where its entries are; and their number
         self._next: tuple[_Pick, Sequence[int | None], Tensor | None] | None = None
         self._filled: dict[int, _Held] = {}  # what stands for a picked tensor in it, with another number
@@ -132,7 +109,7 @@ class Selected:
             if made:
                 return made
         held = self._held(args, kwargs)
-        counts = [x for x in _leaves((args, kwargs)) if isinstance(x, _Count)]
+        counts = [x for x in leaves_of((args, kwargs)) if isinstance(x, Count)]
         if counts and not held:
             self.refuse()
         if not held or func in _TOLD:
@@ -154,19 +131,19 @@ class Selected:
 
     def _held(self, args: Any, kwargs: Any) -> dict[int, _Held]:
         """What is picked among arguments."""
-        return {id(x): self._picked[id(x)] for x in _leaves((args, kwargs)) if id(x) in self._picked}
+        return {id(x): self._picked[id(x)] for x in leaves_of((args, kwargs)) if id(x) in self._picked}
 
     def _shape(self, func: Any, x: Tensor, *rest: Any, **named: Any) -> Call:
         h = self._picked[id(x)]
-        count = _Count(h.pick.mask.numel())
+        count = Count(h.pick.mask.numel())
         count.refuse = self.refuse
-        said = _SHAPES[func](_at_one(x, h.at, h.pick.mask.ndim, count), *rest, **named)
+        said = _SHAPES[func](at_one(x, h.at, h.pick.mask.ndim, count), *rest, **named)
         return (lambda *_, **__: said), (x, *rest), named
 
     # -- reading and writing under a mask
 
     def _asked(self, x: Any, index: Any) -> tuple[Tensor, _Pick, int, bool] | None:
-        """Which view of a tensor is asked for under a mask, where, and whether that is all of it; None: it is no such question."""
+        """Which view of a tensor is asked for under a mask, where, and whether that is all of it; None: no such is."""
         parts = list(index) if isinstance(index, tuple) else [index]
         masks = [p for p in parts if isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8) and p.ndim]
         if not isinstance(x, Tensor) or len(masks) != 1 or any(_is_list(p) for p in parts if p is not masks[0]):
@@ -182,26 +159,29 @@ class Selected:
         if own is not None or held is not None:  # in what was picked already
             if own is None or held is None or not whole or own.at or held.at or held.pick.key != own.pick.key:
                 self.refuse()
-            return x, _Pick(self._spread(own, mask.ndim) & mask, ("in", own.pick.key, self._key(mask))), 0, True
-        key, mask = self._key(mask), mask if mask.dtype == torch.bool else self._now(Tensor.bool, mask)
+            both = self._spread(own, mask.ndim) & mask
+            return x, _Pick(both, ("in", own.pick.key, self.masks.key(mask)), version_of(both)), 0, True
+        key, mask = self.masks.key(mask), mask if mask.dtype == torch.bool else self._now(Tensor.bool, mask)
         view = x if whole else self._now(Tensor.__getitem__, x, tuple(parts))
         if view.shape[at : at + mask.ndim] != mask.shape:
             return None
-        return view, _Pick(mask, key), at, whole
+        return view, _Pick(mask, key, version_of(mask)), at, whole
 
     def _spread(self, held: _Held, axes: int = 0) -> Tensor:
         """A mask over a whole tensor, or over its first axes."""
+        if held.pick.written != version_of(held.pick.mask):
+            self.refuse()
         return _shaped(held.pick.mask, axes or held.x.ndim, held.at)
 
     def _pick(self, x: Tensor, pick: _Pick, at: int, whole: bool) -> Call:
-        number, other = _number(_OTHERS[0], x, at, pick.mask.ndim)
+        put, other = number(OTHERS[0], x, at, pick.mask.ndim)
         self._next = (pick, [at], other)
-        return torch.where, (_shaped(pick.mask, x.ndim, at), x, number), {}
+        return torch.where, (_shaped(pick.mask, x.ndim, at), x, put), {}
 
     def _put(
         self, x: Tensor, pick: _Pick, at: int, whole: bool, value: Any, adds: bool = False, fresh: bool = False
     ) -> Call | None:
-        """Write picked entries where they were picked, or a value that is the same for all of them; a number by torch's own op."""
+        """Write picked entries where they were picked, or what is the same for all; a number is torch's to write."""
         held, right = self._picked.get(id(value)), x.ndim - at
         if held is not None and (held.pick.key != pick.key or held.x.ndim - held.at != right):
             self.refuse()
@@ -212,7 +192,7 @@ class Selected:
             self.refuse()
         if not isinstance(value, Tensor):
             value = torch.full((), value, dtype=x.dtype, device=x.device)
-        new = value.to(x.dtype)
+        new = self._now(Tensor.to, value, x.dtype)
         new = self._now(torch.add, x, new) if adds else new
         new = self._where(_shaped(pick.mask, x.ndim, at), new, x)
         if new.shape != x.shape:
@@ -230,7 +210,7 @@ class Selected:
             made, is_alone, is_view = self._places(func, args, kwargs)
         except Exception:  # whatever is wrong with it, or with so many entries
             self.refuse()
-        args, kwargs = _counted(args, kwargs, int.__index__)
+        args, kwargs = counted(args, kwargs, int.__index__)
         self._filled, other = {}, None
         if not is_view:  # of what is looked at, not of what stands for it
             args, kwargs, other = self._with_slopes(func, args, kwargs)
@@ -241,7 +221,7 @@ class Selected:
 
         def flat(x: Tensor) -> Tensor:
             h = self._picked.get(id(x)) or self._filled.get(id(x))
-            return x if h is None else self._now(Tensor.view, x, _at_one(x, h.at, axes, total))
+            return x if h is None else self._now(Tensor.view, x, at_one(x, h.at, axes, total))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with unseen.without_function_modes():
@@ -257,13 +237,15 @@ class Selected:
         return run, args, kwargs
 
     def _places(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Sequence[int | None], bool, bool]:
-        """At which axes a result's tensors have the entries, proved at a made-up number of them; is each made of one alone, or seen?"""
-        tensors = list({id(x): x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)}.values())
-        args, kwargs = _counted(args, kwargs, lambda _: _MANY)
-        writes = _writes(func)
+        """At which axes a result's tensors have the entries, proved at a made-up number of them; is each made of
+        one alone, is a part of an argument seen?"""
+        tensors = list({id(x): x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)}.values())
+        shapes_asked = any(isinstance(x, Count) for x in leaves_of((args, kwargs)))
+        args, kwargs = counted(args, kwargs, lambda _: _MANY)
+        writes, seen = _writes(func), list[Tensor]()
         given = [self._picked.get(id(x)) for x in tensors]
         shapes = [
-            x.shape if h is None else _at_one(x, h.at, h.pick.mask.ndim, _MANY)
+            x.shape if h is None else at_one(x, h.at, h.pick.mask.ndim, _MANY)
             for x, h in zip(tensors, given, strict=True)
         ]
 
@@ -271,6 +253,7 @@ class Selected:
             by = {id(x): y.clone() for x, y in zip(tensors, now, strict=True)}
             own, named = pytree.tree_map_only(Tensor, lambda x: by[id(x)], (args, kwargs))
             found = [x for x in pytree.tree_leaves(func(*own, **named)) if isinstance(x, Tensor)]
+            seen.extend(x for x in found if not writes and _memory(x) in {_memory(y) for y in by.values()})
             return [*found, own[0]] if writes else found
 
         at = [None if h is None else h.at for h in given]
@@ -283,29 +266,30 @@ class Selected:
                 made, is_alone = alone(gm, at, _MANY), True
             except Meets:
                 made, is_alone = self.proved(gm, at, _MANY), False
+        ops = [n.target for n in gm.graph.nodes if n.op == "call_function" and n.target is not aten.clone.default]
+        if shapes_asked and any(kind_of(op) != "view" for op in ops):  # a number of them, that is no size
+            raise Meets
         if writes and made[-1] != (self._picked[id(args[0])].at if id(args[0]) in self._picked else -1):
             raise Meets
-        ops = [n.target for n in gm.graph.nodes if n.op == "call_function" and n.target is not aten.clone.default]
-        return made[: len(made) - writes], is_alone, bool(ops) and all(kind_of(op) == "view" for op in ops)
+        return made[: len(made) - writes], is_alone, bool(seen)
 
     def _with_slopes(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
-        """Arguments with a number where nothing was picked that the op has a value and slopes at: 0 times NaN is no 0."""
+        """Arguments with a number where nothing was picked that the op has a value and slopes at."""
         held = self._held(args, kwargs)
 
         def at(n: float, h: _Held) -> Tensor:
-            return _number(n, h.x, h.at, h.pick.mask.ndim)[1]
+            return number(n, h.x, h.at, h.pick.mask.ndim)[1]
 
-        tried = ({k: at(n, h) if h.other is None else h.other for k, h in held.items()} for n in _OTHERS)
-        again = ({k: at(n, h) for k, h in held.items()} for n in _OTHERS)
-        said = ((n, now, *_at(func, args, kwargs, now)) for n, now in zip(_OTHERS * 2, (*tried, *again), strict=True))
+        tried = ({k: at(n, h) if h.other is None else h.other for k, h in held.items()} for n in OTHERS)
+        again = ({k: at(n, h) for k, h in held.items()} for n in OTHERS)
+        said = ((n, now, *valued(func, args, kwargs, now)) for n, now in zip(OTHERS * 2, (*tried, *again), strict=True))
         n, now, _, made = next((found for found in said if found[2]), (0.0, {}, False, None))
         if not now:
             self.refuse()
         put: dict[int, Tensor] = {}
         for k, h in held.items():
             if now[k] is not h.other and h.x.is_floating_point():
-                number, _ = _number(n, h.x, h.at, h.pick.mask.ndim)
-                put[k] = self._where(self._spread(h), h.x, number)
+                put[k] = self._where(self._spread(h), h.x, number(n, h.x, h.at, h.pick.mask.ndim)[0])
                 self._filled[id(put[k])] = h
         if _writes(func):  # others may look at the same memory
             self._picked = {k: h._replace(other=None) for k, h in self._picked.items()}
@@ -324,7 +308,7 @@ class Selected:
 
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         """Note what is picked, and how a mask was made: two that were made alike are one."""
-        leaves = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
         if self._next is not None:
             pick, made, other = self._next
             found = [x for x in pytree.tree_leaves(result) if x is not None]
@@ -336,25 +320,7 @@ class Selected:
                         self.refuse()
                     self._picked[id(x)] = _Held(x, pick, at, other)
         if isinstance(result, Tensor) and not any(x is result for x in leaves):
-            made = self._made(func, args, kwargs, result, leaves)
-            if made is not None:
-                self._masks[id(result)] = (result, version_of(result), made)
-
-    def _made(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> Any:
-        """How a mask was made: by which op of which tensors, in one way of many."""
-        node, keys = _node(result), {_node(x): self._key(x) for x in leaves}
-        one = leaves[0] if len(leaves) == 1 else None
-        if one is not None and one.shape == result.shape and one.dtype == result.dtype and _passes_on(node):
-            return self._key(one)[1]
-        if result.dtype not in (torch.bool, torch.uint8):
-            return None
-        if node is None or any(n not in keys for n in node.all_input_nodes):
-            return func, _hashable(pytree.tree_map(self._key, (args, kwargs)))
-        if leaves and all(x.dtype == torch.bool for x in leaves) and len(node.args) == len(node.all_input_nodes):
-            found = _truth(getattr(node.target, "_opname", ""), [keys[n] for n in node.all_input_nodes])
-            if found is not None:
-                return found
-        return node.target, _hashable(fx.map_arg((node.args, dict(node.kwargs)), keys.__getitem__))
+            self.masks.note(func, args, kwargs, result, leaves)
 
     def below(self) -> None:
         """Refuse a transform inside: it wraps what it is given, and may sum over what is picked."""
@@ -366,121 +332,15 @@ class Selected:
         if any(id(x) in self._picked for x in pytree.tree_leaves(result)):
             self.refuse()
 
-    def _key(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        held = self._masks.get(id(x))
-        if held is None or held[0] is not x or held[1] != version_of(x):
-            held = self._masks[id(x)] = (x, version_of(x), (id(x), version_of(x)))
-        return x.ndim, held[2]
 
-
-def _passes_on(node: fx.Node | None) -> bool:
-    """Does an op give its operand's entries as they are?"""
-    row = None if node is None else find_row(node.target)
-    return row is not None and (row.ordered or (isinstance(row.entry, Entry) and row.entry.passes))
-
-
-def _node(x: Tensor) -> fx.Node | None:
-    return node_recorded(x) if isinstance(x, Hollow) else node_of(x)
-
-
-def _leaves(x: Any) -> list[Any]:
-    """The leaves of arguments, a shape's too."""
-    return pytree.tree_leaves(pytree.tree_map_only(torch.Size, tuple, x))
-
-
-def _counted(args: Any, kwargs: Any, number: Callable[[Any], int]) -> Any:
-    """Arguments with a number for how many are picked."""
-    given = pytree.tree_map_only(torch.Size, tuple, (args, kwargs))
-    return pytree.tree_map_only(_Count, number, given)
-
-
-def _hashable(x: Any) -> Any:
-    """Arguments in one way of many; 0 and 0.0 are one."""
-    if isinstance(x, dict):
-        return tuple((name, _hashable(v)) for name, v in sorted(x.items()))
-    return tuple(map(_hashable, x)) if isinstance(x, list | tuple) else x
-
-
-def _truth(name: str, keys: list[Any]) -> Any:
-    """A mask of masks: `not` of `not` is none, and `or` is said by `and`."""
-
-    def negated(x: Any) -> Any:
-        return x[1][1] if isinstance(x[1], tuple) and x[1][:1] == ("not",) else (x[0], ("not", x))
-
-    name = name.strip("_").removeprefix("logical_").removeprefix("bitwise_")
-    ndim = max(x[0] for x in keys)
-    if name == "not":
-        return negated(keys[0])[1]
-    if name == "or":
-        return negated((ndim, ("and", frozenset(map(negated, keys)))))[1]
-    return (name, frozenset(keys)) if name in ("and", "xor") else None
+def _memory(x: Tensor) -> int:
+    return memory_of(x.shape_of if isinstance(x, Hollow) else x)
 
 
 def _shaped(mask: Tensor, ndim: int, at: int) -> Tensor:
     """A mask over axes of a tensor from `at` on, to be spread over the rest."""
     behind = ndim - at - mask.ndim
     return mask.reshape(*mask.shape, *[1] * behind) if behind else mask
-
-
-def _number(n: float, x: Tensor, at: int, axes: int) -> tuple[Tensor, Tensor]:
-    """What to put where nothing was picked, and what it is for one entry: not one number along an axis, of which no deviation has a slope."""
-    shape, ndim = _at_one(x, at, axes), x.ndim
-    if not x.is_floating_point():
-        return torch.full((), 1, dtype=x.dtype, device=x.device), torch.ones(shape, dtype=x.dtype)
-    with aside():
-        own = _varied(n, shape, x.dtype, at + axes < ndim)
-    if at + axes == ndim or x.shape[-1] == 1:
-        return torch.full((), n, dtype=x.dtype, device=x.device), own
-    return torch.linspace(n, 1.25 * n, x.shape[-1], dtype=x.dtype, device=x.device), own
-
-
-def _varied(n: float, shape: Sequence[int], dtype: torch.dtype, is_varied: bool = True) -> Tensor:
-    size = shape[-1] if shape and is_varied else 1
-    return (torch.linspace(n, 1.25 * n, size, dtype=dtype) if size > 1 else torch.full((1,), n, dtype=dtype)).expand(
-        shape
-    )
-
-
-def _at(func: Callable[..., Any], args: Any, kwargs: Any, numbers: dict[int, Tensor]) -> tuple[bool, Tensor | None]:
-    """Has an op a value and slopes where some tensors are these numbers, and which value, None if it is of other tensors, too."""
-    tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
-    leaves: list[Tensor] = []
-
-    def one(x: Tensor) -> Tensor:
-        floating = x.is_floating_point()
-        made = numbers.get(id(x))
-        if made is None:
-            made = _varied(_OTHERS[0], x.shape, x.dtype) if floating else torch.ones(x.shape, dtype=x.dtype)
-        made = made.clone()
-        leaves.extend([made.requires_grad_()] if floating else [])
-        return made * 1 if floating else made  # no leaf, which an op in place may not write to
-
-    args, kwargs = _counted(args, kwargs, lambda _: 1)
-    with aside(), listening(None), torch.enable_grad():
-        try:
-            own, named = pytree.tree_map_only(Tensor, one, (args, kwargs))
-            made = func(*own, **named)
-            is_one = all(bool(x.isfinite().all()) for x in _slopes(made, leaves))
-            known = isinstance(made, Tensor) and all(id(x) in numbers for x in tensors)
-            return is_one, made.detach() if known else None
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return True, None  # nothing can be said: whatever is wrong with the call, it says itself
-
-
-def _slopes(made: Any, leaves: list[Tensor]) -> Iterator[Tensor]:
-    """A value, and its first two derivatives."""
-    for _ in range(3):
-        if not isinstance(made, Tensor):
-            return
-        yield made.detach()
-        if not made.requires_grad or not made.is_floating_point():
-            return
-        slopes = torch.autograd.grad(made.sum(), leaves, create_graph=True, allow_unused=True)
-        parts = [g.sum() for g in slopes if g is not None]
-        yield from (g.detach() for g in parts)
-        made = sum(parts) if parts else None
 
 
 def _writes(func: Any) -> bool:
@@ -493,7 +353,7 @@ def _is_list(x: Any) -> bool:
     return isinstance(x, bool) or not (x is None or x is ... or isinstance(x, slice | int))
 
 
-# What reads or writes under an index: (tensor, index), and of a write the value, does it add, and is it to another tensor?
+# What reads or writes under an index: (tensor, index), and of a write the value, does it add, is it to another tensor?
 
 
 def _put_at(x: Tensor, indices: Any, values: Any, adds: bool, fresh: bool) -> tuple[Any, ...]:

@@ -66,11 +66,10 @@ def trace(
     closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
     autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
     before it is rewritten; what it writes into a node's meta stays where the node does. asked: is
-    told what f asks of sizes, and decides by them. proved: proves that a graph keeps entries of its inputs apart, as many
-    as a mask picks, and says where its results have them. generators: of random numbers,
-    as `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
-    module goes through torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to
-    one is noticed.
+    told what f asks of sizes, and decides by them. proved: proves that a graph keeps entries of its inputs apart, as
+    many as a mask picks, and says where its results have them. generators: of random numbers, as
+    `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
+    module goes through functional_call, its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
     Dtype:  any; nothing is computed.
     Raises: TraceError for randomness, control flow that reads values, writes to inputs or closed-over tensors, and for
@@ -388,9 +387,9 @@ def _refuse_transform(where: str) -> NoReturn:
 
 def _refuse_picked() -> NoReturn:
     raise TraceError(
-        f"trace: `{_note()}` reads a tensor's values (how many entries a mask picks, or one of them by another); expected "
-        "each picked entry, or row, worked on alone and put back under the same mask. Use torch.where(mask, new, old), "
-        "or multiply by the mask."
+        f"trace: `{_note()}` reads a tensor's values (how many entries a mask picks, or one of them by another); "
+        "expected each picked entry, or row, worked on alone and put back under the same mask. Use "
+        "torch.where(mask, new, old), or multiply by the mask."
     )
 
 

@@ -27,19 +27,10 @@ from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, difference, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
-from dualform.learning.sites import (
-    PER_TOKEN,
-    Analysis,
-    DerivationError,
-    Place,
-    changes,
-    counts,
-    kept_apart,
-    mark,
-    prepared,
-)  # fmt: skip
+from dualform.learning.sites import PER_TOKEN, Analysis, Place, changes, counts, kept_apart, mark, prepared
+from dualform.learning.spelling import DerivationError
 from dualform.shapes import TraceError, require
-from dualform.storages import contents
+from dualform.storages import contents, thin
 
 aten = torch.ops.aten
 
@@ -394,17 +385,16 @@ class FrontDoor:
                     "is passed."
                 )
             name, rows = self._name(who, value, len(constants)), {n: x for n, x in node.meta.items() if n == "rows"}
-            thin = value if name in self.parts.closed else _thin(value)
+            made = value if name in self.parts.closed else thin(value)
             if name not in lifted:
-                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", thin.detach())
-                lifted[name].meta |= rows if thin is value else {}
+                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", made.detach())
+                lifted[name].meta |= rows if made is value else {}
                 if name not in self.parts.closed:
-                    constants[name] = thin
-            if thin is value:
+                    constants[name] = made
+            if made is value:
                 return lifted[name]
             wide = emitter(gm.graph, node)(aten.expand.default, lifted[name], list(value.shape))
-            wide.meta |= rows
-            return wide
+            return wide.meta.update(rows) or wide
 
         lift(gm, stand_for)
         return constants, lifted
@@ -435,16 +425,6 @@ class TracedRule(NamedTuple):
         """Return the record's coefficients at every token."""
         *leaves, spec = self.routine((i, *gates.values()), self.rest)
         return _pytree.tree_unflatten(leaves, spec)
-
-
-def _thin(x: Tensor) -> Tensor:
-    """A tensor of size 1 along axes that it is the same along, as one made of as many equal rows as there are tokens."""
-    if type(x) is not Tensor or x.is_meta or not x.numel():
-        return x
-    for k in range(x.ndim):
-        first = x.narrow(k, 0, 1)
-        x = first if x.shape[k] > 1 and torch.equal(first.expand_as(x), x) else x
-    return x
 
 
 def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

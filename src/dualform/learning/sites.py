@@ -312,7 +312,7 @@ def _kept_place(a: Analysis, node: fx.Node, W: int, at: Mapping[fx.Node, Place])
 
 
 def kept_apart(gm: fx.GraphModule, at: Sequence[int | None], many: int) -> list[int | None]:
-    """Prove that a graph keeps the rows apart that some inputs have along an axis; say which axis of its results has them."""
+    """Prove that a graph keeps rows apart that some inputs have along an axis; say which axis of results has them."""
     places = _followed(
         "learner", gm, [None if k is None else Place(k, 1, 1) for k in at], range(len(results_of(gm.graph))), many
     )
@@ -402,9 +402,9 @@ def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
     if kind_of(op.target) == "view":
         return DerivationError(
-            f"derive: the {a.who} takes rows apart, as a loop over them does, and so mixes tokens at {source_line(node)}: "
-            f"{op_name(op)} gives some of them alone; expected {_apart[a.who]} Write it for all rows at once: ops on the "
-            "last axes, or torch.vmap(f)(x) in place of torch.stack([f(row) for row in x])."
+            f"derive: the {a.who} takes rows apart, as a loop over them does, and so mixes tokens at "
+            f"{source_line(node)}: {op_name(op)} gives some of them alone; expected {_apart[a.who]} Write it for all "
+            "rows at once: ops on the last axes, or torch.vmap(f)(x) in place of torch.stack([f(row) for row in x])."
         )
     where = source_line(node) or f"{op_name(op)}, called inside torch"
     if local_rules.find_row(op.target) is None and has_no_row(op):

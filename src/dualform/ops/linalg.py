@@ -164,7 +164,7 @@ def _triangular_solve(
     return torch.linalg.solve_triangular(M, self, upper=upper != transpose, unitriangular=unitriangular), A.clone()
 
 
-def _reads_matrix(call: Call, name: str, k: int | None) -> list[Term]:
+def _reads_matrix(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Every result of a matrix, whole numbers too, looks at all of it, and of its pivots."""
     many = call.operands[0].ndim - 2
     batch = fresh_axes(call.out.shape[:many])
