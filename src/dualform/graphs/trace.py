@@ -388,8 +388,8 @@ def _refuse_transform(where: str) -> NoReturn:
 def _refuse_picked() -> NoReturn:
     raise TraceError(
         f"trace: `{_note()}` reads a tensor's values (how many entries a mask picks, or one of them by another); "
-        "expected each picked entry, or row, worked on alone and put back under the same mask. Use "
-        "torch.where(mask, new, old), or multiply by the mask."
+        "expected a graph that is the same for all values: each picked entry, or row, worked on alone and put back "
+        "under the same mask. Use torch.where(mask, new, old), or multiply by the mask."
     )
 
 
