@@ -31,7 +31,8 @@ for _name in "int float index bool str repr format".split():
 
 def leaves_of(x: Any) -> list[Any]:
     """The leaves of arguments, a shape's too."""
-    return pytree.tree_leaves(pytree.tree_map_only(torch.Size, tuple, x))
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else None
+    return [x] if parts is None else [y for part in parts for y in leaves_of(part)]
 
 
 def counted(args: Any, kwargs: Any, number: Callable[[Any], int]) -> Any:
