@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import _ops
+from torch.fx import traceback as fx_traceback
 from torch.utils._python_dispatch import _disable_current_modes
 
 _C: Any = torch._C
@@ -112,6 +113,17 @@ def no_modes() -> Iterator[None]:
     """Switch this thread's modes off. Of those above dispatch, torch's own way would take another thread's, too."""
     with apart(), _disable_current_modes():
         yield
+
+
+@contextmanager
+def lines_told() -> Iterator[None]:
+    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
+    before, caller.is_told = caller.is_told, True
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        caller.is_told = before
 
 
 def uncompiled() -> AbstractContextManager[Any]:

@@ -39,7 +39,7 @@ from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, tr
 from dualform.graphs.selected import Proved, Selected, alone
 from dualform.graphs.single_results import normalised
 from dualform.graphs.survivors import Settled, Survivors, survivors
-from dualform.graphs.this_thread import apart, caller, uncompiled
+from dualform.graphs.this_thread import apart, caller, lines_told, uncompiled
 from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -144,7 +144,7 @@ def _traced_by_torch(
     mode = "real" if fake else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()), proved)
     # A graph's Python code is written when somebody runs it: most are only read.
-    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), _lines_told():
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), lines_told():
         try:
             gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -177,7 +177,7 @@ class _Lines(TorchFunctionMode):
     def __init__(self, constants: Constants, listener: Listener, proved: Proved) -> None:
         super().__init__()
         self.constants, self.listener, self.survivors = constants, listener, survivors()
-        self.selected = listener.selected = Selected(_refuse_picked, listener.marked, trace, proved)
+        self.selected = Selected(_refuse_picked, listener.marked, trace, proved)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         line = _note()
@@ -307,7 +307,7 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener, proved: Proved) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(constants, listener, proved) as lines, listening(listener):
+        with _Lines(constants, listener, proved) as lines, listening(listener, lines.selected):
             lines.survivors.begin(args, constants.released)
             listener.begin(args)
             constants.begin(args)
@@ -318,17 +318,6 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener,
             return result
 
     return run
-
-
-@contextmanager
-def _lines_told() -> Iterator[None]:
-    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
-    before, caller.is_told = caller.is_told, True
-    try:
-        with fx_traceback.preserve_node_meta():
-            yield
-    finally:
-        caller.is_told = before
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.counts import Fork
 from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.trace import source_line
@@ -42,12 +43,13 @@ class Seen(NamedTuple):
 
     W: int
     nodes: list[Noted]
-    results: Any
+    results: Any = None
+    asked: Any = None  # what was asked of W meanwhile
 
 
 def seen(gm: fx.GraphModule, W: int) -> Seen:
     """Note a trace."""
-    return Seen(W, [_noted(gm, node) for node in gm.graph.nodes], None)
+    return Seen(W, [_noted(gm, node) for node in gm.graph.nodes])
 
 
 def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
@@ -71,6 +73,12 @@ def difference(first: Seen, second: Seen) -> str:
     return ""
 
 
+def decided(fork: Fork | None, wrong: str, W0: int, W: int) -> str:
+    """Say where a function chooses by the number of tokens, and what is otherwise then."""
+    first = f"{fork.where}: then " if fork and not wrong.startswith(fork.where) else ""
+    return f"{first}{wrong} (for {W0} and {W} tokens)"
+
+
 def _compare(first: Seen, second: Seen) -> None:
     is_one = 1 in (first.W, second.W)
     before = {n.node: n.fitted for n in (*first.nodes, *second.nodes) if is_one and n.fitted is not None}
@@ -86,7 +94,7 @@ def _compare(first: Seen, second: Seen) -> None:
 
     for a, b in zip(ones, others, strict=False):
         if a.target != b.target:
-            raise _differs(b.node, f"{op_name(b.node)} stands where {op_name(a.node)} did")
+            raise _differs(f"{_said(b.node)} stands where {_said(a.node)} did", b, a)
         twins[a.node] = b.node
         rows = _rows(a, b, first.W, second.W)
         if rows is not None:
@@ -102,14 +110,21 @@ def _compare(first: Seen, second: Seen) -> None:
             for name in (a.args.keys() | b.args.keys()).difference(ways):
                 x, y = a.args.get(name), b.args.get(name)
                 if not is_same("size" if name in sizes else name, x, y):
-                    raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
+                    raise _differs(f"{_said(b.node)} takes {name} = {x}, then {y}", b, a)
     if len(ones) != len(others):
         longer = max(ones, others, key=len)[min(len(ones), len(others)) - 1]
-        raise _differs(longer.node, f"{len(ones)} ops, then {len(others)}")
+        raise _differs(f"{len(ones)} ops, then {len(others)}", longer)
 
 
-def _differs(node: fx.Node, what: str) -> Differs:
-    return Differs(f"`{source_line(node) or op_name(node)}`: {what}")
+def _differs(what: str, *places: Noted) -> Differs:
+    """Say what differs, by the first line that is known: no line made a result, nor what a function holds."""
+    nodes = [p.node for p in places]
+    near = (*(y for x in nodes for y in (x, *x.users)), *(y for x in nodes for y in x.all_input_nodes))
+    return Differs(f"`{next(filter(None, map(source_line, near)), op_name(nodes[0]))}`: {what}")
+
+
+def _said(node: fx.Node) -> str:
+    return "the result" if node.op == "output" else op_name(node)
 
 
 def _behind(node: fx.Node, before: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -128,15 +143,15 @@ def _tensors(n: Noted) -> list[Tensor]:
 def _rows(a: Noted, b: Noted, W0: int, W: int) -> Place | None:
     """Which axis of a value grows with the tokens; a tensor that the function holds does not change besides."""
     if len(_tensors(a)) != len(_tensors(b)):
-        raise _differs(b.node, f"{len(_tensors(a))} pieces, then {len(_tensors(b))}")
+        raise _differs(f"{len(_tensors(a))} pieces, then {len(_tensors(b))}", b)
     for x, y in zip(_tensors(a), _tensors(b), strict=True):
         axes = [k for k, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n]
         if x.ndim != y.ndim or len(axes) > 1 or any(x.shape[k] * W != y.shape[k] * W0 for k in axes):
-            raise _differs(b.node, f"a shape {tuple(x.shape)}, then {tuple(y.shape)}")
+            raise _differs(f"a shape {tuple(x.shape)}, then {tuple(y.shape)}", b)
         if axes:
             return Place(axes[0], 1, y.shape[axes[0]] // W)
         if b.target == "get_attr" and x is not y and not _is_equal(x, y):
-            raise _differs(next(iter(b.node.users), b.node), "a tensor of other numbers")
+            raise _differs("a tensor of other numbers", b)
     return None
 
 

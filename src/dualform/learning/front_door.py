@@ -24,7 +24,7 @@ from dualform.graphs.edit import add_input, emitter, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
-from dualform.learning.alike import Seen, difference, seen
+from dualform.learning.alike import Seen, decided, difference, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, Place, changes, counts, kept_apart, mark, prepared
@@ -312,7 +312,7 @@ class FrontDoor:
                 found[:] = [(now, difference(first, now) if first else "")]
 
             gm = make(W, look=look, asked=(asked := Asked(W)))
-            now, wrong = found[0][0]._replace(results=numbers()), found[0][1]
+            now, wrong = found[0][0]._replace(results=numbers(), asked=asked), found[0][1]
             if first and first.results != now.results:
                 wrong = wrong or f"its results: {first.results}, then {now.results}"
             self.asks |= asked.is_read
@@ -323,7 +323,8 @@ class FrontDoor:
             self._first[key] = first = now
         elif wrong:
             again = made(first.W)[2]
-            return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
+            fork = asked.fork(first.W) or first.asked.fork(W)
+            return gm, changes(who, again) if again else counts(who, decided(fork, wrong, first.W, W))
         elif key not in self._settled:
             self._settled.add(key)
             return gm, self._otherwise(key, first.W, asked, made)
@@ -332,29 +333,24 @@ class FrontDoor:
     def _otherwise(
         self, key: Any, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
     ) -> DerivationError | None:
-        """Trace at numbers of tokens for which a choice by them goes otherwise, and say what is another function there.
-
-        Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
-        """
+        """Trace at numbers of tokens for which a choice may go otherwise; say what is another function there."""
         counted = [n for n in range(1, max(asked.W, _MANY) + 1) if n not in (W, asked.W)]
-        left = [n for n in counted if asked.may_differ(n) or (n == 1 and asked.is_read)]
+        left = [n for n in counted if asked.fork(n) or asked.may_choose(n)]
         for _ in range(_FORKS):
             if not left:
                 break
             n, fork = left[0], asked.fork(left[0])
-            line = fork.where if fork else asked.let_out
-            at = f"`{line}`" if line else ""
             try:
                 self._traced[key, n], _, wrong, there = made(n)
             except TraceError as error:
                 if n > asked.W:  # so many may be too many for it
                     break
                 why = str(error).partition("; expected")[0]
-                return counts(key[0], f"{at or 'its sizes'}: {asked.W} tokens run and {n} do not ({why})")
+                where = (fork.where if fork else asked.where) or "its sizes"
+                return counts(key[0], f"{where}: {asked.W} tokens run and {n} do not ({why})")
             if wrong:
-                first = "" if wrong.startswith(at) else f"{at}: then "
-                return counts(key[0], f"{first}{wrong} (for {W} and {n} tokens)")
-            left = [m for m in left if m != n and (there.fork(m) or asked.let_out)]
+                return counts(key[0], decided(fork, wrong, W, n))
+            left = [m for m in left[1:] if there.fork(m) or asked.may_choose(m)]
         return None
 
     def _analysis(
