@@ -48,7 +48,9 @@ class Seen(NamedTuple):
 
 
 def seen(gm: fx.GraphModule, W: int) -> Seen:
-    """Note a trace."""
+    """Note a trace, and number the calls that are there for any number of tokens."""
+    for k, node in enumerate(n for n in gm.graph.nodes if fitted(n) is None):
+        node.meta["call"] = k
     return Seen(W, [_noted(gm, node) for node in gm.graph.nodes])
 
 

@@ -30,7 +30,7 @@ from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes, read_nodes
-from dualform.learning.spelling import fitted
+from dualform.learning.spelling import DerivationError, twins
 from dualform.learning.token_maps import Price, Written, separated, together, token_back, token_first, weighted
 
 
@@ -118,7 +118,7 @@ class Emitter:
         self.loss, self.rule = loss, rule
         self.sites = {site.node: site for site in many.sites}
         self.cut = sorted({leaf for site in many.sites if not site.admissible for leaf in site.leaves})
-        self.twin = twins(many, one) if one else {}
+        self.twin = twins(many.graph.graph, one.graph.graph, variant.width) if one else {}
         self.one = one
         self.choices: list[Choice] = []
         self.section = ""
@@ -332,6 +332,11 @@ class Emitter:
         assert self.one is not None
         a, one, W = self.many, self.one, self.variant.width
         toks = [n for n in site.node.all_input_nodes if n in a.tok]
+        if any(n not in self.twin for n in (site.node, *toks)):
+            raise DerivationError(
+                f"derive: {op_name(site.node)} at {source_line(site.node)} is computed by other ops for one token than "
+                f"for {W}; expected the same, to run it token by token. Write that line with other ops."
+            )
 
         def run(weights: dict[str, Tensor], tokens: list[Tensor]) -> Tensor:
             local: dict[fx.Node, Any] = {one.leaf_nodes[n]: w for n, w in weights.items()}
@@ -414,19 +419,6 @@ def _mixed(u: Sequence[Scalar], weights: Sequence[Scalar]) -> Scalar:
         if not (is_number(m, 0.0) or is_number(w, 0.0))
     ]
     return sum(parts[1:], parts[0]) if parts else 0.0
-
-
-def twins(many: Analysis, one: Analysis) -> dict[fx.Node, fx.Node]:
-    """Match the nodes of two traces of one learner; a rewritten node stands for the one it replaced."""
-    ordinals = {node.meta["ordinal"]: node for node in one.graph.graph.nodes}
-    found: dict[fx.Node, fx.Node] = {}
-    for n in many.graph.graph.nodes:
-        twin = ordinals.get(n.meta.get("ordinal"))
-        if twin is None and (source := fitted(n)) is not None:  # one token has that size already
-            twin = found.get(source)
-        if twin is not None:
-            found[n] = twin
-    return found
 
 
 def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any], like: Tensor) -> Any:

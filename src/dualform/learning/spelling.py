@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from dualform.graphs import local_rules
 from dualform.graphs.definitions import definition_of
@@ -55,18 +57,33 @@ def spell(graph: fx.GraphModule, who: str) -> None:
             )
 
 
+class Ordinal(NamedTuple):
+    """Which node of a trace it is, however many tokens there are: a call of the user's by its number, what a call is
+    spelt out in by what it is made of. numbers: what else it is given."""
+
+    key: int
+    inputs: tuple[tuple[int, bool], ...]  # keys, and is each a call's
+    numbers: tuple[Any, ...]
+
+
 def _number(graph: fx.Graph) -> None:
-    """Say of each node which one it is, in traces of however many tokens: torch leaves out, for one of them, what fits
-    sizes to others."""
-    count = 0
+    """Say of each node which one it is. Torch leaves out, for one token, what fits sizes to others."""
+    said: Counter[Any] = Counter()
     for node in graph.nodes:
-        source = fitted(node)
-        if source is not None:
-            alike = [n for n in source.users if n.target == node.target]
-            node.meta["ordinal"] = (source.meta["ordinal"], str(node.target), alike.index(node))
-        else:
-            count += 1
-            node.meta["ordinal"] = (count, str(node.target) if node.op == "call_function" else node.op)
+        behind = [_behind(x) for x in node.all_input_nodes]
+        inputs = tuple((x.meta["ordinal"].key, x.op != "call_function" or "call" in x.meta) for x in behind)
+        name = str(node.target) if node.op == "call_function" else node.op
+        key = (name, node.meta.get("call", inputs))
+        said[key] += 1
+        row = local_rules.find_row(node.target)
+        leaves = [] if row is not None and row.ways else pytree.tree_leaves((node.args, node.kwargs))
+        numbers = tuple(x if type(x) is int else repr(x) for x in leaves if not isinstance(x, fx.Node))
+        node.meta["ordinal"] = Ordinal(hash((key, said[key])), inputs, numbers if node.op == "call_function" else ())
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    source = fitted(node)
+    return node if source is None else _behind(source)
 
 
 def fitted(node: fx.Node) -> fx.Node | None:
@@ -78,6 +95,48 @@ def fitted(node: fx.Node) -> fx.Node | None:
     is_reshape = row is not None and row.ordered and row.odd
     fits = is_reshape or is_contiguous or node.target in (aten.expand.default, aten.sum_to_size.default)
     return node.all_input_nodes[0] if fits else None
+
+
+def twins(many: fx.Graph, one: fx.Graph, W: int) -> dict[fx.Node, fx.Node]:
+    """Match the nodes of two traces of one learner, where they are certainly alike; a rewritten node stands for the one
+    it replaced."""
+    nodes, others = map(_by_key, (many, one))
+    found: dict[fx.Node, fx.Node] = {}
+    wrong: set[int] = set()
+
+    def are_one(x: tuple[int, bool], y: tuple[int, bool]) -> bool:
+        """Are two inputs twins, or are both of what a call is spelt out in, otherwise for one token?"""
+        is_part = not (x[1] or y[1] or x[0] in others or y[0] in nodes)
+        return (x[0] == y[0] and x[0] not in wrong) or is_part
+
+    def are_alike(n: Ordinal, m: Ordinal) -> bool:
+        if [len(n.inputs), len(n.numbers)] != [len(m.inputs), len(m.numbers)]:
+            return False
+        numbers = zip(n.numbers, m.numbers, strict=True)
+        return all(map(are_one, n.inputs, m.inputs)) and all(
+            x == y or (isinstance(x, int) and isinstance(y, int) and x == W * y) for x, y in numbers
+        )
+
+    for key, own in nodes.items():
+        there = others.get(key, [])
+        if there and are_alike(own[-1].meta["ordinal"], there[-1].meta["ordinal"]):
+            last = -1 if len(own) != len(there) else 0
+            found |= zip(own[last:], there[last:], strict=True)
+        else:
+            wrong.add(key)
+    for n in many.nodes:
+        source = fitted(n)
+        if n not in found and source in found:  # one token has that size already
+            found[n] = found[source]
+    return found
+
+
+def _by_key(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if (ordinal := node.meta.get("ordinal")) is not None:
+            found.setdefault(ordinal.key, []).append(node)
+    return found
 
 
 def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:

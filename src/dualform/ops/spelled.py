@@ -135,32 +135,48 @@ def _gaussian_nll(
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
-def _lstm(input: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate by gate: torch traces one of single precision on the CPU as a call of oneDNN, which vmap cannot map."""
-    own = isinstance(params, tuple | list) and hx[0].shape[-1] == hx[1].shape[-1]  # not packed, no projections
-    if not own or (rest[2] and rest[3]) or torch.is_autocast_enabled("cpu"):  # dropout is refused as random
-        return torch.lstm(input, hx, params, *rest)
-    has_biases, layers, _, _, bidirectional, batch_first = rest
-    count, sides = 4 if has_biases else 2, 2 if bidirectional else 1
-    x = input.transpose(0, 1) if batch_first else input
-    ends: list[tuple[Tensor, Tensor]] = []
-    for layer in range(layers):
-        sweeps: list[Tensor] = []
-        for n in range(layer * sides, (layer + 1) * sides):
-            into, again, *biases = params[n * count : (n + 1) * count]
-            (b, b_again), h, c = biases or (None, None), hx[0][n], hx[1][n]
-            gates = torch.nn.functional.linear(x, into, b)
-            steps: list[Tensor] = []
-            for at in range(len(x)) if n % sides == 0 else reversed(range(len(x))):
-                i, f, g, o = (gates[at] + torch.nn.functional.linear(h, again, b_again)).chunk(4, -1)
-                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                h = o.sigmoid() * c.tanh()
-                steps.append(h)
-            sweeps.append(torch.stack(steps if n % sides == 0 else steps[::-1]))
-            ends.append((h, c))
-        x = torch.cat(sweeps, -1) if bidirectional else sweeps[0]
-    last, cells = (torch.stack(one) for one in zip(*ends, strict=True))
-    return x.transpose(0, 1) if batch_first else x, last, cells
+def _recurrent(whole: Callable[..., Any], cell: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Step by step: torch goes about it by sizes, and an LSTM of single precision is a call of oneDNN on the CPU, which
+    vmap cannot map. cell: of what is read, what is remembered and the states, the new ones."""
+
+    def run(input: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, ...]:
+        states = hx if isinstance(hx, tuple | list) else (hx,)
+        own = isinstance(params, tuple | list) and len({x.shape[-1] for x in states}) == 1  # not packed, no projections
+        if not own or (rest[2] and rest[3]) or torch.is_autocast_enabled("cpu"):  # dropout is refused as random
+            return whole(input, hx, params, *rest)
+        has_biases, layers, _, _, bidirectional, batch_first = rest
+        each, sides = 4 if has_biases else 2, 2 if bidirectional else 1
+        x = input.transpose(0, 1) if batch_first else input
+        ends: list[tuple[Tensor, ...]] = []
+        for layer in range(layers):
+            sweeps: list[Tensor] = []
+            for n in range(layer * sides, (layer + 1) * sides):
+                into, again, *biases = params[n * each : (n + 1) * each]
+                (b, b_again), now = biases or (None, None), tuple(state[n] for state in states)
+                read = torch.nn.functional.linear(x, into, b)
+                steps: list[Tensor] = []
+                for at in range(len(x)) if n % sides == 0 else reversed(range(len(x))):
+                    now = cell(read[at], torch.nn.functional.linear(now[0], again, b_again), *now)
+                    steps.append(now[0])
+                sweeps.append(torch.stack(steps if n % sides == 0 else steps[::-1]))
+                ends.append(now)
+            x = torch.cat(sweeps, -1) if bidirectional else sweeps[0]
+        last = (torch.stack(one) for one in zip(*ends, strict=True))
+        return x.transpose(0, 1) if batch_first else x, *last
+
+    return run
+
+
+def _lstm_cell(x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (x + y).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor]:
+    (r, z, n), (r_again, z_again, n_again) = x.chunk(3, -1), y.chunk(3, -1)
+    n = (n + (r + r_again).sigmoid() * n_again).tanh()
+    return ((h - n) * (z + z_again).sigmoid() + n,)
 
 
 _bagged = torch.nn.functional.embedding_bag
@@ -172,7 +188,9 @@ def _embedding_bag(
     include_last_offset: bool = False, padding_idx: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Bags that are rows (..., n): looked up, and summed, averaged, or the largest of each, without what is padding."""
-    if input.ndim != 2 or max_norm is not None or (per_sample_weights is not None and mode != "sum"):
+    w = per_sample_weights
+    is_refused = w is not None and (mode != "sum" or w.shape != input.shape or w.dtype != weight.dtype)
+    if input.ndim != 2 or max_norm is not None or is_refused:
         return _bagged(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
             include_last_offset, padding_idx,
@@ -213,7 +231,10 @@ SPELLED: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
     Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
     Tensor.fill_diagonal_: _fill_diagonal, torch.vander: _vander, torch.rrelu: _rrelu,
-    torch.lstm: _lstm, torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.lstm: _recurrent(torch.lstm, _lstm_cell), torch.gru: _recurrent(torch.gru, _gru_cell),
+    torch.rnn_tanh: _recurrent(torch.rnn_tanh, lambda x, y, h: ((x + y).tanh(),)),
+    torch.rnn_relu: _recurrent(torch.rnn_relu, lambda x, y, h: ((x + y).relu(),)),
+    torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
 }  # fmt: skip
 
