@@ -672,6 +672,12 @@ CHOICES = {
     "strides": lambda h, b, x: h * 2 if x.t().contiguous().stride(0) < 3 else h,
     "of what is made": lambda h, b, x: h * 2 if torch.cat([h, x], 1).shape[0] == 3 else h,
     "keys": lambda h, b, x: h * {1: 3.0}.get(len(x), 1.0),
+    "a key": lambda h, b, x: h * {4: 3.0}.get(x.shape[0], 1.0),
+    "a shape as a key": lambda h, b, x: h * {(2, 4): 3.0}.get(tuple(x.shape), 1.0),
+    "a set": lambda h, b, x: h * 2 if x.size(0) in {2, 5} else h,
+    "an index": lambda h, b, x: h * [1.0, 1.0, 1.0, 1.0, 2.0, *[1.0] * 9][x.shape[0]],
+    "an index of halves": lambda h, b, x: h * [1.0, 1.0, 2.0, *[1.0] * 9][x.shape[0] // 2],
+    "how many bits": lambda h, b, x: h * {3: 2.0}.get(x.shape[0].bit_length(), 1.0),
     "a size": lambda h, b, x: h * 2 if x.shape.numel() < 6 else h,
     "squeezed": lambda h, b, x: h[:, None].squeeze() * b,
     "nested": nested,
@@ -697,6 +703,40 @@ def test_where_it_is_decided_is_named():
         df.derive(Body(failing), prove=False)
 
 
+def returned_early(h, b, x):
+    if x.shape[0] > x.shape[1]:
+        return h
+    return h * b
+
+
+def returned_late(h, b, x):
+    if x.shape[0] < x.shape[1]:
+        return h * b
+    return h
+
+
+def one_of_two(h, b, x):
+    y = h * b
+    z = y + h
+    if x.shape[0] == x.shape[1]:
+        return y
+    return z
+
+
+def itself(h, b, x):
+    if x.shape[0] >= x.shape[1]:
+        return x * 1
+    return x @ b.outer(b)
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 8])
+@pytest.mark.parametrize("body", [returned_early, returned_late, one_of_two, itself])
+def test_where_two_sizes_are_compared_is_named(body, chunk):
+    """The same number as the width, too; an op that stands before the result, or in its place."""
+    with pytest.raises(df.DerivationError, match=r"at `if x.shape\[0\] .*py:\d+\)`: then `.*py:\d+\)`: .* tokens\)"):
+        df.derive(Body(body), chunk=chunk, prove=False)
+
+
 def test_objective_and_rule_that_decide_by_how_many_tokens_there_are_are_refused():
     learner = nn.Linear(4, 4).double()
     with pytest.raises(df.DerivationError, match=r"the objective reads the number of tokens.*for 16 and 1 tokens"):
@@ -709,14 +749,14 @@ def test_objective_and_rule_that_decide_by_how_many_tokens_there_are_are_refused
         df.derive(learner, rule=df.Rule(step=step), prove=False)
 
 
-def test_a_choice_that_nobody_sees_is_refused_at_the_call_whoever_was_derived_before():
+@pytest.mark.parametrize("many", [1, 2, 4])
+def test_a_choice_that_nobody_sees_is_refused_whoever_was_derived_before(many):
     """Of learners with the same first traces, each is traced at other numbers of tokens itself."""
     x = rand(1, 3, 1, 4, seed=5)  # computed as four
-    plain, odd = (Body(lambda h, b, x, k=k: h * (2 if x.shape.numel() == k else 1)) for k in (0, 16))
+    plain, odd = (Body(lambda h, b, x, k=k: h * (2 if x.shape.numel() == k else 1)) for k in (0, 4 * many))
     df.derive(plain, chunk=8, prove=False)(x, x, x)
-    program = df.derive(odd, chunk=8, prove=False)
-    with pytest.raises(df.DerivationError, match="reads the number of tokens"):
-        program(x, x, x)
+    with pytest.raises(df.DerivationError, match=rf"reads the number of tokens.*\(for 8 and {many} tokens\)"):
+        df.derive(odd, chunk=8, prove=False)
 
 
 @functools.lru_cache
@@ -757,7 +797,7 @@ def test_who_reads_no_size_is_traced_no_more(monkeypatch):
     df.derive(Body(lambda h, b, x: torch.tanh(h).view(len(x), -1) * b), chunk=8, prove=False)
     assert sorted(traced) == [1, 2, 4] + [8] * 6 + [9] * 6
     df.derive(Body(lambda h, b, x: torch.tanh(h).view(x.shape[0], -1) * b), chunk=8, prove=False)
-    assert sorted(traced) == [1, 1, 2, 4] + [8] * 9 + [9] * 9
+    assert sorted(traced) == [1, 1, 2, 2, 4, 4] + [8] * 9 + [9] * 9
 
 
 _sizes: list = []
@@ -835,7 +875,7 @@ FAILING = {
     "an argument": (Wide(lambda s, x, y: x @ s.W), "failed with TypeError"),
     "raises": (Wide(raising(RuntimeError, "broken")), r"raise kind.*py:\d+\)` failed with RuntimeError: broken"),
     "raises at once": (Wide(lambda s, x: 1 / 0), r"py:\d+\)` failed with ZeroDivisionError"),
-    "no widths fit": (Wide(lambda s, x: x @ s.W @ s.V, (4, 4), (5, 4)), r"py:\d+\)` failed with .*4.*5, 4"),
+    "no widths fit": (Wide(lambda s, x: x @ s.W @ s.V, (4, 4), (5, 4)), r"py:\d+\)` failed with .*4 and 5x4"),
     "nor in the second line": (
         Wide(lambda s, x: F.linear(F.linear(x, s.W).relu(), s.V), (8, 4), (4, 6)),
         "failed with",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
+import re
 import sys
+from functools import lru_cache
 from random import choice
 from types import ModuleType
 
@@ -18,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import dualform as df
 from dualform.graphs.trace import trace
 from dualform.shapes import TraceError
+from dualform.testing import check_forms
 
 
 def _no_view(x: Tensor) -> Tensor:
@@ -718,3 +722,447 @@ def test_what_was_not_picked_has_no_slope_of_its_own(f):
 def test_a_trace_goes_on_while_another_thread_still_imports_the_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._dynamo.config", ModuleType("torch._dynamo.config"))
     assert trace(torch.tanh, torch.randn(3, 4)).graph is not None
+
+
+# -- what user code keeps of a trace
+
+_TABLES: dict = {}
+_KEPT: dict = {}
+_LOG: list = []
+_GAIN = None
+
+
+class _Rotary:
+    gain = None
+
+
+@lru_cache
+def _cached(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(n, dtype=dtype) / n
+    return angle.cos(), angle.sin()
+
+
+def _in_a_cache(x: Tensor) -> Tensor:
+    cos, sin = _cached(x.shape[-1], x.dtype)
+    return torch.tanh(x) * cos + x.flip(-1) * sin
+
+
+def _in_a_dict(x: Tensor) -> Tensor:
+    if x.dtype not in _TABLES:
+        _TABLES[x.dtype] = (torch.ones(x.shape[-1]).cumsum(0).to(x), x.new_zeros(1) + 2)
+    gain, more = _TABLES[x.dtype]
+    return torch.tanh(x) * gain + more
+
+
+def _in_a_global(x: Tensor) -> Tensor:
+    global _GAIN
+    if _GAIN is None:
+        _GAIN = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+    return torch.tanh(x) * _GAIN
+
+
+def _in_a_class(x: Tensor) -> Tensor:
+    if _Rotary.gain is None:
+        _Rotary.gain = torch.eye(x.shape[-1], dtype=x.dtype)[0] + 1
+    return torch.tanh(x) * _Rotary.gain
+
+
+def _seen_again(x: Tensor) -> Tensor:
+    """Another table at each call: the last stays."""
+    _TABLES["last"] = torch.arange(x.shape[-1], dtype=x.dtype)
+    return torch.tanh(x) * _TABLES["last"]
+
+
+def _in_a_cache_with_a_hook(x: Tensor) -> Tensor:
+    """Torch's own tracer follows a hook."""
+    h = torch.tanh(x)
+    if h.requires_grad:
+        h.register_hook(lambda g: g * 1)
+    return h * _cached(x.shape[-1], x.dtype)[0]
+
+
+_CACHING = [_in_a_cache, _in_a_dict, _in_a_global, _in_a_class, _seen_again, _in_a_cache_with_a_hook]
+
+
+@pytest.fixture
+def _nothing_kept(monkeypatch):
+    _cached.cache_clear()
+    for held in (_TABLES, _KEPT, _LOG):
+        held.clear()
+    monkeypatch.setattr(_Rotary, "gain", None)
+    monkeypatch.setitem(globals(), "_GAIN", None)
+
+
+def _held() -> list:
+    tables = [*_cached(4, torch.float64), _GAIN, _Rotary.gain, *_TABLES.values(), *_KEPT.values(), *_LOG]
+    return [x for x in torch.utils._pytree.tree_leaves(tables) if x is not None]
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+@pytest.mark.parametrize("f", _CACHING)
+def test_a_table_cached_in_a_trace_has_its_numbers(f):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        traced = trace(f, x)
+        assert all(type(t) is Tensor for t in _held())
+        torch.testing.assert_close(traced(x), f(x))
+    jacobian = df.jacobian(f, x).dense()
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(f, x))
+
+
+class _Caching(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.w = torch.nn.Parameter(0.5 * torch.randn(4, 4, dtype=torch.float64, generator=generator))
+        self.f, self.table = f, None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(4).to(x) / 4
+        return self.f(x @ self.w) + self.table
+
+
+def _in_parts_of_a_dict(x: Tensor) -> Tensor:
+    if not _TABLES:
+        _TABLES["all"] = {"scale": torch.arange(4, dtype=x.dtype), "shift": _cached(4, x.dtype)[0] * 2}
+    return x * _TABLES["all"]["scale"] + _TABLES["all"]["shift"]
+
+
+class _Gained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * _TABLES.setdefault("gain", torch.ones(1, dtype=x.dtype) * 3)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * _TABLES["gain"] * 2
+
+
+def _in_a_gradient_of_picks(x: Tensor) -> Tensor:
+    h = x * 1
+    h[x < 0] = _Gained.apply(h[x < 0])
+    return h
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("f", [*_CACHING[:4], _in_parts_of_a_dict, _in_a_gradient_of_picks])
+def test_a_learner_may_cache_tables(f, prove):
+    """As what the learner holds, not as numbers of the trace, from the first program on."""
+    learner = _Caching(f)
+    for chunk in (3, 2):
+        check_forms(df.derive(learner, rule=df.rules.SGD(lr=0.2), chunk=chunk, prove=prove), time=7)
+        assert learner.table is None or type(learner.table) is Tensor
+        assert all(type(t) is Tensor for t in _held())
+        assert type(learner(torch.ones(3, 4, dtype=torch.float64))) is Tensor
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+def test_an_objective_may_cache_a_table():
+    def weighted(prediction, target):
+        return (_cached(4, prediction.dtype)[0] * (prediction - target) ** 2).sum(-1)
+
+    learner = _Caching(torch.tanh)
+    for _ in range(2):
+        check_forms(df.derive(learner, weighted, rule=df.rules.SGD(lr=0.2), chunk=3), time=7)
+        assert all(type(t) is Tensor for t in _cached(4, torch.float64))
+
+
+def _keeps_in_a_dict(x):
+    _KEPT["h"] = x * 2
+    return _KEPT["h"].tanh()
+
+
+def _keeps_in_a_pair(x):
+    _KEPT["h"] = (torch.zeros(1), x * 2)
+    return _KEPT["h"][1].tanh()
+
+
+def _keeps_in_a_list(x):
+    _LOG.append(x * 2)
+    return _LOG[-1].tanh()
+
+
+def _keeps_in_a_global(x):
+    global _GAIN
+    _GAIN = x * 2
+    return _GAIN.tanh()
+
+
+def _keeps_in_a_class(x):
+    _Rotary.gain = x * 2
+    return _Rotary.gain.tanh()
+
+
+def _keeps_the_input(x):
+    _LOG.append(x)
+    return (x * 2).tanh()
+
+
+def _keeps_with_a_hook(x):
+    h = x * 2
+    h.register_hook(lambda g: 2 * g)
+    _KEPT["h"] = h.tanh()
+    return _KEPT["h"] * h
+
+
+_KEEPING = {
+    "_KEPT['h']": _keeps_in_a_dict,
+    "_KEPT": _keeps_in_a_pair,
+    "_LOG": _keeps_in_a_list,
+    "_GAIN": _keeps_in_a_global,
+    "_Rotary.gain": _keeps_in_a_class,
+    "an input is kept in _LOG": _keeps_the_input,
+    '`_KEPT["h"] = h.tanh()': _keeps_with_a_hook,
+}
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+@pytest.mark.parametrize("where", _KEEPING)
+def test_what_is_made_of_an_input_is_taken_back_and_refused(where):
+    f = _KEEPING[where]
+    for _ in range(2):
+        with pytest.raises(TraceError, match=re.escape(where)) as error:
+            trace(f, torch.randn(3, 4, dtype=torch.float64))
+        assert where.startswith("an input") or "test_hostile_tracer.py:" in str(error.value)
+        assert [*_KEPT, *_LOG] == []
+        assert (_GAIN, _Rotary.gain) == (None, None)
+    with pytest.raises(TraceError, match="is kept in"):
+        df.derive(_Caching(f), rule=df.rules.SGD(lr=0.2), chunk=3)
+    assert all(type(x) is Tensor for x in _held())
+    assert type(f(torch.ones(3, 4, requires_grad=True))) is Tensor
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+def test_a_failing_trace_leaves_nothing_either():
+    def f(x):
+        _TABLES["t"] = torch.arange(4.0)
+        _LOG.append(x * 2)
+        return x.sum().item() * x
+
+    for _ in range(2):
+        with pytest.raises(TraceError, match="values"):
+            trace(f, torch.randn(3, 4))
+        assert not _LOG
+        assert all(type(t) is Tensor for t in _held())
+
+
+def _picked(x):
+    h = x * 1
+    h[x < 0] *= 2
+    return h
+
+
+def test_a_trace_need_not_look_for_what_is_kept(monkeypatch):
+    """Nothing is collected, and no memory searched, where nothing is left."""
+    monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("collected"))
+    monkeypatch.setattr(gc, "get_referrers", lambda *_: pytest.fail("searched"))
+    trace(_in_a_cache, torch.randn(3, 4))
+    learner = _Caching(torch.tanh)
+    learner.log = []
+    trace(lambda x: (learner(x), torch.zeros(3))[0], torch.randn(3, 4, dtype=torch.float64))
+    trace(_picked, torch.randn(3, 4, dtype=torch.float64))
+
+
+# -- tensors of one row, or none, beside token rows in functions that torch spells itself
+
+_F = torch.nn.functional
+_BESIDE = {
+    "cosine_similarity": lambda h, b, s: h * _F.cosine_similarity(h, b, dim=-1)[..., None],
+    "cosine_similarity of it": lambda h, b, s: h * _F.cosine_similarity(b, h, dim=-1)[..., None],
+    "pairwise_distance": lambda h, b, s: h * _F.pairwise_distance(h, b)[..., None],
+    "pairwise_distance of it": lambda h, b, s: h * _F.pairwise_distance(b, h, p=1)[..., None],
+    "cdist": lambda h, b, s: h * torch.cdist(h, b.reshape(1, 4)),
+    "bilinear": lambda h, b, s: h * _F.bilinear(h, b.expand(len(h), 4), s),
+    "normalize": lambda h, b, s: _F.normalize(h * b, dim=-1) + _F.normalize(b, dim=-1),
+    "kl_div": lambda h, b, s: h + _F.kl_div(h.log_softmax(-1), b.softmax(-1), reduction="none"),
+    "kl_div of it": lambda h, b, s: h + _F.kl_div(b.log_softmax(-1), h.softmax(-1), reduction="none"),
+    "poisson": lambda h, b, s: _F.poisson_nll_loss(h, b.exp(), reduction="none"),
+    "gaussian": lambda h, b, s: _F.gaussian_nll_loss(h, b.expand_as(h), b.exp().expand_as(h), reduction="none"),
+    "hinge": lambda h, b, s: h + _F.hinge_embedding_loss(h, b.sign(), reduction="none"),
+    "cosine_embedding": lambda h, b, s: (
+        h * _F.cosine_embedding_loss(h, b.expand_as(h), torch.ones(len(h)), reduction="none")[..., None]
+    ),
+    "lerp": lambda h, b, s: torch.lerp(h, b, b.sigmoid()) + torch.lerp(b, h, 0.3),
+    "addcmul": lambda h, b, s: torch.addcmul(b, h, b) + torch.addcdiv(b, h, b.exp()),
+    "vecdot": lambda h, b, s: h * torch.linalg.vecdot(h, b)[..., None],
+    "clamp": lambda h, b, s: torch.clamp(h, min=-b.exp(), max=b.exp()),
+    "deeper zeros_like": lambda h, b, s: torch.where(b > 0, h, torch.zeros_like(h.tanh())) + b,
+}
+_LOSSES = [_F.huber_loss, _F.smooth_l1_loss, _F.mse_loss, _F.l1_loss]
+
+
+class _Beside(torch.nn.Module):
+    def __init__(self, f, shape):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, size in {"w": (4, 4), "b": shape, "s": (4, 4, 4)}.items():
+            drawn = torch.randn(size, dtype=torch.float64, generator=generator)
+            setattr(self, name, torch.nn.Parameter(0.5 * drawn))
+        self.f = f
+
+    def forward(self, x):
+        return self.f(torch.tanh(x @ self.w), self.b, self.s)
+
+
+def _sum_of(names, table):
+    return lambda *args: sum(table[name](*args) for name in names)
+
+
+def _in_groups(names, size):
+    names = list(names)
+    return [pytest.param(names[n : n + size], id="+".join(names[n : n + size])) for n in range(0, len(names), size)]
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,)])
+@pytest.mark.parametrize("names", _in_groups(_BESIDE, 5))
+def test_one_row_beside_token_rows(names, shape):
+    check_forms(df.derive(_Beside(_sum_of(names, _BESIDE), shape), rule=df.rules.SGD(lr=0.2), chunk=3), time=4)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("shape", [(1, 4), (4,), ()])
+def test_losses_of_one_row_beside_token_rows(shape):
+    def both(h, b, s):
+        pairs = [(loss, *pair) for loss in _LOSSES for pair in ((h, b), (b, h))]
+        return h * sum(loss(x, y, reduction="none") for loss, x, y in pairs)
+
+    check_forms(df.derive(_Beside(both, shape), rule=df.rules.SGD(lr=0.2), chunk=3), time=4)
+
+
+# -- what torch refuses
+
+_WHOLE, _SINGLE = torch.eye(4, dtype=torch.long), torch.ones(4, 4, dtype=torch.float32)
+_REFUSED_BY_TORCH = {
+    "float @ long": lambda h: h @ _WHOLE,
+    "double @ float": lambda h: h @ _SINGLE,
+    "linear": lambda h: _F.linear(h, _SINGLE),
+    "shapes": lambda h: h @ torch.ones(3, 5, dtype=h.dtype),
+    "add": lambda h: h + torch.ones(3),
+    "einsum": lambda h: torch.einsum("ij,jk->ik", h, _SINGLE),
+    "cat": lambda h: torch.cat([h, h[0]], 0),
+    "stack": lambda h: torch.stack([h, h[:1]], 0),
+    "view": lambda h: h.view(3, 5),
+    "bmm": lambda h: torch.bmm(h, h),
+    "addmm": lambda h: torch.addmm(_SINGLE[0], h, _WHOLE),
+    "mv": lambda h: torch.mv(h, _WHOLE[0]),
+    "dot": lambda h: torch.dot(h[0], _WHOLE[0]),
+    "minus of truths": lambda h: (h > 0) - (h < 0),
+    "gather": lambda h: h.gather(1, h),
+    "embedding": lambda h: _F.embedding(h, _SINGLE),
+    "layer_norm": lambda h: _F.layer_norm(h, (5,)),
+    "softmax": lambda h: h.softmax(5),
+    "where": lambda h: torch.where(h, h, h),
+    "expand": lambda h: h.expand(7, 7),
+    "conv1d": lambda h: _F.conv1d(h[None], torch.ones(2, 3, 1, dtype=torch.float32)),
+    "lerp": lambda h: torch.lerp(h, _SINGLE[:3], 0.5),
+    "split": lambda h: h.split([1, 2], 1)[0],
+    "in place": lambda h: _WHOLE.clone().add_(h),
+    "inv": lambda h: torch.linalg.inv(h),
+    "bits": lambda h: h & 1,
+    "unfold": lambda h: h.unfold(1, 9, 1),
+    "addcmul": lambda h: torch.addcmul(h, h, torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "hooked"),
+    [
+        *((n, False) for n in _REFUSED_BY_TORCH),
+        *((n, True) for n in ("float @ long", "mv", "softmax", "conv1d", "bits")),
+    ],
+)
+def test_what_torch_refuses_is_refused_in_its_words(name, hooked):
+    call, x = _REFUSED_BY_TORCH[name], torch.randn(3, 4, dtype=torch.float64)
+
+    def f(x):
+        if hooked:  # torch's own tracer follows that
+            x.register_hook(lambda g: 2 * g)
+        return call(x)
+
+    with pytest.raises((RuntimeError, IndexError)) as own:
+        call(x)
+    with pytest.raises(TraceError, match=re.escape(str(own.value).splitlines()[0])) as error:
+        trace(f, x)
+    assert "test_hostile_tracer.py:" in str(error.value)
+
+
+def test_a_function_may_try_what_torch_refuses():
+    def f(x):
+        try:
+            return x @ _WHOLE
+        except RuntimeError:
+            return x @ _WHOLE.to(x.dtype) * 2
+
+    x, state = torch.randn(3, 4, dtype=torch.float64), torch.get_rng_state()
+    torch.testing.assert_close(trace(f, x)(x), 2 * x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_wide_tensors_are_refused_for_their_dtypes_too():
+    whole = torch.ones(800, 800, dtype=torch.long)
+    with pytest.raises(TraceError, match="dtype, but got: float != long"):
+        trace(lambda x: x @ whole, torch.randn(700, 800))
+
+
+# -- picks in each row
+
+
+def _rows(key, shape=(4,), write=False):
+    def f(x):
+        n, i = torch.arange(x.shape[0]), x.argmax(-1)
+        h = torch.tanh(x).unflatten(-1, shape)
+        if write:
+            g = h.clone()
+            g[key(n, i)] = (h * h)[key(n, i)]
+            return g.flatten(1).index_put((n,), h.flatten(1), accumulate=True)
+        return h.flatten(1) + h[key(n, i)].reshape(len(x), -1).sum(-1, keepdim=True)
+
+    return f
+
+
+_PICKS = {
+    "x[arange]": _rows(lambda n, i: n),
+    "x[arange of a width]": _rows(lambda n, i: n[:, None].int()),
+    "x[range]": _rows(lambda n, i: range(len(n))),
+    "x[list]": _rows(lambda n, i: list(range(len(n)))),
+    "x[all true]": _rows(lambda n, i: torch.ones(len(n), dtype=torch.bool)),
+    "x[arange, i]": _rows(lambda n, i: (n, i)),
+    "x[range, i]": _rows(lambda n, i: (range(len(n)), i)),
+    "x[arange, i, j]": _rows(lambda n, i: (n, i % 2, i // 2), (2, 2)),
+    "x[arange, :, i]": _rows(lambda n, i: (n, slice(None), i % 2), (2, 2)),
+    "x[arange, :, is]": _rows(lambda n, i: (n[:, None], slice(None), torch.stack([i % 2, 1 - i % 2], 1)), (2, 2)),
+    "x[arange] = y": _rows(lambda n, i: n, write=True),
+    "x[arange, i] = y": _rows(lambda n, i: (n, i), write=True),
+    "x[arange, i, j] = y": _rows(lambda n, i: (n, i % 2, i // 2), (2, 2), write=True),
+    "x[arange, :, i] = y": _rows(lambda n, i: (n, slice(None), i % 2), (2, 2), write=True),
+    "x.gather": lambda x: x * x.gather(1, x.argmax(-1, keepdim=True)),
+    "take_along_dim": lambda x: x * torch.take_along_dim(x, x.argmax(-1, keepdim=True), 1),
+    "index_select": lambda x: x.index_select(0, torch.arange(len(x))).tanh(),
+    "x.T[:, arange]": lambda x: x.tanh().T[:, torch.arange(len(x))].T,
+}
+
+
+@pytest.mark.parametrize("name", _PICKS)
+def test_each_row_may_pick_its_own(name):
+    f, x = _PICKS[name], torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(trace(f, x)(x), f(x))
+    torch.testing.assert_close(df.jacobian(f, x).dense(), torch.autograd.functional.jacobian(f, x))
+
+
+@pytest.mark.parametrize("names", _in_groups(_PICKS, 6))
+def test_each_token_may_pick_its_own(names):
+    check_forms(df.derive(_Caching(_sum_of(names, _PICKS)), rule=df.rules.SGD(lr=0.2), chunk=3), time=4)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [lambda n: torch.arange(n) - 1, lambda n: torch.arange(n).flip(0), lambda n: torch.zeros(n, dtype=torch.long)],
+)
+def test_a_pick_from_other_rows_is_refused(places):
+    def f(x):
+        return x[places(len(x))]
+
+    with pytest.raises(df.DerivationError, match="index makes one row depend on others"):
+        df.derive(_Caching(f), chunk=3)

@@ -303,9 +303,9 @@ REFUSED = {
         lambda: _complex(),
         r"'W' is torch.complex(64|128); expected real floating numbers.*torch.view_as_real",
     ),
-    "`linalg.lu`": (
-        lambda: Weight(lambda s: torch.linalg.lu(s.W)[2]),
-        "uses linalg_lu at .*lu.*cannot map over rows",
+    "`linalg.ldl_solve`": (
+        lambda: Weight(lambda s: torch.linalg.ldl_solve(*torch.linalg.ldl_factor(s.W.detach()), s.A @ s.B)),
+        "uses linalg_ldl_solve at .*ldl_solve.*cannot map over rows",
     ),
     '`form="dual"` where weights are cast': (
         lambda: Weight(lambda s: s.W.float().to(s.W.dtype)),

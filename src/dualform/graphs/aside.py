@@ -41,7 +41,7 @@ def aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     with ExitStack() as stack:
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(no_modes())
-        stack.enter_context(_without_function_modes())
+        stack.enter_context(without_function_modes())
         fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         yield [x if isinstance(x, FakeTensor) else fake.from_tensor(x.detach()) for x in inputs]
 
@@ -62,7 +62,7 @@ def unseen_above(mode: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_function_modes() -> Iterator[None]:
+def without_function_modes() -> Iterator[None]:
     """All but the default device."""
     modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
     devices = [m for m in modes if isinstance(m, DeviceContext)]

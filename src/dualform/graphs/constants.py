@@ -48,6 +48,10 @@ _RANDOM = {
     torch.randint_like,
 }
 _RANDOM |= {torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.normal, torch.poisson}
+# By which argument: a tensor whose values an op does not read, but what it is like.
+_LIKE = dict.fromkeys((torch.zeros_like, torch.ones_like, torch.full_like), 0)
+_LIKE |= dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor), 0)
+_LIKE |= dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), 1)
 
 _OFTEN = 1 << 16  # bytes, up to which memory is looked at before each op, not at the end alone
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -68,7 +72,7 @@ class Constants:
         """Take the inputs of the function that is traced."""
         for k, value in self.known.items():
             if not value.is_meta:
-                self._keep(inputs[k], lambda value=value, x=inputs[k]: self._noted(value).to(x.dtype, copy=True))
+                self._keep(inputs[k], lambda value=value, to=inputs[k].dtype: self._noted(value).to(to, copy=True))
 
     def _keep(self, x: Tensor, value: Callable[[], Tensor]) -> None:
         self._made[id(x)] = (x, version_of(x), value)
@@ -76,6 +80,12 @@ class Constants:
     def _noted(self, x: Tensor) -> Tensor:
         self.read.append(x)
         return x.detach()
+
+    def released(self) -> dict[int, Callable[[], Tensor]]:
+        """Let go of all tensors of the trace; how to find the values of those that are known, by identity."""
+        made, self._made = self._made, {}
+        self.shared = []
+        return {id(x): value for x, version, value in made.values() if version_of(x) == version}
 
     def end(self) -> None:
         """Refuse what numpy would have seen."""
@@ -122,9 +132,10 @@ class Constants:
     def values(self, func: Callable[..., Any], args: Any, kwargs: Any) -> dict[int, Callable[[], Tensor]] | None:
         """How to find the values that a call is given, as they are now; None if one is not known."""
         leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func in _RANDOM or not all(map(self.knows, leaves)):
-            return None
-        return {id(x): self._value_now(x) for x in leaves}
+        found = {id(x): self._value_now(x) for x in leaves if self.knows(x)}
+        if (at := _LIKE.get(func)) is not None and isinstance(like := [*args, None, None][at], Tensor):
+            found.setdefault(id(like), _blank(like))
+        return None if func in _RANDOM or not all(id(x) in found for x in leaves) else found
 
     def _value_now(self, x: Tensor) -> Callable[[], Tensor]:
         if type(x) is not Tensor:
@@ -143,14 +154,17 @@ class Constants:
         if values is None:
             return result
         first = args[0] if args and isinstance(args[0], Tensor) and type(args[0]) is not Tensor else None
-        writes = first is not None and not self.knows(first)
-        given = {id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        writes = first is not None and not self.knows(first) and func not in _LIKE
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        given = {id(x) for x in leaves if isinstance(x, Tensor)}
         tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        # The trace's own tensors end with it: how to make them anew holds none.
+        parts = [values[id(x)] if isinstance(x, Tensor) else lambda x=x: x for x in leaves]
 
         @cache
         def again() -> list[Tensor]:
             with aside():
-                own, named = pytree.tree_map_only(Tensor, lambda x: values[id(x)](), (args, kwargs))
+                own, named = pytree.tree_unflatten([part() for part in parts], spec)
                 if not writes:
                     return [x for x in pytree.tree_leaves(func(*own, **named)) if isinstance(x, Tensor)]
                 written = own[0].clone()
@@ -252,12 +266,19 @@ class Constants:
     def _ends(self, part: slice) -> slice:
         """A slice whose known ends are numbers."""
         ends = (part.start, part.stop, part.step)
-        return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
+        with aside():
+            return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
+
+
+def _blank(x: Tensor) -> Callable[[], Tensor]:
+    """A tensor like another, of any numbers."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    return lambda: torch.empty(shape, dtype=dtype, device=device)
 
 
 def version_of(x: Tensor) -> int:
     """How often a tensor's memory was written to, by views of it too."""
-    return x.writes[0] if isinstance(x, Recorded) else x._version
+    return x.writes[0] if isinstance(x, Recorded) else times_written(x)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -38,8 +38,13 @@ class Asked:
         self.W = W
         self.note: Callable[[], str] = str  # gives the caller's line
         self.is_read, self.is_over = False, False
-        self.let_out = ""  # where a number was
+        self.where = ""  # a size is read first
         self.forks: list[Fork] = []
+
+    def line(self) -> str:
+        """The caller's line."""
+        line = self.note()
+        return line and f"`{line}`"
 
     def told(self, n: Any) -> Any:
         """A size as it is read: as many rows know that they are."""
@@ -47,17 +52,17 @@ class Asked:
             return type(n)(self.told(x) for x in n)
         if type(n) is not int or n == 0 or n % self.W:
             return n
-        self.is_read = True
+        self.is_read, self.where = True, self.where or self.line()
         return _made(self, lambda rows: n // self.W * rows)
 
     def decided(self, at: _Of, found: Any) -> Any:
         """Note what a number decides, and give it."""
-        self.forks.append(Fork(at, found, self.note()))
+        self.forks.append(Fork(at, found, self.line()))
         return found
 
-    def may_differ(self, n: int) -> bool:
-        """May so many rows go otherwise? Of a number that was let out only those are asked about that calls compute."""
-        return self.fork(n) is not None or (self.let_out != "" and n < self.W and n & (n - 1) == 0)
+    def may_choose(self, n: int) -> bool:
+        """May so many rows choose unseen, as by a key? Where a size is read: all that calls compute."""
+        return self.is_read and n < self.W and n & (n - 1) == 0
 
     def fork(self, n: int) -> Fork | None:
         """The first that goes otherwise for n rows."""
@@ -97,10 +102,7 @@ def told(func: Any, result: Any) -> Any:
     if asked is None:
         return result
     asked.is_read |= func in _SQUEEZED  # which asks whether there is one row
-    found = asked.told(result) if func in _READ else result
-    if func is Tensor.__len__ and isinstance(found, _Told):  # of whatever it is told, len(x) makes a plain number
-        asked.let_out = asked.note()
-    return found
+    return asked.told(result) if func in _READ else result
 
 
 class _Told:

@@ -51,7 +51,7 @@ class _Listening(threading.local):
     """The traces of a thread, innermost last."""
 
     def __init__(self) -> None:
-        self.to: list[Listener] = []
+        self.to: list[tuple[Listener | None, Any]] = [(None, None)]
 
 
 _listening = _Listening()
@@ -60,13 +60,14 @@ _count = 0
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Hand this thread's Functions to a trace; the last one out leaves torch as it was."""
+def listening(listener: Listener | None, selected: Any = None) -> Iterator[None]:
+    """Hand this thread's Functions to a trace, which knows what masks picked, or to torch as ever; the last one out
+    leaves torch as it was."""
     global _count
     with _lock:
         _count += 1
         setattr(_SingleLevelFunction, "apply", classmethod(_applied))  # noqa: B010
-    _listening.to.append(listener)
+    _listening.to.append((listener, selected))
     try:
         yield
     finally:
@@ -78,10 +79,11 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def _applied(cls: Any, *args: Any) -> Any:
-    listener = _listening.to[-1] if _listening.to else None
+    listener, selected = _listening.to[-1]
     if listener is None or cls is Vjp or cls.__module__.startswith("torch._library") or listener.is_transformed:
         return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
-    return listener.function(cls, args)
+    listener.note()
+    return selected.applied(cls.apply, args, lambda *args: listener.function(cls, args))
 
 
 class Listener:

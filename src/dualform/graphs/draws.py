@@ -1,4 +1,4 @@
-"""Python's and numpy's random numbers, which a trace would hold for ever: who draws some is refused, by line."""
+"""Random numbers, Python's, numpy's and torch's, which a trace would hold for ever: refused, by line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
 
 from dualform.graphs.fingerprint import is_fixed
 from dualform.shapes import TraceError
@@ -79,3 +82,37 @@ def _line_that_draws(generators: Sequence[Any], again: Callable[[], Any], shown:
     finally:
         sys.settrace(tracing)
     return found[0] if found else ""
+
+
+# -- torch's own
+
+
+def refuse_random_ops(gm: fx.GraphModule, blame: Callable[[fx.Node, str, str], NoReturn]) -> None:
+    """Random ops are refused; dropout that is switched off is the identity."""
+    for node in list(gm.graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+            continue
+        if _is_dropout(target) and (not node.args[2] or node.args[1] == 0):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif not _is_quiet(node):
+            what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
+            blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
+
+
+def _is_dropout(target: torch._ops.OpOverload) -> bool:
+    return len(target._schema.returns) == 1 and [a.name for a in target._schema.arguments] == ["input", "p", "train"]
+
+
+def _is_quiet(node: fx.Node) -> bool:
+    """A random op whose random part is switched off by its arguments."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema}
+    given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
+    given.update(node.kwargs)
+    return (
+        0 in (given.get("dropout_p"), given.get("dropout"))
+        or given.get("training") is False
+        or given.get("train") is False
+    )

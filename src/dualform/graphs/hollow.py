@@ -24,6 +24,7 @@ FEW = 1 << 18  # numbers, up to which zeros are computed with
 _Tag = torch.Tag
 _VALUES = {_Tag.nondeterministic_seeded, _Tag.dynamic_output_shape, _Tag.data_dependent_output}
 _KEPT = (None, torch.preserve_format)
+_PLAIN = {RuntimeError, IndexError, TypeError, ValueError, NotImplementedError}
 
 
 class Hollow(Tensor):
@@ -211,7 +212,7 @@ def _dtype_of_one(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.dtype |
     try:
         made = func(*each(args, one), **{name: each(x, one) for name, x in kwargs.items()})
     except (RuntimeError, TypeError):
-        return None  # what raises says so on meta, too
+        return _expect_taken(func, args, kwargs)
     is_plain = isinstance(made, Tensor) and made.ndim == max(x.ndim for x in tensors_in(args, kwargs))
     return made.dtype if is_plain else None
 
@@ -280,12 +281,49 @@ def _results_of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     small = (largest,) if count <= FEW else (2, 3)
     try:
         found = [_at_zeros(func, args, kwargs, largest, n) for n in small]
-    except (RuntimeError, IndexError, TypeError):  # these values are none for it
-        return None
+    except (RuntimeError, IndexError, TypeError):
+        return _expect_taken(func, args, kwargs)
     flat, spec = _pytree.tree_flatten(found[0])
     pairs = zip(flat, _pytree.tree_leaves(found[-1]), strict=True)
     made = [_told(*pair, largest if count > FEW else None) for pair in pairs]
     return None if any(x is NotImplemented for x in made) else _pytree.tree_unflatten(made, spec)
+
+
+def _expect_taken(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where it is not the values that an op does not take: its kernel on meta lets more pass."""
+    error = refusal(func, args, kwargs)
+    if error is not None:
+        raise error
+
+
+def refusal(func: Any, args: Any, kwargs: dict[str, Any]) -> Exception | None:
+    """What torch says of a call that it refuses whatever the numbers are; None if it takes some, or that is unknown."""
+    leaves = _pytree.tree_leaves((args, kwargs))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    is_huge = math.prod(max(1, abs(n)) for n in leaves if isinstance(n, int)) > FEW  # what it makes
+    is_large = sum(x.numel() for x in tensors) > FEW
+    first = next((x.dtype for x in tensors if x.is_floating_point()), None)
+
+    def tried(value: int, alike: bool = False) -> Exception | None:
+        def real(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return CPU if isinstance(x, torch.device) else x
+            shape = [min(n, 2) for n in x.shape] if is_large else x.shape
+            return torch.full(shape, value, dtype=first if alike else x.dtype, device=CPU)
+
+        try:
+            func(*_pytree.tree_map(real, args), **_pytree.tree_map(real, kwargs))
+        except Exception as error:  # one of a kind of its own is of values, as LinAlgError, or of stand-ins
+            return error.with_traceback(None) if type(error) in _PLAIN else None  # its frames hold what was given
+        return None
+
+    found = [tried(value) for value in (0, 1)] if tensors and not is_huge else []
+    if not found or None in found or len(set(map(str, found))) > 1:
+        return None
+    # A kernel that the CPU lacks another device may have; small shapes may not fit, but the dtypes do not either.
+    if any(x.is_floating_point() and x.itemsize < 4 for x in tensors) or (is_large and tried(0, alike=True)):
+        return None
+    return found[0]
 
 
 def _told(a: Any, b: Any, largest: int | None) -> Any:

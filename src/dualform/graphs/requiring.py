@@ -61,7 +61,8 @@ def fitted(g: Any, x: Tensor, where: str) -> Tensor:
 def node_of(x: Tensor) -> fx.Node | None:
     """The node of a tensor in the trace that is going on."""
     mode: Any = get_proxy_mode()
-    held: Any = None if mode is None else get_proxy_slot(x, mode.tracer, None)
+    tracer = getattr(mode, "tracer", None)  # a recording has none
+    held: Any = None if tracer is None else get_proxy_slot(x, tracer, None)
     return getattr(getattr(held, "proxy", None), "node", None)
 
 

@@ -46,12 +46,14 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
-        elif node.target is aten.index.Tensor and _asks_own_rows(node):
-            node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), *node.args))
+        elif node.target is aten.index_select.default and _counts(node.args[2], _sizes(node.args[0])[node.args[1]]):
+            node.replace_all_uses_with(emitter(gm.graph, node)(aten.alias.default, node.args[0]))
+        elif node.target is aten.index.Tensor and (axes := _own_axes(node)):
+            node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), axes, node))
         elif (row := find_row(node.target)) is not None and row.overwrites:
             node.replace_all_uses_with(_written(emitter(gm.graph, node), node))
-        elif node.target is aten.index_put.default and _asks_own_rows(node):
-            node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), *node.args))
+        elif node.target is aten.index_put.default and (axes := _own_axes(node)):
+            node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), axes, *node.args))
         elif node.target is aten.index_put.default and (axis := _column_axis(node)):
             node.replace_all_uses_with(_to_columns(emitter(gm.graph, node), axis, *node.args))
         elif node.target is aten.index_put.default:
@@ -98,42 +100,64 @@ def _written(emit: Emit, node: fx.Node) -> fx.Node:
     return new if new.meta["val"].shape == like.shape else emit(aten.expand.default, new, list(like.shape))
 
 
-def _asks_own_rows(node: fx.Node) -> bool:
-    """Is it x[arange(n), i], or x[arange(n)[:, None], i], places in each row?"""
+def _sizes(x: Any) -> list[int]:
+    return list(x.meta["val"].shape)
+
+
+def _own_axes(node: fx.Node) -> list[int]:
+    """The indexed axes of x[arange(n)], and of x[arange(n), i] or x[arange(n)[:, None], :, i, j], places in each row;
+    empty: it is another index."""
     x: Any = node.args[0]
     indices: Any = node.args[1]
-    if len(indices) != 2 or None in indices or x.meta["val"].ndim < 2:
-        return False
-    n, (rows, place) = x.meta["val"].shape[0], indices
-    if place.meta["val"].dtype not in (torch.int64, torch.int32) or not _counts(rows, n):
-        return False
-    return torch.broadcast_shapes(rows.meta["val"].shape, place.meta["val"].shape)[0] == n and (
-        place.meta["val"].ndim <= rows.meta["val"].ndim
-    )
+    axes = [k for k, i in enumerate(indices) if i is not None]
+    rows, *places = (indices[k] for k in axes)
+    if not _counts(rows, _sizes(x)[axes[0]]) or not places:
+        return axes if _counts(rows, _sizes(x)[axes[0]]) else []
+    if axes[0] or any(p.meta["val"].dtype not in (torch.int64, torch.int32) for p in places):
+        return []
+    shape = torch.broadcast_shapes(*(_sizes(i) for i in (rows, *places)))
+    lead = all(p.meta["val"].ndim <= rows.meta["val"].ndim for p in places)
+    return axes if lead and shape[0] == _sizes(x)[0] else []
 
 
 def _counts(rows: Any, n: int) -> bool:
-    """Is it 0 ... n-1 along the first axis?"""
-    if rows.meta["val"].shape[:1] != (n,) or rows.meta["val"].numel() != n:
-        return False
-    while kind_of(rows.target) == "view" and rows.target is not aten.expand.default:
+    """Is it 0 ... n-1, along its one axis that is not of size 1?"""
+    while rows.meta["val"].numel() == n and n in _sizes(rows) and not rows.meta["val"].is_floating_point():
+        if rows.op == "get_attr":
+            value = getattr(rows.graph.owning_module, rows.target)
+            return value.dtype != torch.bool and value.tolist() == torch.arange(n).reshape(value.shape).tolist()
+        op = getattr(rows.target, "_opname", "")
+        if op not in ("to", "_to_copy") and kind_of(rows.target) != "view":
+            return op == "arange" and rows.args in ((n,), (0, n), (0, n, 1))
         rows = rows.args[0]
-    return getattr(rows.target, "_opname", "") == "arange" and rows.args in ((n,), (0, n), (0, n, 1))
+    return False
 
 
-def _own_places(emit: Emit, x: Any, indices: Any) -> tuple[fx.Node, list[int]]:
-    """Places (n, k, *rest) in the second axis of x (n, m, *rest), and the shape of what lies there."""
-    n, m, *rest = x.meta["val"].shape
-    shape = list(torch.broadcast_shapes(*(i.meta["val"].shape for i in indices)))
-    place = emit(aten.expand.default, emit(aten.remainder.Scalar, indices[1], m), shape)
+def _own_places(
+    emit: Emit, axes: list[int], x: Any, indices: Any
+) -> tuple[fx.Node, fx.Node, list[int], list[int]]:  # fmt: skip
+    """x as (n, m, *rest), places (n, k, *rest) in its second axis, what lies there, and the order of x's axes."""
+    order = [*axes, *(k for k in range(x.meta["val"].ndim) if k not in axes)]
+    x = emit(aten.permute.default, x, order)
+    n, *sizes = _sizes(x)
+    rest = sizes[len(axes) - 1 :]
+    shape = list(torch.broadcast_shapes(*(_sizes(indices[k]) for k in axes)))
+    place: Any = None
+    for k, m in zip(axes[1:], sizes, strict=False):
+        one = emit(aten.remainder.Scalar, indices[k], m)
+        place = one if place is None else emit(aten.add.Tensor, emit(aten.mul.Tensor, place, m), one)
+    place = emit(aten.expand.default, place, shape)
     if place.meta["val"].dtype != torch.int64:
         place = emit(aten._to_copy.default, place, dtype=torch.int64)
     place = emit(aten.reshape.default, place, [n, -1, *(1 for _ in rest)])
-    return emit(aten.expand.default, place, [-1, -1, *rest]), [*shape, *rest]
+    place = emit(aten.expand.default, place, [-1, -1, *rest])
+    return emit(aten.reshape.default, x, [n, -1, *rest]), place, [*shape, *rest], order
 
 
-def _of_own_row(emit: Emit, x: Any, indices: Any) -> fx.Node:
-    place, shape = _own_places(emit, x, indices)
+def _of_own_row(emit: Emit, axes: list[int], node: Any) -> fx.Node:
+    if len(axes) == 1:
+        return emit(aten.reshape.default, node.args[0], _sizes(node))
+    x, place, shape, _ = _own_places(emit, axes, *node.args)
     return emit(aten.reshape.default, emit(aten.gather.default, x, 1, place), shape)
 
 
@@ -155,10 +179,19 @@ def _to_columns(emit: Emit, axis: int, x: Any, indices: Any, values: Any, accumu
     return emit(aten.index_copy.default, x, axis, index, emit(aten.expand.default, values, shape))
 
 
-def _to_own_row(emit: Emit, x: Any, indices: Any, values: Any, accumulate: bool = False) -> fx.Node:
-    place, shape = _own_places(emit, x, indices)
-    values = emit(aten.reshape.default, emit(aten.expand.default, values, shape), list(place.meta["val"].shape))
-    return emit(aten.scatter_add.default if accumulate else aten.scatter.src, x, 1, place, values)
+def _to_own_row(
+    emit: Emit, axes: list[int], x: Any, indices: Any, values: Any, accumulate: bool = False
+) -> fx.Node:  # fmt: skip
+    if len(axes) == 1:
+        size, (k,) = _sizes(x), axes
+        values = emit(aten.expand.default, values, [*size[:k], *_sizes(indices[k]), *size[k + 1 :]])
+        values = emit(aten.reshape.default, values, size)
+        return emit(aten.add.Tensor, x, values) if accumulate else values
+    rows, place, shape, order = _own_places(emit, axes, x, indices)
+    values = emit(aten.reshape.default, emit(aten.expand.default, values, shape), _sizes(place))
+    rows = emit(aten.scatter_add.default if accumulate else aten.scatter.src, rows, 1, place, values)
+    rows = emit(aten.reshape.default, rows, [_sizes(x)[k] for k in order])
+    return emit(aten.permute.default, rows, sorted(range(len(order)), key=order.__getitem__))
 
 
 def _part(graph: fx.Graph, node: fx.Node) -> None:

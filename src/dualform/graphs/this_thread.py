@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import _ops
+from torch.fx import traceback as fx_traceback
 from torch.utils._python_dispatch import _disable_current_modes
 
 _C: Any = torch._C
@@ -111,6 +113,24 @@ def no_modes() -> Iterator[None]:
     """Switch this thread's modes off. Of those above dispatch, torch's own way would take another thread's, too."""
     with apart(), _disable_current_modes():
         yield
+
+
+@contextmanager
+def lines_told() -> Iterator[None]:
+    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
+    before, caller.is_told = caller.is_told, True
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        caller.is_told = before
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made is traced as what it was made of."""
+    # Nothing is compiled where it is not loaded, nor while another thread still loads it.
+    patch: Any = getattr(sys.modules.get("torch._dynamo.config"), "patch", None)
+    return nullcontext() if patch is None else patch(error_on_nested_fx_trace=False)
 
 
 def is_looked_at() -> bool:

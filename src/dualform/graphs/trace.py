@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -25,19 +25,21 @@ from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from dualform.graphs.complex_rules import paired
-from dualform.graphs.constants import Constants
+from dualform.graphs.constants import Constants, aside
 from dualform.graphs.counts import Asked, asking, told
 from dualform.graphs.custom import Listener, Plain, listening
-from dualform.graphs.draws import no_draws
+from dualform.graphs.draws import no_draws, refuse_random_ops
 from dualform.graphs.functionalize import functionalized
-from dualform.graphs.hollow import Hollow, Hollows
-from dualform.graphs.recorder import WritesOutside, record_as_called
+from dualform.graphs.hollow import Hollow, Hollows, refusal
+from dualform.graphs.recorder import CannotRecord, WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
-from dualform.graphs.selected import Selected
+from dualform.graphs.selected import Proved, Selected, alone
 from dualform.graphs.single_results import normalised
-from dualform.graphs.this_thread import apart, caller
+from dualform.graphs.survivors import Settled, Survivors, survivors
+from dualform.graphs.this_thread import apart, caller, lines_told, uncompiled
 from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
@@ -53,7 +55,7 @@ _doors: set[str] = set()  # files of ours that hand a user's function to the tra
 def trace(
     f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}),
     generators: Sequence[Any] = (),
-    look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None,
+    look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None, proved: Proved = alone,
 ) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
 
@@ -64,10 +66,10 @@ def trace(
     closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
     autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
     before it is rewritten; what it writes into a node's meta stays where the node does. asked: is
-    told what f asks of sizes, and decides by them. generators: of random numbers,
-    as `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
-    module goes through torch.func.functional_call with its parameters *and buffers* among `args`, so that a write to
-    one is noticed.
+    told what f asks of sizes, and decides by them. proved: proves that a graph keeps entries of its inputs apart, as
+    many as a mask picks, and says where its results have them. generators: of random numbers, as
+    `Fingerprint.generators` finds them; f may draw from none. The graph is for these shapes, dtypes and devices. A
+    module goes through functional_call, its parameters *and buffers* among `args`, so that a write to one is noticed.
     Shape:  args: any tensors, fake ones too; the same tensor twice is two inputs.
     Dtype:  any; nothing is computed.
     Raises: TraceError for randomness, control flow that reads values, writes to inputs or closed-over tensors, and for
@@ -81,22 +83,35 @@ def trace(
     if code is not None and code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_HERE):
         _doors.add(code.co_filename)
 
-    def run() -> fx.GraphModule:
+    def made(record: Callable[..., fx.GraphModule]) -> tuple[fx.GraphModule, bool]:
+        """Trace in one way; return whether the function found some of its own making."""
+        with Survivors() as seen:
+            try:
+                gm = record(f, args, known, look, proved)
+            except Exception as error:
+                try:  # while its frames say where it is from
+                    _settle(error, error is seen.refused)
+                finally:
+                    seen.end(error)
+                raise
+        return gm, seen.end()
+
+    def once() -> tuple[fx.GraphModule, bool]:
         try:
-            return _recorded(f, args, known, look)
-        except WritesOutside as error:
-            raise TraceError(
-                f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
-                "Clone it first, or return the new value."
-            ) from None
-        except WrittenPast:  # a second run would find it written
+            return made(_recorded)
+        except Settled:
             raise
         except Exception:  # whatever it is, torch's own tracer knows more, or says it better
-            return _traced_by_torch(f, args, known, look)
+            pass
+        return made(_traced_by_torch)
+
+    def run() -> fx.GraphModule:
+        gm, has_more = once()
+        return once()[0] if has_more else gm  # as the function is from now on, with tables that it has
 
     still = no_draws(generators, run, _line_of) if generators else nullcontext()
     before = caller.line
-    with apart(), torch.enable_grad(), _uncompiled(), still, asking(asked, _note):
+    with apart(), torch.enable_grad(), uncompiled(), still, asking(asked, _note):
         try:
             return run()
         finally:
@@ -104,11 +119,11 @@ def trace(
 
 
 def _recorded(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
 ) -> fx.GraphModule:
     """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
     constants, listener = Constants(known, _note), Plain(trace, _note, transforms())
-    gm = record_as_called(_with_lines(f, constants, listener), _names(f, len(args)), args)
+    gm = record_as_called(_with_lines(f, constants, listener, proved), _names(f, len(args)), args)
     with Hollows():
         return _checked(gm, constants.read, look)
 
@@ -122,14 +137,14 @@ def _names(f: Callable[..., Any], count: int) -> list[str]:
 
 
 def _traced_by_torch(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
 ) -> fx.GraphModule:
     inputs, constants = [_standin(a) for a in args], Constants(known, _note)
     fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
     mode = "real" if fake else "fake"
-    run = _with_lines(f, constants, Listener(trace, _note, transforms()))
+    run = _with_lines(f, constants, Listener(trace, _note, transforms()), proved)
     # A graph's Python code is written when somebody runs it: most are only read.
-    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), _lines_told():
+    with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), lines_told():
         try:
             gm = make_fx(run, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except (ShapeError, TraceError):
@@ -143,7 +158,7 @@ def _checked(gm: fx.GraphModule, read: list[Tensor], look: Callable[[fx.GraphMod
     """Refuse what a trace cannot hold, and bring the rest into one form."""
     look(gm)
     _refuse_values(gm)
-    _refuse_randomness(gm)
+    refuse_random_ops(gm, _blame)
     gm = paired(normalised(functionalized(gm, _blame)), _blame)
     gm.meta["read"] = read
     return gm
@@ -159,16 +174,39 @@ def _standin(value: Tensor) -> Tensor:
 class _Lines(TorchFunctionMode):
     """Write the caller's line into the nodes that a torch call makes, and listen to what is no op."""
 
-    def __init__(self, constants: Constants, listener: Listener) -> None:
+    def __init__(self, constants: Constants, listener: Listener, proved: Proved) -> None:
         super().__init__()
-        self.constants, self.listener = constants, listener
-        self.selected = Selected(lambda: _refuse_data(_note()), listener.marked)
+        self.constants, self.listener, self.survivors = constants, listener, survivors()
+        self.selected = Selected(_refuse_picked, listener.marked, trace, proved)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        _expect_unwritten(self.constants, _note())
-        result = self._called(func, args, kwargs or {})
+        line = _note()
+        _expect_unwritten(self.constants, line)
+        result = self._taken(func, args, kwargs or {})
+        self.survivors.note(result, line)
         self.constants.overwritten(small=True)  # to know what lies in what was read now
         return result
+
+    def _taken(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a call gives; where torch refuses it, whatever the numbers are, torch's own words."""
+        try:
+            result = self._called(func, args, kwargs)
+        except (TraceError, CannotRecord):
+            raise
+        except Exception:
+            self._expect_taken(func, args, kwargs)
+            raise
+        if not isinstance(self.listener, Plain) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
+            self._expect_taken(func, args, kwargs)  # a fake tensor's kernel may let that pass
+        return result
+
+    def _expect_taken(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if func in _ASKED or not self.listener.sees((args, kwargs)):
+            return
+        with aside(), torch.random.fork_rng(devices=[]):
+            self.survivors.refused = refusal(func, args, kwargs)
+        if self.survivors.refused is not None:
+            raise self.survivors.refused
 
     def _called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__module__", "") == "torch._functorch.predispatch":
@@ -212,15 +250,11 @@ def _note() -> str:
     return _shown(file, number, line) if file else ""
 
 
-class WrittenPast(TraceError):
-    """The function writes to memory that it has read, past torch's ops."""
-
-
 def _expect_unwritten(constants: Constants, where: str = "") -> None:
     reader = constants.overwritten(small=bool(where))
     if reader is not None:
         before = f" (before `{where}`)" if where else ""
-        raise WrittenPast(
+        raise Settled(
             f"trace: `{source_line(reader)}` reads memory that is written to later{before}, past torch's ops; "
             "expected a pure function of its inputs. Copy the array first: torch.tensor(array)."
         )
@@ -270,10 +304,11 @@ _ASKED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener) -> Callable[..., Any]:
+def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener, proved: Proved) -> Callable[..., Any]:
     @wraps(f)  # the graph's inputs are named after f's
     def run(*args: Tensor) -> Any:
-        with _Lines(constants, listener) as lines, listening(listener):
+        with _Lines(constants, listener, proved) as lines, listening(listener, lines.selected):
+            lines.survivors.begin(args, constants.released)
             listener.begin(args)
             constants.begin(args)
             result = f(*args)
@@ -286,17 +321,6 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener)
 
 
 @contextmanager
-def _lines_told() -> Iterator[None]:
-    """Let torch's own tracer write lines into nodes: it knows of one trace in the process."""
-    before, caller.is_told = caller.is_told, True
-    try:
-        with fx_traceback.preserve_node_meta():
-            yield
-    finally:
-        caller.is_told = before
-
-
-@contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """Fake tensors log an error before they raise it; the caller sees it once, as a TraceError."""
     logger = logging.getLogger(name)
@@ -306,13 +330,6 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """What torch.compile made is traced as what it was made of."""
-    # Nothing is compiled where it is not loaded, nor while another thread still loads it.
-    patch: Any = getattr(sys.modules.get("torch._dynamo.config"), "patch", None)
-    return nullcontext() if patch is None else patch(error_on_nested_fx_trace=False)
 
 
 def source_line(node: fx.Node) -> str:
@@ -357,6 +374,14 @@ def _refuse_transform(where: str) -> NoReturn:
     )
 
 
+def _refuse_picked() -> NoReturn:
+    raise TraceError(
+        f"trace: `{_note()}` reads a tensor's values (how many entries a mask picks, or one of them by another); "
+        "expected a graph that is the same for all values: each picked entry, or row, worked on alone and put back "
+        "under the same mask. Use torch.where(mask, new, old), or multiply by the mask."
+    )
+
+
 def _refuse_data(where: str) -> NoReturn:
     raise TraceError(
         f"trace: `{where}` reads a tensor's values (control flow, .item(), or a shape that depends on data); expected "
@@ -374,10 +399,20 @@ def _raised_at(error: Exception) -> str:
     return repr(parts[-1]).partition("\n")[0] if parts else "the function"
 
 
-def _reraise(error: Exception) -> NoReturn:
-    where = _raised_at(error)
+def _settle(error: Exception, is_torchs: bool) -> None:
+    """Refuse for good what torch's own tracer would run, or say worse."""
+    if isinstance(error, WritesOutside):
+        raise Settled(
+            f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
+            "Clone it first, or return the new value."
+        ) from None
+    if is_torchs:
+        _reraise(error, Settled)
+
+
+def _reraise(error: Exception, kind: type[TraceError] = TraceError) -> NoReturn:
+    where, text = _raised_at(error), str(error)
     reads = ("DataDependent", "DynamicOutputShape")
-    text = str(error)
     if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
         _refuse_data(where)
     if "TorchScript interpreter" in text:
@@ -394,7 +429,7 @@ def _reraise(error: Exception) -> NoReturn:
             f"trace: `{where}` leaves torch; expected tensor ops. Write it with torch, or compute that part outside."
         ) from error
     reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-    raise TraceError(
+    raise kind(
         f"trace: `{where}` failed with {reason}; expected a function that runs on these shapes. "
         "Run it on real tensors to see the whole error."
     ) from error
@@ -409,34 +444,3 @@ def _refuse_values(gm: fx.GraphModule) -> None:
             loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
             if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 _refuse_data(source_line(node) or str(node.target))
-
-
-def _refuse_randomness(gm: fx.GraphModule) -> None:
-    """Random ops are refused; dropout that is switched off is the identity."""
-    for node in list(gm.graph.nodes):
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-            continue
-        if _is_dropout(target) and (not node.args[2] or node.args[1] == 0):
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
-        elif not _is_quiet(node):
-            what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
-            _blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
-
-
-def _is_dropout(target: torch._ops.OpOverload) -> bool:
-    return len(target._schema.returns) == 1 and [a.name for a in target._schema.arguments] == ["input", "p", "train"]
-
-
-def _is_quiet(node: fx.Node) -> bool:
-    """A random op whose random part is switched off by its arguments."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in schema}
-    given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
-    given.update(node.kwargs)
-    return (
-        0 in (given.get("dropout_p"), given.get("dropout"))
-        or given.get("training") is False
-        or given.get("train") is False
-    )

@@ -41,16 +41,19 @@ class Twin:
         self._slots: list[tuple[Any, Any, Tensor]] = []
         self._copies: dict[int, Any] = {}
         self._held: list[Any] = [x for _, x in own]  # ids are only unique among the living
-        result = self._copy(self._source)(*args)
-        for holder, key, x in self._slots:
-            if holder[key] is not x:
-                name = next((n for n, t in tensors.items() if t is x), str(key))
-                raise TraceError(
-                    f"trace: forward of {type(self._source).__name__} puts another tensor in the place of {name!r}; "
-                    "expected a pure function of its inputs. Compute the new value without assigning it, or call "
-                    ".eval()."
-                )
-        return result
+        try:
+            result = self._copy(self._source)(*args)
+            for holder, key, x in self._slots:
+                if holder[key] is not x:
+                    name = next((n for n, t in tensors.items() if t is x), str(key))
+                    raise TraceError(
+                        f"trace: forward of {type(self._source).__name__} puts another tensor in the place of "
+                        f"{name!r}; expected a pure function of its inputs. Compute the new value without assigning "
+                        "it, or call .eval()."
+                    )
+            return result
+        finally:
+            del self._own, self._slots, self._copies, self._held  # the copy ends with the call
 
     def _copy(self, x: Any) -> Any:
         if isinstance(x, Tensor):

@@ -11,18 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from dualform.graphs.counts import Fork
 from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.trace import source_line
 from dualform.learning.sites import Place, op_name
+from dualform.learning.spelling import fitted
 from dualform.ops.table import find_row
 
 aten = torch.ops.aten
 # Sizes, which a result's shape shows.
 _SIZES = {"size", "shape", "sizes", "repeats"}
-# How an op goes about it, which is planned by sizes or by flags of the process: the same numbers.
-_WAYS = {"path", "cudnn_enable", "cudnn_enabled"}
-_SIZED = {aten.tile.default: "dims"}
 
 
 class Differs(Exception):
@@ -36,6 +35,7 @@ class Noted(NamedTuple):
     target: Any
     args: dict[str, Any]
     value: Any
+    fitted: fx.Node | None = None
 
 
 class Seen(NamedTuple):
@@ -43,12 +43,15 @@ class Seen(NamedTuple):
 
     W: int
     nodes: list[Noted]
-    results: Any
+    results: Any = None
+    asked: Any = None  # what was asked of W meanwhile
 
 
 def seen(gm: fx.GraphModule, W: int) -> Seen:
-    """Note a trace."""
-    return Seen(W, [_noted(gm, node) for node in gm.graph.nodes], None)
+    """Note a trace, and number the calls that are there for any number of tokens."""
+    for k, node in enumerate(n for n in gm.graph.nodes if fitted(n) is None):
+        node.meta["call"] = k
+    return Seen(W, [_noted(gm, node) for node in gm.graph.nodes])
 
 
 def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
@@ -56,8 +59,10 @@ def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
         return Noted(node, node.op, {}, getattr(gm, str(node.target)))
     schema = getattr(node.target, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else map(str, range(len(node.args)))
+    rest = {a.name: a.default_value for a in schema.arguments if a.has_default_value()} if schema else {}
     target = node.target if node.op == "call_function" else node.op
-    return Noted(node, target, {**dict(zip(names, node.args, strict=False)), **node.kwargs}, node.meta.get("val"))
+    given = {**rest, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return Noted(node, target, given, node.meta.get("val"), fitted(node))
 
 
 def difference(first: Seen, second: Seen) -> str:
@@ -70,16 +75,15 @@ def difference(first: Seen, second: Seen) -> str:
     return ""
 
 
-def _fits(target: Any) -> bool:
-    """Does torch write an op only where sizes differ, or are not 1: one token has size 1."""
-    row = find_row(target)
-    is_reshape = row is not None and row.ordered and row.odd
-    return is_reshape or target is aten.contiguous.default or target in (aten.expand.default, aten.sum_to_size.default)
+def decided(fork: Fork | None, wrong: str, W0: int, W: int) -> str:
+    """Say where a function chooses by the number of tokens, and what is otherwise then."""
+    first = f"{fork.where}: then " if fork and not wrong.startswith(fork.where) else ""
+    return f"{first}{wrong} (for {W0} and {W} tokens)"
 
 
 def _compare(first: Seen, second: Seen) -> None:
     is_one = 1 in (first.W, second.W)
-    before = {n.node: n.args["self"] for n in (*first.nodes, *second.nodes) if is_one and _fits(n.target)}
+    before = {n.node: n.fitted for n in (*first.nodes, *second.nodes) if is_one and n.fitted is not None}
     ones, others = ([n for n in made.nodes if n.node not in before] for made in (first, second))
     twins: dict[fx.Node, fx.Node] = {}
 
@@ -92,7 +96,7 @@ def _compare(first: Seen, second: Seen) -> None:
 
     for a, b in zip(ones, others, strict=False):
         if a.target != b.target:
-            raise _differs(b.node, f"{op_name(b.node)} stands where {op_name(a.node)} did")
+            raise _differs(f"{_said(b.node)} stands where {_said(a.node)} did", b, a)
         twins[a.node] = b.node
         rows = _rows(a, b, first.W, second.W)
         if rows is not None:
@@ -103,17 +107,26 @@ def _compare(first: Seen, second: Seen) -> None:
         elif not (getattr(a.target, "_opname", "") == "arange" and rows) and not (
             a.target is aten.slice.Tensor and _is_whole(a) and _is_whole(b)
         ):
-            for name in (a.args.keys() | b.args.keys()) - _WAYS:
+            row = find_row(a.target)
+            sizes, ways = (row.sizes, row.ways) if row else ((), ())
+            for name in (a.args.keys() | b.args.keys()).difference(ways):
                 x, y = a.args.get(name), b.args.get(name)
-                if not is_same("size" if _SIZED.get(a.target) == name else name, x, y):
-                    raise _differs(b.node, f"{op_name(b.node)} takes {name} = {x}, then {y}")
+                if not is_same("size" if name in sizes else name, x, y):
+                    raise _differs(f"{_said(b.node)} takes {name} = {x}, then {y}", b, a)
     if len(ones) != len(others):
         longer = max(ones, others, key=len)[min(len(ones), len(others)) - 1]
-        raise _differs(longer.node, f"{len(ones)} ops, then {len(others)}")
+        raise _differs(f"{len(ones)} ops, then {len(others)}", longer)
 
 
-def _differs(node: fx.Node, what: str) -> Differs:
-    return Differs(f"`{source_line(node) or op_name(node)}`: {what}")
+def _differs(what: str, *places: Noted) -> Differs:
+    """Say what differs, by the first line that is known: no line made a result, nor what a function holds."""
+    nodes = [p.node for p in places]
+    near = (*(y for x in nodes for y in (x, *x.users)), *(y for x in nodes for y in x.all_input_nodes))
+    return Differs(f"`{next(filter(None, map(source_line, near)), op_name(nodes[0]))}`: {what}")
+
+
+def _said(node: fx.Node) -> str:
+    return "the result" if node.op == "output" else op_name(node)
 
 
 def _behind(node: fx.Node, before: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -131,14 +144,16 @@ def _tensors(n: Noted) -> list[Tensor]:
 
 def _rows(a: Noted, b: Noted, W0: int, W: int) -> Place | None:
     """Which axis of a value grows with the tokens; a tensor that the function holds does not change besides."""
+    if len(_tensors(a)) != len(_tensors(b)):
+        raise _differs(f"{len(_tensors(a))} pieces, then {len(_tensors(b))}", b)
     for x, y in zip(_tensors(a), _tensors(b), strict=True):
         axes = [k for k, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n]
         if x.ndim != y.ndim or len(axes) > 1 or any(x.shape[k] * W != y.shape[k] * W0 for k in axes):
-            raise _differs(b.node, f"a shape {tuple(x.shape)}, then {tuple(y.shape)}")
+            raise _differs(f"a shape {tuple(x.shape)}, then {tuple(y.shape)}", b)
         if axes:
             return Place(axes[0], 1, y.shape[axes[0]] // W)
         if b.target == "get_attr" and x is not y and not _is_equal(x, y):
-            raise _differs(next(iter(b.node.users), b.node), "a tensor of other numbers")
+            raise _differs("a tensor of other numbers", b)
     return None
 
 

@@ -29,7 +29,8 @@ from dualform.learning.forms import Meeting, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
-from dualform.learning.sites import Analysis, Site, op_name, operand_nodes
+from dualform.learning.sites import Analysis, Site, op_name, operand_nodes, read_nodes
+from dualform.learning.spelling import DerivationError, twins
 from dualform.learning.token_maps import Price, Written, separated, together, token_back, token_first, weighted
 
 
@@ -117,7 +118,7 @@ class Emitter:
         self.loss, self.rule = loss, rule
         self.sites = {site.node: site for site in many.sites}
         self.cut = sorted({leaf for site in many.sites if not site.admissible for leaf in site.leaves})
-        self.twin = twins(many, one) if one else {}
+        self.twin = twins(many.graph.graph, one.graph.graph, variant.width) if one else {}
         self.one = one
         self.choices: list[Choice] = []
         self.section = ""
@@ -331,16 +332,19 @@ class Emitter:
         assert self.one is not None
         a, one, W = self.many, self.one, self.variant.width
         toks = [n for n in site.node.all_input_nodes if n in a.tok]
+        if any(n not in self.twin for n in (site.node, *toks)):
+            raise DerivationError(
+                f"derive: {op_name(site.node)} at {source_line(site.node)} is computed by other ops for one token than "
+                f"for {W}; expected the same, to run it token by token. Write that line with other ops."
+            )
 
         def run(weights: dict[str, Tensor], tokens: list[Tensor]) -> Tensor:
             local: dict[fx.Node, Any] = {one.leaf_nodes[n]: w for n, w in weights.items()}
             local |= {one.slow_nodes[n]: env[a.slow_nodes[n]] for n in one.slow_nodes}
-            # zeros_like(x) is no token and asks for its shape.
-            local |= {n: env[a.x].new_zeros(n.meta["val"].shape) for n in one.tokens}
             local |= {
                 self.twin[n]: x.reshape(self.twin[n].meta["val"].shape) for n, x in zip(toks, tokens, strict=True)
             }
-            return _evaluate(one, self.twin[site.node], local)
+            return _evaluate(one, self.twin[site.node], local, env[a.x])
 
         weights = {leaf: copies[leaf] for leaf in site.leaves}
         if W == 1:
@@ -417,16 +421,13 @@ def _mixed(u: Sequence[Scalar], weights: Sequence[Scalar]) -> Scalar:
     return sum(parts[1:], parts[0]) if parts else 0.0
 
 
-def twins(many: Analysis, one: Analysis) -> dict[fx.Node, fx.Node]:
-    """Match the nodes of two traces of one learner; a rewritten node stands for the one it replaced."""
-    ordinals = {node.meta["ordinal"]: node for node in one.graph.graph.nodes}
-    return {n: ordinals[n.meta["ordinal"]] for n in many.graph.graph.nodes if n.meta.get("ordinal") in ordinals}
-
-
-def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    """Run what `goal` needs on top of `env`."""
+def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any], like: Tensor) -> Any:
+    """Run what `goal` needs on top of `env`; zeros_like(x) needs no x, but its shape."""
     if goal not in env:
-        for source in goal.all_input_nodes:
-            _evaluate(a, source, env)
-        env[goal] = a.value(goal, env)
+        read = read_nodes(goal)
+        for source in read:
+            _evaluate(a, source, env, like)
+        values = {n: n.meta["val"] for n in goal.all_input_nodes if n not in read and n not in env}
+        shapes = {n: like.new_zeros(x.shape, dtype=x.dtype) for n, x in values.items()}
+        env[goal] = a.value(goal, env | shapes)
     return env[goal]

@@ -69,12 +69,16 @@ def _cover(ranges: list[tuple[int, int]], size: int) -> list[tuple[int, int]] | 
 def _replace(
     a: Analysis, leaf: str, node: fx.Node, found: list[tuple[fx.Node, int, int]], pieces: list[tuple[str, int, int]]
 ) -> None:
-    graph, value = a.graph.graph, node.meta["val"]
+    graph, value, ordinal = a.graph.graph, node.meta["val"], node.meta["ordinal"]
     made: dict[tuple[int, int], fx.Node] = {}
     piece = node
     for name, start, stop in pieces:
         made[start, stop] = piece = add_input(graph, f"{node.name}_{start}", after=piece)
-        piece.meta |= {**node.meta, "val": value[start:stop], "ordinal": (node.meta["ordinal"], start)}
+        piece.meta |= {
+            **node.meta,
+            "val": value[start:stop],
+            "ordinal": ordinal._replace(key=hash((ordinal.key, start))),
+        }
         a.leaf_nodes[name] = piece
     for old, start, stop in found:
         if stop > start:

@@ -20,17 +20,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from dualform.graphs.counts import Asked
-from dualform.graphs.edit import add_input, inputs_of, lift, output_of
+from dualform.graphs.edit import add_input, emitter, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
-from dualform.learning.alike import Seen, difference, seen
+from dualform.learning.alike import Seen, decided, difference, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
-from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, mark, prepared
+from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError
 from dualform.shapes import TraceError, require
-from dualform.storages import contents
+from dualform.storages import contents, thin
 
 aten = torch.ops.aten
 
@@ -271,19 +271,20 @@ class FrontDoor:
 
         def run(i: Tensor, *gates: Tensor) -> list[Tensor]:
             nonlocal spec, leaves
-            leaves, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
-            return [x for x in leaves if isinstance(x, Tensor)]
+            found, spec = _pytree.tree_flatten(self.rule.step(i, **dict(zip(names, gates, strict=True))))
+            leaves = [Tensor if isinstance(x, Tensor) else x for x in found]
+            return [x for x in found if isinstance(x, Tensor)]
 
         def make(W: int, **eyes: Any) -> fx.GraphModule:
             gates = [torch.empty(W, dtype=dtype, device=self.device) for _ in ("i", *names)]
             return self._trace(run, gates, **eyes)
 
-        gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if not isinstance(x, Tensor)])
+        gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if x is not Tensor])
         a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
         mark(a, W)
         _, found = _ends(gm)  # now: a tensor that is a coefficient as it is has become an input
         nodes = iter(found)
-        results = [next(nodes) if isinstance(x, Tensor) else x for x in leaves]
+        results = [next(nodes) if x is Tensor else x for x in leaves]
         for node in found:
             shape = tuple(node.meta["val"].shape)
             if shape not in ((), (W,)) or (shape == (W,) and W > 1 and not is_apart(a, node)):
@@ -296,7 +297,7 @@ class FrontDoor:
         return Routine(a, [*results, spec])
 
     def _trace(self, f: Callable[..., Any], inputs: list[Tensor], **options: Any) -> fx.GraphModule:
-        return trace(f, *inputs, generators=self.reading.generators, **options)
+        return trace(f, *inputs, generators=self.reading.generators, proved=kept_apart, **options)
 
     def _alike(
         self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
@@ -315,7 +316,7 @@ class FrontDoor:
                 found[:] = [(now, difference(first, now) if first else "")]
 
             gm = make(W, look=look, asked=(asked := Asked(W)))
-            now, wrong = found[0][0]._replace(results=numbers()), found[0][1]
+            now, wrong = found[0][0]._replace(results=numbers(), asked=asked), found[0][1]
             if first and first.results != now.results:
                 wrong = wrong or f"its results: {first.results}, then {now.results}"
             self.asks |= asked.is_read
@@ -325,8 +326,8 @@ class FrontDoor:
         if first is None:
             self._first[key] = first = now
         elif wrong:
-            again = made(first.W)[2]
-            return gm, changes(who, again) if again else counts(who, f"{wrong} (for {first.W} and {W} tokens)")
+            again, fork = made(first.W)[2], asked.fork(first.W) or first.asked.fork(W)
+            return gm, changes(who, again) if again else counts(who, decided(fork, wrong, first.W, W))
         elif key not in self._settled:
             self._settled.add(key)
             return gm, self._otherwise(key, first.W, asked, made)
@@ -335,29 +336,24 @@ class FrontDoor:
     def _otherwise(
         self, key: Any, W: int, asked: Asked, made: Callable[[int], tuple[Any, Any, str, Asked]]
     ) -> DerivationError | None:
-        """Trace at numbers of tokens for which a choice by them goes otherwise, and say what is another function there.
-
-        Who reads their number may choose by it unseen: so one token is tried, too, as in a step of decoding.
-        """
+        """Trace at numbers of tokens for which a choice may go otherwise; say what is another function there."""
         counted = [n for n in range(1, max(asked.W, _MANY) + 1) if n not in (W, asked.W)]
-        left = [n for n in counted if asked.may_differ(n) or (n == 1 and asked.is_read)]
+        left = [n for n in counted if asked.fork(n) or asked.may_choose(n)]
         for _ in range(_FORKS):
             if not left:
                 break
             n, fork = left[0], asked.fork(left[0])
-            line = fork.where if fork else asked.let_out
-            at = f"`{line}`" if line else ""
             try:
                 self._traced[key, n], _, wrong, there = made(n)
             except TraceError as error:
                 if n > asked.W:  # so many may be too many for it
                     break
                 why = str(error).partition("; expected")[0]
-                return counts(key[0], f"{at or 'its sizes'}: {asked.W} tokens run and {n} do not ({why})")
+                where = (fork.where if fork else asked.where) or "its sizes"
+                return counts(key[0], f"{where}: {asked.W} tokens run and {n} do not ({why})")
             if wrong:
-                first = "" if wrong.startswith(at) else f"{at}: then "
-                return counts(key[0], f"{first}{wrong} (for {W} and {n} tokens)")
-            left = [m for m in left if m != n and (there.fork(m) or asked.let_out)]
+                return counts(key[0], decided(fork, wrong, W, n))
+            left = [m for m in left[1:] if there.fork(m) or asked.may_choose(m)]
         return None
 
     def _analysis(
@@ -387,13 +383,17 @@ class FrontDoor:
                     f"way than itself, so it would not learn there; expected self.{own}. Read it from the module that "
                     "is passed."
                 )
-            name = self._name(who, value, len(constants))
+            name, rows = self._name(who, value, len(constants)), {n: x for n, x in node.meta.items() if n == "rows"}
+            made = value if name in self.parts.closed else thin(value)
             if name not in lifted:
-                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", value.detach())
-                lifted[name].meta |= {"rows": node.meta["rows"]} if "rows" in node.meta else {}
+                lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", made.detach())
+                lifted[name].meta |= rows if made is value else {}
                 if name not in self.parts.closed:
-                    constants[name] = value
-            return lifted[name]
+                    constants[name] = made
+            if made is value:
+                return lifted[name]
+            wide = emitter(gm.graph, node)(aten.expand.default, lifted[name], list(value.shape))
+            return wide.meta.update(rows) or wide
 
         lift(gm, stand_for)
         return constants, lifted

@@ -182,10 +182,12 @@ def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:
                     raise
             except (RuntimeError, TypeError, LookupError, AssertionError) as error:
                 if dtype == own and not retyped:
+                    text = str(error).partition("\n")[0]
+                    fault = "This is a fault of dualform, please report it: form='primal' is the definition."
+                    torch_s = "Torch has no such derivative: detach what that op gives, or write it with other ops."
                     raise DerivationError(
-                        f"derive: form {form!r} fails with {type(error).__name__} "
-                        f"({str(error).partition(chr(10))[0]}); expected a program that runs. This is a fault of "
-                        "dualform, please report it: form='primal' is the definition."
+                        f"derive: form {form!r} fails with {type(error).__name__} ({text}); expected a program that "
+                        f"runs. {torch_s if 'derivative for' in text else fault}"
                     ) from error
         return Proof(form, math.nan, (), time.perf_counter() - began, "", (f"the definition cannot run: {why}",))
 

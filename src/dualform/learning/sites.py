@@ -132,7 +132,7 @@ def mark(a: Analysis, W: int) -> None:
             continue
         if node.op == "output":
             continue
-        sources = _read_nodes(node)
+        sources = read_nodes(node)
         a.leaves[node] = frozenset().union(*(a.leaves[s] for s in sources))
         if any(s in a.tok for s in sources):
             a.tok.add(node)
@@ -149,7 +149,7 @@ def mark(a: Analysis, W: int) -> None:
 
 def _follow_rows(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int, rows: dict[fx.Node, Place]) -> None:
     """Prove that rows that are as many as the tokens stay apart: what becomes one of them knows how many there are."""
-    if W > 1 and any(s in rows for s in _read_nodes(node)):
+    if W > 1 and any(s in rows for s in read_nodes(node)):
         place = _carried(a, node, a.call(node, env), W, rows)
         if place is None:
             raise counts(
@@ -186,7 +186,7 @@ def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
     return found
 
 
-def _read_nodes(node: fx.Node) -> list[fx.Node]:
+def read_nodes(node: fx.Node) -> list[fx.Node]:
     """List the inputs of a node whose numbers matter, not their shape or type alone."""
     unread = local_rules.unread(node.target)
     return [x for name, _, x in _arguments(node) if name not in unread] if unread else node.all_input_nodes
@@ -310,6 +310,15 @@ def _kept_place(a: Analysis, node: fx.Node, W: int, at: Mapping[fx.Node, Place])
     return place
 
 
+def kept_apart(gm: fx.GraphModule, at: Sequence[int | None], many: int) -> list[int | None]:
+    """Prove that a graph keeps rows apart that some inputs have along an axis; say which axis of results has them."""
+    given = [None if k is None else Place(k, 1, 1) for k in at]
+    places = _followed("learner", gm, given, range(len(results_of(gm.graph))), many)
+    if any(p is not None and p[1:] != (1, 1) for p in places):
+        raise DerivationError(f"derive: rows are cut, or joined with other numbers, in {gm.code}")
+    return [None if p is None else p.axis for p in places]
+
+
 def _followed(
     who: str, gm: fx.GraphModule, places: Sequence[Place | None], wanted: Iterable[int], W: int
 ) -> list[Place | None]:
@@ -323,7 +332,7 @@ def _followed(
     results, rows = results_of(gm.graph), dict[fx.Node, Place]()
     read = needed(results[k] for k in wanted)
     for node in part.nodes:
-        if node in read and any(s in part.tok for s in _read_nodes(node)):
+        if node in read and any(s in part.tok for s in read_nodes(node)):
             part.tok.add(node)
             part.places[node] = _place(part, node, env, W)
         elif node in read:
@@ -407,6 +416,12 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
 
 def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
+    if getattr(local_rules.find_row(op.target), "kind", "") == "view":
+        return DerivationError(
+            f"derive: the {a.who} takes rows apart, as a loop over them does, and so mixes tokens at "
+            f"{source_line(node)}: {op_name(op)} gives some of them alone; expected {_apart[a.who]} Write it for all "
+            "rows at once: ops on the last axes, or torch.vmap(f)(x) in place of torch.stack([f(row) for row in x])."
+        )
     where = source_line(node) or f"{op_name(op)}, called inside torch"
     if local_rules.find_row(op.target) is None and has_no_row(op):
         return DerivationError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from dualform.graphs import local_rules
 from dualform.graphs.definitions import definition_of
@@ -44,14 +47,96 @@ def spell(graph: fx.GraphModule, who: str) -> None:
             _without_padding(graph.graph, node)
         elif node.target == aten.pad.default and "circular" in node.args:
             _in_circles(graph.graph, node)
-    for n, node in enumerate(graph.graph.nodes):
-        node.meta["ordinal"] = n
+    _number(graph.graph)
+    for node in graph.graph.nodes:
         if node.all_input_nodes and not _has_rule_for_rows(node.target):
             raise DerivationError(
                 f"derive: the {who} uses {op_name(node)} at {source_line(node) or 'a line inside torch'}, which torch "
                 "cannot map over rows (batch and heads); expected ops with a vmap rule. Write that line with other "
                 "ops."
             )
+
+
+class Ordinal(NamedTuple):
+    """Which node of a trace it is, however many tokens there are: a call of the user's by its number, what a call is
+    spelt out in by what it is made of. numbers: what else it is given."""
+
+    key: int
+    inputs: tuple[tuple[int, bool], ...]  # keys, and is each a call's
+    numbers: tuple[Any, ...]
+
+
+def _number(graph: fx.Graph) -> None:
+    """Say of each node which one it is. Torch leaves out, for one token, what fits sizes to others."""
+    said: Counter[Any] = Counter()
+    for node in graph.nodes:
+        behind = [_behind(x) for x in node.all_input_nodes]
+        inputs = tuple((x.meta["ordinal"].key, x.op != "call_function" or "call" in x.meta) for x in behind)
+        name = str(node.target) if node.op == "call_function" else node.op
+        key = (name, node.meta.get("call", inputs))
+        said[key] += 1
+        row = local_rules.find_row(node.target)
+        leaves = [] if row is not None and row.ways else pytree.tree_leaves((node.args, node.kwargs))
+        numbers = tuple(x if type(x) is int else repr(x) for x in leaves if not isinstance(x, fx.Node))
+        node.meta["ordinal"] = Ordinal(hash((key, said[key])), inputs, numbers if node.op == "call_function" else ())
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    source = fitted(node)
+    return node if source is None else _behind(source)
+
+
+def fitted(node: fx.Node) -> fx.Node | None:
+    """What an op fits to other sizes: torch writes it only where they differ or are not 1, and one token has size 1."""
+    if node.target is operator.getitem:
+        made, place = cast("tuple[Any, int]", node.args)
+        return made.args[0][place] if made.target is aten.broadcast_tensors.default else None
+    row, is_contiguous = local_rules.find_row(node.target), node.target is aten.contiguous.default
+    is_reshape = row is not None and row.ordered and row.odd
+    fits = is_reshape or is_contiguous or node.target in (aten.expand.default, aten.sum_to_size.default)
+    return node.all_input_nodes[0] if fits else None
+
+
+def twins(many: fx.Graph, one: fx.Graph, W: int) -> dict[fx.Node, fx.Node]:
+    """Match the nodes of two traces of one learner, where they are certainly alike; a rewritten node stands for the one
+    it replaced."""
+    nodes, others = map(_by_key, (many, one))
+    found: dict[fx.Node, fx.Node] = {}
+    wrong: set[int] = set()
+
+    def are_one(x: tuple[int, bool], y: tuple[int, bool]) -> bool:
+        """Are two inputs twins, or are both of what a call is spelt out in, otherwise for one token?"""
+        is_part = not (x[1] or y[1] or x[0] in others or y[0] in nodes)
+        return (x[0] == y[0] and x[0] not in wrong) or is_part
+
+    def are_alike(n: Ordinal, m: Ordinal) -> bool:
+        if [len(n.inputs), len(n.numbers)] != [len(m.inputs), len(m.numbers)]:
+            return False
+        numbers = zip(n.numbers, m.numbers, strict=True)
+        return all(map(are_one, n.inputs, m.inputs)) and all(
+            x == y or (isinstance(x, int) and isinstance(y, int) and x == W * y) for x, y in numbers
+        )
+
+    for key, own in nodes.items():
+        there = others.get(key, [])
+        if there and are_alike(own[-1].meta["ordinal"], there[-1].meta["ordinal"]):
+            last = -1 if len(own) != len(there) else 0
+            found |= zip(own[last:], there[last:], strict=True)
+        else:
+            wrong.add(key)
+    for n in many.nodes:
+        source = fitted(n)
+        if n not in found and source in found:  # one token has that size already
+            found[n] = found[source]
+    return found
+
+
+def _by_key(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if (ordinal := node.meta.get("ordinal")) is not None:
+            found.setdefault(ordinal.key, []).append(node)
+    return found
 
 
 def _as_slice_scatter(graph: fx.Graph, node: fx.Node) -> None:

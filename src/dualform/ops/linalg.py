@@ -20,6 +20,7 @@ from dualform.ops.spelled import cdist
 from dualform.ops.table import OpCall, broadcast_axes, defined_row, dims_of, row
 
 NN, BNN = T("n n", "positive"), T("b n n", "positive")
+FACTORS, PIVOTS = T("2 3 3", "positive"), torch.tensor([[2, 2, 3], [1, 3, 3]], dtype=torch.int32)
 
 
 def _square(x: Tensor) -> tuple[tuple[Axis, ...], Axis, Axis]:
@@ -139,11 +140,50 @@ def _cholesky_solve(call: OpCall, operand: int) -> list[Term]:
     return [Term(-1.0, first, out, inn), Term(-1.0, (factor(C @ M, "C L", i, b), factor(X, "X", a, k)), out, inn)]
 
 
+@defined_row(
+    "aten::linalg_lu_solve", *(call("", FACTORS, PIVOTS, T("2 3 k"), adjoint=a) for a in (False, True)),
+    *(call("", FACTORS, PIVOTS, T("2 k 3"), left=False, adjoint=a) for a in (False, True)),
+)  # fmt: skip
+def _lu_solve(LU: Tensor, pivots: Tensor, B: Tensor, *, left: bool = True, adjoint: bool = False) -> Tensor:
+    """A X = B with A = P L U, or A^T X = B; X A = B is A^T X^T = B^T."""
+    if not left:
+        return _lu_solve(LU, pivots, B.mT, adjoint=not adjoint).mT
+    P, L, U = torch.lu_unpack(LU, pivots)
+    solve = torch.linalg.solve_triangular
+    if adjoint:
+        return P @ solve(L.mT, solve(U.mT, B, upper=False), upper=True, unitriangular=True)
+    return solve(U, solve(L, P.mT @ B, upper=False, unitriangular=True), upper=True)
+
+
+@defined_row("aten::triangular_solve", *(call("", T("b n k"), BNN, u, t) for u in (True, False) for t in (True, False)))
+def _triangular_solve(
+    self: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The old spelling, with a copy of the matrix."""
+    M = A.mT if transpose else A
+    return torch.linalg.solve_triangular(M, self, upper=upper != transpose, unitriangular=unitriangular), A.clone()
+
+
+def _reads_matrix(call: OpCall, name: str, k: int | None) -> list[Term]:
+    """Every result of a matrix, whole numbers too, looks at all of it, and of its pivots."""
+    many = call.operands[0].ndim - 2
+    batch = fresh_axes(call.out.shape[:many])
+    out, inn = fresh_axes(call.out.shape[many:]), fresh_axes(call.argument(name, k).shape[many:])
+    return [Term(1.0, (), (*batch, *out), (*batch, *inn))]
+
+
+@defined_row("aten::linalg_lu", call("", BNN).of(2), call("", T("b n m")).of(1))
+def _lu(A: Tensor, *, pivot: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """By the factors as one matrix, which torch maps over rows."""
+    return torch.lu_unpack(*torch.linalg.lu_factor(A, pivot=pivot))
+
+
 @row(
-    "aten::linalg_pinv", "aten::linalg_matrix_exp", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_lu", "aten::linalg_lu_factor_ex", "aten::cholesky_inverse",
-    examples=[
+    "aten::linalg_pinv", "aten::linalg_matrix_exp", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_lu_factor_ex", "aten::lu_unpack", "aten::cholesky_inverse",
+    reads=_reads_matrix, examples=[
+        call("lu_unpack", FACTORS, PIVOTS).of(1), call("lu_unpack", FACTORS, PIVOTS).of(2),
         call("linalg_pinv.atol_rtol_tensor", T("b n m")), call("linalg_matrix_exp", T("b n n")), call("_linalg_svd", T("b n m")).of(1), call("_linalg_eigh", BNN), call("linalg_qr", T("b m n")).of(1),
-        call("linalg_lu", BNN).of(2), call("linalg_lu_factor_ex", BNN), call("cholesky_inverse", BNN), call("linalg_matrix_exp", T("n n")),
+        call("linalg_lu_factor_ex", BNN), call("cholesky_inverse", BNN), call("linalg_matrix_exp", T("n n")),
     ],
 )  # fmt: skip
 def _each_matrix(call: OpCall, operand: int) -> list[Term]:

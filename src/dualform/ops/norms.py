@@ -127,7 +127,7 @@ row(
     examples=[call("", NM, [4], T("4"), T("4"), 1e-5)],
 )  # fmt: skip
 @row(
-    "aten::layer_norm", affine=GAIN,
+    "aten::layer_norm", affine=GAIN, ways={"cudnn_enable"},
     examples=[call("", NM, [4], T("4"), T("4")), call("", T("k 3 2"), [3, 2]), call("", T("n 1"), [1])],
 )  # fmt: skip
 def _layer_norm(call: OpCall, operand: int) -> list[Term]:
@@ -157,7 +157,7 @@ def _rms_norm(call: OpCall, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::group_norm", affine=GAIN,
+    "aten::group_norm", affine=GAIN, ways={"cudnn_enabled"},
     examples=[call("", T("b 4 l"), 2, T("4"), T("4")), call("", T("b 4"), 2), call("", T("1 6 n k"), 3, T("6"), T("6"), 0.1), call("", T("b 4 n"), 4), call("", T("b 3 n"), 1)],
 )  # fmt: skip
 def _group_norm(call: OpCall, operand: int) -> list[Term]:
@@ -173,7 +173,7 @@ def _group_norm(call: OpCall, operand: int) -> list[Term]:
 
 @row(
     "aten::batch_norm", "aten::instance_norm",  # which operand is which depends on what is given: no claim of affinity
-    examples=[
+    ways={"cudnn_enabled"}, examples=[
         call("batch_norm", T("b c l"), T("c"), T("c"), T("c"), T("c"), False, 0.1, 1e-5, False),
         call("batch_norm", T("n c"), None, None, T("c"), T("c"), False, 0.1, 1e-5, False),
         call("batch_norm", T("b c l"), T("c"), T("c"), None, None, True, 0.1, 1e-5, False),

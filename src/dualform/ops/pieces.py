@@ -150,7 +150,7 @@ def _repeated(x: Tensor, repeats: Any) -> Tensor:
     return wide.reshape([size * r for size, r in zip(sizes, repeats, strict=True)])
 
 
-@row("aten::tile", affine=ALL, examples=[call("", T("n 1"), [2, 2, 3]), call("", T("k n m"), [2])])
+@row("aten::tile", affine=ALL, sizes={"dims"}, examples=[call("", T("n 1"), [2, 2, 3]), call("", T("k n m"), [2])])
 @row("aten::repeat", affine=ALL, lowered=_repeated, examples=[call("", T("n 1"), [2, 2, 3])])
 def _repeat(call: OpCall, operand: int) -> list[Term]:
     x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])

@@ -86,7 +86,9 @@ _SPECS = [
 ]  # fmt: skip
 
 
-@product_row("aten::einsum", examples=[call("einsum", spec, [T(x) for x in tensors]) for spec, *tensors in _SPECS])
+@product_row(
+    "aten::einsum", ways={"path"}, examples=[call("einsum", spec, [T(x) for x in tensors]) for spec, *tensors in _SPECS]
+)
 def _einsum(call: OpCall) -> Product:
     tensors = call.operands
     left, arrow, right = call.bound["equation"].replace(" ", "").partition("->")

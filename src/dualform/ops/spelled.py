@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,16 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     return _LeastSquares(X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0))
 
 
+class _Solved(NamedTuple):
+    result: Tensor
+    info: Tensor
+
+
+def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> _Solved:
+    """One result that weights and tokens meet in."""
+    return _Solved(torch.linalg.solve(A, B, left=left), A.new_zeros(A.shape[:-2], dtype=torch.int32))
+
+
 def _gaussian_nll(
     input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
@@ -125,39 +135,106 @@ def _gaussian_nll(
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
-def _lstm(input: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate by gate: torch traces one of single precision on the CPU as a call of oneDNN, which vmap cannot map."""
-    own = isinstance(params, tuple | list) and hx[0].shape[-1] == hx[1].shape[-1]  # not packed, no projections
-    if not own or (rest[2] and rest[3]) or torch.is_autocast_enabled("cpu"):  # dropout is refused as random
-        return torch.lstm(input, hx, params, *rest)
-    has_biases, layers, _, _, bidirectional, batch_first = rest
-    count, sides = 4 if has_biases else 2, 2 if bidirectional else 1
-    x = input.transpose(0, 1) if batch_first else input
-    ends: list[tuple[Tensor, Tensor]] = []
-    for layer in range(layers):
-        sweeps: list[Tensor] = []
-        for n in range(layer * sides, (layer + 1) * sides):
-            into, again, *biases = params[n * count : (n + 1) * count]
-            (b, b_again), h, c = biases or (None, None), hx[0][n], hx[1][n]
-            gates = torch.nn.functional.linear(x, into, b)
-            steps: list[Tensor] = []
-            for at in range(len(x)) if n % sides == 0 else reversed(range(len(x))):
-                i, f, g, o = (gates[at] + torch.nn.functional.linear(h, again, b_again)).chunk(4, -1)
-                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                h = o.sigmoid() * c.tanh()
-                steps.append(h)
-            sweeps.append(torch.stack(steps if n % sides == 0 else steps[::-1]))
-            ends.append((h, c))
-        x = torch.cat(sweeps, -1) if bidirectional else sweeps[0]
-    last, cells = (torch.stack(one) for one in zip(*ends, strict=True))
-    return x.transpose(0, 1) if batch_first else x, last, cells
+def _recurrent(whole: Callable[..., Any], cell: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Step by step: torch goes about it by sizes, and an LSTM of single precision is a call of oneDNN on the CPU, which
+    vmap cannot map. cell: of what is read, what is remembered and the states, the new ones."""
+
+    def run(input: Tensor, hx: Any, params: Any, *rest: Any) -> tuple[Tensor, ...]:
+        states = hx if isinstance(hx, tuple | list) else (hx,)
+        own = isinstance(params, tuple | list) and len({x.shape[-1] for x in states}) == 1  # not packed, no projections
+        if not own or (rest[2] and rest[3]) or torch.is_autocast_enabled("cpu"):  # dropout is refused as random
+            return whole(input, hx, params, *rest)
+        has_biases, layers, _, _, bidirectional, batch_first = rest
+        each, sides = 4 if has_biases else 2, 2 if bidirectional else 1
+        x = input.transpose(0, 1) if batch_first else input
+        ends: list[tuple[Tensor, ...]] = []
+        for layer in range(layers):
+            sweeps: list[Tensor] = []
+            for n in range(layer * sides, (layer + 1) * sides):
+                into, again, *biases = params[n * each : (n + 1) * each]
+                (b, b_again), now = biases or (None, None), tuple(state[n] for state in states)
+                read = torch.nn.functional.linear(x, into, b)
+                steps: list[Tensor] = []
+                for at in range(len(x)) if n % sides == 0 else reversed(range(len(x))):
+                    now = cell(read[at], torch.nn.functional.linear(now[0], again, b_again), *now)
+                    steps.append(now[0])
+                sweeps.append(torch.stack(steps if n % sides == 0 else steps[::-1]))
+                ends.append(now)
+            x = torch.cat(sweeps, -1) if bidirectional else sweeps[0]
+        last = (torch.stack(one) for one in zip(*ends, strict=True))
+        return x.transpose(0, 1) if batch_first else x, *last
+
+    return run
+
+
+def _lstm_cell(x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (x + y).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor]:
+    (r, z, n), (r_again, z_again, n_again) = x.chunk(3, -1), y.chunk(3, -1)
+    n = (n + (r + r_again).sigmoid() * n_again).tanh()
+    return ((h - n) * (z + z_again).sigmoid() + n,)
+
+
+_bagged = torch.nn.functional.embedding_bag
+
+
+def _embedding_bag(
+    input: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False, padding_idx: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Bags that are rows (..., n): looked up, and summed, averaged, or the largest of each, without what is padding."""
+    w = per_sample_weights
+    is_refused = w is not None and (mode != "sum" or w.shape != input.shape or w.dtype != weight.dtype)
+    if input.ndim != 2 or max_norm is not None or is_refused:
+        return _bagged(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+    found = torch.nn.functional.embedding(input, weight)
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    kept = torch.ones_like(input, dtype=torch.bool) if padding is None else input != padding
+    count = kept.sum(-1, keepdim=True)
+    if mode == "max":
+        largest = torch.where(kept[..., None], found, -torch.inf).max(-2).values
+        return torch.where(count > 0, largest, 0.0)
+    weights = kept.to(found.dtype) if per_sample_weights is None else kept * per_sample_weights
+    total = (found * weights[..., None]).sum(-2)
+    return total / count.clamp(min=1) if mode == "mean" else total
+
+
+def _once(join: Callable[..., Tensor], thick: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., Tensor]:
+    """[b] * n, joined: b so often. thick: what is done to each before."""
+
+    def joined(tensors: Sequence[Tensor], dim: int = 0, **rest: Any) -> Tensor:
+        first = tensors[0] if len(tensors) else None
+        if rest or first is None or any(x is not first for x in tensors):
+            return join(tensors, **rest) if thick is torch.atleast_2d else join(tensors, dim, **rest)
+        x = thick(first)
+        if join is torch.stack:
+            dim %= x.ndim + 1
+            return x.unsqueeze(dim).expand(*x.shape[:dim], len(tensors), *x.shape[dim:])
+        return x.repeat([len(tensors) if k == dim % x.ndim else 1 for k in range(x.ndim)])
+
+    return joined
 
 
 SPELLED: dict[Any, Callable[..., Any]] = {
-    torch.linalg.lstsq: _lstsq, torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
+    **{join: _once(join) for join in (torch.stack, torch.cat, torch.concat, torch.concatenate)},
+    **{join: _once(join, torch.atleast_2d) for join in (torch.vstack, torch.row_stack)},
+    _bagged: _embedding_bag,
+    torch.linalg.lstsq: _lstsq, torch.linalg.solve_ex: _solve_ex,
+    torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
     Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,
     Tensor.fill_diagonal_: _fill_diagonal, torch.vander: _vander, torch.rrelu: _rrelu,
-    torch.lstm: _lstm, torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.lstm: _recurrent(torch.lstm, _lstm_cell), torch.gru: _recurrent(torch.gru, _gru_cell),
+    torch.rnn_tanh: _recurrent(torch.rnn_tanh, lambda x, y, h: ((x + y).tanh(),)),
+    torch.rnn_relu: _recurrent(torch.rnn_relu, lambda x, y, h: ((x + y).relu(),)),
+    torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_channels,
 }  # fmt: skip
 
@@ -202,6 +279,7 @@ TWICE: dict[Any, Callable[..., Tensor]] = {
     torch.nn.functional.layer_norm: _layer_norm,
     torch.nn.functional.scaled_dot_product_attention: _attention,
     torch.nn.functional.instance_norm: _instance_norm,
+    _bagged: _embedding_bag,
 }
 
 

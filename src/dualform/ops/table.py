@@ -157,7 +157,8 @@ class Row:
     which it takes only shape and type. affine: the maximal sets of operands in which it is jointly affine; "each":
     every operand by itself; "all": all together. multilinear: homogeneous in each operand. examples: calls on which the
     laws are tried. adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that
-    is cheaper.
+    is cheaper. sizes: arguments, whatever they are called, that the shapes of operands and result decide. ways: those
+    that say how it goes about it, by sizes or flags of the process: the same numbers.
 
     kind: "map" (entry by entry), "reduction", "product" (of two matrices), "pieces", "view" (the same memory, read
     otherwise); what has none is spelt out in others before it is generated. entry: how it reads: an Entry, or a
@@ -184,6 +185,8 @@ class Row:
     reads: Reads | None = None
     adjoint: Adjoint | None = None
     unread: Collection[str] = frozenset()
+    sizes: Collection[str] = ()
+    ways: Collection[str] = ()
     kind: str = ""
     entry: Entry | Callable[..., Any] | None = None
     lowered: Callable[..., Any] | None = None

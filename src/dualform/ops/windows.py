@@ -80,9 +80,9 @@ _CONVOLUTIONS = [
 ]  # fmt: skip
 
 
-@row("aten::conv1d", "aten::conv2d", "aten::conv3d", affine=JOINT, examples=_CONVOLUTIONS)
+@row("aten::conv1d", "aten::conv2d", "aten::conv3d", affine=JOINT, sizes={"groups"}, examples=_CONVOLUTIONS)
 @row(
-    "aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d", affine=JOINT,
+    "aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d", affine=JOINT, sizes={"groups"},
     examples=[
         call("conv_transpose1d", T("b c l"), T("c o 3"), T("o"), [2], [1], [1]), call("conv_transpose1d", T("c l"), T("c 2 2")),
         call("conv_transpose2d.input", T("1 4 3 2"), T("4 3 2 3"), T("6"), [2, 1], [1], [0], 2, [1, 2]),
@@ -90,7 +90,7 @@ _CONVOLUTIONS = [
     ],
 )  # fmt: skip
 @row(
-    "aten::convolution", "aten::_convolution", affine=JOINT,
+    "aten::convolution", "aten::_convolution", affine=JOINT, sizes={"groups"},
     examples=[
         call("convolution", T("b c l"), T("o c 3"), T("o"), [2], [1], [1], False, [0], 1),
         call("convolution", T("b c l"), T("c o 3"), None, [2], [1], [1], True, [1], 1),

@@ -1,0 +1,202 @@
+"""What user code keeps of a trace: a table made at its first call, in a dict, a global, an lru_cache.
+
+table = lru_cache(lambda n: torch.arange(n) / n)        what it holds is given its numbers, where it is
+seen["h"] = x @ w                                       is taken out of `seen` again, and refused
+
+No stand-in outlives its trace: whoever finds it later would compute with a tensor without numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import CellType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
+
+from dualform.graphs.hollow import Hollow
+from dualform.shapes import TraceError
+
+Value = Callable[[], Tensor]  # finds the numbers of what is made of constants alone
+
+
+class _Seen(NamedTuple):
+    tensor: weakref.ref[Tensor]
+    line: str
+    value: Value | None = None
+
+
+class Settled(TraceError):
+    """A refusal that stands: a second trace would find what the first has left, or say it worse."""
+
+
+def survivors() -> Survivors:
+    """Those of the trace that this thread runs."""
+    return _here.outer or Survivors()
+
+
+class _Threads(threading.local):
+    outer: Survivors | None = None
+
+
+_here = _Threads()
+
+
+class Survivors:
+    """The stand-ins that the function of one trace has seen; a trace inside another leaves its own to that one."""
+
+    def __init__(self) -> None:
+        self.outer, self.before = _here.outer, sys.exc_info()[1]
+        self.refused: Exception | None = None  # what torch said of a call
+        self._seen: list[_Seen] = []
+        self._values: Callable[[], dict[int, Value]] = dict
+
+    def __enter__(self) -> Survivors:
+        _here.outer = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _here.outer = self.outer
+
+    def begin(self, inputs: Sequence[Tensor], values: Callable[[], dict[int, Value]]) -> None:
+        """Take a function's inputs; values: lets go of all tensors that are known, and says how to find the numbers of
+        each, by its identity."""
+        self._values = values
+        self.note(inputs, "")
+
+    def note(self, tree: Any, line: str) -> None:
+        """Note what the line's op gave."""
+        leaves = pytree.tree_leaves(tree) if isinstance(tree, list | tuple | dict) else (tree,)
+        self._seen += [_Seen(weakref.ref(x), line) for x in leaves if isinstance(x, Hollow | FakeTensor)]
+
+    def end(self, error: BaseException | None = None) -> bool:
+        """Leave no stand-in behind. Say whether the function found some of its own making, now with numbers.
+
+        Whoever asks has let go of all tensors of the trace, but in its error.
+        Raises: Settled if something is kept that is made of an input, unless there is an error already.
+        """
+        values = self._values()
+        seen = [s._replace(value=s.value or values.get(id(s.tensor()))) for s in self._seen]
+        self._seen, self.refused = [], None
+        _forget(error, self.before)
+        if self.outer is not None:
+            self.outer._seen += seen
+            return False
+        left = {id(x): (x, s.line, s.value) for s in reversed(seen) if (x := s.tensor()) is not None}
+        del seen  # a tensor with weak references is not exchanged
+        made = {id(x) for x, _, value in left.values() if value is not None and _is_given(x, value)}
+        kept = [(weakref.ref(x), line, value) for x, line, value in left.values() if id(x) not in made]
+        left.clear()
+        if any(x() is not None for x, *_ in kept):
+            gc.collect()  # what refers to itself, as a module's copy and its methods, is kept by nobody
+        found: list[tuple[str, str]] = []
+        while kept:
+            x, line, value = kept.pop()
+            where = _let_go(x())
+            found += [(line, where)] if where and value is None else []
+        if found and error is None:
+            line, where = found[-1]
+            raise Settled(
+                f"trace: {f'`{line}`' if line else 'an input'} is kept in {where} beyond the call; expected a function "
+                "that keeps nothing made of its inputs. Return it; a table that depends on no input may be kept."
+            )
+        return bool(made)
+
+
+def _forget(error: BaseException | None, before: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, and of those behind it."""
+    todo, done = [error], [before]
+    while todo:
+        error = todo.pop()
+        if error is not None and error not in done:
+            done.append(error)
+            traceback.clear_frames(error.__traceback__)
+            todo += [error.__cause__, error.__context__]
+
+
+def _is_given(x: Tensor, value: Value) -> bool:
+    """Exchange a stand-in for its numbers, for all who hold it."""
+    try:
+        with torch.inference_mode(False):
+            torch.utils.swap_tensors(x, value().detach())
+    except Exception:  # torch still refers to it, or the numbers are gone
+        return False
+    return True
+
+
+def _let_go(x: Any) -> str:
+    """Take a thing out of where it is kept, and name that; empty if no Python object keeps it."""
+    where = ""
+    for holder in [] if x is None else gc.get_referrers(x):  # no closure of ours is one
+        if not isinstance(holder, FrameType):
+            where = _taken(holder, x) or where
+    return where
+
+
+def _taken(holder: Any, x: Any) -> str:
+    if isinstance(holder, functools._lru_cache_wrapper):
+        holder.cache_clear()
+        return f"the cache of {holder.__qualname__}"
+    if isinstance(holder, CellType):
+        holder.cell_contents = None
+        return "a variable of a closure"
+    if isinstance(holder, tuple | frozenset):
+        return _let_go(holder)
+    if isinstance(holder, dict):
+        owner = _owner(holder)
+        return "" if isinstance(owner, fx.Node) else _taken_out(holder, _keys(holder, x), owner)  # a shape of a graph's
+    if isinstance(holder, list | deque | set):
+        kept = [v for v in holder if v is not x]
+        holder.clear()
+        (holder.update if isinstance(holder, set) else holder.extend)(kept)
+        return _named(holder)
+    return _taken_out({}, _keys(getattr(holder, "__dict__", {}), x), holder)
+
+
+def _taken_out(names: dict[Any, Any], keys: list[Any], owner: Any) -> str:
+    """Take entries out of a dict; what has a name gets none of it, as before a first call."""
+    for key in keys:
+        if owner is None:
+            del names[key]
+        elif isinstance(owner, dict):
+            owner[key] = None
+        else:
+            setattr(owner, key, None)
+    if not keys or isinstance(owner, dict):
+        return str(keys[0]) if keys else f"a {type(owner).__qualname__}"
+    if owner is None:
+        return f"{_named(names)}[{keys[0]!r}]"
+    return f"{getattr(owner, '__qualname__', type(owner).__qualname__)}.{keys[0]}"
+
+
+def _owner(names: dict[Any, Any]) -> Any:
+    """Whose names a dict holds: a module's globals their own; None: nobody's."""
+    if "__builtins__" in names:
+        return names
+    for owner in gc.get_referrers(names):
+        if isinstance(owner, type | fx.Node) or getattr(owner, "__dict__", None) is names:
+            return owner
+    return None
+
+
+def _keys(names: Mapping[Any, Any], x: Any) -> list[Any]:
+    return [key for key, value in names.items() if value is x or key is x]
+
+
+def _named(holder: Any) -> str:
+    """The name of a list or dict that is a global or an attribute."""
+    for names in gc.get_referrers(holder):
+        keys = _keys(names if isinstance(names, dict) else getattr(names, "__dict__", {}), holder)
+        if keys and isinstance(keys[0], str):
+            return keys[0]
+    return f"a {type(holder).__qualname__}"
