@@ -383,7 +383,7 @@ def felt(a: Analysis) -> set[fx.Node]:
     for node in a.nodes:
         value = node.meta["val"]
         has_none = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-        if not has_none and not found.isdisjoint(_read_nodes(node)):
+        if not has_none and not found.isdisjoint(read_nodes(node)):
             found.add(node)
     return found
 
