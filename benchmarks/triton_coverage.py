@@ -189,7 +189,8 @@ def report(found: harness.Found) -> str:
     head = ["learners", "directions", "wholly in Triton", "share", "torch beside", "refused", "failed"]
     rest = [x for x in rows if x["ran"] != "whole"]
     ops = Counter(op for x in rest for op in {op for op, *_ in x["apart"]})
-    often = f"The ops that keep a direction from it, and of how many: {', '.join(f'{op} {n}' for op, n in ops.most_common())}.\n"
+    counted = ", ".join(f"{op} {n}" for op, n in sorted(ops.items(), key=lambda x: (-x[1], x[0])))
+    often = f"The ops that keep a direction from it, and of how many: {counted}.\n"
     spelt = []
     for x in rest:
         (op, why, _), *more = x["apart"]

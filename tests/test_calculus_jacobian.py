@@ -388,7 +388,9 @@ PICKLED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("copied", [lambda J: pickle.loads(pickle.dumps(J)), copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
+@pytest.mark.parametrize(
+    "copied", [lambda J: pickle.loads(pickle.dumps(J)), copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"]
+)
 @pytest.mark.parametrize("make", PICKLED.values(), ids=PICKLED)
 def test_a_derivative_is_pickled_as_its_terms(make, copied):
     J = make(rand(3, 4))
