@@ -823,12 +823,36 @@ class _Caching(torch.nn.Module):
         return self.f(x @ self.w) + self.table
 
 
+def _in_parts_of_a_dict(x: Tensor) -> Tensor:
+    if not _TABLES:
+        _TABLES["all"] = {"scale": torch.arange(4, dtype=x.dtype), "shift": _cached(4, x.dtype)[0] * 2}
+    return x * _TABLES["all"]["scale"] + _TABLES["all"]["shift"]
+
+
+class _Gained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * _TABLES.setdefault("gain", torch.ones(1, dtype=x.dtype) * 3)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * _TABLES["gain"] * 2
+
+
+def _in_a_gradient_of_picks(x: Tensor) -> Tensor:
+    h = x * 1
+    h[x < 0] = _Gained.apply(h[x < 0])
+    return h
+
+
 @pytest.mark.usefixtures("_nothing_kept")
-@pytest.mark.parametrize("f", _CACHING[:4])
-def test_a_learner_may_cache_tables(f):
+@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("f", [*_CACHING[:4], _in_parts_of_a_dict, _in_a_gradient_of_picks])
+def test_a_learner_may_cache_tables(f, prove):
+    """As what the learner holds, not as numbers of the trace, from the first program on."""
     learner = _Caching(f)
     for chunk in (3, 2):
-        check_forms(df.derive(learner, rule=df.rules.SGD(lr=0.2), chunk=chunk), time=7)
+        check_forms(df.derive(learner, rule=df.rules.SGD(lr=0.2), chunk=chunk, prove=prove), time=7)
         assert learner.table is None or type(learner.table) is Tensor
         assert all(type(t) is Tensor for t in _held())
         assert type(learner(torch.ones(3, 4, dtype=torch.float64))) is Tensor
@@ -924,6 +948,12 @@ def test_a_failing_trace_leaves_nothing_either():
         assert all(type(t) is Tensor for t in _held())
 
 
+def _picked(x):
+    h = x * 1
+    h[x < 0] *= 2
+    return h
+
+
 def test_a_trace_need_not_look_for_what_is_kept(monkeypatch):
     """Nothing is collected, and no memory searched, where nothing is left."""
     monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("collected"))
@@ -932,6 +962,7 @@ def test_a_trace_need_not_look_for_what_is_kept(monkeypatch):
     learner = _Caching(torch.tanh)
     learner.log = []
     trace(lambda x: (learner(x), torch.zeros(3))[0], torch.randn(3, 4, dtype=torch.float64))
+    trace(_picked, torch.randn(3, 4, dtype=torch.float64))
 
 
 # -- tensors of one row, or none, beside token rows in functions that torch spells itself

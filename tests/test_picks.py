@@ -381,6 +381,26 @@ def test_weighted_bags_are_their_definition():
     )
 
 
+def test_weights_of_padding_count_nothing():
+    torch.manual_seed(0)
+    weights, kept = torch.sigmoid, lambda h: (ids(h) != 2)[..., None]
+    expect_the_recurrence(
+        Parts(
+            [lambda h, s: h + F.embedding_bag(ids(h), s.U, mode="sum", per_sample_weights=weights(h), padding_idx=-3)]
+        ),
+        Parts([lambda h, s: h + (s.U[ids(h)] * weights(h)[..., None] * kept(h)).sum(-2)]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights"), [("mean", lambda h: h), ("sum", lambda h: h[:, :1]), ("sum", lambda h: h[0])]
+)
+def test_weights_that_torch_does_not_take_are_refused_in_its_words(mode, weights):
+    learner = Parts([lambda h, s: F.embedding_bag(ids(h), s.U, mode=mode, per_sample_weights=weights(h))])
+    with pytest.raises(TraceError, match=r"py:\d+\)` failed with .*Error: embedding_bag: .*per_sample_weights"):
+        df.derive(learner, chunk=3, prove=False)
+
+
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_reversed_differences_are_scaled(backend):
     """rsub(x, y, alpha) = y - alpha x, of a number too."""

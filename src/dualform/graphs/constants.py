@@ -266,7 +266,8 @@ class Constants:
     def _ends(self, part: slice) -> slice:
         """A slice whose known ends are numbers."""
         ends = (part.start, part.stop, part.step)
-        return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
+        with aside():
+            return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
 
 
 def _blank(x: Tensor) -> Callable[[], Tensor]:

@@ -119,7 +119,7 @@ def trace(
 
 
 def _recorded(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved = alone
 ) -> fx.GraphModule:
     """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
     constants, listener = Constants(known, _note), Plain(trace, _note, transforms())

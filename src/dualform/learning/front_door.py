@@ -322,8 +322,7 @@ class FrontDoor:
         if first is None:
             self._first[key] = first = now
         elif wrong:
-            again = made(first.W)[2]
-            fork = asked.fork(first.W) or first.asked.fork(W)
+            again, fork = made(first.W)[2], asked.fork(first.W) or first.asked.fork(W)
             return gm, changes(who, again) if again else counts(who, decided(fork, wrong, first.W, W))
         elif key not in self._settled:
             self._settled.add(key)

@@ -127,6 +127,9 @@ class ChunkProgram(nn.Module):
                 given = source and source.derivation
                 build = partial(Derivation, self.door, inner, self.chunk, K, dtype, self.block, self.per_token, given)
                 made = undisturbed(build)
+                if self.door.key is not None and not self.door.is_current() and not self.door.read():
+                    self.plans.clear()  # a table that the first call keeps is one that was there before
+                    made = undisturbed(build)
                 twin = _structures.setdefault(self._structure(made), Plan(made))
                 made.steps = twin.derivation.steps  # what was traced for one layer serves all layers like it
                 self.plans[key] = Plan(

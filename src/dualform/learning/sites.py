@@ -30,7 +30,6 @@ from dualform.graphs.trace import source_line
 from dualform.learning.spelling import DerivationError, has_no_row, op_name, spell, spell_out
 from dualform.learning.token_maps import Place, are_tied, carried_places, find_label
 from dualform.ops.factories import is_uniform
-from dualform.ops.table import kind_of
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -313,9 +312,8 @@ def _kept_place(a: Analysis, node: fx.Node, W: int, at: Mapping[fx.Node, Place])
 
 def kept_apart(gm: fx.GraphModule, at: Sequence[int | None], many: int) -> list[int | None]:
     """Prove that a graph keeps rows apart that some inputs have along an axis; say which axis of results has them."""
-    places = _followed(
-        "learner", gm, [None if k is None else Place(k, 1, 1) for k in at], range(len(results_of(gm.graph))), many
-    )
+    given = [None if k is None else Place(k, 1, 1) for k in at]
+    places = _followed("learner", gm, given, range(len(results_of(gm.graph))), many)
     if any(p is not None and p[1:] != (1, 1) for p in places):
         raise DerivationError(f"derive: rows are cut, or joined with other numbers, in {gm.code}")
     return [None if p is None else p.axis for p in places]
@@ -400,7 +398,7 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
 
 def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
-    if kind_of(op.target) == "view":
+    if getattr(local_rules.find_row(op.target), "kind", "") == "view":
         return DerivationError(
             f"derive: the {a.who} takes rows apart, as a loop over them does, and so mixes tokens at "
             f"{source_line(node)}: {op_name(op)} gives some of them alone; expected {_apart[a.who]} Write it for all "
