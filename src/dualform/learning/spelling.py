@@ -76,7 +76,8 @@ def _number(graph: fx.Graph) -> None:
         key = (name, node.meta.get("call", inputs))
         said[key] += 1
         row = local_rules.find_row(node.target)
-        leaves = [] if row is not None and row.ways else pytree.tree_leaves((node.args, node.kwargs))
+        args = (op_name(node), node.args[2:]) if is_kept(node) else node.args  # its key is of the sizes in it, too
+        leaves = [] if row is not None and row.ways else pytree.tree_leaves((args, node.kwargs))
         numbers = tuple(x if type(x) is int else repr(x) for x in leaves if not isinstance(x, fx.Node))
         node.meta["ordinal"] = Ordinal(hash((key, said[key])), inputs, numbers if node.op == "call_function" else ())
 
