@@ -77,7 +77,9 @@ class ChunkProgram(nn.Module):
         self._derive()
 
     def _derive(self) -> None:
-        dtype = self.signature.kind[0]
+        # A layer's objective is converted with it, the module that its learner is traced on is not.
+        own = self.objective.parameters() if isinstance(self.objective, nn.Module) else ()
+        dtype = self.signature.computed_in(*(x for x in own if x.is_floating_point()))
         if self.width is not None:
             self.plan(self.width, dtype, "auto")
         else:  # the rule's mistakes are no less known
