@@ -16,6 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What looks at all objects there are, for who holds one, goes first: later there are millions."""
+    items.sort(key=lambda item: item.path.name not in ("test_hostile_tracer.py", "test_one_token.py"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many tests were skipped, also when none was; `-ra` lists their reasons."""
     terminalreporter.write_line(f"skipped: {len(terminalreporter.stats.get('skipped', []))}")
