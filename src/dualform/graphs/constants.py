@@ -251,6 +251,8 @@ class Constants:
     def places(self, index: Any, shape: torch.Size | None = None) -> Any:
         """An index whose known masks say where they are true."""
         parts = index if isinstance(index, tuple) else (index,)
+        with aside():
+            parts = tuple(map(_mask_written_out, parts))
         if not any(self.is_mask(part) or isinstance(part, slice) for part in parts):
             return index
         found: list[Any] = []
@@ -268,6 +270,15 @@ class Constants:
         ends = (part.start, part.stop, part.step)
         with aside():
             return slice(*(int(self.value(x)) if isinstance(x, Tensor) and self.knows(x) else x for x in ends))
+
+
+def _mask_written_out(part: Any) -> Any:
+    """[True, False], or numpy's, as the mask that it is."""
+    if isinstance(part, list) and part and all(isinstance(x, bool) for x in pytree.tree_leaves(part)):
+        return torch.tensor(part)
+    if isinstance(part, numpy.ndarray) and part.dtype == bool and part.ndim:
+        return torch.tensor(part)
+    return part
 
 
 def _blank(x: Tensor) -> Callable[[], Tensor]:

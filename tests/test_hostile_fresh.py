@@ -1,0 +1,97 @@
+"""What fresh users wrote that was refused, though it is right: masks written out, losses of rows, distributions."""
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+from torch.nn import functional as F
+
+import dualform as df
+
+D = 4
+KEPT = [True, False, True, True]
+
+
+class Learner(nn.Module):
+    def __init__(self, body=lambda h, s: h):
+        super().__init__()
+        self.W, self.U = (nn.Parameter(0.5 * torch.randn(n, D, dtype=torch.float64)) for n in (D, 6))
+        self.body = body
+
+    def forward(self, x):
+        return self.body(torch.tanh(x @ self.W) * 1, self)
+
+
+def by_hand(learner, loss, x, lr=0.1, chunk=3):
+    """The recurrence: q, k, v = x, sin x, cos x, one head, one row."""
+    anchor = dict(learner.named_parameters())
+    total, outputs = dict.fromkeys(anchor, 0.0), []
+    for t in range(x.shape[0]):
+        value = loss(torch.func.functional_call(learner, anchor, (x[t].sin()[None],)), x[t].cos()[None]).sum()
+        found = torch.autograd.grad(value, list(anchor.values()), create_graph=True, materialize_grads=True)
+        total = {n: total[n] + g for n, g in zip(anchor, found, strict=True)}
+        theta = {n: w - lr * total[n] for n, w in anchor.items()}
+        outputs.append(torch.func.functional_call(learner, theta, (x[t][None],))[0])
+        if (t + 1) % chunk == 0:
+            anchor, total = theta, dict.fromkeys(anchor, 0.0)
+    return torch.stack(outputs)
+
+
+def expect_the_recurrence(learner, loss):
+    program = df.derive(learner, loss, df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    x = torch.randn(1, 7, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    expected, leaves = by_hand(learner, loss, x[0, :, 0]), [x, *learner.parameters()]
+    slopes = torch.autograd.grad(expected.sin().sum(), leaves, materialize_grads=True)
+    for way in ({"backend": "eager"}, {"form": "primal"}):
+        o = program(x, x.sin(), x.cos(), **way)[0][0, :, 0]
+        torch.testing.assert_close(o, expected, rtol=1e-9, atol=1e-11)
+        for got, wanted in zip(torch.autograd.grad(o.sin().sum(), leaves, materialize_grads=True), slopes, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+def squared(prediction, target):
+    return (prediction - target).square().sum(-1) / 2
+
+
+def zeroed(h, s):
+    h[:, KEPT] = 0
+    return h + s.U[0]
+
+
+def scaled(h, s):
+    h[:, KEPT] = h[:, KEPT] * s.U[0, :3]
+    return h
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda h, s: h[:, KEPT] @ s.U[:3],
+        lambda h, s: h[..., np.array(KEPT)] @ s.U[:3],
+        lambda h, s: h.unflatten(-1, (2, 2))[:, [[True, False], [True, True]]] @ s.U[:3],
+        lambda h, s: h @ s.W[KEPT].T @ s.U[:3],
+        zeroed,
+        scaled,
+    ],
+)
+def test_masks_that_are_written_out(body):
+    expect_the_recurrence(Learner(body), squared)
+
+
+LOSSES = {
+    "largest": lambda p, v: (p - v).abs().amax(-1),
+    "classes at axis 1": lambda p, v: F.cross_entropy(p[..., None], v.argmax(-1, keepdim=True), reduction="none")[
+        ..., 0
+    ],
+    "dim=1": lambda p, v: F.mse_loss(p, v, reduction="none").sum(1),
+    "mapped": lambda p, v: torch.vmap(lambda a, b: (a - b) @ (a - b))(p, v),
+    "normal": lambda p, v: -td.Normal(p[:, :2], F.softplus(p[:, 2:]) + 0.1).log_prob(v[:, :2]).sum(-1),
+    "categorical": lambda p, v: -td.Categorical(logits=p).log_prob(v.argmax(-1)),
+    "divergence": lambda p, v: td.kl_divergence(td.Categorical(logits=v), td.Categorical(logits=p)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_rows(name):
+    expect_the_recurrence(Learner(), LOSSES[name])
