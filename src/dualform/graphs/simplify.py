@@ -43,6 +43,8 @@ class _Folder:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
+            if node.target == aten._efficientzerotensor.default:  # the slope of sgn: none may write to it
+                node.target = aten.zeros.default
             if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
                 self.visit(node)
 
