@@ -60,7 +60,8 @@ def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Te
             return learner(theta | rest, x[None])[0]
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
-        return program.objective(predict(theta, h, k), v - k if program.target == "v-k" else v)
+        wanted = v - k if program.target == "v-k" else v
+        return program.objective(predict(theta, h, k)[None], wanted[None])[0]  # of rows, as the learner
 
     for row, h in product(range(B), range(H)):
         th = {w: x[row, h] for w, x in call.state.anchor.items()}
