@@ -291,6 +291,7 @@ _ASKED: dict[Any, Callable[..., Any]] = {
     ),
     torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
     DATA: lambda listener, x: x.detach(),
+    torch._is_all_true: lambda listener, x: True,  # torch.distributions: are the arguments valid?
     **dict.fromkeys(
         (
             getattr(Tensor, name)
