@@ -95,3 +95,43 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_rows(name):
     expect_the_recurrence(Learner(), LOSSES[name])
+
+
+class Learned(nn.Module):
+    """A loss with a map of its own, which casts nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.t, self.head = nn.Parameter(torch.ones(())), nn.Linear(D, D)
+        self.register_buffer("weight", torch.linspace(0.5, 1, D))
+
+    def forward(self, prediction, target):
+        return (self.weight * (self.t * self.head(prediction) - target).square()).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_loss_that_is_a_module_follows_its_layer_to_another_type(dtype):
+    torch.manual_seed(0)
+    layer = df.TestTimeTraining(8, 2, learner="linear", objective=Learned(), rule=("sgd", {"lr": 0.3}), chunk=4)
+    x = torch.randn(2, 9, 8)
+    expected, before = layer(x)[0], [p.detach().clone() for p in layer.objective.parameters()]
+    layer.to(dtype)
+    y = layer(x.to(dtype))[0]
+    torch.testing.assert_close(y.float(), expected, atol=1e-5 if dtype.itemsize > 2 else 0.05, rtol=1e-4)
+    y.sum().backward()
+    for p, was in zip(layer.objective.parameters(), before, strict=True):
+        assert p.dtype == p.grad.dtype == dtype
+        assert p.grad.abs().sum() > 0
+        assert torch.equal(p, was.to(dtype))
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)])
+def test_a_loss_of_another_type_than_the_state_is_the_definition_s(types):
+    learner, loss = nn.Linear(D, D).to(types[0]), Learned().to(types[1])
+    program, q = df.derive(learner, loss, df.rules.SGD(lr=0.1), chunk=3, prove=False), torch.randn(1, 7, 2, D)
+    found = []
+    for way in ({"backend": "eager"}, {"form": "primal"}):
+        o = program(q, q.sin(), q.cos(), **way)[0]
+        found.append((o, *torch.autograd.grad(o.sum(), [*loss.parameters(), *learner.parameters()])))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.05 if torch.bfloat16 in types else 1e-5)

@@ -13,10 +13,22 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from dualform.catalogue import Catalogue
+from dualform.graphs.twin import Twin
 from dualform.shapes import fail, require
 
 objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
+
+
+def losses(objective: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    """Ask an objective; what one that is a module holds is taken in the state's float type, the target's,
+    as a learner's is: a model in bfloat16 keeps a float32 state."""
+    if isinstance(objective, nn.Module):
+        held = [*objective.named_parameters(), *objective.named_buffers()]
+        other = {n: x.to(target.dtype) for n, x in held if x.is_floating_point() and x.dtype != target.dtype}
+        if other:
+            return Twin(objective)(other, prediction, target)
+    return objective(prediction, target)
 
 
 def expect_target(where: str, name: str, target: Any, kind: type[ValueError] = ValueError) -> Target:
