@@ -29,6 +29,7 @@ from dualform.learning.objectives import expect_target, losses
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError
+from dualform.learning.transforms import unwrapped
 from dualform.shapes import TraceError, require
 from dualform.storages import contents, thin
 
@@ -170,6 +171,7 @@ class FrontDoor:
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
         self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
+        self._within = {id(inner): (x, inner) for x in reading.tensors if (inner := unwrapped(x)) is not x}
         # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
         places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
         self.device = next(places, torch.device("cpu"))
@@ -400,6 +402,7 @@ class FrontDoor:
 
     def _name(self, who: str, value: Tensor, count: int) -> str:
         """Name a closed-over tensor; one that existed before the trace is the front door's, live."""
+        value = self._within.get(id(value), (value,))[0]  # no wrapper of torch.func's reaches the thread that traces
         known = {id(x): name for name, x in self.parts.closed.items()}
         if id(value) in known:
             return known[id(value)]

@@ -110,6 +110,14 @@ def is_known(x: Tensor) -> bool:
     return True
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """What a transform of torch.func at work has wrapped, as a trace on a thread of its own sees it."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def is_one_of_many(x: Tensor) -> bool:
     """Is a tensor a batch of gradients, as torch.autograd.grad takes them with is_grads_batched?"""
     return torch._C._functorch.is_legacy_batchedtensor(x)  # type: ignore[attr-defined]
