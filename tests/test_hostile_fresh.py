@@ -135,3 +135,68 @@ def test_a_loss_of_another_type_than_the_state_is_the_definition_s(types):
         found.append((o, *torch.autograd.grad(o.sum(), [*loss.parameters(), *learner.parameters()])))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0.05 if torch.bfloat16 in types else 1e-5)
+
+
+def made():
+    torch.manual_seed(0)
+    layer = df.TestTimeTraining(8, 2, learner="linear", objective=Learned(), rule=("sgd", {"lr": 0.3}), chunk=4)
+    return layer.double(), torch.randn(2, 9, 8, dtype=torch.float64)
+
+
+def slopes(x, **changed):
+    layer, _ = made()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(changed.get("times", 1.0))
+    found = torch.autograd.grad(layer(x)[0].sin().sum(), list(layer.parameters()))
+    return dict(zip(dict(layer.named_parameters()), found, strict=True))
+
+
+def value(layer, x):
+    return lambda p: torch.func.functional_call(layer, p, (x,))[0].sin().sum()
+
+
+def expect_same(got, expected):
+    for name, wanted in expected.items():
+        torch.testing.assert_close(got[name].detach(), wanted, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, at the first jvp of a process
+@pytest.mark.parametrize("warm", [False, True])
+def test_gradients_of_torch_func_reach_a_loss_s_parameters(warm):
+    layer, x = made()
+    if warm:
+        layer(x)
+    given, expected = {n: p.detach() for n, p in layer.named_parameters()}, slopes(x)
+    expect_same(torch.func.grad(value(layer, x))(given), expected)
+    along = {n: torch.randn_like(p) for n, p in given.items()}
+    pushed = torch.func.jvp(value(layer, x), (given,), (along,))[1]
+    torch.testing.assert_close(pushed.detach(), sum((along[n] * g).sum() for n, g in expected.items()))
+
+
+def test_models_side_by_side_each_have_their_own_loss():
+    layer, x = made()
+    given = {n: torch.stack([p.detach(), 1.1 * p.detach()]) for n, p in layer.named_parameters()}
+    found = torch.vmap(torch.func.grad(value(layer, x)))(given)
+    for n, times in enumerate((1.0, 1.1)):
+        expect_same({name: g[n] for name, g in found.items()}, slopes(x, times=times))
+    t = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    several = torch.vmap(lambda t: value(layer, x)({"objective.t": t}))(t)
+    alone = torch.stack([value(layer, x)({"objective.t": t}) for t in t])
+    torch.testing.assert_close(several, alone)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own, at the first jvp of a process
+def test_what_a_loss_closes_over_is_differentiated_by_torch_func():
+    torch.manual_seed(0)
+    learner, q = nn.Linear(D, D).double(), torch.randn(1, 7, 2, D, dtype=torch.float64)
+
+    def run(t):
+        return df.derive(learner, lambda p, v: t * (p - v).square().sum(-1), ("sgd", {"lr": 0.1}), chunk=3)(q, q, q)[
+            0
+        ].sum()
+
+    t = torch.tensor(1.0, dtype=torch.float64)
+    wanted = torch.autograd.grad(run(own := t.clone().requires_grad_()), own)[0]
+    torch.testing.assert_close(torch.func.grad(run)(t).detach(), wanted)
+    torch.testing.assert_close(torch.func.jvp(run, (t,), (torch.ones_like(t),))[1].detach(), wanted)

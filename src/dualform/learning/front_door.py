@@ -29,7 +29,7 @@ from dualform.learning.objectives import expect_target, losses
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError
-from dualform.learning.transforms import unwrapped
+from dualform.learning.transforms import is_batched, unwrapped
 from dualform.shapes import TraceError, require
 from dualform.storages import contents, thin
 
@@ -171,7 +171,12 @@ class FrontDoor:
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
         self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
-        self._within = {id(inner): (x, inner) for x in reading.tensors if (inner := unwrapped(x)) is not x}
+        inner = {id(x): (x, unwrapped(x)) for x in reading.tensors}
+        self._within = {id(within): (x, within) for x, within in inner.values() if within is not x}
+        # What vmap has batched cannot be traced on another thread: one of many takes its place.
+        held = self.objective if isinstance(self.objective, nn.Module) else nn.Module()
+        named = {**dict(held.named_parameters()), **dict(held.named_buffers())}
+        self._instead = {n: inner[id(x)][1] for n, x in named.items() if id(x) in inner and is_batched(x)}
         # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
         places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
         self.device = next(places, torch.device("cpu"))
@@ -234,7 +239,9 @@ class FrontDoor:
 
         def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
-            return self._trace(lambda prediction, target: losses(self.objective, prediction, target), tokens, **eyes)
+            return self._trace(
+                lambda prediction, target: losses(self.objective, prediction, target, self._instead), tokens, **eyes
+            )
 
         gm, wrong = self._alike("objective", W, make, (V, *dtypes))
         inputs, result = _ends(gm)

@@ -6,7 +6,7 @@ An objective is any callable (prediction (..., V), target (..., V)) -> (...,). `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -20,14 +20,17 @@ objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
 
 
-def losses(objective: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+def losses(
+    objective: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor,
+    instead: Mapping[str, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Ask an objective; what one that is a module holds is taken in the state's float type, the target's,
-    as a learner's is: a model in bfloat16 keeps a float32 state."""
+    as a learner's is: a model in bfloat16 keeps a float32 state. instead: what takes the place of its tensors."""
     if isinstance(objective, nn.Module):
-        held = [*objective.named_parameters(), *objective.named_buffers()]
-        other = {n: x.to(target.dtype) for n, x in held if x.is_floating_point() and x.dtype != target.dtype}
-        if other:
-            return Twin(objective)(other, prediction, target)
+        held = {**dict(objective.named_parameters()), **dict(objective.named_buffers()), **(instead or {})}
+        other = {n: x.to(target.dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != target.dtype}
+        if other or instead:
+            return Twin(objective)({**(instead or {}), **other}, prediction, target)
     return objective(prediction, target)
 
 

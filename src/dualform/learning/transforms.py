@@ -111,11 +111,21 @@ def is_known(x: Tensor) -> bool:
 
 
 def unwrapped(x: Tensor) -> Tensor:
-    """What a transform of torch.func at work has wrapped, as a trace on a thread of its own sees it."""
+    """What transforms of torch.func at work have wrapped, as a trace on a thread of its own sees it; one of many."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_gradtrackingtensor(x):
+    while functorch.is_functorch_wrapped_tensor(x):
+        axis = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
         x = functorch.get_unwrapped(x)
+        x = x if axis is None else x.select(axis, 0)
     return x
+
+
+def is_batched(x: Tensor) -> bool:
+    """Does vmap hide an axis of a tensor?"""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)
 
 
 def is_one_of_many(x: Tensor) -> bool:
