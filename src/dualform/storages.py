@@ -20,6 +20,11 @@ def memory_of(x: Tensor) -> int:
     return (storage.data_ptr() if type(x) in _PLAIN else 0) or storage._cdata  # of no numbers, it is nowhere
 
 
+def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
+    return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
+
+
 def contents(x: Tensor) -> bytes | int:
     """What lies there, to be compared later: the bytes, where numpy and `.data` write past torch's count of writes.
 

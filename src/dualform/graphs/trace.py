@@ -291,7 +291,8 @@ _ASKED: dict[Any, Callable[..., Any]] = {
     ),
     torch.autograd.grad: lambda listener, *args, **kwargs: listener.gradient(*args, **kwargs),
     DATA: lambda listener, x: x.detach(),
-    torch._is_all_true: lambda listener, x: True,  # torch.distributions: are the arguments valid?
+    # torch.distributions: are the arguments valid?
+    torch._is_all_true: lambda listener, x: True,  # pyright: ignore[reportPrivateImportUsage]
     **dict.fromkeys(
         (
             getattr(Tensor, name)

@@ -29,9 +29,9 @@ from dualform.learning.objectives import expect_target, losses
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError
-from dualform.learning.transforms import is_batched, unwrapped
+from dualform.learning.transforms import stand_ins
 from dualform.shapes import TraceError, require
-from dualform.storages import contents, thin
+from dualform.storages import contents, like, thin
 
 aten = torch.ops.aten
 
@@ -171,12 +171,7 @@ class FrontDoor:
         self.parts = parts._replace(closed=closed)
         self._own = {id(x): name for name, x in (*parts.fast.items(), *parts.slow.items(), *parts.buffers.items())}
         self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
-        inner = {id(x): (x, unwrapped(x)) for x in reading.tensors}
-        self._within = {id(within): (x, within) for x, within in inner.values() if within is not x}
-        # What vmap has batched cannot be traced on another thread: one of many takes its place.
-        held = self.objective if isinstance(self.objective, nn.Module) else nn.Module()
-        named = {**dict(held.named_parameters()), **dict(held.named_buffers())}
-        self._instead = {n: inner[id(x)][1] for n, x in named.items() if id(x) in inner and is_batched(x)}
+        self._within, self._instead = stand_ins(reading.tensors, self.objective)
         # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
         places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
         self.device = next(places, torch.device("cpu"))
@@ -409,7 +404,7 @@ class FrontDoor:
 
     def _name(self, who: str, value: Tensor, count: int) -> str:
         """Name a closed-over tensor; one that existed before the trace is the front door's, live."""
-        value = self._within.get(id(value), (value,))[0]  # no wrapper of torch.func's reaches the thread that traces
+        value = self._within.get(id(value), (value,))[0]
         known = {id(x): name for name, x in self.parts.closed.items()}
         if id(value) in known:
             return known[id(value)]
@@ -434,11 +429,6 @@ class TracedRule(NamedTuple):
         """Return the record's coefficients at every token."""
         *leaves, spec = self.routine((i, *gates.values()), self.rest)
         return _pytree.tree_unflatten(leaves, spec)
-
-
-def like(p: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Stand in for a parameter: a trace reads shapes, on the CPU wherever the learner is."""
-    return torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device=device or "cpu")
 
 
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:

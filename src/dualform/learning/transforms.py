@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -126,6 +126,15 @@ def is_batched(x: Tensor) -> bool:
     while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)
     return functorch.is_batchedtensor(x)
+
+
+def stand_ins(tensors: Iterable[Tensor], module: Any) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """What a trace on a thread of its own sees of what transforms have wrapped, by identity, with both; and, by name,
+    what takes the place of a module's tensors that vmap has batched, which no other thread can use."""
+    inner = {id(x): (x, unwrapped(x)) for x in tensors}
+    held = [*module.named_parameters(), *module.named_buffers()] if isinstance(module, torch.nn.Module) else []
+    instead = {name: inner[id(x)][1] for name, x in held if id(x) in inner and is_batched(x)}
+    return {id(within): (x, within) for x, within in inner.values() if within is not x}, instead
 
 
 def is_one_of_many(x: Tensor) -> bool:
