@@ -25,7 +25,7 @@ from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin
 from dualform.learning.alike import Seen, decided, difference, seen
-from dualform.learning.objectives import expect_target, losses
+from dualform.learning.objectives import expect_target, typed
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError
@@ -234,9 +234,7 @@ class FrontDoor:
 
         def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = [torch.empty(W, V, dtype=dtype, device=self.device) for dtype in dtypes]
-            return self._trace(
-                lambda prediction, target: losses(self.objective, prediction, target, self._instead), tokens, **eyes
-            )
+            return self._trace(lambda p, v: typed(self.objective, v.dtype, self._instead)(p, v), tokens, **eyes)
 
         gm, wrong = self._alike("objective", W, make, (V, *dtypes))
         inputs, result = _ends(gm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -20,18 +21,16 @@ objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
 
 
-def losses(
-    objective: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor,
-    instead: Mapping[str, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Ask an objective; what one that is a module holds is taken in the state's float type, the target's,
-    as a learner's is: a model in bfloat16 keeps a float32 state. instead: what takes the place of its tensors."""
-    if isinstance(objective, nn.Module):
-        held = {**dict(objective.named_parameters()), **dict(objective.named_buffers()), **(instead or {})}
-        other = {n: x.to(target.dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != target.dtype}
-        if other or instead:
-            return Twin(objective)({**(instead or {}), **other}, prediction, target)
-    return objective(prediction, target)
+def typed(
+    objective: Callable[[Tensor, Tensor], Tensor], dtype: Any, instead: Mapping[str, Tensor] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Take what an objective that is a module holds in the state's float type, as a learner's is: a model in bfloat16
+    keeps a float32 state. instead: what takes the place of its tensors."""
+    if not isinstance(objective, nn.Module):
+        return objective
+    held = {**dict(objective.named_parameters()), **dict(objective.named_buffers()), **(instead or {})}
+    other = {n: x.to(dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != dtype}
+    return partial(Twin(objective), {**(instead or {}), **other}) if other or instead else objective
 
 
 def expect_target(where: str, name: str, target: Any, kind: type[ValueError] = ValueError) -> Target:

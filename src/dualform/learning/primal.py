@@ -18,7 +18,7 @@ from torch.func import grad
 from torch.utils._pytree import tree_map
 
 from dualform.learning.call import Call
-from dualform.learning.objectives import losses
+from dualform.learning.objectives import typed
 from dualform.learning.state import State
 from dualform.ops.spelled import differentiable_twice
 
@@ -62,7 +62,8 @@ def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Te
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
         wanted = v - k if program.target == "v-k" else v
-        return losses(program.objective, predict(theta, h, k)[None], wanted[None])[0]  # of rows, as the learner
+        objective = typed(program.objective, wanted.dtype)
+        return objective(predict(theta, h, k)[None], wanted[None])[0]  # of rows, as the learner
 
     for row, h in product(range(B), range(H)):
         th = {w: x[row, h] for w, x in call.state.anchor.items()}
