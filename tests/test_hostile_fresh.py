@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from recurrence import by_hand
 from torch import distributions as td
 from torch import nn
 from torch.nn import functional as F
@@ -23,25 +24,10 @@ class Learner(nn.Module):
         return self.body(torch.tanh(x @ self.W) * 1, self)
 
 
-def by_hand(learner, loss, x, lr=0.1, chunk=3):
-    """The recurrence: q, k, v = x, sin x, cos x, one head, one row."""
-    anchor = dict(learner.named_parameters())
-    total, outputs = dict.fromkeys(anchor, 0.0), []
-    for t in range(x.shape[0]):
-        value = loss(torch.func.functional_call(learner, anchor, (x[t].sin()[None],)), x[t].cos()[None]).sum()
-        found = torch.autograd.grad(value, list(anchor.values()), create_graph=True, materialize_grads=True)
-        total = {n: total[n] + g for n, g in zip(anchor, found, strict=True)}
-        theta = {n: w - lr * total[n] for n, w in anchor.items()}
-        outputs.append(torch.func.functional_call(learner, theta, (x[t][None],))[0])
-        if (t + 1) % chunk == 0:
-            anchor, total = theta, dict.fromkeys(anchor, 0.0)
-    return torch.stack(outputs)
-
-
 def expect_the_recurrence(learner, loss):
     program = df.derive(learner, loss, df.rules.SGD(lr=0.1), chunk=3, prove=False)
     x = torch.randn(1, 7, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    expected, leaves = by_hand(learner, loss, x[0, :, 0]), [x, *learner.parameters()]
+    expected, leaves = by_hand(learner, x[0, :, 0], loss=loss), [x, *learner.parameters()]
     slopes = torch.autograd.grad(expected.sin().sum(), leaves, materialize_grads=True)
     for way in ({"backend": "eager"}, {"form": "primal"}):
         o = program(x, x.sin(), x.cos(), **way)[0][0, :, 0]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import normal
+from recurrence import by_hand
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -538,23 +539,6 @@ class _Learner(torch.nn.Module):
         return self.body(torch.tanh(x @ self.W) * 1, self)
 
 
-def _by_hand(learner, x: Tensor, lr: float, chunk: int) -> Tensor:
-    """The recurrence: q, k, v = x, sin x, cos x, one head, one row."""
-    named = dict(learner.named_parameters())
-    anchor = theta = dict(named.items())
-    total, outputs = {n: torch.zeros_like(p) for n, p in named.items()}, []
-    for t in range(x.shape[0]):
-        k, v = x[t].sin(), x[t].cos()
-        loss = (torch.func.functional_call(learner, anchor, (k[None],))[0] - v).square().sum() / 2
-        found = torch.autograd.grad(loss, list(anchor.values()), create_graph=True, materialize_grads=True)
-        total = {n: s + g for (n, s), g in zip(total.items(), found, strict=True)}
-        theta = {n: anchor[n] - lr * total[n] for n in named}
-        outputs.append(torch.func.functional_call(learner, theta, (x[t][None],))[0])
-        if (t + 1) % chunk == 0:
-            anchor, total = theta, {n: torch.zeros_like(p) for n, p in named.items()}
-    return torch.stack(outputs)
-
-
 @pytest.mark.parametrize("name", _LEARNERS)
 def test_a_learner_that_writes_reads_and_lays_out_is_the_recurrence(name):
     learner = _Learner(_LEARNERS[name])
@@ -562,7 +546,7 @@ def test_a_learner_that_writes_reads_and_lays_out_is_the_recurrence(name):
     # Two whole mini-batches are one traced block; what a learner is at one token is held against it below.
     x = torch.randn(1, 6, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     leaves = [x, *learner.parameters()]
-    results = program(x, x.sin(), x.cos(), backend="eager")[0][0, :, 0], _by_hand(learner, x[0, :, 0], 0.05, 3)
+    results = program(x, x.sin(), x.cos(), backend="eager")[0][0, :, 0], by_hand(learner, x[0, :, 0], 0.05, 3)
     slopes = [torch.autograd.grad(o.sin().sum(), leaves, materialize_grads=True) for o in results]
     for a, b in zip((results[0], *slopes[0]), (results[1], *slopes[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)

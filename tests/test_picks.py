@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recurrence import by_hand
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,22 +52,6 @@ class Parts(nn.Module):
 
     def forward(self, x):
         return sum(part(x) for part in self.parts)
-
-
-def by_hand(learner, x, lr, chunk):
-    """The recurrence: q, k, v = x, sin x, cos x, one head, one row."""
-    named = dict(learner.named_parameters())
-    anchor, total, outputs = named, {n: torch.zeros_like(p) for n, p in named.items()}, []
-    for t in range(x.shape[0]):
-        k, v = x[t].sin(), x[t].cos()
-        loss = (torch.func.functional_call(learner, anchor, (k[None],))[0] - v).square().sum() / 2
-        found = torch.autograd.grad(loss, list(anchor.values()), create_graph=True, materialize_grads=True)
-        total = {n: s + g for (n, s), g in zip(total.items(), found, strict=True)}
-        theta = {n: anchor[n] - lr * total[n] for n in named}
-        outputs.append(torch.func.functional_call(learner, theta, (x[t][None],))[0])
-        if (t + 1) % chunk == 0:
-            anchor, total = theta, {n: torch.zeros_like(p) for n, p in named.items()}
-    return torch.stack(outputs)
 
 
 def expect_the_recurrence(learner, plain=None):
