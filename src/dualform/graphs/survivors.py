@@ -79,16 +79,17 @@ class Survivors:
         leaves = pytree.tree_leaves(tree) if isinstance(tree, list | tuple | dict) else (tree,)
         self._seen += [_Seen(weakref.ref(x), line) for x in leaves if isinstance(x, Hollow | FakeTensor)]
 
-    def end(self, error: BaseException | None = None) -> bool:
+    def end(self, error: BaseException | None = None, is_shown: bool = True) -> bool:
         """Leave no stand-in behind. Say whether the function found some of its own making, now with numbers.
 
-        Whoever asks has let go of all tensors of the trace, but in its error.
+        Whoever asks has let go of all tensors of the trace, but in its error: one that nobody is shown loses its
+        frames.
         Raises: Settled if something is kept that is made of an input, unless there is an error already.
         """
         values = self._values()
         seen = [s._replace(value=s.value or values.get(id(s.tensor()))) for s in self._seen]
         self._seen, self.refused = [], None
-        _forget(error, self.before)
+        _forget(error, self.before, is_shown)
         if self.outer is not None:
             self.outer._seen += seen
             return False
@@ -113,14 +114,15 @@ class Survivors:
         return bool(made)
 
 
-def _forget(error: BaseException | None, before: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, and of those behind it."""
+def _forget(error: BaseException | None, before: BaseException | None, is_shown: bool) -> None:
+    """Let go of what the frames of an error hold, and of those behind it; a frame that is there holds its closure."""
     todo, done = [error], [before]
     while todo:
         error = todo.pop()
         if error is not None and error not in done:
             done.append(error)
             traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = error.__traceback__ if is_shown else None
             todo += [error.__cause__, error.__context__]
 
 

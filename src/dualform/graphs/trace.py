@@ -89,10 +89,11 @@ def trace(
             try:
                 gm = record(f, args, known, look, proved)
             except Exception as error:
+                is_settled = error is seen.refused or isinstance(error, WritesOutside | Settled)
                 try:  # while its frames say where it is from
                     _settle(error, error is seen.refused)
                 finally:
-                    seen.end(error)
+                    seen.end(error, is_shown=is_settled or record is not _recorded)
                 raise
         return gm, seen.end()
 
