@@ -141,6 +141,18 @@ class Twin:
         return self._copies[id(x)]
 
 
+def typed(
+    function: Callable[..., Any], dtype: torch.dtype, instead: Mapping[str, torch.Tensor] | None = None
+) -> Callable[..., Any]:
+    """Take what a function that is a module holds in the state's float type, as a learner's is: a model in bfloat16
+    keeps a float32 state. instead: what takes the place of its tensors."""
+    if not isinstance(function, nn.Module):
+        return function
+    held = {**dict(function.named_parameters()), **dict(function.named_buffers()), **(instead or {})}
+    other = {n: x.to(dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != dtype}
+    return partial(Twin(function), {**(instead or {}), **other}) if other or instead else function
+
+
 class _Cell:
     """A closure's cell, written to as a list is."""
 

@@ -23,9 +23,9 @@ from dualform.graphs.counts import Asked
 from dualform.graphs.edit import add_input, emitter, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
-from dualform.graphs.twin import Twin
+from dualform.graphs.twin import Twin, typed
 from dualform.learning.alike import Seen, decided, difference, seen
-from dualform.learning.objectives import expect_target, typed
+from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError

@@ -6,31 +6,17 @@ An objective is any callable (prediction (..., V), target (..., V)) -> (...,). `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from dualform.catalogue import Catalogue
-from dualform.graphs.twin import Twin
 from dualform.shapes import fail, require
 
 objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
-
-
-def typed(
-    objective: Callable[[Tensor, Tensor], Tensor], dtype: Any, instead: Mapping[str, Tensor] | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Take what an objective that is a module holds in the state's float type, as a learner's is: a model in bfloat16
-    keeps a float32 state. instead: what takes the place of its tensors."""
-    if not isinstance(objective, nn.Module):
-        return objective
-    held = {**dict(objective.named_parameters()), **dict(objective.named_buffers()), **(instead or {})}
-    other = {n: x.to(dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != dtype}
-    return partial(Twin(objective), {**(instead or {}), **other}) if other or instead else objective
 
 
 def expect_target(where: str, name: str, target: Any, kind: type[ValueError] = ValueError) -> Target:

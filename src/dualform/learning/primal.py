@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
+from dualform.graphs.twin import typed
 from dualform.learning.call import Call
-from dualform.learning.objectives import typed
 from dualform.learning.state import State
 from dualform.ops.spelled import differentiable_twice
 
