@@ -140,7 +140,7 @@ def test_every_map(every_map):
 def test_other_ops(monkeypatch):
     """Reductions, products, triangles, what is put together and what moves entries;
     short axes do not leave the kernel here."""
-    monkeypatch.setattr("dualform.kernels.triton_schedule._is_deep", lambda n: False)
+    monkeypatch.setattr("dualform.kernels.triton_schedule.is_deep", lambda n: False)
     for k, f in enumerate(others):
         got, expected, _ = value_of(f)
         laws.agree(f"op {k}", got, expected)

@@ -53,7 +53,7 @@ def mixed(weights: Any, tensors: list[Tensor]) -> Any:
 def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Tensor, State]:
     """Run the rule token by token: gradients at the mini-batch's anchor, outputs with each token's own weights."""
     rule, kinds = program.rule, list(zip(program.rule.start, program.rule.resets, strict=True))
-    (B, T, H), rows = call.q.shape[:3], []
+    (B, T, H), rows, objective = call.q.shape[:3], [], typed(program.objective, call.v.dtype)
 
     def predict(theta: dict[str, Tensor], h: int, x: Tensor) -> Tensor:
         rest = {name: p[h] if name in program.parts.slow else p for name, p in call.slow.items()}
@@ -61,9 +61,7 @@ def primal(program: Any, learner: Callable[..., Tensor], call: Call) -> tuple[Te
             return learner(theta | rest, x[None])[0]
 
     def loss(theta: dict[str, Tensor], h: int, k: Tensor, v: Tensor) -> Tensor:
-        wanted = v - k if program.target == "v-k" else v
-        objective = typed(program.objective, wanted.dtype)
-        return objective(predict(theta, h, k)[None], wanted[None])[0]  # of rows, as the learner
+        return objective(predict(theta, h, k)[None], (v - k if program.target == "v-k" else v)[None])[0]  # of rows
 
     for row, h in product(range(B), range(H)):
         th = {w: x[row, h] for w, x in call.state.anchor.items()}
