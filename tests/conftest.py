@@ -1,6 +1,8 @@
 """What all tests share: the hypothesis profile (HYPOTHESIS_PROFILE=long for a night) and one thread per worker."""
 
+import gc
 import os
+from importlib import import_module
 
 import hypothesis
 import torch
@@ -15,10 +17,22 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# A refusal looks at all objects there are for the one that holds a stand-in: libraries' and old programs' are left out.
+program, *_ = map(import_module, ("dualform.learning.program", "sklearn", "sympy", "transformers"))
+gc.collect()
+gc.freeze()
 
-def pytest_collection_modifyitems(items):
-    """What looks at all objects there are, for who holds one, goes first: later there are millions."""
-    items.sort(key=lambda item: item.path.name not in ("test_hostile_tracer.py", "test_one_token.py"))
+
+def pytest_runtest_teardown():
+    """Let go of programs that no test uses any more, each of some ten thousand objects."""
+    if len(program._programs) > 12:
+        program._programs.clear()
+        program._structures.clear()
+
+
+def pytest_sessionfinish():
+    """Let modules end as they would."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter):
