@@ -23,9 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dualform.algebra.linear_map import Derivative
 from dualform.explanations.op_table import op_table
 from dualform.graphs import local_rules
-from dualform.graphs.local_rules import ROWS, OpCall, affine, derivative, multilinear
+from dualform.graphs.local_rules import affine, derivative
 from dualform.ops.examples import SIZES, Example
-from dualform.ops.table import Row, add_row
+from dualform.ops.table import EACH, ROWS, OpCall, Row, add_row, find_row, row
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -197,8 +197,8 @@ def _joint(call: OpCall, group: tuple[int, ...], change: list[Tensor], scale: fl
 @pytest.mark.parametrize("example", CASES)
 def test_claimed_products_are_products(example: Example) -> None:
     call = make_call(example)
-    form = local_rules.find_row(call.target).form  # type: ignore[union-attr]
-    if multilinear(call) and form is not None and len(form(call).axes) == len(call.operands):
+    known: Any = find_row(call.target)
+    if known.multilinear and known.form is not None and len(known.form(call).axes) == len(call.operands):
         for operand, x in enumerate(call.operands):
             torch.testing.assert_close(call.run(operand, 3 * x), 3 * call.out)
             assert len(derivative(call, operand).terms) == 1
@@ -331,7 +331,7 @@ def test_a_composite_op_is_differentiated_through_its_definition() -> None:
 
 
 def test_a_user_adds_an_op_with_one_row() -> None:
-    @local_rules.row("aten::frac", affine=local_rules.EACH)
+    @row("aten::frac", affine=EACH)
     def _frac(call: OpCall, operand: int) -> list:
         return derivative(OpCall(aten.clone.default, (call.operands[0],), {}, call.out), 0).terms  # type: ignore[return-value]
 

@@ -11,6 +11,7 @@ from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Okabe and Ito's colours, which colour-blind readers tell apart, darkened to be read on white.
 COLOURS = ("#0072b2", "#c04a00", "#00795a", "#a8407f", "#7a5c00", "#5b4fcf", "#8b1a1a", "#2f6f8f")
 # Rows, and columns, of the matrix; beyond them only the first entries of the longest axes are drawn.
 MAX_CELLS = 64
@@ -133,17 +135,9 @@ def _ticks(panel: Axes, sizes: Sequence[int], side: str) -> None:
     every = [n for n in sizes if n != 1]
     places = range(total) if total <= 16 else range(0, total, max(every[-1] if len(every) > 1 else total // 8, 1))
     where = [k for k in places if len(places) <= 16 or k % (total // 8 or 1) == 0]
-    names = [",".join(str(i) for i in _unravel(k, sizes)) for k in where]
+    names = [",".join(str(i) for i in numpy.unravel_index(k, tuple(sizes))) for k in where]
     getattr(panel, f"set_{side}ticks")(where, names, fontsize=7)
     panel.tick_params(length=2, pad=1)
-
-
-def _unravel(k: int, sizes: Sequence[int]) -> list[int]:
-    found = []
-    for n in reversed(sizes):
-        found.append(k % n)
-        k //= n
-    return found[::-1]
 
 
 def entries(f: IndexFormula, shape: Sequence[int]) -> Tensor:

@@ -42,9 +42,8 @@ class Index:
         parts = [f"{step:+d}*{name}" if abs(step) != 1 else f"{'+-'[step < 0]}{name}" for name, step in self.steps]
         shown = "".join(parts)
         first = str(self.start) if self.start > 0 or not parts else ""
-        return (f"{first}{shown if first else shown.removeprefix('+')}") + (
-            str(self.start) if self.start < 0 and parts else ""
-        )
+        last = str(self.start) if self.start < 0 and parts else ""
+        return f"{first}{shown if first else shown.removeprefix('+')}{last}"
 
     @property
     def names(self) -> tuple[str, ...]:

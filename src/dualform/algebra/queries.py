@@ -16,8 +16,6 @@ from dualform.algebra.relations import Window
 from dualform.algebra.sums import merged
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
 
-Like = torch.Tensor
-
 
 def after(outer: Term, terms: Iterable[Term]) -> tuple[Term, ...]:
     """Put a map behind the output of each term."""
@@ -110,7 +108,7 @@ def _tied(term: Term, first: Axis, second: Axis) -> bool:
     return any(x in reached for x in second)
 
 
-def term_plan(term: Term, seed: str | None, result: str | None, like: Like) -> ContractionPlan:
+def term_plan(term: Term, seed: str | None, result: str | None, like: torch.Tensor) -> ContractionPlan:
     """Price the contraction of a term with a seed on one side into the axes of the other, or without one of all."""
     wanted = term.visible if result is None else tuple(dict.fromkeys(atoms(getattr(term, result))))
     factors: list = list(term.factors)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -30,18 +31,33 @@ class Reading(Protocol):
     def values(self, device: torch.device) -> Tensor: ...
 
 
+class _Function(Relation):
+    """A relation that is a function."""
+
+    smalls: Axis
+    bigs: Axis
+
+    @property
+    def labels(self) -> Axis:
+        return (*self.smalls, *self.bigs)
+
+    @abstractmethod
+    def values(self, device: torch.device) -> Tensor:
+        """The places in bigs."""
+
+    def dense(self, like: Tensor) -> Factor:
+        hit = self.values(like.device).unsqueeze(-1) == torch.arange(volume(self.bigs), device=like.device)
+        return make_factor(hit.to(like.dtype), (*((x,) for x in self.smalls), self.bigs), "[at]")
+
+
 @dataclass(frozen=True, eq=False)
-class Window(Relation):
+class Window(_Function):
     """flat(bigs) = start + sum_k steps[k] smalls[k]; where that is outside of bigs, nothing."""
 
     smalls: Axis
     bigs: Axis
     start: int
     steps: tuple[int, ...]
-
-    @property
-    def labels(self) -> Axis:
-        return (*self.smalls, *self.bigs)
 
     @property
     def key(self) -> tuple:
@@ -79,22 +95,15 @@ class Window(Relation):
         place = self.values(like.device)
         return Factor(((place >= 0) & (place < volume(self.bigs))).to(like.dtype), self.smalls, "inside")
 
-    def dense(self, like: Tensor) -> Factor:
-        return _dense(self, like)
-
 
 @dataclass(frozen=True, eq=False)
-class Lookup(Relation):
+class Lookup(_Function):
     """flat(bigs) = index[smalls...]; every entry of `index` is a place in bigs."""
 
     smalls: Axis
     bigs: Axis
     index: Tensor
     name: str = "idx"
-
-    @property
-    def labels(self) -> Axis:
-        return (*self.smalls, *self.bigs)
 
     @property
     def key(self) -> tuple:
@@ -107,9 +116,6 @@ class Lookup(Relation):
 
     def values(self, device: torch.device) -> Tensor:
         return self.index
-
-    def dense(self, like: Tensor) -> Factor:
-        return _dense(self, like)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +141,6 @@ class Triangle(Relation):
     def dense(self, like: Tensor) -> Factor:
         rows, cols = (torch.arange(volume(side), device=like.device) for side in (self.rows, self.cols))
         return make_factor((rows[:, None] >= cols + self.offset).to(like.dtype), (self.rows, self.cols), "[>=]")
-
-
-def _dense(relation: Window | Lookup, like: Tensor) -> Factor:
-    place = relation.values(like.device)
-    hit = place.unsqueeze(-1) == torch.arange(volume(relation.bigs), device=like.device)
-    return make_factor(hit.to(like.dtype), (*((x,) for x in relation.smalls), relation.bigs), "[at]")
 
 
 def window(smalls: Sequence[Axis], big: Axis, start: int, steps: Sequence[int]) -> tuple[Relation, ...]:
@@ -190,7 +190,7 @@ def restricted(relation: Relation, s: Select) -> Relation | None:
 
 def plainer(relation: Relation) -> Select | None:
     """The Select that says the same, if there is one."""
-    if not isinstance(relation, Window) or len(relation.smalls) != 1 or len(relation.bigs) != 1:
+    if not isinstance(relation, Window) or not len(relation.smalls) == len(relation.bigs) == 1:
         return None
     if not relation.is_total or relation.smalls == relation.bigs or relation.steps[0] == 0:
         return None

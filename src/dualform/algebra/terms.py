@@ -4,8 +4,7 @@
 
 A label that stands on an output axis and on an input axis is a Kronecker delta; it is never stored. A label on the
 output only is a broadcast copy, on the input only a sum, on neither a contraction. An axis is a row-major tuple of
-labels, so that reshapes need no numbers; an axis of size 1 is the empty tuple,
-so that broadcasting needs no special case.
+labels, so that reshapes need no numbers; an axis of size 1 is the empty tuple, so that broadcasting is no special case.
 """
 
 from __future__ import annotations
@@ -107,7 +106,8 @@ class Select(Relation):
         return torch.arange(self.small.size, device=device) * self.step + self.start
 
     def dense(self, like: Tensor) -> Factor:
-        return one_hot(self, like)
+        hit = self.values(like.device).unsqueeze(1) == torch.arange(self.big.size, device=like.device)
+        return Factor(hit.to(like.dtype), self.labels, "select")
 
     @property
     def is_identity(self) -> bool:
@@ -163,10 +163,9 @@ def atoms(axes: Iterable[Axis]) -> tuple[Label, ...]:
     return tuple(label for axis in axes for label in axis)
 
 
-def fresh_axes(shape: Sequence[int], names: Sequence[str] = ()) -> tuple[Axis, ...]:
+def fresh_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
     """Make one new label for each axis of a shape; an axis of size 1 gets none."""
-    padded = [*names, *[""] * (len(shape) - len(names))]
-    return tuple(() if n == 1 else (Label(n, name),) for n, name in zip(shape, padded, strict=True))
+    return tuple(() if n == 1 else (Label(n),) for n in shape)
 
 
 def sizes(labels: Iterable[Label]) -> list[int]:
@@ -196,13 +195,6 @@ def diagonal(factor: Factor) -> Factor:
         label = labels[second]
         labels = [x for k, x in enumerate(labels) if k not in (first, second)] + [label]
     return Factor(tensor, tuple(labels), factor.name)
-
-
-def one_hot(select: Select, like: Tensor) -> Factor:
-    """Store the relation of a Select as a matrix [small, big] of zeros and ones."""
-    rows = torch.arange(select.small.size, device=like.device) * select.step + select.start
-    cols = torch.arange(select.big.size, device=like.device)
-    return Factor((rows.unsqueeze(1) == cols).to(like.dtype), select.labels, "select")
 
 
 def substitute(term: Term, change: Mapping[Label, Axis]) -> Term:

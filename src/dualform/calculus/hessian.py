@@ -18,7 +18,7 @@ from dualform.algebra.linear_map import Derivative
 from dualform.algebra.sums import tidy
 from dualform.algebra.terms import Factor, Term
 from dualform.calculus.jacobian import Given, Wrt
-from dualform.calculus.traced import AtPoint, Point, Skeleton, tensors_of
+from dualform.calculus.traced import AtPoint, Point, Skeleton, refilled
 from dualform.explanations.account import Story
 from dualform.graphs.complex_rules import paired
 from dualform.graphs.edit import evaluated, results_of
@@ -101,7 +101,7 @@ class Second(AtPoint):
         total: list[Term] = []
         for term, places in zip(slope.terms, slope.places, strict=True):
             at = iter(places)
-            filled = [_with_tensor(f, made, at) for f in term.factors]
+            filled = [refilled(f, made, at) for f in term.factors]
             for k, (f, place) in enumerate(filled):
                 if not isinstance(f, Factor) or place is None:
                     continue
@@ -115,27 +115,16 @@ class Second(AtPoint):
 
     def vjp(self, g: Tensor) -> Tensor:
         """Apply the adjoint by the terms."""
-        return self._plain(g, "vjp")
+        return self._plain().vjp(g)
 
     def jvp(self, v: Tensor) -> Tensor:
         """Apply the second derivative by the terms."""
-        return self._plain(v, "jvp")
+        return self._plain().jvp(v)
 
-    def _plain(self, seed: Tensor, way: str) -> Tensor:
+    def _plain(self) -> Derivative:
         at = self.point
         out, x, y = at.traced.out_values[0], at.inputs[self.first], at.inputs[self.second]
-        return getattr(Derivative(self.terms(), (*out.shape, *x.shape), y.shape, out.dtype, x.device), way)(seed)
-
-
-def _with_tensor(f: Any, made: Sequence[Tensor], at: Any) -> tuple[Any, int | None]:
-    """A factor with its tensor at the point, and which result of the graph that is."""
-    if not tensors_of([Term(1.0, (f,), (), ())])[0]:
-        return f, None
-    place = next(at)
-    if isinstance(f, Factor):
-        return Factor(made[place], f.labels, f.name), place
-    skeleton = Skeleton((Term(1.0, (f,), (), ()),), ((place,),), lambda: made, None)  # type: ignore[arg-type]
-    return skeleton.filled([])[0].factors[0], place
+        return Derivative(self.terms(), (*out.shape, *x.shape), y.shape, out.dtype, x.device)
 
 
 def _slope(point: Point, source: int) -> Skeleton:

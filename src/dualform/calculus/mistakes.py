@@ -60,7 +60,7 @@ def _kept(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     """Axes that are still there though the argument was copied along them, or has them with size 1."""
     for axes in _subsets(got.ndim):
         for keep in (True, False):
-            if not axes or not close(got.sum(axes, keepdim=keep), right):
+            if not close(got.sum(axes, keepdim=keep), right):
                 continue
             if all(got.shape[a] == 1 for a in axes):
                 text = f"has an extra axis of size 1 at {axes[0]}; expected {tuple(right.shape)}. Drop it."
@@ -85,8 +85,6 @@ def _summed(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     if got.ndim == 0 and right.numel() == 1:
         return Slip("lost axis", f"lost its axes of size 1; expected shape {tuple(right.shape)}. Use keepdim=True.")
     for axes in _subsets(right.ndim):
-        if not axes:
-            continue
         said = _told(axes, right, names, 1)
         for keep, (word, reduce) in itertools.product((False, True), (("summed", torch.sum), ("averaged", torch.mean))):
             if close(got, reduce(right, axes, keep)):
@@ -97,7 +95,7 @@ def _summed(got: Tensor, right: Tensor, names: Names) -> Slip | None:
 
 
 def _subsets(rank: int) -> Iterator[list[int]]:
-    for n in range(min(rank, MAX_RANK) + 1):
+    for n in range(1, min(rank, MAX_RANK) + 1):
         yield from (list(c) for c in itertools.combinations(range(rank), n))
 
 
@@ -116,14 +114,9 @@ def of_values(
         return unfinite
     if close(got, right):
         return None
-    return (
-        _of_the_seed(got, right, g, again, program)
-        or _scaled(got, right, g, names)
-        or _exchanged(got, right, others)
-        or _of_an_op(got, g, program)
-        or _along_an_axis(got, right, names)
-        or _somewhere(got, right, names)
-    )
+    found = _of_the_seed(got, right, g, again, program) or _scaled(got, right, g, names)
+    found = found or _exchanged(got, right, others) or _of_an_op(got, g, program)
+    return found or _along_an_axis(got, right, names) or _somewhere(got, right, names)
 
 
 def _not_finite(got: Tensor, right: Tensor) -> Slip | None:
@@ -246,10 +239,8 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
                     yield slip, _made_of([*before, changed, *after], J)
     yield Slip("path sign", f"has the wrong sign in d{name}/d{below}; expected minus it. Negate that path."), -1 * J
     if J.out_shape == J.in_shape:
-        text = (
-            f"applies d{name}/d{below} forward; expected its transpose. Run the op the other way round (reverse, "
-            "apply, reverse)."
-        )
+        turned = "Run the op the other way round (reverse, apply, reverse)."
+        text = f"applies d{name}/d{below} forward; expected its transpose. {turned}"
         yield Slip("not transposed", text), J.T
     text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
     yield Slip("missing path", text), _made_of([], J)
@@ -259,32 +250,29 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
 def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, Factor]]:
     said = f.name or "a factor"
     missing = f"misses the factor {said}; expected it. Multiply by {said}."
-    yield Slip("missing factor", missing), _with(f, torch.ones_like(f.tensor))
+    yield Slip("missing factor", missing), replace(f, tensor=torch.ones_like(f.tensor))
     for a, b in itertools.combinations(range(f.tensor.ndim), 2):
         if f.tensor.shape[a] == f.tensor.shape[b]:
-            text = (
-                f"uses {said} transposed where it should not be, or not where it should; expected the other. Use "
-                f"{said}.mT."
-            )
-            yield Slip("transposed factor", text), _with(f, f.tensor.transpose(a, b))
+            text = f"uses {said} transposed where it should not be, or not where it should; expected the other."
+            text = f"{text} Use {said}.mT."
+            yield Slip("transposed factor", text), replace(f, tensor=f.tensor.transpose(a, b))
     for node, value in program.values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or value is f.tensor:
             continue
         other = program.name_of(node)
         slip = Slip("wrong operand", f"uses {other} where {said} is expected. Replace {other} by {said}.")
         if value.shape == f.tensor.shape:
-            yield slip, _with(f, value)
+            yield slip, replace(f, tensor=value)
         elif value.ndim <= len(term.out):
             axes = term.out[len(term.out) - value.ndim :]
             if [volume(axis) for axis in axes] == list(value.shape):
                 yield slip, make_factor(value, axes, other)
     text = f"divides by {said} where it should multiply, or the reverse; expected {said}. Invert it."
-    yield Slip("inverted factor", text), _with(f, 1 / f.tensor)
-    yield Slip("repeated factor", f"has the factor {said} twice; expected it once. Drop one."), _with(f, f.tensor**2)
-
-
-def _with(f: Factor, tensor: Tensor) -> Factor:
-    return Factor(tensor, f.labels, f.name)
+    yield Slip("inverted factor", text), replace(f, tensor=1 / f.tensor)
+    yield (
+        Slip("repeated factor", f"has the factor {said} twice; expected it once. Drop one."),
+        replace(f, tensor=f.tensor**2),
+    )
 
 
 def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, Derivative]]:

@@ -7,6 +7,7 @@ devices; never values of tensors, and never identity alone. At most 256 are kept
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +35,7 @@ from dualform.graphs.local_rules import reads_values
 from dualform.graphs.straight_line import Split, runnable, split, straight
 from dualform.graphs.trace import trace
 from dualform.shapes import fail
+from dualform.storages import times_written
 
 TermsAt = Callable[[Sequence[Tensor]], Sequence[Term]]
 
@@ -91,8 +93,7 @@ class Skeleton:
         found = []
         for term, places in zip(self.terms, self.places, strict=True):
             at = iter(places)
-            factors = [_refilled(f, made, at) for f in term.factors]
-            found.append(Term(term.coef, tuple(factors), term.out, term.inn))
+            found.append(replace(term, factors=tuple(refilled(f, made, at)[0] for f in term.factors)))
         return tuple(found)
 
 
@@ -101,9 +102,11 @@ def _held(f: Any) -> str | None:
     return next((name for name in ("tensor", "index") if isinstance(getattr(f, name, None), Tensor)), None)
 
 
-def _refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> Any:
+def refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> tuple[Any, int | None]:
+    """A factor or relation with the next of some tensors in place of its own, and which that is; None: it has none."""
     held = _held(f)
-    return f if held is None else replace(f, **{held: made[next(at)]})
+    place = None if held is None else next(at)
+    return (f, None) if held is None or place is None else (replace(f, **{held: made[place]}), place)
 
 
 def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
@@ -127,7 +130,10 @@ class Traced:
             result = f(*given)
             for path, leaf in pytree.tree_flatten_with_path(result)[0]:
                 if not isinstance(leaf, Tensor):
-                    _refuse_result(leaf, path)
+                    where = f" at {pytree.keystr(path)}" if path else ""
+                    advice = "Return tensors alone."
+                    expected = "tensors, or a dict, tuple or list of them"
+                    fail("jacobian", "f", f"returns {type(leaf).__name__}{where}", expected, advice)
             leaves, self.spec = pytree.tree_flatten(result)
             return tuple(leaves)
 
@@ -139,7 +145,7 @@ class Traced:
         self.names = name_nodes(self.gm, self.input_names)
         self.out_values: list[Tensor] = [n.meta["val"] for n in results_of(self.gm.graph)]
         _refuse_steps(results_of(self.gm.graph))
-        self.uses: dict[tuple, int] = {}
+        self.uses: Counter[tuple] = Counter()
         self.made: dict[tuple, Any] = {}
 
     def program(self, values: Any, output: int, source: int) -> Program:
@@ -149,7 +155,7 @@ class Traced:
     def again(self, key: tuple, make: Callable[[], Any]) -> Any:
         """From the second use of `key` on, what `make` makes, made once; None at the first use."""
         if key not in self.made:
-            self.uses[key] = self.uses.get(key, 0) + 1
+            self.uses[key] += 1
             if self.uses[key] < 2:
                 return None
             try:
@@ -195,19 +201,12 @@ class Traced:
         return settled(compute(point.inputs)) if made is None else made.filled(point.inputs)
 
 
-def _refuse_result(leaf: Any, path: Any) -> None:
-    where = pytree.keystr(path)
-    what = f"returns {type(leaf).__name__}{f' at {where}' if where else ''}"
-    fail("jacobian", "f", what, "tensors, or a dict, tuple or list of them", "Return tensors alone.")
-
-
 def _refuse_steps(results: Sequence[fx.Node]) -> None:
     """Results of integers or bools alone move in steps: there is no derivative that says anything."""
     if results and not any(node.meta["val"].is_floating_point() for node in results):
         dtype, made = results[0].meta["val"].dtype, getattr(results[0].target, "_opname", results[0].name)
-        advice = (
-            "It moves in steps: return what it was made of, or a soft form of it (softmax for argmax, sigmoid for >)."
-        )
+        soft = "or a soft form of it (softmax for argmax, sigmoid for >)."
+        advice = f"It moves in steps: return what it was made of, {soft}"
         fail("jacobian", "f", f"returns {dtype} (made by {made})", "a floating result", advice)
 
 
@@ -248,7 +247,7 @@ class Point:
     def __init__(self, traced: Traced, inputs: Sequence[Tensor]) -> None:
         self.traced = traced
         self.inputs = list(inputs)
-        self.versions = [_version(t) for t in inputs]
+        self.versions = [times_written(t) for t in inputs]
 
     @cached_property
     def values(self) -> dict[fx.Node, Any]:
@@ -261,13 +260,9 @@ class Point:
     def check(self) -> None:
         """Refuse to go on from tensors that are not what they were."""
         for name, t, version in zip(self.traced.input_names, self.inputs, self.versions, strict=True):
-            if _version(t) != version:
+            if times_written(t) != version:
                 found, advice = "was changed in place since", "Differentiate again, or differentiate a clone."
                 fail("Derivative", name, found, "the tensor differentiated at", advice, ValueError)
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
 
 
 class AtPoint(Route):

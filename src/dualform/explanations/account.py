@@ -23,7 +23,7 @@ from dualform.explanations.torch_code import vjp_code
 from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
-from dualform.graphs.rewriting import inline
+from dualform.graphs.rewriting import write_out
 from dualform.graphs.trace import source_line, trace
 from dualform.ops.table import OpCall, broadcast_axes
 from dualform.shapes import fail
@@ -51,7 +51,7 @@ class Story:
         self.wrt = wrt
         self.axes = None if axes is None else (axes[1], axes[0][wrt])
         gm = trace(f, *args)
-        inline(gm.graph)  # what an op is made of is what there is to tell about it
+        write_out(gm.graph)  # what an op is made of is what there is to tell about it
         gm.recompile()
         self.program = Program(gm, args, wrt, local_derivative, name_nodes(gm, names, closed))
         called = set(self.program.names.values())

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import count
 
+from dualform.algebra.drawing import COLOURS
 from dualform.algebra.notation import IndexFormula
 from dualform.explanations.steps import OpStep, Stage
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, darkened to be read on white.
-_COLOURS = ("#0072b2", "#c04a00", "#00795a", "#a8407f", "#7a5c00", "#5b4fcf", "#8b1a1a", "#2f6f8f")
 _serial = count(1)
 
 _STYLE = """
@@ -49,7 +48,7 @@ def page(parts: Iterable[str]) -> str:
     key = f"df-explanation-{next(_serial)}"
     body = "".join(parts)
     names = sorted(set(re.findall(r'class="i i-([\w-]+)"', body)))
-    colours = {n: _COLOURS[k % len(_COLOURS)] for k, n in enumerate(names)}
+    colours = {n: COLOURS[k % len(COLOURS)] for k, n in enumerate(names)}
     style = _STYLE.format(k=key)
     style += "\n".join(rule.format(k=key, n=n, c=c) for n, c in colours.items() for rule in (_INK, _LIGHT))
     return f'<div class="dualform-explanation {key}"><style>{style}</style>{body}</div>'

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 from dualform.algebra.notation import formula
-from dualform.graphs.local_rules import ROWS, OpCall, derivative
+from dualform.graphs.local_rules import derivative
 from dualform.ops.examples import Example
-from dualform.ops.table import Row
+from dualform.ops.table import ROWS, OpCall, Row
 
 
 def op_table() -> str:

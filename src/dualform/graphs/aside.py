@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._device import DeviceContext
@@ -28,7 +27,7 @@ from dualform.graphs.edit import (
 )
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.kept import stop_gradient, stopped
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -38,10 +37,7 @@ aten = torch.ops.aten
 def aside(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Out of sight of the trace that is going on: stand-ins of the inputs, all of one fake mode."""
     mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
-    with ExitStack() as stack:
-        stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(no_modes())
-        stack.enter_context(without_function_modes())
+    with out_of_sight(), without_function_modes():
         fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         yield [x if isinstance(x, FakeTensor) else fake.from_tensor(x.detach()) for x in inputs]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ class Context(FunctionCtx):
 
 
 class Called:
-    """One call of a Function: its forward, and for each result its backward,
-    as functions of the tensors among its arguments."""
+    """A call of a Function: its forward, and each result's backward, as functions of the tensors among its arguments."""
 
     def __init__(self, cls: Any, args: tuple[Any, ...], needs: tuple[bool, ...], where: str) -> None:
         self.cls, self.args, self.needs, self.where = cls, args, needs, where
@@ -72,10 +72,8 @@ class Called:
         found = self.run(tensors, ctx)
         still = [id(x) for x in ctx.non_differentiable]
         results = [x for x in found if isinstance(x, Tensor)]
-        self.entries = [
-            len([y for y in found[:k] if isinstance(y, Tensor)]) if isinstance(x, Tensor) else [x]
-            for k, x in enumerate(found)
-        ]
+        places = count()
+        self.entries = [next(places) if isinstance(x, Tensor) else [x] for x in found]
         self.moves = [can_move(x) and id(x) not in still for x in results]
         return tuple(results)
 
@@ -92,11 +90,11 @@ class Called:
                 "use plain ops."
             )
         if getattr(user, "__code__", None) is _ONCE:
-            user, message = (
-                user.__wrapped__,
+            message = (
                 f"trace: `{self.where}` is marked once_differentiable; expected no derivative of its gradient. Take "
-                "the mark away, if its backward is made of torch ops.",
+                "the mark away, if its backward is made of torch ops."
             )
+            user = user.__wrapped__
             inputs, results = ([once_only(x, message) for x in some] for some in (inputs, results))
         ctx = Context(self.needs)
         found = self.run(inputs, ctx)

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.edit import emitter, inline, inputs_of, replace
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
@@ -55,9 +54,8 @@ def _cast(graph: fx.Graph, node: fx.Node, how: _Autocast) -> None:
         )  # fmt: skip
     sources = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
     made, plain = (_alone(node, sources, how._replace(enabled=on)) for on in (True, False))
-    casts = {
-        x: dtype for x, dtype in _first_casts(made, sources).items() if _first_casts(plain, sources).get(x) != dtype
-    }
+    before = _first_casts(plain, sources)
+    casts = {x: dtype for x, dtype in _first_casts(made, sources).items() if before.get(x) != dtype}
     if _count(made) - _count(plain) == len(casts):
         for x, dtype in casts.items():
             node.replace_input_with(x, emitter(graph, node)(aten._to_copy.default, x, dtype=dtype))
@@ -75,7 +73,7 @@ def _alone(node: fx.Node, sources: list[fx.Node], how: _Autocast) -> fx.GraphMod
         with torch.autocast(how.device, how.dtype, enabled=how.enabled, cache_enabled=False):
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with temporarily_clear_interpreter_stack(), no_modes():
+    with out_of_sight():
         return make_fx(run, tracing_mode="real")(*(x.meta["val"] for x in sources))
 
 
@@ -83,10 +81,9 @@ def _first_casts(gm: fx.GraphModule, sources: list[fx.Node]) -> dict[fx.Node, to
     """Which arguments are cast, each to one type, before anything else is done with them."""
     found: dict[fx.Node, torch.dtype] = {}
     for x, hole in zip(sources, inputs_of(gm.graph), strict=True):
-        (only, *others) = [*hole.users, None]
-        if only is not None and others == [None] and only.target == aten._to_copy.default and "dtype" in only.kwargs:
-            dtype: Any = only.kwargs["dtype"]
-            found[x] = dtype
+        user = next(iter(hole.users)) if len(hole.users) == 1 else None
+        if user is not None and user.target == aten._to_copy.default and "dtype" in user.kwargs:
+            found[x] = user.kwargs["dtype"]  # type: ignore[assignment]
     return found
 
 

@@ -14,16 +14,15 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from dualform.graphs.edit import emitter, inputs_of
+from dualform.graphs.edit import emitter, inputs_of, line_of
 from dualform.graphs.functionalize import Blame, functionalized
-from dualform.graphs.single_results import bound_arguments, normalised
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.single_results import normalised
+from dualform.graphs.this_thread import out_of_sight
 from dualform.ops.factories import filled_with
-from dualform.ops.table import find_row
+from dualform.ops.table import bound_arguments, placed, row_of
 
 aten = torch.ops.aten
 Part = Any  # a node, a number, or None for zero
@@ -53,6 +52,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return add
+
+
+def _real(like: Tensor) -> torch.dtype:
+    return like.dtype.to_real() if like.is_complex() else like.dtype
 
 
 class PairWriter:
@@ -96,21 +99,20 @@ class PairWriter:
         """By the op's row: linear, or a product; else by its definition."""
         if node.target is operator.getitem:
             self.refuse(node.args[0])
-        row = find_row(node.target)
+        row = row_of(node.target)
         tensors = [n for n in node.all_input_nodes if n.meta["val"].is_floating_point() or n.meta["val"].is_complex()]
-        if row is not None and row.multilinear:
+        if row.multilinear:
             return _product
-        if row is not None and row.is_affine(frozenset(range(len(tensors)))):
+        if row.name and row.is_affine(frozenset(range(len(tensors)))):
             return _partwise
         if isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose():
             return _spelled
         self.refuse(node)
 
     def refuse(self, node: Any) -> NoReturn:
+        what = f"makes or takes complex numbers by {node.target._opname}, which has no rule in real ones"
         advice = "Write it with real and imaginary parts, or with + - * / @, abs, angle, exp, log, fft, sums and views."
-        self.blame(
-            node, f"makes or takes complex numbers by {node.target._opname}, which has no rule in real ones", advice
-        )
+        self.blame(node, what, advice)
 
     def fitted(self, part: Part, like: Tensor) -> Part:
         """A part in the shape and dtype of the whole, where broadcasting with the other part would have made it so."""
@@ -118,9 +120,8 @@ class PairWriter:
             return None
         if not isinstance(part, fx.Node):
             return self.full(part, like)
-        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
-        if part.meta["val"].dtype != dtype:
-            part = self.emit(aten._to_copy.default, part, dtype=dtype)
+        if part.meta["val"].dtype != _real(like):
+            part = self.emit(aten._to_copy.default, part, dtype=_real(like))
         return part if part.meta["val"].shape == like.shape else self.emit(aten.expand.default, part, list(like.shape))
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -133,8 +134,7 @@ class PairWriter:
         if not is_complex(x):
             return Pair(x, None)
         if (number := filled_with(x)) is not None:
-            value = complex(number)
-            return Pair(value.real or None, value.imag or None)
+            return self.pair(complex(number))
         if x not in self.pairs:  # an input or a constant
             self.pairs[x] = Pair(self.emit(aten.real.default, x), self.emit(aten.imag.default, x))
         return self.pairs[x]
@@ -145,8 +145,7 @@ class PairWriter:
         return re, im
 
     def full(self, value: float, like: Tensor) -> fx.Node:
-        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
-        return self.emit(aten.full.default, list(like.shape), value, dtype=dtype, device=like.device)
+        return self.emit(aten.full.default, list(like.shape), value, dtype=_real(like), device=like.device)
 
     # -- arithmetic of parts, where None is zero
 
@@ -169,6 +168,12 @@ class PairWriter:
     def neg(self, a: Part) -> Part:
         return self.mul(a, -1)
 
+    def conj(self, a: Pair) -> Pair:
+        return Pair(a.re, self.neg(a.im))
+
+    def scaled(self, a: Pair, scale: Part) -> Pair:
+        return Pair(self.mul(a.re, scale), self.mul(a.im, scale))
+
     def times(self, a: Pair, b: Pair) -> Pair:
         re = self.add(self.mul(a.re, b.re), self.mul(a.im, b.im), -1)
         return Pair(re, self.add(self.mul(a.re, b.im), self.mul(a.im, b.re)))
@@ -184,7 +189,7 @@ class PairWriter:
 
     def polar(self, length: Part, angle: Part) -> Pair:
         cos, sin = self.emit(aten.cos.default, angle), self.emit(aten.sin.default, angle)
-        return Pair(self.mul(cos, length), self.mul(sin, length))
+        return self.scaled(Pair(cos, sin), length)
 
     def exp(self, a: Pair) -> Pair:
         length = 1.0 if a.re is None else self.emit(aten.exp.default, a.re)
@@ -192,8 +197,7 @@ class PairWriter:
 
 
 def _partwise(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
-    """A linear op acts on each part; a real operand among complex ones has no imaginary part,
-    and neither has a number."""
+    """A linear op acts on each part; a real operand among complex ones, or a number, has no imaginary part."""
     names = [a.name for a in node.target._schema.arguments if "number" in str(a.type) and a.name != "alpha"]
     parts = []
     for k in (0, 1):
@@ -210,15 +214,9 @@ def _partwise(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
                 values[name] = r.pair(complex(values[name]))[k] or 0.0
         if values.get("dtype") is not None:
             values["dtype"] = values["dtype"].to_real()
-        parts.append(r.emit(node.target, *_placed(node, values)[0], **_placed(node, values)[1]))
+        args, kwargs = placed(node.target, values)
+        parts.append(r.emit(node.target, *args, **kwargs))
     return Pair(*parts)
-
-
-def _placed(node: Any, values: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    schema = node.target._schema.arguments
-    return [values[a.name] for a in schema if not a.kwarg_only], {
-        a.name: values[a.name] for a in schema if a.kwarg_only
-    }
 
 
 rule("detach", "resolve_conj", "resolve_neg", "_neg_view")(_partwise)
@@ -234,7 +232,7 @@ def _product(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
         chosen = list(flat)
         for k, which in zip(places, choice, strict=True):
             chosen[k] = r.whole(flat[k])[which]
-        args, kwargs = _placed(node, pytree.tree_unflatten(chosen, spec))
+        args, kwargs = placed(node.target, pytree.tree_unflatten(chosen, spec))
         turns = sum(choice)
         parts[turns % 2] = r.add(parts[turns % 2], r.emit(node.target, *args, **kwargs), -1 if turns % 4 > 1 else 1)
     shift = r.pair(bias)
@@ -252,7 +250,7 @@ def _spelled(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
         )
         return node.target(*args, **kwargs)
 
-    with temporarily_clear_interpreter_stack(), no_modes():
+    with out_of_sight():
         gm = make_fx(call, tracing_mode="real")(*(n.meta["val"] for n in nodes))
     gm = normalised(functionalized(gm, r.blame))
     if any(n.target is node.target for n in gm.graph.nodes):
@@ -262,7 +260,7 @@ def _spelled(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
         if n.op == "call_function":
             with r.graph.inserting_before(node):
                 copy = r.graph.node_copy(n, inside.__getitem__)
-            copy.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
+            copy.meta["stack_trace"] = line_of(node)
             inside[n] = r.visit(copy)
     r.at = node
     result = inside[gm.graph.output_node().all_input_nodes[0]]

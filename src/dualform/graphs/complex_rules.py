@@ -15,59 +15,37 @@ from dualform.ops.fourier import cosines, sines
 aten = torch.ops.aten
 
 
-@rule("real")
-def _real(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.whole(given["self"])[0]
-
-
-@rule("imag")
-def _imag(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.whole(given["self"])[1]
+rule("real")(lambda r, node, given: r.whole(given["self"])[0])
+rule("imag")(lambda r, node, given: r.whole(given["self"])[1])
+rule("view_as_real", "view_as_real_copy")(
+    lambda r, node, given: r.emit(aten.stack.default, list(r.whole(given["self"])), -1)
+)
+rule("view_as_complex", "view_as_complex_copy")(
+    lambda r, node, given: Pair(*(r.emit(aten.select.int, given["self"], -1, k) for k in (0, 1)))
+)
+rule("complex")(lambda r, node, given: Pair(given["real"], given["imag"]))
+rule("polar")(lambda r, node, given: r.polar(given["abs"], given["angle"]))
+rule("abs", "absolute")(lambda r, node, given: r.length(given["self"]))
+rule("angle")(lambda r, node, given: r.emit(aten.atan2.default, *r.whole(given["self"])[::-1]))
+rule("conj", "_conj", "conj_physical", "_conj_physical")(lambda r, node, given: r.conj(r.pair(given["self"])))
+rule("mul", "multiply")(lambda r, node, given: r.times(r.pair(given["self"]), r.pair(given["other"])))
+rule("square")(lambda r, node, given: r.times(r.pair(given["self"]), r.pair(given["self"])))
+rule("reciprocal")(lambda r, node, given: _inverse(r, r.pair(given["self"])))
+rule("div", "divide", "true_divide")(
+    lambda r, node, given: r.times(r.pair(given["self"]), _inverse(r, r.pair(given["other"])))
+)
+rule("sgn", "sign")(
+    lambda r, node, given: r.scaled(r.pair(given["self"]), r.emit(aten.reciprocal.default, r.length(given["self"])))
+)
+rule("exp")(lambda r, node, given: r.exp(r.pair(given["self"])))
+rule("log")(lambda r, node, given: _logarithm(r, given["self"]))
+rule("sqrt")(lambda r, node, given: r.exp(r.scaled(_logarithm(r, given["self"]), 0.5)))
 
 
 @rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 def _filled_like(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
     value = complex(given.get("fill_value", "ones" in node.target._opname))  # type: ignore[union-attr]
-    if not is_complex(node):
-        return r.full(value.real, node.meta["val"])
-    return Pair(value.real or None, value.imag or None)
-
-
-@rule("view_as_real", "view_as_real_copy")
-def _view_as_real(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.emit(aten.stack.default, list(r.whole(given["self"])), -1)
-
-
-@rule("view_as_complex", "view_as_complex_copy")
-def _view_as_complex(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return Pair(*(r.emit(aten.select.int, given["self"], -1, k) for k in (0, 1)))
-
-
-@rule("complex")
-def _complex(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return Pair(given["real"], given["imag"])
-
-
-@rule("polar")
-def _polar(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.polar(given["abs"], given["angle"])
-
-
-@rule("conj", "_conj", "conj_physical", "_conj_physical")
-def _conj(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    re, im = r.pair(given["self"])
-    return Pair(re, r.neg(im))
-
-
-@rule("abs", "absolute")
-def _abs(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.length(given["self"])
-
-
-@rule("angle")
-def _angle(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    re, im = r.whole(given["self"])
-    return r.emit(aten.atan2.default, im, re)
+    return r.pair(value) if is_complex(node) else r.full(value.real, node.meta["val"])
 
 
 @rule("linalg_vector_norm", "norm")
@@ -95,47 +73,13 @@ def _reversed(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     return Pair(r.add(b.re, a.re, -given["alpha"]), r.add(b.im, a.im, -given["alpha"]))
 
 
-@rule("mul", "multiply")
-def _times(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.times(r.pair(given["self"]), r.pair(given["other"]))
-
-
-@rule("square")
-def _square(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    z = r.pair(given["self"])
-    return r.times(z, z)
-
-
 def _inverse(r: PairWriter, z: Pair) -> Pair:
     if not any(isinstance(part, fx.Node) for part in z):
-        found = 1 / complex(z.re or 0, z.im or 0)
-        return Pair(found.real or None, found.imag or None)
+        return r.pair(1 / complex(z.re or 0, z.im or 0))
     if z.im is None:
         return Pair(r.emit(aten.reciprocal.default, z.re), None)
     scale = r.emit(aten.reciprocal.default, r.square(z))
     return Pair(r.mul(scale, z.re), r.neg(r.mul(scale, z.im)))
-
-
-@rule("reciprocal")
-def _reciprocal(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return _inverse(r, r.pair(given["self"]))
-
-
-@rule("div", "divide", "true_divide")
-def _div(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.times(r.pair(given["self"]), _inverse(r, r.pair(given["other"])))
-
-
-@rule("sgn", "sign")
-def _sgn(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    z = r.pair(given["self"])
-    scale = r.emit(aten.reciprocal.default, r.length(given["self"]))
-    return Pair(r.mul(scale, z.re), r.mul(scale, z.im))
-
-
-@rule("exp")
-def _exp(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.exp(r.pair(given["self"]))
 
 
 def _logarithm(r: PairWriter, x: Any) -> Pair:
@@ -145,16 +89,6 @@ def _logarithm(r: PairWriter, x: Any) -> Pair:
         return Pair(r.emit(aten.log.default, x), None)
     re, im = r.whole(x)
     return Pair(r.emit(aten.log.default, r.length(x)), r.emit(aten.atan2.default, im, re))
-
-
-@rule("log")
-def _log(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return _logarithm(r, given["self"])
-
-
-@rule("sqrt")
-def _sqrt(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
-    return r.exp(r.times(Pair(0.5, None), _logarithm(r, given["self"])))
 
 
 @rule("pow")
@@ -172,15 +106,14 @@ def _pow(r: PairWriter, node: fx.Node, given: dict[str, Any]) -> Any:
 def _vdot(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     """vdot(x, y) = sum of conj(x) y."""
     first, second = (a.name for a in node.target._schema.arguments[:2])
-    z = r.pair(given[first])
-    w = r.times(Pair(z.re, r.neg(z.im)), r.pair(given[second]))
+    w = r.times(r.conj(r.pair(given[first])), r.pair(given[second]))
     dims = [given["dim"]] if "dim" in given else [0]
     return Pair(*(None if part is None else r.emit(aten.sum.dim_IntList, part, dims) for part in w))
 
 
 def _scaled(r: PairWriter, z: Pair, given: dict[str, Any], count: int) -> Pair:
     scale = {0: 1.0, 1: count**-0.5, 2: 1 / count}[given["normalization"]]
-    return z if scale == 1 else Pair(r.mul(z.re, scale), r.mul(z.im, scale))
+    return z if scale == 1 else r.scaled(z, scale)
 
 
 def _waves(r: PairWriter, z: Pair, dim: int, sign: int, n: int, out: int) -> Pair:
@@ -211,13 +144,10 @@ def _real_fft(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
         z = _waves(r, z, dim, 1, shape[dim], shape[dim])
     n, half = given["last_dim_size"], given["self"].meta["val"].shape[last]
     options = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
-    ends, twice = (1, 2 * half - 1 - n), n - half
-    counts = [
-        r.emit(aten.full.default, [k], v, **options)
-        for k, v in zip((ends[0], twice, ends[1]), (1.0, 2.0, 1.0), strict=True)
-    ]
+    sizes = ((1, 1.0), (n - half, 2.0), (2 * half - 1 - n, 1.0))
+    counts = [r.emit(aten.full.default, [k], v, **options) for k, v in sizes]
     weight = r.emit(aten.reshape.default, r.emit(aten.cat.default, counts), [-1, *[1] * (len(shape) - 1 - last)])
-    z = _waves(r, Pair(r.mul(z.re, weight), r.mul(z.im, weight)), last, 1, n, n)
+    z = _waves(r, r.scaled(z, weight), last, 1, n, n)
     return _scaled(r, z, given, math.prod(shape[dim] for dim in given["dim"])).re
 
 

@@ -17,12 +17,11 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from dualform.graphs.recorder import Recorded
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 from dualform.shapes import TraceError
 from dualform.storages import contents, times_written
 
@@ -303,5 +302,5 @@ class _Written(Exception):
 @contextmanager
 def aside() -> Iterator[None]:
     """Compute, out of sight of the trace."""
-    with temporarily_clear_interpreter_stack(), no_modes(), torch.no_grad():
+    with out_of_sight(), torch.no_grad():
         yield

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -114,8 +115,7 @@ class Listener:
             setattr(x, LIVE, True)
 
     def marked(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
-        """What is made of what requires a gradient requires one, where gradients are on;
-        inference mode makes constants."""
+        """Where gradients are on, what is made of what requires one does, too; inference mode makes constants."""
         if torch.is_inference_mode_enabled():
             return pytree.tree_map_only(Tensor, lambda x: x.detach() if can_move(x) else x, result)
         leaves = pytree.tree_leaves((args, kwargs)) if func not in DETACH and torch.is_grad_enabled() else []
@@ -127,8 +127,7 @@ class Listener:
     # -- Functions
 
     def transform(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Begin or end a transform unseen: torch's tracer makes nodes of that for torch.export (2.11: always),
-        a graph of ops has none."""
+        """Begin or end a transform unseen: torch's tracer makes nodes of that (2.11: always), a graph of ops has none."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
@@ -148,11 +147,10 @@ class Listener:
                 "forward says. Remove the hook, or register one on a tensor in forward: h.register_hook(...)."
             )
         needs = tuple(isinstance(a, Tensor) and requires_grad(a) for a in args)
-        if not any(needs) or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return Called(cls, args, needs, where).result()
         called = Called(cls, args, needs, where)
-        results = self.keep(name, called.forward, called.backward, called.tensors)
-        return called.rebuilt(results)
+        if not any(needs) or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return called.result()
+        return called.rebuilt(self.keep(name, called.forward, called.backward, called.tensors))
 
     # -- hooks
 
@@ -215,21 +213,15 @@ class Listener:
         create_graph: bool = False, only_inputs: bool = True, allow_unused: bool | None = None,
         is_grads_batched: bool = False, materialize_grads: bool = False,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """torch.autograd.grad: the part of the trace between inputs and outputs is differentiated,
-        and that is traced."""
+        """torch.autograd.grad: what is traced between inputs and outputs is differentiated, and that is traced."""
         where = self.note()
         outs, ins = ([x] if isinstance(x, Tensor) else list(x) for x in (outputs, inputs))
         seeds = [grad_outputs] if grad_outputs is None or isinstance(grad_outputs, Tensor) else list(grad_outputs)
         nodes = [node_of(x) for x in ins]
         known = all(requires_grad(x) and node_of(x) is not None for x in [*outs, *ins])
         if is_grads_batched or not known or any(n in self.hooked for n in nodes):
-            why = (
-                "is batched"
-                if is_grads_batched
-                else "is of a hooked tensor"
-                if known
-                else "is of tensors without gradient"
-            )
+            why = "is of a hooked tensor" if known else "is of tensors without gradient"
+            why = "is batched" if is_grads_batched else why
             raise TraceError(
                 f"trace: `{where}` {why}; expected a gradient of what depends on an input, by a tensor that it depends "
                 "on. Call h.requires_grad_() on that tensor, or differentiate the function from outside."
@@ -298,19 +290,18 @@ class Listener:
         own: which tensor, by its identity, is which result
         """
         closed: list[Tensor] = []
+        count = len(inputs)
+
+        def pull(k: int, f: Any, *x: Tensor) -> tuple[Any, ...]:
+            return tuple(f(k, x[0], x[1 : 1 + count], x[1 + count :]))
+
         with aside(inputs) as stand_ins:
             made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
             results = [n.meta["val"] for n in results_of(made.graph)]
             backwards: Any = backward() if callable(backward) else backward
-            pulled: list[fx.GraphModule | None] = []
-            count = len(stand_ins)
-            for k, f in enumerate(backwards):
-
-                def pull(*x: Tensor, k: int = k, f: Any = f) -> tuple[Any, ...]:
-                    return tuple(f(k, x[0], x[1 : 1 + count], x[1 + count :]))
-
-                examples = [results[k], *stand_ins, *results]
-                pulled.append(None if f is None else self.trace(pull, *examples))
+            pulled = [
+                f and self.trace(partial(pull, k, f), results[k], *stand_ins, *results) for k, f in enumerate(backwards)
+            ]
         made = written_out(made)  # nobody differentiates a forward
         graphs = [made, *(gm for gm in pulled if gm is not None)]
         for gm in graphs:
@@ -321,36 +312,16 @@ class Listener:
 
 
 class Plain(Listener):
-    """The listener of a recording that holds nothing but ops:
-    it gives up where a function defines or takes a gradient."""
-
-    def begin(self, inputs: Sequence[Any]) -> None:
-        """Take the inputs; which nodes they are, nobody asks."""
-        for x in inputs:
-            self.input(x)
+    """The listener of a recording of nothing but ops: it gives up where a function defines or takes a gradient."""
 
     def function(self, cls: Any, args: tuple[Any, ...]) -> Any:
         """Apply a checkpoint."""
         return _checkpointed(cls, args) if _is_checkpoint(cls) else self._give_up()
 
-    def transform(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Give up."""
-        self._give_up()
-
-    def hook(self, h: Tensor, f: Callable[[Tensor], Tensor | None]) -> Any:
-        """Give up."""
-        self._give_up()
-
-    def below(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Give up."""
-        self._give_up()
-
-    def gradient(self, *args: Any, **kwargs: Any) -> Any:
-        """Give up."""
-        self._give_up()
-
-    def _give_up(self) -> NoReturn:
+    def _give_up(self, *_: Any, **__: Any) -> NoReturn:
         raise CannotRecord(self.note())
+
+    transform = hook = below = gradient = _give_up
 
 
 def _is_checkpoint(cls: Any) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree
 
@@ -20,12 +19,11 @@ from dualform.algebra.terms import Term
 from dualform.graphs.hollow import META, Hollow, Hollows
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.recorder import below_dispatch
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 from dualform.graphs.trace import trace
-from dualform.ops.table import OpCall, Target, find_row
+from dualform.ops.table import OpCall, Target, row_of
 
 _Like = tuple[tuple[int, ...], torch.dtype, torch.device]
-
 
 # Ops of which torch's table (2.13) has a definition of something else: targets after -1 count there.
 _WRONG = {"aten::multilabel_margin_loss_forward"}
@@ -35,9 +33,9 @@ def definition_of(target: Target) -> Callable[..., Any] | None:
     """A function of the op's arguments that is made of other ops, if there is one."""
     from torch._decomp import decomposition_table  # slow: not at `import dualform`
 
-    row = find_row(target)
-    if row is not None and row.definition is not None:
-        return row.definition
+    own = row_of(target).definition
+    if own is not None:
+        return own
     if not isinstance(target, torch._ops.OpOverload) or target._schema.name in _WRONG:
         return None
     return target.decompose if target._can_decompose() else decomposition_table.get(target)
@@ -69,7 +67,7 @@ def _traced(
         result = definition(*args, **kwargs)
         return result if part is None else result[part]
 
-    with temporarily_clear_interpreter_stack(), no_modes(), Hollows():
+    with out_of_sight(), Hollows():
         stand_ins = _stand_ins(likes)
         try:
             # A composite kernel shows its ops after dispatch only: before it, it is one op again.
@@ -96,6 +94,13 @@ def defined(call: OpCall) -> tuple[fx.GraphModule, list[Tensor]] | None:
     likes = tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
     gm = _traced(call.target, constants, spec, likes, call.part)
     return None if gm is None else (gm, tensors)
+
+
+def defined_at(node: fx.Node) -> fx.GraphModule | None:
+    """The traced definition of a node's op."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    found = defined(OpCall(node.target, args, kwargs, node.meta["val"]))
+    return found and found[0]
 
 
 def definition_terms(call: OpCall, operand: int, rule: LocalRule) -> list[Term] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from dualform.graphs.fingerprint import is_fixed
+from dualform.ops.table import bound_arguments
 from dualform.shapes import TraceError
 
 
@@ -107,12 +108,5 @@ def _is_dropout(target: torch._ops.OpOverload) -> bool:
 
 def _is_quiet(node: fx.Node) -> bool:
     """A random op whose random part is switched off by its arguments."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in schema}
-    given.update(dict(zip((a.name for a in schema), node.args, strict=False)))
-    given.update(node.kwargs)
-    return (
-        0 in (given.get("dropout_p"), given.get("dropout"))
-        or given.get("training") is False
-        or given.get("train") is False
-    )
+    given = bound_arguments(node)
+    return 0 in (given.get("dropout_p"), given.get("dropout")) or False in (given.get("training"), given.get("train"))

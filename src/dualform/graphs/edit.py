@@ -20,8 +20,7 @@ _OF_THE_LINE = ("section", "ordinal")
 
 
 class Graph(fx.Graph):
-    """A graph that searches no node's arguments for symbolic sizes, which no trace here has:
-    a third of what a node costs."""
+    """A graph that searches no arguments for symbolic sizes, which no trace here has: a third of what a node costs."""
 
     def create_node(
         self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: str | None = None, type_expr: Any = None
@@ -72,8 +71,7 @@ def add_alike(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs:
 
 
 def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | None = None) -> fx.Node:
-    """Add an input after another one, the last if none is named; its value, if there is one,
-    is a tensor or a stand-in."""
+    """Add an input after another one, the last if none is named; value: a tensor or a stand-in."""
     given = inputs_of(graph)
     with graph.inserting_after(after or given[-1]) if given else graph.inserting_before(next(iter(graph.nodes), None)):
         new = graph.placeholder(name)
@@ -82,14 +80,18 @@ def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | No
     return new
 
 
+def shape_of(x: Any) -> tuple[int, ...]:
+    """The shape of a node's value; that of a number is ()."""
+    return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
+
+
 def held_by(gm: fx.GraphModule) -> list[tuple[torch.Tensor, fx.Node]]:
     """List the tensors that a graph holds, and their nodes."""
     return [(getattr(gm, str(node.target)), node) for node in gm.graph.find_nodes(op="get_attr")]
 
 
 def lift(gm: fx.GraphModule, stand_for: Callable[[torch.Tensor, fx.Node], fx.Node]) -> None:
-    """Let other nodes, inputs as a rule, stand for the tensors that a graph holds: `stand_for(tensor,
-    node)` gives each."""
+    """Let other nodes, as `stand_for(tensor, node)` gives them, stand for the tensors that a graph holds."""
     for value, node in held_by(gm):
         replace(node, stand_for(value, node))
 
@@ -110,11 +112,15 @@ def emitter(graph: fx.Graph, at: fx.Node) -> Emit:
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with graph.inserting_before(at):
             new = add(graph, target, *args, **kwargs)
-        new.meta |= {name: at.meta[name] for name in _OF_THE_LINE if name in at.meta}
-        new.meta["stack_trace"] = line_of(at)
+        _take_line(new, at)
         return new
 
     return emit
+
+
+def _take_line(new: fx.Node, at: fx.Node) -> None:
+    new.meta |= {name: at.meta[name] for name in _OF_THE_LINE if name in at.meta}
+    new.meta["stack_trace"] = line_of(at)
 
 
 def inputs_of(graph: fx.Graph) -> list[fx.Node]:
@@ -151,8 +157,7 @@ def reached(graph: fx.Graph, first: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def needed(goals: Iterable[Any], beyond: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Collect some nodes and everything that they are computed from, nothing beyond some;
-    what is no node is passed over."""
+    """Collect some nodes and all that they are computed from, nothing beyond some; what is no node is passed over."""
     found: set[fx.Node] = set()
     stack = [x for x in goals if isinstance(x, fx.Node)]
     while stack:
@@ -178,22 +183,19 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -> tuple[list[Any], list[fx.Node]]:
-    """Write a part out before `at`, its inputs being `given`: return what it returns, and the nodes made,
-    which have at's line."""
+    """Write a part out before `at`, of these inputs: return what it returns, and the nodes made, of at's line."""
     copies: dict[fx.Node, Any] = dict(zip(inputs_of(part), given, strict=True))
     before = set(copies)
     with graph.inserting_before(at):
         found: Any = graph.graph_copy(part, copies)
     made = [new for old, new in copies.items() if old not in before]
     for new in made:
-        new.meta |= {name: at.meta[name] for name in _OF_THE_LINE if name in at.meta}
-        new.meta["stack_trace"] = line_of(at)
+        _take_line(new, at)
     return list(found) if isinstance(found, list | tuple) else [found], made
 
 
 def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callable[[fx.Graph, dict], Any]) -> fx.Graph:
-    """Copy some nodes, in order, into a graph of their own; `finish` says what it returns,
-    from the copies by their originals."""
+    """Copy some nodes, in order, into a graph of their own; finish(graph, copies by their originals): what it returns."""
     graph, made = Graph(), {}
     for node in inputs:
         made[node] = graph.placeholder(node.name)
@@ -215,9 +217,9 @@ def frozen(x: Any) -> Any:
     return type(x), str(x) if isinstance(x, float | slice) else x
 
 
-def call_key(node: fx.Node) -> Any:
+def call_key(target: Any, args: Any, kwargs: Any) -> Any:
     """Return what equal calls have in common."""
-    return node.target, frozen(node.args), frozen(node.kwargs)
+    return target, frozen(args), frozen(kwargs)
 
 
 def writes(node: fx.Node) -> bool:
@@ -231,7 +233,7 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     for node in list(graph.nodes):
         if node.op != "call_function" or writes(node) or _is_random(node.target):
             continue
-        first = kept.setdefault(call_key(node), node)
+        first = kept.setdefault(call_key(node.target, node.args, node.kwargs), node)
         if first is not node:
             replace(node, first)
     return graph
@@ -282,8 +284,7 @@ def evaluated(
 
 
 def without_dead(graph: fx.Graph) -> fx.Graph:
-    """Erase what nothing reads and what writes nothing. (fx asks of each op whether it has effects,
-    at ten times the price.)"""
+    """Erase what nothing reads and what writes nothing. (fx asks each op for effects, at ten times the price.)"""
     for node in reversed(graph.nodes):
         if node.op in ("call_function", "get_attr") and not node.users and not writes(node):
             graph.erase_node(node)

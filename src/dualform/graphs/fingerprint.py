@@ -24,7 +24,7 @@ import warnings
 import weakref
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cached_property, lru_cache, partial, partialmethod
@@ -56,8 +56,7 @@ class Unreadable(Exception):
 class Fingerprint:
     """The key of some objects, and the tensors in it in the order in which they were met.
 
-    key: hashable, or None if something could not be read (`unreadable`: its type); names:
-    what the code calls each tensor
+    key: hashable, or None if something could not be read (`unreadable`: its type); names: what code calls each tensor
     """
 
     def __init__(self, *objects: Any, watch: bool = False) -> None:
@@ -75,7 +74,7 @@ class Fingerprint:
         self._words: dict[str, None] = {}  # all names that code uses: what it may read of a module
         self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
         self._arrays: list[tuple[numpy.ndarray, bytes]] = []
-        self._kinds: list[tuple[Tensor, torch.Size, torch.dtype, torch.device]] = []
+        self._kinds: list[tuple[Tensor, tuple[torch.Size, torch.dtype, torch.device]]] = []
         self._states: list[tuple[Any, Hashable]] = []  # library objects that say what is in them
         self._default = torch.get_default_dtype()
         try:
@@ -102,9 +101,7 @@ class Fingerprint:
         for x, name, value in self._named:
             if (x.get(name, x) if type(x) is dict else getattr(x, name, x)) is not value:
                 return False
-        return all(
-            x.shape == shape and x.dtype is dtype and x.device == place for x, shape, dtype, place in self._kinds
-        )
+        return all((x.shape, x.dtype, x.device) == kind for x, kind in self._kinds)
 
     @property
     def generators(self) -> list[Any]:
@@ -131,13 +128,12 @@ class Fingerprint:
             return self._tensor(x, name)
         if isinstance(x, types.BuiltinFunctionType) and not isinstance(x.__self__, types.ModuleType | type | None):
             return (kind, x.__name__, self._read(x.__self__, name))
-        if isinstance(
-            x, types.ModuleType | types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket
-        ):
-            if isinstance(x, types.ModuleType):
-                self._libraries.add(x.__name__)
-                if not is_fixed(x.__name__):
-                    self._modules[id(x)] = x
+        if isinstance(x, types.ModuleType):
+            self._libraries.add(x.__name__)
+            if not is_fixed(x.__name__):
+                self._modules[id(x)] = x
+            return x
+        if isinstance(x, types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             return x
         if isinstance(x, _PLAIN) or kind is object:
             return (kind, x)
@@ -190,7 +186,7 @@ class Fingerprint:
         self._slots[id(x)] = len(self.tensors)
         self.tensors.append(x)
         self.names.append(name)
-        self._kinds.append((x, x.shape, x.dtype, x.device))
+        self._kinds.append((x, (x.shape, x.dtype, x.device)))
         layout = x.stride() if x.layout is torch.strided else x.layout
         return (type(x), tuple(x.shape), layout, x.dtype, x.device)
 
@@ -219,8 +215,7 @@ class Fingerprint:
         return (f.__code__, tuple(found), *own)
 
     def _read_modules(self) -> Iterator[Hashable]:
-        """What code may read of the caller's own modules, however it came by them:
-        the attributes that some code names."""
+        """What code may read of the caller's own modules, however it came by them: attributes that some code names."""
         done: set[tuple[int, str]] = set()
         while todo := [
             (module, n)
@@ -269,15 +264,16 @@ class Fingerprint:
         slots = [n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(x, n)]
         if not (readable or is_dataclass(x)) or not (hasattr(x, "__dict__") or slots):
             wrapped = getattr(x, "__wrapped__", None)  # a cache or the like around a function
-            if wrapped is not None:
-                return (kind, self._read(wrapped, ""))
-            return self._state(x)
+            return self._state(x) if wrapped is None else (kind, self._read(wrapped, ""))
         items = [(n, getattr(x, n)) for n in slots if n != "__dict__"]
         self._watch_names([*((x, n, v) for n, v in items), (x, "__class__", kind)])
         if hasattr(x, "__dict__"):
             self._watch(vars(x))
             items += vars(x).items()
-        return (self._read(kind, ""), *((n, self._read(v, n.strip("_"))) for n, v in sorted(items, key=_name)))
+        return (
+            self._read(kind, ""),
+            *((n, self._read(v, n.strip("_"))) for n, v in sorted(items, key=operator.itemgetter(0))),
+        )
 
     def _state(self, x: Any) -> Hashable:
         """What an object of a library would be pickled as: random.Random, itertools.count, array, UserDict, ..."""
@@ -293,18 +289,10 @@ class Fingerprint:
         if isinstance(made, str):  # a global's name
             return (kind, made)
         maker, *rest = (*made, None, None, None)[:5]
-        found = (
-            kind,
-            self._read(maker, ""),
-            *(self._read(v if k < 2 else v and list(v), "") for k, v in enumerate(rest)),
-        )
         if self._watches:
             self._states.append((x, Fingerprint(x).key))
-        return found
-
-
-def _name(item: tuple[str, Any]) -> str:
-    return item[0]
+        own = (maker, *rest[:2], *(v and list(v) for v in rest[2:]))
+        return (kind, *(self._read(v, "") for v in own))
 
 
 def is_fixed(module: str | None) -> bool:
@@ -334,8 +322,3 @@ def _used(code: types.CodeType) -> _Used:
 def _context() -> Hashable:
     """The switches that change what the same code computes."""
     return (torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-
-
-def fingerprint(f: Callable[..., Any], *rest: Any) -> Fingerprint:
-    """Read a function and its arguments."""
-    return Fingerprint(f, *rest)

@@ -15,10 +15,10 @@ import torch
 from torch import fx
 
 from dualform.graphs.edit import add, line_of, unwritten, writes
-from dualform.graphs.hollow import Hollow
+from dualform.graphs.hollow import laid_out_as
 from dualform.graphs.kept import carried
 from dualform.graphs.recorder import twin_of
-from dualform.ops.table import find_row
+from dualform.ops.table import row_of
 from dualform.storages import memory_of
 
 aten = torch.ops.aten
@@ -108,7 +108,7 @@ class _Rewriter:
     def again(self, node: fx.Node) -> fx.Node:
         """Copy a node; what counts steps in memory is what it sees there, which later values need not keep."""
         base: Any = node.args[0] if node.target is aten.as_strided.default else None
-        at = base and _Places.of(_told(base.meta["val"]), _told(node.meta["val"]))
+        at = base and _Places.of(*(laid_out_as(n.meta["val"]) for n in (base, node)))
         return self.taken(self.read(base), at, node) if at else self.graph.node_copy(node, self.read)
 
     def write(self, node: fx.Node) -> None:
@@ -143,10 +143,9 @@ class _Rewriter:
     def functional(self, node: fx.Node) -> fx.Node:
         target: Any = node.target
         first: Any = node.args[0]
-        packet = target._schema.name.split("::")[1]
-        if packet == "detach_":
+        if target._opname == "detach_":
             return self.emit(aten.detach.default, (self.read(first),), node)
-        if packet == "copy_":  # whose functional twin torch cannot differentiate
+        if target._opname == "copy_":  # whose functional twin torch cannot differentiate
             return self.fitted(self.read(node.args[1]), first.meta["val"], node)  # type: ignore[arg-type]
         twin = twin_of(target)
         if twin is None:
@@ -186,8 +185,7 @@ class _Rewriter:
         base = self.read(self.parent[view])
         if writes(view):
             return new
-        row = find_row(view.target)
-        rule = carried if view.target is aten.detach.default else row and row.put
+        rule = carried if view.target is aten.detach.default else row_of(view.target).put
         if rule is None and _layout(view) == _layout(self.parent[view]):  # as `to` gives what it was given
             return new
         if rule is not None:
@@ -197,14 +195,13 @@ class _Rewriter:
         if view.target in _HALVES:
             halves = [new if half is view.target else self.emit(half, (base,), node) for half in _HALVES]
             return self.emit(aten.complex.default, tuple(halves), node)
-        found = _Places.of(*(_told(n.meta["val"]) for n in (self.parent[view], view)))
+        found = _Places.of(*(laid_out_as(n.meta["val"]) for n in (self.parent[view], view)))
         if found is None:
             self.blame(node, f"writes through {view.target}", "Build the tensor with torch.where or torch.cat.")
         return self.placed(base, new, found, node)
 
     def placed(self, base: fx.Node, new: fx.Node, at: _Places, node: fx.Node) -> fx.Node:
         """Put a value where a view has it: axes that both have to the front, the others are one."""
-
         value = self.laid(new, at.of_view, at, node)
         if len(at.places) < math.prod(at.shape[at.shared :]):
             rows = self.laid(base, at.of_base, at, node)
@@ -257,13 +254,8 @@ class _Places(NamedTuple):
             at = [p + n * view.stride(j) for p in at for n in range(view.shape[j])]
         steps = {b - a for a, b in itertools.pairwise(at)}
         size = unit * math.prod(base.shape[k] for k in rest)
-        if (
-            not dense
-            or not at
-            or len(steps) > 1
-            or any(p % unit or not 0 <= p < size for p in at)
-            or min(steps, default=1) < 1
-        ):
+        even = bool(at) and len(steps) < 2 and min(steps, default=1) >= 1
+        if not dense or not even or any(p % unit or not 0 <= p < size for p in at):
             return None
         shape = [base.shape[k] for k in (*same, *rest)]
         return _Places([*same, *rest], [*same.values(), *others], len(same), shape, [p // unit for p in at])
@@ -276,22 +268,16 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         return behind[0] if _viewed(behind[0]) is not None else None
     if node.target is operator.getitem and _viewed(node.args[0]) is None:  # type: ignore[arg-type]
         return None
-    if str(node.target).startswith(
-        "aten.unsafe_"
-    ):  # whose pieces are written to only where nobody reads the whole any more
+    if str(node.target).startswith("aten.unsafe_"):  # its pieces are written to where nobody reads the whole any more
         return None
     own = _memory(node)
     return next((x for x in node.all_input_nodes if own & _memory(x)), None)
 
 
-def _told(x: torch.Tensor) -> torch.Tensor:
-    return x.shape_of if isinstance(x, Hollow) else x
-
-
 def _memory(node: fx.Node) -> set[int]:
     made = node.meta.get("val")
     parts = made if isinstance(made, tuple | list) else (made,)
-    tensors = [_told(x) for x in parts if isinstance(x, torch.Tensor)]
+    tensors = [laid_out_as(x) for x in parts if isinstance(x, torch.Tensor)]
     return {memory_of(x) for x in tensors if x.layout == torch.strided}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dualform.ops.table import find_row
+from dualform.ops.table import row_of
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 FEW = 1 << 18  # numbers, up to which zeros are computed with
@@ -83,21 +83,22 @@ class Hollows(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def leaves_in(args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """List an op's arguments, and the entries of those that are lists."""
-    found: list[Any] = []
-    todo = [*args, *kwargs.values()]
+def leaves_in(*given: Any) -> list[Any]:
+    """List arguments, and the entries of those that are lists or dicts, a shape's too."""
+    found, todo = [], [*given]
     for x in todo:
         if isinstance(x, list | tuple):
             todo.extend(x)
+        elif isinstance(x, dict):
+            todo.extend(x.values())
         else:
             found.append(x)
     return found
 
 
-def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """List the tensors among an op's arguments."""
-    return [x for x in leaves_in(args, kwargs) if isinstance(x, Tensor)]
+def tensors_in(*given: Any) -> list[Tensor]:
+    """List the tensors among arguments."""
+    return [x for x in leaves_in(*given) if isinstance(x, Tensor)]
 
 
 def each(x: Any, f: Callable[[Any], Any]) -> Any:
@@ -106,6 +107,16 @@ def each(x: Any, f: Callable[[Any], Any]) -> Any:
         return f(x)
     made = [each(v, f) if isinstance(v, list | tuple) else f(v) for v in x]
     return made if isinstance(x, list) else tuple(made)
+
+
+def blank(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same shape and type that lies in memory as another does."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+def laid_out_as(x: Tensor) -> Tensor:
+    """The tensor that says how another lies in memory: of a hollow one its twin."""
+    return x.shape_of if isinstance(x, Hollow) else x
 
 
 def on_meta(x: Any) -> Any:
@@ -152,11 +163,10 @@ def _kind(func: Any) -> Callable[..., Any] | None:
         return None
     if func._schema.is_mutable:
         return _in_place if _Tag.pointwise in func.tags and func._opname.endswith("_") else None
-    row = find_row(func)
     if _Tag.pointwise in func.tags or func._opname.endswith("_like"):
         return _entry_by_entry
-    is_plain = _Tag.core in func.tags or (row is not None and bool(row.kind or row.lowered or row.several))
-    return _of_zeros if is_plain else None
+    row = row_of(func)
+    return _of_zeros if _Tag.core in func.tags or row.kind or row.lowered or row.several else None
 
 
 def _takes_device(func: Any) -> bool:
@@ -258,10 +268,7 @@ def _strides(shape: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[int, ..
 def _of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute with zeros, once for tensors laid out alike."""
     made = _once(_results_of_zeros, func, args, kwargs, _laid_out)
-    return each(
-        made,
-        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) if isinstance(x, Tensor) else x,
-    )
+    return each(made, lambda x: blank(x, META) if isinstance(x, Tensor) else x)
 
 
 def _results_of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -270,13 +277,7 @@ def _results_of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     count = sum(math.prod(max(1, n) for n in x.shape) for x in tensors)  # an empty one is of as many rows
     largest = max((n for x in tensors for n in x.shape), default=0)
-    if not tensors:  # as many numbers as whole numbers among its arguments can ask for
-        count = (
-            math.prod(max(1, abs(n)) for n in leaves if isinstance(n, int))
-            if not any(isinstance(x, float) for x in leaves)
-            else FEW + 1
-        )
-    if count > FEW and not tensors:
+    if not tensors and (any(isinstance(x, float) for x in leaves) or _asked(leaves) > FEW):
         return None
     small = (largest,) if count <= FEW else (2, 3)
     try:
@@ -287,6 +288,11 @@ def _results_of_zeros(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     pairs = zip(flat, _pytree.tree_leaves(found[-1]), strict=True)
     made = [_told(*pair, largest if count > FEW else None) for pair in pairs]
     return None if any(x is NotImplemented for x in made) else _pytree.tree_unflatten(made, spec)
+
+
+def _asked(leaves: Sequence[Any]) -> int:
+    """How many numbers the whole numbers among arguments can ask for."""
+    return math.prod(max(1, abs(n)) for n in leaves if isinstance(n, int))
 
 
 def _expect_taken(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -300,7 +306,7 @@ def refusal(func: Any, args: Any, kwargs: dict[str, Any]) -> Exception | None:
     """What torch says of a call that it refuses whatever the numbers are; None if it takes some, or that is unknown."""
     leaves = _pytree.tree_leaves((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    is_huge = math.prod(max(1, abs(n)) for n in leaves if isinstance(n, int)) > FEW  # what it makes
+    is_huge = _asked(leaves) > FEW
     is_large = sum(x.numel() for x in tensors) > FEW
     first = next((x.dtype for x in tensors if x.is_floating_point()), None)
 

@@ -32,8 +32,7 @@ class Handle:
 
 
 class Maker:
-    """The op that made a hooked tensor, where its own gradient reads that tensor: in second derivatives,
-    through the hook."""
+    """The op that made a hooked tensor, where its own gradient reads it: in second derivatives, through the hook."""
 
     def __init__(self, node: fx.Node, joint: fx.GraphModule) -> None:
         self.node, self.joint = node, joint
@@ -53,9 +52,8 @@ class Maker:
             inputs = [x.detach().requires_grad_() if k in at else x for k, x in enumerate(given)]
             out = _run(node, [x.clone() for x in inputs] if source.target._schema.is_mutable else inputs)
             leaves = [inputs[k] for k in at]
-            found = dict(
-                zip(at, torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True), strict=True)
-            )
+            grads = torch.autograd.grad(out, leaves, g, allow_unused=True, create_graph=True)
+            found = dict(zip(at, grads, strict=True))
             return [out, *(found.get(k) for k in range(len(inputs)))]
 
         with aside([n.meta["val"] for n in source.all_input_nodes]) as stand_ins, torch.enable_grad():
@@ -100,11 +98,7 @@ def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
 def put_hook(graph: Any, raw: fx.Node, node: fx.Node, key: str, operands: list[fx.Node], where: str) -> fx.Node:
     """Put a hook between a tensor and all its uses, in place of the one that is there."""
     new = add_plain(graph, kept_op, operands, key, 0)
-    new.meta |= {
-        **raw.meta,
-        "hooks": raw in operands,
-        "stack_trace": caller.line,
-    }
+    new.meta |= {**raw.meta, "hooks": raw in operands, "stack_trace": caller.line}
     order = {n: k for k, n in enumerate(graph.nodes)}
     uses = [user for user in node.users if user is not new]
     if uses:

@@ -13,10 +13,9 @@ import torch
 from torch import fx
 
 from dualform.graphs.rewriting import Rewriter, is_number, name_of, rewrites, rewritten, value
-from dualform.graphs.single_results import bound_arguments
 from dualform.graphs.verify import verified
 from dualform.ops.factories import filled_with
-from dualform.ops.table import dims_of, kind_of
+from dualform.ops.table import bound_arguments, dims_of, kind_of
 
 aten = torch.ops.aten
 

@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from dualform.algebra.queries import flipped
 from dualform.algebra.terms import Term
-from dualform.graphs.definitions import defined
+from dualform.graphs.definitions import defined_at
 from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, results_of
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 from dualform.graphs.trace import source_line
 from dualform.ops.factories import filled_with
-from dualform.ops.table import OpCall, find_row
+from dualform.ops.table import OpCall, row_of
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -91,7 +90,7 @@ def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
 @cache
 def first_bend(gm: fx.GraphModule) -> fx.Node | None:
     """The first op of a backward that is not linear in the incoming gradient; None if all are."""
-    with temporarily_clear_interpreter_stack(), no_modes():  # it computes, also while others trace
+    with out_of_sight():  # it computes, also while others trace
         return _bend(_of_gradient(gm), frozenset({0}))
 
 
@@ -114,14 +113,13 @@ def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
     and 0 where they are 0."""
     if node.target in (aten.detach.default, aten.alias.default):
         return True
-    row, operands = find_row(node.target), _operands(node)
+    row, operands = row_of(node.target), _operands(node)
     if any(n in late and n not in operands for n in node.all_input_nodes):
         return False
-    if row is None or row.rule is None:  # by its definition
+    if row.rule is None:  # by its definition
         flat = nodes_in((node.args, dict(node.kwargs)))
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        found = None if is_kept(node) else defined(OpCall(node.target, args, kwargs, node.meta["val"]))
-        return found is not None and _bend(found[0], frozenset(k for k, n in enumerate(flat) if n in late)) is None
+        found = None if is_kept(node) else defined_at(node)
+        return found is not None and _bend(found, frozenset(k for k, n in enumerate(flat) if n in late)) is None
     if not row.is_affine(frozenset(k for k, n in enumerate(operands) if n in late)):
         return False
     return row.multilinear or _vanishes(node, late | zeros)
@@ -129,12 +127,12 @@ def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
 
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
     """Does the graph say that a tensor is all zeros?"""
-    operands, row = _operands(node), find_row(node.target)
+    operands = _operands(node)
     if filled_with(node) is not None or getattr(node.target, "_opname", "") == "fill":
         return _vanishes(node, zeros)
     if not operands:
         return False
-    if row is not None and row.multilinear:
+    if row_of(node.target).multilinear:
         return any(n in zeros for n in operands)
     return all(n in zeros for n in operands) and _vanishes(node, zeros)
 

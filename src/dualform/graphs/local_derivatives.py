@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative, Term, compose, identity, zero
 from dualform.algebra.sums import tidy
-from dualform.graphs.edit import evaluated, inputs_of, results_of
+from dualform.graphs.edit import evaluated, inputs_of, needed, nodes_in, reached, results_of
 from dualform.ops.table import OpCall
 
 LocalRule = Callable[[OpCall, int], Derivative]
@@ -51,17 +51,8 @@ class Program:
 
     def _active(self) -> list[fx.Node]:
         """Nodes on a path from the input to the output, in order."""
-        reached = {self.source}
-        for node in self.gm.graph.nodes:
-            if node.op == "call_function" and any(s in reached for s in node.all_input_nodes):
-                reached.add(node)
-        needed, todo = set(), [self.output]
-        while todo:
-            node = todo.pop()
-            if node not in needed:
-                needed.add(node)
-                todo += node.all_input_nodes
-        return [n for n in self.gm.graph.nodes if n in reached and n in needed and n.op == "call_function"]
+        between = reached(self.gm.graph, [self.source]) & needed([self.output])
+        return [n for n in self.gm.graph.nodes if n in between and n.op == "call_function"]
 
     def call(self, node: fx.Node) -> OpCall | None:
         """The op behind a node as the table knows it; None for a result of several tensors, seen at its parts."""
@@ -80,8 +71,7 @@ class Program:
     def operand_nodes(self, node: fx.Node) -> list[fx.Node]:
         """The nodes behind `OpCall.operands`."""
         source: Any = node.args[0] if node.target is operator.getitem else node
-        flat: list[fx.Node] = []
-        fx.map_arg((source.args, dict(source.kwargs)), lambda n: flat.append(n))
+        flat = nodes_in((source.args, dict(source.kwargs)))
         return [n for n in flat if isinstance(self.values[n], Tensor) and self.values[n].is_floating_point()]
 
     @cached_property

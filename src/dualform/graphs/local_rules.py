@@ -1,6 +1,6 @@
 """The one table of derivative rules: look an op up, differentiate it, ask in which operands it is affine.
 
-The rows are in rows_*.py, a row per op. What has no row: entry-by-entry ops have one rule for all; composite ops are
+The rows are in ops/, a row per op. What has no row: entry-by-entry ops have one rule for all; composite ops are
 differentiated through their own definition; the rest gets a dense derivative of that op alone, and says so once.
 """
 
@@ -9,62 +9,28 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from dualform import ops
 from dualform.algebra.linear_map import Derivative, Route, zero
 from dualform.algebra.terms import Term, fresh_axes, make_factor
 from dualform.graphs.definitions import definition_terms
 from dualform.graphs.kept import CARRIED
 from dualform.graphs.kept_derivative import kept_terms
-from dualform.ops import (
-    attention,
-    elementary,
-    factories,
-    fourier,
-    indexing,
-    linalg,
-    norms,
-    pieces,
-    products,
-    reductions,
-    truths,
-    views,
-    windows,
-)
-from dualform.ops import pointwise as pointwise_rows
 from dualform.ops.examples import T
 from dualform.ops.examples import call as example
 from dualform.ops.pointwise import is_pointwise, pointwise
-from dualform.ops.table import (
-    ALL,
-    EACH,
-    ROWS,
-    Adjoint,
-    OpCall,
-    Product,
-    Row,
-    Target,
-    add_row,
-    as_derivative,
-    entrywise_reads,
-    find_row,
-    product_row,
-    row,
-)
+from dualform.ops.table import Adjoint, OpCall, Target, as_derivative, entrywise_reads, placed, row, row_of
 from dualform.shapes import TraceError, fail
 
-__all__ = [
-    "ALL", "EACH", "ROWS", "OpCall", "Product", "Row", "affine", "derivative", "find_row", "is_structured",
-    "multilinear", "product_row", "reads", "row", "unread",
-]  # fmt: skip
-
-# Importing them fills the table.
-_modules = (attention, elementary, factories, fourier, indexing, linalg, norms, pieces, pointwise_rows)
-_modules += (products, reductions, truths, views, windows)
+for _found in iter_modules(ops.__path__):  # each puts its rows into the table
+    import_module(f"{ops.__name__}.{_found.name}")
 _warned: set[str] = set()
 # What stand-ins without values raise where a derivative depends on values.
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
@@ -87,20 +53,16 @@ def derivative(call: OpCall, operand: int) -> Derivative:
     x = call.operands[operand]
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
         return zero(call.out, x)
-    found = find_row(call.target)
-    if found is not None and found.rule is not None and found.adjoint is not None:
+    found = row_of(call.target)
+    if found.rule is not None and found.adjoint is not None:
         terms, route = partial(found.rule, call, operand), _Linear(call, operand, found.adjoint)
         return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
     terms = _terms(call, operand)
     return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
 
 
-add_row(
-    Row(
-        "dualform::kept",
-        lambda call, operand: kept_terms(call, operand, derivative),
-        examples=(example("dualform::kept", [T("n"), T("n")], CARRIED, 0),),
-    )
+row("dualform::kept", examples=[example("dualform::kept", [T("n"), T("n")], CARRIED, 0)])(
+    lambda call, operand: kept_terms(call, operand, derivative)
 )
 
 
@@ -121,11 +83,9 @@ class _Linear(Route):
 
 def _terms(call: OpCall, operand: int) -> list[Term] | None:
     """By its row, entry by entry, or through its definition, in this order; None if nothing is known of the op."""
-    found = find_row(call.target)
-    if found is not None and found.rule is not None:
-        terms = found.rule(call, operand)
-        if terms is not NotImplemented:
-            return terms
+    rule = row_of(call.target).rule
+    if rule is not None and (terms := rule(call, operand)) is not NotImplemented:
+        return terms
     if is_pointwise(call.target):
         try:
             return pointwise(call, operand)
@@ -143,13 +103,10 @@ def _dense(call: OpCall, operand: int) -> list[Term]:
         if reads_values(error):
             raise
         fail(
-            "derivative",
-            f"{name} by {call.operand_name(operand)}",
-            f"has no row and no backward in torch ({str(error).splitlines()[0]})",
-            "a differentiable op",
-            "Detach that argument, write it with other ops, or add a row (ops/table.py).",
-            TraceError,
-        )
+            "derivative", f"{name} by {call.operand_name(operand)}",
+            f"has no row and no backward in torch ({str(error).splitlines()[0]})", "a differentiable op",
+            "Detach that argument, write it with other ops, or add a row (ops/table.py).", TraceError,
+        )  # fmt: skip
     if name not in _warned:
         _warned.add(name)
         warnings.warn(f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=4)
@@ -165,19 +122,7 @@ def affine(target: OpCall | Target, operands: frozenset[int]) -> bool:
     Dtype:  none.
     Raises: nothing; an op without a row is affine in no operand.
     """
-    found = find_row(target.target if isinstance(target, OpCall) else target)
-    return not operands if found is None else found.is_affine(operands)
-
-
-def multilinear(target: OpCall | Target) -> bool:
-    """Tell whether an op is a product: homogeneous and linear in each operand by itself.
-
-    Shape:  none.
-    Dtype:  none.
-    Raises: nothing; an op without a row is not.
-    """
-    found = find_row(target.target if isinstance(target, OpCall) else target)
-    return found is not None and found.multilinear
+    return row_of(target.target if isinstance(target, OpCall) else target).is_affine(operands)
 
 
 def reads(call: OpCall, name: str, k: int | None = None) -> Derivative | None:
@@ -188,16 +133,15 @@ def reads(call: OpCall, name: str, k: int | None = None) -> Derivative | None:
     Dtype:  none; no value is read.
     Raises: KeyError if there is no such argument.
     """
-    x, found = call.argument(name, k), find_row(call.target)
-    if found is not None and found.reads is not None:
-        terms = found.reads(call, name, k)
-        if terms is not NotImplemented:
-            return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
-    if is_pointwise(call.target):
-        return Derivative(entrywise_reads(call, name, k), call.out.shape, x.shape, call.out.dtype, call.out.device)
+    x, found = call.argument(name, k), row_of(call.target)
+    terms = NotImplemented if found.reads is None else found.reads(call, name, k)
+    if terms is NotImplemented and is_pointwise(call.target):
+        terms = entrywise_reads(call, name, k)
+    if terms is not NotImplemented:
+        return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
     if x.is_floating_point() and call.out.is_floating_point():
         return derivative(call, call.places.index((name, k)))
-    if found is None or found.rule is None or name not in _NUMBERS or x.is_floating_point():
+    if found.rule is None or name not in _NUMBERS or x.is_floating_point():
         return None
     numbers = _as_numbers(call)
     return derivative(numbers, numbers.places.index((name, k)))
@@ -217,29 +161,6 @@ def _as_numbers(call: OpCall) -> OpCall:
         name: ([*map(number, v)] if isinstance(v, (list, tuple)) else number(v)) if name in _NUMBERS else v
         for name, v in call.bound.items()
     }
-    schema = call.target._schema.arguments
-    args = tuple(values[a.name] for a in schema if not a.kwarg_only)
-    rest = {a.name: values[a.name] for a in schema if a.kwarg_only and a.name != "dtype"}
+    args, rest = placed(call.target, values)
+    rest.pop("dtype", None)
     return replace(call, args=args, kwargs=rest, out=number(call.out))
-
-
-def unread(target: Target) -> frozenset[str]:
-    """Name the arguments of which an op takes only shape and type.
-
-    Shape:  none.
-    Dtype:  none.
-    Raises: nothing.
-    """
-    found = find_row(target)
-    return frozenset() if found is None else frozenset(found.unread)
-
-
-def is_structured(target: Target) -> bool:
-    """Tell whether an op's derivative keeps its structure: it has a row, or acts entry by entry.
-
-    Shape:  none.
-    Dtype:  none.
-    Raises: nothing.
-    """
-    found = find_row(target)
-    return (found is not None and found.rule is not None) or is_pointwise(target)

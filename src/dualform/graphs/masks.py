@@ -12,10 +12,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dualform.graphs.constants import version_of
-from dualform.graphs.hollow import Hollow
-from dualform.graphs.recorder import node_of as node_recorded
 from dualform.graphs.requiring import node_of
-from dualform.ops.table import Entry, find_row
+from dualform.ops.table import Entry, row_of
 
 
 class Masks:
@@ -40,7 +38,7 @@ class Masks:
             self._made[id(result)] = (result, version_of(result), made)
 
     def _by(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> Any:
-        node, keys = _node(result), {_node(x): self.key(x) for x in leaves}
+        node, keys = node_of(result), {node_of(x): self.key(x) for x in leaves}
         one = leaves[0] if len(leaves) == 1 else None
         if one is not None and one.shape == result.shape and one.dtype == result.dtype and _passes_on(node):
             return self.key(one)[1]
@@ -57,12 +55,8 @@ class Masks:
 
 def _passes_on(node: fx.Node | None) -> bool:
     """Does an op give its operand's entries as they are?"""
-    row = None if node is None else find_row(node.target)
-    return row is not None and (row.ordered or (isinstance(row.entry, Entry) and row.entry.passes))
-
-
-def _node(x: Tensor) -> fx.Node | None:
-    return node_recorded(x) if isinstance(x, Hollow) else node_of(x)
+    row = row_of(node and node.target)
+    return row.ordered or (isinstance(row.entry, Entry) and row.entry.passes)
 
 
 def _hashable(x: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from dualform.graphs.constants import aside
 from dualform.graphs.custom import listening
+from dualform.graphs.hollow import tensors_in
 
 OTHERS = (0.5, 2.0, -0.5)  # most functions have slopes at one of them
 
@@ -21,18 +22,9 @@ class Count(int):
     refuse: Callable[[], NoReturn]
 
 
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow neg abs lt le gt ge eq ne".split()
-):
+_BINARY = "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow lt le gt ge eq ne"
+for _name in f"{_BINARY} neg abs int float index bool str repr format".split():
     setattr(Count, f"__{_name}__", lambda self, *_: self.refuse())
-for _name in "int float index bool str repr format".split():
-    setattr(Count, f"__{_name}__", lambda self, *_: self.refuse())
-
-
-def leaves_of(x: Any) -> list[Any]:
-    """The leaves of arguments, a shape's too."""
-    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else None
-    return [x] if parts is None else [y for part in parts for y in leaves_of(part)]
 
 
 def counted(args: Any, kwargs: Any, number: Callable[[Any], int]) -> Any:
@@ -60,15 +52,14 @@ def number(n: float, x: Tensor, at: int, axes: int) -> tuple[Tensor, Tensor]:
 
 def _varied(n: float, shape: Sequence[int], dtype: torch.dtype, is_varied: bool = True) -> Tensor:
     size = shape[-1] if shape and is_varied else 1
-    return (torch.linspace(n, 1.25 * n, size, dtype=dtype) if size > 1 else torch.full((1,), n, dtype=dtype)).expand(
-        shape
-    )
+    own = torch.linspace(n, 1.25 * n, size, dtype=dtype) if size > 1 else torch.full((1,), n, dtype=dtype)
+    return own.expand(shape)
 
 
 def valued(func: Callable[..., Any], args: Any, kwargs: Any, numbers: dict[int, Tensor]) -> tuple[bool, Tensor | None]:
     """Has an op a value and slopes where some tensors are these numbers, and which value,
     None if it is of other tensors, too."""
-    tensors = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_in(args, kwargs)
     leaves: list[Tensor] = []
 
     def one(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from dualform.graphs.edit import Graph, unwritten
-from dualform.graphs.hollow import CPU, META, Hollow, Hollows, computed, each, is_reshaped, leaves_in, on_meta
+from dualform.graphs.hollow import CPU, META, Hollow, Hollows, blank, computed, each, is_reshaped, leaves_in, on_meta
 from dualform.graphs.this_thread import caller, no_modes
 from dualform.ops.truths import OPERATORS
 from dualform.storages import memory_of
@@ -158,8 +158,7 @@ class Recorder(_Writing, TorchDispatchMode):
 
     def input(self, like: Tensor, name: str) -> Recorded:
         """Add an input."""
-        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=META)
-        return self._wrapped(made, self.graph.placeholder(name))
+        return self._wrapped(blank(like, META), self.graph.placeholder(name))
 
     def _wrapped(self, made: Any, node: fx.Node) -> Any:
         if isinstance(made, Tensor):
@@ -194,9 +193,7 @@ def below_dispatch(f: Callable[..., Any], tensors: Sequence[Tensor]) -> fx.Graph
             pass
     with no_modes():
         with FakeTensorMode(allow_non_fake_inputs=True):
-            tensors = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Hollow) else x for x in tensors
-            ]
+            tensors = [blank(x, CPU) if isinstance(x, Hollow) else x for x in tensors]
         return make_fx(f, tracing_mode="real")(*tensors)
 
 
@@ -249,7 +246,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
                 made = each(computed(func, *hollow), lambda x: Hollow(x) if isinstance(x, Tensor) else x)
         if writes:
             args[0].writes[0] += 1
-        if not any(isinstance(x, Tensor) for x in leaves_in((made,), {})):
+        if not any(isinstance(x, Tensor) for x in leaves_in(made)):
             return made
         if not writes and any(made is x for x in given):  # as `to` gives what is so: with its gradient, in any mode
             return made
@@ -335,11 +332,6 @@ class _Switches(TorchFunctionMode):
         ):
             raise CannotRecord(str(func))
         return func(*args, **kwargs or {})
-
-
-def node_of(x: Tensor) -> fx.Node | None:
-    """Find the node of a tensor in a recording that is going on."""
-    return x.node if isinstance(x, Recorded) else None
 
 
 def recorded_so_far() -> list[fx.Node]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dualform.graphs.edit import add, broadcasts, inputs_of, reached, without_dead
+from dualform.graphs.edit import add, broadcasts, inputs_of, reached, shape_of, without_dead
 from dualform.graphs.simplify import tidy
 from dualform.graphs.verify import verified_below_autograd
 from dualform.ops.table import find_row
@@ -32,10 +32,6 @@ def _signs(node: fx.Node) -> tuple[int, ...]:
 
 def _scales(node: fx.Node) -> bool:
     return node.target in _products or node.target in _quotients
-
-
-def shape(x: Any) -> tuple[int, ...]:
-    return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
 
 
 @verified_below_autograd
@@ -83,9 +79,9 @@ def join_products(graph: fx.Graph) -> None:
         for right, places in by_right.items():
             lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
             if (
-                len({shape(x) for _, x in lefts}) != 1
+                len({shape_of(x) for _, x in lefts}) != 1
                 or len(lefts) < 2
-                or math.prod(shape(lefts[0][1])) > math.prod(shape(right))
+                or math.prod(shape_of(lefts[0][1])) > math.prod(shape_of(right))
             ):
                 continue
             with graph.inserting_before(root):
@@ -152,7 +148,7 @@ def _total(graph: fx.Graph, terms: list[tuple[int, Any]]) -> fx.Node:
 
 def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
     """Add terms up: what is positive first, small ones first."""
-    terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape(t[1]))))
+    terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape_of(t[1]))))
     (sign, total), *rest = terms
     for own, x in rest:
         same = own == sign
@@ -187,10 +183,10 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
             factors.append(x)
 
     collect(root, top=True)
-    ready = sorted((x for x in factors if x not in waits), key=lambda x: math.prod(shape(x)))
-    late = sorted((x for x in factors if x in waits), key=lambda x: math.prod(shape(x)))
+    ready = sorted((x for x in factors if x not in waits), key=lambda x: math.prod(shape_of(x)))
+    late = sorted((x for x in factors if x in waits), key=lambda x: math.prod(shape_of(x)))
     scaled = number != 1.0
-    smaller = scaled and bool(late) and shape(late[0]) != shape(root)
+    smaller = scaled and bool(late) and shape_of(late[0]) != shape_of(root)
     if len(ready) + scaled < 2 and not smaller:
         return
     with graph.inserting_before(root):
@@ -198,7 +194,7 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
             group = ready or late
             group[0] = add(graph, aten.mul.Tensor, group[0], number)
         groups = [_multiplied(graph, part) for part in (late, ready) if part]
-        root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape(x)))))
+        root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape_of(x)))))
 
 
 def _multiplied(graph: fx.Graph, factors: list[fx.Node]) -> fx.Node:

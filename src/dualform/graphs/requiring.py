@@ -59,9 +59,11 @@ def fitted(g: Any, x: Tensor, where: str) -> Tensor:
 
 
 def node_of(x: Tensor) -> fx.Node | None:
-    """The node of a tensor in the trace that is going on."""
+    """The node of a tensor in the trace, or the recording, that is going on."""
+    if isinstance(x, Hollow):
+        return getattr(x, "node", None)
     mode: Any = get_proxy_mode()
-    tracer = getattr(mode, "tracer", None)  # a recording has none
+    tracer = getattr(mode, "tracer", None)
     held: Any = None if tracer is None else get_proxy_slot(x, tracer, None)
     return getattr(getattr(held, "proxy", None), "node", None)
 

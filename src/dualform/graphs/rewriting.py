@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
-from torch.utils._pytree import tree_leaves
 
-from dualform.graphs.definitions import defined
-from dualform.graphs.edit import emitter, frozen, inputs_of
-from dualform.graphs.single_results import bound_arguments
-from dualform.ops.pointwise import is_pointwise
-from dualform.ops.table import OpCall, dims_of, find_row
+from dualform.graphs.definitions import defined_at
+from dualform.graphs.edit import call_key, emitter, inline, nodes_in, replace, unwritten
+from dualform.ops.pointwise import is_structured
+from dualform.ops.table import bound_arguments, dims_of
 
 aten = torch.ops.aten
 Rewriting = Callable[["Rewriter", Any], Any]
@@ -40,41 +37,26 @@ def rewrites(*names: str) -> Callable[[Rewriting], Rewriting]:
 
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
     """Bring a graph into its canonical form: rewritings, equal nodes once, dead nodes gone."""
-    inline(gm.graph)
+    write_out(gm.graph)
     rewriter = Rewriter(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op == "call_function":
             rewriter.visit(node)
     gm.graph.eliminate_dead_code()
-    with _use_lazy_graph_module(True):
-        return _make_graph_module(gm, gm.graph)  # holds no tensor that the graph does not name
+    return unwritten(gm, gm.graph)  # holds no tensor that the graph does not name
 
 
-def inline(graph: fx.Graph) -> None:
+def write_out(graph: fx.Graph) -> None:
     """Replace ops that are differentiated through their definition by it."""
     for node in list(graph.nodes):
-        row = find_row(node.target) if name_of(node) else None
-        if not name_of(node) or is_pointwise(node.target) or (row is not None and row.rule is not None):
+        if not name_of(node) or is_structured(node.target) or not isinstance(node.meta.get("val"), Tensor):
             continue
-        if (
-            not isinstance(node.meta.get("val"), Tensor) or not node.all_input_nodes
-        ):  # a constant is nothing to look into
+        if not node.all_input_nodes:  # a constant is nothing to look into
             continue
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        found = defined(OpCall(node.target, args, kwargs, node.meta["val"]))
-        if found is None:
-            continue
-        given = [n for n in tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
-        inside = dict(zip(inputs_of(found[0].graph), given, strict=True))
-        if any(n.op == "get_attr" for n in found[0].graph.nodes):
-            continue
-        with graph.inserting_before(node):
-            result = graph.graph_copy(found[0].graph, inside)
-        for copy in inside.values():
-            if copy not in given:
-                copy.meta["stack_trace"] = node.meta.get("stack_trace") or node.stack_trace or ""
-        node.replace_all_uses_with(result[0] if isinstance(result, (tuple, list)) else result)
-        graph.erase_node(node)
+        found = defined_at(node)
+        if found is not None and not any(n.op == "get_attr" for n in found.graph.nodes):
+            results, _ = inline(graph, node, found.graph, nodes_in((node.args, dict(node.kwargs))))
+            replace(node, results[0])
 
 
 class Rewriter:
@@ -83,28 +65,23 @@ class Rewriter:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.at: fx.Node | None = None
+        self.at: Any = None
         self.known: dict[Hashable, fx.Node] = {}
 
     def visit(self, node: fx.Node) -> None:
         """Rewrite a node, and what it was rewritten to."""
         self.at = node
-        new = self._rewritten(node) or self._first(node.target, node.args, node.kwargs, node)
+        new = self._rewritten(node) or self.known.setdefault(call_key(node.target, node.args, node.kwargs), node)
         if new is not node:
             node.replace_all_uses_with(new)
 
     def make(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before the present one, itself rewritten; an equal one that is there already."""
-        at = self.at
-        assert at is not None
-        found = self._first(target, args, kwargs)
-        if found is not None:
-            return found
-        new = emitter(self.graph, at)(target, *args, **kwargs)
-        other = self._rewritten(new)
-        if other is None:
-            self._first(target, args, kwargs, new)
-        return other or new
+        key = call_key(target, args, kwargs)
+        if key in self.known:
+            return self.known[key]
+        new = emitter(self.graph, self.at)(target, *args, **kwargs)
+        return self._rewritten(new) or self.known.setdefault(key, new)
 
     def _rewritten(self, node: fx.Node) -> fx.Node | None:
         for rule in _rules.get(name_of(node), ()):
@@ -112,11 +89,6 @@ class Rewriter:
             if new is not None and new is not node:
                 return new
         return None
-
-    def _first(self, target: Any, args: Any, kwargs: Any, node: fx.Node | None = None) -> Any:
-        """The first node of this call, which is `node` if there was none."""
-        key = (target, frozen(args), frozen(kwargs))
-        return self.known.get(key) if node is None else self.known.setdefault(key, node)
 
 
 def name_of(node: Any) -> str:
@@ -154,11 +126,8 @@ def _reshaped_twice(r: Rewriter, node: Any) -> Any:
 
 @rewrites("slice", "narrow")
 def _whole(r: Rewriter, node: Any) -> Any:
-    return (
-        node.args[0]
-        if value(node).shape == value(node.args[0]).shape and bound_arguments(node).get("step", 1) == 1
-        else None
-    )
+    x: Any = node.args[0]
+    return x if value(node).shape == value(x).shape and bound_arguments(node).get("step", 1) == 1 else None
 
 
 @rewrites("roll")

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 from dualform.graphs import aside as unseen
 from dualform.graphs.constants import version_of
 from dualform.graphs.edit import inputs_of, results_of
-from dualform.graphs.hollow import META, Hollow
+from dualform.graphs.hollow import META, Hollow, laid_out_as, leaves_in, tensors_in
 from dualform.graphs.masks import Masks
-from dualform.graphs.numbers import OTHERS, Count, at_one, counted, leaves_of, number, valued
+from dualform.graphs.numbers import OTHERS, Count, at_one, counted, number, valued
 from dualform.ops.spelled import SPELLED
-from dualform.ops.table import entrywise_reads, find_row, kind_of
+from dualform.ops.table import entrywise_reads, kind_of, row_of
 from dualform.storages import memory_of
 
 aten = torch.ops.aten
@@ -51,8 +51,8 @@ class Meets(Exception):
 def alone(gm: fx.GraphModule, at: Sequence[int | None], many: int) -> Sequence[int | None]:
     """Say where the entries of results are if each is made of one entry."""
     for node in gm.graph.nodes:
-        row, tags = find_row(node.target), getattr(node.target, "tags", ())
-        is_alone = torch.Tag.pointwise in tags or (row is not None and row.reads is entrywise_reads)
+        tags = getattr(node.target, "tags", ())
+        is_alone = torch.Tag.pointwise in tags or row_of(node.target).reads is entrywise_reads
         if node.op == "call_function" and not is_alone and node.target is not aten.clone.default:
             raise Meets
     given = [(n.meta["val"], k) for n, k in zip(inputs_of(gm.graph), at, strict=True)]
@@ -109,8 +109,7 @@ class Selected:
             if made:
                 return made
         held = self._held(args, kwargs)
-        counts = [x for x in leaves_of((args, kwargs)) if isinstance(x, Count)]
-        if counts and not held:
+        if not held and any(isinstance(x, Count) for x in leaves_in(args, kwargs)):
             self.refuse()
         if not held or func in _TOLD:
             return func, args, kwargs
@@ -131,7 +130,7 @@ class Selected:
 
     def _held(self, args: Any, kwargs: Any) -> dict[int, _Held]:
         """What is picked among arguments."""
-        return {id(x): self._picked[id(x)] for x in leaves_of((args, kwargs)) if id(x) in self._picked}
+        return {id(x): self._picked[id(x)] for x in leaves_in(args, kwargs) if id(x) in self._picked}
 
     def _shape(self, func: Any, x: Tensor, *rest: Any, **named: Any) -> Call:
         h = self._picked[id(x)]
@@ -194,7 +193,7 @@ class Selected:
             value = torch.full((), value, dtype=x.dtype, device=x.device)
         new = self._now(Tensor.to, value, x.dtype)
         new = self._now(torch.add, x, new) if adds else new
-        new = self._where(_shaped(pick.mask, x.ndim, at), new, x)
+        new = self._now(torch.where, _shaped(pick.mask, x.ndim, at), new, x)
         if new.shape != x.shape:
             self.refuse()
         return (torch.clone, (new,), {}) if fresh else (Tensor.copy_, (x, new), {})
@@ -239,8 +238,8 @@ class Selected:
     def _places(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Sequence[int | None], bool, bool]:
         """At which axes a result's tensors have the entries, proved at a made-up number of them; is each made of
         one alone, is a part of an argument seen?"""
-        tensors = list({id(x): x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)}.values())
-        shapes_asked = any(isinstance(x, Count) for x in leaves_of((args, kwargs)))
+        tensors = list({id(x): x for x in tensors_in(args, kwargs)}.values())
+        shapes_asked = any(isinstance(x, Count) for x in leaves_in(args, kwargs))
         args, kwargs = counted(args, kwargs, lambda _: _MANY)
         writes, seen = _writes(func), list[Tensor]()
         given = [self._picked.get(id(x)) for x in tensors]
@@ -289,7 +288,7 @@ class Selected:
         put: dict[int, Tensor] = {}
         for k, h in held.items():
             if now[k] is not h.other and h.x.is_floating_point():
-                put[k] = self._where(self._spread(h), h.x, number(n, h.x, h.at, h.pick.mask.ndim)[0])
+                put[k] = self._now(torch.where, self._spread(h), h.x, number(n, h.x, h.at, h.pick.mask.ndim)[0])
                 self._filled[id(put[k])] = h
         if _writes(func):  # others may look at the same memory
             self._picked = {k: h._replace(other=None) for k, h in self._picked.items()}
@@ -303,12 +302,9 @@ class Selected:
         """Run another op first: its value requires a gradient where one of its arguments does."""
         return self.marked(func, args, {}, func(*args))
 
-    def _where(self, *chosen: Tensor) -> Tensor:
-        return self._now(torch.where, *chosen)
-
     def note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         """Note what is picked, and how a mask was made: two that were made alike are one."""
-        leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = tensors_in(args, kwargs)
         if self._next is not None:
             pick, made, other = self._next
             found = [x for x in pytree.tree_leaves(result) if x is not None]
@@ -334,7 +330,7 @@ class Selected:
 
 
 def _memory(x: Tensor) -> int:
-    return memory_of(x.shape_of if isinstance(x, Hollow) else x)
+    return memory_of(laid_out_as(x))
 
 
 def _shaped(mask: Tensor, ndim: int, at: int) -> Tensor:

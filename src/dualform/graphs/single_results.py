@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from dualform.graphs.casts import with_casts
 from dualform.graphs.edit import Emit, emitter
 from dualform.graphs.verify import verified
-from dualform.ops.table import find_row, kind_of
+from dualform.ops.table import bound_arguments, kind_of, row_of
 
 aten = torch.ops.aten
 
@@ -32,9 +32,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if (
-            node.kwargs.get("memory_format") is not None
-        ):  # how numbers lie in memory, where no view asks for it any more
+        if node.kwargs.get("memory_format") is not None:  # no view asks any more how numbers lie in memory
             node.kwargs = {name: x for name, x in node.kwargs.items() if name != "memory_format"}
         if getattr(node.target, "_overloadname", "") == "Scalar_Tensor" and node.meta["val"].is_floating_point():
             _with_tensor(gm.graph, node)
@@ -50,7 +48,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(emitter(gm.graph, node)(aten.alias.default, node.args[0]))
         elif node.target is aten.index.Tensor and (axes := _own_axes(node)):
             node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), axes, node))
-        elif (row := find_row(node.target)) is not None and row.overwrites:
+        elif row_of(node.target).overwrites:
             node.replace_all_uses_with(_written(emitter(gm.graph, node), node))
         elif node.target is aten.index_put.default and (axes := _own_axes(node)):
             node.replace_all_uses_with(_to_own_row(emitter(gm.graph, node), axes, *node.args))
@@ -67,11 +65,8 @@ def _with_tensor(graph: fx.Graph, node: Any) -> None:
     """remainder(3.0, x) -> remainder(full(3.0), x): torch differentiates that one."""
     twin = getattr(node.target.overloadpacket, "Tensor", None)
     if twin is not None:
-        node.args = (
-            emitter(graph, node)(aten.full.default, [], node.args[0], dtype=node.meta["val"].dtype),
-            *node.args[1:],
-        )
-        node.target = twin
+        first = emitter(graph, node)(aten.full.default, [], node.args[0], dtype=node.meta["val"].dtype)
+        node.target, node.args = twin, (first, *node.args[1:])
 
 
 def _masked(graph: fx.Graph, node: fx.Node) -> None:
@@ -111,8 +106,10 @@ def _own_axes(node: fx.Node) -> list[int]:
     indices: Any = node.args[1]
     axes = [k for k, i in enumerate(indices) if i is not None]
     rows, *places = (indices[k] for k in axes)
-    if not _counts(rows, _sizes(x)[axes[0]]) or not places:
-        return axes if _counts(rows, _sizes(x)[axes[0]]) else []
+    if not _counts(rows, _sizes(x)[axes[0]]):
+        return []
+    if not places:
+        return axes
     if axes[0] or any(p.meta["val"].dtype not in (torch.int64, torch.int32) for p in places):
         return []
     shape = torch.broadcast_shapes(*(_sizes(i) for i in (rows, *places)))
@@ -133,9 +130,7 @@ def _counts(rows: Any, n: int) -> bool:
     return False
 
 
-def _own_places(
-    emit: Emit, axes: list[int], x: Any, indices: Any
-) -> tuple[fx.Node, fx.Node, list[int], list[int]]:  # fmt: skip
+def _own_places(emit: Emit, axes: list[int], x: Any, indices: Any) -> tuple[fx.Node, fx.Node, list[int], list[int]]:
     """x as (n, m, *rest), places (n, k, *rest) in its second axis, what lies there, and the order of x's axes."""
     order = [*axes, *(k for k in range(x.meta["val"].ndim) if k not in axes)]
     x = emit(aten.permute.default, x, order)
@@ -179,9 +174,7 @@ def _to_columns(emit: Emit, axis: int, x: Any, indices: Any, values: Any, accumu
     return emit(aten.index_copy.default, x, axis, index, emit(aten.expand.default, values, shape))
 
 
-def _to_own_row(
-    emit: Emit, axes: list[int], x: Any, indices: Any, values: Any, accumulate: bool = False
-) -> fx.Node:  # fmt: skip
+def _to_own_row(emit: Emit, axes: list[int], x: Any, indices: Any, values: Any, accumulate: bool = False) -> fx.Node:
     if len(axes) == 1:
         size, (k,) = _sizes(x), axes
         values = emit(aten.expand.default, values, [*size[:k], *_sizes(indices[k]), *size[k + 1 :]])
@@ -197,11 +190,11 @@ def _to_own_row(
 def _part(graph: fx.Graph, node: fx.Node) -> None:
     source: Any = node.args[0]
     position: Any = node.args[1]
-    emit, row = emitter(graph, node), find_row(source.target)
+    emit = emitter(graph, node)
     if source.target is aten.broadcast_tensors.default:
         shape = list(node.meta["val"].shape)
         node.replace_all_uses_with(emit(aten.expand.default, source.args[0][position], shape))
-    match () if row is None else row.several:
+    match row_of(source.target).several:
         case ("cut",):
             node.replace_all_uses_with(_piece(emit, source, position))
         case ("picked",) if position == 0:
@@ -249,14 +242,6 @@ def _picked(emit: Emit, source: Any, node: fx.Node) -> fx.Node:
     index = emit(aten.unsqueeze.default, index, given["dim"]) if dropped else index
     best = emit(aten.gather.default, x, given["dim"], index)
     return emit(aten.squeeze.dim, best, given["dim"]) if dropped else best
-
-
-def bound_arguments(node: Any) -> dict[str, Any]:
-    """A node's arguments by their name in the op's schema, defaults included."""
-    schema: Any = node.target._schema.arguments
-    values = {a.name: a.default_value for a in schema}
-    values.update(zip((a.name for a in schema), node.args, strict=False))
-    return values | dict(node.kwargs)
 
 
 def _piece(emit: Emit, source: Any, position: int) -> fx.Node:

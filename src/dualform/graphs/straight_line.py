@@ -14,12 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.edit import broadcasts, emitter, extract, inputs_of, reached, replace, results_of, without_repeats
 from dualform.graphs.functionalize import functionalized
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 from dualform.ops.table import find_row
 
 aten = torch.ops.aten
@@ -36,7 +35,7 @@ class Split:
 
 def straight(compute: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """Trace a computation on stand-ins of its inputs, out of sight of any trace or transform that is going on."""
-    with temporarily_clear_interpreter_stack(), no_modes():
+    with out_of_sight():
         gm = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         gm = functionalized(gm, blame)  # torch.func writes its bases in place
     return fx.GraphModule(gm, without_repeats(gm.graph))

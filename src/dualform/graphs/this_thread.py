@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import _ops
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx import traceback as fx_traceback
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -112,6 +113,13 @@ def apart() -> Iterator[None]:
 def no_modes() -> Iterator[None]:
     """Switch this thread's modes off. Of those above dispatch, torch's own way would take another thread's, too."""
     with apart(), _disable_current_modes():
+        yield
+
+
+@contextmanager
+def out_of_sight() -> Iterator[None]:
+    """Compute where no trace, and no transform of torch.func, that is going on sees it."""
+    with temporarily_clear_interpreter_stack(), no_modes():
         yield
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -32,8 +32,9 @@ from dualform.graphs.constants import Constants, aside
 from dualform.graphs.counts import Asked, asking, told
 from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.draws import no_draws, refuse_random_ops
+from dualform.graphs.edit import line_of
 from dualform.graphs.functionalize import functionalized
-from dualform.graphs.hollow import Hollow, Hollows, refusal
+from dualform.graphs.hollow import CPU, Hollow, Hollows, blank, refusal
 from dualform.graphs.recorder import CannotRecord, WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
 from dualform.graphs.selected import Proved, Selected, alone
@@ -110,7 +111,11 @@ def trace(
         gm, has_more = once()
         return once()[0] if has_more else gm  # as the function is from now on, with tables that it has
 
-    still = no_draws(generators, run, _line_of) if generators else nullcontext()
+    still = (
+        no_draws(generators, run, lambda at: _shown(at.f_code.co_filename, at.f_lineno, ""))
+        if generators
+        else nullcontext()
+    )
     before = caller.line
     with apart(), torch.enable_grad(), uncompiled(), still, asking(asked, _note):
         try:
@@ -141,8 +146,7 @@ def _traced_by_torch(
     f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
 ) -> fx.GraphModule:
     inputs, constants = [_standin(a) for a in args], Constants(known, _note)
-    fake = any(isinstance(a, torch._subclasses.FakeTensor) for a in args)
-    mode = "real" if fake else "fake"
+    mode = "real" if any(isinstance(a, torch._subclasses.FakeTensor) for a in args) else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()), proved)
     # A graph's Python code is written when somebody runs it: most are only read.
     with _use_lazy_graph_module(True), _quiet("torch._subclasses.fake_tensor"), lines_told():
@@ -168,7 +172,7 @@ def _checked(gm: fx.GraphModule, read: list[Tensor], look: Callable[[fx.GraphMod
 def _standin(value: Tensor) -> Tensor:
     """A tensor object of its own (make_fx merges identical ones) that no caller can see being written to."""
     if isinstance(value, Hollow):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        return blank(value, CPU)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -228,8 +232,7 @@ class _Lines(TorchFunctionMode):
 
 
 def _note() -> str:
-    """Write the caller's line into the nodes that are made next; and give it as people read it,
-    empty if there is none."""
+    """Write the caller's line into the nodes that are made next; and give it as people read it, empty if none."""
     frame, inner = sys._getframe(1), None
     while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
         inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
@@ -261,23 +264,23 @@ def _expect_unwritten(constants: Constants, where: str = "") -> None:
         )
 
 
-def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
-    def refuse(
-        listener: Listener | None = None, x: Tensor | None = None, *args: Any, where: str = "", **kwargs: Any
-    ) -> NoReturn:
-        raise TraceError(f"trace: `{where or _note()}` {what}; expected a pure function of its inputs. {advice}")
+def _refuse(where: str, what: str, advice: str) -> NoReturn:
+    raise TraceError(f"trace: `{where}` {what}; expected a pure function of its inputs. {advice}")
 
-    return refuse
+
+def _refused(what: str, advice: str) -> Callable[..., NoReturn]:
+    return lambda *args, **kwargs: _refuse(_note(), what, advice)
 
 
 def _grad_fn(listener: Listener, x: Tensor) -> None:
     if requires_grad(x):
-        advice = "Ask h.requires_grad, or hook the tensor: h.register_hook(...)."
-        _refused("reads how autograd made a tensor (grad_fn; a backward hook of a module does)", advice)(listener, x)
+        what = "reads how autograd made a tensor (grad_fn; a backward hook of a module does)"
+        _refuse(_note(), what, "Ask h.requires_grad, or hook the tensor: h.register_hook(...).")
 
 
 _flag = vars(torch._C.TensorBase)["requires_grad"]
-_memory = _refused("reaches a tensor's memory, past torch's ops", "Write h[...] = value, or compute the new value.")
+_MEMORY = ("reaches a tensor's memory, past torch's ops", "Write h[...] = value, or compute the new value.")
+_REACHING = "data_ptr storage untyped_storage __dlpack__ apply_ map_ map2_ set_ share_memory_"
 # What a function asks of a tensor that is no op.
 _ASKED: dict[Any, Callable[..., Any]] = {
     _flag.__get__: lambda listener, x: requires_grad(x),
@@ -294,13 +297,7 @@ _ASKED: dict[Any, Callable[..., Any]] = {
     DATA: lambda listener, x: x.detach(),
     # torch.distributions: are the arguments valid?
     torch._is_all_true: lambda listener, x: True,  # pyright: ignore[reportPrivateImportUsage]
-    **dict.fromkeys(
-        (
-            getattr(Tensor, name)
-            for name in "data_ptr storage untyped_storage __dlpack__ apply_ map_ map2_ set_ share_memory_".split()
-        ),
-        _memory,
-    ),
+    **dict.fromkeys((getattr(Tensor, name) for name in _REACHING.split()), _refused(*_MEMORY)),
     Tensor.data.__set__: _refused(  # type: ignore[attr-defined]
         "gives a tensor other memory (.data = ...)", "Use the new value, or h.copy_(...)."
     ),
@@ -342,8 +339,7 @@ def source_line(node: fx.Node) -> str:
     Dtype:  none.
     Raises: nothing.
     """
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    for file, line, _, text in reversed(frames):
+    for file, line, _, text in reversed(_FRAME.findall(line_of(node))):
         if not _is_ours(file):
             return _shown(file, int(line), text)
     return ""
@@ -361,20 +357,8 @@ def _shown(file: str, line: int, text: str) -> str:
     return f"{code}   ({Path(file).name}:{line})" if code else f"({Path(file).name}:{line})"
 
 
-def _line_of(frame: FrameType) -> str:
-    return _shown(frame.f_code.co_filename, frame.f_lineno, "")
-
-
 def _blame(node: fx.Node, what: str, advice: str) -> NoReturn:
-    where = source_line(node) or str(node.target)
-    raise TraceError(f"trace: `{where}` {what}; expected a pure function of its inputs. {advice}")
-
-
-def _refuse_transform(where: str) -> NoReturn:
-    raise TraceError(
-        f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected plain "
-        "tensor ops. Use torch.autograd.grad of what depends on an input, or differentiate the function from outside."
-    )
+    _refuse(source_line(node) or str(node.target), what, advice)
 
 
 def _refuse_picked() -> NoReturn:
@@ -424,9 +408,13 @@ def _reraise(error: Exception, kind: type[TraceError] = TraceError) -> NoReturn:
             "the function that it was scripted or traced from."
         ) from error
     if "does not require grad" in text:
-        _refuse_transform(where)
+        raise TraceError(
+            f"trace: `{where}` takes a gradient of a tensor without one, or by another way than a value; expected "
+            "plain tensor ops. Use torch.autograd.grad of what depends on an input, or differentiate the function from "
+            "outside."
+        )
     if "read-only" in text:
-        _memory(where=where)
+        _refuse(where, *_MEMORY)
     if "tensor subclasses" in text:
         raise TraceError(
             f"trace: `{where}` leaves torch; expected tensor ops. Write it with torch, or compute that part outside."

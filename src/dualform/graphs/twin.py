@@ -115,8 +115,7 @@ class Twin:
         return partial(self._copy(x.func), *self._tuple(x.args), **{k: self._copy(v) for k, v in x.keywords.items()})
 
     def _function(self, x: types.FunctionType) -> Any:
-        """A function that closes over something that was copied, or has it as a default, is made anew,
-        over the copy."""
+        """A function that closes over something that was copied, or has it as a default, is made over the copy."""
         given, named, closure = x.__defaults__ or (), x.__kwdefaults__ or {}, x.__closure__ or ()
         if not (given or named or closure):
             return x

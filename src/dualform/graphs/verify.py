@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from dualform.graphs.edit import copied, evaluated, inputs_of, line_of, nodes_in, results_of, value_of
-from dualform.graphs.this_thread import no_modes
+from dualform.graphs.this_thread import out_of_sight
 
 Pass = TypeVar("Pass", bound=Callable[..., Any])
 # A pass may sum in another order; what it loses is larger.
@@ -96,7 +95,7 @@ def _expect_value(node: fx.Node, name: str) -> None:
         return
     if any("val" not in x.meta for x in node.all_input_nodes):
         return
-    with temporarily_clear_interpreter_stack(), no_modes():
+    with out_of_sight():
         try:
             made = value_of(node.target, *_on_meta(node))
         except (NotImplementedError, RuntimeError):  # no stand-in of this op is known to torch
@@ -126,7 +125,7 @@ def _expect_meaning(gm: fx.GraphModule, before: fx.GraphModule, name: str, detac
     if told[0] != told[1]:
         raise _broken(name, None, f"the inputs are {told[1]}", f"those before it, {told[0]}")
     drawn = [_drawn(x, k) for k, x in enumerate(shapes[0])]
-    with temporarily_clear_interpreter_stack(), no_modes():
+    with out_of_sight():
         expected, got = _outcome(before, drawn, detaches), _outcome(gm, drawn, detaches)
     if len(expected) != len(got):
         raise _broken(name, None, f"{len(got)} results and gradients", f"{len(expected)}")

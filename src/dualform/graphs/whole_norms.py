@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dualform.graphs.edit import add, without_dead
+from dualform.graphs.edit import add, shape_of, without_dead
 from dualform.graphs.operators import custom_operator, library
 from dualform.graphs.verify import verified_below_autograd
 from dualform.ops.table import row
@@ -120,19 +120,15 @@ def native_norms(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.dualform.standardize.default:
             x, eps = node.args
-            node.target, node.args = aten.native_layer_norm.default, (x, [_shape(x)[-1]], None, None, eps)
+            node.target, node.args = aten.native_layer_norm.default, (x, [shape_of(x)[-1]], None, None, eps)
         elif node.target is torch.ops.dualform.standardize_vjp.default:
             g, x, _, mean, rstd = node.args
             with graph.inserting_before(node):
-                args = (g, x, [_shape(x)[-1]], mean, rstd, None, None, [True, False, False])
+                args = (g, x, [shape_of(x)[-1]], mean, rstd, None, None, [True, False, False])
                 node.replace_all_uses_with(
                     add(graph, operator.getitem, add(graph, aten.native_layer_norm_backward.default, *args), 0)
                 )
     without_dead(graph)
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    return tuple(x.meta["val"].shape) if isinstance(x, fx.Node) else ()
 
 
 def _only(nodes: Sequence[fx.Node], target: Any) -> fx.Node | None:
@@ -143,7 +139,7 @@ def _only(nodes: Sequence[fx.Node], target: Any) -> fx.Node | None:
 def _norm(graph: fx.Graph, node: Any) -> None:
     """(x - mean) * rsqrt(var + eps) is hat; mean and rstd come with it."""
     x, axes = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(_shape(x)) - 1], [-1]):
+    if not isinstance(x, fx.Node) or list(axes or []) not in ([len(shape_of(x)) - 1], [-1]):
         return
     parts = {n.args[1]: n for n in node.users}
     if (
@@ -178,10 +174,10 @@ def _norm_vjp(graph: fx.Graph, node: Any) -> None:
         scaled, total = left.args
         g, again = scaled.args
         hat, along = right.args
-        last = [len(_shape(g)) - 1]
+        last = [len(shape_of(g)) - 1]
         matched = (
             scale.target in (aten.div.Tensor, aten.div.Scalar) and inner.target == left.target == aten.sub.Tensor
-            and scaled.target == aten.mul.Tensor and D == again == _shape(g)[-1] and total.args[0] is g
+            and scaled.target == aten.mul.Tensor and D == again == shape_of(g)[-1] and total.args[0] is g
             and total.target == along.target == aten.sum.dim_IntList
             and list(total.args[1]) == list(along.args[1]) == last
             and along.args[0].target == aten.mul.Tensor and set(along.args[0].args) == {g, hat}

@@ -23,7 +23,8 @@ from dualform.algebra.linear_map import Derivative, compose
 from dualform.algebra.notation import IndexFormula, formula
 from dualform.graphs import local_rules as table
 from dualform.graphs.local_derivatives import identity
-from dualform.graphs.recorder import node_of, recorded_so_far
+from dualform.graphs.recorder import recorded_so_far
+from dualform.graphs.requiring import node_of
 from dualform.graphs.trace import source_line
 from dualform.learning.forms import Meeting, forms
 from dualform.learning.front_door import Routine, TracedRule

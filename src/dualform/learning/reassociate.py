@@ -26,7 +26,7 @@ from dualform.graphs.edit import add
 from dualform.graphs.this_thread import no_modes
 from dualform.learning.sites import Analysis, first_crooked, is_of_one_type, mark, operand_nodes
 from dualform.ops.pointwise import is_pointwise
-from dualform.ops.table import find_row
+from dualform.ops.table import find_row, row_of
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ def _expand(a: Analysis, node: fx.Node) -> list[Term]:
     if node in a.tok or first_crooked(a, node) is None:
         axes = fresh_axes(node.meta["val"].shape)
         return [Term(1.0, (_factor(node, axes),), axes, ())]
-    return _product_of(a, node) if local_rules.multilinear(node.target) else _sum_of(a, node)
+    return _product_of(a, node) if row_of(node.target).multilinear else _sum_of(a, node)
 
 
 def _factor(node: fx.Node, axes: tuple[Axis, ...]) -> Factor:

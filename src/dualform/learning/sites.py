@@ -30,6 +30,7 @@ from dualform.graphs.trace import source_line
 from dualform.learning.spelling import DerivationError, has_no_row, op_name, spell, spell_out
 from dualform.learning.token_maps import Place, are_tied, carried_places, find_label
 from dualform.ops.factories import is_uniform
+from dualform.ops.table import arguments_of, kind_of, row_of
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -176,20 +177,10 @@ def changes(who: str, where: str) -> DerivationError:
     )
 
 
-def _arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
-    """List the tensors that an op takes: argument, position in it if it is a list, node."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    found: list[tuple[str, int | None, fx.Node]] = []
-    for name, value in (*zip(names, node.args, strict=False), *node.kwargs.items()):
-        parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
-        found += [(name, k, x) for k, x in parts if isinstance(x, fx.Node)]
-    return found
-
-
 def read_nodes(node: fx.Node) -> list[fx.Node]:
     """List the inputs of a node whose numbers matter, not their shape or type alone."""
-    unread = local_rules.unread(node.target)
-    return [x for name, _, x in _arguments(node) if name not in unread] if unread else node.all_input_nodes
+    unread = row_of(node.target).unread
+    return [x for name, _, x in arguments_of(node, fx.Node) if name not in unread] if unread else node.all_input_nodes
 
 
 def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
@@ -277,7 +268,7 @@ def _same_place(place: Place, before: torch.Size, after: torch.Size) -> Place | 
 def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:
     """List the tensors whose numbers the op behind a node reads."""
     op = maker(node)[0]
-    return [x for x in _arguments(op) if x[0] not in local_rules.unread(op.target)]
+    return [x for x in arguments_of(op, fx.Node) if x[0] not in row_of(op.target).unread]
 
 
 def _is_alike(
@@ -405,7 +396,7 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
         return False
     op, read = maker(node)[0], _read_arguments(node)
     if not read:
-        return is_uniform(op) or bool(local_rules.unread(op.target))
+        return is_uniform(op) or bool(row_of(op.target).unread)
     call = a.call(node, env)
     for name, k, source in read:
         J = local_rules.reads(call, name, k)
@@ -416,14 +407,14 @@ def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) 
 
 def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
     op = maker(node)[0]
-    if getattr(local_rules.find_row(op.target), "kind", "") == "view":
+    if kind_of(op.target) == "view":
         return DerivationError(
             f"derive: the {a.who} takes rows apart, as a loop over them does, and so mixes tokens at "
             f"{source_line(node)}: {op_name(op)} gives some of them alone; expected {_apart[a.who]} Write it for all "
             "rows at once: ops on the last axes, or torch.vmap(f)(x) in place of torch.stack([f(row) for row in x])."
         )
     where = source_line(node) or f"{op_name(op)}, called inside torch"
-    if local_rules.find_row(op.target) is None and has_no_row(op):
+    if not row_of(op.target).name and has_no_row(op):
         return DerivationError(
             f"derive: the {a.who} uses {op_name(op)} at {where}, which has no row in the table of ops; expected ops "
             "that can be shown to keep tokens apart. Write it with other ops, or add a row (ops/table.py)."

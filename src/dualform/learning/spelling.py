@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from dualform.graphs import local_rules
 from dualform.graphs.definitions import definition_of
 from dualform.graphs.edit import add, inputs_of, output_of
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.recorder import below_dispatch
 from dualform.graphs.trace import source_line, trace
-from dualform.ops.table import definitions
+from dualform.ops.pointwise import is_structured
+from dualform.ops.table import definitions, find_row
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ def _number(graph: fx.Graph) -> None:
         name = str(node.target) if node.op == "call_function" else node.op
         key = (name, node.meta.get("call", inputs))
         said[key] += 1
-        row = local_rules.find_row(node.target)
+        row = find_row(node.target)
         args = (op_name(node), node.args[2:]) if is_kept(node) else node.args  # its key is of the sizes in it, too
         leaves = [] if row is not None and row.ways else pytree.tree_leaves((args, node.kwargs))
         numbers = tuple(x if type(x) is int else repr(x) for x in leaves if not isinstance(x, fx.Node))
@@ -92,7 +92,7 @@ def fitted(node: fx.Node) -> fx.Node | None:
     if node.target is operator.getitem:
         made, place = cast("tuple[Any, int]", node.args)
         return made.args[0][place] if made.target is aten.broadcast_tensors.default else None
-    row, is_contiguous = local_rules.find_row(node.target), node.target is aten.contiguous.default
+    row, is_contiguous = find_row(node.target), node.target is aten.contiguous.default
     is_reshape = row is not None and row.ordered and row.odd
     fits = is_reshape or is_contiguous or node.target in (aten.expand.default, aten.sum_to_size.default)
     return node.all_input_nodes[0] if fits else None
@@ -271,8 +271,8 @@ def has_no_row(node: fx.Node) -> bool:
         return False
     is_op = isinstance(node.target, torch._ops.OpOverload) and bool(
         node.all_input_nodes
-    )  # of none, there is none to have
-    return is_op and not local_rules.is_structured(node.target)
+    )  # of none there is none to have
+    return is_op and not is_structured(node.target)
 
 
 def _definition(node: fx.Node) -> Callable[..., Any] | None:

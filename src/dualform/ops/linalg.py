@@ -15,9 +15,9 @@ from torch import Tensor
 from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Factor, Relation, Term, fresh_axes, make_factor
 from dualform.ops.examples import T, call
-from dualform.ops.reductions import slope_of
+from dualform.ops.reductions import reduced, slope_of
 from dualform.ops.spelled import cdist
-from dualform.ops.table import OpCall, broadcast_axes, defined_row, dims_of, row
+from dualform.ops.table import OpCall, broadcast_axes, defined_row, row
 
 NN, BNN = T("n n", "positive"), T("b n n", "positive")
 FACTORS, PIVOTS = T("2 3 3", "positive"), torch.tensor([[2, 2, 3], [1, 3, 3]], dtype=torch.int32)
@@ -211,10 +211,7 @@ def _each_matrix(call: OpCall, operand: int) -> list[Term]:
 )  # fmt: skip
 def _of_a_matrix(call: OpCall, operand: int) -> list[Term]:
     """One number of a matrix: its slopes are a matrix of each batch entry."""
-    inn = fresh_axes(call.operands[0].shape)
-    dims = dims_of(call.bound.get("dim", [-2, -1]), len(inn))
-    kept = call.out.ndim == len(inn)
-    out = tuple(() if k in dims else axis for k, axis in enumerate(inn) if kept or k not in dims)
+    _, out, inn = reduced(call, call.operands[0], [-2, -1])
     name = f"{call.target._schema.name.split('::')[1].removeprefix('linalg_')}'({call.operand_name(0)})"
     return [Term(1.0, (make_factor(slope_of(call, operand), inn, name),), out, inn)]
 

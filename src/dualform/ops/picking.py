@@ -52,15 +52,15 @@ def flip(x: Tensor, dims: Any) -> Tensor:
     return x
 
 
-class _Indexed:
-    """An index over some axes of a tensor, as one over their entries in order."""
+class Indexed:
+    """An index over some axes of a tensor, as one over their entries in order, its rows; counted: from the front."""
 
-    def __init__(self, shape: Sequence[int], indices: Any) -> None:
+    def __init__(self, shape: Sequence[int], indices: Any, counted: Callable[[Tensor, int], Tensor] = _counted) -> None:
         self.axes = [k for k, i in enumerate(indices) if i is not None]
         self.lead = list(range(len(self.axes)))
         flat: Any = 0
         for k in self.axes:
-            flat = flat * shape[k] + _counted(indices[k], shape[k])
+            flat = flat * shape[k] + counted(indices[k], shape[k])
         self.flat: Tensor = flat
         together = self.axes == list(range(self.axes[0], self.axes[-1] + 1))
         first = self.axes[0] if together else 0  # where the result has the index's axes
@@ -69,34 +69,40 @@ class _Indexed:
     def rows(self, x: Tensor) -> Tensor:
         return x.movedim(self.axes, self.lead).flatten(0, len(self.axes) - 1)
 
+    def result(self, picked: Tensor) -> Tensor:
+        """The rows that were asked for, as the index and its place among the axes have them."""
+        return picked.reshape(*self.flat.shape, *picked.shape[1:]).movedim(self.own, self.there)
+
+    def given(self, values: Tensor, rows: Tensor) -> Tensor:
+        """What is written, a row for each that is asked for."""
+        lead = self.there[0] if self.there else 0
+        wanted = (*rows.shape[1 : 1 + lead], *self.flat.shape, *rows.shape[1 + lead :])
+        return values.expand(wanted).movedim(self.there, self.own).reshape(-1, *rows.shape[1:])
+
     def whole(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         sizes = [shape[k] for k in self.axes]
         return rows.reshape(*sizes, *rows.shape[1:]).movedim(self.lead, self.axes)
 
 
-def _can_index(indices: Any) -> bool:
+def can_index(indices: Any) -> bool:
     return all(i is None or i.dtype in (torch.long, torch.int32) for i in indices)
 
 
 def index(x: Tensor, indices: Any) -> Any:
     """x[indices]."""
-    if not _can_index(indices):
+    if not can_index(indices):
         return NotImplemented
-    at = _Indexed(x.shape, indices)
+    at = Indexed(x.shape, indices)
     rows = at.rows(x)
-    picked = _picked(rows, 0, _at(at.flat.reshape(-1), len(rows)))
-    return picked.reshape(*at.flat.shape, *rows.shape[1:]).movedim(at.own, at.there)
+    return at.result(_picked(rows, 0, _at(at.flat.reshape(-1), len(rows))))
 
 
 def index_put(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
-    if not _can_index(indices):
+    if not can_index(indices):
         return NotImplemented
-    at = _Indexed(x.shape, indices)
+    at = Indexed(x.shape, indices)
     rows = at.rows(x)
-    lead = at.there[0] if at.there else 0
-    wanted = (*rows.shape[1 : 1 + lead], *at.flat.shape, *rows.shape[1 + lead :])
-    given = values.expand(wanted).movedim(at.there, at.own).reshape(-1, *rows.shape[1:])
-    taken = _at(at.flat.reshape(-1), len(rows)).T
+    given, taken = at.given(values, rows), _at(at.flat.reshape(-1), len(rows)).T
     return at.whole(rows + _picked(given, 0, taken) if accumulate else _put(rows, 0, taken, given), x.shape)
 
 

@@ -19,10 +19,12 @@ from dualform.ops.table import (
     Entry,
     OpCall,
     Product,
+    bound_arguments,
     broadcast_axes,
     diagonal_terms,
     entrywise_reads,
     row,
+    row_of,
 )
 
 NM = T("n m")
@@ -33,11 +35,6 @@ def named(n: fx.Node) -> str:
     """The op's name, without its overload."""
     target: Any = n.target
     return target._schema.name.removeprefix("aten::")
-
-
-def argument(n: fx.Node, name: str) -> Any:
-    """An argument by its name in the schema."""
-    return OpCall(n.target, n.args, n.kwargs, n.meta["val"]).bound[name]
 
 
 def pointwise(call: OpCall, operand: int) -> list[Term]:
@@ -65,7 +62,7 @@ ENTRIES |= {
 
 
 def _summed(n: fx.Node) -> Spelt:
-    alpha, operands = argument(n, "alpha"), list(n.args[:2])
+    alpha, operands = bound_arguments(n)["alpha"], list(n.args[:2])
     if named(n) == "rsub" and alpha != 1:
         return "submul", operands[::-1], {"alpha": alpha}
     plain, scaled = {"add": ("plus", "add"), "rsub": ("rsub", "")}.get(named(n), ("sub", "submul"))
@@ -76,27 +73,21 @@ def _summed(n: fx.Node) -> Spelt:
     "aten::add", affine=ALL, signs=(1, 1), entry=_summed, python="{0} + {1}", called=True, over=(0, 1),
     examples=[call("add.Tensor", T("m"), NM), call("add.Tensor", T("n 1"), T("m"), alpha=2), call("add.Tensor", T("n"), 2.0)],
 )  # fmt: skip
-def _add(call: OpCall, operand: int) -> list[Term]:
-    scaled = call.places[operand][0] == "other"
-    return diagonal_terms(call, operand, coef=float(call.bound.get("alpha", 1)) if scaled else 1.0)
-
-
 @row(
     "aten::sub", "aten::subtract", affine=ALL, signs=(1, -1), entry=_summed, python="{0} - {1}", called=True, over=(0,),
     examples=[call("sub.Tensor", NM, T("m")), call("sub.Tensor", T("1 1"), NM, alpha=3), call("subtract.Tensor", NM, T("m"))],
 )  # fmt: skip
-def _sub(call: OpCall, operand: int) -> list[Term]:
-    scaled = call.places[operand][0] == "other"
-    return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
-
-
 @row(
     "aten::rsub", affine=ALL, entry=_summed, fresh=True,
     examples=[call("rsub.Tensor", NM, T("m"), alpha=2), call("rsub.Scalar", NM, 1.0), call("rsub.Scalar", NM, 1.0, 2)],
 )  # fmt: skip
-def _rsub(call: OpCall, operand: int) -> list[Term]:
-    scaled = call.places[operand][0] == "self"
-    return diagonal_terms(call, operand, coef=-float(call.bound.get("alpha", 1)) if scaled else 1.0)
+def _sum(call: OpCall, operand: int) -> list[Term]:
+    """x + alpha y, x - alpha y, or y - alpha x."""
+    op = call.target._schema.name
+    if call.places[operand][0] != ("self" if op == "aten::rsub" else "other"):
+        return diagonal_terms(call, operand)
+    alpha = float(call.bound.get("alpha", 1))
+    return diagonal_terms(call, operand, coef=alpha if op == "aten::add" else -alpha)
 
 
 @row(
@@ -136,23 +127,6 @@ def _scale(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=float(call.bound["other"]))
 
 
-@row(
-    "aten::div", "aten::divide", "aten::true_divide", affine=FIRST, entry=Entry("{0} / {1}", "{0} / {1}", 6.0, bare=True, name="div"),
-    odd=True, python="{0} / {1}", called=True, over=(0,),
-    examples=[*(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)],
-)  # fmt: skip
-def _div(call: OpCall, operand: int) -> list[Term]:
-    if call.bound.get("rounding_mode") is not None:
-        return []
-    x, y = call.bound["self"], call.bound["other"]
-    if call.places[operand][0] == "self":
-        if not isinstance(y, Tensor):
-            return diagonal_terms(call, operand, coef=1 / float(y))
-        return diagonal_terms(call, operand, 1 / y.to(call.out.dtype), f"(1/{_called(call, y)})")
-    name = f"({_called(call, x)}/{_called(call, y)}²)"
-    return diagonal_terms(call, operand, x / (y * y), name, -1.0)
-
-
 ENTRIES["truncated"] = Entry("std::trunc({0} / {1})", flops=6.0)
 
 
@@ -170,8 +144,21 @@ def _quotient(n: fx.Node) -> Spelt:
         call("divide.Scalar_mode", T("n"), 2.0, rounding_mode=None),
     ],
 )  # fmt: skip
-def _rounded_div(call: OpCall, operand: int) -> list[Term]:
-    return _div(call, operand)
+@row(
+    "aten::div", "aten::divide", "aten::true_divide", affine=FIRST, entry=Entry("{0} / {1}", "{0} / {1}", 6.0, bare=True, name="div"),
+    odd=True, python="{0} / {1}", called=True, over=(0,),
+    examples=[*(call(f"{op}.Tensor", T("n 1"), T("m")) for op in ("div", "divide", "true_divide")), call("div.Tensor", NM, 2.0)],
+)  # fmt: skip
+def _div(call: OpCall, operand: int) -> list[Term]:
+    if call.bound.get("rounding_mode") is not None:
+        return []
+    x, y = call.bound["self"], call.bound["other"]
+    if call.places[operand][0] == "self":
+        if not isinstance(y, Tensor):
+            return diagonal_terms(call, operand, coef=1 / float(y))
+        return diagonal_terms(call, operand, 1 / y.to(call.out.dtype), f"(1/{_called(call, y)})")
+    name = f"({_called(call, x)}/{_called(call, y)}²)"
+    return diagonal_terms(call, operand, x / (y * y), name, -1.0)
 
 
 def _called(call: OpCall, value: Any) -> str:
@@ -204,7 +191,7 @@ def _masked_fill(call: OpCall, operand: int) -> list[Term]:
 
 
 def _kept_triangle(n: fx.Node) -> Spelt:
-    return named(n), [n.args[0]], {"diagonal": argument(n, "diagonal")}
+    return named(n), [n.args[0]], {"diagonal": bound_arguments(n)["diagonal"]}
 
 
 _TRIANGLES = [call("", T("k n m")), call("", T("n n"), -1), call("", NM, 1), call("", T("n 1")), call("", T("1 m"), 1)]
@@ -335,7 +322,7 @@ ENTRIES["addcmul"] = Entry("{0} + {alpha} * {1} * {2}", "{0} + {alpha} * {1} * {
 
 @row(
     "aten::addcmul", affine=(frozenset({0, 1}), frozenset({0, 2})), called=True, over=(0,),
-    entry=lambda n: ("addcmul", list(n.args[:3]), {"alpha": argument(n, "value")}), examples=[call("", NM, T("m"), T("n 1"), value=2)],
+    entry=lambda n: ("addcmul", list(n.args[:3]), {"alpha": bound_arguments(n)["value"]}), examples=[call("", NM, T("m"), T("n 1"), value=2)],
 )  # fmt: skip
 def _addcmul(call: OpCall, operand: int) -> list[Term]:
     where = call.places[operand][0]
@@ -365,7 +352,7 @@ row("aten::addcdiv", affine=(frozenset({0, 1}),), examples=[call("", NM, T("m"),
 
 
 def _clamped(n: fx.Node) -> Spelt:
-    bound = OpCall(n.target, n.args, n.kwargs, n.meta["val"]).bound
+    bound = bound_arguments(n)
     low, high = bound.get("min"), bound.get("max")
     assert low is None or high is None  # lowered
     return ("max", [n.args[0], low], {}) if high is None else ("min", [n.args[0], high], {})
@@ -407,3 +394,8 @@ def _prelu(call: OpCall, operand: int) -> list[Term]:
 def is_pointwise(target: Any) -> bool:
     """Does torch tag the op as entry by entry?"""
     return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def is_structured(target: Any) -> bool:
+    """Does an op's derivative keep its structure: has it a rule, or acts it entry by entry?"""
+    return row_of(target).rule is not None or is_pointwise(target)

@@ -17,16 +17,15 @@ from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
 from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.pointwise import named
-from dualform.ops.table import ALL, FOLDS, Fold, OpCall, diagonal_terms, dims_of, row, volume_of
+from dualform.ops.pointwise import named, nothing
+from dualform.ops.table import ALL, FOLDS, Fold, OpCall, diagonal_terms, dims_of, row
 
 NM, BNM, SIGNED = T("n m"), T("b n m"), T("n m", "signed")
 
 
-def _reduced(call: OpCall) -> tuple[list[int], tuple[Axis, ...], tuple[Axis, ...]]:
-    """The dims that go, the output's axes and the input's."""
-    x = call.operands[0]
-    dims = dims_of(call.bound.get("dim", call.bound.get("axis")), x.ndim)
+def reduced(call: OpCall, x: Tensor, dim: Any = None) -> tuple[list[int], tuple[Axis, ...], tuple[Axis, ...]]:
+    """The dims of x that go (dim, where the call names none), the output's axes and x's."""
+    dims = dims_of(call.bound.get("dim", call.bound.get("axis", dim)), x.ndim)
     inn = fresh_axes(x.shape)
     kept = call.out.ndim == x.ndim
     out = tuple(() if k in dims else axis for k, axis in enumerate(inn) if kept or k not in dims)
@@ -41,13 +40,10 @@ def along(*ops: str) -> list[Any]:
 FOLDS |= {
     "sum": Fold(("T(0)", "{0} += {1};"), ("tl.sum({0}, {axis})", "0.0"), "plus"),
     "prod": Fold(("T(1)", "{0} *= {1};"), ("tl.reduce({0}, {axis}, times_)", "1.0"), "mul"),
-    "amax": Fold(
-        ("T(-INFINITY)", "{0} = ({1} > {0} || {1} != {1} ? {1} : {0});"), ("amax_({0}, {axis})", "float('-inf')"), "max"
-    ),
-    "amin": Fold(
-        ("T(INFINITY)", "{0} = ({1} < {0} || {1} != {1} ? {1} : {0});"), ("amin_({0}, {axis})", "float('inf')"), "min"
-    ),
 }
+for _op, _sign, _end in (("max", ">", "-"), ("min", "<", "")):
+    _begun = (f"T({_end}INFINITY)", f"{{0}} = ({{1}} {_sign} {{0}} || {{1}} != {{1}} ? {{1}} : {{0}});")
+    FOLDS[f"a{_op}"] = Fold(_begun, (f"a{_op}_({{0}}, {{axis}})", f"float('{_end}inf')"), _op)
 
 
 def _folded(n: fx.Node) -> tuple[str, list[Any], dict[str, Any]]:
@@ -71,7 +67,7 @@ _folds = {"kind": "reduction", "entry": _folded}
     examples=[*along("sum"), call("sum.dim_IntList", NM, [-1]), call("sum.dim_IntList", T("n m k"), [0, 2], True), call("sum.dim_IntList", NM, [])],
 )  # fmt: skip
 def _sum(call: OpCall, operand: int) -> list[Term]:
-    _, out, inn = _reduced(call)
+    _, out, inn = reduced(call, call.operands[0])
     return [Term(1.0, (), out, inn)]
 
 
@@ -88,8 +84,9 @@ def _sum_to_size(call: OpCall, operand: int) -> list[Term]:
     examples=[*along("mean"), call("mean.dim", NM, [0]), call("mean.dim", T("n m k"), [0, -1], True)],
 )  # fmt: skip
 def _mean(call: OpCall, operand: int) -> list[Term]:
-    dims, out, inn = _reduced(call)
-    return [Term(1.0 / volume_of(call.operands[0].shape, dims), (), out, inn)]
+    x = call.operands[0]
+    dims, out, inn = reduced(call, x)
+    return [Term(1.0 / math.prod(x.shape[d] for d in dims), (), out, inn)]
 
 
 def _variance_and_mean(
@@ -158,7 +155,7 @@ def reduction(call: OpCall, operand: int) -> list[Term]:
     """Slopes of any reduction; ties and zeros as torch's own backward has them."""
     if "other" in call.bound:
         return NotImplemented
-    _, out, inn = _reduced(call)
+    _, out, inn = reduced(call, call.operands[0])
     return [Term(1.0, (make_factor(slope_of(call, operand), inn, _slope_name(call)),), out, inn)]
 
 
@@ -173,10 +170,6 @@ def _slope_name(call: OpCall) -> str:
     return "p" if name.endswith("logsumexp") else f"{name.replace('linalg_vector_', '')}'({call.operand_name(0)})"
 
 
-def _nothing(call: OpCall, operand: int) -> list[Term]:
-    return []
-
-
 def _along(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Each entry of a sort looks at its whole line."""
     inn, dim = fresh_axes(call.argument(name, k).shape), call.bound["dim"]
@@ -188,22 +181,20 @@ def _along(call: OpCall, name: str, k: int | None) -> list[Term]:
 
 def _over(call: OpCall, name: str, k: int | None) -> list[Term]:
     """Each entry of a reduction looks at the whole of what is reduced to it."""
-    inn = fresh_axes(call.argument(name, k).shape)
-    dims = dims_of(call.bound.get("dim"), len(inn))
-    kept = call.out.ndim == len(inn)
-    return [Term(1.0, (), tuple(() if k in dims else a for k, a in enumerate(inn) if kept or k not in dims), inn)]
+    _, out, inn = reduced(call, call.argument(name, k))
+    return [Term(1.0, (), out, inn)]
 
 
-row("aten::argmax", reads=_over, lowered=picking.first(torch.amax), examples=[call("", NM, 1), call("", NM)])(_nothing)
+row("aten::argmax", reads=_over, lowered=picking.first(torch.amax), examples=[call("", NM, 1), call("", NM)])(nothing)
 _calls = [call("", NM, 1), call("", NM, 0, True)]
-row("aten::argmin", reads=_over, lowered=picking.first(torch.amin), examples=_calls)(_nothing)
+row("aten::argmin", reads=_over, lowered=picking.first(torch.amin), examples=_calls)(nothing)
 row(
     "aten::any", "aten::all", "aten::count_nonzero", reads=_over,
     examples=[call(op, NM, 1) for op in ("any.dim", "all.dim", "count_nonzero")],
-)(_nothing)  # fmt: skip
+)(nothing)  # fmt: skip
 row(
     "aten::argsort", reads=_along, examples=[call("", NM, 1), call("", BNM, 0, True), call("argsort.stable", NM, stable=True)],
-)(_nothing)  # fmt: skip
+)(nothing)  # fmt: skip
 
 
 def _elsewhere(call: OpCall, operand: int) -> list[Term]:
@@ -214,12 +205,9 @@ def _elsewhere(call: OpCall, operand: int) -> list[Term]:
 # Values of their argument, and where they found them.
 _picks = {"several": ("picked",)}
 row(
-    "aten::mode",
-    "aten::nanmedian.dim",
-    reads=_over,
-    **_picks,
+    "aten::mode", "aten::nanmedian.dim", reads=_over, **_picks,
     examples=[call(op, NM, 1).of(1) for op in ("mode", "nanmedian.dim")],
-)(_elsewhere)
+)(_elsewhere)  # fmt: skip
 row("aten::kthvalue", reads=_over, lowered=picking.kthvalue, **_picks, examples=[call("", NM, 2, 1).of(1)])(_elsewhere)
 row("aten::median.dim", reads=_over, lowered=picking.median, **_picks, examples=[call("", NM, 1).of(1)])(_elsewhere)
 row("aten::topk", reads=_along, lowered=picking.topk, **_picks, examples=[call("", NM, 2, 1).of(1)])(_elsewhere)

@@ -5,21 +5,21 @@ A row is added with the decorator:  @row("aten::mm", affine=EACH, multilinear=Tr
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
 from dualform.algebra.relations import window
-from dualform.algebra.terms import Axis, Label, Relation, Term, fresh_axes, make_factor
+from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
 from dualform.ops.examples import Example
 
+T = TypeVar("T")
 Target = Any  # torch._ops.OpOverload or OpOverloadPacket; torch has no public name for them
 
 _PEOPLE = {
@@ -44,11 +44,7 @@ class OpCall:
     @cached_property
     def bound(self) -> dict[str, Any]:
         """Arguments by their name in the op's schema, defaults included."""
-        schema = self.target._schema.arguments
-        values = {a.name: a.default_value for a in schema}
-        values.update(zip((a.name for a in schema), self.args, strict=False))
-        values.update(self.kwargs)
-        return values
+        return bound_arguments(self)
 
     @cached_property
     def places(self) -> tuple[tuple[str, int | None], ...]:
@@ -63,12 +59,7 @@ class OpCall:
     @cached_property
     def arguments(self) -> tuple[tuple[str, int | None], ...]:
         """Argument name, and position in it if it is a list, of every tensor, whatever its type."""
-        named = [*zip((a.name for a in self.target._schema.arguments), self.args, strict=False), *self.kwargs.items()]
-        found: list[tuple[str, int | None]] = []
-        for name, value in named:
-            parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
-            found += [(name, k) for k, item in parts if isinstance(item, Tensor)]
-        return tuple(found)
+        return tuple((name, k) for name, k, _ in arguments_of(self, Tensor))
 
     def argument(self, name: str, k: int | None) -> Tensor:
         """One of `arguments`."""
@@ -86,15 +77,40 @@ class OpCall:
         name, k = self.places[operand]
         values = dict(self.bound)
         values[name] = value if k is None else [value if j == k else v for j, v in enumerate(values[name])]
-        given = self.target._schema.arguments
-        args = tuple(values[a.name] for a in given if not a.kwarg_only)
-        return args, {a.name: values[a.name] for a in given if a.kwarg_only}
+        return placed(self.target, values)
 
     def run(self, operand: int, value: Tensor) -> Tensor:
         """Apply the op with one operand replaced."""
         args, kwargs = self.with_operand(operand, value)
         result = self.target(*args, **kwargs)
         return result if self.part is None else result[self.part]
+
+
+def bound_arguments(call: OpCall | fx.Node) -> dict[str, Any]:
+    """The arguments of a call, or of a node, by their name in the op's schema, defaults included."""
+    target: Target = call.target
+    values = {a.name: a.default_value for a in target._schema.arguments}
+    values.update(zip([*values], call.args, strict=False))
+    return values | dict(call.kwargs)
+
+
+def arguments_of(call: OpCall | fx.Node, kind: type[T]) -> list[tuple[str, int | None, T]]:
+    """What is of a kind among the arguments of a call, or of a node: argument, position in it if it is a list, it."""
+    target: Target = call.target
+    named = (*zip((a.name for a in target._schema.arguments), call.args, strict=False), *call.kwargs.items())
+    found: list[tuple[str, int | None, T]] = []
+    for name, value in named:
+        parts = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
+        found += [(name, k, x) for k, x in parts if isinstance(x, kind)]
+    return found
+
+
+def placed(target: Target, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of these names as the op takes them: by position, and by keyword."""
+    given = target._schema.arguments
+    return tuple(values[a.name] for a in given if not a.kwarg_only), {
+        a.name: values[a.name] for a in given if a.kwarg_only
+    }
 
 
 Rule = Callable[[OpCall, int], "list[Term]"]
@@ -331,10 +347,17 @@ def find_row(target: Target) -> Row | None:
     return ROWS.get(getattr(target, "_qualified_op_name", ""))
 
 
+_NOTHING_KNOWN = Row("", None)
+
+
+def row_of(target: Target) -> Row:
+    """What is known of an op: an empty row if it has none."""
+    return find_row(target) or _NOTHING_KNOWN
+
+
 def kind_of(target: Target) -> str:
     """The kind of an op; "" if it has none."""
-    found = find_row(target)
-    return "" if found is None else found.kind
+    return row_of(target).kind
 
 
 def as_derivative(terms: list[Term], call: OpCall, operand: int) -> Derivative:
@@ -389,24 +412,12 @@ def index_terms(call: OpCall, operand: int, strides_of: Callable[[Tensor], Tenso
 def window_terms(shape: torch.Size, dim: int, start: int, step: int, count: int, into: bool) -> list[Term]:
     """A slice of one axis: big = start + step * small. `into` puts the small tensor into the big one instead."""
     big = fresh_axes(shape)
-    small_axis: Axis = (Label(count),) if count != 1 else ()
-    relation: tuple[Relation, ...] = ()
-    if count == shape[dim]:
-        small_axis = big[dim]
-    else:
-        relation = window([small_axis], big[dim], start, [step])
-    small_axes = (*big[:dim], small_axis, *big[dim + 1 :])
-    return [Term(1.0, relation, big, small_axes) if into else Term(1.0, relation, small_axes, big)]
+    (axis,) = fresh_axes([count]) if count != shape[dim] else (big[dim],)
+    relation = window([axis], big[dim], start, [step]) if count != shape[dim] else ()
+    small = (*big[:dim], axis, *big[dim + 1 :])
+    return [Term(1.0, relation, big, small) if into else Term(1.0, relation, small, big)]
 
 
 def without_axis(terms: list[Term], axis: int, side: str) -> list[Term]:
     """Drop an axis of size 1."""
-
-    def drop(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-        return (*axes[:axis], *axes[axis + 1 :])
-
-    return [replace(t, **{side: drop(getattr(t, side))}) for t in terms]
-
-
-def volume_of(shape: torch.Size, dims: list[int]) -> int:
-    return math.prod(shape[d] for d in dims)
+    return [replace(t, **{side: tuple(a for k, a in enumerate(getattr(t, side)) if k != axis)}) for t in terms]
