@@ -9,7 +9,7 @@ person would write, because the traced result is printed as code.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import count
 from typing import Any
@@ -112,7 +112,9 @@ def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Tas
             result = _replaced(result, reading)
         present = {x for f in (*operands, *relations) for x in f.labels}
         operands = _with_ones(operands, [x for x in reading.smalls if x not in present], like)
-    operands = _one_dtype([_summed(f, _lonely(k, operands, result)) for k, f in enumerate(operands)])
+    operands = [_summed(f, _lonely(k, operands, result)) for k, f in enumerate(operands)]
+    common = reduce(torch.promote_types, (f.tensor.dtype for f in operands)) if operands else None
+    operands = [f if f.tensor.dtype == common else replace(f, tensor=f.tensor.to(common)) for f in operands]
     return _Task(operands, tuple(result), writes[::-1])
 
 
@@ -153,12 +155,6 @@ def _summed_up(
             if total is not None and gone not in total.labels:
                 return [total if f is owners[0] else f for f in operands]
     return [*operands, r.dense(like)]
-
-
-def _one_dtype(operands: list[Factor]) -> list[Factor]:
-    """Promote factors to their common dtype, as an elementwise op would."""
-    common = reduce(torch.promote_types, (f.tensor.dtype for f in operands)) if operands else None
-    return [f if f.tensor.dtype == common else Factor(f.tensor.to(common), f.labels, f.name) for f in operands]
 
 
 def _lonely(position: int, operands: Sequence[Factor], out: Sequence[Label]) -> list[Label]:
@@ -276,7 +272,7 @@ def _permuted(f: Factor, order: Sequence[Label]) -> Tensor:
     return f.tensor.permute([f.labels.index(label) for label in order])
 
 
-def _aligned(f: Factor, order: Sequence[Label]) -> Tensor:
+def aligned(f: Factor, order: Sequence[Label]) -> Tensor:
     """Permute to `order` and unsqueeze the labels that are absent (leading ones broadcast by themselves)."""
     tensor = _permuted(f, [label for label in order if label in f.labels])
     axis = 0
@@ -334,7 +330,7 @@ def _product(a: Factor, b: Factor, hints: Sequence[Sequence[Label]]) -> Factor:
         if set(hint) == set(union):
             order = list(hint)
             break
-    return Factor(_aligned(a, order) * _aligned(b, order), tuple(order))
+    return Factor(aligned(a, order) * aligned(b, order), tuple(order))
 
 
 def _matmul(

@@ -70,13 +70,9 @@ def draw(J: Questions, shown: IndexFormula) -> Figure:
     if not terms:
         panels[1].set_axis_off()
         panels[1].text(0.5, 0.5, "no term:\nevery entry is 0", ha="center", va="center")
-    figure.suptitle(_title(shown), family="DejaVu Sans Mono", fontsize=10)
-    return figure
-
-
-def _title(shown: IndexFormula) -> str:
     text = str(shown)
-    return text if len(text) <= 110 else f"{text[:107]}..."
+    figure.suptitle(text if len(text) <= 110 else f"{text[:107]}...", family="DejaVu Sans Mono", fontsize=10)
+    return figure
 
 
 def _matrix(panel: Axes, J: Questions, shown: IndexFormula) -> None:
@@ -146,10 +142,8 @@ def entries(f: IndexFormula, shape: Sequence[int]) -> Tensor:
     axes = [(name, n) for name, n in zip((*f.out, *f.inn), shape, strict=True)]
     for line in f.lines:
         order = [*axes, *line.sums]
-        grid = {
-            name: torch.arange(n).reshape([n if j == k else 1 for j in range(len(order))])
-            for k, (name, n) in enumerate(order)
-        }
+        ranges = torch.meshgrid(*(torch.arange(n) for _, n in order), indexing="ij") if order else ()
+        grid = dict(zip((name for name, _ in order), ranges, strict=True))
         value = torch.full([n for _, n in order], line.coef, dtype=torch.float64)
         for a, b in line.ties:
             value = value * (_at(a, grid) == _at(b, grid))

@@ -167,9 +167,8 @@ def _key(p: IndexProduct, axes: Sequence[str]) -> tuple:
     plain = replace(canonical(p, axes, {}), coef=1.0)
     for a, b in plain.ties:
         for one, other in ((a, b), (b, a)):
-            if one.plain in axes and axes.index(one.plain) < min(
-                (axes.index(n) if n in axes else len(axes) for n in other.names), default=-1
-            ):
+            first = min((axes.index(n) if n in axes else len(axes) for n in other.names), default=-1)
+            if one.plain in axes and axes.index(one.plain) < first:
                 factors = tuple((n, tuple(one if x == other else x for x in labels)) for n, labels in plain.factors)
                 plain = replace(plain, factors=factors)
     ties = frozenset(frozenset(map(str, tie)) for tie in plain.ties)

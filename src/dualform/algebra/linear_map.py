@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "fresh_axes", "identity",
-    "make_factor", "zero",
+    "Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "derivative_of", "fresh_axes",
+    "identity", "make_factor",
 ]  # fmt: skip
 
 
@@ -135,11 +135,6 @@ class Derivative(Questions):
         return self._terms
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """out_shape + in_shape."""
-        return self.out_shape + self.in_shape
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the numbers stored, each storage counted once."""
         return stored_bytes([t for term in self.terms for t in term.stored])
@@ -193,11 +188,7 @@ class Derivative(Questions):
         Dtype:  the derivative's.
         Raises: ShapeError if g is not shaped like the output.
         """
-        if g.shape != self.out_shape:
-            self._refuse("vjp", "g", g, self.out_shape)
-        if self.route is not None:
-            return self.route.vjp(g)
-        return self._apply(g, "out", "inn", self.in_shape)
+        return self._applied("vjp", "g", g)
 
     def jvp(self, v: Tensor) -> Tensor:
         """Apply the derivative to a direction in the input.
@@ -207,18 +198,16 @@ class Derivative(Questions):
         Dtype:  the derivative's.
         Raises: ShapeError if v is not shaped like the input.
         """
-        if v.shape != self.in_shape:
-            self._refuse("jvp", "v", v, self.in_shape)
+        return self._applied("jvp", "v", v)
+
+    def _applied(self, way: str, name: str, seed: Tensor) -> Tensor:
+        sides, shapes = ("out", "inn"), (self.out_shape, self.in_shape)
+        (side, other), (given, shape) = (sides, shapes) if way == "vjp" else (sides[::-1], shapes[::-1])
+        if seed.shape != given:
+            expected = f"the {side.replace('inn', 'in')}put's shape = {given}"
+            fail(way, name, f"has shape {tuple(seed.shape)}", expected, "Reshape or slice it.")
         if self.route is not None:
-            return self.route.jvp(v)
-        return self._apply(v, "inn", "out", self.out_shape)
-
-    def _refuse(self, method: str, argument: str, value: Tensor, shape: tuple[int, ...]) -> NoReturn:
-        side = "output" if argument == "g" else "input"
-        has = f"has shape {tuple(value.shape)}"
-        fail(method, argument, has, f"the {side}'s shape = {shape}", "Reshape or slice it.")
-
-    def _apply(self, seed: Tensor, side: str, other: str, shape: tuple[int, ...]) -> Tensor:
+            return getattr(self.route, way)(seed)
         total: Tensor | None = None
         if math.prod(self.shape):
             for term in self.terms:
@@ -271,12 +260,12 @@ class Derivative(Questions):
         if self.shape != other.shape or self.out_shape != other.out_shape:
             found, advice = f"is {other.out_shape} by {other.in_shape}", "Add derivatives of one function space only."
             fail("Derivative +", "the second summand", found, f"{self.out_shape} by {self.in_shape}", advice)
-        return self._with(merged([*self.terms, *other.terms]), self._symmetric and other._symmetric)
+        return self.with_terms(merged([*self.terms, *other.terms]), self._symmetric and other._symmetric)
 
     def __mul__(self, scale: float) -> Derivative:
         if not isinstance(scale, int | float):
             return NotImplemented
-        return self._with([replace(t, coef=t.coef * scale) for t in self.terms if scale != 0], self._symmetric)
+        return self.with_terms([replace(t, coef=t.coef * scale) for t in self.terms if scale != 0], self._symmetric)
 
     __rmul__ = __mul__
 
@@ -292,10 +281,10 @@ class Derivative(Questions):
     def _like(self, terms: Sequence[Term], out: Sequence[int], inn: Sequence[int], axes: Any) -> Self:
         return type(self)(terms, out, inn, self.dtype, self.device, axes=axes)
 
-    def _with(self, terms: Sequence[Term], symmetric: bool) -> Derivative:
-        return Derivative(
-            terms, self.out_shape, self.in_shape, self.dtype, self.device, axes=self._axes, symmetric=symmetric
-        )
+    def with_terms(self, terms: Sequence[Term], symmetric: bool = False) -> Derivative:
+        """The same of other terms."""
+        shapes = (self.out_shape, self.in_shape)
+        return Derivative(terms, *shapes, self.dtype, self.device, axes=self._axes, symmetric=symmetric)
 
     def explain(self, level: str = "steps") -> Told:
         """Say how the derivative comes about and how to use it: level "one-line", "steps" or "proof".
@@ -343,12 +332,12 @@ def compose(outer: Derivative, inner: Derivative) -> Derivative:
     return Derivative(terms, outer.out_shape, inner.in_shape, outer.dtype, outer.device)
 
 
-def zero(out: Tensor, operand: Tensor) -> Derivative:
-    """The derivative of a function that does not depend on its operand."""
-    return Derivative((), out.shape, operand.shape, out.dtype, out.device)
+def derivative_of(out: Tensor, operand: Tensor, terms: Any = (), route: Route | None = None) -> Derivative:
+    """d out / d operand, zero where no terms are named."""
+    return Derivative(terms, out.shape, operand.shape, out.dtype, out.device, route)
 
 
 def identity(x: Tensor) -> Derivative:
     """d x / d x: one delta per axis, nothing stored."""
     axes = fresh_axes(x.shape)
-    return Derivative((Term(1.0, (), axes, axes),), x.shape, x.shape, x.dtype, x.device)
+    return derivative_of(x, x, (Term(1.0, (), axes, axes),))

@@ -58,12 +58,10 @@ def gather(factors: Sequence[Factor | Relation], wanted: Sequence[Label], like: 
 def entries(term: Term, axes: Sequence[Axis], like: Tensor) -> tuple[Tensor, Tensor]:
     """The values of a term off its deltas, flat, and the place of each in the flattened tensor with these axes."""
     factors, labels, strides, offset = _laid_out(term, axes)
-    value, have = gather(factors, labels, like)
+    value = _spread(factors, labels, like)
     where = torch.full((), offset, dtype=torch.int64, device=value.device)
-    for axis, label in enumerate(labels):
-        if label not in have:
-            value = value.unsqueeze(axis)
-        where = where.unsqueeze(-1) + torch.arange(label.size, device=value.device) * strides[axis]
+    for label, step in zip(labels, strides, strict=True):
+        where = where.unsqueeze(-1) + torch.arange(label.size, device=value.device) * step
     return (value.expand(sizes(labels)) * term.coef).reshape(-1), where.reshape(-1)
 
 
@@ -82,7 +80,7 @@ def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
     is_view = len(factors) == 1 and isinstance(factors[0], Factor) and len(have) == len(factors[0].labels)
     pieces = math.ceil(volume(have) / max(result.numel() // PART, LEAST))
     if is_view or not free or pieces < 2:
-        _place(factors, labels, strides, offset, term.coef, result)
+        result.as_strided(sizes(labels), strides, offset).add_(_spread(factors, labels, result), alpha=term.coef)
         return
     along = next((x for x in free if x.size >= pieces), max(free, key=lambda x: x.size))
     at = labels.index(along)
@@ -91,7 +89,8 @@ def scatter(term: Term, axes: Sequence[Axis], result: Tensor) -> None:
         piece = Label(min(count, along.size - start))
         cut = [_narrowed(f, along, piece, start) for f in factors]
         some = [piece if x is along else x for x in labels]
-        _place(cut, some, strides, offset + start * strides[at], term.coef, result)
+        view = result.as_strided(sizes(some), strides, offset + start * strides[at])
+        view.add_(_spread(cut, some, result), alpha=term.coef)
 
 
 def _narrowed(f: Factor | Relation, along: Label, piece: Label, start: int) -> Factor | Relation:
@@ -102,15 +101,13 @@ def _narrowed(f: Factor | Relation, along: Label, piece: Label, start: int) -> F
     return Factor(f.tensor.narrow(axis, start, piece.size), labels, f.name)
 
 
-def _place(
-    factors: Sequence[Factor | Relation], labels: Sequence[Label], strides: Sequence[int], offset: int, coef: float,
-    result: Tensor,
-) -> None:  # fmt: skip
-    value, have = gather(factors, labels, result)
+def _spread(factors: Sequence[Factor | Relation], labels: Sequence[Label], like: Tensor) -> Tensor:
+    """Contract factors onto labels; an axis that they lack has size 1."""
+    value, have = gather(factors, labels, like)
     for axis, label in enumerate(labels):
         if label not in have:
             value = value.unsqueeze(axis)
-    result.as_strided(sizes(labels), strides, offset).add_(value, alpha=coef)
+    return value
 
 
 def _laid_out(term: Term, axes: Sequence[Axis]) -> tuple[list[Factor | Relation], list[Label], list[int], int]:

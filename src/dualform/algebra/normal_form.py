@@ -6,13 +6,15 @@ labels that never part are one label; terms and factors in one order; letters fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
 from torch import Tensor
 
+from dualform.algebra.contract import aligned
+from dualform.algebra.notation import letters
 from dualform.algebra.sums import merged
 from dualform.algebra.terms import Axis, Factor, Identity, Label, Term, identity_of
 
@@ -40,19 +42,11 @@ def _one_factor(group: Sequence[Term]) -> Sequence[Term]:
     if not spans[full] or not all(span <= spans[full] for span in spans):
         return group
     axes = group[full].tensors[0].labels
-    order = [place[full][x] for x in axes]
+    own = {k: label for label, k in place[full].items()}
     total: Tensor | float = 0.0
     for term, at in zip(group, place, strict=True):
-        if not term.tensors:
-            total = total + term.coef
-            continue
-        (f,) = term.tensors
-        have = [k for k in order if k in {at[x] for x in f.labels}]
-        tensor = f.tensor.permute([[at[x] for x in f.labels].index(k) for k in have])
-        for axis, k in enumerate(order):
-            if k not in have:
-                tensor = tensor.unsqueeze(axis)
-        total = total + term.coef * tensor
+        parts = [aligned(replace(f, labels=tuple(own[at[x]] for x in f.labels)), axes) for f in term.tensors]
+        total = total + (term.coef * parts[0] if parts else term.coef)
     names = [(term.tensors[0].name or "F") if term.tensors else f"{term.coef:g}" for term in group]
     name = "+".join(dict.fromkeys(names))
     factor = Factor(total, axes, f"({name})" if len(name) < 40 else "sum")  # type: ignore[arg-type]
@@ -171,7 +165,7 @@ def ordered(terms: Sequence[Term], inputs: Mapping[str, Tensor]) -> tuple[Term, 
         return numbers if tag(f) != ("~", "") else tuple(sorted(numbers))
 
     sorted_terms = sorted((_numbered(term, tag, order) + (term,) for term in map(coarse, terms)), key=lambda t: t[0])
-    names = _letters(inputs)
+    names = letters(inputs, ascii_uppercase)
     letter: dict[Identity, str] = {}
     turns: dict[Identity, list[tuple[int, int]]] = {}
     uses = Counter(identity_of(f.tensor) for _, factors, _ in sorted_terms for f in factors if isinstance(f, Factor))
@@ -203,13 +197,3 @@ def _turned(f: Factor, steps: Sequence[tuple[int, int]]) -> Factor:
     """Order a factor's axes by their steps."""
     axes = sorted(range(f.tensor.ndim), key=lambda k: steps.index((f.tensor.stride(k), f.tensor.shape[k])))
     return Factor(f.tensor.permute(axes), tuple(f.labels[k] for k in axes), f.name)
-
-
-def _letters(taken: Mapping[str, Tensor]) -> Iterator[str]:
-    round_ = 0
-    while True:
-        for letter in ascii_uppercase:
-            name = letter + (str(round_) if round_ else "")
-            if name not in taken:
-                yield name
-        round_ += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count
@@ -24,10 +24,10 @@ from dualform.storages import memory_of
 LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
 
-def letters(taken: Sequence[str] = ()) -> Iterator[str]:
+def letters(taken: Container[str] = (), alphabet: str = LETTERS) -> Iterator[str]:
     """Index names in the order in which people use them: i j k ... then i1 j1 ..."""
     for round_ in count():
-        for letter in LETTERS:
+        for letter in alphabet:
             name = letter + (str(round_) if round_ else "")
             if name not in taken:
                 yield name
@@ -353,11 +353,8 @@ def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: Names) -> str
     """Where a relation reads: 2*i+j-1, or idx[i][j]."""
     if isinstance(r, Lookup):
         return tensors.of(Factor(r.index, r.smalls, r.name)) + "".join(f"[{name[x]}]" for x in r.smalls)
-    parts = [
-        f"{step:+d}*{name[x]}" if abs(step) != 1 else f"{'+-'[step < 0]}{name[x]}"
-        for x, step in zip(r.smalls, r.steps, strict=True)
-        if name[x] != "0"
-    ]
+    steps = ((name[x], step) for x, step in zip(r.smalls, r.steps, strict=True) if name[x] != "0")
+    parts = [f"{step:+d}*{x}" if abs(step) != 1 else f"{'+-'[step < 0]}{x}" for x, step in steps]
     return ("".join(parts) + (f"{r.start:+d}" if r.start or not parts else "")).removeprefix("+")
 
 

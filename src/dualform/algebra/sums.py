@@ -170,7 +170,8 @@ class _Meet:
             label = Label(key[0].size, key[0].name)
             self.label_at.update(dict.fromkeys(members, label))
             each = zip(self.terms, key, self.columns, strict=True)
-            if all(_is_free(t, x, column.count(x) == len(members)) for t, x, column in each):
+            # No term stores this label, or ties it to one outside its class.
+            if all(n.count(x) == len(members) and not any(x in f.labels for f in t.factors) for t, x, n in each):
                 loose.add(label)
         self.stored = [x for x in dict.fromkeys(self.label_at[k] for k in range(self.count)) if x not in loose]
 
@@ -186,11 +187,6 @@ class _Meet:
         inn = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].inn)
         name = _sum_name(["·".join(f.name for f in t.tensors if f.name) for t in self.terms])
         return Term(1.0, (Factor(dense, tuple(self.stored), name),), out, inn)
-
-
-def _is_free(term: Term, label: Label, whole: bool) -> bool:
-    """Does the term neither store this label nor tie it to one outside its class?"""
-    return whole and not any(label in f.labels for f in term.factors)
 
 
 def _refined(terms: Sequence[Term]) -> list[Term]:

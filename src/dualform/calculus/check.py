@@ -151,13 +151,11 @@ def check(
     floating = [k for k, t in enumerate(given.tensors) if t.is_floating_point()]
     before = [t._version for t in [seed, *given.tensors]]
     got = _returned(backward(seed, *args), len(floating))
-    faults: list[Fault] = []
     if isinstance(got, str):
         return Report((Fault("backward", "count", got),), {}, {})
-    for name, t, version in zip(["g", *given.names], [seed, *given.tensors], before, strict=True):
-        if t._version != version:
-            text = f"{name} was changed in place by the backward; expected it untouched. Write to a clone."
-            faults.append(Fault(name, "in place", text))
+    watched = zip(["g", *given.names], [seed, *given.tensors], before, strict=True)
+    said = "was changed in place by the backward; expected it untouched. Write to a clone."
+    faults = [Fault(name, "in place", f"{name} {said}") for name, t, version in watched if t._version != version]
     if faults:
         return Report(tuple(faults), {}, {})
     return _compared(given, at, backward, args, seed, got, floating, named)
@@ -206,8 +204,7 @@ def _compared(
 
 def _slip(
     given: Given, k: int, seed: Tensor, found: Any, expected: dict[int, Tensor], backward: Callable[..., Any],
-    args: Any,
-    place: int, J: Any, names: Any,
+    args: Any, place: int, J: Any, names: Any,
 ) -> Slip | None:  # fmt: skip
     """What is wrong with one gradient; None if nothing is."""
     right = expected[k]
@@ -215,8 +212,9 @@ def _slip(
         return None if J.is_zero else Slip("none", "is None; expected a tensor. Return the gradient.")
     if not isinstance(found, Tensor):
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
-    program = Program(_graph(given), given.tensors, k, local_derivative)
-    program.names = name_nodes(program.gm, given.names)
+    # The caller's own ops, not rewritten: what a slip is named after.
+    gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors)
+    program = Program(gm, given.tensors, k, local_derivative, name_nodes(gm, given.names))
     shape = of_shape(found, right, names)
     if shape is not None:
         return shape
@@ -228,8 +226,3 @@ def _slip(
 
     others = {given.names[j]: value for j, value in expected.items() if j != k}
     return of_values(found, right, seed, again, others, program, names)
-
-
-def _graph(given: Given) -> Any:
-    """The caller's own ops, not rewritten: what a slip is named after."""
-    return trace(lambda *tensors: given.flat(*tensors), *given.tensors)

@@ -73,14 +73,12 @@ def explain(
     return jacobian(f, *args, wrt=wrt, **kwargs).explain(level)
 
 
-def made(
-    at: Point, output: int, source: int, story: Callable[[], Story], axes: Axes | None, symmetric: bool = False
-) -> Derivative:
+def made(at: Point, output: int, source: int, story: Callable[[], Story], axes: Axes | None) -> Derivative:
     """The derivative of one result by one input, at a point."""
     route = Applied(at, output, source, story)
     out, x = at.traced.out_values[output], at.inputs[source]
     names = None if axes is None else axes.of(output, source)
-    return Derivative(route.terms, out.shape, x.shape, out.dtype, x.device, route, names, symmetric)
+    return Derivative(route.terms, out.shape, x.shape, out.dtype, x.device, route, names)
 
 
 class Given:

@@ -215,10 +215,6 @@ def _line(program: Program, node: fx.Node) -> str:
     return program.name_of(node) if not line or line.startswith("(") else line
 
 
-def _made_of(terms: Sequence[Term], J: Derivative) -> Derivative:
-    return Derivative(terms, J.out_shape, J.in_shape, J.dtype, J.device)
-
-
 def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> Iterator[tuple[Slip, Derivative]]:
     name, below = program.name_of(node), program.name_of(source)
     for k, term in enumerate(J.terms):
@@ -226,24 +222,24 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
         shown = f"{term.coef:+.4g} {'·'.join(f.name or 'F' for f in term.tensors)}".strip()
         if before or after:
             text = f"misses the term {shown} of d{name}/d{below}; expected {len(J.terms)} terms. Add it."
-            yield Slip("missing term", text), _made_of([*before, *after], J)
+            yield Slip("missing term", text), J.with_terms([*before, *after])
             text = f"has the wrong sign in the term {shown} of d{name}/d{below}; expected minus it. Negate that term."
-            yield Slip("term sign", text), _made_of([*before, replace(term, coef=-term.coef), *after], J)
+            yield Slip("term sign", text), J.with_terms([*before, replace(term, coef=-term.coef), *after])
         if term.coef not in (1, -1):
             text = f"misses the factor {term.coef:.6g} of d{name}/d{below}; expected it. Multiply by it."
-            yield Slip("missing factor", text), _made_of([*before, replace(term, coef=1.0), *after], J)
+            yield Slip("missing factor", text), J.with_terms([*before, replace(term, coef=1.0), *after])
         for j, f in enumerate(term.factors):
             if isinstance(f, Factor):
                 for slip, wrong in _factor_slips(program, f, term):
                     changed = replace(term, factors=(*term.factors[:j], wrong, *term.factors[j + 1 :]))
-                    yield slip, _made_of([*before, changed, *after], J)
+                    yield slip, J.with_terms([*before, changed, *after])
     yield Slip("path sign", f"has the wrong sign in d{name}/d{below}; expected minus it. Negate that path."), -1 * J
     if J.out_shape == J.in_shape:
         turned = "Run the op the other way round (reverse, apply, reverse)."
         text = f"applies d{name}/d{below} forward; expected its transpose. {turned}"
         yield Slip("not transposed", text), J.T
     text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
-    yield Slip("missing path", text), _made_of([], J)
+    yield Slip("missing path", text), J.with_terms([])
     yield from _wrong_axes(J, name, below)
 
 
@@ -288,7 +284,7 @@ def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, De
                 swapped = tuple(tuple(change.get(x, x) for x in labels) for labels in term.out)
                 wrong = replace(term, out=swapped)
                 text = f"sums {name}'s axis {tied[0]} where axis {other} should be summed for {below}'s axis {axis}"
-                made = _made_of([*J.terms[:k], wrong, *J.terms[k + 1 :]], J)
+                made = J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
                 yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
         yield from _other_axis(J, k, name, below)
 
@@ -313,7 +309,7 @@ def _other_axis(J: Derivative, k: int, name: str, below: str) -> Iterator[tuple[
         wrong = replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
         terms = [*J.terms[:k], wrong, *J.terms[k + 1 :]]
         text = f"sums over axis {a} inside d{name}/d{below} where axis {b} is expected. Use .sum({b}, keepdim=True)."
-        yield Slip("wrong axis", text), _made_of(terms, J)
+        yield Slip("wrong axis", text), J.with_terms(terms)
 
 
 def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:

@@ -133,9 +133,7 @@ class SiteDerivatives(Mapping[str, Derivative]):
             found = f"has parameters {list(right)}"
             fail("ntk", "other", found, f"{list(self)}", "Pass the same module's.", ValueError)
         parts = [J @ right[name].T for name, J in self.items()]
-        first = parts[0]
-        terms = merged([t for part in parts for t in part.terms])
-        return Derivative(terms, first.out_shape, first.in_shape, first.dtype, first.device, symmetric=other is None)
+        return parts[0].with_terms(merged([t for part in parts for t in part.terms]), symmetric=other is None)
 
 
 def _weights(hessian: Derivative | Tensor, shape: tuple[int, ...]) -> Derivative:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.algebra.index_products import collected, in_axes
-from dualform.algebra.linear_map import Derivative, Term, fresh_axes
+from dualform.algebra.linear_map import Derivative, Term, derivative_of, fresh_axes
 from dualform.algebra.notation import IndexFormula, Names, formula
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
@@ -39,7 +39,7 @@ MAX_SHOWN = 2**22
 
 
 class Story:
-    """A program and what people call things in it: the route of a derivative, and its account."""
+    """A program and what people call things in it: the account of a derivative."""
 
     def __init__(
         self, f: Callable[..., Tensor], args: Sequence[Tensor], wrt: int, names: Sequence[str],
@@ -57,18 +57,6 @@ class Story:
         called = set(self.program.names.values())
         # An index that is called like a tensor misleads; p, h and r are what rules call their factors.
         self.names = Names(called.__contains__, sorted({name for name in called if len(name) == 1} | set("phr")))
-
-    @property
-    def out(self) -> Tensor:
-        return self.program.values[self.program.output]
-
-    def vjp(self, g: Tensor) -> Tensor:
-        """Pull back along the graph."""
-        return self.program.vjp(g)
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """Push forward along the graph."""
-        return self.program.jvp(v)
 
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """Assemble the steps, the proof, the result, its code and its checks."""
@@ -101,7 +89,7 @@ class Story:
         inputs = "  ".join(f"{program.name_of(n)}:{tuple(v.shape)}" for n, v in given)
         line = source_line(program.output)
         head = f"{line}\n" if line else ""
-        return f"{head}{inputs}  ->  {program.name_of(program.output)}:{tuple(self.out.shape)}"
+        return f"{head}{inputs}  ->  {program.name_of(program.output)}:{tuple(program.values[program.output].shape)}"
 
     @cached_property
     def steps(self) -> list[OpStep]:
@@ -284,8 +272,7 @@ def _broadcast_shape(call: OpCall, x: Tensor) -> tuple[int, ...]:
 
 def _expansion(x: Tensor, shape: tuple[int, ...]) -> Derivative:
     axes = fresh_axes(shape)
-    term = Term(1.0, (), axes, broadcast_axes(axes, x.shape))
-    return Derivative((term,), shape, x.shape, x.dtype, x.device)
+    return derivative_of(x.expand(shape), x, (Term(1.0, (), axes, broadcast_axes(axes, x.shape)),))
 
 
 def _paths(links: dict[str, list[tuple[str, str]]], start: str, end: str, most: int) -> list[list[str]]:

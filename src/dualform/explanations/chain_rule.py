@@ -5,7 +5,7 @@ Every line is a `Formula`: what is printed can be read back and evaluated, and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dualform.algebra.index_products import Index, IndexProduct, canonical
@@ -79,7 +79,8 @@ def derive(
             halfway = shorter
         moves.append(Move(formula(halfway), _summed_copies(halfway)))
         locals_ = {link.local.symbol: link.local for link in links}
-        full = [p for q in halfway for p in _put_in(q, locals_[_whole_of(q, locals_)], spoken, known)]
+        wholes = [next(locals_[name] for name, _ in q.factors if name in locals_) for q in halfway]
+        full = [p for q, f in zip(halfway, wholes, strict=True) for p in _put_in(q, f, spoken, known)]
     moves.append(Move(formula(full), "the formulas of the steps put in"))
     for products, reason in eliminated(full, sizes):
         moves.append(Move(formula(products), reason))
@@ -107,10 +108,6 @@ def _put_in(product: IndexProduct, f: IndexFormula, axes: Sequence[str], known: 
         steps = (*product.steps, *p.steps)
         found.append(IndexProduct(product.coef * line.coef, factors, (*product.ties, *p.ties), sums, steps))
     return found
-
-
-def _whole_of(product: IndexProduct, symbols: Mapping[str, IndexFormula]) -> str:
-    return next(name for name, _ in product.factors if name in symbols)
 
 
 def _symbol(f: IndexFormula, axes: Sequence[str]) -> IndexProduct:

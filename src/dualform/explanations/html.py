@@ -69,7 +69,7 @@ def stage(told: Stage, name: str = "Proof") -> str:
         note = f' <span class="why">({move.formula.ranges})</span>' if move.formula.ranges else ""
         rows.append(
             f'<tr><td class="f">{left}&nbsp;</td><td><div class="move"><span class="f">= '
-            f"{_right(move.formula)}{note}</span>"
+            f"{_indexed(move.formula.right())}{note}</span>"
             f'<span class="why">{_indexed(move.reason)}</span></div></td></tr>'
         )
     head = f'<div class="head">{name} &nbsp;<code>{escape(told.symbol)}</code></div>'
@@ -100,18 +100,13 @@ def account(step: OpStep) -> str:
 
 def formula(f: IndexFormula) -> str:
     note = f' <span class="why">({f.ranges})</span>' if f.ranges else ""
-    return f'<div class="f">{_left(f)} = {_right(f)}{note}</div>'
+    return f'<div class="f">{_left(f)} = {_indexed(f.right())}{note}</div>'
 
 
 def _left(f: IndexFormula) -> str:
     indices = ",".join(_index(name, name) for name in (*f.out, *f.inn))
     symbol = escape(f.symbol)
     return f"<b>{symbol}</b>[{indices}]" if indices else f"<b>{symbol}</b>"
-
-
-def _right(f: IndexFormula) -> str:
-    """The sum of products with every index marked: the text of `Formula.right`, span by span."""
-    return _indexed(f.right())
 
 
 def _indexed(text: str) -> str:

@@ -41,7 +41,9 @@ class OpStep:
     @property
     def account(self) -> str:
         """out-shape + in-shape = J-shape; how many numbers dense and stored."""
-        return account(self.derivative)
+        J = self.derivative
+        shapes, dense = f"shape {J.out_shape} + {J.in_shape} = {J.shape}", math.prod(J.shape)
+        return f"{shapes}; {dense:,} numbers if dense, {J.nbytes // J.dtype.itemsize:,} stored"
 
     @property
     def above(self) -> str:
@@ -66,10 +68,3 @@ class Stage:
     def has_copies(self) -> bool:
         """Does a sum over a broadcast axis come up?"""
         return any("every copy contributes" in move.reason for move in self.moves)
-
-
-def account(J: Derivative) -> str:
-    """out-shape + in-shape = J-shape; how many numbers dense and stored."""
-    unit = J.dtype.itemsize
-    shapes, dense = f"shape {J.out_shape} + {J.in_shape} = {J.shape}", math.prod(J.shape)
-    return f"{shapes}; {dense:,} numbers if dense, {J.nbytes // unit:,} stored"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
-from typing import Any
 
 import torch
 from torch import fx
@@ -84,30 +83,23 @@ def _of_line(formula: IndexFormula, line: Line) -> list[str]:
     moved = [tie for tie in line.ties if tie not in plain]
     if plain:
         ties = ", ".join(f"δ({a},{b})" for a, b in plain)
-        said.append(f"{ties} {'ties' if len(plain) == 1 else 'tie'} output to input and {_is(plain)} never stored")
+        verbs = ("ties", "is") if len(plain) == 1 else ("tie", "are")
+        said.append(f"{ties} {verbs[0]} output to input and {verbs[1]} never stored")
     if moved:
         ties = ", ".join(f"δ({a},{b})" for a, b in moved)
         said.append(f"{ties} {'says' if len(moved) == 1 else 'say'} which entry goes where; nothing is stored for it")
-    bound = {
-        name
-        for text in [*(x for _, at in line.factors for x in at), *(x for tie in line.ties for x in tie)]
-        for name in Index.read(text).names
-    }
+    tied = {name for tie in line.ties for text in tie for name in Index.read(text).names}
+    bound = tied | {name for _, at in line.factors for text in at for name in Index.read(text).names}
     copied = [x for x in formula.out if x != "0" and x not in bound]
     summed = [x for x in formula.inn if x != "0" and x not in bound]
     if copied:
         said.append(f"{_listed(copied)} on the output only: the same value is copied along {_them(copied)}")
     if summed:
         said.append(f"{_listed(summed)} on the input only: a sum over {_them(summed)}")
-    tied = {name for tie in line.ties for text in tie for name in Index.read(text).names}
     inner = [s for s, _ in line.sums if s not in tied]
     if inner:
         said.append(f"{_listed(inner)} on neither side: contracted between the factors")
     return said
-
-
-def _is(found: Sequence[Any]) -> str:
-    return "is" if len(found) == 1 else "are"
 
 
 def _listed(names: Sequence[str]) -> str:

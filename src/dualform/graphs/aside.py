@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from dualform.graphs.edit import (
     add_input,
+    cleaned,
     emitter,
     evaluated,
     extract,
@@ -75,9 +76,8 @@ def without_function_modes() -> Iterator[None]:
 
 def between(tracer: Any, outs: list[Any], x: Any) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The part of a trace from one tensor to others, as a function of that tensor and of what else the part reads."""
-    copy, copies = fx.Graph(), {}
-    for node in tracer.graph.nodes:
-        copies[node] = copy.node_copy(node, copies.__getitem__)
+    copy, copies = fx.Graph(), dict[fx.Node, Any]()
+    copy.graph_copy(tracer.graph, copies)
     copy.output((copies[x], *(copies[o] for o in outs)))
     back = {copies[n].name: n for n in tracer.graph.nodes}
     whole = functionalized(fx.GraphModule(tracer.root, copy), blame)
@@ -102,8 +102,7 @@ def replayed(gm: fx.GraphModule, tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def value_of(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Run the op of a node, where autograd may be watching:
-    a detach of the function's own is no detach of autograd's."""
+    """Run the op of a node where autograd may watch: the function's own detach is none of autograd's."""
     if node.target is aten.detach.default:
         return stop_gradient(*args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -142,8 +141,7 @@ def opened(gm: fx.GraphModule, first: int, count: int, closed: list[Tensor], own
         output_of(gm.graph).args = ((*results_of(gm.graph), *[None] * len(closed)),)
     else:
         without_detach(gm.graph)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
+    cleaned(gm)
 
 
 def ones_by_shape(nodes: Iterable[fx.Node]) -> None:

@@ -42,7 +42,7 @@ class Context(FunctionCtx):
 
 
 class Called:
-    """A call of a Function: its forward, and each result's backward, as functions of the tensors among its arguments."""
+    """A call of a Function: its forward, and each result's backward, as functions of the tensors that it is given."""
 
     def __init__(self, cls: Any, args: tuple[Any, ...], needs: tuple[bool, ...], where: str) -> None:
         self.cls, self.args, self.needs, self.where = cls, args, needs, where

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from dualform.graphs.complex_pairs import Pair, PairWriter, Part, is_complex, rule
+from dualform.graphs.edit import cleaned
 from dualform.graphs.functionalize import Blame
 from dualform.ops.fourier import cosines, sines
 
@@ -153,8 +154,7 @@ def _real_fft(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
 
 def paired(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
     """Rewrite a graph without complex tensors that depend on its inputs; `blame` reports what cannot be rewritten."""
-    if any(is_complex(node) for node in gm.graph.nodes):
-        PairWriter(gm.graph, blame).run()
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-    return gm
+    if not any(is_complex(node) for node in gm.graph.nodes):
+        return gm
+    PairWriter(gm.graph, blame).run()
+    return cleaned(gm)

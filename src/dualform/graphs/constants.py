@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
+from dualform.graphs.hollow import tensors_in
 from dualform.graphs.recorder import Recorded
 from dualform.graphs.this_thread import out_of_sight
 from dualform.shapes import TraceError
@@ -37,16 +38,8 @@ _LISTED = {torch.tensor, torch.as_tensor, torch.asarray}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
 _REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
-_RANDOM = {
-    torch.rand,
-    torch.randn,
-    torch.randint,
-    torch.randperm,
-    torch.rand_like,
-    torch.randn_like,
-    torch.randint_like,
-}
-_RANDOM |= {torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.normal, torch.poisson}
+_RANDOM = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.multinomial, torch.normal}
+_RANDOM |= {torch.rand_like, torch.randn_like, torch.randint_like, torch.poisson, Tensor.bernoulli, Tensor.multinomial}
 # By which argument: a tensor whose values an op does not read, but what it is like.
 _LIKE = dict.fromkeys((torch.zeros_like, torch.ones_like, torch.full_like), 0)
 _LIKE |= dict.fromkeys((Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor), 0)
@@ -130,10 +123,10 @@ class Constants:
 
     def values(self, func: Callable[..., Any], args: Any, kwargs: Any) -> dict[int, Callable[[], Tensor]] | None:
         """How to find the values that a call is given, as they are now; None if one is not known."""
-        leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = tensors_in(args, kwargs)
         found = {id(x): self._value_now(x) for x in leaves if self.knows(x)}
         if (at := _LIKE.get(func)) is not None and isinstance(like := [*args, None, None][at], Tensor):
-            found.setdefault(id(like), _blank(like))
+            found.setdefault(id(like), partial(torch.empty, like.shape, dtype=like.dtype, device=like.device))
         return None if func in _RANDOM or not all(id(x) in found for x in leaves) else found
 
     def _value_now(self, x: Tensor) -> Callable[[], Tensor]:
@@ -156,7 +149,7 @@ class Constants:
         writes = first is not None and not self.knows(first) and func not in _LIKE
         leaves, spec = pytree.tree_flatten((args, kwargs))
         given = {id(x) for x in leaves if isinstance(x, Tensor)}
-        tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        tensors = tensors_in(result)
         # The trace's own tensors end with it: how to make them anew holds none.
         parts = [values[id(x)] if isinstance(x, Tensor) else lambda x=x: x for x in leaves]
 
@@ -165,7 +158,7 @@ class Constants:
             with aside():
                 own, named = pytree.tree_unflatten([part() for part in parts], spec)
                 if not writes:
-                    return [x for x in pytree.tree_leaves(func(*own, **named)) if isinstance(x, Tensor)]
+                    return tensors_in(func(*own, **named))
                 written = own[0].clone()
                 func(written, *own[1:], **named)
                 return [written]
@@ -179,8 +172,7 @@ class Constants:
         return result
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a call that reads constants gives, in a list; else the call,
-        with places for masks that are constants."""
+        """What a call that reads constants gives, in a list; else the call, with places for known masks."""
         try:
             return self._call(func, args, kwargs)
         except _Written:
@@ -188,26 +180,20 @@ class Constants:
 
     def _call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Any] | Call:
         if func in _READ or func in _SIZED:
-            leaves = pytree.tree_leaves((args, kwargs))
-            if all(map(self.knows, leaves)):
+            if all(map(self.knows, pytree.tree_leaves((args, kwargs)))):
                 with aside():
                     found = func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
                 if isinstance(found, numpy.ndarray):
                     found.setflags(write=False)  # the trace would not see it
                     self.shared.append((args[0], version_of(args[0]), self.note()))
                 return [found]
-        elif (
-            func in _REPEATED and (repeats := args[1] if len(args) > 1 else kwargs.get("repeats", args[0])) is not None
-        ):
+        elif func in _REPEATED:
+            repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0])
             if isinstance(repeats, Tensor) and self.knows(repeats):
                 return self._repeated(args, kwargs, repeats)
         elif func is torch.tensor and isinstance(args[0], numpy.ndarray):
             return func, (args[0].copy(), *args[1:]), kwargs  # of what is there now, not of the array
-        elif (
-            func in _LISTED
-            and isinstance(args[0], list | tuple)
-            and any(map(_is_tensor, parts := pytree.tree_leaves(args[0])))
-        ):
+        elif func in _LISTED and isinstance(args[0], list | tuple) and (parts := tensors_in(args[0])):
             if not all(map(self.knows, parts)):
                 raise TraceError(
                     f"trace: `{self.note()}` makes a tensor of other tensors' numbers, which cuts their gradients; "
@@ -280,19 +266,9 @@ def _mask_written_out(part: Any) -> Any:
     return part
 
 
-def _blank(x: Tensor) -> Callable[[], Tensor]:
-    """A tensor like another, of any numbers."""
-    shape, dtype, device = x.shape, x.dtype, x.device
-    return lambda: torch.empty(shape, dtype=dtype, device=device)
-
-
 def version_of(x: Tensor) -> int:
     """How often a tensor's memory was written to, by views of it too."""
     return x.writes[0] if isinstance(x, Recorded) else times_written(x)
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 class _Written(Exception):

@@ -37,7 +37,7 @@ from dualform.graphs.aside import (
 from dualform.graphs.called import Called
 from dualform.graphs.edit import results_of
 from dualform.graphs.functionalize import functionalized
-from dualform.graphs.hollow import Hollow
+from dualform.graphs.hollow import Hollow, tensors_in
 from dualform.graphs.hooks import Handle, Maker, put_hook
 from dualform.graphs.kept import Kept, Vjp, keep, kept, named, stop_gradient, written_out
 from dualform.graphs.recorder import CannotRecord
@@ -127,7 +127,7 @@ class Listener:
     # -- Functions
 
     def transform(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Begin or end a transform unseen: torch's tracer makes nodes of that (2.11: always), a graph of ops has none."""
+        """Begin or end a transform unseen: torch's tracer (2.11: always) makes nodes of that, which are no ops."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
@@ -189,9 +189,7 @@ class Listener:
     def sees(self, args: Any) -> bool:
         """Is a call one of the trace's own, and not of a transform's tensors?"""
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
-        return not self.is_transformed and not any(
-            isinstance(x, Tensor) and wrapped(x) for x in pytree.tree_leaves(args)
-        )
+        return not self.is_transformed and not any(map(wrapped, tensors_in(args)))
 
     def below(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call inside a torch.func transform: the trace sees what the transform makes of it."""
@@ -299,9 +297,8 @@ class Listener:
             made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
             results = [n.meta["val"] for n in results_of(made.graph)]
             backwards: Any = backward() if callable(backward) else backward
-            pulled = [
-                f and self.trace(partial(pull, k, f), results[k], *stand_ins, *results) for k, f in enumerate(backwards)
-            ]
+            given = [*stand_ins, *results]
+            pulled = [f and self.trace(partial(pull, k, f), results[k], *given) for k, f in enumerate(backwards)]
         made = written_out(made)  # nobody differentiates a forward
         graphs = [made, *(gm for gm in pulled if gm is not None)]
         for gm in graphs:

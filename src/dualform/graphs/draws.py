@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
+from dualform.graphs.edit import replace
 from dualform.graphs.fingerprint import is_fixed
 from dualform.ops.table import bound_arguments
 from dualform.shapes import TraceError
@@ -94,16 +95,12 @@ def refuse_random_ops(gm: fx.GraphModule, blame: Callable[[fx.Node, str, str], N
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
             continue
-        if _is_dropout(target) and (not node.args[2] or node.args[1] == 0):
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
+        is_dropout = len(target._schema.returns) == 1 and [*bound_arguments(node)] == ["input", "p", "train"]
+        if is_dropout and (not node.args[2] or node.args[1] == 0):
+            replace(node, node.args[0])
         elif not _is_quiet(node):
             what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
             blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")
-
-
-def _is_dropout(target: torch._ops.OpOverload) -> bool:
-    return len(target._schema.returns) == 1 and [a.name for a in target._schema.arguments] == ["input", "p", "train"]
 
 
 def _is_quiet(node: fx.Node) -> bool:

@@ -195,7 +195,7 @@ def inline(graph: fx.Graph, at: fx.Node, part: fx.Graph, given: Sequence[Any]) -
 
 
 def extract(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], finish: Callable[[fx.Graph, dict], Any]) -> fx.Graph:
-    """Copy some nodes, in order, into a graph of their own; finish(graph, copies by their originals): what it returns."""
+    """Copy nodes, in order, into a graph of their own; finish(graph, copies by their originals): what it returns."""
     graph, made = Graph(), {}
     for node in inputs:
         made[node] = graph.placeholder(node.name)
@@ -242,6 +242,13 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
 @cache
 def _is_random(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or "empty" in str(target)
+
+
+def cleaned(gm: fx.GraphModule) -> fx.GraphModule:
+    """A changed graph without dead nodes, whose code is that of its nodes."""
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
 
 
 def unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:

@@ -78,7 +78,9 @@ class Fingerprint:
         self._states: list[tuple[Any, Hashable]] = []  # library objects that say what is in them
         self._default = torch.get_default_dtype()
         try:
-            self.key: Hashable | None = (_context(), *(self._read(x, "") for x in objects), *self._read_modules())
+            # The switches that change what the same code computes.
+            switches = (self._default, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+            self.key: Hashable | None = (switches, *(self._read(x, "") for x in objects), *self._read_modules())
         except Unreadable as error:
             self.key, self.unreadable = None, str(error)
 
@@ -317,8 +319,3 @@ def _used(code: types.CodeType) -> _Used:
     own = _Used(tuple(named), tuple(imported), words)
     merged = ((name for one in (own, *inner) for name in one[k]) for k in range(3))
     return _Used(*(tuple(dict.fromkeys(names)) for names in merged))
-
-
-def _context() -> Hashable:
-    """The switches that change what the same code computes."""
-    return (torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))

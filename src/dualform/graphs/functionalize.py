@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import fx
 
-from dualform.graphs.edit import add, line_of, unwritten, writes
+from dualform.graphs.edit import add, cleaned, line_of, unwritten, writes
 from dualform.graphs.hollow import laid_out_as
 from dualform.graphs.kept import carried
 from dualform.graphs.recorder import twin_of
-from dualform.ops.table import row_of
+from dualform.ops.table import inverse, row_of
 from dualform.storages import memory_of
 
 aten = torch.ops.aten
@@ -31,17 +31,10 @@ _PAIRS: dict[Any, Any] = {
 }
 
 
-def _inverse(dims: list[int]) -> list[int]:
-    return [dims.index(k) for k in range(len(dims))]
-
-
 def functionalized(gm: fx.GraphModule, blame: Blame) -> fx.GraphModule:
-    """Rewrite a graph without in-place ops, grad-mode switches and dead nodes;
-    `blame` reports what cannot be rewritten."""
+    """Rewrite a graph without in-place ops, grad-mode switches and dead nodes; `blame` reports what cannot be."""
     if not any(writes(n) or _switch(n) is not None for n in gm.graph.nodes):
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-        return gm
+        return cleaned(gm)
     return _Rewriter(gm, blame).run()
 
 
@@ -77,10 +70,7 @@ class _Rewriter:
                 self.copy(node)
                 if not self.grad and isinstance(node.meta.get("val"), torch.Tensor):
                     self.value[node] = self.emit(aten.detach.default, (self.value[node],), node)
-        result = unwritten(self.gm, self.graph)
-        result.graph.eliminate_dead_code()
-        result.recompile()
-        return result
+        return cleaned(unwritten(self.gm, self.graph))
 
     def emit(self, target: Any, args: tuple, like: fx.Node, kwargs: dict | None = None) -> fx.Node:
         new = add(self.graph, target, *args, **kwargs or {})
@@ -114,7 +104,9 @@ class _Rewriter:
     def write(self, node: fx.Node) -> None:
         """Replace `target_(dst, ...)` by its functional twin and put the result back through the views of dst."""
         dst = node.args[0]
-        if not isinstance(dst, fx.Node) or sum(a.is_write for a in _alias_infos(node)) != 1 or "out" in node.kwargs:
+        target: Any = node.target
+        written = [a for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        if not isinstance(dst, fx.Node) or len(written) != 1 or "out" in node.kwargs:
             self.blame(node, "writes to several tensors", "Write it without out= arguments or running statistics.")
         root = dst
         while root in self.parent:
@@ -133,8 +125,7 @@ class _Rewriter:
         self.parent[node] = dst
 
     def is_lent(self, root: fx.Node) -> bool:
-        """Is it a tensor in memory that is not torch's,
-        as from_numpy makes it? Others see there what no graph knows of."""
+        """Is it in memory that is not torch's, as from_numpy makes it, where others see what no graph knows of?"""
         source: Any = root.args[0] if root.target is aten.lift_fresh_copy.default else None
         held: Any = getattr(self.gm, source.target) if source is not None and source.op == "get_attr" else None
         is_plain = type(held) is torch.Tensor and held.layout == torch.strided and held.device.type == "cpu"
@@ -207,14 +198,14 @@ class _Rewriter:
             rows = self.laid(base, at.of_base, at, node)
             value = self.emit(aten.slice_scatter.default, (rows, value, *at.span), node)
         back = self.emit(aten.reshape.default, (value, at.shape), node)
-        return self.emit(aten.permute.default, (back, _inverse(at.of_base)), node)
+        return self.emit(aten.permute.default, (back, inverse(at.of_base)), node)
 
     def taken(self, base: fx.Node, at: _Places, node: fx.Node) -> fx.Node:
         """Take what a view sees of its base."""
         part = self.emit(aten.slice.Tensor, (self.laid(base, at.of_base, at, node), *at.span), node)
         shape = node.meta["val"].shape
         part = self.emit(aten.reshape.default, (part, [shape[j] for j in at.of_view]), node)
-        return self.emit(aten.permute.default, (part, _inverse(at.of_view)), node)
+        return self.emit(aten.permute.default, (part, inverse(at.of_view)), node)
 
     def laid(self, x: fx.Node, order: list[int], at: _Places, node: fx.Node) -> fx.Node:
         x = self.emit(aten.permute.default, (x, order), node)
@@ -222,8 +213,7 @@ class _Rewriter:
 
 
 class _Places(NamedTuple):
-    """Where a view of any kind lies in its base: the axes that they share, in an order for each,
-    and evenly spaced places in the rest."""
+    """Where a view lies in its base: the axes that they share, in an order for each, and even places in the rest."""
 
     of_base: list[int]
     of_view: list[int]
@@ -284,7 +274,3 @@ def _memory(node: fx.Node) -> set[int]:
 def _layout(node: fx.Node) -> Any:
     x = node.meta.get("val")
     return (x.shape, x.stride(), x.storage_offset(), x.dtype) if isinstance(x, torch.Tensor) else None
-
-
-def _alias_infos(node: fx.Node) -> list[Any]:
-    return [a.alias_info for a in node.target._schema.arguments if a.alias_info is not None]  # type: ignore[union-attr]

@@ -141,7 +141,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     made = find and find(func, args, kwargs)
     if made is not None:
         return made
-    if not tensors_in(args, kwargs) and _takes_device(func):
+    if not tensors_in(args, kwargs) and any(a.name == "device" for a in func._schema.arguments):
         kwargs["device"] = META
     before = [_laid_out(x) for x in args[:1]]
     made = func(*args, **kwargs)
@@ -167,10 +167,6 @@ def _kind(func: Any) -> Callable[..., Any] | None:
         return _entry_by_entry
     row = row_of(func)
     return _of_zeros if _Tag.core in func.tags or row.kind or row.lowered or row.several else None
-
-
-def _takes_device(func: Any) -> bool:
-    return any(a.name == "device" for a in func._schema.arguments)
 
 
 def _laid_out(x: Any) -> Any:

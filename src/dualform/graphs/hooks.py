@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.aside import aside, without_detach
-from dualform.graphs.edit import add_input, add_plain, output_of, results_of
+from dualform.graphs.edit import add_input, add_plain, cleaned, output_of, results_of
 from dualform.graphs.kept import kept_op
 from dualform.graphs.requiring import can_move
 from dualform.graphs.this_thread import caller
@@ -69,9 +69,7 @@ class Maker:
             )
         out.replace_all_uses_with(add_input(made.graph, "out"))
         output_of(made.graph).args = (grads,)
-        made.graph.eliminate_dead_code()
-        made.recompile()
-        return Maker(node, made)
+        return Maker(node, cleaned(made))
 
     def forward(self, *given: Tensor) -> tuple[Tensor]:
         """The op."""

@@ -75,25 +75,19 @@ def _power(r: Rewriter, node: Any) -> Any:
     if p in (2, 3, 4):
         squared = r.make(aten.mul.Tensor, x, x)
         return squared if p == 2 else r.make(aten.mul.Tensor, squared, x if p == 3 else squared)
-    if p == 1:
-        return x
-    if p == 0.5:
-        return r.make(aten.sqrt.default, x)
-    if p == -0.5:
-        return r.make(aten.rsqrt.default, x)
-    return r.make(aten.reciprocal.default, x) if p == -1 else None
+    plainer = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default, -1: aten.reciprocal.default}
+    return x if p == 1 else r.make(plainer[p], x) if p in plainer else None
 
 
 @rewrites("sqrt")
 def _norm(r: Rewriter, node: Any) -> Any:
     """sqrt(sum x^2) -> the vector norm."""
-    total: Any = node.args[0]
-    square = bound_arguments(total)["self"] if name_of(total) == "sum" else None
-    if square is None or name_of(square) != "mul" or square.args[0] is not square.args[1]:
+    b = bound_arguments(node.args[0]) if name_of(node.args[0]) == "sum" else {}
+    square: Any = b.get("self")
+    if name_of(square) != "mul" or square.args[0] is not square.args[1] or b.get("dtype") is not None:
         return None
-    b = bound_arguments(total)
     dims = dims_of(b.get("dim"), value(square).ndim)
-    if b.get("dtype") is not None or not dims:
+    if not dims:
         return None
     return r.make(aten.linalg_vector_norm.default, square.args[0], 2, dims, bool(b.get("keepdim")))
 
@@ -236,10 +230,8 @@ def _without_gain(r: Rewriter, node: Any) -> Any:
     gain, bias = b["weight"], b.get("bias")
     if gain is None and bias is None:
         return None
-    if name_of(node) == "layer_norm":
-        plain = r.make(aten.layer_norm.default, b["input"], b["normalized_shape"], None, None, b["eps"])
-    else:
-        plain = r.make(aten.rms_norm.default, b["input"], b["normalized_shape"], None, b["eps"])
+    none = [None] * ("bias" in b)
+    plain = r.make(node.target, b["input"], b["normalized_shape"], None, *none, b["eps"])
     scaled = plain if gain is None else r.make(aten.mul.Tensor, plain, gain)
     return scaled if bias is None else r.make(aten.add.Tensor, scaled, bias)
 
@@ -304,8 +296,8 @@ def _log(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
     if name_of(x) == "softmax":
         return r.make(aten.log_softmax.int, x.args[0], x.args[1])
-    if name_of(x) == "sum" and name_of(bound_arguments(x)["self"]) == "exp" and bound_arguments(x).get("dtype") is None:
-        b = bound_arguments(x)
+    b = bound_arguments(x) if name_of(x) == "sum" else {}
+    if name_of(b.get("self")) == "exp" and b.get("dtype") is None:
         inner = b["self"].args[0]
         return r.make(aten.logsumexp.default, inner, dims_of(b.get("dim"), value(inner).ndim), bool(b.get("keepdim")))
     return None

@@ -24,6 +24,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.edit import add_input, copied, inline, inputs_of, replace, results_of, without_dead
+from dualform.graphs.operators import library
 from dualform.shapes import TraceError
 from dualform.storages import memory_of
 
@@ -54,8 +55,7 @@ class Kept:
 
     def results(self, result: int, inputs: Sequence[Tensor], out: Tensor, key: str) -> list[Tensor | None]:
         """All results, for a backward that reads them; those that it does not read are left out."""
-        backward = self.backward[result]
-        assert backward is not None
+        backward: Any = self.backward[result]
         read = [bool(n.users) for n in inputs_of(backward.graph)[1 + len(inputs) :]]
         return [
             (out if k == result else kept(list(inputs), key, k)) if is_read else None for k, is_read in enumerate(read)
@@ -96,10 +96,9 @@ def _forward(inputs: list[Tensor], key: str, result: int) -> Tensor:
     return made.clone() if memory_of(made) in map(memory_of, inputs) else made
 
 
-_library = torch.library.Library("dualform", "FRAGMENT")
-_library.define("kept(Tensor[] inputs, str key, int result) -> Tensor")
-_library.impl("kept", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("dualform::kept", _forward, lib=_library)
+library.define("kept(Tensor[] inputs, str key, int result) -> Tensor")
+library.impl("kept", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("dualform::kept", _forward, lib=library)
 kept_op = torch.ops.dualform.kept.default
 
 
@@ -130,7 +129,7 @@ def _differentiable(inputs: list[Tensor], key: str, result: int = 0) -> Tensor:
         return kept(inputs, key, result)
 
 
-_library.impl("kept", _differentiable, "Autograd")
+library.impl("kept", _differentiable, "Autograd")
 
 
 def _over_rows(info: Any, dims: Any, inputs: list[Tensor], key: str, result: int) -> tuple[Tensor, int]:
@@ -139,7 +138,7 @@ def _over_rows(info: Any, dims: Any, inputs: list[Tensor], key: str, result: int
     return kept(inputs, _mapped(key, tuple(dims[0]), inputs), result), 0
 
 
-torch.library.register_vmap("dualform::kept", _over_rows, lib=_library)
+torch.library.register_vmap("dualform::kept", _over_rows, lib=library)
 
 
 def _mapped(key: str, dims: tuple[int | None, ...], inputs: Sequence[Tensor]) -> str:

@@ -45,9 +45,7 @@ def kept_terms(call: OpCall, operand: int, rule: LocalRule) -> list[Term]:
             f"`{source_line(bent) or bent.target}`; expected a backward that is a matrix product with it. "
             "There is no derivative then: take torch's gradients, or write a linear backward."
         )
-    names = (
-        ["g", *(call.operand_name(k) for k in range(len(call.operands)))] if len(call.operands) == len(inputs) else ()
-    )
+    names = ["g", *map(call.operand_name, range(len(inputs)))] if len(call.operands) == len(inputs) else []
     tensors: Any = [torch.zeros_like(call.out), *inputs, *made.results(result, inputs, call.out, key)]
     program = Program(_of_gradient(backward), tensors, 0, rule, names, place)
     return list(flipped(program.terms()))
@@ -60,9 +58,8 @@ def expect_twice(gm: fx.GraphModule) -> None:
         if backward is None:
             continue
         late = reached(backward.graph, inputs_of(backward.graph)[:1])
-        other = next(
-            (n for n in backward.graph.nodes if n in late and (is_kept(n) or n.target is aten.detach.default)), None
-        )
+        cuts = (n for n in backward.graph.nodes if is_kept(n) or n.target is aten.detach.default)
+        other = next((n for n in cuts if n in late), None)
         if other is not None:
             raise TraceError(
                 f"hessian: the gradient of {named(node.args[1]).name} detaches the gradient that it is given, or hands "
@@ -73,8 +70,7 @@ def expect_twice(gm: fx.GraphModule) -> None:
 
 @cache
 def _of_gradient(gm: fx.GraphModule) -> fx.GraphModule:
-    """A backward as the function of the gradient that it is: a detached gradient is the gradient,
-    a kept function its value."""
+    """A backward as a function of the gradient: a detached gradient is the gradient, a kept function its value."""
     late = reached(gm.graph, inputs_of(gm.graph)[:1])
     own = {n.name for n in late if is_kept(n) and all(x in late for x in n.all_input_nodes)}
     gm = written_out(gm, lambda n: n.name in own)
@@ -109,8 +105,7 @@ def _bend(gm: fx.GraphModule, active: frozenset[int]) -> fx.Node | None:
 
 
 def _is_linear(node: fx.Node, late: set[fx.Node], zeros: set[fx.Node]) -> bool:
-    """Is an op linear in those of its operands that depend on the gradient? Affine by its row,
-    and 0 where they are 0."""
+    """Is an op linear in the operands that depend on the gradient: affine by its row, and 0 where they are 0?"""
     if node.target in (aten.detach.default, aten.alias.default):
         return True
     row, operands = row_of(node.target), _operands(node)

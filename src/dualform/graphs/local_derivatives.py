@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dualform.algebra.linear_map import Derivative, Term, compose, identity, zero
+from dualform.algebra.linear_map import Derivative, Term, compose, derivative_of, identity
 from dualform.algebra.sums import tidy
 from dualform.graphs.edit import evaluated, inputs_of, needed, nodes_in, reached, results_of
 from dualform.ops.table import OpCall
@@ -26,16 +26,10 @@ class Program:
     """A graph with values, seen from one input: what depends on it, and each such op's local derivatives."""
 
     def __init__(
-        self,
-        gm: fx.GraphModule,
-        args: Sequence[Tensor] | Mapping[fx.Node, Any],
-        wrt: int,
-        rule: LocalRule,
-        names: Sequence[str] | Mapping[fx.Node, str] = (),
-        output: int = 0,
-    ) -> None:
-        """`args`: the inputs, or the values of all nodes; `names`: of the inputs, or of any nodes; `output`:
-        which result."""
+        self, gm: fx.GraphModule, args: Sequence[Tensor] | Mapping[fx.Node, Any], wrt: int, rule: LocalRule,
+        names: Sequence[str] | Mapping[fx.Node, str] = (), output: int = 0,
+    ) -> None:  # fmt: skip
+        """args: the inputs, or the values of all nodes; names: of the inputs, or of any nodes; output: which result."""
         self.gm = gm
         self.rule = rule
         self.inputs = inputs_of(gm.graph)
@@ -103,13 +97,13 @@ class Program:
         total: dict[fx.Node, Derivative] = {self.source: identity(x)}
         for node, parts in self.local.items():
             if not parts:  # it is reached through integers and truth values only
-                total[node] = zero(self.values[node], x)
+                total[node] = derivative_of(self.values[node], x)
             elif all(source in total for source, _ in parts) and self.values[node].numel() * x.numel() <= most:
                 total[node] = _summed([compose(local, total[source]) for source, local in parts])
         return total
 
     def _forward(self) -> Derivative:
-        return self.totals().get(self.output) or zero(self.values[self.output], self.values[self.source])
+        return self.totals().get(self.output) or derivative_of(self.values[self.output], self.values[self.source])
 
     def _backward(self) -> Derivative:
         out = self.values[self.output]
@@ -120,7 +114,7 @@ class Program:
                 for source, local in parts:
                     paths.setdefault(source, []).append(compose(outer, local))
         found = paths.get(self.source)
-        return _summed(found) if found else zero(out, self.values[self.source])
+        return _summed(found) if found else derivative_of(out, self.values[self.source])
 
     def vjp(self, g: Tensor) -> Tensor:
         """Pull a gradient of the output back along the graph."""
@@ -147,5 +141,4 @@ class Program:
 def _summed(paths: Sequence[Derivative]) -> Derivative:
     first = paths[0]
     like = torch.empty((), dtype=first.dtype, device=first.device)
-    terms = tidy([t for p in paths for t in p.terms], like)
-    return Derivative(terms, first.out_shape, first.in_shape, first.dtype, first.device)
+    return first.with_terms(tidy([t for p in paths for t in p.terms], like))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from dualform import ops
-from dualform.algebra.linear_map import Derivative, Route, zero
+from dualform.algebra.linear_map import Derivative, Route, derivative_of
 from dualform.algebra.terms import Term, fresh_axes, make_factor
 from dualform.graphs.definitions import definition_terms
 from dualform.graphs.kept import CARRIED
@@ -26,7 +26,7 @@ from dualform.graphs.kept_derivative import kept_terms
 from dualform.ops.examples import T
 from dualform.ops.examples import call as example
 from dualform.ops.pointwise import is_pointwise, pointwise
-from dualform.ops.table import Adjoint, OpCall, Target, as_derivative, entrywise_reads, placed, row, row_of
+from dualform.ops.table import Adjoint, OpCall, Target, entrywise_reads, placed, row, row_of
 from dualform.shapes import TraceError, fail
 
 for _found in iter_modules(ops.__path__):  # each puts its rows into the table
@@ -52,13 +52,13 @@ def derivative(call: OpCall, operand: int) -> Derivative:
     """
     x = call.operands[operand]
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
-        return zero(call.out, x)
+        return derivative_of(call.out, x)
     found = row_of(call.target)
     if found.rule is not None and found.adjoint is not None:
-        terms, route = partial(found.rule, call, operand), _Linear(call, operand, found.adjoint)
-        return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device, route)
+        route = _Linear(call, operand, found.adjoint)
+        return derivative_of(call.out, x, partial(found.rule, call, operand), route)
     terms = _terms(call, operand)
-    return as_derivative(_dense(call, operand) if terms is None else terms, call, operand)
+    return derivative_of(call.out, x, _dense(call, operand) if terms is None else terms)
 
 
 row("dualform::kept", examples=[example("dualform::kept", [T("n"), T("n")], CARRIED, 0)])(
@@ -117,10 +117,7 @@ def _dense(call: OpCall, operand: int) -> list[Term]:
 def affine(target: OpCall | Target, operands: frozenset[int]) -> bool:
     """Tell whether an op is jointly affine in these operands, the others held fixed.
 
-    op(a + s) - op(a) is linear in s = changes of the operands; what the row says, never probed
-    Shape:  none.
-    Dtype:  none.
-    Raises: nothing; an op without a row is affine in no operand.
+    op(a + s) - op(a) is linear in s = changes of the operands; what the row says, never probed: without one, in none
     """
     return row_of(target.target if isinstance(target, OpCall) else target).is_affine(operands)
 
@@ -138,7 +135,7 @@ def reads(call: OpCall, name: str, k: int | None = None) -> Derivative | None:
     if terms is NotImplemented and is_pointwise(call.target):
         terms = entrywise_reads(call, name, k)
     if terms is not NotImplemented:
-        return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
+        return derivative_of(call.out, x, terms)
     if x.is_floating_point() and call.out.is_floating_point():
         return derivative(call, call.places.index((name, k)))
     if found.rule is None or name not in _NUMBERS or x.is_floating_point():

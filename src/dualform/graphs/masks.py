@@ -39,8 +39,9 @@ class Masks:
 
     def _by(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> Any:
         node, keys = node_of(result), {node_of(x): self.key(x) for x in leaves}
-        one = leaves[0] if len(leaves) == 1 else None
-        if one is not None and one.shape == result.shape and one.dtype == result.dtype and _passes_on(node):
+        row, one = row_of(node and node.target), leaves[0] if len(leaves) == 1 else None
+        passes = row.ordered or (isinstance(row.entry, Entry) and row.entry.passes)  # its operand's entries as they are
+        if passes and one is not None and one.shape == result.shape and one.dtype == result.dtype:
             return self.key(one)[1]
         if result.dtype not in (torch.bool, torch.uint8):
             return None
@@ -51,12 +52,6 @@ class Masks:
             if found is not None:
                 return found
         return node.target, _hashable(fx.map_arg((node.args, dict(node.kwargs)), keys.__getitem__))
-
-
-def _passes_on(node: fx.Node | None) -> bool:
-    """Does an op give its operand's entries as they are?"""
-    row = row_of(node and node.target)
-    return row.ordered or (isinstance(row.entry, Entry) and row.entry.passes)
 
 
 def _hashable(x: Any) -> Any:

@@ -57,8 +57,7 @@ def _varied(n: float, shape: Sequence[int], dtype: torch.dtype, is_varied: bool 
 
 
 def valued(func: Callable[..., Any], args: Any, kwargs: Any, numbers: dict[int, Tensor]) -> tuple[bool, Tensor | None]:
-    """Has an op a value and slopes where some tensors are these numbers, and which value,
-    None if it is of other tensors, too."""
+    """Has an op a value and slopes where tensors are these numbers, and which value, None if it is of others, too?"""
     tensors = tensors_in(args, kwargs)
     leaves: list[Tensor] = []
 

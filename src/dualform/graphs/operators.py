@@ -11,10 +11,7 @@ library = torch.library.Library("dualform", "FRAGMENT")  # registrations live as
 
 
 def custom_operator(
-    name: str,
-    fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    keep: Callable[..., Any] | None = None,
+    name: str, fake: Callable[..., Any], backward: Callable[..., Any] | None = None, keep: Any = None
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make an operator of a function of tensors that writes to none and gives back none of them.
 
@@ -23,13 +20,11 @@ def custom_operator(
     """
 
     def make(f: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(f, mutates_args=())
+        schema, op = torch.library.infer_schema(f, mutates_args=()), f"dualform::{name}"
         library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, f, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dualform::{name}", fake, lib=library)
-        torch.library.register_autograd(
-            f"dualform::{name}", backward or _refused(name), setup_context=keep, lib=library
-        )
+        torch.library.register_fake(op, fake, lib=library)
+        torch.library.register_autograd(op, backward or _refused(name), setup_context=keep, lib=library)
         return getattr(torch.ops.dualform, name).default
 
     return make

@@ -54,8 +54,7 @@ class Recorded(Hollow):
 
 
 def twin_of(func: Any) -> Any:
-    """Find the op that does the same and is not in place: of the same arguments,
-    as pow_.Scalar is pow.Tensor_Scalar."""
+    """Find the op of the same arguments that is not in place, as pow_.Scalar is pow.Tensor_Scalar."""
     name: str = func._schema.name.removeprefix("aten::")
     name = OPERATORS.get(name) or name
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
@@ -272,8 +271,7 @@ class AsCalled(_Writing, ProxyTorchDispatchMode):
         func(*args)
 
     def _followed(self, made: Any, node: fx.Node) -> Any:
-        """Let a node be what made the tensors of a result: one that was there, as an op in place gives it,
-        is that from now on."""
+        """Let a node be what made the tensors of a result; one that was there, as of an op in place, is it from now."""
         if isinstance(made, tuple | list):
             parts = [self._followed(x, self._call(operator.getitem, (node, n), {})) for n, x in enumerate(made)]
             node.meta["val"] = tuple(self._shown(x.shape_of) if isinstance(x, Hollow) else x for x in made)
@@ -327,9 +325,8 @@ class _Switches(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled:
             return self.recorder.switched(func, *args)
-        if func in _side_effectful_need_to_be_preserved_pre_dispatch or "predispatch" in getattr(
-            func, "__module__", ""
-        ):
+        is_transform = "predispatch" in getattr(func, "__module__", "")
+        if is_transform or func in _side_effectful_need_to_be_preserved_pre_dispatch:
             raise CannotRecord(str(func))
         return func(*args, **kwargs or {})
 

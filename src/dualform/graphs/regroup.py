@@ -17,7 +17,7 @@ from torch import fx
 from dualform.graphs.edit import add, broadcasts, inputs_of, reached, shape_of, without_dead
 from dualform.graphs.simplify import tidy
 from dualform.graphs.verify import verified_below_autograd
-from dualform.ops.table import find_row
+from dualform.ops.table import row_of
 
 aten = torch.ops.aten
 _products = {aten.mul.Tensor, aten.mul.Scalar}
@@ -26,8 +26,8 @@ _quotients = {aten.div.Tensor, aten.div.Scalar}
 
 def _signs(node: fx.Node) -> tuple[int, ...]:
     """Those of a sum's operands; none if it is another op."""
-    row = find_row(node.target)
-    return row.signs if row is not None and len(row.signs) == len(node.args) and not node.kwargs else ()
+    signs = row_of(node.target).signs
+    return signs if len(signs) == len(node.args) and not node.kwargs else ()
 
 
 def _scales(node: fx.Node) -> bool:
@@ -78,11 +78,7 @@ def join_products(graph: fx.Graph) -> None:
                 by_right.setdefault(x.args[1], []).append(i)  # type: ignore[arg-type]
         for right, places in by_right.items():
             lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
-            if (
-                len({shape_of(x) for _, x in lefts}) != 1
-                or len(lefts) < 2
-                or math.prod(shape_of(lefts[0][1])) > math.prod(shape_of(right))
-            ):
+            if len({shape_of(x) for _, x in lefts}) != 1 or len(lefts) < 2 or _size(lefts[0][1]) > _size(right):
                 continue
             with graph.inserting_before(root):
                 sign, left = _added(graph, lefts)
@@ -96,11 +92,8 @@ def join_products(graph: fx.Graph) -> None:
 def _inner(node: fx.Node, is_part: Callable[[fx.Node], Any]) -> bool:
     """Is a node part of the same tree as its only user?"""
     users = list(node.users)
-    return len(users) == 1 and is_part(users[0]) and users[0].kwargs == {} and not _divides(users[0], node)
-
-
-def _divides(user: fx.Node, node: fx.Node) -> bool:
-    return user.target in _quotients and user.args[1] is node
+    divides = len(users) == 1 and users[0].target in _quotients and users[0].args[1] is node
+    return len(users) == 1 and is_part(users[0]) and users[0].kwargs == {} and not divides
 
 
 def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
@@ -148,7 +141,7 @@ def _total(graph: fx.Graph, terms: list[tuple[int, Any]]) -> fx.Node:
 
 def _added(graph: fx.Graph, terms: list[tuple[int, Any]]) -> tuple[int, Any]:
     """Add terms up: what is positive first, small ones first."""
-    terms = sorted(terms, key=lambda t: (-t[0], math.prod(shape_of(t[1]))))
+    terms = sorted(terms, key=lambda t: (-t[0], _size(t[1])))
     (sign, total), *rest = terms
     for own, x in rest:
         same = own == sign
@@ -168,23 +161,20 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
         nonlocal number
         if not isinstance(x, fx.Node):
             number *= x
-        elif x.target in _products and x.kwargs == {} and (top or len(x.users) == 1):
+        elif x.kwargs or not (top or len(x.users) == 1):
+            factors.append(x)
+        elif x.target in _products:
             for part in x.args:
                 collect(part)
-        elif (
-            x.target in _quotients
-            and x.kwargs == {}
-            and (top or len(x.users) == 1)
-            and not isinstance(x.args[1], fx.Node)
-        ):
+        elif x.target in _quotients and not isinstance(x.args[1], fx.Node):
             collect(x.args[0])
             number /= x.args[1]  # type: ignore[operator]
         else:
             factors.append(x)
 
     collect(root, top=True)
-    ready = sorted((x for x in factors if x not in waits), key=lambda x: math.prod(shape_of(x)))
-    late = sorted((x for x in factors if x in waits), key=lambda x: math.prod(shape_of(x)))
+    factors.sort(key=_size)
+    ready, late = ([x for x in factors if (x in waits) == is_late] for is_late in (False, True))
     scaled = number != 1.0
     smaller = scaled and bool(late) and shape_of(late[0]) != shape_of(root)
     if len(ready) + scaled < 2 and not smaller:
@@ -194,7 +184,11 @@ def _regroup_product(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> Non
             group = ready or late
             group[0] = add(graph, aten.mul.Tensor, group[0], number)
         groups = [_multiplied(graph, part) for part in (late, ready) if part]
-        root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=lambda x: math.prod(shape_of(x)))))
+        root.replace_all_uses_with(_multiplied(graph, sorted(groups, key=_size)))
+
+
+def _size(x: Any) -> int:
+    return math.prod(shape_of(x))
 
 
 def _multiplied(graph: fx.Graph, factors: list[fx.Node]) -> fx.Node:

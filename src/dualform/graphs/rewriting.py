@@ -60,8 +60,7 @@ def write_out(graph: fx.Graph) -> None:
 
 
 class Rewriter:
-    """Apply rewritings at one node after the other; the nodes before are in canonical form,
-    and no two of them are equal."""
+    """Apply rewritings at node after node; those before are in canonical form, and no two of them are equal."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -173,13 +172,11 @@ def _glued(r: Rewriter, node: Any) -> Any:
 @rewrites("stack")
 def _restacked(r: Rewriter, node: Any) -> Any:
     b = bound_arguments(node)
-    pieces, dim = b["tensors"], b["dim"] % value(node).ndim
-    if any(name_of(p) != "select" for p in pieces):
+    dim = b["dim"] % value(node).ndim
+    if any(name_of(p) != "select" for p in b["tensors"]):
         return None
-    x = bound_arguments(pieces[0])["self"]
+    parts = [bound_arguments(p) for p in b["tensors"]]
+    x = parts[0]["self"]
     n = value(x).shape
-    at = [
-        (p.args[0], bound_arguments(p)["dim"] % len(n), bound_arguments(p)["index"] % n[bound_arguments(p)["dim"]])
-        for p in pieces
-    ]
-    return x if at == [(x, dim, k) for k in range(n[dim])] and value(x).shape == value(node).shape else None
+    at = [(p["self"], p["dim"] % len(n), p["index"] % n[p["dim"]]) for p in parts]
+    return x if at == [(x, dim, k) for k in range(n[dim])] and n == value(node).shape else None

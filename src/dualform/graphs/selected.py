@@ -10,6 +10,7 @@ before an op that has no value or no slope there, another number is put there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -85,11 +86,7 @@ class Selected:
     """The tensors of one trace that stand for picked entries, and how its masks were made, all by identity."""
 
     def __init__(
-        self,
-        refuse: Callable[[], NoReturn],
-        marked: Callable[..., Any],
-        trace: Callable[..., fx.GraphModule],
-        proved: Proved,
+        self, refuse: Callable[[], NoReturn], marked: Callable[..., Any], trace: Callable[..., Any], proved: Proved
     ) -> None:
         self.refuse, self.marked, self.trace, self.proved = refuse, marked, trace, proved
         self._picked: dict[int, _Held] = {}
@@ -243,10 +240,6 @@ class Selected:
         args, kwargs = counted(args, kwargs, lambda _: _MANY)
         writes, seen = _writes(func), list[Tensor]()
         given = [self._picked.get(id(x)) for x in tensors]
-        shapes = [
-            x.shape if h is None else at_one(x, h.at, h.pick.mask.ndim, _MANY)
-            for x, h in zip(tensors, given, strict=True)
-        ]
 
         def run(*now: Tensor) -> list[Tensor]:
             by = {id(x): y.clone() for x, y in zip(tensors, now, strict=True)}
@@ -257,9 +250,10 @@ class Selected:
 
         at = [None if h is None else h.at for h in given]
         with unseen.aside([]):
-            stand_ins = [
-                Hollow(torch.empty(s, dtype=x.dtype, device=META)) for s, x in zip(shapes, tensors, strict=True)
-            ]
+            stand_ins: list[Tensor] = []
+            for x, h in zip(tensors, given, strict=True):
+                shape = x.shape if h is None else at_one(x, h.at, h.pick.mask.ndim, _MANY)
+                stand_ins.append(Hollow(torch.empty(shape, dtype=x.dtype, device=META)))
             gm = self.trace(run, *stand_ins)
             try:
                 made, is_alone = alone(gm, at, _MANY), True
@@ -352,27 +346,21 @@ def _is_list(x: Any) -> bool:
 # What reads or writes under an index: (tensor, index), and of a write the value, does it add, is it to another tensor?
 
 
-def _put_at(x: Tensor, indices: Any, values: Any, adds: bool, fresh: bool) -> tuple[Any, ...]:
-    return x, tuple(slice(None) if i is None else i for i in indices), values, adds, fresh
+def _put_at(input: Tensor, indices: Any, values: Any, accumulate: bool = False, *, fresh: bool = False) -> Any:
+    return input, tuple(slice(None) if i is None else i for i in indices), values, accumulate, fresh
 
 
-def _whole(x: Tensor, mask: Tensor, *rest: Any) -> tuple[Any, ...]:
+def _masked(input: Tensor, mask: Any, source: Any = None, *, fresh: bool = False) -> Any:
     """A mask of all of a tensor, no smaller one."""
-    return x, mask if isinstance(mask, Tensor) and mask.shape == x.shape else None, *rest
+    at = mask if isinstance(mask, Tensor) and mask.shape == input.shape else None
+    return (input, at) if source is None else (input, at, source, False, fresh)
 
 
-_INDEXED: dict[Any, Callable[..., tuple[Any, ...]]] = {
+_INDEXED: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: lambda x, index: (x, index),
     Tensor.__setitem__: lambda x, index, value: (x, index, value),
-    torch.masked_select: lambda input, mask: _whole(input, mask),
-    Tensor.masked_select: lambda x, mask: _whole(x, mask),
-    torch.index_put: lambda input, indices, values, accumulate=False: _put_at(input, indices, values, accumulate, True),
-    Tensor.index_put: lambda x, indices, values, accumulate=False: _put_at(x, indices, values, accumulate, True),
-    torch.index_put_: lambda input, indices, values, accumulate=False: _put_at(
-        input, indices, values, accumulate, False
-    ),
-    Tensor.index_put_: lambda x, indices, values, accumulate=False: _put_at(x, indices, values, accumulate, False),
-    torch.masked_scatter: lambda input, mask, source: _whole(input, mask, source, False, True),
-    Tensor.masked_scatter: lambda x, mask, source: _whole(x, mask, source, False, True),
-    Tensor.masked_scatter_: lambda x, mask, source: _whole(x, mask, source, False, False),
+    **dict.fromkeys((torch.masked_select, Tensor.masked_select, Tensor.masked_scatter_), _masked),
+    **dict.fromkeys((torch.masked_scatter, Tensor.masked_scatter), partial(_masked, fresh=True)),
+    **dict.fromkeys((torch.index_put_, Tensor.index_put_), _put_at),
+    **dict.fromkeys((torch.index_put, Tensor.index_put), partial(_put_at, fresh=True)),
 }

@@ -13,10 +13,9 @@ from torch import Tensor, fx
 
 from dualform.graphs.edit import add_alike, replace, unwritten, without_dead, without_repeats
 from dualform.graphs.verify import verified_below_autograd
-from dualform.ops.table import Row, find_row
+from dualform.ops.table import row_of
 
 aten = torch.ops.aten
-_NO_ROW = Row("", None)
 _products = {aten.mul.Tensor, aten.mul.Scalar}
 _filled = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 _bilinear = {aten.bmm.default, aten.mm.default}
@@ -54,7 +53,7 @@ class _Folder:
         before = first.meta.get("val") if isinstance(first, fx.Node) else None
         if not isinstance(first, fx.Node) or not isinstance(before, Tensor) or not value.is_floating_point():
             return
-        row = find_row(target) or _NO_ROW
+        row = row_of(target)
         unchanged = before.shape == value.shape and before.dtype == value.dtype
         if (row.ordered or target == aten.expand.default) and unchanged:
             replace(node, first)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from dualform.graphs.casts import with_casts
-from dualform.graphs.edit import Emit, emitter
+from dualform.graphs.edit import Emit, cleaned, emitter
 from dualform.graphs.verify import verified
-from dualform.ops.table import bound_arguments, kind_of, row_of
+from dualform.ops.table import bound_arguments, inverse, kind_of, row_of
 
 aten = torch.ops.aten
 
@@ -56,9 +56,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(_to_columns(emitter(gm.graph, node), axis, *node.args))
         elif node.target is aten.index_put.default:
             _masked(gm.graph, node)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return gm
+    return cleaned(gm)
 
 
 def _with_tensor(graph: fx.Graph, node: Any) -> None:
@@ -184,7 +182,7 @@ def _to_own_row(emit: Emit, axes: list[int], x: Any, indices: Any, values: Any, 
     values = emit(aten.reshape.default, emit(aten.expand.default, values, shape), _sizes(place))
     rows = emit(aten.scatter_add.default if accumulate else aten.scatter.src, rows, 1, place, values)
     rows = emit(aten.reshape.default, rows, [_sizes(x)[k] for k in order])
-    return emit(aten.permute.default, rows, sorted(range(len(order)), key=order.__getitem__))
+    return emit(aten.permute.default, rows, inverse(order))
 
 
 def _part(graph: fx.Graph, node: fx.Node) -> None:

@@ -26,7 +26,7 @@ from torch import fx
 from dualform.graphs.cut import minimum_cut
 from dualform.graphs.edit import add, extract, inputs_of, needed, nodes_in, results_of, unwritten, without_dead
 from dualform.graphs.regroup import waiting
-from dualform.ops.table import find_row, kind_of
+from dualform.ops.table import kind_of, row_of
 
 aten = torch.ops.aten
 # An op run in the loop costs about as much time as storing this many bytes per row (LAB.md, 2026-11-24).
@@ -81,9 +81,8 @@ def split(
     loop = needed(following) & waits - state
     free = [n for n in nodes if n in waits and n not in loop]
     loop |= _cheaper_inside(free, loop | state, ends, size, work)
-    place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes} | dict.fromkeys(
-        loop, "loop"
-    )
+    place = {n: "after" if n in waits else "before" if n in varies else "once" for n in nodes}
+    place |= dict.fromkeys(loop, "loop")
     homes = {node: {name} for node, name in place.items()}
     early = [n for n in nodes if place[n] in ("once", "before") and n not in ends]
     anew = again(early) if again else {n for n in early if _made_anew(n, size)}
@@ -106,15 +105,14 @@ def split(
 
 def _is_turned(node: fx.Node) -> bool:
     """Is it a view of all entries of another, in another order or repeated?"""
-    row = find_row(node.target)
-    if row is None or row.kind != "view" or row.ordered or not isinstance(node.meta["val"], torch.Tensor):
+    row = row_of(node.target)
+    if row.kind != "view" or row.ordered or not isinstance(node.meta["val"], torch.Tensor):
         return False
     return node.meta["val"].numel() >= node.all_input_nodes[0].meta["val"].numel()
 
 
 def _made_anew(node: fx.Node, size: Callable[[fx.Node], float]) -> bool:
-    """Is a value better made where it is used than stored: one that cannot be cut,
-    or larger than what it is made of?"""
+    """Is a value better made where it is used than stored: it cannot be cut, or is larger than what it is made of?"""
     if size(node) == math.inf or _is_turned(node):
         return True
     return size(node) > sum(size(x) for x in node.all_input_nodes) + BYTES_PER_OP and len({*node.users}) == 1

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dualform.graphs.edit import broadcasts, emitter, extract, inputs_of, reached, replace, results_of, without_repeats
 from dualform.graphs.functionalize import functionalized
 from dualform.graphs.this_thread import out_of_sight
-from dualform.ops.table import find_row
+from dualform.ops.table import row_of
 
 aten = torch.ops.aten
 _functions = torch._C._VariableFunctions  # type: ignore[attr-defined]
@@ -97,39 +97,41 @@ def _move_number(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
     x, scale = node.args
     if isinstance(scale, fx.Node) or not isinstance(x, fx.Node):
         return
-    at, product = [x], x
-    while _alone(product, aten.unsqueeze.default) or _alone(product, aten.expand.default):
-        product = product.args[0]  # type: ignore[assignment]
-    if not _alone(product, aten.mul.Tensor) or product not in late:  # type: ignore[comparison-overlap]
+    product = _unspread(x)
+    if not _alone(product, aten.mul.Tensor) or product not in late:
         return
-    known = [a for a in product.args if isinstance(a, fx.Node) and a not in late]
-    other = [a for a in product.args if isinstance(a, fx.Node) and a in late]
+    parts = [a for a in product.args if isinstance(a, fx.Node)]
+    known, other = [a for a in parts if a not in late], [a for a in parts if a in late]
     if len(known) != 1 or len(other) != 1:
         return
-    deeper: Any = other[0]
-    inner = deeper
-    while _alone(inner, aten.unsqueeze.default) or _alone(inner, aten.expand.default):
-        inner = inner.args[0]
-    if _alone(inner, aten.mul.Tensor) and any(isinstance(a, fx.Node) and a not in late for a in inner.args):
-        product, known = inner, [a for a in inner.args if isinstance(a, fx.Node) and a not in late]
+    inner = _unspread(other[0])
+    deeper = [a for a in inner.args if isinstance(a, fx.Node) and a not in late]
+    if _alone(inner, aten.mul.Tensor) and deeper:
+        product, known = inner, deeper
     product.replace_input_with(known[0], emitter(graph, product)(aten.mul.Tensor, known[0], scale))
-    node.replace_all_uses_with(at[0])
+    node.replace_all_uses_with(x)
+
+
+def _unspread(x: Any) -> Any:
+    """What a tensor was before it got axes of its own alone."""
+    while _alone(x, aten.unsqueeze.default) or _alone(x, aten.expand.default):
+        x = x.args[0]
+    return x
 
 
 def _move_unsqueeze(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
     """unsqueeze(sum * b) -> unsqueeze(sum) * unsqueeze(b): the second is made before, the first is keepdim."""
-    product, dim = node.args
+    product: Any = node.args[0]
     if not _alone(product, aten.mul.Tensor):
         return
-    parts: Any = product.args  # type: ignore[union-attr]
-    rank = product.meta["val"].ndim  # type: ignore[union-attr]
-    if not all(isinstance(a, fx.Node) and a.meta["val"].ndim == rank for a in parts):  # type: ignore[union-attr]
+    parts, rank = product.args, product.meta["val"].ndim
+    if not all(isinstance(a, fx.Node) and a.meta["val"].ndim == rank for a in parts):
         return
     if not any(a not in late for a in parts) or not any(_alone(a, aten.sum.dim_IntList) for a in parts):
         return
     raised = []
     for a in parts:
-        new = emitter(graph, node)(aten.unsqueeze.default, a, dim)
+        new = emitter(graph, node)(aten.unsqueeze.default, a, node.args[1])
         if a in late:
             late.add(new)
         raised.append(new)
@@ -138,8 +140,8 @@ def _move_unsqueeze(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:
 
 def _is_even(target: Any) -> bool:
     """Is it a sum or a product, entry by entry?"""
-    row = find_row(target)
-    return row is not None and row.kind == "map" and (row.multilinear or len(row.signs) == 2)
+    row = row_of(target)
+    return row.kind == "map" and (row.multilinear or len(row.signs) == 2)
 
 
 def _leave_expand(graph: fx.Graph, node: fx.Node, late: set[fx.Node]) -> None:

@@ -58,8 +58,7 @@ _ops._mode_stack_state_for_pre_dispatch = _modes
 
 
 def traces_apart() -> None:
-    """Give this thread modes of its own from now on: what another exports it does not see, nor the other what it
-    traces."""
+    """Give this thread modes of its own from now on: it sees nothing that another exports, nor the other its traces."""
     _modes.own.stack = _ops._ModeStackStateForPreDispatch()
 
 

@@ -111,13 +111,9 @@ def trace(
         gm, has_more = once()
         return once()[0] if has_more else gm  # as the function is from now on, with tables that it has
 
-    still = (
-        no_draws(generators, run, lambda at: _shown(at.f_code.co_filename, at.f_lineno, ""))
-        if generators
-        else nullcontext()
-    )
+    still = no_draws(generators, run, lambda at: _shown(at.f_code.co_filename, at.f_lineno, ""))
     before = caller.line
-    with apart(), torch.enable_grad(), uncompiled(), still, asking(asked, _note):
+    with apart(), torch.enable_grad(), uncompiled(), still if generators else nullcontext(), asking(asked, _note):
         try:
             return run()
         finally:
@@ -125,7 +121,7 @@ def trace(
 
 
 def _recorded(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved = alone
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
 ) -> fx.GraphModule:
     """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
     constants, listener = Constants(known, _note), Plain(trace, _note, transforms())

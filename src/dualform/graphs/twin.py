@@ -38,13 +38,13 @@ class Twin:
         """Run forward with these tensors in place of the module's own."""
         own = [*self._source.named_parameters(), *self._source.named_buffers()]
         self._own = {id(x): tensors[name] for name, x in own if name in tensors}
-        self._slots: list[tuple[Any, Any, Tensor]] = []
+        self._slots: list[tuple[Callable[[Any], Any], Any, Tensor]] = []  # how to look, at what; what it held
         self._copies: dict[int, Any] = {}
         self._held: list[Any] = [x for _, x in own]  # ids are only unique among the living
         try:
             result = self._copy(self._source)(*args)
-            for holder, key, x in self._slots:
-                if holder[key] is not x:
+            for held, key, x in self._slots:
+                if held(key) is not x:
                     name = next((n for n, t in tensors.items() if t is x), str(key))
                     raise TraceError(
                         f"trace: forward of {type(self._source).__name__} puts another tensor in the place of "
@@ -69,10 +69,10 @@ class Twin:
         """A plain object of the user's is copied where something in it was."""
         if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__") or is_fixed(type(x).__module__):
             return x
-        new = self._copies[id(x)] = object.__new__(type(x))
+        new, before = object.__new__(type(x)), len(self._slots)
+        self._copies[id(x)] = new
         self._fill(new.__dict__, x.__dict__)
-        slots = any(holder is new.__dict__ for holder, _, _ in self._slots)
-        if not slots and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
+        if len(self._slots) == before and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
             self._copies[id(x)] = x
         return self._copies[id(x)]
 
@@ -100,7 +100,7 @@ class Twin:
         for key, value in items.items():
             holder[key] = self._copy(value)
             if id(value) in self._own:
-                self._slots.append((holder, key, holder[key]))
+                self._slots.append((holder.__getitem__, key, holder[key]))
 
     def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
         parts = [self._copy(v) for v in x]
@@ -133,7 +133,7 @@ class Twin:
             copied = self._copy(content)
             cell.cell_contents = copied
             if id(content) in self._own:
-                self._slots.append((_Cell(cell), 0, copied))
+                self._slots.append((lambda _, cell=cell: cell.cell_contents, 0, copied))
             changed = changed or id(content) in self._own or (copied is not content and copied is not new)
         if not changed:
             self._copies[id(x)] = x
@@ -150,19 +150,6 @@ def typed(
     held = {**dict(function.named_parameters()), **dict(function.named_buffers()), **(instead or {})}
     other = {n: x.to(dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != dtype}
     return partial(Twin(function), {**(instead or {}), **other}) if other or instead else function
-
-
-class _Cell:
-    """A closure's cell, written to as a list is."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, key: int) -> Any:
-        return self.cell.cell_contents
-
-    def __setitem__(self, key: int, value: Any) -> None:
-        self.cell.cell_contents = value
 
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from dualform.graphs.edit import copied, evaluated, inputs_of, line_of, nodes_in, results_of, value_of
+from dualform.graphs.hollow import META, blank, each
 from dualform.graphs.this_thread import out_of_sight
 
 Pass = TypeVar("Pass", bound=Callable[..., Any])
@@ -31,14 +32,12 @@ def is_on() -> bool:
 
 
 def verified(f: Pass) -> Pass:
-    """Mark a pass, a function of a graph (module) that returns one or changes it: where asked for,
-    its result is verified."""
+    """Mark a pass, a function of a graph (module) that returns one or changes it, to be verified where asked for."""
     return _marked(f, True)
 
 
 def verified_below_autograd(f: Pass) -> Pass:
-    """Mark a pass over traces made below autograd, where `aten.detach` is what autograd left behind and cuts
-    nothing."""
+    """Mark a pass over traces made below autograd, where `aten.detach` is what autograd left, and cuts nothing."""
     return _marked(f, False)
 
 
@@ -108,13 +107,11 @@ def _expect_value(node: fx.Node, name: str) -> None:
 
 
 def _on_meta(node: fx.Node) -> tuple[Any, dict[str, Any]]:
-    def stand_in(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        return [stand_in(y) for y in x] if isinstance(x, list | tuple) else x
+    def stand_in(n: fx.Node) -> Any:
+        return each(n.meta["val"], lambda x: blank(x, META) if isinstance(x, Tensor) else x)
 
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: stand_in(n.meta["val"]))  # type: ignore[misc]
-    return args, {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), stand_in)  # type: ignore[misc]
+    return args, {k: META if k == "device" else v for k, v in kwargs.items()}
 
 
 def _expect_meaning(gm: fx.GraphModule, before: fx.GraphModule, name: str, detaches: bool) -> None:

@@ -28,10 +28,6 @@ def _norm_shapes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(small), x.new_empty(small)
 
 
-def _vjp_shape(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], *output)
@@ -47,10 +43,6 @@ def _standardize_backward(
     return found if dmean is None else found + dmean / D, None
 
 
-def _keep_all(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs, output)
-
-
 def _vjp_backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, Tensor, None, Tensor]:
     g, x, hat, mean, rstd, N = ctx.saved_tensors
     along = (g * hat).mean(-1, keepdim=True)
@@ -64,7 +56,10 @@ def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return aten.native_layer_norm(x, [x.shape[-1]], None, None, eps)
 
 
-@custom_operator("standardize_vjp", _vjp_shape, _vjp_backward, _keep_all)
+@custom_operator(
+    "standardize_vjp", lambda g, x, *_: x.new_empty(x.shape), _vjp_backward,
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)  # fmt: skip
 def standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """Return N(g)."""
     return aten.native_layer_norm_backward(g, x, [x.shape[-1]], mean, rstd, None, None, [True, False, False])[0]
@@ -77,16 +72,14 @@ def _rows_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]
     ]
 
 
-def _norm_of_rows(info: Any, dims: Any, x: Tensor, eps: float) -> Any:
-    return standardize(*_rows_first(info, dims[:1], [x]), eps), (0, 0, 0)
-
-
-def _vjp_of_rows(info: Any, dims: Any, *tensors: Tensor) -> Any:
-    return standardize_vjp(*_rows_first(info, dims, tensors)), 0
-
-
-torch.library.register_vmap(standardize, _norm_of_rows, lib=library)
-torch.library.register_vmap(standardize_vjp, _vjp_of_rows, lib=library)
+torch.library.register_vmap(
+    standardize,
+    lambda info, dims, x, eps: (standardize(*_rows_first(info, dims[:1], [x]), eps), (0, 0, 0)),
+    lib=library,
+)
+torch.library.register_vmap(
+    standardize_vjp, lambda info, dims, *tensors: (standardize_vjp(*_rows_first(info, dims, tensors)), 0), lib=library
+)
 
 
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,12 +89,13 @@ def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return centred * rstd, mean, rstd
 
 
-def _standardize_vjp(g: Tensor, x: Tensor, hat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
-
-
 row("dualform::standardize", lowered=_standardize)(None)
-row("dualform::standardize_vjp", lowered=_standardize_vjp)(None)
+row(
+    "dualform::standardize_vjp",
+    lowered=lambda g, x, hat, mean, rstd: (
+        rstd * (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True))
+    ),
+)(None)
 
 
 @verified_below_autograd
@@ -125,9 +119,8 @@ def native_norms(graph: fx.Graph) -> None:
             g, x, _, mean, rstd = node.args
             with graph.inserting_before(node):
                 args = (g, x, [shape_of(x)[-1]], mean, rstd, None, None, [True, False, False])
-                node.replace_all_uses_with(
-                    add(graph, operator.getitem, add(graph, aten.native_layer_norm_backward.default, *args), 0)
-                )
+                made = add(graph, aten.native_layer_norm_backward.default, *args)
+                node.replace_all_uses_with(add(graph, operator.getitem, made, 0))
     without_dead(graph)
 
 
@@ -142,12 +135,8 @@ def _norm(graph: fx.Graph, node: Any) -> None:
     if not isinstance(x, fx.Node) or list(axes or []) not in ([len(shape_of(x)) - 1], [-1]):
         return
     parts = {n.args[1]: n for n in node.users}
-    if (
-        node.kwargs.get("correction") != 0
-        or not node.kwargs.get("keepdim")
-        or set(parts) != {0, 1}
-        or len(parts[0].users) > 1
-    ):
+    is_plain = node.kwargs.get("correction") == 0 and node.kwargs.get("keepdim")
+    if not is_plain or set(parts) != {0, 1} or len(parts[0].users) > 1:
         return
     shifted = _only(list(parts[0].users), aten.add.Tensor)
     root = shifted and _only(list(shifted.users), aten.rsqrt.default)

@@ -18,8 +18,7 @@ SIZES = {"n": 3, "m": 4, "k": 2, "p": 5, "b": 2, "c": 4, "o": 6, "h": 5, "w": 6,
 
 @dataclass(frozen=True)
 class T:
-    """A floating tensor; kind: "unit" in (0.3, 0.95), "big" in (1.2, 2), "signed" about 0, "positive" definite,
-    "flat" in order."""
+    """A floating tensor: "unit" in (0.3, 0.95), "big" in (1.2, 2), "signed" about 0, "positive" definite, or "flat"."""
 
     axes: str = ""
     kind: str = "unit"

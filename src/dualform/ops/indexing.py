@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ from dualform.ops.examples import B, I, T, call
 from dualform.ops.table import ALL, FIRST, OpCall, broadcast_axes, defined_row, diagonal_terms, entrywise_reads, row
 
 
-def lookup(chosen: Sequence[Axis], big: Axis, index: Tensor, name: str = "idx") -> tuple[Relation, ...]:
+def lookup(chosen: Sequence[Axis], big: Axis, index: Tensor) -> tuple[Relation, ...]:
     """big = index[chosen]; negative places count from the end; an axis of size 1 has one place."""
     if not big:
         return ()
     size = [n for n in index.shape if n != 1]
     own = atoms(axis for axis, n in zip(chosen, index.shape, strict=True) if n != 1)
-    return (Lookup(own, big, torch.remainder(index.reshape(size), volume(big)), name),)
+    return (Lookup(own, big, torch.remainder(index.reshape(size), volume(big))),)
 
 
 def _taken(call: OpCall, dim: int, index: Tensor) -> list[Term]:
@@ -97,9 +98,10 @@ def _index(call: OpCall, operand: int) -> list[Term]:
     return [Term(1.0, relations, out, inn)]
 
 
-def _indexed(
-    x: Tensor, indices: Sequence[Tensor | None]
-) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:
+_Read = tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]
+
+
+def _indexed(x: Tensor, indices: Sequence[Tensor | None]) -> _Read:
     """The axes of x[indices], the lookups, and the axes of x, as torch and numpy index: together, broadcast."""
     given: list[tuple[int, Tensor]] = []
     position = 0
@@ -137,17 +139,17 @@ def _joint_lookup(
     own = [{len(chosen) - i.ndim + k for k, n in enumerate(i.shape) if n != 1} for _, i in given]
     if sum(map(len, own)) == len(set().union(*own)):
         return tuple(r for k, i in given for r in lookup(chosen[len(chosen) - i.ndim :] if i.ndim else (), inn[k], i))
-    flat: Tensor | None = None
+    flat: Any = None
     for k, i in given:
         place = torch.remainder(i, x.shape[k])
         flat = place if flat is None else flat * x.shape[k] + place
-    assert flat is not None
     return lookup(chosen, tuple(label for k, _ in given for label in inn[k]), flat)
 
 
 def _reads_each(call: OpCall, name: str, k: int | None) -> list[Term]:
     """An index of its own for each entry of the result."""
-    return NotImplemented if name == "self" else entrywise_reads(call, name, k)
+    is_flat = call.bound.get("dim", 0) is None
+    return NotImplemented if name == "self" or is_flat else entrywise_reads(call, name, k)
 
 
 @row(
@@ -162,9 +164,7 @@ def _gather(call: OpCall, operand: int) -> list[Term]:
     return [Term(1.0, relations, out, inn)]
 
 
-def _gathered(
-    shape: Sequence[int], dim: int, index: Tensor
-) -> tuple[tuple[Axis, ...], tuple[Relation, ...], tuple[Axis, ...]]:
+def _gathered(shape: Sequence[int], dim: int, index: Tensor) -> _Read:
     """Axes of the index, how they look up, and axes of the tensor that is read; other axes are cut to the index."""
     out, inn = fresh_axes(index.shape), list(fresh_axes(shape))
     relations: list[Relation] = []
@@ -178,12 +178,8 @@ def _gathered(
     return out, tuple(relations), tuple(inn)
 
 
-def _reads_along(call: OpCall, name: str, k: int | None) -> list[Term]:
-    return NotImplemented if name == "self" or call.bound["dim"] is None else entrywise_reads(call, name, k)
-
-
 @row(
-    "aten::take_along_dim", affine=FIRST, reads=_reads_along,
+    "aten::take_along_dim", affine=FIRST, reads=_reads_each,
     examples=[call("", T("n m"), I("1 k", "m"), 1), call("", T("n m", "flat"), I("k", "12"))],
 )  # fmt: skip
 def _take_along_dim(call: OpCall, operand: int) -> list[Term]:

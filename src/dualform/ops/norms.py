@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dualform.algebra.terms import Axis, Factor, Label, Term, fresh_axes, make_factor, volume
+from dualform.algebra.terms import Axis, Factor, Label, Term, atoms, fresh_axes, make_factor, volume
 from dualform.ops.examples import T, call
 from dualform.ops.table import OpCall, dims_of, row
 
@@ -138,7 +138,7 @@ def _layer_norm(call: OpCall, operand: int) -> list[Term]:
     dims = list(range(b["input"].ndim - len(b["normalized_shape"]), b["input"].ndim))
     h, r = _standardised(b["input"], dims, b["eps"])
     axes = fresh_axes(h.shape)
-    return _normalised(call, operand, axes, h, r, [label for d in dims for label in axes[d]], axes[dims[0] :])
+    return _normalised(call, operand, axes, h, r, atoms(axes[dims[0] :]), axes[dims[0] :])
 
 
 @row(
@@ -152,8 +152,7 @@ def _rms_norm(call: OpCall, operand: int) -> list[Term]:
     eps = torch.finfo(x.dtype).eps if b["eps"] is None else b["eps"]
     r = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
     axes = fresh_axes(x.shape)
-    over = [label for d in dims for label in axes[d]]
-    return _normalised(call, operand, axes, x * r, r, over, axes[dims[0] :], centred_too=False)
+    return _normalised(call, operand, axes, x * r, r, atoms(axes[dims[0] :]), axes[dims[0] :], centred_too=False)
 
 
 @row(
@@ -167,8 +166,9 @@ def _group_norm(call: OpCall, operand: int) -> list[Term]:
     h, r = _standardised(x.reshape(split), list(range(2, len(split))), call.bound["eps"])
     n, g, member, *places = fresh_axes(split)
     axes = (n, (*g, *member), *places)
-    over = [*member, *(label for axis in places for label in axis)]
-    return _normalised(call, operand, axes, h, r, over, ((*g, *member),), split=(n, g, member, *places))
+    return _normalised(
+        call, operand, axes, h, r, atoms((member, *places)), ((*g, *member),), split=(n, g, member, *places)
+    )
 
 
 @row(
@@ -189,7 +189,7 @@ def _batch_norm(call: OpCall, operand: int) -> list[Term]:
     if b["use_input_stats"] if own else b["training"]:
         dims = [d for d in range(x.ndim) if d != 1 and not (own and d == 0)]
         h, r = _standardised(x, dims, b["eps"])
-        return _normalised(call, operand, axes, h, r, [label for d in dims for label in axes[d]], channel)
+        return _normalised(call, operand, axes, h, r, atoms(axes[d] for d in dims), channel)
     along = [-1 if k == 1 else 1 for k in range(x.ndim)]
     mean, r, weight = b["running_mean"], (b["running_var"] + b["eps"]).rsqrt(), b["weight"]
     gain = () if weight is None else (make_factor(weight, channel, _weight_name(call)),)

@@ -39,8 +39,7 @@ _pieces = {"affine": ALL, "kind": "pieces", "entry": _joined, "python": "torch."
 )  # fmt: skip
 def _cat(call: OpCall, operand: int) -> list[Term]:
     pieces = call.bound["tensors"]
-    where = call.places[operand][1]
-    assert where is not None
+    where: Any = call.places[operand][1]
     dim = call.bound["dim"] % call.out.ndim
     if pieces[where].ndim != call.out.ndim:  # the legacy empty tensor
         return []
@@ -51,8 +50,7 @@ def _cat(call: OpCall, operand: int) -> list[Term]:
 
 @row("aten::stack", **_pieces, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
 def _stack(call: OpCall, operand: int) -> list[Term]:
-    where = call.places[operand][1]
-    assert where is not None
+    where: Any = call.places[operand][1]
     dim = call.bound["dim"] % call.out.ndim
     return without_axis(window_terms(call.out.shape, dim, where, 1, 1, into=True), dim, "inn")
 

@@ -90,12 +90,10 @@ def _sum(call: OpCall, operand: int) -> list[Term]:
     return diagonal_terms(call, operand, coef=alpha if op == "aten::add" else -alpha)
 
 
-@row(
+row(
     "aten::neg", "aten::negative", affine=ALL, entry=Entry("-{0}", "-{0}", zero=True, name="neg"), signs=(-1,),
     python="-{0}", called=True, over=(0,), examples=[call("", NM)],
-)  # fmt: skip
-def _neg(call: OpCall, operand: int) -> list[Term]:
-    return diagonal_terms(call, operand, coef=-1.0)
+)(lambda call, operand: diagonal_terms(call, operand, coef=-1.0))  # fmt: skip
 
 
 def _mul_form(call: OpCall) -> Product:
@@ -122,11 +120,9 @@ for _op in ("aten::mul", "aten::multiply"):
     )(_mul)  # fmt: skip
 
 
-@row("aten::mul.Scalar", affine=ALL, entry=_MUL, python="{0} * {1}", examples=[call("", NM, 2.5)])
-def _scale(call: OpCall, operand: int) -> list[Term]:
-    return diagonal_terms(call, operand, coef=float(call.bound["other"]))
-
-
+row("aten::mul.Scalar", affine=ALL, entry=_MUL, python="{0} * {1}", examples=[call("", NM, 2.5)])(
+    lambda call, operand: diagonal_terms(call, operand, coef=float(call.bound["other"]))
+)
 ENTRIES["truncated"] = Entry("std::trunc({0} / {1})", flops=6.0)
 
 
@@ -250,16 +246,12 @@ row("aten::type_as", affine=ALL, reads=entrywise_reads, unread=["other"], exampl
     "aten::copy", affine=ALL, reads=entrywise_reads, unread=["self"], overwrites=True, examples=[call("", NM, T("m"))],
     entry=lambda n: ("copy", [n.args[1]], {}),
 )  # fmt: skip
-def _copy(call: OpCall, operand: int) -> list[Term]:
-    return diagonal_terms(call, operand) if call.places[operand][0] == "src" else []
-
-
 @row(
     "aten::fill", affine=ALL, reads=entrywise_reads, unread=["self"], overwrites=True,
     examples=[call("fill.Tensor", NM, T("")), call("fill.Scalar", NM, 2.0)],
 )  # fmt: skip
-def _fill(call: OpCall, operand: int) -> list[Term]:
-    return diagonal_terms(call, operand) if call.places[operand][0] == "value" else []
+def _written(call: OpCall, operand: int) -> list[Term]:
+    return [] if call.places[operand][0] == "self" else diagonal_terms(call, operand)
 
 
 @row("aten::sgn", "aten::heaviside", reads=entrywise_reads, examples=[call("sgn", NM), call("heaviside", NM, T("m"))])

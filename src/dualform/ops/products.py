@@ -114,10 +114,8 @@ def _einsum(call: OpCall) -> Product:
     else:
         seen = [letter for spec in specs for letter in spec]
         out = [*dots, *sorted(s for s in set(seen) if seen.count(s) == 1 and s not in dots)]
-    axes = tuple(
-        tuple(() if n == 1 else axis[letter] for letter, n in zip(spec, x.shape, strict=True))
-        for spec, x in zip(specs, tensors, strict=True)
-    )
+    named = (tuple(axis[letter] for letter in spec) for spec in specs)
+    axes = tuple(broadcast_axes(own, x.shape) for own, x in zip(named, tensors, strict=True))
     return Product(tuple(axis[letter] for letter in out), axes)
 
 

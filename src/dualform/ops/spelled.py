@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,31 +96,21 @@ def _fill_diagonal(x: Tensor, fill_value: Any, wrap: bool = False) -> Tensor:
     return x
 
 
-class _LeastSquares(NamedTuple):
-    solution: Tensor
-    residuals: Tensor
-    rank: Tensor
-    singular_values: Tensor
-
-
-def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> _LeastSquares:
+def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
     """The shortest of the nearest, which torch differentiates by the pseudo-inverse too."""
     is_vector = B.ndim == A.ndim - 1
-    X = torch.linalg.pinv(A, rtol=rcond) @ (B[..., None] if is_vector else B)
-    apart = (A @ X - (B[..., None] if is_vector else B)).square().sum(-2)
+    B = B[..., None] if is_vector else B
+    X = torch.linalg.pinv(A, rtol=rcond) @ B
+    apart = (A @ X - B).square().sum(-2)
     X, apart = (X[..., 0], apart[..., 0]) if is_vector else (X, apart)
     rest = apart if A.shape[-2] > A.shape[-1] else apart.new_empty(0)
-    return _LeastSquares(X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0))
+    return torch.return_types.linalg_lstsq((X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0)))
 
 
-class _Solved(NamedTuple):
-    result: Tensor
-    info: Tensor
-
-
-def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> _Solved:
+def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
     """One result that weights and tokens meet in."""
-    return _Solved(torch.linalg.solve(A, B, left=left), A.new_zeros(A.shape[:-2], dtype=torch.int32))
+    info = A.new_zeros(A.shape[:-2], dtype=torch.int32)
+    return torch.return_types.linalg_solve_ex((torch.linalg.solve(A, B, left=left), info))
 
 
 def _gaussian_nll(
@@ -196,8 +186,7 @@ def _embedding_bag(
             include_last_offset, padding_idx,
         )  # fmt: skip
     found = torch.nn.functional.embedding(input, weight)
-    padding = None if padding_idx is None else padding_idx % weight.shape[0]
-    kept = torch.ones_like(input, dtype=torch.bool) if padding is None else input != padding
+    kept = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % weight.shape[0]
     count = kept.sum(-1, keepdim=True)
     if mode == "max":
         largest = torch.where(kept[..., None], found, -torch.inf).max(-2).values

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from dualform.algebra.linear_map import Derivative
 from dualform.algebra.relations import window
 from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
 from dualform.ops.examples import Example
@@ -107,10 +106,9 @@ def arguments_of(call: OpCall | fx.Node, kind: type[T]) -> list[tuple[str, int |
 
 def placed(target: Target, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of these names as the op takes them: by position, and by keyword."""
-    given = target._schema.arguments
-    return tuple(values[a.name] for a in given if not a.kwarg_only), {
-        a.name: values[a.name] for a in given if a.kwarg_only
-    }
+    schema = target._schema.arguments
+    named = {a.name: values[a.name] for a in schema if a.kwarg_only}
+    return tuple(values[a.name] for a in schema if not a.kwarg_only), named
 
 
 Rule = Callable[[OpCall, int], "list[Term]"]
@@ -253,10 +251,8 @@ def definitions(column: str) -> dict[Target, Callable[..., Any]]:
     """What a column of the rows says of how ops are spelt out, by overload."""
     from torch._decomp import get_decompositions  # slow: not at `import dualform`
 
-    said = [
-        (x, row) for row in ROWS.values() if getattr(row, column) for x in _overloads(row.name) if find_row(x) is row
-    ]
-    own = {x: getattr(row, column) for x, row in said}
+    rows = [row for row in ROWS.values() if getattr(row, column)]
+    own = {x: getattr(row, column) for row in rows for x in _overloads(row.name) if find_row(x) is row}
     theirs = [x for x, f in own.items() if f == "torch"]
     return {x: f for x, f in own.items() if f != "torch"} | get_decompositions(theirs)
 
@@ -331,11 +327,8 @@ def product_row(*names: str, **columns: Any) -> Callable[[Callable[[OpCall], Pro
 
 def product_term(call: OpCall, product: Product, operand: int) -> Term:
     """The product of all operands but one, between the output's axes and that operand's."""
-    factors = [
-        make_factor(tensor, product.axes[k], call.operand_name(k))
-        for k, tensor in enumerate(call.operands[: len(product.axes)])
-        if k != operand
-    ]
+    others = [k for k in range(len(product.axes)) if k != operand]
+    factors = [make_factor(call.operands[k], product.axes[k], call.operand_name(k)) for k in others]
     # An index that the operand alone has, and that the output lacks, is a sum: it stays on the input.
     return Term(product.coef, tuple(factors), product.out, product.axes[operand])
 
@@ -358,12 +351,6 @@ def row_of(target: Target) -> Row:
 def kind_of(target: Target) -> str:
     """The kind of an op; "" if it has none."""
     return row_of(target).kind
-
-
-def as_derivative(terms: list[Term], call: OpCall, operand: int) -> Derivative:
-    """Wrap a rule's terms with shapes and dtype."""
-    x = call.operands[operand]
-    return Derivative(terms, call.out.shape, x.shape, call.out.dtype, call.out.device)
 
 
 def broadcast_axes(out: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...]:
@@ -394,6 +381,11 @@ def dims_of(dim: Any, rank: int) -> list[int]:
         return list(range(rank))
     chosen = dim if isinstance(dim, (list, tuple)) else [dim]
     return [d % rank if rank else 0 for d in chosen]
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes another."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def index_terms(call: OpCall, operand: int, strides_of: Callable[[Tensor], Tensor]) -> list[Term]:

@@ -14,7 +14,7 @@ from dualform.algebra.relations import window
 from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
 from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, OpCall, dims_of, index_terms, row, window_terms, without_axis
+from dualform.ops.table import ALL, OpCall, dims_of, index_terms, inverse, row, window_terms, without_axis
 
 aten = torch.ops.aten
 
@@ -40,8 +40,7 @@ def _shaped_back(base: Any, value: Any, *rest: Any) -> tuple[Any, tuple[Any, ...
 
 
 def _ordered_back(base: Any, value: Any, dims: list[int]) -> tuple[Any, tuple[Any, ...]]:
-    positive = [d % len(dims) for d in dims]
-    return aten.permute.default, (value, [positive.index(k) for k in range(len(dims))])
+    return aten.permute.default, (value, inverse([d % len(dims) for d in dims]))
 
 
 def _turned_back(base: Any, value: Any, first: int, second: int) -> tuple[Any, tuple[Any, ...]]:
@@ -114,10 +113,15 @@ def _reshaped(call: OpCall, operand: int) -> list[Term]:
     return [] if term is None else [term]
 
 
-def _bounds(start: Any, end: Any, step: int, size: int) -> tuple[int, int]:
-    """First index and number of indices of a slice."""
-    chosen = range(size)[slice(start, end, step)]
-    return chosen.start, len(chosen)
+def _span(call: OpCall, x: Tensor) -> tuple[int, int, int, int]:
+    """Which axis of x a slice, a narrow or a select is of; its first place, its step, and how many places it has."""
+    b, dim = call.bound, call.bound["dim"] % x.ndim
+    if "index" in b:
+        return dim, b["index"] % x.shape[dim], 1, 1
+    if "length" in b:
+        return dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"]
+    chosen = range(x.shape[dim])[slice(b["start"], b["end"], b["step"])]
+    return dim, chosen.start, b["step"], len(chosen)
 
 
 @row(
@@ -127,31 +131,19 @@ def _bounds(start: Any, end: Any, step: int, size: int) -> tuple[int, int]:
         call("slice.Tensor", T("n"), -1, 2, 1), call("slice.Tensor", T("l"), 0, 1, -1, 3),
     ],
 )  # fmt: skip
-def _slice(call: OpCall, operand: int) -> list[Term]:
-    x, b = call.operands[0], call.bound
-    dim = b["dim"] % x.ndim
-    start, count = _bounds(b["start"], b["end"], b["step"], x.shape[dim])
-    return window_terms(x.shape, dim, start, b["step"], count, into=False) if count else []
-
-
 @row(
     "aten::narrow", affine=ALL, examples=[call("", T("k p"), 1, 1, 3), call("", T("p"), 0, -2, 2)],
     put=lambda base, value, dim, start, n: (aten.slice_scatter.default, (base, value, dim, start, start + n)),
 )  # fmt: skip
-def _narrow(call: OpCall, operand: int) -> list[Term]:
-    x, b = call.operands[0], call.bound
-    dim = b["dim"] % x.ndim
-    return window_terms(x.shape, dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"], into=False)
-
-
 @row(
     "aten::select.int", **_view, python="x.", examples=[call("", T("n m"), 1, -1), call("", T("1"), 0, 0)],
     put=lambda base, value, *at: (aten.select_scatter.default, (base, value, *at)),
 )  # fmt: skip
-def _select(call: OpCall, operand: int) -> list[Term]:
-    x, b = call.operands[0], call.bound
-    dim = b["dim"] % x.ndim
-    return without_axis(window_terms(x.shape, dim, b["index"] % x.shape[dim], 1, 1, into=False), dim, "out")
+def _cut_out(call: OpCall, operand: int) -> list[Term]:
+    x = call.operands[0]
+    dim, start, step, count = _span(call, x)
+    terms = window_terms(x.shape, dim, start, step, count, into=False) if count else []
+    return without_axis(terms, dim, "out") if "index" in call.bound else terms
 
 
 # What cuts a tensor along an axis.
@@ -188,23 +180,14 @@ def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[
     "aten::slice_scatter", affine=ALL,
     examples=[call("", T("5 k"), T("2 k"), 0, 1, 5, 2), call("", T("1"), T("1"), 0), call("", T("n"), T("0"), 0, 1, 1)],
 )  # fmt: skip
-def _slice_scatter(call: OpCall, operand: int) -> list[Term]:
-    base, b = call.bound["self"], call.bound
-    dim = b["dim"] % base.ndim
-    start, count = _bounds(b["start"], b["end"], b["step"], base.shape[dim])
-    if call.places[operand][0] == "self":
-        return _outside(base, dim, start, b["step"], count)
-    return window_terms(base.shape, dim, start, b["step"], count, into=True) if count else []
-
-
 @row("aten::select_scatter", affine=ALL, examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)])
-def _select_scatter(call: OpCall, operand: int) -> list[Term]:
-    base, b = call.bound["self"], call.bound
-    dim = b["dim"] % base.ndim
-    start = b["index"] % base.shape[dim]
+def _put_in(call: OpCall, operand: int) -> list[Term]:
+    base = call.bound["self"]
+    dim, start, step, count = _span(call, base)
     if call.places[operand][0] == "self":
-        return _outside(base, dim, start, 1, 1)
-    return without_axis(window_terms(base.shape, dim, start, 1, 1, into=True), dim, "inn")
+        return _outside(base, dim, start, step, count)
+    terms = window_terms(base.shape, dim, start, step, count, into=True) if count else []
+    return without_axis(terms, dim, "inn") if "index" in call.bound else terms
 
 
 def _on_diagonal(
@@ -220,6 +203,14 @@ def _on_diagonal(
     return tied, relations
 
 
+def _diagonal_of(x: Tensor, count: int, pair: tuple[int, int], offset: int, keep: bool = True) -> list[Term]:
+    """The entries on a diagonal, on an axis of their own behind the others, or summed."""
+    (along,) = fresh_axes([count])
+    inn, relations = _on_diagonal(along, fresh_axes(x.shape), pair, offset)
+    rest = [axis for k, axis in enumerate(inn) if k not in pair]
+    return [Term(1.0, tuple(relations), (*rest, *[along] * keep), tuple(inn))]
+
+
 @row("aten::diagonal_copy", "aten::linalg_diagonal", affine=ALL, examples=[call("", T("n n"))])
 @row(
     "aten::diagonal", **_view, put=lambda base, value, *at: (aten.diagonal_scatter.default, (base, value, *at)),
@@ -227,11 +218,7 @@ def _on_diagonal(
 )  # fmt: skip
 def _diagonal(call: OpCall, operand: int) -> list[Term]:
     x, b = call.operands[0], call.bound
-    first, second = b["dim1"] % x.ndim, b["dim2"] % x.ndim
-    (along,) = fresh_axes(call.out.shape[-1:])
-    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (first, second), b["offset"])
-    rest = [axis for k, axis in enumerate(inn) if k not in (first, second)]
-    return [Term(1.0, tuple(relations), (*rest, along), tuple(inn))]
+    return _diagonal_of(x, call.out.shape[-1], (b["dim1"] % x.ndim, b["dim2"] % x.ndim), b["offset"])
 
 
 @row("aten::diag_embed", affine=ALL, examples=[call("", T("k n")), call("", T("n"), 1), call("", T("k n"), -2, 0, 2)])
@@ -269,19 +256,12 @@ def _diagonal_scatter(call: OpCall, operand: int) -> list[Term]:
 def _diag(call: OpCall, operand: int) -> list[Term]:
     """A vector on a diagonal, or the diagonal of a matrix."""
     x, offset = call.operands[0], call.bound["diagonal"]
-    if x.ndim == 1:
-        return _embedded(x, call.out, offset, 0, 1)
-    (along,) = fresh_axes(call.out.shape)
-    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), offset)
-    return [Term(1.0, tuple(relations), (along,), tuple(inn))]
+    return _embedded(x, call.out, offset, 0, 1) if x.ndim == 1 else _diagonal_of(x, len(call.out), (0, 1), offset)
 
 
-@row("aten::trace", affine=ALL, examples=[call("", T("n m")), call("", T("n n"))])
-def _trace(call: OpCall, operand: int) -> list[Term]:
-    x = call.operands[0]
-    (along,) = fresh_axes([min(x.shape)])
-    inn, relations = _on_diagonal(along, fresh_axes(x.shape), (0, 1), 0)
-    return [Term(1.0, tuple(relations), (), tuple(inn))]
+row("aten::trace", affine=ALL, examples=[call("", T("n m")), call("", T("n n"))])(
+    lambda call, operand: _diagonal_of(call.operands[0], min(call.operands[0].shape), (0, 1), 0, keep=False)
+)
 
 
 @row("aten::flip", affine=ALL, odd=True, lowered=picking.flip, examples=[call("", T("n m"), [0, 1])])

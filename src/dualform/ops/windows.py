@@ -60,6 +60,12 @@ def _convolved(
     return [Term(1.0, (make_factor(call.bound[other], axes[other], name), *relations), out, axes[where])]
 
 
+def _kept_lead(call: OpCall, rank: int) -> tuple[tuple[Axis, ...], list[Axis]]:
+    """Axes of the operand and of the result, which share all but the last."""
+    inn, out = fresh_axes(call.operands[0].shape), list(fresh_axes(call.out.shape))
+    return inn, [*inn[: len(inn) - rank], *out[len(out) - rank :]]
+
+
 def _slide(inside: Axis, tap: Axis, outside: Axis, start: int, stride: int, dilation: int) -> tuple[Relation, ...]:
     return window([inside, tap], outside, start, [stride, dilation])
 
@@ -120,33 +126,25 @@ def _average_pool(call: OpCall, operand: int) -> list[Term]:
     size = _each(b["kernel_size"], rank)
     stride = _each(b["stride"], rank) if b["stride"] else size
     padding = _each(b["padding"], rank)
-    inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
-    lead = x.ndim - rank
-    out[:lead] = inn[:lead]
+    (inn, out), lead = _kept_lead(call, rank), x.ndim - rank
     relations: list[Relation] = []
     shares: list[Factor] = []
     coef = 1.0 if not b.get("divisor_override") else 1.0 / b["divisor_override"]
     for k in range(rank):
         (tap,) = fresh_axes([size[k]])
-        axis = lead + k
+        axis, border = lead + k, padding[k] if b["count_include_pad"] else 0
         relations += _slide(out[axis], tap, inn[axis], -padding[k], stride[k], 1)
-        counts = [
-            _count(i * stride[k] - padding[k], size[k], x.shape[axis], padding[k] if b["count_include_pad"] else 0)
-            for i in range(call.out.shape[axis])
-        ]
         if b.get("divisor_override"):
             continue
+        starts = (i * stride[k] - padding[k] for i in range(call.out.shape[axis]))
+        # How many places of a window are counted: those inside, and those on the border if that counts.
+        counts = [min(start + size[k], x.shape[axis] + border) - max(start, -border) for start in starts]
         if len(set(counts)) == 1:
             coef /= counts[0]
         else:
             share = torch.tensor([1 / n for n in counts], dtype=x.dtype, device=x.device)
             shares.append(make_factor(share, (out[axis],), "1/count"))
     return [Term(coef, (*shares, *relations), tuple(out), inn)]
-
-
-def _count(start: int, size: int, n: int, border: int) -> int:
-    """How many places of a window are counted: those inside, and those on the border if that counts."""
-    return min(start + size, n + border) - max(start, -border)
 
 
 @row(
@@ -160,8 +158,7 @@ def _count(start: int, size: int, n: int, border: int) -> int:
 def _adaptive_average_pool(call: OpCall, operand: int) -> list[Term]:
     """Equal windows where the sizes divide; else one small matrix of shares for each axis."""
     x, rank = call.operands[0], len(call.bound["output_size"])
-    inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
-    out[: x.ndim - rank] = inn[: x.ndim - rank]
+    inn, out = _kept_lead(call, rank)
     coef, factors = 1.0, []
     for k in range(x.ndim - rank, x.ndim):
         n, m = x.shape[k], call.out.shape[k]
@@ -198,8 +195,7 @@ def _max_pool(call: OpCall, operand: int) -> list[Term]:
     rank = int(name[-2])
     with_indices = getattr(aten, name if name.startswith("adaptive") else f"{name}_with_indices")
     _, index = with_indices(*call.args, **call.kwargs)
-    inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
-    out[: x.ndim - rank] = inn[: x.ndim - rank]
+    inn, out = _kept_lead(call, rank)
     return [Term(1.0, lookup(out, atoms(inn[x.ndim - rank :]), index), tuple(out), inn)]
 
 
@@ -253,9 +249,9 @@ def _columns(call: OpCall, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[R
     reach = [image[len(image) - 2 + k] + 2 * padding[k] - dilation[k] * (size[k] - 1) for k in (0, 1)]
     places = [(n - 1) // step + 1 for n, step in zip(reach, stride, strict=True)]
     taps, at = fresh_axes(size), fresh_axes(places)
-    relations = [
-        r for k, axis in enumerate((p, q)) for r in _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
-    ]
+    relations: list[Relation] = []
+    for k, axis in enumerate((p, q)):
+        relations += _slide(at[k], taps[k], axis, -padding[k], stride[k], dilation[k])
     return whole, tuple(relations), (*lead[:-1], (*lead[-1], *taps[0], *taps[1]), (*at[0], *at[1]))
 
 
@@ -263,18 +259,14 @@ def _columns(call: OpCall, image: torch.Size) -> tuple[tuple[Axis, ...], tuple[R
     "aten::im2col", affine=ALL,
     examples=[call("", T("b k h w"), [2, 3], [1, 1], [1, 0], [2, 1]), call("", T("k h w"), [2, 2], [1, 1], [0, 0], [1, 1])],
 )  # fmt: skip
-def _im2col(call: OpCall, operand: int) -> list[Term]:
-    image, relations, columns = _columns(call, call.operands[0].shape)
-    return [Term(1.0, relations, columns, image)]
-
-
 @row(
     "aten::col2im", affine=ALL,
     examples=[call("", T("b 8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), call("", T("8 9"), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])],
 )  # fmt: skip
-def _col2im(call: OpCall, operand: int) -> list[Term]:
-    image, relations, columns = _columns(call, call.out.shape)
-    return [Term(1.0, relations, image, columns)]
+def _column_map(call: OpCall, operand: int) -> list[Term]:
+    is_back = call.target._schema.name == "aten::col2im"
+    image, relations, columns = _columns(call, call.out.shape if is_back else call.operands[0].shape)
+    return [Term(1.0, relations, image, columns) if is_back else Term(1.0, relations, columns, image)]
 
 
 # Resampling: one small matrix for each axis
@@ -294,8 +286,7 @@ def _col2im(call: OpCall, operand: int) -> list[Term]:
 def _resampled(call: OpCall, operand: int) -> list[Term]:
     """Each axis by itself: its matrix is the op applied to the identity of that axis, the others of size 1."""
     x = call.operands[0]
-    inn, out = fresh_axes(x.shape), list(fresh_axes(call.out.shape))
-    out[:2] = inn[:2]
+    inn, out = _kept_lead(call, x.ndim - 2)
     factors = []
     for k in range(2, x.ndim):
         n, m = x.shape[k], call.out.shape[k]
