@@ -109,7 +109,7 @@ class Questions(ABC):
         """Take entries: ints and slices over out and in axes, as of a tensor, or a dict of them by axis name."""
         found: Any = self
         for place, chosen, drop in self._choices(index):
-            outer = queries.window(found.shape, place, chosen, drop)
+            outer = queries.range_of(found.shape, place, chosen, drop)
             sizes = [len(chosen) if k == place else n for k, n in enumerate(found.shape)]
             found = found._through(outer, place if drop else None, sizes)
         return found

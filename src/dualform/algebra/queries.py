@@ -12,9 +12,9 @@ import torch
 
 from dualform.algebra.compose import compose_terms
 from dualform.algebra.contract import ContractionPlan, plan
-from dualform.algebra.relations import Window
+from dualform.algebra.relations import Window, window
 from dualform.algebra.sums import merged
-from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, volume
+from dualform.algebra.terms import Axis, Factor, Relation, Term, atoms, fresh_axes, make_factor, volume
 
 
 def after(outer: Term, terms: Iterable[Term]) -> tuple[Term, ...]:
@@ -38,18 +38,12 @@ def parted(terms: Iterable[Term], count: int) -> tuple[Term, ...]:
     return tuple(replace(t, out=t.out[:count], inn=t.out[count:]) for t in terms)
 
 
-def window(shape: Sequence[int], axis: int, chosen: range, drop: bool) -> Term:
-    """The map that takes a range of one axis; `drop`: and that axis, which has one index left, away."""
+def range_of(shape: Sequence[int], axis: int, chosen: range, drop: bool = False) -> Term:
+    """The map that takes a range of one axis, which is not stored; `drop`: and that axis, of one index, away."""
     big = fresh_axes(shape)
-    n, count = shape[axis], len(chosen)
-    small: Axis = (Label(count),) if count != 1 else ()
-    relation: tuple[Select, ...] = ()
-    if count == n:
-        small = big[axis]
-    elif n != 1:
-        relation = (Select(small[0] if small else Label(1), big[axis][0], chosen.start, chosen.step),)
-    middle = () if drop else (small,)
-    return Term(1.0, relation, (*big[:axis], *middle, *big[axis + 1 :]), big)
+    (small,) = fresh_axes([len(chosen)]) if len(chosen) != shape[axis] else (big[axis],)
+    relation = window([small], big[axis], chosen.start, [chosen.step]) if small is not big[axis] else ()
+    return Term(1.0, relation, (*big[:axis], *[small] * (not drop), *big[axis + 1 :]), big)
 
 
 def diagonal(shape: Sequence[int], first: int, second: int) -> Term:

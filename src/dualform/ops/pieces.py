@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dualform.algebra.queries import flipped, range_of
 from dualform.algebra.relations import Lookup, window
 from dualform.algebra.terms import Axis, Label, Relation, Term, atoms, fresh_axes, volume
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, FIRST, OpCall, row, window_terms, without_axis
+from dualform.ops.table import ALL, FIRST, OpCall, row
 
 aten = torch.ops.aten
 
@@ -45,14 +46,14 @@ def _cat(call: OpCall, operand: int) -> list[Term]:
         return []
     start = sum(p.shape[dim] for p in pieces[:where] if p.ndim == call.out.ndim)
     count = pieces[where].shape[dim]
-    return window_terms(call.out.shape, dim, start, 1, count, into=True) if count else []
+    return [*flipped([range_of(call.out.shape, dim, range(start, start + count))])] if count else []
 
 
 @row("aten::stack", **_pieces, examples=[call("", [T("n"), T("n"), T("n")], 1), call("", [T("n m")], -1)])
 def _stack(call: OpCall, operand: int) -> list[Term]:
     where: Any = call.places[operand][1]
     dim = call.bound["dim"] % call.out.ndim
-    return without_axis(window_terms(call.out.shape, dim, where, 1, 1, into=True), dim, "inn")
+    return [*flipped([range_of(call.out.shape, dim, range(where, where + 1), drop=True)])]
 
 
 def _bordered_pieces(n: fx.Node, shape: tuple[int, ...]) -> Any:

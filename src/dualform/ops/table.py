@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from dualform.algebra.relations import window
-from dualform.algebra.terms import Axis, Label, Term, fresh_axes, make_factor
+from dualform.algebra.terms import Axis, Term, fresh_axes, make_factor
 from dualform.ops.examples import Example
 
 T = TypeVar("T")
@@ -386,30 +385,3 @@ def dims_of(dim: Any, rank: int) -> list[int]:
 def inverse(order: Sequence[int]) -> list[int]:
     """The permutation that undoes another."""
     return sorted(range(len(order)), key=order.__getitem__)
-
-
-def index_terms(call: OpCall, operand: int, strides_of: Callable[[Tensor], Tensor]) -> list[Term]:
-    """Differentiate a permutation, expansion or squeeze by looking where a contiguous stand-in's strides go."""
-    x = call.operands[operand]
-    stand_in = torch.empty(x.shape, device="meta")
-    moved = strides_of(stand_in)
-    inn = fresh_axes(x.shape)
-    owner = {stand_in.stride(k): inn[k] for k in range(x.ndim) if x.shape[k] != 1}
-    out: list[Axis] = []
-    for n, stride in zip(moved.shape, moved.stride(), strict=True):
-        out.append(() if n == 1 else (Label(n),) if stride == 0 else owner[stride])
-    return [Term(1.0, (), tuple(out), inn)]
-
-
-def window_terms(shape: torch.Size, dim: int, start: int, step: int, count: int, into: bool) -> list[Term]:
-    """A slice of one axis: big = start + step * small. `into` puts the small tensor into the big one instead."""
-    big = fresh_axes(shape)
-    (axis,) = fresh_axes([count]) if count != shape[dim] else (big[dim],)
-    relation = window([axis], big[dim], start, [step]) if count != shape[dim] else ()
-    small = (*big[:dim], axis, *big[dim + 1 :])
-    return [Term(1.0, relation, big, small) if into else Term(1.0, relation, small, big)]
-
-
-def without_axis(terms: list[Term], axis: int, side: str) -> list[Term]:
-    """Drop an axis of size 1."""
-    return [replace(t, **{side: tuple(a for k, a in enumerate(getattr(t, side)) if k != axis)}) for t in terms]

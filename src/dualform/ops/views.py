@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dualform.algebra.compose import compose_terms
+from dualform.algebra.queries import flipped, range_of
 from dualform.algebra.relations import window
 from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
 from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, OpCall, dims_of, index_terms, inverse, row, window_terms, without_axis
+from dualform.ops.table import ALL, OpCall, dims_of, inverse, row
 
 aten = torch.ops.aten
 
@@ -26,13 +27,17 @@ def _on_meta(value: Any, own: Tensor, stand_in: Tensor) -> Any:
 
 
 def _moved(call: OpCall, operand: int) -> list[Term]:
-    x = call.operands[operand]
-
-    def strides_of(stand_in: Tensor) -> Tensor:
-        args = [_on_meta(a, x, stand_in) for a in call.args]
-        return call.target(*args, **{k: _on_meta(a, x, stand_in) for k, a in call.kwargs.items()})
-
-    return index_terms(call, operand, strides_of) if operand == 0 else []
+    """A permutation, an expansion or a squeeze: by where the strides of a contiguous stand-in go."""
+    if operand:
+        return []
+    x = call.operands[0]
+    stand_in, inn = torch.empty(x.shape, device="meta"), fresh_axes(x.shape)
+    args = [_on_meta(a, x, stand_in) for a in call.args]
+    moved = call.target(*args, **{k: _on_meta(a, x, stand_in) for k, a in call.kwargs.items()})
+    owner = {stand_in.stride(k): inn[k] for k in range(x.ndim) if x.shape[k] != 1}
+    seen = zip(moved.shape, moved.stride(), strict=True)
+    out = tuple(() if n == 1 else owner[step] if step else (Label(n),) for n, step in seen)
+    return [Term(1.0, (), out, inn)]
 
 
 def _shaped_back(base: Any, value: Any, *rest: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -113,15 +118,15 @@ def _reshaped(call: OpCall, operand: int) -> list[Term]:
     return [] if term is None else [term]
 
 
-def _span(call: OpCall, x: Tensor) -> tuple[int, int, int, int]:
-    """Which axis of x a slice, a narrow or a select is of; its first place, its step, and how many places it has."""
+def _span(call: OpCall, x: Tensor) -> tuple[int, range]:
+    """Which axis of x a slice, a narrow or a select is of, and which places."""
     b, dim = call.bound, call.bound["dim"] % x.ndim
     if "index" in b:
-        return dim, b["index"] % x.shape[dim], 1, 1
+        return dim, range(x.shape[dim])[b["index"] % x.shape[dim] :][:1]
     if "length" in b:
-        return dim, int(b["start"]) % max(x.shape[dim], 1), 1, b["length"]
-    chosen = range(x.shape[dim])[slice(b["start"], b["end"], b["step"])]
-    return dim, chosen.start, b["step"], len(chosen)
+        start = int(b["start"]) % max(x.shape[dim], 1)
+        return dim, range(start, start + b["length"])
+    return dim, range(x.shape[dim])[slice(b["start"], b["end"], b["step"])]
 
 
 @row(
@@ -141,9 +146,8 @@ def _span(call: OpCall, x: Tensor) -> tuple[int, int, int, int]:
 )  # fmt: skip
 def _cut_out(call: OpCall, operand: int) -> list[Term]:
     x = call.operands[0]
-    dim, start, step, count = _span(call, x)
-    terms = window_terms(x.shape, dim, start, step, count, into=False) if count else []
-    return without_axis(terms, dim, "out") if "index" in call.bound else terms
+    dim, chosen = _span(call, x)
+    return [range_of(x.shape, dim, chosen, "index" in call.bound)] if len(chosen) else []
 
 
 # What cuts a tensor along an axis.
@@ -164,15 +168,15 @@ row(
 )(None)  # fmt: skip
 
 
-def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[Term]:
+def _outside(base: Tensor, dim: int, chosen: range) -> list[Term]:
     """The identity away from a window: minus the window, which stores nothing either."""
     out = fresh_axes(base.shape)
     whole = Term(1.0, (), out, out)
-    if not count:
+    if not len(chosen):
         return [whole]
-    if count == base.shape[dim]:
+    if len(chosen) == base.shape[dim]:
         return []
-    inside = Select(Label(count), out[dim][0], start, step)
+    inside = Select(Label(len(chosen)), out[dim][0], chosen.start, chosen.step)
     return [whole, Term(-1.0, (inside,), out, out)]
 
 
@@ -183,11 +187,10 @@ def _outside(base: Tensor, dim: int, start: int, step: int, count: int) -> list[
 @row("aten::select_scatter", affine=ALL, examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)])
 def _put_in(call: OpCall, operand: int) -> list[Term]:
     base = call.bound["self"]
-    dim, start, step, count = _span(call, base)
+    dim, chosen = _span(call, base)
     if call.places[operand][0] == "self":
-        return _outside(base, dim, start, step, count)
-    terms = window_terms(base.shape, dim, start, step, count, into=True) if count else []
-    return without_axis(terms, dim, "inn") if "index" in call.bound else terms
+        return _outside(base, dim, chosen)
+    return [*flipped([range_of(base.shape, dim, chosen, "index" in call.bound)])] if len(chosen) else []
 
 
 def _on_diagonal(
