@@ -16,7 +16,7 @@ from dualform.graphs.trace import source_line, trace
 
 __all__ = [
     "Derivative", "Explanation", "Factor", "Fault", "Label", "Lookup", "Plan", "Report", "Select", "SiteDerivatives",
-    "Step",
-    "Term", "Triangle", "Window", "cache_size", "check", "clear_cache", "compose", "contract", "explain", "hessian",
-    "jacobian", "op_table", "plan", "site_derivatives", "source_line", "trace", "unbroadcast", "why_unbroadcast",
+    "Step", "Term", "Triangle", "Window", "cache_size", "check", "clear_cache", "compose", "contract", "explain",
+    "hessian", "jacobian", "op_table", "plan", "site_derivatives", "source_line", "trace", "unbroadcast",
+    "why_unbroadcast",
 ]  # fmt: skip

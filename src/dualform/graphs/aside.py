@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.utils._device import DeviceContext
 
 from dualform.graphs.edit import (
     add_input,
+    applied,
     cleaned,
     emitter,
     evaluated,
@@ -72,6 +73,18 @@ def without_function_modes() -> Iterator[None]:
             torch._C._pop_torch_function_stack()
         for m in modes:
             torch._C._push_on_torch_function_stack(m)
+
+
+def alone(node: fx.Node, around: AbstractContextManager[Any] | None = None) -> fx.GraphModule:
+    """Trace a node's op by itself, as a function of the nodes that it takes, inside a context."""
+    given = node.all_input_nodes
+
+    def run(*tensors: Tensor) -> Any:
+        with around or nullcontext():
+            return applied(node, dict(zip(given, tensors, strict=True)).__getitem__)
+
+    with out_of_sight():
+        return make_fx(run, tracing_mode="real")(*(n.meta["val"] for n in given))
 
 
 def between(tracer: Any, outs: list[Any], x: Any) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -7,13 +7,12 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, _is_setup_context_defined
 from torch.autograd.function import once_differentiable as _once
 from torch.utils import _pytree as pytree
 
-from dualform.graphs.edit import add_input
-from dualform.graphs.kept import Kept, keep, kept
+from dualform.graphs.kept import once_only
 from dualform.graphs.requiring import can_move, fitted
 from dualform.shapes import TraceError
 
@@ -95,7 +94,9 @@ class Called:
                 "the mark away, if its backward is made of torch ops."
             )
             user = user.__wrapped__
-            inputs, results = ([once_only(x, message) for x in some] for some in (inputs, results))
+            inputs, results = (
+                [once_only(x, message) if can_move(x) else x for x in some] for some in (inputs, results)
+            )
         ctx = Context(self.needs)
         found = self.run(inputs, ctx)
         own = {id(x) for x in inputs}
@@ -124,12 +125,3 @@ class Called:
     def result(self) -> Any:
         """What it computes, where nothing needs a gradient."""
         return self.rebuilt(self.forward(*self.tensors))
-
-
-def once_only(x: Tensor, message: str) -> Tensor:
-    """x, of which nobody may ask a derivative."""
-    if not can_move(x):
-        return x
-    graph = fx.Graph()
-    graph.output((add_input(graph, "x"),))
-    return kept([x], keep(Kept("once", fx.GraphModule({}, graph), (None,), message)))

@@ -7,14 +7,13 @@ Which ops cast, and what, is torch's own table: it is read off by tracing an op 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 
+from dualform.graphs.aside import alone
 from dualform.graphs.edit import emitter, inline, inputs_of, replace
-from dualform.graphs.this_thread import out_of_sight
 from dualform.shapes import TraceError, fail
 
 aten = torch.ops.aten
@@ -52,8 +51,10 @@ def _cast(graph: fx.Graph, node: fx.Node, how: _Autocast) -> None:
             "trace", f"autocast for {how.device!r} inside the function", "depends on the device that it runs on",
             "the same function everywhere", "Cast with .to(dtype), or use autocast around the call.", TraceError,
         )  # fmt: skip
-    sources = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
-    made, plain = (_alone(node, sources, how._replace(enabled=on)) for on in (True, False))
+    sources = node.all_input_nodes
+    made, plain = (
+        alone(node, torch.autocast(how.device, how.dtype, enabled=on, cache_enabled=False)) for on in (True, False)
+    )
     before = _first_casts(plain, sources)
     casts = {x: dtype for x, dtype in _first_casts(made, sources).items() if before.get(x) != dtype}
     if _count(made) - _count(plain) == len(casts):
@@ -62,19 +63,6 @@ def _cast(graph: fx.Graph, node: fx.Node, how: _Autocast) -> None:
         return
     (result,), _ = inline(graph, node, made.graph, sources)
     replace(node, result)
-
-
-def _alone(node: fx.Node, sources: list[fx.Node], how: _Autocast) -> fx.GraphModule:
-    """Trace one op below autocast."""
-
-    def run(*tensors: Tensor) -> Any:
-        values = dict(zip(sources, tensors, strict=True))
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        with torch.autocast(how.device, how.dtype, enabled=how.enabled, cache_enabled=False):
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    with out_of_sight():
-        return make_fx(run, tracing_mode="real")(*(x.meta["val"] for x in sources))
 
 
 def _first_casts(gm: fx.GraphModule, sources: list[fx.Node]) -> dict[fx.Node, torch.dtype]:

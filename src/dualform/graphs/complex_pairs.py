@@ -14,13 +14,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from dualform.graphs.aside import alone
 from dualform.graphs.edit import emitter, inputs_of, line_of
 from dualform.graphs.functionalize import Blame, functionalized
 from dualform.graphs.single_results import normalised
-from dualform.graphs.this_thread import out_of_sight
 from dualform.ops.factories import filled_with
 from dualform.ops.table import bound_arguments, placed, row_of
 
@@ -241,21 +240,10 @@ def _product(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
 
 def _spelled(r: PairWriter, node: Any, given: dict[str, Any]) -> Any:
     """Put an op's definition in its place, and rewrite that."""
-    nodes = [n for n in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(n, fx.Node)]
-
-    def call(*tensors: Tensor) -> Any:
-        at = iter(tensors)
-        args, kwargs = pytree.tree_map(
-            lambda n: next(at) if isinstance(n, fx.Node) else n, (node.args, dict(node.kwargs))
-        )
-        return node.target(*args, **kwargs)
-
-    with out_of_sight():
-        gm = make_fx(call, tracing_mode="real")(*(n.meta["val"] for n in nodes))
-    gm = normalised(functionalized(gm, r.blame))
+    gm = normalised(functionalized(alone(node), r.blame))
     if any(n.target is node.target for n in gm.graph.nodes):
         r.refuse(node)
-    inside: dict[fx.Node, Any] = dict(zip(inputs_of(gm.graph), nodes, strict=True))
+    inside: dict[fx.Node, Any] = dict(zip(inputs_of(gm.graph), node.all_input_nodes, strict=True))
     for n in gm.graph.nodes:
         if n.op == "call_function":
             with r.graph.inserting_before(node):

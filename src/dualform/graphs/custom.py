@@ -23,17 +23,7 @@ from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, mak
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from dualform.graphs.aside import (
-    aside,
-    between,
-    blame,
-    collect,
-    ones_by_shape,
-    opened,
-    replayed,
-    unseen_above,
-    without_detach,
-)
+from dualform.graphs import aside as unseen
 from dualform.graphs.called import Called
 from dualform.graphs.edit import results_of
 from dualform.graphs.functionalize import functionalized
@@ -41,7 +31,7 @@ from dualform.graphs.hollow import Hollow, tensors_in
 from dualform.graphs.hooks import Handle, Maker, put_hook
 from dualform.graphs.kept import Kept, Vjp, keep, kept, named, stop_gradient, written_out
 from dualform.graphs.recorder import CannotRecord
-from dualform.graphs.requiring import DATA, DETACH, LIVE, can_move, fitted, node_of, operand, requires_grad, transforms
+from dualform.graphs.requiring import DATA, DETACH, LIVE, can_move, fitted, node_of, requires_grad, transforms
 from dualform.shapes import TraceError
 
 aten = torch.ops.aten
@@ -178,7 +168,7 @@ class Listener:
         key, inputs = self._keep(name, forward, [backward], given, {id(h): 0})
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         operands = [raw] if maker is None else maker.nodes
-        operands = [*operands, *(operand(tracer, x) for x in inputs[len(given) :])]
+        operands = [*operands, *(node_of(x) or tracer.create_arg(x) for x in inputs[len(given) :])]
         new = put_hook(tracer.graph, raw, node, key, operands, where)
         self.hooked[new] = (raw, hooks)
         set_proxy_slot(h, tracer, _ProxyTensor(fx.Proxy(new, tracer), None))
@@ -197,13 +187,13 @@ class Listener:
         before = len(mode.tracer.graph.nodes)
         if func in DETACH or func == DATA:
             func = stop_gradient
-        with unseen_above(mode):
+        with unseen.unseen_above(mode):
             result = func(*args, **kwargs)
         new = list(mode.tracer.graph.nodes)[before:]
         for node in new:
             if node.target is aten.detach.default:  # autograd's own: it keeps results so
                 node.target = aten.alias.default
-        ones_by_shape(new)
+        unseen.ones_by_shape(new)
         return result
 
     def gradient(
@@ -238,7 +228,7 @@ class Listener:
     def _slope(self, outs: list[Tensor], x: Tensor, seeds: list[Any], where: str) -> Tensor | None:
         """The gradient of some tensors of the trace by another."""
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
-        part, leaves = between(tracer, [node_of(o) for o in outs], node_of(x))
+        part, leaves = unseen.between(tracer, [node_of(o) for o in outs], node_of(x))
         rest = [self.given[n] if n.op == "placeholder" else getattr(tracer.root, str(n.target)) for n in leaves]
         given = [s for s in seeds if s is not None]
 
@@ -252,17 +242,17 @@ class Listener:
             outs, given = [made[k] for k in live], [cotangents[k] for k in live]
             return list(torch.autograd.grad(outs, at, given, create_graph=True, allow_unused=True))
 
-        with aside([x, *rest, *given]) as stand_ins, torch.enable_grad():
+        with unseen.aside([x, *rest, *given]) as stand_ins, torch.enable_grad():
             try:
-                made = functionalized(make_fx(joint, tracing_mode="real")(*stand_ins), blame)
+                made = functionalized(make_fx(joint, tracing_mode="real")(*stand_ins), unseen.blame)
             except RuntimeError as error:
                 raise TraceError(
                     f"trace: `{where}` failed with {error}; expected a gradient that torch can take."
                 ) from error
-        without_detach(made.graph)
-        ones_by_shape(made.graph.nodes)
+        unseen.without_detach(made.graph)
+        unseen.ones_by_shape(made.graph.nodes)
         made.graph.eliminate_dead_code()
-        (found,) = replayed(made, [x, *rest, *given])
+        (found,) = unseen.replayed(made, [x, *rest, *given])
         if found is not None:
             self.input(found)
         return found
@@ -293,7 +283,7 @@ class Listener:
         def pull(k: int, f: Any, *x: Tensor) -> tuple[Any, ...]:
             return tuple(f(k, x[0], x[1 : 1 + count], x[1 + count :]))
 
-        with aside(inputs) as stand_ins:
+        with unseen.aside(inputs) as stand_ins:
             made = self.trace(lambda *x: tuple(forward(*x)), *stand_ins)
             results = [n.meta["val"] for n in results_of(made.graph)]
             backwards: Any = backward() if callable(backward) else backward
@@ -302,9 +292,9 @@ class Listener:
         made = written_out(made)  # nobody differentiates a forward
         graphs = [made, *(gm for gm in pulled if gm is not None)]
         for gm in graphs:
-            collect(gm, closed, own)
+            unseen.collect(gm, closed, own)
         for gm in graphs:
-            opened(gm, 0 if gm is made else 1, count, closed, own)
+            unseen.opened(gm, 0 if gm is made else 1, count, closed, own)
         return keep(Kept(name, made, tuple(pulled))), [*inputs, *closed]
 
 

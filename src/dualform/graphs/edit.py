@@ -50,6 +50,12 @@ def value_of(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     return target(*filled, **named)
 
 
+def applied(node: fx.Node, stand_for: Callable[[fx.Node], Any]) -> Any:
+    """Run a node's op on what stands for its arguments."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), stand_for)  # type: ignore[misc]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def add(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call where the graph inserts, with its value."""
     new = graph.call_function(target, args, kwargs)

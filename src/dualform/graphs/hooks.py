@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dualform.graphs.aside import aside, without_detach
-from dualform.graphs.edit import add_input, add_plain, cleaned, output_of, results_of
+from dualform.graphs.edit import add_input, add_plain, applied, cleaned, output_of, results_of
 from dualform.graphs.kept import kept_op
 from dualform.graphs.requiring import can_move
 from dualform.graphs.this_thread import caller
@@ -87,9 +87,7 @@ def _made_by(node: fx.Node) -> Any:
 def _run(node: fx.Node, given: Sequence[Tensor]) -> Tensor:
     """The op that made a node, on other tensors."""
     source: Any = _made_by(node)
-    at = dict(zip(source.all_input_nodes, given, strict=True))
-    args, kwargs = fx.map_arg((source.args, dict(source.kwargs)), at.__getitem__)
-    made = source.target(*args, **kwargs)
+    made = applied(source, dict(zip(source.all_input_nodes, given, strict=True)).__getitem__)
     return made if source is node else made[node.args[1]]
 
 

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.graphs.edit import add_input, copied, inline, inputs_of, replace, results_of, without_dead
+from dualform.graphs.edit import copied, inline, inputs_of, replace, results_of, without_dead
 from dualform.graphs.operators import library
 from dualform.shapes import TraceError
 from dualform.storages import memory_of
@@ -195,20 +195,16 @@ def written_out(gm: fx.GraphModule, which: Callable[[fx.Node], bool] = is_kept) 
     return gm
 
 
-def _written(name: str, inputs: int, forward: int, backward: tuple[int | None, ...] | None) -> str:
-    """Keep a function that hands on one of its inputs, and whose gradient hands on g (0) or nothing (None)."""
-    graphs: list[fx.GraphModule] = []
-    for count, out in ((inputs, (forward,)), (inputs + 2, backward)):
-        if out is not None:
-            graph = fx.Graph()
-            given = [add_input(graph, f"x{k}") for k in range(count)]
-            graph.output(tuple(None if k is None else given[k] for k in out))
-            graphs.append(fx.GraphModule({}, graph))
-    return keep(Kept(name, graphs[0], (graphs[1] if backward is not None else None,)))
+_one = fx.symbolic_trace(lambda x0: (x0,))
+_STOPPED = keep(Kept("stop_gradient", _one, (None,)))
+CARRIED = keep(
+    Kept("data", fx.symbolic_trace(lambda x0, x1: (x1,)), (fx.symbolic_trace(lambda x0, x1, x2, x3: (x0, None)),))
+)
 
 
-_STOPPED = _written("stop_gradient", 1, 0, None)
-CARRIED = _written("data", 2, 1, (0, None))
+def once_only(x: Tensor, message: str) -> Tensor:
+    """x, of which nobody may ask a derivative."""
+    return kept([x], keep(Kept("once", _one, (None,), message)))
 
 
 def stop_gradient(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ g -> backward(g, x) linear        J = (d backward / d g)^T, structure and all
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from dualform.algebra.queries import flipped
 from dualform.algebra.terms import Term
 from dualform.graphs.definitions import defined_at
-from dualform.graphs.edit import copied, inputs_of, nodes_in, reached, replace, results_of
+from dualform.graphs.edit import applied, copied, inputs_of, nodes_in, reached, replace, results_of
 from dualform.graphs.kept import is_kept, named, written_out
 from dualform.graphs.local_derivatives import LocalRule, Program
 from dualform.graphs.this_thread import out_of_sight
@@ -134,19 +134,13 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
 
 def _vanishes(node: fx.Node, zeros: set[fx.Node]) -> bool:
     """Is an op 0 where these operands are 0 and all others 1, whatever its masks?"""
-    target: Any = node.target
 
-    def value(mask: bool) -> Tensor:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _stand_in(n, n in zeros, mask))
-        return target(*args, **kwargs)
+    def stand_in(n: fx.Node, mask: bool) -> Tensor:
+        value = n.meta["val"]
+        number = mask if value.dtype == torch.bool else int(value.is_floating_point() and n not in zeros)
+        return torch.full(tuple(value.shape), number, dtype=value.dtype)
 
-    return not any(bool(value(mask).any()) for mask in (False, True))
-
-
-def _stand_in(n: fx.Node, is_zero: bool, mask: bool) -> Tensor:
-    value = n.meta["val"]
-    number = mask if value.dtype == torch.bool else int(value.is_floating_point() and not is_zero)
-    return torch.full(tuple(value.shape), number, dtype=value.dtype)
+    return not any(bool(applied(node, partial(stand_in, mask=mask)).any()) for mask in (False, True))
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

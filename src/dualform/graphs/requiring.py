@@ -66,7 +66,3 @@ def node_of(x: Tensor) -> fx.Node | None:
     tracer = getattr(mode, "tracer", None)
     held: Any = None if tracer is None else get_proxy_slot(x, tracer, None)
     return getattr(getattr(held, "proxy", None), "node", None)
-
-
-def operand(tracer: Any, x: Tensor) -> fx.Node:
-    return node_of(x) or tracer.create_arg(x)

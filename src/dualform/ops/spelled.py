@@ -96,6 +96,9 @@ def _fill_diagonal(x: Tensor, fill_value: Any, wrap: bool = False) -> Tensor:
     return x
 
 
+_results: Any = torch.return_types
+
+
 def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
     """The shortest of the nearest, which torch differentiates by the pseudo-inverse too."""
     is_vector = B.ndim == A.ndim - 1
@@ -104,13 +107,13 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     apart = (A @ X - B).square().sum(-2)
     X, apart = (X[..., 0], apart[..., 0]) if is_vector else (X, apart)
     rest = apart if A.shape[-2] > A.shape[-1] else apart.new_empty(0)
-    return torch.return_types.linalg_lstsq((X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0)))
+    return _results.linalg_lstsq((X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0)))
 
 
 def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
     """One result that weights and tokens meet in."""
     info = A.new_zeros(A.shape[:-2], dtype=torch.int32)
-    return torch.return_types.linalg_solve_ex((torch.linalg.solve(A, B, left=left), info))
+    return _results.linalg_solve_ex((torch.linalg.solve(A, B, left=left), info))
 
 
 def _gaussian_nll(
