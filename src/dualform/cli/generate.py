@@ -24,20 +24,13 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue a prompt, printing as it goes; then say on stderr how each layer's inner loss fell over the prompt.
 
-    Parameters
-    ----------
-    model
-        A folder that `train` wrote.
-    prompt
-        The text to continue.
-    max_new_tokens
-        How many tokens to add at most.
-    temperature
-        0 takes the likeliest token each time.
-    seed
-        Of the sampling; temperature 0 draws nothing.
-    state
-        A file that carries what the layers have learnt: read if it is there, and written at the end.
+    Args:
+        model: A folder that `train` wrote.
+        prompt: The text to continue.
+        max_new_tokens: How many tokens to add at most.
+        temperature: 0 takes the likeliest token each time.
+        seed: Of the sampling; temperature 0 draws nothing.
+        state: A file that carries what the layers have learnt: read if it is there, and written at the end.
     """
     if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits overflow
         raise UsageError(
