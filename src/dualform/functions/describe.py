@@ -87,7 +87,6 @@ def example(record: Record, **options: Any) -> Bound | None:
 def describe(family: str, record: Record, **options: Any) -> Description:
     """Describe a record, with these options.
 
-    Shape:  none.
     Raises: CatalogueError for options that it does not have.
     Example:
         >>> describe("expansions", expansions["taylor"], degree=3).sizes["m = 10"]

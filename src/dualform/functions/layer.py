@@ -84,7 +84,6 @@ class Layer(nn.Module):
 class StackConfig(Config):
     """Layers one after the other, an activation between them (not after the last).
 
-    Shape:  none.
     Raises: ValueError, ShapeError for layers that do not fit.
     Example:
         >>> c = StackConfig((HeadConfig(4, 3, expansion="legendre"), HeadConfig(3, 2)), activation="tanh")

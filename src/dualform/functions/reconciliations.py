@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,24 +33,11 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 reconciliation = partial(reconciliations.record, suffix="_reconciliation", source=RPN1)
 
 
-class _Structure(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def is_matrix(self) -> bool: ...
-
-    def length(self, n: int, D: int) -> int: ...
-    def piece_lengths(self, n: int, D: int) -> list[int]: ...
-    def constants(self, n: int, D: int) -> dict[str, Tensor]: ...
-    def dense(self, w: Tensor, n: int, D: int, constants: Constants) -> Tensor: ...
-    def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Reconciliation:
     """A structure behind the public border: sizes and shapes are checked here, once."""
 
-    structure: _Structure
+    structure: Multilinear | Hyper
 
     def length(self, n: int, D: int) -> int:
         return self.structure.length(n, D)
@@ -95,11 +82,9 @@ _dense = Multilinear("identity", (A,))
 def identity() -> Reconciliation:
     """Reshape w, nothing else.
 
-    psi(w) = reshape(w) = W in R^(n x D)
     Shape:  w (l,) -> (n, D) with l = n D; apply: (..., D) -> (..., n). Leading dims: any.
     Dtype:  w's.
     Raises: ShapeError if w does not have l entries.
-    Source: Zhang 2024 (RPN 1).
     Example:
         >>> r = reconciliations.identity()
         >>> r.length(2, 3), r(torch.arange(6.0), 2, 3).tolist()
@@ -138,10 +123,9 @@ def eye() -> Reconciliation:
 def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     """Keep a share p of the entries, at places drawn once from the seed; the others are zero and cost nothing.
 
-    W = M * scatter(w)
     Shape:  w (l,) -> (n, D) with l = max(1, round(p n D)). Leading dims: any.
     Raises: ValueError unless 0 < p <= 1.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters, 1 - p idle, and draws the mask in forward.
+    Differs: tinyBIG keeps n D parameters, 1 - p idle, and draws the mask in forward.
     """
     _seeded("masking", seed)
     if not 0 < p <= 1:
@@ -153,10 +137,9 @@ def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
 def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     """Tile one small matrix p times down and q times across (q = p if not given).
 
-    W = 1_(p x q) (x) reshape(w, (n/p, D/q))
     Shape:  w (l,) -> (n, D) with l = (n/p)(D/q). Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG repeats the entries of vec(w) one by one, which is no tiling.
+    Differs: tinyBIG repeats the entries of vec(w) one by one, which is no tiling.
     """
     _positive("duplicated_padding", p=p, q=q)
     return Reconciliation(Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q))
@@ -166,10 +149,9 @@ def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
 def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     """Repeat one small matrix along the diagonal (q = p if not given).
 
-    W = I_(p x q) (x) reshape(w, (n/p, D/q))
     Shape:  w (l,) -> (n, D) with l = (n/p)(D/q). Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG runs for p = q = n only.
+    Differs: tinyBIG runs for p = q = n only.
     """
     _positive("duplicated_diagonal_padding", p=p, q=q)
     factors = (WeightFactor("ij", "eye"), B)
@@ -185,10 +167,8 @@ def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliat
 def low_rank(rank: int = 2) -> Reconciliation:
     """Multiply two thin matrices.
 
-    W = A B
     Shape:  w (l,) -> (n, D) with l = r (n + D); A comes first in w. Leading dims: any.
     Raises: ShapeError if w does not have l entries; ValueError if rank < 1.
-    Source: Zhang 2024 (RPN 1); Hu et al. 2021.
     Example:
         >>> r = reconciliations.low_rank(rank=1)
         >>> r(torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0]), 2, 3).tolist()
@@ -206,10 +186,9 @@ def low_rank(rank: int = 2) -> Reconciliation:
 def hm(p: int | None = None, q: int | None = None) -> Reconciliation:
     """Multiply two small matrices as Kronecker does: hypercomplex multiplication.
 
-    W = A (x) B
     Shape:  w (l,) -> (n, D) with l = p q + (n/p)(D/q); A comes first in w. Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D. None is the largest factor up to the square root.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG reshapes the outer product of flat factors, which is not Kronecker's.
+    Differs: tinyBIG reshapes the outer product of flat factors, which is not Kronecker's.
     """
     _positive("hm", p=p, q=q)
     return Reconciliation(Multilinear("hm", (A, B), rows="ik", cols="jl", p=p, q=q))
@@ -268,10 +247,7 @@ class Hyper:
     hidden: int
     rank: int | None  # None: an MLP with biases; else sigmoid(w P Q^T) S T^T
     seed: int
-
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix: ClassVar[bool] = False
 
     def length(self, n: int, D: int) -> int:
         if min(n, D) < 1:

@@ -98,8 +98,6 @@ class _Scheduler:
         if is_on():
             verify(made, self.gm, name, placed)
 
-    # -- order ---------------------------------------------------------------------------------------------------
-
     def _sources(self, n: fx.Node) -> list[fx.Node]:
         """List what a node reads; a sum that a product is added into reads the product's factors."""
         product = self.added[n][0] if n in self.added else None
@@ -123,8 +121,6 @@ class _Scheduler:
             self._pieces(n, row)
             return True
         return self._joins(n)
-
-    # -- views ---------------------------------------------------------------------------------------------------
 
     def _view(self, n: fx.Node) -> bool:
         source = self.values[n.all_input_nodes[0]]
@@ -155,8 +151,6 @@ class _Scheduler:
         x = torch.empty(fresh.shape, device="meta").reshape(n.meta["val"].shape)
         self.values[n] = View(fresh, tuple(x.shape), tuple(x.stride()))
 
-    # -- matrix products -----------------------------------------------------------------------------------------
-
     def _product(self, n: fx.Node) -> None:
         product, alpha, beta, init = self.added.get(n, (n, 1.0, 0.0, None))
         A, B = (self.values[x] for x in product.args[:2])  # pyright: ignore[reportArgumentType]: nodes
@@ -172,8 +166,6 @@ class _Scheduler:
         self.statements.append(MatrixProduct(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
         self.values[n] = view
 
-    # -- what is put together ------------------------------------------------------------------------------------
-
     def _pieces(self, n: fx.Node, row: Any) -> None:
         out = Buffer(n.name, tuple(n.meta["val"].shape), self.align)
         base, pieces, first = whole(out), list(row.spelt(n, out.shape)), len(self.statements)
@@ -187,8 +179,6 @@ class _Scheduler:
         if all(isinstance(value, fx.Node) for _, value in pieces):  # else what is put there first would come too late
             self.copies += self.statements[first:]  # pyright: ignore[reportAttributeAccessIssue]: all nests
         self.values[n] = base
-
-    # -- nests ---------------------------------------------------------------------------------------------------
 
     def _joins(self, n: fx.Node) -> bool:
         row = find_row(n.target)

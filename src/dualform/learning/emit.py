@@ -169,8 +169,6 @@ class Emitter:
         (loss,) = self.loss((prediction, x.v - x.k if self.inner.target == "v-k" else x.v), x.slow)
         return loss
 
-    # -- key pass ------------------------------------------------------------------------------------------------
-
     def _key_pass(self, x: StepInputs) -> _Keys:
         a, W = self.many, self.variant.width
         with torch.enable_grad():
@@ -253,8 +251,6 @@ class Emitter:
                 assert J is not None
             keys.par[node, leaf] = J
         return keys.par[node, leaf]
-
-    # -- query pass ----------------------------------------------------------------------------------------------
 
     def _query_pass(self, x: StepInputs, coef: Coefficients, keys: _Keys) -> Tensor:
         a = self.many
@@ -351,8 +347,6 @@ class Emitter:
             return run({leaf: w[0] for leaf, w in weights.items()}, [env[n] for n in toks])
         fronts = [token_first(env[n], a.places[n], W) for n in toks]
         return token_back(torch.vmap(run)(weights, fronts), a.places[site.node], site.node.meta["val"].shape)
-
-    # -- state ---------------------------------------------------------------------------------------------------
 
     def _advance(
         self, x: StepInputs, coef: Coefficients, keys: _Keys

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
@@ -22,7 +20,7 @@ from dualform.learning.call import expect_kinds
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.program import ChunkProgram, derive
-from dualform.learning.state import Carried, State, from_tensors
+from dualform.learning.state import Carried, State
 from dualform.learning.templates import expect_fitting, materialised, own_names, templates
 from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError, is_whole, require
@@ -35,20 +33,6 @@ class LayerState(Carried):
     memory: State
     conv: dict[str, Tensor]
     position: Tensor
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerState:
-        """Read what `save` wrote."""
-        parts: dict[str, dict[str, Tensor]] = {"memory": {}, "conv": {}, "": {}}
-        for name, x in load_file(str(path)).items():
-            head, _, rest = name.partition(".")
-            parts[head if rest and head in parts else ""][rest if rest and head in parts else name] = x
-        if set(parts[""]) != {"position"}:
-            raise ValueError(
-                f"LayerState.load: {path} holds tensors named {sorted(parts[''])}; expected 'memory.*', 'conv.*' and "
-                "'position'. Pass a file that LayerState.save wrote."
-            )
-        return cls(from_tensors(State, parts["memory"], path), parts["conv"], parts[""]["position"])
 
 
 _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])

@@ -204,8 +204,6 @@ class ChunkProgram(nn.Module):
         gates = [name for name in self.rule.gates if name != "offset"]
         return gates, list(self.parts.fast), list(self.parts.rest)
 
-    # -- running -------------------------------------------------------------------------------------------------
-
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
         mask: Tensor | None = None, reset: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -302,8 +300,6 @@ class ChunkProgram(nn.Module):
         fast, _ = signature.with_heads(given, heads, signature.computed_in(given), signature.kind[1])
         return started(fast, self.rule.start, batch)
 
-    # -- reading -------------------------------------------------------------------------------------------------
-
     @property
     def _shown(self) -> Plan:
         """The plan that is printed: at the inferred width, in the learner's dtype."""
@@ -327,8 +323,6 @@ class ChunkProgram(nn.Module):
     def schedule(self, backend: Any = "cpp") -> Mapping[str, Code]:
         """Say what a backend that generates code makes of one whole mini-batch: a part per direction, with its source.
 
-        Shape:  none.
-        Dtype:  none.
         Raises: DerivationError for a backend that runs the graphs as they are.
         """
         whole = backend_of(backends_key(backend, "program.schedule")).whole

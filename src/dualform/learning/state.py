@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +40,15 @@ class Carried:
                 found[prefix + f.name] = value
         return found
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Make one of its tensors by dotted name, as `tensors` gives them."""
+        kinds, parts = get_type_hints(cls), dict[str, Any]()
+        for f in fields(cls):  # type: ignore[arg-type]
+            kind, own = kinds[f.name], under(tensors, f"{f.name}.")
+            parts[f.name] = tensors[f.name] if kind is Tensor else kind.of(own) if hasattr(kind, "of") else own
+        return cls(**parts)
+
     def detach(self) -> Self:
         """Cut the state from the graph that made it."""
         return self._map(Tensor.detach)
@@ -48,15 +57,13 @@ class Carried:
         """Move or cast; a dtype changes floating tensors only."""
         device_only = {name: x for name, x in kwargs.items() if name == "device"}
         places = [x for x in args if not isinstance(x, torch.dtype)]
-        return self._map(
-            lambda x: (
-                x.to(*args, **kwargs)
-                if x.is_floating_point()
-                else x.to(*places, **device_only)
-                if places or device_only
-                else x
-            )
-        )
+
+        def move(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                return x.to(*args, **kwargs)
+            return x.to(*places, **device_only) if places or device_only else x
+
+        return self._map(move)
 
     def fork(self, n: int) -> Self:
         """Repeat every row n times, copies beside each other, as beam search wants."""
@@ -70,6 +77,28 @@ class Carried:
     def save(self, path: str | Path) -> None:
         """Write the state as a safetensors file."""
         save_file({name: x.detach().contiguous().cpu() for name, x in self.tensors().items()}, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; refuse a file that holds something else."""
+        tensors, kinds = load_file(str(path)), get_type_hints(cls)
+        try:
+            made = cls.of(tensors)
+        except KeyError:
+            made = None
+        if made is None or made.tensors().keys() != tensors.keys():
+            held = f"{'a tensor' if len(tensors) == 1 else 'tensors'} named {', '.join(map(repr, tensors))}"
+            names = ", ".join(repr(n if kind is Tensor else f"{n}.*") for n, kind in kinds.items())
+            raise ValueError(
+                f"{cls.__name__}.load: {path} holds {held}; expected {names}. Pass a file that {cls.__name__}.save "
+                "wrote."
+            )
+        return made
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -85,11 +114,6 @@ class State(Carried):
     anchor: dict[str, Tensor]
     registers: dict[str, Tensor]
     position: Tensor
-
-    @classmethod
-    def load(cls, path: str | Path) -> State:
-        """Read what `save` wrote."""
-        return from_tensors(cls, load_file(str(path)), path)
 
 
 def row_numbers(rows: Any, count: int) -> Tensor:
@@ -114,25 +138,6 @@ def row_numbers(rows: Any, count: int) -> Tensor:
             f"{count - 1}. Pass those."
         )
     return torch.where(chosen < 0, chosen + count, chosen)
-
-
-def from_tensors(kind: type[State], tensors: dict[str, Tensor], path: str | Path) -> State:
-    """Build a State from dotted names; refuse a file that holds something else."""
-    parts: dict[str, dict[str, Tensor]] = {"anchor": {}, "registers": {}}
-    for name, x in tensors.items():
-        head, _, leaf = name.partition(".")
-        if head in parts and leaf:
-            parts[head][leaf] = x
-        elif name != "position":
-            raise ValueError(
-                f"State.load: {path} holds a tensor named {name!r}; expected names 'anchor.*', 'registers.*', "
-                "'position'. Pass a file that State.save wrote."
-            )
-    if "position" not in tensors or not parts["anchor"]:
-        raise ValueError(
-            f"State.load: {path} holds no position or no anchor; expected both. Pass a file that State.save wrote."
-        )
-    return kind(**parts, position=tensors["position"])
 
 
 _pytree.register_dataclass(State, field_names=["anchor", "registers", "position"], drop_field_names=[])

@@ -44,7 +44,6 @@ class DualformConfig(PreTrainedConfig):
     Any field of a preset can be overridden; `layer_types` (one kind per layer, or a single kind for all) is derived
     after the overrides. A spec left out is that of TTT-MLP.
     Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
-    Dtype:  none.
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, values of another type, kinds and names that are unknown.
     Source: Sun et al. 2024; field names as in their models. Differs: `learner`, `objective`, `rule` are specs.

@@ -96,9 +96,7 @@ def baselines(train: tuple[Document, ...], test: tuple[Document, ...], smoothing
     """Score the held-out text by counts of the training text, and by `gzip -9` of itself, in bits per byte.
 
     unigram: p(x) = (n_x + k) / (n + 256 k);   bigram: p(y | x) = (n_xy + k) / (n_x + 256 k)
-    Shape:  none.
     Dtype:  float64.
-    Raises: nothing.
     """
     k = smoothing
     one, two = np.full(256, k), np.full((256, 256), k)

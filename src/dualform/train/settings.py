@@ -99,8 +99,6 @@ def configure(settings: Settings) -> DualformConfig:
 def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else.
 
-    Shape:  none.
-    Dtype:  none.
     Raises: SettingsError for a file that cannot be read, an unknown name, or a value that does not fit.
     """
     document = {} if file is None else _read(file)

@@ -167,7 +167,6 @@ def train(
 ) -> Outcome:
     """Train, save and evaluate; or go on with a run from its newest whole checkpoint, to the same numbers bit for bit.
 
-    Shape:  none.
     Dtype:  float32.
     Raises: SettingsError, CorpusError before anything is written; TrainingDiverged when the loss is not finite.
     """
