@@ -65,17 +65,14 @@ class TestTimeTraining(nn.Module):
     def __init__(
         self, dim: int, heads: int, *, learner: Any, objective: Any = "squared", rule: Any = "sgd", chunk: int = 16,
         rope_theta: float = 1e4, share_qk: bool = False, use_gate: bool = False, post_norm: bool = True,
-        conv_kernel: int = 4,
-        prove: bool = True,
+        conv_kernel: int = 4, prove: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, n in (("dim", dim), ("heads", heads), ("conv_kernel", conv_kernel)):
             require(is_whole(n), "TestTimeTraining", name, n, "a whole number >= 1", "Pass a positive int.")
         for name, flag in (("share_qk", share_qk), ("use_gate", use_gate), ("post_norm", post_norm)):
             require(isinstance(flag, bool), "TestTimeTraining", name, flag, "True or False", "Pass one of them.")
-        is_right = (
-            not isinstance(rope_theta, bool) and isinstance(rope_theta, int | float) and 0 < rope_theta < math.inf
-        )
+        is_right = type(rope_theta) is not bool and isinstance(rope_theta, int | float) and 0 < rope_theta < math.inf
         require(is_right, "TestTimeTraining", "rope_theta", rope_theta, "a number > 0", "Leave it out for 10000.")
         if dim % heads:
             raise ShapeError(
@@ -130,8 +127,7 @@ class TestTimeTraining(nn.Module):
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        overwrite: bool = False, observed: bool = False,
+        reset: Tensor | None = None, overwrite: bool = False, observed: bool = False,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return (y, state); any split of x over calls with the state carried gives the same y.
 
@@ -238,11 +234,8 @@ class TestTimeTraining(nn.Module):
         if self.k_proj is not None:
             return shared, self.k_proj(x), {}
         assert self.conv_q is not None and self.conv_k is not None
-        tail = (
-            shared.new_zeros(len(x), self.conv_kernel - 1, self.dim)
-            if state is None
-            else state.conv["qk"].to(shared.dtype)
-        )
+        none = shared.new_zeros(len(x), self.conv_kernel - 1, self.dim)
+        tail = none if state is None else state.conv["qk"].to(shared.dtype)
         window, tail = causal_windows(shared, tail, mask, reset)
         return convolved(window, self.conv_q), convolved(window, self.conv_k), {"qk": tail}
 
@@ -277,8 +270,7 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
 
 def turned(x: Tensor, by: Tensor) -> Tensor:
-    """Turn the pairs of x (B, T, H, f) by angles; by (2, B, T, f): what multiplies each entry,
-    and the other of its pair."""
+    """Turn the pairs of x (B, T, H, f); by (2, B, T, f): what multiplies each entry, and the other of its pair."""
     y = x.to(by.dtype)
     others = y.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).reshape(x.shape)
     return torch.addcmul(y * by[0, :, :, None], others, by[1, :, :, None]).to(x.dtype)

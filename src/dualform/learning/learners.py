@@ -158,15 +158,9 @@ def residual_norm(spec: Recipe) -> Recipe:
     nested={name: catalogue for name, catalogue in parts.items() if catalogue.names()},
 )
 def Head(
-    expansion: Any = "identity",
-    reconciliation: Any = "identity",
-    remainder: Any = "zero",
-    interdependence: Any = None,
-    compression: Any = None,
-    channels: int = 1,
-    fusion: Any = "mean",
-    bias: bool = True,
-) -> Recipe:
+    expansion: Any = "identity", reconciliation: Any = "identity", remainder: Any = "zero", interdependence: Any = None,
+    compression: Any = None, channels: int = 1, fusion: Any = "mean", bias: bool = True,
+) -> Recipe:  # fmt: skip
     """Build an RPN head: any expansion with any reconciliation. Its flat w is the fast weight,
     with bias and remainder weights.
 

@@ -177,7 +177,7 @@ class ChunkProgram(nn.Module):
             finally:
                 self.plans.clear()
                 self.plans.update(kept)
-            proving.remember(folder, key, found)
+            proving.remember(folder, key, vars(found))
         _proved[self._structure(made)] = found
         return found
 
@@ -289,7 +289,8 @@ class ChunkProgram(nn.Module):
             expect_width(call.v, made.derivation.V)
             fixed = {name: self.parts.buffers[name] for name in self.door.fixed}
             expect_fixed(fixed, self._compared, call.slow, params or {})
-        return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
+        o, *held, position = scan(self.name, form, backend, call, self.chunk, remat, overwrite)
+        return o, call.after(held, position)
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""

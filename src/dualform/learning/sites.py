@@ -71,9 +71,6 @@ class Analysis:
     def nodes(self) -> list[fx.Node]:
         return [node for node in self.graph.graph.nodes if node.op == "call_function"]
 
-    def is_par(self, node: fx.Node) -> bool:
-        return node not in self.tok and bool(self.leaves[node])
-
     def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values in `env`."""
         args, kwargs = map_arg((node.args, dict(node.kwargs)), env.__getitem__)
@@ -138,7 +135,7 @@ def mark(a: Analysis, W: int) -> None:
             a.tok.add(node)
             if W > 1 and isinstance(node.meta["val"], Tensor):
                 a.places[node] = _place(a, node, env, W)
-            pars = tuple(s for s in sources if a.is_par(s))
+            pars = tuple(s for s in sources if s not in a.tok and a.leaves[s])
             if pars or _sums_tokens(a, node):
                 a.sites.append(_site(a, node, pars))
         else:
@@ -224,21 +221,15 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
         if found is not None:
             return found
     joint = frozenset(j for j, s in enumerate(operands) if a.leaves[s])
-    straight = all(p in operands for p in pars) and local_rules.affine(node.target, joint) and not is_detach(node)
-    return None if straight and is_of_one_type(node) else node
+    straight = all(p in operands for p in pars) and local_rules.affine(node.target, joint)
+    # A detach has no derivative: the value of weights behind one is carried.
+    return None if straight and node.target != aten.detach.default and is_of_one_type(node) else node
 
 
 def is_of_one_type(node: fx.Node) -> bool:
-    """Does an op give one result of its operands' own type? A cast rounds,
-    which no correction at the anchor repeats."""
+    """Does an op give one result of its operands' type? A cast rounds, which no correction repeats."""
     value = node.meta["val"]
     return isinstance(value, Tensor) and all(x.meta["val"].dtype == value.dtype for x in operand_nodes(node))
-
-
-def is_detach(node: fx.Node) -> bool:
-    """Is it a detach? Its derivative is zero, so the value of weights behind one must be carried,
-    not differentiated."""
-    return node.target == aten.detach.default
 
 
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
@@ -263,15 +254,13 @@ def _carried(
     for name, k, source in _read_arguments(node):
         if source not in places:
             continue
-        if 0 in (*node.meta["val"].shape, *source.meta["val"].shape):  # of no numbers nothing is read
-            found.add(_same_place(places[source], source.meta["val"].shape, node.meta["val"].shape))
+        place, before, after = places[source], source.meta["val"].shape, node.meta["val"].shape
+        if 0 in (*after, *before):  # of no numbers nothing is read
+            at = slice(place.axis, place.axis + 1)
+            found.add(place if before[at] == after[at] else None)
         else:
-            found |= carried_places(local_rules.reads(call, name, k), places[source], W) or {None}
+            found |= carried_places(local_rules.reads(call, name, k), place, W) or {None}
     return found.pop() if len(found) == 1 else None
-
-
-def _same_place(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
-    return place if before[place.axis : place.axis + 1] == after[place.axis : place.axis + 1] else None
 
 
 def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:

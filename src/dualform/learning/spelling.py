@@ -99,8 +99,7 @@ def fitted(node: fx.Node) -> fx.Node | None:
 
 
 def twins(many: fx.Graph, one: fx.Graph, W: int) -> dict[fx.Node, fx.Node]:
-    """Match the nodes of two traces of one learner, where they are certainly alike; a rewritten node stands for the one
-    it replaced."""
+    """Match nodes of two traces of a learner where they are certainly alike; rewritten ones for their originals."""
     nodes, others = map(_by_key, (many, one))
     found: dict[fx.Node, fx.Node] = {}
     wrong: set[int] = set()

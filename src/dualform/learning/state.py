@@ -16,8 +16,7 @@ from dualform.learning.transforms import is_known
 
 
 class Carried:
-    """Methods shared by everything that is carried: every field is a tensor, a mapping or another `Carried`,
-    batch first."""
+    """Methods of everything that is carried: every field is a tensor, a mapping or another `Carried`, batch first."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def over(value: Any) -> Any:
@@ -70,8 +69,7 @@ class Carried:
         return self._map(lambda x: x.repeat_interleave(n, 0))
 
     def select(self, rows: Any) -> Self:
-        """Keep the given rows of the batch, in that order:
-        numbers (negative ones count from the end) or a bool for each."""
+        """Keep rows of the batch, in this order: numbers (negative ones from the end) or a bool for each."""
         return self._map(lambda x: x.index_select(0, row_numbers(rows, x.shape[0]).to(x.device)))
 
     def save(self, path: str | Path) -> None:
