@@ -24,7 +24,7 @@ _source = "Zhang 2024 (RPN 1, arXiv 2407.04819), section 5"
     formula="[x, x (x) x, .., x^(x)d]; symmetric: each monomial once", source=_source, domain="all reals; grows as x^d"
 )
 def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
-    """Expand the attributes in their products of up to `degree` factors, the first slowest.
+    """Expand the attributes in their products of up to `degree` factors.
 
     Shape:  (..., m) -> (..., D), D = sum_r m^r, or C(m + d, d) - 1 if symmetric.
     Raises: ShapeError for degree < 1 and, when called, for a row of more than 1e8 features.
@@ -114,9 +114,10 @@ def linear(
     pre: Sequence[float] | Matrix | None = None,
     post: Sequence[float] | Matrix | None = None,
 ) -> Expansion:
-    """Scale the attributes, or mix rows or attributes, by constants, the first that are given.
+    """Scale the attributes, or mix rows or attributes, by constants.
 
-    Shape:  c a number or (m,); pre (b, b): x (..., b, m), row i of the result depends on all b; post (m, D).
+    Shape:  c a number or (m,); pre (b, b): x (..., b, m), row i of the result depends on all b; post (m, D). The first
+            that is given counts.
     Raises: ShapeError if x does not have the constants' size.
     """
     kind, given = next(((k, v) for k, v in (("c", c), ("pre", pre), ("post", post)) if v is not None), ("none", 1.0))
