@@ -36,8 +36,7 @@ _NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_vie
 
 def schedule(
     gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str], over: Mapping[int, int],
-    beside: bool = False,
-    stay: Mapping[int, str] | None = None,
+    beside: bool = False, stay: Mapping[int, str] | None = None,
 ) -> Schedule:  # fmt: skip
     """Turn a graph into statements.
 
@@ -104,8 +103,7 @@ class _Scheduler:
         return [*(product.all_input_nodes if product else ()), *(x for x in n.all_input_nodes if x is not product)]
 
     def _takes(self, n: fx.Node) -> bool:
-        """Add a node to what is open, or make a statement of it;
-        False if it must wait until the open nest is closed."""
+        """Add a node to what is open, or make a statement of it; False if it must wait until the nest is closed."""
         row = find_row(n.target)
         kind = row.kind if row else ""
         if kind == "view" or n.target is operator.getitem:

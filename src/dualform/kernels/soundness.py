@@ -194,10 +194,9 @@ class _Check:
         entries = self._entries(view, steps, space)
         rows = torch.arange(math.prod(lead)).reshape(tuple(lead)) if nest.space else torch.tensor(0)
         T = (rows * nest.stages + stage) * 3 + phase
-        columns = (
-            torch.arange(column).expand(space) if phase == LOOP and nest.space else torch.zeros(space, dtype=torch.long)
-        )
-        T = T.unsqueeze(-1).expand(space) if phase == LOOP and nest.space else T.expand(space)
+        by_column = phase == LOOP and bool(nest.space)
+        columns = torch.arange(column).expand(space) if by_column else torch.zeros(space, dtype=torch.long)
+        T = (T.unsqueeze(-1) if by_column else T).expand(space)
         return _Access(view.buffer, entries.flatten(), T.flatten(), columns.flatten(), k)
 
     def _apart(self, x: _Access, b: Buffer, entries: Tensor) -> None:
