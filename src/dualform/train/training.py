@@ -335,7 +335,7 @@ def _last_loss(history: list[dict[str, float]]) -> float:
 
 def write_metrics(outcome: Outcome, history: list[dict[str, float]]) -> None:
     """Write DIR/metrics.json: the last training loss, the held-out evaluation, and what was logged on the way."""
-    held_out = None if outcome.evaluation is None else outcome.evaluation.to_json()
+    held_out = None if outcome.evaluation is None else vars(outcome.evaluation)
     document = {
         "step": outcome.step, "interrupted": outcome.evaluation is None, "train_loss": outcome.train_loss,
         "train_tokens_per_second": outcome.train_tokens_per_second, "held_out": held_out,
