@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from dualform.cli.output import AsJson, show
 from dualform.train.metrics import plot_loss_by_position, terminal_plot
-from dualform.train.run import resumed
+from dualform.train.run import MODEL, resumed
 from dualform.train.settings import Settings, asked
 from dualform.train.training import num_parameters
 from dualform.train.training import train as run
@@ -63,5 +63,5 @@ def train(
     }  # fmt: skip
     show([row], as_json=as_json)
     if not as_json:
-        place = outcome.folder / "model"
+        place = outcome.folder / MODEL
         print(f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {place}\nplot:  {picture}")

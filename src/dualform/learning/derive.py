@@ -233,7 +233,7 @@ class Derivation:
             if self.per_token is None:
                 a = reassociate(a, W, always=forms[self.inner.form].reassociates)
             else:
-                a.sites[self.per_token].admissible, a.sites[self.per_token].why = False, "it was asked for"
+                a.sites[self.per_token].why = "it was asked for"
             self.analyses[W] = a
         return self.analyses[W]
 

@@ -42,8 +42,11 @@ class Site:
     node: fx.Node
     pars: tuple[fx.Node, ...]  # its par operands
     leaves: tuple[str, ...]  # the fast leaves behind them
-    admissible: bool
-    why: str = ""  # why not
+    why: str  # why it is not admissible; "": it is
+
+    @property
+    def admissible(self) -> bool:
+        return not self.why
 
 
 @dataclass(eq=False)
@@ -137,7 +140,8 @@ def mark(a: Analysis, W: int) -> None:
                 a.places[node] = _place(a, node, env, W)
             pars = tuple(s for s in sources if s not in a.tok and a.leaves[s])
             if pars or _sums_tokens(a, node):
-                a.sites.append(_site(a, node, pars))
+                leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
+                a.sites.append(Site(node, pars, leaves, _why_inadmissible(a, node, pars)))
         else:
             _follow_rows(a, node, env, W, rows)
         if is_kept(node):
@@ -189,25 +193,18 @@ def read_nodes(node: fx.Node) -> list[fx.Node]:
     return [x for name, _, x in _arguments(node) if name not in unread] if unread else node.all_input_nodes
 
 
-def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
-    leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
+def _why_inadmissible(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> str:
     operands = operand_nodes(node)
     if is_kept(node):
-        return Site(node, pars, leaves, False, f"{op_name(node)} has a gradient of its own")
+        return f"{op_name(node)} has a gradient of its own"
     if not all(p in operands for p in pars):
-        return Site(node, pars, leaves, False, "a weight decides a branch or an index")
+        return "a weight decides a branch or an index"
     if not is_of_one_type(node):
-        return Site(
-            node, pars, leaves, False, f"{op_name(node)} meets numbers of several types, or gives several results"
-        )
+        return f"{op_name(node)} meets numbers of several types, or gives several results"
     if not local_rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
-        return Site(node, pars, leaves, False, f"{op_name(node)} is not jointly affine in its weights")
+        return f"{op_name(node)} is not jointly affine in its weights"
     crooked = next((bad for p in pars if (bad := first_crooked(a, p)) is not None), None)
-    if crooked is not None:
-        return Site(
-            node, pars, leaves, False, f"the weights pass through {op_name(crooked)}, which is not affine in them"
-        )
-    return Site(node, pars, leaves, True)
+    return "" if crooked is None else f"the weights pass through {op_name(crooked)}, which is not affine in them"
 
 
 def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:

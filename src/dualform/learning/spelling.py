@@ -268,9 +268,8 @@ def has_no_row(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and value.is_complex():  # made of constants: the tracer leaves no others
         return False
-    is_op = isinstance(node.target, torch._ops.OpOverload) and bool(
-        node.all_input_nodes
-    )  # of none, there is none to have
+    # An op of no tensors has none to have.
+    is_op = isinstance(node.target, torch._ops.OpOverload) and len(node.all_input_nodes) > 0
     return is_op and not local_rules.is_structured(node.target)
 
 

@@ -307,7 +307,7 @@ def _outcome_of(run: TrainingRun, record: Mapping[str, Any]) -> Outcome:
 
 def _arguments(settings: Settings, config: DualformConfig, quiet: bool) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(settings.folder / "checkpoints"),
+        output_dir=str(settings.folder / CHECKPOINTS),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
