@@ -40,9 +40,6 @@ class UnknownNameError(CatalogueError, AttributeError):
 def normalise(name: str) -> str:
     """Reduce a name to what its spellings share: `LowRank`, `low_rank` and `low-rank` are one name.
 
-    Shape:  none.
-    Dtype:  none.
-    Raises: nothing.
     Example:
         >>> normalise("Low-Rank") == normalise("low_rank")
         True
@@ -66,7 +63,6 @@ def expect(
     """Refuse a value that does not fit an annotation, which may say a range too, as Annotated[int, Ge(1)] does.
 
     Numbers are finite, and True is none; a whole number is a float's value as well.
-    Shape:  none.
     Raises: `kind`, with what is wrong and what is expected.
     Example:
         >>> expect("train", "max_steps", 3, int)
@@ -213,7 +209,8 @@ class Record:
 
     @property
     def __doc__(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]: per record, not per class
-        return self.function.__doc__
+        parts = (inspect.getdoc(self.function), self.formula, self.source and f"Source: {self.source}")
+        return "\n\n".join(filter(None, parts)) or None
 
     def __call__(self, *args: Any, **options: Any) -> Bound:
         known = list(self.signature.parameters)
@@ -315,8 +312,6 @@ _of_kind: dict[str, Catalogue] = {}
 class Catalogue:
     """Named records of one kind, found by any spelling of their names.
 
-    Shape:  none.
-    Dtype:  none.
     Raises: UnknownNameError for a name it lacks, CatalogueError for a duplicate, an unknown option or a bad spec.
     Example:
         >>> shapes = Catalogue("shapes")

@@ -6,13 +6,12 @@ import inspect
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from cyclopts import Parameter
 from torch import Tensor
 
-from dualform.cli.output import UsageError, show
+from dualform.cli.output import AsJson, UsageError, Words, show
 from dualform.learning.backends import BackendError
 from dualform.learning.learners import learners
 from dualform.learning.program import ChunkProgram, derive
@@ -37,34 +36,21 @@ MACHINES = {
 
 
 def bench(
-    name: Literal["cpu", "gpu"], /, *,
-    learner: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    batch: int | None = None, length: int | None = None, dim: int = 64, heads: int | None = None, chunk: int = 16,
-    rounds: int = 3,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    name: Literal["cpu", "gpu"], /, *, learner: Words = None, batch: int | None = None, length: int | None = None,
+    dim: int = 64, heads: int | None = None, chunk: int = 16, rounds: int = 3, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Time a forward and backward pass of each learner, in milliseconds, the best of some rounds.
 
-    Parameters
-    ----------
-    name
-        cpu: eager and generated C++, float32. gpu: eager and generated Triton, bfloat16.
-    learner
-        Names of learners; default all, each with its default options.
-    batch
-        Sequences at once. Default 1 on a CPU, 8 on a GPU.
-    length
-        Tokens of a sequence. Default 1024 on a CPU, 2048 on a GPU.
-    dim
-        Width of a head.
-    heads
-        Heads. Default 4 on a CPU, 12 on a GPU.
-    chunk
-        Tokens of a mini-batch.
-    rounds
-        Passes of each; the first, which compiles, is not counted.
-    as_json
-        Print JSON instead of a table.
+    Args:
+        name: cpu: eager and generated C++, float32. gpu: eager and generated Triton, bfloat16.
+        learner: Names of learners; default all, each with its default options.
+        batch: Sequences at once. Default 1 on a CPU, 8 on a GPU.
+        length: Tokens of a sequence. Default 1024 on a CPU, 2048 on a GPU.
+        dim: Width of a head.
+        heads: Heads. Default 4 on a CPU, 12 on a GPU.
+        chunk: Tokens of a mini-batch.
+        rounds: Passes of each; the first, which compiles, is not counted.
+        as_json: Print JSON instead of a table.
     """
     on = MACHINES[name]
     batch, length, heads = (

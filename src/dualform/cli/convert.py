@@ -17,15 +17,11 @@ _kept = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"
 def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"] | None = None) -> None:
     """Convert a model's folder to or from the layout of ttt-lm-pytorch.
 
-    Parameters
-    ----------
-    source
-        A folder with config.json and *.safetensors, sharded or not: ours, of ttt-lm-pytorch or of ttt-lm-kernels; or
-        with config.json and a *.npz of ttt-lm-jax (names joined by "/"). Pickles are refused.
-    target
-        The folder to write.
-    to
-        The layout to write: "dualform" unless the source is that already, else "official" (ttt-lm-pytorch).
+    Args:
+        source: A folder with config.json and *.safetensors, sharded or not: ours, of ttt-lm-pytorch or of
+            ttt-lm-kernels; or with config.json and a *.npz of ttt-lm-jax (names joined by "/"). Pickles are refused.
+        target: The folder to write.
+        to: The layout to write: "dualform" unless the source is that already, else "official" (ttt-lm-pytorch).
     """
     if not source.exists():
         raise UsageError(

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from dualform.cli.output import UsageError, load_model, show
+from dualform.cli.output import AsJson, UsageError, load_model, show
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
 from dualform.train.metrics import baselines
 from dualform.train.metrics import evaluate as score
@@ -17,23 +14,17 @@ from dualform.train.settings import Settings
 
 def evaluate(
     model: str, /, *, data: str | None = None, seq_len: int | None = None, batch_size: int | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score a model on the held-out part of a text.
 
-    Parameters
-    ----------
-    model
-        A folder that `train` wrote.
-    data
-        A file, a folder, or "shakespeare"; its held-out part is scored. Default: what the model was trained on, and
-        "shakespeare" for a model outside of a run.
-    seq_len
-        Tokens per row; each row starts with an unread state. Default: as in training, or 128.
-    batch_size
-        Rows at once. Default: as in training, or 16.
-    as_json
-        Print JSON instead of a table.
+    Args:
+        model: A folder that `train` wrote.
+        data: A file, a folder, or "shakespeare"; its held-out part is scored. Default: what the model was trained on,
+            and "shakespeare" for a model outside of a run.
+        seq_len: Tokens per row; each row starts with an unread state. Default: as in training, or 128.
+        batch_size: Rows at once. Default: as in training, or 16.
+        as_json: Print JSON instead of a table.
     """
     for name, value in {"seq_len": seq_len, "batch_size": batch_size}.items():
         if value is not None and value < 1:

@@ -18,7 +18,7 @@ from torch import nn
 from dualform.calculus import Derivative, jacobian
 from dualform.catalogue import near_misses
 from dualform.cli.expression import compile_expression, expect_used, parse_shapes
-from dualform.cli.output import UsageError, load_model
+from dualform.cli.output import UsageError, Words, load_model
 from dualform.learning.layer import TestTimeTraining
 from dualform.learning.program import derive
 from dualform.learning.rules import rules
@@ -27,32 +27,22 @@ from dualform.models.blocks import learning_layer
 
 
 def explain(
-    target: str, /, *, dim: int | None = None,
-    shapes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None, wrt: str | None = None,
-    axes: str | None = None, level: Literal["one-line", "steps", "proof"] | None = None,
+    target: str, /, *, dim: int | None = None, shapes: Words = None, wrt: str | None = None, axes: str | None = None,
+    level: Literal["one-line", "steps", "proof"] | None = None,
     format: Literal["text", "latex", "html"] | None = None, json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:  # fmt: skip
     """Show sites, structured derivatives, chosen forms, costs and the program; or the derivative of a formula.
 
-    Parameters
-    ----------
-    target
-        A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a formula
-        such as "x + y" or a FILE.py:NAME that is a function of tensors.
-    dim
-        The width of a head: what a learner from a file is made with (default 64), and a preset beside its own.
-    shapes
-        The arguments and their shapes: --shapes x=2 y=2,2.
-    wrt
-        Which argument to differentiate by. Default the first.
-    axes
-        Names of the axes of a formula's arguments and result: --axes "i j, j l -> i l".
-    level
-        How much to say: one-line, steps (the default) or proof.
-    format
-        text (the default), latex or html (a page that stands alone).
-    json
-        Print the steps of a formula as JSON.
+    Args:
+        target: A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a
+            formula such as "x + y" or a FILE.py:NAME that is a function of tensors.
+        dim: The width of a head: what a learner from a file is made with (default 64), and a preset beside its own.
+        shapes: The arguments and their shapes: --shapes x=2 y=2,2.
+        wrt: Which argument to differentiate by. Default the first.
+        axes: Names of the axes of a formula's arguments and result: --axes "i j, j l -> i l".
+        level: How much to say: one-line, steps (the default) or proof.
+        format: text (the default), latex or html (a page that stands alone).
+        json: Print the steps of a formula as JSON.
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
@@ -73,11 +63,9 @@ def explain(
 def _written(found: Any, target: str, format: str, json: bool) -> str:
     if json:
         return dumps(found.to_dict(), indent=2, ensure_ascii=False)
-    if format == "latex":
-        return found.to_latex()
     if format == "html":
         return f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(target)}</title>\n{found._repr_html_()}'
-    return str(found)
+    return found.to_latex() if format == "latex" else str(found)
 
 
 def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None) -> Any:
@@ -94,7 +82,8 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
         expect_used(target, names)
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.rand(shapes[n], dtype=torch.float64, generator=generator) + 0.5 for n in names}
-    named = {n: tensors.pop(n) for n in names if n in _keyword_only(function)}
+    by_name = {p.name for p in _parameters(function) if p.kind is p.KEYWORD_ONLY}
+    named = {n: tensors.pop(n) for n in names if n in by_name}
     chosen = wrt or next(iter(shapes))
     at: int | str = chosen if chosen in named else list(tensors).index(chosen)
     found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
@@ -110,10 +99,6 @@ def _parameters(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return []
-
-
-def _keyword_only(function: Callable[..., Any]) -> list[str]:
-    return [p.name for p in _parameters(function) if p.kind is p.KEYWORD_ONLY]
 
 
 def _matched(target: str, function: Callable[..., Any], names: list[str]) -> list[str]:

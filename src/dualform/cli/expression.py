@@ -149,9 +149,7 @@ class _Reader:
     """Rebuilds a formula's tree from the allowed parts alone; `scope` has the functions it calls."""
 
     def __init__(self, text: str, names: list[str]) -> None:
-        self.text = text
-        self.names = names
-        self.scope: dict[str, Any] = {}
+        self.text, self.names, self.scope = text, names, dict[str, Any]()
 
     def function(self, body: ast.expr) -> ast.Expression:
         """The formula as a function of its names."""
@@ -212,11 +210,10 @@ class _Reader:
         if name in functions:
             self.refuse(node, f"{name!r} is a function; expected its arguments in brackets, as in {name}(x)")
         known = f" {near_misses(name, sorted(self.names))}" if self.names else ""
-        self.refuse(
-            node,
-            f"{name!r} in {self.text!r} has no shape; expected one for each name. "
-            f"Add {name}=SIZES to --shapes.{known}".rstrip("."),
+        what = (
+            f"{name!r} in {self.text!r} has no shape; expected one for each name. Add {name}=SIZES to --shapes.{known}"
         )
+        self.refuse(node, what.rstrip("."))
 
     def _call(self, node: ast.Call) -> ast.expr:
         args = [self._argument(a) for a in node.args]
@@ -237,10 +234,9 @@ class _Reader:
             return ast.Call(ast.Name(called, ast.Load()), args, keywords)
         if isinstance(node.func, ast.Attribute):
             value = self.tensor(node.func.value)
-            if node.func.attr not in methods:
-                name = node.func.attr
+            if name not in methods:
                 self.refuse(node.func, f"there is no method {name!r}. {near_misses(name, sorted(methods))}")
-            return ast.Call(ast.Attribute(value, node.func.attr, ast.Load()), args, keywords)
+            return ast.Call(ast.Attribute(value, name, ast.Load()), args, keywords)
         self.refuse(node.func, "this cannot be called; expected a function or a method")
 
     def _argument(self, node: ast.expr) -> ast.expr:
@@ -248,10 +244,8 @@ class _Reader:
         match node:
             case ast.Constant(value=value) if value is None or isinstance(value, (str, bool)):
                 return ast.Constant(value)
-            case ast.Tuple(elts=elements):
-                return ast.Tuple([self._argument(e) for e in elements], ast.Load())
-            case ast.List(elts=elements):
-                return ast.List([self._argument(e) for e in elements], ast.Load())
+            case ast.Tuple() | ast.List():
+                return type(node)([self._argument(e) for e in node.elts], ast.Load())
         return self.tensor(node)
 
     def _index(self, node: ast.expr) -> ast.expr:
@@ -271,7 +265,6 @@ def _number(node: ast.expr) -> float | None:
     match node:
         case ast.Constant(value=value) if isinstance(value, (int, float)):
             return value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            inner = _number(operand)
-            return None if inner is None else -inner
+        case ast.UnaryOp(op=ast.USub(), operand=operand) if (inner := _number(operand)) is not None:
+            return -inner
     return None

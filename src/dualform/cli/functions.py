@@ -6,34 +6,25 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from dualform.cli.output import UsageError, show
+from dualform.cli.output import AsJson, UsageError, Words, show
 from dualform.functions.describe import Curves, Description, Image, describe, example, families, find, parse, picture
 
 shades = " .:-=+*#%@"
 
 
 def functions(
-    name: str | None = None, /, *,
-    set: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None, png: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:  # fmt: skip
+    name: str | None = None, /, *, set: Words = None, png: Path | None = None, as_json: AsJson = False
+) -> None:
     """List the functions of all families, one family, or describe a record: equation, sizes, domain, source, a picture.
 
-    Parameters
-    ----------
-    name
-        A family (expansions), a record (taylor), or both where a name is in several families (remainders.identity).
-        tinyBIG's class names are known.
-    set
-        Options of the record: --set degree=3 symmetric=true.
-    png
-        Write the picture as a PNG instead of drawing it in characters.
-    as_json
-        Print JSON instead of a table.
+    Args:
+        name: A family (expansions), a record (taylor), or both where a name is in several families
+            (remainders.identity). tinyBIG's class names are known.
+        set: Options of the record: --set degree=3 symmetric=true.
+        png: Write the picture as a PNG instead of drawing it in characters.
+        as_json: Print JSON instead of a table.
     """
     if name is None or name in families:
         if set or png:
@@ -41,11 +32,7 @@ def functions(
                 "functions: --set and --png are of one record; expected its name. Run `functions` for the names."
             )
         rows = list(_rows(families if name is None else {name: families[name]}))
-        if not rows and not as_json:
-            print(f"{name}: none as yet")
-            return
-        show(rows, as_json=as_json)
-        return
+        return show(rows, as_json=as_json) if rows or as_json else print(f"{name}: none as yet")
     if png is not None and (png.suffix != ".png" or not png.parent.is_dir()):
         raise UsageError(f"functions: --png is {png}; expected FILE.png in a folder that exists. Name another.")
     found = find(name)

@@ -24,20 +24,13 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue a prompt, printing as it goes; then say on stderr how each layer's inner loss fell over the prompt.
 
-    Parameters
-    ----------
-    model
-        A folder that `train` wrote.
-    prompt
-        The text to continue.
-    max_new_tokens
-        How many tokens to add at most.
-    temperature
-        0 takes the likeliest token each time.
-    seed
-        Of the sampling; temperature 0 draws nothing.
-    state
-        A file that carries what the layers have learnt: read if it is there, and written at the end.
+    Args:
+        model: A folder that `train` wrote.
+        prompt: The text to continue.
+        max_new_tokens: How many tokens to add at most.
+        temperature: 0 takes the likeliest token each time.
+        seed: Of the sampling; temperature 0 draws nothing.
+        state: A file that carries what the layers have learnt: read if it is there, and written at the end.
     """
     if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits overflow
         raise UsageError(
@@ -61,15 +54,10 @@ def generate(
     print(prompt, end="", flush=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     result: Any = cast("Any", lm).generate(  # its protocol asks for attributes that only some models have
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=lm.config.pad_token_id or 0,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        return_dict_in_generate=True,
-        **sampling,
-    )
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_new_tokens,
+        pad_token_id=lm.config.pad_token_id or 0, return_dict_in_generate=True,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
+    )  # fmt: skip
     if learnt:
         print(file=sys.stderr)
         show(learnt, "inner loss over the prompt", file=sys.stderr)

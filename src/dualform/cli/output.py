@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dualform.models import DualformForCausalLM
 from dualform.models.folder import model_folder
 from dualform.train.run import newest_whole
+
+AsJson = Annotated[bool, Parameter(name="--json", negative="")]
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 
 class UsageError(ValueError):

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from dualform.cli.output import show
+from dualform.cli.output import AsJson, show
 from dualform.models import DualformConfig, presets
 
 
-def list_presets(
-    name: str | None = None, /, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False
-) -> None:
+def list_presets(name: str | None = None, /, *, as_json: AsJson = False) -> None:
     """List the presets, or show one preset's configuration.
 
-    Parameters
-    ----------
-    name
-        The preset to show in full.
-    as_json
-        Print JSON instead of a table.
+    Args:
+        name: The preset to show in full.
+        as_json: Print JSON instead of a table.
     """
     if name is not None:
         fields = DualformConfig(preset=name).to_diff_dict()

@@ -9,9 +9,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from dualform.cli.output import show
+from dualform.cli.output import AsJson, show
 from dualform.train.metrics import plot_loss_by_position, terminal_plot
-from dualform.train.run import resumed
+from dualform.train.run import MODEL, resumed
 from dualform.train.settings import Settings, asked
 from dualform.train.training import num_parameters
 from dualform.train.training import train as run
@@ -23,37 +23,24 @@ def train(
     learning_rate: float | None = None, seed: int | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     assignments: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Train a model on text and score it on text held out.
 
-    Parameters
-    ----------
-    config
-        A TOML file of these settings; its table [model] overrides fields of the preset.
-    preset
-        A name that `dualform presets` lists. Default tiny-ttt-mlp.
-    data
-        A file, a folder, or "shakespeare" (the default).
-    output
-        The folder to write: model/, metrics.json, loss_by_position.png, checkpoints/. Default runs/PRESET.
-    max_steps
-        Optimiser steps. Default 400.
-    seq_len
-        Tokens per row. Default 128.
-    batch_size
-        Rows per step. Default 16.
-    learning_rate
-        Peak of the cosine schedule. Default 0.005.
-    seed
-        Of weights and order. Default 0.
-    resume
-        Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is given
-        beside this must be what the run was made with.
-    assignments
-        A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated.
-    as_json
-        Print the final table as JSON.
+    Args:
+        config: A TOML file of these settings; its table [model] overrides fields of the preset.
+        preset: A name that `dualform presets` lists. Default tiny-ttt-mlp.
+        data: A file, a folder, or "shakespeare" (the default).
+        output: The folder to write: model/, metrics.json, loss_by_position.png, checkpoints/. Default runs/PRESET.
+        max_steps: Optimiser steps. Default 400.
+        seq_len: Tokens per row. Default 128.
+        batch_size: Rows per step. Default 16.
+        learning_rate: Peak of the cosine schedule. Default 0.005.
+        seed: Of weights and order. Default 0.
+        resume: Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is
+            given beside this must be what the run was made with.
+        assignments: A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated.
+        as_json: Print the final table as JSON.
     """
     flags = {
         "preset": preset, "data": data, "output": output, "max_steps": max_steps, "seq_len": seq_len,
@@ -76,5 +63,5 @@ def train(
     }  # fmt: skip
     show([row], as_json=as_json)
     if not as_json:
-        place = outcome.folder / "model"
+        place = outcome.folder / MODEL
         print(f"\nheld-out loss by position\n{terminal_plot(curve)}\n\nmodel: {place}\nplot:  {picture}")

@@ -26,7 +26,6 @@ _source = "Zhang 2024 (RPN 1, arXiv 2407.04819), section 5"
 def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
     """Expand the attributes in their products of up to `degree` factors.
 
-    kappa(x) = [x, x (x) x, ..]: all m^r products of r factors, the first slowest; symmetric: each distinct one once
     Shape:  (..., m) -> (..., D), D = sum_r m^r, or C(m + d, d) - 1 if symmetric.
     Raises: ShapeError for degree < 1 and, when called, for a row of more than 1e8 features.
     """
@@ -46,7 +45,6 @@ def taylor(degree: int = 2, symmetric: bool = False) -> Expansion:
 def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
     """List the attributes of every subset of up to `degree` attributes.
 
-    kappa(x) = [x_i for i in S for S in subsets of size r, r = 1 .. d]
     Shape:  (..., m) -> (..., D), D = sum_r r C(m, r), or r C(m + r - 1, r) with replacement.
     Raises: ShapeError for degree < 1.
     """
@@ -79,7 +77,6 @@ def combinatorial(degree: int = 2, with_replacement: bool = False) -> Expansion:
 def combinatorial_normal(degree: int = 1, with_replacement: bool = False) -> Expansion:
     """Take the log-density of every subset of up to `degree` attributes under the standard normal.
 
-    kappa(x) = [-(|x_S|^2 + r log 2 pi) / 2 for S in subsets of size r, r = 1 .. d]
     Shape:  (..., m) -> (..., D), D = sum_r C(m, r), or C(m + r - 1, r) with replacement.
     Raises: ShapeError for degree < 1.
     """
@@ -119,8 +116,8 @@ def linear(
 ) -> Expansion:
     """Scale the attributes, or mix rows or attributes, by constants.
 
-    kappa(x) = c x | pre x | x post, the first that is given
-    Shape:  c a number or (m,); pre (b, b): x (..., b, m), row i of the result depends on all b; post (m, D).
+    Shape:  c a number or (m,); pre (b, b): x (..., b, m), row i of the result depends on all b; post (m, D). The first
+            that is given counts.
     Raises: ShapeError if x does not have the constants' size.
     """
     kind, given = next(((k, v) for k, v in (("c", c), ("pre", pre), ("post", post)) if v is not None), ("none", 1.0))
@@ -182,7 +179,6 @@ def _common(parts: Sequence[Expansion], ends: Callable[[Expansion], tuple[float,
 def extended(functions: Any = ("identity",)) -> Expansion:
     """Put the features of several expansions side by side.
 
-    kappa(x) = [f_1(x) | .. | f_k(x)]
     Shape:  (..., m) -> (..., D), D = D_1 + .. + D_k.
     Raises: ShapeError for an empty list.
     """
@@ -205,7 +201,6 @@ def extended(functions: Any = ("identity",)) -> Expansion:
 def nested(functions: Any = ("identity",)) -> Expansion:
     """Expand the features of one expansion in the next.
 
-    kappa(x) = f_k(.. f_2(f_1(x)))
     Shape:  (..., m) -> (..., D), D = D_k(.. D_1(m)).
     Raises: ShapeError for an empty list.
     """

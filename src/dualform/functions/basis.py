@@ -26,7 +26,7 @@ from torch import Tensor
 from dualform.catalogue import Catalogue
 from dualform.functions.in_blocks import Basis, Pull, evaluate, joined
 from dualform.functions.subsets import monomials, num_subsets, symmetric_powers
-from dualform.shapes import fail
+from dualform.shapes import fail, is_whole
 
 expansions = Catalogue("expansions")
 expansion = partial(expansions.record, suffix="_expansion")
@@ -88,6 +88,13 @@ class Expansion:
             fail(self.name, "m", f"is {m}", "at least one attribute, m >= 1", "Pass the size of x's last axis.")
         M = self.base_dim(m)
         return sum(num_subsets(M, d, repeat=True) if self.symmetric else M**d for d in self.degrees)
+
+    def takes(self, m: int) -> bool:
+        """Does it expand m attributes?"""
+        try:
+            return self.dim(m) > 0
+        except ValueError:
+            return False
 
     def phi(self, x: Tensor) -> Tensor:
         """Evaluate the k functions of one attribute: x (...) -> (..., k)."""
@@ -214,5 +221,5 @@ def along(values: Tensor, axis: int) -> Tensor:
 
 def positive(name: str, option: str, value: float, least: int = 1) -> None:
     """Refuse a degree or a count that is no whole number >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         fail(name, option, f"is {value!r}", f"a whole number {option} >= {least}", f"Pass {option}={least} or more.")

@@ -85,32 +85,24 @@ def _radial(
 Centres = Sequence[float] | Sequence[Sequence[float]] | None
 
 
-@expansion(
-    formula="exp(-(eps (x - c_k))^2), c_k = linspace(span, count) or the given centres",
-    source="Broomhead, Lowe 1988",
-    domain="all reals; decays to 0 away from the centres",
-)
-def gaussian_rbf(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
-    """Expand every attribute in Gaussian bumps around centres."""
-    return _radial(
-        "gaussian_rbf", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), lambda y: -y, span, count, epsilon,
-        centres,
-    )  # fmt: skip
+def _bump(name: str, words: str, shape: str, function: Radial, slope: Radial, **columns: Any) -> None:
+    """Register the expansion in copies of one bump."""
+
+    def build(span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None) -> Expansion:
+        return _radial(name, shape, function, slope, span, count, epsilon, centres)
+
+    build.__name__, build.__doc__ = name, f"Expand every attribute in {words} around centres."
+    expansion(domain="all reals; decays to 0 away from the centres", **columns)(build)
 
 
-@expansion(
-    formula="1 / (1 + (eps (x - c_k))^2), c_k as for gaussian_rbf",
-    source="Fornberg, Flyer 2015",
-    domain="all reals; decays to 0 away from the centres",
-)
-def inverse_quadratic_rbf(
-    span: Span = (-1.0, 1.0), count: int = 10, epsilon: float = 1.0, centres: Centres = None
-) -> Expansion:
-    """Expand every attribute in inverse quadratic bumps around centres."""
-    return _radial(
-        "inverse_quadratic_rbf", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r), lambda y: -y * y, span, count,
-        epsilon, centres,
-    )  # fmt: skip
+_bump(
+    "gaussian_rbf", "Gaussian bumps", "exp(-({eps!r}*(x-({c!r})))**2)", lambda r: torch.exp(-r), lambda y: -y,
+    formula="exp(-(eps (x - c_k))^2), c_k = linspace(span, count) or the given centres", source="Broomhead, Lowe 1988",
+)  # fmt: skip
+_bump(
+    "inverse_quadratic_rbf", "inverse quadratic bumps", "1/(1+({eps!r}*(x-({c!r})))**2)", lambda r: 1 / (1 + r),
+    lambda y: -y * y, formula="1 / (1 + (eps (x - c_k))^2), c_k as for gaussian_rbf", source="Fornberg, Flyer 2015",
+)  # fmt: skip
 
 
 @expansion(

@@ -87,7 +87,6 @@ def example(record: Record, **options: Any) -> Bound | None:
 def describe(family: str, record: Record, **options: Any) -> Description:
     """Describe a record, with these options.
 
-    Shape:  none.
     Raises: CatalogueError for options that it does not have.
     Example:
         >>> describe("expansions", expansions["taylor"], degree=3).sizes["m = 10"]
@@ -126,19 +125,17 @@ def _rows(cases: list[tuple[str, Callable[[], str]]]) -> dict[str, str]:
 
 _sizes: dict[str, Callable[[Any], dict[str, str]]] = {
     "expansions": lambda e: _rows([(f"m = {m}", lambda m=m: f"D = {e.dim(m):,}") for m in (1, 4, 10, 100, 784)]),
-    "reconciliations": lambda r: _rows(
-        [
-            (f"n = {n}, D = {D:,}", lambda n=n, D=D: f"l = {r.length(n, D):,}")
-            for n, D in ((6, 12), (64, 784), (64, 615440))
-        ]
-    ),
-    "remainders": lambda p: _rows(
-        [(f"m = {m}, n = {n}", lambda m=m, n=n: f"l = {p.length(m, n):,}") for m, n in ((4, 4), (784, 64))]
-    ),
-    "fusions": lambda u: _rows(
-        [(f"dims = {d}", lambda d=d: f"n = {u.width(d)}, l = {u.length(d):,}") for d in ((4, 4), (2, 4, 6), (8,) * 4)]
-    ),
-}
+    "reconciliations": lambda r: _rows([
+        (f"n = {n}, D = {D:,}", lambda n=n, D=D: f"l = {r.length(n, D):,}")
+        for n, D in ((6, 12), (64, 784), (64, 615440))
+    ]),
+    "remainders": lambda p: _rows([
+        (f"m = {m}, n = {n}", lambda m=m, n=n: f"l = {p.length(m, n):,}") for m, n in ((4, 4), (784, 64))
+    ]),
+    "fusions": lambda u: _rows([
+        (f"dims = {d}", lambda d=d: f"n = {u.width(d)}, l = {u.length(d):,}") for d in ((4, 4), (2, 4, 6), (8,) * 4)
+    ]),
+}  # fmt: skip
 
 
 def picture(family: str, made: Bound) -> Curves | Image | None:
@@ -151,20 +148,13 @@ def _of_expansion(e: Any) -> Curves | Image:
     t = torch.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), 161, dtype=torch.float64)
     if e.width is not None:
         return _curves(t, e.phi(t), [f"phi_{k + 1}" for k in range(e.width)], f"{e.name}: functions of one attribute")
-    m = next(m for m in range(2, 10_000) if _takes(e, m))
+    m = next(m for m in range(2, 10_000) if e.takes(m))
     eye = torch.eye(m, dtype=torch.float64)
     if e.batchwise and torch.allclose(e(3 * eye).sum(0), e(eye.sum(0, keepdim=True) * 3)[0]) and m > 3:
         return Image(e(eye).mT.tolist(), f"{e.name}: the cell (column) that each feature (row) reads, m = {m}")
     line = torch.stack([t * 0.5**i for i in range(m)], -1)
     names = [f"x{i + 1}" for i in range(m)]
     return _curves(t, e(line), e.features(names), f"{e.name}: features of x = (t, t/2, ..), m = {m}")
-
-
-def _takes(e: Any, m: int) -> bool:
-    try:
-        return e.dim(m) > 0
-    except ValueError:
-        return False
 
 
 def _curves(t: Tensor, y: Tensor, labels: list[str], title: str) -> Curves:

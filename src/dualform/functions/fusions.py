@@ -151,7 +151,6 @@ def metric(metric: str | Callable[[Tensor], Tensor] = "mean") -> Fusion:
 
     Shape:  k times (..., n) -> (..., n).
     Raises: ValueError for an unknown metric.
-    Source: Zhang 2024 (RPN 2).
     """
     if isinstance(metric, str) and metric not in metrics:
         advice = near_misses(metric, sorted(metrics))
@@ -165,7 +164,6 @@ def weighted_summation(weights: Sequence[float]) -> Fusion:
 
     Shape:  k times (..., n) -> (..., n); no parameters.
     Raises: ShapeError if there are not k weights.
-    Source: Zhang 2024 (RPN 2).
     """
     return Fusion("weighted_summation", "weigh", weights=tuple(float(x) for x in weights))
 
@@ -175,8 +173,7 @@ def parameterized_weighted_summation() -> Fusion:
     """Add with learnt weights, which a Head begins at one.
 
     Shape:  k times (..., n) -> (..., n); w (k,).
-    Raises: ShapeError if w does not have k entries.
-    Source: Zhang 2024 (RPN 2). Differs: tinyBIG's raises for every k > 1.
+    Raises: ShapeError if w does not have k entries. Differs: tinyBIG's raises for every k > 1.
     """
     return Fusion("parameterized_weighted_summation", "weigh")
 
@@ -212,11 +209,9 @@ def _mixing(name: str, of: str, *aliases: str) -> None:
 
     Shape:  k times (..., n_i) -> (..., n); w (l,), l that of {of} at (n, sum n_i). n = None is the first input's width.
     Raises: ShapeError if w does not have l entries.
-    Source: Zhang 2024 (RPN 2).
     """
     build.__name__ = name
-    formula = f"[x_1 | ... | x_k] psi(w)^T, psi = {of}"
-    fusion(aliases=aliases, formula=formula)(build)
+    fusion(aliases=aliases, formula=f"[x_1 | ... | x_k] psi(w)^T, psi = {of}")(build)
 
 
 _mixing("parameterized_concatenation", "identity")

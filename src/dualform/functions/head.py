@@ -39,7 +39,6 @@ parts: dict[str, Catalogue] = {
 class HeadConfig(Config):
     """What a Head is, as data: hashable, and JSON or TOML and back.
 
-    Shape:  none.
     Raises: ValueError for an unknown name, option or key, or a size below one.
     Example:
         >>> c = HeadConfig(4, 2, reconciliation=("low_rank", {"rank": 1}))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dualform.functions.config import Config
 from dualform.functions.fusions import fusions
 from dualform.functions.head import Head, HeadConfig
-from dualform.functions.reconciliations import Reconciliation, reconciliations
+from dualform.functions.reconciliations import reconciliations
 from dualform.functions.remainders import find_activation
 from dualform.shapes import fail
 
@@ -84,7 +84,6 @@ class Layer(nn.Module):
 class StackConfig(Config):
     """Layers one after the other, an activation between them (not after the last).
 
-    Shape:  none.
     Raises: ValueError, ShapeError for layers that do not fit.
     Example:
         >>> c = StackConfig((HeadConfig(4, 3, expansion="legendre"), HeadConfig(3, 2)), activation="tanh")
@@ -167,9 +166,9 @@ class Adapted(nn.Module):
         self.linear, self.scale = linear.requires_grad_(False), scale
         head = Head(linear.in_features, linear.out_features, reconciliation=reconciliation, bias=False)
         self.head = head.to(linear.weight)
-        start = _first_factor(self.head.reconciliation, linear.out_features, linear.in_features)
-        with torch.no_grad():
-            self.head.w[:start].zero_()  # one factor of the product is zero, so all of it is
+        lengths = self.head.reconciliation.structure.piece_lengths(linear.out_features, linear.in_features)
+        with torch.no_grad():  # the first learnt factor of the product is zero, so all of it is
+            self.head.w[: next(filter(None, lengths), 0)].zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.scale * self.head(x)
@@ -185,18 +184,11 @@ class Adapted(nn.Module):
         return linear
 
 
-def _first_factor(reconciliation: Reconciliation, n: int, D: int) -> int:
-    """Count the entries of w that make up the first learnt factor."""
-    lengths = reconciliation.structure.piece_lengths(n, D)
-    return next((length for length in lengths if length), 0)
-
-
 Adapter = Callable[[nn.Linear], Adapted]
 
 
 def adapter(name: str, rank: int, alpha: float | None) -> Adapter:
     """Make the function that adapts a linear map by a matrix of rank r, scaled by alpha / r."""
     reconciliations[name](rank=rank)
-    if alpha is None:
-        alpha = float(rank)
-    return lambda linear: Adapted(linear, (name, {"rank": rank}), alpha / rank)
+    scale = 1.0 if alpha is None else alpha / rank
+    return lambda linear: Adapted(linear, (name, {"rank": rank}), scale)

@@ -96,12 +96,14 @@ def from_tinybig(name: str, /, **kwargs: Any) -> Migrated:
     kwargs = _patch_options(own, kwargs) if record.function.__module__ == patches.__name__ else kwargs
     if own == "combinatorial_normal_expansion" and kwargs.pop("with_replacement", False):
         warnings.warn(TinybigDefect(f"{own}: it ignores with_replacement; so does this."), stacklevel=2)
-    if own in ("weighted_summation_fusion",) and kwargs.get("weights") is None:
+    if own == "weighted_summation_fusion" and kwargs.get("weights") is None:
         kwargs.pop("weights", None)
         record = fusions["parameterized_weighted_summation"]
     if catalogue is fusions and kwargs.get("q") is None and "p" in kwargs:
         kwargs["q"] = kwargs["p"]  # as its fusions do; its reconciliations look for a factor of their own
-    options = dict(_option(own, record, key, value) for key, value in kwargs.items() if not _is_silent(record, key))
+    known = record.options.keys()
+    mute = {key for key in silent if known.isdisjoint((key, *keywords.get(key, ())))}
+    options = dict(_option(own, record, key, value) for key, value in kwargs.items() if key not in mute)
     if options.get("degree") == 0 and record.function.__module__ == polynomials.__name__:
         made: Any = Expansion(record.name, lambda x: x[..., :0], lambda m: 0, "0")
     elif record.name in ("extended", "nested") and catalogue is expansions:
@@ -127,10 +129,6 @@ def _find(name: str) -> tuple[Catalogue, Record, str]:
         f"{near_misses(short, known)} Its interdependences, compressions, heads, layers and models wait for a later "
         "issue."
     )
-
-
-def _is_silent(record: Record, key: str) -> bool:
-    return key in silent and not any(ours in record.options for ours in (key, *keywords.get(key, ())))
 
 
 def _option(own: str, record: Record, key: str, value: Any) -> tuple[str, Any]:
@@ -265,9 +263,8 @@ def _patch_options(own: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turn tinyBIG's grid, patch and packing into the options of a patch record."""
     kwargs = dict(kwargs)
     sizes = ("p_h", "p_w", "p_d", "p_h_prime", "p_w_prime", "p_d_prime", "p_r")
-    grid = (
-        kwargs.pop("grid", None) or kwargs.pop("grid_configs", None) or {k: kwargs.pop(k) for k in "hwd" if k in kwargs}
-    )
+    grid = kwargs.pop("grid", None) or kwargs.pop("grid_configs", None)
+    grid = grid or {k: kwargs.pop(k) for k in "hwd" if k in kwargs}
     grid = {"d": 1, "universe_num": 1} | _read(grid, ("h", "w", "d", "universe_num"))
     patch = kwargs.pop("patch", None) or kwargs.pop("patch_configs", None)
     p = _read(patch, sizes) if patch is not None else {k: kwargs.pop(k) for k in sizes if k in kwargs}
@@ -332,8 +329,7 @@ class ExpansionLike(Migrated):
     def __call__(self, x: Tensor, device: Any = None) -> Tensor:
         return self.expansion(x)
 
-    def forward(self, x: Tensor, device: Any = None) -> Tensor:
-        return self.expansion(x)
+    forward = __call__
 
     def calculate_D(self, m: int) -> int:
         return self.record.dim(m)

@@ -48,7 +48,7 @@ def kan(dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float,
     """Build a Kolmogorov-Arnold network: B-splines on every edge, on a silu base.
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
-    Source: Liu et al. 2024, eq. 2.10. Differs: the spline's scale w_s is in its coefficients; the grid does not move.
+    Differs: the spline's scale w_s is in its coefficients; the grid does not move.
     """
     spline = ("bspline", {"cells": cells, "degree": degree, "span": span})
     base = ("linear", {"activation": "silu", "inside": True})
@@ -59,10 +59,9 @@ def kan(dims: Sequence[int], cells: int = 5, degree: int = 3, span: tuple[float,
 def rbf(
     dims: Sequence[int], count: int = 10, span: tuple[float, float] = (-1.0, 1.0), epsilon: float = 1.0
 ) -> StackConfig:
-    """Build an additive radial-basis network: Gaussian bumps on a grid of centres per attribute.
+    """Build an additive radial-basis network: Gaussian bumps on a grid of centres per attribute (no points of R^m).
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
-    Source: Zhang 2024 (RPN 1), its SVM. The centres are on each attribute's axis, not points of R^m.
     """
     bumps = ("gaussian_rbf", {"count": count, "span": span, "epsilon": epsilon})
     return _stack("rbf", dims, expansion=bumps)
@@ -111,8 +110,8 @@ def taylornet(dims: Sequence[int], degree: int = 2, rank: int | None = None, sym
 
     Shape:  (..., dims[0]) -> (..., dims[-1]).
     """
-    psi = "identity" if rank is None else ("low_rank", {"rank": rank})
     taylor = ("taylor", {"degree": degree, "symmetric": symmetric})
+    psi = "identity" if rank is None else ("low_rank", {"rank": rank})
     return _stack("taylornet", dims, expansion=taylor, reconciliation=psi)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +11,21 @@ from torch import Tensor
 from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansion
 
 
-def pointwise(
-    name: str, functions: Sequence[Callable[[Tensor], Tensor]], terms: Sequence[str], domain: Interval,
-    reach: Interval = everywhere, prepare: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Expansion:  # fmt: skip
-    """Make the expansion [f_1(p), .., f_k(p)], p = prepare(x), of every attribute, function by function."""
+def _pointwise(
+    name: str, words: str, functions: Sequence[Callable[[Tensor], Tensor]], terms: Sequence[str], interval: Interval,
+    *, reach: Interval = everywhere, prepare: Callable[[Tensor], Tensor] = lambda x: x, **columns: Any,
+) -> None:  # fmt: skip
+    """Register the expansion [f_1(p), .., f_k(p)], p = prepare(x), of every attribute, function by function."""
 
     def basis(x: Tensor, axis: int) -> list[Tensor]:
         p = prepare(x)
         return [f(p) for f in functions]
 
-    return attribute_wise(name, basis, terms, layout="function", domain=domain, reach=reach)
+    def build() -> Expansion:
+        return attribute_wise(name, basis, terms, layout="function", domain=interval, reach=reach)
+
+    build.__name__, build.__doc__ = name, f"Expand every {words}."
+    expansion(**columns)(build)
 
 
 @expansion(formula="x", source="Zhang 2024 (RPN 1), section 5", domain="all reals")
@@ -47,52 +52,31 @@ def reciprocal() -> Expansion:
     return attribute_wise("reciprocal", basis, ["1/x"], domain=(0.1, 2.0))
 
 
-@expansion(
-    formula="[sin x, cos x, tan x]",
+_pointwise(
+    "trigonometric", "attribute in its sine, cosine and tangent", (torch.sin, torch.cos, torch.tan),
+    ("sin(x)", "cos(x)", "tan(x)"), (-1.4, 1.4), reach=(-1e6, 1e6), formula="[sin x, cos x, tan x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cos, sin, tan)",
     domain="all reals; tan has poles at pi/2 + k pi",
-)
-def trigonometric() -> Expansion:
-    """Expand every attribute in its sine, cosine and tangent."""
-    functions, terms = (torch.sin, torch.cos, torch.tan), ("sin(x)", "cos(x)", "tan(x)")
-    return pointwise("trigonometric", functions, terms, (-1.4, 1.4), (-1e6, 1e6))
-
-
-@expansion(
+)  # fmt: skip
+_pointwise(
+    "arc_trigonometric", "squashed attribute in inverse trigonometric functions; the first two sum to pi / 2",
+    (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
+    ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"), (-3.0, 3.0), prepare=torch.sigmoid,
     formula="[arcsin(0.99 s), arccos(0.99 s), arctan s], s = sigmoid(x)",
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",
-)
-def arc_trigonometric() -> Expansion:
-    """Expand every squashed attribute in inverse trigonometric functions; the first two sum to pi / 2."""
-    return pointwise(
-        "arc_trigonometric", (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
-        ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"), (-3.0, 3.0), prepare=torch.sigmoid,
-    )  # fmt: skip
-
-
-@expansion(
-    formula="[sinh x, cosh x, tanh x]",
+)  # fmt: skip
+_pointwise(
+    "hyperbolic", "attribute in its hyperbolic sine, cosine and tangent", (torch.sinh, torch.cosh, torch.tanh),
+    ("sinh(x)", "cosh(x)", "tanh(x)"), (-2.0, 2.0), reach=(-88.0, 88.0), formula="[sinh x, cosh x, tanh x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cosh, sinh, tanh)",
     domain="all reals; grows as e^|x|, infinite in float32 beyond |x| = 88",
-)
-def hyperbolic() -> Expansion:
-    """Expand every attribute in its hyperbolic sine, cosine and tangent."""
-    return pointwise(
-        "hyperbolic", (torch.sinh, torch.cosh, torch.tanh), ("sinh(x)", "cosh(x)", "tanh(x)"), (-2.0, 2.0),
-        (-88.0, 88.0),
-    )  # fmt: skip
-
-
-@expansion(
-    formula="[arcsinh s, arccosh(s + 1.01), arctanh(0.99 s)], s = sigmoid(x)",
+)  # fmt: skip
+_pointwise(
+    "arc_hyperbolic", "squashed attribute in inverse hyperbolic functions",
+    (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
+    ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"), (-3.0, 3.0),
+    prepare=torch.sigmoid, formula="[arcsinh s, arccosh(s + 1.01), arctanh(0.99 s)], s = sigmoid(x)",
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",
-)
-def arc_hyperbolic() -> Expansion:
-    """Expand every squashed attribute in inverse hyperbolic functions."""
-    return pointwise(
-        "arc_hyperbolic", (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
-        ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"), (-3.0, 3.0),
-        prepare=torch.sigmoid,
-    )  # fmt: skip
+)  # fmt: skip

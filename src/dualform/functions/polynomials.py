@@ -8,11 +8,12 @@ c or e is 0. P_0 is no feature (a bias has it). Legend: x attribute, d degree, n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualform.functions.basis import Expansion, attribute_wise, expansion, positive
+from dualform.functions.basis import Expansion, Interval, attribute_wise, expansion, positive
 from dualform.functions.in_blocks import by_slopes
 from dualform.shapes import fail
 
@@ -21,7 +22,7 @@ Step = Callable[[int], tuple[float, float, float, float]]
 
 
 def recurrence(
-    name: str, degree: int, p0: float, p1: tuple[float, float], step: Step, interval: tuple[float, float] = (-1.0, 1.0)
+    name: str, degree: int, p0: float, p1: tuple[float, float], step: Step, interval: Interval = (-1.0, 1.0)
 ) -> Expansion:
     """Make the expansion [P_1, .., P_d] of every attribute. p1: (slope, shift) of P_1."""
     positive(name, "degree", degree)
@@ -32,17 +33,12 @@ def recurrence(
         advice = "Choose other parameters: the polynomial of that degree is not defined by its recurrence."
         fail(name, "alpha and beta", "make a denominator of the recurrence 0", "alpha > -1 and beta > -1", advice)
 
-    def basis(x: Tensor, axis: int) -> Iterator[Tensor]:
-        return _run(x, p0, p1, rows)
-
-    def slopes(x: Tensor, axis: int) -> Iterator[Tensor]:
-        return _run_slopes(x, p0, p1, rows)
-
     terms = [_text(coefficients) for coefficients in _coefficients(p0, p1, rows)]
     # |P_d| stays below 1e30 up to here: the leading coefficients of d <= 20 are below 1e23.
     edge = 10.0 ** (min(30.0, 30.0 / d))
+    pull = by_slopes(lambda x, axis: _run_slopes(x, p0, p1, rows))
     return attribute_wise(
-        name, basis, terms, pull=by_slopes(slopes), rule="m d", degree=d, domain=interval,
+        name, lambda x, axis: _run(x, p0, p1, rows), terms, pull=pull, rule="m d", degree=d, domain=interval,
         reach=(-edge, edge) if d > 1 else (-1e30, 1e30),
     )  # fmt: skip
 
@@ -113,24 +109,30 @@ def _text(coefficients: list[float]) -> str:
     return "+".join(parts).replace("+-", "-") or "0.0"
 
 
-@expansion(
-    formula="T_n = 2 x T_{n-1} - T_{n-2}, T_0 = 1, T_1 = x",
-    source="Mason, Handscomb 2003; DLMF 18.9",
+def _family(
+    name: str, words: str, p0: float, p1: tuple[float, float], step: Step, *, interval: Interval = (-1.0, 1.0),
+    **columns: Any,
+) -> None:  # fmt: skip
+    """Register a family whose one option is the degree."""
+
+    def build(degree: int = 2) -> Expansion:
+        return recurrence(name, degree, p0, p1, step, interval)
+
+    build.__name__, build.__doc__ = name, f"Expand every attribute in {words}."
+    expansion(**columns)(build)
+
+
+_family(
+    "chebyshev", "Chebyshev polynomials of the first kind, degrees 1 to `degree`", 1, (1, 0), lambda n: (2, 0, -1, 0),
+    formula="T_n = 2 x T_{n-1} - T_{n-2}, T_0 = 1, T_1 = x", source="Mason, Handscomb 2003; DLMF 18.9",
     domain="all reals; |T_n| <= 1 on [-1, 1], grows as x^n outside (x is not squashed)",
-)
-def chebyshev(degree: int = 2) -> Expansion:
-    """Expand every attribute in Chebyshev polynomials of the first kind, degrees 1 to `degree`."""
-    return recurrence("chebyshev", degree, 1, (1, 0), lambda n: (2, 0, -1, 0))
-
-
-@expansion(
-    formula="n P_n = (2n - 1) x P_{n-1} - (n - 1) P_{n-2}, P_0 = 1, P_1 = x",
-    source="DLMF 18.9",
+)  # fmt: skip
+_family(
+    "legendre", "Legendre polynomials, degrees 1 to `degree`", 1, (1, 0),
+    lambda n: ((2 * n - 1) / n, 0, -(n - 1) / n, 0),
+    formula="n P_n = (2n - 1) x P_{n-1} - (n - 1) P_{n-2}, P_0 = 1, P_1 = x", source="DLMF 18.9",
     domain="all reals; |P_n| <= 1 on [-1, 1], grows as x^n outside",
-)
-def legendre(degree: int = 2) -> Expansion:
-    """Expand every attribute in Legendre polynomials, degrees 1 to `degree`."""
-    return recurrence("legendre", degree, 1, (1, 0), lambda n: ((2 * n - 1) / n, 0, -(n - 1) / n, 0))
+)  # fmt: skip
 
 
 @expansion(
@@ -167,14 +169,12 @@ def gegenbauer(degree: int = 2, alpha: float = 1.0) -> Expansion:
     )  # fmt: skip
 
 
-@expansion(
-    formula="He_n = x He_{n-1} - (n - 1) He_{n-2}, He_0 = 1, He_1 = x",
+_family(
+    "hermite", "the probabilists' Hermite polynomials, degrees 1 to `degree`", 1, (1, 0), lambda n: (1, 0, 1 - n, 0),
+    formula="He_n = x He_{n-1} - (n - 1) He_{n-2}, He_0 = 1, He_1 = x", interval=(-3.0, 3.0),
     source="DLMF 18.9 (the probabilists' polynomials)",
     domain="all reals; orthogonal under the standard normal density, grows as x^n",
-)
-def hermite(degree: int = 2) -> Expansion:
-    """Expand every attribute in the probabilists' Hermite polynomials, degrees 1 to `degree`."""
-    return recurrence("hermite", degree, 1, (1, 0), lambda n: (1, 0, 1 - n, 0), (-3.0, 3.0))
+)  # fmt: skip
 
 
 @expansion(
@@ -190,39 +190,22 @@ def laguerre(degree: int = 2, alpha: float = 1.0) -> Expansion:
     )  # fmt: skip
 
 
-@expansion(
-    formula="y_n = (2n - 1) x y_{n-1} + y_{n-2}, y_0 = 1, y_1 = x + 1",
-    source="Krall, Frink 1949",
+_family(
+    "bessel", "Bessel polynomials, degrees 1 to `degree`", 1, (1, 1), lambda n: (2 * n - 1, 0, 1, 0),
+    formula="y_n = (2n - 1) x y_{n-1} + y_{n-2}, y_0 = 1, y_1 = x + 1", source="Krall, Frink 1949",
     domain="all reals; grows as (2n - 1)!! x^n",
-)
-def bessel(degree: int = 2) -> Expansion:
-    """Expand every attribute in Bessel polynomials, degrees 1 to `degree`."""
-    return recurrence("bessel", degree, 1, (1, 1), lambda n: (2 * n - 1, 0, 1, 0))
-
-
-@expansion(
+)  # fmt: skip
+_family(
+    "reverse_bessel", "reverse Bessel polynomials, degrees 1 to `degree`", 1, (1, 1), lambda n: (0, 2 * n - 1, 0, 1),
     formula="theta_n = (2n - 1) theta_{n-1} + x^2 theta_{n-2}, theta_0 = 1, theta_1 = x + 1",
-    source="Krall, Frink 1949",
-    domain="all reals; grows as x^n",
-)
-def reverse_bessel(degree: int = 2) -> Expansion:
-    """Expand every attribute in reverse Bessel polynomials, degrees 1 to `degree`."""
-    return recurrence("reverse_bessel", degree, 1, (1, 1), lambda n: (0, 2 * n - 1, 0, 1))
-
-
-@expansion(
-    formula="F_n = x F_{n-1} + F_{n-2}, F_0 = 0, F_1 = 1",
-    source="Hoggatt, Bicknell 1973",
+    source="Krall, Frink 1949", domain="all reals; grows as x^n",
+)  # fmt: skip
+_family(
+    "fibonacci", "Fibonacci polynomials F_1 to F_degree", 0, (0, 1), lambda n: (1, 0, 1, 0),
+    formula="F_n = x F_{n-1} + F_{n-2}, F_0 = 0, F_1 = 1", source="Hoggatt, Bicknell 1973",
     domain="all reals; grows as x^(n-1); the first feature of each attribute is the constant 1",
-)
-def fibonacci(degree: int = 2) -> Expansion:
-    """Expand every attribute in Fibonacci polynomials F_1 to F_degree."""
-    return recurrence("fibonacci", degree, 0, (0, 1), lambda n: (1, 0, 1, 0))
-
-
-@expansion(
-    formula="L_n = x L_{n-1} + L_{n-2}, L_0 = 2, L_1 = x", source="Bicknell 1970", domain="all reals; grows as x^n"
-)
-def lucas(degree: int = 2) -> Expansion:
-    """Expand every attribute in Lucas polynomials, degrees 1 to `degree`."""
-    return recurrence("lucas", degree, 2, (1, 0), lambda n: (1, 0, 1, 0))
+)  # fmt: skip
+_family(
+    "lucas", "Lucas polynomials, degrees 1 to `degree`", 2, (1, 0), lambda n: (1, 0, 1, 0),
+    formula="L_n = x L_{n-1} + L_{n-2}, L_0 = 2, L_1 = x", source="Bicknell 1970", domain="all reals; grows as x^n",
+)  # fmt: skip

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dualform.catalogue import Catalogue
 from dualform.functions.multilinear import Constants, Features, Multilinear, WeightFactor, normal, width_of
-from dualform.shapes import fail
+from dualform.shapes import fail, is_whole
 
 reconciliations = Catalogue("reconciliations")
 
@@ -33,24 +33,11 @@ RPN1 = "Zhang 2024 (RPN 1, arXiv 2407.04819)"
 reconciliation = partial(reconciliations.record, suffix="_reconciliation", source=RPN1)
 
 
-class _Structure(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def is_matrix(self) -> bool: ...
-
-    def length(self, n: int, D: int) -> int: ...
-    def piece_lengths(self, n: int, D: int) -> list[int]: ...
-    def constants(self, n: int, D: int) -> dict[str, Tensor]: ...
-    def dense(self, w: Tensor, n: int, D: int, constants: Constants) -> Tensor: ...
-    def apply(self, kappa: Features, w: Tensor, n: int, constants: Constants) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Reconciliation:
     """A structure behind the public border: sizes and shapes are checked here, once."""
 
-    structure: _Structure
+    structure: Multilinear | Hyper
 
     def length(self, n: int, D: int) -> int:
         return self.structure.length(n, D)
@@ -75,15 +62,11 @@ class Reconciliation:
             fail(self.structure.name, "w", count, f"l({n}, {D}) = {l} entries in one axis, n = {n}, D = {D}", advice)
 
 
-def _positive(name: str, **options: int | None) -> None:
+def _whole(name: str, least: int = 1, **options: int | None) -> None:
     for option, value in options.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            fail(name, option, f"is {value!r}", f"an integer {option} >= 1", "Pass a positive integer.", ValueError)
-
-
-def _seeded(name: str, seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        fail(name, "seed", f"is {seed!r}", "an integer seed >= 0", "Pass a whole number.", ValueError)
+        if value is not None and not is_whole(value, least):
+            advice = "Pass a positive integer." if least else "Pass a whole number."
+            fail(name, option, f"is {value!r}", f"an integer {option} >= {least}", advice, ValueError)
 
 
 A, B = WeightFactor("ij"), WeightFactor("kl")
@@ -95,11 +78,9 @@ _dense = Multilinear("identity", (A,))
 def identity() -> Reconciliation:
     """Reshape w, nothing else.
 
-    psi(w) = reshape(w) = W in R^(n x D)
     Shape:  w (l,) -> (n, D) with l = n D; apply: (..., D) -> (..., n). Leading dims: any.
     Dtype:  w's.
     Raises: ShapeError if w does not have l entries.
-    Source: Zhang 2024 (RPN 1).
     Example:
         >>> r = reconciliations.identity()
         >>> r.length(2, 3), r(torch.arange(6.0), 2, 3).tolist()
@@ -138,12 +119,11 @@ def eye() -> Reconciliation:
 def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
     """Keep a share p of the entries, at places drawn once from the seed; the others are zero and cost nothing.
 
-    W = M * scatter(w)
     Shape:  w (l,) -> (n, D) with l = max(1, round(p n D)). Leading dims: any.
     Raises: ValueError unless 0 < p <= 1.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG keeps n D parameters, 1 - p idle, and draws the mask in forward.
+    Differs: tinyBIG keeps n D parameters, 1 - p idle, and draws the mask in forward.
     """
-    _seeded("masking", seed)
+    _whole("masking", 0, seed=seed)
     if not 0 < p <= 1:
         fail("masking", "p", f"is {p}", "a share 0 < p <= 1", "Pass the share of entries to keep.", ValueError)
     return Reconciliation(Multilinear("masking", (WeightFactor("ij", "kept", "places"),), share=float(p), seed=seed))
@@ -153,12 +133,11 @@ def masking(p: float = 0.5, seed: int = 0) -> Reconciliation:
 def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     """Tile one small matrix p times down and q times across (q = p if not given).
 
-    W = 1_(p x q) (x) reshape(w, (n/p, D/q))
     Shape:  w (l,) -> (n, D) with l = (n/p)(D/q). Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG repeats the entries of vec(w) one by one, which is no tiling.
+    Differs: tinyBIG repeats the entries of vec(w) one by one, which is no tiling.
     """
-    _positive("duplicated_padding", p=p, q=q)
+    _whole("duplicated_padding", p=p, q=q)
     return Reconciliation(Multilinear("duplicated_padding", (B,), rows="ik", cols="jl", p=p, q=p if q is None else q))
 
 
@@ -166,12 +145,11 @@ def duplicated_padding(p: int = 2, q: int | None = None) -> Reconciliation:
 def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliation:
     """Repeat one small matrix along the diagonal (q = p if not given).
 
-    W = I_(p x q) (x) reshape(w, (n/p, D/q))
     Shape:  w (l,) -> (n, D) with l = (n/p)(D/q). Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG runs for p = q = n only.
+    Differs: tinyBIG runs for p = q = n only.
     """
-    _positive("duplicated_diagonal_padding", p=p, q=q)
+    _whole("duplicated_diagonal_padding", p=p, q=q)
     factors = (WeightFactor("ij", "eye"), B)
     q = p if q is None else q
     return Reconciliation(Multilinear("duplicated_diagonal_padding", factors, rows="ik", cols="jl", p=p, q=q))
@@ -185,16 +163,14 @@ def duplicated_diagonal_padding(p: int = 2, q: int | None = None) -> Reconciliat
 def low_rank(rank: int = 2) -> Reconciliation:
     """Multiply two thin matrices.
 
-    W = A B
     Shape:  w (l,) -> (n, D) with l = r (n + D); A comes first in w. Leading dims: any.
     Raises: ShapeError if w does not have l entries; ValueError if rank < 1.
-    Source: Zhang 2024 (RPN 1); Hu et al. 2021.
     Example:
         >>> r = reconciliations.low_rank(rank=1)
         >>> r(torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0]), 2, 3).tolist()
         [[5.0, 6.0, 7.0], [10.0, 12.0, 14.0]]
     """
-    _positive("low_rank", rank=rank)
+    _whole("low_rank", rank=rank)
     return Reconciliation(Multilinear("low_rank", (WeightFactor("ia"), WeightFactor("aj")), rank=rank))
 
 
@@ -206,26 +182,25 @@ def low_rank(rank: int = 2) -> Reconciliation:
 def hm(p: int | None = None, q: int | None = None) -> Reconciliation:
     """Multiply two small matrices as Kronecker does: hypercomplex multiplication.
 
-    W = A (x) B
     Shape:  w (l,) -> (n, D) with l = p q + (n/p)(D/q); A comes first in w. Leading dims: any.
     Raises: ShapeError if p does not divide n or q does not divide D. None is the largest factor up to the square root.
-    Source: Zhang 2024 (RPN 1). Differs: tinyBIG reshapes the outer product of flat factors, which is not Kronecker's.
+    Differs: tinyBIG reshapes the outer product of flat factors, which is not Kronecker's.
     """
-    _positive("hm", p=p, q=q)
+    _whole("hm", p=p, q=q)
     return Reconciliation(Multilinear("hm", (A, B), rows="ik", cols="jl", p=p, q=q))
 
 
 @reconciliation(formula="W = A (x) (S T), S (n/p, r), T (r, D/q); l = p q + r (n/p + D/q)")
 def lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reconciliation:
     """Take a Kronecker product whose second factor has low rank; w holds A, S, T in this order."""
-    _positive("lphm", p=p, q=q, rank=rank)
+    _whole("lphm", p=p, q=q, rank=rank)
     return Reconciliation(Multilinear("lphm", (A, S, T), rows="ik", cols="jl", p=p, q=q, rank=rank))
 
 
 @reconciliation(formula="W = (P Q) (x) (S T); l = r (p + q + n/p + D/q)")
 def dual_lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reconciliation:
     """Take a Kronecker product of two matrices of low rank; w holds P, Q, S, T in this order."""
-    _positive("dual_lphm", p=p, q=q, rank=rank)
+    _whole("dual_lphm", p=p, q=q, rank=rank)
     factors = (WeightFactor("ib"), WeightFactor("bj"), S, T)
     return Reconciliation(Multilinear("dual_lphm", factors, rows="ik", cols="jl", p=p, q=q, rank=rank))
 
@@ -237,8 +212,8 @@ def dual_lphm(p: int | None = None, q: int | None = None, rank: int = 2) -> Reco
 )
 def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
     """Scale the rows and the inner axis of a frozen product; w holds the n row scales, then the r inner ones."""
-    _positive("random_matrix_adaption", rank=rank)
-    _seeded("random_matrix_adaption", seed)
+    _whole("random_matrix_adaption", rank=rank)
+    _whole("random_matrix_adaption", 0, seed=seed)
     frozen = WeightFactor("ia", "normal", "A"), WeightFactor("ja", "normal", "B")
     factors = (WeightFactor("i"), frozen[0], WeightFactor("a"), frozen[1])
     return Reconciliation(Multilinear("random_matrix_adaption", factors, rank=rank, seed=seed))
@@ -251,7 +226,7 @@ def random_matrix_adaption(rank: int = 2, seed: int = 0) -> Reconciliation:
 )
 def loha(rank: int = 2) -> Reconciliation:
     """Multiply two matrices of low rank entry by entry: rank up to r^2; w holds A, B, P, Q in this order."""
-    _positive("loha", rank=rank)
+    _whole("loha", rank=rank)
     factors = (WeightFactor("ia"), WeightFactor("aj"), WeightFactor("ib"), WeightFactor("bj"))
     return Reconciliation(Multilinear("loha", factors, rank=rank))
 
@@ -268,10 +243,7 @@ class Hyper:
     hidden: int
     rank: int | None  # None: an MLP with biases; else sigmoid(w P Q^T) S T^T
     seed: int
-
-    @property
-    def is_matrix(self) -> bool:
-        return False
+    is_matrix: ClassVar[bool] = False
 
     def length(self, n: int, D: int) -> int:
         if min(n, D) < 1:
@@ -323,14 +295,14 @@ def _gained(x: Tensor, constants: Constants) -> Tensor:
 )
 def hypernet(l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliation:
     """Let a frozen two-layer net write the matrix; w, of any length l, is its input."""
-    _positive("hypernet", l=l, hidden_dim=hidden_dim)
-    _seeded("hypernet", seed)
+    _whole("hypernet", l=l, hidden_dim=hidden_dim)
+    _whole("hypernet", 0, seed=seed)
     return Reconciliation(Hyper("hypernet", l, hidden_dim, None, seed))
 
 
 @reconciliation(formula="W = reshape(sigmoid(w P Q^T) S T^T), all seeded and frozen, of rank r; l given")
 def random_matrix_hypernet(rank: int = 2, l: int = 64, hidden_dim: int = 128, seed: int = 0) -> Reconciliation:
     """Let a frozen net of low-rank matrices write the matrix: r, not hidden_dim, times n D frozen numbers."""
-    _positive("random_matrix_hypernet", rank=rank, l=l, hidden_dim=hidden_dim)
-    _seeded("random_matrix_hypernet", seed)
+    _whole("random_matrix_hypernet", rank=rank, l=l, hidden_dim=hidden_dim)
+    _whole("random_matrix_hypernet", 0, seed=seed)
     return Reconciliation(Hyper("random_matrix_hypernet", l, hidden_dim, rank, seed))

@@ -100,11 +100,8 @@ class Remainder:
 def constant(c: float = 1.0) -> Remainder:
     """Add c to every output.
 
-    pi(x) = c 1_n
-    Shape:  x (..., m) -> (..., n); no weights.
+    Shape:  x (..., m) -> (..., n); no weights. Differs: the leading axes of x are kept where tinyBIG returns (n,).
     Dtype:  x's.
-    Raises: nothing.
-    Source: Zhang 2024 (RPN 1). Differs: the leading axes of x are kept where tinyBIG returns (n,).
     """
     return Remainder("constant", "constant", float(c))
 
@@ -125,10 +122,8 @@ def one() -> Remainder:
 def identity(activation: str | Activation = "identity") -> Remainder:
     """Add the input itself: a residual connection.
 
-    pi(x) = act(x)
     Shape:  x (..., n) -> (..., n); no weights.
     Raises: ShapeError if m is not n; ValueError for an unknown activation.
-    Source: Zhang 2024 (RPN 1).
     """
     find_activation("identity", activation)
     return Remainder("identity", "identity", activation=activation)
@@ -141,10 +136,8 @@ def identity(activation: str | Activation = "identity") -> Remainder:
 def linear(activation: str | Activation = "identity", bias: bool = False, inside: bool = False) -> Remainder:
     """Add a linear map of the input; with `inside` the activation comes before the map, as in a KAN.
 
-    pi(x) = act(x W^T + b)
     Shape:  x (..., m) -> (..., n); W (n, m) or its n m entries, b (n,).
     Raises: ShapeError if W or b has another shape; ValueError for an unknown activation.
-    Source: Zhang 2024 (RPN 1); Liu et al. 2024 (KAN).
     Example:
         >>> p = remainders.linear()
         >>> p.length(2, 1), p(torch.tensor([1.0, 2.0]), 1, torch.tensor([[3.0, 4.0]])).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, NoReturn, TypeVar
 
@@ -19,7 +19,7 @@ from dualform.kernels.launch import Native, Place, compiled, placed
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.targets import Direction, Kinds, Role
-from dualform.learning.backends import Backend, BackendError, Ready, Whole, Words, backends
+from dualform.learning.backends import Backend, BackendError, Whole, backends
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
 from dualform.learning.loop import Gradients, GridCall
@@ -39,8 +39,7 @@ class NativeUnit(NamedTuple):
 
 @dataclass(eq=False)
 class NativeFunctions:
-    """What was compiled for a plan: functions by kind of block, direction, how they end,
-    slices and the caller's types."""
+    """What was compiled for a plan: by kind of block, direction, how they end, slices and the caller's types."""
 
     functions: dict[tuple[Variant, str, bool | None, bool, Kinds], NativeUnit] = field(default_factory=dict)
     marks: dict[str, Tensor] = field(default_factory=dict)  # what one token has at each place of its mini-batch
@@ -90,10 +89,8 @@ def made(
     plan: Plan, call: Call, variant: Variant, direction: str, full: bool | None = None, slices: bool = False
 ) -> NativeUnit:
     """Return a direction's compiled function; made once per plan, and per kind of the caller's tensors."""
-    key, found = (
-        (variant, direction, full, slices, kinds := _kinds(plan, call)),
-        plan.natives.of(NativeFunctions).functions,
-    )
+    kinds, found = _kinds(plan, call), plan.natives.of(NativeFunctions).functions
+    key = (variant, direction, full, slices, kinds)
     with TRACING if key not in found else nullcontext():
         if key not in found:
             unit = written(plan, variant, direction, full, slices, kinds)
@@ -154,18 +151,6 @@ class Stretches(Whole, Generic[M]):
     def made(self, run: GridCall, piece: range, direction: str) -> M:
         """Return what runs a stretch."""
 
-    def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
-        return ready()()
-
-    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
-        return name, ()
-
-    def trial(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def instead(self) -> Mapping[str, object] | None:
-        return None
-
     @abstractmethod
     def _call(self, run: GridCall, made: M, tensors: Tensors, count: int, G: int, phase: int) -> Found | None:
         """Run a direction over a stretch; G mini-batches per kept state, 0: none is kept.
@@ -208,8 +193,7 @@ class Stretches(Whole, Generic[M]):
 
         keeps = [*(x[kept.start : kept.stop] for x in saved), *(x.new_empty(len(kept), *x.shape) for x in known)]
         tensors = {
-            "o": lambda _: y, "before": begins,
-            "after": lambda k: run.rowed(after[k])[None],
+            "o": lambda _: y, "before": begins, "after": lambda k: run.rowed(after[k])[None],
             "kept": lambda k: keeps[k].unflatten(1, (run.B, run.H)), "input": lambda x: _spread(run, x, piece),
         }  # fmt: skip
         self._call(run, native, tensors, len(piece), G, n - kept.start * G)
@@ -295,12 +279,9 @@ class _Sequence(Stretches[NativeUnit]):
 
     def says(self, plan: Plan) -> str:
         many, single = f"{self._enough(plan):,} tokens x heads on", f"{TOKENS_WORTH_COMPILING:,} single tokens"
-        made = (
-            "compiled already"
-            if plan.natives.of(NativeFunctions).functions
-            else f"from {many}, or {single}, which repay compiling"
-        )
-        return f"on the CPU, {made}, few rows in slices beside each other"
+        made = plan.natives.of(NativeFunctions).functions
+        when = "compiled already" if made else f"from {many}, or {single}, which repay compiling"
+        return f"on the CPU, {when}, few rows in slices beside each other"
 
     @staticmethod
     def _enough(plan: Plan) -> int:

@@ -101,8 +101,7 @@ def unit(d: Direction) -> Unit:
         "FIXED": size["fixed"], "TURNED": size["cotangent"], "SUMS": size["sums"], "STAYS": int(held),
         "HELD": held * size["state"], "SLOT": 0 if held else frame.layout.slot, "STATE": size["state"],
         "PASSED": size["passed"], "RING": ring, "W": window, "SCRATCH": frame.scratch, "LATE": ring - 1,
-        "TURNS": sum(x.order != "each" for x in turns),
-        "BESIDE": sum(x.order == "each" for x in turns),
+        "TURNS": sum(x.order != "each" for x in turns), "BESIDE": sum(x.order == "each" for x in turns),
     }  # fmt: skip
     sizes = f"enum : long {{ {', '.join(f'{x} = {n}' for x, n in constants.items())} }};"
     item = indented(_item(turns, frame, "0" if held else "STATE"))

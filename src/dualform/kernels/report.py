@@ -47,7 +47,7 @@ def _carried(b: Buffer) -> bool:
     return b.place not in ("scratch", "fixed")
 
 
-def describe(s: Schedule, sizes: bool = True) -> str:
+def describe(s: Schedule) -> str:
     """Print statements by slice, the buffers between them, and the totals."""
     of, lines = slices(s), []
     for name, words in SLICES.items():
@@ -56,11 +56,9 @@ def describe(s: Schedule, sizes: bool = True) -> str:
             work = sum(s.statements[k].flops for k in members)
             lines.append(f"{name}: {words}; {work:,} flops")
             lines += [f"  {k:3} {_statement(s.statements[k])}" for k in members]
-    if sizes:
-        lines += ["buffers: bytes, where, the statements from its first to its last", *_buffers(s)]
     each = s.flops / s.nbytes if s.nbytes else math.inf
     return "\n".join([
-        *lines,
+        *lines, "buffers: bytes, where, the statements from its first to its last", *_buffers(s),
         f"{s.flops:,} flops in products, {s.entries:,} entry by entry; {s.nbytes:,} bytes in and out ({s.moved:,} "
         f"entries in and out); scratch {s.scratch * s.itemsize:,} bytes",
         f"bound: the larger of {s.flops:,} / (flops a second) and {s.nbytes:,} / (bytes a second); the flops, where a "

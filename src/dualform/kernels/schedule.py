@@ -36,8 +36,7 @@ _NO_COPY: dict[Any, Any] = dict.fromkeys((aten.reshape.default, aten._unsafe_vie
 
 def schedule(
     gm: fx.GraphModule, align: int, places: Sequence[str], names: Sequence[str], over: Mapping[int, int],
-    beside: bool = False,
-    stay: Mapping[int, str] | None = None,
+    beside: bool = False, stay: Mapping[int, str] | None = None,
 ) -> Schedule:  # fmt: skip
     """Turn a graph into statements.
 
@@ -98,16 +97,13 @@ class _Scheduler:
         if is_on():
             verify(made, self.gm, name, placed)
 
-    # -- order ---------------------------------------------------------------------------------------------------
-
     def _sources(self, n: fx.Node) -> list[fx.Node]:
         """List what a node reads; a sum that a product is added into reads the product's factors."""
         product = self.added[n][0] if n in self.added else None
         return [*(product.all_input_nodes if product else ()), *(x for x in n.all_input_nodes if x is not product)]
 
     def _takes(self, n: fx.Node) -> bool:
-        """Add a node to what is open, or make a statement of it;
-        False if it must wait until the open nest is closed."""
+        """Add a node to what is open, or make a statement of it; False if it must wait until the nest is closed."""
         row = find_row(n.target)
         kind = row.kind if row else ""
         if kind == "view" or n.target is operator.getitem:
@@ -123,8 +119,6 @@ class _Scheduler:
             self._pieces(n, row)
             return True
         return self._joins(n)
-
-    # -- views ---------------------------------------------------------------------------------------------------
 
     def _view(self, n: fx.Node) -> bool:
         source = self.values[n.all_input_nodes[0]]
@@ -155,8 +149,6 @@ class _Scheduler:
         x = torch.empty(fresh.shape, device="meta").reshape(n.meta["val"].shape)
         self.values[n] = View(fresh, tuple(x.shape), tuple(x.stride()))
 
-    # -- matrix products -----------------------------------------------------------------------------------------
-
     def _product(self, n: fx.Node) -> None:
         product, alpha, beta, init = self.added.get(n, (n, 1.0, 0.0, None))
         A, B = (self.values[x] for x in product.args[:2])  # pyright: ignore[reportArgumentType]: nodes
@@ -172,8 +164,6 @@ class _Scheduler:
         self.statements.append(MatrixProduct(_reshaped(view, full), A, B, alpha, beta, D and _reshaped(D, full)))
         self.values[n] = view
 
-    # -- what is put together ------------------------------------------------------------------------------------
-
     def _pieces(self, n: fx.Node, row: Any) -> None:
         out = Buffer(n.name, tuple(n.meta["val"].shape), self.align)
         base, pieces, first = whole(out), list(row.spelt(n, out.shape)), len(self.statements)
@@ -187,8 +177,6 @@ class _Scheduler:
         if all(isinstance(value, fx.Node) for _, value in pieces):  # else what is put there first would come too late
             self.copies += self.statements[first:]  # pyright: ignore[reportAttributeAccessIssue]: all nests
         self.values[n] = base
-
-    # -- nests ---------------------------------------------------------------------------------------------------
 
     def _joins(self, n: fx.Node) -> bool:
         row = find_row(n.target)

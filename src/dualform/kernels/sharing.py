@@ -25,8 +25,6 @@ from dualform.ops.table import kind_of
 # To store an entry and load it again, from beyond the second cache, takes as long as so many multiplications and
 # additions.
 MOVED = 32.0
-
-
 Price = Callable[[fx.Node], float]
 
 

@@ -96,8 +96,6 @@ class _Check:
             if isinstance(x, View) and x.shape != tuple(n.meta["val"].shape):
                 raise self.fail(x.buffer, f"is returned as {list(x.shape)}", f"{list(n.meta['val'].shape)}")
 
-    # -- entries -------------------------------------------------------------------------------------------------------
-
     def _entries(self, view: View, steps: Sequence[int] | None = None, space: Sequence[int] | None = None) -> Tensor:
         """Number the entries of a view, or those that steps along a space reach, which are entries of it."""
         steps, space = (view.strides, view.shape) if steps is None or space is None else (steps, space)
@@ -129,8 +127,6 @@ class _Check:
             other = next((x.name for x, n in self.first.items() if n <= owner < n + x.size), None)
             what = "is read before it is written" if other in (None, b.name) else f"is read where {other} was written"
             raise self.fail(b, f"{what}, entry {int(entries[wrong][0])}", "its own value")
-
-    # -- statements ----------------------------------------------------------------------------------------------------
 
     def _product(self, p: MatrixProduct) -> None:
         *batch, M, N = p.out.shape
@@ -198,10 +194,9 @@ class _Check:
         entries = self._entries(view, steps, space)
         rows = torch.arange(math.prod(lead)).reshape(tuple(lead)) if nest.space else torch.tensor(0)
         T = (rows * nest.stages + stage) * 3 + phase
-        columns = (
-            torch.arange(column).expand(space) if phase == LOOP and nest.space else torch.zeros(space, dtype=torch.long)
-        )
-        T = T.unsqueeze(-1).expand(space) if phase == LOOP and nest.space else T.expand(space)
+        by_column = phase == LOOP and bool(nest.space)
+        columns = torch.arange(column).expand(space) if by_column else torch.zeros(space, dtype=torch.long)
+        T = (T.unsqueeze(-1) if by_column else T).expand(space)
         return _Access(view.buffer, entries.flatten(), T.flatten(), columns.flatten(), k)
 
     def _apart(self, x: _Access, b: Buffer, entries: Tensor) -> None:

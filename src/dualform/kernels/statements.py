@@ -194,9 +194,8 @@ class Schedule:
         """Entries of what comes from and goes to the caller with each mini-batch, and bytes of one;
         what stays with a row is not counted."""
         outputs = [(k, x) for k, x in enumerate(self.outputs) if isinstance(x, View) and x.buffer.place == "scratch"]
-        types = [(b.shape, b.dtype) for b in self.inputs if b.place == "scratch"] + [
-            (x.shape, self.types.get(k)) for k, x in outputs
-        ]
+        types = [(b.shape, b.dtype) for b in self.inputs if b.place == "scratch"]
+        types += [(x.shape, self.types.get(k)) for k, x in outputs]
         return [(math.prod(shape), t.itemsize if t else self.itemsize) for shape, t in types]
 
     @property

@@ -161,8 +161,7 @@ class _Writer:
         self.lines.append(f"return [{', '.join(found)}]")
 
     def _places(self, rooms: dict[int, tuple[int, int]]) -> tuple[dict[int, int], int]:
-        """Place what launches alone need in one allocation: the largest first,
-        each where nothing is that lives beside it."""
+        """Place what launches alone need in one allocation: the largest first, each where none lives beside it."""
         places, taken, most = dict[int, int](), list[tuple[int, int, int, int]](), 0
         for k, (start, size) in sorted(rooms.items(), key=lambda x: -x[1][1]):
             size, end, at = -(-size // ALIGNMENT) * ALIGNMENT, self.last[k], 0
@@ -240,6 +239,3 @@ def recorded(call: Callable[[], list[Tensor]], inputs: Sequence[Tensor]) -> tupl
     text = "def tape(inputs):\n" + "".join(f"    {line}\n" for line in writer.lines)
     exec(compile(text, "<dualform-tape>", "exec"), writer.space)
     return found, Tape(text, writer.space["tape"])
-
-
-__all__ = ["Tape", "recorded", "recording"]

@@ -294,12 +294,3 @@ def relabelled(x: Value, shape: Sequence[int]) -> Value | None:
     for (left,), (right,) in groups:
         order[right] = left
     return _along(x, shape, order)
-
-
-__all__ = [
-    "DEEP", "LIMIT", "Memory", "Parts", "Tile", "Untileable", "Value", "axes_in", "behind", "between", "blocked",
-    "constant",
-    "expanded",
-    "is_deep",
-    "padded", "permuted", "regrouped", "relabelled", "resized", "selected", "sliced", "spelt", "squeezed", "unsqueezed",
-]  # fmt: skip

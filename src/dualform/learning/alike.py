@@ -66,8 +66,7 @@ def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
 
 
 def difference(first: Seen, second: Seen) -> str:
-    """Say where two traces are of two functions, empty if they are of one;
-    mark what grows with the tokens in the second."""
+    """Say where two traces are of two functions, if they are; mark what grows with the tokens in the second."""
     try:
         _compare(first, second)
     except Differs as error:

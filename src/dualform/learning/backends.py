@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from dualform.catalogue import Catalogue, CatalogueError, near_misses, normalise
-from dualform.learning import proof
+from dualform.learning import loop, proof
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
-from dualform.learning.loop import GridCall, backward, forward
+from dualform.learning.loop import GridCall
 from dualform.learning.plan import Plan
 from dualform.learning.prepare import Prepare, by_inductor, in_place
 from dualform.learning.transforms import TRACING
@@ -88,21 +88,20 @@ class Whole(Directions, Protocol):
         ...
 
     def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
-        """Name the backend with what it chooses by a call's size, and what its code depends on beside the graphs:
-        a compiler, a card."""
-        ...
+        """Name the backend with what it chooses by a call's size, and what its code depends on: a compiler, a card."""
+        return name, ()
 
     def instead(self) -> Mapping[str, object] | None:
         """Say with which options the same graphs are compiled next, where this code proved wrong; None: no others."""
-        ...
+        return None
 
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
         """Run a direction: what `ready` returns, or what was written down when one like it ran."""
-        ...
+        return ready()()
 
     def trial(self) -> AbstractContextManager[None]:
         """Run code that was never seen to run here where a fault harms nobody."""
-        ...
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,7 @@ def eager() -> Backend:
     name="inductor", formula="some mini-batches as one graph, compiled", source="Ansel et al. 2024 (PyTorch 2)"
 )
 def inductor(blocks: int = 8) -> Backend:
-    """Compile a few mini-batches at once with torch's inductor;
-    the first call with a new batch takes about a minute."""
+    """Compile some mini-batches at once with torch's inductor, about a minute for each new batch."""
     if blocks < 1:
         raise ValueError(f"inductor: blocks is {blocks}; expected a number of mini-batches >= 1. Leave it out for 8.")
     return Backend(by_inductor, blocks)
@@ -206,8 +204,7 @@ def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[
 def run_backward(
     plan: Plan, call: Call, saved: list[Tensor], given: Sequence[Tensor | None], checkpoints: int, backend: str
 ) -> list[Tensor]:
-    """Return the gradient of every floating tensor of `call`, in order; given: of [o, *anchor, *registers],
-    None for 0."""
+    """Return the gradients of a call's floating tensors, in order; given: of [o, *anchor, *registers], None for 0."""
 
     def run(way: Directions, grid: GridCall) -> list[Tensor]:
         return way.backward(grid, saved, _filled(plan, call, given), checkpoints)
@@ -221,15 +218,14 @@ def _run(
     backend: str, plan: Plan, call: Call, run: Callable[[Directions, GridCall], list[Tensor]], given: list[Tensor],
     words: Words
 ) -> list[Tensor]:  # fmt: skip
-    """Let a backend that takes calls as they are run this one, else the loop; given: all tensors, words:
-    all else that decides."""
+    """Let a backend that takes calls whole run this one, else the loop; given: all tensors, words: all else."""
     name = chosen(backend, plan, call)
     taken = backend_of(name)
     whole = taken.whole
 
     def ready() -> Callable[[], list[Tensor]]:
         grid = GridCall(plan, call, taken.blocks, taken.prepare)
-        way = _LOOP if whole is None or not grid.blocks else whole
+        way = loop if whole is None or not grid.blocks else whole
         if way is whole and plan.is_checked:
             _check(name, plan, grid, None if words[0] == "backward" else bool(words[1]))
         return lambda: own(run(way, grid), given)
@@ -249,14 +245,7 @@ def _run(
             return _run(backend, plan, call, run, given, words)
         plan.natives.refused = str(error)
         warnings.warn(f"{error} The calls of this program run on backend='eager'.", stacklevel=2)
-        return own(run(_LOOP, GridCall(plan, call)), given)
-
-
-class _Loop:
-    forward, backward = staticmethod(forward), staticmethod(backward)
-
-
-_LOOP = _Loop()
+        return own(run(loop, GridCall(plan, call)), given)
 
 
 def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tensor]:
@@ -276,8 +265,7 @@ def _filled(plan: Plan, call: Call, given: Sequence[Tensor | None]) -> list[Tens
 
 
 def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that an operator may: of no memory that it was given or returns twice,
-    each laid out as its fake says."""
+    """Return tensors as an operator may: no memory that it was given or returns twice, each laid out as its fake."""
     taken, made = set(map(memory_of, given)), []
     for x in found:
         y = x.contiguous()
@@ -314,7 +302,10 @@ def _compare(name: str, plan: Plan, key: Words, words: Words, unlike: Callable[[
         with whole.trial():
             found = proof.kernel(plan.derivation.structure, words, unlike)
         if found:
-            raise _faulty(name, found)
+            raise Miscompiled(
+                f"{name}: its code and eager differ in {found}; expected the same numbers. This is a fault of dualform "
+                "or of the compiler, please report it; backend='eager' is the reference."
+            )
     except BaseException:
         plan.natives.checked.discard(key)
         raise
@@ -347,13 +338,6 @@ def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
     """Name a call's outputs and the state after it."""
     names = ["the outputs", *(f"the state's {part} {n}" for part in ("anchor", "register") for n in call.init)]
     return dict(zip(names, results, strict=False))
-
-
-def _faulty(name: str, unlike: str) -> Miscompiled:
-    return Miscompiled(
-        f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of "
-        "the compiler, please report it; backend='eager' is the reference."
-    )
 
 
 def _unlike(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> str:

@@ -42,11 +42,9 @@ def mapped(gm: fx.GraphModule, shared: Sequence[bool], table: Table | None = Non
     for node in made.graph.nodes:
         numbers = [x for x in _numbers(node) if ROWS <= x < _END]
         if any("arange" in str(node.target) or x % ROWS or x // ROWS >= ROWS for x in numbers):
-            what, advice = (
-                f"{node.target} in a learner's step",
-                "Write reads and writes at places with gather and scatter.",
-            )
             found = "is mapped over rows by their numbers, which its parts do not know"
+            advice = "Write reads and writes at places with gather and scatter."
+            what = f"{node.target} in a learner's step"
             fail("derive", what, found, "ops that act on each row alone", advice, TraceError)
     if is_on():
         _expect_rows(made.graph, _over(_OTHER, gm, shared, table).graph)
@@ -73,8 +71,7 @@ def _over(rows: int, gm: fx.GraphModule, shared: Sequence[bool], table: Table | 
 
 
 def _expect_rows(graph: fx.Graph, other: fx.Graph) -> None:
-    """Is each number of rows one, and no other number? Then it follows them,
-    from one made-up number of rows to another."""
+    """Is each number of rows one, and no other number? Then it follows them to another made-up number of rows."""
     for node, twin in zip(graph.nodes, other.nodes, strict=True):
         numbers = [x // ROWS * _OTHER if _counts_rows(x) else x for x in _numbers(node)]
         if node.target != twin.target or numbers != _numbers(twin):
@@ -229,21 +226,16 @@ def joined(f: Fission, blocks: Sequence[int], rows: int, heads: int, device: tor
         kept[j] = out[r:]
     many |= {x: join(parts, row_axis(x)) for x, parts in zip(f.loop.outputs[r:], zip(*kept, strict=True), strict=True)}
     many |= zip(f.after.outputs, write(f.after, n * rows, [value(x, n * rows) for x in f.after.inputs]), strict=True)
-    started = [states[blocks.index(j)] for j in range(n)]
-    graph.output(
-        [*states[-1], *(join(x, 0) for x in zip(*started, strict=True)), *(value(x, n * rows) for x in f.others)]
-    )
+    started = zip(*(states[blocks.index(j)] for j in range(n)), strict=True)
+    graph.output([*states[-1], *(join(x, 0) for x in started), *(value(x, n * rows) for x in f.others)])
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def example(x: fx.Node, rows: int, device: torch.device) -> Tensor:
     """Make a tensor of the shape that a mapped value has at a number of rows."""
     value = x.meta["val"]
-    return torch.empty([_real(n, rows) for n in value.shape], dtype=value.dtype, device=device)
-
-
-def _real(x: Any, rows: int) -> Any:
-    return x // ROWS * rows if _counts_rows(x) else x
+    shape = [n // ROWS * rows if _counts_rows(n) else n for n in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device=device)
 
 
 def _entries(args: Iterable[Any]) -> list[Any]:

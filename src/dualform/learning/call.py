@@ -26,8 +26,7 @@ OPTIONAL = ("offset", "mask", "reset")  # tensors that a call may lack, in the o
 
 
 class Call(NamedTuple):
-    """The tensors of one call. q, k, v and gates may be of fewer digits than the state,
-    which is what is computed in."""
+    """The tensors of one call. q, k, v and gates may be of fewer digits than is computed in, the state's."""
 
     q: Tensor  # (B, T, H, K)
     k: Tensor  # (B, T, H, K)
@@ -102,8 +101,7 @@ class Call(NamedTuple):
         return self._replace(q=q, k=k, v=v, gates=gates, before=before, mask=mask, reset=reset)
 
     def plain(self) -> Call:
-        """Cast tokens to what is computed in, and copy what was made in inference mode:
-        the definition takes gradients."""
+        """Cast tokens to what is computed in, and copy what inference mode made: the definition takes gradients."""
         dtype = self.dtype
 
         def own(x: Tensor) -> Tensor:

@@ -41,19 +41,12 @@ from dualform.ops.table import definitions
 from dualform.storages import like
 
 aten = torch.ops.aten
-
-
 Table = dict[Any, Callable[..., Any]]
 
 
-def norms_as_arithmetic() -> Table:
-    """Decompose what vmap does not map as it is: norms, and what reads and writes at places."""
-    return definitions("mapped")
-
-
 def slopes_as_arithmetic() -> Table:
-    """Decompose the derivatives of activations into products of a slope and the incoming gradient."""
-    return norms_as_arithmetic() | {op: _uncast(f) for op, f in definitions("sloped").items()}
+    """Decompose what vmap does not map as it is; derivatives of activations become slope times gradient."""
+    return definitions("mapped") | {op: _uncast(f) for op, f in definitions("sloped").items()}
 
 
 def _uncast(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,21 +186,16 @@ class Derivation:
         self.rule(self._proved)
         # A size that happens to be the mini-batch's is none of the tokens': they are proved apart at a number that no
         # size has a factor of, too.
-        sizes = {
-            self.K,
-            self.V,
-            *(n for x in (*self.parts.fast.values(), *self.slow_values().values()) for n in x.shape),
-        }
+        tensors = (*self.parts.fast.values(), *self.slow_values().values())
+        sizes = {self.K, self.V, *(n for x in tensors for n in x.shape)}
         W = next(n for n in itertools.count(self._proved + 1) if all(math.gcd(n, size) == 1 for size in sizes - {0}))
         other = self.door.trace_learner(W, self.K, self.dtype).output.meta["val"].dtype
         self.door.trace_objective(W, self.V, other, self.dtype)
         self.door.trace_rule(W, self.dtype)
         if any(not site.admissible for site in proof.sites):
             assert self.alone.sites  # what one token cannot do is said here
-        self._expect_form(forms[self.inner.form], proof)
-
-    def _expect_form(self, form: Form, a: Analysis) -> None:
-        if why := form.applies(self.inner.rule, a):
+        form = forms[self.inner.form]
+        if why := form.applies(self.inner.rule, proof):
             raise DerivationError(
                 f"derive: form={form.name!r} does not exist at {why}; expected {form.expected}. Use form='auto' "
                 "(weights per token there)."
@@ -245,7 +233,7 @@ class Derivation:
             if self.per_token is None:
                 a = reassociate(a, W, always=forms[self.inner.form].reassociates)
             else:
-                a.sites[self.per_token].admissible, a.sites[self.per_token].why = False, "it was asked for"
+                a.sites[self.per_token].why = "it was asked for"
             self.analyses[W] = a
         return self.analyses[W]
 
@@ -343,8 +331,11 @@ def trace_flat(step: Callable[[StepInputs], Any], example: StepInputs) -> fx.Gra
 
 
 def trace_fake(f: Callable[..., Any], tensors: list[Tensor], table: Table | None = None) -> fx.GraphModule:
-    """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops."""
-    table = norms_as_arithmetic() if table is None else table
+    """Trace on shapes alone, outside any autocast or grad mode of the caller, into a graph without in-place ops.
+
+    table: what is decomposed; None: what vmap does not map as it is (norms, reads and writes at places).
+    """
+    table = definitions("mapped") if table is None else table
     try:
         gm = record(f, tensors, table)
     except (CannotRecord, RuntimeError):  # torch's own tracer knows more, and refuses in its own words
@@ -365,8 +356,7 @@ def _traced_by_torch(f: Callable[..., Any], tensors: list[Tensor], table: Table)
 
 
 def _plain_views(gm: fx.GraphModule) -> None:
-    """Write as_strided as the view that it is: its derivative writes through strides,
-    which cannot be mapped over rows."""
+    """Write as_strided as the view it is: its derivative writes through strides, which cannot be mapped over rows."""
     for node in gm.graph.nodes:
         if node.target is aten.as_strided.default:
             x, made = node.args[0].meta["val"], node.meta["val"]

@@ -45,9 +45,7 @@ class Choice:
     form: str  # the correction's name
     prices: dict[str, Price]  # of every correction
     derivative: IndexFormula  # d y / d leaf
-    kernels: tuple[
-        IndexFormula, ...
-    ]  # y -= sum over the source axes of kernel * delta, one per site that the leaf reaches
+    kernels: tuple[IndexFormula, ...]  # y -= sum over the source axes of kernel * delta, for each site of the leaf
     why: str = ""  # why the leaf is materialised per token
 
     @property
@@ -94,8 +92,7 @@ class _Keys:
 
 
 def called(x: Any, name: str) -> Any:
-    """While tracing, name the node of a value, for the reader of the printed program;
-    several results keep their names."""
+    """While tracing, name a value's node, for who reads the printed program; several results keep theirs."""
     node = node_of(x) if isinstance(x, Tensor) else None
     if node is not None and node.op == "call_function":
         node._rename(name)
@@ -106,15 +103,9 @@ class Emitter:
     """Run one block of a learner whose trace is `many` (W tokens) and, for leaf sites, `one` (a single token)."""
 
     def __init__(
-        self,
-        inner: Inner,
-        many: Analysis,
-        one: Analysis | None,
-        loss: Routine,
-        rule: Routine,
-        variant: Variant,
+        self, inner: Inner, many: Analysis, one: Analysis | None, loss: Routine, rule: Routine, variant: Variant,
         chunk: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.inner, self.many, self.variant, self.chunk = inner, many, variant, chunk
         self.loss, self.rule = loss, rule
         self.sites = {site.node: site for site in many.sites}
@@ -169,8 +160,6 @@ class Emitter:
         """Return the inner loss of each token."""
         (loss,) = self.loss((prediction, x.v - x.k if self.inner.target == "v-k" else x.v), x.slow)
         return loss
-
-    # -- key pass ------------------------------------------------------------------------------------------------
 
     def _key_pass(self, x: StepInputs) -> _Keys:
         a, W = self.many, self.variant.width
@@ -255,8 +244,6 @@ class Emitter:
             keys.par[node, leaf] = J
         return keys.par[node, leaf]
 
-    # -- query pass ----------------------------------------------------------------------------------------------
-
     def _query_pass(self, x: StepInputs, coef: Coefficients, keys: _Keys) -> Tensor:
         a = self.many
         env = {node: value for node, value in keys.env.items() if node not in a.tok}
@@ -284,38 +271,21 @@ class Emitter:
         return env[a.output]
 
     def _corrected(
-        self,
-        node: fx.Node | None,
-        leaf: str,
-        y: Tensor,
-        J: Derivative,
-        axis: int | None,
-        x: StepInputs,
-        coef: Coefficients,
-        keys: _Keys,
-    ) -> Tensor:
+        self, node: fx.Node | None, leaf: str, y: Tensor, J: Derivative, axis: int | None, x: StepInputs,
+        coef: Coefficients, keys: _Keys,
+    ) -> Tensor:  # fmt: skip
         """Add J[(c_t - 1) th + d_t . R_0] to y at the anchor, and take off the gradients read so far."""
         for weight, tensor in self._starting_point(leaf, x, coef):
             y = y + (J.jvp(tensor) if is_number(weight, 1.0) else weighted(J, axis, weight).jvp(tensor))
         met = Meeting(J, axis, keys.derivatives[leaf], coef, x.th[leaf].shape, self.variant.width, y)
         correction, prices = forms[self.inner.form].choose(met)
-        self.choices.append(self._choice(node, leaf, correction.name, prices, J, [K for K, _ in met.kernels]))
-        return correction.value(met)
-
-    def _choice(
-        self,
-        node: fx.Node | None,
-        leaf: str,
-        form: str,
-        prices: dict[str, Price],
-        J: Derivative,
-        kernels: list[Derivative],
-    ) -> Choice:
         at = node or next(site.node for site in self.many.sites if not site.admissible and leaf in site.leaves)
         why = "" if node else self.sites[at].why
         derivative = formula(J.terms, J.out_shape, J.in_shape, f"dy/d{leaf}")
-        shown = tuple(formula(K.terms, K.out_shape, K.in_shape, "K") for K in kernels)
-        return Choice(op_name(at), source_line(at), leaf, form, prices, derivative, shown, why)
+        kernels = tuple(formula(K.terms, K.out_shape, K.in_shape, "K") for K, _ in met.kernels)
+        name, line = op_name(at), source_line(at)
+        self.choices.append(Choice(name, line, leaf, correction.name, prices, derivative, kernels, why))
+        return correction.value(met)
 
     def _starting_point(self, leaf: str, x: StepInputs, coef: Coefficients) -> list[tuple[Scalar, Tensor]]:
         """List (weight, tensor) whose J is to be added to the value at the anchor, zeros left out."""
@@ -353,8 +323,6 @@ class Emitter:
         fronts = [token_first(env[n], a.places[n], W) for n in toks]
         return token_back(torch.vmap(run)(weights, fronts), a.places[site.node], site.node.meta["val"].shape)
 
-    # -- state ---------------------------------------------------------------------------------------------------
-
     def _advance(
         self, x: StepInputs, coef: Coefficients, keys: _Keys
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -370,6 +338,14 @@ class Emitter:
                 value = self._written(_combined(terms), leaf, total, keys)
                 after[leaf] = torch.zeros_like(th) if value is None else value
             return after, None
+
+        def ended(new: Tensor, old: Tensor) -> Tensor:
+            """Take the new value where a row's mini-batch ends with this block."""
+            if certain:
+                return new
+            assert x.full is not None
+            return torch.where(x.full, new, old)
+
         for leaf, th in x.th.items():
             R0, R = self._first(x, leaf), []
             for k, row in enumerate(coef.carry):
@@ -377,22 +353,10 @@ class Emitter:
                 R.append(torch.zeros_like(th) if value is None else value)
             end = _combined([(a, th), *zip(u, R, strict=True)])
             assert end is not None
-            if certain:
-                after[leaf] = end
-                if not all(rule.resets):
-                    registers[leaf] = torch.stack(
-                        [s * end if new else r for s, new, r in zip(rule.start, rule.resets, R, strict=True)]
-                    )
-            else:
-                assert x.full is not None
-                after[leaf] = torch.where(x.full, end, th)
-                registers[leaf] = torch.stack(
-                    [
-                        torch.where(x.full, s * end, r) if new else r
-                        for s, new, r in zip(rule.start, rule.resets, R, strict=True)
-                    ]
-                )
-        return after, registers or None
+            after[leaf] = ended(end, th)
+            kinds = zip(rule.start, rule.resets, R, strict=True)
+            registers[leaf] = torch.stack([ended(s * end, r) if new else r for s, new, r in kinds])
+        return after, registers
 
     def _first(self, x: StepInputs, leaf: str) -> list[Tensor | None]:
         """Return a leaf's registers before the block; None: zero."""

@@ -66,15 +66,9 @@ class Account:
 
 
 def account(
-    learner: nn.Module,
-    derivation: Derivation,
-    step: TracedStep,
-    cost: Cost,
-    code: str,
-    level: str,
-    backend: str,
+    learner: nn.Module, derivation: Derivation, step: TracedStep, cost: Cost, code: str, level: str, backend: str,
     proof: str,
-) -> Account:
+) -> Account:  # fmt: skip
     """Tell a derivation from its traced step."""
     if level not in ("one-line", "steps", "proof"):
         raise ValueError(
@@ -116,9 +110,7 @@ def _site(n: int, c: Choice) -> SiteStep:
     left = ",".join(c.derivative.out)
     for k in c.kernels:
         right = ",".join(k.inn)
-        lines.append(
-            ("correction", f"y[{left}] -= Σ_{right.replace(',', ',')} K[{left},{right}] delta[{right}],   {k}")
-        )
+        lines.append(("correction", f"y[{left}] -= Σ_{right} K[{left},{right}] delta[{right}],   {k}"))
     other, rest = ("scores", "scores") if c.form != "scores" else ("weights per token", "state")
     lines.append(("form", f"{c.form}{says[c.form]}"))
     lines.append(("price", f"{_shown(c.prices[c.form])};  {other} would take {_shown(c.prices[rest])}"))

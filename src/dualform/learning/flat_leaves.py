@@ -74,11 +74,8 @@ def _replace(
     piece = node
     for name, start, stop in pieces:
         made[start, stop] = piece = add_input(graph, f"{node.name}_{start}", after=piece)
-        piece.meta |= {
-            **node.meta,
-            "val": value[start:stop],
-            "ordinal": ordinal._replace(key=hash((ordinal.key, start))),
-        }
+        own = ordinal._replace(key=hash((ordinal.key, start)))
+        piece.meta |= {**node.meta, "val": value[start:stop], "ordinal": own}
         a.leaf_nodes[name] = piece
     for old, start, stop in found:
         if stop > start:

@@ -10,7 +10,7 @@ Legend: W tokens, t query token, s key token, J d y / d leaf, delta d loss / d y
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -66,8 +66,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Correction:
-    """An order of the contraction: its equation, its price before it is paid, its value,
-    and why it would not do (or None)."""
+    """An order of the contraction: its equation, price and value, and why it would not do (or None)."""
 
     name: str
     says: str
@@ -122,10 +121,6 @@ corrections = (scores, state, scan)
 says = {c.name: c.says for c in corrections}
 
 
-def _always(rule: Rule, a: Analysis) -> str | None:
-    return None
-
-
 def _sites_are_affine(rule: Rule, a: Analysis) -> str | None:
     bad = next((site for site in a.sites if site.leaves and not site.admissible), None)
     return None if bad is None else f"{source_line(bad.node)}: {bad.why}"
@@ -142,10 +137,10 @@ class Form:
 
     name: str
     says: str
-    applies: Callable[[Rule, Analysis], str | None] = _always
+    applies: Callable[[Rule, Analysis], str | None] = lambda rule, a: None
     corrections: tuple[Correction, ...] = ()
     reassociates: bool = False
-    expected: str = field(default="")  # what a learner must be for it
+    expected: str = ""  # what a learner must be for it
 
     def choose(self, m: Meeting) -> tuple[Correction, dict[str, Price]]:
         """Return the cheapest correction that applies, and what each would cost."""

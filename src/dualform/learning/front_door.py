@@ -189,8 +189,6 @@ class FrontDoor:
         """Buffers whose values a trace has read: numbers, masks and sizes that the graph was made for."""
         return [self._own[x] for x in self._versions if x in self._own]
 
-    # -- the three traces ----------------------------------------------------------------------------------------
-
     def trace_learner(self, W: int, K: int, dtype: torch.dtype) -> Analysis:
         """Trace and mark the learner on W tokens (W, K)."""
         fast = {n: like(p, dtype, self.device) for n, p in self.parts.fast.items()}

@@ -41,9 +41,7 @@ class Grid:
     variants: list[Variant]
     spans: list[tuple[int, int]] | None  # every row alike: block n is these tokens
     index: Tensor | None  # (N, B, W) token of each slot, T where empty
-    stand_in: (
-        tuple[Tensor, Tensor] | None
-    )  # (B,) each: the row and place of a valid token, which an empty slot may read
+    stand_in: tuple[Tensor, Tensor] | None  # (B,) each: row and place of a valid token, for an empty slot to read
     i: Tensor  # (N, B, W) position in the mini-batch, from 1
     valid: Tensor  # (N, B, W)
     full: Tensor  # (N, B)
@@ -105,9 +103,8 @@ class Grid:
         if self.spans is None:
             return None
         start, stop = self.spans[piece.start][0], self.spans[piece.stop - 1][1]
-        return (
-            None if n * W != stop - start else out[:, start:stop].unflatten(1, (n, W)).transpose(0, 1).transpose(2, 3)
-        )
+        whole = n * W == stop - start
+        return out[:, start:stop].unflatten(1, (n, W)).transpose(0, 1).transpose(2, 3) if whole else None
 
     def put(self, out: Tensor, piece: range, value: Tensor) -> None:
         """Write the blocks of a piece, (n, B, H, W, ...), into what `new` made."""
@@ -126,9 +123,8 @@ class Grid:
 
     def join(self, pieces: Sequence[range], values: Sequence[Tensor], T: int) -> Tensor:
         """Make the token-major result of all blocks, piece after piece, as `put` would, without writing to anything."""
-        rows_first = [
-            x.transpose(2, 3).transpose(0, 1).flatten(1, 2) for x in values
-        ]  # (n, B, H, W, ...) -> (B, n W, H, ...)
+        # (n, B, H, W, ...) -> (B, n W, H, ...)
+        rows_first = [x.transpose(2, 3).transpose(0, 1).flatten(1, 2) for x in values]
         if self.spans is not None:
             sizes = [self.spans[p.stop - 1][1] - self.spans[p.start][0] for p in pieces]
             return torch.cat([x[:, :n] for x, n in zip(rows_first, sizes, strict=True)], 1)
@@ -172,8 +168,7 @@ def variants_of(
 
 def arrange(
     T: int, chunk: int, position: Tensor, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype,
-    carried: bool = True,
-    block: int | None = None, begins: bool = False,
+    carried: bool = True, block: int | None = None, begins: bool = False,
 ) -> Grid:  # fmt: skip
     """Lay out a call: rows that stand alike are cut by slicing, others go through one gather.
 

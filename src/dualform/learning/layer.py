@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
@@ -22,7 +20,7 @@ from dualform.learning.call import expect_kinds
 from dualform.learning.finite import NonFiniteError
 from dualform.learning.grid import places
 from dualform.learning.program import ChunkProgram, derive
-from dualform.learning.state import Carried, State, from_tensors
+from dualform.learning.state import Carried, State
 from dualform.learning.templates import expect_fitting, materialised, own_names, templates
 from dualform.learning.transforms import lasting
 from dualform.shapes import ShapeError, is_whole, require
@@ -35,20 +33,6 @@ class LayerState(Carried):
     memory: State
     conv: dict[str, Tensor]
     position: Tensor
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerState:
-        """Read what `save` wrote."""
-        parts: dict[str, dict[str, Tensor]] = {"memory": {}, "conv": {}, "": {}}
-        for name, x in load_file(str(path)).items():
-            head, _, rest = name.partition(".")
-            parts[head if rest and head in parts else ""][rest if rest and head in parts else name] = x
-        if set(parts[""]) != {"position"}:
-            raise ValueError(
-                f"LayerState.load: {path} holds tensors named {sorted(parts[''])}; expected 'memory.*', 'conv.*' and "
-                "'position'. Pass a file that LayerState.save wrote."
-            )
-        return cls(from_tensors(State, parts["memory"], path), parts["conv"], parts[""]["position"])
 
 
 _pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
@@ -81,17 +65,14 @@ class TestTimeTraining(nn.Module):
     def __init__(
         self, dim: int, heads: int, *, learner: Any, objective: Any = "squared", rule: Any = "sgd", chunk: int = 16,
         rope_theta: float = 1e4, share_qk: bool = False, use_gate: bool = False, post_norm: bool = True,
-        conv_kernel: int = 4,
-        prove: bool = True,
+        conv_kernel: int = 4, prove: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, n in (("dim", dim), ("heads", heads), ("conv_kernel", conv_kernel)):
             require(is_whole(n), "TestTimeTraining", name, n, "a whole number >= 1", "Pass a positive int.")
         for name, flag in (("share_qk", share_qk), ("use_gate", use_gate), ("post_norm", post_norm)):
             require(isinstance(flag, bool), "TestTimeTraining", name, flag, "True or False", "Pass one of them.")
-        is_right = (
-            not isinstance(rope_theta, bool) and isinstance(rope_theta, int | float) and 0 < rope_theta < math.inf
-        )
+        is_right = type(rope_theta) is not bool and isinstance(rope_theta, int | float) and 0 < rope_theta < math.inf
         require(is_right, "TestTimeTraining", "rope_theta", rope_theta, "a number > 0", "Leave it out for 10000.")
         if dim % heads:
             raise ShapeError(
@@ -146,8 +127,7 @@ class TestTimeTraining(nn.Module):
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, *, attention_mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        overwrite: bool = False, observed: bool = False,
+        reset: Tensor | None = None, overwrite: bool = False, observed: bool = False,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return (y, state); any split of x over calls with the state carried gives the same y.
 
@@ -254,11 +234,8 @@ class TestTimeTraining(nn.Module):
         if self.k_proj is not None:
             return shared, self.k_proj(x), {}
         assert self.conv_q is not None and self.conv_k is not None
-        tail = (
-            shared.new_zeros(len(x), self.conv_kernel - 1, self.dim)
-            if state is None
-            else state.conv["qk"].to(shared.dtype)
-        )
+        none = shared.new_zeros(len(x), self.conv_kernel - 1, self.dim)
+        tail = none if state is None else state.conv["qk"].to(shared.dtype)
         window, tail = causal_windows(shared, tail, mask, reset)
         return convolved(window, self.conv_q), convolved(window, self.conv_k), {"qk": tail}
 
@@ -293,8 +270,7 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
 
 def turned(x: Tensor, by: Tensor) -> Tensor:
-    """Turn the pairs of x (B, T, H, f) by angles; by (2, B, T, f): what multiplies each entry,
-    and the other of its pair."""
+    """Turn the pairs of x (B, T, H, f); by (2, B, T, f): what multiplies each entry, and the other of its pair."""
     y = x.to(by.dtype)
     others = y.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).reshape(x.shape)
     return torch.addcmul(y * by[0, :, :, None], others, by[1, :, :, None]).to(x.dtype)

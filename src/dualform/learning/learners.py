@@ -56,23 +56,19 @@ class AffineStack(nn.Module):
 
 @learners.record(name="Linear", formula="x W + b", source="Sun et al. 2024, TTT-Linear")
 def Linear(bias: bool = True) -> Recipe:
-    """Build a linear map.
+    """Build a linear map (TTT-Linear's, without its residual and norm: see residual_norm).
 
-    f(x) = x W1 + b1
     Shape:  (..., K) -> (..., K); W1 (K, K), b1 (K,).
-    Source: Sun et al. 2024 (TTT-Linear, without its residual and norm: see residual_norm).
     """
     return lambda dim: AffineStack([dim, dim], "identity", bias)
 
 
 @learners.record(name="MLP", formula="act(x W1 + b1) W2 + b2, ...", source="Sun et al. 2024, TTT-MLP")
 def MLP(depth: int = 2, expand: float = 4, activation: str = "gelu_tanh", bias: bool = True) -> Recipe:
-    """Build a multi-layer perceptron with `depth` weight matrices.
+    """Build a multi-layer perceptron with `depth` weight matrices; TTT-MLP's is the default.
 
-    f(x) = act(x W1 + b1) W2 + b2, and so on
     Shape:  (..., K) -> (..., K); hidden width expand K, at least 1.
     Raises: ValueError if depth < 1, expand <= 0 or the activation is unknown.
-    Source: Sun et al. 2024 (TTT-MLP): depth 2, expand 4, gelu with the tanh approximation.
     """
     if depth < 1:
         raise ValueError(
@@ -98,10 +94,8 @@ class GatedUnit(nn.Module):
 def SwiGLU(expand: float = 4) -> Recipe:
     """Build a gated linear unit without biases.
 
-    f(x) = (silu(x W_gate) * (x W_up)) W_down
     Shape:  (..., K) -> (..., K); hidden width expand K, at least 1.
     Raises: ValueError if expand <= 0.
-    Source: Shazeer 2020; the hidden state of LaCT (Zhang et al. 2025).
     """
     hidden = _hidden("SwiGLU", expand)
     return lambda dim: GatedUnit(dim, hidden(dim))
@@ -123,7 +117,6 @@ class Factored(nn.Module):
 def LowRank(rank: int) -> Recipe:
     """Build a linear map of low rank, written as the product it is; the derivation re-associates it.
 
-    f(x) = x (A B)
     Shape:  (..., K) -> (..., K); A (K, rank), B (rank, K).
     Raises: ValueError if rank < 1.
     """
@@ -151,11 +144,9 @@ class ResidualNorm(nn.Module):
     name="residual_norm", formula="x + LN(f(x))", source="Sun et al. 2024, section 2.7", nested={"spec": learners}
 )
 def residual_norm(spec: Recipe) -> Recipe:
-    """Wrap a learner in a residual connection and a layer norm whose gain and bias are slow.
+    """Wrap a learner in a residual connection and a layer norm (eps 1e-6, biased variance), gain and bias slow.
 
-    f(x) = x + LN(f_res(x)), eps 1e-6, biased variance
     Shape:  (..., K) -> (..., K).
-    Source: Sun et al. 2024 (TTT), section 2.7.
     """
     return lambda dim: ResidualNorm(spec(dim), dim)
 
@@ -167,23 +158,15 @@ def residual_norm(spec: Recipe) -> Recipe:
     nested={name: catalogue for name, catalogue in parts.items() if catalogue.names()},
 )
 def Head(
-    expansion: Any = "identity",
-    reconciliation: Any = "identity",
-    remainder: Any = "zero",
-    interdependence: Any = None,
-    compression: Any = None,
-    channels: int = 1,
-    fusion: Any = "mean",
-    bias: bool = True,
-) -> Recipe:
+    expansion: Any = "identity", reconciliation: Any = "identity", remainder: Any = "zero", interdependence: Any = None,
+    compression: Any = None, channels: int = 1, fusion: Any = "mean", bias: bool = True,
+) -> Recipe:  # fmt: skip
     """Build an RPN head: any expansion with any reconciliation. Its flat w is the fast weight,
     with bias and remainder weights.
 
-    f(x) = <kappa(x), psi(w)> + b + pi(x)
+    psi affine: one site; multilinear: the tokens meet one factor after the other; a hypernet: w is carried per token.
     Shape:  (..., K) -> (..., K); w (channels l,), l = reconciliation.length(K, D), D = expansion.dim(K).
     Raises: ValueError for unknown names and options; ShapeError, when built at a width, for sizes that do not join.
-    Source: Zhang 2024 (RPN 1). psi affine: one site; multilinear: the tokens meet one factor after the other;
-            a hypernet: w is carried per token.
     """
     options = {
         "expansion": expansion, "reconciliation": reconciliation, "remainder": remainder,

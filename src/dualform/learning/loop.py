@@ -186,8 +186,7 @@ def forward(run: GridCall, checkpoints: int) -> list[Tensor]:
 
 
 def run_visible(plan: Plan, call: Call) -> list[Tensor]:
-    """Return [o, *anchor, *registers, position] by ops that autograd and every transform of torch.func see,
-    one by one."""
+    """Return [o, *anchor, *registers, position] by ops that autograd and every transform see, one by one."""
     with torch.autocast(call.q.device.type, enabled=False):
         run = GridCall(plan, call)
         if not run.blocks:
@@ -221,9 +220,8 @@ class Gradients:
     def __init__(self, run: GridCall) -> None:
         call, g = run.call, run.grid
         self.run = run
-        self.tokens = {
-            n: g.new(x, *x.shape) for n, x in (("q", call.q), ("k", call.k), ("v", call.v), *call.gates.items())
-        }
+        tokens = {"q": call.q, "k": call.k, "v": call.v} | call.gates
+        self.tokens = {n: g.new(x, *x.shape) for n, x in tokens.items()}
         self.sums: dict[tuple[str, str], Tensor] = {}
 
     def add(self, x: Input, piece: range, value: Tensor) -> None:
@@ -312,10 +310,8 @@ def backward(run: GridCall, saved: list[Tensor], cotangents: list[Tensor], check
                 if len(piece) == 1 and piece.stop in (group + G, stop):
                     note(piece.start, held)  # what comes after it is known
                 else:
-                    way = plan.way(g.variants[piece.start], "advance")
-                    held, _, stacks[piece] = way.run(
-                        piece, run.given(piece, _none), held, note, run.rows, run.once(way)
-                    )
+                    way, given = plan.way(g.variants[piece.start], "advance"), run.given(piece, _none)
+                    held, _, stacks[piece] = way.run(piece, given, held, note, run.rows, run.once(way))
         if G == 1:
             stacks |= {piece: [x[piece.start : piece.stop].flatten(0, 1) for x in saved] for piece in pieces}
         for piece in reversed(pieces):
@@ -323,7 +319,6 @@ def backward(run: GridCall, saved: list[Tensor], cotangents: list[Tensor], check
             way, wants = plan.way(variant, "reverse"), plan.step(variant).wants
             inputs = way.inputs[: len(wants)]
             order = {x: k for k, x in enumerate(x for x in inputs if x.part in ("th", "R"))}
-
             stack = stacks.get(piece)
 
             def more(
@@ -333,8 +328,8 @@ def backward(run: GridCall, saved: list[Tensor], cotangents: list[Tensor], check
                     return g.take(do, piece).flatten(0, 2)
                 return torch.cat([states[n][order[x]] for n in piece]) if stack is None else stack[order[x]]
 
-            state, found_, _ = way.run(piece[::-1], run.given(piece, more), state, run.turn, run.rows, run.once(way))
+            state, found, _ = way.run(piece[::-1], run.given(piece, more), state, run.turn, run.rows, run.once(way))
             rest = [x for x, w in zip(inputs, wants, strict=True) if w and x.part not in ("th", "R")]
-            for x, value in zip(rest, found_, strict=True):
+            for x, value in zip(rest, found, strict=True):
                 gradients.add(x, piece, value.unflatten(0, (len(piece), run.B, run.H)))
     return gradients.flat(state)

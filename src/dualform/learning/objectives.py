@@ -64,10 +64,8 @@ class Objective:
 def Squared(target: Target = "v") -> Objective:
     """Build the squared loss with the factor 1/2, so that its gradient is f(k) - v.
 
-    l = 1/2 || f(k) - target ||^2
     Shape:  (..., V), (..., V) -> (...,), one number per token.
     Raises: ValueError if target is neither "v" nor "v-k".
-    Source: Sun et al. 2024 (TTT), as in its code.
     """
     return Objective(half_squared_error, expect_target("Squared", "target", target))
 
@@ -75,15 +73,13 @@ def Squared(target: Target = "v") -> Objective:
 @objectives.record(
     name="DotProduct",
     formula="- <f(k), v>",
-    source="linear attention and LaCT (Zhang et al. 2025)",
+    source="linear attention (Katharopoulos et al. 2020 as Sun et al. 2024 read it) and LaCT (Zhang et al. 2025)",
     aliases=("dot",),
 )
 def DotProduct() -> Objective:
     """Build the negative inner product with the value: the objective of linear attention.
 
-    l = - <f(k), v>
     Shape:  (..., V), (..., V) -> (...,), one number per token.
-    Source: Katharopoulos et al. 2020 in the reading of Sun et al. 2024; LaCT, 2025.
     """
     return Objective(negative_dot, "v")
 

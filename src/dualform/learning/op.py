@@ -30,7 +30,6 @@ from dualform.learning.grid import variants_of
 from dualform.learning.loop import checkpointed, run_visible
 from dualform.learning.plan import Plan
 from dualform.learning.sites import DerivationError
-from dualform.learning.state import State
 from dualform.learning.transforms import TRACING, has_tangent, inside, is_one_of_many, on_behalf, undisturbed, watched
 
 
@@ -74,8 +73,7 @@ def _plan(name: str, form: str, K: int, dtype: torch.dtype) -> Plan:
 
 
 def _constant(f: F) -> F:
-    """Mark a function whose result a compiler may keep,
-    as torch.compiler.assume_constant_result does at the price of its import."""
+    """Mark a function whose result a compiler may keep, as torch.compiler's does at the price of its import."""
     setattr(f, "_dynamo_marked_constant", True)  # noqa: B010
     return f
 
@@ -98,12 +96,9 @@ def _key(name: str, form: str, K: int, dtype: torch.dtype) -> str:
 def _text(name: str, form: str, K: int, dtype: torch.dtype, T: int | None, given: str) -> str:
     """Write a plan for a file that other processes read. T: the length of every call, None if it may vary."""
     with _sources[name].as_read():
-        return _written(_plan(name, form, K, dtype), T, given)
-
-
-def _written(plan: Plan, T: int | None, given: str) -> str:
-    d, (carried, masked, resets) = plan.derivation, (x in given.split(",") for x in ("carried", "mask", "reset"))
-    return undisturbed(lambda: shipped.written(plan, variants_of(T, d.chunk, d.block, carried, masked, resets)))
+        plan, words = _plan(name, form, K, dtype), given.split(",")
+        d, (carried, masked, resets) = plan.derivation, (x in words for x in ("carried", "mask", "reset"))
+        return undisturbed(lambda: shipped.written(plan, variants_of(T, d.chunk, d.block, carried, masked, resets)))
 
 
 def _planned(key: str) -> Plan:
@@ -127,12 +122,8 @@ def _scan_shapes(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tens
         _compiled[plan.key] = plan
     held, position = call.held, call.state.position
     o = call.q.new_empty(*call.q.shape[:3], plan.derivation.out_width, dtype=plan.out_dtype(call))
-    return [
-        o,
-        *(x.new_empty(x.shape) for x in held),
-        position.new_empty(position.shape),
-        *(x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call, checkpoints)]),
-    ]
+    saved = [x.new_empty(checkpoints, *x.shape) for x in held[: checkpointed(plan, call, checkpoints)]]
+    return [o, *(x.new_empty(x.shape) for x in (*held, position)), *saved]
 
 
 def _seen(tensors: list[Tensor], key: str, checkpoints: int) -> list[Tensor]:
@@ -287,12 +278,8 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
 
 def _is_plain(tensors: Sequence[Tensor]) -> bool:
     """Are tensors torch's own, while no mode asks for the operator and nothing is traced?"""
-    return (
-        all(type(x) is Tensor or type(x) is Parameter for x in tensors)
-        and not tensors[0].is_meta
-        and not compiles()
-        and not is_looked_at()
-    )
+    own = all(type(x) is Tensor or type(x) is Parameter for x in tensors)
+    return own and not (tensors[0].is_meta or compiles() or is_looked_at())
 
 
 library.impl("scan", _seen, "FuncTorchDynamicLayerFrontMode")
@@ -342,17 +329,9 @@ def _visibly(name: str, form: str, call: Call) -> list[Tensor]:
 
 
 def scan(
-    name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool = False
-) -> tuple[Tensor, State]:
-    """Run the op for a registered program. overwrite: the state given may be lost."""
-    o, *held, position = _scanned(name, form, backend, call, chunk, remat, overwrite)
-    return o, call.after(held, position)
-
-
-def _scanned(
     name: str, form: str, backend: str, call: Call, chunk: int, remat: str | int | None, overwrite: bool
 ) -> list[Tensor]:
-    """Return [o, *anchor, *registers, position]."""
+    """Return a program's [o, *anchor, *registers, position]. overwrite: the state given may be lost."""
     if watched():
         return _visibly(name, form, call)
     tensors = call.flat()

@@ -95,12 +95,8 @@ def outcome(results: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, 
 
 def _called(name: str) -> str:
     part, _, rest = name.partition(".")
-    return {
-        "gate": f"the gate {rest}",
-        "param": rest,
-        "anchor": f"the incoming {rest}",
-        "register": f"the register of {rest}",
-    }.get(part, name)
+    words = {"gate": "the gate ", "param": "", "anchor": "the incoming ", "register": "the register of "}
+    return words[part] + rest if part in words else name
 
 
 def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -138,9 +134,8 @@ class Draw:
         for name, p in {**self.program.parts.fast, **self.program.parts.slow}.items():
             own = self.normal(*p.shape) * 0.3 if p.is_meta else p.detach().to("cpu", self.dtype)
             typical = float(own.abs().mean()) or 0.1
-            drawn = own * torch.exp(self.noise * self.normal(*p.shape)) + (
-                own == 0
-            ) * self.noise * typical * self.normal(*p.shape)
+            drawn = own * torch.exp(self.noise * self.normal(*p.shape))
+            drawn = drawn + (own == 0) * self.noise * typical * self.normal(*p.shape)
             found[f"param.{name}"] = torch.stack([own, drawn])
         return found
 
@@ -176,9 +171,7 @@ class Draw:
             x["gate.lr"][1, T // 2 :] = 0.0
         mask, reset, cut = torch.ones(2, T, dtype=torch.bool), torch.zeros(2, T, dtype=torch.bool), (T + 1) // 2
         mask[:, 1] = False
-        reset[1, min(3, cut - 1)] = reset[0, (cut + T) // 2] = (
-            True  # one in each part, which are then blocks of one kind
-        )
+        reset[1, min(3, cut - 1)] = reset[0, (cut + T) // 2] = True  # in each part, which then has blocks of one kind
         return Drawn(_leaves(x, device), reach, position.to(device), mask.to(device), reset.to(device), cut)
 
 

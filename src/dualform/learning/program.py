@@ -177,7 +177,7 @@ class ChunkProgram(nn.Module):
             finally:
                 self.plans.clear()
                 self.plans.update(kept)
-            proving.remember(folder, key, found)
+            proving.remember(folder, key, vars(found))
         _proved[self._structure(made)] = found
         return found
 
@@ -203,8 +203,6 @@ class ChunkProgram(nn.Module):
         """Names of the gates with a time axis, of the fast leaves, and of what is not fast."""
         gates = [name for name in self.rule.gates if name != "offset"]
         return gates, list(self.parts.fast), list(self.parts.rest)
-
-    # -- running -------------------------------------------------------------------------------------------------
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
@@ -291,7 +289,8 @@ class ChunkProgram(nn.Module):
             expect_width(call.v, made.derivation.V)
             fixed = {name: self.parts.buffers[name] for name in self.door.fixed}
             expect_fixed(fixed, self._compared, call.slow, params or {})
-        return scan(self.name, form, backend, call, self.chunk, remat, overwrite)
+        o, *held, position = scan(self.name, form, backend, call, self.chunk, remat, overwrite)
+        return o, call.after(held, position)
 
     def initial_state(self, batch: int, heads: int, params: Mapping[str, Tensor] | None = None) -> State:
         """Return the state that a sequence starts from: every row at the initial weights, registers at their start."""
@@ -301,8 +300,6 @@ class ChunkProgram(nn.Module):
         signature, given = self.signature, params or {}
         fast, _ = signature.with_heads(given, heads, signature.computed_in(given), signature.kind[1])
         return started(fast, self.rule.start, batch)
-
-    # -- reading -------------------------------------------------------------------------------------------------
 
     @property
     def _shown(self) -> Plan:
@@ -327,8 +324,6 @@ class ChunkProgram(nn.Module):
     def schedule(self, backend: Any = "cpp") -> Mapping[str, Code]:
         """Say what a backend that generates code makes of one whole mini-batch: a part per direction, with its source.
 
-        Shape:  none.
-        Dtype:  none.
         Raises: DerivationError for a backend that runs the graphs as they are.
         """
         whole = backend_of(backends_key(backend, "program.schedule")).whole

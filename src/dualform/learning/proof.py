@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,8 @@ def recall(folder: Path, key: str) -> Proof | None:
         return None
 
 
-def remember(folder: Path, key: str, proof: Proof) -> None:
-    """Write a proof down."""
-    _write(folder, key, asdict(proof))
-
-
-def _write(folder: Path, key: str, what: dict[str, Any]) -> None:
-    """Write beside and rename; a folder that takes nothing is no error."""
+def remember(folder: Path, key: str, what: dict[str, Any]) -> None:
+    """Write down, beside, and rename; a folder that takes nothing is no error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
@@ -143,13 +138,12 @@ def kernel(structure: Any, words: Any, compare: Callable[[], str]) -> str:
     with _under_way(), torch.no_grad():
         unlike = compare()
     if not unlike:
-        _write(folder, key, {"unlike": ""})
+        remember(folder, key, {"unlike": ""})
     return unlike
 
 
 def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str:
-    """Name what differs most, and by how much, where that is more than digits of a dtype allow;
-    what is not finite is left out."""
+    """Name what differs most, and by how much, if by more than a dtype's digits; what is not finite is left out."""
     finite = {n: x for n, x in expected.items() if x.is_floating_point() and bool(x.isfinite().all())}
     found = {n: largest_entry(got[n].to(x) - x) / (largest_entry(x) or 1.0) for n, x in finite.items()}
     worst = max(found, key=lambda n: math.inf if math.isnan(found[n]) else found[n], default="")
@@ -218,9 +212,8 @@ def _proved(program: Any, K: int, dtype: torch.dtype, retyped: bool, form: str, 
         if found is not None:
             break
     else:
-        return Proof(
-            form, math.nan, (), time.perf_counter() - began, name, ("the definition is not finite on drawn data",)
-        )
+        why = ("the definition is not finite on drawn data",)
+        return Proof(form, math.nan, (), time.perf_counter() - began, name, why)
     worst, names = found
     if blocked is not program:
         long = draw().problem(b + 3, rate, False)
@@ -323,8 +316,7 @@ def _rate(draw: Callable[[], Draw], program: Any, form: str) -> tuple[float, flo
 
 
 def _blamed(program: Any, differs: _Differs, form: str) -> DerivationError:
-    """Say what differs, by how much, and the nearest line: the first site whose weights, formed per token,
-    repair it."""
+    """Say what differs, by how much, and the first line whose weights, formed per token, repair it."""
     problem, where = differs.problem, ""
     K, dtype = problem.leaves["k"].shape[-1], problem.leaves["k"].dtype
     for site, line in enumerate(program.plan(K, dtype, form).derivation.site_lines()):

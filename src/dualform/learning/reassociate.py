@@ -54,8 +54,9 @@ def reassociate(a: Analysis, W: int, *, always: bool) -> Analysis:
             return a
         product = _without_bias(a, site.node)
         limit = math.inf if always else W * sum(p.meta["val"].numel() for p in site.pars)
-        chains = _chains(a, product, limit)
-        if chains is None:
+        try:
+            chains = [_chain(a, term, limit) for term in _product_of(a, product)]
+        except _NoProduct:
             if product is not site.node:
                 a.graph.graph.erase_node(product)
             refused.add(site.node.name)
@@ -105,13 +106,6 @@ def _replace(a: Analysis, old: fx.Node, new: fx.Node) -> None:
     for node in reversed(list(a.graph.graph.nodes)):
         if not node.users and node.op == "call_function":
             a.graph.graph.erase_node(node)
-
-
-def _chains(a: Analysis, node: fx.Node, limit: float) -> list[_Chain] | None:
-    try:
-        return [_chain(a, term, limit) for term in _product_of(a, node)]
-    except _NoProduct:
-        return None
 
 
 def _expand(a: Analysis, node: fx.Node) -> list[Term]:

@@ -130,12 +130,9 @@ class Rule:
 def SGD(lr: float = 1.0, *, averaged: bool = False, momentum: float = 0.0, decay: float = 0.0) -> Rule:
     """Build (averaged) stochastic gradient descent with per-token, per-head rates, momentum and weight decay.
 
-    One of the four records below, by its options:
-    S_t = momentum S_{t-1} - lr_t g_t;  theta_t = (1 - decay_t) theta_{t-1} + S_t
-    averaged: theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j, i from 1 in the mini-batch
+    One of the four records below, by its options.
     Shape:  gates lr, momentum, decay (batch, time, head); offset (chunk,). Effective rate = lr * gates["lr"].
     Raises: ValueError if lr is not finite, or averaged is combined with momentum or decay.
-    Source: Sun et al. 2024 (TTT); Behrouz et al. 2024 (Titans). Differs: nothing.
     Example:
         >>> import dualform as df
         >>> df.rules.SGD(lr=0.1, momentum=0.9).gates
@@ -157,7 +154,6 @@ def SGD(lr: float = 1.0, *, averaged: bool = False, momentum: float = 0.0, decay
 def PlainSGD(lr: float = 1.0) -> Rule:
     """Build plain stochastic gradient descent, a step per token.
 
-    theta_t = theta_{t-1} - lr_t g_t
     Shape:  gate lr (batch, time, head). Effective rate = lr * gates["lr"].
     Raises: ValueError if lr is not finite.
     """
@@ -170,9 +166,8 @@ def PlainSGD(lr: float = 1.0) -> Rule:
     source="Sun et al. 2024 (TTT), code: eta_ij = tok_i lr_j",
 )
 def AveragedSGD(lr: float = 1.0) -> Rule:
-    """Build TTT's rule: the average of a mini-batch's steps so far, with a learnable offset per position.
+    """Build TTT's rule: the average of a mini-batch's steps so far (i from 1), with a learnable offset per position.
 
-    theta_i = th - max(1/i + offset_i, 0) sum_{j<=i} lr_j g_j, i from 1 in the mini-batch
     Shape:  gates lr (batch, time, head), offset (chunk,).
     Raises: ValueError if lr is not finite.
     """
@@ -187,7 +182,6 @@ def AveragedSGD(lr: float = 1.0) -> Rule:
 def MomentumSGD(lr: float = 1.0, momentum: float = 0.9, decay: float = 0.0) -> Rule:
     """Build stochastic gradient descent with momentum, and with weight decay unless that is 0.
 
-    S_t = momentum_t S_{t-1} - lr_t g_t;  theta_t = (1 - decay_t) theta_{t-1} + S_t
     Shape:  gates lr, momentum and, if decay is not 0, decay (batch, time, head).
     Raises: ValueError if lr is not finite.
     """
@@ -205,7 +199,6 @@ def MomentumSGD(lr: float = 1.0, momentum: float = 0.9, decay: float = 0.0) -> R
 def DecayedSGD(lr: float = 1.0, decay: float = 0.1) -> Rule:
     """Build stochastic gradient descent with weight decay.
 
-    theta_t = (1 - decay_t) theta_{t-1} - lr_t g_t
     Shape:  gates lr, decay (batch, time, head).
     Raises: ValueError if lr is not finite.
     """

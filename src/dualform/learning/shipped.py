@@ -89,11 +89,8 @@ def _plain(x: Any, number: dict[fx.Node, int] | None = None) -> Any:
 
 def _stored(x: Tensor) -> list[Any]:
     data = x.detach().cpu().contiguous()
-    return [
-        list(x.shape),
-        _plain(x.dtype),
-        base64.b64encode(data.reshape(-1).view(torch.uint8).numpy().tobytes()).decode(),
-    ]
+    text = base64.b64encode(data.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
+    return [list(x.shape), _plain(x.dtype), text]
 
 
 def _read(x: Any, values: Sequence[Any] = ()) -> Any:

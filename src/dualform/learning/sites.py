@@ -43,8 +43,11 @@ class Site:
     node: fx.Node
     pars: tuple[fx.Node, ...]  # its par operands
     leaves: tuple[str, ...]  # the fast leaves behind them
-    admissible: bool
-    why: str = ""  # why not
+    why: str  # why it is not admissible; "": it is
+
+    @property
+    def admissible(self) -> bool:
+        return not self.why
 
 
 @dataclass(eq=False)
@@ -71,9 +74,6 @@ class Analysis:
     @property
     def nodes(self) -> list[fx.Node]:
         return [node for node in self.graph.graph.nodes if node.op == "call_function"]
-
-    def is_par(self, node: fx.Node) -> bool:
-        return node not in self.tok and bool(self.leaves[node])
 
     def value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values in `env`."""
@@ -139,9 +139,10 @@ def mark(a: Analysis, W: int) -> None:
             a.tok.add(node)
             if W > 1 and isinstance(node.meta["val"], Tensor):
                 a.places[node] = _place(a, node, env, W)
-            pars = tuple(s for s in sources if a.is_par(s))
+            pars = tuple(s for s in sources if s not in a.tok and a.leaves[s])
             if pars or _sums_tokens(a, node):
-                a.sites.append(_site(a, node, pars))
+                leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
+                a.sites.append(Site(node, pars, leaves, _why_inadmissible(a, node, pars)))
         else:
             _follow_rows(a, node, env, W, rows)
         if is_kept(node):
@@ -183,25 +184,18 @@ def read_nodes(node: fx.Node) -> list[fx.Node]:
     return [x for name, _, x in arguments_of(node, fx.Node) if name not in unread] if unread else node.all_input_nodes
 
 
-def _site(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> Site:
-    leaves = tuple(name for name in a.leaf_nodes if any(name in a.leaves[p] for p in pars))
+def _why_inadmissible(a: Analysis, node: fx.Node, pars: tuple[fx.Node, ...]) -> str:
     operands = operand_nodes(node)
     if is_kept(node):
-        return Site(node, pars, leaves, False, f"{op_name(node)} has a gradient of its own")
+        return f"{op_name(node)} has a gradient of its own"
     if not all(p in operands for p in pars):
-        return Site(node, pars, leaves, False, "a weight decides a branch or an index")
+        return "a weight decides a branch or an index"
     if not is_of_one_type(node):
-        return Site(
-            node, pars, leaves, False, f"{op_name(node)} meets numbers of several types, or gives several results"
-        )
+        return f"{op_name(node)} meets numbers of several types, or gives several results"
     if not local_rules.affine(node.target, frozenset(j for j, s in enumerate(operands) if s in pars)):
-        return Site(node, pars, leaves, False, f"{op_name(node)} is not jointly affine in its weights")
+        return f"{op_name(node)} is not jointly affine in its weights"
     crooked = next((bad for p in pars if (bad := first_crooked(a, p)) is not None), None)
-    if crooked is not None:
-        return Site(
-            node, pars, leaves, False, f"the weights pass through {op_name(crooked)}, which is not affine in them"
-        )
-    return Site(node, pars, leaves, True)
+    return "" if crooked is None else f"the weights pass through {op_name(crooked)}, which is not affine in them"
 
 
 def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
@@ -215,21 +209,15 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
         if found is not None:
             return found
     joint = frozenset(j for j, s in enumerate(operands) if a.leaves[s])
-    straight = all(p in operands for p in pars) and local_rules.affine(node.target, joint) and not is_detach(node)
-    return None if straight and is_of_one_type(node) else node
+    straight = all(p in operands for p in pars) and local_rules.affine(node.target, joint)
+    # A detach has no derivative: the value of weights behind one is carried.
+    return None if straight and node.target != aten.detach.default and is_of_one_type(node) else node
 
 
 def is_of_one_type(node: fx.Node) -> bool:
-    """Does an op give one result of its operands' own type? A cast rounds,
-    which no correction at the anchor repeats."""
+    """Does an op give one result of its operands' type? A cast rounds, which no correction repeats."""
     value = node.meta["val"]
     return isinstance(value, Tensor) and all(x.meta["val"].dtype == value.dtype for x in operand_nodes(node))
-
-
-def is_detach(node: fx.Node) -> bool:
-    """Is it a detach? Its derivative is zero, so the value of weights behind one must be carried,
-    not differentiated."""
-    return node.target == aten.detach.default
 
 
 def _place(a: Analysis, node: fx.Node, env: Mapping[fx.Node, Any], W: int) -> Place:
@@ -254,15 +242,13 @@ def _carried(
     for name, k, source in _read_arguments(node):
         if source not in places:
             continue
-        if 0 in (*node.meta["val"].shape, *source.meta["val"].shape):  # of no numbers nothing is read
-            found.add(_same_place(places[source], source.meta["val"].shape, node.meta["val"].shape))
+        place, before, after = places[source], source.meta["val"].shape, node.meta["val"].shape
+        if 0 in (*after, *before):  # of no numbers nothing is read
+            at = slice(place.axis, place.axis + 1)
+            found.add(place if before[at] == after[at] else None)
         else:
-            found |= carried_places(local_rules.reads(call, name, k), places[source], W) or {None}
+            found |= carried_places(local_rules.reads(call, name, k), place, W) or {None}
     return found.pop() if len(found) == 1 else None
-
-
-def _same_place(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
-    return place if before[place.axis : place.axis + 1] == after[place.axis : place.axis + 1] else None
 
 
 def _read_arguments(node: fx.Node) -> list[tuple[str, int | None, fx.Node]]:

@@ -99,8 +99,7 @@ def fitted(node: fx.Node) -> fx.Node | None:
 
 
 def twins(many: fx.Graph, one: fx.Graph, W: int) -> dict[fx.Node, fx.Node]:
-    """Match the nodes of two traces of one learner, where they are certainly alike; a rewritten node stands for the one
-    it replaced."""
+    """Match nodes of two traces of a learner where they are certainly alike; rewritten ones for their originals."""
     nodes, others = map(_by_key, (many, one))
     found: dict[fx.Node, fx.Node] = {}
     wrong: set[int] = set()
@@ -269,9 +268,8 @@ def has_no_row(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and value.is_complex():  # made of constants: the tracer leaves no others
         return False
-    is_op = isinstance(node.target, torch._ops.OpOverload) and bool(
-        node.all_input_nodes
-    )  # of none there is none to have
+    # An op of no tensors has none to have.
+    is_op = isinstance(node.target, torch._ops.OpOverload) and len(node.all_input_nodes) > 0
     return is_op and not is_structured(node.target)
 
 

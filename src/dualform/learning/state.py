@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +16,7 @@ from dualform.learning.transforms import is_known
 
 
 class Carried:
-    """Methods shared by everything that is carried: every field is a tensor, a mapping or another `Carried`,
-    batch first."""
+    """Methods of everything that is carried: every field is a tensor, a mapping or another `Carried`, batch first."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def over(value: Any) -> Any:
@@ -40,6 +39,15 @@ class Carried:
                 found[prefix + f.name] = value
         return found
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Make one of its tensors by dotted name, as `tensors` gives them."""
+        kinds, parts = get_type_hints(cls), dict[str, Any]()
+        for f in fields(cls):  # type: ignore[arg-type]
+            kind, own = kinds[f.name], under(tensors, f"{f.name}.")
+            parts[f.name] = tensors[f.name] if kind is Tensor else kind.of(own) if hasattr(kind, "of") else own
+        return cls(**parts)
+
     def detach(self) -> Self:
         """Cut the state from the graph that made it."""
         return self._map(Tensor.detach)
@@ -48,28 +56,47 @@ class Carried:
         """Move or cast; a dtype changes floating tensors only."""
         device_only = {name: x for name, x in kwargs.items() if name == "device"}
         places = [x for x in args if not isinstance(x, torch.dtype)]
-        return self._map(
-            lambda x: (
-                x.to(*args, **kwargs)
-                if x.is_floating_point()
-                else x.to(*places, **device_only)
-                if places or device_only
-                else x
-            )
-        )
+
+        def move(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                return x.to(*args, **kwargs)
+            return x.to(*places, **device_only) if places or device_only else x
+
+        return self._map(move)
 
     def fork(self, n: int) -> Self:
         """Repeat every row n times, copies beside each other, as beam search wants."""
         return self._map(lambda x: x.repeat_interleave(n, 0))
 
     def select(self, rows: Any) -> Self:
-        """Keep the given rows of the batch, in that order:
-        numbers (negative ones count from the end) or a bool for each."""
+        """Keep rows of the batch, in this order: numbers (negative ones from the end) or a bool for each."""
         return self._map(lambda x: x.index_select(0, row_numbers(rows, x.shape[0]).to(x.device)))
 
     def save(self, path: str | Path) -> None:
         """Write the state as a safetensors file."""
         save_file({name: x.detach().contiguous().cpu() for name, x in self.tensors().items()}, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; refuse a file that holds something else."""
+        tensors, kinds = load_file(str(path)), get_type_hints(cls)
+        try:
+            made = cls.of(tensors)
+        except KeyError:
+            made = None
+        if made is None or made.tensors().keys() != tensors.keys():
+            held = f"{'a tensor' if len(tensors) == 1 else 'tensors'} named {', '.join(map(repr, tensors))}"
+            names = ", ".join(repr(n if kind is Tensor else f"{n}.*") for n, kind in kinds.items())
+            raise ValueError(
+                f"{cls.__name__}.load: {path} holds {held}; expected {names}. Pass a file that {cls.__name__}.save "
+                "wrote."
+            )
+        return made
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -87,9 +114,11 @@ class State(Carried):
     position: Tensor
 
     @classmethod
-    def load(cls, path: str | Path) -> State:
-        """Read what `save` wrote."""
-        return from_tensors(cls, load_file(str(path)), path)
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Make one of its tensors; there is no state without weights."""
+        if not under(tensors, "anchor."):
+            raise KeyError("anchor")
+        return super().of(tensors)
 
 
 def row_numbers(rows: Any, count: int) -> Tensor:
@@ -114,25 +143,6 @@ def row_numbers(rows: Any, count: int) -> Tensor:
             f"{count - 1}. Pass those."
         )
     return torch.where(chosen < 0, chosen + count, chosen)
-
-
-def from_tensors(kind: type[State], tensors: dict[str, Tensor], path: str | Path) -> State:
-    """Build a State from dotted names; refuse a file that holds something else."""
-    parts: dict[str, dict[str, Tensor]] = {"anchor": {}, "registers": {}}
-    for name, x in tensors.items():
-        head, _, leaf = name.partition(".")
-        if head in parts and leaf:
-            parts[head][leaf] = x
-        elif name != "position":
-            raise ValueError(
-                f"State.load: {path} holds a tensor named {name!r}; expected names 'anchor.*', 'registers.*', "
-                "'position'. Pass a file that State.save wrote."
-            )
-    if "position" not in tensors or not parts["anchor"]:
-        raise ValueError(
-            f"State.load: {path} holds no position or no anchor; expected both. Pass a file that State.save wrote."
-        )
-    return kind(**parts, position=tensors["position"])
 
 
 _pytree.register_dataclass(State, field_names=["anchor", "registers", "position"], drop_field_names=[])

@@ -6,6 +6,7 @@ Legend: f head width, V width of what a model gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,7 @@ def templates(learner: Any, f: int, heads: int) -> list[nn.Module]:
 
 def expect_fitting(program: ChunkProgram, models: list[nn.Module], f: int) -> None:
     """Refuse heads' models that are not alike, that do not take tokens of a head's width, or give others."""
-
-    def refuse(found: str, expected: str, advice: str) -> None:
-        fail("TestTimeTraining", "learner", found, expected, advice, DerivationError)
-
+    refuse = partial(fail, "TestTimeTraining", "learner", kind=DerivationError)
     first, *others = ({n: tuple(p.shape) for n, p in model.named_parameters()} for model in models)
     for n, own in enumerate(others, 2):
         if own != first:

@@ -196,12 +196,8 @@ def carried_places(J: Derivative | None, place: Place, W: int) -> set[Place | No
         if hit is None:
             return set()
         label, inner = hit
-        where = [
-            (axis, stride)
-            for axis, labels in enumerate(term.out)
-            for other, stride in strides(labels)
-            if other is label
-        ]
+        every = ((axis, *found) for axis, labels in enumerate(term.out) for found in strides(labels))
+        where = [(axis, stride) for axis, other, stride in every if other is label]
         if len(where) != 1 or are_tied(term, {label}):
             return set()
         axis, stride = where[0]

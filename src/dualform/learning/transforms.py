@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from dualform.graphs.hollow import Hollows
 from dualform.graphs.this_thread import captures, compiles, no_modes, records, traces_apart
 
+functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 inside = threading.local()  # "worker": traces itself; "holds": its caller holds the lock for it
 
 
@@ -60,8 +61,7 @@ def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector back: a graph is many small objects that live,
-    and each collection goes through all of torch's."""
+    """Hold the garbage collector back: a graph is many small objects, and it goes through all of torch's."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -81,8 +81,7 @@ def _first_fake_tensors() -> None:
 
 @contextmanager
 def on_behalf(role: dict[str, bool]) -> Iterator[None]:
-    """Run as part of what another thread does and waits for:
-    autograd runs the backward of a GPU's tensors on a thread of its own."""
+    """Run as part of what another thread does and waits for: autograd runs a GPU's backward on one of its own."""
     before = dict(inside.__dict__)
     inside.__dict__.update(role)
     try:
@@ -98,9 +97,7 @@ def watched() -> bool:
 
 
 def is_known(x: Tensor) -> bool:
-    """May a call depend on a tensor's values? Not while it is traced or captured, nor on the meta device,
-    nor where they differ along an axis that vmap hides."""
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    """May a call depend on a tensor's values? Not if traced, captured or on meta, nor where vmap hides an axis."""
     if compiles() or x.is_meta or records() or captures(x):
         return False
     while functorch.is_functorch_wrapped_tensor(x):
@@ -112,7 +109,6 @@ def is_known(x: Tensor) -> bool:
 
 def unwrapped(x: Tensor) -> Tensor:
     """What transforms of torch.func at work have wrapped, as a trace on a thread of its own sees it; one of many."""
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(x):
         axis = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
         x = functorch.get_unwrapped(x)
@@ -122,7 +118,6 @@ def unwrapped(x: Tensor) -> Tensor:
 
 def is_batched(x: Tensor) -> bool:
     """Does vmap hide an axis of a tensor?"""
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(x) and not functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)
     return functorch.is_batchedtensor(x)
@@ -139,7 +134,7 @@ def stand_ins(tensors: Iterable[Tensor], module: Any) -> tuple[dict[int, tuple[T
 
 def is_one_of_many(x: Tensor) -> bool:
     """Is a tensor a batch of gradients, as torch.autograd.grad takes them with is_grads_batched?"""
-    return torch._C._functorch.is_legacy_batchedtensor(x)  # type: ignore[attr-defined]
+    return functorch.is_legacy_batchedtensor(x)
 
 
 def has_tangent(x: Tensor) -> bool:
@@ -153,11 +148,5 @@ def lasting() -> Iterator[None]:
 
     While it switches modes off it holds the tracers' lock: one stack of modes is the whole process's.
     """
-    with (
-        TRACING,
-        no_modes(),
-        temporarily_clear_interpreter_stack(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
+    with TRACING, no_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
         yield

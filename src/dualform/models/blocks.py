@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -124,10 +124,9 @@ class BlockCall:
 
     def to(self, *args: Any, **kwargs: Any) -> BlockCall:
         """Move the tensors, as hooks do that run each layer on a device of its own."""
-        mask, reset, positions, views = _pytree.tree_map_only(
-            Tensor, lambda x: x.to(*args, **kwargs), (self.mask, self.reset, self.positions, self.views)
-        )
-        return BlockCall(mask, reset, positions, views, self.with_weights, self.before, self.observed)
+        given = (self.mask, self.reset, self.positions, self.views)
+        mask, reset, positions, views = _pytree.tree_map_only(Tensor, lambda x: x.to(*args, **kwargs), given)
+        return replace(self, mask=mask, reset=reset, positions=positions, views=views)
 
     def select(self, rows: Tensor) -> BlockCall:
         """Return the same call with the given rows only; `first` makes its views again."""

@@ -243,8 +243,7 @@ only_new, drafted = "_dualform_only_new", "_dualform_drafted"
 # For the check on versions of transformers that no test run has seen.
 smallest = {
     "vocab_size": 31, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2,
-    "chunk": 4,
-    "layer_types": ["test_time", "full_attention"], "initializer_range": 0.3, "share_qk": True,
+    "chunk": 4, "layer_types": ["test_time", "full_attention"], "initializer_range": 0.3, "share_qk": True,
 }  # fmt: skip
 transformers_version.build = lambda: DualformForCausalLM(DualformConfig(preset="tiny-ttt-linear", **smallest))
 AutoModelForCausalLM.register(DualformConfig, DualformForCausalLM)

@@ -44,7 +44,6 @@ class DualformConfig(PreTrainedConfig):
     Any field of a preset can be overridden; `layer_types` (one kind per layer, or a single kind for all) is derived
     after the overrides. A spec left out is that of TTT-MLP.
     Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
-    Dtype:  none.
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, values of another type, kinds and names that are unknown.
     Source: Sun et al. 2024; field names as in their models. Differs: `learner`, `objective`, `rule` are specs.
@@ -169,14 +168,11 @@ class DualformConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "chunk")
-        for name in (*sizes, "conv_kernel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a whole number >= 1.")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"DualformConfig: {name} is {getattr(self, name)}; expected a finite number > 0.")
-        if self.initializer_range < 0:
-            raise ValueError(f"DualformConfig: initializer_range is {self.initializer_range}; expected a number >= 0.")
+        ranges = {name: (getattr(self, name) >= 1, "a whole number >= 1") for name in (*sizes, "conv_kernel")}
+        ranges |= {n: (getattr(self, n) > 0, "a finite number > 0") for n in ("rope_theta", "rms_norm_eps")}
+        ranges["initializer_range"] = self.initializer_range >= 0, "a number >= 0"
+        for name, (is_right, expected) in ranges.items():
+            require(is_right, "DualformConfig", name, getattr(self, name), expected, "Change it.", ValueError)
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         for name, held in (("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)):
             if held is not None and not 0 <= held < self.vocab_size:

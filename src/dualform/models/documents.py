@@ -129,13 +129,12 @@ def said_starts(packed: dict[str, Tensor | None], B: int, T: int, seen: int, dev
     reset, index, ends = (packed.get(name) for name in packing)
     if reset is not None and reset.shape != (B, T):
         raise ValueError(f"DualformModel: reset has shape {tuple(reset.shape)}; expected (batch, tokens) = {(B, T)}.")
-    by_index = None if index is None else starts_by_index(torch.as_tensor(index, device=device), B, T, seen)
-    by_lengths = (
-        None
-        if ends is None
-        else starts_by_lengths("DualformModel: cu_seq_lens_q", torch.as_tensor(ends, device=device), B, T)
-    )
-    return joined(reset, by_index, by_lengths)
+    starts = [reset]
+    if index is not None:
+        starts.append(starts_by_index(torch.as_tensor(index, device=device), B, T, seen))
+    if ends is not None:
+        starts.append(starts_by_lengths("DualformModel: cu_seq_lens_q", torch.as_tensor(ends, device=device), B, T))
+    return joined(*starts)
 
 
 def as_reset(given: dict[str, Any], B: int, T: int, device: torch.device) -> dict[str, Any]:

@@ -373,6 +373,5 @@ class RowsEstimator(BaseEstimator):
 
         return draw(
             f, self.sample_, self._feature_names(), output, names[output], self.layers_[0].expansion.build(),
-            self.formula(),
-            bool(self.standardize), points, max_features,
+            self.formula(), bool(self.standardize), points, max_features,
         )  # fmt: skip

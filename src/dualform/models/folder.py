@@ -36,7 +36,6 @@ def model_folder(path: str | Path) -> Path:
 def read_folder(path: str | Path) -> Loaded:
     """Build the model of a folder in any layout: ours, ttt-lm-pytorch's, ttt-lm-jax's (.npz) or ttt-lm-kernels'.
 
-    Shape:  none.
     Dtype:  parameters take the file's dtype.
     Raises: CheckpointError if a file is missing, damaged or a pickle, and for what the layout's loader refuses.
     Example:

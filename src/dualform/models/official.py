@@ -216,8 +216,7 @@ def to_official(
 def official_names(config: DualformConfig) -> dict[str, str]:
     """Return our parameter's name for every official one.
 
-    Shape:  none; shapes differ by axes of one only.
-    Dtype:  none.
+    Shape:  shapes differ by axes of one only.
     Raises: CheckpointError, naming the field, for what the official models cannot express.
     Source: ttt-lm-pytorch, July 2024.
     Example:

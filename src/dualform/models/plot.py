@@ -52,8 +52,7 @@ def draw(
     for panel in panels[::across]:
         panel.set_ylabel(output)
     text = formula.text(4)
-    is_short = "\n" not in text and len(text) <= 100
-    if is_short:
+    if "\n" not in text and len(text) <= 100:
         figure.suptitle(text, family="monospace", fontsize=11)
     return figure
 
@@ -72,16 +71,8 @@ def _draw_feature(panel: Any, x: np.ndarray, lines: np.ndarray, values: np.ndarr
     panel.plot(x, lines[:: max(1, len(lines) // _num_lines)].T, color=_thin, linewidth=0.6, alpha=0.7, zorder=2)
     panel.plot(x, lines.mean(0), color=_ink, linewidth=2.2, zorder=3)
     inside = values[(values >= x[0]) & (values <= x[-1])][:300]
-    panel.plot(
-        inside,
-        np.zeros(len(inside)),
-        "|",
-        color="#777777",
-        markersize=4,
-        alpha=0.5,
-        transform=panel.get_xaxis_transform(),
-        clip_on=False,
-    )
+    marks = {"color": "#777777", "markersize": 4, "alpha": 0.5, "clip_on": False}
+    panel.plot(inside, np.zeros(len(inside)), "|", transform=panel.get_xaxis_transform(), **marks)
     panel.set_xlabel(label)
     _plain(panel)
 
@@ -96,7 +87,7 @@ def _draw_basis(panel: Any, expansion: Expansion, sample: np.ndarray, is_standar
         y = torch.stack([x**d for d in expansion.degrees], -1)
         said = f"{expansion.name}: products of up to {max(expansion.degrees)} features"
     else:
-        one = expansion.batchwise and _takes_one(expansion)
+        one = expansion.batchwise and expansion.takes(1)
         y = expansion(x[:, None]) if one else torch.zeros(len(x), 0, dtype=x.dtype)
         said = f"{expansion.name}, of one feature" if one else f"{expansion.name}: {expansion.rule} features"
     shades = np.linspace(0.35, 1.0, max(1, y.shape[1]))
@@ -105,14 +96,6 @@ def _draw_basis(panel: Any, expansion: Expansion, sample: np.ndarray, is_standar
     panel.set_title(said, fontsize=10)
     panel.set_xlabel("standardised feature" if is_standard else "feature")
     _plain(panel)
-
-
-def _takes_one(expansion: Expansion) -> bool:
-    try:
-        expansion.dim(1)
-    except ValueError:
-        return False
-    return True
 
 
 def _draw_terms(panel: Any, formula: Formula, sample: np.ndarray, number: int, output: str, count: int = 8) -> None:

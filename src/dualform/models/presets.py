@@ -6,7 +6,7 @@ and 0.1 for TTT-MLP. The tiny ones are for bytes and two CPU cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -57,21 +57,14 @@ def _preset(name: str, formula: str, fields: Fields) -> None:
     def build() -> Mapping[str, Any]:
         return MappingProxyType(dict(fields))
 
-    source = "Sun et al. 2024, table 3" if not name.startswith("tiny") else "this project"
-    presets.record(name=name, formula=formula, source=source)(_named(build, name))
-
-
-def _named(function: Callable[[], Mapping[str, Any]], name: str) -> Callable[[], Mapping[str, Any]]:
-    function.__doc__ = f"Return the fields of the preset {name}."
-    return function
+    build.__doc__ = f"Return the fields of the preset {name}."
+    source = "this project" if name.startswith("tiny") else "Sun et al. 2024, table 3"
+    presets.record(name=name, formula=formula, source=source)(build)
 
 
 for _kind, _fields in inner.items():
-    _preset(
-        f"tiny-{'ttt-' if _kind != 'attention' else ''}{_kind}",
-        f"{_kind}, bytes",
-        _sizes(tiny) | byte_vocabulary | _fields | tiny_changes[_kind],
-    )
+    _label = f"tiny-{_kind}" if _kind == "attention" else f"tiny-ttt-{_kind}"
+    _preset(_label, f"{_kind}, bytes", _sizes(tiny) | byte_vocabulary | _fields | tiny_changes[_kind])
 for _size, _shape in published.items():
     for _kind, _fields in inner.items():
         for _suffix, _backbone in backbones.items() if _kind != "attention" else [("", {})]:

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from dualform.learning.layer import LayerState
-from dualform.learning.state import State
+from dualform.learning.state import under
 from dualform.models.cache import BlockState, Columns, DocumentCache, FastWeightCache, adopt
 from dualform.models.configuration import DualformConfig
 
@@ -32,7 +31,6 @@ def save_state(path: Path, config: DualformConfig, cache: Cache, ids: Tensor) ->
 
     Shape:  ids (B, n); the cache has seen the first `cache.get_seq_length()` of them.
     Dtype:  as they are.
-    Raises: nothing.
     """
     tensors = {"ids": ids}
     for i, layer in enumerate(cache.layers):
@@ -40,8 +38,7 @@ def save_state(path: Path, config: DualformConfig, cache: Cache, ids: Tensor) ->
             assert layer.state is not None
             tensors |= layer.state.tensors(f"{i}.")
         elif isinstance(layer, DocumentCache):
-            assert layer.keys is not None
-            assert layer.values is not None
+            assert layer.keys is not None and layer.values is not None
             tensors |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
             tensors |= {} if layer.conv is None else {f"{i}.conv": layer.conv}
             if layer.columns is not None:
@@ -78,11 +75,11 @@ def load_state(path: Path, config: DualformConfig, device: torch.device | str = 
     cache, seen = DynamicCache(config=config), int(about["seen"])
     adopt(cache, config)
     for i, layer in enumerate(cache.layers):
-        own = _under(tensors, f"{i}.")
+        own = under(tensors, f"{i}.")
         if isinstance(layer, FastWeightCache):
-            layer.advance(_block_state(own), seen)
+            layer.advance(BlockState.of(own), seen)
         elif isinstance(layer, DocumentCache):
-            columns = _under(own, "columns.")
+            columns = under(own, "columns.")
             layer.extend(own["keys"], own["values"], Columns(**columns) if columns else None)
             layer.seen, layer.conv = seen, own.get("conv")
     return cache, tensors["ids"]
@@ -90,17 +87,3 @@ def load_state(path: Path, config: DualformConfig, device: torch.device | str = 
 
 def _identify(config: DualformConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in _identity}
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def _block_state(tensors: dict[str, Tensor]) -> BlockState:
-    memory = State(
-        anchor=_under(tensors, "layer.memory.anchor."),
-        registers=_under(tensors, "layer.memory.registers."),
-        position=tensors["layer.memory.position"],
-    )
-    layer = LayerState(memory, _under(tensors, "layer.conv."), tensors["layer.position"])
-    return BlockState(layer, _under(tensors, "conv."))

@@ -53,7 +53,7 @@ def from_jax(params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict
     Shape:  dense kernels (in, out) -> (out, in); convolutions (n, 1, d) -> (d, 1, n); rates (H, d, 1) -> (H, 1, d).
     Dtype:  as the arrays; bfloat16 too, also where numpy shows it as two raw bytes.
     Raises: CheckpointError for missing and extra names, wrong shapes, mixed dtypes, an unknown layer.
-    Source: ttt-lm-jax, `ttt/models`. Differs: nothing.
+    Source: ttt-lm-jax, `ttt/models`.
     Example:
         >>> import dualform as df
         >>> lm = df.DualformForCausalLM(df.DualformConfig(preset="tiny-ttt-linear", use_gate=True, share_qk=True))
@@ -82,7 +82,7 @@ def to_jax(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
     Shape:  as `from_jax`, the other way. A tied head has no place there.
     Dtype:  as the tensors, which numpy must know: not bfloat16.
     Raises: CheckpointError for what `load_official` refuses, and for a backbone that is neither of JAX's two.
-    Source: ttt-lm-jax, `ttt/models`. Differs: nothing.
+    Source: ttt-lm-jax, `ttt/models`.
     Example:
         >>> import dualform as df
         >>> lm = df.DualformForCausalLM(df.DualformConfig(preset="tiny-ttt-mlp"))

@@ -48,6 +48,13 @@ def _refused(what: str, call: Callable[[], Any], *values: object) -> None:
         raise LawBroken(f"{what}: accepted; expected an error.")
 
 
+def _each_matters(y: Tensor, w: Tensor, seed: int) -> None:
+    """Demand that y has a gradient by every entry of w."""
+    (grad,) = torch.autograd.grad((y * _rows(*y.shape, seed=seed)).sum(), w, retain_graph=True)
+    if not bool((grad != 0).all()):
+        raise LawBroken(f"gradient: {int((grad == 0).sum())} of {w.numel()} entries of w have none; expected 0.")
+
+
 def check_expansion(e: Any, m: int = 4, seed: int = 0) -> None:
     """Law: kappa has D = rule(m) features of x's dtype, mixes no rows, draws nothing, is what its record says.
 
@@ -133,9 +140,7 @@ def check_reconciliation(r: Any, n: int, D: int, seed: int = 0) -> None:
             _refused("w of a wrong length", lambda wrong=wrong: r(w.new_zeros(wrong), n, D), wrong, l)
             _refused("apply", lambda wrong=wrong: r.apply(w.new_zeros(2, D), w.new_zeros(wrong), n), wrong, l)
     if l:
-        (grad,) = torch.autograd.grad((W * _rows(n, D, seed=seed + 1)).sum(), w, retain_graph=True)
-        if not bool((grad != 0).all()):
-            raise LawBroken(f"gradient: {int((grad == 0).sum())} of {l} entries of w have none; expected 0.")
+        _each_matters(W, w, seed + 1)
     agree("dense again", r(w, n, D, r.constants(n, D)), W)
     for lead in ((), (3,), (2, 3), (0,)):
         kappa = _rows(*lead, D, seed=seed + 2)
@@ -164,9 +169,7 @@ def check_remainder(p: Any, m: int, n: int, seed: int = 0) -> None:
         agree("as a matrix", p(x, n, w.reshape(n, m)), y)
         _refused("w of a wrong length", lambda: p(x, n, x.new_zeros(l + 1)), l + 1, n, m)
         _refused("no w", lambda: p(x, n), n, m)
-        (grad,) = torch.autograd.grad((y * _rows(*y.shape, seed=seed + 3)).sum(), w)
-        if not bool((grad != 0).all()):
-            raise LawBroken("gradient: an entry of w has none; expected one each.")
+        _each_matters(y, w, seed + 3)
     agree("float32", p(x.float(), n, None if w is None else w.detach().float()), y.detach().float())
 
 
@@ -183,9 +186,7 @@ def check_fusion(u: Any, dims: Sequence[int], n: int | None = None, seed: int = 
     if w is not None:
         _refused("w of a wrong length", lambda: u(xs, w.new_zeros(l + 1), n), l + 1, l)
         _refused("no w", lambda: u(xs, None, n), l)
-        (grad,) = torch.autograd.grad((y * _rows(*y.shape, seed=seed + 3)).sum(), w)
-        if not bool((grad != 0).all()):
-            raise LawBroken("gradient: an entry of w has none; expected one each.")
+        _each_matters(y, w, seed + 3)
     agree("float32", u([x.float() for x in xs], None if w is None else w.detach().float(), n), y.detach().float())
 
 

@@ -170,8 +170,7 @@ def check_padding(program: ChunkProgram, form: str = "auto", seed: int = 0, time
     got, after = replace(problem, tensors=moved, mask=mask, reset=None).run(form)
     agree("o of valid tokens", got[torch.arange(B)[:, None], places], o)
     agree("o of padding", got[~mask], torch.zeros_like(got[~mask]))
-    for name, x in state.tensors().items():
-        agree(f"state {name}", after.tensors()[name], x)
+    same_outcome(after.tensors(), state.tensors(), "state")
 
 
 def check_reset(program: ChunkProgram, at: int, form: str = "auto", **drawn: Any) -> None:
@@ -182,8 +181,7 @@ def check_reset(program: ChunkProgram, at: int, form: str = "auto", **drawn: Any
     packed, after = replace(problem, reset=reset).run(form)
     alone, state = replace(problem, position=None, reset=None).run(form, slice(at, None))
     agree(f"o from {at}", packed[:, at:], alone)
-    for name, x in state.tensors().items():
-        agree(f"state {name}", after.tensors()[name], x)
+    same_outcome(after.tensors(), state.tensors(), "state")
 
 
 def check_static(program: ChunkProgram, learner: nn.Module, form: str = "auto", **drawn: Any) -> None:

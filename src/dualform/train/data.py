@@ -69,8 +69,6 @@ def load_corpus(source: str) -> Corpus:
 
     Held out: two plays by name; of a folder the last tenth of its files by name, one at least; of a file (or a folder
     of one) the last tenth of its bytes, from a line's start on.
-    Shape:  none.
-    Dtype:  none.
     Raises: CorpusError if there is nothing to read, or more than can be held in memory.
     """
     if not source:  # as of a shell's variable that is not set; a path of no letters is the folder one stands in
@@ -210,9 +208,6 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer whose ids are bytes plus three, to be saved beside a model.
 
-    Shape:  none.
-    Dtype:  none.
-    Raises: nothing.
     Example:
         >>> byte_tokenizer()("Aé")["input_ids"]
         [68, 198, 172]

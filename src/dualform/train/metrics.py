@@ -10,9 +10,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from dualform.learning.layer import TestTimeTraining
 from dualform.train.data import Document, PackedRows
+from dualform.train.warmup import set_rate_scale
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,6 @@ class Evaluation:
     num_bytes: int
     tokens_per_second: float
     loss_by_position: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()
@@ -80,9 +77,8 @@ def without_learning(model: torch.nn.Module) -> Iterator[None]:
     """Set the inner learning rate of every test-time layer to 0 for a while: what is left is what was learnt before."""
     scales = [m.get_buffer("rate_scale") for m in model.modules() if isinstance(m, TestTimeTraining)]
     before = [scale.clone() for scale in scales]
+    set_rate_scale(model, 0.0)
     try:
-        for scale in scales:
-            scale.zero_()
         yield
     finally:
         for scale, value in zip(scales, before, strict=True):
@@ -96,9 +92,7 @@ def baselines(train: tuple[Document, ...], test: tuple[Document, ...], smoothing
     """Score the held-out text by counts of the training text, and by `gzip -9` of itself, in bits per byte.
 
     unigram: p(x) = (n_x + k) / (n + 256 k);   bigram: p(y | x) = (n_xy + k) / (n_x + 256 k)
-    Shape:  none.
     Dtype:  float64.
-    Raises: nothing.
     """
     k = smoothing
     one, two = np.full(256, k), np.full((256, 256), k)

@@ -99,8 +99,6 @@ def configure(settings: Settings) -> DualformConfig:
 def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else.
 
-    Shape:  none.
-    Dtype:  none.
     Raises: SettingsError for a file that cannot be read, an unknown name, or a value that does not fit.
     """
     document = {} if file is None else _read(file)
@@ -136,11 +134,9 @@ def differences(ours: Settings, theirs: Settings) -> dict[str, tuple[Any, Any]]:
 
     Where a run lies and where its text lies is not compared: neither changes a number.
     """
-    found = {
-        name: (value, theirs.to_dict()[name])
-        for name, value in ours.to_dict().items()
-        if name not in ("output", "data", "model", "preset") and value != theirs.to_dict()[name]
-    }
+    apart = ("output", "data", "model", "preset")
+    pairs = {name: (value, getattr(theirs, name)) for name, value in ours.to_dict().items() if name not in apart}
+    found = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if normalise(ours.preset) != normalise(theirs.preset):
         return {"preset": (ours.preset, theirs.preset)} | found
     mine, other = (dict(_leaves("model", described(configure(settings)))) for settings in (ours, theirs))

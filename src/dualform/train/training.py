@@ -167,7 +167,6 @@ def train(
 ) -> Outcome:
     """Train, save and evaluate; or go on with a run from its newest whole checkpoint, to the same numbers bit for bit.
 
-    Shape:  none.
     Dtype:  float32.
     Raises: SettingsError, CorpusError before anything is written; TrainingDiverged when the loss is not finite.
     """
@@ -308,7 +307,7 @@ def _outcome_of(run: TrainingRun, record: Mapping[str, Any]) -> Outcome:
 
 def _arguments(settings: Settings, config: DualformConfig, quiet: bool) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(settings.folder / "checkpoints"),
+        output_dir=str(settings.folder / CHECKPOINTS),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -336,7 +335,7 @@ def _last_loss(history: list[dict[str, float]]) -> float:
 
 def write_metrics(outcome: Outcome, history: list[dict[str, float]]) -> None:
     """Write DIR/metrics.json: the last training loss, the held-out evaluation, and what was logged on the way."""
-    held_out = None if outcome.evaluation is None else outcome.evaluation.to_json()
+    held_out = None if outcome.evaluation is None else vars(outcome.evaluation)
     document = {
         "step": outcome.step, "interrupted": outcome.evaluation is None, "train_loss": outcome.train_loss,
         "train_tokens_per_second": outcome.train_tokens_per_second, "held_out": held_out,

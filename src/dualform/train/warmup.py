@@ -15,7 +15,6 @@ class RateWarmup(TrainerCallback):
     """Raise every layer's `rate_scale`, which multiplies its inner learning rates, from `start` to 1.
 
     rate_scale = start + (1 - start) min(1, n / steps),  n optimiser steps done
-    Shape:  none.
     Dtype:  the buffer's.
     Raises: SettingsError if start is not in 0 ... 1 or steps is negative.
     Source: Sun et al. 2024, ttt-lm-jax: TTT-MLP starts at ttt_base_lr_init = 0.01 of 0.1, start = 0.1 here, over
