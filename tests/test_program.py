@@ -288,10 +288,10 @@ def test_states_of_others_are_refused(ran, tmp_path):
     with pytest.raises(ValueError, match=r"registers.W1 has shape \(2, 2, 2, 4, 8\).*expected \(2, 2, 1, 4, 8\)"):
         plain(x, x, x, state=state)
     path = tmp_path / "other.safetensors"
-    state.save(path)
-    save_file({"weights": torch.ones(2)}, str(path))
-    with pytest.raises(ValueError, match="tensor named 'weights'"):
-        df.State.load(path)
+    for held, named in (({"weights": torch.ones(2)}, "a tensor named 'weights'"), ({"position": torch.ones(2)}, "")):
+        save_file(held, str(path))  # one of nothing that is a state's, one of a state without weights
+        with pytest.raises(ValueError, match=f"{named}.*; expected 'anchor"):
+            df.State.load(path)
 
 
 # -- errors name the value and the line ----------------------------------------------------------------------------
