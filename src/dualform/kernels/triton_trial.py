@@ -70,7 +70,7 @@ class _Other:
     """The other process, and the lock of those who use it."""
 
     def __init__(self) -> None:
-        self.lock, self.said = threading.Lock(), Path()
+        self.lock, self.said, self.runs = threading.Lock(), Path(), False
         self.process: Any = None
 
     def started(self) -> Any:
@@ -83,13 +83,18 @@ class _Other:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=handle, env=os.environ | {"PYTHONPATH": path},
             )  # fmt: skip
             os.close(handle)
+            self.runs = False
+            _receive(self.process.stdout)
+            self.runs = True  # what ends it now is a launch's fault
         return self.process
 
-    def ended(self) -> str:
+    def ended(self, kill: bool = False) -> str:
         """End it, if it has not; says how it ended."""
         process, self.process = self.process, None
         if process is None:
             return ""
+        if kill:
+            process.kill()
         for pipe in (process.stdin, process.stdout):
             with suppress(OSError, AttributeError):
                 pipe.close()  # type: ignore[union-attr]
@@ -101,20 +106,25 @@ class _Other:
 
     def asked(self, what: dict[str, Any], limit: float) -> dict[str, Any]:
         """Have a launch run; of two processes, the first may have waited long enough."""
+        why = "does not answer"
         for _ in range(2):
-            process = self.started()
             try:
+                process = self.started()
                 _send(process.stdin, what)
                 if select.select([process.stdout], [], [], limit)[0]:
                     found = _receive(process.stdout)
                     return found if "error" not in found else found | {"ended": self.ended()}
-                process.kill()
-                self.ended()
+                self.ended(kill=True)
                 return {"error": f"took more than {limit:.0f} s"}
             except (EOFError, OSError):
-                if said := self.ended():
+                if (said := self.ended()) and self.runs:
                     return {"error": said}
-        return {"error": "found no process that answers"}
+                why = said or why
+            except BaseException:  # the answer would be taken for that of the next launch
+                self.ended(kill=True)
+                raise
+        where = f"triton: a process to try launches in {why}; expected one that starts. Use backend='eager'."
+        return {"refused": where, "as_compiled": False}
 
 
 _other = _Other()
@@ -169,6 +179,7 @@ def serve() -> None:
     """Run launches that come in, one after the other."""
     source, goal = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed is no answer
+    _send(goal, {})
     while select.select([source], [], [], IDLE)[0]:
         try:
             what = _receive(source)

@@ -191,7 +191,8 @@ def chosen_in_words(plan: Plan) -> str:
     each = ((name, backend_of(name).whole) for name in backends.names())
     now = plan.natives.instead
     words = ((now.get(name, name), whole.says(plan)) for name, whole in each if whole is not None)
-    return "; ".join([*(f"{name} {when}" for name, when in words if when), "else eager"])
+    faults = (f"not {name}, because {why}" for name, why in plan.natives.faults.items())
+    return "; ".join([*(f"{name} {when}" for name, when in words if when), *faults, "else eager"])
 
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
@@ -245,6 +246,7 @@ def _run(
         if options is not None:
             base = name.partition(" ")[0]
             plan.natives.instead[base] = other = backends_key((base, options))
+            plan.natives.faults[name] = str(error)
             warnings.warn(f"{error} The calls of this program try backend={other!r}.", stacklevel=2)
             return _run(backend, plan, call, run, given, words)
         plan.natives.refused = str(error)
@@ -306,15 +308,25 @@ def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
 
 
 def _compare(name: str, plan: Plan, key: Words, words: Words, unlike: Callable[[], str]) -> None:
-    """Compare code with eager, or remember that it was; what differs, or does not end well, is not run next time."""
+    """Compare code with eager, or remember what was found: what differs, or does not end well, is not run again."""
     whole = backend_of(name).whole
     assert whole is not None
+
+    def wrong() -> str:
+        try:
+            found = unlike()
+        except Miscompiled as error:
+            return str(error)
+        return found and (
+            f"{name}: its code and eager differ in {found}; expected the same numbers. This is a fault of dualform or "
+            "of the compiler, please report it; backend='eager' is the reference."
+        )
+
     plan.natives.checked.add(key)  # what compares runs the same
     try:
         with whole.trial():
-            found = proof.kernel(plan.derivation.structure, words, unlike)
-        if found:
-            raise _faulty(name, found)
+            if found := proof.kernel(plan.derivation.structure, words, wrong):
+                raise Miscompiled(found)
     except BaseException:
         plan.natives.checked.discard(key)
         raise
@@ -347,13 +359,6 @@ def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
     """Name a call's outputs and the state after it."""
     names = ["the outputs", *(f"the state's {part} {n}" for part in ("anchor", "register") for n in call.init)]
     return dict(zip(names, results, strict=False))
-
-
-def _faulty(name: str, unlike: str) -> Miscompiled:
-    return Miscompiled(
-        f"{name}: its code and eager differ in {unlike}; expected the same numbers. This is a fault of dualform or of "
-        "the compiler, please report it; backend='eager' is the reference."
-    )
 
 
 def _unlike(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> str:
