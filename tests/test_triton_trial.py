@@ -11,7 +11,7 @@ from test_triton import shifted
 
 import dualform as df
 from dualform.cli.cache import cache
-from dualform.kernels import triton_backend, triton_launch, triton_trial
+from dualform.kernels import triton_backend, triton_choice, triton_launch, triton_trial
 from dualform.learning.backends import BackendError, Miscompiled, chosen_in_words
 from dualform.ops.table import ENTRIES
 
@@ -164,7 +164,7 @@ def test_where_nothing_on_the_list_is_right_eager_runs(proving, chosen, monkeypa
     monkeypatch.setattr(triton_trial, "tried", lies(lambda how: True, seen))
     with pytest.warns(UserWarning, match="its code and eager differ in") as said:
         found = proving("auto")
-    assert len([x for x in said if "try backend='triton" in str(x.message)]) == len(triton_trial.SHORT_LIST) - 1
+    assert len([x for x in said if "try backend='triton" in str(x.message)]) == len(triton_choice.SHORT_LIST) - 1
     assert "run on backend='eager'" in str(said[-1].message)
     assert {how.warps for how in seen} > {16}
     natives = plan_of().natives

@@ -157,8 +157,11 @@ class Stretches(Whole, Generic[M]):
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
         return ready()()
 
-    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
-        return name, ()
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[list[str], tuple[str, ...]]:
+        return [name], ()
+
+    def seen(self, run: GridCall, way: str) -> bool | None:
+        return None
 
     def trial(self) -> AbstractContextManager[None]:
         return nullcontext()

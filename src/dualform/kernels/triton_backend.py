@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from dualform.bounded import Bounded
 from dualform.graphs.edit import results_of
-from dualform.kernels import triton_launch
+from dualform.kernels import triton_launch, triton_seen
 from dualform.kernels.backend import ONE, Found, Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import recorded
+from dualform.kernels.triton_choice import cut, launch_for, tried_next
 from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
@@ -33,9 +35,9 @@ from dualform.kernels.triton_schedule import (
     forward_direction,
     reverse_direction,
 )
-from dualform.kernels.triton_slices import ENTRIES, sliced
+from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_token import Token, written_over
-from dualform.kernels.triton_trial import trial, tried_next
+from dualform.kernels.triton_trial import trial
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
 from dualform.learning.batched import ROWS as EVERY_ROW
 from dualform.learning.batched import at, mapped
@@ -52,27 +54,8 @@ STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
 GRID = 65535  # programs of a launch along its second axis, at most
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Below so many rows a direction of a small state is cut in slices, its chain being what takes time: registers hold the
-# state and what slices make again (LAB.md, one H200).
-ROWS, COUNT = {"forward": 80, "backward": 1 << 30}, 16
-WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
-
-
-def cut(entries: int, rows: int, count: int, direction: str) -> bool:
-    """Is a stretch of `count` mini-batches cut in slices? In reverse, what is left of a large state's step fits."""
-    return direction == "backward" if entries > ENTRIES else count >= COUNT and rows < ROWS[direction]
-
-
-def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
-    """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more run at once."""
-    stages = 1 if kernel.again else stages  # what is read twice would have shared memory twice
-    if kernel.carries:
-        # Whose reads ahead take what shared memory there is.
-        heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")
-        return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), min(stages, 2) if heavy else stages)
-    return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
 @dataclass(eq=False)
@@ -82,6 +65,7 @@ class Made:
     kernels: dict[str, list[Kernel]]
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+    seen: bool = False  # was all of it seen right, by the record?
 
     @cached_property
     def over(self) -> list[Kernel]:
@@ -151,8 +135,8 @@ class _Rows(Stretches[Made]):
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with.
-        if not plan.is_checked:
+        # Triton's compiler is wrong for some kernels: none is taken that was not seen right.
+        if not plan.is_checked and not triton_seen.seen(device):
             return False
         # What follows a longer call stays there.
         return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
@@ -161,14 +145,18 @@ class _Rows(Stretches[Made]):
         if not torch.cuda.is_available():
             return ""
         why = triton_launch.lack(torch.device("cuda"))
-        each = ", ".join(dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values()))
-        if not why and not plan.is_checked:
-            why = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
-            why += f"; made: {each}, compiled only" if each else ""
         if why:
             return f"not on this card: {why}"
-        done = f"; made: {each}; each was compared with eager at its first use, apart" if each else ""
-        return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+        device = torch.device("cuda", torch.cuda.current_device())
+        record = f"the record of {triton_seen.architecture(device)}"
+        ends = {True: f"seen right, by {record}", False: "compared with eager at its first use, apart"}
+        where = f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on"
+        if not plan.is_checked:
+            ends[False] = "compiled only, eager runs in its place"
+            where += f", where {record} has it: prove=False or DUALFORM_PROVE=0 compares nothing at first use"
+        made = plan.natives.of(Compiled).made.values()
+        each = {end: ", ".join(dict.fromkeys(x.said for x in made if x.seen is seen)) for seen, end in ends.items()}
+        return where + "".join(f"; made: {names}, {end}" for end, names in each.items() if names)
 
     def trial(self) -> AbstractContextManager[None]:
         return trial()
@@ -176,11 +164,35 @@ class _Rows(Stretches[Made]):
     def instead(self) -> Mapping[str, object] | None:
         return tried_next(warps=self.warps, stages=self.stages, slices=self.slices)
 
-    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[list[str], tuple[str, ...]]:
         way = "backward" if backward else "forward"
         ways = {self._in_slices(run, piece, way) for piece in _stretches(run, 0, run.blocks)}
-        options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32, "slices": max(ways)}
-        return backends_key(("triton", options)), triton_launch.place(run.call.q.device)
+        options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32}
+        each = [backends_key(("triton", options | {"slices": slices})) for slices in sorted(ways)]
+        return each, triton_launch.place(run.call.q.device)
+
+    def seen(self, run: GridCall, way: str) -> bool:
+        if not (known := triton_seen.seen(run.call.q.device)):
+            return False
+        used: list[tuple[Made, list[Kernel]]] = []
+        if way == "step":
+            made = self._made(run.plan, run.call, ONE, "forward", False)
+            used = [(made, [*made.over, *made.kernels["forward"]])]
+        for piece in _stretches(run, 0, run.blocks) if way != "step" else ():
+            made = self.made(run, piece, "forward")
+            used.append((made, made.kernels["forward" if way == "backward" else way]))
+            if way == "backward":
+                made = self.made(run, piece, way)
+                used.append((made, [*chain.from_iterable(made.kernels.values())]))
+        for made, kernels in used:
+            found = all(triton_seen.digest(k, self._launch(k), run.call.kinds) in known for k in kernels)
+            made.seen = made.seen or found
+            if not found:
+                return False
+        return True
+
+    def _launch(self, kernel: Kernel) -> Launch:
+        return launch_for(kernel, self.warps, self.stages)
 
     def schedule(self, plan: Plan, variant: Variant) -> dict[str, Kernel]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
@@ -329,15 +341,9 @@ class _Rows(Stretches[Made]):
         return states
 
     def _run_all(
-        self,
-        run: GridCall | Token,
-        made: Made,
-        kernels: list[Kernel],
-        given: dict[Any, Tensor],
-        count: int,
-        G: int,
+        self, run: GridCall | Token, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int,
         phase: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Run a direction's kernels: what carries the state on row by row,
         the rest in groups of mini-batches beside each other."""
         room = {
@@ -356,14 +362,9 @@ class _Rows(Stretches[Made]):
             given |= own  # whose parts are summed with all else that is
 
     def _run(
-        self,
-        run: GridCall | Token,
-        made: Made,
-        kernel: Kernel,
-        given: dict[Any, Tensor],
-        groups: int,
+        self, run: GridCall | Token, made: Made, kernel: Kernel, given: dict[Any, Tensor], groups: int,
         scalars: tuple[int, int, int, int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Run a kernel with what torch does before it and after."""
         count = scalars[0]
         room = {}
@@ -374,18 +375,10 @@ class _Rows(Stretches[Made]):
             )
             room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
         for name, shape, kind in kernel.passed:
-            room["passed", name] = torch.empty(
-                count,
-                run.B,
-                run.H,
-                *shape,
-                dtype=run.call.dtype if kind == torch.bool else kind,
-                device=run.call.q.device,
-            )
+            kind = run.call.dtype if kind == torch.bool else kind
+            room["passed", name] = run.call.q.new_empty(count, run.B, run.H, *shape, dtype=kind)
         tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
-        triton_launch.run(
-            kernel, tensors, run.B * run.H, run.H, groups, scalars, launch_for(kernel, self.warps, self.stages)
-        )
+        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, self._launch(kernel))
         if kernel.after is None:
             return
         values = [

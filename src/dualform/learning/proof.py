@@ -135,13 +135,15 @@ def kernel(structure: Any, words: Any, compare: Callable[[], str]) -> str:
     """Say what is wrong with a kernel, "" for nothing: as remembered, or as `compare` finds."""
     folder, key = cache_folder() / "proofs", digest(structure, repr(words), "kernel")
     try:
-        held = json.loads((folder / f"{key}.json").read_text())["unlike"]
-        return held and f"{held} It was found so before, and is not tried again until `dualform cache clear`."
+        held = json.loads((folder / f"{key}.json").read_text())
+        if held == {"unlike": ""}:
+            return ""
+        return f"{held['wrong']} It was found so before, and is not tried again until `dualform cache clear`."
     except (OSError, ValueError, KeyError, TypeError):
         pass
     with _under_way(), torch.no_grad():
         found = compare()
-    _write(folder, key, {"unlike": found})
+    _write(folder, key, {"wrong": found} if found else {"unlike": ""})
     return found
 
 
