@@ -215,13 +215,15 @@ class _Rows(Stretches[Made]):
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
         """From the second call with tensors of these shapes on, where nothing else decides what runs,
         as it was written down."""
-        apart = words[0] != "step" and call.carried  # its first mini-batch may begin anywhere
-        if apart or call.mask is not None or call.reset is not None or triton_launch.is_watched():
+        where = set[int]()  # rows stand: a call cuts its mini-batches there; the kernel of one token asks by itself
+        if words[0] != "step" and call.before is not None:
+            where = {*call.before.position.tolist()}
+        if len(where) > 1 or call.mask is not None or call.reset is not None or triton_launch.is_watched():
             return ready()()
         kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
         alike = tuple(map(id, given)) if len({*map(id, given)}) < len(given) else ()
         ids = tuple(map(alike.index, alike))
-        key = (self.warps, self.stages, self.precision, self.slices, words, call.q.device, ids, *kinds)
+        key = (self.warps, self.stages, self.precision, self.slices, words, *where, call.q.device, ids, *kinds)
         tapes = plan.natives.of(Compiled).tapes
         tape = tapes.get(key)
         if tape is None:
