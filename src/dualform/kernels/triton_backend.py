@@ -25,9 +25,10 @@ from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import recorded
 from dualform.kernels.triton_choice import cut, launch_for, tried_next
-from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
+from dualform.kernels.triton_kernel import Argument, Kernel, Outside, goal_of, held_in
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
+from dualform.kernels.triton_outside import computed
 from dualform.kernels.triton_schedule import (
     Refused,
     TileDirection,
@@ -39,14 +40,11 @@ from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_token import Token, written_over
 from dualform.kernels.triton_trial import trial
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
-from dualform.learning.batched import ROWS as EVERY_ROW
-from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
 from dualform.learning.loop import GridCall
 from dualform.learning.plan import Input, Plan
-from dualform.learning.prepare import in_place
-from dualform.learning.transforms import TRACING, undisturbed
+from dualform.learning.transforms import TRACING
 from dualform.storages import memory_of
 
 # What a stretch computes again and passes on, for its backward, at once.
@@ -286,7 +284,7 @@ class _Rows(Stretches[Made]):
                         wanted |= dict.fromkeys(
                             held_in(x, k.kept) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
-                        wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
+                        wanted |= dict.fromkeys(goal_of(t) for t in (part.targets if part else ()))
                 own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
             return own.made[key]
 
@@ -348,20 +346,20 @@ class _Rows(Stretches[Made]):
     ) -> None:  # fmt: skip
         """Run a direction's kernels: what carries the state on row by row,
         the rest in groups of mini-batches beside each other."""
-        room = {
+        given |= {
             ("slice", x.name): torch.empty(count, run.B, run.H, *x.shape, dtype=x.dtype, device=run.call.q.device)
-            for k in kernels for x in k.slices
+            for k in kernels for x in k.slices if ("slice", x.name) not in k.by_torch
         }  # fmt: skip
         for kernel in kernels:
             if kernel.carries or len(kernels) == 1:
-                self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
+                self._run(run, made, kernel, given, 1, (count, count, G, phase))
                 continue
             group = max(min(max(run.B * run.H * count // PROGRAMS, 1), 16), -(-count // GRID))
             groups = -(-count // group)
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
-            self._run(run, made, kernel, given | room | own, groups, (count, group, 1, 0))
             given |= own  # whose parts are summed with all else that is
+            self._run(run, made, kernel, given, groups, (count, group, 1, 0))
 
     def _run(
         self, run: GridCall | Token, made: Made, kernel: Kernel, given: dict[Any, Tensor], groups: int,
@@ -375,55 +373,30 @@ class _Rows(Stretches[Made]):
             found_ = self._torch(
                 run, made, kernel, kernel.before, [given[held_in(x, kernel.kept)] for x in kernel.before.inputs], count
             )
-            room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
+            room |= dict(zip(names, found_, strict=True))
         for name, shape, kind in kernel.passed:
             kind = run.call.dtype if kind == torch.bool else kind
-            room["passed", name] = run.call.q.new_empty(count, run.B, run.H, *shape, dtype=kind)
-        tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
+            room[name] = run.call.q.new_empty(count, run.B, run.H, *shape, dtype=kind)
+        own = [room[a.what] if a.role in ("made", "passed") else given[a.role, a.what] for a in kernel.arguments]
+        tensors = [_shaped(x, a) for x, a in zip(own, kernel.arguments, strict=True)]
         triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, self._launch(kernel))
         if kernel.after is None:
             return
-        values = [
-            room["passed", x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs
-        ]
+        values = [room[x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs]
         found_ = self._torch(run, made, kernel, kernel.after, values, count)
         for t, x in zip(kernel.after.targets, found_, strict=True):
-            goal = given[_goal(t)]
-            if t.kind == "added":
-                x = x.sum(0, keepdim=True)
-            goal.copy_(x)
+            if goal := kernel.by_torch.get(goal_of(t)):
+                given[goal_of(t)] = x.to(goal.dtype)
+            else:
+                given[goal_of(t)].copy_(x.sum(0, keepdim=True) if t.kind == "added" else x)
 
     @staticmethod
     def _torch(
         run: GridCall | Token, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
     ) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
-        rows, device = count * run.B * run.H, run.call.q.device
-        key = (kernel.name, part is kernel.before, rows, device)
-        if key not in made.parts:
-            whole = (kernel.name, part is kernel.before)
-            if whole not in made.parts:
-                made.parts[whole] = (
-                    undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
-                )
-            made.parts[key] = undisturbed(lambda: in_place(at(made.parts[whole], rows, device)))
-        flat = []
-        for x, shape, kind in zip(values, part.shapes, part.kinds, strict=True):
-            wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
-            flat.append(wide.to(kind))
-        found_ = made.parts[key](*flat)
-        results = results_of(made.parts[kernel.name, part is kernel.before].graph)
-        whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in results]
-        return [
-            (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x,
-            own in zip(found_, whole_, strict=True)
-        ]  # fmt: skip
-
-
-def _goal(t: Any) -> tuple[str, Any]:
-    if t.kind == "passed":
-        return "slice", t.what
-    return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
+        name = (kernel.name, part is kernel.before)
+        return computed(made.parts, name, part, values, (count, run.B, run.H), run.call.q.device)
 
 
 def _shaped(x: Tensor, a: Argument) -> Tensor:
