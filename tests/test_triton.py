@@ -313,6 +313,39 @@ def test_calls_of_one_shape_run_from_a_tape():
     assert (same - program(x[0], x[0], x[2], backend="eager")[0]).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize(("rule", "slices"), [("averaged", False), ("momentum", True)])
+def test_calls_that_go_on_with_a_state_run_from_a_tape(rule, slices):
+    """One for each place in a mini-batch at which all rows stand, with gradients to and from states; rows that stand
+    apart have none. The position after a call is that of this call."""
+    program = of(built_in[0], shifted, rule, 2)
+    tapes = program.plan(4, DOUBLE, "auto").natives.of(triton_backend.Compiled).tapes
+    tapes.clear()
+    for seed in range(3):
+        for where in ([0, 0], [1, 1], [0, 1]) if seed < 2 else ([0, 0], [1, 1]):
+            torch.manual_seed(seed)
+            x = [torch.randn(2, 4, 1, 4, dtype=DOUBLE).requires_grad_() for _ in range(3)]
+            gates = {
+                g: (0.1 + 0.5 * torch.rand(2, 4, 1, dtype=DOUBLE)).requires_grad_()
+                for g in program.rule.gates if g != "offset"
+            }  # fmt: skip
+            start = program.initial_state(2, 1)._map(
+                lambda t: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t
+            )
+            start = replace(start._map(torch.clone).detach(), position=torch.tensor(where))
+            held = [t.requires_grad_() for t in start.tensors().values() if t.is_floating_point()]
+            sides = []
+            for backend in (("triton", {"slices": slices}), "eager"):
+                o, state = program(*x, gates, state=start, backend=backend)
+                after = [*state.tensors().values()]
+                total = o.square().sum() + sum(t.sin().sum() for t in after if t.is_floating_point())
+                leaves = [*x, *gates.values(), *held, *program.learner.parameters()]
+                grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+                sides.append([o, *grads, *after])
+            for a, b in zip(*sides, strict=True):
+                assert (a - b).double().norm() <= 1e-10 * b.double().norm()
+    assert [type(x).__name__ for x in tapes.values()] == ["Tape"] * 4
+
+
 @pytest.mark.parametrize("rule", rules)
 @pytest.mark.parametrize("n", [2, 6])
 def test_single_tokens_run_wherever_rows_stand(n, rule, monkeypatch):

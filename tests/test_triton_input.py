@@ -16,7 +16,7 @@ from test_laws import built_in, rules
 from test_triton import LogGamma, shifted, squared
 
 import dualform as df
-from dualform.kernels import triton_backend, triton_launch, triton_trial
+from dualform.kernels import triton_backend, triton_launch, triton_seen, triton_trial
 from dualform.learning import proof
 from dualform.learning.backends import BackendError, backend_of, backends
 from dualform.ops.table import ENTRIES
@@ -115,6 +115,7 @@ def test_a_state_of_a_type_that_it_has_not(monkeypatch):
 
 def test_an_op_that_it_has_not(monkeypatch):
     monkeypatch.setattr(triton_backend._Rows, "suits", lambda self, plan, call: True)
+    monkeypatch.setattr(triton_seen, "seen", lambda device: {"something"})
     monkeypatch.setattr(backends, "names", lambda: ("triton", "eager"))
     program = df.derive(LogGamma(), squared, rules["sgd"], chunk=2)
     x = torch.rand(1, 4, 1, 4)

@@ -10,8 +10,9 @@ from test_laws import built_in, rules
 from test_triton import shifted
 
 import dualform as df
-from dualform.kernels import triton_backend, triton_launch, triton_trial
-from dualform.learning.backends import BackendError, Miscompiled
+from dualform.cli.cache import cache
+from dualform.kernels import triton_backend, triton_choice, triton_launch, triton_trial
+from dualform.learning.backends import BackendError, Miscompiled, chosen_in_words
 from dualform.ops.table import ENTRIES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -48,14 +49,46 @@ def test_first_launches_run_apart_and_are_remembered(proving, monkeypatch):
 
 
 def test_a_launch_that_ends_its_process_is_refused(proving, monkeypatch):
-    """By name, here and at the next call; what follows goes on in a new process."""
-    tanh = ENTRIES["rsqrt"]
+    """By name, here and at the next call, which tries nothing; once that is forgotten, in a new process."""
+    tanh, sent, asked = ENTRIES["rsqrt"], [], triton_trial._Other.asked
+    monkeypatch.setattr(triton_trial._Other, "asked", lambda *words: sent.append(words) or asked(*words))
     monkeypatch.setitem(ENTRIES, "rsqrt", replace(tanh, triton="__import__('os')._exit(3)"))
-    for _ in range(2):
-        with pytest.raises(BackendError, match=r"triton: forward ended its process with 3.*a process of its own"):
+    says = r"triton: forward ended its process with 3.*a process of its own"
+    for more in ("", ".*found so before.*`dualform cache clear`"):
+        with pytest.raises(BackendError, match=says + more):
             proving()
+    assert len(sent) == 1
     monkeypatch.setitem(ENTRIES, "rsqrt", tanh)
+    cache("clear")
     assert proving()[0].isfinite().all()
+
+
+def test_no_process_to_try_in_is_no_fault_of_the_code(proving, monkeypatch, tmp_path):
+    """Refused, and not remembered: one that does not start, one that cannot import."""
+    for python, says in (("no/such/python", "does not answer"), ("/bin/false", "ended its process with 1")):
+        triton_trial._other.ended()
+        monkeypatch.setattr(sys, "executable", python)
+        with pytest.raises(
+            BackendError, match=f"a process to try launches in {says}.*expected one that starts"
+        ) as error:
+            proving()
+        assert not isinstance(error.value, Miscompiled)
+        assert not [*tmp_path.glob("proofs/*")]
+
+
+def test_an_answer_that_nobody_waits_for_is_not_taken_for_the_next(monkeypatch):
+    other = triton_trial._Other()
+    first = other.started()
+
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_trial.select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.asked({}, 60)
+    assert other.process is None
+    assert first.wait() == -9
 
 
 def test_a_launch_that_takes_too_long_is_refused(proving, monkeypatch):
@@ -91,6 +124,7 @@ def chosen(monkeypatch):
     natives = plan_of().natives  # what another test's learner, the same one, came to
     natives.refused = ""
     natives.instead.clear()
+    natives.faults.clear()
 
 
 def plan_of(program=None):
@@ -110,9 +144,14 @@ def test_auto_goes_down_its_short_list(proving, chosen, monkeypatch):
     plan = plan_of()
     assert plan.natives.instead == {"triton": 'triton {"stages": 1}'}
     assert not plan.natives.refused
+    assert "not triton, because triton: its code and eager differ in" in chosen_in_words(plan)
     count, tries = len(seen), {how.stages for how in seen}
     assert tries == {3, 1} or tries == {2, 1}
     proving("auto")  # asks the disk
+    assert len(seen) == count
+    plan.natives.instead.clear()  # as in another process
+    with pytest.warns(UserWarning, match=r"differ in .*found so before.*try backend='triton \{\"stages\": 1\}'"):
+        proving("auto")
     assert len(seen) == count
     monkeypatch.setattr(triton_launch, "place", lambda device: ("another card",))
     proving("auto")
@@ -125,7 +164,7 @@ def test_where_nothing_on_the_list_is_right_eager_runs(proving, chosen, monkeypa
     monkeypatch.setattr(triton_trial, "tried", lies(lambda how: True, seen))
     with pytest.warns(UserWarning, match="its code and eager differ in") as said:
         found = proving("auto")
-    assert len([x for x in said if "try backend='triton" in str(x.message)]) == len(triton_trial.SHORT_LIST) - 1
+    assert len([x for x in said if "try backend='triton" in str(x.message)]) == len(triton_choice.SHORT_LIST) - 1
     assert "run on backend='eager'" in str(said[-1].message)
     assert {how.warps for how in seen} > {16}
     natives = plan_of().natives

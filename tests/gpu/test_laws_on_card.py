@@ -1,7 +1,7 @@
 """Generated Triton on a card, at real sizes: everything against eager in float64, splits, decoding, graphs, `auto`.
 
 Skipped without CUDA, and under TRITON_INTERPRET=1, which tests/conftest.py sets. With DUALFORM_GPU_LOG=FILE each
-comparison is a line there.
+comparison is a line there; with --seen what ran right becomes the record that `auto` reads.
 """
 
 import copy
@@ -68,6 +68,7 @@ def drawn_params(c, module):
 
 
 def outcome(program, x, params, backend, more, cotangents):
+    """Return outputs, state and gradients."""
     found = results(*called(program, x, backend, params=params, **more))
     g = torch.Generator("cuda").manual_seed(3)
     for name, t in found.items():
@@ -119,6 +120,10 @@ def test_it_is_eager_in_float64(n, slices):
     )
     assert errors[worst] <= LIMIT[c["dtype"]], (worst, errors[worst], others[worst])
     assert all(torch.equal(got[n], one[n]) for one in again for n in got)
+    remade = outcome(program, x, params, backend, more | {"remat": 2}, cotangents)  # states are computed again
+    with torch.no_grad():
+        alone = results(*called(program, x, backend, params=params, **more))  # and none is kept
+    assert all(error(one[n], true[n]) <= LIMIT[c["dtype"]] for one in (remade, alone) for n in one)
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
@@ -181,8 +186,9 @@ def test_a_token_is_one_launch():
                 triton_launch.run = lambda *words, **more: launches.append(words[0].name) or plain(*words, **more)
             try:
                 o, state = called(
-                    program, {m: t if m == "offset" else t[:, n : n + 1] for m, t in x.items()}, "triton", state=state
-                )
+                    program, {m: t if m == "offset" else t[:, n : n + 1] for m, t in x.items()}, "triton", state=state,
+                    overwrite=n % 2 == 1,
+                )  # fmt: skip
             finally:
                 triton_launch.run = plain
             found.append(o)

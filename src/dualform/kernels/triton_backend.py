@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from dualform.bounded import Bounded
 from dualform.graphs.edit import results_of
-from dualform.kernels import triton_launch
+from dualform.kernels import triton_launch, triton_seen
 from dualform.kernels.backend import ONE, Found, Stretches, Tensors, _stretches, line_of, never
 from dualform.kernels.lowering import specialised
 from dualform.kernels.ops import Unsupported
 from dualform.kernels.tape import recorded
-from dualform.kernels.triton_kernel import Argument, Kernel, Outside, held_in
+from dualform.kernels.triton_choice import cut, launch_for, tried_next
+from dualform.kernels.triton_kernel import Argument, Kernel, Outside, goal_of, held_in
 from dualform.kernels.triton_launch import Launch
 from dualform.kernels.triton_lines import Precision
+from dualform.kernels.triton_outside import computed
 from dualform.kernels.triton_schedule import (
     Refused,
     TileDirection,
@@ -33,18 +36,15 @@ from dualform.kernels.triton_schedule import (
     forward_direction,
     reverse_direction,
 )
-from dualform.kernels.triton_slices import ENTRIES, sliced
+from dualform.kernels.triton_slices import sliced
 from dualform.kernels.triton_token import Token, written_over
-from dualform.kernels.triton_trial import trial, tried_next
+from dualform.kernels.triton_trial import trial
 from dualform.learning.backends import Backend, BackendError, backends, backends_key
-from dualform.learning.batched import ROWS as EVERY_ROW
-from dualform.learning.batched import at, mapped
 from dualform.learning.call import Call
 from dualform.learning.grid import Variant
 from dualform.learning.loop import GridCall
 from dualform.learning.plan import Input, Plan
-from dualform.learning.prepare import in_place
-from dualform.learning.transforms import TRACING, undisturbed
+from dualform.learning.transforms import TRACING
 from dualform.storages import memory_of
 
 # What a stretch computes again and passes on, for its backward, at once.
@@ -52,27 +52,8 @@ STATE_BYTES = 512 * 2**20
 KEEP = 5 * 2**28  # states of a call: reading one costs less than the chain that makes it again
 GRID = 65535  # programs of a launch along its second axis, at most
 PROGRAMS = 2048  # of kernels whose mini-batches are beside each other: some for each of a card's processors
-# Below so many rows a direction of a small state is cut in slices, its chain being what takes time: registers hold the
-# state and what slices make again (LAB.md, one H200).
-ROWS, COUNT = {"forward": 80, "backward": 1 << 30}, 16
-WARPS = ((8192, 4), (49152, 8), (1 << 40, 16))  # that hold a state of so many entries, as seen on the card
 TAPES = 64  # kinds of calls that are remembered step by step
 WORTH_COMPILING = 4096  # tokens of single heads from which a call repays some seconds of compiling
-
-
-def cut(entries: int, rows: int, count: int, direction: str) -> bool:
-    """Is a stretch of `count` mini-batches cut in slices? In reverse, what is left of a large state's step fits."""
-    return direction == "backward" if entries > ENTRIES else count >= COUNT and rows < ROWS[direction]
-
-
-def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
-    """Choose the warps of a program: enough to hold the state; else for its tiles, the fewer the more run at once."""
-    stages = 1 if kernel.again else stages  # what is read twice would have shared memory twice
-    if kernel.carries:
-        # Whose reads ahead take what shared memory there is.
-        heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")
-        return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), min(stages, 2) if heavy else stages)
-    return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 
 
 @dataclass(eq=False)
@@ -82,6 +63,7 @@ class Made:
     kernels: dict[str, list[Kernel]]
     arguments: tuple[tuple[str, Any], ...]
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
+    seen: bool = False  # was all of it seen right, by the record?
 
     @cached_property
     def over(self) -> list[Kernel]:
@@ -151,8 +133,8 @@ class _Rows(Stretches[Made]):
         device = call.q.device
         if device.type != "cuda" or call.dtype != torch.float32 or triton_launch.lack(device):
             return False
-        # Triton's compiler is wrong for some kernels: none is taken that nothing is compared with.
-        if not plan.is_checked:
+        # Triton's compiler is wrong for some kernels: none is taken that was not seen right.
+        if not plan.is_checked and not triton_seen.seen(device):
             return False
         # What follows a longer call stays there.
         return bool(plan.natives.of(Compiled).made) or call.q[..., 0].numel() >= WORTH_COMPILING
@@ -161,14 +143,18 @@ class _Rows(Stretches[Made]):
         if not torch.cuda.is_available():
             return ""
         why = triton_launch.lack(torch.device("cuda"))
-        each = ", ".join(dict.fromkeys(x.said for x in plan.natives.of(Compiled).made.values()))
-        if not why and not plan.is_checked:
-            why = "its first use is compared with eager, which prove=False or DUALFORM_PROVE=0 switches off"
-            why += f"; made: {each}, compiled only" if each else ""
         if why:
             return f"not on this card: {why}"
-        done = f"; made: {each}; each was compared with eager at its first use, apart" if each else ""
-        return f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on{done}"
+        device = torch.device("cuda", torch.cuda.current_device())
+        record = f"the record of {triton_seen.architecture(device)}"
+        ends = {True: f"seen right, by {record}", False: "compared with eager at its first use, apart"}
+        where = f"on the card in float32, from {WORTH_COMPILING:,} tokens x heads on"
+        if not plan.is_checked:
+            ends[False] = "compiled only, eager runs in its place"
+            where += f", where {record} has it: prove=False or DUALFORM_PROVE=0 compares nothing at first use"
+        made = plan.natives.of(Compiled).made.values()
+        each = {end: ", ".join(dict.fromkeys(x.said for x in made if x.seen is seen)) for seen, end in ends.items()}
+        return where + "".join(f"; made: {names}, {end}" for end, names in each.items() if names)
 
     def trial(self) -> AbstractContextManager[None]:
         return trial()
@@ -176,11 +162,35 @@ class _Rows(Stretches[Made]):
     def instead(self) -> Mapping[str, object] | None:
         return tried_next(warps=self.warps, stages=self.stages, slices=self.slices)
 
-    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[list[str], tuple[str, ...]]:
         way = "backward" if backward else "forward"
         ways = {self._in_slices(run, piece, way) for piece in _stretches(run, 0, run.blocks)}
-        options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32, "slices": max(ways)}
-        return backends_key(("triton", options)), triton_launch.place(run.call.q.device)
+        options = {"warps": self.warps, "stages": self.stages, "float32": self.precision.float32}
+        each = [backends_key(("triton", options | {"slices": slices})) for slices in sorted(ways)]
+        return each, triton_launch.place(run.call.q.device)
+
+    def seen(self, run: GridCall, way: str) -> bool:
+        if not (known := triton_seen.seen(run.call.q.device)):
+            return False
+        used: list[tuple[Made, list[Kernel]]] = []
+        if way == "step":
+            made = self._made(run.plan, run.call, ONE, "forward", False)
+            used = [(made, [*made.over, *made.kernels["forward"]])]
+        for piece in _stretches(run, 0, run.blocks) if way != "step" else ():
+            made = self.made(run, piece, "forward")
+            used.append((made, made.kernels["forward" if way == "backward" else way]))
+            if way == "backward":
+                made = self.made(run, piece, way)
+                used.append((made, [*chain.from_iterable(made.kernels.values())]))
+        for made, kernels in used:
+            found = all(triton_seen.digest(k, self._launch(k), run.call.kinds) in known for k in kernels)
+            made.seen = made.seen or found
+            if not found:
+                return False
+        return True
+
+    def _launch(self, kernel: Kernel) -> Launch:
+        return launch_for(kernel, self.warps, self.stages)
 
     def schedule(self, plan: Plan, variant: Variant) -> dict[str, Kernel]:
         ways = [written(plan, variant, way, self.precision, bool(self.slices)) for way in ("forward", "backward")]
@@ -203,13 +213,15 @@ class _Rows(Stretches[Made]):
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Any, ready: Callable[[], Any]) -> list[Tensor]:
         """From the second call with tensors of these shapes on, where nothing else decides what runs,
         as it was written down."""
-        apart = words[0] != "step" and call.carried  # its first mini-batch may begin anywhere
-        if apart or call.mask is not None or call.reset is not None or triton_launch.is_watched():
+        where = set[int]()  # rows stand: a call cuts its mini-batches there; the kernel of one token asks by itself
+        if words[0] != "step" and call.before is not None:
+            where = {*call.before.position.tolist()}
+        if len(where) > 1 or call.mask is not None or call.reset is not None or triton_launch.is_watched():
             return ready()()
         kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
         alike = tuple(map(id, given)) if len({*map(id, given)}) < len(given) else ()
         ids = tuple(map(alike.index, alike))
-        key = (self.warps, self.stages, self.precision, self.slices, words, call.q.device, ids, *kinds)
+        key = (self.warps, self.stages, self.precision, self.slices, words, *where, call.q.device, ids, *kinds)
         tapes = plan.natives.of(Compiled).tapes
         tape = tapes.get(key)
         if tape is None:
@@ -272,7 +284,7 @@ class _Rows(Stretches[Made]):
                         wanted |= dict.fromkeys(
                             held_in(x, k.kept) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
-                        wanted |= dict.fromkeys(_goal(t) for t in (part.targets if part else ()))
+                        wanted |= dict.fromkeys(goal_of(t) for t in (part.targets if part else ()))
                 own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
             return own.made[key]
 
@@ -329,41 +341,30 @@ class _Rows(Stretches[Made]):
         return states
 
     def _run_all(
-        self,
-        run: GridCall | Token,
-        made: Made,
-        kernels: list[Kernel],
-        given: dict[Any, Tensor],
-        count: int,
-        G: int,
+        self, run: GridCall | Token, made: Made, kernels: list[Kernel], given: dict[Any, Tensor], count: int, G: int,
         phase: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Run a direction's kernels: what carries the state on row by row,
         the rest in groups of mini-batches beside each other."""
-        room = {
+        given |= {
             ("slice", x.name): torch.empty(count, run.B, run.H, *x.shape, dtype=x.dtype, device=run.call.q.device)
-            for k in kernels for x in k.slices
+            for k in kernels for x in k.slices if ("slice", x.name) not in k.by_torch
         }  # fmt: skip
         for kernel in kernels:
             if kernel.carries or len(kernels) == 1:
-                self._run(run, made, kernel, given | room, 1, (count, count, G, phase))
+                self._run(run, made, kernel, given, 1, (count, count, G, phase))
                 continue
             group = max(min(max(run.B * run.H * count // PROGRAMS, 1), 16), -(-count // GRID))
             groups = -(-count // group)
             sums = [(a.role, a.what) for a in kernel.arguments if a.role == "gradient" and a.what.over != "block"]
             own = {key: given[key].new_empty(groups, *given[key].shape[1:]) for key in sums}
-            self._run(run, made, kernel, given | room | own, groups, (count, group, 1, 0))
             given |= own  # whose parts are summed with all else that is
+            self._run(run, made, kernel, given, groups, (count, group, 1, 0))
 
     def _run(
-        self,
-        run: GridCall | Token,
-        made: Made,
-        kernel: Kernel,
-        given: dict[Any, Tensor],
-        groups: int,
+        self, run: GridCall | Token, made: Made, kernel: Kernel, given: dict[Any, Tensor], groups: int,
         scalars: tuple[int, int, int, int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Run a kernel with what torch does before it and after."""
         count = scalars[0]
         room = {}
@@ -372,63 +373,30 @@ class _Rows(Stretches[Made]):
             found_ = self._torch(
                 run, made, kernel, kernel.before, [given[held_in(x, kernel.kept)] for x in kernel.before.inputs], count
             )
-            room |= {("made", name): x for name, x in zip(names, found_, strict=True)}
+            room |= dict(zip(names, found_, strict=True))
         for name, shape, kind in kernel.passed:
-            room["passed", name] = torch.empty(
-                count,
-                run.B,
-                run.H,
-                *shape,
-                dtype=run.call.dtype if kind == torch.bool else kind,
-                device=run.call.q.device,
-            )
-        tensors = [_shaped({**given, **room}[a.role, a.what], a) for a in kernel.arguments]
-        triton_launch.run(
-            kernel, tensors, run.B * run.H, run.H, groups, scalars, launch_for(kernel, self.warps, self.stages)
-        )
+            kind = run.call.dtype if kind == torch.bool else kind
+            room[name] = run.call.q.new_empty(count, run.B, run.H, *shape, dtype=kind)
+        own = [room[a.what] if a.role in ("made", "passed") else given[a.role, a.what] for a in kernel.arguments]
+        tensors = [_shaped(x, a) for x, a in zip(own, kernel.arguments, strict=True)]
+        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, self._launch(kernel))
         if kernel.after is None:
             return
-        values = [
-            room["passed", x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs
-        ]
+        values = [room[x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs]
         found_ = self._torch(run, made, kernel, kernel.after, values, count)
         for t, x in zip(kernel.after.targets, found_, strict=True):
-            goal = given[_goal(t)]
-            if t.kind == "added":
-                x = x.sum(0, keepdim=True)
-            goal.copy_(x)
+            if goal := kernel.by_torch.get(goal_of(t)):
+                given[goal_of(t)] = x.to(goal.dtype)
+            else:
+                given[goal_of(t)].copy_(x.sum(0, keepdim=True) if t.kind == "added" else x)
 
     @staticmethod
     def _torch(
         run: GridCall | Token, made: Made, kernel: Kernel, part: Outside, values: list[Tensor], count: int
     ) -> list[Tensor]:
         """Compute what is outside, for the rows of all mini-batches."""
-        rows, device = count * run.B * run.H, run.call.q.device
-        key = (kernel.name, part is kernel.before, rows, device)
-        if key not in made.parts:
-            whole = (kernel.name, part is kernel.before)
-            if whole not in made.parts:
-                made.parts[whole] = (
-                    undisturbed(lambda: mapped(part.graph, [False] * len(values))) if values else part.graph
-                )
-            made.parts[key] = undisturbed(lambda: in_place(at(made.parts[whole], rows, device)))
-        flat = []
-        for x, shape, kind in zip(values, part.shapes, part.kinds, strict=True):
-            wide = x.expand(count, run.B, run.H, *x.shape[3:]).reshape(rows, *shape)
-            flat.append(wide.to(kind))
-        found_ = made.parts[key](*flat)
-        results = results_of(made.parts[kernel.name, part is kernel.before].graph)
-        whole_ = [x.meta["val"].shape[:1] == (EVERY_ROW,) for x in results]
-        return [
-            (x if own else x.expand(rows, *x.shape)).unflatten(0, (count, run.B, run.H)) for x,
-            own in zip(found_, whole_, strict=True)
-        ]  # fmt: skip
-
-
-def _goal(t: Any) -> tuple[str, Any]:
-    if t.kind == "passed":
-        return "slice", t.what
-    return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
+        name = (kernel.name, part is kernel.before)
+        return computed(made.parts, name, part, values, (count, run.B, run.H), run.call.q.device)
 
 
 def _shaped(x: Tensor, a: Argument) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,17 @@ def held_in(x: Input, kept: Sequence[Input]) -> tuple[str, Any]:
     return ("kept", kept.index(x)) if x in kept else ("slice", x.name) if x.part == "passed" else ("input", x)
 
 
+def goal_of(t: Target) -> tuple[str, Any]:
+    """Name the tensor that an output goes to, as (role, what)."""
+    if t.kind == "passed":
+        return "slice", t.what
+    return ("gradient", t.what) if t.kind == "added" else (t.what[0], t.what[1])
+
+
 @dataclass(frozen=True)
 class Outside:
-    """What torch computes for all mini-batches: a graph, and its inputs: `Input`s, or names of passed values.
+    """What torch computes for all mini-batches: a graph, and its inputs: `Input`s, or names of values that are passed
+    by the kernel, or were computed before it.
 
     apart: the ops that no kernel has, and why; what else there is stands between them and the kernel.
     """
@@ -88,6 +97,12 @@ class Kernel:
     largest: int  # entries of its largest tile, and of its tiles on average
     usual: int
     again: bool  # does it read again what it has no room for?
+
+    @cached_property
+    def by_torch(self) -> dict[tuple[str, Any], Crossing]:
+        """What torch hands to later kernels, by tensor."""
+        names = {t.what for t in (self.after.targets if self.after else ()) if t.kind == "passed"}
+        return {("slice", x.name): x for x in self.slices if x.name in names}
 
     def __str__(self) -> str:
         lines = [
@@ -137,4 +152,4 @@ def source(
     return "\n".join([imports, triton_ops.helpers(text), helpers(text), "", begin, define, text, ""])
 
 
-__all__ = ["RESERVED", "SCALARS", "Argument", "Crossing", "Kernel", "Outside", "held_in", "source"]
+__all__ = ["RESERVED", "SCALARS", "Argument", "Crossing", "Kernel", "Outside", "goal_of", "held_in", "source"]

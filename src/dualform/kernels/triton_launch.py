@@ -65,6 +65,12 @@ def _newer() -> str:
     return blackwell.path
 
 
+def assembler_version() -> str:
+    """Say which ptxas kernels are compiled with."""
+    tools = triton_module().knobs.nvidia
+    return tools.ptxas_blackwell.version if _newer() else tools.ptxas.version
+
+
 @contextmanager
 def assembler() -> Iterator[None]:
     """Compile with an assembler that is right: Triton 3.6 brings one for Hopper, and a newer one for Blackwell."""
@@ -329,6 +335,7 @@ def compiled(
 __all__ = [
     "Launch",
     "Missing",
+    "assembler_version",
     "compiled",
     "elsewhere",
     "first_run",

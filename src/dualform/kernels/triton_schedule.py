@@ -240,8 +240,9 @@ class TileDirection:
         for _ in range(2):
             if self._reordered():
                 after, passed = self._written()
-        made = {a.what for a in self.arguments if a.role == "made"}
-        before = self._outside([n for n in self.steps if n.name in made], set(self.steps)) if made else None
+        made = {a.what for a in self.arguments if a.role == "made"} | {*(after.inputs if after else ())}
+        first = [n for n in self.steps if n.name in made and n not in self.waits]  # what torch reads again, too
+        before = self._outside(first, set(self.steps)) if first else None
         ends, sizes = zip(self.targets, self.results, strict=True), self.writer.sizes
         slices = tuple(Crossing(t.what, _shape(x), self._passes_as(t.what)) for t, x in ends if t.kind == "passed")
         return Kernel(
@@ -257,9 +258,8 @@ class TileDirection:
         late = [k for k, x in enumerate(self.results) if isinstance(x, fx.Node) and x in self.late | self.early]
         after, passed = None, list[fx.Node]()
         if late:
-            own = {n for n in self.steps if n in self.late or n not in self.waits}
-            after = self._outside([self.results[k] for k in late], own, [self.targets[k] for k in late])
-            passed = [n for n in [*self.inputs, *self.steps] if n.name in after.inputs]
+            after = self._outside([self.results[k] for k in late], self.late, [self.targets[k] for k in late])
+            passed = [n for n in [*self.inputs, *self.steps] if n.name in after.inputs and n in self.waits]
         self._write([k for k in range(len(self.results)) if k not in late], passed)
         return after, passed
 

@@ -10,12 +10,13 @@ import atexit
 import io
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,20 +25,9 @@ import torch
 from torch import Tensor
 
 from dualform.kernels.triton_launch import Launch, elsewhere, first_run, short_of_memory
-from dualform.learning.backends import BackendError, Miscompiled
+from dualform.learning.backends import BackendError, Miscompiled, Stopped
 
 IDLE, LIMIT = 30, 900  # seconds that it waits for a launch, and that one may take, its compilation included
-
-# What is compiled and compared in turn, until something is right.
-SHORT_LIST: list[Mapping[str, object]] = [
-    {"warps": None, "stages": 3, "slices": None}, {"warps": None, "stages": 1, "slices": None},
-    {"warps": None, "stages": 1, "slices": False}, {"warps": 16, "stages": 1, "slices": False},
-]  # fmt: skip
-
-
-def tried_next(**own: object) -> Mapping[str, object] | None:
-    """Say what comes after these options on the short list, if anything."""
-    return SHORT_LIST[SHORT_LIST.index(own) + 1] if own in SHORT_LIST[:-1] else None
 
 
 @contextmanager
@@ -70,7 +60,7 @@ class _Other:
     """The other process, and the lock of those who use it."""
 
     def __init__(self) -> None:
-        self.lock, self.said = threading.Lock(), Path()
+        self.lock, self.said, self.runs, self.stopped = threading.Lock(), Path(), False, False
         self.process: Any = None
 
     def started(self) -> Any:
@@ -83,17 +73,23 @@ class _Other:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=handle, env=os.environ | {"PYTHONPATH": path},
             )  # fmt: skip
             os.close(handle)
+            self.runs = False
+            _receive(self.process.stdout)
+            self.runs = True  # what ends it now is a launch's fault
         return self.process
 
-    def ended(self) -> str:
+    def ended(self, kill: bool = False) -> str:
         """End it, if it has not; says how it ended."""
         process, self.process = self.process, None
         if process is None:
             return ""
+        if kill:
+            process.kill()
         for pipe in (process.stdin, process.stdout):
             with suppress(OSError, AttributeError):
                 pipe.close()  # type: ignore[union-attr]
         code, said = process.wait(), ""
+        self.stopped = code in (-signal.SIGKILL, -signal.SIGTERM)
         with suppress(OSError):
             said = "".join(self.said.read_text(errors="replace").strip().splitlines()[-1:])
             self.said.unlink()
@@ -101,20 +97,25 @@ class _Other:
 
     def asked(self, what: dict[str, Any], limit: float) -> dict[str, Any]:
         """Have a launch run; of two processes, the first may have waited long enough."""
+        why = "does not answer"
         for _ in range(2):
-            process = self.started()
             try:
+                process = self.started()
                 _send(process.stdin, what)
                 if select.select([process.stdout], [], [], limit)[0]:
                     found = _receive(process.stdout)
                     return found if "error" not in found else found | {"ended": self.ended()}
-                process.kill()
-                self.ended()
+                self.ended(kill=True)
                 return {"error": f"took more than {limit:.0f} s"}
             except (EOFError, OSError):
-                if said := self.ended():
-                    return {"error": said}
-        return {"error": "found no process that answers"}
+                if (said := self.ended()) and self.runs:
+                    return {"error": said, "stopped": self.stopped}
+                why = said or why
+            except BaseException:  # the answer would be taken for that of the next launch
+                self.ended(kill=True)
+                raise
+        where = f"triton: a process to try launches in {why}; expected one that starts. Use backend='eager'."
+        return {"refused": where, "as_compiled": False}
 
 
 _other = _Other()
@@ -136,7 +137,7 @@ def tried(
     if "refused" in found:
         raise (Miscompiled if found["as_compiled"] else BackendError)(found["refused"])
     if "error" in found:
-        raise Miscompiled(
+        raise (Stopped if found.get("stopped") else Miscompiled)(
             f"triton: {name} {found['error']}. It was tried in a process of its own; expected a launch that returns. "
             "Use backend='inductor' or 'eager'; this is a fault of dualform or of the compiler, please report it."
         )
@@ -169,6 +170,7 @@ def serve() -> None:
     """Run launches that come in, one after the other."""
     source, goal = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed is no answer
+    _send(goal, {})
     while select.select([source], [], [], IDLE)[0]:
         try:
             what = _receive(source)
@@ -192,4 +194,4 @@ def serve() -> None:
             return
 
 
-__all__ = ["serve", "trial", "tried_next"]
+__all__ = ["serve", "trial"]

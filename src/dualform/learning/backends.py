@@ -43,6 +43,14 @@ class Miscompiled(BackendError):
     """Code is wrong or does not run, as it was compiled; compiled with other options it may."""
 
 
+class Stopped(Miscompiled):
+    """It was ended from outside, or for want of memory: what another time may run."""
+
+
+class Unseen(BackendError):
+    """Code was compiled only, and its first use is not to be compared."""
+
+
 class Code(Protocol):
     """Code that was generated for a direction; `str` says what it does."""
 
@@ -87,9 +95,10 @@ class Whole(Directions, Protocol):
         """Run one token, without gradients; overwrite: over the state given. None where `forward` is to do it."""
         ...
 
-    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[str, tuple[str, ...]]:
-        """Name the backend with what it chooses by a call's size, and what its code depends on: a compiler, a card."""
-        return name, ()
+    def as_run(self, name: str, run: GridCall, backward: bool) -> tuple[list[str], tuple[str, ...]]:
+        """Name the backend with each of what it chooses by a call's size, and what its code depends on beside the
+        graphs: a compiler, a card."""
+        return [name], ()
 
     def instead(self) -> Mapping[str, object] | None:
         """Say with which options the same graphs are compiled next, where this code proved wrong; None: no others."""
@@ -98,6 +107,11 @@ class Whole(Directions, Protocol):
     def again(self, plan: Plan, call: Call, given: list[Tensor], words: Words, ready: Ready) -> list[Tensor]:
         """Run a direction: what `ready` returns, or what was written down when one like it ran."""
         return ready()()
+
+    def seen(self, run: GridCall, way: str) -> bool | None:
+        """Was all that is run seen right before, by a record that comes with this package? way: a direction, or "step".
+        None: there is no such record, and code of this kind is trusted where nobody wants it compared."""
+        return None
 
     def trial(self) -> AbstractContextManager[None]:
         """Run code that was never seen to run here where a fault harms nobody."""
@@ -189,7 +203,8 @@ def chosen_in_words(plan: Plan) -> str:
     each = ((name, backend_of(name).whole) for name in backends.names())
     now = plan.natives.instead
     words = ((now.get(name, name), whole.says(plan)) for name, whole in each if whole is not None)
-    return "; ".join([*(f"{name} {when}" for name, when in words if when), "else eager"])
+    faults = (f"not {name}, because {why}" for name, why in plan.natives.faults.items())
+    return "; ".join([*(f"{name} {when}" for name, when in words if when), *faults, "else eager"])
 
 
 def run_forward(plan: Plan, call: Call, checkpoints: int, backend: str) -> list[Tensor]:
@@ -226,8 +241,9 @@ def _run(
     def ready() -> Callable[[], list[Tensor]]:
         grid = GridCall(plan, call, taken.blocks, taken.prepare)
         way = loop if whole is None or not grid.blocks else whole
-        if way is whole and plan.is_checked:
-            _check(name, plan, grid, None if words[0] == "backward" else bool(words[1]))
+        if way is whole:
+            way_ = "forward some" if words[0] == "forward" and words[1] else str(words[0])
+            _check(name, plan, grid, way_, backend != "auto")
         return lambda: own(run(way, grid), given)
 
     if whole is None:
@@ -237,10 +253,13 @@ def _run(
     except BackendError as error:
         if backend != "auto":
             raise
+        if isinstance(error, Unseen):
+            return own(run(loop, GridCall(plan, call)), given)
         options = whole.instead() if isinstance(error, Miscompiled) else None
         if options is not None:
             base = name.partition(" ")[0]
             plan.natives.instead[base] = other = backends_key((base, options))
+            plan.natives.faults[name] = str(error)
             warnings.warn(f"{error} The calls of this program try backend={other!r}.", stacklevel=2)
             return _run(backend, plan, call, run, given, words)
         plan.natives.refused = str(error)
@@ -275,37 +294,62 @@ def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def _check(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> None:
-    """Compare generated code with eager at its first use, for each kind of block, on a part of the call.
+def _check(name: str, plan: Plan, run: GridCall, way: str, asked: bool) -> None:
+    """Compare generated code with eager at its first use, for each kind of block, on a part of the call, unless it was
+    seen right before.
 
-    keeps: does forward keep states for a backward, which may be code of its own? None: it is that backward.
+    way: "backward", "forward", or "forward some", which keeps states for a backward and may be code of its own. asked:
+    did somebody choose it, whether it was seen right or not?
     """
-    kinds = tuple(str(x.dtype) for x in (run.call.q, run.call.k, run.call.v, *run.call.gates.values()))
+    if asked and not plan.is_checked:
+        return
+    whole, kinds, variants = backend_of(name).whole, run.call.kinds, frozenset(run.grid.variants)
+    assert whole is not None
+    each, place = whole.as_run(name, run, way == "backward")
+    for as_run in each:
+        key = (as_run, way, variants, kinds, place, plan.is_checked)
+        if key in plan.natives.checked:
+            continue
+        with TRACING:
+            if key not in plan.natives.checked and not _is_trusted(name, plan, run, way, key):
+                words = (as_run, way, sorted(map(tuple, variants)), kinds, place)
+                _compare(name, plan, key, words, partial(_unlike, as_run, plan, run, way))
+
+
+def _is_trusted(name: str, plan: Plan, run: GridCall, way: str, key: Words) -> bool:
+    """Need nothing be compared, now and later?"""
     whole = backend_of(name).whole
     assert whole is not None
-    as_run, place = whole.as_run(name, run, keeps is None)
-    key = (as_run, keeps, frozenset(run.grid.variants), kinds, place)
-    if key in plan.natives.checked:
-        return
-    with TRACING:
-        if key not in plan.natives.checked:
-            words = (as_run, keeps, sorted(map(tuple, run.grid.variants)), kinds, place)
-            _compare(name, plan, key, words, partial(_unlike, as_run, plan, run, keeps))
+    seen = whole.seen(run, way)
+    if seen is False and not plan.is_checked:
+        raise Unseen(f"{name}: its code is not in the record of what was seen right, and prove=False compares nothing.")
+    if seen or not plan.is_checked:
+        plan.natives.checked.add(key)
+    return key in plan.natives.checked
 
 
 def _compare(name: str, plan: Plan, key: Words, words: Words, unlike: Callable[[], str]) -> None:
-    """Compare code with eager, or remember that it was; what differs, or does not end well, is not run next time."""
+    """Compare code with eager, or remember what was found: what differs, or does not end well, is not run again."""
     whole = backend_of(name).whole
     assert whole is not None
+
+    def wrong() -> str:
+        try:
+            found = unlike()
+        except Stopped:
+            raise
+        except Miscompiled as error:
+            return str(error)
+        return found and (
+            f"{name}: its code and eager differ in {found}; expected the same numbers. This is a fault of dualform or "
+            "of the compiler, please report it; backend='eager' is the reference."
+        )
+
     plan.natives.checked.add(key)  # what compares runs the same
     try:
         with whole.trial():
-            found = proof.kernel(plan.derivation.structure, words, unlike)
-        if found:
-            raise Miscompiled(
-                f"{name}: its code and eager differ in {found}; expected the same numbers. This is a fault of dualform "
-                "or of the compiler, please report it; backend='eager' is the reference."
-            )
+            if found := proof.kernel(plan.derivation.structure, words, wrong):
+                raise Miscompiled(found)
     except BaseException:
         plan.natives.checked.discard(key)
         raise
@@ -316,8 +360,11 @@ def check_step(name: str, plan: Plan, call: Call) -> None:
     assert call.before is not None
     whole, before, chunk = backend_of(name).whole, call.before, plan.derivation.chunk
     known = call.q.device.type == "cpu"  # a card would have to be waited for, at each token: there both are compared
-    key = (name, "step", known and int(before.position[0]) + 1 == chunk, str(call.q.dtype))
+    key = (name, "step", known and int(before.position[0]) + 1 == chunk, str(call.q.dtype), plan.is_checked)
     if whole is None or key in plan.natives.checked:
+        return
+    run = GridCall(plan, call)
+    if _is_trusted(name, plan, run, "step", key):
         return
 
     def compare() -> str:
@@ -331,7 +378,7 @@ def check_step(name: str, plan: Plan, call: Call) -> None:
                 return unlike
         return ""
 
-    _compare(name, plan, key, (*key, *whole.as_run(name, GridCall(plan, call), False)), compare)
+    _compare(name, plan, key, (*key, *whole.as_run(name, run, False)), compare)
 
 
 def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
@@ -340,14 +387,14 @@ def _named(call: Call, results: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, results, strict=False))
 
 
-def _unlike(name: str, plan: Plan, run: GridCall, keeps: bool | None) -> str:
+def _unlike(name: str, plan: Plan, run: GridCall, way: str) -> str:
     """Say what generated code and eager differ in, nothing if in nothing: on two rows of a call,
     and of their tokens as many as have every kind of block, if few do."""
     b = plan.derivation.chunk
     T = run.T if run.T <= 3 * b else 2 * b + (run.T + int(run.call.state.position[0])) % b
     call = run.call.part(slice(0, 2), T)
-    if keeps is not None:
-        sides = [run_forward(plan, call, int(keeps), side) for side in (name, "eager")]
+    if way != "backward":
+        sides = [run_forward(plan, call, int(way != "forward"), side) for side in (name, "eager")]
         return proof.unlike(_named(call, sides[0]), _named(call, sides[1]), call.q.dtype)
     made, held = run_forward(plan, call, 1, "eager"), 1 + 2 * len(call.init)  # whose states both sides begin with
     g = torch.Generator().manual_seed(0)

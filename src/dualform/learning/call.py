@@ -56,6 +56,11 @@ class Call(NamedTuple):
         return next(iter(self.init.values())).dtype
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Name the types of the caller's tensors."""
+        return tuple(str(x.dtype) for x in (self.q, self.k, self.v, *self.gates.values()))
+
+    @property
     def held(self) -> list[Tensor]:
         """The state's anchors, then its registers."""
         return [*self.state.anchor.values(), *self.state.registers.values()]

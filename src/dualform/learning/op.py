@@ -316,7 +316,7 @@ def _stepped(name: str, form: str, backend: str, call: Call, overwrite: bool) ->
     try:
         if whole is None:
             return None
-        if plan.is_checked:
+        if plan.is_checked or backend == "auto":
             check_step(taken, plan, call)
         return whole.step(plan, call, overwrite)
     except BackendError:

@@ -185,12 +185,13 @@ class Natives:
     """What backends that run whole calls keep with a plan; all plans of a structure share it.
 
     refused: why no backend does where nobody chose it; instead: what runs for a backend whose code is wrong here;
-    tokens: calls of one token, which may come to repay compiling; checked: what was compared with eager; made: each
-    backend's own record, by its class.
+    faults: what was wrong, by what was tried; tokens: calls of one token, which may come to repay compiling; checked:
+    what was compared with eager; made: each backend's own record, by its class.
     """
 
     refused: str = ""
     instead: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     checked: set[tuple[object, ...]] = field(default_factory=set)
     made: dict[type, object] = field(default_factory=dict)

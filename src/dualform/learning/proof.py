@@ -127,19 +127,27 @@ def remember(folder: Path, key: str, what: dict[str, Any]) -> None:
 
 
 def kernel(structure: Any, words: Any, compare: Callable[[], str]) -> str:
-    """Say what a kernel differs in, "" for nothing: as remembered, or as `compare` finds."""
+    """Say what is wrong with a kernel, "" for nothing: as remembered, or as `compare` finds."""
     folder, key = cache_folder() / "proofs", digest(structure, repr(words), "kernel")
-    path = folder / f"{key}.json"
     try:
-        if json.loads(path.read_text()) == {"unlike": ""}:
+        held = json.loads((folder / f"{key}.json").read_text())
+        if held == {"unlike": ""}:
             return ""
-    except (OSError, ValueError):
+        return f"{held['wrong']} It was found so before, and is not tried again until `dualform cache clear`."
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     with _under_way(), torch.no_grad():
-        unlike = compare()
-    if not unlike:
-        remember(folder, key, {"unlike": ""})
-    return unlike
+        found = compare()
+    remember(folder, key, {"wrong": found} if found else {"unlike": ""})
+    return found
+
+
+def forget() -> int:
+    """Delete all that was remembered, of programs and of kernels; return how much there was."""
+    every = [*(cache_folder() / "proofs").glob("*.json")]
+    for path in every:
+        path.unlink(missing_ok=True)
+    return len(every)
 
 
 def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> str:
