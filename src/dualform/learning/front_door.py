@@ -173,8 +173,8 @@ class FrontDoor:
         self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
         self._within, self._instead = stand_ins(reading.tensors, self.objective)
         # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
-        places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
-        self.device = next(places, torch.device("cpu"))
+        places = [x.device for x in reading.tensors if id(x) not in self._own and x.device.type != "cpu"]
+        self.device = min(places, key=lambda place: place.type == "meta", default=torch.device("cpu"))
         return stands
 
     def is_current(self) -> bool:
