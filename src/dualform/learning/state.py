@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dualform.learning.transforms import is_known
+from dualform.shapes import fail
 
 
 class Carried:
@@ -39,6 +41,13 @@ class Carried:
             else:
                 found[prefix + f.name] = value
         return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for name, x in self.tensors().items():
+            if not x.is_leaf:
+                expected = "numbers alone, as copy.deepcopy takes them of torch"
+                fail(f"{type(self).__name__}.deepcopy", name, "has gradients to what made it", expected, _COPIES)
+        return self._map(lambda x: copy.deepcopy(x, memo))
 
     def detach(self) -> Self:
         """Cut the state from the graph that made it."""
@@ -70,6 +79,9 @@ class Carried:
     def save(self, path: str | Path) -> None:
         """Write the state as a safetensors file."""
         save_file({name: x.detach().contiguous().cpu() for name, x in self.tensors().items()}, str(path))
+
+
+_COPIES = "Copy state.detach(), or state.fork(1), whose gradients go on."
 
 
 @dataclass(frozen=True)
