@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dualform as df
+from dualform.shapes import TraceError
 
 D = 4
 KEPT = [True, False, True, True]
@@ -63,6 +64,71 @@ def scaled(h, s):
 )
 def test_masks_that_are_written_out(body):
     expect_the_recurrence(Learner(body), squared)
+
+
+BYTES = torch.tensor(KEPT, dtype=torch.uint8)
+
+
+def put(h, index, value):
+    h[index] = value
+    return h
+
+
+def rows_of_bytes(h, s):
+    mask = (h.sum(-1) > 0).byte()
+    return put(h, mask, torch.sin(h[mask] @ s.W))
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8:UserWarning", "ignore:indexing with dtype torch.uint8:UserWarning")
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda h, s: h[:, BYTES] @ s.U[:3],
+        lambda h, s: h[..., BYTES.numpy()] @ s.U[:3],
+        lambda h, s: h @ s.W[BYTES].T @ s.U[:3],
+        lambda h, s: h * s.W[torch.eye(D, dtype=torch.uint8)],
+        lambda h, s: h[:, torch.where(BYTES)[0]] @ s.U[:3],
+        lambda h, s: h[:, torch.where(torch.tensor(KEPT))[0]] @ s.U[:3],
+        lambda h, s: h[:, BYTES.nonzero()[:, 0]] @ s.U[:3],
+        lambda h, s: torch.where((h > 0).byte(), h, s.U[0]),
+        lambda h, s: torch.where((h > 0).byte() * 2, h.sin(), h * s.U[1]),
+        lambda h, s: torch.where(BYTES, h.sin(), h * s.U[1]),
+        lambda h, s: put(h.clone(), (..., BYTES), (h @ s.U[:3].T) * 2),
+        rows_of_bytes,
+    ],
+)
+def test_masks_of_bytes(body):
+    """As torch reads an index of torch.uint8: as a mask, though it warns."""
+    expect_the_recurrence(Learner(body), squared)
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8:UserWarning")
+def test_a_choice_by_bytes_has_the_slopes_of_what_is_chosen():
+    x, y = torch.randn(2, 3, D, dtype=torch.float64)
+    for mask in ((x > 0).byte() * 2, torch.tensor([0, 2, 1, 255], dtype=torch.uint8)):
+        for wrt in (0, 1):
+            J = df.jacobian(lambda x, y, mask=mask: torch.where(mask, x * y, y.sin()), x, y, wrt=wrt)
+            expected = torch.func.jacrev(lambda x, y, mask=mask: torch.where(mask, x * y, y.sin()), wrt)(x, y)
+            torch.testing.assert_close(J.dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8:UserWarning", "ignore:indexing with dtype torch.uint8:UserWarning")
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda h, s: put(h, (slice(None), BYTES), 0.5),
+        lambda h, s: put(h, (h > 0).byte(), 0.5),
+        lambda h, s: put(h, (h > 0).byte(), h[(h > 0).byte()] * 2),
+        lambda h, s: h.index_put(((h > 0).byte(),), torch.ones((), dtype=h.dtype)),
+        lambda h, s: h.masked_fill(BYTES, 0.5),
+        lambda h, s: h.masked_fill_((h > 0).byte(), 0.5),
+    ],
+)
+def test_numbers_under_masks_of_bytes_are_refused_as_torch_refuses_them(body):
+    with pytest.raises(RuntimeError, match="masked_fill_ only supports boolean masks"):
+        Learner(body)(torch.ones(1, D, dtype=torch.float64))
+    with pytest.raises(TraceError, match="masked_fill_ only supports boolean masks"):
+        df.derive(Learner(body), squared, chunk=3, prove=False)
 
 
 LOSSES = {

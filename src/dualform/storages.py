@@ -60,6 +60,7 @@ def thin(x: Tensor) -> Tensor:
     """Cut a tensor to size 1 along axes that it is the same along, as one of as many equal rows as there are tokens."""
     for k in range(x.ndim if type(x) in _PLAIN and not x.is_meta and x.numel() else 0):
         first = x.narrow(k, 0, 1)
-        wide, own = (y.contiguous().view(torch.uint8) for y in (first.expand_as(x), x))
+        plain = torch.contiguous_format  # where an axis of size 1 has the stride of one, too
+        wide, own = (y.clone(memory_format=plain).view(torch.uint8) for y in (first.expand_as(x), x))
         x = first if x.shape[k] > 1 and torch.equal(wide, own) else x
     return x

@@ -34,6 +34,7 @@ _READ = {
 _READ |= {Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__, torch.is_nonzero}
 _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
+_MASKS = (torch.bool, torch.uint8)  # as which an index is one
 _LISTED = {torch.tensor, torch.as_tensor, torch.asarray}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
@@ -188,7 +189,7 @@ class Constants:
             return func, args, kwargs
 
     def _call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Any] | Call:
-        if func in _READ or func in _SIZED:
+        if func in _READ or func in _SIZED or (func is torch.where and len(args) + len(kwargs) == 1):
             leaves = pytree.tree_leaves((args, kwargs))
             if all(map(self.knows, leaves)):
                 with aside():
@@ -244,20 +245,20 @@ class Constants:
             return [index]
         return torch.index_select, (x, dim, index) if dim is not None else (x.reshape(-1), 0, index), {}
 
-    def is_mask(self, x: Any) -> bool:
+    def is_mask(self, x: Any, kinds: tuple[torch.dtype, ...] = (torch.bool,)) -> bool:
         """Is it a mask whose values are known?"""
-        return isinstance(x, Tensor) and x.dtype == torch.bool and self.knows(x)
+        return isinstance(x, Tensor) and x.dtype in kinds and self.knows(x)
 
     def places(self, index: Any, shape: torch.Size | None = None) -> Any:
         """An index whose known masks say where they are true."""
         parts = index if isinstance(index, tuple) else (index,)
         with aside():
             parts = tuple(map(_mask_written_out, parts))
-        if not any(self.is_mask(part) or isinstance(part, slice) for part in parts):
+        if not any(self.is_mask(part, _MASKS) or isinstance(part, slice) for part in parts):
             return index
         found: list[Any] = []
         for part in parts:
-            if not self.is_mask(part):
+            if not self.is_mask(part, _MASKS):
                 found.append(self._ends(part) if isinstance(part, slice) else part)
                 continue
             mask = self.value(part)
@@ -276,7 +277,7 @@ def _mask_written_out(part: Any) -> Any:
     """[True, False], or numpy's, as the mask that it is."""
     if isinstance(part, list) and part and all(isinstance(x, bool) for x in pytree.tree_leaves(part)):
         return torch.tensor(part)
-    if isinstance(part, numpy.ndarray) and part.dtype == bool and part.ndim:
+    if isinstance(part, numpy.ndarray) and part.dtype in (bool, numpy.uint8) and part.ndim:
         return torch.tensor(part)
     return part
 

@@ -118,6 +118,17 @@ class Selected:
             return self._shape(func, *args, **kwargs)
         return self._each(func, args, kwargs, list(held.values()))
 
+    def fills_bytes(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        """Is one number written under a mask of bytes, or one at a time?"""
+        index = _INDEXED.get(func)
+        _, at, *rest = index(*args, **kwargs) if index else (None, None)
+        if not rest or not any(isinstance(p, Tensor) and p.dtype == torch.uint8 for p in leaves_of(at)):
+            return False
+        held = self._picked.get(id(rest[0]))
+        return (
+            not isinstance(rest[0], Tensor) or rest[0].numel() == 1 or bool(held and held.x.ndim == held.pick.mask.ndim)
+        )
+
     def applied(self, func: Callable[..., Any], args: Any, run: Callable[..., Any]) -> Any:
         """Call a function that no mode of torch sees, and which `run` applies."""
         with unseen.without_function_modes():
