@@ -1,5 +1,7 @@
 """What fresh users wrote that was refused, though it is right: masks written out, losses of rows, distributions."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -252,3 +254,67 @@ def test_what_a_loss_closes_over_is_differentiated_by_torch_func():
     wanted = torch.autograd.grad(run(own := t.clone().requires_grad_()), own)[0]
     torch.testing.assert_close(torch.func.grad(run)(t).detach(), wanted)
     torch.testing.assert_close(torch.func.jvp(run, (t,), (torch.ones_like(t),))[1].detach(), wanted)
+
+
+class Keeps(Learner):
+    """Adds a table that it keeps for so many rows."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept, self.table, self.tables = kept, None, {}
+
+    def forward(self, x):
+        return torch.tanh(x @ self.W) + self.kept(self, x)
+
+
+def table_of(n):
+    return torch.linspace(0.1, 0.4, D, dtype=torch.float64).expand(n, D) * 2 + torch.full((n, 1), 0.5)
+
+
+def grown(s, x):
+    if s.table is None or len(s.table) < len(x):
+        s.table = table_of(len(x))
+    return s.table[: len(x)]
+
+
+def made_again(s, x):
+    if s.table is None or len(s.table) != len(x):
+        s.table = table_of(len(x))
+    return s.table
+
+
+def keyed(s, x):
+    return s.tables.setdefault(x.shape, table_of(len(x)))
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3, 5])
+@pytest.mark.parametrize("kept", [grown, made_again, keyed])
+def test_a_table_that_is_kept_for_some_number_of_rows_is_no_number_of_tokens(kept, rows):
+    """One trace makes it, another finds it, as it was left by a run on so many rows."""
+    learner = Keeps(kept)
+    if rows is not None:
+        learner(torch.ones(rows, D, dtype=torch.float64))
+    program = df.derive(learner, squared, df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    x = torch.randn(1, 7, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    leaves, found = [x, learner.W], []
+    for way in ({"backend": "eager"}, {"form": "primal"}):
+        o = program(x, x.sin(), x.cos(), **way)[0]
+        found.append((o, *torch.autograd.grad(o.sin().sum(), leaves)))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+    tables = [x for x in (learner.table, *learner.tables.values()) if x is not None]
+    for table in tables:
+        table.add_(1.0)  # other numbers for so many rows than for others
+        with pytest.raises(df.DerivationError, match="reads the number of tokens"):
+            program(x, x.sin(), x.cos(), backend="eager")
+
+
+@functools.cache
+def thinner(n):
+    return torch.full((n, D), 1.0 / n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("at", [lambda s, x: thinner(len(x)), lambda s, x: thinner(len(x)).mean(0)])
+def test_a_table_of_other_numbers_for_other_numbers_of_rows_is_refused(at):
+    with pytest.raises(df.DerivationError, match="reads the number of tokens"):
+        df.derive(Keeps(at), squared, chunk=3, prove=False)
