@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy
@@ -218,6 +219,8 @@ class Constants:
             with aside():
                 numbers = pytree.tree_map_only(Tensor, lambda x: self.value(x).tolist(), args[0])
             return func, (numbers, *args[1:]), kwargs
+        elif func is torch.nn.functional.embedding_bag:
+            return func, (), self._bags(signature(func).bind(*args, **kwargs).arguments)
         elif func in _SELECTED and not kwargs and self.is_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args))
             return Tensor.__getitem__, (args[0].expand(shape), self.places(args[1], shape)), {}
@@ -232,6 +235,21 @@ class Constants:
         ):
             return func, (args[0], self.places(args[1]), *args[2:]), kwargs
         return func, args, kwargs
+
+    def _bags(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Bags of one size, as offsets say that are known, are rows."""
+        x, offsets = given["input"], given.get("offsets")
+        if not isinstance(offsets, Tensor) or not self.knows(offsets) or x.ndim != 1:
+            return given
+        with aside():
+            starts = self.value(offsets).tolist()
+        count = len(starts) - bool(given.get("include_last_offset"))
+        n = x.numel() // max(1, count)
+        if n == 0 or starts != list(range(0, n * len(starts), n)) or n * count != x.numel():
+            return given
+        w = given.get("per_sample_weights")
+        rows = {"input": x.view(count, n), "per_sample_weights": None if w is None else w.view(count, n)}
+        return given | rows | {"offsets": None, "include_last_offset": False}
 
     def _repeated(self, args: Any, kwargs: Any, repeats: Tensor) -> list[Any] | Call:
         """Repeating each entry so and so often is to look them up."""
