@@ -24,6 +24,7 @@ from dualform.graphs.masks import Masks
 from dualform.graphs.numbers import OTHERS, Count, at_one, counted, leaves_of, number, valued
 from dualform.ops.spelled import SPELLED
 from dualform.ops.table import entrywise_reads, find_row, kind_of
+from dualform.shapes import TraceError
 from dualform.storages import memory_of
 
 aten = torch.ops.aten
@@ -118,16 +119,19 @@ class Selected:
             return self._shape(func, *args, **kwargs)
         return self._each(func, args, kwargs, list(held.values()))
 
-    def fills_bytes(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        """Is one number written under a mask of bytes, or one at a time?"""
+    def expect_booleans(self, func: Callable[..., Any], args: Any, kwargs: Any, note: Callable[[], str]) -> None:
+        """Refuse what torch has no kernel for: to write numbers, or one at a time, under a mask of bytes."""
         index = _INDEXED.get(func)
         _, at, *rest = index(*args, **kwargs) if index else (None, None)
         if not rest or not any(isinstance(p, Tensor) and p.dtype == torch.uint8 for p in leaves_of(at)):
-            return False
+            return
         held = self._picked.get(id(rest[0]))
-        return (
-            not isinstance(rest[0], Tensor) or rest[0].numel() == 1 or bool(held and held.x.ndim == held.pick.mask.ndim)
-        )
+        is_one = not isinstance(rest[0], Tensor) or rest[0].numel() == 1
+        if is_one or (held and held.x.ndim == held.pick.mask.ndim):
+            raise TraceError(
+                f"trace: `{note()}` writes numbers under a torch.uint8 mask, for which torch has no kernel "
+                "(masked_fill_ only supports boolean masks); expected a boolean one. Pass mask.bool()."
+            )
 
     def applied(self, func: Callable[..., Any], args: Any, run: Callable[..., Any]) -> Any:
         """Call a function that no mode of torch sees, and which `run` applies."""

@@ -217,8 +217,7 @@ class _Lines(TorchFunctionMode):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
-        if self.selected.fills_bytes(func, args, kwargs):
-            _unfilled()
+        self.selected.expect_booleans(func, args, kwargs, _note)
         values = self.constants.values(func, args, kwargs)
         call: Any = self.constants.call(func, args, kwargs)
         if isinstance(call, list):
@@ -280,10 +279,6 @@ def _grad_fn(listener: Listener, x: Tensor) -> None:
 
 _flag = vars(torch._C.TensorBase)["requires_grad"]
 _memory = _refused("reaches a tensor's memory, past torch's ops", "Write h[...] = value, or compute the new value.")
-_unfilled = _refused(
-    "writes numbers under a torch.uint8 mask, for which torch has no kernel: masked_fill_ only supports boolean masks",
-    "Pass mask.bool().",
-)
 # What a function asks of a tensor that is no op.
 _ASKED: dict[Any, Callable[..., Any]] = {
     _flag.__get__: lambda listener, x: requires_grad(x),

@@ -5,7 +5,6 @@ Legend: B batch, T time, H heads, K key width, V value width, r registers, b the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
@@ -162,9 +161,8 @@ class ChunkProgram(nn.Module):
 
     def _proof(self, made: Derivation, form: str) -> Proof:
         """Prove a form, or remember that a structure like it was proved; a form that fails is not kept."""
-        blank = next((n for n, x in {**self.parts.buffers, **self.parts.closed}.items() if x.is_meta), None)
-        if blank is not None:
-            return Proof(form, math.nan, (), 0.0, "", (f"{blank!r} is on the meta device, where it has no numbers",))
+        if (none := proving.without_numbers({**self.parts.buffers, **self.parts.closed}, form)) is not None:
+            return none
         found = _proved.get(self._structure(made))
         if found is not None:
             return found

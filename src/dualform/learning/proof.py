@@ -157,6 +157,13 @@ def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dty
     return "" if not worst or found[worst] <= allowed else f"{worst} by {found[worst]:.2g} of the largest entry"
 
 
+def without_numbers(held: dict[str, Tensor], form: str) -> Proof | None:
+    """What is said where something lies on the meta device."""
+    name = next((n for n, x in held.items() if x.is_meta), None)
+    why = f"{name!r} is on the meta device, where it has no numbers"
+    return None if name is None else Proof(form, math.nan, (), 0.0, "", (why,))
+
+
 def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:
     """Compare a program's form, planned in a dtype, with the definition; raise DerivationError where they differ.
 
