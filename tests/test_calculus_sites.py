@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -135,3 +137,21 @@ def test_bad_input_is_refused() -> None:
     assert isinstance(sites, SiteDerivatives)
     with pytest.raises(ValueError, match="other has parameters"):
         sites.ntk(site_derivatives(nn.Linear(6, 3).double(), x))
+
+
+COPIED = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
+@pytest.mark.parametrize("name", ["net", "pooled"])
+def test_they_are_copied_as_their_terms_and_what_is_proved(name: str, copied: Any) -> None:
+    module, x = made(name)
+    module.hook = lambda: None  # the module itself would not be pickled
+    sites = site_derivatives(module, x)
+    again = copied(sites)
+    assert isinstance(again, SiteDerivatives)
+    assert (again.samples_are_apart, again.nbytes) == (name == "net", sites.nbytes)
+    g = torch.randn(sites.out_shape, dtype=torch.float64)
+    for n, G in sites.per_sample_gradients(g).items():
+        torch.testing.assert_close(again.per_sample_gradients(g)[n], G, rtol=0, atol=0)
+    torch.testing.assert_close(again.ntk().dense(), sites.ntk().dense(), rtol=0, atol=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import dualform as df
 from dualform.catalogue import Bound, Catalogue, CatalogueError, UnknownNameError
 from dualform.learning.learners import learners
 
@@ -137,3 +138,9 @@ def test_bound_records_pickle_where_their_functions_do():
     spec = learners.residual_norm(learners.MLP(depth=3))
     assert isinstance(spec, Bound)
     assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+@pytest.mark.parametrize("kind", ["learners", "objectives", "rules", "expansions", "fusions", "backends"])
+def test_records_are_copied_as_what_they_are(kind):
+    for record in map(getattr(df, kind).__getitem__, getattr(df, kind).names()):
+        assert pickle.loads(pickle.dumps(record)) is copy.deepcopy(record) is record

@@ -1,5 +1,7 @@
 """What fresh users wrote that was refused, though it is right: masks written out, losses of rows, distributions."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dualform as df
+from dualform.shapes import TraceError
 
 D = 4
 KEPT = [True, False, True, True]
@@ -63,6 +66,76 @@ def scaled(h, s):
 )
 def test_masks_that_are_written_out(body):
     expect_the_recurrence(Learner(body), squared)
+
+
+BYTES = torch.tensor(KEPT, dtype=torch.uint8)
+
+
+def put(h, index, value):
+    h[index] = value
+    return h
+
+
+def rows_of_bytes(h, s):
+    mask = (h.sum(-1) > 0).byte()
+    return put(h, mask, torch.sin(h[mask] @ s.W))
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8:UserWarning", "ignore:indexing with dtype torch.uint8:UserWarning")
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda h, s: h[:, BYTES] @ s.U[:3],
+        lambda h, s: h[..., BYTES.numpy()] @ s.U[:3],
+        lambda h, s: h @ s.W[BYTES].T @ s.U[:3],
+        lambda h, s: h * s.W[torch.eye(D, dtype=torch.uint8)],
+        lambda h, s: h[:, torch.where(BYTES)[0]] @ s.U[:3],
+        lambda h, s: h[:, torch.where(torch.tensor(KEPT))[0]] @ s.U[:3],
+        lambda h, s: h[:, BYTES.nonzero()[:, 0]] @ s.U[:3],
+        lambda h, s: torch.where((h > 0).byte(), h, s.U[0]),
+        lambda h, s: torch.where((h > 0).byte() * 2, h.sin(), h * s.U[1]),
+        lambda h, s: torch.where(BYTES, h.sin(), h * s.U[1]),
+        lambda h, s: put(h.clone(), (..., BYTES), (h @ s.U[:3].T) * 2),
+        rows_of_bytes,
+    ],
+)
+def test_masks_of_bytes(body):
+    """As torch reads an index of torch.uint8: as a mask, though it warns."""
+    expect_the_recurrence(Learner(body), squared)
+
+
+def doubled(h, s):
+    mask = (h >= h.amax(-1, keepdim=True)).byte()  # one of a row: torch writes a single number as it fills
+    return put(h, mask, h[mask] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8:UserWarning")
+def test_a_choice_by_bytes_has_the_slopes_of_what_is_chosen():
+    x, y = torch.randn(2, 3, D, dtype=torch.float64)
+    for mask in ((x > 0).byte() * 2, torch.tensor([0, 2, 1, 255], dtype=torch.uint8)):
+        for wrt in (0, 1):
+            J = df.jacobian(lambda x, y, mask=mask: torch.where(mask, x * y, y.sin()), x, y, wrt=wrt)
+            expected = torch.func.jacrev(lambda x, y, mask=mask: torch.where(mask, x * y, y.sin()), wrt)(x, y)
+            torch.testing.assert_close(J.dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*uint8:UserWarning", "ignore:indexing with dtype torch.uint8:UserWarning")
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda h, s: put(h, (slice(None), BYTES), 0.5),
+        lambda h, s: put(h, (h > 0).byte(), 0.5),
+        doubled,
+        lambda h, s: h.index_put(((h > 0).byte(),), torch.ones((), dtype=h.dtype)),
+        lambda h, s: h.masked_fill(BYTES, 0.5),
+        lambda h, s: h.masked_fill_((h > 0).byte(), 0.5),
+    ],
+)
+def test_numbers_under_masks_of_bytes_are_refused_as_torch_refuses_them(body):
+    with pytest.raises(RuntimeError, match="masked_fill_ only supports boolean masks"):
+        Learner(body)(torch.ones(1, D, dtype=torch.float64))
+    with pytest.raises(TraceError, match="masked_fill_ only supports boolean masks"):
+        df.derive(Learner(body), squared, chunk=3, prove=False)
 
 
 LOSSES = {
@@ -186,3 +259,67 @@ def test_what_a_loss_closes_over_is_differentiated_by_torch_func():
     wanted = torch.autograd.grad(run(own := t.clone().requires_grad_()), own)[0]
     torch.testing.assert_close(torch.func.grad(run)(t).detach(), wanted)
     torch.testing.assert_close(torch.func.jvp(run, (t,), (torch.ones_like(t),))[1].detach(), wanted)
+
+
+class Keeps(Learner):
+    """Adds a table that it keeps for so many rows."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept, self.table, self.tables = kept, None, {}
+
+    def forward(self, x):
+        return torch.tanh(x @ self.W) + self.kept(self, x)
+
+
+def table_of(n):
+    return torch.linspace(0.1, 0.4, D, dtype=torch.float64).expand(n, D) * 2 + torch.full((n, 1), 0.5)
+
+
+def grown(s, x):
+    if s.table is None or len(s.table) < len(x):
+        s.table = table_of(len(x))
+    return s.table[: len(x)]
+
+
+def made_again(s, x):
+    if s.table is None or len(s.table) != len(x):
+        s.table = table_of(len(x))
+    return s.table
+
+
+def keyed(s, x):
+    return s.tables.setdefault(x.shape, table_of(len(x)))
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3, 5])
+@pytest.mark.parametrize("kept", [grown, made_again, keyed])
+def test_a_table_that_is_kept_for_some_number_of_rows_is_no_number_of_tokens(kept, rows):
+    """One trace makes it, another finds it, as it was left by a run on so many rows."""
+    learner = Keeps(kept)
+    if rows is not None:
+        learner(torch.ones(rows, D, dtype=torch.float64))
+    program = df.derive(learner, squared, df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    x = torch.randn(1, 7, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    leaves, found = [x, learner.W], []
+    for way in ({"backend": "eager"}, {"form": "primal"}):
+        o = program(x, x.sin(), x.cos(), **way)[0]
+        found.append((o, *torch.autograd.grad(o.sin().sum(), leaves)))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+    tables = [x for x in (learner.table, *learner.tables.values()) if x is not None]
+    for table in tables:
+        table.add_(1.0)  # other numbers for so many rows than for others
+        with pytest.raises(df.DerivationError, match="reads the number of tokens"):
+            program(x, x.sin(), x.cos(), backend="eager")
+
+
+@functools.cache
+def thinner(n):
+    return torch.full((n, D), 1.0 / n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("at", [lambda s, x: thinner(len(x)), lambda s, x: thinner(len(x)).mean(0)])
+def test_a_table_of_other_numbers_for_other_numbers_of_rows_is_refused(at):
+    with pytest.raises(df.DerivationError, match="reads the number of tokens"):
+        df.derive(Keeps(at), squared, chunk=3, prove=False)

@@ -572,14 +572,16 @@ def test_tiles_of_as_many_rows_as_tokens():
     torch.testing.assert_close(found, want)
 
 
-def test_an_op_that_is_defined_in_part_is_refused():
-    """torch's definition of embedding_bag makes one of its four results, for bags that offsets part."""
-
+def test_bags_that_offsets_part_are_rows():
     def bags(x, w):
         return nn.functional.embedding_bag((x > 0).long().flatten(), w, torch.arange(0, x.numel(), 4))
 
-    with pytest.raises(df.DerivationError, match="embedding_bag"):
-        df.derive(_Called(lambda x, w: x @ w + bags(x, w)), prove=False)
+    x = torch.randn(1, 9, 2, 4)
+    apart, rows = (
+        _Called(f) for f in (lambda x, w: x @ w + bags(x, w), lambda x, w: x @ w + w[(x > 0).long()].mean(1))
+    )
+    found, want = (df.derive(learner, chunk=4, prove=False)(x, x, x)[0] for learner in (apart, rows))
+    torch.testing.assert_close(found, want)
 
 
 def test_a_learner_that_picks_and_weighs_has_finite_gradients():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import dualform as df
 from dualform import testing as laws
 from dualform.learning.layer import LayerState, rotate
+from dualform.shapes import ShapeError
 
 DOUBLE = torch.float64
 GELU = math.sqrt(2 / math.pi)
@@ -461,3 +462,25 @@ def test_an_objective_that_learns_is_a_part_of_the_layer():
     for other in (layers[1], copy.deepcopy(layers[0])):
         torch.testing.assert_close(other(x)[0], layers[0](x)[0])
         assert other.objective is other.program.objective is not layers[0].objective
+
+
+COPIED = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
+def test_programs_accounts_and_states_are_copied_alike(copied):
+    program = df.derive(df.learners.MLP(depth=2)(4), rule=df.rules.SGD(lr=0.1, momentum=0.5), chunk=3, prove=False)
+    x = torch.randn(1, 5, 2, 4)
+    o, state = program(x, x, x)
+    again, told = copied(program), program.explain("proof")
+    laws.agree("program", again(x, x, x)[0], o)
+    assert str(copied(told)) == str(told)
+    assert copied(told).to_latex() == told.to_latex()
+    assert [str(c) for c in copied(program.sites)] == [str(c) for c in program.sites]
+    assert copied(program.cost) == program.cost
+    assert copied(program.schedule())["forward"].text == program.schedule()["forward"].text
+    kept = state.detach()
+    laws.agree("state", program(x, x, x, state=copied(kept))[0], program(x, x, x, state=kept)[0])
+    for carried in (state, LayerState(state, {}, state.position)):
+        with pytest.raises(ShapeError, match=r"State.deepcopy: (memory.)?anchor.W1 has gradients.*state.detach\(\)"):
+            copy.deepcopy(carried)

@@ -275,7 +275,7 @@ REFUSED = {
     "`torch.where(m)`": (lambda h, s: h[torch.where(h[:, 0] < 0)[0]], "reads a tensor's values"),
     "`if m.any()`": (lambda h, s: h * 2 if (h < 0).any() else h, "reads a tensor's values"),
     "`F.group_norm`": (lambda h, s: F.group_norm(h[None], h.shape[0])[0], "group_norm takes num_groups = 3"),
-    "`nn.EmbeddingBag`": (lambda h, s: h + F.embedding_bag(ids(h).view(-1), s.U, torch.arange(0, h.numel(), D)), "embedding_bag"),
+    "`nn.EmbeddingBag`": (lambda h, s: h + F.embedding_bag(ids(h).view(-1), s.U, torch.arange(0, h.numel(), D).clamp(min=1) - 1), "index_add makes one row depend"),
     "`max_norm`": (lambda h, s: h + F.embedding_bag(ids(h), s.U, max_norm=1.0), "writes to an input or a buffer"),
     "`torch.from_numpy(a.copy()).mul_(2)`": (lambda h, s: h * torch.from_numpy(np.ones(D).copy()).mul_(2), "memory of numpy"),
 }  # fmt: skip
@@ -351,11 +351,32 @@ def test_bags_are_their_definition(name):
     expect_the_recurrence(
         Parts([lambda h, s: h + F.embedding_bag(ids(h), s.U, **options)]), Parts([lambda h, s: h + plain(h, s)])
     )
+
+    def parted(h, s):
+        starts, ends = torch.arange(0, h.numel() + 1, D), name == "sum"
+        return h + F.embedding_bag(
+            ids(h).flatten(), s.U, starts if ends else starts[:-1], include_last_offset=ends, **options
+        )
+
+    expect_the_recurrence(Parts([parted]), Parts([lambda h, s: h + plain(h, s)]))
     table, places = torch.randn(5, D), torch.randint(0, 5, (6, 3))
     places[0] = 0
     torch.testing.assert_close(
         spelled._embedding_bag(places, table, **options), F.embedding_bag(places, table, **options)
     )
+
+
+def test_bags_of_constants_are_looked_up_whatever_their_sizes():
+    places, starts = torch.tensor([0, 1, 2, 3, 1]), torch.tensor([0, 2, 2])
+    for options, plain in (
+        ({}, lambda s: torch.stack([s.U[:2].mean(0), s.U[0] * 0, s.U[[2, 3, 1]].mean(0)])),
+        ({"mode": "sum", "padding_idx": 3}, lambda s: torch.stack([s.U[:2].sum(0), s.U[0] * 0, s.U[[2, 1]].sum(0)])),
+    ):
+        torch.manual_seed(0)
+        expect_the_recurrence(
+            Parts([lambda h, s, o=options: h @ F.embedding_bag(places, s.U, starts, **o).T @ s.U[:3]]),
+            Parts([lambda h, s, plain=plain: h @ plain(s).T @ s.U[:3]]),
+        )
 
 
 def test_weighted_bags_are_their_definition():

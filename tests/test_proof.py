@@ -387,3 +387,69 @@ def test_a_backward_on_a_thread_of_autograds_waits_for_nobody():
 
     undisturbed(proved, role="holds")
     assert x.grad is not None
+
+
+class Loss(nn.Module):
+    """A loss with weights of its own, in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, prediction, target):
+        return (self.scale * (self.head(prediction) - target)).square().sum(-1)
+
+
+def test_gradients_in_single_precision_of_a_loss_are_compared_to_its_digits():
+    """The definition sums them token by token in float32: no other digits than those can agree."""
+    torch.manual_seed(0)
+    learner, loss, rate = Net(), Loss(), nn.Parameter(torch.tensor(0.3))
+    rule = df.Rule(lambda i, lr: df.Step(((1.0,),), (lr * rate.exp(),), (1.0,), 1.0))
+    found = df.derive(learner, loss, rule, chunk=3).proof
+    named = {f"the gradient of {n}" for n in ("objective.weight", "objective.bias", "objective.scale", "rule.rate")}
+    assert named <= {*found.compared}
+    assert not found.unproved
+    assert found.error < 1e-5
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_what_lies_on_the_meta_device_is_derived_and_has_no_proof(prove):
+    """Shapes are all that a trace needs; numbers are asked for at the call, by name, and proved when they are there."""
+    rule = df.rules.SGD(lr=0.1)
+    with torch.device("meta"):
+        learner, loss, table = Net(), Loss(), torch.ones(4)
+    x, away = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 1, 4, device="meta")
+    step = df.Rule(lambda i, lr: df.Step(((1.0,),), (lr * table[0],), (1.0,), 1.0))
+    closed = df.derive(learner, lambda p, v: ((p - v) * table).square().sum(-1), step, chunk=3, prove=prove)
+    assert closed(away, away, away)[0].is_meta
+    for own in (learner, Net()):
+        program = df.derive(own, loss, rule, chunk=3, prove=prove)
+        assert program(away, away, away)[0].is_meta
+        assert str(program.proof) == (
+            "auto not proved: 'objective.weight' is on the meta device, where it has no numbers" if prove else "None"
+        )
+        with pytest.raises(
+            ValueError, match=r"is on meta, where it has no numbers; expected q's device = cpu. Give it"
+        ):
+            program(x, x, x)
+        assert not list(proving.cache_folder().rglob("*.json"))
+    loaded = Loss()
+    loss.to_empty(device="cpu").load_state_dict(loaded.state_dict())
+    expected = df.derive(own, loaded, rule, chunk=3)(x, x, x)[0]
+    torch.testing.assert_close(program(x, x, x)[0], expected, rtol=0, atol=0)
+    assert not prove or program.proof.compared
+
+
+def test_a_layer_is_built_on_the_meta_device_with_a_loss_of_its_own():
+    def build():
+        torch.manual_seed(0)
+        return df.TestTimeTraining(8, 2, learner="linear", objective=Loss(), rule="sgd", chunk=4)
+
+    with torch.device("meta"):
+        layer = build()
+    x, there = torch.randn(2, 9, 8), build()
+    assert layer(x.to("meta"))[0].is_meta
+    layer.to_empty(device="cpu").load_state_dict(there.state_dict())
+    torch.testing.assert_close(layer(x)[0], there(x)[0], rtol=0, atol=0)
+    assert layer.program.proof.compared

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments, pipeline
 
+import dualform as df
 from dualform import testing as laws
 from dualform.models import DualformConfig, DualformForCausalLM
 from dualform.train.data import byte_tokenizer
@@ -299,3 +300,35 @@ def test_flags_say_what_is_so():
     assert {name for name in so | not_so if getattr(model, name)} == so
     with pytest.raises((ValueError, ImportError), match=r"[Ff]lash"):
         AutoModelForCausalLM.from_config(model.config, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("cls", ["Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"])
+def test_tuples_are_what_the_records_hold(cls, ids):
+    """By the argument or the configuration, with labels, hidden states, attentions and a cache, or without."""
+    given = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "chunk": 4}
+    config = df.DualformConfig(
+        **given, learner="linear", num_labels=3, layer_types=["test_time", "full_attention"], num_hidden_layers=2
+    )
+    model = getattr(df, f"Dualform{cls}")(config).eval()
+    labels = {
+        "Model": {}, "ForCausalLM": {"labels": ids}, "ForSequenceClassification": {"labels": ids[:, 0] % 3},
+        "ForTokenClassification": {"labels": ids % 3},
+    }[cls]  # fmt: skip
+    for words in ({}, {"output_hidden_states": True, "output_attentions": True, **labels}, {"use_cache": False}):
+        model.config.return_dict = True
+        expected, found = model(ids, **words).to_tuple(), [model(ids, return_dict=False, **words)]
+        model.config.return_dict = False
+        found.append(model(ids, **words))
+        laws.agree("a record", model(ids, return_dict=True, **words).to_tuple()[0], expected[0])
+        for got in found:
+            assert [type(x) for x in got] == [type(x) for x in expected]
+            for x, y in zip(got, expected, strict=True):
+                for a, b in zip(x, y, strict=True) if isinstance(x, tuple) else ():
+                    laws.agree("a layer's", a, b)
+                if isinstance(x, torch.Tensor):
+                    laws.agree("a result", x, y)
+    if cls == "ForCausalLM":
+        said = [model.generate(ids, max_new_tokens=3, do_sample=False), model.inner_losses(ids)[0]]
+        model.config.return_dict = True
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), said[0])
+        laws.agree("inner losses", model.inner_losses(ids)[0], said[1])

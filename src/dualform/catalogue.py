@@ -242,6 +242,10 @@ class Record:
         default = self.options[key]
         return "Pass one." if default is inspect.Parameter.empty else f"Leave it out for {default!r}."
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The module goes with it, to be imported, and its records registered, where this is read.
+        return _record, (self.function.__module__, self.kind, self.name)
+
     def __repr__(self) -> str:
         return f"{self.kind}.{self.name}{self.signature}"
 
@@ -286,7 +290,6 @@ class Bound:
         return {"name": self.name} | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The module goes with it, to be imported, and its records registered, where this is read.
         return _restore, (self.record.function.__module__, self.record.kind, self.name, self.items)
 
     def __copy__(self) -> Bound:
@@ -301,9 +304,13 @@ class Bound:
         return f"{self.record.kind}.{self.name}({', '.join(shown)})"
 
 
-def _restore(module: str, kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+def _record(module: str, kind: str, name: str) -> Record:
     import_module(module)
-    return _of_kind[kind][name](**dict(items))
+    return _of_kind[kind][name]
+
+
+def _restore(module: str, kind: str, name: str, items: tuple[tuple[str, Any], ...]) -> Bound:
+    return _record(module, kind, name)(**dict(items))
 
 
 _of_kind: dict[str, Catalogue] = {}

@@ -56,10 +56,17 @@ def times_written(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def is_even(x: Tensor, axis: int) -> bool:
+    """Is a tensor of plain memory the same all along an axis?"""
+    if type(x) not in _PLAIN or x.is_meta or not x.numel():
+        return False
+    # In plain memory, where an axis of size 1 has the stride of one, too.
+    rows = (y.clone(memory_format=torch.contiguous_format) for y in (x.narrow(axis, 0, 1).expand_as(x), x))
+    return torch.equal(*(y.view(torch.uint8) for y in rows))
+
+
 def thin(x: Tensor) -> Tensor:
     """Cut a tensor to size 1 along axes that it is the same along, as one of as many equal rows as there are tokens."""
-    for k in range(x.ndim if type(x) in _PLAIN and not x.is_meta and x.numel() else 0):
-        first = x.narrow(k, 0, 1)
-        wide, own = (y.contiguous().view(torch.uint8) for y in (first.expand_as(x), x))
-        x = first if x.shape[k] > 1 and torch.equal(wide, own) else x
+    for k in range(x.ndim):
+        x = x.narrow(k, 0, 1) if is_even(x, k) else x
     return x

@@ -7,7 +7,7 @@ Each is one contraction of the factors of J; no per-sample weight and no Jacobia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -31,9 +31,13 @@ class SiteDerivatives(Mapping[str, Derivative]):
     Raises: ShapeError if a gradient does not fit y.
     """
 
-    def __init__(self, derivatives: Mapping[str, Derivative], by_input: Any) -> None:
+    def __init__(self, derivatives: Mapping[str, Derivative], are_apart: Callable[[], bool] | bool) -> None:
         self._derivatives = dict(derivatives)
-        self._by_input = by_input
+        self._are_apart = are_apart
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the derivatives and what is proved of them: the module that they are of stays in the process."""
+        return SiteDerivatives, (self._derivatives, self.samples_are_apart)
 
     def __getitem__(self, name: str) -> Derivative:
         return self._derivatives[name]
@@ -52,8 +56,7 @@ class SiteDerivatives(Mapping[str, Derivative]):
     @cached_property
     def samples_are_apart(self) -> bool:
         """True proves that y[b] depends on x[b] alone; False too where x has no derivative (integers)."""
-        J = self._by_input()
-        return J is not None and J.is_diagonal(0)
+        return self._are_apart() if callable(self._are_apart) else self._are_apart
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +175,7 @@ def site_derivatives(module: nn.Module, x: Tensor, *args: Any) -> SiteDerivative
 
     found = jacobian(run, parameters, x, buffers)
 
-    def by_input() -> Derivative | None:
-        return jacobian(run, parameters, x, buffers, wrt=1) if x.is_floating_point() else None
+    def are_apart() -> bool:
+        return x.is_floating_point() and jacobian(run, parameters, x, buffers, wrt=1).is_diagonal(0)
 
-    return SiteDerivatives(found, by_input)
+    return SiteDerivatives(found, are_apart)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import numpy
@@ -34,6 +35,7 @@ _READ = {
 _READ |= {Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__, torch.is_nonzero}
 _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
+_MASKS = (torch.bool, torch.uint8)  # as which an index is one
 _LISTED = {torch.tensor, torch.as_tensor, torch.asarray}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
@@ -179,7 +181,7 @@ class Constants:
             return func, args, kwargs
 
     def _call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Any] | Call:
-        if func in _READ or func in _SIZED:
+        if func in _READ or func in _SIZED or (func is torch.where and len(args) + len(kwargs) == 1):
             if all(map(self.knows, pytree.tree_leaves((args, kwargs)))):
                 with aside():
                     found = func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
@@ -202,6 +204,8 @@ class Constants:
             with aside():
                 numbers = pytree.tree_map_only(Tensor, lambda x: self.value(x).tolist(), args[0])
             return func, (numbers, *args[1:]), kwargs
+        elif func is torch.nn.functional.embedding_bag:
+            return func, (), self._bags(signature(func).bind(*args, **kwargs).arguments)
         elif func in _SELECTED and not kwargs and self.is_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args))
             return Tensor.__getitem__, (args[0].expand(shape), self.places(args[1], shape)), {}
@@ -217,6 +221,21 @@ class Constants:
             return func, (args[0], self.places(args[1]), *args[2:]), kwargs
         return func, args, kwargs
 
+    def _bags(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Bags of one size, as offsets say that are known, are rows."""
+        x, offsets = given["input"], given.get("offsets")
+        if not isinstance(offsets, Tensor) or not self.knows(offsets) or x.ndim != 1:
+            return given
+        with aside():
+            starts = self.value(offsets).tolist()
+        count = len(starts) - bool(given.get("include_last_offset"))
+        n = x.numel() // max(1, count)
+        if n == 0 or starts != list(range(0, n * len(starts), n)) or n * count != x.numel():
+            return given
+        w = given.get("per_sample_weights")
+        rows = {"input": x.view(count, n), "per_sample_weights": None if w is None else w.view(count, n)}
+        return given | rows | {"offsets": None, "include_last_offset": False}
+
     def _repeated(self, args: Any, kwargs: Any, repeats: Tensor) -> list[Any] | Call:
         """Repeating each entry so and so often is to look them up."""
         dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
@@ -229,20 +248,20 @@ class Constants:
             return [index]
         return torch.index_select, (x, dim, index) if dim is not None else (x.reshape(-1), 0, index), {}
 
-    def is_mask(self, x: Any) -> bool:
+    def is_mask(self, x: Any, kinds: tuple[torch.dtype, ...] = (torch.bool,)) -> bool:
         """Is it a mask whose values are known?"""
-        return isinstance(x, Tensor) and x.dtype == torch.bool and self.knows(x)
+        return isinstance(x, Tensor) and x.dtype in kinds and self.knows(x)
 
     def places(self, index: Any, shape: torch.Size | None = None) -> Any:
         """An index whose known masks say where they are true."""
         parts = index if isinstance(index, tuple) else (index,)
         with aside():
             parts = tuple(map(_mask_written_out, parts))
-        if not any(self.is_mask(part) or isinstance(part, slice) for part in parts):
+        if not any(self.is_mask(part, _MASKS) or isinstance(part, slice) for part in parts):
             return index
         found: list[Any] = []
         for part in parts:
-            if not self.is_mask(part):
+            if not self.is_mask(part, _MASKS):
                 found.append(self._ends(part) if isinstance(part, slice) else part)
                 continue
             mask = self.value(part)
@@ -261,7 +280,7 @@ def _mask_written_out(part: Any) -> Any:
     """[True, False], or numpy's, as the mask that it is."""
     if isinstance(part, list) and part and all(isinstance(x, bool) for x in pytree.tree_leaves(part)):
         return torch.tensor(part)
-    if isinstance(part, numpy.ndarray) and part.dtype == bool and part.ndim:
+    if isinstance(part, numpy.ndarray) and part.dtype in (bool, numpy.uint8) and part.ndim:
         return torch.tensor(part)
     return part
 

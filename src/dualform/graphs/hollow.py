@@ -58,6 +58,9 @@ class Hollow(Tensor):
     def __deepcopy__(self, memo: Any) -> Hollow:
         return Hollow(self.shape_of)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Hollow, (self.shape_of,)
+
     def __repr__(self, **_: Any) -> str:
         return f"Hollow({tuple(self.shape)}, {self.dtype})"
 

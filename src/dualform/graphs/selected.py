@@ -25,6 +25,7 @@ from dualform.graphs.masks import Masks
 from dualform.graphs.numbers import OTHERS, Count, at_one, counted, number, valued
 from dualform.ops.spelled import SPELLED
 from dualform.ops.table import entrywise_reads, kind_of, row_of
+from dualform.shapes import TraceError
 from dualform.storages import memory_of
 
 aten = torch.ops.aten
@@ -113,6 +114,20 @@ class Selected:
         if func in _SHAPES:
             return self._shape(func, *args, **kwargs)
         return self._each(func, args, kwargs, list(held.values()))
+
+    def expect_booleans(self, func: Callable[..., Any], args: Any, kwargs: Any, note: Callable[[], str]) -> None:
+        """Refuse what torch has no kernel for: to write numbers, or one at a time, under a mask of bytes."""
+        index = _INDEXED.get(func)
+        _, at, *rest = index(*args, **kwargs) if index else (None, None)
+        if not rest or not any(p.dtype == torch.uint8 for p in tensors_in(at)):
+            return
+        held = self._picked.get(id(rest[0]))
+        is_one = not isinstance(rest[0], Tensor) or rest[0].numel() == 1
+        if is_one or (held and held.x.ndim == held.pick.mask.ndim):
+            raise TraceError(
+                f"trace: `{note()}` writes numbers under a torch.uint8 mask, for which torch has no kernel "
+                "(masked_fill_ only supports boolean masks); expected a boolean one. Pass mask.bool()."
+            )
 
     def applied(self, func: Callable[..., Any], args: Any, run: Callable[..., Any]) -> Any:
         """Call a function that no mode of torch sees, and which `run` applies."""

@@ -217,6 +217,7 @@ class _Lines(TorchFunctionMode):
             return self.listener.below(func, args, kwargs)
         if func in _ASKED:
             return _ASKED[func](self.listener, *args, **kwargs)
+        self.selected.expect_booleans(func, args, kwargs, _note)
         values = self.constants.values(func, args, kwargs)
         call: Any = self.constants.call(func, args, kwargs)
         if isinstance(call, list):

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from dualform.graphs.counts import Fork
+from dualform.graphs.edit import held_by
 from dualform.graphs.hollow import Hollow
 from dualform.graphs.kept import is_kept, named
 from dualform.graphs.trace import source_line
 from dualform.learning.sites import Place, op_name
 from dualform.learning.spelling import fitted
+from dualform.ops.factories import is_empty
 from dualform.ops.table import find_row
 
 aten = torch.ops.aten
@@ -65,19 +67,56 @@ def _noted(gm: fx.GraphModule, node: fx.Node) -> Noted:
     return Noted(node, target, given, node.meta.get("val"), fitted(node))
 
 
-def difference(first: Seen, second: Seen) -> str:
-    """Say where two traces are of two functions, if they are; mark what grows with the tokens in the second."""
+def difference(first: Seen, second: Seen, read: list[Tensor]) -> str:
+    """Say where two traces are of two functions, empty if they are of one; mark what grows with the tokens in the
+    second. read: takes the tensors that they are of one for the numbers of."""
     try:
         _compare(first, second)
     except Differs as error:
-        return str(error)
+        try:
+            _compare(*(_folded(made, read) for made in (first, second)))
+        except (Differs, RuntimeError, IndexError):
+            return str(error)
     return ""
+
+
+def _folded(made: Seen, read: list[Tensor]) -> Seen:
+    """A trace with what it makes of constants alone as what the function holds: where it keeps a table for so many
+    rows, one trace makes it and another finds it."""
+    values, one, told = dict[fx.Node, Any](), dict[int, fx.Node](), list[Noted]()
+    for n in made.nodes:
+        given: list[fx.Node] = []
+        args: Any = fx.map_arg(n.args, lambda x, given=given: given.append(x) or one.get(id(values.get(x)), x))
+        if n.target == "get_attr" and not n.value.requires_grad:
+            values[n.node] = n.value  # found at each use anew
+            read.append(n.value)
+        elif isinstance(n.target, torch._ops.OpOverload) and all(x in values for x in given):
+            if n.target._schema.is_mutable or is_empty(n.target) or torch.Tag.nondeterministic_seeded in n.target.tags:
+                raise Differs
+            values[n.node] = n.target(**fx.map_arg(args, values.__getitem__))
+        if n.node in values:
+            one.setdefault(id(values[n.node]), n.node)
+            n = n._replace(target="get_attr", args={}, value=values[n.node])
+        told.append(n if n.node in values else n._replace(args=args))
+    needed: set[fx.Node] = set()
+    for n in told:
+        fx.map_arg(n.args, needed.add)
+    return made._replace(nodes=[n for n in told if n.node not in values or n.node in needed])
 
 
 def decided(fork: Fork | None, wrong: str, W0: int, W: int) -> str:
     """Say where a function chooses by the number of tokens, and what is otherwise then."""
     first = f"{fork.where}: then " if fork and not wrong.startswith(fork.where) else ""
     return f"{first}{wrong} (for {W0} and {W} tokens)"
+
+
+def own_tables(gm: fx.GraphModule, read: list[Tensor], W: int) -> None:
+    """Let tables that one trace finds be that trace's own: no other has them as inputs."""
+    gm.meta["read"] += read
+    for value, node in held_by(gm) if read else ():
+        if any(value is x for x in read):
+            gm.meta["for"] = f"_for_{W}"
+            setattr(gm, str(node.target), value.clone())
 
 
 def _compare(first: Seen, second: Seen) -> None:
@@ -149,15 +188,17 @@ def _rows(a: Noted, b: Noted, W0: int, W: int) -> Place | None:
         axes = [k for k, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n]
         if x.ndim != y.ndim or len(axes) > 1 or any(x.shape[k] * W != y.shape[k] * W0 for k in axes):
             raise _differs(f"a shape {tuple(x.shape)}, then {tuple(y.shape)}", b)
+        if b.target == "get_attr" and x is not y and not _is_equal(x, y, axes):
+            raise _differs("a tensor of other numbers", b)
         if axes:
             return Place(axes[0], 1, y.shape[axes[0]] // W)
-        if b.target == "get_attr" and x is not y and not _is_equal(x, y):
-            raise _differs("a tensor of other numbers", b)
     return None
 
 
-def _is_equal(x: Tensor, y: Tensor) -> bool:
+def _is_equal(x: Tensor, y: Tensor, grown: list[int]) -> bool:
+    """Are two tensors of the same numbers; of the same first row, where one has more rows?"""
     told = not any(isinstance(t, Hollow) or t.is_meta or hasattr(t, "fake_mode") for t in (x, y))
+    x, y = (t.narrow(grown[0], 0, 1) if grown else t for t in (x, y))
     return told and x.dtype == y.dtype and torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
 
 

@@ -179,7 +179,7 @@ class Signature(NamedTuple):
         dtype = self.computed_in(q, k, v, params)
         init, slow = self.with_heads(params, H, dtype, device)
         slow |= {n: self._buffer(n, params.get(n, x), dtype, device) for n, x in self.parts.buffers.items()}
-        slow |= {n: x.to(device) for n, x in self.parts.closed.items()}
+        slow |= {n: _moved(n, x, device) for n, x in self.parts.closed.items()}
         made = self._gates(gates, (B, T, H), dtype, device)
         offset = made.pop("offset", None)
         q, k, v = (_tokens(x, dtype) for x in (q, k, v))
@@ -258,7 +258,7 @@ class Signature(NamedTuple):
                     f"program: params[{name!r}] has shape {tuple(given.shape)}; expected {tuple(shape)} or (heads, "
                     f"...) = {(H, *shape)}. Pass one of the two."
                 )
-            return given.to(device, dtype)
+            return _moved(name, given, device, dtype)
 
         return {n: lift(n, p) for n, p in self.parts.fast.items()}, {n: lift(n, p) for n, p in self.parts.slow.items()}
 
@@ -269,7 +269,7 @@ class Signature(NamedTuple):
                 f"program: params[{name!r}] has shape {tuple(x.shape)}; expected the buffer's {tuple(wanted)}, shared "
                 "by heads. Pass that."
             )
-        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+        return _moved(name, x, device, dtype if x.is_floating_point() else x.dtype)
 
     def _gates(
         self, gates: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -308,6 +308,16 @@ def expect_width(v: Tensor, V: int) -> None:
     """Refuse values of another width than the learner's output."""
     if v.shape[3] != V:
         raise ShapeError(f"program: v has width {v.shape[3]}; expected the learner's output V = {V}. Make them agree.")
+
+
+def _moved(name: str, x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Bring what the user's code holds to where the tokens are."""
+    if x.is_meta and device.type != "meta":
+        raise ShapeError(
+            f"program: {name} is on meta, where it has no numbers; expected q's device = {device}. Give it some first: "
+            "module.to_empty(device=...), then module.load_state_dict(...)."
+        )
+    return x.to(device, dtype or x.dtype)
 
 
 def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from dualform.graphs.edit import add_input, emitter, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin, typed
-from dualform.learning.alike import Seen, decided, difference, seen
+from dualform.learning.alike import Seen, decided, difference, own_tables, seen
 from dualform.learning.objectives import expect_target
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
@@ -173,8 +173,8 @@ class FrontDoor:
         self._slot = {id(x): n for n, x in enumerate(reading.tensors)}
         self._within, self._instead = stand_ins(reading.tensors, self.objective)
         # Shapes are read on the CPU, or where what is closed over lies: an op takes tensors of one device.
-        places = (x.device for x in reading.tensors if id(x) not in self._own and x.device.type not in ("cpu", "meta"))
-        self.device = next(places, torch.device("cpu"))
+        places = [x.device for x in reading.tensors if id(x) not in self._own and x.device.type != "cpu"]
+        self.device = min(places, key=lambda place: place.type == "meta", default=torch.device("cpu"))
         return stands
 
     def is_current(self) -> bool:
@@ -211,8 +211,7 @@ class FrontDoor:
                 f"derive: the learner returns {type(result).__name__}; expected one tensor (..., V). Return the "
                 "prediction alone."
             )
-        a = self._analysis("learner", gm, inputs[-1:], dict(zip(names, inputs, strict=False)), set(fast))
-        mark(a, W)
+        a = self._analysis("learner", W, gm, inputs[-1:], dict(zip(names, inputs, strict=False)), set(fast))
         if a.output not in a.tok:
             raise DerivationError(
                 "derive: the learner's output does not depend on its input; expected f(x), a prediction per token. "
@@ -251,8 +250,7 @@ class FrontDoor:
             raise DerivationError(
                 f"derive: the objective gives {value.dtype}; expected a floating loss that has a gradient. {PER_TOKEN}"
             )
-        a = self._analysis("objective", gm, inputs, {}, set())
-        mark(a, W)
+        a = self._analysis("objective", W, gm, inputs, {}, set())
         if W > 1 and not is_apart(a, a.output):
             raise DerivationError(
                 f"derive: the objective's losses are not made of their own tokens alone; expected axis 0. {PER_TOKEN}"
@@ -280,8 +278,7 @@ class FrontDoor:
             return self._trace(run, gates, **eyes)
 
         gm, wrong = self._alike("rule", W, make, (dtype,), lambda: [x for x in leaves if x is not Tensor])
-        a = self._analysis("rule", gm, _ends(gm)[0], {}, set())
-        mark(a, W)
+        a = self._analysis("rule", W, gm, _ends(gm)[0], {}, set())
         _, found = _ends(gm)  # now: a tensor that is a coefficient as it is has become an input
         nodes = iter(found)
         results = [next(nodes) if x is Tensor else x for x in leaves]
@@ -309,13 +306,14 @@ class FrontDoor:
             return traced, None
 
         def made(W: int) -> tuple[fx.GraphModule, Seen, str, Asked]:
-            found: list[tuple[Seen, str]] = []
+            found, read = list[tuple[Seen, str]](), list[Tensor]()
 
             def look(gm: fx.GraphModule) -> None:
                 now = seen(gm, W)
-                found[:] = [(now, difference(first, now) if first else "")]
+                found[:] = [(now, difference(first, now, read) if first else "")]
 
             gm = make(W, look=look, asked=(asked := Asked(W)))
+            own_tables(gm, [x for x in read if id(x) not in self._own], W)
             now, wrong = found[0][0]._replace(results=numbers(), asked=asked), found[0][1]
             if first and first.results != now.results:
                 wrong = wrong or f"its results: {first.results}, then {now.results}"
@@ -357,18 +355,21 @@ class FrontDoor:
         return None
 
     def _analysis(
-        self, who: str, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
+        self, who: str, W: int, gm: fx.GraphModule, tokens: list[fx.Node], named: dict[str, fx.Node], fast: set[str]
     ) -> Analysis:
         constants, lifted = self._lifted(who, gm)
-        self._versions |= {id(x): (x, contents(x), self._slot.get(id(x))) for x in gm.meta["read"]}
-        return prepared(
+        a = prepared(
             gm,
             who=who,
             tokens=tuple(tokens),
             leaf_nodes={n: x for n, x in named.items() if n in fast},
             slow_nodes={n: x for n, x in named.items() if n not in fast} | lifted,
             constants=constants,
+            held={lifted[n]: x for n, x in self.parts.closed.items() if n in lifted and not x.requires_grad},
         )
+        mark(a, W)
+        self._versions |= {id(x): (x, contents(x), self._slot.get(id(x))) for x in (*gm.meta["read"], *a.read)}
+        return a
 
     def _lifted(self, who: str, gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, fx.Node]]:
         """Make inputs of the tensors that a trace has baked in: (those that it made itself, all of them by name)."""
@@ -383,7 +384,8 @@ class FrontDoor:
                     f"way than itself, so it would not learn there; expected self.{own}. Read it from the module that "
                     "is passed."
                 )
-            name, rows = self._name(who, value, len(constants)), {n: x for n, x in node.meta.items() if n == "rows"}
+            name = self._name(who, value, f"constant{len(constants)}{gm.meta.get('for', '')}")
+            rows = {n: x for n, x in node.meta.items() if n == "rows"}
             made = value if name in self.parts.closed else thin(value)
             if name not in lifted:
                 lifted[name] = add_input(gm.graph, f"closed{len(lifted)}", made.detach())
@@ -398,7 +400,7 @@ class FrontDoor:
         lift(gm, stand_for)
         return constants, lifted
 
-    def _name(self, who: str, value: Tensor, count: int) -> str:
+    def _name(self, who: str, value: Tensor, own: str) -> str:
         """Name a closed-over tensor; one that existed before the trace is the front door's, live."""
         value = self._within.get(id(value), (value,))[0]
         known = {id(x): name for name, x in self.parts.closed.items()}
@@ -407,7 +409,7 @@ class FrontDoor:
         slot = self._slot.get(id(value))
         taken = {*self._own.values(), *self.parts.closed}
         if slot is None and not value.requires_grad:
-            return _free(f"{who}.constant{count}", taken)
+            return _free(f"{who}.{own}", taken)
         name = _free(f"{who}.{(self.reading.names[slot] if slot is not None else '') or 'closed'}", taken)
         self._found[name] = value if slot is None else slot
         self.parts.closed[name] = value

@@ -161,6 +161,8 @@ class ChunkProgram(nn.Module):
 
     def _proof(self, made: Derivation, form: str) -> Proof:
         """Prove a form, or remember that a structure like it was proved; a form that fails is not kept."""
+        if (none := proving.without_numbers({**self.parts.buffers, **self.parts.closed}, form)) is not None:
+            return none
         found = _proved.get(self._structure(made))
         if found is not None:
             return found

@@ -159,6 +159,13 @@ def unlike(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dty
     return "" if not worst or found[worst] <= allowed else f"{worst} by {found[worst]:.2g} of the largest entry"
 
 
+def without_numbers(held: dict[str, Tensor], form: str) -> Proof | None:
+    """What is said where something lies on the meta device."""
+    name = next((n for n, x in held.items() if x.is_meta), None)
+    why = f"{name!r} is on the meta device, where it has no numbers"
+    return None if name is None else Proof(form, math.nan, (), 0.0, "", (why,))
+
+
 def prove(program: Any, K: int, own: torch.dtype, form: str) -> Proof:
     """Compare a program's form, planned in a dtype, with the definition; raise DerivationError where they differ.
 
@@ -203,8 +210,18 @@ class _Differs(Exception):
 
     def __init__(self, found: dict[str, float], allowed: float, problem: Drawn, expected: dict[str, Tensor]) -> None:
         super().__init__()
-        self.name = max(found, key=lambda n: found[n])
-        self.error, self.allowed, self.problem, self.expected = found[self.name], allowed, problem, expected
+        self.name = max(found, key=lambda n: found[n] / _digits(expected[n], allowed))
+        self.error, self.allowed = found[self.name], _digits(expected[self.name], allowed)
+        self.problem, self.expected = problem, expected
+
+
+def _digits(x: Tensor, allowed: float) -> float:
+    """The gradient of a tensor that the user's code closes over is summed in that tensor's own type."""
+    return max(allowed, TOLERANCES.get(x.dtype, 0.0))
+
+
+def _agrees(found: dict[str, float], expected: dict[str, Tensor], allowed: float) -> bool:
+    return all(error <= _digits(expected[n], allowed) for n, error in found.items())
 
 
 def _proved(program: Any, K: int, dtype: torch.dtype, retyped: bool, form: str, began: float) -> Proof:
@@ -257,7 +274,7 @@ def _compared(
             if not all(bool(x.isfinite().all()) for x in right.values()):
                 return None
             found = differences(_derived(one, program, blocked, form), right)
-            if max(found.values()) <= allowed:
+            if _agrees(found, right, allowed):
                 break
         else:
             raise _Differs(found, allowed, one, right)
@@ -288,7 +305,7 @@ def _silent(program: Any, form: str, blocked: Any, problem: Drawn) -> list[str]:
 
 def _agreed(got: dict[str, Tensor], expected: dict[str, Tensor], allowed: float, problem: Drawn) -> float:
     found = differences(got, expected)
-    if not max(found.values()) <= allowed:
+    if not _agrees(found, expected, allowed):
         raise _Differs(found, allowed, problem, expected)
     return max(found.values())
 

@@ -28,9 +28,10 @@ from dualform.graphs.kept import is_kept, named
 from dualform.graphs.kept_derivative import first_bend
 from dualform.graphs.trace import source_line
 from dualform.learning.spelling import DerivationError, has_no_row, op_name, spell, spell_out
-from dualform.learning.token_maps import Place, are_tied, carried_places, find_label
+from dualform.learning.token_maps import Place, are_tied, carried_places, find_label, uncut
 from dualform.ops.factories import is_uniform
 from dualform.ops.table import arguments_of, kind_of, row_of
+from dualform.storages import is_even
 
 aten = torch.ops.aten
 PER_TOKEN = "Per token: use reduction='none' and sum over the last axis, or df.objectives.Squared()."
@@ -61,6 +62,8 @@ class Analysis:
     slow_nodes: dict[str, fx.Node]
     output: fx.Node
     constants: dict[str, Tensor]  # tensors that the trace made itself, as inputs
+    held: dict[fx.Node, Tensor] = field(default_factory=dict)  # what was there before, as inputs
+    read: list[Tensor] = field(default_factory=list)  # of these, what was found to be the same for all tokens
     leaves: dict[fx.Node, frozenset[str]] = field(default_factory=dict)  # fast leaves a node depends on
     tok: set[fx.Node] = field(default_factory=set)
     places: dict[fx.Node, Place] = field(default_factory=dict)
@@ -204,10 +207,8 @@ def first_crooked(a: Analysis, node: fx.Node) -> fx.Node | None:
         return None
     operands = operand_nodes(node)
     pars = [s for s in node.all_input_nodes if a.leaves[s]]
-    for p in pars:
-        found = first_crooked(a, p)
-        if found is not None:
-            return found
+    if found := next(filter(None, (first_crooked(a, p) for p in pars)), None):
+        return found
     joint = frozenset(j for j, s in enumerate(operands) if a.leaves[s])
     straight = all(p in operands for p in pars) and local_rules.affine(node.target, joint)
     # A detach has no derivative: the value of weights behind one is carried.
@@ -369,6 +370,7 @@ def _is_even_through(
     a: Analysis, call: local_rules.OpCall, term: Term, labels: set[Label], source: fx.Node, env: Mapping[fx.Node, Any]
 ) -> bool:  # fmt: skip
     """Does a source bring no difference along some labels of a result?"""
+    term, labels = uncut(term, labels)
     looked_up = any(labels & set(r.labels) for r in term.relations)
     # What is looked up by an index that is an argument too is as even as that index.
     if are_tied(term, labels) or (looked_up and all(is_floating(call.argument(*x)) for x in call.arguments)):
@@ -378,6 +380,9 @@ def _is_even_through(
 
 def _is_even(a: Analysis, node: fx.Node, axis: int, env: Mapping[fx.Node, Any]) -> bool:
     """Is a value that no token reaches the same all along an axis?"""
+    if node in a.held and is_even(a.held[node], axis):
+        a.read.append(a.held[node])
+        return True
     if node.op != "call_function":
         return False
     op, read = maker(node)[0], _read_arguments(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dualform.learning.transforms import is_known
+from dualform.shapes import fail
 
 
 class Carried:
@@ -47,6 +49,13 @@ class Carried:
             kind, own = kinds[f.name], under(tensors, f"{f.name}.")
             parts[f.name] = tensors[f.name] if kind is Tensor else kind.of(own) if hasattr(kind, "of") else own
         return cls(**parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for name, x in self.tensors().items():
+            if not x.is_leaf:
+                expected = "numbers alone, as copy.deepcopy takes them of torch"
+                fail(f"{type(self).__name__}.deepcopy", name, "has gradients to what made it", expected, _COPIES)
+        return self._map(lambda x: copy.deepcopy(x, memo))
 
     def detach(self) -> Self:
         """Cut the state from the graph that made it."""
@@ -97,6 +106,9 @@ class Carried:
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the tensors whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+_COPIES = "Copy state.detach(), or state.fork(1), whose gradients go on."
 
 
 @dataclass(frozen=True)

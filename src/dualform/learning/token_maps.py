@@ -211,6 +211,13 @@ def are_tied(term: Term, labels: set[Label]) -> bool:
     return any(labels & set(r.bigs if isinstance(r, Lookup) else r.labels) for r in term.relations)
 
 
+def uncut(term: Term, labels: set[Label]) -> tuple[Term, set[Label]]:
+    """Follow indices to before they were cut: a part of what is the same along an axis is so, too."""
+    cuts = [r for r in term.selects if r.small in labels]
+    rest = tuple(f for f in term.factors if not any(f is r for r in cuts))
+    return replace(term, factors=rest), labels | {r.big for r in cuts}
+
+
 def strides(labels: Axis) -> list[tuple[Label, int]]:
     """List an axis' labels with their strides, outermost first."""
     return [(label, math.prod(l.size for l in labels[n + 1 :])) for n, label in enumerate(labels)]

@@ -59,7 +59,7 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
         body = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, reset=reset, cache=cache,
-            **kwargs,
+            **kwargs, return_dict=True,
         )  # fmt: skip
         h = body.last_hidden_state
         if attention_mask is not None:

@@ -37,8 +37,9 @@ class Classifier(DualformPreTrainedModel):
         use_cache: bool | None = None, **kwargs: Any,
     ) -> SequenceOutput:  # fmt: skip
         body = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs,
+            return_dict=True,
+        )  # fmt: skip
         logits = self.score(self.read(body.last_hidden_state, attention_mask, input_ids))
         loss = None
         if labels is not None:

@@ -423,7 +423,7 @@ def _index_reduce(
 @defined_row(
     "aten::_embedding_bag_forward_only", call("", T("n m"), I("p", "n"), torch.tensor([0, 2, 2]), False, 0, False, T("p")),
 )  # fmt: skip
-def _embedding_bag(
+def bags(
     weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False, mode: int = 0,
     sparse: bool = False, per_sample_weights: Tensor | None = None, include_last_offset: bool = False,
     padding_idx: int = -1,

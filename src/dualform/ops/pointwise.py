@@ -170,7 +170,7 @@ def _called(call: OpCall, value: Any) -> str:
     examples=[call("where.self", B("n m"), T("n 1"), T("m")), call("where.ScalarOther", B("n m"), NM, 0.0)],
 )  # fmt: skip
 def _where(call: OpCall, operand: int) -> list[Term]:
-    chosen = call.bound["condition"]
+    chosen = call.bound["condition"].bool()  # of bytes, any but 0
     mask = chosen if call.places[operand][0] == "self" else ~chosen
     name = "[c]" if call.places[operand][0] == "self" else "[not c]"
     return diagonal_terms(call, operand, mask.to(call.out.dtype), name)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from dualform.ops.indexing import bags
+
 
 def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
     """Rows are variables; frequencies count, importances weigh."""
@@ -183,13 +185,17 @@ def _embedding_bag(
     """Bags that are rows (..., n): looked up, and summed, averaged, or the largest of each, without what is padding."""
     w = per_sample_weights
     is_refused = w is not None and (mode != "sum" or w.shape != input.shape or w.dtype != weight.dtype)
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    if input.ndim == 1 and offsets is not None and max_norm is None and not is_refused:
+        kind, none = ("sum", "mean", "max").index(mode), -1 if padding is None else padding
+        return bags(weight, input, offsets, False, kind, False, w, include_last_offset, none)[0]
     if input.ndim != 2 or max_norm is not None or is_refused:
         return _bagged(
             input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
             include_last_offset, padding_idx,
         )  # fmt: skip
     found = torch.nn.functional.embedding(input, weight)
-    kept = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % weight.shape[0]
+    kept = torch.ones_like(input, dtype=torch.bool) if padding is None else input != padding
     count = kept.sum(-1, keepdim=True)
     if mode == "max":
         largest = torch.where(kept[..., None], found, -torch.inf).max(-2).values
