@@ -8,6 +8,7 @@ that is reached by two names keeps them. Here the user's objects are only read.
 from __future__ import annotations
 
 import types
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import lru_cache, partial
@@ -69,7 +70,11 @@ class Twin:
         """A plain object of the user's is copied where something in it was."""
         if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__") or is_fixed(type(x).__module__):
             return x
-        new = self._copies[id(x)] = object.__new__(type(x))
+        try:
+            new = object.__new__(type(x))
+        except TypeError:  # made of a number, a word, a set, ...: it holds no place for a tensor
+            return x
+        self._copies[id(x)] = new
         self._fill(new.__dict__, x.__dict__)
         slots = any(holder is new.__dict__ for holder, _, _ in self._slots)
         if not slots and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
@@ -87,18 +92,29 @@ class Twin:
         return new
 
     def _dict(self, x: dict[Any, Any]) -> dict[Any, Any]:
-        new = self._copies[id(x)] = x.copy()
+        new = self._copies[id(x)] = _shell(x)
         self._fill(new, x)
+        self._beside(new, x)
         return new
 
     def _list(self, x: list[Any]) -> list[Any]:
-        new = self._copies[id(x)] = x.copy()
+        new = self._copies[id(x)] = _shell(x)
         self._fill(new, dict(enumerate(x)))
+        self._beside(new, x)
         return new
 
+    def _beside(self, new: Any, x: Any) -> None:
+        """What a list or dict of the user's class holds in attributes."""
+        held = getattr(x, "__dict__", None)
+        if held is x:  # an "attribute dict"
+            new.__dict__ = new
+        elif held:
+            self._fill(new.__dict__, held)
+
     def _fill(self, holder: Any, items: Mapping[Any, Any]) -> None:
+        put = _base(type(holder)).__setitem__  # a class of the user's may refuse, or do more
         for key, value in items.items():
-            holder[key] = self._copy(value)
+            put(holder, key, self._copy(value))
             if id(value) in self._own:
                 self._slots.append((holder, key, holder[key]))
 
@@ -151,6 +167,24 @@ def typed(
     held = {**dict(function.named_parameters()), **dict(function.named_buffers()), **(instead or {})}
     other = {n: x.to(dtype) for n, x in held.items() if x.is_floating_point() and x.dtype != dtype}
     return partial(Twin(function), {**(instead or {}), **other}) if other or instead else function
+
+
+def _base(kind: type) -> Any:
+    """The library's class that a class is made of."""
+    return next(base for base in kind.__mro__ if is_fixed(base.__module__))
+
+
+def _shell(x: Any) -> Any:
+    """A list or dict of the same class and items: `copy` of a class of the user's gives a plain one."""
+    if is_fixed(type(x).__module__):
+        return x.copy()
+    base = _base(type(x))
+    new = base.__new__(type(x))
+    if isinstance(x, defaultdict):
+        new.default_factory = x.default_factory
+    for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+        base.__setitem__(new, key, value) if isinstance(x, dict) else base.append(new, value)
+    return new
 
 
 class _Cell:
