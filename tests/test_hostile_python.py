@@ -75,6 +75,17 @@ def _run(program: df.ChunkProgram, x: Tensor) -> Tensor:
     return program(q, k, v)[0][0, :, 0]
 
 
+def test_a_context_variable_is_the_caller_s_at_derive() -> None:
+    learner, x = Scaled(lambda s, y: y * setting.get()), _x()
+
+    def run() -> None:
+        setting.set(3.0)
+        program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+        torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+
+    contextvars.copy_context().run(run)
+
+
 HOLDERS: dict[str, Callable[[Any], Any]] = {
     "frozen": lambda part: Config(part=part),
     "alias": lambda part: Alias(part=part),
