@@ -2,7 +2,15 @@
 
 import collections
 import contextvars
+import enum
+import functools
+import importlib
+import multiprocessing
+import os
+import sys
 import types
+import typing
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +39,17 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.g(self, x @ self.w)
+
+
+class Act(enum.Enum):
+    SCALE = (1.0,)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return y * gain
+
+
+class Table(enum.Enum):
+    ROWS = [1.0]
 
 
 class Config(dict[str, Any]):
@@ -66,6 +85,147 @@ class Counting(collections.defaultdict[str, Any]):
     pass
 
 
+class Rows(list[Any]):
+    pass
+
+
+class Pair(typing.NamedTuple):
+    a: float
+
+    @property
+    def scaled(self) -> float:
+        return self.a * gain
+
+
+class Number(float):
+    pass
+
+
+class Word(str):
+    __slots__ = ()
+
+
+class Kind(type):
+    factor = 1.0
+
+    @property
+    def scaled(cls) -> float:
+        return cls.factor * gain
+
+
+class Static(metaclass=Kind):
+    pass
+
+
+class Dunder:
+    __gain__ = 1.0
+    __call__ = functools.partialmethod(lambda self, y, k: y * k, k=1.0)
+
+
+class Said:
+    """Cannot be read, and says what it is."""
+
+    def __init__(self) -> None:
+        self.k, self.lock = 1.0, multiprocessing.Lock()
+
+    def __fingerprint__(self) -> tuple[float]:
+        return (self.k,)
+
+
+def _rows() -> Rows:
+    rows = Rows([1.0])
+    rows.k = 1.0  # type: ignore[attr-defined]
+    return rows
+
+
+def _set(holder: Any, name: str, value: Any) -> Callable[[Any], None]:
+    return lambda s: setattr(holder, name, value)
+
+
+def _global(s: Any) -> None:
+    globals()["gain"] = 2.0
+
+
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "global in an enum's method": (lambda: Scaled(lambda s, y: s.a(y), a=Act.SCALE), _global),
+    "value of an enum's member": (
+        lambda: Scaled(lambda s, y: y * s.a.value[0], a=Table.ROWS),
+        lambda s: Table.ROWS.value.__setitem__(0, 2.0),
+    ),
+    "class of a dict": (lambda: Scaled(lambda s, y: y * s.c.scaled, c=Config(a=1.0)), _set(Config, "factor", 2.0)),
+    "global in a dict's method": (lambda: Scaled(lambda s, y: y * s.c.scaled, c=Config(a=1.0)), _global),
+    "item of a dict of attributes": (
+        lambda: Scaled(lambda s, y: y * s.c.a, c=Config(a=1.0)),
+        lambda s: dict.__setitem__(s.c, "a", 2.0),
+    ),
+    "attribute of a dict of attributes": (
+        lambda: Scaled(lambda s, y: y * s.c.a, c=Alias(a=1.0)),
+        lambda s: setattr(s.c, "a", 2.0),
+    ),
+    "attribute of a list": (lambda: Scaled(lambda s, y: y * s.c.k, c=_rows()), lambda s: setattr(s.c, "k", 2.0)),
+    "global in a tuple's method": (lambda: Scaled(lambda s, y: y * s.c.scaled, c=Pair(1.0)), _global),
+    "a number of another class": (
+        lambda: Scaled(lambda s, y: y * s.c, c=Number(1.0)),
+        lambda s: setattr(s, "c", Number(2.0)),
+    ),
+    "a word of another class": (
+        lambda: Scaled(lambda s, y: getattr(torch, s.c)(y), c=Word("tanh")),
+        lambda s: setattr(s, "c", Word("sin")),
+    ),
+    "metaclass": (lambda: Scaled(lambda s, y: y * Static.scaled), _set(Kind, "factor", 2.0)),
+    "global in a metaclass": (lambda: Scaled(lambda s, y: y * s.c.scaled, c=Static), _global),
+    "class attribute of two underscores": (
+        lambda: Scaled(lambda s, y: y * s.c.__gain__, c=Dunder()),
+        _set(Dunder, "__gain__", 2.0),
+    ),
+    "special method that is no function": (
+        lambda: Scaled(lambda s, y: s.c(y), c=Dunder()),
+        _set(Dunder, "__call__", functools.partialmethod(lambda self, y, k: y * k, k=2.0)),
+    ),
+    "what an object says of itself": (
+        lambda: Scaled(lambda s, y: y * s.c.k, c=Said()),
+        lambda s: setattr(s.c, "k", 2.0),
+    ),
+    "names in a constant tuple": (
+        lambda: Scaled(lambda s, y: y * sum(getattr(settings, n) for n in ("scale", "shift"))),
+        _set(settings, "scale", 2.0),
+    ),
+    "name that an attribute holds": (
+        lambda: Scaled(lambda s, y: y * getattr(settings, s.name), name="scale"),
+        _set(settings, "scale", 2.0),
+    ),
+    "global whose name is data": (lambda: Scaled(lambda s, y: y * globals()[words[0]]), _global),
+    "module by its name": (
+        lambda: Scaled(lambda s, y: y * importlib.import_module("hostile_python_settings").scale),
+        _set(settings, "scale", 2.0),
+    ),
+    "module in sys.modules": (
+        lambda: Scaled(lambda s, y: y * sys.modules[s.name].scale, name="hostile_python_settings"),
+        _set(settings, "scale", 2.0),
+    ),
+    "variable of the process": (
+        lambda: Scaled(lambda s, y: y * float(os.environ["HOSTILE_SCALE"])),
+        lambda s: os.environ.__setitem__("HOSTILE_SCALE", "2.0"),
+    ),
+    "variable of the context": (lambda: Scaled(lambda s, y: y * setting.get()), lambda s: setting.set(2.0)),
+}
+
+
+@pytest.fixture
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything as it was before a change."""
+    monkeypatch.setitem(globals(), "gain", 1.0)
+    monkeypatch.setattr(settings, "scale", 1.0, raising=False)
+    monkeypatch.setattr(settings, "shift", 0.0, raising=False)
+    monkeypatch.setitem(sys.modules, "hostile_python_settings", settings)
+    monkeypatch.setenv("HOSTILE_SCALE", "1.0")
+    monkeypatch.setattr(Config, "factor", 1.0)
+    monkeypatch.setattr(Kind, "factor", 1.0)
+    monkeypatch.setattr(Dunder, "__gain__", 1.0)
+    monkeypatch.setattr(Dunder, "__call__", vars(Dunder)["__call__"])
+    Table.ROWS.value[0] = 1.0
+
+
 def _x() -> Tensor:
     return torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
 
@@ -73,6 +233,26 @@ def _x() -> Tensor:
 def _run(program: df.ChunkProgram, x: Tensor) -> Tensor:
     q, k, v = (y[None, :, None] for y in (x, x.sin(), x.cos()))
     return program(q, k, v)[0][0, :, 0]
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_seen_at_the_next_call(what: str) -> None:
+    make, change = CHANGES[what]
+    learner, x = make(), _x()
+
+    def run() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # all of it can be read
+            program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+            torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+            before = _run(program, x)
+            change(learner)
+            after = _run(program, x)
+        assert not torch.allclose(before, after, rtol=1e-2)
+        torch.testing.assert_close(after, by_hand(learner, x))
+
+    contextvars.copy_context().run(run)
 
 
 def test_a_context_variable_is_the_caller_s_at_derive() -> None:
@@ -104,3 +284,15 @@ def test_parts_in_a_dict_of_the_user_s_class_learn(holder: str) -> None:
     torch.testing.assert_close(_run(program, x), by_hand(learner, x))
     assert learner.c is held
     assert held["part"] is part
+
+
+@pytest.mark.parametrize("make", [multiprocessing.Lock, lambda: multiprocessing.Value("d", 1.0)])
+def test_what_belongs_to_several_processes_is_said_once_by_name(make: Callable[[], Any]) -> None:
+    held: Any = make()
+    learner, x = Scaled(lambda s, y: y * getattr(s.c, "value", 1.0), c=held), _x()
+    with pytest.warns(UserWarning, match="multiprocessing"):
+        program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+    if hasattr(held, "value"):
+        held.value = 2.0
+        torch.testing.assert_close(_run(program, x), by_hand(learner, x))
