@@ -296,3 +296,26 @@ def test_what_belongs_to_several_processes_is_said_once_by_name(make: Callable[[
     if hasattr(held, "value"):
         held.value = 2.0
         torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+
+
+class Dispatched(nn.Module):
+    """Experts that gather their tokens, as public mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3, dtype=DOUBLE)
+        self.experts = nn.ModuleList(nn.Linear(4, 4, dtype=DOUBLE) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            which, tokens = torch.where(torch.nn.functional.one_hot(chosen, 3).permute(2, 1, 0)[k])
+            found = expert(x[None, tokens].reshape(-1, 4)) * weights[tokens, which, None]
+            y.index_add_(0, tokens, found)
+        return y
+
+
+def test_tokens_that_are_gathered_by_value_are_refused_for_that() -> None:
+    with pytest.raises(ValueError, match=r"x\[None, tokens\].*reads a tensor's values"):
+        df.derive(Dispatched(), chunk=3)
