@@ -255,6 +255,25 @@ def test_a_change_is_seen_at_the_next_call(what: str) -> None:
     contextvars.copy_context().run(run)
 
 
+def test_a_hook_of_every_module_is_seen_at_the_next_call() -> None:
+    part = nn.Linear(4, 4, dtype=DOUBLE)
+    learner, x = Scaled(lambda s, y: part(y)), _x()
+    learner.part = part
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    before = _run(program, x)
+
+    def doubled(module: nn.Module, args: Any, y: Any) -> Any:
+        return 2 * y if type(module) is nn.Linear else y
+
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        after, expected = _run(program, x), by_hand(learner, x)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(_run(program, x), before)
+
+
 def test_a_context_variable_is_the_caller_s_at_derive() -> None:
     learner, x = Scaled(lambda s, y: y * setting.get()), _x()
 

@@ -47,6 +47,8 @@ _PLAIN = (
     types.CodeType,
 )  # fmt: skip
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator, numpy.random.BitGenerator)
+# Hooks of every module, one mapping for each kind.
+_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
 # Code that names one of these may reach a module by its name, or the variables of the process.
 _IMPORTERS, _SETTERS = {"modules", "import_module", "__import__"}, {"environ", "environb", "getenv", "getenvb"}
 # What a class keeps under a name of two underscores for its own methods; the rest there is Python's.
@@ -85,7 +87,8 @@ class Fingerprint:
         self._states: list[tuple[Any, Fingerprint]] = []  # objects that say what is in them
         self._default = torch.get_default_dtype()
         try:
-            self.key: Hashable | None = (_context(), *(self._read(x, "") for x in objects), *self._read_modules())
+            read = (self._read(x, "") for x in (*objects, *(vars(nn.modules.module)[n] for n in _HOOKS)))
+            self.key: Hashable | None = (_context(), *read, *self._read_modules())
         except Unreadable as error:
             self.key, self.unreadable = None, str(error)
 
