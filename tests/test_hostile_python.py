@@ -1,5 +1,6 @@
 """Python that researchers write around a learner: it is taken, and what changes there is seen at the next call."""
 
+import argparse
 import collections
 import contextvars
 import enum
@@ -290,19 +291,29 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "alias": lambda part: Alias(part=part),
     "ordered": lambda part: Ordered(part=part),
     "counting": lambda part: Counting(lambda: None, part=part),
+    "user dict": lambda part: collections.UserDict(part=part),
+    "namespace": lambda part: types.SimpleNamespace(part=part),
+    "arguments": lambda part: argparse.Namespace(part=part),
+    "queue": lambda part: collections.deque([part]),
 }
 
 
+def _part(held: Any) -> Any:
+    if isinstance(held, types.SimpleNamespace | argparse.Namespace):
+        return held.part
+    return held[0 if isinstance(held, collections.deque) else "part"]
+
+
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_parts_in_a_dict_of_the_user_s_class_learn(holder: str) -> None:
+def test_parts_in_whatever_holds_them_learn(holder: str) -> None:
     part = nn.Linear(4, 4, dtype=DOUBLE)
     held = HOLDERS[holder](part)
-    learner, x = Scaled(lambda s, y: y + torch.tanh(s.c["part"](y)), part=part, c=held), _x()
+    learner, x = Scaled(lambda s, y: y + torch.tanh(_part(s.c)(y)), part=part, c=held), _x()
     learner.add_module("again", part)
     program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
     torch.testing.assert_close(_run(program, x), by_hand(learner, x))
     assert learner.c is held
-    assert held["part"] is part
+    assert _part(held) is part
 
 
 @pytest.mark.parametrize("make", [multiprocessing.Lock, lambda: multiprocessing.Value("d", 1.0)])

@@ -8,7 +8,8 @@ that is reached by two names keeps them. Here the user's objects are only read.
 from __future__ import annotations
 
 import types
-from collections import defaultdict
+from argparse import Namespace
+from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import lru_cache, partial
@@ -68,10 +69,12 @@ class Twin:
 
     def _object(self, x: Any) -> Any:
         """A plain object of the user's is copied where something in it was."""
-        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__") or is_fixed(type(x).__module__):
+        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__"):
+            return x
+        if is_fixed(type(x).__module__) and not isinstance(x, _HOLDERS):
             return x
         try:
-            new = object.__new__(type(x))
+            new = (types.SimpleNamespace if isinstance(x, types.SimpleNamespace) else object).__new__(type(x))
         except TypeError:  # made of a number, a word, a set, ...: it holds no place for a tensor
             return x
         self._copies[id(x)] = new
@@ -201,8 +204,9 @@ class _Cell:
 
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}
+_HOLDERS = (types.SimpleNamespace, Namespace, UserDict, UserList)  # Python's own, of what the user puts there
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
-    (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (tuple, Twin._tuple),
+    (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (deque, Twin._list), (tuple, Twin._tuple),
     (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),
     (object, Twin._object),
 ]  # fmt: skip
