@@ -13,8 +13,8 @@ import fractions
 import inspect
 import logging
 import operator
+import os
 import pathlib
-import pickle
 import random
 import re
 import sys
@@ -25,6 +25,7 @@ import weakref
 from argparse import Namespace
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cached_property, lru_cache, partial, partialmethod
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 # Code that does not change while a program runs: it is known by identity.
 _FIXED = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "dualform", "opt_einsum", "einops", "math"}
 _VALUES = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size)
+_NUMBERS_AND_WORDS = (int, float, complex, str, bytes)
 # Library objects that are what they are: equal by value, or one thing for as long as they live.
 _PLAIN = (
     logging.Logger, re.Pattern, pathlib.PurePath, fractions.Fraction, decimal.Decimal, datetime.date, datetime.time,
@@ -45,6 +47,12 @@ _PLAIN = (
     types.CodeType,
 )  # fmt: skip
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator, numpy.random.BitGenerator)
+# Hooks of every module, one mapping for each kind.
+_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
+# Code that names one of these may reach a module by its name, or the variables of the process.
+_IMPORTERS, _SETTERS = {"modules", "import_module", "__import__"}, {"environ", "environb", "getenv", "getenvb"}
+# What a class keeps under a name of two underscores for its own methods; the rest there is Python's.
+_MEMBERS = (types.FunctionType, partialmethod, partial, Tensor, numpy.ndarray, int, float, complex, str)
 # An object graph larger than this is cheaper to trace than to read.
 _LIMIT = 4000
 
@@ -75,12 +83,13 @@ class Fingerprint:
         self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
         self._arrays: list[tuple[numpy.ndarray, bytes]] = []
         self._kinds: list[tuple[Tensor, tuple[torch.Size, torch.dtype, torch.device]]] = []
-        self._states: list[tuple[Any, Hashable]] = []  # library objects that say what is in them
+        self._states: list[tuple[Any, Fingerprint]] = []  # objects that say what is in them
         self._default = torch.get_default_dtype()
         try:
             # The switches that change what the same code computes.
             switches = (self._default, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-            self.key: Hashable | None = (switches, *(self._read(x, "") for x in objects), *self._read_modules())
+            read = (self._read(x, "") for x in (*objects, *(vars(nn.modules.module)[n] for n in _HOOKS)))
+            self.key: Hashable | None = (switches, *read, *self._read_modules())
         except Unreadable as error:
             self.key, self.unreadable = None, str(error)
 
@@ -98,12 +107,17 @@ class Fingerprint:
                 return False
         if any(x.tobytes() != entries for x, entries in self._arrays):
             return False
-        if any(Fingerprint(x).key != state for x, state in self._states):
+        if any(not Fingerprint(x).equals(state) for x, state in self._states):
             return False
         for x, name, value in self._named:
             if (x.get(name, x) if type(x) is dict else getattr(x, name, x)) is not value:
                 return False
         return all((x.shape, x.dtype, x.device) == kind for x, kind in self._kinds)
+
+    def equals(self, other: Fingerprint) -> bool:
+        """Is it the same on the same tensors?"""
+        same = self.key == other.key and len(self.tensors) == len(other.tensors)
+        return same and all(map(operator.is_, self.tensors, other.tensors))
 
     @property
     def generators(self) -> list[Any]:
@@ -125,6 +139,8 @@ class Fingerprint:
     def _read(self, x: Any, name: str) -> Hashable:
         kind = type(x)
         if kind in _VALUES:
+            if kind is str and _is_name(x):
+                self._words[x] = None
             return (kind, x)
         if isinstance(x, Tensor):
             return self._tensor(x, name)
@@ -145,22 +161,27 @@ class Fingerprint:
         self._held.append(x)
         if len(self._seen) > _LIMIT:
             raise Unreadable(f"more than {_LIMIT} objects")
+        if isinstance(x, Enum):
+            return (self._own_kind(x), x.name, self._read(x.value, name))
         if kind is tuple and all(type(v) in _VALUES for v in x):
+            self._words |= dict.fromkeys(v for v in x if type(v) is str and _is_name(v))
             return (kind, x, *map(type, x))
         if isinstance(x, list | tuple | deque):
             if not isinstance(x, tuple):
                 self._watch(x)
-            return (kind, *(self._read(v, f"{name}{k}") for k, v in enumerate(x)))
+            return (self._own_kind(x), *(self._read(v, f"{name}{k}") for k, v in enumerate(x)))
         if isinstance(x, dict | types.MappingProxyType):
             self._watch(x)
-            return (dict, *((self._read(k, ""), self._read(v, str(k))) for k, v in x.items()))
+            held = ((self._read(k, ""), self._read(v, str(k))) for k, v in x.items())
+            return (self._own_kind(x) if isinstance(x, dict) else dict, *held)
         if isinstance(x, set | frozenset):
             self._watch(x)
-            return (kind, *sorted((self._read(v, "") for v in x), key=repr))
+            return (self._own_kind(x), *sorted((self._read(v, "") for v in x), key=repr))
+        if isinstance(x, _NUMBERS_AND_WORDS) and not isinstance(x, numpy.generic):
+            base: Any = next(base for base in _NUMBERS_AND_WORDS if isinstance(x, base))
+            return (self._own_kind(x), base.__repr__(x))
         if kind.__module__ == "typing":
             return (kind, repr(x))
-        if isinstance(x, Enum):
-            return (kind, x.name)
         if isinstance(x, range | slice | numpy.generic | torch.finfo | torch.iinfo):
             return (kind, repr(x))
         if isinstance(x, numpy.ndarray) and x.dtype != object:
@@ -179,6 +200,15 @@ class Fingerprint:
         if isinstance(x, type):
             return self._class(x)
         return self._object(x)
+
+    def _own_kind(self, x: Any) -> Hashable:
+        """A class made of a builtin one, and what its object holds besides: methods read globals, as functions do."""
+        kind = type(x)
+        if is_fixed(kind.__module__):
+            return dict if isinstance(x, dict) else kind
+        self._watch_names([(x, "__class__", kind)])
+        held = getattr(x, "__dict__", None)
+        return (self._read(kind, ""), self._read(held, "") if held else None)
 
     def _tensor(self, x: Tensor, name: str) -> Hashable:
         if type(x) not in (Tensor, nn.Parameter):
@@ -200,6 +230,9 @@ class Fingerprint:
             return (f.__code__, *self._cells(f)) if f.__closure__ else f
         used = _used(f.__code__)
         self._words |= dict.fromkeys(used.words)
+        own = sys.modules.get(str(f.__globals__.get("__name__")))
+        if "globals" in used.globals and own is not None and vars(own) is f.__globals__:
+            self._modules[id(own)] = own  # which name is asked for may stand in what it holds
         found = [n for n in used.words if n in f.__globals__]
         # A name that is missing may be made later, and hide a builtin: a mapping stands for nothing in itself.
         asked = used.words if "globals" in used.globals else used.globals
@@ -213,18 +246,23 @@ class Fingerprint:
         if vars(f):
             self._watch(vars(f))
             parts.append(self._read(vars(f), ""))
-        own = (*self._cells(f), *parts, self._read(f.__defaults__, ""), self._read(f.__kwdefaults__, ""))
-        return (f.__code__, tuple(found), *own)
+        held = (*self._cells(f), *parts, self._read(f.__defaults__, ""), self._read(f.__kwdefaults__, ""))
+        return (f.__code__, tuple(found), *held)
 
     def _read_modules(self) -> Iterator[Hashable]:
         """What code may read of the caller's own modules, however it came by them: attributes that some code names."""
         done: set[tuple[int, str]] = set()
-        while todo := [
-            (module, n)
-            for module in self._modules.values()
-            for n in self._words
-            if n in vars(module) and (id(module), n) not in done
-        ]:
+
+        def found() -> list[tuple[types.ModuleType, str]]:
+            if _IMPORTERS & self._words.keys():
+                named = (sys.modules[n] for n in self._words if n in sys.modules and not is_fixed(n))
+                self._modules.update((id(m), m) for m in named)
+            pairs = ((m, n) for m in self._modules.values() for n in self._words)
+            return [(m, n) for m, n in pairs if n in vars(m) and (id(m), n) not in done]
+
+        if _SETTERS & self._words.keys():
+            yield self._read(vars(os.environ)["_data"], "environ")
+        while todo := found():
             for module, n in todo:
                 done.add((id(module), n))
                 value = vars(module)[n]
@@ -245,7 +283,7 @@ class Fingerprint:
         if is_fixed(kind.__module__):
             return kind
         self._watch(vars(kind))
-        bases = (self._read(base, "") for base in kind.__bases__)
+        bases = (self._read(base, "") for base in (*kind.__bases__, type(kind)))
         return (kind, *bases, *(self._member(v, n) for n, v in vars(kind).items()))
 
     def _member(self, x: Any, name: str) -> Hashable:
@@ -253,7 +291,7 @@ class Fingerprint:
             x = x.__func__
         if isinstance(x, property | cached_property):
             return (type(x), self._read(x.fget if isinstance(x, property) else x.func, name))
-        hidden = name.startswith(("__", "_abc_")) and not isinstance(x, types.FunctionType)
+        hidden = name.startswith(("__", "_abc_")) and not isinstance(x, _MEMBERS)
         if hidden or isinstance(x, types.GetSetDescriptorType | types.MemberDescriptorType):
             return type(x)
         return self._read(x, name)
@@ -261,7 +299,15 @@ class Fingerprint:
     def _object(self, x: Any) -> Hashable:
         kind = type(x)
         if hasattr(kind, "__fingerprint__"):
-            return (kind, self._read(x.__fingerprint__(), ""))
+            found = (kind, self._read(x.__fingerprint__(), ""))
+            if self._watches:
+                self._states.append((x, Fingerprint(x)))
+            return found
+        if isinstance(x, ContextVar):
+            found = (kind, x.name, self._read(x.get(None), x.name))
+            if self._watches:
+                self._states.append((x, Fingerprint(x)))
+            return found
         readable = not is_fixed(kind.__module__) or isinstance(x, nn.Module | types.SimpleNamespace | Namespace)
         slots = [n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(x, n)]
         if not (readable or is_dataclass(x)) or not (hasattr(x, "__dict__") or slots):
@@ -286,13 +332,13 @@ class Fingerprint:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 made = x.__reduce_ex__(2)
-        except (TypeError, NotImplementedError, pickle.PicklingError) as error:
+        except Exception as error:  # locks and queues of other processes say so in words of their own
             raise Unreadable(f"{kind.__module__}.{kind.__qualname__}") from error
         if isinstance(made, str):  # a global's name
             return (kind, made)
         maker, *rest = (*made, None, None, None)[:5]
         if self._watches:
-            self._states.append((x, Fingerprint(x).key))
+            self._states.append((x, Fingerprint(x)))
         own = (maker, *rest[:2], *(v and list(v) for v in rest[2:]))
         return (kind, *(self._read(v, "") for v in own))
 
@@ -315,7 +361,20 @@ def _used(code: types.CodeType) -> _Used:
     steps = [(i.opname, i.argval) for i in dis.get_instructions(code)]
     named = [n for op, n in steps if op in ("LOAD_GLOBAL", "LOAD_NAME")]
     imported = [n for op, n in steps if op == "IMPORT_NAME" and n and not is_fixed(n)]
-    words = (*code.co_names, *(x for x in code.co_consts if isinstance(x, str) and x.isidentifier()))
+    words = (*code.co_names, *filter(_is_name, _strings(code.co_consts)))
     own = _Used(tuple(named), tuple(imported), words)
     merged = ((name for one in (own, *inner) for name in one[k]) for k in range(3))
     return _Used(*(tuple(dict.fromkeys(names)) for names in merged))
+
+
+def _strings(constants: Iterable[Any]) -> Iterator[str]:
+    for x in constants:
+        if isinstance(x, tuple | frozenset):
+            yield from _strings(x)
+        elif isinstance(x, str):
+            yield x
+
+
+def _is_name(word: str) -> bool:
+    """May it name an attribute or a module?"""
+    return all(part.isidentifier() for part in word.split("."))

@@ -397,7 +397,8 @@ def _settle(error: Exception, is_torchs: bool) -> None:
 def _reraise(error: Exception, kind: type[TraceError] = TraceError) -> NoReturn:
     where, text = _raised_at(error), str(error)
     reads = ("DataDependent", "DynamicOutputShape")
-    if any(word in type(error).__name__ for word in reads) or "get value out of a tracing tensor" in text:
+    told = ("get value out of a tracing tensor", "expected to contain only concrete integers")
+    if any(word in type(error).__name__ for word in reads) or any(words in text for words in told):
         _refuse_data(where)
     if "TorchScript interpreter" in text:
         raise TraceError(

@@ -8,6 +8,8 @@ that is reached by two names keeps them. Here the user's objects are only read.
 from __future__ import annotations
 
 import types
+from argparse import Namespace
+from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import lru_cache, partial
@@ -67,9 +69,15 @@ class Twin:
 
     def _object(self, x: Any) -> Any:
         """A plain object of the user's is copied where something in it was."""
-        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__") or is_fixed(type(x).__module__):
+        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__"):
             return x
-        new, before = object.__new__(type(x)), len(self._slots)
+        if is_fixed(type(x).__module__) and not isinstance(x, _HOLDERS):
+            return x
+        before = len(self._slots)
+        try:
+            new = (types.SimpleNamespace if isinstance(x, types.SimpleNamespace) else object).__new__(type(x))
+        except TypeError:  # made of a number, a word, a set, ...: it holds no place for a tensor
+            return x
         self._copies[id(x)] = new
         self._fill(new.__dict__, x.__dict__)
         if len(self._slots) == before and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
@@ -87,20 +95,32 @@ class Twin:
         return new
 
     def _dict(self, x: dict[Any, Any]) -> dict[Any, Any]:
-        new = self._copies[id(x)] = x.copy()
+        new = self._copies[id(x)] = _shell(x)
         self._fill(new, x)
+        self._beside(new, x)
         return new
 
     def _list(self, x: list[Any]) -> list[Any]:
-        new = self._copies[id(x)] = x.copy()
+        new = self._copies[id(x)] = _shell(x)
         self._fill(new, dict(enumerate(x)))
+        self._beside(new, x)
         return new
 
+    def _beside(self, new: Any, x: Any) -> None:
+        """What a list or dict of the user's class holds in attributes."""
+        held = getattr(x, "__dict__", None)
+        if held is x:  # an "attribute dict"
+            new.__dict__ = new
+        elif held:
+            self._fill(new.__dict__, held)
+
     def _fill(self, holder: Any, items: Mapping[Any, Any]) -> None:
+        base = _base(type(holder))  # a class of the user's may refuse, or do more
         for key, value in items.items():
-            holder[key] = self._copy(value)
+            copy = self._copy(value)
+            base.__setitem__(holder, key, copy)
             if id(value) in self._own:
-                self._slots.append((holder.__getitem__, key, holder[key]))
+                self._slots.append((partial(base.__getitem__, holder), key, copy))
 
     def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
         parts = [self._copy(v) for v in x]
@@ -152,9 +172,28 @@ def typed(
     return partial(Twin(function), {**(instead or {}), **other}) if other or instead else function
 
 
+def _base(kind: type) -> Any:
+    """The library's class that a class is made of."""
+    return next(base for base in kind.__mro__ if is_fixed(base.__module__))
+
+
+def _shell(x: Any) -> Any:
+    """A list or dict of the same class and items: `copy` of a class of the user's gives a plain one."""
+    if is_fixed(type(x).__module__):
+        return x.copy()
+    base = _base(type(x))
+    new = base.__new__(type(x))
+    if isinstance(x, defaultdict):
+        new.default_factory = x.default_factory
+    for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+        base.__setitem__(new, key, value) if isinstance(x, dict) else base.append(new, value)
+    return new
+
+
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}
+_HOLDERS = (types.SimpleNamespace, Namespace, UserDict, UserList)  # Python's own, of what the user puts there
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
-    (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (tuple, Twin._tuple),
+    (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (deque, Twin._list), (tuple, Twin._tuple),
     (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),
     (object, Twin._object),
 ]  # fmt: skip

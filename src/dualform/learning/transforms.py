@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from functools import cache
 from typing import Any
 
@@ -56,7 +57,7 @@ def undisturbed(make: Callable[[], Any], role: str = "worker") -> Any:
     with TRACING, _uncollected():
         _first_fake_tensors()
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(run).result()
+            return thread.submit(copy_context().run, run).result()  # the caller's context variables
 
 
 @contextmanager
