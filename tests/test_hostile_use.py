@@ -195,3 +195,26 @@ class Holding(nn.Module):
 def test_a_learner_that_holds_a_program_is_refused_for_what_it_is() -> None:
     with pytest.raises(df.DerivationError, match="the learner's 'inner' is a program"):
         df.derive(Holding(), chunk=2)
+
+
+class Weighted(nn.Module):
+    """A loss with a learned weight and a constant, which stay in their dtype where a proof runs in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.3))
+        self.register_buffer("b", torch.tensor(0.7))
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.w * (self.b * (prediction - target)).abs().pow(3).sum(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gradient_in_single_precision_is_compared_to_its_digits(seed, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))  # nothing is remembered
+    monkeypatch.setenv("DUALFORM_PROVE", "1")
+    torch.manual_seed(seed)
+    program = df.derive(df.learners.Linear()(4), Weighted(), df.rules.SGD(lr=0.5), chunk=4)
+    assert program.proof is not None
+    assert "the gradient of objective.w" in program.proof.compared
+    assert program.proof.error < 1e-6
