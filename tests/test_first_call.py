@@ -14,6 +14,7 @@ import dualform as df
 from dualform.graphs.cut import minimum_cut
 from dualform.graphs.hollow import META, Hollow, Hollows, computed
 from dualform.graphs.recorder import CannotRecord
+from dualform.graphs.selected import alone
 from dualform.graphs.trace import trace
 from dualform.learning.batched import ROWS
 from dualform.shapes import TraceError
@@ -119,7 +120,7 @@ def test_an_op_of_values_has_no_shape() -> None:
 def _graph(f, *args) -> list[str]:
     return [
         str(node.target)
-        for node in sys.modules["dualform.graphs.trace"]._recorded(f, args, {}, lambda gm: None).graph.nodes
+        for node in sys.modules["dualform.graphs.trace"]._recorded(f, args, {}, lambda gm: None, alone).graph.nodes
     ]
 
 

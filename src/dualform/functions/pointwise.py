@@ -11,7 +11,7 @@ from torch import Tensor
 from dualform.functions.basis import Expansion, Interval, attribute_wise, everywhere, expansion
 
 
-def _pointwise(
+def pointwise(
     name: str, words: str, functions: Sequence[Callable[[Tensor], Tensor]], terms: Sequence[str], interval: Interval,
     *, reach: Interval = everywhere, prepare: Callable[[Tensor], Tensor] = lambda x: x, **columns: Any,
 ) -> None:  # fmt: skip
@@ -52,13 +52,13 @@ def reciprocal() -> Expansion:
     return attribute_wise("reciprocal", basis, ["1/x"], domain=(0.1, 2.0))
 
 
-_pointwise(
+pointwise(
     "trigonometric", "attribute in its sine, cosine and tangent", (torch.sin, torch.cos, torch.tan),
     ("sin(x)", "cos(x)", "tan(x)"), (-1.4, 1.4), reach=(-1e6, 1e6), formula="[sin x, cos x, tan x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cos, sin, tan)",
     domain="all reals; tan has poles at pi/2 + k pi",
 )  # fmt: skip
-_pointwise(
+pointwise(
     "arc_trigonometric", "squashed attribute in inverse trigonometric functions; the first two sum to pi / 2",
     (lambda s: torch.asin(0.99 * s), lambda s: torch.acos(0.99 * s), torch.atan),
     ("asin(0.99/(1+exp(-x)))", "acos(0.99/(1+exp(-x)))", "atan(1/(1+exp(-x)))"), (-3.0, 3.0), prepare=torch.sigmoid,
@@ -66,13 +66,13 @@ _pointwise(
     source="Zhang 2024 (RPN 1), section 5 (there of x itself)",
     domain="all reals, through s in [0, 1]; saturates for large |x|",
 )  # fmt: skip
-_pointwise(
+pointwise(
     "hyperbolic", "attribute in its hyperbolic sine, cosine and tangent", (torch.sinh, torch.cosh, torch.tanh),
     ("sinh(x)", "cosh(x)", "tanh(x)"), (-2.0, 2.0), reach=(-88.0, 88.0), formula="[sinh x, cosh x, tanh x]",
     source="Zhang 2024 (RPN 1), section 5 (there in the order cosh, sinh, tanh)",
     domain="all reals; grows as e^|x|, infinite in float32 beyond |x| = 88",
 )  # fmt: skip
-_pointwise(
+pointwise(
     "arc_hyperbolic", "squashed attribute in inverse hyperbolic functions",
     (torch.asinh, lambda s: torch.acosh(s + 1.01), lambda s: torch.atanh(0.99 * s)),
     ("asinh(1/(1+exp(-x)))", "acosh(1.01+1/(1+exp(-x)))", "atanh(0.99/(1+exp(-x)))"), (-3.0, 3.0),
