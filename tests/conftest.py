@@ -1,11 +1,11 @@
 """What all tests share: the hypothesis profile (HYPOTHESIS_PROFILE=long for a night) and one thread per worker."""
 
-import gc
 import os
-from importlib import import_module
 
 import hypothesis
 import torch
+
+from dualform.learning import program
 
 os.environ.setdefault("DUALFORM_PROVE", "0")  # the laws are the proof here; tests/test_proof.py switches it on
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, op by op; Triton reads it where it is imported
@@ -17,22 +17,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# A refusal looks at all objects there are for the one that holds a stand-in: libraries' and old programs' are left out.
-program, *_ = map(import_module, ("dualform.learning.program", "sklearn", "sympy", "transformers"))
-gc.collect()
-gc.freeze()
-
 
 def pytest_runtest_teardown():
-    """Let go of programs that no test uses any more, each of some ten thousand objects."""
+    """Let go of programs that no test uses any more, each of some ten thousand objects: a refusal looks at all."""
     if len(program._programs) > 12:
         program._programs.clear()
         program._structures.clear()
-
-
-def pytest_sessionfinish():
-    """Let modules end as they would."""
-    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter):

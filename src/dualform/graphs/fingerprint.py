@@ -344,7 +344,9 @@ class Fingerprint:
 
 
 def is_fixed(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] in _FIXED
+    if not isinstance(module, str):  # a compiled metaclass has a descriptor there
+        return module is not None
+    return module.partition(".")[0] in _FIXED
 
 
 class _Used(NamedTuple):

@@ -100,16 +100,13 @@ class Survivors:
         left.clear()
         if any(x() is not None for x, *_ in kept):
             gc.collect()  # what refers to itself, as a module's copy and its methods, is kept by nobody
-        is_frozen = gc.get_freeze_count() > 0 and any(x() is not None for x, *_ in kept)
-        if is_frozen:
-            gc.unfreeze()  # nobody is told what refers to it
+        if gc.get_freeze_count() and any(x() is not None for x, *_ in kept):
+            gc.unfreeze()  # of what is frozen nobody is told what refers to it
         found: list[tuple[str, str]] = []
         while kept:
             x, line, value = kept.pop()
             where = _let_go(x())
             found += [(line, where)] if where and value is None else []
-        if is_frozen:
-            gc.freeze()
         if found and error is None:
             line, where = found[-1]
             raise Settled(
