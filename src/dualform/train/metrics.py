@@ -56,8 +56,8 @@ def evaluate(
     num_bytes, start = 0, time.perf_counter()
     for batch in DataLoader(chosen, batch_size=batch_size):
         batch = {name: x.to(device) for name, x in batch.items()}
-        found = model(input_ids=batch["input_ids"], reset=batch["reset"], use_cache=False, return_dict=True)
-        logits = found.logits[:, :-1]
+        found = model(input_ids=batch["input_ids"], reset=batch["reset"], use_cache=False)
+        logits = (found[0] if isinstance(found, tuple) else found.logits)[:, :-1]
         target = batch["labels"][:, 1:]
         logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=-100)
