@@ -1,5 +1,6 @@
 """What all tests share: the hypothesis profile (HYPOTHESIS_PROFILE=long for a night) and one thread per worker."""
 
+import gc
 import os
 
 import hypothesis
@@ -19,10 +20,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_runtest_teardown():
-    """Let go of programs that no test uses any more, each of some ten thousand objects: a refusal looks at all."""
+    """Let go of programs that no test uses any more, each of some ten thousand objects, and set aside what is there:
+    a refusal looks at all objects, and thaws them where something is kept."""
     if len(program._programs) > 12:
         program._programs.clear()
         program._structures.clear()
+        gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Let modules end as they would."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter):
