@@ -299,15 +299,9 @@ class Fingerprint:
     def _object(self, x: Any) -> Hashable:
         kind = type(x)
         if hasattr(kind, "__fingerprint__"):
-            found = (kind, self._read(x.__fingerprint__(), ""))
-            if self._watches:
-                self._states.append((x, Fingerprint(x)))
-            return found
+            return self._said(x, kind, self._read(x.__fingerprint__(), ""))
         if isinstance(x, ContextVar):
-            found = (kind, x.name, self._read(x.get(None), x.name))
-            if self._watches:
-                self._states.append((x, Fingerprint(x)))
-            return found
+            return self._said(x, kind, x.name, self._read(x.get(None), x.name))
         readable = not is_fixed(kind.__module__) or isinstance(x, nn.Module | types.SimpleNamespace | Namespace)
         slots = [n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(x, n)]
         if not (readable or is_dataclass(x)) or not (hasattr(x, "__dict__") or slots):
@@ -318,10 +312,8 @@ class Fingerprint:
         if hasattr(x, "__dict__"):
             self._watch(vars(x))
             items += vars(x).items()
-        return (
-            self._read(kind, ""),
-            *((n, self._read(v, n.strip("_"))) for n, v in sorted(items, key=operator.itemgetter(0))),
-        )
+        items.sort(key=operator.itemgetter(0))
+        return (self._read(kind, ""), *((n, self._read(v, n.strip("_"))) for n, v in items))
 
     def _state(self, x: Any) -> Hashable:
         """What an object of a library would be pickled as: random.Random, itertools.count, array, UserDict, ..."""
@@ -337,10 +329,14 @@ class Fingerprint:
         if isinstance(made, str):  # a global's name
             return (kind, made)
         maker, *rest = (*made, None, None, None)[:5]
+        own = (maker, *rest[:2], *(v and list(v) for v in rest[2:]))
+        return self._said(x, kind, *(self._read(v, "") for v in own))
+
+    def _said(self, x: Any, *found: Hashable) -> Hashable:
+        """What an object says of itself, which is asked again."""
         if self._watches:
             self._states.append((x, Fingerprint(x)))
-        own = (maker, *rest[:2], *(v and list(v) for v in rest[2:]))
-        return (kind, *(self._read(v, "") for v in own))
+        return found
 
 
 def is_fixed(module: str | None) -> bool:

@@ -241,9 +241,9 @@ def _run(
     def ready() -> Callable[[], list[Tensor]]:
         grid = GridCall(plan, call, taken.blocks, taken.prepare)
         way = loop if whole is None or not grid.blocks else whole
-        if way is whole:
-            way_ = "forward some" if words[0] == "forward" and words[1] else str(words[0])
-            _check(name, plan, grid, way_, backend != "auto")
+        if way is whole and (plan.is_checked or backend == "auto"):
+            keeps = words[0] == "forward" and words[1]
+            _check(name, plan, grid, "forward some" if keeps else str(words[0]))
         return lambda: own(run(way, grid), given)
 
     if whole is None:
@@ -294,15 +294,12 @@ def own(found: Iterable[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
-def _check(name: str, plan: Plan, run: GridCall, way: str, asked: bool) -> None:
+def _check(name: str, plan: Plan, run: GridCall, way: str) -> None:
     """Compare generated code with eager at its first use, for each kind of block, on a part of the call, unless it was
     seen right before.
 
-    way: "backward", "forward", or "forward some", which keeps states for a backward and may be code of its own. asked:
-    did somebody choose it, whether it was seen right or not?
+    way: "backward", "forward", or "forward some", which keeps states for a backward and may be code of its own.
     """
-    if asked and not plan.is_checked:
-        return
     whole, kinds, variants = backend_of(name).whole, run.call.kinds, frozenset(run.grid.variants)
     assert whole is not None
     each, place = whole.as_run(name, run, way == "backward")
