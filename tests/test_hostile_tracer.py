@@ -958,6 +958,39 @@ def test_a_trace_need_not_look_for_what_is_kept(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("collected"))
     monkeypatch.setattr(gc, "get_referrers", lambda *_: pytest.fail("searched"))
     trace(_in_a_cache, torch.randn(3, 4))
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.clone()
+        g[ctx.saved_tensors[0] < 0] = 0
+        return g
+
+
+def test_the_collector_looks_at_what_a_trace_made_alone(monkeypatch):
+    """A gradient of one's own leaves circles behind; a process of millions of objects took a second a trace for them.
+
+    The collector is on, or off, as it was.
+    """
+    learner = _Caching(lambda x: _Masked.apply(x * 2))
+    df.derive(learner, rule=df.rules.SGD(lr=0.3), chunk=3)  # what torch loads at its first trace
+    monkeypatch.setattr(gc, "get_referrers", lambda *_: pytest.fail("searched"))
+    collect, seen = gc.collect, set()
+    monkeypatch.setattr(gc, "collect", lambda generation=2: seen.add(generation) or collect(generation))
+    for switch, is_on in ((gc.disable, False), (gc.enable, True)):
+        switch()
+        try:
+            df.derive(learner, rule=df.rules.SGD(lr=0.1 + is_on), chunk=3)
+            assert gc.isenabled() == is_on
+        finally:
+            gc.enable()
+    assert 2 not in seen
     learner = _Caching(torch.tanh)
     learner.log = []
     trace(lambda x: (learner(x), torch.zeros(3))[0], torch.randn(3, 4, dtype=torch.float64))

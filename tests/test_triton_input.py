@@ -29,12 +29,12 @@ triton = pytest.importorskip("triton")
 def ask(monkeypatch, tmp_path):
     """A program, and what calls it: with a check of first uses, and `auto` that takes Triton wherever it may."""
     monkeypatch.setenv("DUALFORM_PROVE", "1")
-    monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))
     monkeypatch.setattr(triton_backend._Rows, "suits", lambda self, plan, call: True)
     monkeypatch.setattr(backends, "names", lambda: ("triton", "eager"))
     torch.manual_seed(0)
     program = df.derive(built_in[6](4), shifted, rules["averaged"], chunk=2, prove=True)
     natives = program.plan(4, torch.float32, "auto").natives
+    monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))  # of kernels alone
     x = [torch.randn(2, 5, 1, 4) for _ in range(3)]
 
     def forget():

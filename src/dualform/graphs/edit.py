@@ -5,7 +5,7 @@ A node's value, `meta["val"]`, is a stand-in of its shape and dtype; its line, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -84,6 +84,14 @@ def add_input(graph: fx.Graph, name: str, value: Any = None, after: fx.Node | No
     if value is not None:
         new.meta["val"] = value
     return new
+
+
+def own_values(gm: fx.GraphModule, shared: Container[int] | None = None) -> None:
+    """Give nodes values that nobody else holds; shared: the identities of those that others may hold, else all."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and (shared is None or id(value) in shared):
+            node.meta["val"] = value.detach()
 
 
 def shape_of(x: Any) -> tuple[int, ...]:

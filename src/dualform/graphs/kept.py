@@ -23,8 +23,9 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dualform.graphs.edit import copied, inline, inputs_of, replace, results_of, without_dead
+from dualform.graphs.edit import copied, inline, inputs_of, own_values, replace, results_of, without_dead
 from dualform.graphs.operators import library
+from dualform.graphs.this_thread import out_of_sight
 from dualform.shapes import TraceError
 from dualform.storages import memory_of
 
@@ -68,6 +69,9 @@ _known: dict[str, Kept] = {}
 def keep(made: Kept) -> str:
     """Give a function and its gradient a name for `kept`; equal ones have one."""
     graphs = [made.forward, *made.backward]
+    with torch._C.DisableTorchFunction(), out_of_sight():
+        for gm in filter(None, graphs):
+            own_values(gm)
     said = "\n".join(_said(gm) for gm in graphs)
     key = f"{made.name}_{hashlib.sha256(f'{made.refusal}{said}'.encode()).hexdigest()[:16]}"
     _known.setdefault(key, made)

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
+from dualform.graphs.edit import own_values
 from dualform.graphs.hollow import Hollow
 from dualform.shapes import TraceError
 
@@ -62,11 +63,15 @@ class Survivors:
         self._values: Callable[[], dict[int, Value]] = dict
 
     def __enter__(self) -> Survivors:
-        _here.outer = self
+        """What the trace makes stays young until its end, where it is collected alone, not with all that there is."""
+        _here.outer, self.is_collected = self, gc.isenabled()
+        gc.disable()
         return self
 
     def __exit__(self, *_: Any) -> None:
         _here.outer = self.outer
+        if self.is_collected:
+            gc.enable()
 
     def begin(self, inputs: Sequence[Tensor], values: Callable[[], dict[int, Value]]) -> None:
         """Take a function's inputs; values: lets go of all tensors that are known, and says how to find the numbers of
@@ -79,11 +84,11 @@ class Survivors:
         leaves = pytree.tree_leaves(tree) if isinstance(tree, list | tuple | dict) else (tree,)
         self._seen += [_Seen(weakref.ref(x), line) for x in leaves if isinstance(x, Hollow | FakeTensor)]
 
-    def end(self, error: BaseException | None = None, is_shown: bool = True) -> bool:
+    def end(self, gm: fx.GraphModule | None = None, error: BaseException | None = None, is_shown: bool = True) -> bool:
         """Leave no stand-in behind. Say whether the function found some of its own making, now with numbers.
 
-        Whoever asks has let go of all tensors of the trace, but in its error: one that nobody is shown loses its
-        frames.
+        Whoever asks has let go of all tensors of the trace, but in its graph and in its error: one that nobody is shown
+        loses its frames.
         Raises: Settled if something is kept that is made of an input, unless there is an error already.
         """
         values = self._values()
@@ -95,12 +100,15 @@ class Survivors:
             return False
         left = {id(x): (x, s.line, s.value) for s in reversed(seen) if (x := s.tensor()) is not None}
         del seen  # a tensor with weak references is not exchanged
+        if gm is not None:
+            own_values(gm, left)
         made = {id(x) for x, _, value in left.values() if value is not None and _is_given(x, value)}
         kept = [(weakref.ref(x), line, value) for x, line, value in left.values() if id(x) not in made]
         left.clear()
-        if any(x() is not None for x, *_ in kept):
-            gc.collect()  # what refers to itself, as a module's copy and its methods, is kept by nobody
-        if gc.get_freeze_count() and any(x() is not None for x, *_ in kept):
+        for generation in (1, 2):  # what refers to itself, as a module's copy and its methods, is kept by nobody
+            if any(x() is not None for x, *_ in kept) and (generation == 1 or error is None):
+                gc.collect(generation)
+        if any(x() is not None for x, *_ in kept) and gc.get_freeze_count():
             gc.unfreeze()  # of what is frozen nobody is told what refers to it
         found: list[tuple[str, str]] = []
         while kept:

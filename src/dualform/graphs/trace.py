@@ -94,9 +94,9 @@ def trace(
                 try:  # while its frames say where it is from
                     _settle(error, error is seen.refused)
                 finally:
-                    seen.end(error, is_shown=is_settled or record is not _recorded)
+                    seen.end(None, error, is_settled or record is not _recorded)
                 raise
-        return gm, seen.end()
+            return gm, seen.end(gm)
 
     def once() -> tuple[fx.GraphModule, bool]:
         try:
