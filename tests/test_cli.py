@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from test_proof import forget
 
 from dualform.cli import main
 from dualform.cli.expression import compile_expression, functions, parse_shapes
@@ -370,6 +371,7 @@ def test_shapes():
 
 def test_bench_compares_backends_and_the_cache_is_cleared(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("DUALFORM_CACHE", str(tmp_path))
+    forget(monkeypatch)
     sizes = ["--length", "8", "--dim", "4", "--heads", "1", "--chunk", "4", "--rounds", "1"]
     status, out, _ = run(capfd, "bench", "cpu", "--learner", "linear", *sizes, "--json")
     assert status == 0
