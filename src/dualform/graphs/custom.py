@@ -63,6 +63,8 @@ def listening(listener: Listener | None, selected: Any = None) -> Iterator[None]
         yield
     finally:
         _listening.to.pop()
+        if listener is not None:
+            listener.given = {}  # lets go of the trace's inputs
         with _lock:
             _count -= 1
             if not _count:

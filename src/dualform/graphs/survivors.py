@@ -29,6 +29,7 @@ from dualform.graphs.hollow import Hollow
 from dualform.shapes import TraceError
 
 Value = Callable[[], Tensor]  # finds the numbers of what is made of constants alone
+Named = Callable[[], str]  # looks for a name among all objects
 
 
 class _Seen(NamedTuple):
@@ -110,7 +111,7 @@ class Survivors:
                 gc.collect(generation)
         if any(x() is not None for x, *_ in kept) and gc.get_freeze_count():
             gc.unfreeze()  # of what is frozen nobody is told what refers to it
-        found: list[tuple[str, str]] = []
+        found: list[tuple[str, Named]] = []
         while kept:
             x, line, value = kept.pop()
             where = _let_go(x())
@@ -118,7 +119,7 @@ class Survivors:
         if found and error is None:
             line, where = found[-1]
             raise Settled(
-                f"trace: {f'`{line}`' if line else 'an input'} is kept in {where} beyond the call; expected a function "
+                f"trace: {f'`{line}`' if line else 'an input'} is kept in {where()} beyond the call; expected a function "
                 "that keeps nothing made of its inputs. Return it; a table that depends on no input may be kept."
             )
         return bool(made)
@@ -146,36 +147,37 @@ def _is_given(x: Tensor, value: Value) -> bool:
     return True
 
 
-def _let_go(x: Any) -> str:
-    """Take a thing out of where it is kept, and name that; empty if no Python object keeps it."""
-    where = ""
+def _let_go(x: Any) -> Named | None:
+    """Take a thing out of where it is kept, and say how to name that; None if no Python object keeps it."""
+    where = None
     for holder in [] if x is None else gc.get_referrers(x):  # no closure of ours is one
         if not isinstance(holder, FrameType):
             where = _taken(holder, x) or where
     return where
 
 
-def _taken(holder: Any, x: Any) -> str:
+def _taken(holder: Any, x: Any) -> Named | None:
     if isinstance(holder, functools._lru_cache_wrapper):
         holder.cache_clear()
-        return f"the cache of {holder.__qualname__}"
+        return lambda: f"the cache of {holder.__qualname__}"
     if isinstance(holder, CellType):
         holder.cell_contents = None
-        return "a variable of a closure"
+        return lambda: "a variable of a closure"
     if isinstance(holder, tuple | frozenset):
         return _let_go(holder)
     if isinstance(holder, dict):
         owner = _owner(holder)
-        return "" if isinstance(owner, fx.Node) else _taken_out(holder, _keys(holder, x), owner)  # a shape of a graph's
+        shape = isinstance(owner, fx.Node)  # of a graph's node
+        return None if shape else _taken_out(holder, _keys(holder, x), owner)
     if isinstance(holder, list | deque | set):
         kept = [v for v in holder if v is not x]
         holder.clear()
         (holder.update if isinstance(holder, set) else holder.extend)(kept)
-        return _named(holder)
+        return lambda: _named(holder)
     return _taken_out({}, _keys(getattr(holder, "__dict__", {}), x), holder)
 
 
-def _taken_out(names: dict[Any, Any], keys: list[Any], owner: Any) -> str:
+def _taken_out(names: dict[Any, Any], keys: list[Any], owner: Any) -> Named | None:
     """Take entries out of a dict; what has a name gets none of it, as before a first call."""
     for key in keys:
         if owner is None:
@@ -185,10 +187,10 @@ def _taken_out(names: dict[Any, Any], keys: list[Any], owner: Any) -> str:
         else:
             setattr(owner, key, None)
     if not keys or isinstance(owner, dict):
-        return str(keys[0]) if keys else f"a {type(owner).__qualname__}"
+        return lambda: str(keys[0]) if keys else f"a {type(owner).__qualname__}"
     if owner is None:
-        return f"{_named(names)}[{keys[0]!r}]"
-    return f"{getattr(owner, '__qualname__', type(owner).__qualname__)}.{keys[0]}"
+        return lambda: f"{_named(names)}[{keys[0]!r}]"
+    return lambda: f"{getattr(owner, '__qualname__', type(owner).__qualname__)}.{keys[0]}"
 
 
 def _owner(names: dict[Any, Any]) -> Any:
