@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.learning.front_door import Roles
 from dualform.learning.grid import starts_by_lengths
+from dualform.learning.roles import Roles
 from dualform.learning.rules import Rule
 from dualform.learning.state import State
 from dualform.shapes import ShapeError, require
