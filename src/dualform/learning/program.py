@@ -288,6 +288,7 @@ class ChunkProgram(nn.Module):
         params: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         if not compiles():
+            call = call.owned() if torch.is_grad_enabled() else call
             made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             expect_width(call.v, made.derivation.V)
             fixed = {name: self.parts.buffers[name] for name in self.door.fixed}
