@@ -241,3 +241,26 @@ def test_what_inference_mode_made_is_learnt_from() -> None:
         found.append((o, weight.grad))
         weight.grad = None
     torch.testing.assert_close(*found)
+
+
+kept: list[Tensor] = []
+tables: dict[str, Tensor] = {}
+
+
+def _keeps(s: Any, y: Tensor) -> Tensor:
+    kept.append(y)
+    return y
+
+
+def _tabulates(s: Any, y: Tensor) -> Tensor:
+    if "mean" not in tables:
+        tables["mean"] = y.mean(0)
+    return y + tables["mean"]
+
+
+@pytest.mark.parametrize("g", [_keeps, _tabulates])
+def test_nothing_of_the_trials_for_a_width_is_left(g: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="is kept in"):
+        df.derive(Scaled(g), chunk=2, prove=False)
+    assert not kept
+    assert not tables

@@ -124,6 +124,14 @@ class Survivors:
         return bool(made)
 
 
+def let_go(made: Sequence[weakref.ref[Tensor]]) -> None:
+    """Take tensors of a run that nobody asked for out of where its function has kept them."""
+    if any(x() is not None for x in made):
+        gc.collect()
+    for x in made:
+        _let_go(x())
+
+
 def _forget(error: BaseException | None, before: BaseException | None, is_shown: bool) -> None:
     """Let go of what the frames of an error hold, and of those behind it; a frame that is there holds its closure."""
     todo, done = [error], [before]
