@@ -156,4 +156,6 @@ def row_numbers(rows: Any, count: int) -> Tensor:
     return torch.where(chosen < 0, chosen + count, chosen)
 
 
-_pytree.register_dataclass(State, field_names=["anchor", "registers", "position"], drop_field_names=[])
+_pytree.register_dataclass(
+    State, field_names=["anchor", "registers", "position"], drop_field_names=[], serialized_type_name="dualform.State"
+)
