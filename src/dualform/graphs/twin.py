@@ -171,7 +171,7 @@ class Twin:
         if copy is target:
             return x
         if isinstance(x, weakref.KeyedRef):
-            return type(x)(copy, None, x.key)
+            return type(x)(copy, lambda ref: None, x.key)
         return type(x)(copy) if isinstance(x, weakref.ref) else weakref.proxy(copy)
 
     def _cached(self, x: Any) -> Any:
