@@ -275,7 +275,7 @@ class Fingerprint:
         """What code may read of the caller's own modules, however it came by them: attributes that some code names."""
         done: set[tuple[int, str]] = set()
 
-        def found() -> list[tuple[types.ModuleType, str]]:
+        def found() -> list[tuple[types.ModuleType | Tensor, str]]:
             if _IMPORTERS & self._words.keys():
                 named = (sys.modules[n] for n in self._words if n in sys.modules and not is_fixed(n))
                 self._modules.update((id(m), m) for m in named)
