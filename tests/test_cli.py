@@ -404,3 +404,12 @@ def test_bench_refuses(capfd, arguments, message):
     status, _, err = run(capfd, "bench", "cpu", *arguments)
     assert status == 2
     assert message in err
+
+
+@pytest.mark.parametrize("rows", [0, 1, -5])
+def test_rows_without_a_next_token_are_bad_usage(capfd, trained, tmp_path, rows):
+    for verb in (("train", "--output", tmp_path / "run"), ("evaluate", trained / "model")):
+        status, _, err = run(capfd, *verb, "--seq-len", rows)
+        assert status == 2
+        assert f"seq_len is {rows}; expected a whole number >= 2" in err
+    assert not (tmp_path / "run").exists()

@@ -115,6 +115,42 @@ def test_a_state_goes_on_elsewhere(tmp_path):
     """)  # fmt: skip
 
 
+class Carrying(nn.Module):
+    """A layer that takes and gives a state as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = df.TestTimeTraining(dim=8, heads=2, chunk=2, learner=df.learners.Linear()).double()
+
+    def forward(self, x, state):
+        return self.layer(x, state=state)
+
+
+def test_a_layer_s_state_goes_on_elsewhere(tmp_path):
+    torch.manual_seed(0)
+    module, x = Carrying(), torch.randn(2, 11, 8, dtype=torch.float64)
+    state = module.layer(x[:, :3])[1].detach()
+    with torch.no_grad():
+        shapes = torch.export.ShapesCollection()
+        shapes[x] = {1: Dim("T", min=2, max=64)}
+        exported = export(module, (x, state), dynamic_shapes=shapes)
+        torch.export.save(exported, tmp_path / "carrying.pt2")
+        y, after = module(x, state)
+        torch.save([x, state.tensors(), y, after.tensors(), module(x[:, :5], after)[0]], tmp_path / "cases.pt")
+    elsewhere(tmp_path, """
+        import dualform as df
+        from dualform import testing as laws
+        from dualform.learning.layer import LayerState
+        module = torch.export.load("carrying.pt2").module()
+        x, before, wanted, after, further = torch.load("cases.pt")
+        y, state = module(x, LayerState.of(before))
+        laws.agree("y", y, wanted)
+        for name, got in state.tensors().items():
+            laws.agree(name, got, after[name])
+        laws.agree("further", module(x[:, :5], state)[0], further)
+    """)  # fmt: skip
+
+
 @pytest.mark.parametrize(("strict", "frozen"), [(True, True), (False, False)])
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 def test_a_layer_whose_parameters_learn_or_do_not(strict, frozen):

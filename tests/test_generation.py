@@ -346,6 +346,8 @@ def with_cache(model, ids):
             lambda m, x: build("attention").inner_losses(x),
             r"inner_losses: layer_types is .*expected a 'test_time' layer",
         ),
+        (lambda m, x: greedy(m, x, cache_implementation="paged"), "continuous batching .*expected a cache that takes"),
+        (lambda m, x: copy.deepcopy(m(x, use_cache=True).past_key_values), r"Call cache\.detach\(\) first"),
     ],
 )
 def test_nonsense_is_named(ids, call, message):

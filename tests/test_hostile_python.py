@@ -3,15 +3,18 @@
 import argparse
 import collections
 import contextvars
+import ctypes
 import enum
 import functools
 import importlib
 import multiprocessing
 import os
 import sys
+import threading
 import types
 import typing
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +136,40 @@ class Said:
         return (self.k,)
 
 
+class Slots:
+    """Keeps what it holds beside any `__dict__`, one of it under a private name."""
+
+    __slots__ = ("__k", "part")
+
+    def __init__(self, part: Any = None) -> None:
+        self.part, self.__k = part, [1.0]
+
+    @property
+    def k(self) -> list[float]:
+        return self.__k
+
+
+class Slotted(Scaled):
+    __slots__ = ("held",)
+
+
+class Local(threading.local):
+    """Each thread's own."""
+
+    def __init__(self, part: Any = None) -> None:
+        self.part, self.k = part, 1.0
+
+
+class Fields(ctypes.Structure):
+    _fields_ = [("k", ctypes.c_double)]
+
+
+def _tensor(**attributes: float) -> Tensor:
+    t = torch.ones(4, dtype=DOUBLE)
+    t.__dict__.update(attributes)
+    return t
+
+
 def _rows() -> Rows:
     rows = Rows([1.0])
     rows.k = 1.0  # type: ignore[attr-defined]
@@ -208,6 +245,17 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
         lambda: Scaled(lambda s, y: y * float(os.environ["HOSTILE_SCALE"])),
         lambda s: os.environ.__setitem__("HOSTILE_SCALE", "2.0"),
     ),
+    "attribute of a tensor": (
+        lambda: Scaled(lambda s, y: y * s.c.k + s.c, c=_tensor(k=1.0)),
+        lambda s: setattr(s.c, "k", 2.0),
+    ),
+    "new attribute of a tensor": (
+        lambda: Scaled(lambda s, y: y * getattr(s.c, "k", 1.0) + s.c, c=_tensor()),
+        lambda s: setattr(s.c, "k", 2.0),
+    ),
+    "private slot": (lambda: Scaled(lambda s, y: y * s.c.k[0], c=Slots()), lambda s: s.c.k.__setitem__(0, 2.0)),
+    "variable of a thread": (lambda: Scaled(lambda s, y: y * s.c.k, c=Local()), lambda s: setattr(s.c, "k", 2.0)),
+    "field of C's": (lambda: Scaled(lambda s, y: y * s.c.k, c=Fields(1.0)), lambda s: setattr(s.c, "k", 2.0)),
     "variable of the context": (lambda: Scaled(lambda s, y: y * setting.get()), lambda s: setting.set(2.0)),
 }
 
@@ -295,13 +343,27 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "namespace": lambda part: types.SimpleNamespace(part=part),
     "arguments": lambda part: argparse.Namespace(part=part),
     "queue": lambda part: collections.deque([part]),
+    "slots": Slots,
+    "variable of a thread": Local,
+    "set": lambda part: {part},
+    "frozen set": lambda part: frozenset([part]),
+    "weak set": lambda part: weakref.WeakSet([part]),
+    "weak reference": lambda part: weakref.ref(part),
+    "weak proxy": lambda part: collections.deque([weakref.proxy(part)]),
+    "weak values": lambda part: weakref.WeakValueDictionary(part=part),
+    "read-only": lambda part: types.MappingProxyType({"part": part}),
+    "chain": lambda part: collections.ChainMap({}, {"part": part}),
+    "cache": lambda part: functools.lru_cache(lambda: part),
+    "key": lambda part: {part: 1.0},
 }
 
 
 def _part(held: Any) -> Any:
-    if isinstance(held, types.SimpleNamespace | argparse.Namespace):
+    if isinstance(held, types.SimpleNamespace | argparse.Namespace | Slots | Local):
         return held.part
-    return held[0 if isinstance(held, collections.deque) else "part"]
+    if isinstance(held, set | frozenset | weakref.WeakSet) or (isinstance(held, dict) and 1.0 in held.values()):
+        return next(iter(held))
+    return held() if callable(held) else held[0 if isinstance(held, collections.deque) else "part"]
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -313,7 +375,78 @@ def test_parts_in_whatever_holds_them_learn(holder: str) -> None:
     program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
     torch.testing.assert_close(_run(program, x), by_hand(learner, x))
     assert learner.c is held
-    assert _part(held) is part
+    assert _part(held) in (part, weakref.proxy(part))
+
+
+def test_a_part_in_a_module_s_own_slot_learns() -> None:
+    part = nn.Linear(4, 4, dtype=DOUBLE)
+    learner, x = Slotted(lambda s, y: y + torch.tanh(s.held[0](y)), part=part), _x()
+    learner.held = [part]
+    learner.add_module("again", part)
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+
+
+def test_attributes_of_a_weight_are_there_when_it_learns() -> None:
+    learner, x = Scaled(lambda s, y: y * s.w.k), _x()
+    learner.w.k = 3.0  # type: ignore[attr-defined]
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(Scaled(lambda s, y: y * 3.0), x))
+
+
+def test_variables_of_a_thread_are_the_caller_s_at_derive() -> None:
+    learner, x = Scaled(lambda s, y: y * s.c.k, c=Local()), _x()
+    learner.c.k = 3.0
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+
+
+def test_what_a_pointer_points_at_cannot_be_read() -> None:
+    number = ctypes.c_double(1.0)
+    learner, x = Scaled(lambda s, y: y * s.c.contents.value, c=ctypes.pointer(number)), _x()
+    with pytest.warns(UserWarning, match="LP_c_double"):
+        program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    number.value = 2.0
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+
+
+kind = type
+TOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "type": lambda s, y: y.tanh() if type(y) is Tensor else y,
+    "another name of it": lambda s, y: y.tanh() if kind(y) is Tensor else y,
+    "a table by type": lambda s, y: y * {Tensor: 2.0}.get(type(y), 1.0),
+    "class": lambda s, y: y.tanh() if y.__class__ is Tensor else y,
+    "its name": lambda s, y: y.tanh() if type(s.w).__name__ == "Parameter" else y,
+    "a parameter": lambda s, y: y.tanh() if isinstance(s.w, nn.Parameter) else y,
+    "only for gradients": lambda s, y: y if type(y) is Tensor else y.detach() + s.w.sum(),
+    "an error": lambda s, y: s.nothing if type(y) is Tensor else y,
+}
+
+
+@pytest.mark.parametrize("how", TOLD)
+def test_what_tells_a_tensor_from_its_stand_in_is_refused_by_line(how: str) -> None:
+    with pytest.raises(ValueError, match=rf'"{how}": lambda.*test_hostile_python.py.*tells a tensor'):
+        df.derive(Scaled(TOLD[how]), chunk=3, prove=False)
+
+
+def test_an_objective_and_a_jacobian_that_tell_types_apart_are_refused() -> None:
+    def loss(p: Tensor, v: Tensor) -> Tensor:
+        return (p - v).square().sum(-1) * (1.0 if type(p) is Tensor else 2.0)
+
+    with pytest.raises(ValueError, match=r"1\.0 if type.*tells a tensor"):
+        df.derive(nn.Linear(4, 4), loss, chunk=3, prove=False)
+    with pytest.raises(ValueError, match="tells a tensor"):
+        df.jacobian(lambda x: x.sin() if type(x) is Tensor else 2 * x, torch.ones(2))
+
+
+def test_asking_for_types_that_are_the_same_is_taken() -> None:
+    def g(s: Any, y: Tensor) -> Tensor:
+        k = {Scaled: 2.0}.get(type(s), 1.0)
+        return y * k * len(type(s).__name__) if issubclass(y.__class__, Tensor) else y
+
+    learner, x = Scaled(g), _x()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
 
 
 @pytest.mark.parametrize("make", [multiprocessing.Lock, lambda: multiprocessing.Value("d", 1.0)])

@@ -218,3 +218,49 @@ def test_a_gradient_in_single_precision_is_compared_to_its_digits(seed, tmp_path
     assert program.proof is not None
     assert "the gradient of objective.w" in program.proof.compared
     assert program.proof.error < 1e-6
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.BatchNorm1d])
+def test_what_training_mode_updates_is_said(norm: Any) -> None:
+    learner = nn.Sequential(nn.Linear(4, 4), norm(4) if norm is nn.BatchNorm1d else norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"training mode does it.*call \.eval\(\)"):
+        df.derive(learner, chunk=2, prove=False)
+    df.derive(learner.eval(), chunk=2, prove=False)
+
+
+def test_what_inference_mode_made_is_learnt_from() -> None:
+    program = df.derive(nn.Linear(4, 4), rule=df.rules.SGD(lr=0.1), chunk=2, prove=False)
+    q = torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            state, x = program(q, q, q)[1], q.cos()
+        o, after = program(x, x, q, state=state)
+        (o.sum() + after.anchor["weight"].sum()).backward()
+        weight: Any = program.learner.weight
+        found.append((o, weight.grad))
+        weight.grad = None
+    torch.testing.assert_close(*found)
+
+
+kept: list[Tensor] = []
+tables: dict[str, Tensor] = {}
+
+
+def _keeps(s: Any, y: Tensor) -> Tensor:
+    kept.append(y)
+    return y
+
+
+def _tabulates(s: Any, y: Tensor) -> Tensor:
+    if "mean" not in tables:
+        tables["mean"] = y.mean(0)
+    return y + tables["mean"]
+
+
+@pytest.mark.parametrize("g", [_keeps, _tabulates])
+def test_nothing_of_the_trials_for_a_width_is_left(g: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="is kept in"):
+        df.derive(Scaled(g), chunk=2, prove=False)
+    assert not kept
+    assert not tables

@@ -187,6 +187,9 @@ PICKED = {
     "a module": rows(lambda p, s: s.net(p)),
     "experts": experts,
     "two experts": two_experts,
+    "a sum, twice": lambda h, s: h.__setitem__(h.sum(-1) > 0, h[h.sum(-1) > 0] * s.b),
+    "the largest, twice": lambda h, s: h.__setitem__(h.max(-1).values > 0.5, h[h.max(-1)[0] > 0.5].tanh() * s.b),
+    "a product, twice": lambda h, s: h.__setitem__((h @ s.W)[:, 0] > 0, h[torch.matmul(h, s.W)[:, 0] > 0] * s.b),
 }  # fmt: skip
 
 
@@ -212,6 +215,8 @@ MET = {
     "a column over many": lambda h, s: h.__setitem__(h < 0, h[h < 0] * s.b),
     "written over": lambda h, s: (m := h < 0, p := h[m], m.logical_not_(), h.__setitem__(m, p))[0] * h,
     "a mask written over, worked on": lambda h, s: (m := h < 0, p := h[m] * s.b[0], m.logical_not_(), p.exp())[0] * h,
+    "a sum, written over": lambda h, s: (p := h[h.sum(-1) > 0], h.neg_(), h.__setitem__(h.sum(-1) > 0, p))[0] * h,
+    "another sum": lambda h, s: h.__setitem__(h.sum(-1) > 0, h[h.sum(-1, dtype=torch.float32) > 0]),
     "a view written over": lambda h, s: (m := h < 0, h.view(-1).neg_(), h.__setitem__(m, h[h < 0]))[0] * h,
 }
 

@@ -33,6 +33,7 @@ from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
 from dualform.graphs.local_rules import reads_values
 from dualform.graphs.straight_line import Split, runnable, split, straight
+from dualform.graphs.told_apart import expect_as_on_tensors
 from dualform.graphs.trace import trace
 from dualform.shapes import fail
 from dualform.storages import times_written
@@ -138,6 +139,7 @@ class Traced:
             return tuple(leaves)
 
         gm = trace(flat, *tensors, generators=known.generators)
+        expect_as_on_tensors(flat, gm, tensors, tensors, known.telling)
         self.slots, constants, made = _lifted(gm, known)
         self.gm = canonical_graph(gm)
         self.is_cacheable = made

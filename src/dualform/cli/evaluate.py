@@ -26,9 +26,9 @@ def evaluate(
         batch_size: Rows at once. Default: as in training, or 16.
         as_json: Print JSON instead of a table.
     """
-    for name, value in {"seq_len": seq_len, "batch_size": batch_size}.items():
-        if value is not None and value < 1:
-            raise UsageError(f"evaluate: {name} is {value}; expected a whole number >= 1.")
+    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"evaluate: {name} is {value}; expected a whole number >= {least}. Change it.")
     lm, tokenizer = load_model(model)
     if len(tokenizer) != len(byte_tokenizer()):
         raise UsageError(

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
+from dualform.graphs.code_names import is_fixed
 from dualform.graphs.edit import replace
-from dualform.graphs.fingerprint import is_fixed
 from dualform.ops.table import bound_arguments
 from dualform.shapes import TraceError
 

@@ -6,9 +6,9 @@ at each call, so that nothing closed over can be stale. What cannot be read (obj
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import decimal
-import dis
 import fractions
 import inspect
 import logging
@@ -28,15 +28,15 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from enum import Enum
-from functools import cached_property, lru_cache, partial, partialmethod
-from typing import Any, NamedTuple
+from functools import cached_property, partial, partialmethod
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-# Code that does not change while a program runs: it is known by identity.
-_FIXED = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "dualform", "opt_einsum", "einops", "math"}
+from dualform.graphs.code_names import is_fixed, is_librarys, is_name, telling, used_by
+
 _VALUES = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size)
 _NUMBERS_AND_WORDS = (int, float, complex, str, bytes)
 # Library objects that are what they are: equal by value, or one thing for as long as they live.
@@ -46,6 +46,7 @@ _PLAIN = (
     types.UnionType, numpy.ufunc, numpy.dtype, torch.memory_format, torch.layout, torch.Generator,
     types.CodeType,
 )  # fmt: skip
+_C_DATA = ctypes.c_int.__mro__[-2]  # which no module shows
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator, numpy.random.BitGenerator)
 # Hooks of every module, one mapping for each kind.
 _HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
@@ -77,13 +78,15 @@ class Fingerprint:
         self._held: list[Any] = []  # ids are only unique among the living
         # Mappings, lists and sets with what they held, and under which keys.
         self._watched: list[tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = []
-        self._modules: dict[int, types.ModuleType] = {}  # the caller's own
+        self._modules: dict[int, types.ModuleType | Tensor] = {}  # the caller's own, whose attributes code may read
         self._libraries: set[str] = set()
         self._words: dict[str, None] = {}  # all names that code uses: what it may read of a module
         self._named: list[tuple[Any, str, Any]] = []  # attributes and globals with what they were
         self._arrays: list[tuple[numpy.ndarray, bytes]] = []
         self._kinds: list[tuple[Tensor, tuple[torch.Size, torch.dtype, torch.device]]] = []
         self._states: list[tuple[Any, Fingerprint]] = []  # objects that say what is in them
+        self._locals: list[tuple[threading.local, dict[str, Any]]] = []
+        self._thread = threading.get_ident()
         self._default = torch.get_default_dtype()
         try:
             # The switches that change what the same code computes.
@@ -119,6 +122,13 @@ class Fingerprint:
         same = self.key == other.key and len(self.tensors) == len(other.tensors)
         return same and all(map(operator.is_, self.tensors, other.tensors))
 
+    def take_along(self) -> None:
+        """Let this thread's own variables be what they were where they were read."""
+        if threading.get_ident() != self._thread:
+            for x, held in self._locals:
+                vars(x).clear()
+                vars(x).update(held)
+
     @property
     def generators(self) -> list[Any]:
         """What draws random numbers for Python and numpy, where code may reach it."""
@@ -126,6 +136,13 @@ class Fingerprint:
         if "random" in self._words or self._libraries & {"random", "numpy.random"}:
             found += [getattr(random, "_inst"), getattr(numpy.random.mtrand, "_rand")]  # noqa: B009
         return list({id(x): x for x in found}.values())
+
+    @cached_property
+    def telling(self) -> list[str]:
+        """Lines of code that may tell a tensor from what stands for it in a trace."""
+        functions = [x for x in self._held if isinstance(x, types.FunctionType) and not is_librarys(x)]
+        functions = [f for f in functions if f.__name__ != "__init__"]  # where parts are made
+        return list(dict.fromkeys(line for f in functions for line in telling(f)))
 
     def _watch(self, x: Any) -> None:
         if self._watches:
@@ -139,7 +156,7 @@ class Fingerprint:
     def _read(self, x: Any, name: str) -> Hashable:
         kind = type(x)
         if kind in _VALUES:
-            if kind is str and _is_name(x):
+            if kind is str and is_name(x):
                 self._words[x] = None
             return (kind, x)
         if isinstance(x, Tensor):
@@ -164,7 +181,7 @@ class Fingerprint:
         if isinstance(x, Enum):
             return (self._own_kind(x), x.name, self._read(x.value, name))
         if kind is tuple and all(type(v) in _VALUES for v in x):
-            self._words |= dict.fromkeys(v for v in x if type(v) is str and _is_name(v))
+            self._words |= dict.fromkeys(v for v in x if type(v) is str and is_name(v))
             return (kind, x, *map(type, x))
         if isinstance(x, list | tuple | deque):
             if not isinstance(x, tuple):
@@ -195,6 +212,8 @@ class Fingerprint:
             return (kind, *(self._read(v, name) for v in (x.func, x.args, x.keywords)))
         if isinstance(x, weakref.ref):
             return (kind, self._read(x(), name))
+        if kind in weakref.ProxyTypes:
+            return (kind, self._read(behind(x), name))
         if isinstance(x, operator.attrgetter | operator.itemgetter | operator.methodcaller):
             return (kind, self._read(x.__reduce__()[1], name))
         if isinstance(x, type):
@@ -219,16 +238,19 @@ class Fingerprint:
         self.tensors.append(x)
         self.names.append(name)
         self._kinds.append((x, (x.shape, x.dtype, x.device)))
+        self._watch(vars(x))
+        if vars(x):
+            self._modules[id(x)] = x
         layout = x.stride() if x.layout is torch.strided else x.layout
         return (type(x), tuple(x.shape), layout, x.dtype, x.device)
 
     def _function(self, f: types.FunctionType) -> Hashable:
         self._watch_names((f, name, getattr(f, name)) for name in ("__code__", "__defaults__", "__kwdefaults__"))
-        if is_fixed(f.__globals__.get("__name__")):  # `__module__` is what functools.wraps says
+        if is_librarys(f):
             # Library code is known by identity, but a closure that a library made (torch.func.functional_call, vmap, a
             # decorator) closes over the caller's things.
             return (f.__code__, *self._cells(f)) if f.__closure__ else f
-        used = _used(f.__code__)
+        used = used_by(f.__code__)
         self._words |= dict.fromkeys(used.words)
         own = sys.modules.get(str(f.__globals__.get("__name__")))
         if "globals" in used.globals and own is not None and vars(own) is f.__globals__:
@@ -253,7 +275,7 @@ class Fingerprint:
         """What code may read of the caller's own modules, however it came by them: attributes that some code names."""
         done: set[tuple[int, str]] = set()
 
-        def found() -> list[tuple[types.ModuleType, str]]:
+        def found() -> list[tuple[types.ModuleType | Tensor, str]]:
             if _IMPORTERS & self._words.keys():
                 named = (sys.modules[n] for n in self._words if n in sys.modules and not is_fixed(n))
                 self._modules.update((id(m), m) for m in named)
@@ -267,7 +289,7 @@ class Fingerprint:
                 done.add((id(module), n))
                 value = vars(module)[n]
                 self._watch_names([(vars(module), n, value)])
-                yield (module.__name__, n, self._read(value, n))
+                yield (getattr(module, "__name__", self._slots.get(id(module))), n, self._read(value, n))
 
     def _cells(self, f: types.FunctionType) -> Iterator[Hashable]:
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
@@ -292,7 +314,8 @@ class Fingerprint:
         if isinstance(x, property | cached_property):
             return (type(x), self._read(x.fget if isinstance(x, property) else x.func, name))
         hidden = name.startswith(("__", "_abc_")) and not isinstance(x, _MEMBERS)
-        if hidden or isinstance(x, types.GetSetDescriptorType | types.MemberDescriptorType):
+        places = (types.GetSetDescriptorType, types.MemberDescriptorType)
+        if hidden or isinstance(x, places) or type(x).__module__ == "_ctypes":  # a field
             return type(x)
         return self._read(x, name)
 
@@ -302,12 +325,19 @@ class Fingerprint:
             return self._said(x, kind, self._read(x.__fingerprint__(), ""))
         if isinstance(x, ContextVar):
             return self._said(x, kind, x.name, self._read(x.get(None), x.name))
+        if isinstance(x, threading.local):  # another thread's is another
+            self._locals.append((x, dict(vars(x))))
+            return self._said(x, self._read(kind, ""), self._read(self._locals[-1][1], ""))
+        if isinstance(x, _C_DATA):
+            return self._state(x)
         readable = not is_fixed(kind.__module__) or isinstance(x, nn.Module | types.SimpleNamespace | Namespace)
-        slots = [n for base in kind.__mro__ for n in getattr(base, "__slots__", ()) if hasattr(x, n)]
+        slots = slots_of(x)
         if not (readable or is_dataclass(x)) or not (hasattr(x, "__dict__") or slots):
             wrapped = getattr(x, "__wrapped__", None)  # a cache or the like around a function
+            if wrapped is None and not is_fixed(kind.__module__):
+                raise Unreadable(f"{kind.__module__}.{kind.__qualname__}")
             return self._state(x) if wrapped is None else (kind, self._read(wrapped, ""))
-        items = [(n, getattr(x, n)) for n in slots if n != "__dict__"]
+        items = [(n, slot.__get__(x)) for n, slot in slots.items()]
         self._watch_names([*((x, n, v) for n, v in items), (x, "__class__", kind)])
         if hasattr(x, "__dict__"):
             self._watch(vars(x))
@@ -318,8 +348,6 @@ class Fingerprint:
     def _state(self, x: Any) -> Hashable:
         """What an object of a library would be pickled as: random.Random, itertools.count, array, UserDict, ..."""
         kind = type(x)
-        if not is_fixed(kind.__module__):
-            raise Unreadable(f"{kind.__module__}.{kind.__qualname__}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -339,40 +367,16 @@ class Fingerprint:
         return found
 
 
-def is_fixed(module: str | None) -> bool:
-    if not isinstance(module, str):  # a compiled metaclass has a descriptor there
-        return module is not None
-    return module.partition(".")[0] in _FIXED
+def slots_of(x: Any) -> dict[str, Any]:
+    """The places of an object beside its `__dict__` that hold something, by the names that they have."""
+    bases = (base for base in reversed(type(x).__mro__) if "__slots__" in vars(base))
+    slots = {n: v for base in bases for n, v in vars(base).items() if isinstance(v, types.MemberDescriptorType)}
+    return {n: slot for n, slot in slots.items() if hasattr(x, n)}
 
 
-class _Used(NamedTuple):
-    """What a function's code names: globals, modules that it imports, and all words, attributes and strings too."""
-
-    globals: tuple[str, ...]
-    imported: tuple[str, ...]
-    words: tuple[str, ...]
-
-
-@lru_cache(maxsize=4096)
-def _used(code: types.CodeType) -> _Used:
-    inner = [_used(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    steps = [(i.opname, i.argval) for i in dis.get_instructions(code)]
-    named = [n for op, n in steps if op in ("LOAD_GLOBAL", "LOAD_NAME")]
-    imported = [n for op, n in steps if op == "IMPORT_NAME" and n and not is_fixed(n)]
-    words = (*code.co_names, *filter(_is_name, _strings(code.co_consts)))
-    own = _Used(tuple(named), tuple(imported), words)
-    merged = ((name for one in (own, *inner) for name in one[k]) for k in range(3))
-    return _Used(*(tuple(dict.fromkeys(names)) for names in merged))
-
-
-def _strings(constants: Iterable[Any]) -> Iterator[str]:
-    for x in constants:
-        if isinstance(x, tuple | frozenset):
-            yield from _strings(x)
-        elif isinstance(x, str):
-            yield x
-
-
-def _is_name(word: str) -> bool:
-    """May it name an attribute or a module?"""
-    return all(part.isidentifier() for part in word.split("."))
+def behind(proxy: Any) -> Any:
+    """What a weak proxy stands for; None: it is gone."""
+    try:
+        return proxy.__init__.__self__
+    except ReferenceError:
+        return None

@@ -22,6 +22,8 @@ from dualform.ops.table import inverse, row_of
 from dualform.storages import memory_of
 
 aten = torch.ops.aten
+IN_TRAINING = "Where training mode does it, as BatchNorm and spectral_norm do, call .eval()."
+OWN_WRITES = f"Clone it first, or return the new value. {IN_TRAINING}"
 Blame = Callable[[fx.Node, str, str], NoReturn]
 
 _HALVES = (aten.real.default, aten.imag.default)
@@ -107,12 +109,16 @@ class _Rewriter:
         target: Any = node.target
         written = [a for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         if not isinstance(dst, fx.Node) or len(written) != 1 or "out" in node.kwargs:
-            self.blame(node, "writes to several tensors", "Write it without out= arguments or running statistics.")
+            self.blame(
+                node,
+                "writes to several tensors",
+                f"Write it without out= arguments or running statistics. {IN_TRAINING}",
+            )
         root = dst
         while root in self.parent:
             root = self.parent[root]
         if root.op in ("placeholder", "get_attr"):
-            self.blame(node, "writes to an input or a buffer", "Clone it first, or return the new value.")
+            self.blame(node, "writes to an input or a buffer", OWN_WRITES)
         if self.is_lent(root):
             self.blame(node, "writes to memory of numpy's", "Copy it first: torch.tensor(array), or x.clone().")
         before = self.value[root]

@@ -21,6 +21,7 @@ class Masks:
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Tensor, int, Any]] = {}
+        self._ways: dict[Any, int] = {}  # in which what is no mask was made
 
     def key(self, x: Any) -> Any:
         """How a mask was made; which tensor it is, and how often written to, of another one."""
@@ -31,27 +32,33 @@ class Masks:
             held = self._made[id(x)] = (x, version_of(x), (id(x), version_of(x)))
         return x.ndim, held[2]
 
-    def note(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> None:
-        """Note by which op of which tensors a result was made, in one way of many."""
-        made = self._by(func, args, kwargs, result, leaves)
-        if made is not None:
-            self._made[id(result)] = (result, version_of(result), made)
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any, leaves: list[Tensor]) -> None:
+        """Note by which op of which tensors results were made, in one way of many."""
+        for k, x in enumerate(result if isinstance(result, list | tuple) else [result]):
+            if isinstance(x, Tensor) and not any(x is y for y in leaves):
+                self._made[id(x)] = (x, version_of(x), self._by(func, args, kwargs, (k, x), leaves))
 
-    def _by(self, func: Any, args: Any, kwargs: Any, result: Tensor, leaves: list[Tensor]) -> Any:
-        node, keys = node_of(result), {node_of(x): self.key(x) for x in leaves}
+    def _by(self, func: Any, args: Any, kwargs: Any, result: tuple[int, Tensor], leaves: list[Tensor]) -> Any:
+        k, x = result
+        node, keys = node_of(x), {node_of(y): self.key(y) for y in leaves}
         row, one = row_of(node and node.target), leaves[0] if len(leaves) == 1 else None
         passes = row.ordered or (isinstance(row.entry, Entry) and row.entry.passes)  # its operand's entries as they are
-        if passes and one is not None and one.shape == result.shape and one.dtype == result.dtype:
+        if passes and one is not None and one.shape == x.shape and one.dtype == x.dtype:
             return self.key(one)[1]
-        if result.dtype not in (torch.bool, torch.uint8):
-            return None
         if node is None or any(n not in keys for n in node.all_input_nodes):
-            return func, _hashable(pytree.tree_map(self.key, (args, kwargs)))
-        if leaves and all(x.dtype == torch.bool for x in leaves) and len(node.args) == len(node.all_input_nodes):
-            found = _truth(getattr(node.target, "_opname", ""), [keys[n] for n in node.all_input_nodes])
-            if found is not None:
-                return found
-        return node.target, _hashable(fx.map_arg((node.args, dict(node.kwargs)), keys.__getitem__))
+            how: Any = (func, k, _hashable(pytree.tree_map(self.key, (args, kwargs))))
+        else:
+            if leaves and all(y.dtype == torch.bool for y in leaves) and len(node.args) == len(node.all_input_nodes):
+                found = _truth(getattr(node.target, "_opname", ""), [keys[n] for n in node.all_input_nodes])
+                if found is not None:
+                    return found
+            how = (node.target, _hashable(fx.map_arg((node.args, dict(node.kwargs)), keys.__getitem__)))
+        if x.dtype in (torch.bool, torch.uint8):
+            return how
+        try:  # a number, as what a mask is made of is made of more
+            return "made", self._ways.setdefault((how, x.dtype, x.shape), len(self._ways))
+        except TypeError:  # of what cannot be told from others
+            return id(x), version_of(x)
 
 
 def _hashable(x: Any) -> Any:

@@ -324,8 +324,7 @@ class Selected:
                     if x.shape[at : at + pick.mask.ndim] != pick.mask.shape:
                         self.refuse()
                     self._picked[id(x)] = _Held(x, pick, at, other)
-        if isinstance(result, Tensor) and not any(x is result for x in leaves):
-            self.masks.note(func, args, kwargs, result, leaves)
+        self.masks.note(func, args, kwargs, result, leaves)
 
     def below(self) -> None:
         """Refuse a transform inside: it wraps what it is given, and may sum over what is picked."""

@@ -106,9 +106,7 @@ class Survivors:
         made = {id(x) for x, _, value in left.values() if value is not None and _is_given(x, value)}
         kept = [(weakref.ref(x), line, value) for x, line, value in left.values() if id(x) not in made]
         left.clear()
-        for generation in (1, 2):  # what refers to itself, as a module's copy and its methods, is kept by nobody
-            if any(x() is not None for x, *_ in kept) and (generation == 1 or error is None):
-                gc.collect(generation)
+        _collect([x for x, *_ in kept], fully=error is None)
         if any(x() is not None for x, *_ in kept) and gc.get_freeze_count():
             gc.unfreeze()  # of what is frozen nobody is told what refers to it
         found: list[tuple[str, Named]] = []
@@ -123,6 +121,20 @@ class Survivors:
                 "that keeps nothing made of its inputs. Return it; a table that depends on no input may be kept."
             )
         return bool(made)
+
+
+def let_go(made: Sequence[weakref.ref[Tensor]]) -> None:
+    """Take tensors of a run that nobody asked for out of where its function has kept them."""
+    _collect(made)
+    for x in made:
+        _let_go(x())
+
+
+def _collect(kept: Sequence[weakref.ref[Tensor]], fully: bool = True) -> None:
+    """What refers to itself, as a module's copy and its methods, is kept by nobody."""
+    for generation in (1, 2):
+        if any(x() is not None for x in kept) and (generation == 1 or fully):
+            gc.collect(generation)
 
 
 def _forget(error: BaseException | None, before: BaseException | None, is_shown: bool) -> None:

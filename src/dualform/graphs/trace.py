@@ -33,7 +33,7 @@ from dualform.graphs.counts import Asked, asking, told
 from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.draws import no_draws, refuse_random_ops
 from dualform.graphs.edit import line_of
-from dualform.graphs.functionalize import functionalized
+from dualform.graphs.functionalize import OWN_WRITES, functionalized
 from dualform.graphs.hollow import CPU, Hollow, Hollows, blank, refusal
 from dualform.graphs.recorder import CannotRecord, WritesOutside, record_as_called
 from dualform.graphs.requiring import DATA, requires_grad, set_requires_grad, transforms
@@ -388,7 +388,7 @@ def _settle(error: Exception, is_torchs: bool) -> None:
     if isinstance(error, WritesOutside):
         raise Settled(
             f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
-            "Clone it first, or return the new value."
+            f"{OWN_WRITES}"
         ) from None
     if is_torchs:
         _reraise(error, Settled)

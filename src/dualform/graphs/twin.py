@@ -7,9 +7,11 @@ that is reached by two names keeps them. Here the user's objects are only read.
 
 from __future__ import annotations
 
+import threading
 import types
+import weakref
 from argparse import Namespace
-from collections import UserDict, UserList, defaultdict, deque
+from collections import ChainMap, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import lru_cache, partial
@@ -18,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualform.graphs.fingerprint import is_fixed
+from dualform.graphs.code_names import is_fixed
+from dualform.graphs.fingerprint import behind, slots_of
 from dualform.shapes import TraceError
 
 
@@ -43,6 +46,10 @@ class Twin:
         self._slots: list[tuple[Callable[[Any], Any], Any, Tensor]] = []  # how to look, at what; what it held
         self._copies: dict[int, Any] = {}
         self._held: list[Any] = [x for _, x in own]  # ids are only unique among the living
+        for x in self._held:
+            stand_in = self._own.get(id(x), x)
+            for n, value in vars(x).items() if stand_in is not x else ():  # attributes that a tensor has been given
+                vars(stand_in).setdefault(n, value)
         try:
             result = self._copy(self._source)(*args)
             for held, key, x in self._slots:
@@ -69,20 +76,32 @@ class Twin:
 
     def _object(self, x: Any) -> Any:
         """A plain object of the user's is copied where something in it was."""
-        if isinstance(x, Enum | type | Tensor) or not hasattr(x, "__dict__"):
-            return x
-        if is_fixed(type(x).__module__) and not isinstance(x, _HOLDERS):
+        holds = isinstance(x, _HOLDERS)
+        if isinstance(x, Enum | type | Tensor) or (is_fixed(type(x).__module__) and not holds):
             return x
         before = len(self._slots)
         try:
-            new = (types.SimpleNamespace if isinstance(x, types.SimpleNamespace) else object).__new__(type(x))
-        except TypeError:  # made of a number, a word, a set, ...: it holds no place for a tensor
+            new = (_base(type(x)) if holds else object).__new__(type(x))
+        except TypeError:  # made of a number, a word, ...: it holds no place for a tensor
             return x
         self._copies[id(x)] = new
-        self._fill(new.__dict__, x.__dict__)
-        if len(self._slots) == before and all(new.__dict__[name] is value for name, value in x.__dict__.items()):
+        if self._fill_attributes(new, x) and len(self._slots) == before:
             self._copies[id(x)] = x
         return self._copies[id(x)]
+
+    def _fill_attributes(self, new: Any, x: Any) -> bool:
+        """Copy what an object holds; return whether all of it stays as it is."""
+        held = getattr(x, "__dict__", {})
+        if held:
+            self._fill(new.__dict__, held)
+        is_same = all(new.__dict__[name] is value for name, value in held.items())
+        for slot in slots_of(x).values():
+            value = slot.__get__(x)
+            slot.__set__(new, copy := self._copy(value))
+            if id(value) in self._own:
+                self._slots.append((slot.__get__, new, copy))
+            is_same = is_same and copy is value
+        return is_same
 
     def _module(self, x: nn.Module) -> nn.Module:
         if isinstance(x, torch.jit.ScriptModule):
@@ -91,12 +110,15 @@ class Twin:
                 "was made of."
             )
         new = self._copies[id(x)] = type(x).__new__(type(x))
-        self._fill(new.__dict__, x.__dict__)
+        self._fill_attributes(new, x)
         return new
 
     def _dict(self, x: dict[Any, Any]) -> dict[Any, Any]:
         new = self._copies[id(x)] = _shell(x)
-        self._fill(new, x)
+        keys = {key: self._copy(key) for key in x}
+        if any(copy is not key for key, copy in keys.items()):
+            _base(type(x)).clear(new)
+        self._fill(new, {keys[key]: value for key, value in x.items()})
         self._beside(new, x)
         return new
 
@@ -127,6 +149,35 @@ class Twin:
         if all(new is old for new, old in zip(parts, x, strict=True)):
             return x
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+    def _set(self, x: Any) -> Any:
+        parts = [self._copy(v) for v in x]
+        if {id(v) for v in parts} == {id(v) for v in x}:
+            return x
+        new = _base(type(x)).__new__(type(x), parts)
+        if isinstance(new, set):
+            set.update(new, parts)
+        self._beside(new, x)
+        return new
+
+    def _mapping(self, x: types.MappingProxyType[Any, Any]) -> Any:
+        new = self._dict(dict(x))
+        return x if all(new.get(key, new) is value for key, value in x.items()) else types.MappingProxyType(new)
+
+    def _weak(self, x: Any) -> Any:
+        """A weak reference, or proxy: this call keeps what it is to."""
+        target = x() if isinstance(x, weakref.ref) else behind(x)
+        copy = self._copy(target)
+        if copy is target:
+            return x
+        if isinstance(x, weakref.KeyedRef):
+            return type(x)(copy, lambda ref: None, x.key)
+        return type(x)(copy) if isinstance(x, weakref.ref) else weakref.proxy(copy)
+
+    def _cached(self, x: Any) -> Any:
+        """A cache around a function: what it keeps is of the module's own tensors."""
+        copy = self._copy(x.__wrapped__)
+        return x if copy is x.__wrapped__ else lru_cache(**x.cache_parameters())(copy)
 
     def _method(self, x: types.MethodType) -> Any:
         return types.MethodType(x.__func__, self._copy(x.__self__))
@@ -191,10 +242,16 @@ def _shell(x: Any) -> Any:
 
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.Tensor, nn.Parameter, type}
-_HOLDERS = (types.SimpleNamespace, Namespace, UserDict, UserList)  # Python's own, of what the user puts there
+# Python's own, of what the user puts there.
+_HOLDERS = (
+    types.SimpleNamespace, Namespace, UserDict, UserList, ChainMap, threading.local,
+    weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet,
+)  # fmt: skip
 _MAKERS: list[tuple[Any, Callable[[Twin, Any], Any]]] = [
     (nn.Module, Twin._module), (dict, Twin._dict), (list, Twin._list), (deque, Twin._list), (tuple, Twin._tuple),
     (types.MethodType, Twin._method), (partial, Twin._partial), (types.FunctionType, Twin._function),
+    (set, Twin._set), (frozenset, Twin._set), (types.MappingProxyType, Twin._mapping),
+    (weakref.ProxyTypes, Twin._weak), (weakref.ref, Twin._weak), (type(lru_cache(len)), Twin._cached),
     (object, Twin._object),
 ]  # fmt: skip
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.learning.front_door import Roles
 from dualform.learning.grid import starts_by_lengths
+from dualform.learning.roles import Roles
 from dualform.learning.rules import Rule
 from dualform.learning.state import State
 from dualform.shapes import ShapeError, require
@@ -105,20 +105,19 @@ class Call(NamedTuple):
         before = self.before and self.before._map(lambda x: x[rows])
         return self._replace(q=q, k=k, v=v, gates=gates, before=before, mask=mask, reset=reset)
 
+    def owned(self) -> Call:
+        """Copy what inference mode made: autograd keeps none of it."""
+        tensors = self.flat()
+        if not any(x.is_inference() for x in tensors):
+            return self
+        names = (list(self.gates), list(self.init), list(self.slow))
+        return Call.of([x.clone() if x.is_inference() else x for x in tensors], names, self.start, self.given)
+
     def plain(self) -> Call:
-        """Cast tokens to what is computed in, and copy what inference mode made: the definition takes gradients."""
-        dtype = self.dtype
-
-        def own(x: Tensor) -> Tensor:
-            return x.clone() if x.is_inference() else x
-
-        def leaves(part: Leaves) -> Leaves:
-            return {n: own(x) for n, x in part.items()}
-
-        q, k, v = (own(x.to(dtype)) for x in (self.q, self.k, self.v))
-        gates, before = {n: own(x.to(dtype)) for n, x in self.gates.items()}, self.before and self.before._map(own)
-        optional = (None if x is None else own(x) for x in (self.offset, self.mask, self.reset))
-        return Call(q, k, v, gates, leaves(self.slow), before, leaves(self.init), self.start, *optional)
+        """Cast tokens to what is computed in; the definition takes gradients."""
+        own, dtype = self.owned(), self.dtype
+        q, k, v = (x.to(dtype) for x in (own.q, own.k, own.v))
+        return own._replace(q=q, k=k, v=v, gates={n: x.to(dtype) for n, x in own.gates.items()})
 
 
 def started(fast: Mapping[str, Tensor], start: tuple[float, ...], B: int) -> State:

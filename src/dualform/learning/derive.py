@@ -32,9 +32,10 @@ from dualform.graphs.whole_norms import whole_norms
 from dualform.learning.emit import Choice, Emitter, Inner, StepInputs
 from dualform.learning.flat_leaves import InPieces, Ranges, cut_leaves
 from dualform.learning.forms import Form, forms
-from dualform.learning.front_door import FrontDoor, Roles, Routine
+from dualform.learning.front_door import FrontDoor, Routine
 from dualform.learning.grid import Variant
 from dualform.learning.reassociate import reassociate
+from dualform.learning.roles import Roles
 from dualform.learning.sites import Analysis, DerivationError, mark, op_name
 from dualform.learning.transforms import undisturbed
 from dualform.ops.table import definitions

@@ -9,11 +9,10 @@ Legend: W tokens in a trace, K key width, V value width.
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,65 +21,20 @@ from torch.utils import _pytree
 from dualform.graphs.counts import Asked
 from dualform.graphs.edit import add_input, emitter, inputs_of, lift, output_of
 from dualform.graphs.fingerprint import Fingerprint
+from dualform.graphs.told_apart import expect_as_on_tensors
 from dualform.graphs.trace import source_line, trace
 from dualform.graphs.twin import Twin, typed
 from dualform.learning.alike import Seen, decided, difference, own_tables, seen
 from dualform.learning.objectives import expect_target
+from dualform.learning.roles import split_parameters
 from dualform.learning.rules import Rule, Step
 from dualform.learning.sites import PER_TOKEN, Analysis, changes, counts, felt, is_apart, kept_apart, mark, prepared
 from dualform.learning.spelling import DerivationError
 from dualform.learning.transforms import stand_ins
-from dualform.shapes import TraceError, require
+from dualform.shapes import TraceError
 from dualform.storages import contents, like, thin
 
 aten = torch.ops.aten
-
-
-class Roles(NamedTuple):
-    """A learner's tensors by role; `closed`: those that learner, objective and rule close over."""
-
-    fast: dict[str, Tensor]
-    slow: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    closed: dict[str, Tensor]
-
-    @property
-    def rest(self) -> dict[str, Tensor]:
-        """All that is not fast."""
-        return {**self.slow, **self.buffers, **self.closed}
-
-
-def split_parameters(learner: nn.Module, slow: Iterable[str], frozen: Iterable[str]) -> Roles:
-    """Sort a learner's tensors: slow are those that patterns (given, and the module's own `slow`) or `frozen` name."""
-    own = getattr(learner, "slow", ())
-    own = () if isinstance(own, Tensor | nn.Module) else own  # a part of that name
-    found = (*patterns("slow", slow), *patterns("the learner's own slow", own))
-    named = dict(learner.named_parameters())
-    for pattern in found:
-        if not fnmatch.filter(named, pattern):
-            raise DerivationError(
-                f"derive: slow names {pattern!r}, which matches none of the parameters {sorted(named)}; expected an "
-                "fnmatch pattern of one. Correct or drop it."
-            )
-    is_slow = {name: name in frozen or any(fnmatch.fnmatch(name, p) for p in found) for name in named}
-    fast: dict[str, Tensor] = {name: p for name, p in named.items() if not is_slow[name]}
-    if not fast:
-        still = f", requires_grad=False {sorted(n for n in frozen if n in named)}" if frozen else ""
-        raise DerivationError(
-            f"derive: the learner has no fast parameter (parameters {sorted(named)}, slow {sorted(found)}{still}); "
-            "expected at least one. A learner without weights cannot learn: give it an nn.Parameter that requires a "
-            "gradient."
-        )
-    return Roles(fast, {n: p for n, p in named.items() if is_slow[n]}, dict(learner.named_buffers()), {})
-
-
-def patterns(name: str, given: Any) -> tuple[str, ...]:
-    """Read fnmatch patterns: one alone is not read letter by letter."""
-    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Tensor) else (None,)
-    advice = f"Write ({given!r},)." if isinstance(given, str) else "Name parameters, as in ('norm.*', '*.bias')."
-    is_right = all(isinstance(p, str) for p in found)
-    require(is_right, "derive", name, given, "a tuple of fnmatch patterns", advice, DerivationError)
-    return cast("tuple[str, ...]", found)
 
 
 @dataclass(eq=False)
@@ -194,6 +148,7 @@ class FrontDoor:
         fast = {n: like(p, dtype, self.device) for n, p in self.parts.fast.items()}
         rest = {n: like(p, dtype, self.device) for n, p in {**self.parts.slow, **self.parts.buffers}.items()}
         names, twin = [*fast, *rest], Twin(self.learner)
+        parts = [x for own in self.parts[:3] for x in own.values()]
 
         def run(*tensors: Tensor) -> Any:
             return twin(dict(zip(names, tensors[:-1], strict=True)), tensors[-1])
@@ -202,7 +157,7 @@ class FrontDoor:
 
         def make(W: int, **eyes: Any) -> fx.GraphModule:
             tokens = torch.empty(W, K, dtype=dtype, device=self.device)
-            return self._trace(run, [*fast.values(), *rest.values(), tokens], known=tables, **eyes)
+            return self._trace(run, [*fast.values(), *rest.values(), tokens], parts, known=tables, **eyes)
 
         gm, wrong = self._alike("learner", W, make, (K, dtype))
         inputs, result = _ends(gm)
@@ -293,8 +248,14 @@ class FrontDoor:
         _expect(wrong)
         return Routine(a, [*results, spec])
 
-    def _trace(self, f: Callable[..., Any], inputs: list[Tensor], **options: Any) -> fx.GraphModule:
-        return trace(f, *inputs, generators=self.reading.generators, proved=kept_apart, **options)
+    def _trace(
+        self, f: Callable[..., Any], inputs: list[Tensor], parts: Sequence[Tensor] = (), **options: Any
+    ) -> fx.GraphModule:
+        """Trace; parts: the learner's own tensors, which the first inputs stand for."""
+        self.reading.take_along()
+        gm = trace(f, *inputs, generators=self.reading.generators, proved=kept_apart, **options)
+        expect_as_on_tensors(f, gm, inputs, parts, self.reading.telling)
+        return gm
 
     def _alike(
         self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list

@@ -35,7 +35,12 @@ class LayerState(Carried):
     position: Tensor
 
 
-_pytree.register_dataclass(LayerState, field_names=["memory", "conv", "position"], drop_field_names=[])
+_pytree.register_dataclass(
+    LayerState,
+    field_names=["memory", "conv", "position"],
+    drop_field_names=[],
+    serialized_type_name="dualform.LayerState",
+)
 
 
 class TestTimeTraining(nn.Module):

@@ -27,7 +27,7 @@ from dualform.learning.emit import Choice, Inner
 from dualform.learning.explain import Account, account
 from dualform.learning.finite import check_finite, policies
 from dualform.learning.forms import forms
-from dualform.learning.front_door import FrontDoor, Roles, patterns
+from dualform.learning.front_door import FrontDoor
 from dualform.learning.grid import Variant
 from dualform.learning.objectives import expect_two_arguments, objectives
 from dualform.learning.op import followed, register, scan
@@ -35,6 +35,7 @@ from dualform.learning.plan import Plan
 from dualform.learning.primal import primal
 from dualform.learning.printer import Cost, cost_of, print_step
 from dualform.learning.proof import Proof, cache_folder
+from dualform.learning.roles import Roles, patterns
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError
 from dualform.learning.standing import Written, as_they_stand, expect_fixed, note_places, put_back
@@ -287,6 +288,7 @@ class ChunkProgram(nn.Module):
         params: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         if not compiles():
+            call = call.owned() if torch.is_grad_enabled() else call
             made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             expect_width(call.v, made.derivation.V)
             fixed = {name: self.parts.buffers[name] for name in self.door.fixed}

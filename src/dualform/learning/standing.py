@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from dualform.learning.front_door import Roles
+from dualform.learning.roles import Roles
 from dualform.learning.transforms import is_known
 from dualform.shapes import ShapeError
 from dualform.storages import contents, last_written

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,8 @@ from dualform.shapes import fail
 
 class Carried:
     """Methods of everything that is carried: every field is a tensor, a mapping or another `Carried`, batch first."""
+
+    copies: ClassVar = "Copy state.detach(), or state.fork(1), whose gradients go on."  # instead of a deep one
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def over(value: Any) -> Any:
@@ -54,7 +56,7 @@ class Carried:
         for name, x in self.tensors().items():
             if not x.is_leaf:
                 expected = "numbers alone, as copy.deepcopy takes them of torch"
-                fail(f"{type(self).__name__}.deepcopy", name, "has gradients to what made it", expected, _COPIES)
+                fail(f"{type(self).__name__}.deepcopy", name, "has gradients to what made it", expected, self.copies)
         return self._map(lambda x: copy.deepcopy(x, memo))
 
     def detach(self) -> Self:
@@ -108,9 +110,6 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-_COPIES = "Copy state.detach(), or state.fork(1), whose gradients go on."
-
-
 @dataclass(frozen=True)
 class State(Carried):
     """Hold the fast weights between calls.
@@ -157,4 +156,6 @@ def row_numbers(rows: Any, count: int) -> Tensor:
     return torch.where(chosen < 0, chosen + count, chosen)
 
 
-_pytree.register_dataclass(State, field_names=["anchor", "registers", "position"], drop_field_names=[])
+_pytree.register_dataclass(
+    State, field_names=["anchor", "registers", "position"], drop_field_names=[], serialized_type_name="dualform.State"
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dualform.graphs.counts import Asked, asking, told
+from dualform.graphs.hollow import tensors_in
+from dualform.graphs.survivors import let_go
 from dualform.graphs.twin import Twin
 
 # Runs of a learner at widths that its tensors may show, and at small ones; beyond these, the first call shows it.
@@ -44,20 +47,43 @@ def _where_it_fails(learner: nn.Module, candidates: list[int], sizes: list[int])
     return next(iter(ends), told[0] if is_free else None)
 
 
-def _run(learner: nn.Module, K: int) -> bool:
+def _run(learner: nn.Module, K: int, made: _Made) -> bool:
     """Run a learner on a few rows; return whether it gives as many."""
     p = next(learner.parameters(), torch.empty(()))
     buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        found = Twin(learner)(buffers, torch.zeros(_ROWS, K, dtype=p.dtype, device=p.device))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), made:
+        found = Twin(learner)(buffers, made.noted(torch.zeros(_ROWS, K, dtype=p.dtype, device=p.device)))
         return not isinstance(found, Tensor) or found.shape[:1] == (_ROWS,)
 
 
+class _Made(TorchFunctionMode):
+    """What a run makes of the zeros that it is given: nobody may find it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, weakref.ref[Tensor]] = {}
+
+    def noted(self, x: Tensor) -> Tensor:
+        """Note a tensor, and give it."""
+        self.seen[id(x)] = weakref.ref(x)
+        return x
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if any((was := self.seen.get(id(x))) is not None and was() is x for x in tensors_in(args, kwargs or {})):
+            for x in tensors_in(result):
+                self.noted(x)
+        return result
+
+
 def _runs(learner: nn.Module, K: int) -> bool:
+    made = _Made()
     try:
-        return _run(learner, K)
+        found = _run(learner, K, made)
     except Exception:
-        return False
+        found = False
+    let_go([*made.seen.values()])  # now that no error's frames hold them
+    return found
 
 
 class _Steps(TorchFunctionMode):
@@ -70,12 +96,13 @@ class _Steps(TorchFunctionMode):
     @classmethod
     def of(cls, learner: nn.Module, K: int) -> _Steps:
         """Run a learner on rows of K."""
-        self = cls(K)
+        self, made = cls(K), _Made()
         try:
             with self, asking(self.asked, str):
-                _run(learner, K)
+                _run(learner, K, made)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
+        let_go([*made.seen.values()])
         return self
 
     @property

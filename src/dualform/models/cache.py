@@ -26,6 +26,7 @@ class BlockState(Carried):
 
     layer: LayerState
     conv: dict[str, Tensor]
+    copies = "Call cache.detach() first, or fill the cache under torch.no_grad()."
 
 
 class Columns(NamedTuple):

@@ -95,6 +95,17 @@ class DualformForCausalLM(DualformPreTrainedModel, GenerationMixin):
             setattr(found, OTHER, getattr(found, CACHE))
         return found
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what `generate_batch` and a paged cache need: keys and values of attention alone.
+
+        Raises: ValueError.
+        """
+        raise ValueError(
+            "generate: continuous batching (generate_batch, cache_implementation='paged') cuts keys and values into "
+            "pages; expected a cache that takes the state of fast weights, as the default does. Leave it out, and pass "
+            "rows of unequal lengths with an attention_mask."
+        )
+
     def _expand_inputs_for_generation(self, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Beams, and several answers to one text, each go on from what its row has read.
         ids, cache, copies = kwargs["input_ids"], kwargs.get(CACHE), kwargs["expand_size"]

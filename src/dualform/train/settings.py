@@ -18,6 +18,7 @@ from dualform.models import DualformConfig, presets
 # What a setting must be beyond its type: in words, from, below.
 _ranges: dict[str, tuple[str, float, float]] = {
     **dict.fromkeys(("max_steps", "batch_size", "save_steps"), ("a whole number >= 1", 1, math.inf)),
+    "seq_len": ("a whole number >= 2, a token and the next", 2, math.inf),
     "warmup_steps": ("a whole number >= 0", 0, math.inf),
     "learning_rate": ("a number > 0", math.ulp(0), math.inf),
     "weight_decay": ("a number >= 0", 0, math.inf),
