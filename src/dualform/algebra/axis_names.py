@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dualform.algebra.notation import letters
+from dualform.algebra.index_text import letters, primed
 from dualform.shapes import ShapeError, fail
 
 
@@ -24,16 +24,6 @@ class Axes:
         """The names of one derivative's axes; a name that both sides have gets a prime on the input's."""
         out = list(self.outputs[output])
         return out, primed(self.inputs[source], out)
-
-
-def primed(names: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """Mark names that are taken with primes."""
-    found = list(taken)
-    for name in names:
-        while name in found:
-            name += "'"
-        found.append(name)
-    return found[len(taken) :]
 
 
 def made(out_rank: int, in_rank: int) -> tuple[list[str], list[str]]:

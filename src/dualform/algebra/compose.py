@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dualform.algebra.relations import Lookup, Window, as_window, chained, plainer, read, restricted, same_place
-from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, renewed, substitute, volume
+from dualform.algebra.relations import Lookup, Window, as_window, chained, plainer, read, restricted
+from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, renewed, same_place, substitute, volume
 
 
 def compose_terms(outer: Term, inner: Term) -> Term | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dualform.algebra.index_products import Index
-from dualform.algebra.notation import IndexFormula, Line, number
+from dualform.algebra.index_text import IndexFormula, Line, number
 from dualform.algebra.proofs import Questions
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def draw(J: Questions, shown: IndexFormula) -> Figure:
     if not terms:
         panels[1].set_axis_off()
         panels[1].text(0.5, 0.5, "no term:\nevery entry is 0", ha="center", va="center")
-    text = str(shown)
+    text = shown.sentence
     figure.suptitle(text if len(text) <= 110 else f"{text[:107]}...", family="DejaVu Sans Mono", fontsize=10)
     return figure
 

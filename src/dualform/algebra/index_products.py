@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dualform.algebra.notation import IndexFormula, Line, in_order, sum_letter
+from dualform.algebra.index_text import IndexFormula, Line, in_order, sum_letter
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ class Index:
     def minus(self, other: Index) -> Index:
         """The difference of two expressions that are no tables."""
         return Index((*self.steps, *((name, -step) for name, step in other.steps)), self.start - other.start).put({})
+
+
+def combined(parts: Sequence[tuple[str, int]], start: int) -> Index:
+    """start + sum of step * expression."""
+    read = [(Index.read(text), step) for text, step in parts]
+    steps = tuple((name, step * scale) for x, step in read for name, scale in x.steps)
+    return Index(steps, start + sum(step * x.start for x, step in read)).put({})
 
 
 def _groups(text: str) -> list[str]:

@@ -18,9 +18,10 @@ from dualform.algebra import queries
 from dualform.algebra.compose import compose_terms
 from dualform.algebra.contract import ContractionPlan
 from dualform.algebra.drawing import draw
+from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.materialise import scatter, spread
 from dualform.algebra.normal_form import ordered
-from dualform.algebra.notation import IndexFormula, formula, stored_bytes
+from dualform.algebra.notation import formula, stored_bytes
 from dualform.algebra.proofs import Questions
 from dualform.algebra.queries import term_plan
 from dualform.algebra.scipy import to_linear_operator, to_scipy_sparse
@@ -80,6 +81,10 @@ class Route(ABC):
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names of its account."""
         return formula(derivative.terms, derivative.out_shape, derivative.in_shape)
+
+    def told(self, derivative: Derivative) -> Derivative:
+        """The derivative made once more, with a record of what its factors are made of."""
+        return derivative
 
     def joined(self, outer: Derivative, inner: Derivative) -> Route | None:
         """The route of outer @ inner, where one of them has this one."""

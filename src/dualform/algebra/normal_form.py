@@ -14,9 +14,21 @@ from typing import Any
 from torch import Tensor
 
 from dualform.algebra.contract import aligned
-from dualform.algebra.notation import letters
+from dualform.algebra.index_text import letters
 from dualform.algebra.sums import merged
-from dualform.algebra.terms import Axis, Factor, Identity, Label, Term, identity_of
+from dualform.algebra.terms import (
+    Axis,
+    Factor,
+    Identity,
+    Label,
+    Term,
+    factor_of,
+    identity_of,
+    product,
+    read_from,
+    same_place,
+    sizes,
+)
 
 
 def settled(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -43,14 +55,12 @@ def _one_factor(group: Sequence[Term]) -> Sequence[Term]:
         return group
     axes = group[full].tensors[0].labels
     own = {k: label for label, k in place[full].items()}
-    total: Tensor | float = 0.0
+    made = []
     for term, at in zip(group, place, strict=True):
-        parts = [aligned(replace(f, labels=tuple(own[at[x]] for x in f.labels)), axes) for f in term.tensors]
-        total = total + (term.coef * parts[0] if parts else term.coef)
-    names = [(term.tensors[0].name or "F") if term.tensors else f"{term.coef:g}" for term in group]
-    name = "+".join(dict.fromkeys(names))
-    factor = Factor(total, axes, f"({name})" if len(name) < 40 else "sum")  # type: ignore[arg-type]
-    return [replace(group[full], coef=1.0, factors=(factor,))]
+        parts = [replace(f, labels=tuple(own[at[x]] for x in f.labels)) for f in term.tensors]
+        made.append(replace(product(parts, axes), coef=term.coef))
+    total = sum((t.coef * aligned(t.tensors[0], axes) if t.factors else t.coef) for t in made)
+    return [replace(group[full], coef=1.0, factors=(factor_of(made, total, axes),))]  # type: ignore[arg-type]
 
 
 def coarse(term: Term) -> Term:
@@ -88,7 +98,7 @@ def _merged(term: Term, x: Label, y: Label) -> Term:
             order.insert(order.index(x) + 1, y)
             tensor = f.tensor.permute([f.labels.index(label) for label in order])
             labels = axis(tuple(order))
-            f = Factor(tensor.reshape([label.size for label in labels]), labels, f.name)
+            f = read_from(f, tensor.reshape(sizes(labels)), labels, same_place((both,), (x, y)))
         factors.append(f)
     return Term(term.coef, tuple(factors), tuple(map(axis, term.out)), tuple(map(axis, term.inn)))
 

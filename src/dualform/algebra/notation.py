@@ -1,242 +1,29 @@
-"""Index notation of terms, as plain text and as LaTeX, and back to numbers.
+"""Terms in index notation: which index is called what, which tensor, and what its letters stand for.
 
-    2 Σ_h W2[h,j] gelu'(h)[i,h] X[i,k]        J[i,j,k,l]        δ(j,l)
-
-`Line` is the data: the text is printed from it and a test evaluates it, so a printed formula cannot lie.
+J[i,j,k] = A[j,i] δ(i,k), where A[j,i] = 2 a[j,i] - b[j,i]
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualform.algebra.relations import Lookup, Triangle, Window
-from dualform.algebra.terms import Axis, Factor, Label, Term
+from dualform.algebra.index_products import combined
+from dualform.algebra.index_text import IndexFormula, Line, affine, in_order, letters, primed, sum_letter, used
+from dualform.algebra.relations import Lookup, Triangle
+from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, Window, atoms, renewed, substitute
 from dualform.storages import memory_of
-
-LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
-
-
-def letters(taken: Container[str] = (), alphabet: str = LETTERS) -> Iterator[str]:
-    """Index names in the order in which people use them: i j k ... then i1 j1 ..."""
-    for round_ in count():
-        for letter in alphabet:
-            name = letter + (str(round_) if round_ else "")
-            if name not in taken:
-                yield name
-
-
-def sum_letter(size: int, taken: Sequence[str], known: dict[str, int]) -> str:
-    """A name for a summed index: one name has one size in all lines of a formula, which `known` remembers."""
-    name = next(name for name in letters(taken) if known.get(name, size) == size)
-    known[name] = size
-    return name
-
-
-def axis_letters(shape: Sequence[int], names: Iterator[str]) -> tuple[str, ...]:
-    """One index name for each axis; an axis of size 1 has only the index 0."""
-    return tuple("0" if n == 1 else next(names) for n in shape)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One product in index notation.
-
-    coef; factors (name, indices); deltas (a, b); selects (big, start, step, small); sums (index, size);
-    steps (a, b): 1 where a >= b. A delta may look an index up: δ(i,idx[j]).
-    An index of an axis that is a composite of labels is written as a polynomial of its atoms: "4*a+b".
-    """
-
-    coef: float
-    factors: tuple[tuple[str, tuple[str, ...]], ...]
-    deltas: tuple[tuple[str, str], ...]
-    selects: tuple[tuple[str, int, int, str], ...]
-    sums: tuple[tuple[str, int], ...]
-    steps: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def ties(self) -> tuple[tuple[str, str], ...]:
-        """The pairs of index expressions that must be equal: deltas, then selections."""
-        return (*self.deltas, *((big, _affine(start, step, small)) for big, start, step, small in self.selects))
-
-    def text(self) -> str:
-        factors = [f"{name}[{','.join(labels)}]" if labels else name for name, labels in self.factors]
-        # Whole derivatives in a chain are joined by dots, numbers by nothing.
-        joined = [" · ".join(factors)] if factors and any(map(_is_symbol, self.factors)) else factors
-        body = [*joined, *(f"δ({a},{b})" for a, b in self.ties), *(f"[{a}>={b}]" for a, b in self.steps)]
-        sums = [f"Σ_{s}" for s, _ in self.sums]
-        if not body:
-            return " ".join([*sums, number(self.coef)])
-        return _coefficient(number(self.coef)) + " ".join([*sums, *body])
-
-    def latex(self, splits: Mapping[str, int] | None = None) -> str:
-        """`splits` tells how many indices of a whole derivative belong to its output."""
-        sums = [rf"\sum_{{{s}}}" for s, _ in self.sums]
-        body: list[str] = []
-        for name, labels in self.factors:
-            if splits and name in splits:
-                above, below = name.split("/")
-                body.append(_partial(above[1:], labels[: splits[name]], below[1:], labels[splits[name] :]))
-            else:
-                body.append(tex(name) + _subscript(labels))
-        body += [rf"\delta{_subscript(tie)}" for tie in self.ties]
-        body += [rf"[{_tex_index(a)} \geq {_tex_index(b)}]" for a, b in self.steps]
-        if not body:
-            return r"\,".join([*sums, _tex_number(self.coef)])
-        return _coefficient(_tex_number(self.coef)) + r"\,".join([*sums, *body])
-
-
-def _affine(start: int, step: int, small: str) -> str:
-    if small == "0":
-        return str(start)
-    scaled = {1: small, -1: f"-{small}"}.get(step, f"{step}*{small}")
-    return scaled if start == 0 else f"{start}{'' if step < 0 else '+'}{scaled}"
-
-
-def _is_symbol(factor: tuple[str, tuple[str, ...]]) -> bool:
-    """Is it a derivative as a whole, as dz/dx, rather than a stored tensor?"""
-    return re.fullmatch(r"d[\w.]+/d[\w.]+", factor[0]) is not None
-
-
-def number(value: float) -> str:
-    """Write a number as people do, 3, 0.5, 1/3, 1/√3, where that is exact; with six digits where it is not."""
-    if not math.isfinite(value) or value == round(value, 6):
-        return f"{value:.10g}"
-    sign, size = ("-" if value < 0 else ""), abs(value)
-    if _is_exact(size, Fraction(size).limit_denominator(4096)):
-        return f"{sign}{Fraction(size).limit_denominator(4096)}"
-    square = Fraction(size * size).limit_denominator(4096)
-    if _is_exact(size * size, square) and 1 in (square.numerator, square.denominator):
-        return f"{sign}√{square.numerator}" if square.denominator == 1 else f"{sign}1/√{square.denominator}"
-    return f"{value:.6g}"
-
-
-def _is_exact(value: float, near: Fraction) -> bool:
-    return near.numerator < 4096 and math.isclose(value, float(near), rel_tol=4e-16)
-
-
-def _tex_number(value: float) -> str:
-    shown = re.sub(r"√(\d+)", r"\\sqrt{\1}", number(value))
-    sign, size = ("-", shown[1:]) if shown.startswith("-") else ("", shown)
-    above, slash, below = size.partition("/")
-    return rf"{sign}\frac{{{above}}}{{{below}}}" if slash else re.sub(r"e([+-]\d+)", r"\\cdot 10^{\1}", shown)
-
-
-def _coefficient(shown: str) -> str:
-    """What stands before a product: 1 and -1 are a sign."""
-    return shown[:-1] if shown in ("1", "-1") else f"{shown} "
-
-
-def tex(name: str) -> str:
-    """A name in LaTeX: letters as they are, words upright, an expression in brackets of its own."""
-    if re.fullmatch(r"[A-Za-z]", name):
-        return name
-    if re.fullmatch(r"[\w.]+", name):
-        return rf"\mathrm{{{_tex_escaped(name)}}}"
-    word = re.fullmatch(r"(\w+)('\d*)\((.*)\)", name)
-    if word is not None:  # a slope, as gelu'(h)
-        index = _subscript((word[2][1:],)) if word[2][1:] else ""
-        return rf"\mathrm{{{_tex_escaped(word[1])}}}{word[2][0]}{index}({_tex_plain(word[3])})"
-    inside = _tex_plain(name)
-    return inside if name[0] + name[-1] in ("()", "[]") else rf"({inside})"
-
-
-def _tex_plain(text: str) -> str:
-    for plain, written in _TEX.items():
-        text = text.replace(plain, written)
-    return re.sub(r"(?<![\\A-Za-z])[A-Za-z]\w+", lambda m: rf"\mathrm{{{m[0]}}}", text)
-
-
-def _tex_escaped(word: str) -> str:
-    return word.replace("_", r"\_")
-
-
-_TEX = {
-    "_": r"\_", "·": r"\cdot ", "δ": r"\delta ", "²": "^2", "√": r"\surd ", "#": r"\#", "≥": r"\geq ", "≤": r"\leq ",
-    "…": r"\dots ",
-}  # fmt: skip
-
-
-def _subscript(labels: Iterable[str]) -> str:
-    shown = ",".join(map(_tex_index, labels))
-    return f"_{{{shown}}}" if shown else ""
-
-
-def _tex_index(text: str) -> str:
-    return _tex_escaped(text.replace("*", ""))
-
-
-def _partial(above: str, out: Sequence[str], below: str, inn: Sequence[str]) -> str:
-    up, down = (tex(above) + _subscript(out), tex(below) + _subscript(inn))
-    return rf"\frac{{\partial {up}}}{{\partial {down}}}"
-
-
-@dataclass(frozen=True)
-class IndexFormula:
-    """A derivative as a sum of lines: symbol[out, inn] = line + line + ...; `tensors` are the values of the names."""
-
-    symbol: str
-    out: tuple[str, ...]
-    inn: tuple[str, ...]
-    lines: tuple[Line, ...]
-    tensors: Mapping[str, Tensor]
-    splits: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def left(self) -> str:
-        """The entry that the formula gives."""
-        indices = (*self.out, *self.inn)
-        return f"{self.symbol}[{','.join(indices)}]" if indices else self.symbol
-
-    def right(self) -> str:
-        """The sum of products."""
-        joined = " + ".join(line.text() for line in self.lines) or "0"
-        return joined.replace("+ -", "- ")
-
-    def __str__(self) -> str:
-        return f"{self.left} = {self.right()}"
-
-    @property
-    def ranges(self) -> str:
-        """The ranges of the summed indices, where no factor's axis shows them: `m<4, n<2`."""
-        found: dict[str, int] = {}
-        for line in self.lines:
-            for name, n in line.sums:
-                axes = [self._size(f, k) for f, labels in line.factors for k, x in enumerate(labels) if x == name]
-                if not axes or any(size not in (n, None) for size in axes):
-                    found[name] = n
-        return ", ".join(f"{name}<{n}" for name, n in found.items())
-
-    def _size(self, name: str, axis: int) -> int | None:
-        return self.tensors[name].shape[axis] if name in self.tensors else None
-
-    def latex_left(self) -> str:
-        """The entry that the formula gives, with a fraction of partials."""
-        above, _, below = self.symbol.partition("/")
-        if below:
-            return _partial(above[1:], self.out, below[1:], self.inn)
-        return tex(self.symbol) + _subscript((*self.out, *self.inn))
-
-    def latex_right(self) -> str:
-        """The sum of products."""
-        right = " + ".join(line.latex(self.splits) for line in self.lines) or "0"
-        return right.replace("+ -", "- ")
-
-    def latex(self) -> str:
-        """The formula with fractions of partials and subscripts."""
-        return f"{self.latex_left()} = {self.latex_right()}"
 
 
 def formula(
     terms: Sequence[Term], out_shape: Sequence[int], in_shape: Sequence[int], symbol: str = "J",
-    axes: tuple[Sequence[str], Sequence[str]] | None = None, names: Names | None = None,
+    axes: tuple[Sequence[str | None], Sequence[str | None]] | None = None, names: Names | None = None,
 ) -> IndexFormula:  # fmt: skip
     """Write terms in index notation: one name for each axis, an axis of size 1 is index 0.
 
@@ -244,31 +31,123 @@ def formula(
     `names` is shared by formulas that are to call one tensor by one name.
     """
     known = Names() if names is None else names
-    fresh = letters(known.avoid)
-    if axes is None:
-        out, inn = axis_letters(out_shape, fresh), axis_letters(in_shape, fresh)
-    else:
-        out = tuple(axes[0])
-        inn = tuple(f"{name}'" if name in out else name for name in axes[1])
+    out, inn = spoken(out_shape, in_shape, axes, known.avoid)
     summed: dict[str, int] = {}
-    lines = tuple(_line(term, out, inn, known, summed) for term in terms)
-    used = {name for line in lines for name, _ in line.factors}
-    used |= {text.split("[")[0] for line in lines for tie in line.deltas for text in tie if "[" in text}
-    return IndexFormula(symbol, out, inn, lines, {name: t for name, t in known.found.items() if name in used})
+    lines = tuple(_line(_looked_into(term, known), out, inn, known, summed) for term in terms)
+    return replace(_of_lines(symbol, out, inn, lines, known), where=_where(lines, known, summed))
+
+
+def spoken(
+    out_shape: Sequence[int], in_shape: Sequence[int],
+    axes: tuple[Sequence[str | None], Sequence[str | None]] | None, avoid: Sequence[str],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # fmt: skip
+    """The caller's names of axes, letters for those that have none, and a prime on what the output has already."""
+    names = letters(avoid)
+    sides = axes or ([None] * len(out_shape), [None] * len(in_shape))
+    out, inn = (
+        tuple(("0" if n == 1 else next(names)) if name is None else name for name, n in zip(side, shape, strict=True))
+        for side, shape in zip(sides, (out_shape, in_shape), strict=True)
+    )
+    return out, tuple(primed(inn, out))
+
+
+def _of_lines(
+    symbol: str, out: tuple[str, ...], inn: tuple[str, ...], lines: tuple[Line, ...], known: Names
+) -> IndexFormula:
+    names = used(lines)
+    return IndexFormula(symbol, out, inn, lines, {name: t for name, t in known.found.items() if name in names})
+
+
+def _where(lines: tuple[Line, ...], known: Names, summed: dict[str, int]) -> tuple[IndexFormula, ...]:
+    """What the letters in lines stand for, and the letters in that; each with the indices that it has in the lines."""
+    found: dict[str, IndexFormula] = {}
+    waiting = list(lines)
+    while waiting:
+        line = waiting.pop(0)
+        for letter, labels in line.factors:
+            if letter not in known.made or letter in found:
+                continue
+            f = known.made[letter]
+            is_plain = len(set(labels)) == len(labels) and all(x.replace("'", "").isidentifier() for x in labels)
+            out = labels if is_plain else spoken(f.tensor.shape, (), None, known.avoid)[0]
+            own = tuple(_line(term, out, (), known, summed) for term in written(f, known))
+            found[letter] = _of_lines(letter, out, (), own, known)
+            waiting += own
+    return tuple(found.values())
+
+
+# Products of at most so many factors are written where they stand in what a letter stands for.
+MAX_FACTORS = 5
+
+
+def written(f: Factor, known: Names, views: bool = True) -> tuple[Term, ...]:
+    """What a factor is made of: sums stay letters, products are put in; entries of other tensors as `views` says."""
+    return tuple(sorted((_looked_into(t, known, views, MAX_FACTORS) for t in f.made), key=lambda t: t.coef < 0))
+
+
+def _looked_into(term: Term, known: Names, views: bool = True, most: int = 0) -> Term:
+    """Put in what a factor shows entries of, and products up to `most` factors, for the factor."""
+    factors: list[Factor | Relation] = []
+    coef, count = term.coef, len(term.tensors)
+    for f in term.factors:
+        if not isinstance(f, Factor) or len(f.made) != 1:
+            factors.append(f)
+            continue
+        more = len(f.made[0].tensors) - 1
+        is_shown = views and known.shows(f) if is_view(f) else count + more <= most
+        if not is_shown:
+            factors.append(f)
+            continue
+        read = renewed(f.made[0])
+        inner = substitute(read, dict(zip(atoms(read.out), ((x,) for x in f.labels), strict=True)))
+        inner = _looked_into(inner, known, views, most and most - count + 1)
+        count += len(inner.tensors) - 1
+        factors += inner.factors
+        coef *= inner.coef
+    return replace(term, coef=coef, factors=tuple(factors))
+
+
+def told(f: Factor) -> str:
+    """What a factor is called, or what it is made of where it has no name."""
+    lone = Term(1.0, (f,), tuple((x,) for x in f.labels), ())
+    shown = formula([lone], f.tensor.shape, ())
+    return f.name or (f"({shown.where[0].right()})" if len(shown.where) == 1 else "a factor")
+
+
+def is_view(f: Factor) -> bool:
+    """Is it entries of another tensor, each as it is?"""
+    if len(f.made) != 1 or len(f.made[0].tensors) != 1 or f.made[0].coef != 1:
+        return False
+    (term,) = f.made
+    told = {x for r in term.relations for x in getattr(r, "bigs", ())}
+    return len(set(term.visible)) == len(term.out) and all(x in told or x.size == 1 for x in term.hidden)
+
+
+# Letters for what is made by multiplying and adding: those that rules leave (C inverse, L factor, X solution, ...).
+LETTERS_MADE = "ABDEGHKMNPQRSUVWYZ"
 
 
 class Names:
     """One name for one tensor: equal views share it, a second tensor of the same name gets a number."""
 
-    def __init__(self, taken: Callable[[str], bool] = lambda name: False, avoid: Sequence[str] = ()) -> None:
-        """`taken`: names that no second tensor gets; `avoid`: letters that no index gets."""
+    def __init__(
+        self, values: Mapping[str, Tensor] | None = None, avoid: Sequence[str] = (),
+        axes: Mapping[str, Sequence[str | None]] | None = None,
+    ) -> None:  # fmt: skip
+        """`values`: the names that are given, no other tensor gets one; `avoid`: letters that no index gets.
+
+        axes: names of the axes of some of the values
+        """
+        self.values = dict(values or {})
         self.avoid = tuple(avoid)
+        self.axes = axes or {}
         self.found: dict[str, Tensor] = {}
+        self.made: dict[str, Factor] = {}
         self.owner: dict[tuple, str] = {}
         self.base: dict[str, str] = {}
-        self.taken = taken
 
     def of(self, f: Factor) -> str:
+        """The name of a factor."""
         t = f.tensor
         # Meta and fake tensors have no numbers: the object is all there is to tell them by.
         where = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta" else id(t)
@@ -277,24 +156,54 @@ class Names:
             self.owner[key] = self._equal(f) or self._new(f)
         return self.owner[key]
 
+    def shows(self, f: Factor) -> bool:
+        """Is a factor shown as entries of another tensor? Axes of size 1 of what a rule alone made are not missed."""
+        if not is_view(f):
+            return False
+        (term,) = f.made
+        base = term.tensors[0]
+        kept = tuple(x for x in base.labels if x.size != 1)
+        return bool(base.made or base.name in self.values or term.relations or kept != atoms(term.out))
+
     def _equal(self, f: Factor) -> str:
         """The name of a tensor of the same numbers: of the same origin, or of one that another trace named."""
-        foreign = len(f.name) > 1 and re.fullmatch(r"\w+", f.name) and not self.taken(f.name)
-        for name, t in self.found.items():
-            known = self.base[name] == f.name or (foreign and self.taken(name))
-            alike = known and t.shape == f.tensor.shape and t.dtype == f.tensor.dtype
-            if alike and type(t) is type(f.tensor) is Tensor and t.device.type != "meta" and torch.equal(t, f.tensor):
-                return name
-        return ""
+        given = self.values.get(f.name)
+        if given is not None and is_alike(given, f.tensor):
+            self.found[f.name] = f.tensor
+            self.base[f.name] = f.name
+            return f.name
+        foreign = f.name and re.fullmatch(r"\w+", f.name) and (len(f.name) > 1 or f.name in self.values)
+        known = [(name, t) for name, t in self.found.items() if self.base[name] == f.name]
+        known += self.values.items() if foreign else ()
+        alike = [name for name, t in known if is_alike(t, f.tensor)]
+        name = next((n for n in alike if _is_same_memory(dict(known)[n], f.tensor)), alike[0] if alike else "")
+        if name in self.values:
+            self.found[name] = f.tensor
+            self.base[name] = name
+        return name
 
     def _new(self, f: Factor) -> str:
-        base = f.name or "F"
+        base = f.name or ("" if f.made else "F")
         mark = "" if base.isidentifier() and not base[-1].isdigit() else "#"
         numbered = (base if k == 1 else f"{base}{mark}{k}" for k in count(1))
-        name = next(n for n in numbered if n not in self.found and (n == base or not self.taken(n)))
+        fresh = numbered if base else letters(self.avoid, LETTERS_MADE)
+        name = next(n for n in fresh if n not in self.found and n not in self.values)
         self.found[name] = f.tensor
         self.base[name] = f.name
+        if f.made and not is_view(f):
+            self.made[name] = f
         return name
+
+
+def is_alike(a: Tensor, b: Tensor) -> bool:
+    """Have two tensors the same shape, type and numbers?"""
+    if a is b or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return a is b
+    return {type(a), type(b)} <= {Tensor, torch.nn.Parameter} and a.device.type != "meta" and torch.equal(a, b)
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device.type != "meta" and a.data_ptr() == b.data_ptr()
 
 
 def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names, summed: dict[str, int]) -> Line:
@@ -302,12 +211,27 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
     whole: dict[Axis, str] = {}
     deltas: list[tuple[str, str]] = []
     sums: list[tuple[str, int]] = []
+    factors = [(tensors.of(f), f.labels) for f in term.tensors]
+    hints = {x: n for f, labels in factors if f in tensors.axes for x, n in zip(labels, tensors.axes[f], strict=True)}
+    told: dict[Label, Any] = {r.bigs[0]: r for r in term.relations if isinstance(r, Select | Window) if _says(r, term)}
 
     def add(label: Label) -> None:
+        if label in told:
+            r = told[label]
+            for x in r.smalls:
+                if x not in name:
+                    add(x)
+            name[label] = _place(r, name, tensors)
+            return
         if label.size == 1:
             name[label] = "0"
             return
-        name[label] = sum_letter(label.size, [*out, *inn, *tensors.avoid, *(s for s, _ in sums)], summed)
+        taken = [*out, *inn, *(s for s, _ in sums)]
+        hint = hints.get(label)
+        if hint and hint not in taken and summed.setdefault(hint, label.size) == label.size:
+            name[label] = hint
+        else:
+            name[label] = sum_letter(label.size, [*taken, *tensors.avoid], summed)
         sums.append((name[label], label.size))
 
     axes: list[tuple[str, Axis]] = [*zip(out, term.out, strict=True), *zip(inn, term.inn, strict=True)]
@@ -334,35 +258,43 @@ def _line(term: Term, out: tuple[str, ...], inn: tuple[str, ...], tensors: Names
                 add(label)
         deltas.append((letter, _polynomial(axis, name)))
     for label in term.hidden:
-        add(label)
+        if label not in name:
+            add(label)
     steps: list[tuple[str, str]] = []
     for r in term.relations:
-        if isinstance(r, Window | Lookup):
-            deltas.append((_polynomial(r.bigs, name), _place(r, name, tensors)))
-        elif isinstance(r, Triangle):
+        if isinstance(r, Triangle):
             low = f"{_polynomial(r.cols, name)}{r.offset:+d}" if r.offset else _polynomial(r.cols, name)
             steps.append((_polynomial(r.rows, name), low))
+        elif isinstance(r, Window | Lookup) and r not in told.values():
+            deltas.append((_polynomial(r.bigs, name), _place(r, name, tensors)))
     return Line(
-        term.coef, tuple((tensors.of(f), tuple(name[x] for x in f.labels)) for f in term.tensors),
-        in_order(deltas, [*out, *inn]), tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects),
+        term.coef, tuple((f, tuple(name[x] for x in labels)) for f, labels in factors),
+        in_order(deltas, [*out, *inn]),
+        tuple((name[s.big], s.start, s.step, name[s.small]) for s in term.selects if s.big not in told),
         tuple(sums), tuple(steps),
     )  # fmt: skip
 
 
-def _place(r: Window | Lookup, name: Mapping[Label, str], tensors: Names) -> str:
+def _says(r: Select | Window, term: Term) -> bool:
+    """Does a relation say what an index is that nothing else ties, and that no axis has?"""
+    if len(r.bigs) != 1 or r.bigs[0] in (*term.visible, *r.smalls):
+        return False
+    others = [other for other in term.relations if other is not r and r.bigs[0] in other.labels]
+    read = all(isinstance(other, Window | Lookup) and r.bigs[0] not in other.bigs for other in others)
+    return read and (isinstance(r, Select) or r.is_total)
+
+
+def _place(r: Any, name: Mapping[Label, str], tensors: Names) -> str:
     """Where a relation reads: 2*i+j-1, or idx[i][j]."""
     if isinstance(r, Lookup):
         return tensors.of(Factor(r.index, r.smalls, r.name)) + "".join(f"[{name[x]}]" for x in r.smalls)
+    if isinstance(r, Select):
+        return affine(r.start, r.step, name[r.small])
+    if any(not name[x].replace("'", "").isidentifier() and name[x] != "0" for x in r.smalls):
+        return str(combined([(name[x], step) for x, step in zip(r.smalls, r.steps, strict=True)], r.start))
     steps = ((name[x], step) for x, step in zip(r.smalls, r.steps, strict=True) if name[x] != "0")
     parts = [f"{step:+d}*{x}" if abs(step) != 1 else f"{'+-'[step < 0]}{x}" for x, step in steps]
     return ("".join(parts) + (f"{r.start:+d}" if r.start or not parts else "")).removeprefix("+")
-
-
-def in_order(ties: Sequence[tuple[str, str]], axes: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Sort ties as their axes stand: δ(i,l) before δ(j,k), and not δ(l,i)."""
-    place = {name: k for k, name in enumerate(axes)}
-    ties = [(b, a) if a in place and b in place and place[b] < place[a] else (a, b) for a, b in ties]
-    return tuple(sorted(ties, key=lambda tie: min(place.get(x, len(place)) for x in tie)))
 
 
 def _polynomial(axis: Axis, name: dict[Label, str]) -> str:

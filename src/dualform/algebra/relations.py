@@ -10,94 +10,30 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, diagonal, make_factor, sizes, volume
-
-
-class Reading(Protocol):
-    """A relation that is a function from `smalls` to a place in `bigs`: Select, Window, Lookup."""
-
-    @property
-    def smalls(self) -> Axis: ...
-    @property
-    def bigs(self) -> Axis: ...
-    def values(self, device: torch.device) -> Tensor: ...
-
-
-class _Function(Relation):
-    """A relation that is a function."""
-
-    smalls: Axis
-    bigs: Axis
-
-    @property
-    def labels(self) -> Axis:
-        return (*self.smalls, *self.bigs)
-
-    @abstractmethod
-    def values(self, device: torch.device) -> Tensor:
-        """The places in bigs."""
-
-    def dense(self, like: Tensor) -> Factor:
-        hit = self.values(like.device).unsqueeze(-1) == torch.arange(volume(self.bigs), device=like.device)
-        return make_factor(hit.to(like.dtype), (*((x,) for x in self.smalls), self.bigs), "[at]")
+from dualform.algebra.terms import (
+    Axis,
+    Factor,
+    IndexFunction,
+    Label,
+    Relation,
+    Select,
+    Window,
+    diagonal,
+    make_factor,
+    read_from,
+    sizes,
+    volume,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Window(_Function):
-    """flat(bigs) = start + sum_k steps[k] smalls[k]; where that is outside of bigs, nothing."""
-
-    smalls: Axis
-    bigs: Axis
-    start: int
-    steps: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple:
-        return ("window", self.start, self.steps, len(self.bigs))
-
-    @property
-    def reach(self) -> tuple[int, int]:
-        """The least and the greatest place."""
-        ends = [step * (x.size - 1) for x, step in zip(self.smalls, self.steps, strict=True)]
-        return self.start + sum(e for e in ends if e < 0), self.start + sum(e for e in ends if e > 0)
-
-    @property
-    def is_total(self) -> bool:
-        least, most = self.reach
-        return least >= 0 and most < volume(self.bigs)
-
-    def renamed(self, final: Callable[[Label], Axis]) -> Window:
-        steps: dict[Label, int] = {}
-        for small, step in zip(self.smalls, self.steps, strict=True):
-            parts = final(small)
-            for k, part in enumerate(parts):
-                steps[part] = steps.get(part, 0) + step * volume(parts[k + 1 :])
-        bigs = tuple(x for big in self.bigs for x in final(big))
-        return Window(tuple(steps), bigs, self.start, tuple(steps.values()))
-
-    def values(self, device: torch.device) -> Tensor:
-        total = torch.full((), self.start, dtype=torch.int64, device=device)
-        for k, (small, step) in enumerate(zip(self.smalls, self.steps, strict=True)):
-            along = torch.arange(small.size, device=device) * step
-            total = total + along.reshape([-1] + [1] * (len(self.smalls) - k - 1))
-        return total
-
-    def inside(self, like: Tensor) -> Factor:
-        """1 where the place is in bigs, else 0."""
-        place = self.values(like.device)
-        return Factor(((place >= 0) & (place < volume(self.bigs))).to(like.dtype), self.smalls, "inside")
-
-
-@dataclass(frozen=True, eq=False)
-class Lookup(_Function):
+class Lookup(IndexFunction):
     """flat(bigs) = index[smalls...]; every entry of `index` is a place in bigs."""
 
     smalls: Axis
@@ -116,6 +52,10 @@ class Lookup(_Function):
 
     def values(self, device: torch.device) -> Tensor:
         return self.index
+
+
+# A relation that is a function from `smalls` to a place in `bigs`.
+Reading = Select | Window | Lookup
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +98,6 @@ def window(smalls: Sequence[Axis], big: Axis, start: int, steps: Sequence[int]) 
 def as_window(select: Select) -> Window:
     """The same relation in the form whose labels can be split."""
     return Window((select.small,), (select.big,), select.start, (select.step,))
-
-
-def same_place(left: Axis, right: Axis) -> Window:
-    """flat(right) = flat(left): ties axes of equal volume whose radices do not nest."""
-    return Window(left, right, 0, tuple(volume(left[k + 1 :]) for k in range(len(left))))
 
 
 def restricted(relation: Relation, s: Select) -> Relation | None:
@@ -232,7 +167,7 @@ def read(relation: Reading, f: Factor) -> Factor:
     if isinstance(relation, Select):
         axis = f.labels.index(relation.big)
         labels = tuple(relation.small if x is relation.big else x for x in f.labels)
-        return diagonal(Factor(narrowed(f.tensor, axis, relation), labels, f.name))
+        return diagonal(read_from(f, narrowed(f.tensor, axis, relation), labels, relation))
     if isinstance(relation, Window) and len(relation.bigs) == 1 and _slides(relation, f):
         return _unfolded(relation, f)
     own = [x for x in f.labels if x in relation.bigs or x in relation.smalls]
@@ -244,7 +179,7 @@ def read(relation: Reading, f: Factor) -> Factor:
         taken = taken.reshape(sizes((*relation.smalls, *rest)))
     else:
         taken = tensor[tuple(places)]
-    return Factor(taken, (*relation.smalls, *rest), f.name)
+    return read_from(f, taken, (*relation.smalls, *rest), relation)
 
 
 def _places(relation: Reading, own: Sequence[Label], device: torch.device) -> list[Tensor]:

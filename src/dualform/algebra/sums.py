@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualform.algebra.contract import contract
 from dualform.algebra.materialise import spread
-from dualform.algebra.relations import as_window, same_place
+from dualform.algebra.relations import as_window
 from dualform.algebra.terms import (
     Factor,
     Identity,
@@ -25,7 +25,10 @@ from dualform.algebra.terms import (
     Select,
     Term,
     atoms,
+    factor_of,
     identity_of,
+    product,
+    same_place,
     substitute,
     volume,
 )
@@ -84,18 +87,10 @@ def added(terms: Sequence[Term]) -> tuple[Term, ...]:
         first, order = group[0]
         if len(group) > 1:
             parts = [contract(t.factors, labels) * t.coef for t, labels in group]
-            name = _sum_name([t.tensors[0].name for t, _ in group])
-            first = replace(first, coef=1.0, factors=(Factor(sum(parts[1:], parts[0]), tuple(order), name),))
+            made = (replace(product(t.factors, labels), coef=t.coef) for t, labels in group)
+            first = replace(first, coef=1.0, factors=(factor_of(made, sum(parts[1:], parts[0]), order),))
         result.append(first)
     return tuple(result)
-
-
-def _sum_name(names: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(n or "1" for n in names))
-    if len(unique) == 1 and unique[0].startswith("("):
-        return unique[0]
-    name = "+".join(unique)
-    return f"({name})" if len(name) < 40 else "(…)"
 
 
 def _key(term: Term) -> tuple:
@@ -127,14 +122,17 @@ def shrunk(term: Term, uses: Mapping[Identity, int]) -> Term:
         stored = sum(f.tensor.numel() for f in linked if isinstance(f, Factor))
         # A relation that reaches an axis is worth more as one: the factor stays small.
         if not any(isinstance(f, Relation) for f in linked) and volume(keep) <= stored:
-            name = "·".join(f.name for f in linked if isinstance(f, Factor) and f.name)
-            new = Factor(contract(linked, keep), tuple(keep), name)
-            term = replace(term, factors=(*(f for f in term.factors if f not in linked), new))
+            rest = (f for f in term.factors if f not in linked)
+            term = replace(term, factors=(*rest, multiplied(linked, keep)))
     keep = [x for x in term.visible if any(x in f.labels for f in term.tensors)]
     if bulk > volume(keep) and len(term.tensors) > 1 and not term.relations:
-        name = "·".join(f.name for f in term.tensors if f.name)
-        term = replace(term, factors=(Factor(contract(term.tensors, keep), tuple(keep), name),))
+        term = replace(term, factors=(multiplied(term.tensors, keep),))
     return term
+
+
+def multiplied(factors: Sequence[Factor | Relation], labels: Sequence[Label]) -> Factor:
+    """The product of factors as one factor, summed over all labels but these."""
+    return factor_of([product(factors, labels)], contract(factors, labels), labels)
 
 
 def _joined(term: Term) -> Term:
@@ -146,11 +144,7 @@ def _joined(term: Term) -> Term:
         return term
     factors: list[Factor | Relation] = list(term.relations)
     for group in groups.values():
-        first = group[0]
-        if len(group) > 1:
-            name = "·".join(f.name for f in group if f.name)
-            first = Factor(contract(group, first.labels), first.labels, name)
-        factors.append(first)
+        factors.append(multiplied(group, group[0].labels) if len(group) > 1 else group[0])
     return replace(term, factors=tuple(factors))
 
 
@@ -177,16 +171,16 @@ class _Meet:
 
     def sum(self, like: Tensor) -> Term:
         """Add the terms into one factor over the pattern."""
-        parts = []
+        made = []
         for term, column in zip(self.terms, self.columns, strict=True):
             first = {self.label_at[k]: column[k] for k in reversed(range(self.count))}
-            parts.append(spread(term, [(first[label],) for label in self.stored], (), like))
+            made.append(replace(term, out=tuple((first[label],) for label in self.stored), inn=()))
+        parts = [spread(term, term.out, (), like) for term in made]
         dense = sum(parts[1:], parts[0])
         labels = iter(self.label_at[k] for k in range(self.count))
         out = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].out)
         inn = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].inn)
-        name = _sum_name(["·".join(f.name for f in t.tensors if f.name) for t in self.terms])
-        return Term(1.0, (Factor(dense, tuple(self.stored), name),), out, inn)
+        return Term(1.0, (factor_of(made, dense, self.stored),), out, inn)
 
 
 def _refined(terms: Sequence[Term]) -> list[Term]:

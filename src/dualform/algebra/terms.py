@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,11 +41,15 @@ Axis = tuple[Label, ...]
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A stored tensor with one label per axis; `name` is for people ("X", "p", "gelu'(h)")."""
+    """A stored tensor with one label per axis; `name` is for people ("X", "p", "gelu'(h)").
+
+    made: what the tensor is a sum of, where that is recorded; the terms' outputs are its axes, whatever its labels
+    """
 
     tensor: Tensor
     labels: tuple[Label, ...]
     name: str = ""
+    made: tuple[Term, ...] = ()
 
 
 class Relation(ABC):
@@ -119,6 +125,71 @@ class Select(Relation):
         return range(self.start, self.start + self.step * self.small.size, self.step)
 
 
+class IndexFunction(Relation):
+    """A relation that is a function."""
+
+    smalls: Axis
+    bigs: Axis
+
+    @property
+    def labels(self) -> Axis:
+        return (*self.smalls, *self.bigs)
+
+    @abstractmethod
+    def values(self, device: torch.device) -> Tensor:
+        """The places in bigs."""
+
+    def dense(self, like: Tensor) -> Factor:
+        hit = self.values(like.device).unsqueeze(-1) == torch.arange(volume(self.bigs), device=like.device)
+        return make_factor(hit.to(like.dtype), (*((x,) for x in self.smalls), self.bigs), "[at]")
+
+
+@dataclass(frozen=True, eq=False)
+class Window(IndexFunction):
+    """flat(bigs) = start + sum_k steps[k] smalls[k]; where that is outside of bigs, nothing."""
+
+    smalls: Axis
+    bigs: Axis
+    start: int
+    steps: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple:
+        return ("window", self.start, self.steps, len(self.bigs))
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The least and the greatest place."""
+        ends = [step * (x.size - 1) for x, step in zip(self.smalls, self.steps, strict=True)]
+        return self.start + sum(e for e in ends if e < 0), self.start + sum(e for e in ends if e > 0)
+
+    @property
+    def is_total(self) -> bool:
+        least, most = self.reach
+        return least >= 0 and most < volume(self.bigs)
+
+    def renamed(self, final: Callable[[Label], Axis]) -> Window:
+        steps: dict[Label, int] = {}
+        for small, step in zip(self.smalls, self.steps, strict=True):
+            parts = final(small)
+            for k, part in enumerate(parts):
+                steps[part] = steps.get(part, 0) + step * volume(parts[k + 1 :])
+        bigs = tuple(x for big in self.bigs for x in final(big))
+        return Window(tuple(steps), bigs, self.start, tuple(steps.values()))
+
+    def values(self, device: torch.device) -> Tensor:
+        total = torch.full((), self.start, dtype=torch.int64, device=device)
+        for k, (small, step) in enumerate(zip(self.smalls, self.steps, strict=True)):
+            along = torch.arange(small.size, device=device) * step
+            total = total + along.reshape([-1] + [1] * (len(self.smalls) - k - 1))
+        return total
+
+    def inside(self, like: Tensor) -> Factor:
+        """1 where the place is in bigs, else 0."""
+        place = self.values(like.device)
+        return Factor(((place >= 0) & (place < volume(self.bigs))).to(like.dtype), self.smalls, "inside")
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """One product: see the module's equation."""
@@ -176,25 +247,70 @@ def volume(labels: Iterable[Label]) -> int:
     return math.prod(label.size for label in labels)
 
 
+def same_place(left: Axis, right: Axis) -> Window:
+    """flat(right) = flat(left): ties axes of equal volume whose radices do not nest."""
+    return Window(left, right, 0, tuple(volume(left[k + 1 :]) for k in range(len(left))))
+
+
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Keep with every factor that is made in here what it is made of, for people; so all of that stays in memory."""
+    before = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(before)
+
+
+def factor_of(made: Iterable[Term], tensor: Tensor, labels: Sequence[Label], name: str = "") -> Factor:
+    """A factor that stands for a sum of terms, which have an output for each of its axes."""
+    return Factor(tensor, tuple(labels), name, tuple(made) if _recording.get() else ())
+
+
+def read_from(f: Factor, tensor: Tensor, labels: Sequence[Label], *relations: Relation) -> Factor:
+    """A factor whose entries are some of another's: which, say its labels and the relations between them."""
+    return factor_of((product(x, labels) for x in [(f, *relations)]), tensor, labels, f.name)
+
+
+def product(factors: Sequence[Factor | Relation], labels: Sequence[Label]) -> Term:
+    """A product of factors, summed over all labels but these."""
+    return Term(1.0, tuple(factors), tuple((x,) for x in labels), ())
+
+
 def make_factor(tensor: Tensor, axes: Sequence[Axis], name: str = "") -> Factor:
     """Label a tensor whose axis k is `axes[k]`: split composite axes, drop size 1, take diagonals of repeats."""
+    return relabelled(Factor(tensor, (), name), axes)
+
+
+def relabelled(f: Factor, axes: Sequence[Axis]) -> Factor:
+    """The same numbers under other labels, one axis of them for each of the factor's own."""
     labels = atoms(axes)
     shape = sizes(labels)
-    if list(tensor.shape) != shape:
-        tensor = tensor.reshape(shape)
-    return diagonal(Factor(tensor, labels, name))
+    if list(f.tensor.shape) == shape:
+        return diagonal(replace(f, labels=labels))
+    tensor = f.tensor.reshape(shape)
+    if not _recording.get():
+        return diagonal(Factor(tensor, labels, f.name))
+    own = [axis[0] if len(axis) == 1 else Label(volume(axis)) for axis in axes]
+    ties = [same_place(axis, (x,)) for x, axis in zip(own, axes, strict=True) if len(axis) > 1]
+    return diagonal(read_from(replace(f, labels=tuple(own)), tensor, labels, *ties))
 
 
 def diagonal(factor: Factor) -> Factor:
     """Replace a repeated label by the diagonal of the two axes (a view)."""
     tensor, labels = factor.tensor, list(factor.labels)
+    if len(set(labels)) == len(labels):
+        return factor
     while len(set(labels)) < len(labels):
         second = next(k for k, label in enumerate(labels) if label in labels[:k])
         first = labels.index(labels[second])
         tensor = torch.diagonal(tensor, dim1=first, dim2=second)
         label = labels[second]
         labels = [x for k, x in enumerate(labels) if k not in (first, second)] + [label]
-    return Factor(tensor, tuple(labels), factor.name)
+    return read_from(factor, tensor, labels)
 
 
 def substitute(term: Term, change: Mapping[Label, Axis]) -> Term:
@@ -216,7 +332,7 @@ def substitute(term: Term, change: Mapping[Label, Axis]) -> Term:
         if not any(label in change for label in f.labels):
             factors.append(f)
         elif isinstance(f, Factor):
-            factors.append(make_factor(f.tensor, [final(label) for label in f.labels], f.name))
+            factors.append(relabelled(f, [final(label) for label in f.labels]))
         else:
             factors.append(f.renamed(final))
     return Term(term.coef, tuple(factors), axes(term.out), axes(term.inn))

@@ -10,7 +10,7 @@ slip that gives exactly what was got is the message.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -196,7 +196,8 @@ def _compared(
         slip = _slip(given, k, seed, found, expected, backward, args, floating.index(k), J, names)
         if slip is not None:
             faults.append(Fault(name, slip.kind, f"{name}'s gradient {slip.message}"))
-            formulas[name] = str(formula(J.terms, J.out_shape, J.in_shape, f"df/d{name}", names))
+            assert J.route is not None
+            formulas[name] = replace(J.route.shown(J), symbol=f"df/d{name}").sentence
         elif found is not None and found.numel():
             errors[name] = (found - expected[k]).abs().max().item()
     return Report(tuple(faults), errors, formulas)

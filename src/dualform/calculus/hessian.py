@@ -91,6 +91,10 @@ class Second(AtPoint):
         slope = traced.always(("slope", self.first), lambda: _slope(self.point, self.first))
         return traced.terms(("second", self.first, self.second), partial(self._differentiated, slope), self.point)
 
+    def computed(self) -> Sequence[Term]:
+        """The terms, from a first derivative of their own."""
+        return self._differentiated(_slope(self.point, self.first), self.point.inputs)
+
     def _differentiated(self, slope: Skeleton, inputs: Sequence[Tensor]) -> Sequence[Term]:
         traced = self.point.traced
         values = evaluated(slope.graph, inputs)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
-from dualform.algebra.terms import Factor, Label, Relation, Term, make_factor, volume
+from dualform.algebra.notation import told
+from dualform.algebra.terms import Factor, Label, Relation, Term, make_factor, recorded, volume
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.trace import source_line
 
@@ -194,7 +195,8 @@ def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Slip | 
 
 def _of_an_op(got: Tensor, g: Tensor, program: Program) -> Slip | None:
     """One op's local derivative with one slip in it."""
-    local = program.local
+    with recorded():
+        local = program.local
     for node, parts in local.items():
         for place, (source, J) in enumerate(parts):
             for slip, wrong in _slips(program, node, source, J):
@@ -219,7 +221,7 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
     name, below = program.name_of(node), program.name_of(source)
     for k, term in enumerate(J.terms):
         before, after = J.terms[:k], J.terms[k + 1 :]
-        shown = f"{term.coef:+.4g} {'·'.join(f.name or 'F' for f in term.tensors)}".strip()
+        shown = f"{term.coef:+.4g} {'·'.join(map(told, term.tensors))}".strip()
         if before or after:
             text = f"misses the term {shown} of d{name}/d{below}; expected {len(J.terms)} terms. Add it."
             yield Slip("missing term", text), J.with_terms([*before, *after])
@@ -244,7 +246,7 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
 
 
 def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, Factor]]:
-    said = f.name or "a factor"
+    said = told(f)
     missing = f"misses the factor {said}; expected it. Multiply by {said}."
     yield Slip("missing factor", missing), replace(f, tensor=torch.ones_like(f.tensor))
     for a, b in itertools.combinations(range(f.tensor.ndim), 2):

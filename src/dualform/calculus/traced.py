@@ -7,6 +7,7 @@ devices; never values of tensors, and never identity alone. At most 256 are kept
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.linear_map import Derivative, Route
 from dualform.algebra.normal_form import settled
-from dualform.algebra.notation import IndexFormula
-from dualform.algebra.terms import Term
+from dualform.algebra.terms import Factor, Term, recorded
 from dualform.bounded import Bounded
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
@@ -106,13 +107,25 @@ def _held(f: Any) -> str | None:
 def refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> tuple[Any, int | None]:
     """A factor or relation with the next of some tensors in place of its own, and which that is; None: it has none."""
     held = _held(f)
-    place = None if held is None else next(at)
-    return (f, None) if held is None or place is None else (replace(f, **{held: made[place]}), place)
+    if held is None:
+        return f, None
+    place = next(at)
+    new = replace(f, **{held: made[place]})
+    if isinstance(f, Factor) and f.made:  # what it is made of is filled in, too
+        inner = (replace(t, factors=tuple(refilled(g, made, at)[0] for g in t.factors)) for t in f.made)
+        new = replace(new, made=tuple(inner))
+    return new, place
 
 
 def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
-    """The tensors of each term's factors and relations, in order."""
-    return [[getattr(f, held) for f in term.factors if (held := _held(f)) is not None] for term in terms]
+    """The tensors of each term's factors and relations, in order, each before those that it is made of."""
+    return [[t for f in term.factors for t in _tensors(f)] for term in terms]
+
+
+def _tensors(f: Any) -> list[Tensor]:
+    held = _held(f)
+    inner = [t for made in tensors_of(f.made) for t in made] if isinstance(f, Factor) else []
+    return [] if held is None else [getattr(f, held), *inner]
 
 
 def _distinct(terms: Sequence[Term]) -> dict[int, Tensor]:
@@ -281,11 +294,25 @@ class AtPoint(Route):
 
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """The account of the derivative."""
-        return self.story().explain(derivative, level)
+        with recorded():
+            return self.story().explain(self.told(derivative), level)
 
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names of its account."""
-        return self.story().shown(derivative)
+        with recorded():
+            return self.story().shown(self.told(derivative))
+
+    def told(self, derivative: Derivative) -> Derivative:
+        """The derivative made once more, with a record of what its factors are made of."""
+        self.point.check()
+        with recorded():
+            found = derivative.with_terms(settled(self.computed()), derivative.is_symmetric)
+        found.route = self
+        return found
+
+    @abstractmethod
+    def computed(self) -> Sequence[Term]:
+        """The terms, from what is new and nobody keeps."""
 
     def joined(self, outer: Derivative, inner: Derivative) -> Route:
         """The route of a product."""
@@ -311,10 +338,15 @@ class Applied(AtPoint):
         point, key = self.point, ("terms", self.output, self.source)
 
         def compute(inputs: Sequence[Tensor]) -> Sequence[Term]:
-            values = point.values if inputs is point.inputs else inputs
-            return point.traced.program(values, self.output, self.source).terms()
+            if inputs is point.inputs:
+                return self.computed()
+            return point.traced.program(inputs, self.output, self.source).terms()
 
         return point.traced.terms(key, compute, point)
+
+    def computed(self) -> Sequence[Term]:
+        """The terms, along a program of their own."""
+        return self.point.traced.program(self.point.values, self.output, self.source).terms()
 
     def vjp(self, g: Tensor) -> Tensor:
         """Pull back along the graph."""

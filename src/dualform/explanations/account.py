@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dualform.algebra.index_products import collected, in_axes
+from dualform.algebra.index_products import collected
+from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.linear_map import Derivative, Term, derivative_of, fresh_axes
-from dualform.algebra.notation import IndexFormula, Names, formula
+from dualform.algebra.notation import Names, formula, spoken
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
+from dualform.explanations.known_axes import known_axes
 from dualform.explanations.python_text import written
 from dualform.explanations.steps import OpStep, Stage
-from dualform.explanations.torch_code import vjp_code
+from dualform.explanations.torch_code import Pullback, vjp_code
 from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
@@ -49,36 +51,44 @@ class Story:
         self.f = f
         self.args = list(args)
         self.wrt = wrt
-        self.axes = None if axes is None else (axes[1], axes[0][wrt])
         gm = trace(f, *args)
         write_out(gm.graph)  # what an op is made of is what there is to tell about it
         gm.recompile()
         self.program = Program(gm, args, wrt, local_derivative, name_nodes(gm, names, closed))
-        called = set(self.program.names.values())
+        self.axes = {} if axes is None else known_axes(self.program, *axes)
+        called = {self.program.name_of(n): v for n, v in self.program.values.items() if isinstance(v, Tensor)}
         # An index that is called like a tensor misleads; p, h and r are what rules call their factors.
-        self.names = Names(called.__contains__, sorted({name for name in called if len(name) == 1} | set("phr")))
+        avoid = {*(name for name in called if len(name) == 1), *"phr", *(a for x in self.axes.values() for a in x if a)}
+        self.names = Names(called, sorted(avoid), self.axes)
 
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """Assemble the steps, the proof, the result, its code and its checks."""
         if level not in LEVELS:
             fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
-        code, namespace = vjp_code(derivative)
         steps = self.steps  # first, so that plain names are theirs
         result = self._step("chain", "", derivative, self._symbol(self.program.output))
         stages = self.stages
         end = stages[-1].symbol if stages else ""
         whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
-        if whole and self.axes is not None:
-            whole = in_axes(whole, result.formula.out, result.formula.inn)
+        code = vjp_code(derivative, self.names, self.program.name_of(self.program.source))
         return Explanation(
-            level, self._title(), tuple(steps), tuple(self._chain()), result, code, namespace,
-            tuple(self._checks(derivative, code, namespace, level)), tuple(stages), whole or None,
+            level, self._title(), tuple(steps), tuple(self._chain()), result, code,
+            tuple(self._checks(derivative, code, level)), tuple(stages), whole or None,
         )  # fmt: skip
 
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names that its steps use."""
-        shape = (derivative.out_shape, derivative.in_shape)
-        return formula(derivative.terms, *shape, self._symbol(self.program.output), self.axes, self.names)
+        return self._formula(derivative, self._symbol(self.program.output))
+
+    def _formula(self, J: Derivative, symbol: str) -> IndexFormula:
+        shapes = (J.out_shape, J.in_shape)
+        return formula(J.terms, *shapes, symbol, self._axes(*shapes, symbol), self.names)
+
+    def _axes(self, out: Sequence[int], inn: Sequence[int], symbol: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The indices of a derivative, named after the two axes' names."""
+        names = (name[1:] for name in symbol.split("/"))
+        known = [self.axes.get(name, (None,) * len(shape)) for name, shape in zip(names, (out, inn), strict=True)]
+        return spoken(out, inn, (known[0], known[1]), self.names.avoid)
 
     def _symbol(self, node: fx.Node) -> str:
         return f"d{self.program.name_of(node)}/d{self.program.name_of(self.program.source)}"
@@ -104,13 +114,24 @@ class Story:
                 found += self._op_steps(node, call, source, [d for s, d in parts if s is source])
         return _joined(found, self.program.name_of(self.program.source), self.program.name_of(self.program.output))
 
+    def _copy_of(self, operand: str) -> str:
+        """What an operand is called after it was broadcast."""
+        name = f"{operand}_b"
+        while name in self.names.values:
+            name += "_"
+        return name
+
     def _op_steps(self, node: fx.Node, call: OpCall, source: fx.Node, locals_: list[Derivative]) -> list[OpStep]:
         name, operand = self.program.name_of(node), self.program.name_of(source)
         places = [k for k, s in enumerate(self.program.operand_nodes(node)) if s is source]
         x, found, wide = call.operands[places[0]], [], {}
         shape = _broadcast_shape(call, x)
         if shape != tuple(x.shape):
-            wide[source] = f"{operand}_b"
+            wide[source] = self._copy_of(operand)
+            own = self.axes.get(name, (None,) * len(shape))
+            if self.axes:  # a matrix that is broadcast keeps its last two
+                last = self.axes.get(operand, (None, None))[-2:]
+                self.axes[wide[source]] = own if shape == call.out.shape else (*own[:-2], *last)
             spread = _expansion(x, shape)
             text, symbol = f"{operand} -> {wide[source]}   {tuple(x.shape)} -> {shape}", f"d{wide[source]}/d{operand}"
             said = "broadcasting is a copy: it moves no number, and every copy is the entry that it was made of"
@@ -128,12 +149,9 @@ class Story:
         return [*found, self._step(op, text, total, f"d{name}/d{operand}", node, said)]
 
     def _step(
-        self, op: str, text: str, derivative: Derivative, symbol: str, node: fx.Node | None = None, said: str = "",
-        axes: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> OpStep:  # fmt: skip
-        if symbol == self._symbol(self.program.output):
-            axes = self.axes
-        shown = formula(derivative.terms, derivative.out_shape, derivative.in_shape, symbol, axes, self.names)
+        self, op: str, text: str, derivative: Derivative, symbol: str, node: fx.Node | None = None, said: str = ""
+    ) -> OpStep:
+        shown = self._formula(derivative, symbol)
         shown = collected(shown) if op != "chain" else shown
         why = reasons(shown, lambda name: self._meaning(name, shown))
         why = why if math.prod(derivative.shape) else ("an axis is empty: there is no entry",)
@@ -147,7 +165,7 @@ class Story:
             if node.op == "placeholder":
                 known[name] = "an input"
             elif node.op == "call_function":
-                known[name] = f"the value of {written(node, self.program.name_of)}"
+                known[name] = known.get(name) or f"the value of {written(node, self.program.name_of)}"
             else:
                 known[name] = "a constant of the function"
         return known
@@ -174,7 +192,7 @@ class Story:
         for above, group in groups.items():
             if any(step.below not in told for step in group):
                 break  # an operand's derivative was too large to write out
-            links = [Link(step.formula, told[step.below], step.in_shape) for step in group]
+            links = [Link(step.formula, told[step.below], step.derivative.in_shape) for step in group]
             moves = self._moves(f"d{above}/d{bottom}", links, group)
             if moves is None:
                 break
@@ -188,17 +206,18 @@ class Story:
             return []
         out, inn = group[0].out_shape, self.args[self.wrt].shape
         node = self._nodes.get(group[0].above)
+        axes = self._axes(out, inn, symbol)
         size = sum(len(x.local.lines) * len(x.before.lines if x.before else (1,)) for x in links)
         if node is None or size <= MAX_PRODUCTS:
             copied = {step.above for step in self.steps if step.op == "broadcast"}
-            moves = derive(symbol, links, out, inn, any(step.below in copied for step in group), self.names.avoid)
+            moves = derive(symbol, links, out, inn, any(step.below in copied for step in group), self.names.avoid, axes)
             if node is None or len(moves[-1].formula.right()) <= MAX_TEXT:
                 return moves
         else:
             moves = []
         if node not in self._totals:
             return moves or None
-        shown = formula(self._totals[node].terms, out, inn, symbol, None, self.names)
+        shown = self._formula(self._totals[node], symbol)
         return [*moves, Move(shown, f"{size} products, added up where their deltas agree; the sums are stored")]
 
     @cached_property
@@ -225,7 +244,7 @@ class Story:
             sums = f"the sum over all paths from {bottom} to {top} of the products of their steps ({ops})"
         return [f"d{top}/d{bottom} = {sums}"]
 
-    def _checks(self, J: Derivative, code: str, namespace: dict[str, Tensor], level: str) -> list[tuple[str, float]]:
+    def _checks(self, J: Derivative, code: Pullback, level: str) -> list[tuple[str, float]]:
         """Compare with autograd: the code that was printed, and on small derivatives every entry."""
 
         def alone(x: Tensor) -> Tensor:
@@ -236,9 +255,7 @@ class Story:
         g = torch.randn(J.out_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
         # Plain autograd: what users' gradients are made by.
         expected: Any = torch.autograd.functional.vjp(alone, x, g)[1]
-        scope: dict[str, Any] = {"torch": torch, "g": g, **namespace}
-        exec(code, scope)
-        checks = [("the code above against autograd's vjp", deviation(scope["x_bar"], expected))]
+        checks = [("the code above against autograd's vjp", deviation(code.run(g), expected))]
         if math.prod(J.shape) <= (MAX_PROVED if level == "proof" else MAX_COMPARED):
             whole: Any = torch.autograd.functional.jacobian(alone, x) if math.prod(J.out_shape) else J.dense()
             checks.append(("every entry against autograd's", deviation(J.dense(), whole)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dualform.algebra.index_products import Index, IndexProduct, canonical
-from dualform.algebra.notation import IndexFormula, axis_letters, letters, sum_letter
+from dualform.algebra.index_text import IndexFormula, axis_letters, letters, stated, sum_letter
 from dualform.explanations.deltas import eliminated
 
 
@@ -36,23 +36,32 @@ def _product(a: IndexProduct, b: IndexProduct) -> IndexProduct:
 
 
 def derive(
-    symbol: str, links: Sequence[Link], out: Sequence[int], inn: Sequence[int], copies: bool, avoid: Sequence[str] = ()
+    symbol: str,
+    links: Sequence[Link],
+    out: Sequence[int],
+    inn: Sequence[int],
+    copies: bool,
+    avoid: Sequence[str] = (),
+    called: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> list[Move]:
     """Join the derivatives of a node's operands into the node's own: every line, each with its reason.
 
     copies: put in only those formulas that copy the input first, and show what is left to sum over
-    avoid: letters that no index gets
+    avoid: letters that no index gets; called: what the axes are called, i, j, k, ... where it is not given
     """
     names = letters(avoid)
-    outs, inns = axis_letters(out, names), axis_letters(inn, names)
+    outs, inns = map(tuple, called or (axis_letters(out, names), axis_letters(inn, names)))
     sizes = dict(zip((*outs, *inns), (*out, *inn), strict=True))
     axes = (*outs, *inns)
     spoken = (*axes, *avoid)
-    splits = {f.symbol: len(f.out) for link in links for f in (link.local, link.before) if f is not None}
-    tensors = {k: t for link in links for f in (link.local, link.before) if f is not None for k, t in f.tensors.items()}
+    told = [f for link in links for f in (link.local, link.before) if f is not None]
+    tensors = {k: t for f in told for k, t in f.tensors.items()}
+    splits = {f.symbol: len(f.out) for f in told}
+    stored = {letter.symbol: letter for f in told for letter in f.where}
 
     def formula(products: Sequence[IndexProduct]) -> IndexFormula:
-        return IndexFormula(symbol, outs, inns, tuple(p.line(axes) for p in products), tensors, splits)
+        lines = tuple(p.line(axes) for p in products)
+        return IndexFormula(symbol, outs, inns, lines, tensors, splits, stated(lines, stored))
 
     whole: list[IndexProduct] = []
     halfway: list[IndexProduct] = []

@@ -13,12 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dualform.algebra.linear_map import Derivative, Route
-from dualform.algebra.notation import IndexFormula, Names, formula
+from dualform.algebra.index_text import IndexFormula
+from dualform.algebra.linear_map import Derivative, Route, compose
+from dualform.algebra.notation import Names, formula
+from dualform.algebra.terms import recorded
 from dualform.explanations.chain_rule import Link, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
 from dualform.explanations.steps import OpStep, Stage
-from dualform.explanations.torch_code import vjp_code
+from dualform.explanations.torch_code import Pullback, vjp_code
 from dualform.explanations.wording import meaning, reasons
 from dualform.shapes import fail
 
@@ -45,28 +47,38 @@ class Joined(Route):
         """A product of three is explained as one of two."""
         return Joined(outer, inner)
 
+    def told(self, derivative: Derivative) -> Derivative:
+        """The product made once more, with a record of what its factors are made of."""
+        with recorded():
+            product = compose(*map(_told, (self.outer, self.inner)))
+        product.route = self
+        return product
+
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The product in index notation."""
-        return self._step("chain", "dz/dx", derivative, Names(avoid="phrxyz")).formula
+        return self._step("chain", "dz/dx", self.told(derivative), self._names()).formula
+
+    def _names(self) -> Names:
+        values = {n: t for K in (self.outer, self.inner) if K.route is not None for n, t in K.route.inputs.items()}
+        return Names(values, avoid="phrxyz")
 
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """Both factors with their shapes, how they meet, what a vjp costs, its code, and checks."""
         if level not in LEVELS:
             fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
-        names = Names(avoid="phrxyz")
-        first = self._step("inner", "dy/dx", self.inner, names)
-        second = self._step("outer", "dz/dy", self.outer, names)
+        names, derivative = self._names(), self.told(derivative)
+        first = self._step("inner", "dy/dx", _told(self.inner), names)
+        second = self._step("outer", "dz/dy", _told(self.outer), names)
         result = self._step("chain", "dz/dx", derivative, names)
         moves = []
         if len(first.formula.lines) * len(second.formula.lines) <= MAX_PRODUCTS:
             links = [Link(second.formula, first.formula, self.outer.in_shape)]
             moves = derive("dz/dx", links, derivative.out_shape, derivative.in_shape, False, names.avoid)
-        code, namespace = vjp_code(derivative)
+        code = vjp_code(derivative, names, "x")
         shapes = f"x:{self.inner.in_shape}  ->  y:{self.inner.out_shape}  ->  z:{self.outer.out_shape}"
         return Explanation(
             level, shapes, (first, second), ("dz/dx = dz/dy · dy/dx", *self._costs(derivative)), result, code,
-            namespace,
-            tuple(self._checks(derivative, code, namespace)), (Stage("dz/dx", tuple(moves), derivative.out_shape),),
+            tuple(self._checks(derivative, code)), (Stage("dz/dx", tuple(moves), derivative.out_shape),),
             moves[-1].formula if moves else None,
         )  # fmt: skip
 
@@ -89,13 +101,15 @@ class Joined(Route):
             lines += [f"{head}{line}" if n == 0 else line for n, line in enumerate(str(plan).splitlines())]
         return lines
 
-    def _checks(self, J: Derivative, code: str, namespace: dict[str, Tensor]) -> list[tuple[str, float]]:
+    def _checks(self, J: Derivative, code: Pullback) -> list[tuple[str, float]]:
         generator = torch.Generator().manual_seed(0)
         g = torch.randn(J.out_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
-        scope: dict[str, Tensor] = {"torch": torch, "g": g, **namespace}  # type: ignore[dict-item]
-        exec(code, scope)
-        checks = [("the code above against the factors' vjps", deviation(scope["x_bar"], self.vjp(g)))]
+        checks = [("the code above against the factors' vjps", deviation(code.run(g), self.vjp(g)))]
         if max(math.prod(K.shape) for K in (J, self.inner, self.outer)) <= MAX_COMPARED:
             product = torch.tensordot(self.outer.dense(), self.inner.dense(), len(self.inner.out_shape))
             checks.append(("every entry against the product of the factors", deviation(J.dense(), product)))
         return agreed(checks, J.dtype)
+
+
+def _told(K: Derivative) -> Derivative:
+    return K if K.route is None else K.route.told(K)

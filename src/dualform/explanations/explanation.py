@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dualform.algebra.index_products import is_same
-from dualform.algebra.notation import IndexFormula
+from dualform.algebra.index_text import IndexFormula
 from dualform.explanations import html
 from dualform.explanations.chain_rule import Move
-from dualform.explanations.steps import OpStep, Stage
+from dualform.explanations.steps import Letters, OpStep, Stage
+from dualform.explanations.torch_code import Pullback
 
 LEVELS = ("one-line", "steps", "proof")
 # How many steps, and how many stages of a proof, are shown; the rest is counted, and is in the data.
@@ -33,7 +34,7 @@ MAX_TEXT = 240
 class Explanation:
     """The account of a derivative: `steps` link the input to the output, `result` is the whole.
 
-    chain: lines that join the steps; code: torch statements that map `g` to `x_bar` with the tensors of `namespace`;
+    chain: lines that join the steps; vjp: torch statements that pull a gradient back, in the formulas' names;
     checks: (what, largest error, relative to the largest number where that is above 1); stages: the proof; expanded:
     the result with no stored product or sum in it
     """
@@ -43,23 +44,37 @@ class Explanation:
     steps: tuple[OpStep, ...]
     chain: tuple[str, ...]
     result: OpStep
-    code: str
-    namespace: Mapping[str, Tensor]
+    vjp: Pullback
     checks: tuple[tuple[str, float], ...]
     stages: tuple[Stage, ...] = ()
     expanded: IndexFormula | None = None
 
+    @property
+    def code(self) -> str:
+        """The statements."""
+        return self.vjp.text
+
+    @property
+    def namespace(self) -> Mapping[str, Tensor]:
+        """The tensors that the code names, and the formulas."""
+        return self.vjp.namespace
+
+    @property
+    def use(self) -> str:
+        """What the code does, in index notation."""
+        return f"{self.vjp.target} = Σ_out {self.vjp.seed}[out] J[out, in]"
+
     def __str__(self) -> str:
         if self.level == "one-line":
-            return f"{self.result.formula}   {self.result.account}"
-        lines = [self.title, ""]
+            return f"{self.result.formula.sentence}   {self.result.account}"
+        lines, said = [self.title, ""], Letters()
         for number, step in self.shown:
-            lines += [step, ""] if isinstance(step, str) else _step_lines(f"Step {number}", step, self.level)
+            lines += [step, ""] if isinstance(step, str) else _step_lines(f"Step {number}", step, self.level, said)
         last = len(self.steps) + 1
         if self.level == "proof":
-            lines += self._proof_lines()
-        lines += self._result_lines(f"Step {last}")
-        lines += [f"Step {last + 1}  use        the vjp, x_bar = Σ_out g[out] J[out, in]:"]
+            lines += self._proof_lines(said)
+        lines += self._result_lines(f"Step {last}", said)
+        lines += [f"Step {last + 1}  use        the vjp, {self.use}:"]
         lines += [f"        {line}" for line in self.code.splitlines()]
         lines += [f"checked     {said}" for said in self.verdicts]
         return "\n".join(lines)
@@ -96,11 +111,11 @@ class Explanation:
         """What was checked, and how it came out."""
         return [f"{what}: {_verdict(error)}" for what, error in self.checks]
 
-    def _proof_lines(self) -> list[str]:
+    def _proof_lines(self, said: Letters) -> list[str]:
         """Every stage, every move, with its reason beside it."""
         lines = ["Proof   every line equals the one above it; beside it, why", ""] if self.shown_stages else []
         for stage in self.shown_stages:
-            lines += [*(f"        {line}" for line in _moves(stage.moves, stage.moves[0].formula.left)), ""]
+            lines += [*(f"        {line}" for line in _moves(stage.moves, said)), ""]
         return [*lines, *([f"        {note}", ""] if (note := self.left_out) else [])]
 
     @property
@@ -113,16 +128,17 @@ class Explanation:
             return "The later stages are left out: written out, their derivatives are too large to look at."
         return ""
 
-    def _result_lines(self, head: str) -> list[str]:
+    def _result_lines(self, head: str, said: Letters) -> list[str]:
         step, f = self.result, self.result.formula
         lines = [f"{head}  {self.result_name:<10} {f.symbol}"]
         lines += [f"        {line}" for line in self.chain]
         if self.level == "steps":
             for stage in self.key_stages:
-                lines += [f"        {line}" for line in _moves(stage.moves, stage.moves[0].formula.left)]
-        if self.is_rewritten:
+                lines += [f"        {line}" for line in _moves(stage.moves, said)]
+        if self.is_rewritten and self.expanded is not None:
             lines.append(f"        {self.expanded}    <- written out")
-        lines.append(f"        {f}{_ranges(f)}")
+            lines += _where(said.of(self.expanded))
+        lines += [f"        {f}{_ranges(f)}", *_where(said.of(f))]
         lines.append(f"        {step.account}")
         if len(self.steps) != 1 or self.level == "proof":
             lines += _because(step.reasons)
@@ -131,7 +147,7 @@ class Explanation:
     @property
     def is_rewritten(self) -> bool:
         """Is the stored form another one than the formula that the steps give?"""
-        if self.expanded is None or len(self.expanded.right()) > MAX_TEXT or "…" in self.expanded.right():
+        if self.expanded is None or len(self.expanded.sentence) > MAX_TEXT:
             return False
         return not is_same(self.expanded, self.result.formula)
 
@@ -142,16 +158,17 @@ class Explanation:
         Dtype:  none.
         Raises: nothing.
         """
-        rows: list[str] = []
+        chains: list[list[IndexFormula]] = []
         if self.level != "one-line":
-            rows += [step.formula.latex() for _, step in self.shown if isinstance(step, OpStep)]
+            chains += [[step.formula] for _, step in self.shown if isinstance(step, OpStep)]
         for stage in self.shown_stages if self.level == "proof" else self.key_stages if self.level == "steps" else []:
-            first, *rest = stage.moves
-            rows += [first.formula.latex(), *(f"= {move.formula.latex_right()}" for move in rest)]
-        if self.is_rewritten and self.expanded is not None and self.level != "one-line":
-            rows += [self.expanded.latex(), f"= {self.result.formula.latex_right()}"]
-        else:
-            rows.append(self.result.formula.latex())
+            chains.append([move.formula for move in stage.moves])
+        is_whole = self.is_rewritten and self.expanded is not None and self.level != "one-line"
+        chains.append([self.expanded, self.result.formula] if is_whole and self.expanded else [self.result.formula])
+        rows, said = list[str](), Letters()
+        for first, *rest in chains:
+            rows += [first.latex(), *(f"= {f.latex_right()}" for f in rest)]
+            rows += [letter.latex() for f in (first, *rest) for letter in said.of(f)]
         aligned = [row.replace("= ", "&= ", 1) for row in rows]
         return "\\begin{aligned}\n" + " \\\\\n".join(aligned) + "\n\\end{aligned}"
 
@@ -178,6 +195,7 @@ class Explanation:
             stored = step.derivative.nbytes // step.derivative.dtype.itemsize
             return {
                 "op": step.op, "text": step.text, "formula": str(step.formula), "latex": step.formula.latex(),
+                "where": [letter.told for letter in step.formula.where],
                 "out_shape": list(step.out_shape), "in_shape": list(step.in_shape), "dense": math.prod(step.shape),
                 "stored": stored, "why": list(step.reasons), "rule": step.rule,
             }  # fmt: skip
@@ -192,8 +210,9 @@ class Explanation:
 
 def _html(told: Explanation) -> Iterable[str]:
     if told.level == "one-line":
-        yield f'<div class="step lit">{html.formula(told.result.formula)}{html.account(told.result)}</div>'
+        yield html.one_line(told.result)
         return
+    said = Letters()
     line, _, shapes = told.title.rpartition("\n")
     yield f'<div class="head">{escape(shapes)}</div>'
     if line:
@@ -202,40 +221,40 @@ def _html(told: Explanation) -> Iterable[str]:
         if isinstance(step, str):
             yield f'<div class="note">{escape(step)}</div>'
         else:
-            yield html.link(number, step, told.level == "proof")
+            yield html.link(number, step, told.level == "proof", said)
     last = len(told.steps) + 1
     if told.level == "proof":
-        yield from (html.stage(stage) for stage in told.shown_stages)
+        yield from (html.stage(stage, said) for stage in told.shown_stages)
         if told.left_out:
             yield f'<div class="note">{escape(told.left_out)}</div>'
-    yield _html_result(last, told)
+    yield _html_result(last, told, said)
     code = escape(told.code)
     close = torch.finfo(told.result.derivative.dtype).eps ** 0.5
     judged = zip(told.verdicts, told.checks, strict=True)
     checks = "".join(html.check(said, error < close) for said, (_, error) in judged)
     yield (
-        f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>x_bar = Σ_out g[out] J[out, '
-        f"in]</code></div><pre>{code}</pre>{checks}</div>"
+        f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>{escape(told.use)}'
+        f"</code></div><pre>{code}</pre>{checks}</div>"
     )
 
 
-def _html_result(number: int, told: Explanation) -> str:
+def _html_result(number: int, told: Explanation, said: Letters) -> str:
     step = told.result
     head = f"Step {number} &nbsp;{told.result_name} &nbsp;<code>{escape(step.formula.symbol)}</code>"
     parts = [f'<div class="head">{head}</div>']
     parts += [f'<div class="f">{escape(line)}</div>' for line in told.chain]
-    parts += [html.stage(stage, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
+    parts += [html.stage(stage, said, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
     if told.is_rewritten and told.expanded is not None:
-        parts.append(f'{html.formula(told.expanded)}<div class="note">stored as</div>')
-    parts += [html.formula(step.formula), html.account(step)]
+        parts.append(f'{html.formula(told.expanded, said)}<div class="note">stored as</div>')
+    parts += [html.formula(step.formula, said), html.account(step)]
     parts += [html.why(step.reasons)] if len(told.steps) != 1 or told.level == "proof" else []
     return f'<div class="step end lit">{"".join(parts)}</div>'
 
 
-def _step_lines(head: str, step: OpStep, level: str) -> list[str]:
+def _step_lines(head: str, step: OpStep, level: str, said: Letters) -> list[str]:
     name = step.op if len(step.op) > 10 else f"{step.op:<10}"
     lines = [f"{head}  {name} {step.text}" + (f"      # {_cut(step.line)}" if step.line else "")]
-    lines.append(f"        {step.formula}{_ranges(step.formula)}")
+    lines += [f"        {step.formula}{_ranges(step.formula)}", *_where(said.of(step.formula))]
     lines.append(f"        {step.account}")
     lines += _because(step.reasons)
     if level == "proof" and step.rule:
@@ -267,13 +286,19 @@ def _short(moves: Sequence[Move]) -> list[Move]:
     return kept
 
 
-def _moves(moves: Sequence[Move], left: str) -> list[str]:
-    """left = right    <- reason, the equals signs below each other."""
+def _moves(moves: Sequence[Move], said: Letters) -> list[str]:
+    """left = right    <- reason, the equals signs below each other; then what their letters stand for."""
+    left = moves[0].formula.left
     heads = [left, *[" " * len(left)] * (len(moves) - 1)]
-    return [
+    lines = [
         f"{head} = {move.formula.right()}{_ranges(move.formula)}    <- {move.reason}"
         for head, move in zip(heads, moves, strict=True)
     ]
+    return lines + [line.strip() for move in moves for line in _where(said.of(move.formula))]
+
+
+def _where(letters: Iterable[IndexFormula]) -> list[str]:
+    return [f"        where {letter.told}" for letter in letters]
 
 
 def _verdict(error: float) -> str:

@@ -12,8 +12,8 @@ from html import escape
 from itertools import count
 
 from dualform.algebra.drawing import COLOURS
-from dualform.algebra.notation import IndexFormula
-from dualform.explanations.steps import OpStep, Stage
+from dualform.algebra.index_text import IndexFormula
+from dualform.explanations.steps import Letters, OpStep, Stage
 
 _serial = count(1)
 
@@ -54,26 +54,32 @@ def page(parts: Iterable[str]) -> str:
     return f'<div class="dualform-explanation {key}"><style>{style}</style>{body}</div>'
 
 
-def link(number: int, step: OpStep, is_proof: bool) -> str:
+def one_line(step: OpStep) -> str:
+    return f'<div class="step lit">{formula(step.formula, Letters())}{account(step)}</div>'
+
+
+def link(number: int, step: OpStep, is_proof: bool, said: Letters) -> str:
     line = f'<div class="note"><code>{escape(step.line)}</code></div>' if step.line else ""
     rule = f'<div class="why">rule: {escape(step.rule)}</div>' if is_proof and step.rule else ""
     head = f'<div class="head">Step {number} &nbsp;{escape(step.op)} &nbsp;<code>{escape(step.text)}</code></div>'
-    return f'<div class="step lit">{head}{line}{formula(step.formula)}{account(step)}{why(step.reasons)}{rule}</div>'
+    shown = formula(step.formula, said)
+    return f'<div class="step lit">{head}{line}{shown}{account(step)}{why(step.reasons)}{rule}</div>'
 
 
-def stage(told: Stage, name: str = "Proof") -> str:
+def stage(told: Stage, said: Letters, name: str = "Proof") -> str:
     """Lines that are equal, each with its reason beside it, or below where there is no room."""
     rows = []
     for k, move in enumerate(told.moves):
         left = _left(move.formula) if k == 0 else ""
-        note = f' <span class="why">({move.formula.ranges})</span>' if move.formula.ranges else ""
+        note = f' <span class="why">({escape(move.formula.ranges)})</span>' if move.formula.ranges else ""
         rows.append(
             f'<tr><td class="f">{left}&nbsp;</td><td><div class="move"><span class="f">= '
             f"{_indexed(move.formula.right())}{note}</span>"
             f'<span class="why">{_indexed(move.reason)}</span></div></td></tr>'
         )
     head = f'<div class="head">{name} &nbsp;<code>{escape(told.symbol)}</code></div>'
-    return f'<div class="step lit">{head}<table>{"".join(rows)}</table></div>'
+    where = "".join(_stated(letter, "where ") for move in told.moves for letter in said.of(move.formula))
+    return f'<div class="step lit">{head}<table>{"".join(rows)}</table>{where}</div>'
 
 
 def why(reasons: Sequence[str]) -> str:
@@ -98,9 +104,14 @@ def account(step: OpStep) -> str:
     return f'<div class="note">shape {whole}; {counts}</div>'
 
 
-def formula(f: IndexFormula) -> str:
-    note = f' <span class="why">({f.ranges})</span>' if f.ranges else ""
-    return f'<div class="f">{_left(f)} = {_indexed(f.right())}{note}</div>'
+def formula(f: IndexFormula, said: Letters) -> str:
+    """A formula, and below it what its letters stand for."""
+    return "".join([_stated(f), *(_stated(letter, "where ") for letter in said.of(f))])
+
+
+def _stated(f: IndexFormula, head: str = "") -> str:
+    note = f' <span class="why">({escape(f.ranges)})</span>' if f.ranges else ""
+    return f'<div class="f">{head}{_left(f)} = {_indexed(f.right())}{note}</div>'
 
 
 def _left(f: IndexFormula) -> str:

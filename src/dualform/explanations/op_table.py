@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from dualform.algebra.notation import formula
+from dualform.algebra.terms import recorded
 from dualform.graphs.local_rules import derivative
 from dualform.ops.examples import Example
 from dualform.ops.table import ROWS, OpCall, Row
@@ -37,8 +38,9 @@ def _line(row: Row) -> str:
     source = "row" if row.rule is not None else "through its definition"
     structure, numbers = "0", "0"
     if call.operands:
-        J = derivative(call, 0)
-        structure = formula(J.terms, J.out_shape, J.in_shape).right()
+        with recorded():
+            J = derivative(call, 0)
+            structure = formula(J.terms, J.out_shape, J.in_shape).sentence.partition(" = ")[2]
         numbers = f"{J.nbytes // 8} of {J.dense_nbytes // 8}"
     cells = [f"`{name}`", source, _affine(row, call), f"`{row.examples[0]}`", f"`{structure}`", numbers]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

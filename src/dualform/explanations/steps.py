@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.linear_map import Derivative
-from dualform.algebra.notation import IndexFormula
 from dualform.explanations.chain_rule import Move
 
 
@@ -68,3 +68,16 @@ class Stage:
     def has_copies(self) -> bool:
         """Does a sum over a broadcast axis come up?"""
         return any("every copy contributes" in move.reason for move in self.moves)
+
+
+class Letters:
+    """What letters stand for, said once each."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def of(self, f: IndexFormula) -> list[IndexFormula]:
+        """Those of a formula that were not said before."""
+        new = [letter for letter in f.where if letter.symbol not in self.said]
+        self.said |= {letter.symbol for letter in new}
+        return new

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from dualform.algebra.index_products import Index
-from dualform.algebra.notation import IndexFormula, Line
+from dualform.algebra.index_text import IndexFormula, Line
 from dualform.graphs.edit import inputs_of, results_of
 from dualform.graphs.trace import source_line
-from dualform.ops.table import ALL, ROWS, OpCall, find_row
+from dualform.ops.table import ALL, ROWS, OpCall, find_row, row_of
 
 _PLAIN = {"linalg_vector_norm": "norm", "scaled_dot_product_attention": "attention"}
 
@@ -30,6 +30,9 @@ _LETTERS = {
     "sin": "the sine of 2π times frequency times place, over the length",
     "reshape": "1 where both indices are one place in memory",
 }  # fmt: skip
+
+
+_STORED = "factors multiplied and added up once, because the result is smaller than they are"
 
 
 def plain(op: str) -> str:
@@ -73,7 +76,8 @@ def reasons(formula: IndexFormula, meaning: Callable[[str], str]) -> tuple[str, 
             found.append(f"{name} {tuple(tensor.shape)}: the index that is read")
             continue
         shown = f"{name}[{','.join(labels)}]" if labels else name
-        found.append(f"{shown} {tuple(tensor.shape)}: {meaning(name)}")
+        stands = _STORED if any(name == letter.symbol for letter in formula.where) else meaning(name)
+        found.append(f"{shown} {tuple(tensor.shape)}: {stands}")
     return tuple(found)
 
 
@@ -121,8 +125,6 @@ def meaning(name: str, known: dict[str, str]) -> str:
     slope = re.fullmatch(r"(\w+)'(\d*)\((.*)\)", base)
     if slope is not None:
         return f"the slope of {slope[1]} at {slope[3]}, entry by entry"
-    if "·" in base or "…" in base or re.fullmatch(r"\(.*\+.*\)", base):
-        return "factors multiplied and added up once, because the result is smaller than they are"
     if base[:1] == "d" and base[1:].isidentifier():
         return f"the derivative of {base[1:]}, stored dense"
     if base[0] == "[":
@@ -137,12 +139,19 @@ def name_nodes(gm: fx.GraphModule, names: Sequence[str], closed: Mapping[int, st
     """
     nodes = list(gm.graph.nodes)
     found: dict[fx.Node, str] = dict(zip(inputs_of(gm.graph), names, strict=False))
-    results, taken = set(results_of(gm.graph)), set(names)
+    results, taken, constants = set(results_of(gm.graph)), set(names), set[fx.Node]()
     last = {line: node for node in nodes if (line := source_line(node))}
     for node in nodes:
         if node.op not in ("call_function", "get_attr"):
             continue
         line = source_line(node)
+        if node.op == "get_attr":
+            constants.add(node)
+        is_kept = row_of(node.target).ordered or getattr(node.target, "_opname", "") == "to"
+        if is_kept and (source := node.all_input_nodes[0]) in constants:
+            found[node] = found[source]  # a constant, as it is or in another type
+            constants.add(node)
+            continue
         assigned = re.match(r"(\w+)\s*=[^=]", line) if last.get(line) is node else None
         stems = ("z", "out", "result") if node in results and node.op == "call_function" else ()
         if node.op == "get_attr":
@@ -159,4 +168,6 @@ def name_nodes(gm: fx.GraphModule, names: Sequence[str], closed: Mapping[int, st
 
 def _called(node: fx.Node, found: Mapping[fx.Node, str]) -> str:
     packet = plain(str(getattr(node.target, "_opname", None) or node.name))
-    return f"{found[node.all_input_nodes[0]]}_T" if packet == "T" else re.sub(r"^_+|_+$", "", packet)
+    if packet in ("T", "detach"):
+        return f"{found[node.all_input_nodes[0]]}_{packet.replace('detach', 'detached')}"
+    return re.sub(r"^_+|_+$", "", packet)

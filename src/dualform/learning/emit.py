@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.linear_map import Derivative, compose
-from dualform.algebra.notation import IndexFormula, formula
+from dualform.algebra.notation import formula
 from dualform.graphs import local_rules as table
 from dualform.graphs.local_derivatives import identity
 from dualform.graphs.recorder import recorded_so_far
