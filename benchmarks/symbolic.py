@@ -86,14 +86,19 @@ def products(names, X):
             (i, k): np.broadcast_to(sympy.lambdify(x, f, "numpy")(X[:, i]), len(X))
             for i in range(len(names)) for k, (f, _) in enumerate(parts)
         }  # fmt: skip
+
+    def of_cost(budget, count):
+        if count == 0:
+            return [()] if budget == 0 else []
+        first = [k for k, (_, cost) in enumerate(parts) if cost <= budget - count + 1]
+        return [(k, *rest) for k in first for rest in of_cost(budget - parts[k][1], count - 1)]
+
     found, columns = [()], [np.ones(len(X))]
     for budget in range(1, 12):
         level = []
         for count in range(1, min(budget, len(names)) + 1):
             for chosen in itertools.combinations(range(len(names)), count):
-                for kinds in itertools.product(range(len(parts)), repeat=count):
-                    if sum(parts[k][1] for k in kinds) == budget:
-                        level.append(tuple(zip(chosen, kinds, strict=True)))
+                level += [tuple(zip(chosen, kinds, strict=True)) for kinds in of_cost(budget, count)]
                 if len(found) + len(level) > MOST_COLUMNS:
                     break
         for product in level[: MOST_COLUMNS - len(found)]:
@@ -356,7 +361,7 @@ def report(results):
         each += [
             [noise, n, f"`{known[n][0]}`", "yes" if row["ours"]["exact"] else "no", f"`{row['ours']['formula'][:90]}`",
              row["ours"]["seconds"]]
-            for n, row in tasks.items() if "ours" in row
+            for n, row in sorted(tasks.items(), key=lambda pair: list(known).index(pair[0])) if "ours" in row
         ]  # fmt: skip
     rows += [["noise 0", name, "as published", "", f"{share} %"] for name, share in PUBLISHED.items()]
     return (
