@@ -32,3 +32,19 @@ def test_machine_facts_processes_and_tables_are_the_harnesss(name):
         assert "import harness" in text
         for word in ("platform.", 'clear_refs"', "rev-parse", "getloadavg", "cpu_count()}", "|---"):
             assert word not in text, f"{name} does by itself what the harness does: {word}"
+
+
+def test_only_what_is_exact_counts_as_recovered(monkeypatch):
+    pytest.importorskip("sklearn")
+    sympy = pytest.importorskip("sympy")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    symbolic = importlib.import_module("symbolic")
+    known = symbolic.formulas()
+    assert (len(known), sum("test" in number for number in known)) == (120, 20)
+    m, v, u, w = sympy.symbols("m v u w", real=True)
+    right = m * (v**2 + u**2 + w**2) / 2
+    for found in (right, right + 2, 0.3 * right, -right, sympy.expand(right)):
+        assert symbolic.is_recovered(found, *known["I.13.4"])
+    for found in (right * m, right + w * 1e-9, m * (v**2 + u**2 + 1.0000001 * w**2) / 2, sympy.Integer(0)):
+        assert not symbolic.is_recovered(found, *known["I.13.4"])
+    assert symbolic.simple(1 / (8 * 3.141592653589793), 1e-6) == 1 / (8 * sympy.pi)

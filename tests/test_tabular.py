@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from sklearn.base import clone
-from sklearn.datasets import load_diabetes, load_digits, load_iris
-from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
+from sklearn.datasets import load_diabetes, load_digits, load_iris, load_linnerud
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict, cross_val_score, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -19,6 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import dualform as df
 from dualform.models import fitting
 
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # few iterations, on purpose
 both = pytest.mark.parametrize("estimator", [df.RPNClassifier, df.RPNRegressor])
 TAYLOR = [{"expansion": ("taylor", {"degree": 2, "symmetric": True})}]
 
@@ -157,7 +161,13 @@ def test_early_stopping_keeps_the_best_weights():
     X, y = load_iris(return_X_y=True)
     for solver in ("lbfgs", "adam"):
         model = df.RPNClassifier(
-            solver=solver, alpha=0.0, early_stopping=True, n_iter_no_change=4, max_iter=300, random_state=0
+            solver=solver,
+            alpha=0.0,
+            early_stopping=True,
+            n_iter_no_change=4,
+            max_iter=300,
+            random_state=0,
+            learning_rate=0.03,
         ).fit(X, y)
         curve = model.validation_curve_
         assert model.n_iter_ == len(curve) < 300
@@ -227,6 +237,88 @@ def test_rows_go_through_in_pieces(monkeypatch):
     np.testing.assert_allclose(quick(df.RPNRegressor).fit(X, y).predict(X), whole, atol=1e-6)
 
 
+def test_alpha_moves_with_the_data_no_more_than_they_do():
+    """Not from 10 to 50 for a last digit; other units are the same problem."""
+    X, y = load_diabetes(return_X_y=True)
+    X, y = X[:200], y[:200]
+    cases = [(X, y), (X * (1 + 1e-15), y), (X * 1e3, 10 * y)]
+    alphas = [df.RPNRegressor(random_state=0).fit(*case).alpha_ for case in cases]
+    np.testing.assert_allclose(alphas, alphas[0], rtol=0.01)
+    assert df.RPNRegressor(random_state=1).fit(X, y).alpha_ == pytest.approx(alphas[0], rel=2)
+
+
+def test_few_rows_are_no_worse_than_with_ridge():
+    X, Y = load_linnerud(return_X_y=True)
+    fold = KFold(4, shuffle=True, random_state=0)
+    ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 4, 30)))
+    theirs, ours = (r2_score(Y, cross_val_predict(m, X, Y, cv=fold)) for m in (ridge, df.RPNRegressor(random_state=0)))
+    assert ours > theirs - 0.1
+
+
+@pytest.mark.parametrize(
+    "expansion",
+    ["bspline", ("bspline", {"cells": 8}), {"name": "bspline", "degree": 2}, "gaussian_rbf", "inverse_quadratic_rbf"],
+)
+@pytest.mark.parametrize("standardize", [True, False])
+def test_spans_follow_the_data(expansion, standardize):
+    x = 100 + 30 * np.random.RandomState(0).randn(300, 1) if standardize else np.random.RandomState(0).rand(300, 1) * 7
+    model = df.RPNRegressor([{"expansion": expansion}], standardize=standardize).fit(x, 2 * x[:, 0])
+    assert model.score(x, 2 * x[:, 0]) > 0.999
+
+
+@both
+def test_a_span_that_misses_the_data_is_told(estimator):
+    x = np.random.RandomState(0).randn(300, 1)
+    y = labelled(estimator, 2 * x[:, 0])
+    for expansion in (("bspline", {"span": (-1, 1)}), ("gaussian_rbf", {"span": (20, 22)}), df.expansions.bspline()):
+        with pytest.warns(
+            UserWarning, match=r"layers\[0\]: \d+% of its inputs, -2\.8 .. 2\.35, lie outside what .* at most 5%"
+        ):
+            quick(estimator, [{"expansion": expansion}]).fit(x, y)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_did_not_converge_is_told():
+    X, y = data(60)
+    with pytest.warns(ConvergenceWarning, match=r"not converged after max_iter = 1 iterations; .* It is 0\.\d+"):
+        df.RPNRegressor(max_iter=1, alpha=1.0).fit(X, y)
+    with pytest.warns(ConvergenceWarning, match=r"not converged after max_iter = 3 iterations"):
+        df.RPNClassifier(solver="adam", max_iter=3, alpha=1.0).fit(X, y > 0)
+    with pytest.warns(ConvergenceWarning, match=r"diverged: the loss went from .*Lower learning_rate = 1000"):
+        df.RPNRegressor(TAYLOR, solver="adam", max_iter=5, alpha=1.0, learning_rate=1e3).fit(X, y)
+    df.RPNRegressor(alpha=1.0, random_state=0).fit(X, y)
+    df.RPNRegressor(TAYLOR, solver="adam", alpha=1.0, learning_rate=0.01, tol=1e-3, random_state=0).fit(X, y)
+
+
+@both
+@pytest.mark.parametrize("kind", ["csr_matrix", "coo_array", "csc_array"])
+def test_sparse_rows_are_taken(estimator, kind):
+    X = sparse.random(40, 4, 0.4, random_state=0)
+    y = labelled(estimator, X.toarray().sum(1) - 0.8)
+    one, two = (quick(estimator, TAYLOR).fit(rows, y) for rows in (getattr(sparse, kind)(X), X.toarray()))
+    np.testing.assert_array_equal(answers(one, sparse.csr_array(X)), answers(two, X.toarray()))
+
+
+@both
+def test_names_of_columns_targets_and_classes(estimator):
+    X, y = data()
+    X = pd.DataFrame(X, columns=["speed", "lift", "drag"])
+    if estimator is df.RPNClassifier:
+        three = np.select([y > 0.5, y > -0.5], ["up", "level"], "down")
+        assert quick(estimator, TAYLOR).fit(X, three).formula().outputs == ("down", "level", "up")
+        assert quick(estimator, TAYLOR).fit(X, pd.Series(y > 0, name="rises")).formula().outputs == ("rises_True",)
+        numbered = quick(estimator, TAYLOR).fit(X, (y > 0) + 0)
+        assert numbered.formula().outputs == ("class_1",)
+        assert numbered.plot().subfigs[1].axes[0].get_ylabel() == "logit of class_1"
+        return
+    assert quick(estimator, TAYLOR).fit(X, pd.Series(y, name="power")).formula().outputs == ("power",)
+    pair = pd.DataFrame({"power": y, "2nd": -y})
+    model = quick(estimator, TAYLOR).fit(X, pair)
+    assert model.formula().outputs == ("power", "_2nd")
+    assert model.plot(output=1).subfigs[1].axes[0].get_ylabel() == "2nd"
+    assert quick(estimator, TAYLOR).fit(X, y).formula().outputs == ("y",)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 bad_layers = {
@@ -290,7 +382,12 @@ def test_bad_data(estimator):
     with pytest.raises(NotFittedError):
         model.predict(X)
     for wrong, message in [
-        (np.where(X > 0.9, np.nan, X), "contains NaN"),
+        (
+            np.where(X > 0.9, np.nan, X),
+            r"X contains NaN in \d+ of 80 rows, in the columns x0 \(\d+\), x1.*SimpleImputer",
+        ),
+        (sparse.csr_array(np.where(X > 0.9, np.nan, X)), r"X contains NaN in \d+ of 80 rows"),
+        (sparse.csr_array((80, 10**7)), r"R m = 80 \* 10,000,000 numbers .* at most 200,000,000. .*TruncatedSVD"),
         (X[:0], "0 sample"),
         (X[:, :0], "0 feature"),
         (X[:, 0], "Expected 2D array, got 1D array"),
@@ -301,6 +398,9 @@ def test_bad_data(estimator):
             model.fit(wrong, y)
     with pytest.raises(ValueError, match=r"[Ss]ample.weights? (sums to 0|must contain at least one non-zero)"):
         model.fit(X, y, sample_weight=np.zeros(len(X)))
+    if estimator is df.RPNRegressor:
+        with pytest.raises(ValueError, match=r"y contains NaN in 2 of 80 rows; expected a target for each. Leave"):
+            model.fit(X, np.where(np.arange(80) < 2, np.nan, y))
     model.fit(X, y)
     with pytest.raises(ValueError, match=r"X has 2 features, but RPN.* is expecting 3"):
         model.predict(X[:, :2])
@@ -337,8 +437,15 @@ def test_the_picture_shows_basis_terms_and_features(estimator, layers, tmp_path)
     frame = pd.DataFrame(X, columns=["a b", "$c", "d"])
     model = quick(estimator, layers).fit(frame, labelled(estimator, y))
     figure = model.plot(frame, labelled(estimator, y), max_features=2)
+    top, bottom = figure.subfigs
     figure.savefig(tmp_path / "picture.png")
-    (top, bottom) = figure.subfigs
+    assert type(figure) is type(df.jacobian(torch.exp, torch.zeros(2)).plot())
+    assert figure._repr_png_()[:4] == b"\x89PNG"
+    assert [text.get_text() for text in bottom.axes[0].get_legend().texts] == [
+        "single rows", "mean", *["partial residuals"] * (estimator is df.RPNRegressor),
+    ]  # fmt: skip
+    deep = layers is None
+    assert top.axes[1].get_title().startswith(f"strongest {'features' if deep else 'terms'} of ")
     assert len(top.axes[0].lines) > 0
     assert len(top.axes[1].patches) > 0
     assert [panel.get_xlabel() in frame.columns for panel in bottom.axes] == [True, True]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -28,20 +29,24 @@ COLOURS = ("#0072b2", "#c04a00", "#00795a", "#a8407f", "#7a5c00", "#5b4fcf", "#8
 # Rows, and columns, of the matrix; beyond them only the first entries of the longest axes are drawn.
 MAX_CELLS = 64
 MAX_TERMS = 3
+_PAGE = 7.2  # inches: text of 8 points is still that on a page
 
 
-@cache
-def _figures() -> type[Figure]:
-    """The kind of figure to draw in: matplotlib is asked for only here."""
+def pictures(where: str) -> type[Figure]:
+    """Give the kind of figure that everything is drawn in: matplotlib is asked for only here."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Derivative.plot: the package 'matplotlib' is not installed; expected the extra 'viz'. "
+            f"{where}: the package {error.name!r} is not installed; expected the extra 'viz'. "
             'Run `pip install "dualform[viz]"`.',
             name=error.name,
         ) from error
+    return _picture(Figure)
 
+
+@cache
+def _picture(Figure: type[Figure]) -> type[Figure]:
     class Picture(Figure):
         """A figure that a notebook shows without pyplot, which would show it twice."""
 
@@ -57,11 +62,17 @@ def draw(J: Questions, shown: IndexFormula) -> Figure:
     """Draw the entries of a derivative, and how its terms join output to input."""
     terms = shown.lines[:MAX_TERMS]
     tallest = max([len(shown.out), len(shown.inn), *(len(line.factors) + len(line.ties) for line in terms)], default=1)
-    figure = _figures()(figsize=(6.4 + 3.2 * max(len(terms), 1), max(3.9, 1.6 + 0.62 * tallest)), layout="constrained")
-    panels = figure.subplots(1, 1 + max(len(terms), 1), width_ratios=[1.9, *[1.0] * max(len(terms), 1)])
+    wires, below = max(len(terms), 1), len(terms) > 1
+    height = (2.9 if below else 1.0) + max(0.42 * tallest, 1.2 if below else 2.2) + 0.6
+    figure = pictures("Derivative.plot")(figsize=(_PAGE, height), layout="constrained")
+    if below:  # the matrix above, the terms in one row of the page's width
+        grid = figure.add_gridspec(2, wires, height_ratios=[2.9, height - 3.5])
+        panels = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, k]) for k in range(wires))]
+    else:
+        panels = list(figure.subplots(1, 2, width_ratios=[1.7, 1.0]))
     named = (x for x in (*shown.out, *shown.inn) if x != "0")
     colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(named)}
-    _matrix(panels[0], J, shown)
+    _matrix(figure, panels[0], J, shown)
     for k, line in enumerate(terms):
         left = len(shown.lines) - MAX_TERMS
         more = f"  (and {left} more)" if k == MAX_TERMS - 1 and left > 0 else ""
@@ -70,19 +81,22 @@ def draw(J: Questions, shown: IndexFormula) -> Figure:
     if not terms:
         panels[1].set_axis_off()
         panels[1].text(0.5, 0.5, "no term:\nevery entry is 0", ha="center", va="center")
-    text = shown.sentence
-    figure.suptitle(text if len(text) <= 110 else f"{text[:107]}...", family="DejaVu Sans Mono", fontsize=10)
+    text = "\n".join(wrap(shown.sentence, 84, subsequent_indent="    ")[:2])
+    more = "" if len(text.split()) == len(shown.sentence.split()) else " ..."
+    figure.suptitle(text + more, family="DejaVu Sans Mono", fontsize=9)
     return figure
 
 
-def _matrix(panel: Axes, J: Questions, shown: IndexFormula) -> None:
+def _matrix(figure: Figure, panel: Axes, J: Questions, shown: IndexFormula) -> None:
     rows, columns = _fitting(J.out_shape), _fitting(J.in_shape)
     values = entries(shown, (*rows, *columns)).reshape(math.prod(rows), math.prod(columns))
     peak = values.nan_to_num(0, 0, 0).abs().max().item() if values.numel() else 0.0
     image = torch.where((values == 0) | ~values.isfinite(), torch.nan, values).cpu().numpy()
     panel.set_facecolor("#f1f3f5")
     if values.numel():
-        panel.imshow(image, cmap="RdBu_r", vmin=-peak or -1, vmax=peak or 1, aspect="auto", interpolation="nearest")
+        limits = {"vmin": -peak or -1, "vmax": peak or 1}
+        colours = panel.imshow(image, cmap="RdBu_r", aspect="auto", interpolation="nearest", **limits)
+        figure.colorbar(colours, ax=panel, fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
     _lines(panel, rows, panel.axhline)
     _lines(panel, columns, panel.axvline)
     _ticks(panel, rows, "y")
@@ -90,8 +104,8 @@ def _matrix(panel: Axes, J: Questions, shown: IndexFormula) -> None:
     panel.xaxis.tick_top()
     panel.xaxis.set_label_position("top")
     above, _, below = shown.symbol.partition("/")
-    panel.set_ylabel(_flat(above[1:] if below else "out", shown.out, J.out_shape))
-    panel.set_xlabel(_flat(below[1:] if below else "in", shown.inn, J.in_shape))
+    panel.set_ylabel(_flat(above[1:] if below else "out", shown.out, J.out_shape), fontsize=9)
+    panel.set_xlabel(_flat(below[1:] if below else "in", shown.inn, J.in_shape), fontsize=9)
     filled = int((values != 0).sum())
     axes = zip((*shown.out, *shown.inn), J.shape, (*rows, *columns), strict=True)
     cut = ", ".join(f"{name}<{n} of {m}" for name, m, n in axes if n < m)
@@ -132,7 +146,7 @@ def _ticks(panel: Axes, sizes: Sequence[int], side: str) -> None:
     places = range(total) if total <= 16 else range(0, total, max(every[-1] if len(every) > 1 else total // 8, 1))
     where = [k for k in places if len(places) <= 16 or k % (total // 8 or 1) == 0]
     names = [",".join(str(i) for i in numpy.unravel_index(k, tuple(sizes))) for k in where]
-    getattr(panel, f"set_{side}ticks")(where, names, fontsize=7)
+    getattr(panel, f"set_{side}ticks")(where, names, fontsize=8)
     panel.tick_params(length=2, pad=1)
 
 
@@ -228,4 +242,4 @@ def _stub(panel: Axes, x: float, y: float, colour: str) -> None:
     way = 0.2 if x == 0 else -0.2
     panel.plot([x, x + way], [y, y], color=colour, linewidth=1.6, zorder=1)
     panel.plot([x + way], [y], "o", mfc="#ffffff", mec=colour, markersize=6, zorder=3)
-    panel.text(x + way, y - 0.035, "copy" if x == 0 else "sum", ha="center", va="top", fontsize=7, color=colour)
+    panel.text(x + way, y - 0.035, "copy" if x == 0 else "sum", ha="center", va="top", fontsize=8, color=colour)

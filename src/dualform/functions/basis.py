@@ -160,11 +160,28 @@ class Expansion:
             total = total.squeeze(-1)
         return total
 
+    @torch.no_grad()
+    def untold(self, m: int) -> list[tuple[str, list[int]]]:
+        """Name the base's functions, each with the attributes it is of, where neither `terms` nor `label` say them.
+
+        One function of each attribute has the expansion's name; any others are its name with a number, of all m.
+        """
+        if self.label is not None or self.basis is not None:
+            return []
+        low, high = (max(-1.0, min(1.0, end)) for end in self.domain)
+        x = low + (high - low) * (0.3 + 0.4 * torch.linspace(0, 1, m + 1, dtype=torch.float64)[1:].square())
+        found = self.base(x)
+        if torch.equal(found, x):
+            return []
+        if len(found) == m and self.takes(1) and torch.equal(found, torch.cat([self.base(t) for t in x.split(1)])):
+            return [(self.name, [i]) for i in range(m)]
+        return [(f"{self.name}_{k}", list(range(m))) for k in range(len(found))]
+
     def features(self, names: Sequence[str]) -> list[str]:
         """Name the D features as Python expressions in the attributes' names and the functions of `vocabulary`."""
         if self.label is not None:
             return self.label(names)
-        base = list(names)
+        base = [f"{word}({', '.join(names[i] for i in of)})" for word, of in self.untold(len(names))] or list(names)
         if self.basis is not None:
             rows = [[substitute(term, name) for term in self.terms] for name in names]
             base = [cell for row in (rows if self.layout == "attribute" else zip(*rows, strict=True)) for cell in row]

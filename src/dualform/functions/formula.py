@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
@@ -19,6 +19,10 @@ import torch
 from sympy.printing.str import sstr
 
 from dualform.shapes import fail
+
+inner = 0.1  # the share of a tolerance that lines before the last have: what they drop is bent and scaled after them
+_ranked = 250  # rows are enough to rank inputs
+_longest = 1500  # characters that are printed; of longer formulas, a summary
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class FormulaLine:
 class Formula:
     """Formulas in order: each may use the names of those before it. str() is text that Python and sympy read.
 
+    Of formulas too long to be read, str() is a summary; `text()` writes out any.
     Shape:  formula(X): X (R, m) -> (R, n), in float64, with all digits.
     Raises: ShapeError for another m.
     Example:
@@ -68,6 +73,7 @@ class Formula:
     labels: tuple[str, ...]  # as they were given
     lines: tuple[FormulaLine, ...]
     outputs: tuple[str, ...]
+    sample: np.ndarray | None = field(default=None, compare=False)  # rows that terms and features are ranked on
 
     def text(self, digits: int | None = 6) -> str:
         """Return a line `name = expression` each, numbers rounded to so many significant digits (None: all)."""
@@ -80,16 +86,66 @@ class Formula:
         return "\n".join(f"{line.name} = {line.write(digits, function, '*')}" for line in self.lines)
 
     def __str__(self) -> str:
-        return self.text()
+        text = self.text()
+        return text if len(text) <= _longest else self.summary()
 
     __repr__ = __str__
+
+    def summary(self, count: int = 8) -> str:
+        """Say what the formulas are made of: lines and terms, what moves each output most, what tolerances leave.
+
+        Strongest are the inputs: the standard deviation of what changes in the output when the rows' values of one
+        are shuffled, over sqrt(2); where it acts alone, that of its own part.
+        """
+        said = [f"{len(self.lines):,} lines, {sum(len(line.terms) for line in self.lines):,} terms; text() writes them"]
+        depth = dict.fromkeys(self.inputs, 0)
+        for line in self.lines:
+            depth[line.name] = 1 + max((depth[name] for name in line.symbols), default=0)
+        for k in range(1, max(depth.values(), default=0) + 1):
+            lines = [line for line in self.lines if depth[line.name] == k]
+            names = [line.name for line in lines]
+            shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]} .. {names[-1]}"
+            said.append(f"  {shown}: {sum(len(line.terms) for line in lines):,} terms")
+        if self.sample is None:
+            return "\n".join(said)
+        for i, (output, effects) in enumerate(zip(self.outputs, self.input_effects(self.sample), strict=True)):
+            if i == 3:
+                said.append(f"  and {len(self.outputs) - i} more outputs")
+                break
+            shown = ", ".join(f"{name} {size:.3g}" for name, size in effects[:count])
+            more = f" and {len(effects) - count} more" if len(effects) > count else ""
+            said.append(f"strongest in {output}, as standard deviations of {output}: {shown}{more}")
+        known = self._values(self.sample)
+        left = ", ".join(f"{t:g} {sum(self._left(line, known, t) for line in self.lines):,}" for t in (0.01, 0.03, 0.1))
+        return "\n".join([*said, f"terms that a tolerance leaves, about: {left}"])
+
+    def _left(self, line: FormulaLine, known: Values, tolerance: float) -> int:
+        """Count the terms of a line that a tolerance would leave."""
+        tolerance = tolerance if line.name in self.outputs else tolerance * inner
+        effects = np.abs([c for c, _ in line.terms]) * known.columns([f for _, f in line.terms]).std(1)
+        return int((np.sort(effects).cumsum() > tolerance * known[line.name].std()).sum())
+
+    def input_effects(self, X: Any) -> list[list[tuple[str, float]]]:
+        """Return for each output the inputs by what moves it when their values are shuffled, largest first."""
+        X = np.asarray(X, dtype=np.float64)
+        X = X[:: max(1, len(X) // _ranked)]
+        shuffled = X[np.random.RandomState(0).permutation(len(X))]
+        moved = [np.where(np.arange(X.shape[1]) == i, shuffled, X) for i in range(X.shape[1])]
+        # in one call: writing the functions out costs more than evaluating them
+        before, *after = np.split(self(np.concatenate([X, *moved])), X.shape[1] + 1)
+        effects = [np.sqrt(np.square(values - before).mean(0) / 2) for values in after]
+        return [
+            sorted(zip(self.labels, map(float, column), strict=True), key=lambda pair: -pair[1])
+            for column in np.transpose(effects)
+        ]
 
     def to_latex(self, digits: int | None = 4) -> str:
         """Return an aligned block of LaTeX."""
         names = {
-            sympy.Symbol(name): r"\text{%s}" % re.sub(r"([_&%$#{}])", r"\\\1", label)  # noqa: UP031 (braces of LaTeX)
+            sympy.Symbol(name): sympy.latex(sympy.Symbol(label))
+            if re.fullmatch(r"[a-zA-Z]+_?\d*", label)
+            else r"\text{%s}" % re.sub(r"([_&%$#{}])", r"\\\1", label)  # noqa: UP031 (braces of LaTeX)
             for name, label in zip(self.inputs, self.labels, strict=True)
-            if not re.fullmatch(r"[a-zA-Z]+_?\d*", label)
         }
 
         @cache
@@ -102,8 +158,8 @@ class Formula:
         rows = [re.sub(r"(\d)e([+-]?)0*(\d+)", r"\1 \\cdot 10^{\2\3}", row).replace("^{+", "^{") for row in rows]
         return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
 
-    def _repr_latex_(self) -> str:
-        return f"$${self.to_latex()}$$"
+    def _repr_latex_(self) -> str | None:
+        return f"$${self.to_latex()}$$" if len(self.text()) <= _longest else None
 
     @property
     def expressions(self) -> dict[str, sympy.Expr]:
@@ -118,12 +174,25 @@ class Formula:
         return np.stack([known[name] for name in self.outputs], 1)
 
     def effects(self, X: Any, output: int = 0) -> list[tuple[str, float]]:
-        """Return the terms of an output's own line with their standard deviations on the rows of X, largest first."""
-        known = self._values(X)
+        """Return what moves an output most, with standard deviations on the rows of X: its terms, or the inputs.
+
+        Terms where they are functions of the inputs; where they are of units in between, the inputs.
+        """
+        if not self.is_flat(output):
+            return self.input_effects(X)[output]
         (line,) = (line for line in self.lines if line.name == self.outputs[output])
+        known = self._values(X)
         values = known.columns([f for _, f in line.terms])
         found = [(_short(f), abs(c) * float(v.std())) for (c, f), v in zip(line.terms, values, strict=True)]
         return sorted(found, key=lambda pair: -pair[1])
+
+    def is_flat(self, output: int) -> bool:
+        """Is an output's line one of functions of the inputs, or of a single input's line each, and not of units?"""
+        lines = {line.name: line.symbols for line in self.lines}
+        of = {name: {name} for name in self.inputs}
+        for name, symbols in lines.items():
+            of[name] = set().union(*(of[symbol] for symbol in symbols))
+        return all(len(of[symbol]) <= 1 for symbol in lines[self.outputs[output]])
 
     def _values(self, X: Any) -> Values:
         X = np.asarray(X, dtype=np.float64)
@@ -148,7 +217,7 @@ class Values(dict[str, np.ndarray]):
 
     def __init__(self, names: Sequence[str], rows: np.ndarray) -> None:
         super().__init__(zip(names, rows.T, strict=True))
-        self.num_rows = len(rows)
+        self.rows, self.num_rows = rows, len(rows)
         self.found: dict[sympy.Expr, np.ndarray] = {}
 
     def add(self, line: FormulaLine) -> None:
@@ -161,7 +230,7 @@ class Values(dict[str, np.ndarray]):
         symbols = sorted(set().union(*(f.free_symbols for f in new)), key=str)
         modules = [{"erf": lambda x: torch.erf(torch.as_tensor(x)).numpy()}, "numpy"]
         with np.errstate(all="ignore"):
-            values = sympy.lambdify(symbols, new, modules=modules)(*(self[str(s)] for s in symbols))
+            values = sympy.lambdify(symbols, new, modules=modules, dummify=True)(*(self[str(s)] for s in symbols))
         for f, v in zip(new, values, strict=True):
             self.found[f] = np.broadcast_to(np.asarray(v, dtype=np.float64), (self.num_rows,))
         return np.array([self.found[f] for f in functions]).reshape(len(functions), self.num_rows)

@@ -12,17 +12,19 @@ from __future__ import annotations
 import ast
 import keyword
 import math
-import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
 import sympy
 import torch
+from sympy.utilities.lambdify import implemented_function
 
 from dualform.functions.basis import Expansion, vocabulary
-from dualform.functions.formula import Formula, FormulaLine, Values
+from dualform.functions.formula import Formula, FormulaLine, Values, inner
 from dualform.functions.head import Head
 from dualform.shapes import fail
 
@@ -54,6 +56,7 @@ _metrics: dict[str, Callable[[list[Any]], Any]] = {
 }
 # Beyond this loss of digits a polynomial is printed in standardised inputs, with a line for each, and not expanded.
 _most_cancelled = 1e3
+_noise = 1e-12
 
 
 def formula_of(
@@ -73,10 +76,9 @@ def formula_of(
         inputs = writer.standardised(inputs, heads[0].expansion, *scale)
     for depth, head in enumerate(heads, 1):
         last = depth == len(heads)
-        names = _identifiers(outputs) if last else [f"h{depth}_{i}" for i in range(head.n)]
+        names = writer.names(outputs if last else [f"h{depth}_{i}" for i in range(head.n)])
         slope, shift = units if last and units is not None else (np.ones(head.n), np.zeros(head.n))
-        # what is dropped early is bent and scaled by the layers after it: so drop less there
-        writer.tolerance = tolerance if last else tolerance / 10
+        writer.tolerance = tolerance if last else tolerance * inner
         found = writer.head(head, inputs, names)
         inputs = []
         for name, terms, a, b in zip(names, found, slope, shift, strict=True):
@@ -97,6 +99,13 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.lines: list[FormulaLine] = []
+        self.taken = set(self.inputs)
+
+    def names(self, labels: Sequence[str]) -> list[str]:
+        """Find names for lines that neither an input nor another line has."""
+        found = _identifiers(labels, self.taken)
+        self.taken |= set(found)
+        return found
 
     def line(self, name: str, terms: Terms) -> sympy.Symbol:
         """Prune a sum, give it a name and evaluate it."""
@@ -124,12 +133,14 @@ class _Writer:
     ) -> list[sympy.Expr]:
         """Put (x - mean) / scale in the place of x, in its own line where an expanded polynomial would lose digits."""
         degree = max(expansion.degrees) * (expansion.degree or 1)
+        # features that are standardised already have a mean and a scale of rounding errors
+        mean = np.where(np.abs(mean) <= _noise * scale, 0.0, mean)
+        scale = np.where(np.abs(scale - 1) <= _noise, 1.0, scale)
         z = [(x - float(m)) / float(s) for x, s, m in zip(inputs, scale, mean, strict=True)]
         if (np.abs(mean / scale).max() + 1) ** degree <= _most_cancelled:
             return [sympy.expand(e) for e in z]
         named = []
-        for i, x in enumerate(self.inputs):
-            name = f"z_{x}"
+        for i, (x, name) in enumerate(zip(self.inputs, self.names([f"z_{x}" for x in self.inputs]), strict=True)):
             self.lines.append(FormulaLine(name, ((1 / float(scale[i]), sympy.Symbol(x)),), -float(mean[i] / scale[i])))
             self.known.add(self.lines[-1])
             named.append(sympy.Symbol(name))
@@ -160,7 +171,8 @@ class _Writer:
             fail("formula", "fusion", f"is {head.fusion.name}", f"one of {sorted(_metrics)}, or a linear one", advice)
         found = []
         for i, name in enumerate(names):
-            parts = [self.line(f"{name}_channel{c}", terms[i]) for c, terms in enumerate(channels)]
+            parts = self.names([f"{name}_channel{c}" for c in range(len(channels))])
+            parts = [self.line(part, terms[i]) for part, terms in zip(parts, channels, strict=True)]
             found.append({_metrics[cast(str, metric)](parts): 1.0})
         return found
 
@@ -187,7 +199,8 @@ class _Writer:
                     straight: Terms = {_one: b}
                     for x, c in zip(inputs, weights, strict=True):
                         _add_all(straight, x, c)
-                    _add(terms, act(self.line(f"{name}_remainder", straight)), 1.0)
+                    (label,) = self.names([f"{name}_remainder"])
+                    _add(terms, act(self.line(label, straight)), 1.0)
 
     def finished(self, outputs: list[str]) -> Formula:
         """Leave out lines that nothing uses any more."""
@@ -196,7 +209,7 @@ class _Writer:
             if line.name in needed:
                 kept.append(line)
                 needed |= line.symbols
-        return Formula(self.inputs, self.labels, tuple(reversed(kept)), tuple(outputs))
+        return Formula(self.inputs, self.labels, tuple(reversed(kept)), tuple(outputs), self.known.rows)
 
 
 def _add(terms: Terms, f: sympy.Expr, c: float) -> None:
@@ -232,6 +245,7 @@ def _features(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tens
         return _piecewise(expansion, inputs, weight)
     names = [f"a{i}" for i in range(len(inputs))]
     scope = {"__builtins__": {}, "_indicator": _indicator} | _words | dict(zip(names, inputs, strict=True))
+    scope |= _untold(expansion, len(inputs))
     parts = [_parts(sympy.sympify(eval(_compiled(text), scope))) for text in expansion.features(names)]
     found = []
     for row in weight.tolist():
@@ -242,6 +256,19 @@ def _features(expansion: Expansion, inputs: list[sympy.Expr], weight: torch.Tens
                     _add(terms, f, a * c)
         found.append(terms)
     return found
+
+
+def _untold(expansion: Expansion, m: int) -> dict[str, Any]:
+    """Make functions of sympy of those that have no text: they print by their names, and evaluate by the expansion."""
+
+    def function(k: int, word: str, of: list[int]) -> Any:
+        def values(*columns: Any) -> np.ndarray:
+            rows = torch.from_numpy(np.stack(np.broadcast_arrays(*columns), -1).astype(np.float64))
+            return expansion.base(rows)[..., 0 if len(of) < m else k].numpy()
+
+        return implemented_function(_identifiers([word])[0], values)
+
+    return {word: function(k, word, of) for k, (word, of) in enumerate(expansion.untold(m))}
 
 
 class _Indicators(ast.NodeTransformer):
@@ -301,15 +328,32 @@ def _affine(z: sympy.Expr) -> tuple[sympy.Expr, float, float]:
     return cast("sympy.Expr", x), slope, shift
 
 
-def _identifiers(labels: Sequence[str]) -> list[str]:
-    """Make different Python names of any labels: `mean radius` is mean_radius."""
-    found: list[str] = []
-    for label in labels:
-        name = re.sub(r"\W", "_", label) or "_"
-        name = f"_{name}" if name[0].isdigit() else name
-        if keyword.iskeyword(name) or name in _words:
+def _identifiers(labels: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Make different names of any labels, which Python takes and sympy reads as symbols: `mean radius` is mean_radius.
+
+    A label that is such a name already keeps it, wherever it stands.
+    """
+    plain = [_identifier(label) for label in labels]
+    used, found = set(taken), dict[int, str]()
+    for i in sorted(range(len(plain)), key=lambda i: plain[i] != labels[i]):
+        name = plain[i]
+        while name in used or not _is_a_symbol(name):
             name += "_"
-        while name in found:
-            name += "_"
-        found.append(name)
-    return found
+        used.add(name)
+        found[i] = name
+    return [found[i] for i in range(len(plain))]
+
+
+def _identifier(label: str) -> str:
+    text = unicodedata.normalize("NFKC", label)  # as Python reads names
+    name = "".join(c if f"_{c}".isidentifier() else "_" for c in text) or "_"
+    return name if name.isidentifier() else f"_{name}"
+
+
+@cache
+def _is_a_symbol(name: str) -> bool:
+    """Does sympy read the word as a symbol, and not as a number, a function or a keyword: I, N, beta?"""
+    try:
+        return not keyword.iskeyword(name) and sympy.sympify(name) == sympy.Symbol(name)
+    except Exception:  # whatever a class of sympy's says of being read alone
+        return False

@@ -6,14 +6,16 @@ Legend: X (R, m) rows, y targets, n outputs, alpha weight decay.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
-from typing import Any, ClassVar, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, cast
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, is_regressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -23,10 +25,13 @@ from dualform.catalogue import near_misses
 from dualform.functions.formula import Formula
 from dualform.functions.head import Head, HeadConfig
 from dualform.functions.symbolic import formula_of
-from dualform.models import fitting
+from dualform.models import fitting, inputs
 from dualform.models.fitting import Network, Watch, WeightedRows
 from dualform.models.plot import draw
 from dualform.shapes import fail
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Two layers of learnt functions of one variable, each with a straight line beside it: smooth, bounded in its bends,
 # a straight line far from the data. Chosen over a dozen data sets (LAB, 2026-11-25).
@@ -34,10 +39,11 @@ bends = ("gaussian_rbf", {"span": (-2.0, 2.0), "count": 5, "epsilon": 1.0})
 _bent: Mapping[str, Any] = {"expansion": bends, "remainder": "linear"}
 
 _hidden = 32  # the width of a hidden layer that does not say its own
-_few = 50  # fewer rows than these are not split to choose alpha
+_few = 6  # fewer rows than these are not split to choose alpha
 _full_batch = 5000  # up to so many rows L-BFGS sees all of them at once; beyond, Adam sees mini-batches
 _solvers = ("auto", "least_squares", "lbfgs", "adam")
 
+_taken: dict[str, Any] = {"dtype": [np.float64, np.float32], "accept_sparse": "csr", "ensure_all_finite": "allow-nan"}
 _largest = 1e152  # squares of these, and their sums, are numbers still
 
 
@@ -51,7 +57,7 @@ class RowsEstimator(BaseEstimator):
     _: KW_ONLY
     alpha: float | str = "auto"
     solver: str = "auto"
-    max_iter: int = 200
+    max_iter: int = 1000
     tol: float = 1e-5
     batch_size: int = 128
     learning_rate: float = 3e-3
@@ -103,10 +109,13 @@ class RowsEstimator(BaseEstimator):
     ) -> tuple[WeightedRows, torch.Generator]:
         """Check all that was given, make what is not there yet, and return the rows as tensors."""
         self._check_options()
+        names = inputs.target_names(y)
+        inputs.refuse_missing_targets(type(self).__name__, y)
         X, y = validate_data(
-            self, X, y, dtype=[np.float64, np.float32], multi_output=is_regressor(self), reset=first,
+            self, X, y, **_taken, multi_output=is_regressor(self), reset=first,
             y_numeric=is_regressor(self), ensure_min_samples=2 if first else 1,
         )  # fmt: skip
+        X = inputs.dense(type(self).__name__, X, self._feature_names())
         for name, values in (("X", X), ("y", y)):
             if values.dtype.kind == "f" and (largest := float(np.abs(values).max())) > _largest:
                 advice = "Scale it: its squares would overflow."
@@ -115,6 +124,8 @@ class RowsEstimator(BaseEstimator):
         if not weight.sum() > 0:  # newer releases of scikit-learn have refused it by now
             self._refuse("sample_weight", f"sums to {weight.sum()}", "a sum > 0", "Give weight to some row.")
         targets = self._encoded(y, new_targets)
+        if new_targets or first:
+            self._target_names = names
         x, t, w = fitting.merged(X, targets, weight * self._class_weight(y))
         if first:
             self.scaler_ = StandardScaler(with_mean=bool(self.standardize), with_std=bool(self.standardize))
@@ -124,7 +135,7 @@ class RowsEstimator(BaseEstimator):
         x, t = self.scaler_.transform(x), self._scaled(t)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
-            self.layers_ = self._configs(*x.shape)
+            self.layers_ = self._configs(x)
             self.network_ = Network(self.layers_, seed, torch.float32 if x.dtype == np.float32 else torch.float64)
         dtype, device = self.network_.flat().dtype, self._device()
         t = torch.from_numpy(t).to(device)
@@ -155,6 +166,8 @@ class RowsEstimator(BaseEstimator):
             self._check_finite(network.outputs(rows.x), len(network) - 1)
             self._iterate(network, rows, solver, generator, goes_on)
         self.network_ = network.cpu()
+        if (found := inputs.unmet(network, rows.x[:: max(1, len(rows) // 1000)].cpu())) is not None:
+            warnings.warn(f"{type(self).__name__}: {found}", stacklevel=3)
 
     def _iterate(
         self, network: Network, rows: WeightedRows, solver: str, generator: torch.Generator, goes_on: bool
@@ -170,8 +183,8 @@ class RowsEstimator(BaseEstimator):
             self.alpha_ = given
         elif not (goes_on and hasattr(self, "alpha_")):
             self.alpha_ = 1.0 if solver == "adam" or len(rows) < _few else self._chosen_alpha(network, rows, generator)
-        watch = self._watch()
-        train = rows
+        watch, train = self._watch(), rows
+        watch.on_training = solver == "adam" and fold is None
         if fold is not None:
             out = (fold == 0).to(rows.x.device)
             watch.held_out, train = rows[out], rows[~out]
@@ -179,6 +192,7 @@ class RowsEstimator(BaseEstimator):
             fitting.lbfgs(network, train, self._loss, self.alpha_, self.max_iter, self.tol, watch)
         else:
             self._pass(network, train, self.max_iter, watch, generator, None)
+        self._warn_unless_converged(watch)
         self.loss_curve_, self.validation_curve_ = watch.losses, watch.held_out_losses
         self.n_iter_ = max(1, len(watch.losses))
 
@@ -189,21 +203,28 @@ class RowsEstimator(BaseEstimator):
         return fitting.adam(network, rows, self._loss, self.alpha_, count, watch, **options)
 
     def _chosen_alpha(self, network: Network, rows: WeightedRows, generator: torch.Generator) -> float:
-        """Validate: one large held-out part, or three folds of few rows. Every alpha starts from the same weights."""
+        """Validate: one large held-out part, or twice three folds of few rows. Every alpha starts from one network."""
         large = len(rows) >= 500
         parts = max(2, round(1 / self.validation_fraction)) if large else 3
-        fold = fitting.folds(self._groups(rows.y), len(rows), parts, generator).to(rows.x.device)
+        splits = [
+            fitting.folds(self._groups(rows.y), len(rows), parts, generator).to(rows.x.device)
+            for _ in range(1 if large else 2)
+        ]
         start, steps = network.flat(), min(self.max_iter, 60)
 
-        def score(alpha: float) -> float:
-            total = 0.0
-            for k in range(1 if large else parts):
-                network.load(start)
-                fitting.lbfgs(network, rows[fold != k], self._loss, alpha, steps, 100 * self.tol, Watch())
-                total += network.loss(rows[fold == k], self._loss)
+        def score(alpha: float) -> Tensor:
+            losses = torch.zeros(len(rows), dtype=torch.float64)
+            for fold in splits:
+                for k in range(1 if large else parts):
+                    network.load(start)
+                    fitting.lbfgs(network, rows[fold != k], self._loss, alpha, steps, self.tol, Watch())
+                    losses[(fold == k).cpu()] += network.losses(rows[fold == k], self._loss).double().cpu() / len(
+                        splits
+                    )
+            losses = losses[splits[0].cpu() == 0] if large else losses
             if self.verbose:
-                print(f"{type(self).__name__}: alpha {alpha:g}, held-out loss {total / (1 if large else parts):.6g}")
-            return total
+                print(f"{type(self).__name__}: alpha {alpha:g}, held-out loss {float(losses.mean()):.6g}")
+            return losses
 
         chosen = fitting.best_decay(score)
         network.load(start)
@@ -225,6 +246,18 @@ class RowsEstimator(BaseEstimator):
     def _watch(self) -> Watch:
         every = max(1, 10 // int(self.verbose)) if self.verbose else 0
         return Watch(patience=self.n_iter_no_change, tol=self.tol, label=type(self).__name__, every=every)
+
+    def _warn_unless_converged(self, watch: Watch) -> None:
+        first, last = watch.losses[:1], watch.losses[-1:]
+        if first and not last[0] <= first[0]:
+            said = f"training diverged: the loss went from {first[0]:.3g} to {last[0]:.3g}; expected a fall."
+            advice = f"Lower learning_rate = {self.learning_rate:g}, or use solver='lbfgs'."
+        elif not watch.converged:
+            said = f"not converged after max_iter = {self.max_iter} iterations; expected a loss that no longer falls."
+            advice = f"It is {last[0]:.3g}. " * bool(last) + "Raise max_iter or alpha, or tol if this is good enough."
+        else:
+            return
+        warnings.warn(f"{type(self).__name__}: {said} {advice}", ConvergenceWarning, stacklevel=5)
 
     def _refuse(self, what: str, found: str, expected: str, advice: str) -> NoReturn:
         fail(type(self).__name__, what, found, expected, advice, ValueError)
@@ -271,9 +304,9 @@ class RowsEstimator(BaseEstimator):
             self._refuse("device", f"is {self.device!r}", "a device that torch has here", advice)
         return device
 
-    def _configs(self, num_rows: int, m: int) -> tuple[HeadConfig, ...]:
+    def _configs(self, x: np.ndarray) -> tuple[HeadConfig, ...]:
         """Join the layers' widths: m comes from the layer before, n is the outputs' at the end."""
-        name, layers = type(self).__name__, self.layers
+        (num_rows, m), name, layers = x.shape, type(self).__name__, self.layers
         if layers is None:
             layers = [{"n": _hidden if num_rows >= 1000 else _hidden // 2, **_bent}, _bent]
         example = 'Pass for example [dict(expansion="taylor")].'
@@ -290,6 +323,7 @@ class RowsEstimator(BaseEstimator):
                 if layer.get(key, right) != right:
                     advice = f"Leave {key} out: it is found from the data and the layers before."
                     fail(name, f"layers[{i}]", f"has {key} = {layer[key]}", f"{key} = {right}, {source}", advice)
+            layer = inputs.spanned(layer, x if i == 0 else None)
             configs.append(HeadConfig.from_dict({**layer, "m": m, "n": n}))
             m = n
         return tuple(configs)
@@ -303,7 +337,16 @@ class RowsEstimator(BaseEstimator):
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "network_")
-        return self._evaluate(cast(Any, validate_data(self, X, dtype=[np.float64, np.float32], reset=False)))
+        return self._evaluate(self._rows_of(X))
+
+    def _rows_of(self, X: Any) -> np.ndarray:
+        X = validate_data(self, X, **_taken, reset=False)
+        return inputs.dense(type(self).__name__, X, self._feature_names())
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
 
     def _evaluate(self, X: np.ndarray) -> np.ndarray:
         network = self.network_.to(self._device())
@@ -319,6 +362,10 @@ class RowsEstimator(BaseEstimator):
 
     def _output_names(self) -> list[str]:
         raise NotImplementedError
+
+    def _output_label(self, name: str) -> str:
+        """Say in a picture what the output of that name is."""
+        return name
 
     def _feature_names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)
@@ -348,12 +395,14 @@ class RowsEstimator(BaseEstimator):
         names, outputs = self._feature_names(), self._output_names()
         return formula_of(heads, names, outputs, self.sample_, tolerance, scale, self._output_scale())
 
-    def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Any:
+    def plot(self, X: Any = None, y: Any = None, *, output: int = 0, max_features: int = 6) -> Figure:
         """Draw the basis functions, the strongest terms and each feature's learnt function; return the figure.
 
         A feature's curve is the output's mean over the rows fitted to, as that feature alone is changed; thin lines are
-        single rows: where they are parallel the feature acts alone.
-        Shape:  X (R, m) and y (R,), if given, are points around the curves (regression); `output`: a class or target.
+        single rows: where they are parallel the feature acts alone. Of layers in a row the features are ranked, not
+        the units in between. A classifier's outputs are logits.
+        Shape:  X (R, m) and y (R,), if given, are partial residuals about the curves (regression): the curve plus what
+                the model misses; `output`: a class or target.
         Raises: NotFittedError before fit; ImportError without matplotlib (extra `viz`); ValueError for no such output.
         """
         check_is_fitted(self, "network_")
@@ -364,7 +413,7 @@ class RowsEstimator(BaseEstimator):
         slope, shift = self._output_scale()
         points = None
         if X is not None and y is not None:
-            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+            X = self._rows_of(X)
             targets = np.asarray(y).reshape(len(X), -1)
             points = (X.astype(np.float64), targets[:, output] if is_regressor(self) else None)
 
@@ -372,6 +421,7 @@ class RowsEstimator(BaseEstimator):
             return self._evaluate(rows)[:, output] * slope[output] + shift[output]
 
         return draw(
-            f, self.sample_, self._feature_names(), output, names[output], self.layers_[0].expansion.build(),
+            f, self.sample_, self._feature_names(), output, self._output_label(names[output]),
+            self.layers_[0].expansion.build(),
             self.formula(), bool(self.standardize), points, max_features,
         )  # fmt: skip

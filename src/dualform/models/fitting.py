@@ -59,15 +59,18 @@ class WeightedRows:
 
 
 def merged(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge equal rows, adding their weights, drop weightless ones, and sort.
+    """Merge equal rows, adding their weights, drop weightless ones, and sort by value.
 
-    A row of weight two and the row written twice become the same set, bit for bit, and so the same model.
+    A row of weight two and the row written twice become the same set, bit for bit, and so the same model; rows in
+    other units come in the same order, and so fall into the same folds.
     """
     x, y, w = x[w > 0] + 0.0, y[w > 0], w[w > 0]  # + 0.0: minus zero is zero
     cells = np.concatenate([x, y.reshape(len(y), -1).astype(np.float64)], 1)
-    keys = np.ascontiguousarray(cells).view(np.dtype((np.void, cells.shape[1] * cells.itemsize))).ravel()
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    return x[first], y[first], np.bincount(group.ravel(), weights=w, minlength=len(first))
+    order = np.lexsort(cells.T[::-1])
+    cells = cells[order]
+    is_new = np.concatenate([[True], (cells[1:] != cells[:-1]).any(1)])[: len(cells)]
+    first = order[is_new]
+    return x[first], y[first], np.bincount(is_new.cumsum() - 1, weights=w[order], minlength=len(first))
 
 
 class Network(nn.Sequential):
@@ -106,8 +109,12 @@ class Network(nn.Sequential):
         return torch.cat([self(part) for part in x.split(self.piece)])
 
     @torch.no_grad()
+    def losses(self, rows: WeightedRows, loss: Loss) -> Tensor:
+        """Return each row's part of the mean loss, times the number of rows."""
+        return loss(self.outputs(rows.x), rows.y) * (rows.w / rows.w.mean())
+
     def loss(self, rows: WeightedRows, loss: Loss) -> float:
-        return float((loss(self.outputs(rows.x), rows.y) * rows.w).sum() / rows.w.sum())
+        return float(self.losses(rows, loss).mean())
 
 
 def _restored(heads: tuple[HeadConfig, ...], state: dict[str, np.ndarray]) -> Network:
@@ -123,19 +130,25 @@ class Stop(Exception):
 
 @dataclass
 class Watch:
-    """What is told after every iteration: it keeps the curves, prints them, and stops a run that no longer improves."""
+    """What is told after every iteration: it keeps the curves, prints them, and stops a run that no longer improves.
+
+    `patience` counts on the held-out loss; or on the loss itself where `on_training`, which stops nothing: Adam's goes up
+    and down.
+    """
 
     held_out: WeightedRows | None = None
     patience: int = 10
     tol: float = 1e-5
     label: str = ""
     every: int = 0  # print each so many iterations; 0 is never
+    on_training: bool = False
 
     def __post_init__(self) -> None:
+        self.converged = False
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
-        self.best: tuple[float, Tensor] | None = None
-        self.idle = 0
+        self.best: Tensor | None = None  # the weights of the least held-out loss
+        self.least, self.idle = math.inf, 0
 
     def __call__(self, network: Network, value: float, loss: Loss) -> None:
         self.losses.append(value)
@@ -144,14 +157,20 @@ class Watch:
             now = network.loss(self.held_out, loss)
             self.held_out_losses.append(now)
             said += f", held-out loss {now:.6g}"
-            better = self.best is None or now < self.best[0] - self.tol * abs(self.best[0])
-            self.idle = 0 if better else self.idle + 1
-            if self.best is None or now < self.best[0]:
-                self.best = (now, network.flat())
+            self._count(now)
+            if now <= self.least:
+                self.best = network.flat()
+        elif self.on_training:
+            self._count(value)
         if self.every and len(self.losses) % self.every == 0:
             print(said)
-        if self.idle >= self.patience:
+        if self.idle >= self.patience and not self.on_training:
             raise Stop
+
+    def _count(self, now: float) -> None:
+        better = math.isinf(self.least) or now < self.least - self.tol * abs(self.least)
+        self.idle = 0 if better else self.idle + 1
+        self.least = min(now, self.least)
 
 
 def lbfgs(
@@ -180,14 +199,15 @@ def lbfgs(
         watch(network, last[0], loss)
 
     try:
-        options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tol, "ftol": 1e-4 * tol}
+        options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tol, "ftol": 1e-2 * tol}
         start = like.double().cpu().numpy()
         found = optimize.minimize(
             value_and_gradient, start, jac=True, method="L-BFGS-B", callback=after, options=options
         )
         network.load(torch.from_numpy(found.x).to(like))
+        watch.converged = found.status != 1  # 1: out of iterations; 2: no lower point within rounding
     except Stop:
-        pass
+        watch.converged = True
     _finish(network, watch)
 
 
@@ -213,15 +233,16 @@ def adam(
                 optimiser.step()
                 seen += float(cost.detach() * part.w.sum()) + float(penalty.detach() * part.w.sum())
             watch(network, seen / total, loss)
+        watch.converged = watch.idle >= watch.patience
     except Stop:
-        pass
+        watch.converged = True
     _finish(network, watch)
     return optimiser.state_dict()
 
 
 def _finish(network: Network, watch: Watch) -> None:
     if watch.best is not None:
-        network.load(watch.best[1])
+        network.load(watch.best)
     network.zero_grad(set_to_none=True)
 
 
@@ -287,22 +308,34 @@ def least_squares(head: Head, rows: WeightedRows, alpha: float | None) -> list[f
 decays = (250.0, 50.0, 10.0, 2.0, 0.4, 0.08, 0.016, 3e-3, 1e-4, 1e-6)
 
 
-def best_decay(score: Callable[[float], float], start: float = 2.0) -> float:
-    """Walk along `decays` from `start` to the nearest minimum of the score."""
-    known: dict[int, float] = {}
+def best_decay(score: Callable[[float], Tensor], start: float = 2.0) -> float:
+    """Choose the largest decay that is not worse than the best by more than the error of that difference.
+
+    score: decay -> the held-out loss of every row. From `start` to the nearest minimum along `decays`, then on to where
+    mean(d) = std(d) / sqrt(R), d the rows' difference to the best, between two decays by interpolation: what is chosen
+    moves little when the data do.
+    """
+    known: dict[int, Tensor] = {}
 
     def at(i: int) -> float:
         if i not in known:
             known[i] = score(decays[i])
-        return known[i]
+        return float(known[i].mean())
 
-    i = decays.index(start)
-    while True:
-        near = [j for j in (i, i - 1, i + 1) if 0 <= j < len(decays)]
-        best = min(near, key=at)
-        if best == i:
-            return decays[i]
-        i = best
+    i, best = decays.index(start), -1
+    while i != best:
+        best, i = i, min((j for j in (i, i - 1, i + 1) if 0 <= j < len(decays)), key=at)
+    before = -1.0
+    while i > 0:
+        at(i - 1)
+        difference = known[i - 1] - known[best]
+        error = float(difference.std()) / math.sqrt(len(difference))
+        worse = (float(difference.mean()) - error) / error if error > 0 else math.inf
+        if not worse <= 0:  # NaN is worse
+            share = 0.0 if not math.isfinite(worse) else -before / (worse - before)
+            return decays[i] * (decays[i - 1] / decays[i]) ** share
+        before, i = worse, i - 1
+    return decays[0]
 
 
 def folds(groups: Tensor | None, count: int, num_folds: int, generator: torch.Generator) -> Tensor:

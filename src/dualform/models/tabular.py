@@ -72,7 +72,11 @@ class RPNClassifier(ClassifierMixin, RowsEstimator):
 
     def _output_names(self) -> list[str]:
         named = self.classes_[1:] if len(self.classes_) == 2 else self.classes_
-        return [f"logit_{name}" for name in named]
+        (target,) = getattr(self, "_target_names", None) or ["class"]
+        return [name if isinstance(name, str) else f"{target}_{name}" for name in named.tolist()]
+
+    def _output_label(self, name: str) -> str:
+        return f"logit of {name}"
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
         """Pass once over more rows. The first call names all classes, and sets the features' scale.
@@ -166,7 +170,7 @@ class RPNRegressor(RegressorMixin, RowsEstimator):
 
     def _output_names(self) -> list[str]:
         n = self._width()
-        return ["y"] if n == 1 else [f"y{i}" for i in range(n)]
+        return getattr(self, "_target_names", None) or (["y"] if n == 1 else [f"y{i}" for i in range(n)])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
