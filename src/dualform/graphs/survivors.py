@@ -117,8 +117,9 @@ class Survivors:
         if found and error is None:
             line, where = found[-1]
             raise Settled(
-                f"trace: {f'`{line}`' if line else 'an input'} is kept in {where()} beyond the call; expected a function "
-                "that keeps nothing made of its inputs. Return it; a table that depends on no input may be kept."
+                f"trace: {f'`{line}`' if line else 'an input'} is kept in {where()} beyond the call; expected a "
+                "function that keeps nothing made of its inputs. Return it; a table that depends on no input may be "
+                "kept."
             )
         return bool(made)
 

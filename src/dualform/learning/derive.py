@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree
 
-from dualform.graphs.edit import copied, output_of, stepped, writes
+from dualform.graphs.edit import copied, output_of, results_of, stepped, writes
 from dualform.graphs.hollow import leaves_in
 from dualform.graphs.kept import written_out
 from dualform.graphs.recorder import CannotRecord, record
@@ -67,10 +67,8 @@ class TracedStep:
     inputs: StepInputs  # examples, for shapes and names
     choices: list[Choice]
 
-    @cached_property
-    def num_outputs(self) -> int:
-        output: Any = output_of(self.graph.graph)
-        return len(output.args[0])  # pyright: ignore[reportArgumentType]: a list
+    def __post_init__(self) -> None:
+        self.num_outputs = len(results_of(self.graph.graph))
 
     @cached_property
     def wants(self) -> list[bool]:

@@ -205,7 +205,7 @@ class ChunkProgram(nn.Module):
     def tensor_names(self) -> tuple[list[str], list[str], list[str]]:
         """Names of the gates with a time axis, of the fast leaves, and of what is not fast."""
         gates = [name for name in self.rule.gates if name != "offset"]
-        return gates, list(self.parts.fast), list(self.parts.rest)
+        return gates, list(self.parts.fast), [*self.parts.slow, *self.parts.buffers, *self.parts.closed]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor] | None = None, *, state: State | None = None,
@@ -292,7 +292,8 @@ class ChunkProgram(nn.Module):
             made = self.plan(call.q.shape[-1], call.dtype, form)  # outside the op, where whatever fails says why
             expect_width(call.v, made.derivation.V)
             fixed = {name: self.parts.buffers[name] for name in self.door.fixed}
-            expect_fixed(fixed, self._compared, call.slow, params or {})
+            if fixed:
+                expect_fixed(fixed, self._compared, call.slow, params or {})
         o, *held, position = scan(self.name, form, backend, call, self.chunk, remat, overwrite)
         return o, call.after(held, position)
 

@@ -132,8 +132,8 @@ class Stop(Exception):
 class Watch:
     """What is told after every iteration: it keeps the curves, prints them, and stops a run that no longer improves.
 
-    `patience` counts on the held-out loss; or on the loss itself where `on_training`, which stops nothing: Adam's goes up
-    and down.
+    `patience` counts on the held-out loss; or on the loss itself where `on_training`, which stops nothing: Adam's goes
+    up and down.
     """
 
     held_out: WeightedRows | None = None
