@@ -346,7 +346,7 @@ mistakes = {
     "1e-320": (2, "temperature 1e-320; expected >= 1, and 0 or finite, >= 1e-6"),
     "generate model --prompt a --temperature nan": (2, "temperature nan"),
     "generate model --prompt a --max-new-tokens 1.5": (2, "max-new-tokens"),
-    "evaluate model --seq-len 1 --data t.txt": (1, "seq_len is 1; expected >= 2"),
+    "evaluate model --seq-len 1 --data t.txt": (2, "seq_len is 1; expected a whole number >= 2"),
     "evaluate model --batch-size true": (2, "batch-size"),
     "explain mine.py:Two": (2, "raises TypeError"),
     "explain mine.py:boom": (2, "raises KeyError: 'x'; expected NAME(dim) to make an nn.Module"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ class FrontDoor:
         self._traced: dict[Any, fx.GraphModule] = {}  # and were held, not asked for yet
         self._settled: set[Any] = set()  # whose they are that were traced wherever they decide by the number of tokens
         self.asks = False  # does any of the three read how many tokens there are?
+        self._later: list[Callable[[], None]] = []  # comparisons of traces, once all else is right
         self.read()
 
     @property
@@ -177,7 +179,7 @@ class FrontDoor:
                 f"derive: the learner's output has its tokens at axis {a.places[a.output].axis}; expected axis 0, as "
                 "in its input: (..., K) -> (..., V). Transpose back before returning."
             )
-        _expect(wrong)
+        self._expect(wrong)
         return a
 
     def trace_objective(self, W: int, V: int, *dtypes: torch.dtype) -> Routine:
@@ -215,7 +217,7 @@ class FrontDoor:
                 "derive: the objective's loss has no gradient by the prediction, its first argument; expected "
                 "f(prediction, target) -> (...,), a loss per token. Use it by more than comparisons."
             )
-        _expect(wrong)
+        self._expect(wrong)
         return Routine(a, [a.output])
 
     def trace_rule(self, W: int, dtype: torch.dtype) -> Routine:
@@ -245,7 +247,7 @@ class FrontDoor:
                     "expected a number, a tensor () or one entry per token, made of that token's position and gates. "
                     "Write it entry by entry."
                 )
-        _expect(wrong)
+        self._expect(wrong)
         return Routine(a, [*results, spec])
 
     def _trace(
@@ -254,13 +256,22 @@ class FrontDoor:
         """Trace; parts: the learner's own tensors, which the first inputs stand for."""
         self.reading.take_along()
         gm = trace(f, *inputs, generators=self.reading.generators, proved=kept_apart, **options)
-        expect_as_on_tensors(f, gm, inputs, parts, self.reading.telling)
+        self._later.append(partial(expect_as_on_tensors, f, gm, inputs, parts, self.reading.telling))
         return gm
+
+    def _expect(self, wrong: DerivationError | None) -> None:
+        """Raise what was found before tokens were followed, which may say more; then what tells tensors apart."""
+        later, self._later = self._later, []
+        if wrong is not None:
+            raise wrong
+        for compare in later:
+            compare()
 
     def _alike(
         self, who: str, W: int, make: Callable[..., fx.GraphModule], kind: Any, numbers: Callable[[], Any] = list
     ) -> tuple[fx.GraphModule, DerivationError | None]:  # fmt: skip
         """Trace, and say what is otherwise than in the kind's first trace: of another number of tokens, or call."""
+        self._later = []
         key = (who, *kind)
         first, traced = self._first.get(key), self._traced.pop((key, W), None)
         if traced is not None and numbers is list:
@@ -393,12 +404,6 @@ class TracedRule(NamedTuple):
 def _ends(gm: fx.GraphModule) -> tuple[list[fx.Node], Any]:
     """A graph's inputs and its result."""
     return inputs_of(gm.graph), output_of(gm.graph).args[0]
-
-
-def _expect(wrong: DerivationError | None) -> None:
-    """Raise what was found before tokens were followed, which may say more."""
-    if wrong is not None:
-        raise wrong
 
 
 def _free(name: str, taken: set[str]) -> str:
