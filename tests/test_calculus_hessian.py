@@ -91,3 +91,49 @@ def test_trees_of_second_derivatives() -> None:
 def test_a_second_derivative_explains_itself() -> None:
     text = str(hessian(lambda z: z.logsumexp(0), Z).explain("one-line"))
     assert re.search(r"(p\d?)\[i\] δ\(i,j\) - \1\[i\] \1\[j\]", text)
+
+
+S = X.T @ X + 4 * torch.eye(4, dtype=torch.float64)
+LOW = S - S[:1] * torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)[:, None]  # without an inverse
+MATRICES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, int]] = {
+    "logdet": (torch.logdet, S, 17), "slogdet": (lambda x: x.slogdet()[1], -S, 16), "det": (torch.det, S, 48), "no inverse": (torch.det, LOW, 48),
+    "batch": (torch.logdet, torch.stack([S, 2 * S]), 34), "log of det": (lambda x: x.det().log(), S, 90), "one": (torch.det, S[:1, :1], 0),
+    "solve": (lambda x: torch.linalg.solve(x, X[0]).sum() + x.logdet(), S, 60),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_determinants_keep_their_kronecker_structure(name: str) -> None:
+    f, x, most = MATRICES[name]
+    expected = torch.func.jacrev(torch.func.jacrev(f))(x)
+    for _ in range(3):
+        H = hessian(f, x)
+        torch.testing.assert_close(H.dense(), expected, **TIGHT)
+    assert H.nbytes <= 8 * most
+
+
+def test_second_derivatives_of_norms_and_powers_in_place() -> None:
+    def powered(x: Tensor, p: float) -> Tensor:
+        y = x.clone()
+        y **= p
+        return y.sum()
+
+    found: dict[str, Callable[[Tensor], Tensor]] = {f"x **= {p}": lambda x, p=p: powered(x, p) for p in (3, 0.5, -1)}
+    for p in (0, 0.5, 1, 2, 3, -1, float("inf"), -float("inf")):
+        found[f"norm {p}"] = lambda x, p=p: x.norm(p=p)
+        found[f"norms {p}"] = lambda x, p=p: torch.linalg.vector_norm(x, p, dim=1, keepdim=True).sin().sum()
+    found |= {
+        f"matrix norm {p}": lambda x, p=p: torch.linalg.matrix_norm(x, p) for p in (1, 2, float("inf"), "nuc", "fro")
+    }
+    for name, f in found.items():
+        x = X[:3].abs() + 1
+        expected = torch.func.jacrev(torch.func.jacrev(f))(x)
+        torch.testing.assert_close(hessian(f, x).dense(), expected, **TIGHT, msg=name)
+
+
+def test_what_only_gradients_hold_has_rows() -> None:
+    norm = torch.nn.BatchNorm1d(4).double().eval()
+    for f, x in (
+        (lambda x: norm(x).tanh().sum(), X), (lambda x: F.adaptive_avg_pool3d(x, (2, 2, 1)).square().sum(), torch.ones(1, 2, 3, 3, 3).double()),
+    ):  # fmt: skip
+        torch.testing.assert_close(hessian(f, x).dense(), torch.func.jacrev(torch.func.jacrev(f))(x), **TIGHT)

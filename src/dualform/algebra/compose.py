@@ -160,19 +160,24 @@ def _settled(term: Term, s: Select) -> Term | None:
         return substitute(bare, {s.big: (s.small,)})
     others = [f for f in rest if isinstance(f, Select)]
     twin = next((o for o in others if o.big is s.big), None)
-    if twin is not None and s.big not in term.visible and not any(o.small is s.big for o in others):
+    shown = term.visible
+    is_free = s.big not in shown or (twin is not None and not {s.small, twin.small} <= {*shown})
+    if twin is not None and is_free and not any(o.small is s.big for o in others):
         return _intersected(term, s, twin)
     if any(s.big in f.labels for f in bare.tensors):
         # The relation lets the tensor be read at start + step * small only.
         sliced = tuple(read(s, f) if isinstance(f, Factor) else f for f in rest)
         return replace(term, factors=(*sliced, s))
-    if s.big in term.visible or twin is not None:
+    if twin is not None:
         return term
     readers = [f for f in term.relations if f is not s and s.big in f.labels]
     if readers:
         narrow = {f: _through(f, s) for f in readers}
         held = any(x is None for x in narrow.values()) or sum(not isinstance(f, Select) for f in readers) > 1
-        return term if held else replace(bare, factors=tuple(narrow[f] if f in readers else f for f in rest))
+        kept = (s,) if s.big in shown else ()
+        return term if held else replace(bare, factors=(*(narrow[f] if f in readers else f for f in rest), *kept))
+    if s.big in shown:
+        return term
     # Nothing else reads big: the sum over it is one for each value of small.
     free = 1 if s.small in {*bare.visible, *bare.hidden} else s.small.size
     return replace(bare, coef=bare.coef * free)
@@ -189,7 +194,7 @@ def _through(relation: Relation, s: Select) -> Relation | None:
 
 
 def _intersected(term: Term, s: Select, t: Select) -> Term | None:
-    """Two ranges of one summed index: sum over big of [big in s][big in t] is a relation between the small ones."""
+    """Two ranges of one index: [big in s][big in t] is a relation between the small ones, and big if it is shown."""
     rest = tuple(f for f in term.factors if f is not s and f is not t)
     common = sorted(set(s.indices) & set(t.indices))
     if not common:
@@ -201,6 +206,6 @@ def _intersected(term: Term, s: Select, t: Select) -> Term | None:
     # A tensor that reads big reads it on the common range only.
     shared = Select(meet, s.big, common[0], step)
     sliced = [read(shared, f) if isinstance(f, Factor) else f for f in rest]
-    if any(s.big in f.labels for f in sliced):
+    if s.big in term.visible or any(s.big in f.labels for f in sliced):
         tied.append(shared)
     return replace(term, factors=(*sliced, *tied))

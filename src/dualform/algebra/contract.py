@@ -72,11 +72,13 @@ class ContractionPlan:
 
 @dataclass(frozen=True)
 class _Task:
-    """A contraction without relations: operands, the labels computed, and what is put back where afterwards."""
+    """A contraction without relations: operands, the labels computed, what is put back where afterwards; are there
+    masks among numbers?"""
 
     operands: list[Factor]
     out: tuple[Label, ...]
     writes: list[tuple[Reading, tuple[Label, ...]]]
+    has_masks: bool
 
 
 def _ordered(operands: Sequence[Factor], out: Sequence[Label]) -> tuple[tuple[int, ...], ...]:
@@ -104,8 +106,11 @@ def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Tas
         twins = [o for o in relations if set(o.labels) & set(reading.bigs)]
         operands += [o.dense(like) for o in twins]
         relations = [o for o in relations if o not in twins]
-        if isinstance(r, Window) and not r.is_total and not any(is_padded(r, f) for f in operands):
-            operands.append(r.inside(like))
+        if isinstance(r, Window) and not r.is_total:
+            # What is read outside is 0, but times another factor that reaches there.
+            beside = any({*r.smalls} <= {*f.labels} and not f.is_mask for f in operands)
+            if beside or not any(is_padded(r, f) for f in operands):
+                operands.append(r.inside(like))
         operands = [read(reading, f) for f in operands]
         if any(x in result for x in reading.bigs):
             writes.append((reading, tuple(result)))
@@ -113,9 +118,12 @@ def _prepare(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> _Tas
         present = {x for f in (*operands, *relations) for x in f.labels}
         operands = _with_ones(operands, [x for x in reading.smalls if x not in present], like)
     operands = [_summed(f, _lonely(k, operands, result)) for k, f in enumerate(operands)]
-    common = reduce(torch.promote_types, (f.tensor.dtype for f in operands)) if operands else None
-    operands = [f if f.tensor.dtype == common else replace(f, tensor=f.tensor.to(common)) for f in operands]
-    return _Task(operands, tuple(result), writes[::-1])
+    dtypes = {f.tensor.dtype for f in operands}
+    has_masks = len(dtypes) > 1 and torch.bool in dtypes
+    if len(dtypes - {torch.bool}) > 1:
+        common = reduce(torch.promote_types, dtypes)
+        operands = [f if f.is_mask or f.tensor.dtype == common else _cast(f, common) for f in operands]
+    return _Task(operands, tuple(result), writes[::-1], has_masks)
 
 
 def _next(relations: Sequence[Relation]) -> Relation:
@@ -123,6 +131,10 @@ def _next(relations: Sequence[Relation]) -> Relation:
     functions: list[Any] = [r for r in relations if not isinstance(r, Triangle)]
     inner = {x for r in functions for x in r.smalls}
     return next((r for r in functions if not inner & set(r.bigs)), (functions or relations)[0])
+
+
+def _cast(f: Factor, dtype: torch.dtype) -> Factor:
+    return replace(f, tensor=f.tensor.to(dtype))
 
 
 def _replaced(result: Sequence[Label], r: Reading) -> list[Label]:
@@ -195,7 +207,8 @@ def plan(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Contract
         kept = tuple(sorted((label for label in union if label in keep), key=_rank(task.out)))
         kind = _kind(left, right, keep)
         made = volume(kept)
-        price = Price(flops(volume(union), kind != "mul"), made * left.tensor.element_size(), made if work else 0)
+        bytes_each = max(f.tensor.element_size() for f in (left, right))
+        price = Price(flops(volume(union), kind != "mul"), made * bytes_each, made if work else 0)
         result = Factor(left.tensor, kept, f"t{next(fresh)}")
         a, b = (show(f.name or "_", f.labels) for f in (left, right))
         steps.append(ContractionStep(kind, a, b, show(result.name, kept), price))
@@ -239,6 +252,7 @@ def contract(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Tens
     """Contract labelled factors into one tensor with axes `out`.
 
     out[labels] = sum over all other labels of prod factors (a relation counts as a 0/1 factor, and stores nothing)
+    Where a mask is False the product is 0, whatever the other factors are.
     Shape:  factors, each one label per axis -> (sizes of `out`); a label that repeats inside a factor is a diagonal.
     Dtype:  that of the factors, promoted to one.
     Raises: ValueError if a label of `out` is in no factor.
@@ -249,7 +263,7 @@ def contract(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Tens
     """
     task = _prepare(factors, out)
     _check(task, out)
-    work = list(task.operands)
+    work, masks = _selected(task) if task.has_masks else (list(task.operands), [])
     for positions in _ordered(work, task.out):
         if len(positions) < 2:
             continue
@@ -259,9 +273,33 @@ def contract(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Tens
         work.append(_pair(a, b, keep, hints))
     (result,) = work
     result = _summed(result, _lonely(0, [result], task.out))
+    for mask in masks:
+        result = _product(mask, result, [task.out])
     for relation, wanted in task.writes:
         result = write(relation, result, wanted)
     return _permuted(result, out)
+
+
+def _selected(task: _Task) -> tuple[list[Factor], list[Factor]]:
+    """The operands, and the masks that select of the result. What a mask selects of a sum, it selects of its parts.
+
+    A mask over summed labels selects of the operands that have all its labels, after those within them are multiplied.
+    """
+    masks = [f for f in task.operands if f.is_mask]
+    numbers = [f for f in task.operands if not f.is_mask]
+    late = [m for m in masks if {*m.labels} <= {*task.out}]
+    left: list[Factor] = []
+    for mask in (m for m in masks if m not in late):
+        own = {*mask.labels}
+        inside = [f for f in numbers if {*f.labels} < own]
+        around = [f for f in numbers if {*f.labels} >= own]
+        if not inside and not around:
+            left.append(mask)
+            continue
+        first = reduce(lambda a, b: _product(a, b, [b.labels]), [*inside, *around[:1]])
+        met = [_product(mask, f, [f.labels]) for f in (first, *around[1:])]
+        numbers = [f for f in numbers if f not in inside and f not in around] + met
+    return [*numbers, *left], late
 
 
 def _permuted(f: Factor, order: Sequence[Label]) -> Tensor:
@@ -295,6 +333,9 @@ def _pair(a: Factor, b: Factor, keep: set[Label], hints: Sequence[Sequence[Label
     cols = [label for label in b.labels if label not in shared]
     if not summed:
         return _product(a, b, hints)
+    if a.tensor.dtype is not b.tensor.dtype:
+        common = torch.promote_types(a.tensor.dtype, b.tensor.dtype)
+        a, b = _cast(a, common), _cast(b, common)
     if not rows and not cols and (batch or len(summed) > 1):
         product = _product(a, b, [[*batch, *summed]])
         return _summed(product, summed)
@@ -330,7 +371,10 @@ def _product(a: Factor, b: Factor, hints: Sequence[Sequence[Label]]) -> Factor:
         if set(hint) == set(union):
             order = list(hint)
             break
-    return Factor(aligned(a, order) * aligned(b, order), tuple(order))
+    x, y = aligned(a, order), aligned(b, order)
+    if a.tensor.dtype is b.tensor.dtype or a.is_mask is b.is_mask:
+        return Factor(x & y if a.is_mask else x * y, tuple(order))
+    return Factor(torch.where(x, y, 0) if a.is_mask else torch.where(y, x, 0), tuple(order))
 
 
 def _matmul(

@@ -19,7 +19,7 @@ from dualform.algebra.compose import compose_terms
 from dualform.algebra.contract import ContractionPlan
 from dualform.algebra.drawing import draw
 from dualform.algebra.index_text import IndexFormula
-from dualform.algebra.materialise import scatter, spread
+from dualform.algebra.materialise import DENSE_LIMIT, scatter, spread
 from dualform.algebra.normal_form import ordered
 from dualform.algebra.notation import formula, stored_bytes
 from dualform.algebra.proofs import Questions
@@ -36,10 +36,6 @@ __all__ = [
     "Axis", "Derivative", "Factor", "Label", "Select", "Term", "atoms", "compose", "derivative_of", "fresh_axes",
     "identity", "make_factor",
 ]  # fmt: skip
-
-
-# Bytes above which `dense()` refuses, unless it is told a limit.
-DENSE_LIMIT = 4 * 2**30
 
 
 class Told(Protocol):
@@ -73,6 +69,10 @@ class Route(ABC):
     @abstractmethod
     def jvp(self, v: Tensor) -> Tensor:
         """Push forward."""
+
+    def completed(self, dense: Tensor) -> Tensor:
+        """The materialised derivative, once more where it came out as no number."""
+        return dense
 
     def explain(self, derivative: Derivative, level: str) -> Told:
         """The account of the derivative."""
@@ -183,7 +183,7 @@ class Derivative(Questions):
         if result.numel():
             for term in self.terms:
                 scatter(term, (*term.out, *term.inn), result)
-        return result
+        return result if self.route is None else self.route.completed(result)
 
     def vjp(self, g: Tensor) -> Tensor:
         """Apply the adjoint to a gradient of the output.

@@ -11,6 +11,20 @@ from torch import Tensor
 from dualform.algebra.contract import contract
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Term, atoms, sizes, volume
 
+# Bytes above which nothing dense is formed, unless `dense()` is told a limit.
+DENSE_LIMIT = 4 * 2**30
+
+
+ALONG = "Use J.vjp or J.jvp, which go along the graph, or a smaller argument."
+
+
+def expect_room(function: str, what: str, size: int, advice: str = ALONG) -> None:
+    """Refuse to form a dense array of so many bytes that nobody asked for."""
+    if size > DENSE_LIMIT:
+        raise MemoryError(
+            f"{function}: {what} takes {size:,} bytes if it is stored dense; expected at most {DENSE_LIMIT:,}. {advice}"
+        )
+
 
 def spread(term: Term, axes: Sequence[Axis], seeds: Sequence[Factor], like: Tensor) -> Tensor:
     """Contract a term with seed factors into a tensor whose axes are `axes`, with pure ops only (traces, vmaps)."""
@@ -50,9 +64,10 @@ def gather(factors: Sequence[Factor | Relation], wanted: Sequence[Label], like: 
     """Contract factors onto those of the wanted labels that they have; no factor at all is the number 1."""
     have = [label for label in wanted if any(label in f.labels for f in factors)]
     factors = list(factors)
-    if not any(isinstance(f, Factor) for f in factors):
+    if not any(isinstance(f, Factor) and f.tensor.dtype is not torch.bool for f in factors):
         factors.append(Factor(torch.ones((), dtype=like.dtype, device=like.device), (), "1"))
-    return contract(factors, have), have
+    value = contract(factors, have)
+    return value if value.is_floating_point() else value.to(like.dtype), have  # of masks alone, a count
 
 
 def entries(term: Term, axes: Sequence[Axis], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def settled(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Bring a finished sum into its canonical form: coarse labels, and one factor where several lie on one pattern."""
     groups: dict[tuple, list[Term]] = {}
     for k, term in enumerate(merged([coarse(term) for term in terms])):
-        plain = len(term.factors) == len(term.tensors) <= 1
+        plain = len(term.factors) == len(term.tensors) <= 1 and not any(f.is_mask for f in term.tensors)
         groups.setdefault(_pattern(term) if plain else (k,), []).append(term)
     return tuple(term for group in groups.values() for term in (_one_factor(group) if len(group) > 1 else group))
 

@@ -110,6 +110,6 @@ def term_plan(term: Term, seed: str | None, result: str | None, like: torch.Tens
         axes = getattr(term, seed)
         blank = torch.empty([volume(axis) for axis in axes], dtype=like.dtype, device="meta")
         factors.insert(0, make_factor(blank, axes, "seed"))
-    if not any(isinstance(f, Factor) for f in factors):
+    if not any(isinstance(f, Factor) and not f.is_mask for f in factors):
         factors.append(Factor(torch.empty((), dtype=like.dtype, device="meta"), (), "1"))
     return plan(factors, [x for x in wanted if any(x in f.labels for f in factors)])

@@ -80,7 +80,7 @@ class Triangle(Relation):
 
     def dense(self, like: Tensor) -> Factor:
         rows, cols = (torch.arange(volume(side), device=like.device) for side in (self.rows, self.cols))
-        return make_factor((rows[:, None] >= cols + self.offset).to(like.dtype), (self.rows, self.cols), "[>=]")
+        return make_factor(rows[:, None] >= cols + self.offset, (self.rows, self.cols), "[>=]")
 
 
 def window(smalls: Sequence[Axis], big: Axis, start: int, steps: Sequence[int]) -> tuple[Relation, ...]:

@@ -15,8 +15,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from dualform.algebra.contract import contract
-from dualform.algebra.materialise import spread
+from dualform.algebra.materialise import DENSE_LIMIT, expect_room, spread
 from dualform.algebra.relations import as_window
+from dualform.algebra.shifts import windowed
 from dualform.algebra.terms import (
     Factor,
     Identity,
@@ -27,6 +28,7 @@ from dualform.algebra.terms import (
     atoms,
     factor_of,
     identity_of,
+    key_of,
     product,
     same_place,
     substitute,
@@ -34,23 +36,52 @@ from dualform.algebra.terms import (
 )
 
 # Sums of at most this many terms are kept as they are: softmax has two, a layer norm three, a product of both six.
-MAX_TERMS = 8
+# Longer ones are kept where one factor would store far more; of more terms than MANY nobody waits for the chain rule.
+MAX_TERMS, MANY = 8, 2048
 
 
 def tidy(terms: Sequence[Term], like: Tensor) -> tuple[Term, ...]:
-    """Merge equal terms, contract factors where that stores less, and collapse a sum that is too long."""
+    """Merge equal terms, contract factors where that stores less, and shorten a sum that is too long.
+
+    Shifts become windows; then all terms become one factor, or those of one pattern, if that does not store far more.
+    """
     uses = Counter(key for term in terms for key in {identity_of(f.tensor) for f in term.tensors})
     small = added(merged([shrunk(term, uses) for term in terms]))
-    if len(small) <= MAX_TERMS and not _is_wasteful(small):
+    small = windowed(small, like) if len(small) > MAX_TERMS else small
+    if len(small) <= MAX_TERMS:
+        meet = _Meet(small) if _is_wasteful(small) else None
+        return (meet.sum(like),) if meet and volume(meet.stored) < _numbers(small) else small
+    if (one := _one_term(small, like)) is not None:
+        return (one,)
+    groups: dict[tuple, list[Term]] = {}
+    for k, term in enumerate(small):
+        key = (k,) if term.relations else key_of(replace(term, coef=1.0, factors=()))
+        groups.setdefault(key, []).append(term)
+    parts = [(_one_term(group, like, MAX_TERMS // 2), group) for group in groups.values()]
+    small = tuple(term for one, group in parts for term in ([one] if one else group))
+    if len(small) <= MANY:
         return small
     meet = _Meet(small)
-    if len(small) <= MAX_TERMS and volume(meet.stored) >= _numbers(small):
-        return small
+    expect_room("jacobian", f"a sum of {len(small)} terms", volume(meet.stored) * like.dtype.itemsize)
     return (meet.sum(like),)
 
 
+def _one_term(terms: Sequence[Term], like: Tensor, most: int | None = None) -> Term | None:
+    """The sum as one factor, if that stores about as much as the terms, or few enough for so many of them.
+
+    most: how many may be kept, whatever they store
+    """
+    meet = _Meet(terms) if len(terms) > 1 else None
+    if meet is None or (size := volume(meet.stored)) * like.dtype.itemsize > DENSE_LIMIT:
+        return None
+    is_small = size <= 2 * _numbers(terms) + len(terms) ** 2
+    return meet.sum(like) if is_small or (most is not None and len(terms) > most) else None
+
+
 def _numbers(terms: Sequence[Term]) -> int:
-    return sum({identity_of(f.tensor): f.tensor.numel() for term in terms for f in term.tensors}.values())
+    """How many are stored; a truth value is an eighth of one."""
+    stored = {identity_of(f.tensor): f for term in terms for f in term.tensors}.values()
+    return sum(f.tensor.numel() // (8 if f.is_mask else 1) for f in stored)
 
 
 def _is_wasteful(terms: Sequence[Term]) -> bool:
@@ -63,7 +94,7 @@ def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Add the coefficients of terms that are equal but for them; drop zeros."""
     groups: dict[tuple, list[Term]] = {}
     for term in terms:
-        groups.setdefault(_key(term), []).append(term)
+        groups.setdefault(key_of(term), []).append(term)
     sums = [replace(group[0], coef=_exact_sum([t.coef for t in group])) for group in groups.values()]
     return tuple(term for term in sums if term.coef != 0)
 
@@ -80,7 +111,8 @@ def added(terms: Sequence[Term]) -> tuple[Term, ...]:
     for k, term in enumerate(terms):
         order = [x for x in term.visible if any(x in f.labels for f in term.factors)]
         single = len(term.factors) == len(term.tensors) == 1 and len(order) == len(term.tensors[0].labels)
-        key = (_key(replace(term, factors=())), tuple(term.visible.index(x) for x in order)) if single else (k,)
+        single = single and not term.tensors[0].is_mask
+        key = (key_of(replace(term, factors=())), tuple(term.visible.index(x) for x in order)) if single else (k,)
         groups.setdefault(key, []).append((term, order))
     result = []
     for group in groups.values():
@@ -93,21 +125,6 @@ def added(terms: Sequence[Term]) -> tuple[Term, ...]:
     return tuple(result)
 
 
-def _key(term: Term) -> tuple:
-    number = {label: k for k, label in enumerate([*term.visible, *term.hidden])}
-
-    def axes(side: tuple) -> tuple:
-        return tuple(tuple((number[x], x.size) for x in axis) for axis in side)
-
-    def factor(f: Factor | Relation) -> tuple:
-        if not isinstance(f, Factor):
-            return (0, f.key, *(number[x] for x in f.labels))
-        steps = zip(f.tensor.stride(), f.tensor.shape, (number[x] for x in f.labels), strict=True)
-        return (1, identity_of(f.tensor), *(tag for *_, tag in sorted(steps, reverse=True)))
-
-    return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))
-
-
 def shrunk(term: Term, uses: Mapping[Identity, int]) -> Term:
     """Contract groups of factors where the result stores fewer numbers than the group.
 
@@ -115,19 +132,30 @@ def shrunk(term: Term, uses: Mapping[Identity, int]) -> Term:
     """
     term = _joined(term)
     hidden = set(term.hidden)
-    bulk = sum(f.tensor.numel() for f in term.tensors if uses.get(identity_of(f.tensor), 1) == 1)
+    alone = [f for f in term.tensors if uses.get(identity_of(f.tensor), 1) == 1]
+    masks = _whole_masks(term)
+    bulk = sum(f.tensor.numel() for f in alone if f not in masks)
     linked = [f for f in term.factors if any(label in hidden for label in f.labels)]
-    if linked and any(isinstance(f, Factor) for f in linked):
+    if any(isinstance(f, Factor) and not f.is_mask for f in linked):
         keep = list(dict.fromkeys(x for f in linked for x in f.labels if x not in hidden))
         stored = sum(f.tensor.numel() for f in linked if isinstance(f, Factor))
         # A relation that reaches an axis is worth more as one: the factor stays small.
         if not any(isinstance(f, Relation) for f in linked) and volume(keep) <= stored:
             rest = (f for f in term.factors if f not in linked)
             term = replace(term, factors=(*rest, multiplied(linked, keep)))
-    keep = [x for x in term.visible if any(x in f.labels for f in term.tensors)]
-    if bulk > volume(keep) and len(term.tensors) > 1 and not term.relations:
-        term = replace(term, factors=(multiplied(term.tensors, keep),))
+    masks = _whole_masks(term)
+    numbers = [f for f in term.tensors if f not in masks]
+    keep = [x for x in term.visible if any(x in f.labels for f in numbers)]
+    if bulk > volume(keep) and len(numbers) > 1 and not term.relations:
+        term = replace(term, factors=(multiplied(numbers, keep), *masks))
     return term
+
+
+def _whole_masks(term: Term) -> list[Factor]:
+    """The masks that have all labels that are stored: they stay masks, which a later infinity meets."""
+    span = {x for f in term.tensors for x in f.labels}
+    is_dense = volume(span) == volume((*atoms(term.out), *atoms(term.inn)))  # a mask beside that is stored on top
+    return [] if is_dense else [f for f in term.tensors if f.is_mask and {*f.labels} == span]
 
 
 def multiplied(factors: Sequence[Factor | Relation], labels: Sequence[Label]) -> Factor:
@@ -137,9 +165,10 @@ def multiplied(factors: Sequence[Factor | Relation], labels: Sequence[Label]) ->
 
 def _joined(term: Term) -> Term:
     """Multiply factors that have the same labels."""
-    groups: dict[frozenset[Label], list[Factor]] = {}
+    masks = _whole_masks(term)
+    groups: dict[tuple[frozenset[Label], bool], list[Factor]] = {}
     for f in term.tensors:
-        groups.setdefault(frozenset(f.labels), []).append(f)
+        groups.setdefault((frozenset(f.labels), f in masks), []).append(f)
     if len(groups) == len(term.tensors):
         return term
     factors: list[Factor | Relation] = list(term.relations)
@@ -152,7 +181,7 @@ class _Meet:
     """The finest pattern that holds in all terms: positions of axes grouped by the label that they share in each."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
-        self.terms = _refined(terms)
+        self.terms, self.hulls = _hulled(_refined(terms))
         self.columns = [(*atoms(t.out), *atoms(t.inn)) for t in self.terms]
         self.count = len(self.columns[0])
         classes: dict[tuple[Label, ...], list[int]] = {}
@@ -177,10 +206,38 @@ class _Meet:
             made.append(replace(term, out=tuple((first[label],) for label in self.stored), inn=()))
         parts = [spread(term, term.out, (), like) for term in made]
         dense = sum(parts[1:], parts[0])
-        labels = iter(self.label_at[k] for k in range(self.count))
+        whole = {x: Select(x, hull.big, hull.start) for k, hull in self.hulls.items() for x in [self.label_at[k]]}
+        labels = iter(whole[x].big if (x := self.label_at[k]) in whole else x for k in range(self.count))
         out = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].out)
         inn = tuple(tuple(next(labels) for _ in axis) for axis in self.terms[0].inn)
-        return Term(1.0, (factor_of(made, dense, self.stored),), out, inn)
+        return Term(1.0, (factor_of(made, dense, self.stored), *whole.values()), out, inn)
+
+
+def _hulled(terms: Sequence[Term]) -> tuple[list[Term], dict[int, Select]]:
+    """Cut the columns of which all terms select a part to the range that they reach together."""
+    found, hulls = list(terms), dict[int, Select]()
+    columns = [(*atoms(t.out), *atoms(t.inn)) for t in terms]
+    for k, first in enumerate(columns[0]):
+        parts = [_part_of(term, column, column[k]) for term, column in zip(found, columns, strict=True)]
+        cuts = [s for s in parts if s is not None]
+        start, end = min((s.start for s in cuts), default=0), max((s.start + s.small.size for s in cuts), default=0)
+        if len(cuts) < len(parts) or end - start == first.size:
+            continue
+        hulls[k] = Select(Label(end - start), Label(first.size, first.name), start)
+        for n, s in enumerate(cuts):
+            hull = Label(end - start, first.name)
+            part = Select(s.small, hull, s.start - start)
+            rest = tuple(part if f is s else f for f in found[n].factors)
+            found[n] = substitute(replace(found[n], factors=rest), {s.big: (hull,)})
+    return found, hulls
+
+
+def _part_of(term: Term, column: Sequence[Label], label: Label) -> Select | None:
+    """The selection of a range that is all that a term says of a label."""
+    first, *more = [f for f in term.factors if label in f.labels] or [None]
+    if more or not isinstance(first, Select) or first.big is not label or first.small is label:
+        return None
+    return first if column.count(label) == 1 and (first.step == 1 or first.small.size == 1) else None
 
 
 def _refined(terms: Sequence[Term]) -> list[Term]:

@@ -51,6 +51,11 @@ class Factor:
     name: str = ""
     made: tuple[Term, ...] = ()
 
+    @property
+    def is_mask(self) -> bool:
+        """Is it of truth values: it selects, and what it leaves out is 0 even where other factors are infinite?"""
+        return self.tensor.dtype == torch.bool
+
 
 class Relation(ABC):
     """A factor of zeros and ones that is known by a rule (relations.py has the other kinds); it stores no numbers.
@@ -74,7 +79,7 @@ class Relation(ABC):
 
     @abstractmethod
     def dense(self, like: Tensor) -> Factor:
-        """Store the zeros and ones."""
+        """Store the zeros and ones, as a mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +118,7 @@ class Select(Relation):
 
     def dense(self, like: Tensor) -> Factor:
         hit = self.values(like.device).unsqueeze(1) == torch.arange(self.big.size, device=like.device)
-        return Factor(hit.to(like.dtype), self.labels, "select")
+        return Factor(hit, self.labels, "select")
 
     @property
     def is_identity(self) -> bool:
@@ -141,7 +146,7 @@ class IndexFunction(Relation):
 
     def dense(self, like: Tensor) -> Factor:
         hit = self.values(like.device).unsqueeze(-1) == torch.arange(volume(self.bigs), device=like.device)
-        return make_factor(hit.to(like.dtype), (*((x,) for x in self.smalls), self.bigs), "[at]")
+        return make_factor(hit, (*((x,) for x in self.smalls), self.bigs), "[at]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +192,7 @@ class Window(IndexFunction):
     def inside(self, like: Tensor) -> Factor:
         """1 where the place is in bigs, else 0."""
         place = self.values(like.device)
-        return Factor(((place >= 0) & (place < volume(self.bigs))).to(like.dtype), self.smalls, "inside")
+        return Factor((place >= 0) & (place < volume(self.bigs)), self.smalls, "inside")
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,3 +362,19 @@ def identity_of(t: Tensor) -> Identity:
         return (memory_of(t), t.storage_offset(), steps)
     except (NotImplementedError, RuntimeError):  # tensors inside a transform
         return (id(t),)
+
+
+def key_of(term: Term) -> tuple:
+    """What is equal for terms that are equal but for their coefficients."""
+    number = {label: (k, label.size) for k, label in enumerate([*term.visible, *term.hidden])}
+
+    def axes(side: tuple) -> tuple:
+        return tuple(tuple(number[x] for x in axis) for axis in side)
+
+    def factor(f: Factor | Relation) -> tuple:
+        if not isinstance(f, Factor):
+            return (0, f.key, *(number[x] for x in f.labels))
+        steps = zip(f.tensor.stride(), f.tensor.shape, (number[x] for x in f.labels), strict=True)
+        return (1, identity_of(f.tensor), *(tag for *_, tag in sorted(steps, reverse=True)))
+
+    return (axes(term.out), axes(term.inn), tuple(sorted(map(factor, term.factors))))

@@ -107,7 +107,7 @@ class Second(AtPoint):
             at = iter(places)
             filled = [refilled(f, made, at) for f in term.factors]
             for k, (f, place) in enumerate(filled):
-                if not isinstance(f, Factor) or place is None:
+                if not isinstance(f, Factor) or place is None or f.is_mask:
                     continue
                 if place not in moved:
                     program = Program(slope.graph, values, self.second, local_derivative, traced.input_names, place)

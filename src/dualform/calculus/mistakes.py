@@ -247,6 +247,7 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
 
 def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, Factor]]:
     said = told(f)
+    f = replace(f, tensor=f.tensor.to(program.values[program.source].dtype))
     missing = f"misses the factor {said}; expected it. Multiply by {said}."
     yield Slip("missing factor", missing), replace(f, tensor=torch.ones_like(f.tensor))
     for a, b in itertools.combinations(range(f.tensor.ndim), 2):

@@ -7,6 +7,7 @@ devices; never values of tensors, and never identity alone. At most 256 are kept
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -358,6 +359,21 @@ class Applied(AtPoint):
 
     def _apply(self, kind: str, seed: Tensor) -> Tensor:
         self.point.check()
+        result = self._along_graph(kind, seed)
+        return self._looked_at_again(kind, seed, result) if self._selects else result
+
+    def _looked_at_again(self, kind: str, seed: Tensor, result: Tensor) -> Tensor:
+        point = self.point
+        if _is_finite(result) or not _is_finite(seed):
+            return result
+        try:  # 0 times infinity where a mask comes later on this way: the terms have it beside what it leaves out
+            out, x = point.traced.out_values[self.output], point.inputs[self.source]
+            plain = Derivative(self.terms(), out.shape, x.shape, out.dtype, x.device)
+        except MemoryError:
+            return result
+        return torch.where(result.isfinite(), result, getattr(plain, kind)(seed))
+
+    def _along_graph(self, kind: str, seed: Tensor) -> Tensor:
         point = self.point
         made = point.traced.linear(kind, self.output, self.source, point.inputs) if point.is_plain else None
         if made is None:
@@ -365,3 +381,26 @@ class Applied(AtPoint):
         if kind not in self._prepared:
             self._prepared[kind] = made.prepare(*point.inputs)
         return made.apply(seed, *self._prepared[kind])
+
+    @cached_property
+    def _selects(self) -> bool:
+        key = ("selects", self.output, self.source)
+        return self.point.is_plain and self.point.traced.always(key, lambda: self._program.selects)
+
+    def completed(self, dense: Tensor) -> Tensor:
+        """Pull back again, along the graph, the rows that hold no number: terms add up in another order."""
+        if not self._selects or _is_finite(dense):
+            return dense
+        rows = dense.reshape(self.point.traced.out_values[self.output].numel(), -1)
+        for k in (~rows.isfinite()).any(1).nonzero().flatten().tolist():
+            seed = torch.zeros(len(rows), dtype=dense.dtype, device=dense.device)
+            seed[k] = 1
+            row = self._along_graph("vjp", seed.reshape(self.point.traced.out_values[self.output].shape)).flatten()
+            rows[k] = torch.where(rows[k].isfinite(), rows[k], row)
+        return dense
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Are all numbers finite? Of what a transform wraps nobody knows."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+    return type(x) is not Tensor or is_wrapped or x.device.type == "meta" or math.isfinite(x.sum().item())

@@ -22,6 +22,7 @@ from dualform.explanations.known_axes import known_axes
 from dualform.explanations.python_text import written
 from dualform.explanations.steps import OpStep, Stage
 from dualform.explanations.torch_code import Pullback, vjp_code
+from dualform.explanations.unfinite import why_unfinite
 from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
@@ -71,9 +72,10 @@ class Story:
         end = stages[-1].symbol if stages else ""
         whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
         code = vjp_code(derivative, self.names, self.program.name_of(self.program.source))
+        checks, notes = self._checks(derivative, code, level)
         return Explanation(
-            level, self._title(), tuple(steps), tuple(self._chain()), result, code,
-            tuple(self._checks(derivative, code, level)), tuple(stages), whole or None,
+            level, self._title(), tuple(steps), tuple(self._chain()), result, code, tuple(checks), tuple(stages),
+            whole or None, tuple(notes),
         )  # fmt: skip
 
     def shown(self, derivative: Derivative) -> IndexFormula:
@@ -244,8 +246,8 @@ class Story:
             sums = f"the sum over all paths from {bottom} to {top} of the products of their steps ({ops})"
         return [f"d{top}/d{bottom} = {sums}"]
 
-    def _checks(self, J: Derivative, code: Pullback, level: str) -> list[tuple[str, float]]:
-        """Compare with autograd: the code that was printed, and on small derivatives every entry."""
+    def _checks(self, J: Derivative, code: Pullback, level: str) -> tuple[list[tuple[str, float]], list[str]]:
+        """Compare with autograd: the code that was printed, and on small derivatives every entry; say what is none."""
 
         def alone(x: Tensor) -> Tensor:
             return self.f(*self.args[: self.wrt], x, *self.args[self.wrt + 1 :])
@@ -262,7 +264,7 @@ class Story:
         if level == "proof":
             v = torch.randn(J.in_shape, generator=generator, dtype=torch.float64).to(J.device, J.dtype)
             checks.append(("<g, J v> against <J^T g, v>", deviation((g * J.jvp(v)).sum(), (J.vjp(g) * v).sum())))
-        return agreed(checks, J.dtype)
+        return agreed(checks, J.dtype), why_unfinite(self.program, J.vjp(g), expected)
 
 
 def _joined(steps: Sequence[OpStep], start: str, end: str) -> list[OpStep]:

@@ -36,7 +36,7 @@ class Explanation:
 
     chain: lines that join the steps; vjp: torch statements that pull a gradient back, in the formulas' names;
     checks: (what, largest error, relative to the largest number where that is above 1); stages: the proof; expanded:
-    the result with no stored product or sum in it
+    the result with no stored product or sum in it; notes: where the gradient is no number, and why
     """
 
     level: str
@@ -48,6 +48,7 @@ class Explanation:
     checks: tuple[tuple[str, float], ...]
     stages: tuple[Stage, ...] = ()
     expanded: IndexFormula | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def code(self) -> str:
@@ -77,6 +78,7 @@ class Explanation:
         lines += [f"Step {last + 1}  use        the vjp, {self.use}:"]
         lines += [f"        {line}" for line in self.code.splitlines()]
         lines += [f"checked     {said}" for said in self.verdicts]
+        lines += [f"note        {said}" for said in self.notes]
         return "\n".join(lines)
 
     @property
@@ -204,7 +206,7 @@ class Explanation:
         proof = [[{"formula": str(move.formula), "why": move.reason} for move in moves] for moves in stages]
         return {
             "title": self.title, "steps": [told(step) for step in self.steps], "proof": proof,
-            "result": told(self.result), "code": self.code, "checks": dict(self.checks),
+            "result": told(self.result), "code": self.code, "checks": dict(self.checks), "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -232,6 +234,7 @@ def _html(told: Explanation) -> Iterable[str]:
     close = torch.finfo(told.result.derivative.dtype).eps ** 0.5
     judged = zip(told.verdicts, told.checks, strict=True)
     checks = "".join(html.check(said, error < close) for said, (_, error) in judged)
+    checks += "".join(f'<div class="note">{escape(said)}</div>' for said in told.notes)
     yield (
         f'<div class="step"><div class="head">Step {last + 1} &nbsp;use &nbsp;<code>{escape(told.use)}'
         f"</code></div><pre>{code}</pre>{checks}</div>"
@@ -321,6 +324,8 @@ def agreed(checks: list[tuple[str, float]], dtype: torch.dtype) -> list[tuple[st
 
 
 def deviation(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a part of the largest number where that is above 1."""
-    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    """The largest difference from the finite numbers of b, as a part of the largest where that is above 1."""
+    if b.numel() and not b.isfinite().any():
+        return math.nan
+    apart = torch.where((a == b) | ~b.isfinite(), 0.0, (a - b).abs())
     return (apart.max() / b.nan_to_num(0, 0, 0).abs().max().clamp(min=1)).item() if a.numel() else 0.0

@@ -161,7 +161,7 @@ def _term_code(term: Term, g: str, spelling: _Spelling) -> tuple[str, str]:
         code = f"torch.ones(()).to({spelling.seed})"
     elif stored or len(set(seed)) < len(seed):
         names = [spelling.factor(f) if isinstance(f, Factor) else spelling.relation(f) for f in stored]
-        code = _einsum(code, seed, stored, names, have)
+        code = _einsum(code, seed, stored, names, have, spelling.seed)
     else:
         gone = tuple(k for k, x in enumerate(seed) if x not in have)
         code = f"{code}.sum({gone})" if gone else code
@@ -227,9 +227,21 @@ def _permuted(code: str, have: Sequence[Label], wanted: Sequence[Label]) -> str:
 
 
 def _einsum(
-    g: str, seed: Sequence[Label], factors: Sequence[Factor | Relation], names: Sequence[str], out: Sequence[Label]
-) -> str:
+    g: str, seed: Sequence[Label], factors: Sequence[Factor | Relation], names: Sequence[str], out: Sequence[Label],
+    like: str,
+) -> str:  # fmt: skip
     letters = dict(zip(dict.fromkeys([*seed, *(x for f in factors for x in _labels(f))]), LETTERS, strict=False))
+    masks = [k for k, f in enumerate(factors) if isinstance(f, Factor) and f.is_mask]
+    late = next((k for k in masks if {*_labels(factors[k])} <= {*out}), None)
+    if late is not None and (g or len(factors) > 1):  # it selects: what it leaves out is 0, whatever the rest is
+        rest = [k for k in range(len(factors)) if k != late]
+        inner = _einsum(g, seed, [factors[k] for k in rest], [names[k] for k in rest], out, like)
+        mine = _labels(factors[late])
+        mask = _permuted(names[late], mine, [x for x in out if x in mine])
+        spread = [x.size if x in mine else 1 for x in out]
+        mask = mask if len(mine) == len(out) else f"{mask}.reshape({spread})"
+        return f"torch.where({mask}, {inner[1:-1] if inner[0] == '(' else inner}, 0)"
+    names = [f"{name}.to({like})" if k in masks else name for k, name in enumerate(names)]
     operands = [*([(g, tuple(seed))] if g else []), *zip(names, map(_labels, factors), strict=True)]
     if all(labels in (tuple(out), ()) for _, labels in operands):
         joined = " * ".join(name for name, _ in operands)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative, Term, compose, derivative_of, identity
 from dualform.algebra.sums import tidy
+from dualform.algebra.terms import Relation
 from dualform.graphs.edit import evaluated, inputs_of, needed, nodes_in, reached, results_of
 from dualform.ops.table import OpCall
 
@@ -83,6 +84,12 @@ class Program:
                 if source in active or (source.target is operator.getitem and source.args[0] in active)
             ]
         return found
+
+    @cached_property
+    def selects(self) -> bool:
+        """Does an op on the way leave entries out, so that what is infinite there counts for nothing?"""
+        terms = (term for parts in self.local.values() for _, J in parts for term in J.terms)
+        return any(isinstance(f, Relation) or f.is_mask for term in terms for f in term.factors)
 
     def terms(self) -> tuple[Term, ...]:
         """Accumulate d output / d input, from whichever end is smaller."""

@@ -6,6 +6,7 @@ differentiated through their own definition; the rest gets a dense derivative of
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from dualform import ops
 from dualform.algebra.linear_map import Derivative, Route, derivative_of
+from dualform.algebra.materialise import expect_room
 from dualform.algebra.terms import Term, fresh_axes, make_factor
 from dualform.graphs.definitions import definition_terms
 from dualform.graphs.kept import CARRIED
@@ -54,7 +56,7 @@ def derivative(call: OpCall, operand: int) -> Derivative:
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
         return derivative_of(call.out, x)
     found = row_of(call.target)
-    if found.rule is not None and found.adjoint is not None:
+    if found.rule is not None and found.adjoint is not None and call.places[operand][0] == call.places[0][0] == "self":
         route = _Linear(call, operand, found.adjoint)
         return derivative_of(call.out, x, partial(found.rule, call, operand), route)
     terms = _terms(call, operand)
@@ -78,7 +80,8 @@ class _Linear(Route):
         return self.adjoint(self.call, g)
 
     def jvp(self, v: Tensor) -> Tensor:
-        return self.call.run(self.operand, v)
+        alone = len(self.call.operands) == 1
+        return self.call.run(self.operand, v) if alone else self.adjoint(self.call, v)
 
 
 def _terms(call: OpCall, operand: int) -> list[Term] | None:
@@ -96,6 +99,8 @@ def _terms(call: OpCall, operand: int) -> list[Term] | None:
 
 def _dense(call: OpCall, operand: int) -> list[Term]:
     name, x = call.target._schema.name, call.operands[operand]
+    advice = "Take torch's gradients (torch.func.vjp) of that op, or add a row (ops/table.py)."
+    expect_room("derivative", f"that of {name}", call.out.numel() * x.numel() * x.element_size(), advice)
     try:
         # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
         full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
@@ -109,9 +114,19 @@ def _dense(call: OpCall, operand: int) -> list[Term]:
         )  # fmt: skip
     if name not in _warned:
         _warned.add(name)
-        warnings.warn(f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=4)
+        warnings.warn(
+            f"dualform: {name} has no derivative row; its own derivative is stored dense", stacklevel=_users()
+        )
     out, inn = fresh_axes(call.out.shape), fresh_axes(x.shape)
     return [Term(1.0, (make_factor(full, (*out, *inn), f"d{name.split('::')[1]}"),), out, inn)]
+
+
+def _users() -> int:
+    """How far up the caller's own line is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("dualform", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def affine(target: OpCall | Target, operands: frozenset[int]) -> bool:

@@ -10,11 +10,12 @@ from torch import Tensor, fx
 
 from dualform.algebra.terms import Term
 from dualform.ops.examples import T, call
-from dualform.ops.pointwise import NM, Spelt, named, pointwise
+from dualform.ops.pointwise import NM, Spelt, cutting, named, pointwise, selecting
 from dualform.ops.table import ENTRIES, Entry, OpCall, diagonal_terms, row
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
-row("aten::hardswish", "aten::leaky_relu", "aten::log_sigmoid", examples=[call("", T("n m", "signed"))])(pointwise)
+row("aten::leaky_relu", "aten::log_sigmoid", examples=[call("", T("n m", "signed"))])(pointwise)
+row("aten::hardswish", "aten::hardsigmoid", examples=[call("", T("n m", "signed"))])(cutting)
 row(
     "aten::abs", "aten::absolute", entry=Entry("std::fabs({0})", "tl.abs({0})", zero=True, name="abs"), python="torch.",
     examples=[call("", T("n m", "signed"))],
@@ -48,13 +49,13 @@ for _op, _cpp, _triton in (
     _tensors = ".Tensor" if _op in ("fmod", "remainder", "copysign") else ""
     row(
         f"aten::{_op}", entry=Entry(_cpp, _triton, 25.0, bare=_op in ("fmax", "fmin")), examples=[call(f"{_op}{_tensors}", NM, T("m"))],
-    )(pointwise)  # fmt: skip
+    )({"fmax": selecting, "fmin": selecting, "copysign": cutting}.get(_op, pointwise))  # fmt: skip
 for _op, _sign in (("maximum", ">"), ("minimum", "<")):
     _entry = Entry(
         f"({{0}} {_sign} {{1}} || {{0}} != {{0}} ? {{0}} : {{1}})",
         f"tl.where(({{0}} {_sign} {{1}}) | ({{0}} != {{0}}), {{0}}, {{1}})", bare=True, name=_op[:3],
     )  # fmt: skip
-    row(f"aten::{_op}", entry=_entry, python="torch.", examples=[call("", NM, T("m"))])(pointwise)
+    row(f"aten::{_op}", entry=_entry, python="torch.", examples=[call("", NM, T("m"))])(selecting)
 
 
 def _polygamma(n: fx.Node) -> Spelt:
@@ -146,7 +147,7 @@ for _op, _slope, _shown, _cpp, _triton, _flops, _zero in (
     ("tanh", lambda x, y: 1 - y * y, "tanh'({x})", "tanh_({0})", "tanh_({0})", 25.0, True),
     ("sigmoid", lambda x, y: y * (1 - y), "sigmoid'({x})", "sigmoid_({0})", "tl.sigmoid({0})", 25.0, False),
     (
-        "relu", lambda x, y: (x > 0).to(x.dtype), "[{x}>0]",
+        "relu", lambda x, y: x > 0, "[{x}>0]",
         "({0} > 0 || {0} != {0} ? {0} : T(0))", "tl.where({0} < 0, 0.0, {0})", 1.0, True,
     ),
 ):  # fmt: skip

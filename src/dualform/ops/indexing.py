@@ -64,7 +64,7 @@ def _embedding(call: OpCall, operand: int) -> list[Term]:
     (term,) = _taken(call, 0, index)
     if padding < 0:
         return [term]
-    kept = make_factor((index != padding).to(call.out.dtype), term.out[: index.ndim], "[idx!=padding]")
+    kept = make_factor(index != padding, term.out[: index.ndim], "[idx!=padding]")
     return [Term(1.0, (kept, *term.factors), term.out, term.inn)]
 
 
@@ -220,7 +220,7 @@ def _repeat_interleave(call: OpCall, operand: int) -> list[Term]:
 # Writes: what is written over keeps no derivative; what is written has the transpose of a read
 def _kept(covered: Tensor, axes: tuple[Axis, ...]) -> list[Term]:
     """The identity where nothing was written; `covered` is 1 where something was, and may have axes of size 1."""
-    return [Term(1.0, (make_factor(1 - covered, broadcast_axes(axes, covered.shape), "[kept]"),), axes, axes)]
+    return [Term(1.0, (make_factor(covered == 0, broadcast_axes(axes, covered.shape), "[kept]"),), axes, axes)]
 
 
 def _reads_written(call: OpCall, name: str, k: int | None) -> list[Term]:
@@ -353,11 +353,10 @@ def _index_put(call: OpCall, operand: int) -> list[Term]:
 def _masked_put(call: OpCall, operand: int, mask: Tensor, adds: bool) -> list[Term]:
     """x[mask] = value: no place depends on the mask's values."""
     out = fresh_axes(mask.shape)
-    hit = mask.to(call.out.dtype)
     if call.places[operand][0] == "values":
         inn: tuple[Axis, ...] = ((),) * call.operands[operand].ndim
-        return [Term(1.0, (make_factor(hit, out, "[mask]"),), out, inn)]
-    kept: tuple[Factor, ...] = () if adds else (make_factor(1 - hit, out, "[kept]"),)
+        return [Term(1.0, (make_factor(mask, out, "[mask]"),), out, inn)]
+    kept: tuple[Factor, ...] = () if adds else (make_factor(~mask, out, "[kept]"),)
     return [Term(1.0, kept, out, out)]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.algebra.materialise import expect_room
 from dualform.algebra.relations import Triangle
 from dualform.algebra.terms import Axis, Factor, Relation, Term, fresh_axes, make_factor
 from dualform.ops.examples import T, call
@@ -44,10 +45,10 @@ def _inverse(call: OpCall, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::linalg_solve", "aten::linalg_solve_ex", "aten::linalg_solve_triangular", affine=(frozenset({1}),),
+    "aten::linalg_solve", "aten::linalg_solve_ex", "aten::_linalg_solve_ex", "aten::linalg_solve_triangular", affine=(frozenset({1}),),
     examples=[
         call("linalg_solve", BNN, T("b n k")), call("linalg_solve", NN, T("n")), call("linalg_solve", BNN, T("b n")), call("linalg_solve", NN, T("k n"), left=False),
-        call("linalg_solve_ex", BNN, T("b n k")), call("linalg_solve", NN, T("b n k")),
+        call("linalg_solve_ex", BNN, T("b n k")), call("_linalg_solve_ex", BNN, T("b n k")), call("linalg_solve", NN, T("b n k")),
         *(call("linalg_solve_triangular", BNN, T("b n k"), upper=u, unitriangular=v) for u, v in ((False, False), (True, False), (False, True))),
         call("linalg_solve_triangular", NN, T("k n"), upper=True, left=False),
     ],
@@ -193,6 +194,9 @@ def _each_matrix(call: OpCall, operand: int) -> list[Term]:
         return NotImplemented
     many = x.ndim - 2
     own, matrix = call.out.shape[many:], x.shape[many:]
+    name = f"that of {call.target._schema.name}"
+    advice = "Take torch's gradients (torch.func.vjp) of that op."
+    expect_room("derivative", name, math.prod(own) * x.numel() * x.element_size(), advice)
     pulled: Any = torch.func.vjp(partial(call.run, 0), x)
     basis = torch.eye(math.prod(own), dtype=x.dtype, device=x.device).reshape(-1, *[1] * many, *own)
     try:
@@ -205,9 +209,99 @@ def _each_matrix(call: OpCall, operand: int) -> list[Term]:
     return [Term(1.0, (make_factor(entries, (*batch, *out, *inn), name),), (*batch, *out), (*batch, *inn))]
 
 
+def _factored(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, V and s of A = U diag(s) V^T, and det U det V."""
+    U, s, Vh = torch.linalg.svd(A)
+    return U, Vh.mT, s, torch.linalg.det(U) * torch.linalg.det(Vh)
+
+
+def _left_out(s: Tensor) -> Tensor:
+    """The products of all but one, without a division."""
+    one = torch.ones_like(s[..., :1])
+    before, after = torch.cat([one, s[..., :-1]], -1), torch.cat([one, s.flip(-1)[..., :-1]], -1)
+    return before.cumprod(-1) * after.cumprod(-1).flip(-1)
+
+
+def _cofactor(A: Tensor) -> Tensor:
+    U, V, s, sign = _factored(A)
+    return (U * (sign[..., None] * _left_out(s))[..., None, :]) @ V.mT
+
+
+def _tracked(A: Tensor) -> Tensor:
+    """Where torch differentiates, it is what it is made of; else one op, so that its derivative is its row's."""
+    if A.requires_grad:
+        return _cofactor(A)
+    with torch._C._AutoDispatchBelowAutograd():
+        return cofactor(A)
+
+
+_library = torch.library.Library("dualform", "FRAGMENT")
+_library.define("cofactor(Tensor A) -> Tensor")
+_library.impl("cofactor", _cofactor, "CompositeExplicitAutograd")
+_library.impl("cofactor", _tracked, "Autograd")
+cofactor: Any = torch.ops.dualform.cofactor.default
+torch.library.register_fake("dualform::cofactor", torch.empty_like, lib=_library)
+torch.library.register_vmap(
+    "dualform::cofactor", lambda info, dims, A: (cofactor(A.movedim(dims[0], 0)), 0), lib=_library
+)
+
+
+@row("dualform::cofactor", examples=[call("dualform::cofactor", x) for x in (BNN, NN, T("b 1 1"))])
+def _cofactors(call: OpCall, operand: int) -> list[Term]:
+    """A = U s V^T: minors that two rows and two columns are left out of, as products of all but two of s."""
+    A = call.operands[0]
+    U, V, s, sign = _factored(A)
+    n = A.shape[-1]
+    if n == 1:
+        return []
+    eye = torch.eye(n, dtype=torch.bool, device=A.device)
+    rest = _left_out(torch.where(eye, 1.0, s[..., None, :])) * (~eye).to(A.dtype) * sign[..., None, None]
+    batch, i, j = _square(A)
+    _, k, l = _square(A)
+    _, a, c = _square(A)
+
+    def term(coef: float, *axes: Axis) -> Term:
+        pairs = zip((U, V, U, V), "UVUV", zip((i, j, k, l), axes, strict=True), strict=True)
+        factors = [make_factor(x, (*batch, *pair), name) for x, name, pair in pairs]
+        return Term(coef, (*factors, make_factor(rest, (*batch, a, c), "s")), (*batch, i, j), (*batch, k, l))
+
+    return [term(1.0, a, a, c, c), term(-1.0, a, c, c, a)]
+
+
 @row(
-    "aten::linalg_det", "aten::det", "aten::logdet", "aten::linalg_slogdet", "aten::slogdet", "aten::linalg_matrix_norm", "aten::nuclear_norm",
-    examples=[*(call(op, x) for op in ("linalg_det", "det", "logdet") for x in (BNN, NN)), *(call(op, BNN).of(1) for op in ("linalg_slogdet", "slogdet")), call("nuclear_norm", NN), call("linalg_matrix_norm.str_ord", BNN, "nuc"), call("linalg_matrix_norm", T("n b m"), 2, [0, 2])],
+    "aten::linalg_det", "aten::det", "aten::_linalg_det",
+    examples=[call(op, x) for op in ("linalg_det", "det", "_linalg_det") for x in (BNN, NN)],
+)  # fmt: skip
+def _det(call: OpCall, operand: int) -> list[Term]:
+    """d det A = tr(cof(A)^T dA)."""
+    if call.part:
+        return NotImplemented
+    batch, i, j = _square(call.operands[0])
+    cofactors = make_factor(cofactor(call.operands[0]), (*batch, i, j), f"cof({call.operand_name(0)})")
+    return [Term(1.0, (cofactors,), batch, (*batch, i, j))]
+
+
+@row(
+    "aten::logdet", "aten::linalg_slogdet", "aten::slogdet", "aten::_linalg_slogdet",
+    examples=[call("logdet", BNN), call("logdet", NN), *(call(op, BNN).of(1) for op in ("linalg_slogdet", "slogdet", "_linalg_slogdet"))],
+)  # fmt: skip
+def _logdet(call: OpCall, operand: int) -> list[Term]:
+    """d log|det A| = tr(A^-1 dA)."""
+    if call.part == 0:  # a sign
+        return []
+    if call.part not in (None, 1):
+        return NotImplemented
+    A = call.operands[0]
+    batch, i, j = _square(A)
+    C = torch.linalg.inv_ex(A).inverse
+    if call.part is None:  # of a negative determinant there is no logarithm, and torch's slope is 0
+        C = torch.where(call.out.isnan()[..., None, None] & ~A.isnan().any(), 0.0, C)
+    return [Term(1.0, (make_factor(C, (*batch, j, i), f"inv({call.operand_name(0)})"),), batch, (*batch, i, j))]
+
+
+@row(
+    "aten::linalg_matrix_norm", "aten::nuclear_norm",
+    examples=[call("nuclear_norm", NN), call("linalg_matrix_norm.str_ord", BNN, "nuc"), call("linalg_matrix_norm", T("n b m"), 2, [0, 2])],
 )  # fmt: skip
 def _of_a_matrix(call: OpCall, operand: int) -> list[Term]:
     """One number of a matrix: its slopes are a matrix of each batch entry."""

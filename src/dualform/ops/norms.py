@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualform.algebra.terms import Axis, Factor, Label, Term, atoms, fresh_axes, make_factor, volume
 from dualform.ops.examples import T, call
-from dualform.ops.table import OpCall, dims_of, row
+from dualform.ops.table import OpCall, defined_row, dims_of, row
 
 NM = T("n m")
 GAIN = (frozenset({1, 2}),)
@@ -206,6 +206,19 @@ def _batch_norm(call: OpCall, operand: int) -> list[Term]:
         return [Term(1.0, (h,), axes, channel)]
     rest = (make_factor(r * r, channel, "r²"), *scale[1:])
     return [Term(-0.5, (h, *rest), axes, channel)]
+
+
+@defined_row(
+    "aten::_native_batch_norm_legit_no_training", call("", T("b c l"), T("c"), T("c"), T("c"), T("c"), 0.1, 1e-5)
+)
+def _batch_norm_evaluated(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a batch norm that does not train is in torch's gradients."""
+    shape = [-1 if k == 1 else 1 for k in range(x.ndim)]
+    y = (x - mean.reshape(shape)) * (var + eps).rsqrt().reshape(shape)
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape), x.new_empty(0), x.new_empty(0)
 
 
 def _normalised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,26 @@ def pointwise(call: OpCall, operand: int) -> list[Term]:
     pulled: Any = torch.func.vjp(lambda t: call.run(operand, t), spread)
     (slope,) = pulled[1](torch.ones_like(pulled[0]))
     return diagonal_terms(call, operand, slope, _slope_name(call, operand))
+
+
+def selecting(call: OpCall, operand: int) -> list[Term]:
+    """The same of an op whose slopes are 0, 1, or a half where two tie: masks, as torch's backward selects."""
+    (term,) = pointwise(call, operand)
+    (slope,) = term.tensors
+    sign = {"maximum": ">", "fmax": ">", "minimum": "<", "fmin": "<"}.get(call.target._schema.name.split("::")[1])
+    if sign is None or len(call.operands) < 2:
+        return [replace(term, factors=(replace(slope, tensor=slope.tensor != 0),))]
+    own, other = call.operand_name(operand), call.operand_name(1 - operand)
+    alone = replace(slope, tensor=slope.tensor == 1, name=f"[{own}{sign}{other}]")
+    tied = replace(slope, tensor=slope.tensor == 0.5, name=f"[{own}={other}]")
+    return [replace(term, factors=(alone,)), replace(term, coef=0.5, factors=(tied,))]
+
+
+def cutting(call: OpCall, operand: int) -> list[Term]:
+    """The same of an op whose backward leaves out the entries of slope 0: the slope, and a mask beside it."""
+    (term,) = pointwise(call, operand)
+    (slope,) = term.tensors
+    return [replace(term, factors=(slope, replace(slope, tensor=slope.tensor != 0, name=f"[{slope.name}≠0]")))]
 
 
 def _slope_name(call: OpCall, operand: int) -> str:
@@ -108,7 +129,8 @@ def _mul(call: OpCall, operand: int) -> list[Term]:
     other = call.bound["other" if call.places[operand][0] == "self" else "self"]
     if not isinstance(other, Tensor):
         return diagonal_terms(call, operand, coef=float(other))
-    return diagonal_terms(call, operand, other.to(call.out.dtype), _called(call, other))
+    factor = other if other.dtype == torch.bool else other.to(call.out.dtype)
+    return diagonal_terms(call, operand, factor, _called(call, other))
 
 
 _MUL = Entry("{0} * {1}", "{0} * {1}", bare=True, name="mul")
@@ -173,7 +195,7 @@ def _where(call: OpCall, operand: int) -> list[Term]:
     chosen = call.bound["condition"].bool()  # of bytes, any but 0
     mask = chosen if call.places[operand][0] == "self" else ~chosen
     name = "[c]" if call.places[operand][0] == "self" else "[not c]"
-    return diagonal_terms(call, operand, mask.to(call.out.dtype), name)
+    return diagonal_terms(call, operand, mask, name)
 
 
 @row(
@@ -183,7 +205,7 @@ def _where(call: OpCall, operand: int) -> list[Term]:
 def _masked_fill(call: OpCall, operand: int) -> list[Term]:
     mask = call.bound["mask"]
     keeps = call.places[operand][0] == "self"
-    return diagonal_terms(call, operand, (~mask if keeps else mask).to(call.out.dtype), "[kept]" if keeps else "[mask]")
+    return diagonal_terms(call, operand, ~mask if keeps else mask, "[kept]" if keeps else "[mask]")
 
 
 def _kept_triangle(n: fx.Node) -> Spelt:
@@ -359,12 +381,19 @@ def _between_tensors(x: Tensor, min: Tensor | None = None, max: Tensor | None = 
     return x if max is None else torch.minimum(x, max)
 
 
-row("aten::clamp", entry=_clamped, lowered=_between, python="x.", examples=[call("", NM, 0.5, 0.8)])(pointwise)
-row("aten::clamp_min", "aten::clamp_max", entry=_clamped, examples=[call("", NM, 0.6)])(pointwise)
-row("aten::clamp.Tensor", lowered=_between_tensors, python="x.", examples=[call("", NM, T("m"))])(pointwise)
-row("aten::clamp_min.Tensor", lowered=_between_tensors, examples=[call("", NM, T("m"))])(pointwise)
-row("aten::clamp_max.Tensor", lowered=torch.minimum, examples=[call("", NM, T("m"))])(pointwise)
-row("aten::clip", examples=[call("", NM, 0.5)])(pointwise)
+row("aten::clamp", entry=_clamped, lowered=_between, python="x.", examples=[call("", NM, 0.5, 0.8)])(selecting)
+row("aten::clamp_min", "aten::clamp_max", entry=_clamped, examples=[call("", NM, 0.6)])(selecting)
+row("aten::clamp.Tensor", lowered=_between_tensors, python="x.", examples=[call("", NM, T("m"))])(selecting)
+row("aten::clamp_min.Tensor", lowered=_between_tensors, examples=[call("", NM, T("m"))])(selecting)
+row("aten::clamp_max.Tensor", lowered=torch.minimum, examples=[call("", NM, T("m"))])(selecting)
+row("aten::clip", examples=[call("", NM, 0.5)])(selecting)
+row(
+    "aten::hardtanh", "aten::relu6", "aten::hardshrink", "aten::softshrink", "aten::threshold",
+    examples=[
+        *(call(op, T("n m", "signed")) for op in ("hardtanh", "relu6", "hardshrink", "softshrink")),
+        call("threshold", T("n m", "signed"), 0.2, 0.1),
+    ],
+)(selecting)  # fmt: skip
 
 
 @row(
@@ -375,11 +404,11 @@ def _prelu(call: OpCall, operand: int) -> list[Term]:
     x, weight = call.operands
     out = fresh_axes(x.shape)
     channel = (out[1] if x.ndim > 1 else (),) if weight.numel() > 1 else ((),) * weight.ndim
-    low = (x < 0).to(x.dtype)
+    low = x < 0
     if operand == 1:
-        return [Term(1.0, (make_factor(x * low, out, "x[x<0]"),), out, channel)]
+        return [Term(1.0, (make_factor(x, out, call.operand_name(0)), make_factor(low, out, "[x<0]")), out, channel)]
     w = make_factor(weight, channel, call.operand_name(1))
-    high = make_factor((x >= 0).to(x.dtype), out, "[x>=0]")
+    high = make_factor(x >= 0, out, "[x>=0]")
     return [Term(1.0, (high,), out, out), Term(1.0, (make_factor(low, out, "[x<0]"), w), out, out)]
 
 

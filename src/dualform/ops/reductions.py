@@ -156,7 +156,24 @@ def reduction(call: OpCall, operand: int) -> list[Term]:
     if "other" in call.bound:
         return NotImplemented
     _, out, inn = reduced(call, call.operands[0])
-    return [Term(1.0, (make_factor(slope_of(call, operand), inn, _slope_name(call)),), out, inn)]
+    slope = make_factor(slope_of(call, operand), inn, _slope_name(call))
+    cut = (make_factor(call.out != 0, out, "[std≠0]"),) if "::std" in call.target._schema.name else ()
+    return [Term(1.0, (slope, *cut), out, inn)]
+
+
+@row(
+    "aten::binary_cross_entropy",
+    examples=[
+        *(call("", NM, NM, None, k) for k in (0, 1, 2)), call("", NM, NM, NM, 1), call("", NM, NM, T("m"), 0),
+    ],
+)  # fmt: skip
+def _cross_entropy(call: OpCall, operand: int) -> list[Term]:
+    """Entry by entry, then summed or averaged: (x - t) / (x (1 - x)), by no less than 1e-12, as torch divides."""
+    if call.places[operand][0] == "weight":
+        return NotImplemented
+    inn = fresh_axes(call.operands[operand].shape)
+    slope = make_factor(slope_of(call, operand), inn, _slope_name(call))
+    return [Term(1.0, (slope,), () if call.bound["reduction"] else inn, inn)]
 
 
 def slope_of(call: OpCall, operand: int) -> Tensor:

@@ -170,7 +170,8 @@ class Row:
     which it takes only shape and type. affine: the maximal sets of operands in which it is jointly affine; "each":
     every operand by itself; "all": all together. multilinear: homogeneous in each operand. examples: calls on which the
     laws are tried. adjoint: for a linear op of one operand, how a gradient is pulled back without the terms, where that
-    is cheaper. sizes: arguments, whatever they are called, that the shapes of operands and result decide. ways: those
+    is cheaper; for the first of several, what is kept of it, either way. sizes: arguments, whatever they are called,
+    that the shapes of operands and result decide. ways: those
     that say how it goes about it, by sizes or flags of the process: the same numbers.
 
     kind: "map" (entry by entry), "reduction", "product" (of two matrices), "pieces", "view" (the same memory, read
@@ -362,6 +363,8 @@ def diagonal_terms(
     call: OpCall, operand: int, factor: Tensor | None = None, name: str = "", coef: float = 1.0
 ) -> list[Term]:
     """Entry by entry: the input's labels are the output's, times a factor that may be smaller than the output."""
+    if coef == 0:
+        return []
     out = fresh_axes(call.out.shape)
     inn = broadcast_axes(out, call.operands[operand].shape)
     factors = [] if factor is None else [make_factor(factor, broadcast_axes(out, factor.shape), name)]

@@ -15,7 +15,7 @@ from dualform.algebra.relations import window
 from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
 from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, OpCall, dims_of, inverse, row
+from dualform.ops.table import ALL, OpCall, dims_of, inverse, placed, row
 
 aten = torch.ops.aten
 
@@ -180,11 +180,23 @@ def _outside(base: Tensor, dim: int, chosen: range) -> list[Term]:
     return [whole, Term(-1.0, (inside,), out, out)]
 
 
+def _cleared(call: OpCall, g: Tensor) -> Tensor:
+    """The part of the base, either way: what is written over is 0, whatever stands there."""
+    values = call.bound | {"self": g, "src": torch.zeros_like(call.bound["src"])}
+    args, kwargs = placed(call.target, values)
+    return call.target(*args, **kwargs)
+
+
 @row(
-    "aten::slice_scatter", affine=ALL,
+    "aten::slice_scatter", affine=ALL, adjoint=_cleared,
     examples=[call("", T("5 k"), T("2 k"), 0, 1, 5, 2), call("", T("1"), T("1"), 0), call("", T("n"), T("0"), 0, 1, 1)],
 )  # fmt: skip
-@row("aten::select_scatter", affine=ALL, examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)])
+@row(
+    "aten::select_scatter",
+    affine=ALL,
+    adjoint=_cleared,
+    examples=[call("", T("n 4"), T("n"), 1, 2), call("", T("n 1"), T("n"), 1, 0)],
+)
 def _put_in(call: OpCall, operand: int) -> list[Term]:
     base = call.bound["self"]
     dim, chosen = _span(call, base)
@@ -241,7 +253,7 @@ def _embedded(x: Tensor, out_: Tensor, offset: int, first: int, second: int) -> 
 
 
 @row(
-    "aten::diagonal_scatter", affine=ALL, lowered=picking.diagonal_scatter,
+    "aten::diagonal_scatter", affine=ALL, adjoint=_cleared, lowered=picking.diagonal_scatter,
     examples=[call("", T("n n"), T("n")), call("", T("3 4"), T("2"), 2)],
 )  # fmt: skip
 def _diagonal_scatter(call: OpCall, operand: int) -> list[Term]:

@@ -148,7 +148,7 @@ def _average_pool(call: OpCall, operand: int) -> list[Term]:
 
 
 @row(
-    "aten::adaptive_avg_pool1d", "aten::adaptive_avg_pool2d", "aten::adaptive_avg_pool3d", "aten::_adaptive_avg_pool2d",
+    "aten::adaptive_avg_pool1d", "aten::adaptive_avg_pool2d", "aten::adaptive_avg_pool3d", "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d",
     affine=ALL,
     examples=[
         call("adaptive_avg_pool1d", T("b c l"), [3]), call("adaptive_avg_pool1d", T("b c 6"), [2]), call("adaptive_avg_pool2d", T("b k h w"), [2, 3]),
