@@ -167,6 +167,28 @@ def test_names_are_the_callers() -> None:
     assert str(named.explain("one-line")).startswith("dz/da[batch,out,batch',feat] = b[feat,out] δ(batch,batch')")
 
 
+X, T, PICK = (torch.rand(n, dtype=torch.float64) for n in ((6,), (4, 5), (2, 3, 4)))
+AT, IN_ROW = torch.tensor([3, 1, 1, 0]), torch.tensor([[0, 1], [4, 2], [3, 3], [1, 0]])
+LOOKED_UP: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "places": (lambda x: x[AT], X), "rows": (lambda t: t[AT], T), "columns": (lambda t: t[:, AT], T),
+    "in each row": (lambda t: t.gather(1, IN_ROW), T), "pairs": (lambda t: t[AT, AT], T),
+    "pairs behind": (lambda t: t[:, AT[:2] - 1, AT[2:]], PICK), "all pairs": (lambda t: t[AT[:, None], AT], T),
+    "summed": (lambda x: x[AT].sum(), X), "sorted": (lambda t: t.sort(0)[0], T), "largest": (lambda t: t.topk(2, 1)[0], T),
+    "reshaped": (lambda t: t.reshape(20)[AT], T), "scattered": (lambda x: torch.zeros(4).double().index_add(0, AT, x[:4]), X),
+    "flipped": (lambda x: x.flip(0), X), "windows": (lambda x: x.unfold(0, 3, 2), X),
+    "pooled": (lambda t: torch.nn.functional.max_pool1d(t, 2), PICK), "words": (lambda t: torch.nn.functional.embedding(IN_ROW % 4, t), T),
+    "of products": (lambda t: t[AT] * t[:, :1] + t.gather(1, IN_ROW).sum(1, True), T),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_printed_code_looks_places_up_and_builds_no_matrix_of_them(name: str) -> None:
+    told = jacobian(*LOOKED_UP[name]).explain("proof")
+    assert "==" not in told.code
+    assert "index_put" in told.code or "= g[" in told.code
+    assert max(error for _, error in told.checks) < 1e-12
+
+
 def test_levels() -> None:
     J = jacobian(lambda x, w: (x @ w).softmax(-1), rand(2, 3), rand(3, 2), wrt=1)
     one, steps, proof = (str(J.explain(level)) for level in ("one-line", "steps", "proof"))

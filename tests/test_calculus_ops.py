@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualform.calculus import jacobian
+from dualform.calculus import hessian, jacobian
 from dualform.graphs import local_rules
 from dualform.shapes import TraceError
 
@@ -29,6 +30,22 @@ ROW = MASK[0].clone()
 SEEN = torch.eye(4).bool() | (torch.rand(4, 4) > 0.5)
 LINE = IMAGE[:, :, 0].clone()
 KERNEL = torch.rand(4, 2, 3, dtype=torch.float64)
+
+
+class Held:
+    """Numbers that an object holds."""
+
+    at, ends, yes = torch.tensor(2), torch.tensor([1, 4]), torch.tensor(True)
+    lengths, counts = torch.tensor([6, 5]), torch.tensor([2, 1])
+
+
+WORDS = torch.tensor([[1, 2], [3, 0]])
+
+
+def leaky(x: Tensor) -> Tensor:
+    y = x - 0.5
+    y[y <= 0] *= 0.2
+    return y
 
 
 def built(module: nn.Module) -> nn.Module:
@@ -184,6 +201,32 @@ FUNCTIONS: dict[str, tuple[float, Callable[[Tensor], Tensor], Tensor]] = {
     "svd": (0.5, lambda x: torch.linalg.svd(x, full_matrices=False)[1], IMAGE[:, 0, :3, :2].clone()),
     "eigh": (0.5, lambda x: torch.linalg.eigh(x @ x.mT)[0], IMAGE[:, 0, :3, :3].clone()),
     "qr": (0.5, lambda x: torch.linalg.qr(x)[0], IMAGE[:, 0, :3, :2].clone()),
+    "eigenvalues": (0.2, torch.linalg.eigvalsh, P), "singular values": (0.5, torch.linalg.svdvals, M[:, :4].clone()),
+    "eigenvalues of many": (0.2, torch.linalg.eigvalsh, torch.stack([P, P + M + M.T])),
+    "by rows": (0.1, lambda x: torch.vmap(lambda r: (M @ r).sin())(x), M),
+    "by columns": (0.1, lambda x: torch.vmap(lambda r, s: r * s, (1, None), 1)(x, x[0]), M),
+    "by entries": (0.1, lambda x: torch.vmap(torch.vmap(torch.sin))(x), M),
+    "gradients by rows": (0.1, lambda x: torch.vmap(torch.func.grad(lambda r: (r**3).sum()))(x), M),
+    "solved by rows": (0.2, lambda x: torch.vmap(lambda r: torch.linalg.solve(P, r))(x), M),
+    "flip of no axis": (0, lambda x: x.flip(()), M),
+    "flip of all, then of none": (0, lambda x: x.flip((0, 1)).flip(()), M),
+    "flip of one, then of none": (0, lambda x: x.flip(0).flip(()), V),
+    "strided inside": (0, lambda x: x.as_strided((2, 2), (1, 2)), torch.arange(20.0, dtype=torch.float64)[5:15]),
+    "strided of a part": (0, lambda x: (2 * x)[3:].as_strided((2, 2), (1, 1)), V),
+    "repeat of no axis": (0, lambda x: x.sum().repeat(()), V), "mean of a number": (0, lambda x: x.sum().mean(-1), V),
+    "tensordot, one with many": (1, lambda x: torch.tensordot(x, IMAGE[:, :1, 0, :3], ([0, 1], [2, 0])), M[:1, :1].clone()),
+    "tensordot, many with one": (0.2, lambda x: torch.tensordot(x, M[:1, :1], ([0, 1], [0, 1])), M),
+    "crop and wrap": (0.2, lambda x: F.pad(x, (-1, 2), mode="circular"), LINE),
+    "crop and mirror": (0.2, lambda x: F.pad(x, (-1, 2), mode="reflect"), LINE),
+    "rows by a held number": (0, lambda x: x.narrow(1, Held.at, 2), M),
+    "row of a held number": (0, lambda x: x[Held.at], M), "one of one": (0, lambda x: x.sum().index_select(0, CLASSES[2:3]), M),
+    "masked number": (0, lambda x: x.sum().masked_select(Held.yes), M),
+    "nan quantile": (1, lambda x: x.nanquantile(0.3, 0), M), "gaussian nll": (0.1, lambda x: F.gaussian_nll_loss(x, M, M + 1, reduction="none"), M),
+    "nearest": (0.5, lambda x: torch.linalg.lstsq(M[:, :4], x).solution, M),
+    "nearest by A": (1, lambda x: torch.linalg.lstsq(x, M[:, 0]).solution, M[:, :3].clone()),
+    "leaky": (0.1, lambda x: leaky(x), M), "where a constant is": (0.1, lambda x: x[M > 0.5], M),
+    "norm in training": (0.5, nn.BatchNorm1d(6, track_running_stats=False).double(), M),
+    "all dropped": (0, lambda x: F.dropout(x, 1.0), M), "norm with statistics": (0.2, lambda x: torch.native_layer_norm(x, [6], None, None, 1e-5)[0], M),
     "lu": (0.5, lambda x: torch.linalg.lu(x)[2], IMAGE[:, 0, :3, :3].clone()),
 }  # fmt: skip
 attend = built(nn.MultiheadAttention(6, 2, batch_first=True))
@@ -217,6 +260,7 @@ def test_function_is_exact_and_keeps_its_structure(name: str) -> None:
 
 
 DENSE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "as_strided_scatter": (lambda x: torch.as_strided_scatter(M, x, (2, 2), (1, 2)), M[:2, :2].clone()),
     "put": (lambda x: x.put(CLASSES[:2], V[:2]), M),
     "multilabel_margin_loss_forward": (
         lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 2, -1, 0, 0, 0]] * 6)),
@@ -232,6 +276,64 @@ def test_what_has_no_structured_rule_is_exact_and_says_so(name: str) -> None:
     with pytest.warns(UserWarning, match=f"aten::{name} has no derivative row"):
         found = jacobian(f, x).dense()
     torch.testing.assert_close(found, torch.func.jacrev(f, chunk_size=1)(x), rtol=1e-10, atol=1e-10)
+
+
+# What torch.func cannot map, though autograd takes it.
+UNMAPPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "ctc": lambda x: F.ctc_loss(x[:, None].log_softmax(-1).expand(6, 2, 6), WORDS, Held.lengths, Held.counts, reduction="none"),
+    "ctc mean": lambda x: nn.CTCLoss(zero_infinity=True)(x[:, None].log_softmax(-1), WORDS[:1], (6,), (2,)),
+    "ctc of one": lambda x: F.ctc_loss(x.log_softmax(-1), WORDS[0], torch.tensor(6), torch.tensor(2)),
+    "ctc that cannot be": lambda x: F.ctc_loss(x.log_softmax(-1), WORDS[0], (1,), (2,), reduction="sum", zero_infinity=True),
+    "cut at held places": lambda x: torch.cat([p.cumsum(0) for p in x.tensor_split(Held.ends)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_what_transforms_cannot_take_is_exact(name: str) -> None:
+    f = UNMAPPED[name]
+    expected: Any = torch.autograd.functional.jacobian(f, M)
+    for _ in range(2):
+        J = jacobian(f, M)
+        g = torch.rand(J.out_shape, dtype=M.dtype)
+        torch.testing.assert_close(J.dense(), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(J.vjp(g), torch.tensordot(g, expected, g.ndim), rtol=1e-10, atol=1e-10)
+
+
+def test_what_torch_keeps_beside_a_norm_has_no_gradient() -> None:
+    for f in (
+        lambda x: torch.cat([y.reshape(-1) for y in torch.native_layer_norm(x, [6], None, None, 1e-5)]),
+        lambda x: torch.cat(
+            [y.reshape(-1) for y in torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)]
+        ),
+        lambda x: torch.cat([y.reshape(-1) for y in torch.linalg.lstsq(x[:, :3], M, driver="gelsd")[::3]]),
+    ):
+        expected = torch.autograd.functional.jacobian(f, M)
+        torch.testing.assert_close(jacobian(f, M).dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_norm_that_keeps_statistics_is_told_how_not_to() -> None:
+    with pytest.raises(TraceError, match=r"BatchNorm1d.*writes to.*Build it with track_running_stats=False"):
+        jacobian(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).double(), M)
+    with pytest.raises(TraceError, match="the second derivative of ctc_loss, which torch has none of"):
+        hessian(lambda x: F.ctc_loss(x.log_softmax(-1), WORDS[0], (6,), (2,)), M).dense()
+
+
+def test_arguments_that_nobody_differentiates_by_may_be_compared() -> None:
+    t = M - 0.5
+
+    def picked(x: Tensor, t: Tensor) -> Tensor:
+        return x[t > 0] * (t[t > 0].exp() if t.sum() > 0 else 3.0)
+
+    for other in (t, -t, t * 2, ~t.isnan() * t):
+        expected = torch.autograd.functional.jacobian(lambda x: picked(x, other), M)  # noqa: B023
+        torch.testing.assert_close(jacobian(picked, M, other).dense(), expected, rtol=1e-12, atol=1e-12)
+    cubes = hessian(lambda x, t: (x[t > 0] ** 3).sum(), M, t)
+    torch.testing.assert_close(
+        cubes.dense().reshape(36, 36), (6 * M * (t > 0)).flatten().diag(), rtol=1e-12, atol=1e-12
+    )
+    for wrt in (1, (0, 1)):
+        with pytest.raises(TraceError, match="reads a tensor's values"):
+            jacobian(picked, M, t, wrt=wrt)
 
 
 def test_masks_and_lengths_among_the_arguments_are_constants() -> None:

@@ -143,6 +143,29 @@ def test_same_function_same_structure(name: str) -> None:
     assert len(set(found)) == 1, found
 
 
+NARROW = torch.rand(3)  # float32
+BESIDE: dict[str, Callable[[Tensor], Tensor]] = {
+    "filled": lambda x: torch.full((3,), 0.1) * x, "a number": lambda x: torch.tensor(0.1) * x,
+    "of whole numbers": lambda x: torch.arange(3) * torch.full((), 0.1, dtype=x.dtype) * x,
+    "multiplied": lambda x: x * NARROW, "divided": lambda x: NARROW / x, "raised": lambda x: NARROW**x,
+    "chosen": lambda x: torch.where(NARROW > 0.5, x, NARROW), "joined": lambda x: torch.cat([x, NARROW]),
+    "weighted": lambda x: torch.cov(x, correction=0, fweights=torch.tensor([7, 4, 1]), aweights=NARROW),
+    "weighted by counts": lambda x: torch.cov(x, correction=2, fweights=torch.tensor([7, 4, 1])),
+    "quantile": lambda x: x.nanquantile(0.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_numbers_of_another_precision_keep_their_digits_and_their_type(name: str) -> None:
+    x = torch.rand(3, dtype=torch.float64)
+    f = BESIDE[name]
+    expected = torch.autograd.functional.jacobian(f, x)
+    for _ in range(2):
+        J = jacobian(f, x)
+        torch.testing.assert_close(J.dense(), expected, rtol=1e-14, atol=1e-14)
+        assert J.vjp(torch.ones(J.out_shape, dtype=x.dtype)).dtype == x.dtype
+
+
 def test_other_functions_have_other_structures() -> None:
     """The law bites: one structure for all would pass it."""
     shown = [jacobian(same[0], X).structure for same in SAME.values()]

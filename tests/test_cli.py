@@ -11,7 +11,7 @@ import torch
 from test_proof import forget
 
 from dualform.cli import main
-from dualform.cli.expression import compile_expression, functions, parse_shapes
+from dualform.cli.expression import compile_expression, drawn, functions, parse_shapes
 from dualform.cli.output import UsageError
 
 small = (
@@ -284,6 +284,14 @@ def test_explain_as_latex_html_and_json(capfd):
         (["explain", "x", "--shapes", "x=2", "x=3"], 2, "names 'x' twice"),
         (["explain", "x", "--shapes", "x=99999,99999"], 2, "x has 9,999,800,001 numbers; expected at most 16,777,216"),
         (["explain", "x + y", "--shapes", "x=2", "y=2", "z=2"], 2, "'z' has a shape but is not in 'x + y'"),
+        (["explain", "cross_entropy(z, y)", "--shapes", "z=3,4", "y=3"], 2, "asked for so: y=3:int"),
+        (["explain", "cross_entropy(z, y)", "--shapes", "z=3,4", "y=5:int"], 1, "match target batch_size (5)"),
+        (
+            ["explain", "eye(9999) * x", "--shapes", "x=1"],
+            1,
+            "eye makes 99,980,001 numbers; expected at most 16,777,216",
+        ),
+        (["explain", "k * 2", "--shapes", "k=3:int"], 1, "has dtype torch.int64; expected a floating dtype"),
         (["explain", "x + y", "--shapes", "x=2", "y=3"], 1, "axis 0 of x (size=2) meets axis 0 of y (size=3)"),
         (["explain", "split(x, 1)", "--shapes", "x=2"], 2, "gives a tuple; expected one tensor"),
         (["explain", "tiny-ttt-linear", "--wrt", "x"], 2, "--wrt are for formulas"),
@@ -367,6 +375,49 @@ def test_a_formula_runs_nobodys_code(formula):
 
 def test_shapes():
     assert parse_shapes(["x=2", "s=", "y=2,3"]) == {"x": (2,), "s": (), "y": (2, 3)}
+    shapes = parse_shapes(["x=2,5", "k=3:int", "m=4:bool", "y=3:float"])
+    assert [shape.kind for shape in shapes.values()] == ["float", "int", "bool", "float"]
+    numbers = drawn(shapes)
+    assert [x.dtype for x in numbers.values()] == [torch.float64, torch.int64, torch.bool, torch.float64]
+    assert 0 <= numbers["k"].min() <= numbers["k"].max() < 2, "a place on every axis"
+    with pytest.raises(UsageError, match=r"'k=3:itn' asks for 'itn'.*Did you mean 'int'"):
+        parse_shapes(["k=3:itn"])
+
+
+MATRICES = [
+    "linalg.inv(S)",
+    "linalg.eigvalsh(S)",
+    "linalg.svdvals(S[:2])",
+    "linalg.qr(S)[1]",
+    "torch.linalg.pinv(S[:2])",
+]
+# A formula, what it is of, a part of its structure.
+TOLD = {
+    "where(x > 0, x, 0)": ("x=4", "δ(i,j)"), "inv(S)": ("S=2,2", "-C[i,k] C[l,j]"),
+    "torch.linalg.solve(S, x)": ("S=2,2 x=2", "-C[i,j] X[k]"), "solve(S, x)": ("x=2 S=2,2", "C[i,j]"),
+    "cross_entropy(z, y)": ("z=3,4 y=3:int", "[i,j]"), "embedding(k, w)": ("k=3:int w=5,2", "δ(j,m) δ(l,k[i])"),
+    "x[k]": ("k=2:int x=5", "δ(j,k[i])"), "x[m]": ("x=5 m=5:bool", "[i])"), "eye(3) @ x": ("x=3,2", "δ(i,k) δ(j,l)"),
+    "arange(3) * x": ("x=3", "[i] δ(i,j)"), "tensor([1.5, 0.1]) * x": ("x=2", "[i] δ(i,j)"), "ones(2) * x": ("x=2", "δ(i,j)"),
+    "linspace(0, 1, 3) @ x": ("x=3", "[i]"), "full([2], 0.1) + x": ("x=2", "δ(i,j)"), **dict.fromkeys(MATRICES, ("S=3,3", "dz/dS")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", TOLD)
+def test_formulas_of_matrices_masks_and_whole_numbers_are_explained(capfd, formula):
+    shapes, mark = TOLD[formula]
+    status, out, err = run(capfd, "explain", formula, "--shapes", *shapes.split(), "--level", "one-line")
+    assert status == 0, err
+    assert mark in out
+
+
+def test_numbers_in_a_formula_have_all_their_digits():
+    x = torch.rand(3, dtype=torch.float64)
+    for formula, want in {
+        "tensor([0.1, 0.2, 0.3]) * x": torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) * x,
+        "full([3], 0.1) * x": 0.1 * x, "linspace(0, 0.3, 3) * x": torch.linspace(0, 0.3, 3, dtype=torch.float64) * x,
+        "arange(0, 0.3, 0.1) * x": torch.arange(0, 0.3, 0.1, dtype=torch.float64) * x, "x[arange(2)]": x[:2],
+    }.items():  # fmt: skip
+        assert torch.equal(compile_expression(formula, ["x"])(x), want)
 
 
 def test_bench_compares_backends_and_the_cache_is_cleared(capfd, monkeypatch, tmp_path):

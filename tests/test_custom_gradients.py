@@ -854,6 +854,72 @@ def test_a_learner_marked_once_learns_and_has_no_outer_gradient() -> None:
         derived(m, squared, 3, 0.05)
 
 
+# -- ops of one's own
+
+
+@torch.library.custom_op("tests::cube", mutates_args=())
+def cube(x: Tensor) -> Tensor:
+    return x**3
+
+
+@torch.library.custom_op("tests::grow", mutates_args=())
+def grow(x: Tensor, by: Tensor) -> Tensor:
+    return (x * by).exp()
+
+
+@torch.library.custom_op("tests::bare", mutates_args=())
+def bare(x: Tensor) -> Tensor:
+    return x**3
+
+
+for _op in (cube, bare):
+    _op.register_fake(torch.empty_like)
+grow.register_fake(lambda x, by: torch.empty_like(x))
+cube.register_autograd(
+    lambda ctx, g: 5 * g * ctx.saved_tensors[0] ** 2,  # not that of a cube
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+grow.register_autograd(
+    lambda ctx, g: (2 * g * ctx.saved_tensors[0] * ctx.saved_tensors[1], None),  # reads what it gave out
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, inputs[1]),
+)
+OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "alone": cube, "in between": lambda x: cube(2 * x).sin() @ M, "twice": lambda x: cube(cube(x)) * x,
+    "the result is read": lambda x: grow(x.tanh(), x[:1].detach()) * x, "a number": lambda x: cube(x.sum()),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:dualform. tests::")
+@pytest.mark.parametrize("name", OPS)
+def test_a_registered_gradient_is_the_gradient_in_every_question(name: str) -> None:
+    f = OPS[name]
+    want: Any = torch.autograd.functional.jacobian(f, X)
+    flat = want.reshape(-1, 3)
+    for _ in range(2):  # interpreted, and from then on as a program
+        J = jacobian(f, X)
+        g = torch.randn(J.out_shape, dtype=D)
+        torch.testing.assert_close(J.dense(), want, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(J.vjp(g), g.reshape(-1) @ flat, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(J.jvp(X).reshape(-1), flat @ X, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(torch.from_numpy(J.to_scipy_sparse().toarray()), flat, rtol=1e-11, atol=1e-11)
+        assert max(error for _, error in J.explain().checks) < 1e-12
+        assert check(lambda g, x: g.reshape(-1) @ flat, f, X)
+        loss = lambda x: f(x).square().sum()  # noqa: E731
+        expected: Any = torch.autograd.functional.hessian(loss, X)
+        torch.testing.assert_close(df.hessian(loss, X).dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_op_without_a_registered_gradient_is_refused_by_name() -> None:
+    with pytest.raises(TraceError, match=r"tests::bare by x0 has no row.*register a gradient"):
+        jacobian(bare, X).dense()
+
+
+def test_a_vjp_of_an_op_of_ones_own_forms_no_matrix() -> None:
+    x = torch.randn(1 << 16, dtype=D)
+    got = jacobian(lambda x: cube(x), x).vjp(torch.ones_like(x))
+    torch.testing.assert_close(got, 5 * x**2, rtol=1e-12, atol=1e-12)
+
+
 # -- the law bites
 
 

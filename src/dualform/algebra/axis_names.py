@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,19 +70,24 @@ def expect_outputs(axes: Axes, results: Sequence[Tensor]) -> None:
             fail("jacobian", "axes", f"names the output {' '.join(names)}", "distinct names", "Rename one of them.")
 
 
+# What torch says where it spreads two tensors over each other and their sizes differ.
+_APART = re.compile("must match the (existing )?size|broadcast|non-singleton|[Ss]hape mismatch")
+
+
 class _Failure(TorchFunctionMode):
     """Remember the tensors of the torch call that failed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = ""
+        self.name = self.error = ""
         self.tensors: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         try:
             return func(*args, **(kwargs or {}))
-        except Exception:
+        except Exception as error:
             if not self.name:
+                self.error = str(error)
                 self.name = getattr(func, "__name__", str(func)).strip("_")
                 self.tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
             raise
@@ -99,7 +105,7 @@ def meeting(f: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[st
     if len(mode.tensors) < 2:
         return None
     a, b = mode.tensors[:2]
-    pair = _inner(mode.name, a, b) or _broadcast(a, b)
+    pair = _inner(mode.name, a, b) or (_broadcast(a, b) if _APART.search(mode.error) else None)
     if pair is None:
         return None
 

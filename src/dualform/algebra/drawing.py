@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dualform.algebra.index_products import Index
 from dualform.algebra.index_text import IndexFormula, Line, number
+from dualform.algebra.pattern import pattern
 from dualform.algebra.proofs import Questions
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ COLOURS = ("#0072b2", "#c04a00", "#00795a", "#a8407f", "#7a5c00", "#5b4fcf", "#8
 # Rows, and columns, of the matrix; beyond them only the first entries of the longest axes are drawn.
 MAX_CELLS = 64
 MAX_TERMS = 3
+# Rows, and columns, of a picture of which entries there are; beyond them a cell stands for several.
+MAX_SPOTS = 512
 _PAGE = 7.2  # inches: text of 8 points is still that on a page
 
 
@@ -84,6 +87,28 @@ def draw(J: Questions, shown: IndexFormula) -> Figure:
     text = "\n".join(wrap(shown.sentence, 84, subsequent_indent="    ")[:2])
     more = "" if len(text.split()) == len(shown.sentence.split()) else " ..."
     figure.suptitle(text + more, family="DejaVu Sans Mono", fontsize=9)
+    return figure
+
+
+def spy(J: Questions) -> Figure:
+    """Draw which entries are not zero for all numbers; of too many to draw, what share of a cell is not."""
+    rows, columns = (max(1, math.prod(shape)) for shape in (J.out_shape, J.in_shape))
+    where = pattern(J.terms if math.prod(J.shape) else (), J.device).cpu()
+    cells = min(rows, MAX_SPOTS), min(columns, MAX_SPOTS)
+    places = (where // columns * cells[0] // rows, where % columns * cells[1] // columns)
+    shares = torch.zeros(cells).index_put(places, torch.ones(len(where)), accumulate=True)
+    shares *= math.prod(cells) / (rows * columns)
+    figure = pictures("Derivative.spy")(figsize=(6.4, 6.4), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(
+        torch.where(shares == 0, torch.nan, shares).numpy(), cmap="Blues", vmin=-0.5, vmax=1, interpolation="nearest",
+        aspect="equal" if max(cells) < 8 * min(cells) else "auto", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+    )  # fmt: skip
+    panel.set_ylabel(_flat("out", J.out_axes, J.out_shape))
+    panel.set_xlabel(_flat("in", J.in_axes, J.in_shape))
+    total = math.prod(J.shape)
+    share = f" ({len(where) / total:.2g} of all)" if total else ""
+    panel.set_title(f"{len(where):,} of {total:,} entries are not zero for all numbers{share}", fontsize=9)
     return figure
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from dualform.algebra import queries
 from dualform.algebra.compose import compose_terms
 from dualform.algebra.contract import ContractionPlan
-from dualform.algebra.drawing import draw
+from dualform.algebra.drawing import draw, spy
 from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.materialise import DENSE_LIMIT, scatter, spread
 from dualform.algebra.normal_form import ordered
 from dualform.algebra.notation import formula, stored_bytes
 from dualform.algebra.proofs import Questions
 from dualform.algebra.queries import term_plan
-from dualform.algebra.scipy import to_linear_operator, to_scipy_sparse
+from dualform.algebra.scipy import sparsity, to_linear_operator, to_scipy_sparse
 from dualform.algebra.sums import merged
 from dualform.algebra.terms import Axis, Factor, Label, Select, Term, atoms, fresh_axes, make_factor
 from dualform.shapes import ShapeError, fail
@@ -235,13 +235,22 @@ class Derivative(Questions):
         return tuple(term_plan(term, seed, result, like) for term in self.terms)
 
     def to_scipy_sparse(self) -> Any:
-        """Make a scipy COO array of the flattened output by the flattened input, from the structure.
+        """Make a scipy COO array of the flattened output by the flattened input: the entries that `sparsity` has.
 
         Shape:  (prod out_shape, prod in_shape).
-        Dtype:  the derivative's.
+        Dtype:  the derivative's; float32 for half precision.
         Raises: ImportError where scipy is not installed.
         """
         return to_scipy_sparse(self)
+
+    def sparsity(self) -> Any:
+        """Say which entries are not zero for all numbers, as a scipy COO array of truth values; none is computed.
+
+        Shape:  (prod out_shape, prod in_shape).
+        Dtype:  bool.
+        Raises: ImportError where scipy is not installed.
+        """
+        return sparsity(self)
 
     def to_linear_operator(self) -> Any:
         """Make a scipy LinearOperator of the flattened output by the flattened input; nothing is materialised.
@@ -311,6 +320,15 @@ class Derivative(Questions):
         """
         route = self.route
         return draw(self, formula(self.terms, self.out_shape, self.in_shape) if route is None else route.shown(self))
+
+    def spy(self) -> Figure:
+        """Draw which entries are not zero for all numbers; where there are too many to draw, how many are.
+
+        Shape:  none.
+        Dtype:  none; no value is read.
+        Raises: ModuleNotFoundError without matplotlib, which the extra 'viz' brings.
+        """
+        return spy(self)
 
     def __repr__(self) -> str:
         kind = ", symmetric" if self.is_symmetric else ""

@@ -70,16 +70,6 @@ def gather(factors: Sequence[Factor | Relation], wanted: Sequence[Label], like: 
     return value if value.is_floating_point() else value.to(like.dtype), have  # of masks alone, a count
 
 
-def entries(term: Term, axes: Sequence[Axis], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of a term off its deltas, flat, and the place of each in the flattened tensor with these axes."""
-    factors, labels, strides, offset = _laid_out(term, axes)
-    value = _spread(factors, labels, like)
-    where = torch.full((), offset, dtype=torch.int64, device=value.device)
-    for label, step in zip(labels, strides, strict=True):
-        where = where.unsqueeze(-1) + torch.arange(label.size, device=value.device) * step
-    return (value.expand(sizes(labels)) * term.coef).reshape(-1), where.reshape(-1)
-
-
 # The part of the result, and the least number of entries, that the values of a term may take while they are placed.
 PART, LEAST = 128, 2**16
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.algebra.materialise import entries
+from dualform.algebra.pattern import entries, pattern
 from dualform.algebra.proofs import Questions
 
 
@@ -24,21 +24,22 @@ def _scipy(name: str, function: str) -> Any:
 
 
 def to_scipy_sparse(J: Questions) -> Any:
-    """Write the entries that some term can reach as scipy.sparse.coo_array, flattened output by flattened input."""
+    """Write the entries that are not zero for all numbers as scipy.sparse.coo_array, output by input, flattened."""
+    kept = torch.float32 if J.dtype.itemsize < 4 else J.dtype  # scipy has no smaller one
+    return _array(J, *entries(J.terms if math.prod(J.shape) else (), torch.empty((), dtype=kept, device=J.device)))
+
+
+def sparsity(J: Questions) -> Any:
+    """Write where they are as scipy.sparse.coo_array of truth values."""
+    where = pattern(J.terms if math.prod(J.shape) else (), J.device)
+    return _array(J, where, torch.ones_like(where, dtype=torch.bool))
+
+
+def _array(J: Questions, where: Tensor, data: Tensor) -> Any:
     sparse = _scipy("scipy.sparse", "to_scipy_sparse")
     rows, columns = math.prod(J.out_shape), math.prod(J.in_shape)
-    index: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
-    values: list[Tensor] = [torch.zeros(0, dtype=J.dtype)]
-    if rows * columns:
-        for term in J.terms:
-            value, where = entries(term, (*term.out, *term.inn), torch.empty((), dtype=J.dtype, device=J.device))
-            values.append(value.cpu())
-            index.append(where.cpu())
-    where, data = torch.cat(index), torch.cat(values)
-    shape = (rows, columns)
-    found = sparse.coo_array((data.numpy(), (where.numpy() // max(columns, 1), where.numpy() % max(columns, 1))), shape)
-    found.sum_duplicates()
-    return found
+    at = where.cpu().numpy()
+    return sparse.coo_array((data.cpu().numpy(), (at // max(columns, 1), at % max(columns, 1))), (rows, columns))
 
 
 def to_linear_operator(J: Questions, jvp: Callable[[Tensor], Tensor], vjp: Callable[[Tensor], Tensor]) -> Any:

@@ -90,7 +90,8 @@ class Given:
         self.places = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self.leaves[k].detach() for k in self.places]
         self.names = _names(f, args, kwargs)
-        self.is_known = False  # are masks and places constants, whose values the trace may read?
+        self.moving = {k for k, t in enumerate(self.tensors) if t.is_floating_point()}  # what is differentiated by
+        self.known: set[int] = set()  # the tensors that are constants, whose values the trace may read
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -100,8 +101,8 @@ class Given:
     def flat(self, *given: Tensor) -> Any:
         """The function of the tensors alone."""
         leaves = list(self.leaves)
-        for k, value in zip(self.places, given, strict=True):
-            if not (self.is_known and _is_known(self.leaves[k])):
+        for n, (k, value) in enumerate(zip(self.places, given, strict=True)):
+            if n not in self.known:
                 leaves[k] = value
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.f(*args, **kwargs)
@@ -113,14 +114,18 @@ class Given:
     def traced(self, axes: Axes | None) -> Point:
         """Trace the function, or find its trace; an error about shapes speaks of axes."""
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        read = [t.tolist() for t in self.tensors if self.is_known and _is_known(t)]
+        read = [(k, self.tensors[k].tolist()) for k in sorted(self.known)]
         key = Fingerprint(self.f, self.tensors, rest, str(self.spec), read)
         self.closed = {id(t): name for t, name in zip(key.tensors, key.names, strict=True) if name.isidentifier()}
         try:
             found, constants = traced(key, self.flat, self.tensors, self.names)
         except TraceError as error:
-            if not self.is_known and any(_is_known(t) for t in self.tensors):
-                self.is_known = True  # once more, with masks and places for constants
+            # Once more, with masks and places for constants; then with all whose values are asked, if nobody
+            # differentiates by them.
+            others = {k for k in range(len(self.tensors)) if k not in self.moving}
+            places = {k for k in others if _is_place(self.tensors[k])}
+            if not (known := others if places <= self.known and not error.__cause__ else places) <= self.known:
+                self.known = known
                 return self.traced(axes)
             said = meeting(self.flat, self.tensors, self.names, axes) if error.__cause__ else None
             if said is None:
@@ -140,6 +145,7 @@ class Given:
         marked = [_Place(k) if isinstance(leaf, Tensor) else leaf for k, leaf in zip(at, self.leaves, strict=True)]
         args, kwargs = pytree.tree_unflatten(marked, self.spec)
         found = []
+        self.moving = set()
         for one in wrt if isinstance(wrt, tuple) else (wrt,):
             tree = self._argument(function, one, args, kwargs)
             for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
@@ -147,6 +153,7 @@ class Given:
             if not pytree.tree_leaves(tree):
                 fail(function, f"argument {one}", "has no tensor", "a floating tensor", "Differentiate by a tensor.")
             found.append(pytree.tree_map(lambda leaf: leaf.position, tree))
+            self.moving |= {*pytree.tree_leaves(found[-1])}
         return found
 
     def _argument(self, function: str, wrt: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +179,7 @@ class Given:
             fail(function, argument, f"has dtype {x.dtype}", expected, advice)
 
 
-def _is_known(x: Tensor) -> bool:
+def _is_place(x: Tensor) -> bool:
     """Can nobody differentiate by it? A mask, or places."""
     return not x.is_floating_point() and not x.is_complex()
 

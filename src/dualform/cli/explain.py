@@ -11,19 +11,19 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from cyclopts import Parameter
 from torch import nn
 
 from dualform.calculus import Derivative, jacobian
 from dualform.catalogue import near_misses
-from dualform.cli.expression import compile_expression, expect_used, parse_shapes
+from dualform.cli.expression import compile_expression, drawn, expect_used, parse_shapes
 from dualform.cli.output import UsageError, Words, load_model
 from dualform.learning.layer import TestTimeTraining
 from dualform.learning.program import derive
 from dualform.learning.rules import rules
 from dualform.models import DualformConfig, presets
 from dualform.models.blocks import learning_layer
+from dualform.shapes import TraceError
 
 
 def explain(
@@ -37,8 +37,8 @@ def explain(
         target: A preset, a folder that `train` wrote, FILE.py:NAME (NAME(dim) makes a module), or, with --shapes, a
             formula such as "x + y" or a FILE.py:NAME that is a function of tensors.
         dim: The width of a head: what a learner from a file is made with (default 64), and a preset beside its own.
-        shapes: The arguments and their shapes: --shapes x=2 y=2,2.
-        wrt: Which argument to differentiate by. Default the first.
+        shapes: The arguments and their shapes: --shapes x=2 y=2,2; whole numbers and masks: k=3:int m=3:bool.
+        wrt: Which argument to differentiate by. Default the first of floating numbers.
         axes: Names of the axes of a formula's arguments and result: --axes "i j, j l -> i l".
         level: How much to say: one-line, steps (the default) or proof.
         format: text (the default), latex or html (a page that stands alone).
@@ -80,13 +80,22 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
         target = " ".join(target.split())
         function = compile_expression(target, names)
         expect_used(target, names)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {n: torch.rand(shapes[n], dtype=torch.float64, generator=generator) + 0.5 for n in names}
+    numbers = drawn(shapes)
+    tensors = {n: numbers[n] for n in names}
     by_name = {p.name for p in _parameters(function) if p.kind is p.KEYWORD_ONLY}
     named = {n: tensors.pop(n) for n in names if n in by_name}
-    chosen = wrt or next(iter(shapes))
+    chosen = wrt or next((n for n, shape in shapes.items() if shape.kind == "float"), next(iter(shapes)))
     at: int | str = chosen if chosen in named else list(tensors).index(chosen)
-    found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
+    try:
+        found = jacobian(function, *tensors.values(), wrt=at, axes=axes, **named)
+    except TraceError as error:
+        if not any(word in str(error) for word in ("Long", "integer", "indices")):
+            raise
+        some = next(reversed(shapes))
+        said = f"{some}={','.join(map(str, shapes[some]))}:int"
+        raise UsageError(
+            f"explain: {error} Whole numbers, as of classes or places, are asked for so: {said}."
+        ) from error
     if not isinstance(found, Derivative):
         raise UsageError(
             f"explain: {target!r} gives a {type(found).__name__}; expected one tensor. Take one of its parts."

@@ -42,7 +42,35 @@ _layers = """
     softmin embedding
 """.split()
 
+_matrices = {name: f for name, f in vars(torch.linalg).items() if callable(f) and name.islower() and name[0] != "_"}
+
+
+def _made(make: Callable[..., Tensor], counts: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A tensor of numbers alone: whole ones, or of the precision that names have; not of too many."""
+
+    def run(*args: Any, **more: Any) -> Tensor:
+        asked = counts(*args, **more)
+        if asked > MAX_NUMBERS:
+            raise ValueError(f"{make.__name__} makes {asked:,} numbers; expected at most {MAX_NUMBERS:,}")
+        made = make(*args, **more)
+        return make(*args, **more, dtype=torch.float64) if made.is_floating_point() else made
+
+    return run
+
+
+def _count(*sizes: Any) -> int:
+    return torch.Size(sizes[0] if sizes and isinstance(sizes[0], (list, tuple)) else sizes).numel()
+
+
+_factories: dict[str, Callable[..., Tensor]] = {
+    "eye": _made(torch.eye, lambda n, m=None: n * (n if m is None else m)),
+    "arange": _made(torch.arange, lambda start, end=None, step=1: (start if end is None else end - start) / step),
+    "linspace": _made(torch.linspace, lambda start, end, steps: steps),
+    "zeros": _made(torch.zeros, _count), "ones": _made(torch.ones, _count),
+    "full": _made(torch.full, lambda size, value: _count(size)), "tensor": _made(torch.tensor, lambda numbers: 1),
+}  # fmt: skip
 functions: Mapping[str, Callable[..., Any]] = {
+    **_matrices,
     **{name: getattr(torch, name) for name in [*_both, *_functions] if hasattr(torch, name)},
     **{name: getattr(F, name) for name in _layers},
     **{name: getattr(torch.fft, name) for name in _transforms},
@@ -52,9 +80,21 @@ functions: Mapping[str, Callable[..., Any]] = {
     "attention": F.scaled_dot_product_attention,
     "max": torch.amax,
     "min": torch.amin,
+    **_factories,
 }
 methods: Collection[str] = frozenset(name for name in [*_both, *_methods] if hasattr(Tensor, name))
-_packages = ("torch", "F", "nn.functional", "torch.nn.functional", "torch.linalg", "torch.special", "torch.fft", "fft")
+_of_package = {f"{package}.{name}": f for package in ("torch.linalg", "linalg") for name, f in _matrices.items()}
+_packages = (
+    "linalg",
+    "torch",
+    "F",
+    "nn.functional",
+    "torch.nn.functional",
+    "torch.linalg",
+    "torch.special",
+    "torch.fft",
+    "fft",
+)
 _words = {"pi": torch.pi, "inf": float("inf")}
 
 MAX_TEXT = 4000
@@ -68,16 +108,31 @@ def _with_shape(x: Tensor, parts: tuple[Any, ...]) -> tuple[Any, ...]:
     return parts if given else (x.shape[-1:], *parts)
 
 
-def parse_shapes(words: list[str]) -> dict[str, tuple[int, ...]]:
-    """Read `x=2 y=2,2` (and `s=` for a scalar).
+class Shape(tuple[int, ...]):
+    """Sizes, and of what: "float", "int" or "bool"."""
+
+    kind: str
+
+
+KINDS = ("float", "int", "bool")
+
+
+def parse_shapes(words: list[str]) -> dict[str, Shape]:
+    """Read `x=2 y=2,2 k=3:int m=3:bool` (and `s=` for a scalar).
 
     Example:
         >>> parse_shapes(["x=2", "y=2,3"])
         {'x': (2,), 'y': (2, 3)}
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     for word in words:
         name, equals, sizes = word.partition("=")
+        sizes, _, kind = sizes.partition(":")
+        if kind not in ("", *KINDS):
+            raise UsageError(
+                f"explain: --shapes {word!r} asks for {kind!r}; expected one of {', '.join(KINDS)}, as in y=3:int. "
+                f"{near_misses(kind, list(KINDS))}"
+            )
         try:
             shape = tuple(int(size) for size in sizes.strip("()[]").split(",") if size.strip())
         except ValueError:
@@ -91,8 +146,21 @@ def parse_shapes(words: list[str]) -> dict[str, tuple[int, ...]]:
                 f"explain: {name} has {torch.Size(shape).numel():,} numbers; expected at most {MAX_NUMBERS:,}. "
                 "Take smaller sizes: the structure is the same."
             )
-        shapes[name] = shape
+        shapes[name] = Shape(shape)
+        shapes[name].kind = kind or "float"
     return shapes
+
+
+def drawn(shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Numbers of these shapes: between 1/2 and 3/2; whole ones that are places on every axis; truth values."""
+    generator = torch.Generator().manual_seed(0)
+    below = min((n for shape in shapes.values() if shape.kind == "float" for n in shape), default=2)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        numbers = torch.rand(shape, dtype=torch.float64, generator=generator)
+        made = {"float": numbers + 0.5, "int": (numbers * below).long(), "bool": numbers > 0.5}
+        tensors[name] = made[shape.kind]
+    return tensors
 
 
 def compile_expression(text: str, names: list[str]) -> Callable[..., Tensor]:
@@ -122,7 +190,8 @@ def compile_expression(text: str, names: list[str]) -> Callable[..., Tensor]:
         raise UsageError(f"explain: {text[:40]!r} is nested too deeply; expected a formula.") from None
     linecache.cache[_FILE] = (len(text), None, [text + "\n"], _FILE)  # so that explanations can quote it
     # Only now, when nothing but names with shapes, numbers, operators and the functions above is left, is it compiled.
-    return eval(compile(function, _FILE, "eval"), {"__builtins__": {}, **reader.scope})
+    # Torch imports parts of itself when they are first needed, by its caller's builtins.
+    return eval(compile(function, _FILE, "eval"), {"__builtins__": {"__import__": __import__}, **reader.scope})
 
 
 def expect_used(text: str, names: list[str]) -> None:
@@ -227,10 +296,10 @@ class _Reader:
         if isinstance(node.func, ast.Name) or package in _packages:
             if name not in functions:
                 self.refuse(node.func, f"there is no function {name!r}. {near_misses(name, sorted(functions))}")
-            called = f"_{name}"  # names of tensors may be those of functions
+            called = f"_{dotted.replace('.', '_')}"  # names of tensors may be those of functions
             while called in self.names:
                 called = f"_{called}"
-            self.scope[called] = functions[name]
+            self.scope[called] = _of_package.get(dotted) or functions[name]
             return ast.Call(ast.Name(called, ast.Load()), args, keywords)
         if isinstance(node.func, ast.Attribute):
             value = self.tensor(node.func.value)

@@ -20,6 +20,7 @@ from dualform.algebra.linear_map import Derivative
 from dualform.algebra.notation import Names, formula, written
 from dualform.algebra.relations import Lookup, Triangle, Window
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, atoms, sizes, volume
+from dualform.ops.table import inverse
 
 # Up to so many letters of stored products and sums are made in the code; more are taken as they are.
 MAX_MADE = 8
@@ -151,12 +152,15 @@ def _term_code(term: Term, g: str, spelling: _Spelling) -> tuple[str, str]:
     """The part of the result that a term adds to, as `[1:3]`, nothing for all of it, and what it adds; g: the seed."""
     term, window = _without_windows(term, "inn")
     term, cut = _without_windows(term, "out")
+    term, put = _looked_up(term, "inn", spelling)
+    term, taken = _looked_up(term, "out", spelling)
     stored = list(term.factors)
     seed = atoms(term.out)
     target = atoms(term.inn)
     unique = list(dict.fromkeys(target))
     have = [x for x in unique if x in seed or any(x in f.labels for f in stored)]
-    code = _reshaped(f"{g}{cut}", term.out) if g else ""
+    code = f"{g}{cut}" if taken is None else f"{_ordered(f'{g}{cut}', taken.order)}[{taken.places.rstrip(',')}]"
+    code = _reshaped(code, term.out) if g else ""
     if not g and not stored:
         code = f"torch.ones(()).to({spelling.seed})"
     elif stored or len(set(seed)) < len(seed):
@@ -184,7 +188,61 @@ def _term_code(term: Term, g: str, spelling: _Spelling) -> tuple[str, str]:
         code = f"{code}.reshape({[volume(axis) for axis in term.inn]})"
     if term.coef != 1:
         code = f"-{code}" if term.coef == -1 else f"{term.coef!r} * {code}"
+    if put is not None:
+        code = f"{spelling.seed}.new_zeros({put.shape}).index_put(({put.places}), {code}, accumulate=True)"
+        code = _ordered(code, inverse(put.order))
     return window, code
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Axes that are read at places, or added to there: first in an order; their sizes, and those of the rest."""
+
+    order: list[int]
+    shape: list[int]
+    places: str
+
+
+def _looked_up(term: Term, side: str, spelling: _Spelling) -> tuple[Term, _Places | None]:
+    """Write a relation that says the place on whole axes, side by side, and nothing else, as indices of them."""
+    axes: tuple[Axis, ...] = getattr(term, side)
+    every = [*atoms(term.out), *atoms(term.inn), *(x for f in term.factors for x in f.labels)]
+    found: dict[int, Any] = {}
+    for r in term.relations:
+        if isinstance(r, Select | Lookup) or (isinstance(r, Window) and r.is_total):
+            ranges = (range(a, b) for a in range(len(axes)) for b in range(a + 1, len(axes) + 1))
+            whole = next((own for own in ranges if atoms(axes[k] for k in own) == r.bigs), ())
+            if whole and all(every.count(x) == 2 for x in r.bigs):
+                found |= dict.fromkeys(whole, r)
+    if not found:
+        return term, None
+    labels = list(dict.fromkeys(x for r in found.values() for x in r.smalls))
+    others = [k for k, axis in enumerate(axes) if k not in found and any(x in labels for x in axis)]
+    labels = list(dict.fromkeys([*(x for k in others for x in axes[k]), *labels]))
+    first = sorted([*found, *others])
+    texts = [_digit(found[k], axes[k], labels, spelling) if k in found else _flat(axes[k], labels) for k in first]
+    rest = [k for k in range(len(axes)) if k not in first]
+    order = [*first, *rest]
+    changed = (*((x,) for x in labels), *(axes[k] for k in rest))
+    factors = tuple(f for f in term.factors if f not in found.values())
+    places = ", ".join(texts) + "," * (len(texts) == 1)
+    return replace(term, factors=factors, **{side: changed}), _Places(order, [volume(axes[k]) for k in order], places)
+
+
+def _digit(r: Any, axis: Axis, labels: Sequence[Label], spelling: _Spelling) -> str:
+    """The index of one of the axes whose place together a relation says."""
+    place = _place(r, labels, spelling)
+    if axis == r.bigs:
+        return place
+    start = r.bigs.index(axis[0])
+    below, size = volume(r.bigs[start + len(axis) :]), volume(axis)
+    place = f"({place})" if " " in place else place
+    over = place if below == 1 else f"{place} // {below}"
+    return f"{over} % {size}" if start else over
+
+
+def _ordered(code: str, order: Sequence[int]) -> str:
+    return code if list(order) == sorted(order) else f"{code}.permute({list(order)})"
 
 
 def _without_windows(term: Term, side: str) -> tuple[Term, str]:
@@ -257,33 +315,37 @@ def _labels(f: Factor | Relation) -> tuple[Label, ...]:
     return f.labels if isinstance(f, Factor) else tuple(dict.fromkeys(f.labels))
 
 
+def _spread(label: Label, among: Sequence[Label]) -> str:
+    """The values of an index, along its axis among others."""
+    behind = len(among) - 1 - among.index(label)
+    return f"torch.arange({label.size})" + (f"[:{', None' * behind}]" if behind else "")
+
+
+def _flat(labels: Sequence[Label], among: Sequence[Label], steps: Sequence[int] = (), start: int = 0) -> str:
+    """The row-major position of some indices, or another sum of them."""
+    steps = steps or [volume(labels[k + 1 :]) for k in range(len(labels))]
+    spread = [(step, _spread(x, among)) for x, step in zip(labels, steps, strict=True)]
+    shown = " + ".join(text if step == 1 else f"{step} * {text}" for step, text in spread)
+    return f"{shown} {'+-'[start < 0]} {abs(start)}" if start and shown else shown or f"torch.tensor({start})"
+
+
+def _place(r: Any, among: Sequence[Label], spelling: _Spelling) -> str:
+    """The place that a relation says, at each value of some indices."""
+    if not isinstance(r, Lookup):
+        return _flat(r.smalls, among, (r.step,) if isinstance(r, Select) else r.steps, r.start)
+    index = spelling.factor(Factor(r.index, r.smalls, r.name)) + ("" if r.index.is_cpu else ".cpu()")
+    is_last = [*r.smalls] == [*among][len(among) - len(r.smalls) :]
+    return index if is_last else f"{index}[{', '.join(_spread(x, among) for x in r.smalls)}]"
+
+
 def _test(r: Relation, spelling: _Spelling) -> str:
     """Where a relation holds, in ranges."""
     labels = _labels(r)
-
-    def spread(label: Label) -> str:
-        behind = len(labels) - 1 - labels.index(label)
-        return f"torch.arange({label.size})" + (f"[:{', None' * behind}]" if behind else "")
-
-    def flat(labels: Sequence[Label], steps: Sequence[int], start: int) -> str:
-        parts = [spread(x) if step == 1 else f"{step} * {spread(x)}" for x, step in zip(labels, steps, strict=True)]
-        shown = " + ".join(parts) or "0"
-        return f"{shown} {'+-'[start < 0]} {abs(start)}" if start else shown
-
-    def place(labels: Sequence[Label]) -> str:
-        return flat(labels, [volume(labels[k + 1 :]) for k in range(len(labels))], 0)
-
     if isinstance(r, Triangle):
-        test = f"{place(r.rows)} >= {place(r.cols)}" + (f" + {r.offset}" if r.offset else "")
-    elif isinstance(r, Lookup):
-        index = spelling.factor(Factor(r.index, r.smalls, r.name)) + ("" if r.index.is_cpu else ".cpu()")
-        test = f"{index}[{', '.join([spread(x) for x in r.smalls]) or '()'}] == {place(r.bigs)}"
-    elif isinstance(r, Select | Window):
-        steps = (r.step,) if isinstance(r, Select) else r.steps
-        test = f"{flat(r.smalls, steps, r.start)} == {place(r.bigs)}"
-    else:
-        raise NotImplementedError(f"vjp_code: there is no way to write {type(r).__name__}")
-    return test
+        return f"{_flat(r.rows, labels)} >= {_flat(r.cols, labels)}" + (f" + {r.offset}" if r.offset else "")
+    if isinstance(r, Lookup | Select | Window):
+        return f"{_place(r, labels, spelling)} == {_flat(r.bigs, labels)}"
+    raise NotImplementedError(f"vjp_code: there is no way to write {type(r).__name__}")
 
 
 def _plain(name: str) -> str:

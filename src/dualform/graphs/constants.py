@@ -38,6 +38,7 @@ _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__na
 _MASKS = (torch.bool, torch.uint8)  # as which an index is one
 _LISTED = {torch.tensor, torch.as_tensor, torch.asarray}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
+_NUMBERED = {Tensor.narrow, torch.narrow, Tensor.tensor_split, torch.tensor_split}  # whose numbers may be tensors
 _SCATTERED = {Tensor.masked_scatter, torch.masked_scatter}
 _REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
 _RANDOM = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.multinomial, torch.normal}
@@ -206,8 +207,15 @@ class Constants:
             return func, (numbers, *args[1:]), kwargs
         elif func is torch.nn.functional.embedding_bag:
             return func, (), self._bags(signature(func).bind(*args, **kwargs).arguments)
+        elif func in _NUMBERED and all(map(self.knows, args[1:])):
+            with aside():
+                return (
+                    func,
+                    (args[0], *(self.value(x).tolist() if isinstance(x, Tensor) else x for x in args[1:])),
+                    kwargs,
+                )
         elif func in _SELECTED and not kwargs and self.is_mask(args[1]):
-            shape = torch.broadcast_shapes(*(t.shape for t in args))
+            shape = torch.broadcast_shapes(*(t.shape for t in args)) or torch.Size([1])
             return Tensor.__getitem__, (args[0].expand(shape), self.places(args[1], shape)), {}
         elif func in _SCATTERED and not kwargs and self.is_mask(args[1]):
             shape = torch.broadcast_shapes(*(t.shape for t in args[:2]))

@@ -186,6 +186,8 @@ class Listener:
     def below(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call inside a torch.func transform: the trace sees what the transform makes of it."""
         mode: Any = get_proxy_mode()
+        if mode is None:  # torch's tracer, which has written the call down, runs it
+            return func(*args, **kwargs)
         before = len(mode.tracer.graph.nodes)
         if func in DETACH or func == DATA:
             func = stop_gradient

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from dualform.graphs.code_names import is_fixed
-from dualform.graphs.edit import replace
+from dualform.graphs.edit import emitter, replace
 from dualform.ops.table import bound_arguments
 from dualform.shapes import TraceError
 
@@ -90,7 +90,7 @@ def _line_that_draws(generators: Sequence[Any], again: Callable[[], Any], shown:
 
 
 def refuse_random_ops(gm: fx.GraphModule, blame: Callable[[fx.Node, str, str], NoReturn]) -> None:
-    """Random ops are refused; dropout that is switched off is the identity."""
+    """Random ops are refused; dropout that is switched off is the identity, and of all it leaves zeros."""
     for node in list(gm.graph.nodes):
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
@@ -98,6 +98,8 @@ def refuse_random_ops(gm: fx.GraphModule, blame: Callable[[fx.Node, str, str], N
         is_dropout = len(target._schema.returns) == 1 and [*bound_arguments(node)] == ["input", "p", "train"]
         if is_dropout and (not node.args[2] or node.args[1] == 0):
             replace(node, node.args[0])
+        elif is_dropout and node.args[1] == 1:
+            replace(node, emitter(gm.graph, node)(torch.ops.aten.zeros_like.default, node.args[0]))
         elif not _is_quiet(node):
             what = "is random (dropout in training mode)" if "dropout" in str(target) else "is random"
             blame(node, what, "Call .eval(), or draw the noise outside and pass it in.")

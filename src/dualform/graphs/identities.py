@@ -127,8 +127,8 @@ def _multiplied(r: Rewriter, node: Any) -> Any:
     pairs: Any = ((x, y), (y, x))
     for a, b in pairs:
         constant = _filled(b)
-        if constant is not None and isinstance(a, fx.Node) and value(a).shape == value(node).shape:
-            return a if constant == 1 and value(a).dtype == value(node).dtype else r.make(aten.mul.Tensor, a, constant)
+        if constant is not None and isinstance(a, fx.Node) and _is_like(a, node) and value(b).dtype == value(a).dtype:
+            return a if constant == 1 else r.make(aten.mul.Tensor, a, constant)
         if name_of(b) == "reciprocal" and isinstance(a, fx.Node):
             return r.make(aten.div.Tensor, a, b.args[0])
         if is_number(b) and name_of(a) == "sum":
@@ -136,6 +136,10 @@ def _multiplied(r: Rewriter, node: Any) -> Any:
         if is_number(b) and name_of(a) == "mul" and is_number(a.args[1]):
             return r.make(aten.mul.Tensor, a.args[0], a.args[1] * b)
     return None
+
+
+def _is_like(a: Any, node: Any) -> bool:
+    return value(a).shape == value(node).shape and value(a).dtype == value(node).dtype
 
 
 def _filled(node: Any) -> float | None:

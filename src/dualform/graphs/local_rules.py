@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualform import ops
 from dualform.algebra.linear_map import Derivative, Route, derivative_of
@@ -33,6 +35,7 @@ from dualform.shapes import TraceError, fail
 
 for _found in iter_modules(ops.__path__):  # each puts its rows into the table
     import_module(f"{ops.__name__}.{_found.name}")
+aten = torch.ops.aten
 _warned: set[str] = set()
 # What stand-ins without values raise where a derivative depends on values.
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
@@ -50,7 +53,8 @@ def derivative(call: OpCall, operand: int) -> Derivative:
     J[out..., in...] = d call.out / d call.operands[operand]
     Shape:  call.out.shape + operand.shape.
     Dtype:  that of call.out. Works on concrete, fake, meta and traced tensors.
-    Raises: IndexError if there is no such operand. Warns once for an op that has only a dense derivative.
+    Raises: IndexError if there is no such operand. Warns once when the terms of an op are asked for that has only a
+            dense derivative.
     """
     x = call.operands[operand]
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
@@ -60,7 +64,9 @@ def derivative(call: OpCall, operand: int) -> Derivative:
         route = _Linear(call, operand, found.adjoint)
         return derivative_of(call.out, x, partial(found.rule, call, operand), route)
     terms = _terms(call, operand)
-    return derivative_of(call.out, x, _dense(call, operand) if terms is None else terms)
+    if terms is None:
+        return derivative_of(call.out, x, partial(_dense, call, operand), _Torchs(call, operand))
+    return derivative_of(call.out, x, terms)
 
 
 row("dualform::kept", examples=[example("dualform::kept", [T("n"), T("n")], CARRIED, 0)])(
@@ -84,6 +90,21 @@ class _Linear(Route):
         return self.call.run(self.operand, v) if alone else self.adjoint(self.call, v)
 
 
+@dataclass(frozen=True)
+class _Torchs(Route):
+    """An op whose gradient torch alone knows, as that of an op of one's own: a vjp asks for it once."""
+
+    call: OpCall
+    operand: int
+
+    def vjp(self, g: Tensor) -> Tensor:
+        return _pulled(self.call, self.operand, [g.clone()])[0]
+
+    def jvp(self, v: Tensor) -> Tensor:
+        x = self.call.operands[self.operand]
+        return derivative_of(self.call.out, x, _dense(self.call, self.operand)).jvp(v)
+
+
 def _terms(call: OpCall, operand: int) -> list[Term] | None:
     """By its row, entry by entry, or through its definition, in this order; None if nothing is known of the op."""
     rule = row_of(call.target).rule
@@ -101,17 +122,11 @@ def _dense(call: OpCall, operand: int) -> list[Term]:
     name, x = call.target._schema.name, call.operands[operand]
     advice = "Take torch's gradients (torch.func.vjp) of that op, or add a row (ops/table.py)."
     expect_room("derivative", f"that of {name}", call.out.numel() * x.numel() * x.element_size(), advice)
-    try:
-        # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is).
-        full = torch.func.jacrev(lambda t: call.run(operand, t), chunk_size=1)(x)
-    except (RuntimeError, NotImplementedError) as error:
-        if reads_values(error):
-            raise
-        fail(
-            "derivative", f"{name} by {call.operand_name(operand)}",
-            f"has no row and no backward in torch ({str(error).splitlines()[0]})", "a differentiable op",
-            "Detach that argument, write it with other ops, or add a row (ops/table.py).", TraceError,
-        )  # fmt: skip
+    basis = torch.eye(call.out.numel(), dtype=call.out.dtype, device=call.out.device)
+    # One cotangent at a time: torch's batching rules of some backwards are wrong (cdist's is), and as_strided's reads
+    # the memory that its cotangent is a part of.
+    rows = _pulled(call, operand, [row.clone() for row in basis.reshape(-1, *call.out.shape)])
+    full = torch.stack(rows).reshape([*call.out.shape, *x.shape])
     if name not in _warned:
         _warned.add(name)
         warnings.warn(
@@ -127,6 +142,36 @@ def _users() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("dualform", "torch"):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _pulled(call: OpCall, operand: int, cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that torch has; by plain autograd where an op of one's own has one that transforms cannot take."""
+    run, x = partial(call.run, operand), call.operands[operand]
+    try:
+        pull: Any = torch.func.vjp(run, x)[1]
+        return [pull(g)[0] for g in cotangents]
+    except (RuntimeError, NotImplementedError) as error:
+        if reads_values(error):
+            raise
+    try:
+        with torch.enable_grad(), _Undetached():
+            at = x.view_as(x).requires_grad_()
+            out = run(at)
+            return [torch.autograd.grad(out, at, g, retain_graph=True, materialize_grads=True)[0] for g in cotangents]
+    except (RuntimeError, NotImplementedError) as error:
+        fail(
+            "derivative", f"{call.target._schema.name} by {call.operand_name(operand)}",
+            f"has no row and no backward in torch ({str(error).splitlines()[0]})", "a differentiable op",
+            "Detach that argument, write it with other ops, or register a gradient (torch.library.register_autograd).",
+            TraceError,
+        )  # fmt: skip
+
+
+class _Undetached(TorchDispatchMode):
+    """Autograd hands results back detached: here, where a second derivative may look on, as they are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (aten.alias.default if func is aten.detach.default else func)(*args, **kwargs or {})
 
 
 def affine(target: OpCall | Target, operands: frozenset[int]) -> bool:

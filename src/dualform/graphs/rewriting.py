@@ -144,9 +144,12 @@ def _rolled(r: Rewriter, node: Any) -> Any:
 @rewrites("flip")
 def _flipped(r: Rewriter, node: Any) -> Any:
     x: Any = node.args[0]
-    if name_of(x) == "flip" and set(dims_of(x.args[1], value(x).ndim)) == set(dims_of(node.args[1], value(x).ndim)):
-        return x.args[0]
-    return None
+    if not node.args[1]:
+        return x
+    twice = name_of(x) == "flip" and x.args[1]
+    return (
+        x.args[0] if twice and set(dims_of(twice, value(x).ndim)) == set(dims_of(node.args[1], value(x).ndim)) else None
+    )
 
 
 @rewrites("cat", "concat", "concatenate")

@@ -44,7 +44,7 @@ def normalised(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(original)
         elif node.target is operator.getitem:
             _part(gm.graph, node)
-        elif node.target is aten.index_select.default and _counts(node.args[2], _sizes(node.args[0])[node.args[1]]):
+        elif node.target is aten.index_select.default and _counts(node.args[2], _size(*node.args[:2])):
             node.replace_all_uses_with(emitter(gm.graph, node)(aten.alias.default, node.args[0]))
         elif node.target is aten.index.Tensor and (axes := _own_axes(node)):
             node.replace_all_uses_with(_of_own_row(emitter(gm.graph, node), axes, node))
@@ -95,6 +95,11 @@ def _written(emit: Emit, node: fx.Node) -> fx.Node:
 
 def _sizes(x: Any) -> list[int]:
     return list(x.meta["val"].shape)
+
+
+def _size(x: Any, axis: int) -> int:
+    """How many entries an axis has; the one that a number is taken to have has one."""
+    return _sizes(x)[axis] if x.meta["val"].ndim else 1
 
 
 def _own_axes(node: fx.Node) -> list[int]:

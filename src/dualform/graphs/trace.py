@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from dualform.graphs.complex_rules import paired
 from dualform.graphs.constants import Constants, aside
 from dualform.graphs.counts import Asked, asking, told
+from dualform.graphs.ctc import SPELLED
 from dualform.graphs.custom import Listener, Plain, listening
 from dualform.graphs.draws import no_draws, refuse_random_ops
 from dualform.graphs.edit import line_of
@@ -41,7 +42,6 @@ from dualform.graphs.selected import Proved, Selected, alone
 from dualform.graphs.single_results import normalised
 from dualform.graphs.survivors import Settled, Survivors, survivors
 from dualform.graphs.this_thread import apart, caller, lines_told, uncompiled
-from dualform.ops.spelled import SPELLED
 from dualform.shapes import ShapeError, TraceError
 
 aten = torch.ops.aten
@@ -378,17 +378,27 @@ def _raised_at(error: Exception) -> str:
     frames = [fr for fr in traceback.extract_tb(error.__traceback__) if not _is_ours(fr.filename, fr.name)]
     if frames:
         return _shown(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line or "")
-    called = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
-    parts = [x for frame in called if isinstance(x := frame.f_locals.get("self"), torch.nn.Module)]
+    parts = _parts(error)
     return repr(parts[-1]).partition("\n")[0] if parts else "the function"
+
+
+def _parts(error: Exception) -> list[torch.nn.Module]:
+    """The modules in whose forward an error came up."""
+    called = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
+    return [x for frame in called if isinstance(x := frame.f_locals.get("self"), torch.nn.Module)]
 
 
 def _settle(error: Exception, is_torchs: bool) -> None:
     """Refuse for good what torch's own tracer would run, or say worse."""
     if isinstance(error, WritesOutside):
+        advice = OWN_WRITES
+        if any(getattr(part, "track_running_stats", False) for part in _parts(error)):
+            advice = (
+                "Build it with track_running_stats=False, which keeps none, or call .eval(), which takes those kept."
+            )
         raise Settled(
             f"trace: `{_raised_at(error)}` writes to an input or a buffer; expected a pure function of its inputs. "
-            f"{OWN_WRITES}"
+            f"{advice}"
         ) from None
     if is_torchs:
         _reraise(error, Settled)

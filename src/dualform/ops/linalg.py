@@ -180,10 +180,32 @@ def _lu(A: Tensor, *, pivot: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @row(
-    "aten::linalg_pinv", "aten::linalg_matrix_exp", "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_lu_factor_ex", "aten::lu_unpack", "aten::cholesky_inverse",
+    "aten::_linalg_svd", "aten::_linalg_eigh", reads=_reads_matrix,
+    examples=[*(call("_linalg_svd", T(x)).of(1) for x in ("b n m", "m n")), call("_linalg_svd", T("b n m")).of(2), call("_linalg_eigh", BNN), call("_linalg_eigh", NN, "U"), call("_linalg_eigh", T("1 1"))],
+)  # fmt: skip
+def _spectrum(call: OpCall, operand: int) -> list[Term]:
+    """dσ_i = u_i^T dA v_i, of a symmetric A dλ_i = v_i^T dA v_i: a product of rank one for each."""
+    A, b = call.operands[0], call.bound
+    is_even = "UPLO" in b
+    if (call.part or 0) != (0 if is_even else 1):
+        return _each_matrix(call, operand)
+    if is_even:
+        V = torch.linalg.eigh(A, b["UPLO"])[1]
+        pair = (V, "V"), (V, "V")
+    else:
+        U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+        pair = (U, "U"), (Vh.mT, "V")
+    batch, i, j = _square(A)
+    (k,) = fresh_axes(call.out.shape[-1:])
+    factors = tuple(make_factor(x, (*batch, axis, k), name) for (x, name), axis in zip(pair, (i, j), strict=True))
+    return [Term(1.0, factors, (*batch, k), (*batch, i, j))]
+
+
+@row(
+    "aten::linalg_pinv", "aten::linalg_matrix_exp", "aten::linalg_qr", "aten::linalg_lu_factor_ex", "aten::lu_unpack", "aten::cholesky_inverse",
     reads=_reads_matrix, examples=[
         call("lu_unpack", FACTORS, PIVOTS).of(1), call("lu_unpack", FACTORS, PIVOTS).of(2),
-        call("linalg_pinv.atol_rtol_tensor", T("b n m")), call("linalg_matrix_exp", T("b n n")), call("_linalg_svd", T("b n m")).of(1), call("_linalg_eigh", BNN), call("linalg_qr", T("b m n")).of(1),
+        call("linalg_pinv.atol_rtol_tensor", T("b n m")), call("linalg_matrix_exp", T("b n n")), call("linalg_qr", T("b m n")).of(1),
         call("linalg_lu_factor_ex", BNN), call("cholesky_inverse", BNN), call("linalg_matrix_exp", T("n n")),
     ],
 )  # fmt: skip

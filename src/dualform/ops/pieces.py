@@ -98,7 +98,7 @@ row("aten::slice_backward", kind="pieces", entry=_window, examples=[call("", T("
 )  # fmt: skip
 @row(
     "aten::pad", affine=FIRST,
-    examples=[call("", T("n m"), [1, 2, 0, 1]), *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")), call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect")],
+    examples=[call("", T("n m"), [1, 2, 0, 1]), *(call("pad", T("b c l"), [2, 1], mode) for mode in ("reflect", "replicate", "circular")), call("pad", T("b c 4 5"), [1, 2, 3, 0], "reflect"), *(call("pad", T("b c 4 5"), [-1, 1, 2, -2], mode) for mode in ("reflect", "replicate", "circular"))],
 )  # fmt: skip
 def _pad(call: OpCall, operand: int) -> list[Term]:
     """The border is zero (a window that reaches outside), a mirror, the edge, or the other end (a lookup)."""
@@ -113,14 +113,15 @@ def _pad(call: OpCall, operand: int) -> list[Term]:
         elif mode == "constant":
             relations += window([out[k]], inn[k], -before, [1])
         else:
-            relations += _mirrored(out[k], inn[k], x.shape[k], before, mode, x.device)
+            relations += _mirrored(out[k], inn[k], x.shape[k], before, after, mode, x.device)
     return [Term(1.0, tuple(relations), tuple(out), inn)]
 
 
-def _mirrored(out: Axis, inn: Axis, n: int, before: int, mode: str, device: torch.device) -> list[Relation]:
+def _mirrored(out: Axis, inn: Axis, n: int, before: int, after: int, mode: str, device: torch.device) -> list[Relation]:
     place = torch.arange(volume(out), device=device) - before
-    if mode == "circular":
-        place = place % n
+    if mode == "circular":  # of what a negative border leaves
+        first = max(-before, 0)
+        place = first + (place - first) % (n - first - max(-after, 0))
     elif mode == "replicate":
         place = place.clamp(0, n - 1)
     else:
@@ -150,9 +151,9 @@ def _repeated(x: Tensor, repeats: Any) -> Tensor:
 
 
 @row("aten::tile", affine=ALL, sizes={"dims"}, examples=[call("", T("n 1"), [2, 2, 3]), call("", T("k n m"), [2])])
-@row("aten::repeat", affine=ALL, lowered=_repeated, examples=[call("", T("n 1"), [2, 2, 3])])
+@row("aten::repeat", affine=ALL, lowered=_repeated, examples=[call("", T("n 1"), [2, 2, 3]), call("", T(""), [])])
 def _repeat(call: OpCall, operand: int) -> list[Term]:
-    x, times = call.operands[0], list(call.bound.get("repeats") or call.bound["dims"])
+    x, times = call.operands[0], list(call.bound["repeats" if "repeats" in call.bound else "dims"])
     times = [1] * (x.ndim - len(times)) + times
     inn = fresh_axes(x.shape)
     padded = ((),) * (len(times) - x.ndim) + inn

@@ -119,14 +119,19 @@ def _einsum(call: OpCall) -> Product:
     return Product(tuple(axis[letter] for letter in out), axes)
 
 
-@product_row("aten::tensordot", examples=[call("", T("k n m"), T("m p k"), [2, 0], [0, 2])])
+@product_row(
+    "aten::tensordot",
+    examples=[call("", T("k n m"), T("m p k"), [2, 0], [0, 2]), call("", T("1 1 1"), T("2 1 2"), [0, 1], [2, 0]), call("", T("3 k"), T("1 m"), [0], [0])],
+)  # fmt: skip
 def _tensordot(call: OpCall) -> Product:
+    """An axis of size 1 is paired with one of any size: the sum over that is of the other operand alone."""
     a, b = call.operands[:2]
     left = list(fresh_axes(a.shape))
     right = list(fresh_axes(b.shape))
     pairs = list(zip(call.bound["dims_self"], call.bound["dims_other"], strict=True))
     for p, q in pairs:
-        right[q % b.ndim] = left[p % a.ndim]
+        if a.shape[p] == b.shape[q]:
+            right[q % b.ndim] = left[p % a.ndim]
     mine, theirs = {p % a.ndim for p, _ in pairs}, {q % b.ndim for _, q in pairs}
     out = [x for k, x in enumerate(left) if k not in mine] + [x for k, x in enumerate(right) if k not in theirs]
     return Product(tuple(out), (tuple(left), tuple(right)))

@@ -20,14 +20,14 @@ from dualform.ops.indexing import bags
 
 
 def _cov(x: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Tensor:
-    """Rows are variables; frequencies count, importances weigh."""
+    """Rows are variables; frequencies count, importances weigh: in their own precision, as torch has it."""
     rows = torch.atleast_2d(x)
-    frequency = torch.ones_like(rows[0]) if fweights is None else fweights.to(x.dtype)
-    weight = frequency if aweights is None else frequency * aweights
+    given = [w for w in (fweights, aweights) if w is not None]
+    weight = math.prod(given[1:], start=given[0]) if given else torch.ones_like(rows[0])
     total = weight.sum()
     apart = rows - (rows * weight).sum(1, keepdim=True) / total
-    lost = correction if aweights is None else correction * (weight * aweights).sum() / total
-    return ((apart * weight) @ apart.mT / (total - lost)).squeeze()
+    lost = correction * (weight * aweights).sum() / total if aweights is not None and correction else correction
+    return ((apart * weight) @ apart.mT / (total - lost).clamp(min=0)).squeeze()
 
 
 def _corrcoef(x: Tensor) -> Tensor:
@@ -109,7 +109,8 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     apart = (A @ X - B).square().sum(-2)
     X, apart = (X[..., 0], apart[..., 0]) if is_vector else (X, apart)
     rest = apart if A.shape[-2] > A.shape[-1] else apart.new_empty(0)
-    return _results.linalg_lstsq((X, rest, torch.linalg.matrix_rank(A, rtol=rcond), A.new_empty(0)))
+    values = torch.linalg.svdvals(A).detach() if driver in ("gelsd", "gelss") else A.new_empty(0)
+    return _results.linalg_lstsq((X, rest, torch.linalg.matrix_rank(A, rtol=rcond), values))
 
 
 def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
@@ -128,6 +129,16 @@ def _gaussian_nll(
     loss = 0.5 * (bounded.log() + (input - target).square() / bounded)
     loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def _first_moves(f: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Statistics beside a result have no gradient, as torch has it."""
+
+    def run(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+        made, *rest = f(*args, **named)
+        return made, *(x.detach() for x in rest)
+
+    return run
 
 
 def _recurrent(whole: Callable[..., Any], cell: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
@@ -221,10 +232,19 @@ def _once(join: Callable[..., Tensor], thick: Callable[[Tensor], Tensor] = lambd
     return joined
 
 
+_STATISTICS = [
+    getattr(torch, n)
+    for n in ("native_layer_norm", "native_batch_norm", "_native_batch_norm_legit")
+    if hasattr(torch, n)
+]
+_chunked: Any = getattr(torch.nn.functional, "linear_cross_entropy", None)  # asks whether gradients are asked for
+
+
 SPELLED: dict[Any, Callable[..., Any]] = {
     **{join: _once(join) for join in (torch.stack, torch.cat, torch.concat, torch.concatenate)},
     **{join: _once(join, torch.atleast_2d) for join in (torch.vstack, torch.row_stack)},
-    _bagged: _embedding_bag,
+    **{f: _first_moves(f) for f in _STATISTICS},
+    _bagged: _embedding_bag, _chunked: lambda *given, options=None, **named: _chunked(*given, **named),
     torch.linalg.lstsq: _lstsq, torch.linalg.solve_ex: _solve_ex,
     torch.nn.functional.gaussian_nll_loss: _gaussian_nll, torch.cov: _cov,
     Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef, torch.combinations: _combinations,

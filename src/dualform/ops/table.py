@@ -378,11 +378,10 @@ def entrywise_reads(call: OpCall, name: str, k: int | None = None) -> list[Term]
 
 
 def dims_of(dim: Any, rank: int) -> list[int]:
-    """Normalise a dim argument: None or [] means all."""
-    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+    """Normalise a dim argument: None or [] means all; a number has none."""
+    if not rank or dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(rank))
-    chosen = dim if isinstance(dim, (list, tuple)) else [dim]
-    return [d % rank if rank else 0 for d in chosen]
+    return [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
 
 
 def inverse(order: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ from dualform.algebra.relations import window
 from dualform.algebra.terms import Axis, Label, Relation, Select, Term, atoms, fresh_axes, volume
 from dualform.ops import picking
 from dualform.ops.examples import T, call
-from dualform.ops.table import ALL, OpCall, dims_of, inverse, placed, row
+from dualform.ops.table import ALL, OpCall, inverse, placed, row
 
 aten = torch.ops.aten
 
@@ -279,13 +279,19 @@ row("aten::trace", affine=ALL, examples=[call("", T("n m")), call("", T("n n"))]
 )
 
 
-@row("aten::flip", affine=ALL, odd=True, lowered=picking.flip, examples=[call("", T("n m"), [0, 1])])
+@row(
+    "aten::flip",
+    affine=ALL,
+    odd=True,
+    lowered=picking.flip,
+    examples=[call("", T("n m"), [0, 1]), call("", T("n m"), []), call("", T(""), [-1])],
+)
 @row("aten::fliplr", "aten::flipud", affine=ALL, examples=[call("", T("n m"))])
 def _flip(call: OpCall, operand: int) -> list[Term]:
     """big = n - 1 - small on each flipped axis."""
     x = call.operands[0]
     named = {"aten::fliplr": [1], "aten::flipud": [0]}.get(call.target._schema.name)
-    return _flipped(x, dims_of(call.bound["dims"], x.ndim) if named is None else named)
+    return _flipped(x, [d % max(x.ndim, 1) for d in call.bound["dims"]] if named is None else named)
 
 
 def _flipped(x: Tensor, dims: list[int]) -> list[Term]:

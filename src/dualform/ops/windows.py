@@ -235,7 +235,7 @@ def _as_strided(call: OpCall, operand: int) -> list[Term]:
     if not x.is_contiguous():
         return NotImplemented
     inn, out = fresh_axes(x.shape), fresh_axes(call.out.shape)
-    start = int(b["storage_offset"] or 0) - int(x.storage_offset())
+    start = 0 if b["storage_offset"] is None else int(b["storage_offset"]) - int(x.storage_offset())
     steps = [n for n, axis in zip(b["stride"], out, strict=True) if axis]
     return [Term(1.0, (Window(atoms(out), atoms(inn), start, tuple(steps)),), out, inn)]
 
