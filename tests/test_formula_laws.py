@@ -200,7 +200,11 @@ def test_the_page_of_pictures_is_read_back(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Derivative, "explain", lambda J, level="steps": explained.append(J))
     monkeypatch.setattr(Derivative, "plot", lambda J: None)
     blocks = re.findall(r"^```\{code-cell\}[^\n]*\n(?::\w+:[^\n]*\n)*(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    exec("\n".join(block for block in blocks if "to_latex" not in block), {})
+    dtype = torch.get_default_dtype()
+    try:
+        exec("\n".join(block for block in blocks if "to_latex" not in block), {})
+    finally:
+        torch.set_default_dtype(dtype)
     monkeypatch.undo()
     assert len(explained) >= 12
     for J in explained:
