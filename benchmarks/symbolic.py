@@ -363,10 +363,13 @@ def report(results):
              row["ours"]["seconds"]]
             for n, row in sorted(tasks.items(), key=lambda pair: list(known).index(pair[0])) if "ours" in row
         ]  # fmt: skip
-    rows += [["noise 0", name, "as published", "", f"{share} %"] for name, share in PUBLISHED.items()]
+    left = [len(known) - len(tasks) for tasks in results["found"].values()]
+    if not any(left):  # shares of a part are not for comparison
+        rows += [["noise 0", name, "as published", "", f"{share} %"] for name, share in PUBLISHED.items()]
+    part = f" Of {len(known)} formulas {max(left)} were not run." if any(left) else ""
     return (
         harness.table(["noise", "method", "formulas", "recovered", "share"], rows)
-        + f"\n{results['rows']} rows, {results['seconds']} processor seconds a formula.\n\n"
+        + f"\n{results['rows']} rows, {results['seconds']} processor seconds a formula.{part} {results.get('about', '')}\n\n"
         + harness.table(["noise", "number", "truth", "recovered", "found", "seconds"], each)
     )
 
