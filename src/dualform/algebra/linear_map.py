@@ -57,6 +57,8 @@ class Told(Protocol):
 class Route(ABC):
     """A cheaper way to apply a derivative than its terms, as a program of local derivatives; and its account."""
 
+    is_stored = False  # are the terms one stored tensor, of which nobody knows before it is made?
+
     @property
     def inputs(self) -> Mapping[str, Tensor]:
         """The tensors that formulas call by name."""

@@ -231,8 +231,8 @@ def _looked_up(term: Term, side: str, spelling: _Spelling) -> tuple[Term, _Place
 
 def _digit(r: Any, axis: Axis, labels: Sequence[Label], spelling: _Spelling) -> str:
     """The index of one of the axes whose place together a relation says."""
-    place = _place(r, labels, spelling)
-    if axis == r.bigs:
+    place = _place(r, labels, spelling) if axis else _flat(axis, labels)
+    if axis in ((), r.bigs):
         return place
     start = r.bigs.index(axis[0])
     below, size = volume(r.bigs[start + len(axis) :]), volume(axis)

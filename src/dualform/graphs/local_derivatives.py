@@ -88,7 +88,8 @@ class Program:
     @cached_property
     def selects(self) -> bool:
         """Does an op on the way leave entries out, so that what is infinite there counts for nothing?"""
-        terms = (term for parts in self.local.values() for _, J in parts for term in J.terms)
+        known = [J for parts in self.local.values() for _, J in parts if not (J.route and J.route.is_stored)]
+        terms = (term for J in known for term in J.terms)
         return any(isinstance(f, Relation) or f.is_mask for term in terms for f in term.factors)
 
     def terms(self) -> tuple[Term, ...]:

@@ -96,6 +96,7 @@ class _Torchs(Route):
 
     call: OpCall
     operand: int
+    is_stored = True
 
     def vjp(self, g: Tensor) -> Tensor:
         return _pulled(self.call, self.operand, [g.clone()])[0]

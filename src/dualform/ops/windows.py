@@ -153,6 +153,7 @@ def _average_pool(call: OpCall, operand: int) -> list[Term]:
     examples=[
         call("adaptive_avg_pool1d", T("b c l"), [3]), call("adaptive_avg_pool1d", T("b c 6"), [2]), call("adaptive_avg_pool2d", T("b k h w"), [2, 3]),
         call("adaptive_avg_pool2d", T("k h w"), [1, 6]), call("_adaptive_avg_pool2d", T("b k h w"), [1, 4]), call("adaptive_avg_pool3d", T("1 k 2 4 3"), [2, 2, 2]),
+        call("_adaptive_avg_pool3d", T("1 k 2 4 3"), [2, 2, 2]),
     ],
 )  # fmt: skip
 def _adaptive_average_pool(call: OpCall, operand: int) -> list[Term]:
