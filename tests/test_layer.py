@@ -234,7 +234,7 @@ def test_states_fork_select_and_survive_the_disk(tmp_path):
     laws.agree("selected", layer(x[rows], state.select(rows))[0], y[rows])
     assert not any(t.requires_grad for t in state.detach().tensors().values())
     state.memory.save(tmp_path / "memory.safetensors")
-    with pytest.raises(ValueError, match=r"LayerState.load: .*'anchor.inner.W1'.*'memory"):
+    with pytest.raises(ValueError, match=r"LayerState.load: .*'anchor.inner.W1'.*expected 'memory"):
         LayerState.load(tmp_path / "memory.safetensors")
     with pytest.raises(ValueError, match=r"State.load: .*'memory.position'"):
         df.State.load(tmp_path / "layer.safetensors")

@@ -91,13 +91,14 @@ class Carried:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; refuse a file that holds something else."""
         tensors, kinds = load_file(str(path)), get_type_hints(cls)
+        own = {f.name: kinds[f.name] for f in fields(cls)}  # type: ignore[arg-type]
         try:
             made = cls.of(tensors)
         except KeyError:
             made = None
         if made is None or made.tensors().keys() != tensors.keys():
             held = f"{'a tensor' if len(tensors) == 1 else 'tensors'} named {', '.join(map(repr, tensors))}"
-            names = ", ".join(repr(n if kind is Tensor else f"{n}.*") for n, kind in kinds.items())
+            names = ", ".join(repr(n if kind is Tensor else f"{n}.*") for n, kind in own.items())
             raise ValueError(
                 f"{cls.__name__}.load: {path} holds {held}; expected {names}. Pass a file that {cls.__name__}.save "
                 "wrote."
