@@ -619,7 +619,7 @@ def test_evaluate_may_score_another_text_and_says_when_it_would(capfd, straight,
     assert (status, f"{run} was made with it: pass --data" in err) == (1, True), err
     for words in (["--seq-len", "0"], ["--batch-size", "-1"], ["--seq-len", "1"]):
         status, _, err = command(capfd, "evaluate", run, "--data", text, *words)
-        assert (status, f"is {words[1]}; expected" in err) == (1 if words[1] == "1" else 2, True), err
+        assert (status, f"is {words[1]}; expected" in err) == (2, True), err
 
 
 def test_evaluate_on_no_text_is_named(capfd, straight):
@@ -644,7 +644,7 @@ MISTAKES = {
     "--learning-rate inf": (2, "learning_rate is inf; expected a finite number"),
     "--set weight_decay=-1": (2, "weight_decay is -1; expected a number >= 0"),
     "--set warmup_steps=-2": (2, "warmup_steps is -2; expected a whole number >= 0"),
-    "--seq-len 1": (1, "seq_len is 1; expected >= 2"),
+    "--seq-len 1": (2, "seq_len is 1; expected a whole number >= 2, a token and the next"),
     "--set model.chunk=abc": (2, "chunk is 'abc'; expected a value of type int"),
     "--set model.hidden_size=1.5": (2, "hidden_size is 1.5; expected a value of type int"),
     "--set model.chunk=2020-01-01": (2, "chunk is datetime.date(2020, 1, 1); expected a value of type int"),
