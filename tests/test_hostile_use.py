@@ -264,3 +264,24 @@ def test_nothing_of_the_trials_for_a_width_is_left(g: Callable[..., Tensor]) -> 
         df.derive(Scaled(g), chunk=2, prove=False)
     assert not kept
     assert not tables
+
+
+class Own(nn.Module):
+    """Ops that give what they are given: a learner's own weight and table, not something of the trial's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.b = nn.Parameter(torch.eye(4)), nn.Parameter(torch.ones(4))
+        self.register_buffer("scale", torch.ones(4))
+        self.free = torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.W.type_as(x) * self.scale.to(x) + self.b.type_as(x) * self.free.type_as(x)
+
+
+def test_a_trial_for_the_width_takes_nothing_of_the_learners_own() -> None:
+    learner = Own()
+    before = {**learner.state_dict(keep_vars=True), "free": learner.free}
+    df.derive(learner, chunk=2, prove=False)
+    after = {**learner.state_dict(keep_vars=True), "free": learner.free}
+    assert {n: id(x) for n, x in after.items()} == {n: id(x) for n, x in before.items()}

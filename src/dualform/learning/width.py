@@ -69,10 +69,11 @@ class _Made(TorchFunctionMode):
         return x
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
-        if any((was := self.seen.get(id(x))) is not None and was() is x for x in tensors_in(args, kwargs or {})):
+        result, given = func(*args, **kwargs or {}), {id(x): x for x in tensors_in(args, kwargs or {})}
+        if any((was := self.seen.get(key)) is not None and was() is x for key, x in given.items()):
             for x in tensors_in(result):
-                self.noted(x)
+                if id(x) not in given:  # w.type_as(x) is the learner's own w
+                    self.noted(x)
         return result
 
 
