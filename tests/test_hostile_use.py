@@ -200,6 +200,8 @@ def test_a_learner_that_holds_a_program_is_refused_for_what_it_is() -> None:
 class Weighted(nn.Module):
     """A loss with a learned weight and a constant, which stay in their dtype where a proof runs in float64."""
 
+    b: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor(1.3))
@@ -268,6 +270,8 @@ def test_nothing_of_the_trials_for_a_width_is_left(g: Callable[..., Tensor]) -> 
 
 class Own(nn.Module):
     """Ops that give what they are given: a learner's own weight and table, not something of the trial's."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
