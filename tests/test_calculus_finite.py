@@ -141,3 +141,15 @@ def test_a_mask_is_stored_as_truth_values() -> None:
         assert jacobian(f, x).nbytes == 7
     assert jacobian(lambda x: x.relu().sqrt(), x).nbytes == 7 * 9
     assert math.isfinite(jacobian(lambda x: x.relu().sqrt(), x).dense().sum().item())
+
+
+@pytest.mark.parametrize(
+    "after",
+    [lambda h: h.T, lambda h: h.sum(0), lambda h: h.sum(1), lambda h: h.sum(), lambda h: (h * h[0]).sum(0)],
+    ids=["turned", "rows", "columns", "all", "weighed"],
+)
+def test_printed_code_selects_whatever_a_gradient_reaches(after: Any) -> None:
+    """Explaining runs what it prints, and raises where that differs from autograd."""
+    x = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -3.0]], dtype=torch.float64)
+    J = jacobian(lambda x: after(x.relu()), x)
+    assert "torch.where(" in J.explain().code

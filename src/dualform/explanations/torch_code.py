@@ -293,21 +293,28 @@ def _einsum(
     late = next((k for k in masks if {*_labels(factors[k])} <= {*out}), None)
     if late is not None and (g or len(factors) > 1):  # it selects: what it leaves out is 0, whatever the rest is
         rest = [k for k in range(len(factors)) if k != late]
-        inner = _einsum(g, seed, [factors[k] for k in rest], [names[k] for k in rest], out, like)
-        mine = _labels(factors[late])
-        mask = _permuted(names[late], mine, [x for x in out if x in mine])
-        spread = [x.size if x in mine else 1 for x in out]
-        mask = mask if len(mine) == len(out) else f"{mask}.reshape({spread})"
-        return f"torch.where({mask}, {inner[1:-1] if inner[0] == '(' else inner}, 0)"
+        reach = {*seed, *(x for k in rest for x in _labels(factors[k]))}
+        have = [x for x in out if x in reach]
+        inner = _einsum(g, seed, [factors[k] for k in rest], [names[k] for k in rest], have, like)
+        inner = _bare(_along(inner, have, out))
+        mine = [x for x in out if x in _labels(factors[late])]
+        mask = _along(_permuted(names[late], _labels(factors[late]), mine), mine, out)
+        return f"torch.where({mask}, {inner}, 0)"
     names = [f"{name}.to({like})" if k in masks else name for k, name in enumerate(names)]
     operands = [*([(g, tuple(seed))] if g else []), *zip(names, map(_labels, factors), strict=True)]
     if all(labels in (tuple(out), ()) for _, labels in operands):
         joined = " * ".join(name for name, _ in operands)
         return f"({joined})" if len(operands) > 1 else joined
     if len(operands) == 1 and set(out) == set(operands[0][1]) and len(out) == len(operands[0][1]):
-        return _permuted(names[0], operands[0][1], out)
+        return _permuted(operands[0][0], operands[0][1], out)
     spec = ",".join("".join(letters[x] for x in labels) for _, labels in operands)
     return f"torch.einsum('{spec}->{''.join(letters[x] for x in out)}', {', '.join(name for name, _ in operands)})"
+
+
+def _along(code: str, have: Sequence[Label], out: Sequence[Label]) -> str:
+    """Let a tensor over some axes, in their order, be spread over all."""
+    is_last = [*have] == [*out][len(out) - len(have) :]
+    return code if is_last else f"{code}.reshape({[x.size if x in have else 1 for x in out]})"
 
 
 def _labels(f: Factor | Relation) -> tuple[Label, ...]:
