@@ -36,6 +36,13 @@ def _noted(request):
     _seen.update(found if request.node.stash.get(_passed, False) else ())
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _seen.update(getattr(node, "workeroutput", {}).get("seen", ()))
+
+
 def pytest_sessionfinish(session):
-    if session.config.getoption("--seen") and _seen:
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: its controller writes
+        session.config.workeroutput["seen"] = sorted(_seen)
+    elif session.config.getoption("--seen") and _seen:
         triton_seen.write(torch.device("cuda", torch.cuda.current_device()), _seen)

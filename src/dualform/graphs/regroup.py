@@ -67,26 +67,43 @@ def _pass(graph: fx.Graph, carried: Sequence[int]) -> None:
 
 @verified_below_autograd
 def join_products(graph: fx.Graph) -> None:
-    """Write a @ x + b @ x as (a + b) @ x: the corrections of a weight and of its bias share their gradients."""
+    """Write a @ x + b @ x as (a + b) @ x: the corrections of a weight and of its bias share their gradients; leave out
+    what is added and taken off again."""
     for root in reversed(list(graph.nodes)):
         if not _signs(root) or _inner(root, _signs):
             continue
-        terms, _ = _terms(root)
-        by_right: dict[fx.Node, list[int]] = {}
+        every, _ = _terms(root)
+        terms = _left_over(every) or every
+        is_shorter, by_right = len(terms) < len(every), dict[fx.Node, list[int]]()
         for i, (_, x) in enumerate(terms):
             if isinstance(x, fx.Node) and x.target in (aten.mm.default, aten.bmm.default) and len(x.users) == 1:
                 by_right.setdefault(x.args[1], []).append(i)  # type: ignore[arg-type]
-        for right, places in by_right.items():
-            lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
-            if len({shape_of(x) for _, x in lefts}) != 1 or len(lefts) < 2 or _size(lefts[0][1]) > _size(right):
-                continue
-            with graph.inserting_before(root):
-                sign, left = _added(graph, lefts)
-                terms.append((sign, add(graph, terms[places[0]][1].target, left, right)))
-                kept = [t for i, t in enumerate(terms) if i not in places]
-                root.replace_all_uses_with(_total(graph, kept))
-            break
+        with graph.inserting_before(root):
+            for right, places in by_right.items():
+                lefts = [(terms[i][0], terms[i][1].args[0]) for i in places]
+                if len({shape_of(x) for _, x in lefts}) != 1 or len(lefts) < 2 or _size(lefts[0][1]) > _size(right):
+                    continue
+                kept, lefts = [t for i, t in enumerate(terms) if i not in places], _left_over(lefts)
+                if lefts:
+                    sign, left = _added(graph, lefts)
+                    kept.append((sign, add(graph, terms[places[0]][1].target, left, right)))
+                if kept:
+                    terms, is_shorter = kept, True
+                    break
+            if is_shorter:
+                root.replace_all_uses_with(_total(graph, terms))
     without_dead(graph)
+
+
+def _left_over(terms: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Take out pairs of a term and its negative."""
+    found: list[tuple[int, Any]] = []
+    for sign, x in terms:
+        if (-sign, x) in found:
+            found.remove((-sign, x))
+        else:
+            found.append((sign, x))
+    return found
 
 
 def _inner(node: fx.Node, is_part: Callable[[fx.Node], Any]) -> bool:
@@ -107,9 +124,10 @@ def _commute_expand(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _regroup_sum(graph: fx.Graph, root: fx.Node, waits: set[fx.Node]) -> None:
-    terms, negations = _terms(root)
+    every, negations = _terms(root)
+    terms = _left_over(every) or every
     ready = [t for t in terms if t[1] not in waits]
-    if len(terms) < 2 or not (negations or (len(ready) > 1 and len(terms) > 2)):
+    if len(every) < 2 or not (negations or len(terms) < len(every) or (len(ready) > 1 and len(terms) > 2)):
         return
     with graph.inserting_before(root):
         made = [_added(graph, ready)] if ready else []

@@ -62,6 +62,7 @@ class Made:
 
     kernels: dict[str, list[Kernel]]
     arguments: tuple[tuple[str, Any], ...]
+    factors: torch.dtype | None  # the type that products of matrices take, if not that which is computed in
     parts: dict[Any, Any] = field(default_factory=dict)  # what torch computes outside, for so many rows
     seen: bool = False  # was all of it seen right, by the record?
 
@@ -285,7 +286,7 @@ class _Rows(Stretches[Made]):
                             held_in(x, k.kept) for x in (part.inputs if part else ()) if isinstance(x, Input)
                         )
                         wanted |= dict.fromkeys(goal_of(t) for t in (part.targets if part else ()))
-                own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner))
+                own.made[key] = Made(kernels, tuple(x for x in wanted if x[0] not in inner), precision.factors)
             return own.made[key]
 
     def _call(self, run: GridCall, made: Made, tensors: Tensors, count: int, G: int, phase: int) -> Found:
@@ -299,8 +300,9 @@ class _Rows(Stretches[Made]):
     def _reverse_of(self, run: GridCall, made: Made, given: dict[Any, Tensor], count: int, G: int) -> None:
         """Run the vjp: some groups at once from the last, their states computed again beside each other."""
         kept = [key for key in given if key[0] == "kept"]
+        kinds = {key: self._kept_as(made, key, given[key]) for key in kept}
         passed = sum(x.dtype.itemsize * math.prod(x.shape) for k in made.kernels["reverse"] for x in k.slices)
-        again = sum(given[key][0].nbytes for key in kept) if G > 1 else 0
+        again = sum(given[key][0].numel() * kinds[key].itemsize for key in kept) if G > 1 else 0
         nbytes = again + passed * run.B * run.H or 1
         most = min(max(1, STATE_BYTES // (nbytes * G)), GRID) * G
         stops = [*range(most, count, most), count]
@@ -315,7 +317,7 @@ class _Rows(Stretches[Made]):
             if start and stop - start:
                 own |= {key: torch.empty_like(x) for key, x in own.items() if key[0] == "turned"}
             if G > 1 and stop - start > 1:
-                own |= self._states(run, made, own, kept, stop - start, G)
+                own |= self._states(run, made, own, kinds, stop - start, G)
             self._run_all(run, made, made.kernels["reverse"], own, stop - start, 1, 0)
             turned = {key: own[key] for key in own if key[0] == "turned"}
             for key in sums:
@@ -329,13 +331,19 @@ class _Rows(Stretches[Made]):
             return x[start // G : -(-stop // G)]
         return x[start:stop] if role == "input" or (role == "gradient" and what.over == "block") else x
 
+    @staticmethod
+    def _kept_as(made: Made, key: tuple[str, int], x: Tensor) -> torch.dtype:
+        """Say in which type a state is computed again: that of factors, if it is nothing else in reverse."""
+        exact = set[int]().union(*(k.exact for k in made.kernels["reverse"]))
+        return x.dtype if key[1] in exact else made.factors or x.dtype
+
     def _states(
-        self, run: GridCall, made: Made, given: dict[Any, Tensor], kept: list[Any], count: int, G: int
+        self, run: GridCall, made: Made, given: dict[Any, Tensor], kinds: dict[Any, torch.dtype], count: int, G: int
     ) -> dict[Any, Tensor]:
         """Compute what each mini-batch started from again."""
         (kernel,) = made.kernels["advance"]
-        starts = {("before", key[1]): given[key] for key in kept}
-        states = {key: given[key].new_empty(count, *given[key].shape[1:]) for key in kept}
+        starts = {("before", key[1]): given[key] for key in kinds}
+        states = {key: given[key].new_empty(count, *given[key].shape[1:], dtype=kinds[key]) for key in kinds}
         groups = -(-count // G)
         self._run(run, made, kernel, {**given, **starts, **states}, groups, (count, G, 1, 0))
         return states

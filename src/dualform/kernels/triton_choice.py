@@ -29,7 +29,7 @@ def launch_for(kernel: Kernel, warps: int | None, stages: int) -> Launch:
     stages = 1 if kernel.again else stages  # what is read twice would have shared memory twice
     if kernel.carries:
         # Whose reads ahead take what shared memory there is.
-        heavy = kernel.held > ENTRIES and kernel.name.startswith("reverse")
+        heavy = kernel.held > 2 * ENTRIES and kernel.name.startswith("reverse")
         return Launch(warps or next(n for most, n in WARPS if kernel.held <= most), min(stages, 2) if heavy else stages)
     return Launch(warps or (8 if kernel.largest > 8192 else 2 if kernel.usual <= 1536 else 4), min(stages, 2))
 

@@ -97,6 +97,7 @@ class Kernel:
     largest: int  # entries of its largest tile, and of its tiles on average
     usual: int
     again: bool  # does it read again what it has no room for?
+    exact: frozenset[int]  # of `kept`: what it reads as more than a factor of products
 
     @cached_property
     def by_torch(self) -> dict[tuple[str, Any], Crossing]:

@@ -14,6 +14,7 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as i
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ from dualform.kernels.triton_text import Writer
 from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
+from dualform.ops.table import kind_of
 
 # Entries of a block of what only weights have, hidden columns say; and of a tile from which lines are put in order.
 BLOCK, LARGE = 128, 8192
@@ -250,6 +252,7 @@ class TileDirection:
             tuple(Crossing(n.name, _shape(n), n.meta["val"].dtype) for n in passed), self.kept, slices,
             bool(self.carried), self.writer.flops, sum(math.prod(_shape(n)) for n in self.carried),
             max(sizes, default=1) * self.blocks, sum(sizes) // max(1, len(sizes)), self.again,
+            frozenset(self.kept.index(x) for n, x in self.source.items() if x in self.kept and not is_factor_alone(n)),
         )  # fmt: skip
 
     def _written(self) -> tuple[Outside | None, list[fx.Node]]:
@@ -414,6 +417,26 @@ class TileDirection:
         return source(self.name, self.arguments, self.writer, self.backwards, self.head, carry, tail)
 
 
+def is_factor_alone(n: fx.Node) -> bool:
+    """Is a value, through views, nothing but a factor of products of matrices?"""
+    for user in n.users:
+        if kind_of(user.target) == "product":
+            if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
+                return False
+            if (
+                any(k == 1 for x in (*user.all_input_nodes, user) for k in x.meta["val"].shape)
+                or user.meta["val"].ndim != 2
+            ):
+                return False
+        elif (
+            user.op == "output"
+            or not (kind_of(user.target) == "view" or user.target is operator.getitem)
+            or not is_factor_alone(user)
+        ):
+            return False
+    return True
+
+
 def _shape(n: fx.Node) -> tuple[int, ...]:
     return tuple(n.meta["val"].shape)
 
@@ -447,4 +470,11 @@ def reverse_direction(
     return TileDirection("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
 
 
-__all__ = ["Refused", "TileDirection", "advance_direction", "forward_direction", "reverse_direction"]
+__all__ = [
+    "Refused",
+    "TileDirection",
+    "advance_direction",
+    "forward_direction",
+    "is_factor_alone",
+    "reverse_direction",
+]

@@ -20,7 +20,7 @@ from dualform.graphs.split import dispatch, split
 from dualform.kernels.sharing import made_again
 from dualform.kernels.targets import parted, views_apart
 from dualform.kernels.triton_kernel import Kernel
-from dualform.kernels.triton_schedule import TileDirection
+from dualform.kernels.triton_schedule import TileDirection, is_factor_alone
 from dualform.ops.table import kind_of
 
 # Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum
@@ -39,7 +39,7 @@ def _stored(n: fx.Node) -> float:
     made = n.meta.get("val")
     if not isinstance(made, torch.Tensor):
         return math.inf
-    return float(made.numel() * (2 if n.users and _is_factor_alone(n) else made.element_size()))
+    return float(made.numel() * (2 if n.users and is_factor_alone(n) else made.element_size()))
 
 
 def _given(n: fx.Node) -> int:
@@ -67,7 +67,7 @@ def _passing(n: fx.Node, heavy: bool) -> float:
     made = n.meta["val"]
     if _is_view(n) or not isinstance(made, torch.Tensor) or not made.ndim:
         return math.inf
-    return LOAD + PASSED * made.numel() / (2 if heavy and _is_factor_alone(n) else 1)
+    return LOAD + PASSED * made.numel() / (2 if heavy and is_factor_alone(n) else 1)
 
 
 def _making(n: fx.Node, heavy: bool) -> float:
@@ -75,7 +75,7 @@ def _making(n: fx.Node, heavy: bool) -> float:
     if _is_view(n) or not isinstance(made, torch.Tensor):
         return 0.0
     if kind_of(n.target) == "map":
-        return 1.0 + ENTRY * made.numel() * (WARPS if heavy and _is_factor_alone(n) else 1)
+        return 1.0 + ENTRY * made.numel() * (WARPS if heavy and is_factor_alone(n) else 1)
     return MEETING + (PASSED * _given(n) if heavy else 0.0)
 
 
@@ -90,22 +90,6 @@ def maps_apart(graph: fx.Graph, carried: list[int], following: list[fx.Node]) ->
             twin.meta["twin"] = True
             for u in away:
                 u.replace_input_with(n, twin)
-
-
-def _is_factor_alone(n: fx.Node) -> bool:
-    """Is a value, through views, nothing but a factor of products of matrices?"""
-    for user in n.users:
-        if kind_of(user.target) == "product":
-            if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
-                return False
-            if (
-                any(k == 1 for x in (*user.all_input_nodes, user) for k in x.meta["val"].shape)
-                or user.meta["val"].ndim != 2
-            ):
-                return False
-        elif user.op == "output" or not _is_view(user) or not _is_factor_alone(user):
-            return False
-    return True
 
 
 def sliced(d: TileDirection) -> list[Kernel]:
@@ -130,7 +114,7 @@ def sliced(d: TileDirection) -> list[Kernel]:
         for n, x in zip(inputs_of(one.graph.graph), one.sources, strict=True):
             if x.part == "passed":
                 readers.setdefault(x.name, []).append(n)
-    short = frozenset(name for name, nodes in readers.items() if all(map(_is_factor_alone, nodes)))
+    short = frozenset(name for name, nodes in readers.items() if all(map(is_factor_alone, nodes)))
     return [replace(one, short=short).kernel() for one in found]
 
 

@@ -11,7 +11,7 @@ Legend: W tokens, t query token, s key token, th anchor, R registers, g gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from dualform.graphs.trace import source_line
 from dualform.learning.forms import Meeting, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
-from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, unroll
+from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, mixed, unroll
 from dualform.learning.sites import Analysis, Site, op_name, operand_nodes, read_nodes
 from dualform.learning.spelling import DerivationError, twins
 from dualform.learning.token_maps import Price, Written, separated, together, token_back, token_first, weighted
@@ -332,10 +332,10 @@ class Emitter:
         registers: dict[str, Tensor] = {}
         a, u = coef.end
         if certain and all(rule.resets):  # no register outlives the mini-batch: the weights alone
-            total = _mixed(u, coef.write)
+            total = mixed(u, coef.write)
             for leaf, th in x.th.items():
                 R0 = self._first(x, leaf)
-                terms = [(a, th), *((_mixed(u, [row[l] for row in coef.carry]), R0[l]) for l in range(len(R0)))]
+                terms = [(a, th), *((mixed(u, [row[l] for row in coef.carry]), R0[l]) for l in range(len(R0)))]
                 value = self._written(_combined(terms), leaf, total, keys)
                 after[leaf] = torch.zeros_like(th) if value is None else value
             return after, None
@@ -375,16 +375,6 @@ def _combined(terms: Iterable[tuple[Scalar, Tensor | None]]) -> Tensor | None:
     """Sum weight * tensor, what is certainly zero left out; None if all is."""
     parts = [x if is_number(w, 1.0) else w * x for w, x in terms if x is not None and not is_number(w, 0.0)]
     return sum(parts[1:], parts[0]) if parts else None
-
-
-def _mixed(u: Sequence[Scalar], weights: Sequence[Scalar]) -> Scalar:
-    """Sum u_k weights_k."""
-    parts = [
-        w if is_number(m, 1.0) else m * w
-        for m, w in zip(u, weights, strict=True)
-        if not (is_number(m, 0.0) or is_number(w, 0.0))
-    ]
-    return sum(parts[1:], parts[0]) if parts else 0.0
 
 
 def _evaluate(a: Analysis, goal: fx.Node, env: dict[fx.Node, Any], like: Tensor) -> Any:

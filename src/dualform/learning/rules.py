@@ -13,7 +13,7 @@ Legend: r registers, n tokens in a block, t query token, s source token, k, l re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -282,46 +282,73 @@ def unroll(
             write=tuple(sources),
             end=end,
         )
-    matrix = torch.stack([torch.stack([vector(x, ones) for x in row], -1) for row in A], -2)  # (n, r, r)
     if valid is not None:
-        eye = torch.eye(r, dtype=i.dtype, device=i.device)
-        matrix = eye + valid[:, None, None] * (matrix - eye)
-    product, prefix = segment_products(matrix)
-    reach = torch.einsum("tskl,sl->tsk", product, torch.stack(sources, -1))  # A_t ... A_{s+1} b_s
-    mix = torch.stack([vector(x, ones) for x in u], -1)
-    start = torch.einsum("tk,tkl->tl", mix, prefix)
+        A = [[_unless(x, valid, float(k == l)) for l, x in enumerate(row)] for k, row in enumerate(A)]
+    product, prefix = segment_products(A, ones)
+    weights = [mixed([row[l] for row in product], [_across(x) for x in u]) for l in range(r)]  # u_t A_t ... A_{s+1}
     return Coefficients(
-        C=torch.einsum("tk,tsk->ts", mix, reach),
+        C=vector(mixed(weights, sources), ones[:, None] * ones).tril(),
         row=None,
         col=None,
         c=a,
-        d=start.unbind(-1),
-        carry=tuple(row.unbind(-1) for row in prefix[-1].unbind(-2)),
-        write=reach[-1].unbind(-1),
+        d=tuple(mixed([row[l] for row in prefix], u) for l in range(r)),
+        carry=tuple(tuple(_at(x, None) for x in row) for row in prefix),
+        write=tuple(vector(mixed([_at(x, None) for x in row], sources), ones) for row in product),
         end=end,
     )
 
 
-def segment_products(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply along every segment: P[t,s] = A_t ... A_{s+1} (I at s = t, 0 above) and A_t ... A_1, by doubling.
+Square = Sequence[Sequence[Scalar]]  # r rows of r
 
-    Two neighbouring blocks of length m join as P[t,s] = (A_t ... A_first) P_left[last, s]: log2(n) rounds, no division,
-    so zeros and negative numbers are exact. Shape: A (n, r, r) -> (n, n, r, r), (n, r, r).
+
+def segment_products(A: Square, ones: Tensor) -> tuple[Square, Square]:
+    """Multiply along every segment: A_t ... A_{s+1}, for s <= t, and A_t ... A_1.
+
+    P <- P (P moved down by m tokens), for m = 1, 2, 4, ...: log2(n) rounds, no division, so zeros and negative numbers
+    are exact; what is certainly 0 or 1 in all steps stays a number. Shape: entries (n,) or numbers -> (n, n), (n,).
     """
-    n, r = A.shape[0], A.shape[-1]
-    size = 1 << (n - 1).bit_length()
-    eye = torch.eye(r, dtype=A.dtype, device=A.device)
-    prefix = torch.cat([A, eye.expand(size - n, r, r)]) if size > n else A
-    prefix = prefix[:, None]  # (blocks, m, r, r)
-    product = eye.expand(size, 1, 1, r, r)
-    m = 1
-    while m < size:
-        left, right, first, second = product[::2], product[1::2], prefix[::2], prefix[1::2]
-        cross = second[:, :, None] @ left[:, None, m - 1]
-        product = torch.cat([torch.cat([left, torch.zeros_like(cross)], 2), torch.cat([cross, right], 2)], 1)
-        prefix = torch.cat([first, second @ first[:, m - 1 : m]], 1)
-        m *= 2
-    return product[0, :n, :n], prefix[0, :n]
+    n = len(ones)
+    P = [[_below(x, float(k == l), ones) for l, x in enumerate(row)] for k, row in enumerate(A)]
+    for m in (1 << j for j in range((n - 1).bit_length())):
+        P = _times(P, [[_down(x, m, float(k == l)) for l, x in enumerate(row)] for k, row in enumerate(P)])
+    first = [[x[0] if isinstance(x, Tensor) else x for x in row] for row in A]
+    return P, _times([[x[:, 0] if isinstance(x, Tensor) else x for x in row] for row in P], first)
+
+
+def _times(P: Square, Q: Square) -> Square:
+    return [[mixed(row, column) for column in zip(*Q, strict=True)] for row in P]
+
+
+def _below(x: Scalar, unit: float, ones: Tensor) -> Scalar:
+    """Lay a step's entry out: x_t where s < t, the unit's where s >= t."""
+    if is_number(x, unit):
+        return unit
+    n = len(ones)
+    own = vector(x, ones)[:, None].expand(n, n).tril(-1)
+    return own + ones.expand(n, n).triu() if unit else own
+
+
+def _down(x: Scalar, m: int, unit: float) -> Scalar:
+    return torch.nn.functional.pad(x[:-m], (0, 0, m, 0), value=unit) if isinstance(x, Tensor) else x
+
+
+def _unless(x: Scalar, valid: Tensor, unit: float) -> Scalar:
+    """Take a unit's entry at tokens that are none."""
+    return unit if is_number(x, unit) else torch.where(valid != 0, x, unit)
+
+
+def _across(x: Scalar) -> Scalar:
+    return x[:, None] if isinstance(x, Tensor) else x
+
+
+def mixed(u: Iterable[Scalar], weights: Iterable[Scalar]) -> Scalar:
+    """Sum u_k weights_k, what is certainly 0 or 1 left out."""
+    parts = [
+        w if is_number(m, 1.0) else m if is_number(w, 1.0) else m * w
+        for m, w in zip(u, weights, strict=True)
+        if not (is_number(m, 0.0) or is_number(w, 0.0))
+    ]
+    return sum(parts[1:], parts[0]) if parts else 0.0
 
 
 def vector(x: Scalar, ones: Tensor) -> Tensor:
