@@ -1,6 +1,9 @@
 """Generated Triton on a card beside its peers: the time of calls, of their kernels alone, and the floors below them.
 
-    python benchmarks/gpu_kernels.py [--limit 240] [--parts warm peers ours]     writes benchmarks/results/gpu_kernels.json and .md
+    python benchmarks/gpu_kernels.py [--limit 240] [--seconds 540] [--parts warm peers ours]
+
+writes benchmarks/results/gpu_kernels.json and .md. What the seconds do not reach stays as it was recorded; each row
+says of which commit it is.
 
 Each case runs in a process of its own, alone on the card; medians, all samples in the JSON. A call is what a user
 writes, torch.autograd around it; its kernels alone are the same call as a CUDA graph, replayed. Peers are
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import harness
@@ -205,11 +209,11 @@ def peers(c: dict[str, Any]) -> dict[str, Any]:
     return found | {"fla": seen(fla, [q, k, v, w, b, eta, start, bias], g)}
 
 
-def alone(cases: list[tuple[str, dict[str, Any]]], beside: int, limit: float) -> list[dict[str, Any]]:
-    """Run cases in processes of their own, so many beside each other."""
+def alone(cases: list[tuple[str, dict[str, Any]]], beside: int, limit: float, end: float) -> list[dict[str, Any]]:
+    """Run cases in processes of their own, so many beside each other, and begin none after the end."""
     waiting, running, found = list(cases), [], []
-    while waiting or running:
-        while waiting and len(running) < beside:
+    while running or (waiting and time.time() < end):
+        while waiting and len(running) < beside and time.time() < end:
             kind, c = waiting.pop(0)
             words = [sys.executable, __file__, "--one", json.dumps([kind, c])]
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -217,7 +221,7 @@ def alone(cases: list[tuple[str, dict[str, Any]]], beside: int, limit: float) ->
         time.sleep(0.1)
         for one in list(running):
             kind, c, start, process = one
-            if process.poll() is None and time.time() - start > limit:
+            if process.poll() is None and time.time() > min(start + limit, end + limit / 4):
                 process.kill()
             if process.poll() is not None:
                 running.remove(one)
@@ -233,14 +237,31 @@ def alone(cases: list[tuple[str, dict[str, Any]]], beside: int, limit: float) ->
     return found
 
 
+def which(row: dict[str, Any]) -> str:
+    """Name a row's case."""
+    return json.dumps([row.get(x) for x in ("kind", "learner", "rule", "d", "chunk", "B", "T", "H")])
+
+
+def merged(recorded: list[dict[str, Any]], found: list[dict[str, Any]], run: dict[str, str]) -> list[dict[str, Any]]:
+    """Put rows of a run in the place of those recorded of their cases."""
+    every = {which(x): x for x in recorded} | {which(x): x | {"run": run} for x in found}
+    order = [which({"kind": kind, **c}) for kind, many in (("ours", OURS), ("peers", PEERS)) for c in many]
+    return [every[x] for x in order if x in every]
+
+
 def measure(options: Any) -> harness.Found:
-    found: list[dict[str, Any]] = []
+    end, found = time.time() + options.seconds, list[dict[str, Any]]()
+    recorded = json.loads(options.output.read_text()) if options.output.exists() else {"cases": []}
+    before = {"commit": recorded.get("commit", "")[:7], "date": recorded.get("date", "")}
+    recorded = [{"run": before} | x for x in recorded["cases"]]
     if "warm" in options.parts:  # compiled beside each other, for the disk
-        alone([("ours", c | {"warm": True}) for c in OURS], max(1, (os.cpu_count() or 1) - 2), options.limit)
+        alone([("ours", c | {"warm": True}) for c in OURS], max(1, (os.cpu_count() or 1) - 2), options.limit, end)
     main = [("ours", c) for c in OURS[:10] if "ours" in options.parts]
     more = [("ours", c) for c in OURS[10:] if "ours" in options.parts]
-    found += alone([*main, *(("peers", c) for c in PEERS if "peers" in options.parts), *more], 1, options.limit)
-    return {"cases": found}
+    turns = [*main, *(("peers", c) for c in PEERS if "peers" in options.parts), *more]
+    found += alone(turns, 1, options.limit, end)
+    run = {"commit": harness.git("rev-parse", "--short", "HEAD"), "date": date.today().isoformat()}
+    return {"cases": merged(recorded, found, run)}
 
 
 def report(found: harness.Found) -> str:
@@ -250,7 +271,7 @@ def report(found: harness.Found) -> str:
     def ms(x: Any) -> str:
         return "-" if x is None else f"{x:.2f}"
 
-    rows, why = [], []
+    rows, why, runs = [], [], dict[str, list[str]]()
     for c in found["cases"]:
         if c["kind"] != "ours":
             continue
@@ -258,6 +279,7 @@ def report(found: harness.Found) -> str:
             f"{c['learner']}{'' if c['rule'] == 'averaged' else ', ' + c['rule']}, B{c['B']} T{c['T']} H{c['H']} "
             f"d{c['d']}, {c['chunk']}"
         )
+        runs.setdefault(" of ".join(c["run"].values()) if "run" in c else "", []).append(name)
         if "error said" in c:
             why.append(f"- {name}: {c['error said']}")
             continue
@@ -283,7 +305,8 @@ def report(found: harness.Found) -> str:
         harness.table(head, rows),
         harness.table(["causal attention, same shapes", "forward", "both", "peak, MiB"], beside),
     ]  # fmt: skip
-    return "\n".join([*parts, *(["Not run:\n", *why, ""] if why else [])])
+    last = [f"Of commit {run}: {'; '.join(names)}.\n" for run, names in runs.items()] if len(runs) > 1 else []
+    return "\n".join([*parts, *last, *(["Not run:\n", *why, ""] if why else [])])
 
 
 if __name__ == "__main__":
@@ -291,4 +314,9 @@ if __name__ == "__main__":
         kind, c = json.loads(sys.argv[sys.argv.index("--one") + 1])
         print(json.dumps({"ours": ours, "peers": peers}[kind](c)))
     else:
-        harness.main(measure, report, harness.options(__doc__, parts=["warm", "peers", "ours"], limit=240.0), "triton")
+        harness.main(
+            measure,
+            report,
+            harness.options(__doc__, parts=["warm", "peers", "ours"], limit=240.0, seconds=540.0),
+            "triton",
+        )

@@ -76,7 +76,8 @@ def gpu_rows(_: str) -> str:
             continue
         peer = peers.get((c["B"], c["chunk"])) if c["learner"] == "TTT-Linear" else None
         call, kernels = c.get("both, call"), c.get("both, kernels")
-        ours = f"**{call:.2f}** ({kernels:.2f})" if call else "does not fit"
+        alone = f" ({kernels:.2f})" if kernels else ""
+        ours = f"**{call:.2f}**{alone}" if call else "does not fit"
         miss = "not reached" if not call else "reached" if call <= reach else f"missed by {call / reach:.1f}x"
         rows.append([
             f"{c['learner']}, B{c['B']} T{c['T']} H{c['H']}, {c['chunk']}",
