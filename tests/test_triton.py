@@ -209,6 +209,21 @@ def test_groups_of_states_computed_again(rule, slices, monkeypatch):
         laws.same_outcome(laws.outcome(problem, run), expected, f"remat {remat}")
 
 
+@pytest.mark.parametrize("slices", [False, True])
+def test_states_computed_again_are_as_short_as_factors(slices, monkeypatch):
+    """Where reverse reads them as nothing else: then bits are the same; biases are not such, nor are weights in a norm."""
+    monkeypatch.setattr(triton_backend, "Precision", lambda factors, float32: Precision(torch.float32, float32))
+    problem = laws.draw(of(built_in[6], shifted, "momentum", 2), time=10, heads=1, seed=3)
+    kinds, rows = set(), triton_backend._Rows
+    plain = rows._kept_as
+    monkeypatch.setattr(rows, "_kept_as", staticmethod(lambda *a: kinds.add((a[1], x := plain(*a))) or x))
+    run = lambda: problem.run("auto", backend=("triton", {"slices": slices, "stages": 9}), remat=2)  # noqa: E731
+    found = laws.outcome(problem, run)
+    assert {kind for _, kind in kinds} == {torch.float32, torch.float64}
+    monkeypatch.setattr(rows, "_kept_as", staticmethod(lambda made, key, x: x.dtype))
+    assert all(torch.equal(x, found[n]) for n, x in laws.outcome(problem, run).items())
+
+
 def test_sizes_that_fill_tiles_and_do_not():
     for dim, chunk, time in ((16, 16, 32), (24, 20, 45)):
         check_backend(of(built_in[6], shifted, "averaged", chunk, dim), "triton", time=time, batch=1, heads=1)
