@@ -217,7 +217,7 @@ def test_states_computed_again_are_as_short_as_factors(slices, monkeypatch):
     kinds, rows = set(), triton_backend._Rows
     plain = rows._kept_as
     monkeypatch.setattr(rows, "_kept_as", staticmethod(lambda *a: kinds.add((a[1], x := plain(*a))) or x))
-    run = lambda: problem.run("auto", backend=("triton", {"slices": slices, "stages": 9}), remat=2)  # noqa: E731
+    run = lambda: problem.run("auto", backend=("triton", {"slices": slices, "stages": 21}), remat=2)  # noqa: E731
     found = laws.outcome(problem, run)
     assert {kind for _, kind in kinds} == {torch.float32, torch.float64}
     monkeypatch.setattr(rows, "_kept_as", staticmethod(lambda made, key, x: x.dtype))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from dualform.learning.backends import BackendError
-from dualform.ops.table import ENTRIES, ROWS, find_row
+from dualform.ops.table import ENTRIES, ROWS, find_row, kind_of
 
 SAYS_NOTHING = "its row in ops/ does not say how it is generated"
 
@@ -36,3 +38,18 @@ def work(n: fx.Node) -> float:
     if kind == "reduction":
         return float(first.numel())
     return n.meta["val"].numel() * (ENTRIES[row.spelt(n)[0]].flops if row and kind == "map" else 1.0)
+
+
+def is_factor_alone(n: fx.Node) -> bool:
+    """Is a value, through views, nothing but a factor of products of matrices?"""
+    for user in n.users:
+        kind = "view" if user.target is operator.getitem else kind_of(user.target)
+        if kind == "product":
+            if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
+                return False
+            shapes = [x.meta["val"].shape for x in (user, *user.all_input_nodes)]
+            if len(shapes[0]) != 2 or any(1 in shape for shape in shapes):
+                return False
+        elif kind != "view" or not is_factor_alone(user):
+            return False
+    return True

@@ -14,7 +14,6 @@ Legend: n mini-batches of one call, G per kept state, P = B H rows; `Input` as i
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from torch import fx
 
 from dualform.graphs.edit import extract, inputs_of, needed, only_outputs, results_of, unwritten
 from dualform.kernels.lowering import lowered
-from dualform.kernels.ops import Unsupported
+from dualform.kernels.ops import Unsupported, is_factor_alone
 from dualform.kernels.targets import Target, backward_targets, forward_targets, label, place_of
 from dualform.kernels.tiles import (
     DEEP,
@@ -48,7 +47,6 @@ from dualform.kernels.triton_text import Writer
 from dualform.kernels.triton_walker import Walker
 from dualform.learning.backends import BackendError
 from dualform.learning.plan import Input
-from dualform.ops.table import kind_of
 
 # Entries of a block of what only weights have, hidden columns say; and of a tile from which lines are put in order.
 BLOCK, LARGE = 128, 8192
@@ -381,8 +379,7 @@ class TileDirection:
                 if new is None or new.rank != v.rank or new.rank < 2:
                     continue
                 if new.order != self.orders.get(v.text, sorted(new.order)):
-                    self.orders[v.text] = new.order
-                    changed = True
+                    self.orders[v.text], changed = new.order, True
         return changed
 
     def _carry(self) -> list[str]:
@@ -415,26 +412,6 @@ class TileDirection:
             held = [v.text for many in self.variables.values() for v, _ in many]
             w.loop[fixed:] = tightened(w.loop[fixed:], w.entries, held, carry, self.again)
         return source(self.name, self.arguments, self.writer, self.backwards, self.head, carry, tail)
-
-
-def is_factor_alone(n: fx.Node) -> bool:
-    """Is a value, through views, nothing but a factor of products of matrices?"""
-    for user in n.users:
-        if kind_of(user.target) == "product":
-            if user.args[0] not in (n, user.args[1]) and user.args[1] is not n:
-                return False
-            if (
-                any(k == 1 for x in (*user.all_input_nodes, user) for k in x.meta["val"].shape)
-                or user.meta["val"].ndim != 2
-            ):
-                return False
-        elif (
-            user.op == "output"
-            or not (kind_of(user.target) == "view" or user.target is operator.getitem)
-            or not is_factor_alone(user)
-        ):
-            return False
-    return True
 
 
 def _shape(n: fx.Node) -> tuple[int, ...]:
@@ -470,11 +447,4 @@ def reverse_direction(
     return TileDirection("reverse", lowered(reverse), sources, targets, dtype, precision, backwards=True)
 
 
-__all__ = [
-    "Refused",
-    "TileDirection",
-    "advance_direction",
-    "forward_direction",
-    "is_factor_alone",
-    "reverse_direction",
-]
+__all__ = ["Refused", "TileDirection", "advance_direction", "forward_direction", "reverse_direction"]

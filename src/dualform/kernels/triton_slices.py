@@ -17,10 +17,11 @@ from torch import fx
 from dualform.graphs.edit import inputs_of, needed, results_of, without_repeats
 from dualform.graphs.regroup import waiting
 from dualform.graphs.split import dispatch, split
+from dualform.kernels.ops import is_factor_alone
 from dualform.kernels.sharing import made_again
 from dualform.kernels.targets import parted, views_apart
 from dualform.kernels.triton_kernel import Kernel
-from dualform.kernels.triton_schedule import TileDirection, is_factor_alone
+from dualform.kernels.triton_schedule import TileDirection
 from dualform.ops.table import kind_of
 
 # Nanoseconds: to write and read an entry for a hundred rows, beside what any load costs; of an entry of a map; of a sum
