@@ -97,6 +97,26 @@ def test_two_programs_that_write_one_place_are_caught(monkeypatch):
         verify(broken, *rest)
 
 
+@pytest.mark.parametrize("shift", [0, 1, -1])
+def test_a_program_that_reads_where_another_writes_is_caught(monkeypatch, shift):
+    """A state may be written over by its own program: not by the one of the next row, nor of the one before."""
+    program = of(built_in[6], shifted, "averaged", 4, 20).float()
+    state = program(*(torch.zeros(2, 4, 2, 20) for _ in range(3)), backend="eager")[1]
+    launches = played(monkeypatch, program, 20, 8, True, state=state)
+    text, name, places, *rest = next(words for words in launches if words[1] == "forward_loop")[:-1]
+    given = re.search(rf"(?<=def {name}\()[^)]*", text)[0].split(", ")
+    before, after = (given.index(f"th_inner_W1_{x}_p") for x in ("before", "after"))
+    _, B, H, *own = places[before].shape
+    room = torch.zeros(1, B + 2, H, *own)
+    found = [*places]
+    found[before], found[after] = room[:, 1 : B + 1], room[:, 1 + shift : B + 1 + shift]
+    if not shift:
+        verify(text, name, found, *rest)
+        return
+    with pytest.raises(BrokenSchedule, match="is read by one program where another writes"):
+        verify(text, name, found, *rest)
+
+
 def test_entries_that_lie_far_apart_are_counted_in_64_bits(monkeypatch):
     """A token's place in its mini-batch times the tokens' stride, and a start inside an entry."""
     sharing, texts = triton_launch.sharing, {}

@@ -1,7 +1,8 @@
 """Is a kernel's text sound: every variable made before it is used, tiles that go together, every address in its tensor?
 
 Asked before a launch under DUALFORM_VERIFY=1, and by tests. The text is run as Python on integers that have values, as
-many bits as Triton gives them, and on tiles that have shapes alone; a tensor knows which program wrote each entry.
+many bits as Triton gives them, and on tiles that have shapes alone; memory knows which program read and wrote each
+entry, since programs run in no order.
 """
 
 from __future__ import annotations
@@ -26,17 +27,30 @@ SMALL = 64  # mini-batches of single rows up to which every one is played; of mo
 TRACKED = 2**22  # entries of a tensor up to which it is known who wrote each
 
 
-class Room:
-    """A tensor's memory: which places are entries, and the program that wrote each."""
+NOBODY, SEVERAL = -1, -2
 
-    def __init__(self, name: str, x: Tensor) -> None:
-        self.name, self.x = name, x
+
+class Ledger:
+    """The program that wrote each entry of a storage, and the one that read it."""
+
+    def __init__(self, size: int) -> None:
+        self.writer, self.reader = np.full(size, NOBODY), np.full(size, NOBODY)
+
+
+class Room:
+    """A tensor's memory: which places are entries, and who read and wrote them."""
+
+    def __init__(self, name: str, x: Tensor, ledgers: dict[tuple[int, int], Ledger]) -> None:
+        self.name, self.x, self.first = name, x, x.storage_offset()
         self.size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        storage, own = x.untyped_storage(), x.element_size()
+        whole, key = storage.nbytes() // own, (storage.data_ptr(), own)
         self.places: np.ndarray[Any, Any] | None = None
-        if self.size <= TRACKED:
+        if whole <= TRACKED:
             self.places = torch.arange(self.size).as_strided(x.shape, x.stride()).numpy()
-            self.is_entry, self.writer = np.zeros(self.size, bool), np.full(self.size, -1)
+            self.is_entry = np.zeros(self.size, bool)
             self.is_entry[self.places] = True
+            self.ledger = ledgers.setdefault(key, Ledger(whole))
 
     def check(self, at: np.ndarray[Any, Any], program: int, writes: bool) -> None:
         wrong = at[(at < 0) | (at >= self.size)]
@@ -45,13 +59,24 @@ class Room:
         if wrong.size:
             what = f"{'written' if writes else 'read'} at {int(wrong[0])}"
             raise _broken(f"{self.name} {list(self.x.shape)} is {what}; expected one of its entries")
-        if writes and self.places is not None:
-            if len(np.unique(at)) != at.size or bool(((self.writer[at] != -1) & (self.writer[at] != program)).any()):
+        if self.places is None:
+            return
+        at, writer, reader = at + self.first, self.ledger.writer, self.ledger.reader
+        others = (writer[at] != NOBODY) & (writer[at] != program)
+        if writes:
+            if len(np.unique(at)) != at.size or bool(others.any()):
                 raise _broken(f"{self.name} is written twice at one place; expected one program and one entry for each")
-            self.writer[at] = program
+            others = (reader[at] != NOBODY) & (reader[at] != program)
+            writer[at] = program
+        else:
+            reader[at] = np.where((reader[at] == NOBODY) | (reader[at] == program), program, SEVERAL)
+        if bool(others.any()):
+            raise _broken(
+                f"{self.name} is read by one program where another writes; expected programs that run in any order"
+            )
 
     def is_whole(self) -> bool:
-        return self.places is None or not bool((self.writer[self.places] == -1).any())
+        return self.places is None or not bool((self.ledger.writer[self.places + self.first] == NOBODY).any())
 
 
 def _broken(what: str) -> BrokenSchedule:
@@ -249,7 +274,8 @@ def verify(text: str, name: str, given: Sequence[Tensor | int], grid: tuple[int,
     exec(compile(body, f"<{name}>", "exec"), space)
     function = space[name]
     names = function.__code__.co_varnames
-    rooms = {k: Room(names[k], x) for k, x in enumerate(given) if isinstance(x, Tensor)}
+    ledgers: dict[tuple[int, int], Ledger] = {}
+    rooms = {k: Room(names[k], x, ledgers) for k, x in enumerate(given) if isinstance(x, Tensor)}
     places = [
         Played((), "place", np.asarray(0), 64, rooms[k]) if k in rooms else _played(x) for k, x in enumerate(given)
     ]
