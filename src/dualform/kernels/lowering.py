@@ -84,6 +84,9 @@ def _turned_last(gm: fx.GraphModule) -> fx.GraphModule:
         given: Any = fx.map_arg(n.args, lambda x: x.args[0])
         inner = emitter(gm.graph, n)(n.target, *given, **n.kwargs)
         n.target, n.args, n.kwargs = turn, (inner, *axes), {}
+    for n in gm.graph.nodes:
+        if n.target is aten.view.default:  # of what may not lie in order any more
+            n.target = aten.reshape.default
     return gm
 
 
