@@ -91,6 +91,13 @@ class Second(AtPoint):
         slope = traced.always(("slope", self.first), lambda: _slope(self.point, self.first))
         return traced.terms(("second", self.first, self.second), partial(self._differentiated, slope), self.point)
 
+    @property
+    def program(self) -> Program:
+        """That of the first derivative's numbers."""
+        traced, inputs = self.point.traced, self.point.inputs
+        graph = traced.always(("slope", self.first), lambda: _slope(self.point, self.first)).graph
+        return Program(graph, inputs, self.second, local_derivative, traced.input_names)
+
     def computed(self) -> Sequence[Term]:
         """The terms, from a first derivative of their own."""
         return self._differentiated(_slope(self.point, self.first), self.point.inputs)

@@ -1,0 +1,685 @@
+"""The textbook form of a derivative: its terms, and the values in them, written out to the inputs in matrix notation.
+
+    f = x^T A x: df/dx[i] = Ax[i] + Σ_j x[j] A[j,i] = ((A + A^T) x)[i]        Z = A X B: dZ = A dX B
+
+What an op's value is made of comes from its own derivative, where it is linear in an operand; what its slope is, from
+one record for each function, which is used only where it gives the numbers that are stored.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dualform.algebra.compose import compose_terms
+from dualform.algebra.index_text import tex
+from dualform.algebra.linear_map import Derivative
+from dualform.algebra.materialise import spread
+from dualform.algebra.matrix_text import Atom, MatrixTerm, NoMatrixForm, Chain, added, contracted, entrywise, in_latex, leaf, powered, text_of
+from dualform.algebra.relations import Lookup
+from dualform.algebra.terms import Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, renewed, written_with
+from dualform.explanations.explanation import deviation
+from dualform.graphs.local_derivatives import Program
+from dualform.ops.table import ALL, OpCall, find_row
+
+# Sums of more products, and longer texts, are not easier to read than the indices.
+MAX_PRODUCTS, MAX_FACTORS, MAX_TEXT = 24, 16, 160
+# Derivatives of more entries are not written, because their numbers are compared.
+MAX_NUMBERS = 4096
+
+Terms = list[Term]
+
+
+@dataclass(frozen=True)
+class Form:
+    """left = text, with the numbers of the text; of a differential those at one change of the input."""
+
+    left: str
+    text: str
+    value: Tensor
+    change: Tensor | None = None
+
+    def __str__(self) -> str:
+        return f"{self.left} = {self.text}"
+
+    def latex(self) -> str:
+        """For a paper."""
+        above, _, below = self.left.partition("/")
+        text = re.sub(r"\\mathrm\{d([A-Za-z])\}", r"\\mathrm{d}\1", in_latex(self.text))
+        left = rf"\frac{{\partial {tex(above[1:])}}}{{\partial {tex(below[1:])}}}" if below else rf"\mathrm{{d}}{tex(above[1:])}"
+        return f"{left} = {text}"
+
+    def error(self, J: Derivative) -> float:
+        """How far its numbers are from the derivative's."""
+        expected = J.dense() if self.change is None else J.jvp(self.change)
+        return deviation(self.value.to(expected.dtype), expected)
+
+
+class MatrixForm:
+    """What the values of a program are, as sums of products of inputs and functions of them."""
+
+    def __init__(self, programs: Sequence[Program], called: Callable[[Factor], str], spread: bool) -> None:
+        """programs: whose nodes factors are named after; `called`: the name of a factor in the account; spread: are
+        sums multiplied out, or in brackets?"""
+        self.programs = programs
+        self.home = {n: program for program in programs for n in program.values}
+        self.called = called
+        self.spread = spread
+        self.leaves: dict[str, Atom] = {}
+        self.known: dict[fx.Node, Terms] = {}
+
+    def of(self, J: Derivative, symbol: str) -> Form | None:
+        """symbol = a sum of chains; None where there is none."""
+        if len(J.out_shape) > 2 or len(J.in_shape) > 2 or 1 in J.shape or not 0 < prod(J.shape) <= MAX_NUMBERS:
+            return None
+        above, below = symbol.split("/")
+        if any(self.named(name) for name in ("I", below)):
+            return None  # a letter of the notation
+        try:
+            whole = [t for term in J.terms for t in self._written(term)]
+            if len(J.shape) <= 2:
+                written = self._matrices(whole, lambda t: (*t.out, *t.inn))
+                return Form(symbol, _bare(text_of(written)), self._sum(written, J.shape))
+            # As a differential: what a change of the input does.
+            change = torch.randn(J.in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            change = change.to(J.dtype)
+            key = self.leaf(leaf(below, change)).name
+            moved = [replace(t, factors=(*t.factors, Factor(change, atoms(t.inn), key)), inn=()) for t in map(_single, whole)]
+            written = self._matrices(moved, lambda t: t.out)
+            return Form(above, _bare(text_of(written)), self._sum(written, J.out_shape), change)
+        except NoMatrixForm:
+            return None
+
+    def _sum(self, terms: Sequence[MatrixTerm], shape: Sequence[int]) -> Tensor:
+        return sum((t.value for t in terms), torch.zeros((), dtype=torch.float64)).expand(_two(shape)).reshape(tuple(shape))
+
+    def _matrices(self, terms: Terms, axes: Callable[[Term], Any]) -> list[MatrixTerm]:
+        found = []
+        for t in terms:
+            free = axes(t)
+            if len(free) == 2 and all(len(axis) == 2 for axis in free):
+                found.append(self._kronecker(t, free))
+                continue
+            if any(len(axis) != 1 for axis in free):
+                raise NoMatrixForm
+            rows = [axis[0] for axis in free]
+            held = [(self.leaves[f.name], [x for x in f.labels if x.size != 1]) for f in t.tensors]
+            sizes = {x: x.size for x in (*t.visible, *t.hidden)}
+            seen = {x for _, at in held for x in at}
+            coef = t.coef * prod(x.size for x in t.visible if x not in seen and x not in rows)
+            found.append(contracted(coef, held, rows, sizes))
+        return added(found)
+
+    def _kronecker(self, t: Term, free: Sequence[tuple[Label, ...]]) -> MatrixTerm:
+        """A product of two parts that share no index, the one at the leading places of rows and columns."""
+        parts = []
+        for k in (0, 1):
+            rows = [axis[k] for axis in free]
+            mine = set(rows)
+            while any(mine & {*f.labels} and not mine >= {*f.labels} for f in t.tensors):
+                mine |= {x for f in t.tensors if mine & {*f.labels} for x in f.labels}
+            held = tuple(f for f in t.tensors if mine & {*f.labels})
+            parts.append((replace(t, coef=1.0, factors=held, out=tuple((x,) for x in rows), inn=()), {*held}))
+        if parts[0][1] & parts[1][1] or any(f not in parts[0][1] | parts[1][1] for f in t.tensors if f.labels):
+            raise NoMatrixForm
+        left, right = (self._matrices([part], lambda p: p.out)[0] for part, _ in parts)
+        if not left.chain or not right.chain:
+            raise NoMatrixForm
+        numbers = entrywise([(self.leaves[f.name], 1) for f in t.tensors if not f.labels] + [(left.scalar, 1), (right.scalar, 1)])
+        a, b = left.chain.atom, right.chain.atom
+        made = Atom(f"{a.bracketed} ⊗ {b.bracketed}", torch.kron(a.value, b.value), False)
+        return MatrixTerm(t.coef * left.coef * right.coef, numbers, Chain(((made, False),), 0))
+
+    # What factors are made of.
+
+    def _written(self, term: Term) -> Iterator[Term]:
+        """Put in, for each factor, what it is made of, down to leaves; multiplied out."""
+        if len(term.factors) > MAX_FACTORS:
+            raise NoMatrixForm
+        for k, f in enumerate(term.factors):
+            made = self._relation(f) if isinstance(f, Relation) else None if f.name in self.leaves else self._made(f)
+            if made is None:
+                continue
+            rest = (*term.factors[:k], *term.factors[k + 1 :])
+            total = [t for m in made for t in self._written(_put(term, rest, m, f.labels))]
+            if len(total) > MAX_PRODUCTS:
+                raise NoMatrixForm
+            yield from total
+            return
+        yield term
+
+    def _relation(self, f: Relation) -> Terms:
+        """A choice of places, as a matrix of zeros and ones."""
+        if isinstance(f, Lookup) and len(f.smalls) == len(f.bigs) == 1:
+            name = next((self.name(n) for n in self.home if _is_equal(self.number(n), f.index)), f.name)
+            return self._lone(leaf(f"onehot({name})", f.dense(torch.ones(())).tensor.double()), f.labels)
+        if isinstance(f, Lookup) and not f.smalls and len(f.bigs) == 1:
+            return self._lone(leaf(f"e({int(f.index)})", _unit(f.bigs[0].size, int(f.index))), f.bigs)
+        if isinstance(f, Select) and f.small.size == 1:
+            (one,) = self._lone(leaf(f"e({f.start})", _unit(f.big.size, f.start)), (f.big,))
+            return [replace(one, out=((f.small,), (f.big,)))]
+        raise NoMatrixForm
+
+    def _made(self, f: Factor) -> Terms:
+        """What a factor is made of: by its record, by the node whose value it is, by the slope of a function."""
+        if f.made:
+            return [written_with(t, f.labels) for t in f.made]
+        if f.tensor.ndim > 2:
+            raise NoMatrixForm
+        name = re.sub(r"#\d+$", "", f.name)
+        found = self._constant(f) or self._named(name, f)
+        if found is None:
+            shown = self.called(f)
+            if not re.fullmatch(r"\w+|cof\(\w+\)|\[\w+[<>=≠]\w+\]", shown):
+                raise NoMatrixForm  # it has a name that says less than the indices do
+            found = self._named(shown, f) if shown != name else None
+            found = found or self._lone(leaf(shown, f.tensor), f.labels)
+        return found
+
+    def _constant(self, f: Factor) -> Terms | None:
+        """A number everywhere that labels and shapes alone decide."""
+        if f.is_mask and f.tensor.numel() == 1 and bool(f.tensor):
+            return [Term(1.0, (), tuple((x,) for x in f.labels), ())]  # a guard that is not met here, nor nearby
+        if not f.tensor.numel() or not bool((f.tensor == f.tensor.flatten()[0]).all()):
+            return None
+        if not any(_is_equal(t, f.tensor) for t in self._fixed.get(re.sub(r"#\d+$", "", f.name), ())):
+            return None
+        return [Term(float(f.tensor.flatten()[0]), (), tuple((x,) for x in f.labels), ())]
+
+    @cached_property
+    def _fixed(self) -> dict[str, list[Tensor]]:
+        """Values that depend on no floating input, and what losses make of labels alone, by their names."""
+        found: dict[str, list[Tensor]] = {}
+        for program in self.programs:
+            moving = {n for n in program.inputs if program.values[n].is_floating_point()}
+            for node, value in program.values.items():
+                if any(n in moving for n in node.all_input_nodes) and not _is_shaped(node):
+                    moving.add(node)
+                elif node not in moving and isinstance(value, Tensor) and node.op == "call_function":
+                    found.setdefault(program.name_of(node), []).append(value)
+            for node, parts in program.local.items():
+                call = program.call(node)
+                if call is not None and "ignore_index" in call.bound:
+                    for f in (g for _, J in parts for t in J.terms for f in t.tensors for g in _deep(f)):
+                        found.setdefault(f.name, []).append(f.tensor)
+        return found
+
+    def _named(self, name: str, f: Factor) -> Terms | None:
+        """The value of a node, or a function of one, if it is what is stored."""
+        if re.fullmatch(r"\w+", name):
+            node = next((n for n in self.named(name) if _is_equal(self.number(n), f.tensor)), None)
+            return node and self._at(self.value(node), f)
+        quotient = re.fullmatch(r"\((-?\w+)/(\w+?)(²?)\)", name)
+        for below in self.named(quotient[2]) if quotient else ():
+            if found := self._checked(self._quotient(quotient[1], below, 2 if quotient[3] else 1), f):
+                return found
+        if name.startswith("solve("):
+            node = next((n for n in self.home if "solve" in str(n.target) and _is_equal(self.number(n), f.tensor)), None)
+            return node and self._at(self.value(node), f)
+        call = re.fullmatch(r"(\w+'?)\d?\((\w+)(,\w+)*\)", name)
+        for node in self.named(call[2]) if call and call[1] in FUNCTIONS else ():
+            if found := self._checked(FUNCTIONS[call[1]](self, node, f), f):
+                return found
+        return None
+
+    def applied(self, op: str, node: fx.Node) -> list[OpCall]:
+        """The calls of an op whose first operand has the name of a node."""
+        calls = (self.home[n].call(n) for n in self.home if op in str(n.target) or n.target is operator.getitem)
+        found = (c for c in calls if c is not None and op in c.target._schema.name)
+        return [c for c in found if c.operands and c.operand_name(0) == self.name(node)]
+
+    def _quotient(self, above: str, below: fx.Node, power: int) -> Terms | None:
+        shape = self.number(below).shape
+        axes = fresh_axes(shape)
+        under = self.factor(powered(self.atom(below), -power), axes)
+        sign, name = (-1.0, above[1:]) if above.startswith("-") else (1.0, above)
+        if name.isdigit():
+            return [Term(sign * float(name), (under,), axes, ())]
+        for node in self.named(name):
+            own = fresh_axes(self.number(node).shape)
+            if self.number(node).shape == shape:
+                return [_put(Term(sign, (), axes, ()), (under,), t, atoms(axes)) for t in self.value(node)]
+            if self.number(below).numel() == 1:
+                return [_put(Term(sign, (), own, ()), (under,), t, atoms(own)) for t in self.value(node)]
+        return None
+
+    def number(self, node: fx.Node) -> Any:
+        """The value of a node as it is."""
+        return self.home[node].values[node]
+
+    def name(self, node: fx.Node) -> str:
+        return self.home[node].name_of(node)
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The floating operands."""
+        return self.home[node].operand_nodes(node)
+
+    def named(self, name: str) -> list[fx.Node]:
+        """The floating values of a name."""
+        found = (n for n in self.home if self.name(n) == name and isinstance(self.number(n), Tensor))
+        return [n for n in found if self.number(n).is_floating_point()]
+
+    def _checked(self, terms: Terms | None, f: Factor) -> Terms | None:
+        """Terms of a factor, if they are its numbers."""
+        if terms is None:
+            return None
+        try:
+            written = self._matrices([t for term in terms for t in self._written(term)], _kept)
+        except NoMatrixForm:
+            return None
+        value = self._sum(written, [x.size for (x,) in _kept(terms[0])] if terms else ())
+        stored = f.tensor.to(value.dtype).squeeze()
+        for turned in (value, value.mT if value.ndim == 2 else value):
+            if turned.squeeze().shape == stored.shape and torch.allclose(turned.squeeze(), stored, rtol=1e-6, atol=1e-9):
+                labels = f.labels if turned is value else f.labels[::-1]
+                return [_onto(t, labels) for t in terms]
+        return None
+
+    def _at(self, terms: Terms, f: Factor) -> Terms:
+        return [_onto(t, f.labels) for t in terms]
+
+    # What the values of nodes are made of.
+
+    def value(self, node: fx.Node) -> Terms:
+        """The terms of a node's value, outputs for its axes; leaves of their own where they are no product of others."""
+        if node not in self.known:
+            self.known[node] = self._value(node)
+        return self.known[node]
+
+    def _value(self, node: fx.Node) -> Terms:
+        v = self.number(node)
+        axes = fresh_axes(v.shape)
+        if node.op != "call_function":
+            return [Term(1.0, (self.factor(leaf(self.name(node), _flat(v)), axes),), axes, ())]
+        call = self.home[node].call(node)
+        if call is None or v.ndim > 2:
+            raise NoMatrixForm
+        op = call.target._schema.name.split("::")[1].removeprefix("linalg_")
+        if op in ("inv", "inverse", "inv_ex") and v.ndim == 2:
+            return self.inverse(self.sources(node)[0])
+        if op in _BOUNDS and _is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
+            return self.value(self.sources(node)[0])  # no bound is met here, nor nearby
+        terms = self._linear(node, call, v)
+        if terms is None:
+            return [Term(1.0, (self.factor(self._function(node, call), axes),), axes, ())]
+        if len(terms) > 1 and not self.spread:
+            atom = self._bracket(terms, v)
+            return [Term(1.0, (self.factor(atom, axes),), axes, ())]
+        return terms
+
+    def _bracket(self, terms: Terms, v: Tensor) -> Atom:
+        written = self._matrices(terms, _kept)
+        shown = text_of(written)
+        return leaf(f"({shown})" if len(written) > 1 else shown, _flat(v), len(written) > 1)
+
+    def _linear(self, node: fx.Node, call: OpCall, v: Tensor) -> Terms | None:
+        """Where an op is linear in operands, its value is its derivative times them, and a number."""
+        row = find_row(call.target)
+        if row is None or not call.operands:
+            return None
+        chosen = range(len(call.operands)) if row.affine == ALL else [0] if row.affine == "each" or row.multilinear else [*row.affine[0]] if row.affine else []
+        sources = self.sources(node)
+        terms: Terms = []
+        for k in chosen:
+            if k >= len(call.operands):
+                return None
+            for local in self.home[node].rule(call, k).terms:
+                for inner in self.value(sources[k]):
+                    joined = compose_terms(local, inner)
+                    if joined is not None:
+                        terms += self._written(joined)
+        if not chosen:
+            return None
+        total = sum((_dense(t, v.shape) for t in terms), torch.zeros((), dtype=v.dtype))
+        rest = (v - total).flatten()
+        if not rest.numel() or not bool(((rest - rest[0]).abs() <= 1e-9 * (1 + v.abs().max())).all()):
+            return None
+        if abs(rest[0].item()) > 1e-9 * (1 + v.abs().max().item()):
+            terms.append(Term(rest[0].item(), (), fresh_axes(v.shape), ()))
+        return terms
+
+    def _function(self, node: fx.Node, call: OpCall) -> Atom:
+        """A function of values, by name."""
+        op = call.target._schema.name.split("::")[1].removeprefix("linalg_").removeprefix("_")
+        sources = self.sources(node)
+        v = self.number(node)
+        if op in VALUES and (made := VALUES[op](self, node, call)) is not None:
+            return made
+        plain = torch.Tag.pointwise in call.target.tags or (v.ndim == 0 or len(sources) == 1)
+        if plain and len(sources) == 1 and not _options(call):
+            return leaf(f"{op}({self.text(sources[0])})", _flat(v))
+        return leaf(self.name(node), _flat(v))
+
+    def text(self, node: fx.Node) -> str:
+        """A node's value in matrix notation."""
+        written = self._matrices(self.value(node), _kept)
+        return _bare(text_of(written))
+
+    def atom(self, node: fx.Node) -> Atom:
+        """A node's value as one piece."""
+        written = self._matrices(self.value(node), _kept)
+        v = self.number(node)
+        if len(written) == 1 and written[0].coef == 1:
+            (term,) = written
+            if term.chain is None:
+                return term.scalar
+            if term.scalar.text == "𝟏":
+                return term.chain.atom
+        return leaf(f"({_bare(text_of(written))})", _flat(v))
+
+    # Leaves.
+
+    def factor(self, atom: Atom, axes: Any) -> Factor:
+        """A leaf at axes; those of size 1 have no label."""
+        labels = tuple(x for axis in axes for x in axis)
+        shape = tuple(x.size for x in labels)
+        if prod(shape) != atom.value.numel():
+            raise NoMatrixForm
+        return Factor(atom.value.reshape(shape), labels, self.leaf(atom).name)
+
+    def leaf(self, atom: Atom) -> Factor:
+        key = f"{atom.text}|{atom.inverse}"
+        known = self.leaves.setdefault(key, atom)
+        if known.value.numel() != atom.value.numel() or not _is_equal(known.value, atom.value):
+            raise NoMatrixForm  # two things of one name
+        return Factor(atom.value, (), key)
+
+    def _lone(self, atom: Atom, labels: Sequence[Label]) -> Terms:
+        return [Term(1.0, (Factor(atom.value.reshape([x.size for x in labels]), tuple(labels), self.leaf(atom).name),), tuple((x,) for x in labels), ())]
+
+    def inverse(self, node: fx.Node) -> Terms:
+        """The inverse of a value; of a product of square matrices, the product of theirs."""
+        written = self._matrices(self.value(node), lambda t: t.out)
+        v = self.number(node)
+        pieces = written[0].chain.pieces if len(written) == 1 and written[0].chain and written[0].scalar.text == "𝟏" else ()
+        if pieces and all(a.value.shape[0] == a.value.shape[1] for a, _ in pieces):
+            out = [Label(v.shape[0]) for _ in range(len(pieces) + 1)]
+            factors = []
+            for k, (a, turned) in enumerate(reversed(pieces)):
+                other = replace(a, value=torch.linalg.inv_ex(a.value).inverse, inverse=not a.inverse)
+                at = (out[k + 1], out[k]) if turned else (out[k], out[k + 1])
+                factors.append(Factor(other.value, at, self.leaf(other).name))
+            return [Term(1 / written[0].coef, tuple(factors), ((out[0],), (out[-1],)), ())]
+        one = self.atom(node)
+        text = one.bracketed
+        axes = fresh_axes(v.shape)
+        other = Atom(text, torch.linalg.inv_ex(v).inverse, True, one.symmetric, True)
+        return [Term(1.0, (self.factor(other, axes),), axes, ())]
+
+
+def _put(term: Term, rest: Sequence[Any], made: Term, labels: Sequence[Label]) -> Term:
+    """A term with a factor at these labels replaced by what it is made of."""
+    inner = _onto(made, labels)
+    return replace(term, coef=term.coef * inner.coef, factors=(*rest, *inner.factors))
+
+
+def _onto(t: Term, labels: Sequence[Label]) -> Term:
+    """A term without an input at the labels of what it stands for; an axis of size 1 needs none."""
+    own = [x for x in atoms(t.out) if x.size != 1]
+    kept = [x for x in labels if x.size != 1]
+    if [x.size for x in own] != [x.size for x in kept]:
+        raise NoMatrixForm
+    made = written_with(replace(t, out=tuple((x,) for x in own)), kept)
+    return replace(made, out=tuple((x,) for x in labels))
+
+
+def _kept(t: Term) -> tuple[tuple[Label, ...], ...]:
+    """The axes of more than one entry."""
+    return tuple(axis for axis in t.out if prod(x.size for x in axis) != 1)
+
+
+def _single(t: Term) -> Term:
+    if any(len(axis) != 1 for axis in t.inn):
+        raise NoMatrixForm
+    return t
+
+
+def _dense(t: Term, shape: Sequence[int]) -> Tensor:
+    """The numbers of a term without an input."""
+    return spread(t, t.out, (), torch.zeros((), dtype=torch.float64)).reshape(tuple(shape))
+
+
+def _deep(f: Factor) -> Iterator[Factor]:
+    yield f
+    for t in f.made:
+        for g in t.tensors:
+            yield from _deep(g)
+
+
+def _is_equal(a: Any, b: Tensor) -> bool:
+    if not isinstance(a, Tensor) or a.numel() != b.numel():
+        return False
+    kept = [n for n in a.shape if n != 1] == [n for n in b.shape if n != 1]
+    if not kept or not b.is_floating_point():
+        return kept and torch.equal(a.reshape(b.shape).to(b.dtype), b)
+    return torch.allclose(a.reshape(b.shape).to(b.dtype), b, rtol=torch.finfo(b.dtype).eps ** 0.7, atol=0)
+
+
+def _is_shaped(node: fx.Node) -> bool:
+    """Does an op take only the shape of its operands?"""
+    return str(getattr(node.target, "_opname", "")) in ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros")
+
+
+def _options(call: OpCall) -> bool:
+    return any(isinstance(a, (int, float, str)) and not isinstance(a, bool) for a in call.args[1:])
+
+
+def _flat(v: Tensor) -> Tensor:
+    """Without axes of size 1."""
+    return v.squeeze() if 1 in v.shape else v
+
+
+def _unit(n: int, k: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)[k]
+
+
+def _two(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape, *[1] * (2 - len(shape)))
+
+
+def _bare(text: str) -> str:
+    """Without the bracket around the whole."""
+    depth = 0
+    for k, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return text[1:-1] if text[0] == "(" and k == len(text) - 1 else text
+    return text
+
+
+Slope = Callable[[MatrixForm, fx.Node, Factor], "Terms | None"]
+# What rules name by a function of a value: one record each.
+FUNCTIONS: dict[str, Slope] = {}
+_BOUNDS = ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")
+# What values print as, where that is not the op's name.
+VALUES: dict[str, Callable[[MatrixForm, fx.Node, OpCall], "Atom | None"]] = {}
+
+
+def _slope(*names: str) -> Callable[[Slope], Slope]:
+    def add(f: Slope) -> Slope:
+        FUNCTIONS.update(dict.fromkeys(names, f))
+        return f
+
+    return add
+
+
+def _entries(m: MatrixForm, node: fx.Node, *terms: tuple[float, Sequence[Atom]]) -> Terms:
+    """A sum of entrywise products of the shape of a node."""
+    axes = fresh_axes(m.number(node).shape)
+    return [Term(c, tuple(m.factor(a, axes if a.value.numel() > 1 or not atoms(axes) else ()) for a in parts), axes, ()) for c, parts in terms]
+
+
+@_slope("inv")
+def _inv(m: MatrixForm, node: fx.Node, f: Factor) -> Terms:
+    return m.inverse(node)
+
+
+@_slope("cof")
+def _cof(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """cof X = det X inv(X)^T, where X has an inverse."""
+    det = m.factor(_det(m, node), ())
+    return [replace(t, factors=(*t.factors, det), out=t.out[::-1]) for t in m.inverse(node)]
+
+
+def _det(m: MatrixForm, node: fx.Node) -> Atom:
+    one = m.atom(node)
+    if one.inverse:
+        return powered(leaf(f"det({one.text})", torch.linalg.inv_ex(one.value).inverse.det()), -1)
+    return leaf(f"det({m.text(node)})", torch.linalg.det(m.number(node)))
+
+
+@_slope("norm'")
+def _norm(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """x |x|^(p-2) over the (p-1)th power of the norm; sign x for p = 1."""
+    u = m.number(node)
+    for call in m.applied("norm", node):
+        p = call.bound.get("ord", call.bound.get("p")) or 2
+        if p == 1:
+            return _entries(m, node, (1.0, [_SIGN(m, node)]))
+        if p not in (2, 3, 4):
+            continue
+        size, axes = m.factor(powered(_norm_of(m, node, p), 1 - p), ()), fresh_axes(u.shape)
+        sizes = [m.factor(_ABS(m, node), axes)] * int(p - 2)
+        return [_put(Term(1.0, (), axes, ()), (size, *sizes), t, atoms(axes)) for t in m.value(node)]
+    return None
+
+
+def _norm_of(m: MatrixForm, node: fx.Node, p: float = 2) -> Atom:
+    kind = "" if p == 2 else "₀₁₂₃₄"[int(p)]
+    return leaf(f"‖{m.text(node)}‖{kind}", torch.linalg.vector_norm(m.number(node), p))
+
+
+def _of(name: str, f: Callable[[Tensor], Tensor]) -> Callable[[MatrixForm, fx.Node], Atom]:
+    def made(m: MatrixForm, node: fx.Node) -> Atom:
+        u = m.number(node)
+        return leaf(f"{name}({m.text(node)})", f(_flat(u)))
+
+    return made
+
+
+_SIGMOID, _TANH, _SIGN = _of("sigmoid", torch.sigmoid), _of("tanh", torch.tanh), _of("sign", torch.sign)
+_ABS, _EXP, _SQRT = _of("abs", torch.abs), _of("exp", torch.exp), _of("sqrt", torch.sqrt)
+
+
+def _beside(m: MatrixForm, node: fx.Node) -> Atom:
+    """1 - sigmoid(x)."""
+    s = _SIGMOID(m, node)
+    return Atom(f"(𝟏 - {s.text})" if s.value.numel() > 1 else f"(1 - {s.text})", 1 - s.value)
+FUNCTIONS |= {
+    "exp": lambda m, n, f: _entries(m, n, (1.0, [_EXP(m, n)])),
+    "sigmoid'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n), _beside(m, n)])),
+    "tanh'": lambda m, n, f: _entries(m, n, (1.0, []), (-1.0, [_TANH(m, n)] * 2)),
+    "softplus'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n)])),
+    "log_sigmoid'": lambda m, n, f: _entries(m, n, (1.0, []), (-1.0, [_SIGMOID(m, n)])),
+    "abs'": lambda m, n, f: _entries(m, n, (1.0, [_SIGN(m, n)])),
+    "sin'": lambda m, n, f: _entries(m, n, (1.0, [_of("cos", torch.cos)(m, n)])),
+    "cos'": lambda m, n, f: _entries(m, n, (-1.0, [_of("sin", torch.sin)(m, n)])),
+    "log'": lambda m, n, f: _entries(m, n, (1.0, [powered(m.atom(n), -1)])),
+    "sqrt'": lambda m, n, f: _entries(m, n, (0.5, [powered(_SQRT(m, n), -1)])),
+}
+
+
+@_slope("clamp'", "clamp_min'", "clamp_max'", "maximum'", "minimum'")
+def _bound_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """1, where no bound is met."""
+    return _entries(m, node, (1.0, []))
+
+
+@_slope("var'")
+def _variance_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """2 (x - mean x) / (n - correction)."""
+    u, axes = m.number(node), fresh_axes(m.number(node).shape)
+    for call in m.applied("var", node):
+        correction = call.bound.get("correction")
+        rest = u.numel() - (1 if correction is None else correction)
+        mean = m.factor(leaf(f"mean({m.text(node)})", u.mean()), ())
+        apart = [_put(Term(2 / rest, (), axes, ()), (), t, atoms(axes)) for t in m.value(node)]
+        return [*apart, Term(-2 / rest, (mean,), axes, ())]
+    return None
+
+
+@_slope("std'")
+def _deviation_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """(x - mean x) / ((n - correction) std x)."""
+    u, axes = m.number(node), fresh_axes(m.number(node).shape)
+    for call in m.applied("std", node):
+        correction = call.bound.get("correction")
+        rest = u.numel() - (1 if correction is None else correction)
+        mean = m.factor(leaf(f"mean({m.text(node)})", u.mean()), ())
+        under = m.factor(powered(leaf(f"std({m.text(node)})", call.out), -1), ()) if call.out.numel() == 1 else mean
+        apart = [_put(Term(1 / rest, (), axes, ()), (under,), t, atoms(axes)) for t in m.value(node)]
+        return [*apart, Term(-1 / rest, (mean, under), axes, ())]
+    return None
+
+
+@_slope("matrix_norm'")
+def _spectral_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """The outer product of the first singular vectors."""
+    U, _, Vh = torch.linalg.svd(m.number(node), full_matrices=False)
+    if 1 in m.number(node).shape:
+        return None
+    shown = m.text(node)
+    rows, cols = fresh_axes(m.number(node).shape)
+    pair = m.factor(leaf(f"u₁({shown})", U[:, 0]), (rows,)), m.factor(leaf(f"v₁({shown})", Vh[0]), (cols,))
+    return [Term(1.0, pair, (rows, cols), ())]
+
+
+@_slope("binary_cross_entropy'")
+def _binary_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """(x - y) / (x (1 - x)), a mean's share of it."""
+    x = m.atom(node)
+    for call in m.applied("binary_cross_entropy", node):
+        y = next(iter(m.named(call.operand_name(1))), None) if len(call.operands) == 2 else None
+        if y is None:
+            continue
+        axes = fresh_axes(call.operands[0].shape)
+        beside = Atom(f"(𝟏 - {x.text})", 1 - x.value)
+        under = m.factor(powered(x, -1), axes), m.factor(powered(beside, -1), axes)
+        share = 1 / x.value.numel() if call.bound["reduction"] == 1 else 1.0
+        above = [*((share, t) for t in m.value(node)), *((-share, t) for t in m.value(y))]
+        return [_put(Term(c, (), axes, ()), under, t, atoms(axes)) for c, t in above]
+    return None
+
+
+@_slope("prod'")
+def _product_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+    """The product over each entry, where none is 0."""
+    whole = leaf(f"prod({m.text(node)})", m.number(node).prod())
+    return _entries(m, node, (1.0, [whole, powered(m.atom(node), -1)]))
+
+
+def _exponential(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
+    """exp of a log_softmax is the softmax."""
+    source = m.sources(node)[0]
+    inner = m.home[source].call(source) if source.op == "call_function" else None
+    if inner is None or "log_softmax" not in inner.target._schema.name or call.out.ndim != 1:
+        return None
+    return leaf(f"softmax({m.text(m.sources(source)[0])})", call.out)
+
+
+VALUES["exp"] = _exponential
+VALUES["det"] = lambda m, node, call: _det(m, m.sources(node)[0])
+def _norm_value(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
+    for p in (2, 1, 3, 4):
+        made = _norm_of(m, m.sources(node)[0], p)
+        if call.out.numel() == 1 and torch.allclose(call.out.reshape(1, 1), made.value, rtol=1e-9):
+            return made
+    return None
+
+
+VALUES |= dict.fromkeys(("vector_norm", "norm", "matrix_norm"), _norm_value)
+
+
+def matrix_form(programs: Sequence[Program], called: Callable[[Factor], str], J: Derivative, symbol: str) -> Form | None:
+    """The shorter of two forms, sums multiplied out or in brackets, if it is short; and its numbers."""
+    found = [form for spread in (True, False) if (form := MatrixForm(programs, called, spread).of(J, symbol)) is not None]
+    short = [form for form in found if len(form.text) <= MAX_TEXT]
+    return min(short, key=lambda form: len(form.text)) if short else None
