@@ -8,9 +8,11 @@ them; indices that stay are rows and columns. Every piece has its numbers beside
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import reduce
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from dualform.algebra.index_text import number, tex
 
+# Ones, of a vector and of a matrix.
+_ONES = ("𝟏", "𝟏 𝟏ᵀ")
 # Superscripts: of a transpose, an inverse, and an inverse transposed.
 _MARKS = {(False, False): "", (True, False): "ᵀ", (False, True): "⁻¹", (True, True): "⁻ᵀ"}
 _DIGITS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -33,7 +37,7 @@ class Atom:
     """A text with its numbers, two axes of them: (n, m) a matrix, (n, 1) a vector, (1, 1) a number.
 
     powers: of an entrywise product, its parts and their exponents; inverse: is it that of what `text` is? inner: of a
-    diagonal matrix, the vector
+    diagonal matrix, the vector; made: the product that it is
     """
 
     text: str
@@ -43,6 +47,7 @@ class Atom:
     inverse: bool = False
     powers: tuple[tuple[Atom, int], ...] = ()
     inner: Atom | None = None
+    made: Chain | None = None
 
     @property
     def bracketed(self) -> str:
@@ -56,6 +61,17 @@ class Atom:
     @property
     def is_vector(self) -> bool:
         return self.value.shape[1] == 1
+
+    @property
+    def T(self) -> Atom | None:  # noqa: N802
+        """The transpose, where it is more than a mark."""
+        if self.symmetric or self.is_vector:
+            return self if self.symmetric else None
+        if self.made is not None:
+            return self.made.T.atom
+        if self.powers:
+            return entrywise([(Chain(((part, False),), 0).T.atom, power) for part, power in self.powers])
+        return None
 
 
 def leaf(text: str, t: Tensor, tight: bool = True, symmetric: bool = False, inverse: bool = False) -> Atom:
@@ -76,12 +92,12 @@ def entrywise(parts: Sequence[tuple[Atom, int]]) -> Atom:
         for part, power in outer.parts:
             key = part.text + _MARKS[False, part.inverse]
             found[key] = (part, found.get(key, (part, 0))[1] + power * times)
-    kept = tuple((part, power) for part, power in found.values() if power and part.text != "𝟏")
+    kept = tuple((part, power) for part, power in found.values() if power and part.text not in _ONES)
     shape = torch.broadcast_shapes(*(part.value.shape for part, _ in parts))
     one = torch.ones(shape, dtype=parts[0][0].value.dtype)
     value = reduce(torch.mul, (part.value**power for part, power in kept), one)
     if not kept:
-        return Atom("𝟏", value)
+        return Atom("𝟏", value) if shape[1] == 1 else Atom("𝟏 𝟏ᵀ", value, False, True)
     if len(kept) == 1 and kept[0][1] == 1:
         return kept[0][0]
     above = [_power(part, power) for part, power in kept if power > 0]
@@ -90,7 +106,7 @@ def entrywise(parts: Sequence[tuple[Atom, int]]) -> Atom:
         text = " ".join(above) or "1"
         text += _under(below)
     else:
-        text = " ∘ ".join(above) or "𝟏"
+        text = " ∘ ".join(above) or ("𝟏" if shape[1] == 1 else "(𝟏 𝟏ᵀ)")
         text += "".join(f" ⊘ {x}" for x in below)
     tight = len(kept) == 1 and kept[0][1] > 0 and shape == (1, 1)
     return Atom(text, value, tight, powers=kept)
@@ -117,7 +133,8 @@ class Chain:
 
     @property
     def T(self) -> Chain:  # noqa: N802
-        return Chain(tuple((a, t if a.symmetric else not t) for a, t in reversed(self.pieces)), self.cols)
+        turned = ((a, t, None if t else a.T) for a, t in reversed(self.pieces))
+        return Chain(tuple((other, False) if other else (a, not t) for a, t, other in turned), self.cols)
 
     @property
     def rows(self) -> int:
@@ -166,7 +183,8 @@ class Chain:
         if len(self.pieces) == 1 and not self.pieces[0][1]:
             return self.pieces[0][0]
         same = self.text == self.T.text and not self.pieces[0][0].is_vector if self.pieces else True
-        return Atom(self.text, self.value, len(self.pieces) < 2 and not (self.pieces and not self.pieces[0][0].tight), same)
+        tight = len(self.pieces) < 2 and not (self.pieces and not self.pieces[0][0].tight)
+        return Atom(self.text, self.value, tight, same, made=self)
 
 
 def _shape(piece: Piece) -> tuple[int, int]:
@@ -459,14 +477,14 @@ def _product(term: MatrixTerm) -> str:
     scalar, body = term.scalar, None if term.chain is None else term.chain.text
     above = [p for p in scalar.parts if p[1] > 0 and p[0].text != "𝟏"]
     below = [p for p in scalar.parts if p[1] < 0]
-    size, sign = abs(term.coef), "-" if term.coef < 0 else ""
-    whole = round(1 / size) if size else 0
-    divides = size < 1 and whole and abs(size * whole - 1) < 1e-12
-    shown = [] if size == 1 or divides else [number(size)]
+    size, sign = Fraction(abs(term.coef)).limit_denominator(4096), "-" if term.coef < 0 else ""
+    is_exact = math.isclose(abs(term.coef), size, rel_tol=1e-12)
+    top, _, bottom = str(size).partition("/") if is_exact else number(abs(term.coef)).partition("/")
+    shown = [] if top == "1" else [top]
     shown += [_power(*p) for p in above]
     shown += [] if body is None else [body]
     text = " ".join(shown) or "1"
-    return sign + text + _under([str(whole)] * bool(divides) + [_power(p, -power) for p, power in below])
+    return sign + text + _under([bottom] * bool(bottom) + [_power(p, -power) for p, power in below])
 
 
 def _under(parts: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from dualform.algebra.index_products import collected
 from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.linear_map import Derivative, Term, derivative_of, fresh_axes
 from dualform.algebra.notation import Names, formula, spoken
+from dualform.algebra.terms import Factor
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
 from dualform.explanations.known_axes import known_axes
@@ -79,7 +80,7 @@ class Story:
         checks, notes = self._checks(derivative, code, level)
         matrices = self._matrices(derivative, rewritten) if level != "one-line" else None
         if matrices is not None:
-            checks += agreed([("the matrix form against the entries", matrices.error(derivative))], derivative.dtype)
+            agreed([("the matrix form against the entries", matrices.error(derivative))], derivative.dtype)
         return Explanation(
             level, self._title(), tuple(steps), tuple(self._chain()), result, code, tuple(checks), tuple(stages),
             whole or None, tuple(notes), matrices,
@@ -91,7 +92,15 @@ class Story:
 
     def _matrices(self, J: Derivative, rewritten: Sequence[Program]) -> Form | None:
         """The derivative in matrix notation, in the names of the caller and of the rules."""
-        return matrix_form([self.program, *rewritten], self.names.of, J, self._symbol(self.program.output))
+
+        def called(f: Factor) -> str:
+            """Its name; that of the same numbers up to rounding, as of two ways to a softmax."""
+            own, plain = self.names.of(f), self.names.found.get(f.name)
+            is_same = plain is not None and plain.shape == f.tensor.shape and plain.is_floating_point()
+            return f.name if is_same and deviation(f.tensor, plain) < 1e-12 else own
+
+        told = {*self.names.values, *self.names.found}
+        return matrix_form([self.program, *rewritten], called, told, J, self._symbol(self.program.output))
 
     def _formula(self, J: Derivative, symbol: str) -> IndexFormula:
         shapes = (J.out_shape, J.in_shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -66,10 +66,11 @@ class Form:
 class MatrixForm:
     """What the values of a program are, as sums of products of inputs and functions of them."""
 
-    def __init__(self, programs: Sequence[Program], called: Callable[[Factor], str], spread: bool) -> None:
-        """programs: whose nodes factors are named after; `called`: the name of a factor in the account; spread: are
-        sums multiplied out, or in brackets?"""
+    def __init__(self, programs: Sequence[Program], called: Callable[[Factor], str], told: Container[str], spread: bool) -> None:
+        """programs: whose nodes factors are named after; `called`: the name of a factor in the account; told: the names
+        that it explains; spread: are sums multiplied out, or in brackets?"""
         self.programs = programs
+        self.told = told
         self.home = {n: program for program in programs for n in program.values}
         self.called = called
         self.spread = spread
@@ -83,6 +84,8 @@ class MatrixForm:
         above, below = symbol.split("/")
         if any(self.named(name) for name in ("I", below)):
             return None  # a letter of the notation
+        if not J.terms:
+            return None
         try:
             whole = [t for term in J.terms for t in self._written(term)]
             if len(J.shape) <= 2:
@@ -145,7 +148,7 @@ class MatrixForm:
         if len(term.factors) > MAX_FACTORS:
             raise NoMatrixForm
         for k, f in enumerate(term.factors):
-            made = self._relation(f) if isinstance(f, Relation) else None if f.name in self.leaves else self._made(f)
+            made = self._relation(f) if isinstance(f, Relation) else self._made(f)
             if made is None:
                 continue
             rest = (*term.factors[:k], *term.factors[k + 1 :])
@@ -168,20 +171,28 @@ class MatrixForm:
             return [replace(one, out=((f.small,), (f.big,)))]
         raise NoMatrixForm
 
-    def _made(self, f: Factor) -> Terms:
-        """What a factor is made of: by its record, by the node whose value it is, by the slope of a function."""
+    def _made(self, f: Factor) -> Terms | None:
+        """What a factor is made of: by its record, by the node whose value it is, by the slope of a function.
+
+        None: it is a leaf.
+        """
         if f.made:
-            return [written_with(t, f.labels) for t in f.made]
+            return list(f.made)
+        if f.name in self.leaves:
+            if f.tensor.numel() != self.leaves[f.name].value.numel():
+                raise NoMatrixForm  # some of its entries
+            return None
         if f.tensor.ndim > 2:
             raise NoMatrixForm
         name = re.sub(r"#\d+$", "", f.name)
         found = self._constant(f) or self._named(name, f)
         if found is None:
             shown = self.called(f)
-            if not re.fullmatch(r"\w+|cof\(\w+\)|\[\w+[<>=≠]\w+\]", shown):
-                raise NoMatrixForm  # it has a name that says less than the indices do
             found = self._named(shown, f) if shown != name else None
-            found = found or self._lone(leaf(shown, f.tensor), f.labels)
+            is_told = shown in self.told and re.fullmatch(r"\w+|cof\(\w+\)", shown)
+            if not found and not is_told:
+                raise NoMatrixForm  # it has a name that says less than the indices do
+            found = found or self._lone(leaf(shown, _flat(f.tensor)), f.labels)
         return found
 
     def _constant(self, f: Factor) -> Terms | None:
@@ -302,7 +313,9 @@ class MatrixForm:
         call = self.home[node].call(node)
         if call is None or v.ndim > 2:
             raise NoMatrixForm
-        op = call.target._schema.name.split("::")[1].removeprefix("linalg_")
+        op, row = call.target._schema.name.split("::")[1].removeprefix("linalg_"), find_row(call.target)
+        if row is not None and row.ordered and call.operands[0].shape == v.shape:
+            return self.value(self.sources(node)[0])
         if op in ("inv", "inverse", "inv_ex") and v.ndim == 2:
             return self.inverse(self.sources(node)[0])
         if op in _BOUNDS and _is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
@@ -353,9 +366,10 @@ class MatrixForm:
         v = self.number(node)
         if op in VALUES and (made := VALUES[op](self, node, call)) is not None:
             return made
-        plain = torch.Tag.pointwise in call.target.tags or (v.ndim == 0 or len(sources) == 1)
-        if plain and len(sources) == 1 and not _options(call):
+        if torch.Tag.pointwise in call.target.tags and len(sources) == 1 and not _options(call):
             return leaf(f"{op}({self.text(sources[0])})", _flat(v))
+        if self.name(node) not in self.told:
+            raise NoMatrixForm
         return leaf(self.name(node), _flat(v))
 
     def text(self, node: fx.Node) -> str:
@@ -416,19 +430,34 @@ class MatrixForm:
 
 
 def _put(term: Term, rest: Sequence[Any], made: Term, labels: Sequence[Label]) -> Term:
-    """A term with a factor at these labels replaced by what it is made of."""
-    inner = _onto(made, labels)
-    return replace(term, coef=term.coef * inner.coef, factors=(*rest, *inner.factors))
+    """A term with a factor at these labels replaced by what it is made of; an axis of size 1 needs none.
+
+    Two axes of one label tie the labels that they have here.
+    """
+    own, kept = ([x for x in side if x.size != 1] for side in (atoms(made.out), labels))
+    if [x.size for x in own] != [x.size for x in kept]:
+        raise NoMatrixForm
+    first: dict[Label, Label] = {}
+    change = {here: first[x] for x, here in zip(own, kept, strict=True) if first.setdefault(x, here) is not here}
+    inner = written_with(replace(made, out=tuple((x,) for x in first)), [*first.values()])
+    whole = replace(term, coef=term.coef * inner.coef, factors=(*rest, *inner.factors))
+    return _renamed(whole, change) if change else whole
+
+
+def _renamed(t: Term, change: Mapping[Label, Label]) -> Term:
+    """The same with other labels, none split."""
+
+    def final(x: Label) -> Label:
+        return change.get(x, x)
+
+    factors = (replace(f, labels=tuple(map(final, f.labels))) if isinstance(f, Factor) else f.renamed(lambda x: (final(x),)) for f in t.factors)
+    out, inn = (tuple(tuple(map(final, axis)) for axis in side) for side in (t.out, t.inn))
+    return Term(t.coef, tuple(factors), out, inn)
 
 
 def _onto(t: Term, labels: Sequence[Label]) -> Term:
-    """A term without an input at the labels of what it stands for; an axis of size 1 needs none."""
-    own = [x for x in atoms(t.out) if x.size != 1]
-    kept = [x for x in labels if x.size != 1]
-    if [x.size for x in own] != [x.size for x in kept]:
-        raise NoMatrixForm
-    made = written_with(replace(t, out=tuple((x,) for x in own)), kept)
-    return replace(made, out=tuple((x,) for x in labels))
+    """A term without an input at the labels of what it stands for."""
+    return _put(Term(1.0, (), tuple((x,) for x in labels), ()), (), t, labels)
 
 
 def _kept(t: Term) -> tuple[tuple[Label, ...], ...]:
@@ -569,14 +598,14 @@ _SIGMOID, _TANH, _SIGN = _of("sigmoid", torch.sigmoid), _of("tanh", torch.tanh),
 _ABS, _EXP, _SQRT = _of("abs", torch.abs), _of("exp", torch.exp), _of("sqrt", torch.sqrt)
 
 
-def _beside(m: MatrixForm, node: fx.Node) -> Atom:
-    """1 - sigmoid(x)."""
-    s = _SIGMOID(m, node)
-    return Atom(f"(𝟏 - {s.text})" if s.value.numel() > 1 else f"(1 - {s.text})", 1 - s.value)
+def _beside(a: Atom) -> Atom:
+    """1 - a."""
+    one = "1" if a.value.numel() == 1 else "𝟏" if a.is_vector else "𝟏 𝟏ᵀ"
+    return Atom(f"({one} - {a.text})", 1 - a.value)
 FUNCTIONS |= {
     "exp": lambda m, n, f: _entries(m, n, (1.0, [_EXP(m, n)])),
-    "sigmoid'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n), _beside(m, n)])),
-    "tanh'": lambda m, n, f: _entries(m, n, (1.0, []), (-1.0, [_TANH(m, n)] * 2)),
+    "sigmoid'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n), _beside(_SIGMOID(m, n))])),
+    "tanh'": lambda m, n, f: _entries(m, n, (1.0, [_beside(powered(_TANH(m, n), 2))])),
     "softplus'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n)])),
     "log_sigmoid'": lambda m, n, f: _entries(m, n, (1.0, []), (-1.0, [_SIGMOID(m, n)])),
     "abs'": lambda m, n, f: _entries(m, n, (1.0, [_SIGN(m, n)])),
@@ -641,8 +670,7 @@ def _binary_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
         if y is None:
             continue
         axes = fresh_axes(call.operands[0].shape)
-        beside = Atom(f"(𝟏 - {x.text})", 1 - x.value)
-        under = m.factor(powered(x, -1), axes), m.factor(powered(beside, -1), axes)
+        under = m.factor(powered(x, -1), axes), m.factor(powered(_beside(x), -1), axes)
         share = 1 / x.value.numel() if call.bound["reduction"] == 1 else 1.0
         above = [*((share, t) for t in m.value(node)), *((-share, t) for t in m.value(y))]
         return [_put(Term(c, (), axes, ()), under, t, atoms(axes)) for c, t in above]
@@ -665,6 +693,12 @@ def _exponential(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
     return leaf(f"softmax({m.text(m.sources(source)[0])})", call.out)
 
 
+def _of_a_vector(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
+    name = call.target._schema.name.split("::")[1].strip("_")
+    return leaf(f"{name}({m.text(m.sources(node)[0])})", call.out) if call.out.ndim == 1 else None
+
+
+VALUES |= dict.fromkeys(("softmax", "log_softmax", "logsumexp"), _of_a_vector)
 VALUES["exp"] = _exponential
 VALUES["det"] = lambda m, node, call: _det(m, m.sources(node)[0])
 def _norm_value(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
@@ -678,8 +712,10 @@ def _norm_value(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
 VALUES |= dict.fromkeys(("vector_norm", "norm", "matrix_norm"), _norm_value)
 
 
-def matrix_form(programs: Sequence[Program], called: Callable[[Factor], str], J: Derivative, symbol: str) -> Form | None:
+def matrix_form(
+    programs: Sequence[Program], called: Callable[[Factor], str], told: Container[str], J: Derivative, symbol: str
+) -> Form | None:
     """The shorter of two forms, sums multiplied out or in brackets, if it is short; and its numbers."""
-    found = [form for spread in (True, False) if (form := MatrixForm(programs, called, spread).of(J, symbol)) is not None]
+    found = [form for spread in (True, False) if (form := MatrixForm(programs, called, told, spread).of(J, symbol)) is not None]
     short = [form for form in found if len(form.text) <= MAX_TEXT]
     return min(short, key=lambda form: len(form.text)) if short else None
