@@ -14,7 +14,7 @@ from torch import Tensor
 
 TOKEN = re.compile(
     r"\s*(?P<call>[A-Za-z_][A-Za-z_0-9₀-₉]*)(?=\()|(?P<name>[A-Za-z_][A-Za-z_0-9.]*)|\s*(?P<number>√?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"
-    r"|\s*(?P<power>[⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᵀ]+)|\s*(?P<norm>‖)(?P<kind>[₀-₉]?)|\s*(?P<mark>[-+∘⊘⊗/()𝟏,])|\s+"
+    r"|\s*(?P<power>[⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᵀ]+)|\s*(?P<norm>‖)(?P<kind>[₀-₉]?)|\s*(?P<mark>[-+∘⊘⊗/()𝟏,>]|\[|\])|\s+"
 )
 DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "01234567890123456789")
 FUNCTIONS = {
@@ -74,7 +74,7 @@ class Reader:
 
     def chain(self) -> Tensor:
         value = self.factor()
-        while self.seen() and self.seen() not in tuple("+-∘⊘⊗/),") and not self.closes():
+        while self.seen() and self.seen() not in tuple("+-∘⊘⊗/),>]") and not self.closes():
             value = times(value, self.factor())
         return value
 
@@ -102,6 +102,9 @@ class Reader:
             value = torch.ones(next(self.sizes), 1, dtype=torch.float64)
         elif word == "I":
             value = torch.eye(next(self.sizes), dtype=torch.float64)
+        elif word == "[":
+            value = (self.sum() > 0).double()
+            assert [self.take()[0].strip() for _ in range(3)] == [">", "0", "]"]
         elif word == "(":
             value, self.open, before = None, 0, self.open
             value = self.sum()

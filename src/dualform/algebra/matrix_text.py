@@ -77,7 +77,7 @@ class Atom:
 def leaf(text: str, t: Tensor, tight: bool = True, symmetric: bool = False, inverse: bool = False) -> Atom:
     """A text for a tensor of at most two axes."""
     shape = (*t.shape, *[1] * (2 - t.ndim))
-    return Atom(text, t.reshape(shape), tight, symmetric, inverse)
+    return Atom(text, t.reshape(shape).to(torch.float64), tight, symmetric, inverse)
 
 
 def powered(base: Atom, exponent: int) -> Atom:
@@ -102,6 +102,7 @@ def entrywise(parts: Sequence[tuple[Atom, int]]) -> Atom:
         return kept[0][0]
     above = [_power(part, power) for part, power in kept if power > 0]
     below = [_power(part, -power) for part, power in kept if power < 0]
+    below = [f"({x})" if " ∘ " in x and shape != (1, 1) else x for x in below]
     if shape == (1, 1):
         text = " ".join(above) or "1"
         text += _under(below)

@@ -162,7 +162,9 @@ class MatrixForm:
     def _relation(self, f: Relation) -> Terms:
         """A choice of places, as a matrix of zeros and ones."""
         if isinstance(f, Lookup) and len(f.smalls) == len(f.bigs) == 1:
-            name = next((self.name(n) for n in self.home if _is_equal(self.number(n), f.index)), f.name)
+            name = next((self.name(n) for n in self.home if _is_equal(self.number(n), f.index)), "")
+            if name not in self.told:
+                raise NoMatrixForm
             return self._lone(leaf(f"onehot({name})", f.dense(torch.ones(())).tensor.double()), f.labels)
         if isinstance(f, Lookup) and not f.smalls and len(f.bigs) == 1:
             return self._lone(leaf(f"e({int(f.index)})", _unit(f.bigs[0].size, int(f.index))), f.bigs)
@@ -206,16 +208,25 @@ class MatrixForm:
         return [Term(float(f.tensor.flatten()[0]), (), tuple((x,) for x in f.labels), ())]
 
     @cached_property
-    def _fixed(self) -> dict[str, list[Tensor]]:
-        """Values that depend on no floating input, and what losses make of labels alone, by their names."""
-        found: dict[str, list[Tensor]] = {}
+    def _still(self) -> set[fx.Node]:
+        """The nodes that depend on no floating input."""
+        found = set()
         for program in self.programs:
             moving = {n for n in program.inputs if program.values[n].is_floating_point()}
             for node, value in program.values.items():
                 if any(n in moving for n in node.all_input_nodes) and not _is_shaped(node):
                     moving.add(node)
                 elif node not in moving and isinstance(value, Tensor) and node.op == "call_function":
-                    found.setdefault(program.name_of(node), []).append(value)
+                    found.add(node)
+        return found
+
+    @cached_property
+    def _fixed(self) -> dict[str, list[Tensor]]:
+        """Values that depend on no floating input, and what losses make of labels alone, by their names."""
+        found: dict[str, list[Tensor]] = {}
+        for node in self._still:
+            found.setdefault(self.name(node), []).append(self.number(node))
+        for program in self.programs:
             for node, parts in program.local.items():
                 call = program.call(node)
                 if call is not None and "ignore_index" in call.bound:
@@ -228,6 +239,14 @@ class MatrixForm:
         if re.fullmatch(r"\w+", name):
             node = next((n for n in self.named(name) if _is_equal(self.number(n), f.tensor)), None)
             return node and self._at(self.value(node), f)
+        if name == "c" or name == "":
+            whole = (n for n in self.home if n.op == "placeholder" and _is_equal(self.number(n), f.tensor))
+            if (node := next(whole, None)) is not None:
+                return self._lone(leaf(self.name(node), _flat(f.tensor)), f.labels)
+        root = re.fullmatch(r"\(1/2√(\w+)\)|\[(\w+)>0\]", name)
+        for node in self.named(root[1] or root[2]) if root else ():
+            if found := self._checked(FUNCTIONS["sqrt'" if root and root[1] else "relu'"](self, node, f), f):
+                return found
         quotient = re.fullmatch(r"\((-?\w+)/(\w+?)(²?)\)", name)
         for below in self.named(quotient[2]) if quotient else ():
             if found := self._checked(self._quotient(quotient[1], below, 2 if quotient[3] else 1), f):
@@ -320,6 +339,10 @@ class MatrixForm:
             return self.inverse(self.sources(node)[0])
         if op in _BOUNDS and _is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
             return self.value(self.sources(node)[0])  # no bound is met here, nor nearby
+        if op == "eye" and v.shape[0] == v.shape[1]:
+            return [Term(1.0, (), (axes[0], axes[0]), ())]
+        if node in self._still and v.numel() and bool((v == v.flatten()[0]).all()):
+            return [Term(float(v.flatten()[0]), (), axes, ())]
         terms = self._linear(node, call, v)
         if terms is None:
             return [Term(1.0, (self.factor(self._function(node, call), axes),), axes, ())]
@@ -367,7 +390,7 @@ class MatrixForm:
         if op in VALUES and (made := VALUES[op](self, node, call)) is not None:
             return made
         if torch.Tag.pointwise in call.target.tags and len(sources) == 1 and not _options(call):
-            return leaf(f"{op}({self.text(sources[0])})", _flat(v))
+            return leaf(f"{_SAID.get(op, op)}({self.text(sources[0])})", _flat(v))
         if self.name(node) not in self.told:
             raise NoMatrixForm
         return leaf(self.name(node), _flat(v))
@@ -441,6 +464,9 @@ def _put(term: Term, rest: Sequence[Any], made: Term, labels: Sequence[Label]) -
     change = {here: first[x] for x, here in zip(own, kept, strict=True) if first.setdefault(x, here) is not here}
     inner = written_with(replace(made, out=tuple((x,) for x in first)), [*first.values()])
     whole = replace(term, coef=term.coef * inner.coef, factors=(*rest, *inner.factors))
+    # What is summed over, and no factor has any more, counts.
+    present = {*whole.visible, *(x for f in whole.factors for x in f.labels)}
+    whole = replace(whole, coef=whole.coef * prod(x.size for x in first.values() if x not in present))
     return _renamed(whole, change) if change else whole
 
 
@@ -527,6 +553,7 @@ def _bare(text: str) -> str:
 Slope = Callable[[MatrixForm, fx.Node, Factor], "Terms | None"]
 # What rules name by a function of a value: one record each.
 FUNCTIONS: dict[str, Slope] = {}
+_SAID = {"sgn": "sign"}
 _BOUNDS = ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")
 # What values print as, where that is not the op's name.
 VALUES: dict[str, Callable[[MatrixForm, fx.Node, OpCall], "Atom | None"]] = {}
@@ -598,6 +625,12 @@ _SIGMOID, _TANH, _SIGN = _of("sigmoid", torch.sigmoid), _of("tanh", torch.tanh),
 _ABS, _EXP, _SQRT = _of("abs", torch.abs), _of("exp", torch.exp), _of("sqrt", torch.sqrt)
 
 
+def _after(a: Atom) -> Atom:
+    """1 + a."""
+    one = "1" if a.value.numel() == 1 else "𝟏" if a.is_vector else "𝟏 𝟏ᵀ"
+    return Atom(f"({one} + {a.text})", 1 + a.value)
+
+
 def _beside(a: Atom) -> Atom:
     """1 - a."""
     one = "1" if a.value.numel() == 1 else "𝟏" if a.is_vector else "𝟏 𝟏ᵀ"
@@ -611,6 +644,8 @@ FUNCTIONS |= {
     "abs'": lambda m, n, f: _entries(m, n, (1.0, [_SIGN(m, n)])),
     "sin'": lambda m, n, f: _entries(m, n, (1.0, [_of("cos", torch.cos)(m, n)])),
     "cos'": lambda m, n, f: _entries(m, n, (-1.0, [_of("sin", torch.sin)(m, n)])),
+    "relu'": lambda m, n, f: _entries(m, n, (1.0, [leaf(f"[{m.text(n)} > 0]", _flat(m.number(n) > 0))])),
+    "log1p'": lambda m, n, f: _entries(m, n, (1.0, [powered(_after(m.atom(n)), -1)])),
     "log'": lambda m, n, f: _entries(m, n, (1.0, [powered(m.atom(n), -1)])),
     "sqrt'": lambda m, n, f: _entries(m, n, (0.5, [powered(_SQRT(m, n), -1)])),
 }
@@ -695,6 +730,10 @@ def _exponential(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
 
 def _of_a_vector(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
     name = call.target._schema.name.split("::")[1].strip("_")
+    if name == "softmax" and "p" in m.told:
+        letter = m.called(Factor(call.out, (Label(call.out.shape[0]),), "p")) if call.out.ndim == 1 else ""
+        if letter in m.told:
+            return leaf(letter, call.out)
     return leaf(f"{name}({m.text(m.sources(node)[0])})", call.out) if call.out.ndim == 1 else None
 
 
