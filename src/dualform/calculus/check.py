@@ -9,6 +9,7 @@ slip that gives exactly what was got is the message.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from dualform.calculus.mistakes import Slip, of_shape, of_values
 from dualform.explanations.wording import name_nodes
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
+from dualform.graphs.rewriting import write_out
 from dualform.graphs.trace import trace
 from dualform.shapes import ShapeError, fail
 
@@ -215,7 +217,10 @@ def _slip(
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
     # The caller's own ops, not rewritten: what a slip is named after.
     gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors)
-    program = Program(gm, given.tensors, k, local_derivative, name_nodes(gm, given.names))
+    spelled = copy.deepcopy(gm)
+    write_out(spelled.graph)
+    spelled.recompile()
+    programs = [Program(g, given.tensors, k, local_derivative, name_nodes(g, given.names)) for g in (gm, spelled)]
     shape = of_shape(found, right, names)
     if shape is not None:
         return shape
@@ -226,4 +231,4 @@ def _slip(
         return result[place]
 
     others = {given.names[j]: value for j, value in expected.items() if j != k}
-    return of_values(found, right, seed, again, others, program, names)
+    return of_values(found, right, seed, again, others, programs, J, names)

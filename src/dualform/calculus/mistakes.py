@@ -13,9 +13,11 @@ from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
 from dualform.algebra.notation import told
+from dualform.algebra.relations import Lookup, Triangle
 from dualform.algebra.terms import Factor, Label, Relation, Term, make_factor, recorded, volume
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.trace import source_line
+from dualform.ops.table import placed
 
 Names = tuple[Sequence[str], Sequence[str]] | None
 # Axes up to which all orders, and all sets of summed axes, are tried.
@@ -68,7 +70,7 @@ def _kept(got: Tensor, right: Tensor, names: Names) -> Slip | None:
                 return Slip("extra axis", text)
             said = _told(axes, got, names, 0)
             code = f"g.sum({axes[0] if len(axes) == 1 else axes}{', keepdim=True' if keep else ''})"
-            why = "the argument is broadcast along it, and the gradients of its copies add up"
+            why = "the same argument is used all along it, and the gradients of its uses add up"
             return Slip("kept axis", f"keeps {said}, which should be summed: {why}. Use {code} or unbroadcast.")
     return None
 
@@ -107,17 +109,36 @@ def _orders(rank: int) -> Iterator[tuple[int, ...]]:
 
 def of_values(
     got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], others: dict[str, Tensor],
-    program: Program, names: Names,
+    programs: Sequence[Program], J: Derivative, names: Names,
 ) -> Slip | None:  # fmt: skip
-    """Name what is wrong with a gradient of the right shape; None if nothing is."""
+    """Name what is wrong with a gradient of the right shape; None if nothing is.
+
+    programs: the function in the caller's ops, and in what those are made of; J: the whole derivative
+    """
     unfinite = _not_finite(got, right)
     if unfinite is not None:
         return unfinite
     if close(got, right):
         return None
-    found = _of_the_seed(got, right, g, again, program) or _scaled(got, right, g, names)
-    found = found or _exchanged(got, right, others) or _of_an_op(got, g, program)
+    program = programs[0]
+    found = _of_the_seed(got, right, g, again, program)
+    if found is not None:
+        return found
+    found = _either([*_scaled(got, right, g, J, program, names), *_exchanged(got, right, others)])
+    found = found or _along_the_result(got, g, program, names) or _diagonal(got, g, J)
+    for each in programs:
+        found = found or _of_an_op(got, g, again, each) or _of_paths(got, g, each)
     return found or _along_an_axis(got, right, names) or _somewhere(got, right, names)
+
+
+def _either(found: Sequence[Slip]) -> Slip | None:
+    """One slip, or what can not be told apart: several that give the same numbers."""
+    if not found:
+        return None
+    first, *more = found
+    rest = [slip for slip in more if slip.kind != first.kind]
+    said = "".join(f" Or it {slip.message} Both give these numbers." for slip in rest[:1])
+    return replace(first, message=first.message + said)
 
 
 def _not_finite(got: Tensor, right: Tensor) -> Slip | None:
@@ -146,31 +167,84 @@ def _of_the_seed(
         why = "it is the gradient for g = 1" if same else "another g gives the same"
         return Slip("g unused", f"does not use g: {why}; expected a sum over g. Multiply by g (the chain rule).")
     if not close(again(2 * g), 2 * got):
+        still = again(torch.zeros_like(g))
+        if still.shape == got.shape and still.isfinite().all() and still.any():
+            text = "has a part without g: for g = 0 it is not 0 (not linear); expected a linear map of g."
+            return Slip("not linear", f"{text} Multiply every term by g.")
         text = "is not linear in g: twice the g is not twice the gradient; expected a linear map. Use g once."
         return Slip("not linear", text)
     return None
 
 
-def _scaled(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
-    """A constant factor: the sign, the number of entries of some axes, or another."""
+def _scaled(
+    got: Tensor, right: Tensor, g: Tensor, J: Derivative, program: Program, names: Names
+) -> Iterator[Slip]:  # fmt: skip
+    """A constant factor: the sign, the number of entries of some axes, a number of the function, or another."""
     scale = ((got * right).sum() / (right * right).sum()).item()
     if not math.isfinite(scale) or scale == 0 or not close(got, scale * right):
-        return None
+        return
     if abs(scale + 1) < 1e-6:
-        return Slip("sign", "has the wrong sign; expected minus it. Negate it.")
-    for axes in _subsets(g.ndim):
-        count = math.prod(g.shape[a] for a in axes)
-        if count > 1 and abs(scale * count - 1) < 1e-6 and right.numel() < g.numel():
-            text = f"is averaged over {_told(axes, g, names, 0)} of the result; expected the sum."
-            return Slip("averaged", f"{text} Use .sum instead of .mean.")
-    for axes in _subsets(right.ndim):
-        count = math.prod(right.shape[a] for a in axes)
-        if count > 1 and abs(scale / count - 1) < 1e-6 and g.numel() < right.numel():
-            said = _told(axes, right, names, 1)
-            text = f"misses the factor 1/{count}, the entries of {said}; expected a mean's share."
-            return Slip("count", f"{text} Divide by {count}.")
+        yield Slip("sign", "has the wrong sign; expected minus it. Negate it.")
+        return
+    counted = list(_counts(scale, right, g, J, names))
+    yield from counted
+    if counted:
+        return
+    for node, value in program.values.items():
+        is_number = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+        for power in (1, -1, 2, -2, 0.5, -0.5) if is_number and abs(scale) != 1 else ():
+            base = value.item()
+            if (base < 0 and power % 1) or base == 0 or abs(abs(base) - 1) < 1e-9:
+                continue
+            if abs(scale / base**power - 1) < 1e-9:
+                said = program.name_of(node)
+                shown = {1: said, 2: f"{said}²", 0.5: f"√{said}"}[abs(power)]
+                wrong, advice = ("a factor", "Divide by it") if power > 0 else ("divided by", "Multiply by it")
+                yield Slip("scale", f"has {wrong} {shown} = {base ** abs(power):.6g} too many; expected none. {advice}.")
+                return
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
-    return Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
+    yield Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
+
+
+def _free(J: Derivative, side: str) -> list[int]:
+    """The axes of one side that no term ties to the other: those that are summed, or averaged, or copied."""
+    there = "inn" if side == "out" else "out"
+    other = [{x for axis in getattr(t, there) for x in axis} | {x for r in t.relations for x in r.labels} for t in J.terms]
+    count = len(getattr(J.terms[0], side)) if J.terms else 0
+    return [a for a in range(count) if all(not {*getattr(t, side)[a]} & o for t, o in zip(J.terms, other, strict=True))]
+
+
+def _counts(scale: float, right: Tensor, g: Tensor, J: Derivative, names: Names) -> Iterator[Slip]:
+    """A number of entries: of axes that the derivative sums or averages over, no others."""
+    summed, averaged = _free(J, "out"), _free(J, "inn")
+    for axes in (axes for axes in _subsets(g.ndim) if {*axes} <= {*summed}):
+        count = math.prod(g.shape[a] for a in axes)
+        if count > 1 and abs(scale * count - 1) < 1e-6:
+            text = f"is averaged over {_told(axes, g, names, 0)} of the result; expected the sum."
+            yield Slip("averaged", f"{text} Use .sum instead of .mean.")
+            return
+    counts = {tuple(axes): math.prod(right.shape[a] for a in axes) for axes in _subsets(right.ndim) if {*axes} <= {*averaged}}
+    for axes, count in counts.items():
+        said = _told(axes, right, names, 1)
+        if count > 1 and abs(scale / count - 1) < 1e-6:
+            text = f"misses the factor 1/{count}, the entries of {said}; expected a mean's share."
+            yield Slip("count", f"{text} Divide by {count}.")
+            return
+        if count > 1 and abs(scale * count - 1) < 1e-6:
+            text = f"has the factor 1/{count}, the entries of {said}, too many; expected it once less."
+            yield Slip("count", f"{text} Do not divide by {count}.")
+            return
+        for less, more in ((count - 1, count), (count, count - 1)):
+            if less > 1 and more > 1 and abs(scale * more / less - 1) < 1e-9:
+                text = f"divides by {more} where {less} is expected, of {count} entries along {said}."
+                yield Slip("count", f"{text} Look at the correction.")
+                return
+    every = {(a,): right.shape[a] for a in range(right.ndim)}
+    for (a, n), (b, m) in itertools.product(counts.items(), every.items()):
+        if a != b and n != m and abs(scale * m / n - 1) < 1e-9:
+            text = f"divides by {m}, the entries of {_told(b, right, names, 1)}; expected {n}"
+            yield Slip("count", f"{text}, those of {_told(a, right, names, 1)}. Divide by {n}.")
+            return
 
 
 def _ratio(scale: float) -> str:
@@ -180,29 +254,71 @@ def _ratio(scale: float) -> str:
     return f"1/{part}" if part and abs(1 / scale - part) < 1e-6 * abs(part) else f"{scale:.6g}"
 
 
-def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Slip | None:
+def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Iterator[Slip]:
     for order in _orders(right.ndim):
         if order != tuple(range(right.ndim)) and close(got.permute(order), right):
-            return Slip("transposed", f"is transposed: its axes are in the order {order}. Use .permute({order}).")
+            yield Slip("transposed", f"is transposed: its axes are in the order {order}. Use .permute({order}).")
+            break
     for name, value in others.items():
         if close(got, value):
-            return Slip("swapped", f"is the gradient of {name}; expected its own. Swap what you return.")
-    for axis in range(right.ndim):
-        if close(got.flip(axis), right):
-            return Slip("reversed", f"is reversed along axis {axis}; expected the order of the argument. Flip it.")
+            yield Slip("swapped", f"is the gradient of {name}; expected its own. Swap what you return.")
+    for axes in _subsets(right.ndim):
+        if close(got.flip(axes), right):
+            said = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
+            yield Slip("reversed", f"is reversed along {said}; expected the order of the argument. Flip it.")
+            break
+    for axis, n in ((a, k) for a in range(right.ndim) for k in (1, -1, 2, -2) if right.shape[a] > abs(k)):
+        if close(got, right.roll(n, axis)) or (right.any() and close(got, _moved(right, n, axis))):
+            text = f"is shifted by {n:+d} along axis {axis}; expected every entry {-n:+d} from there."
+            yield Slip("shifted", f"{text} Look at where the slice starts.")
+            break
+
+
+def _moved(x: Tensor, n: int, axis: int) -> Tensor:
+    """Shift along an axis; zeros come in."""
+    kept = x.narrow(axis, max(0, -n), x.shape[axis] - abs(n))
+    gap = torch.zeros_like(x.narrow(axis, 0, abs(n)))
+    return torch.cat([gap, kept] if n > 0 else [kept, gap], axis)
+
+
+def _along_the_result(got: Tensor, g: Tensor, program: Program, names: Names) -> Slip | None:
+    """Some entries along an axis of the result are left out, or all but one."""
+    for axis, n in enumerate(g.shape):
+        if n < 2 or n > 64:
+            continue
+        parts = [program.vjp(torch.zeros_like(g).index_copy(axis, k, g.index_select(axis, k))) for k in torch.arange(n).split(1)]
+        total = sum(parts[1:], parts[0])
+        for k, part in enumerate(parts):
+            said = f"of {_told([axis], g, names, 0)} of the result"
+            if part.any() and close(got, total - part):
+                return Slip("missing entries", f"leaves out entry {k} {said}; expected the sum over all. Add it.")
+            if not close(part, total) and close(got, part):
+                return Slip("missing entries", f"has entry {k} {said} alone; expected the sum over all. Add the others.")
     return None
 
 
-def _of_an_op(got: Tensor, g: Tensor, program: Program) -> Slip | None:
-    """One op's local derivative with one slip in it."""
+def _diagonal(got: Tensor, g: Tensor, J: Derivative) -> Slip | None:
+    """g times the diagonal, where there is more."""
+    if J.out_shape != J.in_shape or math.prod(J.shape) > 2**20 or not J.out_shape:
+        return None
+    n = math.prod(J.out_shape)
+    if n < 2 or not close(got, J.dense().reshape(n, n).diagonal().reshape(got.shape) * g):
+        return None
+    text = "is g times the diagonal of the Jacobian; expected all of it: an entry of the result depends on others, too"
+    return Slip("diagonal only", f"{text}. Add their terms.")
+
+
+def _of_an_op(got: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program: Program) -> Slip | None:
+    """One op's local derivative with one slip in it; what fits g by chance does not fit another."""
     with recorded():
         local = program.local
+    other = torch.flip(g.reshape(-1), [0]).reshape(g.shape) * 0.7 + 0.1
     for node, parts in local.items():
         for place, (source, J) in enumerate(parts):
             for slip, wrong in _slips(program, node, source, J):
                 program.__dict__["local"] = {**local, node: [*parts[:place], (source, wrong), *parts[place + 1 :]]}
                 try:
-                    same = close(program.vjp(g), got)
+                    same = close(program.vjp(g), got) and close(program.vjp(other), again(other))
                 except RuntimeError:  # a slip that does not fit the shapes
                     same = False
                 finally:
@@ -210,6 +326,87 @@ def _of_an_op(got: Tensor, g: Tensor, program: Program) -> Slip | None:
                 if same:
                     return Slip(slip.kind, f"{slip.message} (at `{_line(program, node)}`)")
     return None
+
+
+# Paths and terms of at most so many are weighed.
+MAX_PATHS = 10
+
+
+def _of_paths(got: Tensor, g: Tensor, program: Program) -> Slip | None:
+    """Several terms of one op, or several paths, with factors of their own: those that give exactly what was got."""
+    local = program.local
+    for node, parts in local.items():
+        terms = [(source, J, k) for source, J in parts for k in range(len(J.terms))]
+        if not 2 <= len(terms) <= MAX_PATHS:
+            continue
+        shares = []
+        for source, J, k in terms:
+            only = [(s, L.with_terms([L.terms[k]] if s is source and L is J else [])) for s, L in parts]
+            program.__dict__["local"] = {**local, node: only}
+            shares.append(program.vjp(g))
+        program.__dict__["local"] = {**local, node: [(s, L.with_terms([])) for s, L in parts]}
+        rest = program.vjp(g)
+        program.__dict__["local"] = local
+        weights = _weights(got - rest, [share - rest for share in shares])
+        if weights is not None:
+            name = program.name_of(node)
+            said = [
+                f"{_ratio(w)} times the term {_shown(J.terms[k])} of d{name}/d{program.name_of(source)}"
+                for w, (source, J, k) in zip(weights, terms, strict=True) if abs(w - 1) > 1e-6
+            ]  # fmt: skip
+            return Slip("term factor", f"has {', and '.join(said)}; expected each once. (at `{_line(program, node)}`)")
+    paths = _paths_of(program)
+    if not 2 <= len(paths) <= MAX_PATHS:
+        return None
+    shares = []
+    for path in paths:
+        pulled = g
+        for source, node in reversed(path):
+            pulled = next(J for s, J in local[node] if s is source).vjp(pulled)
+        shares.append(pulled)
+    weights = _weights(got, shares)
+    if weights is None:
+        return None
+    wrong = [(w, path) for w, path in zip(weights, paths, strict=True) if abs(w - 1) > 1e-6]
+    kind = "missing path" if all(abs(w) < 1e-6 for w, _ in wrong) else "path factor"
+    said = [f"{_ratio(w)} times the path {_way(program, path)}" for w, path in wrong]
+    return Slip(kind, f"has {', and '.join(said)}; expected each path once.")
+
+
+def _shown(term: Term) -> str:
+    return f"{term.coef:+.4g} {'·'.join(map(told, term.tensors))}".strip()
+
+
+def _way(program: Program, path: Sequence[tuple[fx.Node, fx.Node]]) -> str:
+    return " -> ".join([program.name_of(path[0][0]), *(program.name_of(node) for _, node in path)])
+
+
+def _paths_of(program: Program) -> list[list[tuple[fx.Node, fx.Node]]]:
+    """The paths from the input to the result, none if there are too many."""
+    into: dict[fx.Node, list[list[tuple[fx.Node, fx.Node]]]] = {program.source: [[]]}
+    for node, parts in program.local.items():
+        sources = [source for source, _ in parts]
+        if len(sources) > len(set(sources)):
+            return []
+        into[node] = [[*path, (source, node)] for source in sources for path in into.get(source, [])]
+        if len(into[node]) > MAX_PATHS:
+            return []
+    return [path for path in into.get(program.output, []) if path]
+
+
+def _weights(got: Tensor, shares: Sequence[Tensor]) -> list[float] | None:
+    """The factors with which shares add up to what was got, if there is one way only."""
+    A = torch.stack([share.flatten() for share in shares], 1).to(torch.float64)
+    if A.shape[0] < A.shape[1] + 1 or int(torch.linalg.matrix_rank(A)) < A.shape[1]:
+        return None
+    weights = torch.linalg.lstsq(A, got.flatten().to(torch.float64)[:, None]).solution[:, 0]
+    # A factor that nobody would write is chance: so few numbers say little.
+    plain = all(abs(w * n - round(w * n)) < 1e-6 for w in weights.tolist() for n in [_denominator(w)])
+    return weights.tolist() if plain and close((A @ weights).reshape(got.shape).to(got.dtype), got) else None
+
+
+def _denominator(w: float) -> int:
+    return next((n for n in range(1, 33) if abs(w * n - round(w * n)) < 1e-6), 1)
 
 
 def _line(program: Program, node: fx.Node) -> str:
@@ -221,7 +418,7 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
     name, below = program.name_of(node), program.name_of(source)
     for k, term in enumerate(J.terms):
         before, after = J.terms[:k], J.terms[k + 1 :]
-        shown = f"{term.coef:+.4g} {'·'.join(map(told, term.tensors))}".strip()
+        shown = _shown(term)
         if before or after:
             text = f"misses the term {shown} of d{name}/d{below}; expected {len(J.terms)} terms. Add it."
             yield Slip("missing term", text), J.with_terms([*before, *after])
@@ -231,47 +428,164 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
             text = f"misses the factor {term.coef:.6g} of d{name}/d{below}; expected it. Multiply by it."
             yield Slip("missing factor", text), J.with_terms([*before, replace(term, coef=1.0), *after])
         for j, f in enumerate(term.factors):
-            if isinstance(f, Factor):
-                for slip, wrong in _factor_slips(program, f, term):
-                    changed = replace(term, factors=(*term.factors[:j], wrong, *term.factors[j + 1 :]))
-                    yield slip, J.with_terms([*before, changed, *after])
+            made = _factor_slips(program, f, term) if isinstance(f, Factor) else _relation_slips(f, name, below)
+            for slip, wrong in made:
+                changed = replace(term, factors=(*term.factors[:j], *wrong, *term.factors[j + 1 :]))
+                yield slip, J.with_terms([*before, changed, *after])
     yield Slip("path sign", f"has the wrong sign in d{name}/d{below}; expected minus it. Negate that path."), -1 * J
     if J.out_shape == J.in_shape:
         turned = "Run the op the other way round (reverse, apply, reverse)."
         text = f"applies d{name}/d{below} forward; expected its transpose. {turned}"
         yield Slip("not transposed", text), J.T
     text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
+    if node is program.output:
+        text = f"misses the path from {below} straight into {name}; expected the sum of all paths. Add d{name}/d{below}."
     yield Slip("missing path", text), J.with_terms([])
+    yield from _everywhere(J, name, below)
+    yield from _other_dims(program, node, source, J)
     yield from _wrong_axes(J, name, below)
 
 
-def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, Factor]]:
+def _everywhere(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, Derivative]]:
+    """A factor that all terms have, left out of each."""
+    if len(J.terms) < 2:
+        return
+    for f in J.terms[0].tensors:
+        rest = []
+        for term in J.terms:
+            # of two equal factors the one that the result's index is on
+            same = [g for g in term.tensors if g.name == f.name and g.tensor.shape == f.tensor.shape]
+            same.sort(key=lambda g, t=term: not {*g.labels} <= {x for axis in t.out for x in axis})
+            rest.append(replace(term, factors=tuple(g for g in term.factors if not same or g is not same[0])) if same else None)
+        found = [term for term in rest if term is not None]
+        if len(found) == len(J.terms):
+            text = f"misses the factor {told(f)} of every term of d{name}/d{below}; expected it. Multiply by {told(f)}."
+            yield Slip("missing factor", text), J.with_terms(found)
+
+
+def _other_dims(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> Iterator[tuple[Slip, Derivative]]:
+    """The same op along another dim; and its factors of there in the pattern of here."""
+    call = program.call(node)
+    assert call is not None
+    name, rank = program.name_of(node), call.operands[0].ndim if call.operands else 0
+    given = {key: call.bound[key] for key in ("dim", "dims", "axis") if call.bound.get(key) is not None}
+    places = [k for k, s in enumerate(program.operand_nodes(node)) if s is source]
+    for key, value in given.items():
+        own = list(value) if isinstance(value, (list, tuple)) else [value]
+        if len(own) != 1 or not isinstance(own[0], int) or isinstance(own[0], bool) or len(places) != 1:
+            continue
+        for dim in (d for d in range(rank) if d != own[0] % rank):
+            args, kwargs = placed(call.target, {**call.bound, key: [dim] if own is not value and isinstance(value, (list, tuple)) else dim})
+            try:
+                out = call.target(*args, **kwargs)
+                out = out if call.part is None else out[call.part]
+                wrong = program.rule(replace(call, args=args, kwargs=kwargs, out=out), places[0])
+            except (RuntimeError, IndexError, ValueError):
+                continue
+            if out.shape != call.out.shape:
+                continue
+            text = f"is along axis {dim} in {name} where axis {own[0] % rank} is expected. Use dim={own[0]}."
+            yield Slip("wrong axis", text), wrong
+            if len(wrong.terms) == len(J.terms):
+                mixed = [_with_numbers_of(t, w) for t, w in zip(J.terms, wrong.terms, strict=True)]
+                text = f"has factors of {name} made along axis {dim} where axis {own[0] % rank} is expected. Use dim={own[0]}."
+                yield Slip("wrong axis", text), J.with_terms(mixed)
+
+
+def _with_numbers_of(term: Term, other: Term) -> Term:
+    """The pattern of one term with the numbers of another's factors, where they are shaped alike."""
+    theirs = iter(other.tensors)
+    factors: list[Factor | Relation] = []
+    for f in term.factors:
+        g = next(theirs, None) if isinstance(f, Factor) else None
+        factors.append(replace(f, tensor=g.tensor) if g is not None and isinstance(f, Factor) and g.tensor.shape == f.tensor.shape else f)
+    return replace(term, factors=tuple(factors))
+
+
+def _relation_slips(f: Relation, name: str, below: str) -> Iterator[tuple[Slip, tuple[Factor | Relation, ...]]]:
+    """A triangle that is off by one, turned, or missing; places that are met twice and overwritten."""
+    if isinstance(f, Triangle):
+        for n in (1, -1):
+            text = f"is off by one in d{name}/d{below}: its triangle has {'lost' if n > 0 else 'gained'} a diagonal; expected"
+            yield Slip("off by one", f"{text} {f.offset:+d}. Move it by {-n:+d}."), (replace(f, offset=f.offset + n),)
+        if len(f.rows) == len(f.cols) == 1 and f.rows[0].size == f.cols[0].size:
+            text = f"has the triangle of d{name}/d{below} turned over; expected the other. Swap tril and triu."
+            yield Slip("not transposed", text), (Triangle(f.cols, f.rows, -f.offset),)
+        text = f"misses the triangle of d{name}/d{below}: entries that are left out there count; expected 0 for them."
+        yield Slip("missing mask", f"{text} Mask them."), ()
+    if isinstance(f, Lookup) and len(f.smalls) == 1 and f.index.ndim == 1:
+        places = f.index.tolist()
+        for way, seen in (("last", places[::-1]), ("first", places)):
+            first = torch.tensor([seen.index(p) == k for k, p in enumerate(seen)])
+            mask = Factor(first.flip(0) if way == "last" else first, f.smalls, "[once]")
+            text = f"keeps only the {way} of the entries that are looked up more than once in {name}; expected their sum."
+            yield Slip("overwritten", f"{text} Add them (accumulate=True, index_add)."), (f, mask)
+
+
+
+
+def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, tuple[Factor]]]:
     said = told(f)
+    if f.is_mask:
+        text = f"has {said} inverted: it keeps what should be dropped; expected the other. Negate the condition."
+        yield Slip("inverted mask", text), (replace(f, tensor=~f.tensor),)
     f = replace(f, tensor=f.tensor.to(program.values[program.source].dtype))
     missing = f"misses the factor {said}; expected it. Multiply by {said}."
-    yield Slip("missing factor", missing), replace(f, tensor=torch.ones_like(f.tensor))
+    yield Slip("missing factor", missing), (replace(f, tensor=torch.ones_like(f.tensor)),)
     for a, b in itertools.combinations(range(f.tensor.ndim), 2):
         if f.tensor.shape[a] == f.tensor.shape[b]:
             text = f"uses {said} transposed where it should not be, or not where it should; expected the other."
-            text = f"{text} Use {said}.mT."
-            yield Slip("transposed factor", text), replace(f, tensor=f.tensor.transpose(a, b))
+            turned = f"{said}.mT" if f.tensor.ndim == 2 else f"{said}.transpose({a}, {b})"
+            yield Slip("transposed factor", f"{text} Use {turned}."), (replace(f, tensor=f.tensor.transpose(a, b)),)
+    for axes in _subsets(f.tensor.ndim):
+        if all(f.tensor.shape[a] > 1 for a in axes):
+            said_axes = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
+            text = f"uses {said} in the wrong direction along {said_axes} (a kernel flipped, or not); expected the other."
+            yield Slip("flipped factor", f"{text} Use {said}.flip({axes})."), (replace(f, tensor=f.tensor.flip(axes)),)
     for node, value in program.values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or value is f.tensor:
             continue
         other = program.name_of(node)
         slip = Slip("wrong operand", f"uses {other} where {said} is expected. Replace {other} by {said}.")
         if value.shape == f.tensor.shape:
-            yield slip, replace(f, tensor=value)
+            yield slip, (replace(f, tensor=value),)
+            for text, wrong in _near(value, other):
+                yield Slip("wrong factor", f"has {text} where {said} is expected. Use {said}."), (replace(f, tensor=wrong),)
         elif value.ndim <= len(term.out):
             axes = term.out[len(term.out) - value.ndim :]
             if [volume(axis) for axis in axes] == list(value.shape):
-                yield slip, make_factor(value, axes, other)
+                yield slip, (make_factor(value, axes, other),)
+        if f.tensor.shape == value.shape and close(f.tensor, value) and (opposite := _opposite(program, node)) is not None:
+            text = f"has the wrong sign inside {other}, between its two parts; expected {said}. Look at its + and -."
+            yield Slip("wrong factor", text), (replace(f, tensor=opposite),)
     text = f"divides by {said} where it should multiply, or the reverse; expected {said}. Invert it."
-    yield Slip("inverted factor", text), replace(f, tensor=1 / f.tensor)
+    yield Slip("inverted factor", text), (replace(f, tensor=1 / f.tensor),)
     yield (
         Slip("repeated factor", f"has the factor {said} twice; expected it once. Drop one."),
-        replace(f, tensor=f.tensor**2),
+        (replace(f, tensor=f.tensor**2),),
     )
+
+
+def _near(x: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
+    """What people write for a slope, of a value."""
+    yield f"1 - {name}", 1 - x
+    yield f"{name}²", x * x
+    yield f"1 - {name}²", 1 - x * x
+    yield f"{name} (1 - {name})", x * (1 - x)
+    yield f"1/{name}", 1 / x
+    yield f"exp({name})", x.exp()
+    yield f"1 - tanh({name})²", 1 - x.tanh() ** 2
+    yield f"sigmoid({name})", x.sigmoid()
+    yield f"sign({name})", x.sign()
+
+
+def _opposite(program: Program, node: fx.Node) -> Tensor | None:
+    """a + b for a value a - b, and the reverse."""
+    name = getattr(node.target, "_opname", "")
+    if name not in ("add", "sub") or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = (program.values[x] if isinstance(x, fx.Node) else x for x in node.args)
+    return a + b if name == "sub" else a - b
 
 
 def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, Derivative]]:
@@ -289,12 +603,23 @@ def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, De
                 text = f"sums {name}'s axis {tied[0]} where axis {other} should be summed for {below}'s axis {axis}"
                 made = J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
                 yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
-        yield from _other_axis(J, k, name, below)
+    each = [list(_other_axis(term)) for term in J.terms]
+    for k, options in enumerate(each):
+        for a, b, wrong in options:
+            yield _inside(a, b, name, below), J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
+    pairs = {(a, b) for options in each for a, b, _ in options} if len(J.terms) > 2 else ()
+    for pair in sorted(pairs):
+        swapped = [next((w for a, b, w in options if (a, b) == pair), t) for t, options in zip(J.terms, each, strict=True)]
+        yield _inside(*pair, name, below), J.with_terms(swapped)
 
 
-def _other_axis(J: Derivative, k: int, name: str, below: str) -> Iterator[tuple[Slip, Derivative]]:
+def _inside(a: int, b: int, name: str, below: str) -> Slip:
+    text = f"sums over axis {a} inside d{name}/d{below} where axis {b} is expected. Use .sum({b}, keepdim=True)."
+    return Slip("wrong axis", text)
+
+
+def _other_axis(term: Term) -> Iterator[tuple[int, int, Term]]:
     """A sum inside the op, as a softmax's, over the wrong axis: the tied axis and the summed one change places."""
-    term = J.terms[k]
     if len(term.out) != len(term.inn):
         return
     free = [a for a, (x, y) in enumerate(zip(term.out, term.inn, strict=True)) if x != y and len(x) == len(y) == 1]
@@ -309,10 +634,7 @@ def _other_axis(J: Derivative, k: int, name: str, below: str) -> Iterator[tuple[
             return Factor(f.tensor, tuple({l: j, i: new}.get(x, x) for x in f.labels), f.name)
 
         inn = tuple((new,) if c == a else (j,) if c == b else axis for c, axis in enumerate(term.inn))
-        wrong = replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
-        terms = [*J.terms[:k], wrong, *J.terms[k + 1 :]]
-        text = f"sums over axis {a} inside d{name}/d{below} where axis {b} is expected. Use .sum({b}, keepdim=True)."
-        yield Slip("wrong axis", text), J.with_terms(terms)
+        yield a, b, replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
 
 
 def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:
