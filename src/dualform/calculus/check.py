@@ -10,6 +10,7 @@ slip that gives exactly what was got is the message.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -165,7 +166,7 @@ def check(
 
 def _seed(out: Tensor, g: Tensor | None) -> Tensor:
     if g is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(90017)  # no seed that arguments are made with: g is to be like none
         drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64) + 0.5
         return drawn.to(out.dtype).to(out.device if out.device.type != "meta" else "cpu")
     if g.shape != out.shape:
@@ -205,6 +206,14 @@ def _compared(
     return Report(tuple(faults), errors, formulas)
 
 
+def _is_noise(error: Tensor, seed: Tensor, J: Any) -> bool:
+    """Is a difference what rounding leaves where large numbers cancel?"""
+    if not error.numel() or math.prod(J.shape) > 2**20 or not error.isfinite().all():
+        return False
+    most = torch.tensordot(seed.abs(), J.dense().abs(), seed.ndim).max().item()
+    return error.abs().max().item() <= 64 * torch.finfo(J.dtype).eps * most
+
+
 def _slip(
     given: Given, k: int, seed: Tensor, found: Any, expected: dict[int, Tensor], backward: Callable[..., Any],
     args: Any, place: int, J: Any, names: Any,
@@ -215,6 +224,8 @@ def _slip(
         return None if J.is_zero else Slip("none", "is None; expected a tensor. Return the gradient.")
     if not isinstance(found, Tensor):
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
+    if found.shape == right.shape and _is_noise(found - right, seed, J):
+        return None
     # The caller's own ops, not rewritten: what a slip is named after.
     gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors)
     spelled = copy.deepcopy(gm)

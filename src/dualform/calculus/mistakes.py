@@ -128,7 +128,7 @@ def of_values(
     found = found or _along_the_result(got, g, program, names) or _diagonal(got, g, J)
     for each in programs:
         found = found or _of_an_op(got, g, again, each) or _of_paths(got, g, each)
-    return found or _along_an_axis(got, right, names) or _somewhere(got, right, names)
+    return found or _shifted(got, right) or _along_an_axis(got, right, names) or _somewhere(got, right, names)
 
 
 def _either(found: Sequence[Slip]) -> Slip | None:
@@ -199,8 +199,11 @@ def _scaled(
             if abs(scale / base**power - 1) < 1e-9:
                 said = program.name_of(node)
                 shown = {1: said, 2: f"{said}²", 0.5: f"√{said}"}[abs(power)]
-                wrong, advice = ("a factor", "Divide by it") if power > 0 else ("divided by", "Multiply by it")
-                yield Slip("scale", f"has {wrong} {shown} = {base ** abs(power):.6g} too many; expected none. {advice}.")
+                value = f"{shown} = {base ** abs(power):.6g}"
+                if power > 0:
+                    yield Slip("scale", f"has the factor {value} too many; expected it once less. Divide by it.")
+                else:
+                    yield Slip("scale", f"is divided by {value} once too often; expected it once less. Multiply by it.")
                 return
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
     yield Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
@@ -248,6 +251,8 @@ def _counts(scale: float, right: Tensor, g: Tensor, J: Derivative, names: Names)
 
 
 def _ratio(scale: float) -> str:
+    if abs(scale) < 1e-6:
+        return "0"
     whole, part = round(scale), round(1 / scale)
     if whole and abs(scale - whole) < 1e-6 * abs(whole):
         return f"{whole}"
@@ -267,11 +272,14 @@ def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Iterato
             said = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
             yield Slip("reversed", f"is reversed along {said}; expected the order of the argument. Flip it.")
             break
+
+
+def _shifted(got: Tensor, right: Tensor) -> Slip | None:
     for axis, n in ((a, k) for a in range(right.ndim) for k in (1, -1, 2, -2) if right.shape[a] > abs(k)):
         if close(got, right.roll(n, axis)) or (right.any() and close(got, _moved(right, n, axis))):
             text = f"is shifted by {n:+d} along axis {axis}; expected every entry {-n:+d} from there."
-            yield Slip("shifted", f"{text} Look at where the slice starts.")
-            break
+            return Slip("shifted", f"{text} Look at where the slice starts.")
+    return None
 
 
 def _moved(x: Tensor, n: int, axis: int) -> Tensor:
@@ -348,7 +356,7 @@ def _of_paths(got: Tensor, g: Tensor, program: Program) -> Slip | None:
         rest = program.vjp(g)
         program.__dict__["local"] = local
         weights = _weights(got - rest, [share - rest for share in shares])
-        if weights is not None:
+        if weights is not None and any(abs(w - 1) > 1e-6 for w in weights):
             name = program.name_of(node)
             said = [
                 f"{_ratio(w)} times the term {_shown(J.terms[k])} of d{name}/d{program.name_of(source)}"
@@ -368,6 +376,8 @@ def _of_paths(got: Tensor, g: Tensor, program: Program) -> Slip | None:
     if weights is None:
         return None
     wrong = [(w, path) for w, path in zip(weights, paths, strict=True) if abs(w - 1) > 1e-6]
+    if not wrong:
+        return None
     kind = "missing path" if all(abs(w) < 1e-6 for w, _ in wrong) else "path factor"
     said = [f"{_ratio(w)} times the path {_way(program, path)}" for w, path in wrong]
     return Slip(kind, f"has {', and '.join(said)}; expected each path once.")
@@ -396,6 +406,12 @@ def _paths_of(program: Program) -> list[list[tuple[fx.Node, fx.Node]]]:
 
 def _weights(got: Tensor, shares: Sequence[Tensor]) -> list[float] | None:
     """The factors with which shares add up to what was got, if there is one way only."""
+    most = max(share.abs().max().item() for share in shares)
+    mattering = [k for k, share in enumerate(shares) if share.abs().max().item() > 1e-9 * most]
+    if len(mattering) < len(shares):  # what is 0 here says nothing
+        some = _weights(got, [shares[k] for k in mattering]) if len(mattering) > 1 else None
+        found = dict(zip(mattering, some, strict=True)) if some else {}
+        return [found.get(k, 1.0) for k in range(len(shares))] if some else None
     A = torch.stack([share.flatten() for share in shares], 1).to(torch.float64)
     if A.shape[0] < A.shape[1] + 1 or int(torch.linalg.matrix_rank(A)) < A.shape[1]:
         return None
@@ -428,7 +444,7 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
             text = f"misses the factor {term.coef:.6g} of d{name}/d{below}; expected it. Multiply by it."
             yield Slip("missing factor", text), J.with_terms([*before, replace(term, coef=1.0), *after])
         for j, f in enumerate(term.factors):
-            made = _factor_slips(program, f, term) if isinstance(f, Factor) else _relation_slips(f, name, below)
+            made = _factor_slips(program, node, f, term) if isinstance(f, Factor) else _relation_slips(f, name, below)
             for slip, wrong in made:
                 changed = replace(term, factors=(*term.factors[:j], *wrong, *term.factors[j + 1 :]))
                 yield slip, J.with_terms([*before, changed, *after])
@@ -437,6 +453,13 @@ def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> I
         turned = "Run the op the other way round (reverse, apply, reverse)."
         text = f"applies d{name}/d{below} forward; expected its transpose. {turned}"
         yield Slip("not transposed", text), J.T
+    for k, term in enumerate(J.terms):
+        for f in term.relations:
+            if isinstance(f, Triangle):
+                text = f"has the triangle of d{name}/d{below} turned over; expected the other. Swap tril and triu."
+                turned = tuple(Triangle(f.cols, f.rows, -f.offset) if r is f else r for r in term.factors)
+                over = J.with_terms([*J.terms[:k], replace(term, factors=turned), *J.terms[k + 1 :]])
+                yield Slip("not transposed", text), over
     text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
     if node is program.output:
         text = f"misses the path from {below} straight into {name}; expected the sum of all paths. Add d{name}/d{below}."
@@ -450,17 +473,16 @@ def _everywhere(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, De
     """A factor that all terms have, left out of each."""
     if len(J.terms) < 2:
         return
-    for f in J.terms[0].tensors:
+    for f, side in itertools.product(J.terms[0].tensors, ("out", "inn")):
         rest = []
         for term in J.terms:
-            # of two equal factors the one that the result's index is on
+            # of two equal factors the one that the index of that side is on
             same = [g for g in term.tensors if g.name == f.name and g.tensor.shape == f.tensor.shape]
-            same.sort(key=lambda g, t=term: not {*g.labels} <= {x for axis in t.out for x in axis})
-            rest.append(replace(term, factors=tuple(g for g in term.factors if not same or g is not same[0])) if same else None)
-        found = [term for term in rest if term is not None]
-        if len(found) == len(J.terms):
+            same.sort(key=lambda g, t=term: not {*g.labels} <= {x for axis in getattr(t, side) for x in axis})
+            rest += [replace(term, factors=tuple(g for g in term.factors if g is not same[0]))] if same else []
+        if len(rest) == len(J.terms):
             text = f"misses the factor {told(f)} of every term of d{name}/d{below}; expected it. Multiply by {told(f)}."
-            yield Slip("missing factor", text), J.with_terms(found)
+            yield Slip("missing factor", text), J.with_terms(rest)
 
 
 def _other_dims(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> Iterator[tuple[Slip, Derivative]]:
@@ -508,9 +530,6 @@ def _relation_slips(f: Relation, name: str, below: str) -> Iterator[tuple[Slip, 
         for n in (1, -1):
             text = f"is off by one in d{name}/d{below}: its triangle has {'lost' if n > 0 else 'gained'} a diagonal; expected"
             yield Slip("off by one", f"{text} {f.offset:+d}. Move it by {-n:+d}."), (replace(f, offset=f.offset + n),)
-        if len(f.rows) == len(f.cols) == 1 and f.rows[0].size == f.cols[0].size:
-            text = f"has the triangle of d{name}/d{below} turned over; expected the other. Swap tril and triu."
-            yield Slip("not transposed", text), (Triangle(f.cols, f.rows, -f.offset),)
         text = f"misses the triangle of d{name}/d{below}: entries that are left out there count; expected 0 for them."
         yield Slip("missing mask", f"{text} Mask them."), ()
     if isinstance(f, Lookup) and len(f.smalls) == 1 and f.index.ndim == 1:
@@ -524,7 +543,7 @@ def _relation_slips(f: Relation, name: str, below: str) -> Iterator[tuple[Slip, 
 
 
 
-def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, tuple[Factor]]]:
+def _factor_slips(program: Program, node: fx.Node, f: Factor, term: Term) -> Iterator[tuple[Slip, tuple[Factor]]]:
     said = told(f)
     if f.is_mask:
         text = f"has {said} inverted: it keeps what should be dropped; expected the other. Negate the condition."
@@ -542,22 +561,26 @@ def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Sli
             said_axes = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
             text = f"uses {said} in the wrong direction along {said_axes} (a kernel flipped, or not); expected the other."
             yield Slip("flipped factor", f"{text} Use {said}.flip({axes})."), (replace(f, tensor=f.tensor.flip(axes)),)
-    for node, value in program.values.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value is f.tensor:
+    own = {node, *program.operand_nodes(node)}
+    for at, value in program.values.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        other = program.name_of(node)
+        other = program.name_of(at)
+        is_own = value is f.tensor or (f.tensor.shape == value.shape and close(f.tensor, value))
+        if is_own and (opposite := _opposite(program, at)) is not None:
+            text = f"has the wrong sign inside {other}, between its two parts; expected {said}. Look at its + and -."
+            yield Slip("wrong factor", text), (replace(f, tensor=opposite),)
+        if value is f.tensor:
+            continue
         slip = Slip("wrong operand", f"uses {other} where {said} is expected. Replace {other} by {said}.")
         if value.shape == f.tensor.shape:
             yield slip, (replace(f, tensor=value),)
-            for text, wrong in _near(value, other):
+            for text, wrong in _near(value, other) if at in own else ():
                 yield Slip("wrong factor", f"has {text} where {said} is expected. Use {said}."), (replace(f, tensor=wrong),)
         elif value.ndim <= len(term.out):
             axes = term.out[len(term.out) - value.ndim :]
             if [volume(axis) for axis in axes] == list(value.shape):
                 yield slip, (make_factor(value, axes, other),)
-        if f.tensor.shape == value.shape and close(f.tensor, value) and (opposite := _opposite(program, node)) is not None:
-            text = f"has the wrong sign inside {other}, between its two parts; expected {said}. Look at its + and -."
-            yield Slip("wrong factor", text), (replace(f, tensor=opposite),)
     text = f"divides by {said} where it should multiply, or the reverse; expected {said}. Invert it."
     yield Slip("inverted factor", text), (replace(f, tensor=1 / f.tensor),)
     yield (
@@ -603,14 +626,14 @@ def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, De
                 text = f"sums {name}'s axis {tied[0]} where axis {other} should be summed for {below}'s axis {axis}"
                 made = J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
                 yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
-    each = [list(_other_axis(term)) for term in J.terms]
+    each = [_other_axis(term) for term in J.terms]
     for k, options in enumerate(each):
-        for a, b, wrong in options:
+        for (a, b, *_), wrong in options.items():
             yield _inside(a, b, name, below), J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
-    pairs = {(a, b) for options in each for a, b, _ in options} if len(J.terms) > 2 else ()
-    for pair in sorted(pairs):
-        swapped = [next((w for a, b, w in options if (a, b) == pair), t) for t, options in zip(J.terms, each, strict=True)]
-        yield _inside(*pair, name, below), J.with_terms(swapped)
+    ways = {way: None for options in each for way in options} if len(J.terms) > 1 else {}
+    for way in ways:
+        swapped = [options.get(way) or t for t, options in zip(J.terms, each, strict=True)]
+        yield _inside(*way[:2], name, below), J.with_terms(swapped)
 
 
 def _inside(a: int, b: int, name: str, below: str) -> Slip:
@@ -618,23 +641,32 @@ def _inside(a: int, b: int, name: str, below: str) -> Slip:
     return Slip("wrong axis", text)
 
 
-def _other_axis(term: Term) -> Iterator[tuple[int, int, Term]]:
-    """A sum inside the op, as a softmax's, over the wrong axis: the tied axis and the summed one change places."""
+def _other_axis(term: Term) -> dict[tuple[int, int, bool, bool], Term]:
+    """A sum inside the op, as a softmax's, over the wrong axis: the tied axis and the summed one change places.
+
+    By the two axes, whether a mean's share changes, too, and whether factors of the tied axis stay on the operand's side.
+    """
+    found: dict[tuple[int, int, bool, bool], Term] = {}
     if len(term.out) != len(term.inn):
-        return
+        return found
     free = [a for a, (x, y) in enumerate(zip(term.out, term.inn, strict=True)) if x != y and len(x) == len(y) == 1]
     tied = [a for a, (x, y) in enumerate(zip(term.out, term.inn, strict=True)) if x == y and len(x) == 1]
-    for a, b in itertools.product(tied, free):
+    for a, b, inside in itertools.product(tied, free, (False, True)):
         (i,), (j,), (below_j,) = term.out[a], term.out[b], term.inn[b]
         new = Label(i.size)
 
-        def moved(f: Factor | Relation, i: Label = i, j: Label = j, l: Label = below_j, new: Label = new) -> Any:
-            if not isinstance(f, Factor) or l not in f.labels:
+        def moved(
+            f: Factor | Relation, i: Label = i, j: Label = j, l: Label = below_j, new: Label = new, inside: bool = inside
+        ) -> Any:  # fmt: skip
+            if not isinstance(f, Factor) or not (l in f.labels or (inside and f.labels == (i,))):
                 return f
             return Factor(f.tensor, tuple({l: j, i: new}.get(x, x) for x in f.labels), f.name)
 
         inn = tuple((new,) if c == a else (j,) if c == b else axis for c, axis in enumerate(term.inn))
-        yield a, b, replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
+        found[a, b, False, inside] = swapped = replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
+        if i.size != j.size:
+            found[a, b, True, inside] = replace(swapped, coef=term.coef * j.size / i.size)
+    return found
 
 
 def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:
