@@ -322,12 +322,14 @@ def _of_an_op(got: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program
         local = program.local
     other = torch.flip(g.reshape(-1), [0]).reshape(g.shape) * 0.7 + 0.1
     for node, parts in local.items():
+        if len(parts) > 1 and all(source is parts[0][0] for source, _ in parts):  # x * x: the same slip in both places
+            parts = [(parts[0][0], sum((J for _, J in parts[1:]), parts[0][1]))]
         for place, (source, J) in enumerate(parts):
             for slip, wrong in _slips(program, node, source, J):
                 program.__dict__["local"] = {**local, node: [*parts[:place], (source, wrong), *parts[place + 1 :]]}
                 try:
                     same = close(program.vjp(g), got) and close(program.vjp(other), again(other))
-                except RuntimeError:  # a slip that does not fit the shapes
+                except (RuntimeError, ValueError):  # a slip that does not fit the shapes
                     same = False
                 finally:
                     program.__dict__["local"] = local
@@ -504,10 +506,9 @@ def _other_dims(program: Program, node: fx.Node, source: fx.Node, J: Derivative)
                 wrong = program.rule(replace(call, args=args, kwargs=kwargs, out=out), places[0])
             except (RuntimeError, IndexError, ValueError):
                 continue
-            if out.shape != call.out.shape:
-                continue
-            text = f"is along axis {dim} in {name} where axis {own[0] % rank} is expected. Use dim={own[0]}."
-            yield Slip("wrong axis", text), wrong
+            if out.shape == call.out.shape:
+                text = f"is along axis {dim} in {name} where axis {own[0] % rank} is expected. Use dim={own[0]}."
+                yield Slip("wrong axis", text), wrong
             if len(wrong.terms) == len(J.terms):
                 mixed = [_with_numbers_of(t, w) for t, w in zip(J.terms, wrong.terms, strict=True)]
                 text = f"has factors of {name} made along axis {dim} where axis {own[0] % rank} is expected. Use dim={own[0]}."
@@ -545,6 +546,8 @@ def _relation_slips(f: Relation, name: str, below: str) -> Iterator[tuple[Slip, 
 
 def _factor_slips(program: Program, node: fx.Node, f: Factor, term: Term) -> Iterator[tuple[Slip, tuple[Factor]]]:
     said = told(f)
+    if said == "a factor":  # it has no name in this program
+        return
     if f.is_mask:
         text = f"has {said} inverted: it keeps what should be dropped; expected the other. Negate the condition."
         yield Slip("inverted mask", text), (replace(f, tensor=~f.tensor),)
@@ -573,6 +576,9 @@ def _factor_slips(program: Program, node: fx.Node, f: Factor, term: Term) -> Ite
         if value is f.tensor:
             continue
         slip = Slip("wrong operand", f"uses {other} where {said} is expected. Replace {other} by {said}.")
+        if value.ndim == 2 and value.mT.shape == f.tensor.shape:
+            text = f"uses {other}.mT where {said} is expected. Replace {other} by {said}."
+            yield Slip("wrong operand", text), (replace(f, tensor=value.mT),)
         if value.shape == f.tensor.shape:
             yield slip, (replace(f, tensor=value),)
             for text, wrong in _near(value, other) if at in own else ():
@@ -624,8 +630,10 @@ def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, De
                 swapped = tuple(tuple(change.get(x, x) for x in labels) for labels in term.out)
                 wrong = replace(term, out=swapped)
                 text = f"sums {name}'s axis {tied[0]} where axis {other} should be summed for {below}'s axis {axis}"
-                made = J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
-                yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
+                tied_to = tuple(outer if c == axis else labels for c, labels in enumerate(term.inn))
+                for one in (wrong, replace(term, inn=tied_to)):  # factors go with the axis, or stay
+                    made = J.with_terms([*J.terms[:k], one, *J.terms[k + 1 :]])
+                    yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
     each = [_other_axis(term) for term in J.terms]
     for k, options in enumerate(each):
         for (a, b, *_), wrong in options.items():
