@@ -127,7 +127,7 @@ def of_values(
     found = _either([*_scaled(got, right, g, J, program, names), *_exchanged(got, right, others)])
     found = found or _along_the_result(got, g, program, names) or _diagonal(got, g, J)
     for each in programs:
-        found = found or _of_an_op(got, g, again, each) or _of_paths(got, g, each)
+        found = found or _of_an_op(got, right, g, again, each) or _of_paths(got, g, each)
     return found or _shifted(got, right) or _along_an_axis(got, right, names) or _somewhere(got, right, names)
 
 
@@ -316,18 +316,31 @@ def _diagonal(got: Tensor, g: Tensor, J: Derivative) -> Slip | None:
     return Slip("diagonal only", f"{text}. Add their terms.")
 
 
-def _of_an_op(got: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program: Program) -> Slip | None:
+def _of_an_op(
+    got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program: Program
+) -> Slip | None:
     """One op's local derivative with one slip in it; what fits g by chance does not fit another."""
     with recorded():
         local = program.local
     other = torch.flip(g.reshape(-1), [0]).reshape(g.shape) * 0.7 + 0.1
+    v = torch.randn(right.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(right)
+    seeds, pushed, wanted = _pulled(program, g), _pushed(program, v), ((got - right) * v).sum()
     for node, parts in local.items():
+        if node not in seeds:
+            continue
         if len(parts) > 1 and all(source is parts[0][0] for source, _ in parts):  # x * x: the same slip in both places
             parts = [(parts[0][0], sum((J for _, J in parts[1:]), parts[0][1]))]
         for place, (source, J) in enumerate(parts):
+            if source not in pushed:
+                continue
+            rest = J.vjp(seeds[node])
             for slip, wrong in _slips(program, node, source, J):
-                program.__dict__["local"] = {**local, node: [*parts[:place], (source, wrong), *parts[place + 1 :]]}
                 try:
+                    # One number tells most of them away: <what the slip changes, v> at the operand.
+                    share = (wrong.vjp(seeds[node]) - rest) * pushed[source]
+                    if abs(share.sum() - wanted) > 1e-3 * (share.abs().sum() + wanted.abs()):
+                        continue
+                    program.__dict__["local"] = {**local, node: [*parts[:place], (source, wrong), *parts[place + 1 :]]}
                     same = close(program.vjp(g), got) and close(program.vjp(other), again(other))
                 except (RuntimeError, ValueError):  # a slip that does not fit the shapes
                     same = False
@@ -336,6 +349,26 @@ def _of_an_op(got: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program
                 if same:
                     return Slip(slip.kind, f"{slip.message} (at `{_line(program, node)}`)")
     return None
+
+
+def _pulled(program: Program, g: Tensor) -> dict[fx.Node, Tensor]:
+    """The gradient of every node on the way."""
+    found = {program.output: g}
+    for node, parts in reversed(program.local.items()):
+        for source, J in parts if node in found else ():
+            part = J.vjp(found[node])
+            found[source] = found[source] + part if source in found else part
+    return found
+
+
+def _pushed(program: Program, v: Tensor) -> dict[fx.Node, Tensor]:
+    """The change of every node on the way."""
+    found = {program.source: v}
+    for node, parts in program.local.items():
+        changes = [J.jvp(found[source]) for source, J in parts if source in found]
+        if changes:
+            found[node] = sum(changes[1:], changes[0])
+    return found
 
 
 # Paths and terms of at most so many are weighed.
