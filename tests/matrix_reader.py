@@ -69,7 +69,9 @@ class Reader:
         while self.seen() in ("∘", "⊘", "⊗"):
             mark = self.take()[0].strip()
             other = self.chain()
-            value = torch.kron(value, other) if mark == "⊗" else fit(value, other, torch.mul if mark == "∘" else torch.div)
+            value = (
+                torch.kron(value, other) if mark == "⊗" else fit(value, other, torch.mul if mark == "∘" else torch.div)
+            )
         return value
 
     def chain(self) -> Tensor:

@@ -241,7 +241,7 @@ def test_what_cannot_be_told_apart_is_said() -> None:
 def test_the_law_bites(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slip that is not tried, counts of any axis, and numbers that are close enough."""
     if wrong == "slip":
-        monkeypatch.setattr(mistakes, "_slips", lambda *_: iter(()))
+        monkeypatch.setattr(mistakes, "slips", lambda *_: iter(()))
     if wrong == "count":
         monkeypatch.setattr(mistakes, "_free", lambda J, side: list(range(len(getattr(J.terms[0], side)))))
     if wrong == "verdict":

@@ -34,7 +34,9 @@ def check_form(J: Derivative) -> str:
         return ""
     named = [f.tensors for step in told.steps for f in (step.formula, *step.formula.where)]
     named += [f.tensors for f in (told.result.formula, *told.result.formula.where)]
-    tensors = J.route.story().names.values | {name: t for found in named for name, t in found.items()} | dict(J.route.inputs)
+    tensors = (
+        J.route.story().names.values | {name: t for found in named for name, t in found.items()} | dict(J.route.inputs)
+    )
     expected, shape = J.dense(), J.shape
     if "/" not in told.matrices.left:
         change = torch.randn(J.in_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -96,7 +98,10 @@ def test_a_form_is_true_or_none(name: str) -> None:
 
 def test_products_with_zeros() -> None:
     for f in (lambda x: x.prod(), lambda x: x.cumprod(0), lambda x: (x.prod() * x).sum()):
-        for verb, known in ((jacobian, torch.func.jacrev(f)), (hessian, torch.func.jacrev(torch.func.jacrev(lambda x, f=f: f(x).sum())))):
+        for verb, known in (
+            (jacobian, torch.func.jacrev(f)),
+            (hessian, torch.func.jacrev(torch.func.jacrev(lambda x, f=f: f(x).sum()))),
+        ):
             J = verb(f if verb is jacobian else lambda x, f=f: f(x).sum(), zeros)
             assert J.dense().isfinite().all()
             torch.testing.assert_close(J.dense(), known(zeros), **CLOSE)
@@ -116,7 +121,7 @@ def test_the_law_bites(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong == "value":
         monkeypatch.setattr(matrix_form.MatrixForm, "_linear", lambda *_: None)
     if wrong == "slope":
-        monkeypatch.setitem(matrix_form.FUNCTIONS, "inv", lambda m, node, f: m.value(node))
+        monkeypatch.setitem(matrix_form.MatrixForm.functions, "inv", lambda m, node, f: m.value(node))
     failed = 0
     for verb, f, args, form in ROWS:
         try:

@@ -63,7 +63,7 @@ class Atom:
         return self.value.shape[1] == 1
 
     @property
-    def T(self) -> Atom | None:  # noqa: N802
+    def T(self) -> Atom | None:
         """The transpose, where it is more than a mark."""
         if self.symmetric or self.is_vector:
             return self if self.symmetric else None
@@ -133,7 +133,7 @@ class Chain:
     size: int
 
     @property
-    def T(self) -> Chain:  # noqa: N802
+    def T(self) -> Chain:
         turned = ((a, t, None if t else a.T) for a, t in reversed(self.pieces))
         return Chain(tuple((other, False) if other else (a, not t) for a, t, other in turned), self.cols)
 
@@ -175,7 +175,13 @@ class Chain:
         for (a, t), times in runs:
             mark = _MARKS[t, a.inverse]
             text = a.text if a.tight or (alone and not mark and times == 1) else f"({a.text})"
-            shown.append(text + mark if times == 1 else f"({text}{mark}){str(times).translate(_DIGITS)}" if mark else f"{text}{str(times).translate(_DIGITS)}")
+            shown.append(
+                text + mark
+                if times == 1
+                else f"({text}{mark}){str(times).translate(_DIGITS)}"
+                if mark
+                else f"{text}{str(times).translate(_DIGITS)}"
+            )
         return " ".join(shown) or "I"
 
     @property
@@ -221,7 +227,12 @@ Item = tuple[Chain, tuple[Hashable, ...]]
 _ONE = Atom("𝟏", torch.ones(1, 1, dtype=torch.float64))
 
 
-def contracted(coef: float, atoms: Sequence[tuple[Atom, Sequence[Hashable]]], free: Sequence[Hashable], sizes: Mapping[Hashable, int]) -> MatrixTerm:
+def contracted(
+    coef: float,
+    atoms: Sequence[tuple[Atom, Sequence[Hashable]]],
+    free: Sequence[Hashable],
+    sizes: Mapping[Hashable, int],
+) -> MatrixTerm:
     """Write a product of atoms at indices, summed over all but the free ones, as a chain of matrices.
 
     free: up to two, rows then columns; the same twice is a diagonal
@@ -246,7 +257,13 @@ def contracted(coef: float, atoms: Sequence[tuple[Atom, Sequence[Hashable]]], fr
     return MatrixTerm(coef, entrywise(numbers), chain)
 
 
-def _summed(items: list[Item], k: Hashable, numbers: list[tuple[Atom, int]], free: Sequence[Hashable], sizes: Mapping[Hashable, int]) -> bool:
+def _summed(
+    items: list[Item],
+    k: Hashable,
+    numbers: list[tuple[Atom, int]],
+    free: Sequence[Hashable],
+    sizes: Mapping[Hashable, int],
+) -> bool:
     """Sum over one index, where the factors that have it allow it."""
     mine = [item for item in items if k in item[1]]
     vectors = [c for c, at in mine if at == (k,)]
@@ -424,18 +441,28 @@ Group = tuple[list[MatrixTerm], MatrixTerm] | None
 def _last(group: Sequence[MatrixTerm]) -> Group:
     """A x + B x = (A + B) x."""
     longer = [t for t in group if t.chain and len(t.chain.pieces) > 1]
-    mine = [t for t in longer if t.chain and longer[0].chain and _tag(t.chain.pieces[-1]) == _tag(longer[0].chain.pieces[-1])]
+    mine = [
+        t
+        for t in longer
+        if t.chain and longer[0].chain and _tag(t.chain.pieces[-1]) == _tag(longer[0].chain.pieces[-1])
+    ]
     return _drawn(mine, lambda c: Chain(c.pieces[:-1], 0), lambda inner, c: (*inner, c.pieces[-1]))
 
 
 def _first(group: Sequence[MatrixTerm]) -> Group:
     """A x + A y = A (x + y)."""
     longer = [t for t in group if t.chain and len(t.chain.pieces) > 1]
-    mine = [t for t in longer if t.chain and longer[0].chain and _tag(t.chain.pieces[0]) == _tag(longer[0].chain.pieces[0])]
+    mine = [
+        t for t in longer if t.chain and longer[0].chain and _tag(t.chain.pieces[0]) == _tag(longer[0].chain.pieces[0])
+    ]
     return _drawn(mine, lambda c: Chain(c.pieces[1:], 0), lambda inner, c: (c.pieces[0], *inner))
 
 
-def _drawn(mine: list[MatrixTerm], rest: Callable[[Chain], Chain], whole: Callable[[tuple[Piece, ...], Chain], tuple[Piece, ...]]) -> Group:
+def _drawn(
+    mine: list[MatrixTerm],
+    rest: Callable[[Chain], Chain],
+    whole: Callable[[tuple[Piece, ...], Chain], tuple[Piece, ...]],
+) -> Group:
     if len(mine) < 2 or mine[0].chain is None:
         return None
     coef = abs(mine[0].coef)
@@ -456,17 +483,29 @@ def _part(group: Sequence[MatrixTerm]) -> Group:
     if len(diagonals) > 1:
         coef = abs(diagonals[0].coef)
         inner = [
-            MatrixTerm(t.coef / coef, _ONE, Chain(((t.chain.pieces[0][0].inner, False),), 0)) for t in diagonals if t.chain and t.chain.pieces[0][0].inner
+            MatrixTerm(t.coef / coef, _ONE, Chain(((t.chain.pieces[0][0].inner, False),), 0))
+            for t in diagonals
+            if t.chain and t.chain.pieces[0][0].inner
         ]
         made = diagonal_of(replace(_sum(inner), tight=True))
         return diagonals, replace(diagonals[0], coef=coef, chain=Chain(((made, False),), 0))
     for t in alone:
         for part, power in t.chain.pieces[0][0].powers if t.chain else ():
-            own = [u for u in alone if u.chain and any(p.text == part.text and n >= power > 0 for p, n in u.chain.pieces[0][0].powers)]
+            own = [
+                u
+                for u in alone
+                if u.chain and any(p.text == part.text and n >= power > 0 for p, n in u.chain.pieces[0][0].powers)
+            ]
             if len(own) > 1:
                 coef = abs(own[0].coef)
                 inner = [
-                    MatrixTerm(u.coef / coef, _ONE, Chain(((entrywise([(u.chain.pieces[0][0], 1), (part, -power)]), False),), 0)) for u in own if u.chain
+                    MatrixTerm(
+                        u.coef / coef,
+                        _ONE,
+                        Chain(((entrywise([(u.chain.pieces[0][0], 1), (part, -power)]), False),), 0),
+                    )
+                    for u in own
+                    if u.chain
                 ]
                 made = entrywise([(part, power), (_sum(inner), 1)])
                 return own, replace(own[0], coef=coef, chain=Chain(((made, False),), 0))

@@ -20,9 +20,10 @@ from dualform.algebra.terms import Factor
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
 from dualform.explanations.known_axes import known_axes
-from dualform.explanations.matrix_form import Form, matrix_form
+from dualform.explanations.matrix_form import Form
 from dualform.explanations.python_text import written
 from dualform.explanations.steps import OpStep, Stage
+from dualform.explanations.textbook import matrix_form
 from dualform.explanations.torch_code import Pullback, vjp_code
 from dualform.explanations.unfinite import why_unfinite
 from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
@@ -96,8 +97,9 @@ class Story:
         def called(f: Factor) -> str:
             """Its name; that of the same numbers up to rounding, as of two ways to a softmax."""
             own, plain = self.names.of(f), self.names.found.get(f.name)
-            is_same = plain is not None and plain.shape == f.tensor.shape and plain.is_floating_point()
-            return f.name if is_same and deviation(f.tensor, plain) < 1e-12 else own
+            if plain is None or plain.shape != f.tensor.shape or not plain.is_floating_point():
+                return own
+            return f.name if deviation(f.tensor, plain) < 1e-12 else own
 
         told = {*self.names.values, *self.names.found}
         return matrix_form([self.program, *rewritten], called, told, J, self._symbol(self.program.output))

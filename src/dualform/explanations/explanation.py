@@ -31,10 +31,13 @@ MAX_TEXT = 240
 
 
 class MatrixText(Protocol):
-    """The result in matrix notation."""
+    """The result in matrix notation: left = text."""
 
-    left: str
-    text: str
+    @property
+    def left(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
 
     def latex(self) -> str: ...
 

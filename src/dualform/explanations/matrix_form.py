@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -23,12 +23,33 @@ from dualform.algebra.compose import compose_terms
 from dualform.algebra.index_text import tex
 from dualform.algebra.linear_map import Derivative
 from dualform.algebra.materialise import spread
-from dualform.algebra.matrix_text import Atom, MatrixTerm, NoMatrixForm, Chain, added, contracted, entrywise, in_latex, leaf, powered, text_of
+from dualform.algebra.matrix_text import (
+    Atom,
+    Chain,
+    MatrixTerm,
+    NoMatrixForm,
+    added,
+    contracted,
+    entrywise,
+    in_latex,
+    leaf,
+    powered,
+    text_of,
+)
 from dualform.algebra.relations import Lookup
-from dualform.algebra.terms import Factor, Label, Relation, Select, Term, atoms, fresh_axes, make_factor, renewed, written_with
+from dualform.algebra.terms import (
+    Factor,
+    Label,
+    Relation,
+    Select,
+    Term,
+    atoms,
+    fresh_axes,
+    written_with,
+)
 from dualform.explanations.explanation import deviation
 from dualform.graphs.local_derivatives import Program
-from dualform.ops.table import ALL, OpCall, find_row
+from dualform.ops.table import ALL, EACH, OpCall, find_row
 
 # Sums of more products, and longer texts, are not easier to read than the indices.
 MAX_PRODUCTS, MAX_FACTORS, MAX_TEXT = 24, 16, 160
@@ -36,6 +57,11 @@ MAX_PRODUCTS, MAX_FACTORS, MAX_TEXT = 24, 16, 160
 MAX_NUMBERS = 4096
 
 Terms = list[Term]
+
+
+# Functions that print by another name; ops that are their operand where no bound is met.
+_SAID = {"sgn": "sign"}
+_BOUNDS = ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")
 
 
 @dataclass(frozen=True)
@@ -54,7 +80,11 @@ class Form:
         """For a paper."""
         above, _, below = self.left.partition("/")
         text = re.sub(r"\\mathrm\{d([A-Za-z])\}", r"\\mathrm{d}\1", in_latex(self.text))
-        left = rf"\frac{{\partial {tex(above[1:])}}}{{\partial {tex(below[1:])}}}" if below else rf"\mathrm{{d}}{tex(above[1:])}"
+        left = (
+            rf"\frac{{\partial {tex(above[1:])}}}{{\partial {tex(below[1:])}}}"
+            if below
+            else rf"\mathrm{{d}}{tex(above[1:])}"
+        )
         return f"{left} = {text}"
 
     def error(self, J: Derivative) -> float:
@@ -64,9 +94,18 @@ class Form:
 
 
 class MatrixForm:
-    """What the values of a program are, as sums of products of inputs and functions of them."""
+    """What the values of a program are, as sums of products of inputs and functions of them.
 
-    def __init__(self, programs: Sequence[Program], called: Callable[[Factor], str], told: Container[str], spread: bool) -> None:
+    functions: what rules name by a function of a value; printed: what values print as, where that is not the op's name;
+    the records are in textbook.py
+    """
+
+    functions: ClassVar[dict[str, Callable[[MatrixForm, fx.Node, Factor], Terms | None]]] = {}
+    printed: ClassVar[dict[str, Callable[[MatrixForm, fx.Node, OpCall], Atom | None]]] = {}
+
+    def __init__(
+        self, programs: Sequence[Program], called: Callable[[Factor], str], told: Container[str], spread: bool
+    ) -> None:
         """programs: whose nodes factors are named after; `called`: the name of a factor in the account; told: the names
         that it explains; spread: are sums multiplied out, or in brackets?"""
         self.programs = programs
@@ -95,14 +134,20 @@ class MatrixForm:
             change = torch.randn(J.in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             change = change.to(J.dtype)
             key = self.leaf(leaf(below, change)).name
-            moved = [replace(t, factors=(*t.factors, Factor(change, atoms(t.inn), key)), inn=()) for t in map(_single, whole)]
+            moved = [
+                replace(t, factors=(*t.factors, Factor(change, atoms(t.inn), key)), inn=()) for t in map(_single, whole)
+            ]
             written = self._matrices(moved, lambda t: t.out)
             return Form(above, _bare(text_of(written)), self._sum(written, J.out_shape), change)
         except NoMatrixForm:
             return None
 
     def _sum(self, terms: Sequence[MatrixTerm], shape: Sequence[int]) -> Tensor:
-        return sum((t.value for t in terms), torch.zeros((), dtype=torch.float64)).expand(_two(shape)).reshape(tuple(shape))
+        return (
+            sum((t.value for t in terms), torch.zeros((), dtype=torch.float64))
+            .expand(_two(shape))
+            .reshape(tuple(shape))
+        )
 
     def _matrices(self, terms: Terms, axes: Callable[[Term], Any]) -> list[MatrixTerm]:
         found = []
@@ -115,7 +160,7 @@ class MatrixForm:
                 raise NoMatrixForm
             rows = [axis[0] for axis in free]
             held = [(self.leaves[f.name], [x for x in f.labels if x.size != 1]) for f in t.tensors]
-            sizes = {x: x.size for x in (*t.visible, *t.hidden)}
+            sizes: dict[Hashable, int] = {x: x.size for x in (*t.visible, *t.hidden)}
             seen = {x for _, at in held for x in at}
             coef = t.coef * prod(x.size for x in t.visible if x not in seen and x not in rows)
             found.append(contracted(coef, held, rows, sizes))
@@ -136,7 +181,9 @@ class MatrixForm:
         left, right = (self._matrices([part], lambda p: p.out)[0] for part, _ in parts)
         if not left.chain or not right.chain:
             raise NoMatrixForm
-        numbers = entrywise([(self.leaves[f.name], 1) for f in t.tensors if not f.labels] + [(left.scalar, 1), (right.scalar, 1)])
+        numbers = entrywise(
+            [(self.leaves[f.name], 1) for f in t.tensors if not f.labels] + [(left.scalar, 1), (right.scalar, 1)]
+        )
         a, b = left.chain.atom, right.chain.atom
         made = Atom(f"{a.bracketed} ⊗ {b.bracketed}", torch.kron(a.value, b.value), False)
         return MatrixTerm(t.coef * left.coef * right.coef, numbers, Chain(((made, False),), 0))
@@ -152,7 +199,7 @@ class MatrixForm:
             if made is None:
                 continue
             rest = (*term.factors[:k], *term.factors[k + 1 :])
-            total = [t for m in made for t in self._written(_put(term, rest, m, f.labels))]
+            total = [t for m in made for t in self._written(put(term, rest, m, f.labels))]
             if len(total) > MAX_PRODUCTS:
                 raise NoMatrixForm
             yield from total
@@ -162,7 +209,7 @@ class MatrixForm:
     def _relation(self, f: Relation) -> Terms:
         """A choice of places, as a matrix of zeros and ones."""
         if isinstance(f, Lookup) and len(f.smalls) == len(f.bigs) == 1:
-            name = next((self.name(n) for n in self.home if _is_equal(self.number(n), f.index)), "")
+            name = next((self.name(n) for n in self.home if is_equal(self.number(n), f.index)), "")
             if name not in self.told:
                 raise NoMatrixForm
             return self._lone(leaf(f"onehot({name})", f.dense(torch.ones(())).tensor.double()), f.labels)
@@ -194,7 +241,7 @@ class MatrixForm:
             is_told = shown in self.told and re.fullmatch(r"\w+|cof\(\w+\)", shown)
             if not found and not is_told:
                 raise NoMatrixForm  # it has a name that says less than the indices do
-            found = found or self._lone(leaf(shown, _flat(f.tensor)), f.labels)
+            found = found or self._lone(leaf(shown, flat(f.tensor)), f.labels)
         return found
 
     def _constant(self, f: Factor) -> Terms | None:
@@ -203,7 +250,7 @@ class MatrixForm:
             return [Term(1.0, (), tuple((x,) for x in f.labels), ())]  # a guard that is not met here, nor nearby
         if not f.tensor.numel() or not bool((f.tensor == f.tensor.flatten()[0]).all()):
             return None
-        if not any(_is_equal(t, f.tensor) for t in self._fixed.get(re.sub(r"#\d+$", "", f.name), ())):
+        if not any(is_equal(t, f.tensor) for t in self._fixed.get(re.sub(r"#\d+$", "", f.name), ())):
             return None
         return [Term(float(f.tensor.flatten()[0]), (), tuple((x,) for x in f.labels), ())]
 
@@ -230,33 +277,36 @@ class MatrixForm:
             for node, parts in program.local.items():
                 call = program.call(node)
                 if call is not None and "ignore_index" in call.bound:
-                    for f in (g for _, J in parts for t in J.terms for f in t.tensors for g in _deep(f)):
-                        found.setdefault(f.name, []).append(f.tensor)
+                    for part in (g for _, J in parts for t in J.terms for f in t.tensors for g in _deep(f)):
+                        found.setdefault(part.name, []).append(part.tensor)
         return found
 
     def _named(self, name: str, f: Factor) -> Terms | None:
         """The value of a node, or a function of one, if it is what is stored."""
         if re.fullmatch(r"\w+", name):
-            node = next((n for n in self.named(name) if _is_equal(self.number(n), f.tensor)), None)
+            node = next((n for n in self.named(name) if is_equal(self.number(n), f.tensor)), None)
             return node and self._at(self.value(node), f)
         if name == "c" or name == "":
-            whole = (n for n in self.home if n.op == "placeholder" and _is_equal(self.number(n), f.tensor))
+            whole = (n for n in self.home if n.op == "placeholder" and is_equal(self.number(n), f.tensor))
             if (node := next(whole, None)) is not None:
-                return self._lone(leaf(self.name(node), _flat(f.tensor)), f.labels)
+                return self._lone(leaf(self.name(node), flat(f.tensor)), f.labels)
         root = re.fullmatch(r"\(1/2√(\w+)\)|\[(\w+)>0\]", name)
+        slope = "sqrt'" if root and root[1] else "relu'"
         for node in self.named(root[1] or root[2]) if root else ():
-            if found := self._checked(FUNCTIONS["sqrt'" if root and root[1] else "relu'"](self, node, f), f):
+            if found := self._checked(self.functions[slope](self, node, f), f):
                 return found
         quotient = re.fullmatch(r"\((-?\w+)/(\w+?)(²?)\)", name)
-        for below in self.named(quotient[2]) if quotient else ():
-            if found := self._checked(self._quotient(quotient[1], below, 2 if quotient[3] else 1), f):
+        above, under, square = quotient.groups() if quotient else ("", "", "")
+        for below in self.named(under) if quotient else ():
+            if found := self._checked(self._quotient(above, below, 2 if square else 1), f):
                 return found
         if name.startswith("solve("):
-            node = next((n for n in self.home if "solve" in str(n.target) and _is_equal(self.number(n), f.tensor)), None)
+            node = next((n for n in self.home if "solve" in str(n.target) and is_equal(self.number(n), f.tensor)), None)
             return node and self._at(self.value(node), f)
         call = re.fullmatch(r"(\w+'?)\d?\((\w+)(,\w+)*\)", name)
-        for node in self.named(call[2]) if call and call[1] in FUNCTIONS else ():
-            if found := self._checked(FUNCTIONS[call[1]](self, node, f), f):
+        kind = call[1] if call else ""
+        for node in self.named(call[2]) if call and kind in self.functions else ():
+            if found := self._checked(self.functions[kind](self, node, f), f):
                 return found
         return None
 
@@ -276,9 +326,9 @@ class MatrixForm:
         for node in self.named(name):
             own = fresh_axes(self.number(node).shape)
             if self.number(node).shape == shape:
-                return [_put(Term(sign, (), axes, ()), (under,), t, atoms(axes)) for t in self.value(node)]
+                return [put(Term(sign, (), axes, ()), (under,), t, atoms(axes)) for t in self.value(node)]
             if self.number(below).numel() == 1:
-                return [_put(Term(sign, (), own, ()), (under,), t, atoms(own)) for t in self.value(node)]
+                return [put(Term(sign, (), own, ()), (under,), t, atoms(own)) for t in self.value(node)]
         return None
 
     def number(self, node: fx.Node) -> Any:
@@ -308,7 +358,9 @@ class MatrixForm:
         value = self._sum(written, [x.size for (x,) in _kept(terms[0])] if terms else ())
         stored = f.tensor.to(value.dtype).squeeze()
         for turned in (value, value.mT if value.ndim == 2 else value):
-            if turned.squeeze().shape == stored.shape and torch.allclose(turned.squeeze(), stored, rtol=1e-6, atol=1e-9):
+            if turned.squeeze().shape == stored.shape and torch.allclose(
+                turned.squeeze(), stored, rtol=1e-6, atol=1e-9
+            ):
                 labels = f.labels if turned is value else f.labels[::-1]
                 return [_onto(t, labels) for t in terms]
         return None
@@ -328,7 +380,7 @@ class MatrixForm:
         v = self.number(node)
         axes = fresh_axes(v.shape)
         if node.op != "call_function":
-            return [Term(1.0, (self.factor(leaf(self.name(node), _flat(v)), axes),), axes, ())]
+            return [Term(1.0, (self.factor(leaf(self.name(node), flat(v)), axes),), axes, ())]
         call = self.home[node].call(node)
         if call is None or v.ndim > 2:
             raise NoMatrixForm
@@ -337,7 +389,7 @@ class MatrixForm:
             return self.value(self.sources(node)[0])
         if op in ("inv", "inverse", "inv_ex") and v.ndim == 2:
             return self.inverse(self.sources(node)[0])
-        if op in _BOUNDS and _is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
+        if op in _BOUNDS and is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
             return self.value(self.sources(node)[0])  # no bound is met here, nor nearby
         if op == "eye" and v.shape[0] == v.shape[1]:
             return [Term(1.0, (), (axes[0], axes[0]), ())]
@@ -354,14 +406,20 @@ class MatrixForm:
     def _bracket(self, terms: Terms, v: Tensor) -> Atom:
         written = self._matrices(terms, _kept)
         shown = text_of(written)
-        return leaf(f"({shown})" if len(written) > 1 else shown, _flat(v), len(written) > 1)
+        return leaf(f"({shown})" if len(written) > 1 else shown, flat(v), len(written) > 1)
 
     def _linear(self, node: fx.Node, call: OpCall, v: Tensor) -> Terms | None:
         """Where an op is linear in operands, its value is its derivative times them, and a number."""
         row = find_row(call.target)
         if row is None or not call.operands:
             return None
-        chosen = range(len(call.operands)) if row.affine == ALL else [0] if row.affine == "each" or row.multilinear else [*row.affine[0]] if row.affine else []
+        chosen: list[int] = []
+        if row.affine == ALL:
+            chosen = [*range(len(call.operands))]
+        elif row.affine == EACH or row.multilinear:
+            chosen = [0]
+        elif row.affine and not isinstance(row.affine, str):
+            chosen = sorted(row.affine[0])
         sources = self.sources(node)
         terms: Terms = []
         for k in chosen:
@@ -376,9 +434,10 @@ class MatrixForm:
             return None
         total = sum((_dense(t, v.shape) for t in terms), torch.zeros((), dtype=v.dtype))
         rest = (v - total).flatten()
-        if not rest.numel() or not bool(((rest - rest[0]).abs() <= 1e-9 * (1 + v.abs().max())).all()):
+        small = torch.finfo(v.dtype).eps ** 0.6 * (1 + v.abs().max().item()) if v.numel() else 0
+        if not rest.numel() or not bool(((rest - rest[0]).abs() <= small).all()):
             return None
-        if abs(rest[0].item()) > 1e-9 * (1 + v.abs().max().item()):
+        if abs(rest[0].item()) > small:
             terms.append(Term(rest[0].item(), (), fresh_axes(v.shape), ()))
         return terms
 
@@ -387,13 +446,13 @@ class MatrixForm:
         op = call.target._schema.name.split("::")[1].removeprefix("linalg_").removeprefix("_")
         sources = self.sources(node)
         v = self.number(node)
-        if op in VALUES and (made := VALUES[op](self, node, call)) is not None:
+        if op in self.printed and (made := self.printed[op](self, node, call)) is not None:
             return made
         if torch.Tag.pointwise in call.target.tags and len(sources) == 1 and not _options(call):
-            return leaf(f"{_SAID.get(op, op)}({self.text(sources[0])})", _flat(v))
+            return leaf(f"{_SAID.get(op, op)}({self.text(sources[0])})", flat(v))
         if self.name(node) not in self.told:
             raise NoMatrixForm
-        return leaf(self.name(node), _flat(v))
+        return leaf(self.name(node), flat(v))
 
     def text(self, node: fx.Node) -> str:
         """A node's value in matrix notation."""
@@ -410,7 +469,7 @@ class MatrixForm:
                 return term.scalar
             if term.scalar.text == "𝟏":
                 return term.chain.atom
-        return leaf(f"({_bare(text_of(written))})", _flat(v))
+        return leaf(f"({_bare(text_of(written))})", flat(v))
 
     # Leaves.
 
@@ -425,18 +484,27 @@ class MatrixForm:
     def leaf(self, atom: Atom) -> Factor:
         key = f"{atom.text}|{atom.inverse}"
         known = self.leaves.setdefault(key, atom)
-        if known.value.numel() != atom.value.numel() or not _is_equal(known.value, atom.value):
+        if known.value.numel() != atom.value.numel() or not is_equal(known.value, atom.value):
             raise NoMatrixForm  # two things of one name
         return Factor(atom.value, (), key)
 
     def _lone(self, atom: Atom, labels: Sequence[Label]) -> Terms:
-        return [Term(1.0, (Factor(atom.value.reshape([x.size for x in labels]), tuple(labels), self.leaf(atom).name),), tuple((x,) for x in labels), ())]
+        return [
+            Term(
+                1.0,
+                (Factor(atom.value.reshape([x.size for x in labels]), tuple(labels), self.leaf(atom).name),),
+                tuple((x,) for x in labels),
+                (),
+            )
+        ]
 
     def inverse(self, node: fx.Node) -> Terms:
         """The inverse of a value; of a product of square matrices, the product of theirs."""
         written = self._matrices(self.value(node), lambda t: t.out)
         v = self.number(node)
-        pieces = written[0].chain.pieces if len(written) == 1 and written[0].chain and written[0].scalar.text == "𝟏" else ()
+        pieces = (
+            written[0].chain.pieces if len(written) == 1 and written[0].chain and written[0].scalar.text == "𝟏" else ()
+        )
         if pieces and all(a.value.shape[0] == a.value.shape[1] for a, _ in pieces):
             out = [Label(v.shape[0]) for _ in range(len(pieces) + 1)]
             factors = []
@@ -452,7 +520,7 @@ class MatrixForm:
         return [Term(1.0, (self.factor(other, axes),), axes, ())]
 
 
-def _put(term: Term, rest: Sequence[Any], made: Term, labels: Sequence[Label]) -> Term:
+def put(term: Term, rest: Sequence[Any], made: Term, labels: Sequence[Label]) -> Term:
     """A term with a factor at these labels replaced by what it is made of; an axis of size 1 needs none.
 
     Two axes of one label tie the labels that they have here.
@@ -476,14 +544,17 @@ def _renamed(t: Term, change: Mapping[Label, Label]) -> Term:
     def final(x: Label) -> Label:
         return change.get(x, x)
 
-    factors = (replace(f, labels=tuple(map(final, f.labels))) if isinstance(f, Factor) else f.renamed(lambda x: (final(x),)) for f in t.factors)
+    factors = (
+        replace(f, labels=tuple(map(final, f.labels))) if isinstance(f, Factor) else f.renamed(lambda x: (final(x),))
+        for f in t.factors
+    )
     out, inn = (tuple(tuple(map(final, axis)) for axis in side) for side in (t.out, t.inn))
     return Term(t.coef, tuple(factors), out, inn)
 
 
 def _onto(t: Term, labels: Sequence[Label]) -> Term:
     """A term without an input at the labels of what it stands for."""
-    return _put(Term(1.0, (), tuple((x,) for x in labels), ()), (), t, labels)
+    return put(Term(1.0, (), tuple((x,) for x in labels), ()), (), t, labels)
 
 
 def _kept(t: Term) -> tuple[tuple[Label, ...], ...]:
@@ -509,7 +580,7 @@ def _deep(f: Factor) -> Iterator[Factor]:
             yield from _deep(g)
 
 
-def _is_equal(a: Any, b: Tensor) -> bool:
+def is_equal(a: Any, b: Tensor) -> bool:
     if not isinstance(a, Tensor) or a.numel() != b.numel():
         return False
     kept = [n for n in a.shape if n != 1] == [n for n in b.shape if n != 1]
@@ -527,7 +598,7 @@ def _options(call: OpCall) -> bool:
     return any(isinstance(a, (int, float, str)) and not isinstance(a, bool) for a in call.args[1:])
 
 
-def _flat(v: Tensor) -> Tensor:
+def flat(v: Tensor) -> Tensor:
     """Without axes of size 1."""
     return v.squeeze() if 1 in v.shape else v
 
@@ -548,213 +619,3 @@ def _bare(text: str) -> str:
         if depth == 0:
             return text[1:-1] if text[0] == "(" and k == len(text) - 1 else text
     return text
-
-
-Slope = Callable[[MatrixForm, fx.Node, Factor], "Terms | None"]
-# What rules name by a function of a value: one record each.
-FUNCTIONS: dict[str, Slope] = {}
-_SAID = {"sgn": "sign"}
-_BOUNDS = ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")
-# What values print as, where that is not the op's name.
-VALUES: dict[str, Callable[[MatrixForm, fx.Node, OpCall], "Atom | None"]] = {}
-
-
-def _slope(*names: str) -> Callable[[Slope], Slope]:
-    def add(f: Slope) -> Slope:
-        FUNCTIONS.update(dict.fromkeys(names, f))
-        return f
-
-    return add
-
-
-def _entries(m: MatrixForm, node: fx.Node, *terms: tuple[float, Sequence[Atom]]) -> Terms:
-    """A sum of entrywise products of the shape of a node."""
-    axes = fresh_axes(m.number(node).shape)
-    return [Term(c, tuple(m.factor(a, axes if a.value.numel() > 1 or not atoms(axes) else ()) for a in parts), axes, ()) for c, parts in terms]
-
-
-@_slope("inv")
-def _inv(m: MatrixForm, node: fx.Node, f: Factor) -> Terms:
-    return m.inverse(node)
-
-
-@_slope("cof")
-def _cof(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """cof X = det X inv(X)^T, where X has an inverse."""
-    det = m.factor(_det(m, node), ())
-    return [replace(t, factors=(*t.factors, det), out=t.out[::-1]) for t in m.inverse(node)]
-
-
-def _det(m: MatrixForm, node: fx.Node) -> Atom:
-    one = m.atom(node)
-    if one.inverse:
-        return powered(leaf(f"det({one.text})", torch.linalg.inv_ex(one.value).inverse.det()), -1)
-    return leaf(f"det({m.text(node)})", torch.linalg.det(m.number(node)))
-
-
-@_slope("norm'")
-def _norm(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """x |x|^(p-2) over the (p-1)th power of the norm; sign x for p = 1."""
-    u = m.number(node)
-    for call in m.applied("norm", node):
-        p = call.bound.get("ord", call.bound.get("p")) or 2
-        if p == 1:
-            return _entries(m, node, (1.0, [_SIGN(m, node)]))
-        if p not in (2, 3, 4):
-            continue
-        size, axes = m.factor(powered(_norm_of(m, node, p), 1 - p), ()), fresh_axes(u.shape)
-        sizes = [m.factor(_ABS(m, node), axes)] * int(p - 2)
-        return [_put(Term(1.0, (), axes, ()), (size, *sizes), t, atoms(axes)) for t in m.value(node)]
-    return None
-
-
-def _norm_of(m: MatrixForm, node: fx.Node, p: float = 2) -> Atom:
-    kind = "" if p == 2 else "₀₁₂₃₄"[int(p)]
-    return leaf(f"‖{m.text(node)}‖{kind}", torch.linalg.vector_norm(m.number(node), p))
-
-
-def _of(name: str, f: Callable[[Tensor], Tensor]) -> Callable[[MatrixForm, fx.Node], Atom]:
-    def made(m: MatrixForm, node: fx.Node) -> Atom:
-        u = m.number(node)
-        return leaf(f"{name}({m.text(node)})", f(_flat(u)))
-
-    return made
-
-
-_SIGMOID, _TANH, _SIGN = _of("sigmoid", torch.sigmoid), _of("tanh", torch.tanh), _of("sign", torch.sign)
-_ABS, _EXP, _SQRT = _of("abs", torch.abs), _of("exp", torch.exp), _of("sqrt", torch.sqrt)
-
-
-def _after(a: Atom) -> Atom:
-    """1 + a."""
-    one = "1" if a.value.numel() == 1 else "𝟏" if a.is_vector else "𝟏 𝟏ᵀ"
-    return Atom(f"({one} + {a.text})", 1 + a.value)
-
-
-def _beside(a: Atom) -> Atom:
-    """1 - a."""
-    one = "1" if a.value.numel() == 1 else "𝟏" if a.is_vector else "𝟏 𝟏ᵀ"
-    return Atom(f"({one} - {a.text})", 1 - a.value)
-FUNCTIONS |= {
-    "exp": lambda m, n, f: _entries(m, n, (1.0, [_EXP(m, n)])),
-    "sigmoid'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n), _beside(_SIGMOID(m, n))])),
-    "tanh'": lambda m, n, f: _entries(m, n, (1.0, [_beside(powered(_TANH(m, n), 2))])),
-    "softplus'": lambda m, n, f: _entries(m, n, (1.0, [_SIGMOID(m, n)])),
-    "log_sigmoid'": lambda m, n, f: _entries(m, n, (1.0, []), (-1.0, [_SIGMOID(m, n)])),
-    "abs'": lambda m, n, f: _entries(m, n, (1.0, [_SIGN(m, n)])),
-    "sin'": lambda m, n, f: _entries(m, n, (1.0, [_of("cos", torch.cos)(m, n)])),
-    "cos'": lambda m, n, f: _entries(m, n, (-1.0, [_of("sin", torch.sin)(m, n)])),
-    "relu'": lambda m, n, f: _entries(m, n, (1.0, [leaf(f"[{m.text(n)} > 0]", _flat(m.number(n) > 0))])),
-    "log1p'": lambda m, n, f: _entries(m, n, (1.0, [powered(_after(m.atom(n)), -1)])),
-    "log'": lambda m, n, f: _entries(m, n, (1.0, [powered(m.atom(n), -1)])),
-    "sqrt'": lambda m, n, f: _entries(m, n, (0.5, [powered(_SQRT(m, n), -1)])),
-}
-
-
-@_slope("clamp'", "clamp_min'", "clamp_max'", "maximum'", "minimum'")
-def _bound_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """1, where no bound is met."""
-    return _entries(m, node, (1.0, []))
-
-
-@_slope("var'")
-def _variance_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """2 (x - mean x) / (n - correction)."""
-    u, axes = m.number(node), fresh_axes(m.number(node).shape)
-    for call in m.applied("var", node):
-        correction = call.bound.get("correction")
-        rest = u.numel() - (1 if correction is None else correction)
-        mean = m.factor(leaf(f"mean({m.text(node)})", u.mean()), ())
-        apart = [_put(Term(2 / rest, (), axes, ()), (), t, atoms(axes)) for t in m.value(node)]
-        return [*apart, Term(-2 / rest, (mean,), axes, ())]
-    return None
-
-
-@_slope("std'")
-def _deviation_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """(x - mean x) / ((n - correction) std x)."""
-    u, axes = m.number(node), fresh_axes(m.number(node).shape)
-    for call in m.applied("std", node):
-        correction = call.bound.get("correction")
-        rest = u.numel() - (1 if correction is None else correction)
-        mean = m.factor(leaf(f"mean({m.text(node)})", u.mean()), ())
-        under = m.factor(powered(leaf(f"std({m.text(node)})", call.out), -1), ()) if call.out.numel() == 1 else mean
-        apart = [_put(Term(1 / rest, (), axes, ()), (under,), t, atoms(axes)) for t in m.value(node)]
-        return [*apart, Term(-1 / rest, (mean, under), axes, ())]
-    return None
-
-
-@_slope("matrix_norm'")
-def _spectral_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """The outer product of the first singular vectors."""
-    U, _, Vh = torch.linalg.svd(m.number(node), full_matrices=False)
-    if 1 in m.number(node).shape:
-        return None
-    shown = m.text(node)
-    rows, cols = fresh_axes(m.number(node).shape)
-    pair = m.factor(leaf(f"u₁({shown})", U[:, 0]), (rows,)), m.factor(leaf(f"v₁({shown})", Vh[0]), (cols,))
-    return [Term(1.0, pair, (rows, cols), ())]
-
-
-@_slope("binary_cross_entropy'")
-def _binary_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """(x - y) / (x (1 - x)), a mean's share of it."""
-    x = m.atom(node)
-    for call in m.applied("binary_cross_entropy", node):
-        y = next(iter(m.named(call.operand_name(1))), None) if len(call.operands) == 2 else None
-        if y is None:
-            continue
-        axes = fresh_axes(call.operands[0].shape)
-        under = m.factor(powered(x, -1), axes), m.factor(powered(_beside(x), -1), axes)
-        share = 1 / x.value.numel() if call.bound["reduction"] == 1 else 1.0
-        above = [*((share, t) for t in m.value(node)), *((-share, t) for t in m.value(y))]
-        return [_put(Term(c, (), axes, ()), under, t, atoms(axes)) for c, t in above]
-    return None
-
-
-@_slope("prod'")
-def _product_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
-    """The product over each entry, where none is 0."""
-    whole = leaf(f"prod({m.text(node)})", m.number(node).prod())
-    return _entries(m, node, (1.0, [whole, powered(m.atom(node), -1)]))
-
-
-def _exponential(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
-    """exp of a log_softmax is the softmax."""
-    source = m.sources(node)[0]
-    inner = m.home[source].call(source) if source.op == "call_function" else None
-    if inner is None or "log_softmax" not in inner.target._schema.name or call.out.ndim != 1:
-        return None
-    return leaf(f"softmax({m.text(m.sources(source)[0])})", call.out)
-
-
-def _of_a_vector(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
-    name = call.target._schema.name.split("::")[1].strip("_")
-    if name == "softmax" and "p" in m.told:
-        letter = m.called(Factor(call.out, (Label(call.out.shape[0]),), "p")) if call.out.ndim == 1 else ""
-        if letter in m.told:
-            return leaf(letter, call.out)
-    return leaf(f"{name}({m.text(m.sources(node)[0])})", call.out) if call.out.ndim == 1 else None
-
-
-VALUES |= dict.fromkeys(("softmax", "log_softmax", "logsumexp"), _of_a_vector)
-VALUES["exp"] = _exponential
-VALUES["det"] = lambda m, node, call: _det(m, m.sources(node)[0])
-def _norm_value(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
-    for p in (2, 1, 3, 4):
-        made = _norm_of(m, m.sources(node)[0], p)
-        if call.out.numel() == 1 and torch.allclose(call.out.reshape(1, 1), made.value, rtol=1e-9):
-            return made
-    return None
-
-
-VALUES |= dict.fromkeys(("vector_norm", "norm", "matrix_norm"), _norm_value)
-
-
-def matrix_form(
-    programs: Sequence[Program], called: Callable[[Factor], str], told: Container[str], J: Derivative, symbol: str
-) -> Form | None:
-    """The shorter of two forms, sums multiplied out or in brackets, if it is short; and its numbers."""
-    found = [form for spread in (True, False) if (form := MatrixForm(programs, called, told, spread).of(J, symbol)) is not None]
-    short = [form for form in found if len(form.text) <= MAX_TEXT]
-    return min(short, key=lambda form: len(form.text)) if short else None

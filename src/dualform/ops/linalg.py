@@ -79,7 +79,9 @@ def _solve(call: OpCall, operand: int) -> list[Term]:
 
     out = axes[:-1] if vector else axes
     pair = (solved, equation) if left else (equation, solved)
-    inverse = make_factor(C, of(C, *pair), f"inv({call.operand_name(0) if len(call.names) > 1 or operand == 0 else 'A'})")
+    inverse = make_factor(
+        C, of(C, *pair), f"inv({call.operand_name(0) if len(call.names) > 1 or operand == 0 else 'A'})"
+    )
     if operand == 1:
         rhs = (equation, free) if left else (free, equation)
         whole = B.unsqueeze(-1) if vector else B
