@@ -14,7 +14,7 @@ from matrix_reader import evaluate
 from torch import Tensor
 
 import dualform as df
-from dualform.algebra import matrix_text
+from dualform.algebra import matrix_pieces, matrix_text
 from dualform.calculus import Derivative, hessian, jacobian
 from dualform.explanations import matrix_form
 
@@ -112,12 +112,14 @@ def test_products_with_zeros() -> None:
 def test_the_law_bites(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text without its transposes or what it is divided by, in another order; a slope or a value that is not what it says."""
     if wrong == "transpose":
-        monkeypatch.setattr(matrix_text, "_MARKS", {**matrix_text._MARKS, (True, False): ""})
+        monkeypatch.setattr(matrix_pieces, "MARKS", {**matrix_pieces.MARKS, (True, False): ""})
     if wrong == "divisor":
-        monkeypatch.setattr(matrix_text, "_under", lambda parts: "")
+        monkeypatch.setattr(matrix_text, "divided_by", lambda parts: "")
     if wrong == "order":
-        true = matrix_text.Chain.after
-        monkeypatch.setattr(matrix_text.Chain, "after", lambda a, b: true(b, a) if a.rows == b.cols else true(a, b))
+        true = matrix_pieces.MatrixChain.after
+        monkeypatch.setattr(
+            matrix_pieces.MatrixChain, "after", lambda a, b: true(b, a) if a.rows == b.cols else true(a, b)
+        )
     if wrong == "value":
         monkeypatch.setattr(matrix_form.MatrixForm, "_linear", lambda *_: None)
     if wrong == "slope":

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
 from dualform.algebra.terms import recorded
-from dualform.calculus.op_slips import MAX_RANK, Slip, close, shown_term, slips, subsets
+from dualform.calculus.op_slips import MAX_RANK, Slip, close, ratio_text, slips, subsets
+from dualform.calculus.path_weights import line_of, of_paths
 from dualform.graphs.local_derivatives import Program
-from dualform.graphs.trace import source_line
 
 Names = tuple[Sequence[str], Sequence[str]] | None
 
@@ -101,7 +101,7 @@ def of_values(
     found = _either([*_scaled(got, right, g, J, program, names), *_exchanged(got, right, others)])
     found = found or _along_the_result(got, g, program, names) or _diagonal(got, g, J)
     for each in programs:
-        found = found or _of_an_op(got, right, g, again, each) or _of_paths(got, g, each)
+        found = found or _of_an_op(got, right, g, again, each) or of_paths(got, g, each)
     return found or _shifted(got, right) or _along_an_axis(got, right, names) or _somewhere(got, right, names)
 
 
@@ -180,7 +180,7 @@ def _scaled(
                     yield Slip("scale", f"is divided by {value} once too often; expected it once less. Multiply by it.")
                 return
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
-    yield Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
+    yield Slip("scale", f"is {ratio_text(scale)} times what it should be; expected the factor 1. {advice}")
 
 
 def _free(J: Derivative, side: str) -> list[int]:
@@ -226,15 +226,6 @@ def _counts(scale: float, right: Tensor, g: Tensor, J: Derivative, names: Names)
             text = f"divides by {m}, the entries of {_told(b, right, names, 1)}; expected {n}"
             yield Slip("count", f"{text}, those of {_told(a, right, names, 1)}. Divide by {n}.")
             return
-
-
-def _ratio(scale: float) -> str:
-    if abs(scale) < 1e-6:
-        return "0"
-    whole, part = round(scale), round(1 / scale)
-    if whole and abs(scale - whole) < 1e-6 * abs(whole):
-        return f"{whole}"
-    return f"1/{part}" if part and abs(1 / scale - part) < 1e-6 * abs(part) else f"{scale:.6g}"
 
 
 def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Iterator[Slip]:
@@ -330,7 +321,7 @@ def _of_an_op(
                 finally:
                     program.__dict__["local"] = local
                 if same:
-                    return Slip(slip.kind, f"{slip.message} (at `{_line(program, node)}`)")
+                    return Slip(slip.kind, f"{slip.message} (at `{line_of(program, node)}`)")
     return None
 
 
@@ -352,98 +343,6 @@ def _pushed(program: Program, v: Tensor) -> dict[fx.Node, Tensor]:
         if changes:
             found[node] = sum(changes[1:], changes[0])
     return found
-
-
-# Paths and terms of at most so many are weighed, in graphs of at most so many ops.
-MAX_PATHS, MAX_OPS = 10, 40
-
-
-def _of_paths(got: Tensor, g: Tensor, program: Program) -> Slip | None:
-    """Several terms of one op, or several paths, with factors of their own: those that give exactly what was got."""
-    local = program.local
-    if len(local) > MAX_OPS:
-        return None
-    for node, parts in local.items():
-        terms = [(source, J, k) for source, J in parts for k in range(len(J.terms))]
-        if not 2 <= len(terms) <= MAX_PATHS:
-            continue
-        shares = []
-        for source, J, k in terms:
-            only = [(s, L.with_terms([L.terms[k]] if s is source and L is J else [])) for s, L in parts]
-            program.__dict__["local"] = {**local, node: only}
-            shares.append(program.vjp(g))
-        program.__dict__["local"] = {**local, node: [(s, L.with_terms([])) for s, L in parts]}
-        rest = program.vjp(g)
-        program.__dict__["local"] = local
-        weights = _weights(got - rest, [share - rest for share in shares])
-        if weights is not None and any(abs(w - 1) > 1e-6 for w in weights):
-            name = program.name_of(node)
-            said = [
-                f"{_ratio(w)} times the term {shown_term(J.terms[k])} of d{name}/d{program.name_of(source)}"
-                for w, (source, J, k) in zip(weights, terms, strict=True) if abs(w - 1) > 1e-6
-            ]  # fmt: skip
-            return Slip("term factor", f"has {', and '.join(said)}; expected each once. (at `{_line(program, node)}`)")
-    paths = _paths_of(program)
-    if not 2 <= len(paths) <= MAX_PATHS:
-        return None
-    shares = []
-    for path in paths:
-        pulled = g
-        for source, node in reversed(path):
-            pulled = next(J for s, J in local[node] if s is source).vjp(pulled)
-        shares.append(pulled)
-    weights = _weights(got, shares)
-    if weights is None:
-        return None
-    wrong = [(w, path) for w, path in zip(weights, paths, strict=True) if abs(w - 1) > 1e-6]
-    if not wrong:
-        return None
-    kind = "missing path" if all(abs(w) < 1e-6 for w, _ in wrong) else "path factor"
-    said = [f"{_ratio(w)} times the path {_way(program, path)}" for w, path in wrong]
-    return Slip(kind, f"has {', and '.join(said)}; expected each path once.")
-
-
-def _way(program: Program, path: Sequence[tuple[fx.Node, fx.Node]]) -> str:
-    return " -> ".join([program.name_of(path[0][0]), *(program.name_of(node) for _, node in path)])
-
-
-def _paths_of(program: Program) -> list[list[tuple[fx.Node, fx.Node]]]:
-    """The paths from the input to the result, none if there are too many."""
-    into: dict[fx.Node, list[list[tuple[fx.Node, fx.Node]]]] = {program.source: [[]]}
-    for node, parts in program.local.items():
-        sources = [source for source, _ in parts]
-        if len(sources) > len(set(sources)):
-            return []
-        into[node] = [[*path, (source, node)] for source in sources for path in into.get(source, [])]
-        if len(into[node]) > MAX_PATHS:
-            return []
-    return [path for path in into.get(program.output, []) if path]
-
-
-def _weights(got: Tensor, shares: Sequence[Tensor]) -> list[float] | None:
-    """The factors with which shares add up to what was got, if there is one way only."""
-    most = max(share.abs().max().item() for share in shares)
-    mattering = [k for k, share in enumerate(shares) if share.abs().max().item() > 1e-9 * most]
-    if len(mattering) < len(shares):  # what is 0 here says nothing
-        some = _weights(got, [shares[k] for k in mattering]) if len(mattering) > 1 else None
-        found = dict(zip(mattering, some, strict=True)) if some else {}
-        return [found.get(k, 1.0) for k in range(len(shares))] if some else None
-    A = torch.stack([share.flatten() for share in shares], 1).to(torch.float64)
-    if A.shape[0] < A.shape[1] + 1 or int(torch.linalg.matrix_rank(A)) < A.shape[1]:
-        return None
-    weights = torch.linalg.lstsq(A, got.flatten().to(torch.float64)[:, None]).solution[:, 0]
-    # A factor that nobody would write is chance: so few numbers say little.
-    plain = all(abs(w * n - round(w * n)) < 1e-6 for w in weights.tolist() for n in [_denominator(w)])
-    return weights.tolist() if plain and close((A @ weights).reshape(got.shape).to(got.dtype), got) else None
-
-
-def _denominator(w: float) -> int:
-    return next((n for n in range(1, 33) if abs(w * n - round(w * n)) < 1e-6), 1)
-
-
-def _line(program: Program, node: fx.Node) -> str:
-    line = source_line(node)
-    return program.name_of(node) if not line or line.startswith("(") else line
 
 
 def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:

@@ -130,7 +130,8 @@ def _other_dims(program: Program, node: fx.Node, source: fx.Node, J: Derivative)
                 yield Slip("wrong axis", text), wrong
             if len(wrong.terms) == len(J.terms):
                 mixed = [_with_numbers_of(t, w) for t, w in zip(J.terms, wrong.terms, strict=True)]
-                text = f"has factors of {name} made along axis {dim} where axis {own[0] % rank} is expected. Use dim={own[0]}."
+                text = f"has factors of {name} made along axis {dim} where axis {own[0] % rank} is expected."
+                text = f"{text} Use dim={own[0]}."
                 yield Slip("wrong axis", text), J.with_terms(mixed)
 
 
@@ -152,7 +153,8 @@ def _relation_slips(f: Relation, name: str, below: str) -> Iterator[tuple[Slip, 
     """A triangle that is off by one, turned, or missing; places that are met twice and overwritten."""
     if isinstance(f, Triangle):
         for n in (1, -1):
-            text = f"is off by one in d{name}/d{below}: its triangle has {'lost' if n > 0 else 'gained'} a diagonal; expected"
+            change = "lost" if n > 0 else "gained"
+            text = f"is off by one in d{name}/d{below}: its triangle has {change} a diagonal; expected"
             yield Slip("off by one", f"{text} {f.offset:+d}. Move it by {-n:+d}."), (replace(f, offset=f.offset + n),)
         text = f"misses the triangle of d{name}/d{below}: entries that are left out there count; expected 0 for them."
         yield Slip("missing mask", f"{text} Mask them."), ()
@@ -281,7 +283,7 @@ def _inside(a: int, b: int, name: str, below: str) -> Slip:
 def _other_axis(term: Term) -> dict[tuple[int, int, bool, bool], Term]:
     """A sum inside the op, as a softmax's, over the wrong axis: the tied axis and the summed one change places.
 
-    By the two axes, whether a mean's share changes, too, and whether factors of the tied axis stay on the operand's side.
+    By the two axes, whether a mean's share changes, too, and whether factors of the tied axis stay at the operand.
     """
     found: dict[tuple[int, int, bool, bool], Term] = {}
     if len(term.out) != len(term.inn):
@@ -293,7 +295,8 @@ def _other_axis(term: Term) -> dict[tuple[int, int, bool, bool], Term]:
         new = Label(i.size)
 
         def moved(
-            f: Factor | Relation, i: Label = i, j: Label = j, l: Label = below_j, new: Label = new, inside: bool = inside
+            f: Factor | Relation, i: Label = i, j: Label = j, l: Label = below_j, new: Label = new,
+            inside: bool = inside,
         ) -> Any:  # fmt: skip
             if not isinstance(f, Factor) or not (l in f.labels or (inside and f.labels == (i,))):
                 return f
@@ -304,3 +307,12 @@ def _other_axis(term: Term) -> dict[tuple[int, int, bool, bool], Term]:
         if i.size != j.size:
             found[a, b, True, inside] = replace(swapped, coef=term.coef * j.size / i.size)
     return found
+
+
+def ratio_text(scale: float) -> str:
+    if abs(scale) < 1e-6:
+        return "0"
+    whole, part = round(scale), round(1 / scale)
+    if whole and abs(scale - whole) < 1e-6 * abs(whole):
+        return f"{whole}"
+    return f"1/{part}" if part and abs(1 / scale - part) < 1e-6 * abs(part) else f"{scale:.6g}"

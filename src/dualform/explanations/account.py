@@ -20,7 +20,7 @@ from dualform.algebra.terms import Factor
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
 from dualform.explanations.known_axes import known_axes
-from dualform.explanations.matrix_form import Form
+from dualform.explanations.matrix_terms import MatrixEquation
 from dualform.explanations.python_text import written
 from dualform.explanations.steps import OpStep, Stage
 from dualform.explanations.textbook import matrix_form
@@ -91,7 +91,7 @@ class Story:
         """The derivative in index notation, in the names that its steps use."""
         return self._formula(derivative, self._symbol(self.program.output))
 
-    def _matrices(self, J: Derivative, rewritten: Sequence[Program]) -> Form | None:
+    def _matrices(self, J: Derivative, rewritten: Sequence[Program]) -> MatrixEquation | None:
         """The derivative in matrix notation, in the names of the caller and of the rules."""
 
         def called(f: Factor) -> str:

@@ -222,7 +222,8 @@ class Explanation:
         proof = [[{"formula": str(move.formula), "why": move.reason} for move in moves] for moves in stages]
         return {
             "title": self.title, "steps": [told(step) for step in self.steps], "proof": proof,
-            "result": told(self.result), "matrices": str(self.matrices or ""), "code": self.code, "checks": dict(self.checks), "notes": list(self.notes),
+            "result": told(self.result), "matrices": str(self.matrices or ""),
+            "code": self.code, "checks": dict(self.checks), "notes": list(self.notes),
         }  # fmt: skip
 
 

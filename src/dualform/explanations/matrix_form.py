@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
@@ -20,34 +20,27 @@ import torch
 from torch import Tensor, fx
 
 from dualform.algebra.compose import compose_terms
-from dualform.algebra.index_text import tex
 from dualform.algebra.linear_map import Derivative
-from dualform.algebra.materialise import spread
-from dualform.algebra.matrix_text import (
-    Atom,
-    Chain,
-    MatrixTerm,
-    NoMatrixForm,
-    added,
-    contracted,
-    entrywise,
-    in_latex,
-    leaf,
-    powered,
-    text_of,
-)
+from dualform.algebra.matrix_pieces import Atom, MatrixChain, entrywise, leaf, powered
+from dualform.algebra.matrix_text import MatrixTerm, NoMatrixForm, added, contracted, text_of
 from dualform.algebra.relations import Lookup
-from dualform.algebra.terms import (
-    Factor,
-    Label,
-    Relation,
-    Select,
-    Term,
-    atoms,
-    fresh_axes,
-    written_with,
-)
-from dualform.explanations.explanation import deviation
+from dualform.algebra.terms import Factor, Label, Relation, Select, Term, atoms, fresh_axes
+from dualform.explanations.matrix_terms import (
+    MatrixEquation,
+    bare,
+    dense_of,
+    fixed_values,
+    flat,
+    has_options,
+    is_equal,
+    kept_axes,
+    onto,
+    put,
+    single,
+    still_nodes,
+    two_axes,
+    unit,
+)  # fmt: skip
 from dualform.graphs.local_derivatives import Program
 from dualform.ops.table import ALL, EACH, OpCall, find_row
 
@@ -61,36 +54,7 @@ Terms = list[Term]
 
 # Functions that print by another name; ops that are their operand where no bound is met.
 _SAID = {"sgn": "sign"}
-_BOUNDS = ("clamp", "clamp_min", "clamp_max", "maximum", "minimum")
-
-
-@dataclass(frozen=True)
-class Form:
-    """left = text, with the numbers of the text; of a differential those at one change of the input."""
-
-    left: str
-    text: str
-    value: Tensor
-    change: Tensor | None = None
-
-    def __str__(self) -> str:
-        return f"{self.left} = {self.text}"
-
-    def latex(self) -> str:
-        """For a paper."""
-        above, _, below = self.left.partition("/")
-        text = re.sub(r"\\mathrm\{d([A-Za-z])\}", r"\\mathrm{d}\1", in_latex(self.text))
-        left = (
-            rf"\frac{{\partial {tex(above[1:])}}}{{\partial {tex(below[1:])}}}"
-            if below
-            else rf"\mathrm{{d}}{tex(above[1:])}"
-        )
-        return f"{left} = {text}"
-
-    def error(self, J: Derivative) -> float:
-        """How far its numbers are from the derivative's."""
-        expected = J.dense() if self.change is None else J.jvp(self.change)
-        return deviation(self.value.to(expected.dtype), expected)
+_BOUNDS = re.compile("clamp.*|maximum|minimum")
 
 
 class MatrixForm:
@@ -100,7 +64,7 @@ class MatrixForm:
     the records are in textbook.py
     """
 
-    functions: ClassVar[dict[str, Callable[[MatrixForm, fx.Node, Factor], Terms | None]]] = {}
+    functions: ClassVar[dict[str, Callable[[MatrixForm, fx.Node, Factor | None], Terms | None]]] = {}
     printed: ClassVar[dict[str, Callable[[MatrixForm, fx.Node, OpCall], Atom | None]]] = {}
 
     def __init__(
@@ -116,7 +80,7 @@ class MatrixForm:
         self.leaves: dict[str, Atom] = {}
         self.known: dict[fx.Node, Terms] = {}
 
-    def of(self, J: Derivative, symbol: str) -> Form | None:
+    def of(self, J: Derivative, symbol: str) -> MatrixEquation | None:
         """symbol = a sum of chains; None where there is none."""
         if len(J.out_shape) > 2 or len(J.in_shape) > 2 or 1 in J.shape or not 0 < prod(J.shape) <= MAX_NUMBERS:
             return None
@@ -128,33 +92,33 @@ class MatrixForm:
         try:
             whole = [t for term in J.terms for t in self._written(term)]
             if len(J.shape) <= 2:
-                written = self._matrices(whole, lambda t: (*t.out, *t.inn))
-                return Form(symbol, _bare(text_of(written)), self._sum(written, J.shape))
+                written = self.matrices_of(whole, lambda t: (*t.out, *t.inn))
+                return MatrixEquation(symbol, bare(text_of(written)), self._sum(written, J.shape))
             # As a differential: what a change of the input does.
             change = torch.randn(J.in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             change = change.to(J.dtype)
             key = self.leaf(leaf(below, change)).name
             moved = [
-                replace(t, factors=(*t.factors, Factor(change, atoms(t.inn), key)), inn=()) for t in map(_single, whole)
+                replace(t, factors=(*t.factors, Factor(change, atoms(t.inn), key)), inn=()) for t in map(single, whole)
             ]
-            written = self._matrices(moved, lambda t: t.out)
-            return Form(above, _bare(text_of(written)), self._sum(written, J.out_shape), change)
+            written = self.matrices_of(moved, lambda t: t.out)
+            return MatrixEquation(above, bare(text_of(written)), self._sum(written, J.out_shape), change)
         except NoMatrixForm:
             return None
 
     def _sum(self, terms: Sequence[MatrixTerm], shape: Sequence[int]) -> Tensor:
         return (
             sum((t.value for t in terms), torch.zeros((), dtype=torch.float64))
-            .expand(_two(shape))
+            .expand(two_axes(shape))
             .reshape(tuple(shape))
         )
 
-    def _matrices(self, terms: Terms, axes: Callable[[Term], Any]) -> list[MatrixTerm]:
+    def matrices_of(self, terms: Terms, axes: Callable[[Term], Any]) -> list[MatrixTerm]:
         found = []
         for t in terms:
             free = axes(t)
             if len(free) == 2 and all(len(axis) == 2 for axis in free):
-                found.append(self._kronecker(t, free))
+                found.append(kronecker(self, t, free))
                 continue
             if any(len(axis) != 1 for axis in free):
                 raise NoMatrixForm
@@ -166,27 +130,13 @@ class MatrixForm:
             found.append(contracted(coef, held, rows, sizes))
         return added(found)
 
-    def _kronecker(self, t: Term, free: Sequence[tuple[Label, ...]]) -> MatrixTerm:
-        """A product of two parts that share no index, the one at the leading places of rows and columns."""
-        parts = []
-        for k in (0, 1):
-            rows = [axis[k] for axis in free]
-            mine = set(rows)
-            while any(mine & {*f.labels} and not mine >= {*f.labels} for f in t.tensors):
-                mine |= {x for f in t.tensors if mine & {*f.labels} for x in f.labels}
-            held = tuple(f for f in t.tensors if mine & {*f.labels})
-            parts.append((replace(t, coef=1.0, factors=held, out=tuple((x,) for x in rows), inn=()), {*held}))
-        if parts[0][1] & parts[1][1] or any(f not in parts[0][1] | parts[1][1] for f in t.tensors if f.labels):
-            raise NoMatrixForm
-        left, right = (self._matrices([part], lambda p: p.out)[0] for part, _ in parts)
-        if not left.chain or not right.chain:
-            raise NoMatrixForm
-        numbers = entrywise(
-            [(self.leaves[f.name], 1) for f in t.tensors if not f.labels] + [(left.scalar, 1), (right.scalar, 1)]
-        )
-        a, b = left.chain.atom, right.chain.atom
-        made = Atom(f"{a.bracketed} ⊗ {b.bracketed}", torch.kron(a.value, b.value), False)
-        return MatrixTerm(t.coef * left.coef * right.coef, numbers, Chain(((made, False),), 0))
+    @cached_property
+    def _still(self) -> set[fx.Node]:
+        return still_nodes(self.programs)
+
+    @cached_property
+    def _fixed(self) -> dict[str, list[Tensor]]:
+        return fixed_values(self.programs)
 
     # What factors are made of.
 
@@ -214,9 +164,9 @@ class MatrixForm:
                 raise NoMatrixForm
             return self._lone(leaf(f"onehot({name})", f.dense(torch.ones(())).tensor.double()), f.labels)
         if isinstance(f, Lookup) and not f.smalls and len(f.bigs) == 1:
-            return self._lone(leaf(f"e({int(f.index)})", _unit(f.bigs[0].size, int(f.index))), f.bigs)
+            return self._lone(leaf(f"e({int(f.index)})", unit(f.bigs[0].size, int(f.index))), f.bigs)
         if isinstance(f, Select) and f.small.size == 1:
-            (one,) = self._lone(leaf(f"e({f.start})", _unit(f.big.size, f.start)), (f.big,))
+            (one,) = self._lone(leaf(f"e({f.start})", unit(f.big.size, f.start)), (f.big,))
             return [replace(one, out=((f.small,), (f.big,)))]
         raise NoMatrixForm
 
@@ -253,33 +203,6 @@ class MatrixForm:
         if not any(is_equal(t, f.tensor) for t in self._fixed.get(re.sub(r"#\d+$", "", f.name), ())):
             return None
         return [Term(float(f.tensor.flatten()[0]), (), tuple((x,) for x in f.labels), ())]
-
-    @cached_property
-    def _still(self) -> set[fx.Node]:
-        """The nodes that depend on no floating input."""
-        found = set()
-        for program in self.programs:
-            moving = {n for n in program.inputs if program.values[n].is_floating_point()}
-            for node, value in program.values.items():
-                if any(n in moving for n in node.all_input_nodes) and not _is_shaped(node):
-                    moving.add(node)
-                elif node not in moving and isinstance(value, Tensor) and node.op == "call_function":
-                    found.add(node)
-        return found
-
-    @cached_property
-    def _fixed(self) -> dict[str, list[Tensor]]:
-        """Values that depend on no floating input, and what losses make of labels alone, by their names."""
-        found: dict[str, list[Tensor]] = {}
-        for node in self._still:
-            found.setdefault(self.name(node), []).append(self.number(node))
-        for program in self.programs:
-            for node, parts in program.local.items():
-                call = program.call(node)
-                if call is not None and "ignore_index" in call.bound:
-                    for part in (g for _, J in parts for t in J.terms for f in t.tensors for g in _deep(f)):
-                        found.setdefault(part.name, []).append(part.tensor)
-        return found
 
     def _named(self, name: str, f: Factor) -> Terms | None:
         """The value of a node, or a function of one, if it is what is stored."""
@@ -352,26 +275,26 @@ class MatrixForm:
         if terms is None:
             return None
         try:
-            written = self._matrices([t for term in terms for t in self._written(term)], _kept)
+            written = self.matrices_of([t for term in terms for t in self._written(term)], kept_axes)
         except NoMatrixForm:
             return None
-        value = self._sum(written, [x.size for (x,) in _kept(terms[0])] if terms else ())
+        value = self._sum(written, [x.size for (x,) in kept_axes(terms[0])] if terms else ())
         stored = f.tensor.to(value.dtype).squeeze()
         for turned in (value, value.mT if value.ndim == 2 else value):
             if turned.squeeze().shape == stored.shape and torch.allclose(
                 turned.squeeze(), stored, rtol=1e-6, atol=1e-9
             ):
                 labels = f.labels if turned is value else f.labels[::-1]
-                return [_onto(t, labels) for t in terms]
+                return [onto(t, labels) for t in terms]
         return None
 
     def _at(self, terms: Terms, f: Factor) -> Terms:
-        return [_onto(t, f.labels) for t in terms]
+        return [onto(t, f.labels) for t in terms]
 
     # What the values of nodes are made of.
 
     def value(self, node: fx.Node) -> Terms:
-        """The terms of a node's value, outputs for its axes; leaves of their own where they are no product of others."""
+        """The terms of a node's value, outputs for its axes; a leaf of its own where it is no product of others."""
         if node not in self.known:
             self.known[node] = self._value(node)
         return self.known[node]
@@ -388,8 +311,8 @@ class MatrixForm:
         if row is not None and row.ordered and call.operands[0].shape == v.shape:
             return self.value(self.sources(node)[0])
         if op in ("inv", "inverse", "inv_ex") and v.ndim == 2:
-            return self.inverse(self.sources(node)[0])
-        if op in _BOUNDS and is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
+            return self.functions["inv"](self, self.sources(node)[0], None) or []
+        if _BOUNDS.fullmatch(op) and is_equal(v, call.operands[0]) and call.operands[0].shape == v.shape:
             return self.value(self.sources(node)[0])  # no bound is met here, nor nearby
         if op == "eye" and v.shape[0] == v.shape[1]:
             return [Term(1.0, (), (axes[0], axes[0]), ())]
@@ -404,7 +327,7 @@ class MatrixForm:
         return terms
 
     def _bracket(self, terms: Terms, v: Tensor) -> Atom:
-        written = self._matrices(terms, _kept)
+        written = self.matrices_of(terms, kept_axes)
         shown = text_of(written)
         return leaf(f"({shown})" if len(written) > 1 else shown, flat(v), len(written) > 1)
 
@@ -432,7 +355,7 @@ class MatrixForm:
                         terms += self._written(joined)
         if not chosen:
             return None
-        total = sum((_dense(t, v.shape) for t in terms), torch.zeros((), dtype=v.dtype))
+        total = sum((dense_of(t, v.shape) for t in terms), torch.zeros((), dtype=v.dtype))
         rest = (v - total).flatten()
         small = torch.finfo(v.dtype).eps ** 0.6 * (1 + v.abs().max().item()) if v.numel() else 0
         if not rest.numel() or not bool(((rest - rest[0]).abs() <= small).all()):
@@ -448,7 +371,7 @@ class MatrixForm:
         v = self.number(node)
         if op in self.printed and (made := self.printed[op](self, node, call)) is not None:
             return made
-        if torch.Tag.pointwise in call.target.tags and len(sources) == 1 and not _options(call):
+        if torch.Tag.pointwise in call.target.tags and len(sources) == 1 and not has_options(call):
             return leaf(f"{_SAID.get(op, op)}({self.text(sources[0])})", flat(v))
         if self.name(node) not in self.told:
             raise NoMatrixForm
@@ -456,12 +379,12 @@ class MatrixForm:
 
     def text(self, node: fx.Node) -> str:
         """A node's value in matrix notation."""
-        written = self._matrices(self.value(node), _kept)
-        return _bare(text_of(written))
+        written = self.matrices_of(self.value(node), kept_axes)
+        return bare(text_of(written))
 
     def atom(self, node: fx.Node) -> Atom:
         """A node's value as one piece."""
-        written = self._matrices(self.value(node), _kept)
+        written = self.matrices_of(self.value(node), kept_axes)
         v = self.number(node)
         if len(written) == 1 and written[0].coef == 1:
             (term,) = written
@@ -469,7 +392,7 @@ class MatrixForm:
                 return term.scalar
             if term.scalar.text == "𝟏":
                 return term.chain.atom
-        return leaf(f"({_bare(text_of(written))})", flat(v))
+        return leaf(f"({bare(text_of(written))})", flat(v))
 
     # Leaves.
 
@@ -498,124 +421,25 @@ class MatrixForm:
             )
         ]
 
-    def inverse(self, node: fx.Node) -> Terms:
-        """The inverse of a value; of a product of square matrices, the product of theirs."""
-        written = self._matrices(self.value(node), lambda t: t.out)
-        v = self.number(node)
-        pieces = (
-            written[0].chain.pieces if len(written) == 1 and written[0].chain and written[0].scalar.text == "𝟏" else ()
-        )
-        if pieces and all(a.value.shape[0] == a.value.shape[1] for a, _ in pieces):
-            out = [Label(v.shape[0]) for _ in range(len(pieces) + 1)]
-            factors = []
-            for k, (a, turned) in enumerate(reversed(pieces)):
-                other = replace(a, value=torch.linalg.inv_ex(a.value).inverse, inverse=not a.inverse)
-                at = (out[k + 1], out[k]) if turned else (out[k], out[k + 1])
-                factors.append(Factor(other.value, at, self.leaf(other).name))
-            return [Term(1 / written[0].coef, tuple(factors), ((out[0],), (out[-1],)), ())]
-        one = self.atom(node)
-        text = one.bracketed
-        axes = fresh_axes(v.shape)
-        other = Atom(text, torch.linalg.inv_ex(v).inverse, True, one.symmetric, True)
-        return [Term(1.0, (self.factor(other, axes),), axes, ())]
 
-
-def put(term: Term, rest: Sequence[Any], made: Term, labels: Sequence[Label]) -> Term:
-    """A term with a factor at these labels replaced by what it is made of; an axis of size 1 needs none.
-
-    Two axes of one label tie the labels that they have here.
-    """
-    own, kept = ([x for x in side if x.size != 1] for side in (atoms(made.out), labels))
-    if [x.size for x in own] != [x.size for x in kept]:
+def kronecker(m: MatrixForm, t: Term, free: Sequence[tuple[Label, ...]]) -> MatrixTerm:
+    """A product of two parts that share no index, the one at the leading places of rows and columns."""
+    parts = []
+    for k in (0, 1):
+        rows = [axis[k] for axis in free]
+        mine = set(rows)
+        while any(mine & {*f.labels} and not mine >= {*f.labels} for f in t.tensors):
+            mine |= {x for f in t.tensors if mine & {*f.labels} for x in f.labels}
+        held = tuple(f for f in t.tensors if mine & {*f.labels})
+        parts.append((replace(t, coef=1.0, factors=held, out=tuple((x,) for x in rows), inn=()), {*held}))
+    if parts[0][1] & parts[1][1] or any(f not in parts[0][1] | parts[1][1] for f in t.tensors if f.labels):
         raise NoMatrixForm
-    first: dict[Label, Label] = {}
-    change = {here: first[x] for x, here in zip(own, kept, strict=True) if first.setdefault(x, here) is not here}
-    inner = written_with(replace(made, out=tuple((x,) for x in first)), [*first.values()])
-    whole = replace(term, coef=term.coef * inner.coef, factors=(*rest, *inner.factors))
-    # What is summed over, and no factor has any more, counts.
-    present = {*whole.visible, *(x for f in whole.factors for x in f.labels)}
-    whole = replace(whole, coef=whole.coef * prod(x.size for x in first.values() if x not in present))
-    return _renamed(whole, change) if change else whole
-
-
-def _renamed(t: Term, change: Mapping[Label, Label]) -> Term:
-    """The same with other labels, none split."""
-
-    def final(x: Label) -> Label:
-        return change.get(x, x)
-
-    factors = (
-        replace(f, labels=tuple(map(final, f.labels))) if isinstance(f, Factor) else f.renamed(lambda x: (final(x),))
-        for f in t.factors
+    left, right = (m.matrices_of([part], lambda p: p.out)[0] for part, _ in parts)
+    if not left.chain or not right.chain:
+        raise NoMatrixForm
+    numbers = entrywise(
+        [(m.leaves[f.name], 1) for f in t.tensors if not f.labels] + [(left.scalar, 1), (right.scalar, 1)]
     )
-    out, inn = (tuple(tuple(map(final, axis)) for axis in side) for side in (t.out, t.inn))
-    return Term(t.coef, tuple(factors), out, inn)
-
-
-def _onto(t: Term, labels: Sequence[Label]) -> Term:
-    """A term without an input at the labels of what it stands for."""
-    return put(Term(1.0, (), tuple((x,) for x in labels), ()), (), t, labels)
-
-
-def _kept(t: Term) -> tuple[tuple[Label, ...], ...]:
-    """The axes of more than one entry."""
-    return tuple(axis for axis in t.out if prod(x.size for x in axis) != 1)
-
-
-def _single(t: Term) -> Term:
-    if any(len(axis) != 1 for axis in t.inn):
-        raise NoMatrixForm
-    return t
-
-
-def _dense(t: Term, shape: Sequence[int]) -> Tensor:
-    """The numbers of a term without an input."""
-    return spread(t, t.out, (), torch.zeros((), dtype=torch.float64)).reshape(tuple(shape))
-
-
-def _deep(f: Factor) -> Iterator[Factor]:
-    yield f
-    for t in f.made:
-        for g in t.tensors:
-            yield from _deep(g)
-
-
-def is_equal(a: Any, b: Tensor) -> bool:
-    if not isinstance(a, Tensor) or a.numel() != b.numel():
-        return False
-    kept = [n for n in a.shape if n != 1] == [n for n in b.shape if n != 1]
-    if not kept or not b.is_floating_point():
-        return kept and torch.equal(a.reshape(b.shape).to(b.dtype), b)
-    return torch.allclose(a.reshape(b.shape).to(b.dtype), b, rtol=torch.finfo(b.dtype).eps ** 0.7, atol=0)
-
-
-def _is_shaped(node: fx.Node) -> bool:
-    """Does an op take only the shape of its operands?"""
-    return str(getattr(node.target, "_opname", "")) in ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros")
-
-
-def _options(call: OpCall) -> bool:
-    return any(isinstance(a, (int, float, str)) and not isinstance(a, bool) for a in call.args[1:])
-
-
-def flat(v: Tensor) -> Tensor:
-    """Without axes of size 1."""
-    return v.squeeze() if 1 in v.shape else v
-
-
-def _unit(n: int, k: int) -> Tensor:
-    return torch.eye(n, dtype=torch.float64)[k]
-
-
-def _two(shape: Sequence[int]) -> tuple[int, ...]:
-    return (*shape, *[1] * (2 - len(shape)))
-
-
-def _bare(text: str) -> str:
-    """Without the bracket around the whole."""
-    depth = 0
-    for k, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            return text[1:-1] if text[0] == "(" and k == len(text) - 1 else text
-    return text
+    a, b = left.chain.atom, right.chain.atom
+    made = Atom(f"{a.bracketed} ⊗ {b.bracketed}", torch.kron(a.value, b.value), False)
+    return MatrixTerm(t.coef * left.coef * right.coef, numbers, MatrixChain(((made, False),), 0))

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
-from dualform.algebra.matrix_text import Atom, leaf, powered
+from dualform.algebra.matrix_pieces import Atom, leaf, powered
 from dualform.algebra.terms import Factor, Label, Term, atoms, fresh_axes
-from dualform.explanations.matrix_form import MAX_TEXT, Form, MatrixForm, Terms, flat, put
+from dualform.explanations.matrix_form import MAX_TEXT, MatrixForm, Terms
+from dualform.explanations.matrix_terms import MatrixEquation, flat, put
 from dualform.graphs.local_derivatives import Program
 from dualform.ops.table import OpCall
 
-Slope = Callable[[MatrixForm, fx.Node, Factor], Terms | None]
+Slope = Callable[[MatrixForm, fx.Node, Factor | None], Terms | None]
 FUNCTIONS: dict[str, Slope] = MatrixForm.functions
 VALUES = MatrixForm.printed
 
@@ -41,15 +42,31 @@ def _entries(m: MatrixForm, node: fx.Node, *terms: tuple[float, Sequence[Atom]])
 
 
 @_slope("inv")
-def _inv(m: MatrixForm, node: fx.Node, f: Factor) -> Terms:
-    return m.inverse(node)
+def inverse(m: MatrixForm, node: fx.Node, f: Factor | None = None) -> Terms:
+    """The inverse of a value; of a product of square matrices, the product of theirs."""
+    written = m.matrices_of(m.value(node), lambda t: t.out)
+    v = m.number(node)
+    pieces = written[0].chain.pieces if len(written) == 1 and written[0].chain and written[0].scalar.text == "𝟏" else ()
+    if pieces and all(a.value.shape[0] == a.value.shape[1] for a, _ in pieces):
+        out = [Label(v.shape[0]) for _ in range(len(pieces) + 1)]
+        factors = []
+        for k, (a, turned) in enumerate(reversed(pieces)):
+            other = replace(a, value=torch.linalg.inv_ex(a.value).inverse, inverse=not a.inverse)
+            at = (out[k + 1], out[k]) if turned else (out[k], out[k + 1])
+            factors.append(Factor(other.value, at, m.leaf(other).name))
+        return [Term(1 / written[0].coef, tuple(factors), ((out[0],), (out[-1],)), ())]
+    one = m.atom(node)
+    text = one.bracketed
+    axes = fresh_axes(v.shape)
+    other = Atom(text, torch.linalg.inv_ex(v).inverse, True, one.symmetric, True)
+    return [Term(1.0, (m.factor(other, axes),), axes, ())]
 
 
 @_slope("cof")
-def _cof(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _cof(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """cof X = det X inv(X)^T, where X has an inverse."""
     det = m.factor(_det(m, node), ())
-    return [replace(t, factors=(*t.factors, det), out=t.out[::-1]) for t in m.inverse(node)]
+    return [replace(t, factors=(*t.factors, det), out=t.out[::-1]) for t in inverse(m, node)]
 
 
 def _det(m: MatrixForm, node: fx.Node) -> Atom:
@@ -60,7 +77,7 @@ def _det(m: MatrixForm, node: fx.Node) -> Atom:
 
 
 @_slope("norm'")
-def _norm(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _norm(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """x |x|^(p-2) over the (p-1)th power of the norm; sign x for p = 1."""
     u = m.number(node)
     for call in m.applied("norm", node):
@@ -121,13 +138,13 @@ FUNCTIONS |= {
 
 
 @_slope("clamp'", "clamp_min'", "clamp_max'", "maximum'", "minimum'")
-def _bound_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _bound_slope(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """1, where no bound is met."""
     return _entries(m, node, (1.0, []))
 
 
 @_slope("var'")
-def _variance_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _variance_slope(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """2 (x - mean x) / (n - correction)."""
     u, axes = m.number(node), fresh_axes(m.number(node).shape)
     for call in m.applied("var", node):
@@ -140,7 +157,7 @@ def _variance_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
 
 
 @_slope("std'")
-def _deviation_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _deviation_slope(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """(x - mean x) / ((n - correction) std x)."""
     u, axes = m.number(node), fresh_axes(m.number(node).shape)
     for call in m.applied("std", node):
@@ -154,7 +171,7 @@ def _deviation_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
 
 
 @_slope("matrix_norm'")
-def _spectral_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _spectral_slope(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """The outer product of the first singular vectors."""
     U, _, Vh = torch.linalg.svd(m.number(node), full_matrices=False)
     if 1 in m.number(node).shape:
@@ -166,7 +183,7 @@ def _spectral_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
 
 
 @_slope("binary_cross_entropy'")
-def _binary_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _binary_slope(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """(x - y) / (x (1 - x)), a mean's share of it."""
     x = m.atom(node)
     for call in m.applied("binary_cross_entropy", node):
@@ -182,7 +199,7 @@ def _binary_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
 
 
 @_slope("prod'")
-def _product_slope(m: MatrixForm, node: fx.Node, f: Factor) -> Terms | None:
+def _product_slope(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """The product over each entry, where none is 0."""
     whole = leaf(f"prod({m.text(node)})", m.number(node).prod())
     return _entries(m, node, (1.0, [whole, powered(m.atom(node), -1)]))
@@ -206,7 +223,8 @@ def _of_a_vector(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
     return leaf(f"{name}({m.text(m.sources(node)[0])})", call.out) if call.out.ndim == 1 else None
 
 
-VALUES |= dict.fromkeys(("softmax", "log_softmax", "logsumexp"), _of_a_vector)
+VALUES |= {"softmax": _of_a_vector, "logsumexp": _of_a_vector}
+VALUES["log_softmax"] = _of_a_vector
 VALUES["exp"] = _exponential
 VALUES["det"] = lambda m, node, call: _det(m, m.sources(node)[0])
 
@@ -219,12 +237,13 @@ def _norm_value(m: MatrixForm, node: fx.Node, call: OpCall) -> Atom | None:
     return None
 
 
-VALUES |= dict.fromkeys(("vector_norm", "norm", "matrix_norm"), _norm_value)
+VALUES |= {"vector_norm": _norm_value, "matrix_norm": _norm_value}
+VALUES["norm"] = _norm_value
 
 
 def matrix_form(
     programs: Sequence[Program], called: Callable[[Factor], str], told: Container[str], J: Derivative, symbol: str
-) -> Form | None:
+) -> MatrixEquation | None:
     """The shorter of two forms, sums multiplied out or in brackets, if it is short; and its numbers."""
     found = [
         form

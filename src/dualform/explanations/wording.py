@@ -32,13 +32,14 @@ _LETTERS = {
 }  # fmt: skip
 
 # What slopes are, where they are more than that of one entry.
-_SLOPES = {
-    "prod": "the product of all entries of {0} but this one, made without a division: right where entries are 0",
-    "cumprod": "the products of the entries of {0} up to the first index but the second, right where entries are 0",
-    "norm": "{0} over its norm (entry by entry, of the p-th norm sign(x) |x/‖x‖|^(p-1)), and 0 where the norm is 0",
-    "var": "2 ({0} - its mean) / (count - correction)",
-    "std": "({0} - its mean) / (std (count - correction))",
-}  # fmt: skip
+_SLOPES: dict[str, str] = {}
+_SLOPES["prod"] = "the product of all entries of {0} but this one, made without a division: right where entries are 0"
+_SLOPES["cumprod"] = (
+    "the products of the entries of {0} up to the first index but the second, right where entries are 0"
+)
+_SLOPES["norm"] = "{0} over its norm (of the p-th, sign(x) |x/‖x‖|^(p-1), entry by entry), and 0 where the norm is 0"
+_SLOPES["var"] = "2 ({0} - its mean) / (count - correction)"
+_SLOPES["std"] = "({0} - its mean) / (std (count - correction))"
 
 
 _STORED = "factors multiplied and added up once, because the result is smaller than they are"
