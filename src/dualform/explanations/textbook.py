@@ -66,7 +66,7 @@ def inverse(m: MatrixForm, node: fx.Node, f: Factor | None = None) -> Terms:
 def _cof(m: MatrixForm, node: fx.Node, f: Factor | None) -> Terms | None:
     """cof X = det X inv(X)^T, where X has an inverse."""
     det = m.factor(_det(m, node), ())
-    return [replace(t, factors=(*t.factors, det), out=t.out[::-1]) for t in inverse(m, node)]
+    return [replace(t, factors=(*t.factors, det), out=t.out[::-1]) for t in inverse(m, node, None) or []]
 
 
 def _det(m: MatrixForm, node: fx.Node) -> Atom:
