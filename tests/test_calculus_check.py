@@ -115,7 +115,7 @@ PLANTED: list[tuple[Backward, Callable[..., Tensor], tuple[Tensor, ...], str, st
     r"3\)"),
     (lambda g, x: g.mul_(2), lambda x: 2 * x, (B,), "g", "in place", r"g was changed in place"),
     (lambda g, x, y: g, add, (A, B), "backward", "count", r"returns 1 gradients; expected one for each .* = 2"),
-    (lambda g, x: g / x, torch.log, (torch.zeros(2, dtype=torch.float64),), "x0", "not differentiable", r"itself is inf at \[0\]"),
+    (lambda g, x: g / x, torch.log, (torch.zeros(2, dtype=torch.float64),), "x0", "not differentiable", r"itself is -?inf at \[0\]"),
     (lambda g, x: g * (x > -0.5), F.relu, (B,), "input", "values", r"is wrong in \d of 12 entries.*got .*; expected 0"),
 ]  # fmt: skip
 

@@ -401,3 +401,28 @@ def test_a_derivative_is_pickled_as_its_terms(make, copied):
     torch.testing.assert_close(again.jvp(rand(*J.in_shape)), J.jvp(rand(*J.in_shape)), **TIGHT)
     text = jacobian(torch.exp, rand(2)).explain()
     assert str(copied(text)) == str(text)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("kind", ["trace of a stack", "diagonal of a stack", "einsum of a stack", "matrix exp"])
+def test_a_diagonal_of_an_axis_that_was_split_reaches_its_own_places_only(kind: str, n: int) -> None:
+    """Entry k of a stack of n^2 is on the diagonal of (n, n) only where k = i n + i."""
+
+    def f(x: Tensor) -> Tensor:
+        if kind == "matrix exp":
+            return torch.func.grad(lambda X: torch.matrix_exp(X).trace())(x.reshape(n, n))
+        if kind == "trace of a stack":
+            return torch.stack([x[k].sin() for k in range(n * n)]).reshape(n, n).trace()
+        parts = torch.stack([x * (k + 1) for k in range(n * n)]).reshape(n, n, n, n)
+        return torch.einsum("iikl->kl", parts) if kind[0] == "e" else parts.diagonal(dim1=0, dim2=1).sum(-1)
+
+    x = torch.linspace(-1, 1, n * n, dtype=torch.float64)
+    if kind == "matrix exp":
+        J = df.hessian(lambda X: torch.matrix_exp(X).trace(), x.reshape(n, n))
+        torch.testing.assert_close(J.dense().reshape(n, n, n * n), torch.func.jacrev(f)(x), rtol=1e-9, atol=1e-9)
+        return
+    J = df.jacobian(f, x)
+    expected = torch.func.jacrev(f)(x)
+    torch.testing.assert_close(J.dense(), expected, rtol=1e-12, atol=1e-12)
+    g = torch.randn(J.out_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(J.vjp(g), torch.tensordot(g, expected, g.ndim), rtol=1e-12, atol=1e-12)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_calculus_explain import EXAMPLES, STRANGE, drawn, rand
 from test_calculus_laws import BLOCK, block
+from test_identities import check_form
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -135,6 +136,7 @@ def check_account(J: Derivative, expected: Tensor) -> None:
     g = rand(*J.out_shape)
     torch.testing.assert_close(told.vjp.run(g), torch.tensordot(g, expected, g.ndim), rtol=1e-9, atol=1e-9)
     check_names(J, told)
+    check_form(J)
 
 
 a, b = rand(3, 2), rand(3, 2) + 1

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from dualform.algebra.relations import Lookup, Window, as_window, chained, plainer, read, restricted
 from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, renewed, same_place, substitute, volume
 
@@ -117,6 +119,11 @@ def settle_relations(term: Term) -> Term | None:
     while progress:
         progress = False
         for r in term.relations:
+            if isinstance(r, Window) and volume(r.smalls) == 1 and len({*r.bigs}) < len(r.bigs):
+                if (places := _digits(r)) is None:
+                    return None
+                term, progress = replace(term, factors=(*(f for f in term.factors if f is not r), *places)), True
+                break
             if isinstance(r, Window | Lookup) and (simpler := _simpler(term, r)) is not None:
                 term, progress = simpler, True
                 break
@@ -130,8 +137,23 @@ def settle_relations(term: Term) -> Term | None:
     return term
 
 
+def _digits(r: Window) -> list[Select] | None:
+    """One place of a diagonal: the same digit wherever a label stands; None where it is not on the diagonal."""
+    found: dict[Label, int] = {}
+    for k, x in enumerate(r.bigs):
+        digit = r.start // volume(r.bigs[k + 1 :]) % x.size
+        if found.setdefault(x, digit) != digit or not r.is_total:
+            return None
+    return [Select(Label(1), x, digit) for x, digit in found.items()]
+
+
 def _simpler(term: Term, r: Window | Lookup) -> Term | None:
     """Write a window or lookup as a plainer relation, or merge it with the one that reads its place."""
+    if len({*r.bigs, *r.smalls}) < len(r.bigs) + len(r.smalls):
+        # A label that stands twice, as on a diagonal, ties more than a place: most of them are never reached.
+        if len({*r.bigs}) == len(r.bigs):
+            return None
+        return replace(term, factors=tuple(r.dense(torch.empty(())) if f is r else f for f in term.factors))
     plain = plainer(r)
     if plain is not None:
         return replace(term, factors=tuple(plain if f is r else f for f in term.factors))

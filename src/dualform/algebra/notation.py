@@ -17,7 +17,7 @@ from torch import Tensor
 from dualform.algebra.index_products import combined
 from dualform.algebra.index_text import IndexFormula, Line, affine, in_order, letters, primed, sum_letter, used
 from dualform.algebra.relations import Lookup, Triangle
-from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, Window, atoms, renewed, substitute
+from dualform.algebra.terms import Axis, Factor, Label, Relation, Select, Term, Window, atoms, written_with
 from dualform.storages import memory_of
 
 
@@ -98,9 +98,7 @@ def _looked_into(term: Term, known: Names, views: bool = True, most: int = 0) ->
         if not is_shown:
             factors.append(f)
             continue
-        read = renewed(f.made[0])
-        inner = substitute(read, dict(zip(atoms(read.out), ((x,) for x in f.labels), strict=True)))
-        inner = _looked_into(inner, known, views, most and most - count + 1)
+        inner = _looked_into(written_with(f.made[0], f.labels), known, views, most and most - count + 1)
         count += len(inner.tensors) - 1
         factors += inner.factors
         coef *= inner.coef
@@ -287,6 +285,8 @@ def _says(r: Select | Window, term: Term) -> bool:
 def _place(r: Any, name: Mapping[Label, str], tensors: Names) -> str:
     """Where a relation reads: 2*i+j-1, or idx[i][j]."""
     if isinstance(r, Lookup):
+        if not r.smalls and type(r.index) is Tensor and r.index.device.type != "meta":
+            return str(int(r.index))  # one place
         return tensors.of(Factor(r.index, r.smalls, r.name)) + "".join(f"[{name[x]}]" for x in r.smalls)
     if isinstance(r, Select):
         return affine(r.start, r.step, name[r.small])

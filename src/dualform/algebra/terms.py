@@ -349,6 +349,23 @@ def renewed(term: Term) -> Term:
     return substitute(term, {label: (Label(label.size, label.name),) for label in own})
 
 
+def written_with(term: Term, labels: Sequence[Label]) -> Term:
+    """A product as it is written where its outputs have these labels: fresh hidden ones, and a diagonal stays as two
+    equal labels of one factor, which is not read again."""
+    own: dict[Label, Label] = {}
+    ties: list[Factor | Relation] = []
+    for x, label in zip(atoms(term.out), labels, strict=True):
+        if own.setdefault(x, label) is not label:
+            ties.append(Select(label, own[x], 0))
+    for x in (*term.visible, *term.hidden):
+        own.setdefault(x, Label(x.size, x.name))
+    factors = (
+        replace(f, labels=tuple(own[x] for x in f.labels)) if isinstance(f, Factor) else f.renamed(lambda x: (own[x],))
+        for f in term.factors
+    )
+    return Term(term.coef, (*factors, *ties), tuple((x,) for x in labels), ())
+
+
 Identity = tuple[Any, ...]
 
 

@@ -3,12 +3,15 @@
     check: got = backward(g, *args), expected = J.vjp(g)
 
 A wrong gradient is compared with what the usual slips would give: every op's local derivative with one factor left out,
-transposed, inverted or taken from another tensor, one term left out or negated, one axis summed that should not be. The
-slip that gives exactly what was got is the message.
+transposed, flipped, inverted or taken from another tensor, one term left out, negated or weighed otherwise, one axis
+summed that should not be, the op along another axis. The slip that gives exactly what was got, for two incoming
+gradients, is the message; a number is the entries of an axis only where the function sums over that axis.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +26,7 @@ from dualform.calculus.mistakes import Slip, of_shape, of_values
 from dualform.explanations.wording import name_nodes
 from dualform.graphs.local_derivatives import Program
 from dualform.graphs.local_rules import derivative as local_derivative
+from dualform.graphs.rewriting import write_out
 from dualform.graphs.trace import trace
 from dualform.shapes import ShapeError, fail
 
@@ -163,7 +167,7 @@ def check(
 
 def _seed(out: Tensor, g: Tensor | None) -> Tensor:
     if g is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(90017)  # no seed that arguments are made with: g is to be like none
         drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64) + 0.5
         return drawn.to(out.dtype).to(out.device if out.device.type != "meta" else "cpu")
     if g.shape != out.shape:
@@ -203,6 +207,14 @@ def _compared(
     return Report(tuple(faults), errors, formulas)
 
 
+def _is_noise(error: Tensor, seed: Tensor, J: Any) -> bool:
+    """Is a difference what rounding leaves where large numbers cancel?"""
+    if not error.numel() or math.prod(J.shape) > 2**20 or not error.isfinite().all():
+        return False
+    most = torch.tensordot(seed.abs(), J.dense().abs(), seed.ndim).max().item()
+    return error.abs().max().item() <= 64 * torch.finfo(J.dtype).eps * most
+
+
 def _slip(
     given: Given, k: int, seed: Tensor, found: Any, expected: dict[int, Tensor], backward: Callable[..., Any],
     args: Any, place: int, J: Any, names: Any,
@@ -213,9 +225,15 @@ def _slip(
         return None if J.is_zero else Slip("none", "is None; expected a tensor. Return the gradient.")
     if not isinstance(found, Tensor):
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
+    if found.shape == right.shape and _is_noise(found - right, seed, J):
+        return None
     # The caller's own ops, not rewritten: what a slip is named after.
     gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors)
-    program = Program(gm, given.tensors, k, local_derivative, name_nodes(gm, given.names))
+    spelled = copy.deepcopy(gm)
+    write_out(spelled.graph)
+    spelled.recompile()
+    graphs = [gm, spelled] if len(spelled.graph.nodes) != len(gm.graph.nodes) else [gm]
+    programs = [Program(g, given.tensors, k, local_derivative, name_nodes(g, given.names)) for g in graphs]
     shape = of_shape(found, right, names)
     if shape is not None:
         return shape
@@ -226,4 +244,4 @@ def _slip(
         return result[place]
 
     others = {given.names[j]: value for j, value in expected.items() if j != k}
-    return of_values(found, right, seed, again, others, program, names)
+    return of_values(found, right, seed, again, others, programs, J, names)

@@ -20,6 +20,7 @@ from dualform.algebra.terms import Factor, Term
 from dualform.calculus.jacobian import Given, Wrt
 from dualform.calculus.traced import AtPoint, Point, Skeleton, refilled
 from dualform.explanations.account import Story
+from dualform.explanations.explanation import Explanation
 from dualform.graphs.complex_rules import paired
 from dualform.graphs.edit import evaluated, results_of
 from dualform.graphs.identities import canonical_graph
@@ -90,6 +91,22 @@ class Second(AtPoint):
         traced = self.point.traced
         slope = traced.always(("slope", self.first), lambda: _slope(self.point, self.first))
         return traced.terms(("second", self.first, self.second), partial(self._differentiated, slope), self.point)
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        """That of the first derivative's numbers, if it has any."""
+        traced, inputs = self.point.traced, self.point.inputs
+        graph = traced.always(("slope", self.first), lambda: _slope(self.point, self.first)).graph
+        names = traced.input_names
+        return [Program(graph, inputs, self.second, local_derivative, names)] if results_of(graph.graph) else []
+
+    def explain(self, derivative: Derivative, level: str) -> Explanation:
+        """The account of the derivative of the gradient."""
+        out = self.point.traced.out_values[0]
+        if out.ndim:
+            expected, advice = "one number", "Explain one of them: index the result of f."
+            fail("explain", "f", f"gives {tuple(out.shape)} numbers", expected, advice, ValueError)
+        return super().explain(derivative, level)
 
     def computed(self) -> Sequence[Term]:
         """The terms, from a first derivative of their own."""

@@ -5,37 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from dualform.algebra.linear_map import Derivative
-from dualform.algebra.notation import told
-from dualform.algebra.terms import Factor, Label, Relation, Term, make_factor, recorded, volume
+from dualform.algebra.terms import recorded
+from dualform.calculus.op_slips import MAX_RANK, Slip, close, ratio_text, slips, subsets
+from dualform.calculus.path_weights import line_of, of_paths
 from dualform.graphs.local_derivatives import Program
-from dualform.graphs.trace import source_line
 
 Names = tuple[Sequence[str], Sequence[str]] | None
-# Axes up to which all orders, and all sets of summed axes, are tried.
-MAX_RANK = 5
-
-
-@dataclass(frozen=True)
-class Slip:
-    """A slug, and the sentence after "x's gradient"."""
-
-    kind: str
-    message: str
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Are two tensors equal up to rounding?"""
-    if a.shape != b.shape:
-        return False
-    tight, largest = torch.finfo(b.dtype).eps ** 0.6, b.abs().max().item() if b.numel() else 0
-    return torch.allclose(a.to(b.dtype), b, rtol=tight, atol=tight * max(1e-30, largest))
 
 
 def _told(axes: Sequence[int], x: Tensor, names: Names, side: int) -> str:
@@ -59,7 +40,7 @@ def of_shape(got: Tensor, right: Tensor, names: Names) -> Slip | None:
 
 def _kept(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     """Axes that are still there though the argument was copied along them, or has them with size 1."""
-    for axes in _subsets(got.ndim):
+    for axes in subsets(got.ndim):
         for keep in (True, False):
             if not close(got.sum(axes, keepdim=keep), right):
                 continue
@@ -68,7 +49,7 @@ def _kept(got: Tensor, right: Tensor, names: Names) -> Slip | None:
                 return Slip("extra axis", text)
             said = _told(axes, got, names, 0)
             code = f"g.sum({axes[0] if len(axes) == 1 else axes}{', keepdim=True' if keep else ''})"
-            why = "the argument is broadcast along it, and the gradients of its copies add up"
+            why = "the same argument is used all along it, and the gradients of its uses add up"
             return Slip("kept axis", f"keeps {said}, which should be summed: {why}. Use {code} or unbroadcast.")
     return None
 
@@ -85,7 +66,7 @@ def _summed(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     """Axes that were summed or averaged though the argument has them."""
     if got.ndim == 0 and right.numel() == 1:
         return Slip("lost axis", f"lost its axes of size 1; expected shape {tuple(right.shape)}. Use keepdim=True.")
-    for axes in _subsets(right.ndim):
+    for axes in subsets(right.ndim):
         said = _told(axes, right, names, 1)
         for keep, (word, reduce) in itertools.product((False, True), (("summed", torch.sum), ("averaged", torch.mean))):
             if close(got, reduce(right, axes, keep)):
@@ -95,11 +76,6 @@ def _summed(got: Tensor, right: Tensor, names: Names) -> Slip | None:
     return None
 
 
-def _subsets(rank: int) -> Iterator[list[int]]:
-    for n in range(1, min(rank, MAX_RANK) + 1):
-        yield from (list(c) for c in itertools.combinations(range(rank), n))
-
-
 def _orders(rank: int) -> Iterator[tuple[int, ...]]:
     if rank <= MAX_RANK:
         yield from itertools.permutations(range(rank))
@@ -107,17 +83,36 @@ def _orders(rank: int) -> Iterator[tuple[int, ...]]:
 
 def of_values(
     got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], others: dict[str, Tensor],
-    program: Program, names: Names,
+    programs: Sequence[Program], J: Derivative, names: Names,
 ) -> Slip | None:  # fmt: skip
-    """Name what is wrong with a gradient of the right shape; None if nothing is."""
+    """Name what is wrong with a gradient of the right shape; None if nothing is.
+
+    programs: the function in the caller's ops, and in what those are made of; J: the whole derivative
+    """
     unfinite = _not_finite(got, right)
     if unfinite is not None:
         return unfinite
     if close(got, right):
         return None
-    found = _of_the_seed(got, right, g, again, program) or _scaled(got, right, g, names)
-    found = found or _exchanged(got, right, others) or _of_an_op(got, g, program)
-    return found or _along_an_axis(got, right, names) or _somewhere(got, right, names)
+    program = programs[0]
+    found = _of_the_seed(got, right, g, again, program)
+    if found is not None:
+        return found
+    found = _either([*_scaled(got, right, g, J, program, names), *_exchanged(got, right, others)])
+    found = found or _along_the_result(got, g, program, names) or _diagonal(got, g, J)
+    for each in programs:
+        found = found or _of_an_op(got, right, g, again, each) or of_paths(got, g, each)
+    return found or _shifted(got, right) or _along_an_axis(got, right, names) or _somewhere(got, right, names)
+
+
+def _either(found: Sequence[Slip]) -> Slip | None:
+    """One slip, or what can not be told apart: several that give the same numbers."""
+    if not found:
+        return None
+    first, *more = found
+    rest = [slip for slip in more if slip.kind != first.kind]
+    said = "".join(f" Or it {slip.message} Both give these numbers." for slip in rest[:1])
+    return replace(first, message=first.message + said)
 
 
 def _not_finite(got: Tensor, right: Tensor) -> Slip | None:
@@ -146,173 +141,208 @@ def _of_the_seed(
         why = "it is the gradient for g = 1" if same else "another g gives the same"
         return Slip("g unused", f"does not use g: {why}; expected a sum over g. Multiply by g (the chain rule).")
     if not close(again(2 * g), 2 * got):
+        still = again(torch.zeros_like(g))
+        if still.shape == got.shape and still.isfinite().all() and still.any():
+            text = "has a part without g: for g = 0 it is not 0 (not linear); expected a linear map of g."
+            return Slip("not linear", f"{text} Multiply every term by g.")
         text = "is not linear in g: twice the g is not twice the gradient; expected a linear map. Use g once."
         return Slip("not linear", text)
     return None
 
 
-def _scaled(got: Tensor, right: Tensor, g: Tensor, names: Names) -> Slip | None:
-    """A constant factor: the sign, the number of entries of some axes, or another."""
+def _scaled(
+    got: Tensor, right: Tensor, g: Tensor, J: Derivative, program: Program, names: Names
+) -> Iterator[Slip]:  # fmt: skip
+    """A constant factor: the sign, the number of entries of some axes, a number of the function, or another."""
     scale = ((got * right).sum() / (right * right).sum()).item()
     if not math.isfinite(scale) or scale == 0 or not close(got, scale * right):
-        return None
+        return
     if abs(scale + 1) < 1e-6:
-        return Slip("sign", "has the wrong sign; expected minus it. Negate it.")
-    for axes in _subsets(g.ndim):
-        count = math.prod(g.shape[a] for a in axes)
-        if count > 1 and abs(scale * count - 1) < 1e-6 and right.numel() < g.numel():
-            text = f"is averaged over {_told(axes, g, names, 0)} of the result; expected the sum."
-            return Slip("averaged", f"{text} Use .sum instead of .mean.")
-    for axes in _subsets(right.ndim):
-        count = math.prod(right.shape[a] for a in axes)
-        if count > 1 and abs(scale / count - 1) < 1e-6 and g.numel() < right.numel():
-            said = _told(axes, right, names, 1)
-            text = f"misses the factor 1/{count}, the entries of {said}; expected a mean's share."
-            return Slip("count", f"{text} Divide by {count}.")
+        yield Slip("sign", "has the wrong sign; expected minus it. Negate it.")
+        return
+    counted = list(_counts(scale, right, g, J, names))
+    yield from counted
+    if counted:
+        return
+    for node, value in program.values.items():
+        is_number = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+        for power in (1, -1, 2, -2, 0.5, -0.5) if is_number and abs(scale) != 1 else ():
+            base = value.item()
+            if (base < 0 and power % 1) or base == 0 or abs(abs(base) - 1) < 1e-9:
+                continue
+            if abs(scale / base**power - 1) < 1e-9:
+                said = program.name_of(node)
+                shown = {1: said, 2: f"{said}²", 0.5: f"√{said}"}[abs(power)]
+                value = f"{shown} = {base ** abs(power):.6g}"
+                if power > 0:
+                    yield Slip("scale", f"has the factor {value} too many; expected it once less. Divide by it.")
+                else:
+                    yield Slip("scale", f"is divided by {value} once too often; expected it once less. Multiply by it.")
+                return
     advice = "Sum where you average, or drop a factor." if abs(scale) < 1 else "Drop the factor, or count a term once."
-    return Slip("scale", f"is {_ratio(scale)} times what it should be; expected the factor 1. {advice}")
+    yield Slip("scale", f"is {ratio_text(scale)} times what it should be; expected the factor 1. {advice}")
 
 
-def _ratio(scale: float) -> str:
-    whole, part = round(scale), round(1 / scale)
-    if whole and abs(scale - whole) < 1e-6 * abs(whole):
-        return f"{whole}"
-    return f"1/{part}" if part and abs(1 / scale - part) < 1e-6 * abs(part) else f"{scale:.6g}"
+def _free(J: Derivative, side: str) -> list[int]:
+    """The axes of one side that no term ties to the other: those that are summed, or averaged, or copied."""
+    there = "inn" if side == "out" else "out"
+    other = [
+        {x for axis in getattr(t, there) for x in axis} | {x for r in t.relations for x in r.labels} for t in J.terms
+    ]
+    count = len(getattr(J.terms[0], side)) if J.terms else 0
+    return [a for a in range(count) if all(not {*getattr(t, side)[a]} & o for t, o in zip(J.terms, other, strict=True))]
 
 
-def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Slip | None:
+def _counts(scale: float, right: Tensor, g: Tensor, J: Derivative, names: Names) -> Iterator[Slip]:
+    """A number of entries: of axes that the derivative sums or averages over, no others."""
+    summed, averaged = _free(J, "out"), _free(J, "inn")
+    for axes in (axes for axes in subsets(g.ndim) if {*axes} <= {*summed}):
+        count = math.prod(g.shape[a] for a in axes)
+        if count > 1 and abs(scale * count - 1) < 1e-6:
+            text = f"is averaged over {_told(axes, g, names, 0)} of the result; expected the sum."
+            yield Slip("averaged", f"{text} Use .sum instead of .mean.")
+            return
+    counts = {
+        tuple(axes): math.prod(right.shape[a] for a in axes) for axes in subsets(right.ndim) if {*axes} <= {*averaged}
+    }
+    for axes, count in counts.items():
+        said = _told(axes, right, names, 1)
+        if count > 1 and abs(scale / count - 1) < 1e-6:
+            text = f"misses the factor 1/{count}, the entries of {said}; expected a mean's share."
+            yield Slip("count", f"{text} Divide by {count}.")
+            return
+        if count > 1 and abs(scale * count - 1) < 1e-6:
+            text = f"has the factor 1/{count}, the entries of {said}, too many; expected it once less."
+            yield Slip("count", f"{text} Do not divide by {count}.")
+            return
+        for less, more in ((count - 1, count), (count, count - 1)):
+            if less > 1 and more > 1 and abs(scale * more / less - 1) < 1e-9:
+                text = f"divides by {more} where {less} is expected, of {count} entries along {said}."
+                yield Slip("count", f"{text} Look at the correction.")
+                return
+    every = {(a,): right.shape[a] for a in range(right.ndim)}
+    for (a, n), (b, m) in itertools.product(counts.items(), every.items()):
+        if a != b and n != m and abs(scale * m / n - 1) < 1e-9:
+            text = f"divides by {m}, the entries of {_told(b, right, names, 1)}; expected {n}"
+            yield Slip("count", f"{text}, those of {_told(a, right, names, 1)}. Divide by {n}.")
+            return
+
+
+def _exchanged(got: Tensor, right: Tensor, others: dict[str, Tensor]) -> Iterator[Slip]:
     for order in _orders(right.ndim):
         if order != tuple(range(right.ndim)) and close(got.permute(order), right):
-            return Slip("transposed", f"is transposed: its axes are in the order {order}. Use .permute({order}).")
+            yield Slip("transposed", f"is transposed: its axes are in the order {order}. Use .permute({order}).")
+            break
     for name, value in others.items():
         if close(got, value):
-            return Slip("swapped", f"is the gradient of {name}; expected its own. Swap what you return.")
-    for axis in range(right.ndim):
-        if close(got.flip(axis), right):
-            return Slip("reversed", f"is reversed along axis {axis}; expected the order of the argument. Flip it.")
+            yield Slip("swapped", f"is the gradient of {name}; expected its own. Swap what you return.")
+    for axes in subsets(right.ndim):
+        if close(got.flip(axes), right):
+            said = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
+            yield Slip("reversed", f"is reversed along {said}; expected the order of the argument. Flip it.")
+            break
+
+
+def _shifted(got: Tensor, right: Tensor) -> Slip | None:
+    for axis, n in ((a, k) for a in range(right.ndim) for k in (1, -1, 2, -2) if right.shape[a] > abs(k)):
+        if close(got, right.roll(n, axis)) or (right.any() and close(got, _moved(right, n, axis))):
+            text = f"is shifted by {n:+d} along axis {axis}; expected every entry {-n:+d} from there."
+            return Slip("shifted", f"{text} Look at where the slice starts.")
     return None
 
 
-def _of_an_op(got: Tensor, g: Tensor, program: Program) -> Slip | None:
-    """One op's local derivative with one slip in it."""
+def _moved(x: Tensor, n: int, axis: int) -> Tensor:
+    """Shift along an axis; zeros come in."""
+    kept = x.narrow(axis, max(0, -n), x.shape[axis] - abs(n))
+    gap = torch.zeros_like(x.narrow(axis, 0, abs(n)))
+    return torch.cat([gap, kept] if n > 0 else [kept, gap], axis)
+
+
+def _along_the_result(got: Tensor, g: Tensor, program: Program, names: Names) -> Slip | None:
+    """Some entries along an axis of the result are left out, or all but one."""
+    for axis, n in enumerate(g.shape):
+        if n < 2 or n > 64:
+            continue
+        parts = [
+            program.vjp(torch.zeros_like(g).index_copy(axis, k, g.index_select(axis, k)))
+            for k in torch.arange(n).split(1)
+        ]
+        total = sum(parts[1:], parts[0])
+        for k, part in enumerate(parts):
+            said = f"of {_told([axis], g, names, 0)} of the result"
+            if part.any() and close(got, total - part):
+                return Slip("missing entries", f"leaves out entry {k} {said}; expected the sum over all. Add it.")
+            if not close(part, total) and close(got, part):
+                return Slip(
+                    "missing entries", f"has entry {k} {said} alone; expected the sum over all. Add the others."
+                )
+    return None
+
+
+def _diagonal(got: Tensor, g: Tensor, J: Derivative) -> Slip | None:
+    """g times the diagonal, where there is more."""
+    if J.out_shape != J.in_shape or math.prod(J.shape) > 2**20 or not J.out_shape:
+        return None
+    n = math.prod(J.out_shape)
+    if n < 2 or not close(got, J.dense().reshape(n, n).diagonal().reshape(got.shape) * g):
+        return None
+    text = "is g times the diagonal of the Jacobian; expected all of it: an entry of the result depends on others, too"
+    return Slip("diagonal only", f"{text}. Add their terms.")
+
+
+def _of_an_op(
+    got: Tensor, right: Tensor, g: Tensor, again: Callable[[Tensor], Tensor], program: Program
+) -> Slip | None:
+    """One op's local derivative with one slip in it; what fits g by chance does not fit another."""
     with recorded():
         local = program.local
+    other = torch.flip(g.reshape(-1), [0]).reshape(g.shape) * 0.7 + 0.1
+    v = torch.randn(right.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(right)
+    seeds, pushed, wanted = _pulled(program, g), _pushed(program, v), ((got - right) * v).sum()
     for node, parts in local.items():
+        if node not in seeds:
+            continue
+        if len(parts) > 1 and all(source is parts[0][0] for source, _ in parts):  # x * x: the same slip in both places
+            parts = [(parts[0][0], sum((J for _, J in parts[1:]), parts[0][1]))]
         for place, (source, J) in enumerate(parts):
-            for slip, wrong in _slips(program, node, source, J):
-                program.__dict__["local"] = {**local, node: [*parts[:place], (source, wrong), *parts[place + 1 :]]}
+            if source not in pushed:
+                continue
+            rest = J.vjp(seeds[node])
+            for slip, wrong in slips(program, node, source, J):
                 try:
-                    same = close(program.vjp(g), got)
-                except RuntimeError:  # a slip that does not fit the shapes
+                    # One number tells most of them away: <what the slip changes, v> at the operand.
+                    share = (wrong.vjp(seeds[node]) - rest) * pushed[source]
+                    if abs(share.sum() - wanted) > 1e-3 * (share.abs().sum() + wanted.abs()):
+                        continue
+                    program.__dict__["local"] = {**local, node: [*parts[:place], (source, wrong), *parts[place + 1 :]]}
+                    same = close(program.vjp(g), got) and close(program.vjp(other), again(other))
+                except (RuntimeError, ValueError):  # a slip that does not fit the shapes
                     same = False
                 finally:
                     program.__dict__["local"] = local
                 if same:
-                    return Slip(slip.kind, f"{slip.message} (at `{_line(program, node)}`)")
+                    return Slip(slip.kind, f"{slip.message} (at `{line_of(program, node)}`)")
     return None
 
 
-def _line(program: Program, node: fx.Node) -> str:
-    line = source_line(node)
-    return program.name_of(node) if not line or line.startswith("(") else line
+def _pulled(program: Program, g: Tensor) -> dict[fx.Node, Tensor]:
+    """The gradient of every node on the way."""
+    found = {program.output: g}
+    for node, parts in reversed(program.local.items()):
+        for source, J in parts if node in found else ():
+            part = J.vjp(found[node])
+            found[source] = found[source] + part if source in found else part
+    return found
 
 
-def _slips(program: Program, node: fx.Node, source: fx.Node, J: Derivative) -> Iterator[tuple[Slip, Derivative]]:
-    name, below = program.name_of(node), program.name_of(source)
-    for k, term in enumerate(J.terms):
-        before, after = J.terms[:k], J.terms[k + 1 :]
-        shown = f"{term.coef:+.4g} {'·'.join(map(told, term.tensors))}".strip()
-        if before or after:
-            text = f"misses the term {shown} of d{name}/d{below}; expected {len(J.terms)} terms. Add it."
-            yield Slip("missing term", text), J.with_terms([*before, *after])
-            text = f"has the wrong sign in the term {shown} of d{name}/d{below}; expected minus it. Negate that term."
-            yield Slip("term sign", text), J.with_terms([*before, replace(term, coef=-term.coef), *after])
-        if term.coef not in (1, -1):
-            text = f"misses the factor {term.coef:.6g} of d{name}/d{below}; expected it. Multiply by it."
-            yield Slip("missing factor", text), J.with_terms([*before, replace(term, coef=1.0), *after])
-        for j, f in enumerate(term.factors):
-            if isinstance(f, Factor):
-                for slip, wrong in _factor_slips(program, f, term):
-                    changed = replace(term, factors=(*term.factors[:j], wrong, *term.factors[j + 1 :]))
-                    yield slip, J.with_terms([*before, changed, *after])
-    yield Slip("path sign", f"has the wrong sign in d{name}/d{below}; expected minus it. Negate that path."), -1 * J
-    if J.out_shape == J.in_shape:
-        turned = "Run the op the other way round (reverse, apply, reverse)."
-        text = f"applies d{name}/d{below} forward; expected its transpose. {turned}"
-        yield Slip("not transposed", text), J.T
-    text = f"misses the path through {name}; expected the sum of all paths from {below}. Add d{name}/d{below}."
-    yield Slip("missing path", text), J.with_terms([])
-    yield from _wrong_axes(J, name, below)
-
-
-def _factor_slips(program: Program, f: Factor, term: Term) -> Iterator[tuple[Slip, Factor]]:
-    said = told(f)
-    f = replace(f, tensor=f.tensor.to(program.values[program.source].dtype))
-    missing = f"misses the factor {said}; expected it. Multiply by {said}."
-    yield Slip("missing factor", missing), replace(f, tensor=torch.ones_like(f.tensor))
-    for a, b in itertools.combinations(range(f.tensor.ndim), 2):
-        if f.tensor.shape[a] == f.tensor.shape[b]:
-            text = f"uses {said} transposed where it should not be, or not where it should; expected the other."
-            text = f"{text} Use {said}.mT."
-            yield Slip("transposed factor", text), replace(f, tensor=f.tensor.transpose(a, b))
-    for node, value in program.values.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value is f.tensor:
-            continue
-        other = program.name_of(node)
-        slip = Slip("wrong operand", f"uses {other} where {said} is expected. Replace {other} by {said}.")
-        if value.shape == f.tensor.shape:
-            yield slip, replace(f, tensor=value)
-        elif value.ndim <= len(term.out):
-            axes = term.out[len(term.out) - value.ndim :]
-            if [volume(axis) for axis in axes] == list(value.shape):
-                yield slip, make_factor(value, axes, other)
-    text = f"divides by {said} where it should multiply, or the reverse; expected {said}. Invert it."
-    yield Slip("inverted factor", text), replace(f, tensor=1 / f.tensor)
-    yield (
-        Slip("repeated factor", f"has the factor {said} twice; expected it once. Drop one."),
-        replace(f, tensor=f.tensor**2),
-    )
-
-
-def _wrong_axes(J: Derivative, name: str, below: str) -> Iterator[tuple[Slip, Derivative]]:
-    """An axis of the operand tied to another axis of the result of the same size: the wrong one is summed."""
-    for k, term in enumerate(J.terms):
-        for axis, inner in enumerate(term.inn):
-            for other, outer in enumerate(term.out):
-                tied = [a for a, labels in enumerate(term.out) if labels == inner]
-                sizes = [x.size for x in inner], [x.size for x in outer]
-                if len(tied) != 1 or tied[0] == other or not inner or sizes[0] != sizes[1]:
-                    continue
-                change = dict(zip((*inner, *outer), (*outer, *inner), strict=True))
-                swapped = tuple(tuple(change.get(x, x) for x in labels) for labels in term.out)
-                wrong = replace(term, out=swapped)
-                text = f"sums {name}'s axis {tied[0]} where axis {other} should be summed for {below}'s axis {axis}"
-                made = J.with_terms([*J.terms[:k], wrong, *J.terms[k + 1 :]])
-                yield Slip("wrong axis", f"{text}; expected the sum over axis {other}. Use .sum({other})."), made
-        yield from _other_axis(J, k, name, below)
-
-
-def _other_axis(J: Derivative, k: int, name: str, below: str) -> Iterator[tuple[Slip, Derivative]]:
-    """A sum inside the op, as a softmax's, over the wrong axis: the tied axis and the summed one change places."""
-    term = J.terms[k]
-    if len(term.out) != len(term.inn):
-        return
-    free = [a for a, (x, y) in enumerate(zip(term.out, term.inn, strict=True)) if x != y and len(x) == len(y) == 1]
-    tied = [a for a, (x, y) in enumerate(zip(term.out, term.inn, strict=True)) if x == y and len(x) == 1]
-    for a, b in itertools.product(tied, free):
-        (i,), (j,), (below_j,) = term.out[a], term.out[b], term.inn[b]
-        new = Label(i.size)
-
-        def moved(f: Factor | Relation, i: Label = i, j: Label = j, l: Label = below_j, new: Label = new) -> Any:
-            if not isinstance(f, Factor) or l not in f.labels:
-                return f
-            return Factor(f.tensor, tuple({l: j, i: new}.get(x, x) for x in f.labels), f.name)
-
-        inn = tuple((new,) if c == a else (j,) if c == b else axis for c, axis in enumerate(term.inn))
-        wrong = replace(term, factors=tuple(map(moved, term.factors)), inn=inn)
-        terms = [*J.terms[:k], wrong, *J.terms[k + 1 :]]
-        text = f"sums over axis {a} inside d{name}/d{below} where axis {b} is expected. Use .sum({b}, keepdim=True)."
-        yield Slip("wrong axis", text), J.with_terms(terms)
+def _pushed(program: Program, v: Tensor) -> dict[fx.Node, Tensor]:
+    """The change of every node on the way."""
+    found = {program.source: v}
+    for node, parts in program.local.items():
+        changes = [J.jvp(found[source]) for source, J in parts if source in found]
+        if changes:
+            found[node] = sum(changes[1:], changes[0])
+    return found
 
 
 def _along_an_axis(got: Tensor, right: Tensor, names: Names) -> Slip | None:

@@ -296,7 +296,7 @@ class AtPoint(Route):
     def explain(self, derivative: Derivative, level: str) -> Explanation:
         """The account of the derivative."""
         with recorded():
-            return self.story().explain(self.told(derivative), level)
+            return self.story().explain(self.told(derivative), level, *self.programs)
 
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names of its account."""
@@ -314,6 +314,11 @@ class AtPoint(Route):
     @abstractmethod
     def computed(self) -> Sequence[Term]:
         """The terms, from what is new and nobody keeps."""
+
+    @property
+    @abstractmethod
+    def programs(self) -> Sequence[Program]:
+        """The graphs whose nodes' names the factors have."""
 
     def joined(self, outer: Derivative, inner: Derivative) -> Route:
         """The route of a product."""
@@ -345,9 +350,14 @@ class Applied(AtPoint):
 
         return point.traced.terms(key, compute, point)
 
+    @property
+    def programs(self) -> Sequence[Program]:
+        """A program of its own."""
+        return [self.point.traced.program(self.point.values, self.output, self.source)]
+
     def computed(self) -> Sequence[Term]:
         """The terms, along a program of their own."""
-        return self.point.traced.program(self.point.values, self.output, self.source).terms()
+        return self.programs[0].terms()
 
     def vjp(self, g: Tensor) -> Tensor:
         """Pull back along the graph."""

@@ -16,11 +16,14 @@ from dualform.algebra.index_products import collected
 from dualform.algebra.index_text import IndexFormula
 from dualform.algebra.linear_map import Derivative, Term, derivative_of, fresh_axes
 from dualform.algebra.notation import Names, formula, spoken
+from dualform.algebra.terms import Factor
 from dualform.explanations.chain_rule import Link, Move, derive
 from dualform.explanations.explanation import LEVELS, Explanation, agreed, deviation
 from dualform.explanations.known_axes import known_axes
+from dualform.explanations.matrix_terms import MatrixEquation
 from dualform.explanations.python_text import written
 from dualform.explanations.steps import OpStep, Stage
+from dualform.explanations.textbook import matrix_form
 from dualform.explanations.torch_code import Pullback, vjp_code
 from dualform.explanations.unfinite import why_unfinite
 from dualform.explanations.wording import meaning, name_nodes, plain, reasons, rule
@@ -62,8 +65,11 @@ class Story:
         avoid = {*(name for name in called if len(name) == 1), *"phr", *(a for x in self.axes.values() for a in x if a)}
         self.names = Names(called, sorted(avoid), self.axes)
 
-    def explain(self, derivative: Derivative, level: str) -> Explanation:
-        """Assemble the steps, the proof, the result, its code and its checks."""
+    def explain(self, derivative: Derivative, level: str, *rewritten: Program) -> Explanation:
+        """Assemble the steps, the proof, the result, its code and its checks.
+
+        rewritten: the program that the derivative comes from, whose names its factors have
+        """
         if level not in LEVELS:
             fail("explain", "level", f"is {level!r}", f"one of {list(LEVELS)}", "Choose one.", ValueError)
         steps = self.steps  # first, so that plain names are theirs
@@ -73,14 +79,30 @@ class Story:
         whole: Any = end == result.formula.symbol and (stages[-1].moves[-1].formula if stages[-1].moves else None)
         code = vjp_code(derivative, self.names, self.program.name_of(self.program.source))
         checks, notes = self._checks(derivative, code, level)
+        matrices = self._matrices(derivative, rewritten) if level != "one-line" else None
+        if matrices is not None:
+            agreed([("the matrix form against the entries", matrices.error(derivative))], derivative.dtype)
         return Explanation(
             level, self._title(), tuple(steps), tuple(self._chain()), result, code, tuple(checks), tuple(stages),
-            whole or None, tuple(notes),
+            whole or None, tuple(notes), matrices,
         )  # fmt: skip
 
     def shown(self, derivative: Derivative) -> IndexFormula:
         """The derivative in index notation, in the names that its steps use."""
         return self._formula(derivative, self._symbol(self.program.output))
+
+    def _matrices(self, J: Derivative, rewritten: Sequence[Program]) -> MatrixEquation | None:
+        """The derivative in matrix notation, in the names of the caller and of the rules."""
+
+        def called(f: Factor) -> str:
+            """Its name; that of the same numbers up to rounding, as of two ways to a softmax."""
+            own, plain = self.names.of(f), self.names.found.get(f.name)
+            if plain is None or plain.shape != f.tensor.shape or not plain.is_floating_point():
+                return own
+            return f.name if deviation(f.tensor, plain) < 1e-12 else own
+
+        told = {*self.names.values, *self.names.found}
+        return matrix_form([self.program, *rewritten], called, told, J, self._symbol(self.program.output))
 
     def _formula(self, J: Derivative, symbol: str) -> IndexFormula:
         shapes = (J.out_shape, J.in_shape)

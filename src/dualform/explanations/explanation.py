@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,13 +30,26 @@ MAX_TOLD = 24
 MAX_TEXT = 240
 
 
+class MatrixText(Protocol):
+    """The result in matrix notation: left = text."""
+
+    @property
+    def left(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+    def latex(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The account of a derivative: `steps` link the input to the output, `result` is the whole.
 
     chain: lines that join the steps; vjp: torch statements that pull a gradient back, in the formulas' names;
     checks: (what, largest error, relative to the largest number where that is above 1); stages: the proof; expanded:
-    the result with no stored product or sum in it; notes: where the gradient is no number, and why
+    the result with no stored product or sum in it; notes: where the gradient is no number, and why; matrices: the
+    result in matrix notation, of an argument and a result of two axes what a change does (dZ = A dX B)
     """
 
     level: str
@@ -49,6 +62,7 @@ class Explanation:
     stages: tuple[Stage, ...] = ()
     expanded: IndexFormula | None = None
     notes: tuple[str, ...] = ()
+    matrices: MatrixText | None = None
 
     @property
     def code(self) -> str:
@@ -141,6 +155,7 @@ class Explanation:
             lines.append(f"        {self.expanded}    <- written out")
             lines += _where(said.of(self.expanded))
         lines += [f"        {f}{_ranges(f)}", *_where(said.of(f))]
+        lines += [f"        {self.matrices}    <- in matrices"] if self.matrices else []
         lines.append(f"        {step.account}")
         if len(self.steps) != 1 or self.level == "proof":
             lines += _because(step.reasons)
@@ -171,6 +186,7 @@ class Explanation:
         for first, *rest in chains:
             rows += [first.latex(), *(f"= {f.latex_right()}" for f in rest)]
             rows += [letter.latex() for f in (first, *rest) for letter in said.of(f)]
+        rows += [self.matrices.latex()] if self.matrices else []
         aligned = [row.replace("= ", "&= ", 1) for row in rows]
         return "\\begin{aligned}\n" + " \\\\\n".join(aligned) + "\n\\end{aligned}"
 
@@ -206,7 +222,8 @@ class Explanation:
         proof = [[{"formula": str(move.formula), "why": move.reason} for move in moves] for moves in stages]
         return {
             "title": self.title, "steps": [told(step) for step in self.steps], "proof": proof,
-            "result": told(self.result), "code": self.code, "checks": dict(self.checks), "notes": list(self.notes),
+            "result": told(self.result), "matrices": str(self.matrices or ""),
+            "code": self.code, "checks": dict(self.checks), "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -249,7 +266,9 @@ def _html_result(number: int, told: Explanation, said: Letters) -> str:
     parts += [html.stage(stage, said, "Chain rule") for stage in told.key_stages] if told.level == "steps" else []
     if told.is_rewritten and told.expanded is not None:
         parts.append(f'{html.formula(told.expanded, said)}<div class="note">stored as</div>')
-    parts += [html.formula(step.formula, said), html.account(step)]
+    parts.append(html.formula(step.formula, said))
+    parts += [f'<div class="f">{escape(str(told.matrices))}</div>'] if told.matrices else []
+    parts.append(html.account(step))
     parts += [html.why(step.reasons)] if len(told.steps) != 1 or told.level == "proof" else []
     return f'<div class="step end lit">{"".join(parts)}</div>'
 

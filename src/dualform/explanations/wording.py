@@ -31,6 +31,16 @@ _LETTERS = {
     "reshape": "1 where both indices are one place in memory",
 }  # fmt: skip
 
+# What slopes are, where they are more than that of one entry.
+_SLOPES: dict[str, str] = {}
+_SLOPES["prod"] = "the product of all entries of {0} but this one, made without a division: right where entries are 0"
+_SLOPES["cumprod"] = (
+    "the products of the entries of {0} up to the first index but the second, right where entries are 0"
+)
+_SLOPES["norm"] = "{0} over its norm (of the p-th, sign(x) |x/‖x‖|^(p-1), entry by entry), and 0 where the norm is 0"
+_SLOPES["var"] = "2 ({0} - its mean) / (count - correction)"
+_SLOPES["std"] = "({0} - its mean) / (std (count - correction))"
+
 
 _STORED = "factors multiplied and added up once, because the result is smaller than they are"
 
@@ -123,6 +133,8 @@ def meaning(name: str, known: dict[str, str]) -> str:
     if base in _LETTERS or numbered in _LETTERS:
         return _LETTERS.get(base) or _LETTERS[numbered]
     slope = re.fullmatch(r"(\w+)'(\d*)\((.*)\)", base)
+    if slope is not None and slope[1] in _SLOPES:
+        return _SLOPES[slope[1]].format(slope[3])
     if slope is not None:
         return f"the slope of {slope[1]} at {slope[3]}, entry by entry"
     if base[:1] == "d" and base[1:].isidentifier():

@@ -14,7 +14,16 @@ from dualform.ops.pointwise import NM, Spelt, cutting, named, pointwise, selecti
 from dualform.ops.table import ENTRIES, Entry, OpCall, diagonal_terms, row
 
 # Entry by entry too, though torch does not tag them (leaky_relu before 2.13).
-row("aten::leaky_relu", "aten::log_sigmoid", examples=[call("", T("n m", "signed"))])(pointwise)
+row("aten::leaky_relu", examples=[call("", T("n m", "signed"))])(pointwise)
+
+
+@row("aten::log_sigmoid", examples=[call("", T("n m", "signed"))])
+def _log_sigmoid(call: OpCall, operand: int) -> list[Term]:
+    """d log sigmoid(x) = sigmoid(-x) dx, which has a second derivative that is short, too."""
+    x = call.operands[0]
+    return diagonal_terms(call, operand, torch.sigmoid(-x), f"log_sigmoid'({call.operand_name(0)})")
+
+
 row("aten::hardswish", "aten::hardsigmoid", examples=[call("", T("n m", "signed"))])(cutting)
 row(
     "aten::abs", "aten::absolute", entry=Entry("std::fabs({0})", "tl.abs({0})", zero=True, name="abs"), python="torch.",

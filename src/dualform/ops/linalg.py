@@ -39,8 +39,9 @@ def _inverse(call: OpCall, operand: int) -> list[Term]:
         return NotImplemented
     batch, i, j = _square(call.out)
     _, k, l = _square(call.out)
-    left = make_factor(call.out, (*batch, i, k), "C")
-    right = make_factor(call.out, (*batch, l, j), "C")
+    name = f"inv({call.operand_name(0)})"
+    left = make_factor(call.out, (*batch, i, k), name)
+    right = make_factor(call.out, (*batch, l, j), name)
     return [Term(-1.0, (left, right), (*batch, i, j), (*batch, k, l))]
 
 
@@ -78,14 +79,17 @@ def _solve(call: OpCall, operand: int) -> list[Term]:
 
     out = axes[:-1] if vector else axes
     pair = (solved, equation) if left else (equation, solved)
-    inverse = make_factor(C, of(C, *pair), "C")
+    inverse = make_factor(
+        C, of(C, *pair), f"inv({call.operand_name(0) if len(call.names) > 1 or operand == 0 else 'A'})"
+    )
     if operand == 1:
         rhs = (equation, free) if left else (free, equation)
         whole = B.unsqueeze(-1) if vector else B
         inn = of(whole, *rhs)
         return [Term(1.0, (inverse,), out, inn[:-1] if vector else inn)]
     X = call.out.unsqueeze(-1) if vector else call.out
-    solution = make_factor(X, (*batch, *((unknown, free) if left else (free, unknown))), "X")
+    said = f"solve({call.operand_name(0)},{call.operand_name(1)})" if len(call.operands) > 1 else "X"
+    solution = make_factor(X, (*batch, *((unknown, free) if left else (free, unknown))), said)
     row_, col = (equation, unknown) if left else (unknown, equation)
     factors: list[Factor | Relation] = [inverse, solution]
     if upper is not None and row_:
