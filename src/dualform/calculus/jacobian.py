@@ -92,6 +92,7 @@ class Given:
         self.names = _names(f, args, kwargs)
         self.moving = {k for k, t in enumerate(self.tensors) if t.is_floating_point()}  # what is differentiated by
         self.known: set[int] = set()  # the tensors that are constants, whose values the trace may read
+        self.steps = False  # may the trace read masks of what is differentiated by?
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -114,18 +115,21 @@ class Given:
     def traced(self, axes: Axes | None) -> Point:
         """Trace the function, or find its trace; an error about shapes speaks of axes."""
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        read = [(k, self.tensors[k].tolist()) for k in sorted(self.known)]
+        read = [(k, t.tolist()) for k, t in enumerate(self.tensors) if self.steps or k in self.known]
         key = Fingerprint(self.f, self.tensors, rest, str(self.spec), read)
         self.closed = {id(t): name for t, name in zip(key.tensors, key.names, strict=True) if name.isidentifier()}
         try:
-            found, constants = traced(key, self.flat, self.tensors, self.names)
+            found, constants = traced(key, self.flat, self.tensors, self.names, self.steps)
         except TraceError as error:
             # Once more, with masks and places for constants; then with all whose values are asked, if nobody
-            # differentiates by them.
+            # differentiates by them; then for the masks that there are at this point.
             others = {k for k in range(len(self.tensors)) if k not in self.moving}
             places = {k for k in others if _is_place(self.tensors[k])}
             if not (known := others if places <= self.known and not error.__cause__ else places) <= self.known:
                 self.known = known
+                return self.traced(axes)
+            if not self.steps and not any(t.is_meta for t in self.tensors):
+                self.steps = True
                 return self.traced(axes)
             said = meeting(self.flat, self.tensors, self.names, axes) if error.__cause__ else None
             if said is None:

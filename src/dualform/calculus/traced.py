@@ -137,8 +137,9 @@ class Traced:
     """A function's graph; its inputs are the tensors among the arguments, then the tensors that it closes over."""
 
     def __init__(
-        self, f: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], known: Fingerprint
-    ) -> None:
+        self, f: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], known: Fingerprint,
+        steps: bool = False,
+    ) -> None:  # fmt: skip
         self.spec: Any = None
 
         def flat(*given: Tensor) -> Any:
@@ -152,7 +153,7 @@ class Traced:
             leaves, self.spec = pytree.tree_flatten(result)
             return tuple(leaves)
 
-        gm = trace(flat, *tensors, generators=known.generators)
+        gm = trace(flat, *tensors, generators=known.generators, steps=steps)
         expect_as_on_tensors(flat, gm, tensors, tensors, known.telling)
         self.slots, constants, made = _lifted(gm, known)
         self.gm = canonical_graph(gm)
@@ -245,13 +246,16 @@ def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor],
 
 
 def traced(
-    key: Fingerprint, flat: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str]
+    key: Fingerprint, flat: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], steps: bool = False
 ) -> tuple[Traced, list[Tensor]]:
-    """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now."""
+    """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now.
+
+    steps: masks of the tensors may be read; their values are part of the key.
+    """
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     found = _traces.get(key.key) if key.key is not None and plain else None
     if found is None:
-        found = Traced(flat, tensors, names, key)
+        found = Traced(flat, tensors, names, key, steps)
         if plain and found.is_cacheable:
             _traces[key.key] = found
     return found, [key.tensors[s].detach() if isinstance(s, int) else s.detach() for s in found.slots]
