@@ -34,8 +34,8 @@ import dualform as df
 
 LIST = harness.HERE / "feynman.csv"
 MOST_COLUMNS, MOST_TERMS, BEAM = 12_000, 9, 4
-PAIRED, TRIPLED = 9_000, 600  # of how many columns all pairs, and all triples, are looked at
-SEEDS, MOST_BESIDE = 32, 5  # how many of these are extended, and how far
+PAIRED, TRIPLED = 5_000, 640  # of how many columns all pairs, and all triples, are looked at
+SEEDS, MOST_BESIDE = 16, 3  # how many of these are extended, and how far
 LARGEST = 1e100  # squares of more are no numbers
 EXACT = 1e-9  # of the target's standard deviation: nothing is left to explain
 PUBLISHED = {"Operon": 16.6, "GP-GOMEA": 26.8, "AIFeynman": 55.8, "QDSR (of its 117)": 91.6}
@@ -263,37 +263,33 @@ def by_estimator(symbols, X, runs, half, until):
 def by_pairs(names, X, runs, half, until):
     """Yield what is exact of all pairs of columns and their extensions: of functions of products, and of quotients."""
     functions, values = composed(names, X)
-    for _, every, t, back, named, turn in runs:
+    runs = [run for run in runs if np.abs(run[2]).max() < LARGEST]
+    for kind, (_, every, t, back, named, turn) in itertools.product(
+        ("pairs", "triples", "pairs of a quotient", "triples of a quotient"), runs
+    ):
+        count, most = min(len(every), PAIRED * 3 // 4), TRIPLED if "triples" in kind else PAIRED
+        columns = np.concatenate([every[:count], values[: PAIRED // 4]]) if len(values) else every[:count]
+        lead = min(most // 2 if "quotient" in kind else most, len(columns))
+        beside = range(1, min(count, most // 2)) if "quotient" in kind else range(0)  # not the one: t = t says nothing
+        all_ = np.concatenate([columns[:lead], every[list(beside)] * t])
+        fitted = all_[:, :half]
         if time.process_time() > until:
             return
-        if np.abs(t).max() > LARGEST:
-            continue
-        count, more = min(len(every), PAIRED * 3 // 4), min(len(values), PAIRED // 4)
-        columns = np.concatenate([every[:count], values[:more]]) if more else every[:count]
-        for kind in ("pairs", "pairs of a quotient", "triples", "triples of a quotient"):
-            most = TRIPLED if "triples" in kind else PAIRED
-            lead = min(most // 2 if "quotient" in kind else most, len(columns))
-            beside = (
-                range(1, min(count, most // 2)) if "quotient" in kind else range(0)
-            )  # not the one: t = t says nothing
-            all_ = np.concatenate([columns[:lead], every[list(beside)] * t])
-            fitted = all_[:, :half]
-            seeds = (best_triples if "triples" in kind else best_pairs)(fitted, t[:half])
-            for indices, c, left in chosen(fitted, t[:half], seeds, SEEDS // 2, MOST_BESIDE):
-                if time.process_time() > until:
-                    return
-                if left > EXACT * t.std():
-                    continue
-                terms = []
-                for part in (False, True):  # what stands alone, and what stands with t
-                    sizes = np.abs(all_[list(indices)]).max(1) * np.abs(c) / np.abs(t).max()
-                    told = zip(indices, c, sizes, strict=True)
-                    own = [(k, a) for k, a, size in told if (k >= lead) == part and size > 1e-8]
-                    at = [beside[k - lead] if part else k for k, _ in own]
-                    each = [functions[k - count] if k >= count and not part else named(k) for k in at]
-                    terms.append(sympy.Add(*(simple(a, 1e-6) * f for (_, a), f in zip(own, each, strict=True))))
-                if terms[0] != 0:
-                    yield turn * back.subs(z, terms[0] / (1 - terms[1]))
+        seeds = (best_triples if "triples" in kind else best_pairs)(fitted, t[:half])
+        for indices, c, left in chosen(fitted, t[:half], seeds, SEEDS // 2, MOST_BESIDE):
+            if time.process_time() > until:
+                return
+            if left > EXACT * t.std():
+                continue
+            terms, sizes = [], np.abs(all_[list(indices)]).max(1) * np.abs(c) / np.abs(t).max()
+            for part in (False, True):  # what stands alone, and what stands with t
+                told = zip(indices, c, sizes, strict=True)
+                own = [(k, a) for k, a, size in told if (k >= lead) == part and size > 1e-8]
+                at = [beside[k - lead] if part else k for k, _ in own]
+                each = [functions[k - count] if k >= count and not part else named(k) for k in at]
+                terms.append(sympy.Add(*(simple(a, 1e-6) * f for (_, a), f in zip(own, each, strict=True))))
+            if terms[0] != 0:
+                yield turn * back.subs(z, terms[0] / (1 - terms[1]))
 
 
 def search(names, X, y, noise, seconds):

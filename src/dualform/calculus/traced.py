@@ -331,7 +331,7 @@ class Applied(AtPoint):
         super().__init__(point, story)
         self.output = output
         self.source = source
-        self._prepared: dict[str, tuple[Tensor, ...]] = {}
+        self._ready: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {}
 
     @cached_property
     def _program(self) -> Program:
@@ -363,7 +363,8 @@ class Applied(AtPoint):
 
     def _apply(self, kind: str, seed: Tensor) -> Tensor:
         self.point.check()
-        result = self._along_graph(kind, seed)
+        ready = self._ready.get(kind)
+        result = self._along_graph(kind, seed) if ready is None else ready[0](seed, *ready[1])
         return self._looked_at_again(kind, seed, result) if self._selects else result
 
     def _looked_at_again(self, kind: str, seed: Tensor, result: Tensor) -> Tensor:
@@ -382,9 +383,10 @@ class Applied(AtPoint):
         made = point.traced.linear(kind, self.output, self.source, point.inputs) if point.is_plain else None
         if made is None:
             return getattr(self._program, kind)(seed)
-        if kind not in self._prepared:
-            self._prepared[kind] = made.prepare(*point.inputs)
-        return made.apply(seed, *self._prepared[kind])
+        if kind not in self._ready:
+            self._ready[kind] = made.apply, made.prepare(*point.inputs)
+        apply, prepared = self._ready[kind]
+        return apply(seed, *prepared)
 
     @cached_property
     def _selects(self) -> bool:
