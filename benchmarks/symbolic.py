@@ -440,8 +440,8 @@ def measure(options):
     The files are written after each, so that a run that is cut off goes on.
     """
     before = json.loads(options.output.read_text()) if options.output.exists() else {}
-    found, commit = before.get("found", {}), harness.git("rev-parse", "--short", "HEAD")
-    now = harness.about("sympy", "gplearn")
+    found, now = before.get("found", {}), harness.about("sympy", "gplearn")
+    commit = now["commit"][:7]
 
     def rank(case):
         row = found.get(f"noise {case[3]:g}", {}).get(case[0], {})
