@@ -361,6 +361,7 @@ def test_a_mask_of_what_moves_is_the_mask_at_the_point(name: str) -> None:
         torch.testing.assert_close(jacobian(f, x).dense(), expected, rtol=1e-12, atol=1e-12)
         second = torch.autograd.functional.hessian(lambda x: f(x).square().sum(), x)
         torch.testing.assert_close(hessian(lambda x: f(x).square().sum(), x).dense(), second, rtol=1e-11, atol=1e-11)
+    assert "against autograd's vjp: max error" in str(jacobian(f, M).explain())
 
 
 @pytest.mark.parametrize(

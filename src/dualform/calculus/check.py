@@ -214,7 +214,7 @@ def _slip(
     if not isinstance(found, Tensor):
         return Slip("type", f"is {type(found).__name__}; expected a tensor. Return a tensor.")
     # The caller's own ops, not rewritten: what a slip is named after.
-    gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors)
+    gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors, steps=given.steps)
     program = Program(gm, given.tensors, k, local_derivative, name_nodes(gm, given.names))
     shape = of_shape(found, right, names)
     if shape is not None:

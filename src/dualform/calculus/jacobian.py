@@ -141,7 +141,7 @@ class Given:
     def story(self, output: int, source: int, axes: Axes | None) -> Story:
         """The account of one derivative."""
         named = None if axes is None else ([list(a) for a in axes.inputs], list(axes.outputs[output]))
-        return Story(partial(self.result, output), self.tensors, source, self.names, named, self.closed)
+        return Story(partial(self.result, output), self.tensors, source, self.names, named, self.closed, self.steps)
 
     def chosen(self, function: str, wrt: Wrt) -> list[Any]:
         """For each item of `wrt`, the tree of positions among the tensors."""
