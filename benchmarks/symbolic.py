@@ -4,8 +4,9 @@
 
 The list is benchmarks/feynman.csv. One setting for all: y, or one of its plain transforms, is all products of the
 variables (and of their reciprocals, sines and cosines) where `df.RPNRegressor` fits these exactly; else a sum of few
-products of parts, found by adding the best one at a time and keeping a beam. The coefficients are then made the nearest
-simple numbers. A formula is recovered if found - truth, or found / truth, is one constant, as SRBench defines it
+products of parts, found by adding the best one at a time and keeping a beam. Where that is not exact, and there is no
+noise, all pairs of products are looked at and the best of them extended, products of y among them: y = sum c p + y sum
+d q is a quotient. The coefficients are then made the nearest simple numbers. A formula is recovered if found - truth, or found / truth, is one constant, as SRBench defines it
 (La Cava 2021): decided in 40 digits at rows drawn anew, after the coefficients were made simple; a near miss does not
 count. --minutes stops early, --gplearn FOLDER runs gplearn beside it.
 """
@@ -33,6 +34,9 @@ import dualform as df
 
 LIST = harness.HERE / "feynman.csv"
 MOST_COLUMNS, MOST_TERMS, BEAM = 12_000, 9, 4
+PAIRED, TRIPLED = 5_000, 640  # of how many columns all pairs, and all triples, are looked at
+SEEDS, MOST_BESIDE = 16, 3  # how many of these are extended, and how far
+LARGEST = 1e100  # squares of more are no numbers
 EXACT = 1e-9  # of the target's standard deviation: nothing is left to explain
 PUBLISHED = {"Operon": 16.6, "GP-GOMEA": 26.8, "AIFeynman": 55.8, "QDSR (of its 117)": 91.6}
 WORDS = {name: getattr(sympy, name) for name in ("exp", "sqrt", "sin", "cos", "tanh", "pi", "log", "atan")} | {
@@ -115,6 +119,27 @@ def products(names, X):
     return expression, np.array(columns)
 
 
+def composed(names, X):
+    """Write functions of a product or quotient of two variables, times products of up to two others: the cheap ones."""
+    symbols = [sympy.Symbol(name, real=True) for name in names]
+    found, columns = [], []
+    for a, b in itertools.combinations(symbols, 2):
+        rest = [s for s in symbols if s not in (a, b)]
+        factors = [sympy.Integer(1), *(f for s in (*rest, a, b) for f in (s, 1 / s))]
+        factors += [f * g for s, t in itertools.combinations(rest, 2) for f in (s, 1 / s) for g in (t, 1 / t)]
+        for inner in (a * b, a / b, b / a):
+            outer = [sympy.sin(inner), sympy.cos(inner), sympy.sin(inner) ** 2, sympy.exp(inner), sympy.exp(-inner)]
+            found += [f * g for f in factors for g in outer]
+    with np.errstate(all="ignore"):
+        columns = [
+            np.broadcast_to(sympy.lambdify(symbols, f, "numpy")(*X.T), len(X)) for f in found[: MOST_COLUMNS // 4]
+        ]
+    good = [np.isfinite(c).all() and np.abs(c).max() < 1e9 for c in columns]
+    return [f for f, ok in zip(found, good, strict=False) if ok], np.array(
+        [c for c, ok in zip(columns, good, strict=True) if ok]
+    )
+
+
 def logs(names, X):
     """Write logarithms of the variables, their sums and differences, sines and cosines."""
     symbols = [sympy.Symbol(name, real=True) for name in names]
@@ -129,12 +154,51 @@ def logs(names, X):
     return [sympy.log(sympy.Abs(f)) for f, ok in zip(inner, good, strict=True) if ok], columns[good]
 
 
-def chosen(columns, t, start):
-    """Yield (indices, coefficients, residual) of more and more columns: those that lower the residual most."""
+def unit_rows(columns):
     norms = np.sqrt(np.square(columns).sum(1))
-    unit = columns / np.where(norms > 0, norms, 1)[:, None]
-    beam = [tuple(start)]
-    for _ in range(MOST_TERMS + 1):
+    return columns / np.where(norms > 0, norms, 1)[:, None]
+
+
+def best_pairs(columns, t):
+    """Find the pairs of columns that leave least of t, all looked at by their products."""
+    unit = unit_rows(columns).astype(np.float32)
+    along, found = unit @ np.float32(t), []
+    for i in range(0, len(unit), 500):
+        cosine = unit[i : i + 500] @ unit.T
+        first, open_ = along[i : i + 500, None], 1 - cosine * cosine
+        gain = (first * first + along * along - 2 * first * along * cosine) / np.maximum(open_, 1e-4)
+        gain[open_ < 1e-4] = 0
+        best = np.argpartition(gain, -2 * SEEDS, None)[-2 * SEEDS :]
+        found += {(float(gain.flat[k]), *sorted((i + int(k) // len(unit), int(k) % len(unit)))) for k in best}
+    return [pair for _, *pair in sorted(set(found), reverse=True)[:SEEDS]]
+
+
+def best_triples(columns, t):
+    """Find the triples of columns that leave least of t: all pairs beside each, by products of what each leaves."""
+    unit, found = unit_rows(columns), {}
+    cosines, along = unit @ unit.T, unit @ t
+    for i in range(len(unit) - 2):
+        rest, first = slice(i + 1, None), cosines[i, i + 1 :]
+        inner = cosines[rest, rest] - np.outer(first, first)
+        size, b = inner.diagonal(), along[rest] - first * along[i]
+        scaled = b * inner
+        open_ = np.outer(size, size) - inner * inner
+        gain = np.outer(b * b, size)
+        gain += gain.T - 2 * scaled * b[:, None]
+        gain[open_ < 1e-9] = 0
+        gain /= np.maximum(open_, 1e-9)
+        for k in np.argpartition(gain, -8, None)[-8:] if gain.size > 8 else range(gain.size):
+            j, l = sorted((i + 1 + int(k) // len(b), i + 1 + int(k) % len(b)))
+            if j < l:
+                found[i, j, l] = gain.flat[k] + along[i] ** 2
+    return sorted(found, key=found.get, reverse=True)[:SEEDS]
+
+
+def chosen(columns, t, beam, width=BEAM, most=MOST_TERMS + 1):
+    """Yield (indices, coefficients, residual) of more and more columns: those that lower the residual most."""
+    unit = unit_rows(columns)
+    beam = [tuple(start) for start in beam]
+    for _ in range(most):
         scored, best = {}, None
         for indices in beam:
             Q, r = np.zeros((len(t), 0)), t
@@ -150,7 +214,7 @@ def chosen(columns, t, start):
         if best is not None:
             left, indices = best
             yield indices, np.linalg.lstsq(columns[list(indices)].T, t, rcond=None)[0], left
-        beam = sorted(scored, key=scored.get)[:BEAM]
+        beam = sorted(scored, key=scored.get)[:width]
 
 
 def simple(c, near):
@@ -183,9 +247,10 @@ def by_estimator(symbols, X, runs, half, until):
     specs = [unique(2), unique(3), ("nested", {"functions": [both, unique(2)]}), unique(4), unique(5)]
     specs += [("nested", {"functions": [waves, unique(2)]}), ("nested", {"functions": [both, unique(3)]})]
     for spec, run in itertools.product(specs, runs):
-        if df.expansions.build(spec).dim(X.shape[1]) > half // 2 or time.process_time() > until:
-            continue
         t = run[2]
+        too_wide = df.expansions.build(spec).dim(X.shape[1]) > half // 2
+        if too_wide or time.process_time() > until or np.abs(t).max() > LARGEST:
+            continue
         model = df.RPNRegressor([{"expansion": spec}], standardize=False).fit(X[:half], t[:half])
         error = model.predict(X[half:]) - t[half:]
         if np.abs(error).max() <= 1e-7 * t.std():
@@ -193,6 +258,38 @@ def by_estimator(symbols, X, runs, half, until):
             own = dict(zip(map(sympy.Symbol, model.formula().inputs), symbols, strict=True))
             parts = [1, *(f.xreplace(own) for _, f in line.terms)]
             yield run, parts, np.array([line.constant, *(c for c, _ in line.terms)])
+
+
+def by_pairs(names, X, runs, half, until):
+    """Yield what is exact of all pairs of columns and their extensions: of functions of products, and of quotients."""
+    functions, values = composed(names, X)
+    runs = [run for run in runs if np.abs(run[2]).max() < LARGEST]
+    for kind, (_, every, t, back, named, turn) in itertools.product(
+        ("pairs", "triples", "pairs of a quotient", "triples of a quotient"), runs
+    ):
+        count, most = min(len(every), PAIRED * 3 // 4), TRIPLED if "triples" in kind else PAIRED
+        columns = np.concatenate([every[:count], values[: PAIRED // 4]]) if len(values) else every[:count]
+        lead = min(most // 2 if "quotient" in kind else most, len(columns))
+        beside = range(1, min(count, most // 2)) if "quotient" in kind else range(0)  # not the one: t = t says nothing
+        all_ = np.concatenate([columns[:lead], every[list(beside)] * t])
+        fitted = all_[:, :half]
+        if time.process_time() > until:
+            return
+        seeds = (best_triples if "triples" in kind else best_pairs)(fitted, t[:half])
+        for indices, c, left in chosen(fitted, t[:half], seeds, SEEDS // 2, MOST_BESIDE):
+            if time.process_time() > until:
+                return
+            if left > EXACT * t.std():
+                continue
+            terms, sizes = [], np.abs(all_[list(indices)]).max(1) * np.abs(c) / np.abs(t).max()
+            for part in (False, True):  # what stands alone, and what stands with t
+                told = zip(indices, c, sizes, strict=True)
+                own = [(k, a) for k, a, size in told if (k >= lead) == part and size > 1e-8]
+                at = [beside[k - lead] if part else k for k, _ in own]
+                each = [functions[k - count] if k >= count and not part else named(k) for k in at]
+                terms.append(sympy.Add(*(simple(a, 1e-6) * f for (_, a), f in zip(own, each, strict=True))))
+            if terms[0] != 0:
+                yield turn * back.subs(z, terms[0] / (1 - terms[1]))
 
 
 def search(names, X, y, noise, seconds):
@@ -219,7 +316,21 @@ def search(names, X, y, noise, seconds):
         every = np.concatenate([log_columns, columns]) if is_log else columns
         start = (*range(len(names)), len(log_names)) if is_log else ()
         turn = sign if name in ("y^2", "1/y^2", "log y") else 1
-        runs.append((chosen(every[:, :half], t[:half], start), every, t, back, in_logs if is_log else expression, turn))
+        named = in_logs if is_log else expression
+        runs.append((chosen(every[:, :half], t[:half], [start]), every, t, back, named, turn))
+    everything = list(runs)
+
+    def judged(made):
+        try:
+            with np.errstate(all="ignore"):
+                values = np.broadcast_to(sympy.lambdify(symbols, made, "numpy")(*X[half:].T), len(X) - half)
+                error = float(np.sqrt(np.square(values - y[half:]).mean()) / y.std())
+        except (TypeError, ValueError, KeyError, ZeroDivisionError):  # infinite, or no numbers
+            return np.inf
+        if np.isfinite(error):
+            results.append((error, int(sympy.count_ops(made)), made))
+        return error if np.isfinite(error) else np.inf
+
     for round_ in itertools.count():
         if round_ == 2:  # one and two terms more than the start are quick to try
             for (_, _, _, back, _, turn), found, c in by_estimator(symbols, X, runs, half, until):
@@ -232,19 +343,15 @@ def search(names, X, y, noise, seconds):
                 runs.remove(run)
                 continue
             indices, c, left = step
-            made = written(back, c, named, indices, np.abs(every[list(indices)]).max(1) / np.abs(t).max(), near, turn)
-            try:
-                with np.errstate(all="ignore"):
-                    values = np.broadcast_to(sympy.lambdify(symbols, made, "numpy")(*X[half:].T), len(X) - half)
-                    error = float(np.sqrt(np.square(values - y[half:]).mean()) / y.std())
-            except (TypeError, ValueError, KeyError, ZeroDivisionError):  # infinite, or no numbers
-                continue
-            if np.isfinite(error):
-                results.append((error, int(sympy.count_ops(made)), made))
-            if left < EXACT * t.std() and error < 1e-6:
+            sizes = np.abs(every[list(indices)]).max(1) / np.abs(t).max()
+            made = written(back, c, named, indices, sizes, near, turn)
+            if judged(made) < 1e-6 and left < EXACT * t.std():
                 return made
             if time.process_time() > until:
                 break
+    for made in [] if noise else by_pairs(names, X, everything, half, until):
+        if judged(made) < 1e-6:
+            return made
     least = min((error for error, *_ in results), default=0.0)
     best = [row for row in results if row[0] <= 1.05 * least]
     return min(best, key=lambda row: row[1])[2] if best else sympy.Integer(0)
@@ -328,23 +435,37 @@ def one(case):
 
 
 def measure(options):
-    """Run the formulas; those that this run leaves out stay as they were."""
-    found = json.loads(options.output.read_text())["found"] if options.output.exists() else {}
+    """Run the formulas: first those never run, then those not recovered, then the rest that another commit ran.
+
+    The files are written after each, so that a run that is cut off goes on.
+    """
+    before = json.loads(options.output.read_text()) if options.output.exists() else {}
+    found, now = before.get("found", {}), harness.about("sympy", "gplearn")
+    commit = now["commit"][:7]
+
+    def rank(case):
+        row = found.get(f"noise {case[3]:g}", {}).get(case[0], {})
+        new = any(name not in row for name in ("ours", *(["gplearn"] if options.gplearn else [])))
+        return (0 if new else 2 if row["ours"]["exact"] else 1, not new and row["ours"].get("commit") == commit)
+
     known = [(n, *row) for n, row in formulas().items() if re.search(options.only, n)]
     np.random.RandomState(0).shuffle(known)  # so that a run that is cut off is of a fair part
     settings = (options.rows, options.seconds, options.gplearn)
     cases = [(*formula, noise, *settings) for noise in options.noise for formula in known]
+    cases = sorted((case for case in cases if not rank(case)[1]), key=rank)
     until = time.monotonic() + 60 * options.minutes
+    result = {"found": found, "seconds": options.seconds, "rows": options.rows, "about": before.get("about", "")}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=warm) as pool:
         futures = [pool.submit(one, case) for case in cases]
         for case, future in zip(cases, futures, strict=True):
             if time.monotonic() > until and not future.done():
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
-            row = future.result()
+            row = {name: of | {"commit": commit} for name, of in future.result().items()}
             found.setdefault(f"noise {case[3]:g}", {}).setdefault(case[0], {}).update(row)
+            harness.write(options.output, now | result, report)
             print(case[0], case[3], {name: (x["exact"], x["seconds"]) for name, x in row.items()}, flush=True)
-    return {"found": found, "seconds": options.seconds, "rows": options.rows}
+    return result
 
 
 def report(results):

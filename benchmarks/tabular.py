@@ -234,7 +234,7 @@ def shipped(group, folder, seed):
     import pandas as pd
 
     for name, (target, left_out) in (NUMBERS if group == "numbers" else CLASSES).items():
-        (path,) = Path(folder, "statsmodels", "datasets", name).glob("*.csv")
+        path = min(Path(folder, "statsmodels", "datasets", name).glob("*.csv"), key=lambda one: len(one.name))
         rows = pd.read_csv(path, sep=None, engine="python")
         rows = rows.rename(columns=lambda column: column.strip("'")).dropna()
         rows = rows.sample(min(len(rows), 1500), random_state=0)

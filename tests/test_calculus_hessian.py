@@ -51,6 +51,27 @@ def test_hessian_is_exact(name: str) -> None:
     assert H.is_symmetric == (f(x).ndim == 0)
 
 
+ALONG = torch.arange(1.0, 5, dtype=torch.float64)
+LYING: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_norm": lambda x: F.group_norm(x, 2), "group_norm, scaled": lambda x: F.group_norm(x, 2, ALONG, ALONG),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]), "instance_norm": F.instance_norm,
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True), "softmax": lambda x: x.softmax(1),
+    "avg_pool": lambda x: F.avg_pool1d(x, 2), "max_pool": lambda x: F.max_pool1d(x, 2),
+    "conv": lambda x: F.conv1d(x, ALONG.reshape(1, 4, 1)), "interpolate": lambda x: F.interpolate(x, 5, mode="linear"),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x), "reshape": lambda x: x.reshape(-1),
+    "pad": lambda x: F.pad(x, (1, 1), mode="reflect"), "cumprod": lambda x: x.cumprod(1), "glu": lambda x: F.glu(x, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_hessians_need_no_order_in_memory(name: str) -> None:
+    x, f = rand(3, 4, 2).permute(2, 1, 0), LYING[name]
+    expected = torch.autograd.functional.hessian(lambda x: (f(x) ** 3).sum(), x)
+    for y in (x, x.contiguous()):
+        torch.testing.assert_close(hessian(lambda x: (f(x) ** 3).sum(), y).dense(), expected, **TIGHT)
+
+
 def test_cross_entropy_is_diag_p_minus_p_p() -> None:
     for f in (lambda z: -z.log_softmax(-1)[2], lambda z: z.logsumexp(0) - z[2]):
         H = hessian(f, Z)

@@ -336,6 +336,42 @@ def test_arguments_that_nobody_differentiates_by_may_be_compared() -> None:
             jacobian(picked, M, t, wrt=wrt)
 
 
+PICKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "x[x > c]": lambda x: x[x > 0.5],
+    "of more": lambda x: (x * 2).sin()[x.exp() + x > 1.9] ** 3,
+    "masked_select": lambda x: torch.masked_select(x * x, x.gt(0.4)),
+    "nonzero": lambda x: x.flatten()[(x > 0.5).flatten().nonzero()[:, 0]],
+    "where": lambda x: x[torch.where(x * x < 0.3)] * 2,
+    "softmax of the picked": lambda x: x[x > 0.3].softmax(0),
+    "rows": lambda x: x[x.sum(1) > 3.0] @ x.mT,
+    "sum": lambda x: x[x > 0.5].square().sum(),
+    "none": lambda x: x[x > 7.0],
+    "written": lambda x: torch.masked_scatter(x, x > 0.5, x.cos()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_a_mask_of_what_moves_is_the_mask_at_the_point(name: str) -> None:
+    """It moves in steps. The same function elsewhere has another mask, and a graph of its own."""
+    f = PICKED[name]
+    for x in (M, 1 - M, M * 1.1, M):
+        expected = (
+            torch.autograd.functional.jacobian(f, x) if (out := f(x)).numel() else x.new_zeros(*out.shape, *x.shape)
+        )
+        torch.testing.assert_close(jacobian(f, x).dense(), expected, rtol=1e-12, atol=1e-12)
+        second = torch.autograd.functional.hessian(lambda x: f(x).square().sum(), x)
+        torch.testing.assert_close(hessian(lambda x: f(x).square().sum(), x).dense(), second, rtol=1e-11, atol=1e-11)
+    assert "against autograd's vjp: max error" in str(jacobian(f, M).explain())
+
+
+@pytest.mark.parametrize(
+    "f", [lambda x: x * x.max().item(), lambda x: x if (x > 0).any() else -x, lambda x: torch.unique(x)]
+)
+def test_numbers_and_branches_by_what_moves_are_refused(f: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(TraceError, match="reads a tensor's values"):
+        jacobian(f, M)
+
+
 def test_masks_and_lengths_among_the_arguments_are_constants() -> None:
     def f(x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         return torch.cat([part.cumsum(0) for part in x[mask].split(lengths.tolist())])

@@ -27,7 +27,8 @@ both = pytest.mark.parametrize("estimator", [df.RPNClassifier, df.RPNRegressor])
 TAYLOR = [{"expansion": ("taylor", {"degree": 2, "symmetric": True})}]
 
 
-@parametrize_with_checks([df.RPNClassifier(), df.RPNRegressor()])
+# what they check does not need more iterations: scikit-learn gives its own estimators few, too
+@parametrize_with_checks([df.RPNClassifier(max_iter=20), df.RPNRegressor(max_iter=20)])
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
 
@@ -237,6 +238,32 @@ def test_rows_go_through_in_pieces(monkeypatch):
     np.testing.assert_allclose(quick(df.RPNRegressor).fit(X, y).predict(X), whole, atol=1e-6)
 
 
+@both
+@pytest.mark.parametrize("layers", [None, [{"expansion": "taylor"}, {"reconciliation": ("low_rank", {"rank": 1})}]])
+def test_folds_fitted_at_once_are_those_fitted_one_by_one(estimator, layers, monkeypatch):
+    """Of 80 rows the folds are of two sizes: the shorter ones are filled up with a row that must count for nothing."""
+    X, y = data()
+    y = labelled(estimator, y)
+    rows, _ = (model := quick(estimator, layers).fit(X, y))._start(X, y, np.arange(1.0, 81), False, False)
+    out = torch.arange(80) % 3 == torch.arange(3)[:, None]
+
+    def losses(alphas):
+        return fitting.held_out(model.network_, rows, out, model._loss, alphas, 6, 1e-9)
+
+    start, at_once = model.network_.flat(), losses([0.1, 5.0])
+    assert torch.equal(model.network_.flat(), start)
+    one_by_one = [losses([alpha])[0] for alpha in (0.1, 5.0)]
+
+    def cannot(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(fitting, "vmap", cannot)
+    for found in (one_by_one, losses([0.1, 5.0])):
+        for a, b in zip(at_once, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert all((losses[~out] == 0).all() for losses in at_once)
+
+
 def test_alpha_moves_with_the_data_no_more_than_they_do():
     """Not from 10 to 50 for a last digit; other units are the same problem."""
     X, y = load_diabetes(return_X_y=True)
@@ -280,8 +307,8 @@ def test_a_span_that_misses_the_data_is_told(estimator):
 @pytest.mark.filterwarnings("error")
 def test_what_did_not_converge_is_told():
     X, y = data(60)
-    with pytest.warns(ConvergenceWarning, match=r"not converged after max_iter = 1 iterations; .* It is 0\.\d+"):
-        df.RPNRegressor(max_iter=1, alpha=1.0).fit(X, y)
+    with pytest.warns(ConvergenceWarning, match=r"not converged after max_iter = 1 iterations; .* It is \d\.\d+"):
+        df.RPNRegressor(max_iter=1, alpha=1.0, random_state=0).fit(X, y)
     with pytest.warns(ConvergenceWarning, match=r"not converged after max_iter = 3 iterations"):
         df.RPNClassifier(solver="adam", max_iter=3, alpha=1.0).fit(X, y > 0)
     with pytest.warns(ConvergenceWarning, match=r"diverged: the loss went from .*Lower learning_rate = 1000"):

@@ -228,7 +228,7 @@ def _slip(
     if found.shape == right.shape and _is_noise(found - right, seed, J):
         return None
     # The caller's own ops, not rewritten: what a slip is named after.
-    gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors)
+    gm = trace(lambda *tensors: given.flat(*tensors), *given.tensors, steps=given.steps)
     spelled = copy.deepcopy(gm)
     write_out(spelled.graph)
     spelled.recompile()

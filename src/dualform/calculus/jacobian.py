@@ -90,8 +90,9 @@ class Given:
         self.places = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self.leaves[k].detach() for k in self.places]
         self.names = _names(f, args, kwargs)
-        self.moving = {k for k, t in enumerate(self.tensors) if t.is_floating_point()}  # what is differentiated by
+        self.asked: list[Any] | None = None  # what is differentiated by, as trees of positions; None: all that is real
         self.known: set[int] = set()  # the tensors that are constants, whose values the trace may read
+        self.steps = False  # may the trace read masks of what is differentiated by?
 
     @property
     def named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -114,18 +115,22 @@ class Given:
     def traced(self, axes: Axes | None) -> Point:
         """Trace the function, or find its trace; an error about shapes speaks of axes."""
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        read = [(k, self.tensors[k].tolist()) for k in sorted(self.known)]
+        read = [(k, self.tensors[k].tolist()) for k in (range(len(self.tensors)) if self.steps else sorted(self.known))]
         key = Fingerprint(self.f, self.tensors, rest, str(self.spec), read)
         self.closed = {id(t): name for t, name in zip(key.tensors, key.names, strict=True) if name.isidentifier()}
         try:
-            found, constants = traced(key, self.flat, self.tensors, self.names)
+            found, constants = traced(key, self.flat, self.tensors, self.names, self.steps)
         except TraceError as error:
             # Once more, with masks and places for constants; then with all whose values are asked, if nobody
-            # differentiates by them.
-            others = {k for k in range(len(self.tensors)) if k not in self.moving}
+            # differentiates by them; then for the masks that there are at this point.
+            floating = [k for k, t in enumerate(self.tensors) if t.is_floating_point()]
+            others = {*range(len(self.tensors))}.difference(pytree.tree_leaves(self.asked or floating))
             places = {k for k in others if _is_place(self.tensors[k])}
             if not (known := others if places <= self.known and not error.__cause__ else places) <= self.known:
                 self.known = known
+                return self.traced(axes)
+            if not self.steps and not any(t.is_meta for t in self.tensors):
+                self.steps = True
                 return self.traced(axes)
             said = meeting(self.flat, self.tensors, self.names, axes) if error.__cause__ else None
             if said is None:
@@ -136,7 +141,7 @@ class Given:
     def story(self, output: int, source: int, axes: Axes | None) -> Story:
         """The account of one derivative."""
         named = None if axes is None else ([list(a) for a in axes.inputs], list(axes.outputs[output]))
-        return Story(partial(self.result, output), self.tensors, source, self.names, named, self.closed)
+        return Story(partial(self.result, output), self.tensors, source, self.names, named, self.closed, self.steps)
 
     def chosen(self, function: str, wrt: Wrt) -> list[Any]:
         """For each item of `wrt`, the tree of positions among the tensors."""
@@ -145,7 +150,6 @@ class Given:
         marked = [_Place(k) if isinstance(leaf, Tensor) else leaf for k, leaf in zip(at, self.leaves, strict=True)]
         args, kwargs = pytree.tree_unflatten(marked, self.spec)
         found = []
-        self.moving = set()
         for one in wrt if isinstance(wrt, tuple) else (wrt,):
             tree = self._argument(function, one, args, kwargs)
             for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
@@ -153,7 +157,7 @@ class Given:
             if not pytree.tree_leaves(tree):
                 fail(function, f"argument {one}", "has no tensor", "a floating tensor", "Differentiate by a tensor.")
             found.append(pytree.tree_map(lambda leaf: leaf.position, tree))
-            self.moving |= {*pytree.tree_leaves(found[-1])}
+        self.asked = found
         return found
 
     def _argument(self, function: str, wrt: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

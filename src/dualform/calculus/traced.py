@@ -137,8 +137,9 @@ class Traced:
     """A function's graph; its inputs are the tensors among the arguments, then the tensors that it closes over."""
 
     def __init__(
-        self, f: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], known: Fingerprint
-    ) -> None:
+        self, f: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], known: Fingerprint,
+        steps: bool = False,
+    ) -> None:  # fmt: skip
         self.spec: Any = None
 
         def flat(*given: Tensor) -> Any:
@@ -152,7 +153,7 @@ class Traced:
             leaves, self.spec = pytree.tree_flatten(result)
             return tuple(leaves)
 
-        gm = trace(flat, *tensors, generators=known.generators)
+        gm = trace(flat, *tensors, generators=known.generators, steps=steps)
         expect_as_on_tensors(flat, gm, tensors, tensors, known.telling)
         self.slots, constants, made = _lifted(gm, known)
         self.gm = canonical_graph(gm)
@@ -245,13 +246,16 @@ def _lifted(gm: fx.GraphModule, known: Fingerprint) -> tuple[list[int | Tensor],
 
 
 def traced(
-    key: Fingerprint, flat: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str]
+    key: Fingerprint, flat: Callable[..., Any], tensors: Sequence[Tensor], names: Sequence[str], steps: bool = False
 ) -> tuple[Traced, list[Tensor]]:
-    """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now."""
+    """Trace a function of tensors, or find its trace by its key; and the tensors that it closes over now.
+
+    steps: masks of the tensors may be read; their values are part of the key.
+    """
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     found = _traces.get(key.key) if key.key is not None and plain else None
     if found is None:
-        found = Traced(flat, tensors, names, key)
+        found = Traced(flat, tensors, names, key, steps)
         if plain and found.is_cacheable:
             _traces[key.key] = found
     return found, [key.tensors[s].detach() if isinstance(s, int) else s.detach() for s in found.slots]
@@ -332,7 +336,7 @@ class Applied(AtPoint):
         super().__init__(point, story)
         self.output = output
         self.source = source
-        self._prepared: dict[str, tuple[Tensor, ...]] = {}
+        self._ready: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {}
 
     @cached_property
     def _program(self) -> Program:
@@ -369,7 +373,8 @@ class Applied(AtPoint):
 
     def _apply(self, kind: str, seed: Tensor) -> Tensor:
         self.point.check()
-        result = self._along_graph(kind, seed)
+        ready = self._ready.get(kind)
+        result = self._along_graph(kind, seed) if ready is None else ready[0](seed, *ready[1])
         return self._looked_at_again(kind, seed, result) if self._selects else result
 
     def _looked_at_again(self, kind: str, seed: Tensor, result: Tensor) -> Tensor:
@@ -388,9 +393,10 @@ class Applied(AtPoint):
         made = point.traced.linear(kind, self.output, self.source, point.inputs) if point.is_plain else None
         if made is None:
             return getattr(self._program, kind)(seed)
-        if kind not in self._prepared:
-            self._prepared[kind] = made.prepare(*point.inputs)
-        return made.apply(seed, *self._prepared[kind])
+        if kind not in self._ready:
+            self._ready[kind] = made.apply, made.prepare(*point.inputs)
+        apply, prepared = self._ready[kind]
+        return apply(seed, *prepared)
 
     @cached_property
     def _selects(self) -> bool:

@@ -49,13 +49,13 @@ class Story:
 
     def __init__(
         self, f: Callable[..., Tensor], args: Sequence[Tensor], wrt: int, names: Sequence[str],
-        axes: tuple[list[list[str]], list[str]] | None, closed: Mapping[int, str] | None = None,
+        axes: tuple[list[list[str]], list[str]] | None, closed: Mapping[int, str] | None = None, steps: bool = False,
     ) -> None:  # fmt: skip
-        """`closed`: what the code calls the tensors that it closes over, by their identity."""
+        """`closed`: what the code calls the tensors that it closes over, by their identity; `steps`: as in `trace`."""
         self.f = f
         self.args = list(args)
         self.wrt = wrt
-        gm = trace(f, *args)
+        gm = trace(f, *args, steps=steps)
         write_out(gm.graph)  # what an op is made of is what there is to tell about it
         gm.recompile()
         self.program = Program(gm, args, wrt, local_derivative, name_nodes(gm, names, closed))

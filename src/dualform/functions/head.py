@@ -140,7 +140,7 @@ class Head(nn.Module):
         self.remainder: Remainder = c.remainder.build()
         self.fusion: Fusion = c.fusion.build()
         one = self.channels == 1 and self.fusion.is_plain
-        self._is_matrix = one and self.reconciliation.structure.is_matrix and not _is_outer(self.expansion)
+        self.is_matrix = one and self.reconciliation.structure.is_matrix and not _is_outer(self.expansion)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the records build holds functions that do not pickle; the records themselves do.
@@ -221,21 +221,26 @@ class Head(nn.Module):
             return ys[0]
         return self.fusion(ys, weight, self.n, self._thaw(self._frozen_fusion))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kappa: Features | None = None) -> Tensor:
+        """Return y; kappa: the features of x, where they are known."""
         check_floating("Head", x)
         if x.shape[-1:] != (self.m,):
             has = f"has shape {tuple(x.shape)}"
             fail("Head", "x", has, f"(..., m) with m = {self.m}", "Pass rows of m attributes.")
-        if self._is_matrix:  # psi(w) is a view of w
-            y = F.linear(self.expansion.expand(x), self.w.view(self.n, self.D), self.bias)
+        kappa = self.features(x) if kappa is None else kappa
+        if self.is_matrix:  # psi(w) is a view of w
+            y = F.linear(cast("Tensor", kappa), self.w.view(self.n, self.D), self.bias)
         else:
-            kappa = features(self.expansion, x)
             y = self._fuse(self._channels(kappa, self.w, self.constants()), self.fusion_weight)
             if self.bias is not None:
                 y = y + self.bias
         if self.remainder.is_zero:
             return y
         return y + self.remainder(x, self.n, self.remainder_weight, self.remainder_bias)
+
+    def features(self, x: Tensor) -> Features:
+        """Return kappa(x) of an x that was checked, which no weight changes; tensor powers stay an outer product."""
+        return self.expansion.expand(x) if self.is_matrix else features(self.expansion, x)
 
     def matrix(self) -> Tensor:
         """Materialise psi(w): (channels, n, D), or (channels, n / channels, D) under a concatenation."""

@@ -2,9 +2,11 @@
 
 mask = table > 0; w[mask]        ->    w[places], where mask is true
 n = count.item()                 ->    a number of the graph
+x[x > 0]                         ->    x[places], where `steps` gives the values of x
 
 A constant is a tensor that the function closes over, one of `known`, or what ops make of constants; its value is
-computed when somebody asks for it. Those asked for are `read`: the graph is made for their values.
+computed when somebody asks for it. Those asked for are `read`: the graph is made for their values. Of `steps`, which
+move, masks and the places of what is not zero are known, since they move in steps; their numbers are not.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ _READ = {
 _READ |= {Tensor.equal, Tensor.allclose, torch.equal, torch.allclose, Tensor.__contains__, torch.is_nonzero}
 _SIZED = {torch.bincount, torch.unique, torch.unique_consecutive, torch.nonzero, torch.argwhere}
 _SIZED |= {getattr(Tensor, f.__name__) for f in _SIZED if hasattr(Tensor, f.__name__)}
+_PLACES = {torch.nonzero, torch.argwhere, Tensor.nonzero, Tensor.argwhere}  # which move in steps
 _MASKS = (torch.bool, torch.uint8)  # as which an index is one
 _LISTED = {torch.tensor, torch.as_tensor, torch.asarray}
 _SELECTED = {Tensor.masked_select, torch.masked_select}
@@ -55,8 +58,10 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 class Constants:
     """The tensors of one trace whose values are known, by identity; one that was written to since is known no more."""
 
-    def __init__(self, known: Mapping[int, Tensor], note: Callable[[], str]) -> None:
+    def __init__(self, known: Mapping[int, Tensor], note: Callable[[], str], steps: Sequence[Tensor] = ()) -> None:
         self.known = known  # by position among the inputs
+        self.steps = steps  # the inputs' values, if masks of them may be read
+        self._moving: set[int] = set()  # tensors that are made of these, by identity
         self.note = note  # gives the caller's line
         self.read: list[Tensor] = []
         self.shared: list[tuple[Tensor, int, str]] = []  # what numpy looks at, with its version and who let it
@@ -68,6 +73,10 @@ class Constants:
         for k, value in self.known.items():
             if not value.is_meta:
                 self._keep(inputs[k], lambda value=value, to=inputs[k].dtype: self._noted(value).to(to, copy=True))
+        for x, value in zip(inputs, self.steps, strict=False):
+            if not self._has(x) and not value.is_meta:
+                self._moving.add(id(x))
+                self._keep(x, partial(self._noted, value))
 
     def _keep(self, x: Tensor, value: Callable[[], Tensor]) -> None:
         self._made[id(x)] = (x, version_of(x), value)
@@ -111,7 +120,11 @@ class Constants:
         return None
 
     def knows(self, x: Any) -> bool:
-        """Is it no tensor, or one whose value is known?"""
+        """Is it no tensor, or a constant?"""
+        return self._has(x) and not (id(x) in self._moving and type(x) is not Tensor)
+
+    def _has(self, x: Any) -> bool:
+        """Is it no tensor, or one whose value is there?"""
         if not isinstance(x, Tensor) or type(x) is Tensor:
             return True
         made = self._made.get(id(x))
@@ -127,7 +140,7 @@ class Constants:
     def values(self, func: Callable[..., Any], args: Any, kwargs: Any) -> dict[int, Callable[[], Tensor]] | None:
         """How to find the values that a call is given, as they are now; None if one is not known."""
         leaves = tensors_in(args, kwargs)
-        found = {id(x): self._value_now(x) for x in leaves if self.knows(x)}
+        found = {id(x): self._value_now(x) for x in leaves if self._has(x)}
         if (at := _LIKE.get(func)) is not None and isinstance(like := [*args, None, None][at], Tensor):
             found.setdefault(id(like), partial(torch.empty, like.shape, dtype=like.dtype, device=like.device))
         return None if func in _RANDOM or not all(id(x) in found for x in leaves) else found
@@ -149,7 +162,8 @@ class Constants:
         if values is None:
             return result
         first = args[0] if args and isinstance(args[0], Tensor) and type(args[0]) is not Tensor else None
-        writes = first is not None and not self.knows(first) and func not in _LIKE
+        writes = first is not None and not self._has(first) and func not in _LIKE
+        moves = any(id(x) in self._moving for x in tensors_in(args, kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         given = {id(x) for x in leaves if isinstance(x, Tensor)}
         tensors = tensors_in(result)
@@ -168,10 +182,12 @@ class Constants:
 
         if writes and first is not None:
             self._keep(first, lambda: again()[0])
+            self._moving |= {id(first)} if moves else set()
             return result
         for k, x in enumerate(tensors):
             if type(x) is not Tensor and id(x) not in given:
                 self._keep(x, lambda k=k: again()[k])
+                self._moving |= {id(x)} if moves else set()
         return result
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -182,8 +198,10 @@ class Constants:
             return func, args, kwargs
 
     def _call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Any] | Call:
-        if func in _READ or func in _SIZED or (func is torch.where and len(args) + len(kwargs) == 1):
-            if all(map(self.knows, pytree.tree_leaves((args, kwargs)))):
+        is_where = func is torch.where and len(args) + len(kwargs) == 1
+        if func in _READ or func in _SIZED or is_where:
+            knows = self._has if is_where or func in _PLACES else self.knows
+            if all(map(knows, pytree.tree_leaves((args, kwargs)))):
                 with aside():
                     found = func(*pytree.tree_map(self.value, args), **pytree.tree_map(self.value, kwargs))
                 if isinstance(found, numpy.ndarray):
@@ -258,7 +276,7 @@ class Constants:
 
     def is_mask(self, x: Any, kinds: tuple[torch.dtype, ...] = (torch.bool,)) -> bool:
         """Is it a mask whose values are known?"""
-        return isinstance(x, Tensor) and x.dtype in kinds and self.knows(x)
+        return isinstance(x, Tensor) and x.dtype in kinds and self._has(x)
 
     def places(self, index: Any, shape: torch.Size | None = None) -> Any:
         """An index whose known masks say where they are true."""

@@ -21,22 +21,36 @@ class Masks:
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Tensor, int, Any]] = {}
+        self._noted: list[Any] = []  # what was made since somebody asked: of most traces nobody does
         self._ways: dict[Any, int] = {}  # in which what is no mask was made
 
     def key(self, x: Any) -> Any:
         """How a mask was made; which tensor it is, and how often written to, of another one."""
         if not isinstance(x, Tensor):
             return x
+        if self._noted:
+            noted, self._noted = self._noted, []
+            for made in noted:
+                self._settle(*made)
         held = self._made.get(id(x))
         if held is None or held[0] is not x or held[1] != version_of(x):
             held = self._made[id(x)] = (x, version_of(x), (id(x), version_of(x)))
         return x.ndim, held[2]
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any, leaves: list[Tensor]) -> None:
-        """Note by which op of which tensors results were made, in one way of many."""
-        for k, x in enumerate(result if isinstance(result, list | tuple) else [result]):
-            if isinstance(x, Tensor) and not any(x is y for y in leaves):
-                self._made[id(x)] = (x, version_of(x), self._by(func, args, kwargs, (k, x), leaves))
+        """Note by which op of which tensors results were made."""
+        found = [x for x in (result if isinstance(result, list | tuple) else [result]) if isinstance(x, Tensor)]
+        self._noted.append((func, args, kwargs, result, leaves, [version_of(x) for x in (*leaves, *found)]))
+
+    def _settle(
+        self, func: Any, args: Any, kwargs: Any, result: Any, leaves: list[Tensor], versions: list[int]
+    ) -> None:
+        """Say it in one way of many; of what was written to since nothing is known."""
+        results = result if isinstance(result, list | tuple) else [result]
+        if versions == [version_of(x) for x in (*leaves, *results) if isinstance(x, Tensor)]:
+            for k, x in enumerate(results):
+                if isinstance(x, Tensor) and not any(x is y for y in leaves):
+                    self._made[id(x)] = (x, version_of(x), self._by(func, args, kwargs, (k, x), leaves))
 
     def _by(self, func: Any, args: Any, kwargs: Any, result: tuple[int, Tensor], leaves: list[Tensor]) -> Any:
         k, x = result

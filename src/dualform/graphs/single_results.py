@@ -3,6 +3,7 @@
 split, chunk, unbind, ... -> slices and selects        max.dim, sort, topk, median.dim, ... -> their index, and gather
 broadcast_tensors -> expand        var_mean, aminmax -> one op each        view -> reshape        lift -> nothing
 copy, fill -> what they write      x[arange(n), i] -> gather, and scatter where it is written
+native_group_norm, of which the mean and the deviation are not used -> group_norm
 """
 
 from __future__ import annotations
@@ -197,6 +198,10 @@ def _part(graph: fx.Graph, node: fx.Node) -> None:
     if source.target is aten.broadcast_tensors.default:
         shape = list(node.meta["val"].shape)
         node.replace_all_uses_with(emit(aten.expand.default, source.args[0][position], shape))
+    alone = not any(other.users for other in source.users if other is not node)
+    if source.target is aten.native_group_norm.default and position == 0 and alone:
+        x, weight, bias, *_, groups, eps = source.args  # which takes numbers that lie anywhere
+        node.replace_all_uses_with(emit(aten.group_norm.default, x, groups, weight, bias, eps))
     match row_of(source.target).several:
         case ("cut",):
             node.replace_all_uses_with(_piece(emit, source, position))

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -55,7 +55,7 @@ _doors: set[str] = set()  # files of ours that hand a user's function to the tra
 
 def trace(
     f: Callable[..., Any], *args: Tensor, known: Mapping[int, Tensor] = MappingProxyType({}),
-    generators: Sequence[Any] = (),
+    generators: Sequence[Any] = (), steps: bool = False,
     look: Callable[[fx.GraphModule], None] = lambda gm: None, asked: Asked | None = None, proved: Proved = alone,
 ) -> fx.GraphModule:  # fmt: skip
     """Trace a function of flat tensors into a graph of functional aten ops.
@@ -64,7 +64,8 @@ def trace(
     node that makes a tensor has `meta["val"]`, a fake tensor; `source_line(node)` is the line of the caller's code.
     Every node makes one tensor: split, chunk and unbind are slices, max over a dim is argmax and gather. A complex
     tensor is two, its real and its imaginary part. gm.meta["read"]: tensors whose values the graph was made for,
-    closed-over ones or of `known`: inputs, by position, that are constants. A gradient that f defines itself (an
+    closed-over ones or of `known`: inputs, by position, that are constants; with steps, the args that masks are made of
+    and that a mask picks by: the graph is for these masks. A gradient that f defines itself (an
     autograd.Function, a hook) is a node `kept`, whose derivative is that gradient. look: sees the graph as f calls it,
     before it is rewritten; what it writes into a node's meta stays where the node does. asked: is
     told what f asks of sizes, and decides by them. proved: proves that a graph keeps entries of its inputs apart, as
@@ -88,7 +89,7 @@ def trace(
         """Trace in one way; return whether the function found some of its own making."""
         with Survivors() as seen:
             try:
-                gm = record(f, args, known, look, proved)
+                gm = record(f, args, partial(Constants, known, _note, args if steps else ()), look, proved)
             except Exception as error:
                 is_settled = error is seen.refused or isinstance(error, WritesOutside | Settled)
                 try:  # while its frames say where it is from
@@ -121,10 +122,10 @@ def trace(
 
 
 def _recorded(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Callable[[], Constants], look: Any, proved: Proved
 ) -> fx.GraphModule:
     """Trace a function of plain ops, without torch's own tracer, whose first use takes a second."""
-    constants, listener = Constants(known, _note), Plain(trace, _note, transforms())
+    constants, listener = known(), Plain(trace, _note, transforms())
     gm = record_as_called(_with_lines(f, constants, listener, proved), _names(f, len(args)), args)
     with Hollows():
         return _checked(gm, constants.read, look)
@@ -139,9 +140,9 @@ def _names(f: Callable[..., Any], count: int) -> list[str]:
 
 
 def _traced_by_torch(
-    f: Callable[..., Any], args: tuple[Tensor, ...], known: Mapping[int, Tensor], look: Any, proved: Proved
+    f: Callable[..., Any], args: tuple[Tensor, ...], known: Callable[[], Constants], look: Any, proved: Proved
 ) -> fx.GraphModule:
-    inputs, constants = [_standin(a) for a in args], Constants(known, _note)
+    inputs, constants = [_standin(a) for a in args], known()
     mode = "real" if any(isinstance(a, torch._subclasses.FakeTensor) for a in args) else "fake"
     run = _with_lines(f, constants, Listener(trace, _note, transforms()), proved)
     # A graph's Python code is written when somebody runs it: most are only read.

@@ -203,32 +203,22 @@ class RowsEstimator(BaseEstimator):
         return fitting.adam(network, rows, self._loss, self.alpha_, count, watch, **options)
 
     def _chosen_alpha(self, network: Network, rows: WeightedRows, generator: torch.Generator) -> float:
-        """Validate: one large held-out part, or twice three folds of few rows. Every alpha starts from one network."""
+        """Validate: one large held-out part, or twice three folds of few rows; every alpha starts from one network."""
         large = len(rows) >= 500
         parts = max(2, round(1 / self.validation_fraction)) if large else 3
-        splits = [
-            fitting.folds(self._groups(rows.y), len(rows), parts, generator).to(rows.x.device)
-            for _ in range(1 if large else 2)
-        ]
-        start, steps = network.flat(), min(self.max_iter, 60)
+        splits = [fitting.folds(self._groups(rows.y), len(rows), parts, generator) for _ in range(1 if large else 2)]
+        out = torch.stack([fold == k for fold in splits for k in range(1 if large else parts)]).to(rows.x.device)
 
-        def score(alpha: float) -> Tensor:
-            losses = torch.zeros(len(rows), dtype=torch.float64)
-            for fold in splits:
-                for k in range(1 if large else parts):
-                    network.load(start)
-                    fitting.lbfgs(network, rows[fold != k], self._loss, alpha, steps, self.tol, Watch())
-                    losses[(fold == k).cpu()] += network.losses(rows[fold == k], self._loss).double().cpu() / len(
-                        splits
-                    )
-            losses = losses[splits[0].cpu() == 0] if large else losses
-            if self.verbose:
-                print(f"{type(self).__name__}: alpha {alpha:g}, held-out loss {float(losses.mean()):.6g}")
-            return losses
+        def score(alphas: Sequence[float]) -> list[Tensor]:
+            steps = min(self.max_iter, 60)
+            found = fitting.held_out(network, rows, out, self._loss, alphas, steps, self.tol) if alphas else []
+            found = [(losses.sum(0) / len(splits)).double().cpu()[out.any(0).cpu()] for losses in found]
+            for alpha, losses in zip(alphas, found, strict=True):
+                if self.verbose:
+                    print(f"{type(self).__name__}: alpha {alpha:g}, held-out loss {float(losses.mean()):.6g}")
+            return found
 
-        chosen = fitting.best_decay(score)
-        network.load(start)
-        return chosen
+        return fitting.best_decay(score)
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
         first = not hasattr(self, "network_")

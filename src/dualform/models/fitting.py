@@ -7,19 +7,22 @@ Legend: x (R, m) rows, y (R, ...) targets, w (R,) how often each row counts, n o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from dualform.functions.head import Head, HeadConfig
+from dualform.functions.multilinear import Features
+from dualform.models.descent import descended
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs (R, n), targets (R, ...) -> (R,)
 
@@ -50,7 +53,7 @@ class WeightedRows:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: Tensor) -> WeightedRows:
+    def __getitem__(self, index: Tensor | Sequence[int]) -> WeightedRows:
         return WeightedRows(self.x[index], self.y[index], self.w[index])
 
     def pieces(self, size: int) -> list[WeightedRows]:
@@ -87,6 +90,12 @@ class Network(nn.Sequential):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.heads, {name: value.cpu().numpy() for name, value in self.state_dict().items()})
+
+    def forward(self, input: Tensor, kappa: Features | None = None) -> Tensor:
+        """Return the outputs of rows; kappa: the first head's features of them, where they are known."""
+        for head in self:
+            input, kappa = head(input, kappa), None
+        return input
 
     @property
     def piece(self) -> int:
@@ -173,42 +182,111 @@ class Watch:
         self.least = min(now, self.least)
 
 
+class Costs:
+    """What is minimised, and its gradient, of B networks of one kind, each with rows of its own.
+
+    cost_b = sum_r w_br loss_br / sum_r w_br + alpha_b / (2 sum_r w_br) |weights_b|^2
+    Shape:  points (B, P) -> costs (B,), gradients (B, P).
+    What no weight changes, the first head's features, is computed once where the rows are one piece.
+    """
+
+    def __init__(self, network: Network, parts: Sequence[WeightedRows], loss: Loss, alphas: Sequence[float]) -> None:
+        self.network, self.loss, self.like, self.is_one = network, loss, network.flat(), len(parts) == 1
+        total = torch.stack([part.w.sum() for part in parts])
+        decay = total.new_tensor(alphas) / total
+        self.decay = (decay[:, None] * network.decayed()).double().cpu().numpy()
+        first = cast("Head", network[0])
+        shares = [WeightedRows(part.x, part.y, part.w / w) for part, w in zip(parts, total, strict=True)]
+        self.pieces = shares[0].pieces(network.piece) if self.is_one else [_stacked(shares)]
+        is_kept = len(self.pieces) == 1 and (self.is_one or first.is_matrix)
+        self.kappas = [first.features(part.x) if is_kept else None for part in self.pieces]
+        self.sizes = [p.numel() for p in network.parameters()]
+        nn.utils.vector_to_parameters(self.like, network.parameters())  # they are views of it from here on
+
+    def __call__(self, points: np.ndarray, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate networks `which`, one point each."""
+        gradients = self.decay[which] * points
+        values = 0.5 * (points * gradients).sum(1)
+        theta = torch.from_numpy(points).to(self.like)
+        for rows, kappa in zip(self.pieces, self.kappas, strict=True):
+            found = self._one(theta[0], rows, kappa) if self.is_one else self._each(theta, rows, kappa, which)
+            values, gradients = (x + y.double().cpu().numpy() for x, y in zip((values, gradients), found, strict=True))
+        return values, gradients
+
+    def _one(self, point: Tensor, rows: WeightedRows, kappa: Any) -> tuple[Tensor, Tensor]:
+        self.like.copy_(point)
+        cost = self.loss(self.network(rows.x, kappa), rows.y) @ rows.w
+        parameters = list(self.network.parameters())
+        found = torch.autograd.grad(cost, parameters, allow_unused=True, materialize_grads=True)
+        return cost.detach(), torch.cat([g.flatten() for g in found])
+
+    def _each(self, points: Tensor, rows: WeightedRows, kappa: Any, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if len(which) < len(rows):
+            rows, kappa = rows[which], None if kappa is None else kappa[which]
+        points.requires_grad_()
+        parts = zip(self.network.named_parameters(), points.split(self.sizes, 1), strict=True)
+        weights = {name: part.unflatten(1, p.shape) for (name, p), part in parts}
+
+        def cost(weights: dict[str, Tensor], x: Tensor, y: Tensor, w: Tensor, kappa: Any = None) -> Tensor:
+            return self.loss(functional_call(self.network, weights, (x, kappa)), y) @ w
+
+        costs = vmap(cost)(weights, rows.x, rows.y, rows.w, *() if kappa is None else (kappa,))
+        return costs.detach(), torch.autograd.grad(costs.sum(), points)[0]
+
+
+def _stacked(parts: Sequence[WeightedRows]) -> WeightedRows:
+    """Lay sets of rows side by side, the shorter ones filled up with their first row, weightless."""
+    longest = max(map(len, parts))
+    index = [[*range(len(part)), *[0] * (longest - len(part))] for part in parts]
+    full = [part[places] for part, places in zip(parts, index, strict=True)]
+    for part, short in zip(full, parts, strict=True):
+        part.w[len(short) :] = 0
+    return WeightedRows(*(torch.stack([getattr(part, name) for part in full]) for name in ("x", "y", "w")))
+
+
 def lbfgs(
     network: Network, rows: WeightedRows, loss: Loss, alpha: float, max_iter: int, tol: float, watch: Watch
 ) -> None:
     """Minimise over all rows at once, with curvature: for a few thousand rows this is both the fastest and the best."""
-    pieces, parameters = rows.pieces(network.piece), list(network.parameters())
-    share = [part.w / rows.w.sum() for part in pieces]
-    decay = (alpha / rows.w.sum() * network.decayed()).double().cpu().numpy()
-    like = network.flat()
-    last = [math.nan]
+    start = network.flat()
+    costs = Costs(network, [rows], loss, [alpha])
 
-    def value_and_gradient(point: np.ndarray) -> tuple[float, np.ndarray]:
-        network.load(torch.from_numpy(point).to(like))
-        value, gradient = 0.5 * float(point @ (decay * point)), decay * point
-        for part, w in zip(pieces, share, strict=True):
-            cost = loss(network(part.x), part.y) @ w
-            found = torch.autograd.grad(cost, parameters, allow_unused=True, materialize_grads=True)
-            gradient = gradient + torch.cat([g.flatten() for g in found]).double().cpu().numpy()
-            value += cost.item()
-        last[0] = value
-        return value, gradient
-
-    def after(point: np.ndarray) -> None:
-        network.load(torch.from_numpy(point).to(like))
-        watch(network, last[0], loss)
+    def after(point: np.ndarray, value: float) -> None:
+        costs.like.copy_(torch.from_numpy(point))
+        watch(network, value, loss)
 
     try:
-        options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tol, "ftol": 1e-2 * tol}
-        start = like.double().cpu().numpy()
-        found = optimize.minimize(
-            value_and_gradient, start, jac=True, method="L-BFGS-B", callback=after, options=options
-        )
-        network.load(torch.from_numpy(found.x).to(like))
-        watch.converged = found.status != 1  # 1: out of iterations; 2: no lower point within rounding
+        found, watch.converged = descended(costs, start.double().cpu().numpy()[None], max_iter, tol, after)
+        network.load(torch.from_numpy(found[0]).to(start))
     except Stop:
         watch.converged = True
     _finish(network, watch)
+
+
+def held_out(
+    network: Network, rows: WeightedRows, out: Tensor, loss: Loss, alphas: Sequence[float], max_iter: int, tol: float
+) -> list[Tensor]:
+    """Fit B times without some rows for each alpha; return these rows' parts of their mean loss, times their number.
+
+    Shape:  out (B, R), which rows are left out -> for each alpha (B, R), 0 for the rows that are not.
+    All at once where no row sees another and numbers are few: such fits are mostly calls.
+    """
+    start, parts = network.flat(), [rows[~part] for part in out]
+    cases = [(alpha, k) for alpha in alphas for k in range(len(out))]
+    first, ends = start.double().cpu().numpy()[None], list[np.ndarray]()
+    heads = cast("list[Head]", list(network))
+    few = len(rows) * len(cases) * sum(head.D for head in heads) <= _piece
+    if few and len(cases) > 1 and all(head.expansion.batchwise for head in heads):
+        with contextlib.suppress(RuntimeError):  # vmap cannot map an expansion or a psi of one's own
+            costs = Costs(network, [parts[k] for _, k in cases], loss, [alpha for alpha, _ in cases])
+            ends, _ = descended(costs, first.repeat(len(cases), 0), max_iter, tol)
+    losses = [torch.zeros(out.shape, dtype=rows.w.dtype, device=rows.w.device) for _ in alphas]
+    for i, (alpha, k) in enumerate(cases):
+        end = ends[i] if len(ends) else descended(Costs(network, [parts[k]], loss, [alpha]), first, max_iter, tol)[0][0]
+        network.load(torch.from_numpy(end).to(start))
+        losses[i // len(out)][k, out[k]] = network.losses(rows[out[k]], loss)
+    network.load(start)
+    return losses
 
 
 def adam(
@@ -308,26 +386,27 @@ def least_squares(head: Head, rows: WeightedRows, alpha: float | None) -> list[f
 decays = (250.0, 50.0, 10.0, 2.0, 0.4, 0.08, 0.016, 3e-3, 1e-4, 1e-6)
 
 
-def best_decay(score: Callable[[float], Tensor], start: float = 2.0) -> float:
+def best_decay(score: Callable[[Sequence[float]], Sequence[Tensor]], start: float = 2.0) -> float:
     """Choose the largest decay that is not worse than the best by more than the error of that difference.
 
-    score: decay -> the held-out loss of every row. From `start` to the nearest minimum along `decays`, then on to where
-    mean(d) = std(d) / sqrt(R), d the rows' difference to the best, between two decays by interpolation: what is chosen
-    moves little when the data do.
+    score: decays -> for each the held-out loss of every row. From `start` to the nearest minimum along `decays`, then
+    on to where mean(d) = std(d) / sqrt(R), d the rows' difference to the best, between two decays by interpolation:
+    what is chosen moves little when the data do.
     """
     known: dict[int, Tensor] = {}
 
-    def at(i: int) -> float:
-        if i not in known:
-            known[i] = score(decays[i])
-        return float(known[i].mean())
+    def look(*places: int) -> None:
+        new = [i for i in places if i not in known]
+        known.update(zip(new, score([decays[i] for i in new]), strict=True))
 
     i, best = decays.index(start), -1
     while i != best:
-        best, i = i, min((j for j in (i, i - 1, i + 1) if 0 <= j < len(decays)), key=at)
+        near = [j for j in (i, i - 1, i + 1) if 0 <= j < len(decays)]
+        look(*near)
+        best, i = i, min(near, key=lambda j: float(known[j].mean()))
     before = -1.0
     while i > 0:
-        at(i - 1)
+        look(i - 1)
         difference = known[i - 1] - known[best]
         error = float(difference.std()) / math.sqrt(len(difference))
         worse = (float(difference.mean()) - error) / error if error > 0 else math.inf
