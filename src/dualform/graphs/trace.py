@@ -48,6 +48,7 @@ aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 _LIBRARY = re.compile("/site-packages/(opt_einsum|numpy)/")
 _TORCH = str(Path(torch.__file__).parent)
+_CALLS = str(torch.nn.modules.module.__file__)
 _PACKAGE = str(Path(__file__).parents[1])
 _HERE = tuple(str(Path(_PACKAGE, n)) for n in ("algebra", "ops", "graphs", "explanations", "calculus"))
 _doors: set[str] = set()  # files of ours that hand a user's function to the tracer
@@ -230,9 +231,11 @@ class _Lines(TorchFunctionMode):
 
 def _note() -> str:
     """Write the caller's line into the nodes that are made next; and give it as people read it, empty if none."""
-    frame, inner = sys._getframe(1), None
+    frame, inner, at = sys._getframe(1), None, None
     while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
-        inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
+        if inner is None:  # a hook of torch's, as spectral_norm, is called beside forward
+            at = frame if frame.f_code.co_filename != _CALLS else at
+            inner = frame if frame.f_code.co_name in ("forward", "_call_impl") else None
         # Who asked a door for a trace has no line of the function.
         at_door = frame.f_code is trace.__code__ and getattr(frame.f_locals["code"], "co_filename", "") in _doors
         frame = None if at_door else frame.f_back
@@ -242,7 +245,8 @@ def _note() -> str:
         line = linecache.getline(file, frame.f_lineno).strip()
     elif inner is not None and isinstance(module := inner.f_locals.get("self"), torch.nn.Module):
         # A part of torch's that is called by torch alone, as in nn.Sequential: the part says where.
-        frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
+        frame = at or inner
+        file, line = f"<torch>/{Path(frame.f_code.co_filename).name}", repr(module).partition("\n")[0]
     number = frame.f_lineno if frame else 0
     text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
     caller.line = text
