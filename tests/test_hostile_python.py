@@ -22,6 +22,7 @@ import pytest
 import torch
 from recurrence import by_hand
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dualform as df
 
@@ -420,6 +421,10 @@ TOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a parameter": lambda s, y: y.tanh() if isinstance(s.w, nn.Parameter) else y,
     "only for gradients": lambda s, y: y if type(y) is Tensor else y.detach() + s.w.sum(),
     "an error": lambda s, y: s.nothing if type(y) is Tensor else y,
+    "a leaf": lambda s, y: y.tanh() if s.w.is_leaf else y,
+    "a token's gradient": lambda s, y: y.tanh() if y.requires_grad else y,
+    "a weight's gradient": lambda s, y: y.tanh() if s.w.requires_grad else y,
+    "gradients at all": lambda s, y: y.tanh() if torch.is_grad_enabled() else y,
 }
 
 
@@ -437,6 +442,25 @@ def test_an_objective_and_a_jacobian_that_tell_types_apart_are_refused() -> None
         df.derive(nn.Linear(4, 4), loss, chunk=3, prove=False)
     with pytest.raises(ValueError, match="tells a tensor"):
         df.jacobian(lambda x: x.sin() if type(x) is Tensor else 2 * x, torch.ones(2))
+
+
+def test_what_gradients_alone_ask_for_is_taken() -> None:
+    """Hooks and checkpoints where there are gradients; and a tensor is told to have one."""
+
+    def g(s: Any, y: Tensor) -> Tensor:
+        h = (y @ s.w).tanh()
+        if h.requires_grad and torch.is_grad_enabled():
+            h.register_hook(lambda g: 2 * g)
+            h = checkpoint(torch.sin, h, use_reentrant=False)
+        else:
+            h = h.sin()
+        z = h.detach()
+        z.requires_grad = True
+        return h + z
+
+    learner, x = Scaled(g), _x()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
 
 
 def test_asking_for_types_that_are_the_same_is_taken() -> None:

@@ -171,7 +171,11 @@ def _let_go(things: tuple[Any, ...]) -> list[Named | None]:
     roots = {id(x): {id(x)} for x in things}
     while things:
         holders = _holders(things)
-        owners, around, found = _owners([h for h in holders if isinstance(h, dict)]), dict[int, Any](), dict[int, Named]()
+        owners, around, found = (
+            _owners([h for h in holders if isinstance(h, dict)]),
+            dict[int, Any](),
+            dict[int, Named](),
+        )
         here = set(map(id, things))
         for holder in holders:
             for x in {id(x): x for x in gc.get_referents(holder) if id(x) in here}.values():
