@@ -18,9 +18,10 @@ from torch import nn
 # Code that does not change while a program runs: it is known by identity.
 _FIXED = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "dualform", "opt_einsum", "einops", "math"}
 # What tells a tensor, or a parameter, from what stands for it in a trace: names of attributes, and values.
-_TELLING = {
-    "__class__", "Parameter", "Buffer", "is_leaf", "_version", "requires_grad", "is_grad_enabled", "singledispatch", "singledispatchmethod",
-}  # fmt: skip
+_TELLING = set(
+    "__class__ Parameter Buffer is_leaf _version _base _is_view storage_offset is_contiguous stride requires_grad "
+    "is_grad_enabled singledispatch singledispatchmethod node shape_of writes".split()  # the last are a stand-in's own
+)
 _VARIABLES = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"}
 _KINDS = (type, nn.Parameter, nn.Buffer)
 

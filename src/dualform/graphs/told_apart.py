@@ -25,7 +25,7 @@ def expect_as_on_tensors(
     f: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Tensor], own: Sequence[Tensor], where: Sequence[str]
 ) -> None:
     """Run a function on tensors and compare values and gradients with its graph's: on leaves, as parameters are, on
-    results of others, as a weight that has learnt is, and without gradients, as in evaluation.
+    results of others, as a weight that has learnt is, inside wider memory, as a token is, and without gradients.
 
     own: what the first inputs stand for; numbers for the rest are drawn. where: the lines that ask what tells them
     apart; none: nothing is run.
@@ -46,8 +46,8 @@ def expect_as_on_tensors(
         if not is_same:
             raise TraceError(
                 f"trace: `{'` or `'.join(where)}` decides by what tells a tensor from what stands for it, as a weight "
-                f"that has learnt does for a parameter, and with gradients or without{why}; expected the same for all. "
-                "Ask isinstance(x, torch.Tensor), or decide by shape or dtype."
+                f"that has learnt does for a parameter, a view for memory of its own, one without gradients{why}; "
+                "expected the same for all. Ask isinstance(x, torch.Tensor), or decide by shape or dtype."
             )
 
 
@@ -55,7 +55,11 @@ def _as_drawn(x: Tensor) -> Tensor:
     return x
 
 
-_ways = (_as_drawn, Tensor.clone, Tensor.detach)
+def _inside(x: Tensor) -> Tensor:
+    return torch.stack([x, x], -1)[..., 1]
+
+
+_ways = (_as_drawn, Tensor.clone, _inside, Tensor.detach)
 
 
 def _drawn(inputs: Sequence[Tensor], own: Sequence[Tensor]) -> Iterator[Tensor]:

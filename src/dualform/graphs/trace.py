@@ -180,6 +180,7 @@ class _Lines(TorchFunctionMode):
         super().__init__()
         self.constants, self.listener, self.survivors = constants, listener, survivors()
         self.selected = Selected(_refuse_picked, listener.marked, trace, proved)
+        self.refused: Exception | None = None  # what a tensor with numbers would have given
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         line = _note()
@@ -193,10 +194,10 @@ class _Lines(TorchFunctionMode):
         """What a call gives; where torch refuses it, whatever the numbers are, torch's own words."""
         try:
             result = self._called(func, args, kwargs)
-        except (TraceError, CannotRecord):
-            raise
-        except Exception:
-            self._expect_taken(func, args, kwargs)
+        except Exception as error:
+            if not isinstance(error, TraceError | CannotRecord):
+                self._expect_taken(func, args, kwargs)
+            self.refused = error
             raise
         if not isinstance(self.listener, Plain) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
             self._expect_taken(func, args, kwargs)  # a fake tensor's kernel may let that pass
@@ -313,6 +314,8 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener,
             listener.begin(args)
             constants.begin(args)
             result = f(*args)
+            if lines.refused is not None:  # the function has caught it: on numbers there is nothing to catch
+                raise lines.refused
             lines.selected.end(result)
             constants.end()
             _expect_unwritten(constants)
