@@ -233,7 +233,7 @@ def _taken_out(names: dict[Any, Any], keys: list[Any], owner: Any) -> Named | No
 
 def _owners(dicts: Sequence[dict[Any, Any]]) -> dict[int, Any]:
     """Whose names dicts hold, by the dict's identity: a module's globals their own; nobody's are left out."""
-    found = {id(names): names for names in dicts if "__builtins__" in names}
+    found: dict[int, Any] = {id(names): names for names in dicts if "__builtins__" in names}
     left = {id(names) for names in dicts} - found.keys()
     for owner in gc.get_referrers(*dicts) if left else []:
         for names in gc.get_referents(owner):

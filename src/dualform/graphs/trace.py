@@ -232,7 +232,7 @@ class _Lines(TorchFunctionMode):
 
 def _note() -> str:
     """Write the caller's line into the nodes that are made next; and give it as people read it, empty if none."""
-    frame, inner, at = sys._getframe(1), None, None
+    frame, inner, at, file, line, name = sys._getframe(1), None, None, "", "", "forward"
     while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
         if inner is None:  # a hook of torch's, as spectral_norm, is called beside forward
             at = frame if frame.f_code.co_filename != _CALLS else at
@@ -240,19 +240,17 @@ def _note() -> str:
         # Who asked a door for a trace has no line of the function.
         at_door = frame.f_code is trace.__code__ and getattr(frame.f_locals["code"], "co_filename", "") in _doors
         frame = None if at_door else frame.f_back
-    file, line, name = "", "", "forward"
     if frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         line = linecache.getline(file, frame.f_lineno).strip()
     elif inner is not None and isinstance(module := inner.f_locals.get("self"), torch.nn.Module):
         # A part of torch's that is called by torch alone, as in nn.Sequential: the part says where.
-        frame = at or inner
-        file, line = f"<torch>/{Path(frame.f_code.co_filename).name}", repr(module).partition("\n")[0]
+        frame, line = at or inner, repr(module).partition("\n")[0]
+        file = f"<torch>/{Path(frame.f_code.co_filename).name}"
     number = frame.f_lineno if frame else 0
-    text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
-    caller.line = text
+    caller.line = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
     if caller.is_told:
-        fx_traceback.current_meta["stack_trace"] = text
+        fx_traceback.current_meta["stack_trace"] = caller.line
     return _shown(file, number, line) if file else ""
 
 

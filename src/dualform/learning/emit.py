@@ -299,7 +299,7 @@ class Emitter:
                 c = c + d * self.inner.rule.start[k]
         return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not is_number(w, 0.0)]
 
-    def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Tensor:
+    def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Any:
         """Run an inadmissible site with each token's own weights: the traced op at one token, mapped over tokens."""
         assert self.one is not None
         a, one, W = self.many, self.one, self.variant.width

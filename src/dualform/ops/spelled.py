@@ -295,7 +295,7 @@ TWICE: dict[Any, Callable[..., Tensor]] = {
 
 
 class differentiable_twice(TorchFunctionMode):
-    """Run what torch cannot differentiate twice or thrice by its definition; attention is not fused, whoever calls it."""
+    """Run what torch cannot differentiate twice or thrice by its definition; attention unfused, whoever calls it."""
 
     def __enter__(self) -> Self:
         self.unfused = sdpa_kernel(SDPBackend.MATH)
