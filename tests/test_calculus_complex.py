@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -102,6 +103,31 @@ def check(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_through_complex_numbers_is_exact(name: str) -> None:
     check(name)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_pickle_has_the_structure(name: str) -> None:
+    _, f, x = FUNCTIONS[name]
+    J = jacobian(f, x)
+    assert pickle.loads(pickle.dumps(J)).structure == J.structure
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own jvp uses it
+@pytest.mark.parametrize(
+    "f", [lambda x: real(fft.fft(x)), lambda x: fft.irfft(fft.rfft(x).conj()), lambda x: fft.rfft(x).abs()]
+)
+def test_a_long_transform_is_no_matrix_and_as_right_as_torchs(f: Callable[[Tensor], Tensor]) -> None:
+    """In float32, both ways; the matrix of 2^16 points would take 34 GB."""
+    x = torch.randn(1 << 16, generator=generator)
+    J = jacobian(f, x)
+    g, v = torch.randn_like(f(x)), torch.randn_like(x)
+    back, forth = (lambda x, g: torch.func.vjp(f, x)[1](g)[0]), lambda x, v: torch.func.jvp(f, (x,), (v,))[1]
+    for _ in range(2):  # interpreted, then written down
+        for ours, torchs, seed in ((J.vjp, back, g), (J.jvp, forth, v)):
+            right = torchs(x.double(), seed.double())
+            assert (ours(seed) - right).norm() <= 2 * (torchs(x, seed) - right).norm()
+    wave = jacobian(lambda x: fft.fft(x).real, torch.randn(64, generator=generator)).dense()
+    assert (wave - fft.fft(torch.eye(64, dtype=torch.float64)).real).abs().max() <= 2**-24
 
 
 @pytest.mark.parametrize(

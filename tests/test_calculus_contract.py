@@ -48,8 +48,10 @@ def test_elementwise_and_vectors_stay_plain() -> None:
     assert ops(lambda x: contract([Factor(x, (t, i))], (i, t)), rand(5, 3)) == ["t"]
 
 
+@pytest.mark.parametrize("masks", [0, 0.7])
 @pytest.mark.parametrize("seed", range(8))
-def test_contract_equals_einsum(seed: int) -> None:
+def test_contract_equals_einsum(seed: int, masks: float) -> None:
+    """Masks count as zeros and ones."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(40):
@@ -58,11 +60,13 @@ def test_contract_equals_einsum(seed: int) -> None:
         factors = []
         for _ in range(rng.randint(1, 4)):
             labels = tuple(rng.choices(pool, k=rng.randint(0, 3)))  # repeats inside and between factors
-            factors.append(Factor(rand(*(x.size for x in labels)), labels))
+            numbers = rand(*(x.size for x in labels))
+            factors.append(Factor(numbers > 0 if factors and rng.random() < masks else numbers, labels))
+        rng.shuffle(factors)
         present = list(dict.fromkeys(x for f in factors for x in f.labels))
         out = tuple(rng.sample(present, rng.randint(0, len(present))))
         spec = ",".join("".join(x.name for x in f.labels) for f in factors) + "->" + "".join(x.name for x in out)
-        expected = torch.einsum(spec, *(f.tensor for f in factors))
+        expected = torch.einsum(spec, *(f.tensor.double() for f in factors))
         torch.testing.assert_close(contract(factors, out), expected, rtol=1e-12, atol=1e-12)
         assert plan(factors, out).flops >= 0
 

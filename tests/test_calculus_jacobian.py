@@ -379,7 +379,8 @@ def test_a_derivative_without_a_program_still_answers() -> None:
 
 WIDE = rand(4, 5)
 PICKLED = {
-    "product": lambda x: jacobian(lambda x: x @ WIDE, x), "named": lambda x: jacobian(torch.tanh, x, axes="i j -> i j"),
+    "product": lambda x: jacobian(lambda x: x @ WIDE, x), "of itself": lambda x: jacobian(lambda x: x @ x.T, x),
+    "batches": lambda x: jacobian(torch.bmm, x.expand(2, 3, 4), rand(2, 4, 3)), "named": lambda x: jacobian(torch.tanh, x, axes="i j -> i j"),
     "softmax": lambda x: jacobian(lambda x: x.softmax(-1), x), "looked up": lambda x: jacobian(lambda x: x.topk(2).values, x),
     "window": lambda x: jacobian(lambda x: x.unfold(1, 2, 1), x), "cumsum": lambda x: jacobian(lambda x: x.cumsum(0), x),
     "sum": lambda x: jacobian(torch.sin, x) + 2 * jacobian(torch.cos, x), "transpose": lambda x: jacobian(lambda x: x @ WIDE, x).T,
@@ -395,7 +396,7 @@ PICKLED = {
 def test_a_derivative_is_pickled_as_its_terms(make, copied):
     J = make(rand(3, 4))
     again = copied(J)
-    assert (again.shape, again.nbytes, again.dtype) == (J.shape, J.nbytes, J.dtype)
+    assert (again.shape, again.nbytes, again.dtype, again.structure) == (J.shape, J.nbytes, J.dtype, J.structure)
     for x, y in ((again.dense(), J.dense()), (again.vjp(rand(*J.out_shape)), J.vjp(rand(*J.out_shape)))):
         torch.testing.assert_close(x, y, **TIGHT)
     torch.testing.assert_close(again.jvp(rand(*J.in_shape)), J.jvp(rand(*J.in_shape)), **TIGHT)

@@ -6,6 +6,8 @@ as a share of the dense derivative.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -257,6 +259,7 @@ def test_function_is_exact_and_keeps_its_structure(name: str) -> None:
     assert J.nbytes <= share * J.dense_nbytes
     g = torch.rand_like(f(x))
     torch.testing.assert_close(J.vjp(g), torch.tensordot(g, expected, g.ndim), rtol=1e-10, atol=1e-10)
+    assert pickle.loads(pickle.dumps(J)).structure == copy.deepcopy(J).structure == J.structure
 
 
 DENSE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {

@@ -148,6 +148,23 @@ def test_rows_are_exact_at_drawn_sizes(example: Example, data: st.DataObject, se
         check(call, operand)
 
 
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if find_row(e.target).adjoint], ids=str)
+def test_what_has_an_adjoint_is_pulled_back_without_its_terms(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = make_call(example)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("its terms were made")
+
+    found = find_row(call.target)
+    monkeypatch.setattr(local_rules, "row_of", lambda _: replace(found, rule=never))
+    expected, x = reference(call, 0), call.operands[0]
+    J = derivative(call, 0)
+    torch.testing.assert_close(J.jvp(x), torch.tensordot(expected, x, x.ndim), **TIGHT)
+    torch.testing.assert_close(J.vjp(call.out), torch.tensordot(call.out, expected, call.out.ndim), **TIGHT)
+
+
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if ("include_self", False) in e.kwargs], ids=str)
 def test_rows_are_exact_where_nothing_is(example: Example) -> None:
     """No entries at all, one tensor passed twice: what is compared with differences, not with autograd."""

@@ -22,6 +22,7 @@ import pytest
 import torch
 from recurrence import by_hand
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dualform as df
 
@@ -401,6 +402,38 @@ def test_variables_of_a_thread_are_the_caller_s_at_derive() -> None:
     torch.testing.assert_close(_run(program, x), by_hand(learner, x))
 
 
+SETTINGS: dict[str, tuple[Callable[[], float], Callable[[], Any]]] = {
+    "threads": (lambda: float(torch.get_num_threads()), lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+    "seed": (lambda: float(torch.initial_seed() % 7 + 1), lambda: torch.manual_seed(torch.initial_seed() + 1)),
+    "precision": (
+        lambda: float(len(torch.get_float32_matmul_precision())),
+        lambda: torch.set_float32_matmul_precision("high"),
+    ),
+    "determinism": (
+        lambda: 1.0 + torch.are_deterministic_algorithms_enabled(),
+        lambda: torch.use_deterministic_algorithms(True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_code_asks_of_torchs_settings_is_seen_at_the_next_call(name: str) -> None:
+    ask, change = SETTINGS[name]
+    learner, x = Scaled(lambda s, y: y * ask() / 4), _x()
+    before = torch.get_num_threads(), torch.initial_seed(), torch.get_float32_matmul_precision()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    old = _run(program, x)
+    try:
+        change()
+        torch.testing.assert_close(_run(program, x), by_hand(learner, x))
+        assert not torch.allclose(_run(program, x), old)
+    finally:
+        torch.set_num_threads(before[0])
+        torch.manual_seed(before[1])
+        torch.set_float32_matmul_precision(before[2])
+        torch.use_deterministic_algorithms(False)
+
+
 def test_what_a_pointer_points_at_cannot_be_read() -> None:
     number = ctypes.c_double(1.0)
     learner, x = Scaled(lambda s, y: y * s.c.contents.value, c=ctypes.pointer(number)), _x()
@@ -420,6 +453,13 @@ TOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a parameter": lambda s, y: y.tanh() if isinstance(s.w, nn.Parameter) else y,
     "only for gradients": lambda s, y: y if type(y) is Tensor else y.detach() + s.w.sum(),
     "an error": lambda s, y: s.nothing if type(y) is Tensor else y,
+    "a leaf": lambda s, y: y.tanh() if s.w.is_leaf else y,
+    "a token's gradient": lambda s, y: y.tanh() if y.requires_grad else y,
+    "a weight's gradient": lambda s, y: y.tanh() if s.w.requires_grad else y,
+    "gradients at all": lambda s, y: y.tanh() if torch.is_grad_enabled() else y,
+    "an attribute of its own": lambda s, y: y.tanh() if hasattr(s.w, "node") else y,
+    "a view": lambda s, y: y.tanh() if s.w._base is None else y,
+    "where it lies": lambda s, y: y.tanh() if s.w.is_contiguous() and not s.w.storage_offset() else y,
 }
 
 
@@ -437,6 +477,42 @@ def test_an_objective_and_a_jacobian_that_tell_types_apart_are_refused() -> None
         df.derive(nn.Linear(4, 4), loss, chunk=3, prove=False)
     with pytest.raises(ValueError, match="tells a tensor"):
         df.jacobian(lambda x: x.sin() if type(x) is Tensor else 2 * x, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "read", [lambda y: y.sum().item(), lambda y: y.numpy(), lambda y: float(y.max()), lambda y: y.tolist()]
+)
+def test_a_refusal_that_the_function_catches_stands(read: Callable[[Tensor], Any]) -> None:
+    """On numbers nothing is raised, and the function goes another way."""
+
+    def tries(s: Any, y: Tensor) -> Tensor:
+        try:
+            read(y.detach())
+        except Exception:
+            return y
+        return 2 * y
+
+    with pytest.raises(ValueError, match=r"test_hostile_python\.py:\d+\)` .*(reads|reaches|leaves|failed)"):
+        df.derive(Scaled(tries), chunk=3, prove=False)
+
+
+def test_what_gradients_alone_ask_for_is_taken() -> None:
+    """Hooks and checkpoints where there are gradients; and a tensor is told to have one."""
+
+    def g(s: Any, y: Tensor) -> Tensor:
+        h = (y @ s.w).tanh()
+        if h.requires_grad and torch.is_grad_enabled():
+            h.register_hook(lambda g: 2 * g)
+            h = checkpoint(torch.sin, h, use_reentrant=False)
+        else:
+            h = h.sin()
+        z = h.detach()
+        z.requires_grad = True
+        return h + z
+
+    learner, x = Scaled(g), _x()
+    program = df.derive(learner, rule=df.rules.SGD(lr=0.1), chunk=3, prove=False)
+    torch.testing.assert_close(_run(program, x), by_hand(learner, x))
 
 
 def test_asking_for_types_that_are_the_same_is_taken() -> None:

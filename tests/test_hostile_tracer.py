@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.random import normal
 from recurrence import by_hand
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dualform as df
@@ -1198,3 +1198,16 @@ def test_a_pick_from_other_rows_is_refused(places):
 
     with pytest.raises(df.DerivationError, match="index makes one row depend on others"):
         df.derive(_Caching(f), chunk=3)
+
+
+@pytest.mark.parametrize(
+    "outer", [lambda m: m, lambda m: nn.Sequential(nn.Linear(4, 4), m)], ids=["alone", "in a sequence"]
+)
+def test_a_hook_of_torchs_is_refused_by_its_module(outer):
+    """A hook has no forward, and no line of the user's calls it."""
+    learner = outer(nn.utils.spectral_norm(nn.Linear(4, 4)))
+    with pytest.raises(
+        TraceError, match=r"`Linear\(in_features=4.*\(spectral_norm\.py:\d+\)` writes .* call \.eval\(\)"
+    ):
+        df.derive(learner)
+    df.derive(learner.eval())

@@ -48,6 +48,17 @@ def filtered(x: Tensor, kernel: nn.Module, last: nn.Module) -> Tensor:
     return last(torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(kernel.weight[0]), n=K))
 
 
+def layer_normed(x: Tensor, norm: nn.Module, last: nn.Module) -> Tensor:
+    """By the op of three results, as torch.vmap writes it."""
+    return last(torch.native_layer_norm(x, (K,), norm.weight, norm.bias, norm.eps)[0].tanh())
+
+
+def by_steps(x: Tensor, part: nn.Module, steps: int) -> Tensor:
+    """A whole sequence inside each token."""
+    made = part(x.reshape(-1, steps, K // steps))
+    return (made[0] if isinstance(made, tuple) else made).reshape(x.shape)
+
+
 LEARNERS: dict[str, Callable[[], Learner]] = {
     "conv1d and group norm": lambda: Learner(
         convolved, nn.Conv1d(1, 2, 3, padding=1), nn.GroupNorm(2, 2), nn.Linear(2 * K, K)
@@ -63,6 +74,20 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
         nn.Linear(K, K),
         nn.Linear(K, K),
     ),
+    "layer norm of three results": lambda: Learner(layer_normed, nn.LayerNorm(K), nn.Linear(K, K)),
+    "layer norm, mapped": lambda: Learner(
+        lambda x, f, g: torch.vmap(lambda row: g(f(row)))(x), nn.LayerNorm(K), nn.Linear(K, K)
+    ),
+    "mapped over columns": lambda: Learner(
+        lambda x, f: torch.vmap(f, -1, -1)(x.unflatten(-1, (2, 3))).flatten(-2), nn.Linear(2, 2)
+    ),
+    "convolution of one place": lambda: Learner(
+        lambda x, f: f(x[..., None].flatten(0, -3)).reshape(x.shape), nn.Conv1d(K, K, 3, padding=1)
+    ),
+    "transformer inside": lambda: Learner(
+        lambda x, f: by_steps(x, f, 3), nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
+    ),
+    "two-layer gru inside": lambda: Learner(lambda x, f: by_steps(x, f, 2), nn.GRU(3, 3, 2, batch_first=True)),
     "spectrum": lambda: Learner(
         lambda x, f, g: g(torch.fft.rfft(f(x)).abs()), nn.Linear(K, K), nn.Linear(K // 2 + 1, K)
     ),
@@ -83,6 +108,15 @@ def test_dual_is_primal(name: str) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
 
 
+def test_what_vmap_loops_over_is_refused_with_the_way_on() -> None:
+    cell = Learner(lambda x, f: torch.vmap(lambda row: f(row[None])[0])(x), nn.GRUCell(K, K))
+    with (
+        pytest.warns(UserWarning, match="batching rule for aten::gru_cell"),
+        pytest.raises(ValueError, match=r"torch\.vmap makes such a loop: call that on all rows"),
+    ):
+        df.derive(cell.double(), chunk=3)
+
+
 def test_tokens_that_are_sorted_among_each_other_are_refused() -> None:
     learner = Learner(lambda x, f: f(x).sort(0)[0], nn.Linear(K, K))
     with pytest.raises(ValueError, match=r"mixes tokens at .*sort\(0\).*makes one row depend on others"):
@@ -101,3 +135,14 @@ def test_an_op_that_cannot_be_mapped_is_refused_and_not_looped_over() -> None:
     gm = trace(lambda x: torch.ops.aten.unfold_backward(x, [5], 0, 3, 1), torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"aten::unfold_backward in a learner's step cannot be mapped over rows"):
         mapped(gm, [False])
+
+
+def test_a_step_whose_mapping_reshapes_in_place_needs_no_other_tracer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch maps products with vectors, with squeeze_: torch's own tracer takes five times as long."""
+
+    def unused(*_: object) -> None:
+        raise AssertionError("torch's own tracer was asked")
+
+    monkeypatch.setattr("dualform.learning.derive._traced_by_torch", unused)
+    for name in ("two-layer gru inside", "conv1d and group norm"):
+        test_dual_is_primal(name)

@@ -270,6 +270,8 @@ def contract(factors: Sequence[Factor | Relation], out: Sequence[Label]) -> Tens
         b, a = (work.pop(k) for k in sorted(positions, reverse=True))
         hints = [task.out] if not work else [*(f.labels for f in work), task.out]
         keep = {label for f in work for label in f.labels} | set(task.out)
+        if a.is_mask and b.is_mask and {*a.labels} & {*b.labels} - keep:  # what they count is a number
+            a = _cast(a, next((f.tensor.dtype for f in task.operands if not f.is_mask), torch.get_default_dtype()))
         work.append(_pair(a, b, keep, hints))
     (result,) = work
     result = _summed(result, _lonely(0, [result], task.out))

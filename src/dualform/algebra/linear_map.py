@@ -19,6 +19,7 @@ from dualform.algebra.compose import compose_terms
 from dualform.algebra.contract import ContractionPlan
 from dualform.algebra.drawing import draw, spy
 from dualform.algebra.index_text import IndexFormula
+from dualform.algebra.laid import laid
 from dualform.algebra.materialise import DENSE_LIMIT, scatter, spread
 from dualform.algebra.normal_form import ordered
 from dualform.algebra.notation import formula, stored_bytes
@@ -58,6 +59,11 @@ class Route(ABC):
     """A cheaper way to apply a derivative than its terms, as a program of local derivatives; and its account."""
 
     is_stored = False  # are the terms one stored tensor, of which nobody knows before it is made?
+
+    @property
+    def selects(self) -> bool | None:
+        """Does it leave entries out? None where the terms are to say it."""
+        return None
 
     @property
     def inputs(self) -> Mapping[str, Tensor]:
@@ -116,7 +122,9 @@ class Derivative(Questions):
         self, terms: Sequence[Term] | Callable[[], Sequence[Term]], out_shape: Sequence[int], in_shape: Sequence[int],
         dtype: torch.dtype, device: torch.device | str, route: Route | None = None,
         axes: tuple[Sequence[str], Sequence[str]] | None = None, symmetric: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
+        """inputs: the tensors that formulas call by name, where no route says it."""
         self._terms = terms if callable(terms) else tuple(terms)
         self.out_shape = tuple(out_shape)
         self.in_shape = tuple(in_shape)
@@ -125,11 +133,13 @@ class Derivative(Questions):
         self.route = route
         self._axes = axes
         self._symmetric = symmetric
+        self._inputs = dict(inputs or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the terms: the function that they are of, and so its account, stay in the process."""
-        own = (self.terms, self.out_shape, self.in_shape, self.dtype, str(self.device), None, self._axes)
-        return Derivative, (*own, self._symmetric)
+        """Pickle the terms and their names: the function that they are of, and so its account, stay in the process."""
+        terms, inputs = laid(self.terms, self._by_name)
+        own = (terms, self.out_shape, self.in_shape, self.dtype, str(self.device), None, self._axes)
+        return Derivative, (*own, self._symmetric, inputs)
 
     def __copy__(self) -> Derivative:
         return self
@@ -157,8 +167,12 @@ class Derivative(Questions):
 
         Equal for equal structures: inputs keep their names, other factors are A, B, ... in the order of the formula.
         """
-        shown = ordered(self.terms, {} if self.route is None else self.route.inputs)
+        shown = ordered(self.terms, self._by_name)
         return str(formula(shown, self.out_shape, self.in_shape, axes=self._axes))
+
+    @property
+    def _by_name(self) -> Mapping[str, Tensor]:
+        return self._inputs if self.route is None else self.route.inputs
 
     @property
     def T(self) -> Derivative:

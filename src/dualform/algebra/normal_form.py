@@ -164,8 +164,9 @@ def ordered(terms: Sequence[Term], inputs: Mapping[str, Tensor]) -> tuple[Term, 
     known = {identity_of(x.squeeze()): name for name, x in inputs.items() if x.numel() > 1}
 
     def tag(f: Any) -> tuple:
-        if not isinstance(f, Factor):
-            return _relation(f)
+        if not isinstance(f, Factor):  # where an index lies differs from run to run
+            index = getattr(f, "index", None)
+            return ("~", repr(f.key if index is None else ("lookup", index.shape)))
         name = known.get(identity_of(f.tensor))
         return ("", name) if name is not None else ("~", "")
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dualform.algebra.compose import compose_terms
+from dualform.algebra.laid import refilled
 from dualform.algebra.linear_map import Derivative
 from dualform.algebra.sums import tidy
 from dualform.algebra.terms import Factor, Term
 from dualform.calculus.jacobian import Given, Wrt
-from dualform.calculus.traced import AtPoint, Point, Skeleton, refilled
+from dualform.calculus.traced import AtPoint, Point, Skeleton
 from dualform.explanations.account import Story
 from dualform.explanations.explanation import Explanation
 from dualform.graphs.complex_rules import paired

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from dualform.algebra.index_text import IndexFormula
+from dualform.algebra.laid import refilled, tensors_of
 from dualform.algebra.linear_map import Derivative, Route
 from dualform.algebra.normal_form import settled
-from dualform.algebra.terms import Factor, Term, recorded
+from dualform.algebra.terms import Term, recorded
 from dualform.bounded import Bounded
 from dualform.explanations.account import Story
 from dualform.explanations.composition import Joined
@@ -98,35 +99,6 @@ class Skeleton:
             at = iter(places)
             found.append(replace(term, factors=tuple(refilled(f, made, at)[0] for f in term.factors)))
         return tuple(found)
-
-
-def _held(f: Any) -> str | None:
-    """The field in which a factor or a relation holds a tensor."""
-    return next((name for name in ("tensor", "index") if isinstance(getattr(f, name, None), Tensor)), None)
-
-
-def refilled(f: Any, made: Sequence[Tensor], at: Iterator[int]) -> tuple[Any, int | None]:
-    """A factor or relation with the next of some tensors in place of its own, and which that is; None: it has none."""
-    held = _held(f)
-    if held is None:
-        return f, None
-    place = next(at)
-    new = replace(f, **{held: made[place]})
-    if isinstance(f, Factor) and f.made:  # what it is made of is filled in, too
-        inner = (replace(t, factors=tuple(refilled(g, made, at)[0] for g in t.factors)) for t in f.made)
-        new = replace(new, made=tuple(inner))
-    return new, place
-
-
-def tensors_of(terms: Sequence[Term]) -> list[list[Tensor]]:
-    """The tensors of each term's factors and relations, in order, each before those that it is made of."""
-    return [[t for f in term.factors for t in _tensors(f)] for term in terms]
-
-
-def _tensors(f: Any) -> list[Tensor]:
-    held = _held(f)
-    inner = [t for made in tensors_of(f.made) for t in made] if isinstance(f, Factor) else []
-    return [] if held is None else [getattr(f, held), *inner]
 
 
 def _distinct(terms: Sequence[Term]) -> dict[int, Tensor]:

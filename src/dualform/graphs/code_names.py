@@ -18,7 +18,10 @@ from torch import nn
 # Code that does not change while a program runs: it is known by identity.
 _FIXED = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "dualform", "opt_einsum", "einops", "math"}
 # What tells a tensor, or a parameter, from what stands for it in a trace: names of attributes, and values.
-_TELLING = {"__class__", "Parameter", "Buffer", "is_leaf", "_version", "singledispatch", "singledispatchmethod"}
+_TELLING = set(
+    "__class__ Parameter Buffer is_leaf _version _base _is_view storage_offset is_contiguous stride requires_grad "
+    "is_grad_enabled singledispatch singledispatchmethod node shape_of writes".split()  # the last are a stand-in's own
+)
 _VARIABLES = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"}
 _KINDS = (type, nn.Parameter, nn.Buffer)
 
@@ -51,7 +54,9 @@ def _lines_of(code: types.CodeType, kinds: set[str]) -> Iterator[str]:
     """Where code reads one of these variables, or an attribute of `_TELLING`."""
     for step in dis.get_instructions(code):
         is_read = step.opname in _VARIABLES and step.argval in kinds
-        is_asked = step.opname not in _VARIABLES and isinstance(step.argval, str) and step.argval in _TELLING
+        is_asked = (
+            step.opname not in (*_VARIABLES, "STORE_ATTR") and isinstance(step.argval, str) and step.argval in _TELLING
+        )
         if (is_read or is_asked) and step.positions is not None:
             number = step.positions.lineno or code.co_firstlineno
             line = linecache.getline(code.co_filename, number).strip()

@@ -58,6 +58,13 @@ _MEMBERS = (types.FunctionType, partialmethod, partial, Tensor, numpy.ndarray, i
 _LIMIT = 4000
 
 
+# What code may ask torch for, beyond the switches that change what the same code computes.
+_SETTINGS = (
+    "are_deterministic_algorithms_enabled", "get_num_threads", "get_num_interop_threads",
+    "get_float32_matmul_precision", "initial_seed", "is_deterministic_algorithms_warn_only_enabled",
+)  # fmt: skip
+
+
 class Unreadable(Exception):
     """Something that a function depends on has no key."""
 
@@ -92,7 +99,10 @@ class Fingerprint:
             # The switches that change what the same code computes.
             switches = (self._default, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
             read = (self._read(x, "") for x in (*objects, *(vars(nn.modules.module)[n] for n in _HOOKS)))
-            self.key: Hashable | None = (switches, *read, *self._read_modules())
+            key = (switches, *read, *self._read_modules())
+            self._asked = [getattr(torch, name) for name in _SETTINGS if name in self._words]
+            self._set = self._settings()
+            self.key: Hashable | None = (*key, *self._set)
         except Unreadable as error:
             self.key, self.unreadable = None, str(error)
 
@@ -101,7 +111,7 @@ class Fingerprint:
 
         An object that cannot be read is taken for changed at each question.
         """
-        if self.key is None or torch.get_default_dtype() is not self._default:
+        if self.key is None or torch.get_default_dtype() is not self._default or self._settings() != self._set:
             return False
         for x, values, keys in self._watched:
             if len(x) != len(values) or not all(map(operator.is_, x, keys)):
@@ -116,6 +126,10 @@ class Fingerprint:
             if (x.get(name, x) if type(x) is dict else getattr(x, name, x)) is not value:
                 return False
         return all((x.shape, x.dtype, x.device) == kind for x, kind in self._kinds)
+
+    def _settings(self) -> tuple[Hashable, ...]:
+        """What torch is set to, of which code asks."""
+        return tuple(ask() for ask in self._asked)
 
     def equals(self, other: Fingerprint) -> bool:
         """Is it the same on the same tensors?"""

@@ -89,8 +89,9 @@ class Program:
     def selects(self) -> bool:
         """Does an op on the way leave entries out, so that what is infinite there counts for nothing?"""
         known = [J for parts in self.local.values() for _, J in parts if not (J.route and J.route.is_stored)]
-        terms = (term for J in known for term in J.terms)
-        return any(isinstance(f, Relation) or f.is_mask for term in terms for f in term.factors)
+        said = [J.route.selects if J.route else None for J in known]
+        terms = (term for J, x in zip(known, said, strict=True) if x is None for term in J.terms)
+        return True in said or any(isinstance(f, Relation) or f.is_mask for term in terms for f in term.factors)
 
     def terms(self) -> tuple[Term, ...]:
         """Accumulate d output / d input, from whichever end is smaller."""

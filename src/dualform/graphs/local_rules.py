@@ -60,7 +60,8 @@ def derivative(call: OpCall, operand: int) -> Derivative:
     if not call.out.is_floating_point() or x.numel() == 0 or call.out.numel() == 0:
         return derivative_of(call.out, x)
     found = row_of(call.target)
-    if found.rule is not None and found.adjoint is not None and call.places[operand][0] == call.places[0][0] == "self":
+    is_first = call.places[operand] == call.arguments[0]  # that an adjoint is of
+    if found.rule is not None and found.adjoint is not None and is_first:
         route = _Linear(call, operand, found.adjoint)
         return derivative_of(call.out, x, partial(found.rule, call, operand), route)
     terms = _terms(call, operand)
@@ -82,12 +83,15 @@ class _Linear(Route):
     operand: int
     adjoint: Adjoint
 
+    @property
+    def selects(self) -> bool:
+        return len(self.call.operands) > 1
+
     def vjp(self, g: Tensor) -> Tensor:
         return self.adjoint(self.call, g)
 
     def jvp(self, v: Tensor) -> Tensor:
-        alone = len(self.call.operands) == 1
-        return self.call.run(self.operand, v) if alone else self.adjoint(self.call, v)
+        return self.adjoint(self.call, v) if self.selects else self.call.run(self.operand, v)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ class Recorder(_Writing, TorchDispatchMode):
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an op in place by its twin that is not, where nobody else sees the tensor."""
         twin, x = twin_of(func), args[0] if args else None
+        if twin is not None and isinstance(x, Recorded) and is_reshaped(func):
+            return self._reshaped(func, twin, args, kwargs)
         if twin is None or not isinstance(x, Recorded) or self.storages[memory_of(x.shape_of)] > 1:
             raise CannotRecord(str(func))
         with self:
@@ -153,6 +155,17 @@ class Recorder(_Writing, TorchDispatchMode):
         if result.shape != x.shape or result.dtype != x.dtype:
             raise CannotRecord(str(func))
         x.node = result.node
+        return x
+
+    def _reshaped(self, func: Any, twin: Any, args: Any, kwargs: Any) -> Recorded:
+        """Record that a tensor is its own view from now on, as rules of vmap write it: nobody else sees that."""
+        x = args[0]
+        with self:
+            result = twin(*args, **kwargs)
+        self.storages[memory_of(result.shape_of)] -= 1  # that view is this tensor
+        with torch._C._DisableTorchDispatch():
+            func(*args, **kwargs)
+        x.node, x.shape_of = result.node, result.shape_of
         return x
 
     def input(self, like: Tensor, name: str) -> Recorded:

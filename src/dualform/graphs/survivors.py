@@ -101,6 +101,7 @@ class Survivors:
             return False
         left = {id(x): (x, s.line, s.value) for s in reversed(seen) if (x := s.tensor()) is not None}
         del seen  # a tensor with weak references is not exchanged
+        x = None  # it stands in a cell
         if gm is not None:
             own_values(gm, left)
         made = {id(x) for x, _, value in left.values() if value is not None and _is_given(x, value)}
@@ -109,15 +110,16 @@ class Survivors:
         _collect([x for x, *_ in kept], fully=error is None)
         if any(x() is not None for x, *_ in kept) and gc.get_freeze_count():
             gc.unfreeze()  # of what is frozen nobody is told what refers to it
-        found: list[tuple[str, Named]] = []
-        while kept:
-            x, line, value = kept.pop()
-            where = _let_go(x())
-            found += [(line, where)] if where and value is None else []
+        where = _let_go(tuple(x() for x, *_ in kept))
+        found = [
+            (line, say)
+            for (_, line, value), say in zip(reversed(kept), reversed(where), strict=True)
+            if say and value is None
+        ]
         if found and error is None:
-            line, where = found[-1]
+            line, say = found[-1]
             raise Settled(
-                f"trace: {f'`{line}`' if line else 'an input'} is kept in {where()} beyond the call; expected a "
+                f"trace: {f'`{line}`' if line else 'an input'} is kept in {say()} beyond the call; expected a "
                 "function that keeps nothing made of its inputs. Return it; a table that depends on no input may be "
                 "kept."
             )
@@ -127,8 +129,7 @@ class Survivors:
 def let_go(made: Sequence[weakref.ref[Tensor]]) -> None:
     """Take tensors of a run that nobody asked for out of where its function has kept them."""
     _collect(made)
-    for x in made:
-        _let_go(x())
+    _let_go(tuple(x() for x in made))
 
 
 def _collect(kept: Sequence[weakref.ref[Tensor]], fully: bool = True) -> None:
@@ -160,26 +161,50 @@ def _is_given(x: Tensor, value: Value) -> bool:
     return True
 
 
-def _let_go(x: Any) -> Named | None:
-    """Take a thing out of where it is kept, and say how to name that; None if no Python object keeps it."""
-    where = None
-    for holder in [] if x is None else gc.get_referrers(x):  # no closure of ours is one
-        if not isinstance(holder, FrameType):
-            where = _taken(holder, x) or where
-    return where
+def _let_go(things: tuple[Any, ...]) -> list[Named | None]:
+    """Take things out of where they are kept, and say how to name that; None if no Python object keeps it.
+
+    All at once, and then the tuples that they are in: to ask what refers to a thing is to look at all objects.
+    """
+    wanted, where = [id(x) for x in things], dict[int, Named]()
+    things = tuple(x for x in things if x is not None)
+    roots = {id(x): {id(x)} for x in things}
+    while things:
+        holders = _holders(things)
+        owners, around, found = (
+            _owners([h for h in holders if isinstance(h, dict)]),
+            dict[int, Any](),
+            dict[int, Named](),
+        )
+        here = set(map(id, things))
+        for holder in holders:
+            for x in {id(x): x for x in gc.get_referents(holder) if id(x) in here}.values():
+                if isinstance(holder, tuple | frozenset):
+                    around |= {} if id(holder) in roots else {id(holder): holder}
+                    roots.setdefault(id(holder), set()).update(roots[id(x)])
+                elif (named := _taken(holder, x, owners)) is not None:
+                    found |= dict.fromkeys(roots[id(x)], named)
+        where = found | where
+        things = tuple(around.values())
+        holder = x = None
+        del holders, owners, around
+    return [where.get(key) for key in wanted]
 
 
-def _taken(holder: Any, x: Any) -> Named | None:
+def _holders(things: tuple[Any, ...]) -> list[Any]:
+    """What refers to things, but for frames: no closure of ours is one."""
+    return [h for h in gc.get_referrers(*things) if h is not things and not isinstance(h, FrameType)]
+
+
+def _taken(holder: Any, x: Any, owners: Mapping[int, Any]) -> Named | None:
     if isinstance(holder, functools._lru_cache_wrapper):
         holder.cache_clear()
         return lambda: f"the cache of {holder.__qualname__}"
     if isinstance(holder, CellType):
         holder.cell_contents = None
         return lambda: "a variable of a closure"
-    if isinstance(holder, tuple | frozenset):
-        return _let_go(holder)
     if isinstance(holder, dict):
-        owner = _owner(holder)
+        owner = owners.get(id(holder))
         shape = isinstance(owner, fx.Node)  # of a graph's node
         return None if shape else _taken_out(holder, _keys(holder, x), owner)
     if isinstance(holder, list | deque | set):
@@ -206,14 +231,15 @@ def _taken_out(names: dict[Any, Any], keys: list[Any], owner: Any) -> Named | No
     return lambda: f"{getattr(owner, '__qualname__', type(owner).__qualname__)}.{keys[0]}"
 
 
-def _owner(names: dict[Any, Any]) -> Any:
-    """Whose names a dict holds: a module's globals their own; None: nobody's."""
-    if "__builtins__" in names:
-        return names
-    for owner in gc.get_referrers(names):
-        if isinstance(owner, type | fx.Node) or getattr(owner, "__dict__", None) is names:
-            return owner
-    return None
+def _owners(dicts: Sequence[dict[Any, Any]]) -> dict[int, Any]:
+    """Whose names dicts hold, by the dict's identity: a module's globals their own; nobody's are left out."""
+    found: dict[int, Any] = {id(names): names for names in dicts if "__builtins__" in names}
+    left = {id(names) for names in dicts} - found.keys()
+    for owner in gc.get_referrers(*dicts) if left else []:
+        for names in gc.get_referents(owner):
+            if id(names) in left and (isinstance(owner, type | fx.Node) or getattr(owner, "__dict__", None) is names):
+                found.setdefault(id(names), owner)
+    return found
 
 
 def _keys(names: Mapping[Any, Any], x: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 h if type(x) is torch.Tensor else h.tanh()        a stand-in's type is another: refused, by that line
 type(self).__name__                               asks for a type too, and is the same
+2 * h if h.requires_grad else h                   another number where nobody asks for gradients: refused, too
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Outcome = list[Tensor] | Exception
 def expect_as_on_tensors(
     f: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Tensor], own: Sequence[Tensor], where: Sequence[str]
 ) -> None:
-    """Run a function on tensors and compare values and gradients with its graph's.
+    """Run a function on tensors and compare values and gradients with its graph's: on leaves, as parameters are, on
+    results of others, as a weight that has learnt is, inside wider memory, as a token is, and without gradients.
 
     own: what the first inputs stand for; numbers for the rest are drawn. where: the lines that ask what tells them
     apart; none: nothing is run.
@@ -31,18 +33,33 @@ def expect_as_on_tensors(
     """
     if not where or any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in (*inputs, *own)):
         return
-    with out_of_sight(), torch.inference_mode(False), torch.enable_grad():
-        expected, got = (_outcome(g, list(_drawn(inputs, own))) for g in (f, gm))
-    if isinstance(expected, Exception):
-        is_same, why = isinstance(got, Exception), f" ({type(expected).__name__} on a tensor: {expected})"
-    else:
-        is_same, why = not isinstance(got, Exception) and _are_close(got, expected), ""
-    if not is_same:
-        raise TraceError(
-            f"trace: `{'` or `'.join(where)}` decides by what tells a tensor from what stands for it, as a weight that "
-            f"has learnt does for a parameter{why}; expected the same for both. Ask isinstance(x, torch.Tensor), or "
-            "decide by shape or dtype."
-        )
+    for made in _ways:
+        with out_of_sight(), torch.inference_mode(False), torch.set_grad_enabled(made is not Tensor.detach):
+            expected, got = (_outcome(g, [made(x) for x in _drawn(inputs, own)]) for g in (f, gm))
+        if isinstance(expected, Exception):  # what only leaves can is nothing to compare
+            is_same, why = (
+                made is not _as_drawn or isinstance(got, Exception),
+                f" ({type(expected).__name__} on a tensor: {expected})",
+            )
+        else:
+            is_same, why = not isinstance(got, Exception) and _are_close(got, expected), ""
+        if not is_same:
+            raise TraceError(
+                f"trace: `{'` or `'.join(where)}` decides by what tells a tensor from what stands for it, as a weight "
+                f"that has learnt does for a parameter, a view for memory of its own, one without gradients{why}; "
+                "expected the same for all. Ask isinstance(x, torch.Tensor), or decide by shape or dtype."
+            )
+
+
+def _as_drawn(x: Tensor) -> Tensor:
+    return x
+
+
+def _inside(x: Tensor) -> Tensor:
+    return torch.stack([x, x], -1)[..., 1]
+
+
+_ways = (_as_drawn, Tensor.clone, _inside, Tensor.detach)
 
 
 def _drawn(inputs: Sequence[Tensor], own: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -68,7 +85,7 @@ def _outcome(f: Callable[..., Any], values: Sequence[Tensor]) -> Outcome:
             if x.requires_grad
         ]
         leaves = [x for x in values if x.requires_grad]
-        grads = torch.autograd.grad(ends, leaves, materialize_grads=True, allow_unused=True) if ends else ()
+        grads = torch.autograd.grad(ends, leaves, materialize_grads=True, allow_unused=True) if ends and leaves else ()
         return [*found, *grads]
     except Exception as error:
         return error

@@ -48,6 +48,7 @@ aten = torch.ops.aten
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
 _LIBRARY = re.compile("/site-packages/(opt_einsum|numpy)/")
 _TORCH = str(Path(torch.__file__).parent)
+_CALLS = str(torch.nn.modules.module.__file__)
 _PACKAGE = str(Path(__file__).parents[1])
 _HERE = tuple(str(Path(_PACKAGE, n)) for n in ("algebra", "ops", "graphs", "explanations", "calculus"))
 _doors: set[str] = set()  # files of ours that hand a user's function to the tracer
@@ -180,6 +181,7 @@ class _Lines(TorchFunctionMode):
         super().__init__()
         self.constants, self.listener, self.survivors = constants, listener, survivors()
         self.selected = Selected(_refuse_picked, listener.marked, trace, proved)
+        self.refused: Exception | None = None  # what a tensor with numbers would have given
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         line = _note()
@@ -193,10 +195,10 @@ class _Lines(TorchFunctionMode):
         """What a call gives; where torch refuses it, whatever the numbers are, torch's own words."""
         try:
             result = self._called(func, args, kwargs)
-        except (TraceError, CannotRecord):
-            raise
-        except Exception:
-            self._expect_taken(func, args, kwargs)
+        except Exception as error:
+            if not isinstance(error, TraceError | CannotRecord):
+                self._expect_taken(func, args, kwargs)
+            self.refused = error
             raise
         if not isinstance(self.listener, Plain) and any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
             self._expect_taken(func, args, kwargs)  # a fake tensor's kernel may let that pass
@@ -231,24 +233,25 @@ class _Lines(TorchFunctionMode):
 
 def _note() -> str:
     """Write the caller's line into the nodes that are made next; and give it as people read it, empty if none."""
-    frame, inner = sys._getframe(1), None
+    frame, inner, at, file, line, name = sys._getframe(1), None, None, "", "", "forward"
     while frame is not None and _is_ours(frame.f_code.co_filename, frame.f_code.co_name):
-        inner = frame if inner is None and frame.f_code.co_name == "forward" else inner
+        if inner is None:  # a hook of torch's, as spectral_norm, is called beside forward
+            at = frame if frame.f_code.co_filename != _CALLS else at
+            inner = frame if frame.f_code.co_name in ("forward", "_call_impl") else None
         # Who asked a door for a trace has no line of the function.
         at_door = frame.f_code is trace.__code__ and getattr(frame.f_locals["code"], "co_filename", "") in _doors
         frame = None if at_door else frame.f_back
-    file, line, name = "", "", "forward"
     if frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         line = linecache.getline(file, frame.f_lineno).strip()
     elif inner is not None and isinstance(module := inner.f_locals.get("self"), torch.nn.Module):
         # A part of torch's that is called by torch alone, as in nn.Sequential: the part says where.
-        frame, file, line = inner, f"<torch>/{Path(inner.f_code.co_filename).name}", repr(module).partition("\n")[0]
+        frame, line = at or inner, repr(module).partition("\n")[0]
+        file = f"<torch>/{Path(frame.f_code.co_filename).name}"
     number = frame.f_lineno if frame else 0
-    text = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
-    caller.line = text
+    caller.line = f'File "{file}", line {number}, in {name}\n    {line}' if file else ""
     if caller.is_told:
-        fx_traceback.current_meta["stack_trace"] = text
+        fx_traceback.current_meta["stack_trace"] = caller.line
     return _shown(file, number, line) if file else ""
 
 
@@ -310,6 +313,8 @@ def _with_lines(f: Callable[..., Any], constants: Constants, listener: Listener,
             listener.begin(args)
             constants.begin(args)
             result = f(*args)
+            if lines.refused is not None:  # the function has caught it: on numbers there is nothing to catch
+                raise lines.refused
             lines.selected.end(result)
             constants.end()
             _expect_unwritten(constants)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,14 +67,24 @@ class _Scheduler:
 
     def run(self, over: Mapping[int, int], beside: bool, stay: Mapping[int, str]) -> Schedule:
         pending = [n for n in self.nodes if n not in self.inside]
-        while pending:
-            n = next((n for n in pending if all(x in self.values for x in self._sources(n)) and self._takes(n)), None)
-            if n is None:
-                if self.nest is not None:
-                    self._close()
-                    continue
-                raise AssertionError(f"no order: {pending}")
-            pending.remove(n)
+        waits = {n: {x for x in self._sources(n) if x not in self.values} for n in pending}
+        readers: dict[fx.Node, list[int]] = {}
+        for k, n in enumerate(pending):
+            for x in waits[n]:
+                readers.setdefault(x, []).append(k)
+        ready = [k for k, n in enumerate(pending) if not waits[n]]
+        while ready:
+            at = next((at for at in ready if self._takes(pending[at])), None)
+            if at is None:
+                assert self.nest is not None, f"no order: {[pending[k] for k in ready]}"
+                self._close()
+                continue
+            ready.remove(at)
+            for k in readers.get(pending[at], ()):
+                waits[pending[k]].discard(pending[at])
+                if not waits[pending[k]]:
+                    insort(ready, k)
+        assert not any(waits.values()), f"no order: {[n for n in pending if waits[n]]}"
         self._close()
         outputs = [self.values[x] if isinstance(x, fx.Node) else x for x in self.results]
         self._mark_kept(outputs)

@@ -31,7 +31,7 @@ from dualform.learning.forms import Meeting, forms
 from dualform.learning.front_door import Routine, TracedRule
 from dualform.learning.grid import Variant
 from dualform.learning.rules import Coefficients, Rule, Scalar, is_number, mixed, unroll
-from dualform.learning.sites import Analysis, Site, op_name, operand_nodes, read_nodes
+from dualform.learning.sites import Analysis, Site, maker, op_name, operand_nodes, read_nodes
 from dualform.learning.spelling import DerivationError, twins
 from dualform.learning.token_maps import Price, Written, separated, together, token_back, token_first, weighted
 
@@ -299,7 +299,7 @@ class Emitter:
                 c = c + d * self.inner.rule.start[k]
         return [(w, t) for w, t in [(c, x.th[leaf]), *parts] if not is_number(w, 0.0)]
 
-    def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Tensor:
+    def _per_token(self, site: Site, copies: Mapping[str, Tensor], env: Mapping[fx.Node, Any]) -> Any:
         """Run an inadmissible site with each token's own weights: the traced op at one token, mapped over tokens."""
         assert self.one is not None
         a, one, W = self.many, self.one, self.variant.width
@@ -321,8 +321,13 @@ class Emitter:
         weights = {leaf: copies[leaf] for leaf in site.leaves}
         if W == 1:
             return run({leaf: w[0] for leaf, w in weights.items()}, [env[n] for n in toks])
-        fronts = [token_first(env[n], a.places[n], W) for n in toks]
-        return token_back(torch.vmap(run)(weights, fronts), a.places[site.node], site.node.meta["val"].shape)
+        made = torch.vmap(run)(weights, [token_first(env[n], a.places[n], W) for n in toks])
+        if isinstance(made, Tensor):
+            return token_back(made, a.places[site.node], site.node.meta["val"].shape)
+        read = {part: n for n in site.node.users if (part := maker(n)[1]) is not None}
+        return tuple(
+            token_back(x, a.places[read[k]], read[k].meta["val"].shape) if k in read else x for k, x in enumerate(made)
+        )
 
     def _advance(
         self, x: StepInputs, coef: Coefficients, keys: _Keys

@@ -402,7 +402,9 @@ def _mixes(a: Analysis, node: fx.Node) -> DerivationError:
         return DerivationError(
             f"derive: the {a.who} takes rows apart, as a loop over them does, and so mixes tokens at "
             f"{source_line(node)}: {op_name(op)} gives some of them alone; expected {_apart[a.who]} Write it for all "
-            "rows at once: ops on the last axes, or torch.vmap(f)(x) in place of torch.stack([f(row) for row in x])."
+            "rows at once: ops on the last axes, or torch.vmap(f)(x) in place of torch.stack([f(row) for row in x]). "
+            "Of an op that it has no rule for, as gru_cell and fused attention, torch.vmap makes such a loop: call "
+            "that on all rows."
         )
     where = source_line(node) or f"{op_name(op)}, called inside torch"
     if not row_of(op.target).name and has_no_row(op):

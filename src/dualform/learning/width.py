@@ -47,13 +47,13 @@ def _where_it_fails(learner: nn.Module, candidates: list[int], sizes: list[int])
     return next(iter(ends), told[0] if is_free else None)
 
 
-def _run(learner: nn.Module, K: int, made: _Made) -> bool:
+def _run(learner: nn.Module, K: int, made: _Made, rows: int = _ROWS) -> bool:
     """Run a learner on a few rows; return whether it gives as many."""
     p = next(learner.parameters(), torch.empty(()))
     buffers = {name: b.clone() for name, b in learner.named_buffers()}  # a trial writes to none of the learner's
     with torch.no_grad(), torch.random.fork_rng(devices=[]), made:
-        found = Twin(learner)(buffers, made.noted(torch.zeros(_ROWS, K, dtype=p.dtype, device=p.device)))
-        return not isinstance(found, Tensor) or found.shape[:1] == (_ROWS,)
+        found = Twin(learner)(buffers, made.noted(torch.zeros(rows, K, dtype=p.dtype, device=p.device)))
+        return not isinstance(found, Tensor) or found.shape[:1] == (rows,)
 
 
 class _Made(TorchFunctionMode):
@@ -78,9 +78,10 @@ class _Made(TorchFunctionMode):
 
 
 def _runs(learner: nn.Module, K: int) -> bool:
+    """With one row less, too: reshape(-1, n) takes several rows for one where they have n entries together."""
     made = _Made()
     try:
-        found = _run(learner, K, made)
+        found = _run(learner, K, made) and _run(learner, K, made, _ROWS - 1)
     except Exception:
         found = False
     let_go([*made.seen.values()])  # now that no error's frames hold them

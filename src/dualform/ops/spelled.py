@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -270,12 +270,6 @@ def _layer_norm(
     return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """As its definition, not fused, on the CPU too."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
-
-
 def _instance_norm(
     input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
     bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
@@ -295,14 +289,22 @@ TWICE: dict[Any, Callable[..., Tensor]] = {
     torch.cdist: cdist,
     torch.layer_norm: _layer_norm,
     torch.nn.functional.layer_norm: _layer_norm,
-    torch.nn.functional.scaled_dot_product_attention: _attention,
     torch.nn.functional.instance_norm: _instance_norm,
     _bagged: _embedding_bag,
 }
 
 
 class differentiable_twice(TorchFunctionMode):
-    """Run what torch cannot differentiate twice or thrice by its definition."""
+    """Run what torch cannot differentiate twice or thrice by its definition; attention unfused, whoever calls it."""
+
+    def __enter__(self) -> Self:
+        self.unfused = sdpa_kernel(SDPBackend.MATH)
+        self.unfused.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.unfused.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return (TWICE.get(func) or func)(*args, **(kwargs or {}))
