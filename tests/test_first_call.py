@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+from functools import partial
 
 import networkx
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import dualform as df
+from dualform.graphs.constants import Constants
 from dualform.graphs.cut import minimum_cut
 from dualform.graphs.hollow import META, Hollow, Hollows, computed
 from dualform.graphs.recorder import CannotRecord
@@ -120,7 +122,9 @@ def test_an_op_of_values_has_no_shape() -> None:
 def _graph(f, *args) -> list[str]:
     return [
         str(node.target)
-        for node in sys.modules["dualform.graphs.trace"]._recorded(f, args, {}, lambda gm: None, alone).graph.nodes
+        for node in sys.modules["dualform.graphs.trace"]
+        ._recorded(f, args, partial(Constants, {}, str), lambda gm: None, alone)
+        .graph.nodes
     ]
 
 

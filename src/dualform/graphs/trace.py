@@ -443,9 +443,7 @@ def _reraise(error: Exception, kind: type[TraceError] = TraceError) -> NoReturn:
 def _refuse_values(gm: fx.GraphModule) -> None:
     """A number that came out of a tensor, or a shape that depends on its values, is control flow in disguise."""
     for node in gm.graph.nodes:
-        made = node.meta.get("val")
-        parts = made if isinstance(made, (list, tuple)) else (made,)
-        for part in parts:
+        for part in pytree.tree_leaves(node.meta.get("val")):
             loose = isinstance(part, Tensor) and not all(isinstance(n, int) for n in part.shape)
             if loose or isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 _refuse_data(source_line(node) or str(node.target))
