@@ -1132,6 +1132,17 @@ def test_a_function_may_try_what_torch_refuses():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_function_may_try_to_view_what_does_not_lie_in_order():
+    def f(x):
+        try:
+            return x.T.view(-1)
+        except RuntimeError:
+            return x.T.reshape(-1) * 2
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(trace(f, x)(x), 2 * x.T.reshape(-1))
+
+
 def test_wide_tensors_are_refused_for_their_dtypes_too():
     whole = torch.ones(800, 800, dtype=torch.long)
     with pytest.raises(TraceError, match="dtype, but got: float != long"):

@@ -313,8 +313,11 @@ def refusal(func: Any, args: Any, kwargs: dict[str, Any]) -> Exception | None:
         def real(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return CPU if isinstance(x, torch.device) else x
-            shape = [min(n, 2) for n in x.shape] if is_large else x.shape
-            return torch.full(shape, value, dtype=first if alike else x.dtype, device=CPU)
+            kind = {"dtype": first if alike else x.dtype, "device": CPU}
+            if is_large or x.layout is not torch.strided:
+                return torch.full([min(n, 2) if is_large else n for n in x.shape], value, **kind)
+            room = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+            return torch.full((room,), value, **kind).as_strided(x.shape, x.stride())  # what a view takes, too
 
         try:
             func(*_pytree.tree_map(real, args), **_pytree.tree_map(real, kwargs))
