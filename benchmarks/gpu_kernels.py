@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from typing import Any
 
 import harness
@@ -260,7 +259,8 @@ def measure(options: Any) -> harness.Found:
     more = [("ours", c) for c in OURS[10:] if "ours" in options.parts]
     turns = [*main, *(("peers", c) for c in PEERS if "peers" in options.parts), *more]
     found += alone(turns, 1, options.limit, end)
-    run = {"commit": harness.git("rev-parse", "--short", "HEAD"), "date": date.today().isoformat()}
+    now = harness.about()
+    run = {"commit": now["commit"][:7], "date": now["date"]}
     return {"cases": merged(recorded, found, run)}
 
 

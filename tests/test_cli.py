@@ -393,8 +393,8 @@ MATRICES = [
 ]
 # A formula, what it is of, a part of its structure.
 TOLD = {
-    "where(x > 0, x, 0)": ("x=4", "δ(i,j)"), "inv(S)": ("S=2,2", "-C[i,k] C[l,j]"),
-    "torch.linalg.solve(S, x)": ("S=2,2 x=2", "-C[i,j] X[k]"), "solve(S, x)": ("x=2 S=2,2", "C[i,j]"),
+    "where(x > 0, x, 0)": ("x=4", "δ(i,j)"), "inv(S)": ("S=2,2", "-inv(S)[i,k] inv(S)[l,j]"),
+    "torch.linalg.solve(S, x)": ("S=2,2 x=2", "-inv(S)[i,j] solve(S,x)[k]"), "solve(S, x)": ("x=2 S=2,2", "inv(S)[i,j]"),
     "cross_entropy(z, y)": ("z=3,4 y=3:int", "[i,j]"), "embedding(k, w)": ("k=3:int w=5,2", "δ(j,m) δ(l,k[i])"),
     "x[k]": ("k=2:int x=5", "δ(j,k[i])"), "x[m]": ("x=5 m=5:bool", "[i])"), "eye(3) @ x": ("x=3,2", "δ(i,k) δ(j,l)"),
     "arange(3) * x": ("x=3", "[i] δ(i,j)"), "tensor([1.5, 0.1]) * x": ("x=2", "[i] δ(i,j)"), "ones(2) * x": ("x=2", "δ(i,j)"),
