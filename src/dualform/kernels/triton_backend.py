@@ -387,7 +387,8 @@ class _Rows(Stretches[Made]):
             room[name] = run.call.q.new_empty(count, run.B, run.H, *shape, dtype=kind)
         own = [room[a.what] if a.role in ("made", "passed") else given[a.role, a.what] for a in kernel.arguments]
         tensors = [_shaped(x, a) for x, a in zip(own, kernel.arguments, strict=True)]
-        triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, self._launch(kernel))
+        if tensors:  # else torch does all of it
+            triton_launch.run(kernel, tensors, run.B * run.H, run.H, groups, scalars, self._launch(kernel))
         if kernel.after is None:
             return
         values = [room[x] if isinstance(x, str) else given[held_in(x, kernel.kept)] for x in kernel.after.inputs]
