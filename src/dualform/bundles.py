@@ -19,7 +19,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from dualform.caches import cache_folder, is_private
 from dualform.catalogue import CatalogueError

@@ -124,6 +124,12 @@ def _expected_code(kind: str, name: str, code: Any) -> dict[str, str]:
     return dict(code)
 
 
+def load(kind: str, spec: str) -> Any:
+    """Return what FILE.py:NAME is; kind: how errors begin."""
+    name, code = _named(kind, spec)
+    return _resolved(f"{kind}: {spec}", name, code)
+
+
 def _named(kind: str, spec: str) -> tuple[str, dict[str, str]]:
     """Read FILE.py:NAME from the disk, which its being named allows."""
     path, _, name = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "")
@@ -238,7 +244,9 @@ def _expect_harmless(file: Path, data: bytes) -> None:
 def _expect_unchanged(file: Path, data: bytes, found: Any) -> None:
     """Refuse a file that does not hold the code that is in memory."""
     held = {code.co_qualname: code for code in _codes(compile(data, str(file), "exec", dont_inherit=True))}
-    own = [found] if isinstance(found, FunctionType) else [x for x in vars(found).values() if isinstance(x, FunctionType)]
+    own = (
+        [found] if isinstance(found, FunctionType) else [x for x in vars(found).values() if isinstance(x, FunctionType)]
+    )
     for function in own:
         code = function.__code__
         if Path(code.co_filename).name == file.name and held.get(code.co_qualname) != code:
@@ -313,4 +321,14 @@ def expect_options(where: str, function: Callable[..., Any], given: int, options
         ) from None
 
 
-__all__ = ["CodeError", "UntrustedCodeError", "codes_in", "expect_no_paths", "expect_options", "reader", "unsaved"]
+__all__ = [
+    "CodeError",
+    "UntrustedCodeError",
+    "codes_in",
+    "expect_no_paths",
+    "expect_options",
+    "is_path",
+    "load",
+    "reader",
+    "unsaved",
+]

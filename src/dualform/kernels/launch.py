@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualform.learning.backends import BackendError
 from dualform.caches import cache_folder, is_private
+from dualform.learning.backends import BackendError
 
 OPTIMISE = "-O3"
 FLAGS = (

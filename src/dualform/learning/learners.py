@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from dualform import functions
 from dualform.catalogue import Catalogue
-from dualform.own_code import CodeError, expect_options, reader
 from dualform.functions.head import HeadConfig, parts
 from dualform.functions.remainders import find_activation
+from dualform.own_code import CodeError, expect_options, reader
 
 Recipe = Callable[[int], nn.Module]
 

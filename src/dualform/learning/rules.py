@@ -29,7 +29,6 @@ from dualform.shapes import fail, require
 Scalar = float | Tensor
 
 
-
 class Step(NamedTuple):
     """One token's coefficients: A (r rows of r), b (r), u (r), a. Entries are numbers or tensors shaped like a gate."""
 
