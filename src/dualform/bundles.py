@@ -175,8 +175,9 @@ def gather(code: Mapping[str, str], find: Callable[[str], Path | None], where: s
     Raises: CodeError if one is missing or has changed.
     """
     key, files, place = key_of(code), dict[str, bytes](), Path()
-    for name, digest in code.items():
+    for name in code:
         expect_plain(name)
+    for name, digest in code.items():
         found = find(f"{FOLDER}/{key}/{name}")
         if found is None:
             raise CodeError(

@@ -34,10 +34,9 @@ _reasons: dict[str, str] = {}  # token: why a class has no file
 _records: dict[tuple[str, str, str], OwnRecord] = {}
 
 
+# A record whose function is in a file of the user's own. Options are as they were given, no default filled in.
 @dataclass(frozen=True, eq=False, repr=False)
 class OwnRecord(Record):
-    """A record whose function is in a file of the user's own. Options are as they were given, no default filled in."""
-
     code: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -169,7 +168,23 @@ def _resolved(where: str, name: str, code: Mapping[str, str]) -> Any:
         what = f"{file} has no {attribute!r}" if attribute else f"{file} is named without what in it is meant"
         advice = near_misses(attribute, own) if attribute else f"Write {file}:{(own or ['NAME'])[-1]}."
         raise CodeError(f"{where}: {what}. {advice}")
+    if not _is_defined_in(found, f"{bundles.PREFIX}{key}."):
+        # With options of a folder's choice, what a known file only imports could be made to do anything.
+        home = getattr(found, "__module__", type(found).__name__)
+        raise CodeError(
+            f"{where} is not defined in {file}, which has it from {home}; expected a name of the file's own. Derive a "
+            "class of yours from it there."
+        )
     return found
+
+
+def _is_defined_in(found: Any, package: str) -> bool:
+    """Is it a bundle's own class or function, a partial of one, or a value, as a Rule is?"""
+    while isinstance(found, functools.partial):
+        found = found.func
+    home = getattr(found, "__module__", None) or ""
+    is_value = not callable(found) or not (isinstance(found, type) or inspect.isroutine(found))
+    return home.startswith(package) or (is_value and (not callable(found) or home.startswith(("dualform.", "torch."))))
 
 
 def _imported(where: str, module: str, names: list[str]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dualform import bundles
 from dualform.catalogue import expect, near_misses
@@ -133,10 +133,12 @@ class DualformConfig(PreTrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Read a configuration, and the files of own code that it names; none of them runs before a model is built."""
         gather_code(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does, with the files that the learner, objective and rule are in.
