@@ -313,7 +313,7 @@ def test_what_is_wrong_is_said(mine, monkeypatch, tmp_path, capfd, name, given):
 
 
 def test_unknown_options_are_near_something(mine):
-    with pytest.raises(CodeError, match="unknown option 'rnk'. Did you mean 'rank'"):
+    with pytest.raises(CodeError, match=r"unknown option 'rnk'\. Did you mean 'rank'"):
         df.learners.build((f"{mine}:Mine", {"rnk": 3}))
 
 

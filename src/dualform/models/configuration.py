@@ -48,7 +48,8 @@ class DualformConfig(PreTrainedConfig):
     """Describe a causal language model whose layers learn while they read.
 
     Any field of a preset can be overridden; `layer_types` (one kind per layer, or a single kind for all) is derived
-    after the overrides. A spec left out is that of TTT-MLP.
+    after the overrides. A spec left out is that of TTT-MLP. `learner`, `objective` and `rule` may be code of one's own: a
+    class or function, or its file, "mine.py:Mine", which is saved with the model (docs/your_code.md).
     Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, values of another type, kinds and names that are unknown.
