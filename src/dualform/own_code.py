@@ -36,7 +36,7 @@ _records: dict[tuple[str, str, str], OwnRecord] = {}
 
 # A record whose function is in a file of the user's own. Options are as they were given, no default filled in.
 @dataclass(frozen=True, eq=False, repr=False)
-class OwnRecord(Record):
+class OwnRecord(Record):  # pyright: ignore[reportIncompatibleMethodOverride]: Record's __doc__ is made per record
     code: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
