@@ -22,7 +22,7 @@ from dualform.learning.program import derive
 from dualform.learning.rules import rules
 from dualform.models import DualformConfig, presets
 from dualform.models.blocks import learning_layer
-from dualform.own_code import is_path, load
+from dualform.own_code import CodeError, is_path, load
 from dualform.shapes import TraceError
 
 
@@ -131,7 +131,11 @@ def _matched(target: str, function: Callable[..., Any], names: list[str]) -> lis
 
 def _of_learner(target: str, dim: int | None, trust_code: bool = False) -> Any:
     if is_path(target):
-        make, dim = learners.build(target), dim or 64
+        try:
+            make, dim = learners.build(target), dim or 64
+        except CodeError as error:
+            more = "" if "there is no file" in str(error) else " For a function of tensors pass --shapes."
+            raise UsageError(f"explain: {str(error).removeprefix('learners: ')}{more}") from error
         try:
             learner = make(dim)
         except Exception as error:  # the caller's too
