@@ -1,6 +1,6 @@
 """Python files that a model is made with, told apart by what is in them; none runs without the user's word.
 
-A bundle is a file and those beside it that it imports, named by its digests: {"mine.py": SHA-256, "helper.py": SHA-256}.
+A bundle is a file and those beside it that it imports, named by digests: {"mine.py": SHA-256, "helper.py": SHA-256}.
 Its key is the digest of these. It may run once the user has named its file (then a copy is kept in the cache folder, so
 that it is known on this machine) or has said so for a folder that came with it. It is imported as a package of its own,
 `dualform_code_<key>`, so that files of one name never meet; imports of a neighbour become relative ones.

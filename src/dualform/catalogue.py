@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from numbers import Integral, Real
-from types import UnionType
-from typing import Annotated, Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Never, TypeVar, Union, cast, get_args, get_origin
 
 from dualform.shapes import shown
 
@@ -248,10 +248,7 @@ class Record:
         # The module goes with it, to be imported, and its records registered, where this is read.
         return _record, (self.function.__module__, self.kind, self.name)
 
-    @property
-    def stamp(self) -> dict[str, Any]:
-        """What else than its name says in JSON which record this is."""
-        return {}
+    stamp: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what else than its name JSON says of a record
 
     def reduced(self, items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
         """How a pickle makes the record with its options again."""
@@ -314,8 +311,8 @@ class Bound:
         return self
 
     def __repr__(self) -> str:
-        defaults = self.record.options
-        shown = [f"{key}={value!r}" for key, value in self.items if value != defaults.get(key, inspect.Parameter.empty)]
+        defaults = {key: inspect.Parameter.empty for key, _ in self.items} | self.record.options
+        shown = [f"{key}={value!r}" for key, value in self.items if value != defaults[key]]
         name = f".{self.name}" if self.name.isidentifier() else f"[{self.name!r}]"
         return f"{self.record.kind}{name}({', '.join(shown)})"
 

@@ -36,11 +36,11 @@ _records: dict[tuple[str, str, str], OwnRecord] = {}
 
 # A record whose function is in a file of the user's own. Options are as they were given, no default filled in.
 @dataclass(frozen=True, eq=False, repr=False)
-class OwnRecord(Record):  # pyright: ignore[reportIncompatibleMethodOverride]: Record's __doc__ is made per record
+class OwnRecord(Record):  # pyright: ignore[reportIncompatibleMethodOverride]: __doc__ is per record
     code: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> Mapping[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]: per record
         return {"code": dict(self.code)}
 
     def __call__(self, *args: Any, **options: Any) -> Bound:
@@ -197,7 +197,8 @@ def _imported(where: str, module: str, names: list[str]) -> Any:
         own = [frame for frame in frames if Path(frame.filename).name in names]
         at = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else names[0]
         raise CodeError(
-            f"{where} cannot be imported: {at} raises {type(error).__name__}: {error}. Mend it, or install what it needs."
+            f"{where} cannot be imported: {at} raises {type(error).__name__}: {error}. "
+            "Mend it, or install what it needs."
         ) from error
 
 
@@ -242,7 +243,7 @@ _reasons_token: dict[str, str] = {}
 
 
 def _expect_harmless(file: Path, data: bytes) -> None:
-    """Refuse a script whose import would do what it does: only definitions, and what its `__main__` guard holds back."""
+    """Refuse a script whose import would do what it does: definitions may stand in it, and what a guard holds back."""
     ast = bundles.ast
     for node in bundles.parsed(file, data).body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef):

@@ -25,8 +25,8 @@ def convert(
             ttt-lm-kernels; or with config.json and a *.npz of ttt-lm-jax (names joined by "/"). Pickles are refused.
         target: The folder to write.
         to: The layout to write: "dualform" unless the source is that already, else "official" (ttt-lm-pytorch).
-        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is refused,
-            unless you ran the same file before on this machine.
+        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
     """
     if not source.exists():
         raise UsageError(

@@ -24,8 +24,8 @@ def evaluate(
             and "shakespeare" for a model outside of a run.
         seq_len: Tokens per row; each row starts with an unread state. Default: as in training, or 128.
         batch_size: Rows at once. Default: as in training, or 16.
-        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is refused,
-            unless you ran the same file before on this machine.
+        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
         as_json: Print JSON instead of a table.
     """
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):

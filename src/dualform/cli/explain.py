@@ -44,8 +44,8 @@ def explain(
         level: How much to say: one-line, steps (the default) or proof.
         format: text (the default), latex or html (a page that stands alone).
         json: Print the steps of a formula as JSON.
-        trust_code: Let code run that came with a model's folder, its learner's own file, and say which; without this it is refused,
-            unless you ran the same file before on this machine.
+        trust_code: Let code run that came with a model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")

@@ -31,8 +31,8 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         seed: Of the sampling; temperature 0 draws nothing.
         state: A file that carries what the layers have learnt: read if it is there, and written at the end.
-        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is refused,
-            unless you ran the same file before on this machine.
+        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
     """
     if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits overflow
         raise UsageError(

@@ -39,8 +39,8 @@ def train(
         seed: Of weights and order. Default 0.
         resume: Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is
             given beside this must be what the run was made with.
-        assignments: A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated. A learner,
-            objective or rule of yours is FILE.py:NAME: model.learner=mine.py:Mine.
+        assignments: A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated. A
+            learner, objective or rule of yours is FILE.py:NAME: model.learner=mine.py:Mine.
         trust_code: With --resume: let code run that came with the run, its learner's own file; without this it is
             refused, unless you ran the same file before on this machine.
         as_json: Print the final table as JSON.

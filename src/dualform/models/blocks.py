@@ -76,7 +76,8 @@ def learning_layer(config: DualformConfig, name: str = "", prove: bool = True) -
         with torch.device("cpu"):
             objective = objective.record.function(**objective.options)
     layer = TestTimeTraining(
-        config.hidden_size, config.num_attention_heads, learner=learners.build(config.learner), objective=objective, rule=rules.build(config.rule), chunk=config.chunk,
+        config.hidden_size, config.num_attention_heads, learner=learners.build(config.learner), objective=objective,
+        rule=rules.build(config.rule), chunk=config.chunk,
         rope_theta=config.rope_theta, share_qk=config.share_qk, use_gate=config.use_gate,
         conv_kernel=config.conv_kernel, prove=prove,
     )  # fmt: skip

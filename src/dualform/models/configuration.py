@@ -48,8 +48,8 @@ class DualformConfig(PreTrainedConfig):
     """Describe a causal language model whose layers learn while they read.
 
     Any field of a preset can be overridden; `layer_types` (one kind per layer, or a single kind for all) is derived
-    after the overrides. A spec left out is that of TTT-MLP. `learner`, `objective` and `rule` may be code of one's own: a
-    class or function, or its file, "mine.py:Mine", which is saved with the model (docs/your_code.md).
+    after the overrides. A spec left out is that of TTT-MLP. `learner`, `objective` and `rule` may be code of one's own:
+    a class or function, or its file, "mine.py:Mine", which is saved with the model (docs/your_code.md).
     Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, values of another type, kinds and names that are unknown.
@@ -151,9 +151,11 @@ class DualformConfig(PreTrainedConfig):
             bundles.write(code, Path(save_directory))
         if lost := unsaved(own):
             warnings.warn(
-                f"save_pretrained: the source of {'; '.join(lost)} is not saved; expected a class in a file of its own. "
-                "Move it to one, say mine.py, import it from there and save again: "
-                "config.learner = 'mine.py:NAME' is enough. As it is, load with from_pretrained(folder, learner=NAME), "
+                f"save_pretrained: the source of {'; '.join(lost)} is not saved; expected a class in a file of its "
+                "own. "
+                "Move it to one, say mine.py, import it from there and save again: config.learner = 'mine.py:NAME' is "
+                "enough. "
+                "As it is, load with from_pretrained(folder, learner=NAME), "
                 "and likewise objective= and rule=.",
                 stacklevel=2,
             )
