@@ -295,11 +295,8 @@ class Bound:
     def to_json(self) -> dict[str, Any]:
         """Return `{"name": ..., **options}` of plain JSON values, every option present."""
         where = f"{self.record.kind}.{self.name}: option"
-        return (
-            {"name": self.name}
-            | self.record.stamp
-            | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
-        )
+        options = {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
+        return {"name": self.name, **self.record.stamp, **options}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.record.reduced(self.items)
