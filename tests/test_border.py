@@ -348,7 +348,7 @@ mistakes = {
     "generate model --prompt a --max-new-tokens 1.5": (2, "max-new-tokens"),
     "evaluate model --seq-len 1 --data t.txt": (2, "seq_len is 1; expected a whole number >= 2"),
     "evaluate model --batch-size true": (2, "batch-size"),
-    "explain mine.py:Two": (2, "raises TypeError"),
+    "explain mine.py:Two": (2, "mine.py:Two takes (dim, other), and missing a required argument: 'other'"),
     "explain mine.py:boom": (2, "raises KeyError: 'x'; expected NAME(dim) to make an nn.Module"),
     "explain mine.py:Two --dim 0": (2, "--dim is 0; expected a width >= 1"),
     "explain tiny-attention": (2, "no layer of tiny-attention learns at test time"),

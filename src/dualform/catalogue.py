@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from numbers import Integral, Real
-from types import UnionType
-from typing import Annotated, Any, Literal, Never, TypeVar, Union, cast, get_args, get_origin
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Never, TypeVar, Union, cast, get_args, get_origin
 
 from dualform.shapes import shown
 
@@ -143,7 +143,8 @@ class FrozenMapping(Mapping[str, Any]):
         return repr(self._items)
 
 
-def _freeze(where: str, value: Any) -> Any:
+def freeze(where: str, value: Any) -> Any:
+    """Return an option as a value that hashes."""
     if value is None or isinstance(value, (bool, int, float, str, Bound, FrozenMapping)):
         return value
     if isinstance(value, Integral):  # numpy's numbers, as a grid search draws them
@@ -151,10 +152,10 @@ def _freeze(where: str, value: Any) -> Any:
     if isinstance(value, Real):
         return float(value)
     if isinstance(value, (list, tuple)):
-        return tuple(_freeze(where, item) for item in cast("Sequence[Any]", value))
+        return tuple(freeze(where, item) for item in cast("Sequence[Any]", value))
     if isinstance(value, Mapping):
         items = cast("Mapping[str, Any]", value).items()
-        return FrozenMapping({str(key): _freeze(where, item) for key, item in items})
+        return FrozenMapping({str(key): freeze(where, item) for key, item in items})
     if callable(value):
         return value
     raise CatalogueError(
@@ -232,9 +233,10 @@ class Record:
                 return tuple(inner[0].build(part) for part in cast("Sequence[Any]", value))
             raise CatalogueError(f"{where}: option {key!r} is {value!r}; expected a list of specs.")
         is_left_out = value is None and self.options[key] is None
-        if inner is not None and not is_left_out and (isinstance(value, Bound) or not callable(value)):
+        is_spec = isinstance(value, Bound) or not callable(value) or (inner is not None and inner.reads(value))
+        if inner is not None and not is_left_out and is_spec:
             return inner.build(value)
-        frozen = _freeze(f"{where}: option {key!r}", value)
+        frozen = freeze(f"{where}: option {key!r}", value)
         expect(where, key, frozen, self.hints[key], self._advice(key), CatalogueError)
         return frozen
 
@@ -245,6 +247,12 @@ class Record:
     def __reduce__(self) -> tuple[Any, ...]:
         # The module goes with it, to be imported, and its records registered, where this is read.
         return _record, (self.function.__module__, self.kind, self.name)
+
+    stamp: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what else than its name JSON says of a record
+
+    def reduced(self, items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
+        """How a pickle makes the record with its options again."""
+        return _restore, (self.function.__module__, self.kind, self.name, items)
 
     def __repr__(self) -> str:
         return f"{self.kind}.{self.name}{self.signature}"
@@ -287,10 +295,11 @@ class Bound:
     def to_json(self) -> dict[str, Any]:
         """Return `{"name": ..., **options}` of plain JSON values, every option present."""
         where = f"{self.record.kind}.{self.name}: option"
-        return {"name": self.name} | {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
+        options = {key: _thaw(f"{where} {key!r}", value) for key, value in self.items}
+        return {"name": self.name, **self.record.stamp, **options}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.record.function.__module__, self.record.kind, self.name, self.items)
+        return self.record.reduced(self.items)
 
     def __copy__(self) -> Bound:
         return self
@@ -299,9 +308,10 @@ class Bound:
         return self
 
     def __repr__(self) -> str:
-        defaults = self.record.options
+        defaults = {key: inspect.Parameter.empty for key, _ in self.items} | self.record.options
         shown = [f"{key}={value!r}" for key, value in self.items if value != defaults[key]]
-        return f"{self.record.kind}.{self.name}({', '.join(shown)})"
+        name = f".{self.name}" if self.name.isidentifier() else f"[{self.name!r}]"
+        return f"{self.record.kind}{name}({', '.join(shown)})"
 
 
 def _record(module: str, kind: str, name: str) -> Record:
@@ -319,6 +329,7 @@ _of_kind: dict[str, Catalogue] = {}
 class Catalogue:
     """Named records of one kind, found by any spelling of their names.
 
+    outside: reads specs that name no record of its own, as `own_code.reader` does; None for any other.
     Raises: UnknownNameError for a name it lacks, CatalogueError for a duplicate, an unknown option or a bad spec.
     Example:
         >>> shapes = Catalogue("shapes")
@@ -331,8 +342,8 @@ class Catalogue:
         True
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, outside: Callable[[Any], Bound | None] | None = None) -> None:
+        self.kind, self._outside = kind, outside
         _of_kind[kind] = self
         self._records: dict[str, Record] = {}
         self._keys: dict[str, str] = {}
@@ -381,9 +392,12 @@ class Catalogue:
     def build(self, spec: Any) -> Bound:
         """Make a bound record of a bound record, a name, `(name, options)` or `{"name": ..., **options}`."""
         if isinstance(spec, Bound):
-            if spec.name not in self._records or self._records[spec.name] is not spec.record:
+            is_own = spec.record.kind == self.kind and bool(spec.record.stamp)
+            if not is_own and self._records.get(spec.name) is not spec.record:
                 raise CatalogueError(f"{self.kind}.build: {spec!r} belongs to the catalogue {spec.record.kind!r}.")
             return spec
+        if self._outside is not None and (found := self._outside(spec)) is not None:
+            return found
         if isinstance(spec, str):
             return self[spec]()
         if isinstance(spec, Mapping):
@@ -398,6 +412,10 @@ class Catalogue:
         expected = 'a bound record, a name, (name, {options}) or {"name": ..., options}'
         advice = f"Call it: {spec.name}()." if isinstance(spec, Record) else f"Known names: {', '.join(self.names())}."
         raise CatalogueError(f"{self.kind}.build: {shown(spec)} is not a spec; expected {expected}. {advice}")
+
+    def reads(self, value: Any) -> bool:
+        """May a class or function itself stand for a spec here?"""
+        return self._outside is not None and (isinstance(value, type) or inspect.isroutine(value))
 
     def __getitem__(self, name: str) -> Record:
         key = self._keys.get(normalise(str(name)))

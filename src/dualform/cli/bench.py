@@ -43,7 +43,7 @@ def bench(
 
     Args:
         name: cpu: eager and generated C++, float32. gpu: eager and generated Triton, bfloat16.
-        learner: Names of learners; default all, each with its default options.
+        learner: Names of learners, or FILE.py:NAME; default all, each with its default options.
         batch: Sequences at once. Default 1 on a CPU, 8 on a GPU.
         length: Tokens of a sequence. Default 1024 on a CPU, 2048 on a GPU.
         dim: Width of a head.

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from dualform.cli.output import UsageError
+from dualform.cli.output import TrustCode, UsageError, tell_trusted
 from dualform.models.folder import model_folder, read_folder, write_official
 from dualform.train.training import num_parameters
 
@@ -14,7 +14,10 @@ from dualform.train.training import num_parameters
 _kept = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
-def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"] | None = None) -> None:
+def convert(
+    source: Path, target: Path, /, *, to: Literal["official", "dualform"] | None = None,
+    trust_code: TrustCode = False,
+) -> None:  # fmt: skip
     """Convert a model's folder to or from the layout of ttt-lm-pytorch.
 
     Args:
@@ -22,6 +25,8 @@ def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"
             ttt-lm-kernels; or with config.json and a *.npz of ttt-lm-jax (names joined by "/"). Pickles are refused.
         target: The folder to write.
         to: The layout to write: "dualform" unless the source is that already, else "official" (ttt-lm-pytorch).
+        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
     """
     if not source.exists():
         raise UsageError(
@@ -31,6 +36,8 @@ def convert(source: Path, target: Path, /, *, to: Literal["official", "dualform"
         raise UsageError(
             f"convert: {target} is not empty; expected a new folder, so that nothing is lost. Name another."
         )
+    if trust_code:
+        tell_trusted(model_folder(source))
     model, layout = read_folder(source)
     to = to or ("official" if layout == "dualform" else "dualform")
     if to == layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualform.cli.output import AsJson, UsageError, load_model, show
+from dualform.cli.output import AsJson, TrustCode, UsageError, load_model, show
 from dualform.train.data import PackedRows, byte_tokenizer, load_corpus
 from dualform.train.metrics import baselines
 from dualform.train.metrics import evaluate as score
@@ -14,7 +14,7 @@ from dualform.train.settings import Settings
 
 def evaluate(
     model: str, /, *, data: str | None = None, seq_len: int | None = None, batch_size: int | None = None,
-    as_json: AsJson = False,
+    trust_code: TrustCode = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score a model on the held-out part of a text.
 
@@ -24,12 +24,14 @@ def evaluate(
             and "shakespeare" for a model outside of a run.
         seq_len: Tokens per row; each row starts with an unread state. Default: as in training, or 128.
         batch_size: Rows at once. Default: as in training, or 16.
+        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
         as_json: Print JSON instead of a table.
     """
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise UsageError(f"evaluate: {name} is {value}; expected a whole number >= {least}. Change it.")
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, trust_code)
     if len(tokenizer) != len(byte_tokenizer()):
         raise UsageError(
             f"{model} has a tokenizer of {len(tokenizer)} tokens; expected bytes, 259. Evaluate byte models here."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from html import escape
 from json import dumps
@@ -17,12 +15,14 @@ from torch import nn
 from dualform.calculus import Derivative, jacobian
 from dualform.catalogue import near_misses
 from dualform.cli.expression import compile_expression, drawn, expect_used, parse_shapes
-from dualform.cli.output import UsageError, Words, load_model
+from dualform.cli.output import TrustCode, UsageError, Words, load_model
 from dualform.learning.layer import TestTimeTraining
+from dualform.learning.learners import learners
 from dualform.learning.program import derive
 from dualform.learning.rules import rules
 from dualform.models import DualformConfig, presets
 from dualform.models.blocks import learning_layer
+from dualform.own_code import CodeError, is_path, load
 from dualform.shapes import TraceError
 
 
@@ -30,6 +30,7 @@ def explain(
     target: str, /, *, dim: int | None = None, shapes: Words = None, wrt: str | None = None, axes: str | None = None,
     level: Literal["one-line", "steps", "proof"] | None = None,
     format: Literal["text", "latex", "html"] | None = None, json: Annotated[bool, Parameter(negative="")] = False,
+    trust_code: TrustCode = False,
 ) -> None:  # fmt: skip
     """Show sites, structured derivatives, chosen forms, costs and the program; or the derivative of a formula.
 
@@ -43,6 +44,8 @@ def explain(
         level: How much to say: one-line, steps (the default) or proof.
         format: text (the default), latex or html (a page that stands alone).
         json: Print the steps of a formula as JSON.
+        trust_code: Let code run that came with a model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
     """
     if not shapes and (json or axes is not None or wrt is not None):
         raise UsageError("explain: --json, --axes and --wrt are for formulas; expected --shapes x=2 y=2,2 with them.")
@@ -53,7 +56,7 @@ def explain(
     if dim is not None and dim < 1:
         raise UsageError(f"explain: --dim is {dim}; expected a width >= 1. Leave it out for 64, or a preset's own.")
     try:
-        found = _of_tensors(target, shapes, wrt, axes) if shapes else _of_learner(target, dim)
+        found = _of_tensors(target, shapes, wrt, axes) if shapes else _of_learner(target, dim, trust_code)
         text = _written(found.explain(level or "steps"), target, format or "text", json)
     except ArithmeticError as error:
         raise UsageError(f"explain: {target} cannot be computed ({error}); expected numbers. Change it.") from error
@@ -73,8 +76,8 @@ def _of_tensors(target: str, words: list[str], wrt: str | None, axes: str | None
     names = list(shapes)
     if wrt is not None and wrt not in names:
         raise UsageError(f"explain: --wrt is {wrt!r}; expected one of {', '.join(names)}. {near_misses(wrt, names)}")
-    if is_file_object(target):
-        function = load_object(target)
+    if is_path(target):
+        function = _function(target)
         names = _matched(target, function, names)
     else:
         target = " ".join(target.split())
@@ -126,9 +129,13 @@ def _matched(target: str, function: Callable[..., Any], names: list[str]) -> lis
     return [name for name in known if name in names]
 
 
-def _of_learner(target: str, dim: int | None) -> Any:
-    if is_file_object(target):
-        make, dim = load_object(target), dim or 64
+def _of_learner(target: str, dim: int | None, trust_code: bool = False) -> Any:
+    if is_path(target):
+        try:
+            make, dim = learners.build(target), dim or 64
+        except CodeError as error:
+            more = "" if "there is no file" in str(error) else " For a function of tensors pass --shapes."
+            raise UsageError(f"explain: {str(error).removeprefix('learners: ')}{more}") from error
         try:
             learner = make(dim)
         except Exception as error:  # the caller's too
@@ -151,7 +158,7 @@ def _of_learner(target: str, dim: int | None) -> Any:
                 raise UsageError(f"explain: --dim is {dim}, which {target} cannot have. {error}") from None
         found = [learning_layer(config)] if "test_time" in (config.layer_types or ()) else []
     elif Path(target).is_dir():
-        model = load_model(target)[0]
+        model = load_model(target, trust_code)[0]
         own = model.config.hidden_size // model.config.num_attention_heads
         if dim not in (None, own):
             raise UsageError(f"explain: --dim is {dim}; expected {target}'s own width of a head = {own}. Leave it out.")
@@ -167,26 +174,9 @@ def _of_learner(target: str, dim: int | None) -> Any:
     return found[0]
 
 
-def is_file_object(target: str) -> bool:
-    path, _, name = target.rpartition(":")
-    return path.endswith(".py") and name.isidentifier()
-
-
-def load_object(target: str) -> Callable[..., Any]:
-    """Import FILE.py and return its NAME."""
-    path, _, name = target.rpartition(":")
-    if not Path(path).is_file():
-        raise UsageError(f"explain: {path} is no file; expected FILE.py:NAME.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # dataclasses and pickles look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the file is the caller's: whatever it raises is what is to be said
-        raise UsageError(f"explain: {path} cannot be imported ({type(error).__name__}: {error}).") from error
-    if not callable(getattr(module, name, None)):
-        defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"explain: {path} has no {name!r} to call; it defines {', '.join(defined) or 'nothing'}.")
-    return getattr(module, name)
+def _function(target: str) -> Callable[..., Any]:
+    """Return what FILE.py:NAME is, to be called."""
+    found = load("explain", target)
+    if not callable(found):
+        raise UsageError(f"explain: {target} is a {type(found).__name__}; expected a function of tensors. Name one.")
+    return found

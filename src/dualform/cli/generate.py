@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import TextStreamer, set_seed
 from transformers.cache_utils import Cache
 
-from dualform.cli.output import UsageError, load_model, show
+from dualform.cli.output import TrustCode, UsageError, load_model, show
 from dualform.models import DualformForCausalLM
 from dualform.models.state_file import load_state, save_state
 
 
 def generate(
     model: str, /, *, prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0,
-    state: Path | None = None,
+    state: Path | None = None, trust_code: TrustCode = False,
 ) -> None:  # fmt: skip
     """Continue a prompt, printing as it goes; then say on stderr how each layer's inner loss fell over the prompt.
 
@@ -31,6 +31,8 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         seed: Of the sampling; temperature 0 draws nothing.
         state: A file that carries what the layers have learnt: read if it is there, and written at the end.
+        trust_code: Let code run that came with the model, its learner's own file, and say which; without this it is
+            refused, unless you ran the same file before on this machine.
     """
     if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits overflow
         raise UsageError(
@@ -43,7 +45,7 @@ def generate(
         raise UsageError("generate: prompt is no UTF-8 text; expected one. Convert it: iconv -t utf-8.")
     if state is not None and (state.is_dir() or not state.parent.is_dir()):
         raise UsageError(f"generate: state is {state}; expected a file in a folder that exists. Name another.")
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_model(model, trust_code)
     set_seed(seed)
     cache, past = None, torch.full((1, 1), lm.config.bos_token_id or 0, dtype=torch.long)
     if state is not None and state.exists():

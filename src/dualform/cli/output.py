@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
@@ -14,10 +15,12 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dualform.models import DualformForCausalLM
+from dualform.models.configuration import gather_code
 from dualform.models.folder import model_folder
 from dualform.train.run import newest_whole
 
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
+TrustCode = Annotated[bool, Parameter(name="--trust-code", negative="")]
 Words = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 
@@ -48,13 +51,21 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else escape(str(value))  # [x] is no markup
 
 
-def load_model(folder: str) -> tuple[DualformForCausalLM, PreTrainedTokenizerFast]:
-    """Read a model and its tokenizer from the folder that `train` wrote."""
+def tell_trusted(folder: Path) -> None:
+    """Let the code run that came with a model, saying what that is."""
+    for said in gather_code(folder, {"local_files_only": True}, trusted=True):
+        print(f"dualform: code of the model runs: {said}", file=sys.stderr)
+
+
+def load_model(folder: str, trust_code: bool = False) -> tuple[DualformForCausalLM, PreTrainedTokenizerFast]:
+    """Read a model and its tokenizer from the folder that `train` wrote; say what code of it runs if it is trusted."""
     path = model_folder(folder)
     if not (path / "config.json").exists():
         whole, _ = newest_whole(path)
         advice = f"`train --resume` ends the run; or pass {whole}." if whole else "Pass the folder that `train` wrote."
         raise UsageError(f"{folder} is no model; expected a folder with config.json. {advice}")
+    if trust_code:
+        tell_trusted(path)
     model = DualformForCausalLM.from_pretrained(path, local_files_only=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

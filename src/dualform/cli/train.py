@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from dualform.cli.output import AsJson, show
+from dualform.cli.output import AsJson, TrustCode, show
 from dualform.train.metrics import plot_loss_by_position, terminal_plot
 from dualform.train.run import MODEL, resumed
 from dualform.train.settings import Settings, asked
@@ -23,7 +23,7 @@ def train(
     learning_rate: float | None = None, seed: int | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     assignments: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
-    as_json: AsJson = False,
+    trust_code: TrustCode = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Train a model on text and score it on text held out.
 
@@ -39,7 +39,10 @@ def train(
         seed: Of weights and order. Default 0.
         resume: Go on with the run in the output folder, by its own settings, from its last whole checkpoint. What is
             given beside this must be what the run was made with.
-        assignments: A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated.
+        assignments: A setting as in the file: model.chunk=8, model.rule.lr=0.5, weight_decay=0. May be repeated. A
+            learner, objective or rule of yours is FILE.py:NAME: model.learner=mine.py:Mine.
+        trust_code: With --resume: let code run that came with the run, its learner's own file; without this it is
+            refused, unless you ran the same file before on this machine.
         as_json: Print the final table as JSON.
     """
     flags = {
@@ -49,7 +52,7 @@ def train(
     document = asked(config, assignments or [], flags)
     settings = resumed(document) if resume else Settings(**document)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log where the table belongs
-        outcome = run(settings, resume=resume)
+        outcome = run(settings, resume=resume, trust_code=trust_code)
     if outcome.evaluation is None:
         said = f"stopped and saved at step {outcome.step} of {settings.max_steps}; go on with --resume."
         print(f"dualform: {said}", file=sys.stderr)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualform.caches import cache_folder, is_private
 from dualform.learning.backends import BackendError
-from dualform.learning.proof import cache_folder
 
 OPTIMISE = "-O3"
 FLAGS = (
@@ -90,12 +90,6 @@ def _folders() -> Iterator[Path]:
     yield Path(tempfile.gettempdir()) / f"dualform-{os.getuid()}"
 
 
-def _is_private(folder: Path) -> bool:
-    """Is a folder ours alone to write? Code of anybody else's must not be loaded."""
-    found = folder.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o002
-
-
 def compiled(text: str) -> ctypes.CDLL:
     """Return a source's library, compiled now or before."""
     command = compiler()
@@ -104,7 +98,7 @@ def compiled(text: str) -> ctypes.CDLL:
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not _is_private(folder):
+            if not is_private(folder):
                 raise PermissionError(f"others may write to {folder}")
             return _opened(folder, key) or _made(folder, key, command, text)
         except OSError as error:

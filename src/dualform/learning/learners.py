@@ -5,7 +5,8 @@ A record `learners.X(**options)` is a recipe: called with a width it builds the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,26 @@ from dualform import functions
 from dualform.catalogue import Catalogue
 from dualform.functions.head import HeadConfig, parts
 from dualform.functions.remainders import find_activation
+from dualform.own_code import CodeError, expect_options, reader
 
-learners = Catalogue("learners")
 Recipe = Callable[[int], nn.Module]
+
+
+def _own_recipe(where: str, found: Any, options: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of the user's own class, or function of a width."""
+    expected = "a class or function of the head width that makes an nn.Module"
+    if isinstance(found, nn.Module):
+        kind = type(found).__name__
+        raise CodeError(f"{where} is a built {kind}; expected {expected}. Pass {kind}, not {kind}(...).")
+    is_module = not isinstance(found, type) or issubclass(found, nn.Module)
+    if not callable(found) or not is_module:
+        what = "a class that is no nn.Module" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise CodeError(f"{where} is {what}; expected {expected}. Derive it from nn.Module, or name another.")
+    expect_options(where, found, 1, options, "NAME(dim, **options)")
+    return partial(found, **options)
+
+
+learners = Catalogue("learners", reader("learners", _own_recipe))
 
 
 def _hidden(name: str, expand: float) -> Callable[[int], int]:

@@ -6,16 +6,17 @@ An objective is any callable (prediction (..., V), target (..., V)) -> (...,). `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from dualform.catalogue import Catalogue
+from dualform.own_code import CodeError, expect_options, reader
 from dualform.shapes import fail, require
 
-objectives = Catalogue("objectives")
 Target = Literal["v", "v-k"]
 
 
@@ -53,6 +54,31 @@ class Objective:
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         return self.loss(prediction, target)
+
+
+def _own_loss(where: str, found: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Make an objective of the user's own function of two, or of what a class or function of options makes."""
+    expected = "a function of two, f(prediction, target), or a class or function of options that makes one"
+    if isinstance(found, nn.Module):
+        kind = type(found).__name__
+        raise CodeError(f"{where} is a built {kind}; expected {expected}. Pass {kind}, not {kind}(...).")
+    if isinstance(found, Objective) and not options:
+        return found
+    if not callable(found) or isinstance(found, Objective):
+        raise CodeError(f"{where} is a {type(found).__name__} with options {dict(options)}; expected {expected}.")
+    needed = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty and p.name not in options]
+    if not isinstance(found, type) and len([p for p in needed if p.kind <= p.POSITIONAL_OR_KEYWORD]) == 2:
+        expect_options(where, found, 2, options, expected)
+        return partial(found, **options) if options else found
+    expect_options(where, found, 0, options, expected)
+    made = found(**options)
+    if not callable(made):
+        raise CodeError(f"{where} made a {type(made).__name__}; expected {expected}. Return such a function.")
+    expect_two_arguments(made)
+    return made
+
+
+objectives = Catalogue("objectives", reader("objectives", _own_loss))
 
 
 @objectives.record(

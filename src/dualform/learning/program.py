@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.bounded import Bounded
+from dualform.caches import cache_folder
 from dualform.catalogue import Bound, Catalogue, Record
 from dualform.graphs.draws import undrawn
 from dualform.graphs.fingerprint import Fingerprint
@@ -34,7 +35,7 @@ from dualform.learning.op import followed, register, scan
 from dualform.learning.plan import Plan
 from dualform.learning.primal import primal
 from dualform.learning.printer import Cost, cost_of, print_step
-from dualform.learning.proof import Proof, cache_folder
+from dualform.learning.proof import Proof
 from dualform.learning.roles import Roles, patterns
 from dualform.learning.rules import Rule, rules
 from dualform.learning.sites import DerivationError

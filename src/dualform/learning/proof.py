@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.caches import cache_folder
 from dualform.learning.problems import WHOLE, Draw, Drawn, differences, largest_entry, outcome
 from dualform.learning.sites import DerivationError
 from dualform.shapes import TraceError
@@ -78,12 +79,6 @@ def _under_way() -> Iterator[None]:
         yield
     finally:
         _proving.reset(token)
-
-
-def cache_folder() -> Path:
-    """Where proofs and compiled code are kept: $DUALFORM_CACHE, else the user's cache folder."""
-    base = os.environ.get("DUALFORM_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualform"
 
 
 @cache

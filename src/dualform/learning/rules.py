@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dualform.catalogue import Catalogue
+from dualform.own_code import CodeError, expect_options, reader
 from dualform.shapes import fail, require
 
 Scalar = float | Tensor
-
-rules = Catalogue("rules")
 
 
 class Step(NamedTuple):
@@ -118,6 +117,20 @@ class Rule:
     def default(self, gate: str) -> float:
         """Return the value of a gate that the caller leaves out: the rule's constant, or 1 for lr and 0 for offset."""
         return self.constants.get(gate, {"lr": 1.0, "offset": 0.0}.get(gate, 0.0))
+
+
+def _own_rule(where: str, found: Any, options: Mapping[str, Any]) -> Rule:
+    """Return the user's own rule, or what a function or class of options makes."""
+    if not isinstance(found, Rule) and callable(found):
+        expect_options(where, found, 0, options, "NAME(**options) -> df.Rule")
+        found, options = found(**options), {}
+    if not isinstance(found, Rule) or options:
+        what = f"a Rule, and has the options {dict(options)}" if options else f"a {type(found).__name__}"
+        raise CodeError(f"{where} is {what}; expected a df.Rule, or a function of options that makes one. Return one.")
+    return found
+
+
+rules = Catalogue("rules", reader("rules", _own_rule))
 
 
 @rules.record(

@@ -63,7 +63,7 @@ def recipe_of(learner: Any, f: int) -> Callable[[int], Any]:
         kind = type(learner).__name__
         raise DerivationError(
             f"TestTimeTraining: learner is a built {kind}; expected what builds one for each head: a class, a function "
-            f"of the head width, or a spec. Pass {kind}, not {kind}(...); the head width is dim / heads = {f}."
+            f"of the head width, or a spec. Pass {kind}, not {kind}({f}); the head width is dim / heads = {f}."
         )
     if isinstance(learner, Bound | str | tuple | list | Mapping):
         return learners.build(learner)

@@ -71,9 +71,13 @@ class ShortConv(nn.Module):
 
 def learning_layer(config: DualformConfig, name: str = "", prove: bool = True) -> TestTimeTraining:
     """Build the layer that a configuration describes; name: how errors call it; prove: as df.derive's."""
+    objective: Any = objectives.build(config.objective)
+    if isinstance(objective.build(), nn.Module):  # each layer has parameters of its own
+        with torch.device("cpu"):
+            objective = objective.record.function(**objective.options)
     layer = TestTimeTraining(
-        config.hidden_size, config.num_attention_heads, learner=learners.build(config.learner),
-        objective=objectives.build(config.objective), rule=rules.build(config.rule), chunk=config.chunk,
+        config.hidden_size, config.num_attention_heads, learner=learners.build(config.learner), objective=objective,
+        rule=rules.build(config.rule), chunk=config.chunk,
         rope_theta=config.rope_theta, share_qk=config.share_qk, use_gate=config.use_gate,
         conv_kernel=config.conv_kernel, prove=prove,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from dualform.models.arguments import check_ids, check_labels, refuse_unknown
 from dualform.models.attention import Attention
 from dualform.models.blocks import AttentionView, BlockCall, DualformBlock, RMSNorm, learning_layer, own_tensors, view
 from dualform.models.cache import adopt
-from dualform.models.configuration import DualformConfig
+from dualform.models.configuration import DualformConfig, gather_code
 from dualform.models.documents import joined, read_mask, said_starts, starts_by_positions
 from dualform.models.versions import CACHE, BaseOutput, one_cache, transformers_version
 from dualform.models.weight_files import check_weights
@@ -65,10 +65,15 @@ class DualformPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, from safetensors only: pickles are refused, damaged files named."""
+        """Load as transformers does, from safetensors only: pickles are refused, damaged files named.
+
+        trust_remote_code: let code run that came with the model: the file of a learner, objective or rule of its own.
+        """
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir() and kwargs.get("state_dict") is None:
             check_weights("from_pretrained", folder)
+        if pretrained_model_name_or_path is not None:
+            gather_code(pretrained_model_name_or_path, kwargs, trusted=kwargs.get("trust_remote_code") is True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

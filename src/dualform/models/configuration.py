@@ -2,20 +2,26 @@
 
 # No `from __future__ import annotations` here: @strict does not check the type of a field whose annotation is a string.
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
+from transformers.utils.hub import cached_file
 
+from dualform import bundles
 from dualform.catalogue import expect, near_misses
 from dualform.learning.learners import learners
 from dualform.learning.objectives import objectives
 from dualform.learning.rules import rules
+from dualform.learning.templates import recipe_of
 from dualform.models.presets import inner, presets
+from dualform.own_code import codes_in, expect_no_paths, unsaved
 from dualform.shapes import require
 
 layer_kinds = ("test_time", "full_attention", "sliding_attention")
@@ -42,7 +48,8 @@ class DualformConfig(PreTrainedConfig):
     """Describe a causal language model whose layers learn while they read.
 
     Any field of a preset can be overridden; `layer_types` (one kind per layer, or a single kind for all) is derived
-    after the overrides. A spec left out is that of TTT-MLP.
+    after the overrides. A spec left out is that of TTT-MLP. `learner`, `objective` and `rule` may be code of one's own:
+    a class or function, or its file, "mine.py:Mine", which is saved with the model (docs/your_code.md).
     Shape:  head_dim = hidden_size / num_attention_heads, which must divide, and be even (RoPE turns pairs).
     Raises: CatalogueError for an unknown preset, learner, objective, rule or option of these; ValueError for sizes
             that do not fit, values of another type, kinds and names that are unknown.
@@ -106,6 +113,7 @@ class DualformConfig(PreTrainedConfig):
         if kind != cls.model_type:
             advice = "Convert it: `python -m dualform convert FOLDER NEW`" if kind == "ttt" else "Use AutoConfig"
             raise ValueError(f"DualformConfig: model_type is {kind!r}; expected {cls.model_type!r}. {advice}.")
+        expect_no_paths("DualformConfig", {name: config_dict[name] for name in specs if name in config_dict})
         if "preset" in kwargs:
             raise ValueError(
                 f"DualformConfig: preset is {kwargs['preset']!r} while a configuration is read; expected fields to lay "
@@ -121,12 +129,47 @@ class DualformConfig(PreTrainedConfig):
         return super().from_dict({"model_type": kind, **_over(config_dict, given)}, **kwargs)
 
     @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """Read a file as `from_dict` does: it names no code that may run."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]: whatever else it takes
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Read a configuration, and the files of own code that it names; none of them runs before a model is built."""
+        gather_code(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, with the files that the learner, objective and rule are in.
+
+        What has no file is saved by its name alone, with a warning that says how to load it.
+        """
+        own = {name: getattr(self, name) for name in specs}
+        for _, code in codes_in(own):
+            bundles.write(code, Path(save_directory))
+        if lost := unsaved(own):
+            warnings.warn(
+                f"save_pretrained: the source of {'; '.join(lost)} is not saved; expected a class in a file of its "
+                "own. "
+                "Move it to one, say mine.py, import it from there and save again: config.learner = 'mine.py:NAME' is "
+                "enough. "
+                "As it is, load with from_pretrained(folder, learner=NAME), "
+                "and likewise objective= and rule=.",
+                stacklevel=2,
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
         """Leave out the copy of our source: models save a file that imports the package."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Specs are JSON values at any time, so that a configuration can be saved at any time.
         if name in specs and value is not None:
+            if name == "learner" and isinstance(value, torch.nn.Module):
+                recipe_of(value, self.head_dim)  # raises: it is built already
             value = specs[name].build(value).to_json()
         super().__setattr__(name, value)
 
@@ -191,6 +234,29 @@ class DualformConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}; expected an even number of channels per head, a multiple of "
                 f"2 * {self.num_attention_heads} = {2 * self.num_attention_heads}. Change one of the two."
             )
+
+
+def gather_code(place: Any, kwargs: Mapping[str, Any], trusted: bool = False) -> list[str]:
+    """Read the files of own code that come with a model; let them run if they are trusted; say what was let.
+
+    Raises: CodeError if a file is missing, or not the one that the configuration names.
+    """
+    hub = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
+    given = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
+    document, _ = PreTrainedConfig.get_config_dict(place, **given)
+
+    def find(name: str) -> Path | None:
+        found = cached_file(place, name, **given, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    said = list[str]()
+    for name, code in codes_in({name: document.get(name) for name in specs if name not in kwargs}):
+        if "" not in code:
+            key = bundles.gather(code, find, "from_pretrained")
+            if trusted and not bundles.is_allowed(code):
+                bundles.allow(key, remember=False)
+                said.append(f"{name}: {bundles.described(code)}")
+    return said
 
 
 def _over(preset: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:

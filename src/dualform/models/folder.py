@@ -18,6 +18,7 @@ from dualform.models.official import Layout, assemble, layout_of, load_official,
 from dualform.models.official_config import CheckpointError
 from dualform.models.translate import from_jax, from_kernels
 from dualform.models.weight_files import no_weights, pickles, read_safetensors, refuse_pickle
+from dualform.own_code import CodeError
 
 
 class Loaded(NamedTuple):
@@ -54,6 +55,8 @@ def read_folder(path: str | Path) -> Loaded:
     if layout == "dualform":
         try:
             ours = DualformConfig.from_pretrained(folder)
+        except CodeError:
+            raise
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(

@@ -21,8 +21,9 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dualform.own_code import expect_no_paths
 from dualform.train.data import Corpus, CorpusError, load_corpus, source_path
-from dualform.train.settings import Settings, SettingsError, differences, laid_over
+from dualform.train.settings import Settings, SettingsError, differences, laid_over, settled
 
 SETTINGS, METRICS, PICTURE, MODEL, CHECKPOINTS = (
     "settings.json", "metrics.json", "loss_by_position.png", "model", "checkpoints",
@@ -57,6 +58,7 @@ class TrainingRun:
         if not isinstance(document, dict) or not {"preset", "data", "max_steps", "seq_len"} <= document.keys():
             raise SettingsError(f"train: {path} holds no settings of a run. Name a folder that `train` wrote.")
         text = document.pop("text", None)
+        expect_no_paths(f"train: {path}", {"model": document.get("model", {})})
         if unknown := document.keys() - set(known):
             raise SettingsError(f"train: {path} has the settings {sorted(unknown)}, which this version does not know.")
         return TrainingRun(folder, Settings(**{**document, "output": str(folder)}), text)
@@ -65,7 +67,10 @@ class TrainingRun:
         """Say what the folder is, its text by a path that is the same from everywhere."""
         path = source_path(self.settings.data)
         place = {} if path is None else {"data": str(path.resolve())}
-        write_text(self.folder / SETTINGS, as_json(self.settings.to_dict() | place | {"text": self.text}))
+        write_text(
+            self.folder / SETTINGS,
+            as_json(self.settings.to_dict() | {"model": settled(self.settings)} | place | {"text": self.text}),
+        )
 
     def expect(self, other: TrainingRun) -> None:
         """Refuse to go on with other settings or another text than the folder's own."""

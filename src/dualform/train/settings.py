@@ -14,6 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from dualform.catalogue import CatalogueError, expect, hints_of, near_misses, normalise
 from dualform.models import DualformConfig, presets
+from dualform.models.configuration import specs
+from dualform.own_code import codes_in
 
 # What a setting must be beyond its type: in words, from, below.
 _ranges: dict[str, tuple[str, float, float]] = {
@@ -97,6 +99,14 @@ def configure(settings: Settings) -> DualformConfig:
         raise SettingsError(f"train: [model] does not fit: {error.__cause__ or error}") from None
 
 
+def settled(settings: Settings) -> dict[str, Any]:
+    """Return the model's overrides with own code by its digests: a run is what its files were when it began."""
+    model = dict(settings.model)
+    own = [name for name in specs if name in model]
+    config = configure(settings) if own else None
+    return model | {name: getattr(config, name) for name in own if [*codes_in(getattr(config, name))]}
+
+
 def asked(file: Path | None, assignments: list[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Collect what a TOML file, `a.b=value` assignments and flags (None = not given) say, and nothing else.
 
@@ -123,7 +133,8 @@ def _over(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         before = merged.get(name)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             # Options of another learner, objective or rule do not mix with these.
-            same = value.get("name") in (None, before.get("name"))
+            # Nor does a file that is named anew mix with what it was.
+            same = value.get("name") in (None, before.get("name")) and not ("name" in value and "code" in before)
             merged[name] = _over(cast("Mapping[str, Any]", before), value) if same else value
         else:
             merged[name] = value

@@ -30,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dualform.models import DualformConfig, DualformForCausalLM
+from dualform.models.configuration import gather_code
 from dualform.train.data import Corpus, PackedRows, byte_tokenizer, load_corpus
 from dualform.train.metrics import Evaluation, evaluate
 from dualform.train.run import (
@@ -163,10 +164,12 @@ class RunParts:
 
 
 def train(
-    settings: Settings, *, resume: bool = False, evaluate_rows: int | None = None, quiet: bool = False
-) -> Outcome:
+    settings: Settings, *, resume: bool = False, evaluate_rows: int | None = None, quiet: bool = False,
+    trust_code: bool = False,
+) -> Outcome:  # fmt: skip
     """Train, save and evaluate; or go on with a run from its newest whole checkpoint, to the same numbers bit for bit.
 
+    trust_code: let code run that came with the run that goes on.
     Dtype:  float32.
     Raises: SettingsError, CorpusError before anything is written; TrainingDiverged when the loss is not finite.
     """
@@ -176,6 +179,9 @@ def train(
     start: Path | None = None
     if resume:
         start, record = _start(run, parts.config), run.metrics()
+        for place in [path for path in (start, run.folder / MODEL) if trust_code and path and path.exists()]:
+            for said in gather_code(place, {"local_files_only": True}, trusted=True):
+                _say(f"code of the run runs: {said}")
         if record and (start is None or step_of(start) == settings.max_steps):
             _say(f"{run.folder} is finished, {record['step']} of {settings.max_steps} steps; nothing is left to do.")
             return _outcome_of(run, record)
