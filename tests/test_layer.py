@@ -429,8 +429,8 @@ def test_a_learner_is_said_in_many_ways(learner):
 @pytest.mark.parametrize(
     ("learner", "message"),
     [
-        (Frozen(4), r"learner is a built Frozen; .* Pass Frozen, not Frozen\(...\); the head width is dim / heads = 4"),
-        (nn.Linear(4, 4), r"Pass Linear, not Linear\(...\)"),
+        (Frozen(4), r"learner is a built Frozen; .* Pass Frozen, not Frozen\(4\); the head width is dim / heads = 4"),
+        (nn.Linear(4, 4), r"Pass Linear, not Linear\(4\)"),
         (4, r"learner is a int; expected a class or function of the head width, here 4"),
         ("MPL", r"no record is called 'MPL'. Did you mean 'MLP'"),
         (df.rules.SGD(), r"belongs to the catalogue 'rules'"),
